@@ -1,0 +1,136 @@
+"""The static quantized matmul of the Ascend, exact: int8 x int8 -> int32, int32 bias, one float32 epilogue."""
+
+import functools
+
+import torch
+
+INT32_MAX = 2**31 - 1
+LARGEST_PRODUCT = 128 * 128  # -128 * -128
+LARGEST_K = INT32_MAX // LARGEST_PRODUCT  # 131071: no sum of that many products leaves int32
+FLOAT32_EXACT_K = 2**24 // LARGEST_PRODUCT  # 1024: sums of that many products are integers float32 holds exactly
+
+
+def int8_matmul(xq: torch.Tensor, wq: torch.Tensor) -> torch.Tensor:
+    """xq int8 [M, K], wq int8 [N, K] -> int32 [M, N] = xq @ wq.T, exact for every M, K, N.
+
+    Through `torch._int_mm` where `int_mm_is_fast_and_exact`, else through float32, also exact but some 10 times slower.
+    ValueError if K is above LARGEST_K, where the sum itself could leave int32, or if shapes or dtypes do not fit.
+    """
+    if xq.dtype != torch.int8 or wq.dtype != torch.int8 or xq.dim() != 2 or wq.dim() != 2 or xq.shape[1] != wq.shape[1]:
+        raise ValueError(f"expected int8 [M, K] and [N, K], got {_signature(xq)} and {_signature(wq)}")
+    if xq.shape[1] > LARGEST_K:
+        raise ValueError(f"K is {xq.shape[1]}: a sum of more than {LARGEST_K} int8 products may overflow int32")
+    if 0 in (*xq.shape, *wq.shape):
+        return torch.zeros(xq.shape[0], wq.shape[0], dtype=torch.int32, device=xq.device)
+    if int_mm_is_fast_and_exact(xq.device.type):
+        return _int8_matmul_by_int_mm(xq, wq)
+    return _int8_matmul_by_float32(xq, wq)
+
+
+@functools.cache
+def int_mm_is_fast_and_exact(device_type: str) -> bool:
+    """Whether `torch._int_mm` is worth calling on "cpu", "cuda", ...; asked once per process.
+
+    On a CPU without VNNI it is not: there oneDNN adds pairs of products in 16 bits, which saturate (PyTorch up to 2.5
+    returns those wrong sums, PyTorch issue 136746), and later versions take a scalar loop 10 times slower than float32.
+    Some devices do not have it at all. Hence a trial with the products that saturate.
+    """
+    if device_type == "cpu" and not getattr(torch.cpu, "_is_vnni_supported", lambda: False)():
+        return False
+    extremes = torch.tensor([127, -128], dtype=torch.int8, device="cpu").repeat_interleave(16)  # [32]
+    trial = extremes[:, None].repeat(1, 64)  # [32, 64]
+    expected = extremes[:, None].to(torch.int32) * extremes.to(torch.int32) * 64  # [32, 32]
+    try:
+        on_device = trial.to(device_type)
+        with torch._C.DisableTorchFunction():  # nobody who records torch calls should see the trial in one run only
+            product = _int8_matmul_by_int_mm(on_device, on_device)
+        return torch.equal(product.cpu(), expected)
+    except RuntimeError:  # includes NotImplementedError: no kernel for this device
+        return False
+
+
+def quantized_bias(
+    bias: torch.Tensor | None, deq_scale: torch.Tensor, input_offset: float, wq: torch.Tensor
+) -> torch.Tensor:
+    """bias float [N] or None, deq_scale float32 [N], wq int8 [N, K] -> int32 [N], the `quant_bias` of the engines.
+
+    = round(bias / deq_scale - input_offset * sum_k wq), half to even: the layer's bias in steps of deq_scale, and the
+    correction that takes the input's offset out again. In int64 and float64, so only that rounding is inexact.
+    ValueError naming the channel if it overflows int32, alone or together with the largest sum the integers allow.
+    """
+    if not float(input_offset).is_integer():
+        raise ValueError(f"the input offset must be integral, got {input_offset}")
+    # On the CPU, as not every device has float64.
+    row_sum = wq.sum(dim=1, dtype=torch.int64).cpu()  # [N]
+    row_absolute_sum = wq.to(torch.int16).abs_().sum(dim=1, dtype=torch.int64).cpu()  # [N]
+    steps = -int(input_offset) * row_sum.to(torch.float64)  # [N]
+    if bias is not None:
+        steps += bias.cpu().to(torch.float64) / deq_scale.cpu().to(torch.float64)
+    steps = steps.round_()
+    fits = steps.abs() + 128 * row_absolute_sum <= INT32_MAX  # [N]; also False for NaN
+    if not bool(fits.all()):
+        channel = int((~fits).nonzero()[0])
+        raise ValueError(
+            f"quant_bias overflows int32 in {int((~fits).sum())} of {len(fits)} channels, first in channel {channel}: "
+            f"{steps[channel].item():.6g} steps of deq_scale {deq_scale[channel].item():.6g}, with sums of up to "
+            f"{128 * int(row_absolute_sum[channel])} to be added; a larger weight scale makes it fit"
+        )
+    return steps.to(torch.int32).to(wq.device)
+
+
+def smallest_weight_scale_for_bias(bias: torch.Tensor, input_scale: float, in_features: int) -> torch.Tensor:
+    """bias float [N], input scale, K -> float32 [N, 1]: from this weight scale on `quantized_bias` cannot overflow.
+
+    It matters for rows of (nearly) zero weights with a bias, whose own scale is too fine to count it in int32, and
+    for an input that was (nearly) always zero. ValueError if K is so large that there is no such scale.
+    """
+    room = INT32_MAX - 2 * LARGEST_PRODUCT * in_features  # beside the sum and the offset's correction of it
+    if room <= 0:
+        raise ValueError(f"K is {in_features}: sum and offset alone may overflow int32")
+    # One part in a million more: the products that follow are rounded to float32.
+    return (bias.to(torch.float32).abs() * (1.000001 / input_scale / room))[:, None]  # [N, 1]
+
+
+def static_quant_matmul(
+    xq: torch.Tensor, wq: torch.Tensor, quant_bias: torch.Tensor, deq_scale: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """xq int8 [M, K], wq int8 [N, K], quant_bias int32 [N], deq_scale float32 [N] -> dtype [M, N].
+
+    = dtype((xq @ wq.T + quant_bias) * deq_scale): the sum in int32, the product in float32, one rounding to `dtype`.
+    Source: quant_matmul of the Ascend, as MindIE and vLLM Ascend call it for W8A8.
+    """
+    accumulator = int8_matmul(xq, wq).add_(quant_bias)  # [M, N] int32
+    return accumulator.to(torch.float32).mul_(deq_scale).to(dtype)  # [M, N]
+
+
+def _int8_matmul_by_int_mm(xq: torch.Tensor, wq: torch.Tensor, smallest_rows: int | None = None) -> torch.Tensor:
+    """Padded with zeros to shapes that are safe: K and N to multiples of 8, M to `smallest_rows` at least.
+
+    CUDA refuses others, and 16 rows or less. The CPU takes all, but for one row or column it confuses the strides and
+    returns uninitialised memory (PyTorch 2.5 to 2.13, K = 1). The layers of a model only ever need padding of M.
+    """
+    if smallest_rows is None:
+        smallest_rows = 2 if xq.device.type == "cpu" else 17
+    rows, features = xq.shape[0], wq.shape[0]
+    pad_k = -xq.shape[1] % 8
+    padded_xq = _pad(xq, max(smallest_rows - rows, 0), pad_k)  # [>= M, K + pad]
+    padded_wq = _pad(wq, -features % 8, pad_k)  # [N + pad, K + pad]
+    return torch._int_mm(padded_xq, padded_wq.T)[:rows, :features].contiguous()
+
+
+def _pad(matrix: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    return torch.nn.functional.pad(matrix, (0, columns, 0, rows)) if rows or columns else matrix.contiguous()
+
+
+def _int8_matmul_by_float32(xq: torch.Tensor, wq: torch.Tensor) -> torch.Tensor:
+    """Exact with any float32 matmul, also one that multiplies in bfloat16 or TF32: both hold every int8."""
+    accumulator = torch.zeros(xq.shape[0], wq.shape[0], dtype=torch.int32, device=xq.device)  # [M, N]
+    for start in range(0, xq.shape[1], FLOAT32_EXACT_K):
+        columns = slice(start, start + FLOAT32_EXACT_K)
+        product = xq[:, columns].to(torch.float32) @ wq[:, columns].to(torch.float32).T  # [M, N]
+        accumulator += product.to(torch.int32)
+    return accumulator
+
+
+def _signature(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

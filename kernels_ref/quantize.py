@@ -1,0 +1,93 @@
+"""Floats to int8 and back: activations per tensor, weights per output channel.
+
+Everything rounds half to even through `torch.round`, as the operators of the Ascend do. Inputs must be finite: what NaN
+becomes is undefined, on the device too.
+"""
+
+import math
+
+import torch
+
+INT8_MIN, INT8_MAX = -128, 127
+INT8_STEPS = INT8_MAX - INT8_MIN
+WEIGHT_INT8_MAX = 127  # symmetric: -128 stays unused, so that a weight and its negative have the same error
+SMALLEST_SCALE = 2.0**-23  # 1.1920929e-07, float32's epsilon: the floor that PyTorch's observers use
+SMALLEST_SCALE_FLOAT16 = 2.0**-16 + 2.0**-24  # the smallest float16 with a finite reciprocal: operators use that
+ROWS_PER_CHUNK = 64  # float32 temporaries stay in the cache: 8 times faster than temporaries as large as the matrix
+
+_SAME_SIZE_INTEGER = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+
+
+def activation_scale_and_offset(minimum: float, maximum: float, dtype: torch.dtype) -> tuple[float, float]:
+    """Observed range -> (scale, offset) of the per-tensor asymmetric int8 that covers it and holds zero exactly.
+
+    `scale` is a value of `dtype` (bfloat16, float16 or float32), rounded up so that the range stays covered: neither
+    end is clipped by more than half a step. `offset` is integral, -128..127, and derived from that rounded scale; it
+    is the integer that zero maps to. ValueError if the range is not finite, is reversed, or its scale exceeds `dtype`.
+    Source: msModelSlim's min-max formula, offset = -128 - round(minimum / scale).
+    """
+    if not (math.isfinite(minimum) and math.isfinite(maximum)):
+        raise ValueError(f"the range {minimum} .. {maximum} is not finite")
+    if minimum > maximum:
+        raise ValueError(f"the range {minimum} .. {maximum} is reversed")
+    minimum, maximum = min(minimum, 0.0), max(maximum, 0.0)
+    floor = SMALLEST_SCALE_FLOAT16 if dtype is torch.float16 else SMALLEST_SCALE
+    scale = _round_up(max((maximum - minimum) / INT8_STEPS, floor), dtype)
+    if math.isinf(scale):
+        raise ValueError(f"the range {minimum} .. {maximum} is too wide: its scale exceeds {dtype}")
+    return scale, float(INT8_MIN - round(minimum / scale))
+
+
+def quantize_per_tensor(x: torch.Tensor, scale: float | torch.Tensor, offset: float | torch.Tensor) -> torch.Tensor:
+    """x [...] float, scale and offset one value each -> int8 [...] = clamp(rint(x * (1/scale) + offset), -128, 127).
+
+    `scale`, its reciprocal, the product and the sum are all of x's dtype, as on the device; hardware may pass through
+    float16 and differ by one step. Source: the quantize operator (npu_quantize) as MindIE and vLLM Ascend call it.
+    """
+    scale = torch.as_tensor(scale, dtype=x.dtype, device=x.device)
+    offset = torch.as_tensor(offset, dtype=x.dtype, device=x.device)
+    return (x * scale.reciprocal()).add_(offset).round_().clamp_(INT8_MIN, INT8_MAX).to(torch.int8)
+
+
+def dequantize_per_tensor(
+    quantized: torch.Tensor, scale: float | torch.Tensor, offset: float | torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """int8 [...], scale and offset one value each -> dtype [...] = (quantized - offset) * scale in float32."""
+    scale = torch.as_tensor(scale, dtype=torch.float32, device=quantized.device)
+    offset = torch.as_tensor(offset, dtype=torch.float32, device=quantized.device)
+    return (quantized.to(torch.float32) - offset).mul_(scale).to(dtype)
+
+
+def quantize_weight_per_channel_absmax(
+    weight: torch.Tensor, smallest_scale_per_channel: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """weight [N, K] float -> (int8 [N, K] in -127..127, scale float32 [N, 1] = absmax of the row / 127).
+
+    A scale is never below `smallest_scale_per_channel` [N, 1] (see `matmul.smallest_weight_scale_for_bias`), nor below
+    SMALLEST_SCALE: a row of zeros has no scale of its own, but its bias is stored in steps of input scale * weight
+    scale, so a small scale keeps that bias and 1.0 would round it away.
+    """
+    rows, columns = weight.shape
+    quantized = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)  # [N, K]
+    scale = torch.full((rows, 1), SMALLEST_SCALE, dtype=torch.float32, device=weight.device)  # [N, 1]
+    if smallest_scale_per_channel is not None:
+        scale = torch.maximum(scale, smallest_scale_per_channel.to(scale))
+    if columns == 0:
+        return quantized, scale
+    for start in range(0, rows, ROWS_PER_CHUNK):
+        rows_here = slice(start, start + ROWS_PER_CHUNK)
+        chunk = weight[rows_here].to(torch.float32)  # [64, K]
+        absmax = torch.linalg.vector_norm(chunk, ord=math.inf, dim=1, keepdim=True)  # [64, 1]
+        scale[rows_here] = torch.maximum(absmax / WEIGHT_INT8_MAX, scale[rows_here])
+        steps = chunk / scale[rows_here]  # [64, K]
+        quantized[rows_here] = steps.round_().clamp_(-WEIGHT_INT8_MAX, WEIGHT_INT8_MAX).to(torch.int8)
+    return quantized, scale
+
+
+def _round_up(value: float, dtype: torch.dtype) -> float:
+    """The smallest number of `dtype` that is not below the positive `value`; infinity if there is none."""
+    rounded = torch.tensor(value, dtype=torch.float64, device="cpu").to(dtype)
+    if rounded.item() < value:
+        bits = rounded.view(_SAME_SIZE_INTEGER[dtype])  # a positive float's successor has the next bit pattern
+        rounded = (bits + 1).view(dtype)
+    return float(rounded.item())

@@ -1,0 +1,102 @@
+"""Folding a per-channel scale: out of a producer, into its consumers, with a proof that the stage computes the same."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vlqc.errors import InternalError
+from vlqc.ir import Edge, Stage
+
+TOLERANCE = 1e-4  # of the RMS of the stage's output: float32 leaves about 1e-6, a wrong fold far more than this
+
+
+@dataclass(frozen=True)
+class Fold:
+    """An edge and the scale for it: producer channels are divided by scale float32 [C], consumers' columns multiplied."""
+
+    edge: Edge
+    scale: Tensor
+
+    def columns(self, target: str) -> Tensor:
+        """float32 [K]: by what the columns of a consumer are multiplied; 1 where no usable channel arrives."""
+        channel = self.edge.consumers[target]
+        return torch.where(channel >= 0, self.scale[channel.clamp(min=0)], torch.ones(()))
+
+
+def representable(producer: nn.Module, usable: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scale float32 [C] nearest to the given one that folds without rounding.
+
+    A norm's weight is emitted in `dtype`. Choosing the divided weight among the values of dtype, and the scale as the
+    quotient of old and new weight, makes the consumers' integers absorb what rounding would lose. A Linear's rows
+    keep their own scale when quantized, so nothing is lost there. Unusable and dead channels get 1.
+    """
+    wanted = torch.where(usable, scale, 1.0)
+    if isinstance(producer, nn.Linear):
+        return wanted
+    weight = producer.get_parameter("weight").float()
+    divided = (weight / wanted).to(dtype).float()
+    exact = weight / divided
+    return torch.where(usable & (weight != 0) & torch.isfinite(exact) & (exact > 0), exact, 1.0)
+
+
+def apply(stage: Stage, folds: Sequence[Fold]) -> list[Fold]:
+    """Folds everything, proves that the stage still computes the same, and corrects the observations.
+
+    The proof compares the stage's output for its probe call. If it fails, every fold is tried alone and those that
+    change the output are left out, with a note; the others are returned.
+    """
+    if not folds:
+        return []
+    before = stage.run_probe()
+    originals = {path: parameter.clone() for path, parameter in stage.live.named_parameters()}
+
+    def restore() -> None:
+        for path, parameter in stage.live.named_parameters():
+            parameter.data.copy_(originals[path])
+
+    def holds(some: Sequence[Fold]) -> bool:
+        for fold in some:
+            _fold(stage, fold)
+        return difference(before, stage.run_probe()) <= TOLERANCE
+
+    proven = list(folds)
+    if not holds(folds):
+        proven = []
+        for fold in folds:
+            restore()
+            if holds([fold]):
+                proven.append(fold)
+            else:
+                stage.notes.append(f"{stage.name}: the fold out of {fold.edge.producer} changes the output and was left out")
+        restore()
+        if not holds(proven):
+            raise InternalError(f"{stage.name}: folds that hold alone do not hold together")
+    for fold in proven:
+        _rescale_observations(stage, fold)
+    return proven
+
+
+def difference(before: Tensor, after: Tensor) -> float:
+    """Largest deviation between two flat outputs, as a share of the RMS of the first; infinite if not finite."""
+    if not bool(torch.isfinite(after).all()):
+        return float("inf")
+    rms = before.square().mean().sqrt().clamp(min=1e-30)
+    return float((before - after).abs().amax() / rms)
+
+
+@torch.no_grad()
+def _fold(stage: Stage, fold: Fold) -> None:
+    producer = stage.live.get_submodule(fold.edge.producer)
+    for parameter in producer.parameters(recurse=False):  # weight [C] or [C, K], bias [C]
+        parameter.div_(fold.scale if parameter.ndim == 1 else fold.scale[:, None])
+    for target in fold.edge.consumers:
+        stage.live.get_submodule(target).get_parameter("weight").mul_(fold.columns(target))
+
+
+def _rescale_observations(stage: Stage, fold: Fold) -> None:
+    divisors = {stage.site_at(target).source: fold.columns(target) for target in fold.edge.consumers}
+    for source, divisor in divisors.items():
+        if source in stage.observations:
+            stage.observations[source] = stage.observations[source].rescaled(divisor)

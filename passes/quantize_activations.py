@@ -1,0 +1,81 @@
+"""quantize-activations: from what was observed to one input scale and offset per group."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from vlqc.engines import Scheme
+from vlqc.ir import InputQuantization, Observation, Stage
+from vlqc.kernels_ref.quantize import INT8_MAX, INT8_MIN, activation_scale_and_offset
+from vlqc.passes.error_model import balanced
+from vlqc.pipeline import Pass
+
+BINS = 2048  # as in PyTorch's HistogramObserver
+SHARES = tuple(0.5 ** (step / 8) for step in range(41))  # of the full range on either side: 1 down to 1/32
+
+
+@dataclass(frozen=True)
+class QuantizeActivations(Pass):
+    """Sets the static input quantization of every W8A8 group.
+
+    method: `minmax` covers everything that was seen; `histogram` clips where that lowers the error of the outputs.
+    """
+
+    name: ClassVar[str] = "quantize-activations"
+    kind: ClassVar[Literal["analysis", "rewrite"]] = "analysis"
+    summary: ClassVar[str] = "choose the static input range of every W8A8 group"
+
+    method: Literal["minmax", "histogram"] = "histogram"
+
+    def run(self, stage: Stage) -> bool:
+        changed = False
+        for source, members in stage.groups().items():
+            if members[0].scheme != Scheme.W8A8:
+                continue
+            seen = stage.observations[source]
+            low, high = float(seen.minimum().amin()), float(seen.maximum().amax())
+            if self.method == "histogram":
+                energy = sum(stage.linear(site).weight.square().sum(0) for site in members)
+                assert isinstance(energy, Tensor)
+                low, high = clipped_range(seen, energy, low, high, stage.dtype)
+            quantization = InputQuantization(*activation_scale_and_offset(low, high, stage.dtype))
+            for site in members:
+                changed |= site.input != quantization
+                site.input = quantization
+        return changed
+
+
+def clipped_range(
+    seen: Observation, energy_per_column: Tensor, low: float, high: float, dtype: torch.dtype
+) -> tuple[float, float]:
+    """The range within [low, high] that minimises the expected squared error of the outputs.
+
+    energy_per_column: float32 [K], sum over outputs of W^2: by how much an error in a column reaches the output. Values
+    of all kept rows go into one histogram, weighted by that and so that every modality counts the same; each candidate
+    range is judged on the bins' centres with the arithmetic that will be used, scale rounded to `dtype`.
+    """
+    low, high = min(low, 0.0), max(high, 0.0)
+    if high - low == 0.0 or not bool(energy_per_column.any()):
+        return low, high
+    centres, mass = weighted_histogram(seen, energy_per_column, low, high)
+    best, smallest = (low, high), None
+    for low_share in SHARES if low < 0 else (1.0,):
+        for high_share in SHARES if high > 0 else (1.0,):
+            scale, offset = activation_scale_and_offset(low * low_share, high * high_share, dtype)
+            rounded = (torch.round(centres / scale + offset).clamp(INT8_MIN, INT8_MAX) - offset) * scale
+            error = float(((rounded - centres).square() * mass).sum())
+            if smallest is None or error < smallest:
+                best, smallest = (low * low_share, high * high_share), error
+    return best
+
+
+def weighted_histogram(seen: Observation, energy_per_column: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """(centres float64 [BINS], mass float64 [BINS]) of the kept rows' values between low and high."""
+    width = (high - low) / BINS
+    mass = torch.zeros(BINS, dtype=torch.float64)
+    for row, weight in zip(seen.kept.split(64), balanced(seen.kept_modality).split(64), strict=True):
+        bins = ((row - low) / width).long().clamp(0, BINS - 1).flatten()
+        mass += torch.bincount(bins, (weight[:, None] * energy_per_column.double()).flatten(), BINS)
+    return low + (torch.arange(BINS, dtype=torch.float64) + 0.5) * width, mass

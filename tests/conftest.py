@@ -1,0 +1,30 @@
+"""Shared by all tests: golden texts, and the flag that writes them anew."""
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write what the tests produce into tests/goldens")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """golden(file name, text): fails with a diff unless tests/goldens/FILE holds exactly that text."""
+
+    def compare(name: str, text: str) -> None:
+        file = GOLDENS / name
+        if request.config.getoption("--update-golden"):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text, encoding="utf-8")
+        known = file.read_text(encoding="utf-8") if file.exists() else ""
+        if text != known:
+            shown = difflib.unified_diff(known.splitlines(), text.splitlines(), f"goldens/{name}", "now", lineterm="")
+            pytest.fail("\n".join([*shown, "if this is meant: pytest --update-golden"]), pytrace=False)
+
+    return compare

@@ -1,0 +1,112 @@
+"""One picture file -> upright RGB. Expected pixels are written out by hand."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlqc.pictures import BadPicture, is_picture, read_picture
+
+RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
+
+
+def pixels(path: Path) -> np.ndarray:
+    picture = read_picture(path)
+    assert picture.mode == "RGB"
+    return np.asarray(picture)
+
+
+def test_exif_rotation_is_applied(tmp_path: Path) -> None:
+    """Catches phone photos that reach the model lying on their side."""
+    picture = Image.new("RGB", (4, 2), RED)
+    picture.putpixel((0, 0), BLUE)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned a quarter clockwise for display
+    picture.save(tmp_path / "photo.png", exif=exif)
+    upright = pixels(tmp_path / "photo.png")
+    assert upright.shape == (4, 2, 3)
+    assert tuple(upright[0, 1]) == BLUE and tuple(upright[0, 0]) == RED
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_parts_become_white(tmp_path: Path, mode: str) -> None:
+    """Catches transparency that shows whatever colour lies beneath it."""
+    picture = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
+    picture.putpixel((1, 0), (0, 0, 0, 255))
+    picture = picture.convert(mode) if mode != "P" else picture.quantize(4)
+    picture.save(tmp_path / "logo.png")
+    assert pixels(tmp_path / "logo.png").tolist() == [[list(WHITE), [0, 0, 0]]]
+
+
+def test_sixteen_bit_grey_keeps_its_shades(tmp_path: Path) -> None:
+    """Catches the clipping that turns a 16-bit scan all white."""
+    grey = np.array([[0, 0x4000, 0x80FF, 0xFFFF]], dtype=np.uint16)
+    Image.fromarray(grey).save(tmp_path / "scan.png")
+    assert pixels(tmp_path / "scan.png")[0, :, 0].tolist() == [0, 0x40, 0x80, 0xFF]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "CMYK", "YCbCr", "HSV", "LAB", "I", "F"])
+def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
+    """Catches a mode that the conversion trips over."""
+    Image.new("RGB", (3, 2), WHITE).convert("L" if mode in "IF" else "RGB").convert(mode).save(tmp_path / "x.tiff") if (
+        mode != "HSV"
+    ) else Image.new("RGB", (3, 2), WHITE).save(tmp_path / "x.tiff")
+    assert pixels(tmp_path / "x.tiff").shape == (2, 3, 3)
+
+
+def test_first_frame_of_an_animation(tmp_path: Path) -> None:
+    """Catches a later frame, or all frames, being taken."""
+    frames = [Image.new("RGB", (2, 2), colour) for colour in (RED, BLUE)]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    assert (pixels(tmp_path / "moving.gif") == RED).all()
+
+
+def write_truncated(path: Path) -> None:
+    Image.effect_noise((64, 64), 50).save(path)
+    path.write_bytes(path.read_bytes()[:600])
+
+
+@pytest.mark.parametrize(
+    ("write", "reason"),
+    [
+        (lambda path: None, "no such file"),
+        (lambda path: path.write_bytes(b""), "not a picture"),
+        (lambda path: path.write_text("just text"), "not a picture"),
+        (write_truncated, "truncated"),
+    ],
+)
+def test_unusable_files_say_why(tmp_path: Path, write, reason: str) -> None:  # type: ignore[no-untyped-def]
+    """Catches a decoder's exception that reaches the user raw."""
+    write(tmp_path / "bad.png")
+    with pytest.raises(BadPicture, match=reason):
+        read_picture(tmp_path / "bad.png")
+
+
+def test_decompression_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a tiny file that unpacks to more pixels than the memory holds."""
+    Image.new("L", (100, 100)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(BadPicture, match="too many pixels"):
+        read_picture(tmp_path / "bomb.png")
+
+
+def test_what_counts_as_a_picture() -> None:
+    """Catches upper-case endings being passed over, and macOS's `._` leftovers being read."""
+    assert all(is_picture(Path(name)) for name in ("a.JPG", "a.jpeg", "a.Png", "a.bmp", "a.webp", "a.gif", "a.TIF"))
+    assert not any(is_picture(Path(name)) for name in ("a.txt", "._a.jpg", "jpg", "a.mp4"))
+
+
+def test_torchvision_stand_in_leaves_no_trace() -> None:
+    """Catches a stand-in that stays: transformers would take it for the real torchvision later."""
+    code = (
+        "import sys, importlib.util as u\n"
+        "real = u.find_spec('torchvision') is not None\n"
+        "from vlqc.pictures import load_process_vision_info as load\n"
+        "assert callable(load()) and callable(load())\n"
+        "assert real or not [name for name in sys.modules if name.split('.')[0] == 'torchvision']\n"
+        "assert (u.find_spec('torchvision') is not None) == real\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,235 @@
+"""The task of the tiny checkpoint `tools/tiny_vl`: questions about pictures of coloured digits.
+
+A picture is 56 x 112 pixels: 2 x 4 cells of 28 x 28, one merged image token of Qwen2.5-VL per cell. Each cell shows one
+of ten digits in one of eight colours on a noisy background; no digit and no colour occurs twice. A sequence names every
+cell once, by colour or by digit, and answers with the other of the two: "red 7 3 blue ...". Pictures are drawn with
+Pillow's own font; nothing is downloaded. The "train" and the "test" split use different renderings of the digits (size,
+place, angle).
+
+    python tools/tiny_task.py FOLDER        # accuracy of a float checkpoint on the test split, in percent
+"""
+
+import functools
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+
+FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+
+ROWS, COLUMNS, CELL = 2, 4, 28  # cells of a picture; pixels of a cell's side
+CELLS = ROWS * COLUMNS
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 180, 60),
+    "blue": (50, 80, 230),
+    "yellow": (230, 210, 40),
+    "purple": (160, 50, 200),
+    "cyan": (40, 200, 210),
+    "orange": (240, 140, 30),
+    "white": (240, 240, 240),
+}
+
+# Token ids of tools/tiny_vl/tokenizer.json.
+PAD, BEGIN, END, VISION_START, VISION_END, IMAGE, VIDEO, VISION_PAD = range(8)
+FIRST_DIGIT, FIRST_COLOUR, VOCABULARY = 12, 22, 64
+WORDS = {FIRST_DIGIT + digit: str(digit) for digit in range(10)} | {
+    FIRST_COLOUR + index: name for index, name in enumerate(COLOURS)
+}
+HEAD = (BEGIN, VISION_START, *[IMAGE] * CELLS, VISION_END)
+
+# Of Qwen2VLImageProcessor (OpenAI CLIP's mean and standard deviation per colour channel).
+PATCH, MERGE, FRAMES = 14, 2, 2
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+GRID = (1, ROWS * MERGE, COLUMNS * MERGE)  # frames, patches down, patches across
+
+DRAWN_TOGETHER = 32  # samples per draw: fixed, so that asking for more samples of a seed does not change the first ones
+EVALUATION_SEED = 12345
+ATLAS_SEEDS = {"train": 1, "test": 2}
+
+
+class Drawing(NamedTuple):
+    """Some pictures and what they show."""
+
+    pictures: npt.NDArray[np.uint8]  # [count, 56, 112, 3]
+    digits: IntArray  # [count, CELLS], 0..9
+    colours: IntArray  # [count, CELLS], index into COLOURS
+
+
+@functools.cache
+def glyph_masks(split: str) -> FloatArray:
+    """Opacity 0..1 of 256 renderings per digit, [10, 256, CELL, CELL]; the split fixes their size, place and angle."""
+    random = np.random.default_rng(ATLAS_SEEDS[split])
+    masks = np.zeros((10, 256, CELL, CELL), np.float32)
+    for digit in range(10):
+        for rendering in range(256):
+            font = ImageFont.load_default(int(random.integers(18, 26)))
+            canvas = Image.new("L", (2 * CELL, 2 * CELL), 0)  # twice the cell, so that turning cuts no corner
+            centre = (float(CELL + random.integers(-3, 4)), float(CELL + random.integers(-3, 4)))
+            ImageDraw.Draw(canvas).text(centre, str(digit), fill=255, font=font, anchor="mm")
+            turned = canvas.rotate(float(random.uniform(-20, 20)), resample=Image.Resampling.BILINEAR)
+            cut = turned.crop((CELL // 2, CELL // 2, CELL // 2 + CELL, CELL // 2 + CELL))
+            masks[digit, rendering] = np.asarray(cut, np.float32) / 255
+    return masks
+
+
+def draw(count: int, random: np.random.Generator, split: str) -> Drawing:
+    """Draw `count` pictures; `random` decides what they show, `split` ("train" or "test") which renderings are used."""
+    masks = glyph_masks(split)
+    digits = np.argsort(random.random((count, 10)), 1)[:, :CELLS]
+    colours = np.argsort(random.random((count, len(COLOURS))), 1)[:, :CELLS]
+    rendering = random.integers(0, masks.shape[1], (count, CELLS))
+    opacity = masks[digits, rendering][..., None]  # [count, CELLS, CELL, CELL, 1]
+    background = random.uniform(0, 70, (count, CELLS, 1, 1, 3)) + random.normal(0, 12, (count, CELLS, CELL, CELL, 1))
+    paint = np.array(list(COLOURS.values()), np.float32)[colours][:, :, None, None, :]
+    foreground = paint * random.uniform(0.8, 1.05, (count, CELLS, 1, 1, 1))
+    cells = opacity * foreground + (1 - opacity) * background
+    cells = cells.reshape(count, ROWS, COLUMNS, CELL, CELL, 3).transpose(0, 1, 3, 2, 4, 5)
+    pictures = np.clip(cells.reshape(count, ROWS * CELL, COLUMNS * CELL, 3), 0, 255).astype(np.uint8)
+    return Drawing(pictures, digits, colours)
+
+
+def write_sentences(drawing: Drawing, random: np.random.Generator) -> tuple[IntArray, BoolArray]:
+    """Token ids [count, length] of one sequence per picture, and [count, length] True where the token is an answer."""
+    count = len(drawing.pictures)
+    order = np.argsort(random.random((count, CELLS)), 1)
+    digit = FIRST_DIGIT + np.take_along_axis(drawing.digits, order, 1)
+    colour = FIRST_COLOUR + np.take_along_axis(drawing.colours, order, 1)
+    by_colour = random.integers(0, 2, (count, CELLS)).astype(bool)
+    pairs = np.stack([np.where(by_colour, colour, digit), np.where(by_colour, digit, colour)], 2)  # question, answer
+    input_ids = np.concatenate([np.tile(HEAD, (count, 1)), pairs.reshape(count, 2 * CELLS)], 1)
+    is_answer = np.zeros(input_ids.shape, bool)
+    is_answer[:, len(HEAD) + 1 :: 2] = True
+    return input_ids, is_answer
+
+
+def cut_patches(pictures: npt.NDArray[np.uint8]) -> FloatArray:
+    """Normalised patches [count * 32, 3 * 2 * 14 * 14] as Qwen2VLImageProcessor orders them.
+
+    Merge block by merge block, a picture counting as two equal frames.
+    """
+    count = len(pictures)
+    normalised = (pictures.astype(np.float32) / 255 - MEAN) / DEVIATION
+    blocks = normalised.transpose(0, 3, 1, 2).reshape(count, 3, ROWS, MERGE, PATCH, COLUMNS, MERGE, PATCH)
+    blocks = blocks.transpose(0, 2, 5, 3, 6, 1, 4, 7)  # count, block row, block column, row, column, colour, y, x
+    frames = np.repeat(blocks[..., None, :, :], FRAMES, axis=-3)
+    return np.ascontiguousarray(frames.reshape(count * CELLS * MERGE**2, 3 * FRAMES * PATCH**2))
+
+
+def drawn_batches(count: int, seed: int, split: str) -> Iterator[tuple[Drawing, IntArray, BoolArray]]:
+    """Drawings and their `write_sentences`, `count` in all: one random stream for every use of the task."""
+    random = np.random.default_rng(seed)
+    for start in range(0, count, DRAWN_TOGETHER):
+        drawing = draw(DRAWN_TOGETHER, random, split)
+        input_ids, is_answer = write_sentences(drawing, random)
+        kept = slice(0, min(DRAWN_TOGETHER, count - start))
+        drawing = Drawing(drawing.pictures[kept], drawing.digits[kept], drawing.colours[kept])
+        yield drawing, input_ids[kept], is_answer[kept]
+
+
+def model_inputs(pictures: npt.NDArray[np.uint8], input_ids: IntArray) -> dict[str, Tensor]:
+    """Inputs of a forward for pictures [count, 56, 112, 3] and ids [count, length]; see `with_token_types`."""
+    ids = torch.from_numpy(input_ids)
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.from_numpy(cut_patches(pictures)),
+        "image_grid_thw": torch.tensor([GRID] * len(pictures)),
+    }
+
+
+def samples(count: int, seed: int = 0, split: str = "train") -> list[dict[str, Tensor]]:
+    """`count` ready model inputs of one picture each; see `with_token_types` for transformers 5.
+
+    input_ids and attention_mask int64 [1, 27], pixel_values float32 [32, 1176], image_grid_thw int64 [1, 3].
+    """
+    return [
+        model_inputs(drawing.pictures[index : index + 1], input_ids[index : index + 1])
+        for drawing, input_ids, _ in drawn_batches(count, seed, split)
+        for index in range(len(input_ids))
+    ]
+
+
+def with_token_types(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs, with `mm_token_type_ids` where the installed transformers is 5 or newer.
+
+    Without them these versions give image tokens the positions of text, and say nothing.
+    """
+    import transformers
+
+    if int(transformers.__version__.split(".")[0]) < 5:
+        return inputs
+    return {**inputs, "mm_token_type_ids": (inputs["input_ids"] == IMAGE).int()}
+
+
+@torch.no_grad()
+def answers(model: nn.Module, count: int, seed: int, split: str) -> tuple[Tensor, Tensor]:
+    """Teacher-forced logits float32 [8 * count, 64] where an answer is due, and the right token ids [8 * count].
+
+    `model` takes a Qwen2.5-VL forward's keyword arguments and returns an object with `logits`.
+    """
+    parameter = next(model.parameters(), None)
+    dtype = parameter.dtype if parameter is not None and parameter.is_floating_point() else torch.float32
+    logits, targets = [], []
+    for drawing, input_ids, is_answer in drawn_batches(count, seed, split):
+        inputs = with_token_types(model_inputs(drawing.pictures, input_ids))
+        inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+        due = torch.from_numpy(is_answer)[:, 1:]  # the logits at t predict the token at t + 1
+        logits.append(model(**inputs, use_cache=False).logits[:, :-1][due].float())
+        targets.append(inputs["input_ids"][:, 1:][due])
+    return torch.cat(logits), torch.cat(targets)
+
+
+def answer_logits(model: nn.Module, count: int = 64, seed: int = EVALUATION_SEED) -> Tensor:
+    """Logits float32 [8 * count, 64] of the answers on unseen renderings, to compare two models with."""
+    return answers(model, count, seed, "test")[0]
+
+
+def accuracy(model: nn.Module, count: int = 256, seed: int = EVALUATION_SEED) -> float:
+    """Percent of teacher-forced answers that are right, over `count` pictures of unseen renderings."""
+    logits, targets = answers(model, count, seed, "test")
+    return 100.0 * (logits.argmax(-1) == targets).float().mean().item()
+
+
+def write_calibration(folder: str | Path, count: int, seed: int = 0, split: str = "train") -> Path:
+    """Write the pictures of `samples(count, seed, split)` as PNG and their texts as `folder/calibration.jsonl`.
+
+    Returns the path of the jsonl. One line per picture: {"image": file name relative to the jsonl, "prompt": the first
+    question, "response": the rest of the sequence}. Rendered by the checkpoint's chat template, prompt and response
+    together are the sample's token ids.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lines: list[str] = []
+    for drawing, input_ids, _ in drawn_batches(count, seed, split):
+        for picture, ids in zip(drawing.pictures, input_ids, strict=True):
+            name = f"{len(lines) + 1:04d}.png"
+            Image.fromarray(picture).save(folder / name)
+            prompt, *response = [WORDS[token] for token in ids[len(HEAD) :].tolist()]
+            lines.append(json.dumps({"image": name, "prompt": prompt, "response": " ".join(response)}))
+    path = folder / "calibration.jsonl"
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def main(arguments: list[str]) -> None:
+    """Print the accuracy of the float checkpoint in the folder that is the only argument."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    (folder,) = arguments
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder).float().eval()
+    print(f"{accuracy(model):.2f} % of the answers are right")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,5 @@
+"""`python -m vlqc`."""
+
+from vlqc.cli import main
+
+main()

@@ -1,0 +1,191 @@
+"""A Hugging Face checkpoint folder, read one tensor at a time, under its original names.
+
+Newer transformers save `model.visual.*` and `model.language_model.*`; engines know `visual.*` and `model.*`. Every
+name that leaves this file is an original one.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from vlqc.errors import Fault, UserError
+
+INDEX = "model.safetensors.index.json"
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+# Weight files of any kind, which an emitted folder replaces, and files that say where weights are.
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+
+
+def original_name(name: str) -> str:
+    """A tensor or module name of any transformers version -> the name the first release gave it."""
+    for new, old in (("model.visual.", "visual."), ("model.language_model.", "model.")):
+        if name.startswith(new):
+            return old + name.removeprefix(new)
+    return name
+
+
+class Checkpoint:
+    """The tensors and configuration of one folder.
+
+    Raises UserError, with all faults at once, for a folder that cannot be a checkpoint: no such folder, no config.json,
+    no safetensors, a truncated or damaged shard, an index that names files which are missing or outside the folder.
+    """
+
+    def __init__(self, folder: Path, canonical: Callable[[str], str] = original_name) -> None:
+        self.folder = folder
+        self.config = _read_config(folder)
+        self._open: dict[str, Any] = {}
+        self._file_of: dict[str, str] = {}
+        self._stored_name: dict[str, str] = {}
+        self._shape: dict[str, tuple[int, ...]] = {}
+        self._dtype: dict[str, torch.dtype] = {}
+        faults: list[Fault] = []
+        for file in _weight_files(folder):
+            try:
+                opened = safe_open(str(folder / file), "pt")
+                self._list(file, opened, canonical, faults)
+                self._open[file] = opened
+            except (SafetensorError, OSError) as error:
+                fix = "copy the file again: its size or header is not what the format promises"
+                faults.append(Fault("weight file cannot be read", str(folder / file), str(error), fix))
+        if not faults and not self._file_of:
+            faults.append(Fault("the weight files hold no tensors", str(folder)))
+        if faults:
+            raise UserError(*faults)
+
+    def _list(self, file: str, opened: Any, canonical: Callable[[str], str], faults: list[Fault]) -> None:
+        for stored in opened.keys():  # noqa: SIM118 - safe_open is no mapping
+            name = canonical(stored)
+            if name in self._file_of:
+                where = f"{self._file_of[name]} and {file}"
+                faults.append(Fault(f"tensor {name} is stored twice", where, fix="remove the stale weight file"))
+                continue
+            view = opened.get_slice(stored)
+            if view.get_dtype() not in DTYPES:
+                faults.append(Fault(f"tensor {name} has dtype {view.get_dtype()}", file, "vlqc reads float checkpoints"))
+                continue
+            self._file_of[name], self._stored_name[name] = file, stored
+            self._shape[name] = tuple(view.get_shape())
+            self._dtype[name] = DTYPES[view.get_dtype()]
+
+    @property
+    def names(self) -> list[str]:
+        """Original names of all tensors, sorted."""
+        return sorted(self._file_of)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shape[name]
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        return self._dtype[name]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights: the most frequent one among float tensors, by number of elements."""
+        elements: dict[torch.dtype, int] = {}
+        for name, dtype in self._dtype.items():
+            if dtype.is_floating_point:
+                elements[dtype] = elements.get(dtype, 0) + torch.Size(self._shape[name]).numel()
+        if not elements:
+            raise UserError(Fault("the checkpoint holds no float tensor", str(self.folder)))
+        return max(elements, key=lambda dtype: elements[dtype])
+
+    @property
+    def bytes(self) -> int:
+        """Size of all weight files."""
+        return sum((self.folder / file).stat().st_size for file in self._open)
+
+    def tensor(self, name: str) -> Tensor:
+        """The named tensor as stored, checked to be finite. The one place that reads whole tensors."""
+        tensor: Tensor = self._open[self._file_of[name]].get_tensor(self._stored_name[name])
+        if tensor.is_floating_point() and tensor.numel() and not all(map(torch.isfinite, torch.aminmax(tensor))):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise UserError(
+                Fault(
+                    f"weight {name} holds NaN or Inf",
+                    str(self.folder / self._file_of[name]),
+                    f"{bad} of {tensor.numel()} values are not finite; such a weight has no quantized form",
+                    "repair or download the checkpoint again",
+                )
+            )
+        return tensor
+
+    def rows(self, name: str, indices: Tensor) -> Tensor:
+        """Rows of a matrix, gathered from the mapped file: indices int64 [...] -> [..., K] as stored."""
+        view = self._open[self._file_of[name]].get_slice(self._stored_name[name])
+        unique, where = torch.unique(indices, return_inverse=True)
+        gathered = torch.cat([view[int(row) : int(row) + 1] for row in unique])
+        return gathered[where]
+
+    def expect(self, wanted: Iterable[tuple[str, tuple[int, ...]]]) -> None:
+        """UserError listing every tensor that the model needs and the checkpoint lacks or holds in another shape."""
+        faults = []
+        for name, shape in wanted:
+            if name not in self:
+                faults.append(Fault(f"tensor {name} is missing", str(self.folder), f"config.json implies it, as {list(shape)}"))
+            elif self._shape[name] != tuple(shape):
+                has = list(self._shape[name])
+                faults.append(Fault(f"tensor {name} has shape {has}", str(self.folder), f"config.json implies {list(shape)}"))
+        if faults:
+            raise UserError(*faults)
+
+    def side_files(self) -> list[str]:
+        """Everything beside weights and config.json that an engine or a processor may need, sorted; no folders, no links."""
+        return sorted(
+            path.name
+            for path in self.folder.iterdir()
+            if path.is_file() and path.name != "config.json" and not path.name.endswith(WEIGHT_SUFFIXES)
+            and not path.name.startswith(".") and path.suffix != ".py"
+        )  # fmt: skip
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise UserError(Fault("no such checkpoint folder", str(folder), fix="give the folder that holds config.json"))
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        fix = "give the folder of a Hugging Face checkpoint"
+        raise UserError(Fault("the folder holds no config.json", str(folder), fix=fix)) from None
+    except (OSError, ValueError) as error:
+        raise UserError(Fault("config.json cannot be read", str(path), str(error))) from None
+    if not isinstance(config, dict):
+        raise UserError(Fault("config.json is not a JSON object", str(path)))
+    return config
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """File names of the shards: those of the index if there is one, otherwise every *.safetensors."""
+    index = folder / INDEX
+    if not index.is_file():
+        files = sorted(path.name for path in folder.glob("*.safetensors"))
+        if not files:
+            fix = "convert the checkpoint to safetensors first; .bin files are not read because loading them runs code"
+            raise UserError(Fault("the folder holds no *.safetensors", str(folder), fix=fix))
+        return files
+    try:
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        files = sorted({str(file) for file in listed})
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(Fault("the index of weight files cannot be read", str(index), repr(error))) from None
+    faults = []
+    for file in files:
+        if Path(file).name != file or file in ("", ".", ".."):
+            faults.append(Fault(f"the index names {file!r}", str(index), "weight files must lie in the checkpoint's own folder"))
+        elif not (folder / file).is_file():
+            faults.append(Fault(f"weight file {file} is missing", str(folder), f"{INDEX} names it", "download it again"))
+    if faults:
+        raise UserError(*faults)
+    return files

@@ -1,0 +1,202 @@
+"""The command line: arguments and exit codes, no logic.
+
+0: fine; 1: a folder failed verification; 2: something in the user's input; 70: a fault of vlqc; 130: interrupted.
+"""
+
+import functools
+import inspect
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from vlqc.errors import Fault, UserError, VlqcError
+from vlqc.options import Options, extra_of, flag_of
+
+USER, INTERNAL, INTERRUPTED = 2, 70, 130
+
+app = typer.Typer(
+    name="vlqc",
+    help="Quantization compiler for Qwen2.5-VL checkpoints that vLLM Ascend and MindIE serve. "
+    "In option names a dash and an underscore are the same.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda name: name.replace("-", "_"),
+    },
+)
+
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Checkpoint folder.", show_default=False)]
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the findings as JSON.")]
+
+
+def main() -> None:
+    """Entry of `vlqc` and `python -m vlqc`."""
+    app(prog_name="vlqc")
+
+
+def _answering(command: Callable[..., None]) -> Callable[..., None]:
+    """Turns what `command` raises into text on stderr and an exit code."""
+
+    @functools.wraps(command)
+    def answer(*args: Any, **given: Any) -> None:
+        try:
+            command(*args, **given)
+        except VlqcError as error:
+            _print_error(error)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            _stderr().print("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+        except (typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except Exception:
+            traceback.print_exc()
+            _stderr().print("this is a fault of vlqc; please report it with the lines above")
+            raise typer.Exit(INTERNAL) from None
+
+    return answer
+
+
+def _with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives `command`, which takes **options, one parameter per field of Options. Only what was given arrives."""
+    taken = [each for each in inspect.signature(command).parameters.values() if each.kind is not each.VAR_KEYWORD]
+    parameters = taken + [_parameter(name) for name in Options.model_fields]
+
+    @functools.wraps(command)
+    def with_options(**given: Any) -> None:
+        command(**{name: value for name, value in given.items() if value is not None})
+
+    with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    with_options.__annotations__ = {each.name: each.annotation for each in parameters}
+    return with_options
+
+
+def _parameter(name: str) -> inspect.Parameter:
+    """A field of Options as typer sees it. Values stay text: Options reads them, so that all faults come at once."""
+    field = Options.model_fields[name]
+    extra = extra_of(field)
+    values = extra["values"] or (["True", "False"] if field.annotation is bool else [])
+    default: Any = (
+        False if extra["flag"] else None if field.is_required() or field.default is None else str(field.default)
+    )
+    option = typer.Option(
+        flag_of(name),
+        help=field.description,
+        rich_help_panel=extra["panel"],
+        metavar=None if extra["flag"] else "|".join(map(str, values)) or _placeholder(str(field.annotation)),
+    )
+    kind = bool if extra["flag"] else str | None
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
+
+
+def _placeholder(annotation: str) -> str:
+    return "PATH" if "Path" in annotation else "NUMBER" if "int" in annotation else "TEXT"
+
+
+@app.command("compile")
+@_answering
+@_with_options
+def compile_command(**options: Any) -> None:
+    """Quantize a checkpoint: float folder in, int8 folder out."""
+    Options.from_user(**options)  # before anything heavy is imported
+
+    from vlqc.compiler import compile
+    from vlqc.progress import TerminalProgress, print_summary
+
+    progress = TerminalProgress(_stderr())
+    try:
+        result = compile(progress=progress, **options)
+    finally:
+        progress.finish()
+    print_summary(result, Console())
+
+
+@app.command("inspect")
+@_answering
+def inspect_command(folder: Folder, json_file: JsonFile = None) -> None:
+    """Show what a float or compiled checkpoint holds: schemes, sizes and ranges per part of the model."""
+    _check_json_file(json_file)
+    from vlqc.inspection import inspect_folder
+
+    inspection = inspect_folder(folder)
+    inspection.render(Console())
+    if json_file is not None:
+        json_file.write_text(inspection.to_json(), encoding="utf-8")
+
+
+@app.command("verify")
+@_answering
+def verify_command(
+    folder: Folder,
+    model_path: Annotated[
+        Path | None,
+        typer.Option("--model_path", metavar="FLOAT", help="Float checkpoint to compare with."),
+    ] = None,
+    calib_images: Annotated[
+        Path | None,
+        typer.Option("--calib_images", metavar="PICTURES", help="What to compare logits on."),
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Check a compiled folder as the engines would, before anybody needs an NPU. Exit code 1 if anything is wrong."""
+    _check_json_file(json_file)
+    from vlqc.verify import verify_folder
+
+    report = verify_folder(folder, model_path=model_path, calib_images=calib_images)
+    report.render(Console())
+    if json_file is not None:
+        json_file.write_text(report.to_json(), encoding="utf-8")
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@app.command("passes")
+@_answering
+@_with_options
+def passes_command(
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Print the pipeline that the compile options below build.")
+    ] = False,
+    **options: Any,
+) -> None:
+    """List the passes with their options, or explain which of them a compilation runs."""
+    if explain:
+        checked = Options.without_paths(**options)
+        from vlqc.pipeline import pipeline_text
+
+        typer.echo(pipeline_text(checked))
+        return
+    from vlqc.pass_table import print_passes
+
+    print_passes(Console())
+
+
+def _check_json_file(file: Path | None) -> None:
+    """Before the work, not after it."""
+    if file is not None and (file.is_dir() or not file.parent.is_dir()):
+        why = "it is a folder" if file.is_dir() else f"there is no folder {file.parent}"
+        raise UserError(Fault(f"--json {file} cannot be written", why=why, fix="name a file in an existing folder"))
+
+
+def _stderr() -> Console:
+    return Console(stderr=True)
+
+
+def _print_error(error: VlqcError) -> None:
+    """The faults one below the other, what is wrong in bold where the terminal can."""
+    console = _stderr()
+    if not isinstance(error, UserError):
+        console.print(Text(str(error)), soft_wrap=True)
+        return
+    for fault in error.faults:
+        head, *rest = str(fault).split("\n")
+        console.print(Text.assemble(("error: ", "bold red"), (head, "bold")), soft_wrap=True)
+        for line in rest:
+            console.print(Text(line), soft_wrap=True)

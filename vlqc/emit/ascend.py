@@ -1,0 +1,68 @@
+"""What every Ascend layout shares: which tensors a stage becomes, how each is marked, how much room they take."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlqc.checkpoint import Checkpoint
+from vlqc.emit.shards import ENTRY_BYTES
+from vlqc.engines import VLLM_ASCEND, Scheme, legal_schemes, stays_float_by_seed
+from vlqc.errors import Fault, UserError
+from vlqc.ir import Stage
+from vlqc.model import FloatModel
+
+TENSORS_PER_LINEAR = 8  # the most that one Linear becomes: weight, bias and six companions
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One emitted tensor: checkpoint name, value, and its word in the description."""
+
+    name: str
+    tensor: Tensor
+    mark: Scheme
+
+
+def emitted_dtype(stored: torch.dtype) -> torch.dtype:
+    """Engines run bfloat16 and float16; everything else is emitted as bfloat16."""
+    return stored if stored in (torch.bfloat16, torch.float16) else torch.bfloat16
+
+
+def float_entry(name: str, tensor: Tensor, dtype: torch.dtype) -> Entry:
+    """An unquantized tensor in the emitted dtype; UserError if a value leaves its range."""
+    value = tensor.to(dtype)
+    if value.numel() and not all(map(torch.isfinite, torch.aminmax(value))):
+        why = f"its largest value {float(tensor.abs().amax()):g} is beyond {dtype}".replace("torch.", "")
+        raise UserError(Fault(f"{name} cannot be stored", why=why, fix="compile from a bfloat16 or float32 checkpoint"))
+    return Entry(name, value, Scheme.FLOAT)
+
+
+def stage_entries(stage: Stage) -> Iterator[Entry]:
+    """The tensors of a lowered stage in module order: integers and scales of quantized linears, all else in float."""
+    for path, module in stage.live.named_modules():
+        scheme = getattr(module, "scheme", None)
+        if scheme is None:
+            for name, parameter in module.named_parameters(recurse=False):
+                local = f"{path}.{name}" if path else name
+                yield float_entry(stage.checkpoint_name(local), parameter, stage.dtype)
+            continue
+        for name, buffer in module.named_buffers(recurse=False):
+            full = f"{stage.checkpoint_name(path)}.{name}"
+            yield float_entry(full, buffer, stage.dtype) if name == "bias" else Entry(full, buffer, Scheme(scheme))
+
+
+def header_bytes(checkpoint: Checkpoint) -> int:
+    """An upper bound of the header of a file that holds everything made of this checkpoint."""
+    return 1024 + sum((len(name.encode()) + 24 + ENTRY_BYTES) * TENSORS_PER_LINEAR for name in checkpoint.names)
+
+
+def expected_bytes(model: FloatModel) -> int:
+    """About how much room the result takes: a byte per weight of what is quantized by default, floats as emitted."""
+    checkpoint, total = model.checkpoint, header_bytes(model.checkpoint)
+    for name, parameter in model.parameters(model.module).items():
+        layer = name.removesuffix(".weight")
+        quantized = len(legal_schemes(VLLM_ASCEND, layer)) > 1 and not stays_float_by_seed(layer)
+        total += parameter.numel() * (1 if quantized else emitted_dtype(checkpoint.dtype).itemsize)
+    return total

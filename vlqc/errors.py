@@ -1,0 +1,53 @@
+"""What can go wrong, in two kinds: the user's input (exit code 2) and our own mistakes (exit code 70)."""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong: what, where, why, and what to do about it. Only `what` is required."""
+
+    what: str
+    where: str = ""
+    why: str = ""
+    fix: str = ""
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        for label, text in (("where", self.where), ("why", self.why), ("what to do", self.fix)):
+            if text:
+                lines.append(f"  {label}: {text}")
+        return "\n".join(lines)
+
+
+class VlqcError(Exception):
+    """Every error that vlqc raises on purpose."""
+
+    exit_code = 1
+
+
+class UserError(VlqcError):
+    """Input that cannot be used. Carries every fault found in that input, not only the first."""
+
+    exit_code = 2
+
+    def __init__(self, *faults: Fault | str) -> None:
+        self.faults = tuple(fault if isinstance(fault, Fault) else Fault(fault) for fault in faults)
+        super().__init__("\n".join(str(fault) for fault in self.faults))
+
+
+class InternalError(VlqcError):
+    """A promise of vlqc's own that did not hold (a pass that lies, a fold that changes the result)."""
+
+    exit_code = 70
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"{message}\n  what to do: this is a fault of vlqc; please report it with the dump of --dump_ir")
+
+
+def near_miss(given: str, known: Iterable[str]) -> str:
+    """A sentence naming the closest known words, or an empty string."""
+    close = difflib.get_close_matches(given, list(known), n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else ""

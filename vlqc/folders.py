@@ -1,0 +1,120 @@
+"""Where a compilation may read and write: rules about the folders that the user names, before anything is loaded."""
+
+from pathlib import Path
+from typing import Protocol
+
+from vlqc.errors import Fault, near_miss
+
+
+class NamedFolders(Protocol):
+    """The options that the rules look at; None: not given, or not readable as a path."""
+
+    @property
+    def model_path(self) -> Path | None: ...
+    @property
+    def save_directory(self) -> Path | None: ...
+    @property
+    def calib_images(self) -> Path | None: ...
+    @property
+    def dump_ir(self) -> Path | None: ...
+    @property
+    def overwrite(self) -> bool: ...
+
+
+def path_faults(given: NamedFolders) -> list[Fault]:
+    """Everything wrong with the folders; links are resolved first. Nothing is created or changed."""
+    faults: list[Fault] = []
+    for rule in (_model_rule, _save_rule, _dump_rule, _pictures_rule):
+        try:
+            faults += rule(given)
+        except (OSError, RuntimeError) as error:  # a name too long, no permission, a circle of links
+            faults.append(Fault("a folder cannot be looked at", why=str(error)))
+    return faults
+
+
+def _model_rule(given: NamedFolders) -> list[Fault]:
+    return [] if given.model_path is None else model_faults(given.model_path)
+
+
+def _save_rule(given: NamedFolders) -> list[Fault]:
+    if given.save_directory is None:
+        return []
+    overlap = [] if given.model_path is None else _overlap_faults(given.model_path, given.save_directory)
+    return overlap or _save_faults(given.save_directory, given.overwrite)
+
+
+def _dump_rule(given: NamedFolders) -> list[Fault]:
+    if given.dump_ir is None:
+        return []
+    what, fix = f"--dump_ir {given.dump_ir}", "name another folder"
+    if given.dump_ir.exists() and not given.dump_ir.is_dir():
+        return [Fault(what, why="it is a file", fix=fix)]
+    if given.save_directory is not None and _within(given.dump_ir.resolve(), given.save_directory.resolve()):
+        return [Fault(what, why="it lies in the save folder, which holds the finished checkpoint only", fix=fix)]
+    if given.model_path is not None and _within(given.dump_ir.resolve(), given.model_path.resolve()):
+        return [Fault(what, why="it lies in the model folder, which vlqc only reads", fix=fix)]
+    return []
+
+
+def _pictures_rule(given: NamedFolders) -> list[Fault]:
+    if given.calib_images is None or given.save_directory is None:
+        return []
+    if not _within(given.calib_images.resolve(), given.save_directory.resolve()):
+        return []
+    what, why = f"--calib_images {given.calib_images}", "it lies in the save folder, which is replaced as a whole"
+    return [Fault(what, why=why, fix="name another save folder, or move the pictures")]
+
+
+def model_faults(folder: Path, flag: str = "--model_path") -> list[Fault]:
+    """What keeps `folder` from being a checkpoint folder: it is missing, or a file."""
+    if folder.is_dir():
+        return []
+    what = f"{flag} {folder}"
+    if folder.exists():
+        return [Fault(what, why="it is a file", fix=f"name the folder around it: {flag} {folder.parent}")]
+    close = _neighbours(folder)
+    looks_like_hub = not folder.is_absolute() and len(folder.parts) == 2 and not folder.parent.exists()
+    hub = "vlqc reads folders on this machine only: download the model first and name its folder"
+    return [Fault(what, why="there is no such folder", fix=hub if looks_like_hub else close or "check the spelling")]
+
+
+def _neighbours(folder: Path) -> str:
+    try:
+        return near_miss(folder.name, [each.name for each in folder.parent.iterdir() if each.is_dir()])
+    except OSError:  # the folder above is missing too, or may not be read
+        return ""
+
+
+def _save_faults(save: Path, overwrite: bool) -> list[Fault]:
+    what, real = f"--save_directory {save}", save.resolve()
+    if real.is_file():
+        return [Fault(what, why="a file of that name exists", fix="name a new or empty folder")]
+    above = next((each for each in real.parents if each.exists()), None)
+    if above is not None and not above.is_dir():
+        return [Fault(what, why=f"{above} is a file", fix="name a folder inside a folder")]
+    if not real.is_dir():
+        return []
+    # The whole folder gets exchanged, so the folders that a slip of the keyboard may name are out of bounds.
+    if real == Path(real.anchor) or _within(Path.home(), real) or _within(Path.cwd(), real):
+        why = "it is the home folder, the current folder, or above one of them; the save folder is replaced as a whole"
+        return [Fault(what, why=why, fix="name a new folder")]
+    if not overwrite and any(real.iterdir()):
+        return [Fault(what, why="the folder is not empty", fix="name a new folder, or add --overwrite to replace it")]
+    return []
+
+
+def _overlap_faults(model: Path, save: Path) -> list[Fault]:
+    what = f"--save_directory {save}"
+    real_model, real_save = model.resolve(), save.resolve()
+    fix = "name a folder outside the model folder"
+    if real_model == real_save:
+        return [Fault(what, why=f"it is the model folder itself ({real_model})", fix=fix)]
+    if _within(real_save, real_model):
+        return [Fault(what, why=f"it lies inside the model folder {real_model}", fix=fix)]
+    if _within(real_model, real_save):
+        return [Fault(what, why=f"the model folder {real_model} lies inside it", fix=fix)]
+    return []
+
+
+def _within(inner: Path, outer: Path) -> bool:
+    return inner == outer or outer in inner.parents

@@ -1,0 +1,337 @@
+"""The intermediate representation: a stage, its sites, what was observed at them, and what is to become of them.
+
+A *stage* is one submodule of the model that is compiled as a unit (a vision block, the merger, a decoder layer). It
+joins the real module, the graph recorded from it, and the facts that passes add. Everything a pass reads or writes is
+in this file; how it looks as text is in `printer`, what must hold of it in `invariants`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from vlqc.engines import Scheme
+
+MODALITIES = ("text", "image")
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments with which one sample enters a stage, and which of its rows are what.
+
+    modality: int8 [rows], an index into `MODALITIES` per token row of the stage's inputs, or -1 for padding;
+    None where every row is an image token.
+    """
+
+    sample: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    modality: Tensor | None = None
+
+
+@dataclass
+class ChannelRange:
+    """Running statistics per channel over the rows of one modality; all tensors float32 [K], sums in float64."""
+
+    rows: int
+    minimum: Tensor
+    maximum: Tensor
+    sum: Tensor
+    sum_of_squares: Tensor
+
+    @classmethod
+    def empty(cls, channels: int) -> "ChannelRange":
+        infinite = torch.full((channels,), torch.inf)
+        zero = torch.zeros(channels, dtype=torch.float64)
+        return cls(0, infinite, -infinite, zero, zero.clone())
+
+
+@dataclass
+class Observation:
+    """What passed one point of the graph: exact ranges and moments of every row, and a bounded choice of rows.
+
+    ranges: per modality name, over all rows; a modality that never appeared is absent.
+    kept: float32 [T, K], an evenly spread choice of at most the observer's budget; kept_modality: int8 [T].
+    """
+
+    channels: int
+    ranges: dict[str, ChannelRange] = field(default_factory=dict)
+    kept: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    kept_modality: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int8))
+
+    @property
+    def rows(self) -> int:
+        return sum(seen.rows for seen in self.ranges.values())
+
+    def minimum(self) -> Tensor:
+        """float32 [K], over all modalities."""
+        return torch.stack([seen.minimum for seen in self.ranges.values()]).amin(0)
+
+    def maximum(self) -> Tensor:
+        """float32 [K], over all modalities."""
+        return torch.stack([seen.maximum for seen in self.ranges.values()]).amax(0)
+
+    def second_moment(self) -> Tensor:
+        """float32 [K]: mean of x^2; every modality counts the same, however many rows it has."""
+        means = [seen.sum_of_squares / max(seen.rows, 1) for seen in self.ranges.values()]
+        return torch.stack(means).mean(0).float()
+
+    def rescaled(self, divisor: Tensor) -> "Observation":
+        """The same observation after every row was divided by `divisor` float32 [K] > 0 (a fold is linear)."""
+        ranges = {
+            name: ChannelRange(
+                seen.rows, seen.minimum / divisor, seen.maximum / divisor, seen.sum / divisor, seen.sum_of_squares / divisor.double() ** 2
+            )
+            for name, seen in self.ranges.items()
+        }
+        return Observation(self.channels, ranges, self.kept / divisor, self.kept_modality)
+
+
+@dataclass(frozen=True)
+class InputQuantization:
+    """Static per-tensor asymmetric int8: q = clamp(rint(x / scale + offset), -128, 127). One for a whole group."""
+
+    scale: float
+    offset: float
+
+
+@dataclass(frozen=True)
+class WeightQuantization:
+    """Symmetric per output channel: weight ~ integers * scale. integers int8 [N, K], scale float32 [N, 1]."""
+
+    integers: Tensor
+    scale: Tensor
+
+
+@dataclass
+class Site:
+    """One Linear of a stage: what it is, and, as passes decide it, what it becomes.
+
+    name: checkpoint name without `.weight`; target: path in the stage's module tree; source: name of the graph node
+    whose value is its input (members of a group share it); shape: (N outputs, K inputs).
+    """
+
+    name: str
+    target: str
+    source: str
+    shape: tuple[int, int]
+    scheme: Scheme | None = None
+    reason: str = ""
+    input: InputQuantization | None = None
+    weight: WeightQuantization | None = None
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A producer whose per-channel scale its consumers can absorb.
+
+    producer: target of a norm or Linear; usable: bool [C], its foldable channels; consumers: for each Linear target the
+    int64 map [K] from input column to producer channel, -1 where the column does not come from a usable channel.
+    """
+
+    producer: str
+    usable: Tensor
+    consumers: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class TensorSummary:
+    """What the text says of a tensor: enough to see that it changed."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    absmax: float
+    digest: str
+
+
+@dataclass(frozen=True)
+class MapSummary:
+    """What the text says of the channels or columns of an edge: how many of them take part."""
+
+    used: int
+    total: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class EdgeSummary:
+    producer: str
+    usable: MapSummary
+    consumers: Mapping[str, MapSummary]
+
+
+@dataclass(frozen=True)
+class ObservationSummary:
+    """rows: per modality; minimum, maximum: over all channels, None without rows; kept: number of kept rows."""
+
+    channels: int
+    rows: Mapping[str, int]
+    minimum: float | None
+    maximum: float | None
+    kept: int
+    digest: str
+
+
+@dataclass
+class Summaries:
+    """What a parsed stage knows of tensors that its text only summarizes.
+
+    weights: per site name the (integers, scale) of its quantized weight; edges: None where none were computed;
+    observations: per node name.
+    """
+
+    weights: dict[str, tuple[TensorSummary, TensorSummary]] = field(default_factory=dict)
+    edges: tuple[EdgeSummary, ...] | None = None
+    observations: dict[str, ObservationSummary] = field(default_factory=dict)
+
+
+@dataclass
+class Stage:
+    """One compiled unit.
+
+    name: checkpoint prefix; part: vision, merger or language; dtype: in which float tensors are emitted;
+    module: the submodule with real float32 weights, or None if the stage was parsed from text;
+    graph: recorded once, specialised to the shapes of the traced call; nodes carry meta["shape"] and meta["dtype"];
+    calls: how each sample enters; outputs: what each returned, filled by `run`; probe: the call that proofs run on;
+    checkpoint_name: parameter or module path in the stage -> checkpoint name;
+    tensors, summaries: only of a stage parsed from text, in place of its weights, `Site.weight`, edges, observations.
+    """
+
+    name: str
+    part: str
+    dtype: torch.dtype
+    module: nn.Module | None
+    graph: fx.Graph
+    sites: dict[str, Site]
+    calls: Sequence[Call] = ()
+    probe: Call | None = None
+    outputs: list[Any] = field(default_factory=list)
+    observations: dict[str, Observation] = field(default_factory=dict)
+    edges: tuple[Edge, ...] | None = None
+    tensors: dict[str, TensorSummary] = field(default_factory=dict)
+    summaries: Summaries = field(default_factory=Summaries)
+    checkpoint_name: Callable[[str], str] = lambda target: target
+    notes: list[str] = field(default_factory=list)
+    on_sample: Callable[[int], None] = lambda done: None
+
+    @property
+    def live(self) -> nn.Module:
+        """The module of a stage that was traced, not parsed."""
+        if self.module is None:
+            raise ValueError(f"stage {self.name} was parsed from text and has no weights")
+        return self.module
+
+    def groups(self) -> dict[str, list[Site]]:
+        """Sites by the node they read: an engine's fused group shares one input."""
+        groups: dict[str, list[Site]] = {}
+        for site in self.sites.values():
+            groups.setdefault(site.source, []).append(site)
+        return groups
+
+    def node(self, name: str) -> fx.Node:
+        found: fx.Node = next(node for node in self.graph.nodes if node.name == name)
+        return found
+
+    def linear(self, site: Site) -> nn.Linear:
+        """The float Linear of a site that is not lowered yet."""
+        module = self.live.get_submodule(site.target)
+        if not isinstance(module, nn.Linear):
+            raise TypeError(f"{site.name} is {type(module).__name__}, not Linear: it was lowered before")
+        return module
+
+    def site_at(self, target: str) -> Site:
+        return next(site for site in self.sites.values() if site.target == target)
+
+    @torch.no_grad()
+    def run(self, watch: "Mapping[str, Callable[[Tensor, Call], None]] | None" = None) -> None:
+        """Runs every sample through the stage once and keeps the outputs; `watch` sees inputs of modules by target."""
+        self.outputs = []
+        for done, call in enumerate(self.calls):
+            with watching(self.live, watch or {}, call):
+                self.outputs.append(self.live(*call.args, **call.kwargs))
+            self.on_sample(done + 1)
+
+    @torch.no_grad()
+    def run_probe(self) -> Tensor:
+        """float32: the stage's first output tensor for the probe call, flattened."""
+        if self.probe is None:
+            raise ValueError(f"stage {self.name} has no probe call")
+        return first_tensor(self.live(*self.probe.args, **self.probe.kwargs)).float().flatten()
+
+
+@contextmanager
+def watching(root: nn.Module, watch: Mapping[str, Callable[[Tensor, Call], None]], call: Call) -> Iterator[None]:
+    """Inside, each named module shows its first argument to its watcher before it runs."""
+
+    def show(watcher: Callable[[Tensor, Call], None]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            watcher(args[0], call)
+
+        return hook
+
+    handles = [root.get_submodule(target).register_forward_pre_hook(show(watcher)) for target, watcher in watch.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The hidden states in what a block returns: the tensor itself, or the first of a tuple or of a mapping's values."""
+    if isinstance(output, Tensor):
+        return output
+    values = output.values() if isinstance(output, Mapping) else output
+    return next(value for value in values if isinstance(value, Tensor))
+
+
+def observe(value: Tensor) -> Tensor:
+    """Marks in the graph that `value` is observed: returns it; the node is used by no other."""
+    return value
+
+
+def fingerprint(tensor: Tensor) -> int:
+    """A 63-bit number of the tensor's bytes, the same on every device and world; not cryptographic.
+
+    Bytes are read as 64-bit words; word i is multiplied by an odd constant that depends on i, all summed modulo 2^64,
+    so that a changed, moved or swapped word shows. Chunked, so that the temporaries stay in the cache.
+    """
+    flat = tensor.detach().contiguous().flatten().view(torch.uint8)
+    total, padding = flat.numel(), -flat.numel() % 8
+    if padding or flat.storage_offset() % 8:  # a view as words starts at a whole word
+        flat = torch.cat([flat, flat.new_zeros(padding)])
+    words = flat.view(torch.int64)
+    chunk = 1 << 16
+    multipliers = torch.arange(1, min(chunk, words.numel()) + 1, device=words.device) * 0x9E3779B97F4A7C1 * 2 + 1
+    for number, part in enumerate(torch.split(words, chunk)):
+        mixed = (part ^ _shifted(part, 29)) * multipliers[: part.numel()]
+        total = (total * 1000003 + int((mixed ^ _shifted(mixed, 32)).sum()) + number) & 0x7FFFFFFFFFFFFFFF
+    return total
+
+
+def _shifted(words: Tensor, bits: int) -> Tensor:
+    """Logical shift to the right (`>>` copies the sign bit: a word and its complement would come out the same)."""
+    return (words >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def digest(*tensors: Tensor) -> str:
+    """Eight hexadecimal digits of the fingerprints of one or several tensors, in this order."""
+    total = 0
+    for tensor in tensors:
+        total = (total * 1000003 + fingerprint(tensor)) & 0x7FFFFFFFFFFFFFFF
+    return f"{total:016x}"[-8:]
+
+
+def absmax(tensor: Tensor) -> float:
+    """max |tensor|; NaN if there is one, 0 if it is empty. By minimum and maximum: no temporary, and |-128| is 128."""
+    if not tensor.numel():
+        return 0.0
+    low, high = torch.aminmax(tensor.detach())
+    return max(abs(float(low)), abs(float(high)))
+
+
+def summarize(tensor: Tensor) -> TensorSummary:
+    return TensorSummary(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), absmax(tensor), digest(tensor))

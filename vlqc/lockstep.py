@@ -1,0 +1,133 @@
+"""Suspended forwards: every sample runs the model's own code, and all of them stop at the door of each stage.
+
+`model(**inputs)` of each sample runs as a coroutine. A stage's `forward` is replaced by a switch back to the compiler
+that carries the stage's arguments; the compiler answers with the stage's outputs. What lies between stages (window
+reordering, rotary embeddings, image features scattered into the text) is therefore always the model's own code.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import greenlet
+import torch
+from torch import Tensor, nn
+
+from vlqc.errors import InternalError
+from vlqc.ir import Call
+from vlqc.model import FloatModel
+
+
+@dataclass
+class Stop:
+    """All samples that stand before one stage. Whoever receives it fills `outputs`, one per call, before going on."""
+
+    name: str
+    module: nn.Module
+    calls: list[Call]
+    outputs: list[Any] = field(default_factory=list)
+
+
+@dataclass
+class _Suspended:
+    run: greenlet.greenlet
+    modality: Tensor
+    at: nn.Module | None = None
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    result: Any = None
+
+
+class Lockstep:
+    """Advances all samples one stage at a time.
+
+        with Lockstep(model, samples) as lockstep:
+            for stop in lockstep:
+                stop.outputs = [stop.module(*call.args, **call.kwargs) for call in stop.calls]
+
+    Samples need not visit every stage: text-only ones never stop in the vision tower. Without `to_the_end` the
+    iteration ends at the last stage and nothing behind it (final norm, output head) ever runs; with it, `results`
+    holds what `model(**inputs)` returned per sample.
+    """
+
+    def __init__(self, model: FloatModel, samples: Sequence[dict[str, Tensor]], *, to_the_end: bool = False) -> None:
+        self.model = model
+        self.samples = samples
+        self.to_the_end = to_the_end
+        self.results: list[Any] = []
+        self._suspended: list[_Suspended] = []
+
+    def __enter__(self) -> "Lockstep":
+        compiler = greenlet.getcurrent()
+
+        def door(stage: nn.Module) -> Any:
+            return lambda *args, **kwargs: compiler.switch((stage, args, kwargs))
+
+        for stage in self.model.stages.values():
+            stage.forward = door(stage)
+        try:
+            for sample in self.samples:
+                inputs = self.model.inputs(sample)
+                run = greenlet.greenlet(lambda given=inputs: (None, (self.model.module(**given),), {}), compiler)
+                self._suspended.append(_Suspended(run, row_modality(sample, self.model.module)))
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        for suspended in self._suspended:
+            if suspended.run:
+                suspended.run.throw(greenlet.GreenletExit)
+        self._suspended.clear()
+        for stage in self.model.stages.values():
+            stage.__dict__.pop("forward", None)
+
+    def __iter__(self) -> Iterator[Stop]:
+        for suspended in self._suspended:
+            self._resume(suspended)
+        last = list(self.model.stages)[-1]
+        for name, stage in self.model.stages.items():
+            standing = [number for number, one in enumerate(self._suspended) if one.at is stage]
+            calls = [self._call(number, stage) for number in standing]
+            stop = Stop(name, stage, calls)
+            forward = stage.__dict__.pop("forward")
+            try:
+                yield stop
+            finally:
+                stage.forward = forward
+            if len(stop.outputs) != len(calls):
+                raise InternalError(f"{name}: {len(calls)} samples stand before it, {len(stop.outputs)} were answered")
+            if name == last and not self.to_the_end:
+                return
+            for number, output in zip(standing, stop.outputs, strict=True):
+                self._resume(self._suspended[number], output)
+        for suspended in self._suspended:
+            if suspended.at is not None:
+                where = self.model.name(suspended.at)
+                raise InternalError(f"a sample returned to {where} after the stages behind it: stages are out of order")
+        self.results = [suspended.result for suspended in self._suspended]
+
+    def _call(self, number: int, stage: nn.Module) -> Call:
+        one = self._suspended[number]
+        return Call(number, one.args, one.kwargs, one.modality if self.model.reads_text(stage) else None)
+
+    @staticmethod
+    def _resume(suspended: _Suspended, *answer: Any) -> None:
+        suspended.at, suspended.args, suspended.kwargs = None, (), {}
+        with torch.no_grad():
+            suspended.at, args, suspended.kwargs = suspended.run.switch(*answer)
+        if suspended.at is None:
+            (suspended.result,) = args
+        else:
+            suspended.args = args
+
+
+def row_modality(sample: dict[str, Tensor], model: nn.Module) -> Tensor:
+    """int8 [B*S]: 0 text, 1 image, -1 padding (an index into ir.MODALITIES), from input_ids and attention_mask [B, S]."""
+    ids = sample["input_ids"]
+    modality = (ids == model.config.image_token_id).to(torch.int8)  # type: ignore[union-attr]
+    mask = sample.get("attention_mask")
+    if mask is not None and mask.shape == ids.shape:
+        modality = torch.where(mask == 0, torch.full_like(modality, -1), modality)
+    return modality.flatten()

@@ -1,0 +1,192 @@
+"""Pictures and text -> the tensors that Qwen2.5-VL's forward takes, with the checkpoint's own tokenizer and settings.
+
+The processor class of transformers is not used: in 5.x it wants torchvision. Image processor, chat template and
+tokenizer are called directly instead, which gives the tensors of the 4.49 processor in every version.
+"""
+
+import importlib.util
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vlqc.errors import Fault, UserError
+from vlqc.pictures import BadPicture, load_process_vision_info
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "tokenizer_config.json")
+IMAGE_SETTINGS = "preprocessor_config.json"
+ALL_SETTINGS = "processor_config.json"  # newer transformers keep the settings of every part in this one file
+READY_INPUTS = "or call vlqc.compile from Python with samples=[...], ready model inputs that need neither"
+
+Patches = tuple[torch.Tensor, torch.Tensor]  # pixel_values [P, C*T*p*p] float32, image_grid_thw [1, 3] int64
+
+
+class ModelInputs:
+    """Makes model inputs with what lies in `model_path`. No network. UserError if tokenizer or settings are unusable.
+
+    notes: what the user should know about how prompts were built.
+    """
+
+    def __init__(self, model_path: Path, *, trust_remote_code: bool = False) -> None:
+        self._model_path = model_path
+        self._trust_remote_code = trust_remote_code
+        self._tokenizer = self._load_tokenizer()
+        self._image_token: str = getattr(self._tokenizer, "image_token", None) or "<|image_pad|>"
+        self._template = _read_chat_template(model_path) or _only_template(self._tokenizer.chat_template)
+        self.notes = (
+            [] if self._template else [f"{model_path} has no chat template: prompts follow Qwen2.5-VL's own form"]
+        )
+
+    def patches_of(self, picture: "Image") -> Patches:
+        """An RGB picture -> its patches and its grid. Raises BadPicture with the processor's reason."""
+        self._check_image_token()
+        asked = [{"role": "user", "content": [{"type": "image", "image": picture}]}]
+        try:
+            resized, _ = self._process_vision_info(asked)
+            made = self._image_processor(images=resized, return_tensors="pt")
+        except (ValueError, ArithmeticError, AssertionError) as error:  # its checks of size and shape
+            raise BadPicture(f"the image processor refuses it: {error}") from error
+        return made["pixel_values"].to(torch.float32), made["image_grid_thw"].to(torch.int64)
+
+    def build(self, pictures: list[Patches], prompt: str, response: str | None = None) -> dict[str, torch.Tensor]:
+        """The pictures, then the prompt, then the response if any -> input_ids, attention_mask [1, S] int64, and with
+        pictures pixel_values [P, C*T*p*p] float32, image_grid_thw [n, 3] int64. ValueError if a text holds pictures."""
+        if any(self._image_token in text for text in (prompt, response or "")):
+            raise ValueError(f"the text contains {self._image_token}, which stands for a picture")
+        text = self._in_chat_form(len(pictures), prompt, response)
+        tokens_of = [int(grid.prod()) // self._image_processor.merge_size**2 for _, grid in pictures]
+        pieces = text.split(self._image_token)
+        if len(pieces) != len(pictures) + 1:
+            what = f"the chat template of {self._model_path} does not show every picture once"
+            raise UserError(Fault(what, why=f"{len(pictures)} pictures, {len(pieces) - 1} times {self._image_token}"))
+        text = pieces[0] + "".join(
+            self._image_token * count + piece for count, piece in zip(tokens_of, pieces[1:], strict=True)
+        )
+        tokens = self._tokenizer([text], padding=False, return_attention_mask=True, return_tensors="pt")
+        sample = {name: tokens[name].to(torch.int64) for name in ("input_ids", "attention_mask")}
+        if pictures:
+            sample["pixel_values"] = torch.cat([patches for patches, _ in pictures])
+            sample["image_grid_thw"] = torch.cat([grid for _, grid in pictures])
+        return sample
+
+    def _in_chat_form(self, pictures: int, prompt: str, response: str | None) -> str:
+        """The conversation as one text, with one image token per picture."""
+        if self._template is None:
+            return self._in_own_form(pictures, prompt, response)
+        asked = [{"type": "image", "image": "picture"}] * pictures + [{"type": "text", "text": prompt}]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": asked}]
+        if response is not None:
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": response}]})
+        try:
+            text = self._tokenizer.apply_chat_template(
+                messages, chat_template=self._template, tokenize=False, add_generation_prompt=response is None
+            )
+        except Exception as error:  # a template is a program of the checkpoint's author: it may raise anything
+            what = f"the chat template of {self._model_path} cannot be used"
+            raise UserError(Fault(what, why=str(error), fix=f"repair the template, {READY_INPUTS}")) from error
+        return str(text)
+
+    def _in_own_form(self, pictures: int, prompt: str, response: str | None) -> str:
+        """Qwen2.5-VL's conversation for checkpoints that were saved without a template; bare if turns are unmarked."""
+        asked = f"<|vision_start|>{self._image_token}<|vision_end|>" * pictures + prompt
+        if "<|im_start|>" not in self._tokenizer.get_vocab():
+            return asked + ("" if response is None else f" {response}")
+        turns = [("system", "You are a helpful assistant."), ("user", asked)]
+        if response is not None:
+            turns.append(("assistant", response))
+        text = "".join(f"<|im_start|>{role}\n{said}<|im_end|>\n" for role, said in turns)
+        return text if response is not None else f"{text}<|im_start|>assistant\n"
+
+    def _check_image_token(self) -> None:
+        """The tokenizer must know the image token by the number under which the model looks for it."""
+        known = self._tokenizer.get_vocab().get(self._image_token)
+        wanted = _read_json(self._model_path / "config.json").get("image_token_id", known)
+        if known is None or known != wanted:
+            what = f"the tokenizer of {self._model_path} does not fit the model"
+            why = f"{self._image_token} has number {known} in the tokenizer and {wanted} in config.json"
+            raise UserError(Fault(what, why=why, fix=f"use the tokenizer that belongs to the model, {READY_INPUTS}"))
+
+    def _load_tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        if not any((self._model_path / name).is_file() for name in TOKENIZER_FILES):
+            what, why = f"{self._model_path} has no tokenizer", f"there is none of {', '.join(TOKENIZER_FILES)}"
+            raise UserError(Fault(what, why=why, fix=f"copy the tokenizer files of the model, {READY_INPUTS}"))
+        return self._load("tokenizer", AutoTokenizer)
+
+    @cached_property
+    def _image_processor(self) -> Any:
+        """The slow (Pillow) image processor with the checkpoint's settings."""
+        import transformers
+
+        settings = _read_json(self._model_path / IMAGE_SETTINGS)
+        nested = _read_json(self._model_path / ALL_SETTINGS).get("image_processor", {})
+        if not settings and not nested:
+            what = f"{self._model_path} has no settings for pictures"
+            why = f"there is no readable {IMAGE_SETTINGS} (nor a {ALL_SETTINGS} with the part image_processor)"
+            raise UserError(Fault(what, why=why, fix=f"copy {IMAGE_SETTINGS} of the model, {READY_INPUTS}"))
+        several_backends = importlib.util.find_spec("transformers.image_processing_backends") is not None
+        if several_backends:
+            processor = self._load("image processor", transformers.AutoImageProcessor, backend="pil")
+        elif settings:
+            processor = self._load("image processor", transformers.AutoImageProcessor, use_fast=False)
+        else:  # this transformers does not look into processor_config.json
+            processor = transformers.Qwen2VLImageProcessor.from_dict(nested)
+        size = (settings or nested).get("size") or {}
+        if hasattr(
+            processor, "min_pixels"
+        ):  # older transformers read these and ignore `size`, newer ones write `size` only
+            processor.min_pixels = (settings or nested).get("min_pixels") or size.get(
+                "shortest_edge", processor.min_pixels
+            )
+            processor.max_pixels = (settings or nested).get("max_pixels") or size.get(
+                "longest_edge", processor.max_pixels
+            )
+        return processor
+
+    @cached_property
+    def _process_vision_info(self) -> Any:
+        return load_process_vision_info()
+
+    def _load(self, part: str, kind: Any, **more: Any) -> Any:
+        try:
+            return kind.from_pretrained(
+                self._model_path, trust_remote_code=self._trust_remote_code, local_files_only=True, **more
+            )
+        except Exception as error:  # OSError, ValueError, KeyError, or what the model's own code raises
+            own_code = "trust_remote_code" in str(error) and not self._trust_remote_code
+            repair = (
+                "add --trust_remote_code True if you trust it" if own_code else "copy its files from the model anew"
+            )
+            what = f"the {part} in {self._model_path} cannot be loaded"
+            why = str(error).strip() or type(error).__name__
+            raise UserError(Fault(what, why=why, fix=f"{repair}, {READY_INPUTS}")) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is no such file or no object in it."""
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return read if isinstance(read, dict) else {}
+
+
+def _read_chat_template(model_path: Path) -> str | None:
+    """The processor's template, which goes before the tokenizer's: the .jinja file, then the older .json file."""
+    as_text = model_path / "chat_template.jinja"
+    if as_text.is_file():
+        return as_text.read_text(encoding="utf-8")
+    return _only_template(_read_json(model_path / "chat_template.json").get("chat_template"))
+
+
+def _only_template(template: Any) -> str | None:
+    """The template to use of what a checkpoint may hold: one text, several by name, or nothing."""
+    if isinstance(template, dict):
+        template = template.get("default")
+    return template if isinstance(template, str) and template else None

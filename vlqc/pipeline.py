@@ -1,0 +1,227 @@
+"""Passes and the manager that runs them; a pipeline as text and back.
+
+A pipeline text is a comma-separated list of pass names, each with its options in braces, as in MLIR:
+
+    insert-observers{tokens=4096},assign-precision{fallback=seed},smooth-m2,quantize-activations{method=histogram}
+"""
+
+import dataclasses
+import importlib
+import time
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from torch import nn
+
+from vlqc.errors import Fault, InternalError, UserError, near_miss
+from vlqc.invariants import check
+from vlqc.ir import Stage, fingerprint
+from vlqc.options import Options
+from vlqc.printer import print_stage
+
+REGISTRY: dict[str, str] = {
+    "insert-observers": "vlqc.passes.insert_observers:InsertObservers",
+    "assign-precision": "vlqc.passes.assign_precision:AssignPrecision",
+    "smooth-m2": "vlqc.passes.smooth_m2:SmoothM2",
+    "quantize-activations": "vlqc.passes.quantize_activations:QuantizeActivations",
+    "quantize-weights": "vlqc.passes.quantize_weights:QuantizeWeights",
+    "lower-linears": "vlqc.passes.lower_linears:LowerLinears",
+}
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One step over one stage. Subclasses are frozen dataclasses whose fields are their options.
+
+    name: kebab-case; kind: an analysis measures and decides, a rewrite changes weights, modules or the graph;
+    summary: one line for `vlqc passes`.
+    """
+
+    name: ClassVar[str]
+    kind: ClassVar[Literal["analysis", "rewrite"]]
+    summary: ClassVar[str]
+
+    def run(self, stage: Stage) -> bool:
+        """Works on `stage` in place; whether anything changed."""
+        raise TypeError(f"{type(self).__name__} does not say what it does: define run(stage) -> bool")
+
+
+@dataclass
+class PassManager:
+    """Runs passes over a stage; after each: verifies the stage, holds the pass to its word, times it, shows it.
+
+    after: called with (stage, number of the pass from 0, pass) once the checks have passed (dumps hang here).
+    """
+
+    passes: Sequence[Pass]
+    verify: bool = True
+    after: Callable[[Stage, int, Pass], None] = lambda stage, number, done: None
+    before: Callable[[Stage, Pass], None] = lambda stage, coming: None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def run(self, stage: Stage) -> None:
+        """Raises InternalError if a pass leaves an invalid stage, or lies about what it changed."""
+        known = self._evidence(stage)
+        for number, step in enumerate(self.passes):
+            self.before(stage, step)
+            started = time.perf_counter()
+            changed = step.run(stage)
+            self.seconds[step.name] = self.seconds.get(step.name, 0.0) + time.perf_counter() - started
+            if self.verify:
+                if faults := check(stage):
+                    listed = "\n  ".join(faults)
+                    raise InternalError(
+                        f"{stage.name} is not valid after {step.name}:\n  {listed}\n{print_stage(stage)}"
+                    )
+                known = self._hold_to_word(stage, step, changed, known)
+            self.after(stage, number, step)
+
+    def _evidence(self, stage: Stage) -> tuple[dict[str, int], str]:
+        """Digests of all weights, and the text of everything else."""
+        if not self.verify:
+            return {}, ""
+        module = stage.module or nn.Module()
+        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        return {name: fingerprint(tensor) for name, tensor in tensors.items()}, print_stage(stage, tensors=False)
+
+    def _hold_to_word(
+        self, stage: Stage, step: Pass, changed: bool, known: tuple[dict[str, int], str]
+    ) -> tuple[dict[str, int], str]:
+        """Returns the evidence after the pass, which is the evidence before the next one."""
+        weights, text = self._evidence(stage)
+        if step.kind == "analysis" and weights != known[0]:
+            touched = sorted(name for name in {*weights, *known[0]} if weights.get(name) != known[0].get(name))
+            raise InternalError(f"{step.name} is an analysis but changed {', '.join(touched)} of {stage.name}")
+        if changed != ((weights, text) != known):
+            says = "changed something but says it did not" if not changed else "says it changed something but did not"
+            raise InternalError(f"{step.name} {says}, in {stage.name}")
+        return weights, text
+
+
+def load_pass(name: str) -> type[Pass]:
+    """The class of a registered pass; UserError with near misses for an unknown name."""
+    if name not in REGISTRY:
+        raise UserError(
+            Fault(f"unknown pass {name!r}", fix=near_miss(name, REGISTRY) or f"choose from {', '.join(REGISTRY)}")
+        )
+    module, _, attribute = REGISTRY[name].partition(":")
+    loaded: type[Pass] = getattr(importlib.import_module(module), attribute)
+    return loaded
+
+
+def pipeline_text(options: Options) -> str:
+    """The pipeline that the user's options ask for, in normal form: options at their default are left out."""
+    if options.pipeline is not None:
+        return print_pipeline(parse_pipeline(options.pipeline))
+    method = {1: "minmax", 2: "histogram"}[options.act_method]
+    smoothing = {"m2": ["smooth-m2"], "none": []}[options.anti_method]
+    names = [
+        "insert-observers",
+        f"assign-precision{{scheme={options.scheme},target={options.engine_target}}}",
+        *smoothing,
+        f"quantize-activations{{method={method}}}",
+        "quantize-weights",
+        "lower-linears",
+    ]
+    return print_pipeline(parse_pipeline(",".join(names)))
+
+
+def print_pipeline(passes: Sequence[Pass]) -> str:
+    """The text of a pipeline; options that have their default are left out."""
+    return ",".join(_print_pass(step) for step in passes)
+
+
+def parse_pipeline(text: str) -> list[Pass]:
+    """`print_pipeline` backwards. UserError with every fault of the text at once."""
+    passes: list[Pass] = []
+    faults: list[Fault] = []
+    for part in _split_outside_braces(text):
+        try:
+            passes.append(_parse_pass(part))
+        except UserError as error:
+            faults += error.faults
+    if not passes and not faults:
+        faults = [Fault("the pipeline is empty", where="--pipeline", fix=f"name passes from {', '.join(REGISTRY)}")]
+    if faults:
+        raise UserError(*faults)
+    return passes
+
+
+def _print_pass(step: Pass) -> str:
+    options = [
+        f"{option.name}={_print_value(getattr(step, option.name))}"
+        for option in dataclasses.fields(step)
+        if getattr(step, option.name) != option.default
+    ]
+    return step.name + (f"{{{','.join(options)}}}" if options else "")
+
+
+def _print_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ";".join(value) if isinstance(value, tuple) else str(value)
+
+
+def _split_outside_braces(text: str) -> list[str]:
+    parts, depth, current = [], 0, ""
+    for character in text:
+        depth += (character == "{") - (character == "}")
+        if character == "," and depth == 0:
+            parts.append(current.strip())
+            current = ""
+        else:
+            current += character
+    return [part for part in [*parts, current.strip()] if part]
+
+
+def _parse_pass(text: str) -> Pass:
+    name, brace, rest = text.partition("{")
+    name = name.strip()
+    kind = load_pass(name)
+    if brace and not rest.endswith("}"):
+        raise UserError(Fault(f"{name}: options must end with }}", where=text, fix="write name{option=value,...}"))
+    types_of = typing.get_type_hints(kind)
+    known = [option.name for option in dataclasses.fields(kind)]
+    given: dict[str, Any] = {}
+    faults = []
+    for item in filter(None, (item.strip() for item in rest.removesuffix("}").split(","))):
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if key not in known or not equals:
+            fix = near_miss(key, known) or (f"{name} takes {', '.join(known)}" if known else f"{name} takes no options")
+            faults.append(Fault(f"{name} has no option {item!r}", where=text, fix=fix))
+            continue
+        try:
+            given[key] = _parse_value(value, types_of[key])
+        except ValueError as error:
+            faults.append(Fault(f"{name}: {key}={value} cannot be used", where=text, why=str(error)))
+    if faults:
+        raise UserError(*faults)
+    return kind(**given)
+
+
+def _parse_value(text: str, wanted: Any) -> Any:
+    """A value of the field's type; ValueError says what would be right."""
+    origin = typing.get_origin(wanted)
+    if origin is Literal:
+        choices = typing.get_args(wanted)
+        if text not in choices:
+            raise ValueError(f"choose from {', '.join(choices)}")
+        return text
+    if origin in (typing.Union, types.UnionType):
+        inner = [kind for kind in typing.get_args(wanted) if kind is not type(None)]
+        return None if text == "None" else _parse_value(text, inner[0])
+    if origin is tuple:
+        return tuple(filter(None, text.split(";")))
+    if wanted is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError("true or false is wanted")
+        return text.lower() == "true"
+    if wanted in (int, float):
+        try:
+            return wanted(text)
+        except ValueError:
+            raise ValueError("a whole number is wanted" if wanted is int else "a number is wanted") from None
+    return text

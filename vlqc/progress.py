@@ -1,0 +1,170 @@
+"""What the user sees while a compilation runs, and when it has finished."""
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from vlqc.pipeline import Pass
+    from vlqc.result import Result
+
+PARTS = ("vision", "merger", "language", "other")
+QUIET_SECONDS = 5.0  # where output goes to a file, a line at most this often
+
+
+class Progress:
+    """What the compiler reports, in this order, heard by nobody. Subclasses override what they show."""
+
+    def begin(self, stages: int, samples: int) -> None:
+        """Everything is checked and loaded; `stages` will follow, each over `samples`."""
+
+    def stage(self, index: int, name: str) -> None:
+        """Stage `index` (from 0) starts."""
+
+    def sample(self, done: int) -> None:
+        """`done` samples have passed through the current stage."""
+
+    def step(self, pass_name: str) -> None:
+        """A pass starts on the current stage."""
+
+    def coming(self, stage: object, step: "Pass") -> None:
+        """`step` for the pass manager, which hands over the stage and the pass."""
+        self.step(step.name)
+
+    def stage_done(self, index: int) -> None:
+        """Stage `index` is compiled and written."""
+
+    def note(self, text: str) -> None:
+        """Something the user should know."""
+
+    def finish(self) -> None:
+        """No more reports follow; also called after an error, possibly twice."""
+
+
+class TerminalProgress(Progress):
+    """On a terminal one live bar over all stages, elsewhere a plain line now and then; both with the time left.
+
+    clock: seconds, monotonic.
+    """
+
+    def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console = console or Console(stderr=True)
+        self._clock = clock
+        self._stages = self._samples = self._done = 0
+        self._name = ""
+        self._started = self._last_line = clock()
+        self._bar: Bar | None = None
+        self._task = TaskID(0)
+
+    def begin(self, stages: int, samples: int) -> None:
+        self._stages, self._samples, self._done = stages, samples, 0
+        self._started = self._last_line = self._clock()
+        if self._console.is_terminal:
+            self._bar = Bar(
+                BarColumn(bar_width=30),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[left]}"),
+                TextColumn("{task.description}", markup=False),
+                console=self._console,
+                transient=True,
+            )
+            self._task = self._bar.add_task("starting", total=stages, left="")
+            self._bar.start()
+        else:
+            self._line(f"{stages} stages, {samples} samples")
+
+    def stage(self, index: int, name: str) -> None:
+        self._name = name
+        self._describe(name)
+
+    def sample(self, done: int) -> None:
+        self._describe(f"{self._name}: sample {done} of {self._samples}")
+
+    def step(self, pass_name: str) -> None:
+        self._describe(f"{self._name}: {pass_name}")
+
+    def stage_done(self, index: int) -> None:
+        self._done = index + 1
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done, left=self._left(), refresh=True)
+        elif self._done == self._stages or self._clock() - self._last_line >= QUIET_SECONDS:
+            elapsed = duration(self._clock() - self._started)
+            self._line(f"stage {self._done} of {self._stages} done ({self._name}), {elapsed} elapsed, {self._left()}")
+
+    def note(self, text: str) -> None:
+        self._console.print(Text(f"note: {text}"), soft_wrap=True)
+
+    def finish(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _describe(self, what: str) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, description=what, left=self._left())
+
+    def _line(self, text: str) -> None:
+        self._last_line = self._clock()
+        self._console.print(Text(text), soft_wrap=True)
+
+    def _left(self) -> str:
+        """Time left if the stages to come take as long as those so far."""
+        if not self._done:
+            return "time left unknown"
+        remaining = (self._clock() - self._started) / self._done * (self._stages - self._done)
+        return f"{duration(remaining)} left"
+
+
+def print_summary(result: "Result", console: Console) -> None:
+    """What became what, sizes, time, memory, where the output is, what loads it and how to serve it, notes."""
+    table = Table(title="What became what", title_justify="left")
+    for column in ("part", "scheme", "linears"):
+        table.add_column(column, justify="right" if column == "linears" else "left")
+    for part, scheme in sorted(result.counts, key=_in_model_order):
+        table.add_row(part, scheme, str(result.counts[part, scheme]))
+    console.print(table)
+    ratio = f" ({result.bytes_after / result.bytes_before:.0%})" if result.bytes_before else ""
+    facts = [
+        ("size", f"{readable_bytes(result.bytes_before)} -> {readable_bytes(result.bytes_after)}{ratio}"),
+        ("time", duration(result.seconds)),
+        ("peak memory", readable_bytes(result.peak_memory_bytes)),
+        ("output", str(result.folder)),
+        *(("loads in", engine) for engine in result.engines),
+        *(("serve", command) for command in result.serve),
+        *(("note", note) for note in result.notes),
+    ]
+    known = ""
+    for label, text in facts:
+        shown = "" if label == known and label != "note" else label
+        console.print(Text.assemble((f"{shown:<12}", "bold"), text), soft_wrap=True)  # commands stay in one line
+        known = label
+
+
+def _in_model_order(part_and_scheme: tuple[str, str]) -> tuple[int, str, str]:
+    part, scheme = part_and_scheme
+    return (PARTS.index(part) if part in PARTS else len(PARTS), part, scheme)
+
+
+def duration(seconds: float) -> str:
+    """0.5 -> "0.5 s", 75 -> "1:15", 4000 -> "1:06:40"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def readable_bytes(count: float) -> str:
+    """Bytes in units of 1024: "4.0 KiB", "11.1 MiB"."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"

@@ -1,0 +1,100 @@
+"""An emitted folder as a model that runs: the stored integers on the reference arithmetic, everything else as stored.
+
+This is how the accuracy of a folder is stated without the hardware. It reads only what the folder holds.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vlqc.checkpoint import Checkpoint, original_name
+from vlqc.engines import Scheme
+from vlqc.errors import Fault, UserError, near_miss
+from vlqc.kernels_ref.linear import StaticQuantLinear
+from vlqc.model import build
+
+DESCRIPTIONS = ("quant_model_description.json", "quant_model_description_*.json")
+MODULES: dict[Scheme, type[StaticQuantLinear]] = {Scheme.W8A8: StaticQuantLinear}
+COMPANIONS = ("weight", "weight_scale", "weight_offset", "input_scale", "input_offset", "quant_bias", "deq_scale")
+
+
+def load(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The model in an emitted folder, in eval mode, with the forward signature of the float model.
+
+    dtype: of everything between the integer operators; float32 is how accuracy is stated, bfloat16 or float16 is what
+    the device does. Raises UserError, with all faults at once, for a folder that is not complete.
+    """
+    folder = Path(folder)
+    checkpoint = Checkpoint(folder)
+    description = read_description(folder)
+    model = build(folder, checkpoint.config)
+    loader = _Loader(checkpoint, description, dtype)
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    tied = bool(model.config.tie_word_embeddings)  # type: ignore[union-attr, arg-type]
+    for path, module in list(model.named_modules()):
+        if not (tied and module is head):
+            loader.fill(model, path, module)
+    if loader.faults:
+        raise UserError(*loader.faults)
+    if tied:
+        head.weight = model.get_input_embeddings().weight  # type: ignore[operator]
+    return model
+
+
+def read_description(folder: Path) -> dict[str, str]:
+    """quant_model_description*.json: tensor name -> scheme word, and a few facts. UserError if there is none."""
+    found = sorted(path for pattern in DESCRIPTIONS for path in folder.glob(pattern))
+    if not found:
+        why = "there is no quant_model_description.json"
+        raise UserError(Fault("the folder holds no compiled checkpoint", str(folder), why, "give a folder that vlqc wrote"))
+    try:
+        description = json.loads(found[0].read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(Fault("the description cannot be read", str(found[0]), str(error))) from None
+    if not isinstance(description, dict):
+        raise UserError(Fault("the description is not a JSON object", str(found[0])))
+    return description
+
+
+class _Loader:
+    """Fills the modules of a model one after the other and gathers what is missing."""
+
+    def __init__(self, checkpoint: Checkpoint, description: dict[str, str], dtype: torch.dtype) -> None:
+        self.checkpoint, self.description, self.dtype = checkpoint, description, dtype
+        self.faults: list[Fault] = []
+
+    def fill(self, model: nn.Module, path: str, module: nn.Module) -> None:
+        name = original_name(path + ".").removesuffix(".")
+        mark = self.description.get(f"{name}.weight", Scheme.FLOAT)
+        if isinstance(module, nn.Linear) and mark != Scheme.FLOAT:
+            if mark not in MODULES:
+                why = near_miss(str(mark), map(str, MODULES)) or f"known are {', '.join(MODULES)}"
+                self.faults.append(Fault(f"{name} has the unknown scheme {mark}", str(self.checkpoint.folder), why))
+                return
+            tensors = {part: self._read(f"{name}.{part}") for part in COMPANIONS}
+            bias = None if module.bias is None else self._read(f"{name}.bias")
+            if None not in tensors.values():
+                try:
+                    lowered = MODULES[Scheme(mark)](**tensors, bias=bias)  # type: ignore[arg-type]
+                    model.set_submodule(path, lowered)
+                except ValueError as error:
+                    self.faults.append(Fault(f"{name} cannot be run", str(self.checkpoint.folder), str(error)))
+            return
+        for part, parameter in list(module.named_parameters(recurse=False)):
+            value = self._read(f"{name}.{part}", tuple(parameter.shape))
+            if value is not None:
+                filled = value.to(self.dtype, copy=True)
+                setattr(module, part, nn.Parameter(filled, requires_grad=False))
+
+    def _read(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor | None:
+        where = str(self.checkpoint.folder)
+        if name not in self.checkpoint:
+            self.faults.append(Fault(f"tensor {name} is missing", where, fix="run vlqc verify, then compile again"))
+            return None
+        if shape is not None and self.checkpoint.shape(name) != shape:
+            has = list(self.checkpoint.shape(name))
+            self.faults.append(Fault(f"tensor {name} has shape {has}", where, f"config.json implies {list(shape)}"))
+            return None
+        return self.checkpoint.tensor(name)

@@ -1,0 +1,69 @@
+"""Ready model inputs: what a sample must be before the model sees it."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from vlqc.errors import Fault, UserError, near_miss
+
+REQUIRED = ("input_ids", "attention_mask")
+PICTURE = ("pixel_values", "image_grid_thw")
+
+
+def check_samples(samples: Sequence[dict[str, Tensor]], model: nn.Module) -> None:
+    """UserError with every fault of every sample: missing or unknown keys, shapes, token ids, pictures that do not fit."""
+    if not samples:
+        raise UserError(Fault("there is no calibration sample", "samples", fix="give at least one, 30 are advised"))
+    faults = [fault for number, sample in enumerate(samples) for fault in _faults(f"samples[{number}]", sample, model)]
+    if faults:
+        raise UserError(*faults)
+
+
+def _faults(where: str, sample: dict[str, Tensor], model: nn.Module) -> list[Fault]:
+    faults = []
+    for key in sample:
+        if key in ("pixel_values_videos", "video_grid_thw"):
+            faults.append(Fault("videos are not supported", where, fix="calibrate with pictures"))
+        elif key not in (*REQUIRED, *PICTURE, "mm_token_type_ids"):
+            faults.append(Fault(f"unknown model input {key!r}", where, fix=near_miss(key, (*REQUIRED, *PICTURE))))
+    missing = [key for key in REQUIRED if not isinstance(sample.get(key), Tensor)]
+    missing += [key for key in PICTURE if (key in sample) != (PICTURE[0] in sample or PICTURE[1] in sample)]
+    if missing:
+        return [*faults, Fault(f"the tensor {' and '.join(missing)} is missing", where)]
+    ids, mask = sample["input_ids"], sample["attention_mask"]
+    if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] == 0 or ids.is_floating_point():
+        return [*faults, Fault(f"input_ids is {_kind(ids)}", where, "whole numbers [1, S] with S > 0 are wanted")]
+    if mask.shape != ids.shape or not bool(mask.any()):
+        faults.append(Fault(f"attention_mask is {_kind(mask)}", where, f"it must be {list(ids.shape)} and not all zero"))
+    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    if not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+        faults.append(Fault("a token id is outside the vocabulary", where, f"ids go from 0 to {vocabulary - 1}"))
+    return faults + _picture_faults(where, sample, model)
+
+
+def _picture_faults(where: str, sample: dict[str, Tensor], model: nn.Module) -> list[Fault]:
+    config = model.config
+    tokens = int((sample["input_ids"] == config.image_token_id).sum())  # type: ignore[union-attr]
+    if PICTURE[0] not in sample:
+        why = "input_ids holds image tokens but there are no pixel_values"
+        return [Fault(f"{tokens} image tokens without a picture", where, why)] if tokens else []
+    pixels, grid = sample["pixel_values"], sample["image_grid_thw"]
+    if grid.ndim != 2 or grid.shape[-1] != 3 or pixels.ndim != 2 or not bool((grid > 0).all()):
+        why = "pixel_values float [P, D] and image_grid_thw whole numbers [pictures, 3] are wanted"
+        return [Fault(f"pixel_values is {_kind(pixels)}, image_grid_thw is {_kind(grid)}", where, why)]
+    faults = []
+    patches = int(grid.prod(-1).sum())
+    merged = patches // config.vision_config.spatial_merge_size**2  # type: ignore[union-attr]
+    if pixels.shape[0] != patches:
+        faults.append(Fault(f"pixel_values has {pixels.shape[0]} patches, image_grid_thw says {patches}", where))
+    if tokens != merged:
+        why = f"the pictures give {merged} image features; never cut image tokens"
+        faults.append(Fault(f"input_ids holds {tokens} image tokens", where, why))
+    if not bool(torch.isfinite(pixels).all()):
+        faults.append(Fault("pixel_values holds NaN or Inf", where))
+    return faults
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"

@@ -1,0 +1,129 @@
+"""What a verification found: checks that were made, faults, warnings and figures."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+SHOWN_PER_CHECK = 20  # a folder that is wrong throughout would bury its first faults otherwise; the JSON has all
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong (or odd, for a warning): which check, where in the folder, what, why, what to do."""
+
+    check: str
+    where: str
+    what: str
+    why: str = ""
+    fix: str = ""
+
+
+@dataclass
+class Report:
+    """The result of `verify_folder`: `ok` when no check found a fault. Warnings and facts do not change `ok`."""
+
+    folder: str
+    engine: str = ""
+    examined: dict[str, int] = field(default_factory=dict)  # check -> how many things it looked at
+    findings: list[Finding] = field(default_factory=list)  # the faults
+    warnings: list[Finding] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        return not self.findings
+
+    def look(self, check: str, count: int = 1) -> None:
+        """Record that `check` was made on `count` more things."""
+        self.examined[check] = self.examined.get(check, 0) + count
+
+    def fault(self, check: str, where: str, what: str, why: str = "", fix: str = "") -> None:
+        self.findings.append(Finding(check, where, what, why, fix))
+        self.examined.setdefault(check, 0)
+
+    def warn(self, check: str, where: str, what: str, why: str = "", fix: str = "") -> None:
+        self.warnings.append(Finding(check, where, what, why, fix))
+        self.examined.setdefault(check, 0)
+
+    def to_json(self) -> str:
+        """The whole report as JSON text: the same folder gives the same text."""
+        content = {
+            "ok": self.ok,
+            "folder": self.folder,
+            "engine": self.engine,
+            "checks": self._rows(),
+            "faults": [asdict(finding) for finding in self.findings],
+            "warnings": [asdict(finding) for finding in self.warnings],
+            "facts": self.facts,
+        }
+        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+    def render(self, console: Console) -> None:
+        """Print a table of the checks, the figures, then every fault and warning in full."""
+        table = Table(title=f"{self.folder} for {self.engine}", title_justify="left")
+        for column in ("check", "result", "looked at", "faults", "warnings"):
+            table.add_column(column, justify="left" if column in ("check", "result") else "right")
+        for row in self._rows():
+            result = Text("ok", "green") if not row["faults"] else Text("FAIL", "bold red")
+            table.add_row(row["check"], result, *(str(row[key]) for key in ("examined", "faults", "warnings")))
+        console.print(table)
+        for name, value in self.facts.items():
+            _print_fact(console, name, value)
+        for title, style, findings in (("FAULT", "bold red", self.findings), ("warning", "yellow", self.warnings)):
+            _print_findings(console, title, style, findings)
+        verdict = "ok: the folder is sound" if self.ok else f"{len(self.findings)} faults"
+        console.print(Text(verdict, "bold green" if self.ok else "bold red"))
+
+    def _rows(self) -> list[dict[str, Any]]:
+        faults = Counter(finding.check for finding in self.findings)
+        warnings = Counter(finding.check for finding in self.warnings)
+        return [
+            {"check": check, "examined": count, "faults": faults[check], "warnings": warnings[check]}
+            for check, count in self.examined.items()
+        ]
+
+
+def listed(items: Iterable[object], most: int = 5) -> str:
+    """ "a, b, c and 7 more": the first few of many things, in words."""
+    words = [str(item) for item in items]
+    rest = len(words) - most
+    return ", ".join(words[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _print_fact(console: Console, name: str, value: Any) -> None:
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        table = Table(title=name, title_justify="left")
+        for column in value[0]:
+            table.add_column(column)
+        for row in value:
+            table.add_row(*(_figure(cell) for cell in row.values()))
+        console.print(table)
+    elif isinstance(value, dict):
+        console.print(Text(f"{name}: " + ", ".join(f"{key} {_figure(cell)}" for key, cell in value.items())))
+    else:
+        console.print(Text(f"{name}: {', '.join(map(str, value)) if isinstance(value, list) else _figure(value)}"))
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _print_findings(console: Console, title: str, style: str, findings: list[Finding]) -> None:
+    shown: Counter[str] = Counter()
+    for finding in findings:
+        shown[finding.check] += 1
+        if shown[finding.check] > SHOWN_PER_CHECK:
+            continue
+        console.print(Text.assemble((title, style), f" [{finding.check}] {finding.what}"))
+        for label, text in (("where", finding.where), ("why", finding.why), ("what to do", finding.fix)):
+            if text:
+                console.print(Text(f"    {label}: {text}"))
+    for check, count in shown.items():
+        if count > SHOWN_PER_CHECK:
+            console.print(Text(f"    ... and {count - SHOWN_PER_CHECK} more in [{check}]: --json FILE writes them all"))

@@ -12,6 +12,7 @@ from vlqc.kernels_ref.quantize import INT8_STEPS, WEIGHT_INT8_MAX
 
 ROWS_OF_WEIGHT = 1024  # rows of W that a search looks at, evenly spread: bounds its cost, whatever the layer
 ROWS_OF_INPUT = 512  # the same for rows of x
+GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
 def representative_rows(weights: Sequence[Tensor], most: int = ROWS_OF_WEIGHT) -> Tensor:
@@ -19,6 +20,21 @@ def representative_rows(weights: Sequence[Tensor], most: int = ROWS_OF_WEIGHT) -
     total = sum(weight.shape[0] for weight in weights)
     step = max(1, -(-total // most))
     return torch.cat([weight[::step] for weight in weights]).float()
+
+
+def representative_inputs(kept_modality: Tensor, most: int = ROWS_OF_INPUT) -> Tensor:
+    """int8 [T] -> int64 [<= most]: positions of kept rows, ascending, spread over all of every modality.
+
+    Rows come sample by sample, text before image: equal strides could meet only one modality, or only first rows.
+    Multiples of the golden ratio, modulo 1, have no period to fall in with.
+    """
+    present = sorted(set(kept_modality.tolist()))
+    chosen = []
+    for modality in present:
+        where = (kept_modality == modality).nonzero().flatten()
+        order = (torch.arange(len(where), dtype=torch.float64) * GOLDEN_RATIO).frac().argsort()
+        chosen.append(where[order[: max(1, most // len(present))]])
+    return torch.cat(chosen).sort().values
 
 
 def expected_error(low: Tensor, high: Tensor, second_moment: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
@@ -59,7 +75,7 @@ def measured_error(rows: Tensor, row_weight: Tensor, weight: Tensor, scale: Tens
 def balanced(kept_modality: Tensor) -> Tensor:
     """int8 [T] -> float64 [T] weights that sum to 1, in which every modality present counts the same."""
     weights = torch.zeros(kept_modality.shape[0], dtype=torch.float64)
-    present = kept_modality.unique()
+    present = sorted(set(kept_modality.tolist()))
     for modality in present:
         members = kept_modality == modality
         weights[members] = 1 / (int(members.sum()) * len(present))

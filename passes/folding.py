@@ -14,7 +14,7 @@ TOLERANCE = 1e-4  # of the RMS of the stage's output: float32 leaves about 1e-6,
 
 @dataclass(frozen=True)
 class Fold:
-    """An edge and the scale for it: producer channels are divided by scale float32 [C], consumers' columns multiplied."""
+    """An edge and its scale float32 [C]: the producer's channels are divided, the consumers' columns multiplied."""
 
     edge: Edge
     scale: Tensor
@@ -69,7 +69,8 @@ def apply(stage: Stage, folds: Sequence[Fold]) -> list[Fold]:
             if holds([fold]):
                 proven.append(fold)
             else:
-                stage.notes.append(f"{stage.name}: the fold out of {fold.edge.producer} changes the output and was left out")
+                producer = stage.checkpoint_name(fold.edge.producer)
+                stage.notes.append(f"the fold out of {producer} changes the output of {stage.name} and was left out")
         restore()
         if not holds(proven):
             raise InternalError(f"{stage.name}: folds that hold alone do not hold together")

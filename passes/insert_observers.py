@@ -1,5 +1,6 @@
 """insert-observers: what reaches each site, measured in the stage's one run over the samples."""
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +9,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vlqc.ir import MODALITIES, Call, ChannelRange, Observation, Stage, observe
+from vlqc.errors import Fault, UserError
+from vlqc.ir import MODALITIES, Call, ChannelRange, Observation, Stage, digest, observe
 from vlqc.pipeline import Pass
 
 IMAGE = MODALITIES.index("image")
@@ -19,8 +21,8 @@ ROWS_PER_STEP = 1024  # rows reduced at a time: bounds the temporaries, whatever
 class InsertObservers(Pass):
     """Puts an observer at the input of every group of sites and runs the stage once, which fills them.
 
-    tokens: how many rows are kept per observer for later searches; megabytes: bound of one observer's kept rows.
-    Ranges and moments are exact over all rows, whatever the bounds.
+    tokens: how many rows are kept per observer for later searches, at most; megabytes: bound of one observer's kept
+    rows. Ranges and moments are exact over all rows, whatever the bounds.
     """
 
     name: ClassVar[str] = "insert-observers"
@@ -31,43 +33,73 @@ class InsertObservers(Pass):
     megabytes: int = 64
 
     def run(self, stage: Stage) -> bool:
+        before, inserted = dict(stage.observations), False
         watch: dict[str, Callable[[Tensor, Call], None]] = {}
         for source, members in stage.groups().items():
             node = stage.node(source)
             if not any(user.target is observe for user in node.users):
                 with stage.graph.inserting_after(node):
                     stage.graph.call_function(observe, (node,)).meta.update(node.meta)
+                inserted = True
             channels = members[0].shape[1]
             budget = max(1, min(self.tokens, self.megabytes * 2**20 // (4 * channels)))
             stage.observations[source] = observation = Observation(channels)
-            watch[members[0].target] = _filler(observation, max(1, budget // max(1, len(stage.calls))))
+            shares = shared_out(budget, len(stage.calls))
+            watch[members[0].target] = _filler(
+                observation, {call.sample: share for call, share in zip(stage.calls, shares, strict=True)}
+            )
         stage.run(watch)
-        return True
+        now = stage.observations
+        return inserted or any(_marks(before.get(source)) != _marks(seen) for source, seen in now.items())
 
 
-def _filler(observation: Observation, rows_per_sample: int) -> Callable[[Tensor, Call], None]:
+def observed(stage: Stage, source: str, reader: str) -> Observation:
+    """What was observed at a node. UserError where the pipeline runs the pass `reader` before anything was."""
+    if source not in stage.observations or not stage.observations[source].ranges:
+        why = f"nothing was observed at %{source} of {stage.name}"
+        raise UserError(Fault(f"{reader} has nothing to go by", "--pipeline", why, "put insert-observers before it"))
+    return stage.observations[source]
+
+
+def shared_out(total: int, parts: int) -> list[int]:
+    """`total` as a sum of `parts` numbers that differ by at most one, evenly spread, the first among the largest."""
+    ends = [-(-total * part // parts) for part in range(parts + 1)]
+    return [end - start for start, end in itertools.pairwise(ends)]
+
+
+def _filler(observation: Observation, rows_of_sample: dict[int, int]) -> Callable[[Tensor, Call], None]:
     def fill(value: Tensor, call: Call) -> None:
-        add_rows(observation, value.detach(), call.modality, rows_per_sample)
+        add_rows(observation, value.detach(), call.modality, rows_of_sample[call.sample])
 
     return fill
+
+
+def _marks(seen: Observation | None) -> str | None:
+    if seen is None:
+        return None
+    statistics = [part for it in seen.ranges.values() for part in (it.minimum, it.maximum, it.sum, it.sum_of_squares)]
+    rows = [(name, it.rows) for name, it in seen.ranges.items()]
+    return f"{rows} {digest(*statistics, seen.kept, seen.kept_modality)}"
 
 
 def add_rows(observation: Observation, value: Tensor, modality: Tensor | None, keep: int) -> None:
     """Adds one sample's rows, value [..., K], to an observation; at most `keep` of them stay, evenly spread.
 
     modality int8 [rows] says what each row is (see ir.Call); rows of padding count nowhere. Where the number of rows
-    does not fit the modality (pooled tokens), and where it is None, all rows are image tokens.
+    does not fit the modality (pooled tokens), and where it is None, all rows are image tokens. Modalities share `keep`
+    equally; what is left over goes to the one of which least is kept so far.
     """
     rows = value.reshape(-1, value.shape[-1]).float()
     if modality is None or modality.numel() != rows.shape[0]:
         modality = torch.full((rows.shape[0],), IMAGE, dtype=torch.int8)
     present = [number for number in range(len(MODALITIES)) if bool((modality == number).any())]
+    present.sort(key=lambda number: int((observation.kept_modality == number).sum()))
     chosen = []
-    for number in present:
+    for number, share in zip(present, shared_out(keep, len(present)), strict=True):
         where = (modality == number).nonzero().flatten()
         seen = observation.ranges.get(MODALITIES[number]) or ChannelRange.empty(observation.channels)
         observation.ranges[MODALITIES[number]] = _extended(seen, rows if len(where) == len(rows) else rows[where])
-        chosen.append(where[_spread(len(where), keep // len(present))])
+        chosen.append(where[_spread(len(where), share)])
     if chosen:
         index = torch.cat(chosen)
         observation.kept = torch.cat([observation.kept.reshape(-1, observation.channels), rows[index]])
@@ -75,7 +107,7 @@ def add_rows(observation: Observation, value: Tensor, modality: Tensor | None, k
 
 
 def _extended(seen: ChannelRange, rows: Tensor) -> ChannelRange:
-    for part in rows.split(ROWS_PER_STEP):
+    for part in torch.split(rows, ROWS_PER_STEP):
         seen = ChannelRange(
             seen.rows + part.shape[0],
             torch.minimum(seen.minimum, part.amin(0)),
@@ -87,9 +119,9 @@ def _extended(seen: ChannelRange, rows: Tensor) -> ChannelRange:
 
 
 def _spread(available: int, wanted: int) -> Tensor:
-    """int64 [min(available, max(wanted, 1))]: evenly spread positions, the first row always among them.
+    """int64 [min(available, wanted)]: evenly spread positions, the first row always among them if there is any.
 
     The first row is where language models carry their massive activations.
     """
-    count = min(available, max(wanted, 1))
+    count = min(available, wanted)
     return torch.tensor([math.floor(position * available / count) for position in range(count)], dtype=torch.int64)

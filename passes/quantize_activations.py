@@ -10,6 +10,7 @@ from vlqc.engines import Scheme
 from vlqc.ir import InputQuantization, Observation, Stage
 from vlqc.kernels_ref.quantize import INT8_MAX, INT8_MIN, activation_scale_and_offset
 from vlqc.passes.error_model import balanced
+from vlqc.passes.insert_observers import observed
 from vlqc.pipeline import Pass
 
 BINS = 2048  # as in PyTorch's HistogramObserver
@@ -34,7 +35,7 @@ class QuantizeActivations(Pass):
         for source, members in stage.groups().items():
             if members[0].scheme != Scheme.W8A8:
                 continue
-            seen = stage.observations[source]
+            seen = observed(stage, source, self.name)
             low, high = float(seen.minimum().amin()), float(seen.maximum().amax())
             if self.method == "histogram":
                 energy = sum(stage.linear(site).weight.square().sum(0) for site in members)
@@ -59,15 +60,17 @@ def clipped_range(
     low, high = min(low, 0.0), max(high, 0.0)
     if high - low == 0.0 or not bool(energy_per_column.any()):
         return low, high
-    centres, mass = weighted_histogram(seen, energy_per_column, low, high)
-    best, smallest = (low, high), None
+    centres, mass = weighted_histogram(seen, energy_per_column, low, high)  # [BINS]
+    best, smallest = (low, high), float("inf")
     for low_share in SHARES if low < 0 else (1.0,):
-        for high_share in SHARES if high > 0 else (1.0,):
-            scale, offset = activation_scale_and_offset(low * low_share, high * high_share, dtype)
-            rounded = (torch.round(centres / scale + offset).clamp(INT8_MIN, INT8_MAX) - offset) * scale
-            error = float(((rounded - centres).square() * mass).sum())
-            if smallest is None or error < smallest:
-                best, smallest = (low * low_share, high * high_share), error
+        ranges = [(low * low_share, high * high_share) for high_share in (SHARES if high > 0 else (1.0,))]
+        grids = torch.tensor([activation_scale_and_offset(*one, dtype) for one in ranges], dtype=torch.float64)
+        scale, offset = grids[:, :1], grids[:, 1:]  # [R, 1]
+        rounded = (torch.round(centres / scale + offset).clamp(INT8_MIN, INT8_MAX) - offset) * scale  # [R, BINS]
+        errors = (rounded - centres).square() @ mass  # [R]
+        number = int(errors.argmin())
+        if float(errors[number]) < smallest:
+            best, smallest = ranges[number], float(errors[number])
     return best
 
 
@@ -75,7 +78,7 @@ def weighted_histogram(seen: Observation, energy_per_column: Tensor, low: float,
     """(centres float64 [BINS], mass float64 [BINS]) of the kept rows' values between low and high."""
     width = (high - low) / BINS
     mass = torch.zeros(BINS, dtype=torch.float64)
-    for row, weight in zip(seen.kept.split(64), balanced(seen.kept_modality).split(64), strict=True):
+    for row, weight in zip(torch.split(seen.kept, 64), torch.split(balanced(seen.kept_modality), 64), strict=True):
         bins = ((row - low) / width).long().clamp(0, BINS - 1).flatten()
         mass += torch.bincount(bins, (weight[:, None] * energy_per_column.double()).flatten(), BINS)
     return low + (torch.arange(BINS, dtype=torch.float64) + 0.5) * width, mass

@@ -5,6 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# The same examples in every run, and none fails for being slow on a busy machine.
+settings.register_profile("vlqc", deadline=None, derandomize=True, database=None)
+settings.load_profile("vlqc")
 
 GOLDENS = Path(__file__).parent / "goldens"
 

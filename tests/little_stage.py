@@ -1,4 +1,4 @@
-"""A stage small enough to read: a block with a fused qkv, gate and up, two tokens of 4 channels, exact binary weights."""
+"""A stage small enough to read: a block with fused qkv, gate and up; two tokens of 4 channels; exact binary weights."""
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,8 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
+    position: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(4)
@@ -75,11 +77,11 @@ def traced() -> Stage:
     block = Block().requires_grad_(False).eval()
     for number, parameter in enumerate(block.parameters()):
         parameter.copy_(exact(tuple(parameter.shape), 1000 * number) + (1 if parameter.ndim == 1 else 0))
-    calls = [Call(sample, (exact((2, 4), sample),), {}) for sample in range(3)]
+    calls: list[Call] = [Call(sample, (exact((2, 4), sample),), {}) for sample in range(3)]
     sites = {}
     for source, targets in GROUPS.items():
         for target in targets:
-            rows, columns = block.get_submodule(target).weight.shape
+            rows, columns = block.get_parameter(f"{target}.weight").shape
             sites[PREFIX + target] = Site(PREFIX + target, target, source, (rows, columns))
     graph = record(block, calls[0], "visual.blocks.0")
     return Stage(
@@ -100,9 +102,7 @@ def observation(channels: int) -> Observation:
     text = torch.ones(2, channels) * torch.tensor([[1.0], [-1.0]])
     image = torch.arange(float(channels))[None]
     ranges = {
-        name: ChannelRange(
-            len(rows), rows.amin(0), rows.amax(0), rows.double().sum(0), rows.double().square().sum(0)
-        )
+        name: ChannelRange(len(rows), rows.amin(0), rows.amax(0), rows.double().sum(0), rows.double().square().sum(0))
         for name, rows in (("text", text), ("image", image))
     }
     return Observation(channels, ranges, torch.cat([text, image]), torch.tensor([0, 0, 1], dtype=torch.int8))
@@ -132,6 +132,9 @@ def decided() -> Stage:
 
 class Lowered(nn.Module):
     """Stands for whatever replaces a Linear."""
+
+    weight: Tensor
+    weight_scale: Tensor
 
     def __init__(self, linear: nn.Linear, site: Site) -> None:
         super().__init__()

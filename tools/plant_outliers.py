@@ -133,7 +133,7 @@ def strength(tensors: dict[str, Tensor], edge: Edge) -> Tensor:
     """Estimate from weights alone how large each channel of the edge gets, float32 [channels], without a unit."""
     produced: Tensor = tensors[edge.producer[0]][edge.first_row : edge.first_row + edge.channels].float()
     if produced.ndim == 2:  # a Linear: its inputs are alike, so the row's length decides
-        return torch.linalg.vector_norm(produced, dim=1)
+        return produced.square().sum(1).sqrt()
     power = torch.zeros(edge.channels)
     for name in edge.writers:
         weight = tensors[name].float().flatten(1)

@@ -97,7 +97,7 @@ def list_requests(source: Path) -> list[Request]:
     """What to read, in the order of calibration. No picture is opened. UserError for an unusable source."""
     what, endings = f"--calib_images {source}", " ".join(PICTURE_ENDINGS)
     if source.is_dir():
-        found = [path for path in sorted(source.iterdir()) if is_picture(path)]
+        found = [path for path in sorted(source.iterdir()) if is_picture(path) and not path.is_dir()]
         if not found:
             why = f"no file in it ends in one of {endings} (folders inside it are not searched)"
             raise UserError(Fault(what, why=why, fix="put pictures into it; 30 COCO-like ones are advised"))

@@ -141,7 +141,10 @@ class Checkpoint:
             raise UserError(*faults)
 
     def side_files(self) -> list[str]:
-        """Everything beside weights and config.json that an engine or a processor may need, sorted; no folders, no links."""
+        """Everything beside weights and config.json that an engine or a processor may need, sorted; no folders.
+
+        Links count as what they lead to: a snapshot in the Hugging Face cache consists of nothing else.
+        """
         return sorted(
             path.name
             for path in self.folder.iterdir()

@@ -83,7 +83,11 @@ class Observation:
         """The same observation after every row was divided by `divisor` float32 [K] > 0 (a fold is linear)."""
         ranges = {
             name: ChannelRange(
-                seen.rows, seen.minimum / divisor, seen.maximum / divisor, seen.sum / divisor, seen.sum_of_squares / divisor.double() ** 2
+                seen.rows,
+                seen.minimum / divisor,
+                seen.maximum / divisor,
+                seen.sum / divisor,
+                seen.sum_of_squares / divisor.double() ** 2,
             )
             for name, seen in self.ranges.items()
         }
@@ -281,7 +285,7 @@ def watching(root: nn.Module, watch: Mapping[str, Callable[[Tensor, Call], None]
 
 
 def first_tensor(output: Any) -> Tensor:
-    """The hidden states in what a block returns: the tensor itself, or the first of a tuple or of a mapping's values."""
+    """The hidden states in what a block returns: the tensor itself, or the first of a tuple or a mapping's values."""
     if isinstance(output, Tensor):
         return output
     values = output.values() if isinstance(output, Mapping) else output

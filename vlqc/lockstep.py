@@ -76,9 +76,10 @@ class Lockstep:
         return self
 
     def __exit__(self, *unused: object) -> None:
-        for suspended in self._suspended:
-            if suspended.run:
-                suspended.run.throw(greenlet.GreenletExit)
+        with torch.no_grad():  # as they were resumed: a model that sets the mode itself sets it back to that
+            for suspended in self._suspended:
+                if suspended.run:
+                    suspended.run.throw(greenlet.GreenletExit)
         self._suspended.clear()
         for stage in self.model.stages.values():
             stage.__dict__.pop("forward", None)
@@ -86,8 +87,13 @@ class Lockstep:
     def __iter__(self) -> Iterator[Stop]:
         for suspended in self._suspended:
             self._resume(suspended)
+        order = {stage: number for number, stage in enumerate(self.model.stages.values())}
         last = list(self.model.stages)[-1]
         for name, stage in self.model.stages.items():
+            for one in self._suspended:
+                if one.at is not None and order[one.at] < order[stage]:
+                    where = self.model.name(one.at)
+                    raise InternalError(f"a sample stands before {where} when {name} is due: stages are out of order")
             standing = [number for number, one in enumerate(self._suspended) if one.at is stage]
             calls = [self._call(number, stage) for number in standing]
             stop = Stop(name, stage, calls)
@@ -95,7 +101,8 @@ class Lockstep:
             try:
                 yield stop
             finally:
-                stage.forward = forward
+                if self._suspended:  # a generator may be closed after the lockstep
+                    stage.forward = forward
             if len(stop.outputs) != len(calls):
                 raise InternalError(f"{name}: {len(calls)} samples stand before it, {len(stop.outputs)} were answered")
             if name == last and not self.to_the_end:

@@ -151,7 +151,7 @@ class FloatModel:
 
 
 def model_inputs(model: nn.Module, sample: dict[str, Tensor]) -> dict[str, Any]:
-    """Adds what a transformers version wants beside the four tensors of a sample.
+    """Adds what a transformers version wants beside the four tensors of a sample, and drops what it does not know.
 
     transformers 5 derives image positions from mm_token_type_ids (1 at image tokens) and is silently wrong without.
     """
@@ -159,6 +159,8 @@ def model_inputs(model: nn.Module, sample: dict[str, Tensor]) -> dict[str, Any]:
     accepted = inspect.signature(type(model).forward).parameters
     if "mm_token_type_ids" in accepted and "mm_token_type_ids" not in given:
         given["mm_token_type_ids"] = (sample["input_ids"] == model.config.image_token_id).int()  # type: ignore[union-attr]
+    if "mm_token_type_ids" not in accepted:
+        given.pop("mm_token_type_ids", None)
     return given
 
 

@@ -10,6 +10,7 @@ import math
 import operator
 import re
 import types
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -108,6 +109,17 @@ def _print_unknown(value: Any) -> str:
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
+def unquote(quoted: str) -> str:
+    """`quote` backwards. ValueError or SyntaxError if that is no string."""
+    return str(ast.literal_eval(_tree(quoted)))
+
+
+def _tree(source: str) -> ast.expr:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what Python only warns of, such as "\d" or 1if, is an error here
+        return ast.parse(source, mode="eval").body
+
+
 class Expression:
     """One expression, read. fault: makes the error from (what is wrong, at which character, what to do)."""
 
@@ -116,7 +128,7 @@ class Expression:
         self.marks: set[int] = set()  # places of `%`, which turn into `_`
         self.source = re.sub(rf"({STRING})|%(?=[A-Za-z_])", self._mark, written)
         try:
-            self.tree = ast.parse(self.source, mode="eval").body
+            self.tree = _tree(self.source)
         except SyntaxError as error:
             raise fault(f"this is not an expression: {error.msg}", (error.offset or 1) - 1, "") from None
         except (ValueError, RecursionError, MemoryError) as error:

@@ -191,7 +191,10 @@ def _read_bool(name: str, value: Any) -> bool:
 def _read_path(name: str, value: Any) -> Path:
     if not isinstance(value, str | Path) or not str(value).strip() or "\0" in str(value):
         raise _Refused(name, repr(value), "it is not the name of a file or folder")
-    return Path(value).expanduser()
+    try:
+        return Path(value).expanduser()
+    except RuntimeError as error:
+        raise _Refused(name, value, "there is no such user, whose home folder ~ would name") from error
 
 
 def _read_int(name: str, value: Any, allowed: list[int]) -> int:

@@ -4,7 +4,6 @@ Nothing in the text is executed or imported (see `notation`). A parsed stage has
 module: `call_module` targets are checkpoint names, and tensors are the summaries that the text gives.
 """
 
-import ast
 import re
 from typing import Any
 
@@ -22,7 +21,7 @@ from vlqc.ir import (
     Stage,
     TensorSummary,
 )
-from vlqc.notation import STRING, Expression
+from vlqc.notation import STRING, Expression, unquote
 
 NUMBER = r"-?(?:inf|nan|\d[\w.+-]*)"
 DIGEST = r"[0-9a-f]{8}"
@@ -77,7 +76,7 @@ class _Line:
         place = self.place
         quoted = self.take(STRING, f'{expected} in "quotes"').group()
         try:
-            return str(ast.literal_eval(quoted))
+            return unquote(quoted)
         except (SyntaxError, ValueError) as error:
             raise self.fault(f"this string cannot be read: {error}", place) from None
 

@@ -193,13 +193,18 @@ def _parse_pass(text: str) -> Pass:
             fix = near_miss(key, known) or (f"{name} takes {', '.join(known)}" if known else f"{name} takes no options")
             faults.append(Fault(f"{name} has no option {item!r}", where=text, fix=fix))
             continue
+        if key in given:
+            faults.append(Fault(f"{name}: {key} is given twice", where=text))
         try:
             given[key] = _parse_value(value, types_of[key])
         except ValueError as error:
             faults.append(Fault(f"{name}: {key}={value} cannot be used", where=text, why=str(error)))
     if faults:
         raise UserError(*faults)
-    return kind(**given)
+    try:
+        return kind(**given)
+    except ValueError as error:  # a pass may check its options when it is made
+        raise UserError(Fault(f"{name}: these options cannot be used", where=text, why=str(error))) from error
 
 
 def _parse_value(text: str, wanted: Any) -> Any:

@@ -67,10 +67,10 @@ class _Loader:
 
     def fill(self, model: nn.Module, path: str, module: nn.Module) -> None:
         name = original_name(path + ".").removesuffix(".")
-        mark = self.description.get(f"{name}.weight", Scheme.FLOAT)
+        mark = str(self.description.get(f"{name}.weight", Scheme.FLOAT))
         if isinstance(module, nn.Linear) and mark != Scheme.FLOAT:
             if mark not in MODULES:
-                why = near_miss(str(mark), map(str, MODULES)) or f"known are {', '.join(MODULES)}"
+                why = near_miss(mark, map(str, MODULES)) or f"known are {', '.join(MODULES)}"
                 self.faults.append(Fault(f"{name} has the unknown scheme {mark}", str(self.checkpoint.folder), why))
                 return
             tensors = {part: self._read(f"{name}.{part}") for part in COMPANIONS}
@@ -96,5 +96,9 @@ class _Loader:
         if shape is not None and self.checkpoint.shape(name) != shape:
             has = list(self.checkpoint.shape(name))
             self.faults.append(Fault(f"tensor {name} has shape {has}", where, f"config.json implies {list(shape)}"))
+            return None
+        if shape is not None and not self.checkpoint.stored_dtype(name).is_floating_point:
+            why = "the description does not say how its integers are to be run"
+            self.faults.append(Fault(f"{name} holds integers but counts as FLOAT", where, why))
             return None
         return self.checkpoint.tensor(name)

@@ -1,6 +1,6 @@
 """Ready model inputs: what a sample must be before the model sees it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ def check_samples(samples: Sequence[dict[str, Tensor]], model: nn.Module) -> Non
 
 
 def _faults(where: str, sample: dict[str, Tensor], model: nn.Module) -> list[Fault]:
+    if not isinstance(sample, Mapping):
+        return [Fault(f"a sample is a {type(sample).__name__}", where, "a dict of tensors is wanted")]
     faults = []
     for key in sample:
         if key in ("pixel_values_videos", "video_grid_thw"):
@@ -28,7 +30,8 @@ def _faults(where: str, sample: dict[str, Tensor], model: nn.Module) -> list[Fau
         elif key not in (*REQUIRED, *PICTURE, "mm_token_type_ids"):
             faults.append(Fault(f"unknown model input {key!r}", where, fix=near_miss(key, (*REQUIRED, *PICTURE))))
     missing = [key for key in REQUIRED if not isinstance(sample.get(key), Tensor)]
-    missing += [key for key in PICTURE if (key in sample) != (PICTURE[0] in sample or PICTURE[1] in sample)]
+    if any(key in sample for key in PICTURE):
+        missing += [key for key in PICTURE if not isinstance(sample.get(key), Tensor)]
     if missing:
         return [*faults, Fault(f"the tensor {' and '.join(missing)} is missing", where)]
     ids, mask = sample["input_ids"], sample["attention_mask"]
@@ -49,12 +52,20 @@ def _picture_faults(where: str, sample: dict[str, Tensor], model: nn.Module) -> 
         why = "input_ids holds image tokens but there are no pixel_values"
         return [Fault(f"{tokens} image tokens without a picture", where, why)] if tokens else []
     pixels, grid = sample["pixel_values"], sample["image_grid_thw"]
-    if grid.ndim != 2 or grid.shape[-1] != 3 or pixels.ndim != 2 or not bool((grid > 0).all()):
+    whole = not grid.is_floating_point() and grid.ndim == 2 and grid.shape[-1] == 3 and grid.shape[0] > 0
+    if not whole or pixels.ndim != 2 or not bool((grid > 0).all()):
         why = "pixel_values float [P, D] and image_grid_thw whole numbers [pictures, 3] are wanted"
         return [Fault(f"pixel_values is {_kind(pixels)}, image_grid_thw is {_kind(grid)}", where, why)]
     faults = []
     patches = int(grid.prod(-1).sum())
-    merged = patches // config.vision_config.spatial_merge_size**2  # type: ignore[union-attr]
+    vision = config.vision_config  # type: ignore[union-attr]
+    merge = vision.spatial_merge_size
+    merged = patches // merge**2
+    values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    if bool((grid[:, 1:] % merge != 0).any()):
+        faults.append(Fault("image_grid_thw cannot be merged", where, f"height and width must be multiples of {merge}"))
+    if pixels.shape[1] != values:
+        faults.append(Fault(f"pixel_values has {pixels.shape[1]} values per patch", where, f"the model takes {values}"))
     if pixels.shape[0] != patches:
         faults.append(Fault(f"pixel_values has {pixels.shape[0]} patches, image_grid_thw says {patches}", where))
     if tokens != merged:

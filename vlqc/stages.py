@@ -28,10 +28,10 @@ def live_stage(
         why = "what passes through it cannot be measured"
         raise UserError(Fault(f"no calibration sample reaches {stop.name}", why=why, fix="add a sample with a picture"))
     probe = choose_probe(stop.calls)
-    graph = record(stop.module, probe, stop.name)
-    children = dict(stop.module._modules)
-    model.fill(stop.module, read)
+    children = [(parent, dict(parent._modules)) for parent in stop.module.modules()]
     try:
+        model.fill(stop.module, read)
+        graph = record(stop.module, probe, stop.name)
         yield Stage(
             name=stop.name,
             part=part_of(f"{stop.name}."),
@@ -44,7 +44,8 @@ def live_stage(
             checkpoint_name=lambda target: checkpoint_name(model, stop, target),
         )
     finally:
-        stop.module._modules.update(children)
+        for parent, modules in children:  # lowering has put others in their places
+            parent._modules.update(modules)
         model.empty(stop.module)
 
 

@@ -23,7 +23,8 @@ from vlqc.ir import Call
 
 
 def record(module: nn.Module, call: Call, name: str) -> fx.Graph:
-    """The graph of `module` for the shapes of `call`. Node meta: shape (tuple) and dtype of tensor values.
+    """The graph of `module` for the shapes of `call`. Node meta: shape (tuple) and dtype of tensor values; of a get_attr
+    node `constant`, its value, and `path`, where the module holds it (None: it was made on the way).
 
     Raises UserError if the module cannot be recorded on meta tensors nor on real ones.
     """
@@ -44,11 +45,18 @@ def _record_on_meta(module: nn.Module, call: Call) -> fx.Graph:
 
     args, kwargs = tree_map(to_meta, (call.args, call.kwargs))
     state = {path: tensor.to("meta") for path, tensor in [*module.named_parameters(), *module.named_buffers()]}
-    return _record(module, args, kwargs, lambda: functional_call(module, state, args, kwargs))
+    return _record(module, args, kwargs, lambda: functional_call(module, state, args, kwargs), state)
 
 
-def _record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[[], Any]) -> fx.Graph:
-    recorder = _Recorder(module)
+def _record(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    run: Callable[[], Any],
+    own: dict[str, Tensor] | None = None,
+) -> fx.Graph:
+    """own: path -> the tensor that stands for a parameter or buffer of the module while it runs; None: itself."""
+    recorder = _Recorder(module, own)
     for name, tensor in _input_tensors(module, args, kwargs):
         recorder.bind(tensor, recorder.graph.placeholder(name))
     with torch.no_grad(), recorder:
@@ -75,14 +83,22 @@ def is_leaf(module: nn.Module) -> bool:
     return any(True for _ in module.parameters(recurse=False)) or type(module).__module__.startswith("torch.nn.")
 
 
+def _attribute(root: nn.Module, path: str) -> Tensor:
+    owner, _, name = path.rpartition(".")
+    value: Tensor = getattr(root.get_submodule(owner), name)
+    return value
+
+
 class _Recorder(TorchFunctionMode):
     """Builds the graph while active; hooks live exactly as long as the mode."""
 
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(self, root: nn.Module, own: dict[str, Tensor] | None) -> None:
         super().__init__()
         self.root = root
         self.graph = fx.Graph()
         self._node_of: dict[int, fx.Node] = {}
+        self._own = own or dict(root.named_parameters()) | dict(root.named_buffers())
+        self._path_of = {id(tensor): path for path, tensor in self._own.items()}
         self._alive: list[Tensor] = []  # an id is only a name while its tensor lives
         self._inside_leaf = 0
         self._constants = 0
@@ -149,7 +165,9 @@ class _Recorder(TorchFunctionMode):
         if id(tensor) not in self._node_of:  # neither input nor result: a constant or a parameter outside the leaves
             node = self.graph.create_node("get_attr", f"constant_{self._constants}")
             self._constants += 1
-            node.meta["constant"] = tensor
+            path = self._path_of.get(id(tensor))
+            node.meta["constant"] = tensor if path is None else _attribute(self.root, path)
+            node.meta["path"] = path
             self.bind(tensor, node)
         return self._node_of[id(tensor)]
 

@@ -19,7 +19,7 @@ def appearing_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
 
     With `overwrite` an existing folder stays until the new one is complete, and comes back if the exchange fails.
     """
-    target = Path(os.path.abspath(target))
+    target = Path(os.path.realpath(target))  # a link stays and what it points to is exchanged
     work, old = (target.with_name(f".{target.name}.{state}") for state in ("partial", "replaced"))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -70,6 +70,8 @@ class FolderEmitter:
         _write_json(self.folder / DESCRIPTION, description)
         _write_json(self.folder / "config.json", self._config())
         for name in self.checkpoint.side_files():
+            if name.startswith("quant_model_description"):  # of another compilation
+                continue
             shutil.copyfile(self.checkpoint.folder / name, self.folder / name)
 
     def _config(self) -> dict[str, Any]:

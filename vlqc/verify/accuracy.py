@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from vlqc.calibration import load_samples
 from vlqc.checkpoint import Checkpoint
+from vlqc.errors import UserError
 from vlqc.ir import first_tensor
-from vlqc.lockstep import Lockstep
+from vlqc.lockstep import Lockstep, Stop
 from vlqc.model import FloatModel
 from vlqc.runtime import load
 from vlqc.samples import check_samples
@@ -76,30 +77,44 @@ def check_accuracy(
             raise ValueError("either calib_images or samples must be given")
         samples = load_samples(model_path, calib_images, trust_remote_code=trust_remote_code).samples
     check_samples(samples, model.module)
-    quantized = load(folder, dtype=torch.float32)
+    try:
+        quantized = load(folder, dtype=torch.float32)
+    except UserError as error:  # the folder's fault, not the caller's
+        for fault in error.faults:
+            report.fault(STAGES, fault.where, f"the folder cannot be run: {fault.what}", fault.why)
+        return
     stages: list[dict[str, Any]] = []
-    hidden: list[Tensor] = []
-    with model.ready_outside(checkpoint.tensor, head=True), logits_are_hidden(model.module):
-        with Lockstep(model, samples, to_the_end=True) as lockstep:
+    with model.ready_outside(checkpoint.tensor, head=True):
+        with (
+            logits_are_hidden(model.module),
+            logits_are_hidden(quantized),
+            Lockstep(model, samples, to_the_end=True) as lockstep,
+        ):
             for stop in lockstep:
-                other = quantized.get_submodule(model.path(stop.module))
-                output, change = Noise(), Noise()
-                model.fill(stop.module, checkpoint.tensor)
-                for call in stop.calls:
-                    stop.outputs.append(stop.module(*call.args, **call.kwargs))
-                    entry = first_tensor((*call.args, *call.kwargs.values()))
-                    reference = first_tensor(stop.outputs[-1])
-                    result = first_tensor(other(*call.args, **call.kwargs)).reshape(reference.shape)
-                    output.add(reference, result)
-                    if entry.shape == reference.shape:
-                        change.add(reference - entry, result - entry)
-                model.empty(stop.module)
+                output, change = _run_stage(model, stop, quantized)
                 _report_stage(stop.name, output, change, len(stop.calls), stages, report)
             hidden = [_logits_of(result) for result in lockstep.results]
-        report.facts["stages against float"] = stages
-        with logits_are_hidden(quantized):
             others = [_logits_of(quantized(**model.inputs(sample))) for sample in samples]
+        report.facts["stages against float"] = stages
         _check_logits(model.module, quantized, samples, hidden, others, min_sqnr, report)
+
+
+def _run_stage(model: FloatModel, stop: Stop, quantized: nn.Module) -> tuple[Noise, Noise]:
+    """Answer the stop with the float stage's outputs -> noise of the quantized stage on the same inputs: of its output,
+    and of what it adds to its input (empty where it changes the shape)."""
+    other = quantized.get_submodule(model.path(stop.module))
+    output, change = Noise(), Noise()
+    model.fill(stop.module, model.checkpoint.tensor)
+    for call in stop.calls:
+        stop.outputs.append(stop.module(*call.args, **call.kwargs))
+        entry = first_tensor((*call.args, *call.kwargs.values()))
+        reference = first_tensor(stop.outputs[-1])
+        result = first_tensor(other(*call.args, **call.kwargs))
+        output.add(reference, result)
+        if entry.shape == reference.shape:
+            change.add(reference - entry, result - entry)
+    model.empty(stop.module)
+    return output, change
 
 
 def _report_stage(
@@ -195,10 +210,10 @@ def _check_logits(
         report.look(LOGITS)
         kept = sample["attention_mask"][0].bool()
         one = Agreement()
-        for reference, other in zip(
-            hidden[number][kept].split(TOKENS_AT_ONCE), others[number][kept].split(TOKENS_AT_ONCE), strict=True
-        ):
-            one.add(heads[0](reference), heads[1](other))
+        tokens = kept.nonzero().flatten()
+        for start in range(0, len(tokens), TOKENS_AT_ONCE):
+            some = tokens[start : start + TOKENS_AT_ONCE]
+            one.add(heads[0](hidden[number][some]), heads[1](others[number][some]))
         whole.merge(one)
         rows.append({"sample": number, **one.figures()})
         if not math.isfinite(one.noise):

@@ -61,7 +61,7 @@ class ExpectedModel:
 
 
 def expected_model(config: Mapping[str, Any]) -> ExpectedModel | str:
-    """config.json, flat or with text_config -> the model; a sentence when a size in it is not a positive whole number."""
+    """config.json, flat or with text_config -> the model; a sentence when a size in it cannot be one."""
     nested = config.get("text_config")
     text = nested if isinstance(nested, Mapping) else config
     vision = config.get("vision_config")

@@ -114,8 +114,8 @@ def check_files(folder: FolderFiles, type_name: str, report: Report) -> None:
                 "files",
                 name,
                 f"{name} does not belong here",
-                "engines load every *.safetensors file; with a model.safetensors.index.json vLLM Ascend drops every file "
-                "that is not named in it",
+                "engines load every *.safetensors file; given a model.safetensors.index.json, vLLM Ascend drops every "
+                "file that is not named in it",
                 "remove it",
             )
     if not folder.weights:

@@ -1,7 +1,8 @@
 """Safe reading of safetensors files and JSON: whatever the bytes are, the answer is tensors or a list of faults.
 
 Written for verification, so it trusts nothing: neither the header nor the file's length. Independent of the compiler's
-own reader and writer, so that a mistake there cannot hide here. One tensor (or a slice of its rows) in memory at a time.
+own reader and writer, so that a mistake there cannot hide here. One tensor, or a slice of its rows, in memory at a
+time.
 """
 
 import json
@@ -60,7 +61,7 @@ class StoredTensor:
         return self._elements(0, self.count).reshape(self.shape)
 
     def rows(self) -> Iterator[tuple[int, Array]]:
-        """(first row, slice of rows) over the first dimension, values as in `read`. A 0-dimensional tensor is one row."""
+        """(first row, slice of rows) over the first dimension, values as in `read`. 0 dimensions are one row."""
         first_dimension = self.shape[0] if self.shape else 1
         row = self.count // first_dimension if first_dimension else 0
         step = max(1, CHUNK_ELEMENTS // max(row, 1))
@@ -111,7 +112,7 @@ def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Any], list[str]]:
-    """safetensors file -> (tensors by name, metadata, what is wrong in words). Tensors whose entry is wrong are left out."""
+    """safetensors file -> (tensors by name, metadata, what is wrong in words), without tensors whose entry is wrong."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:

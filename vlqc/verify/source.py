@@ -26,7 +26,8 @@ def check_against_source(folder: CompiledFolder, model_path: Path, report: Repor
     """Findings for every tensor that does not follow from the float checkpoint. UserError: that is no checkpoint."""
     if folder.model is None:
         return
-    _Comparison(folder, folder.model, open_source(model_path), report).run()
+    with np.errstate(all="ignore"):  # damaged values are reported, not warned about
+        _Comparison(folder, folder.model, open_source(model_path), report).run()
 
 
 def open_source(model_path: Path) -> dict[str, StoredTensor]:
@@ -63,6 +64,7 @@ class _Comparison:
     ) -> None:
         self.folder, self.model, self.source, self.report = folder, model, source, report
         self.sqnr: dict[str, float] = {}
+        self.compared: set[str] = set()
 
     def run(self) -> None:
         for name in (*self.model.others, "model.norm.weight"):
@@ -131,7 +133,8 @@ class _Comparison:
             has = f"{source.dtype} {list(source.shape)}" if source else "no such tensor"
             self.report.fault(CHECK, name, f"the float checkpoint has {has} here", "", "is it the right checkpoint?")
             return None
-        self.report.look(CHECK)
+        self.report.look(CHECK, int(name not in self.compared))
+        self.compared.add(name)
         return source, stored
 
     def weight_pair(self, layer: str) -> WeightPair | None:
@@ -164,18 +167,18 @@ class _Comparison:
             self.report.fault(CHECK, name, f"{count} values differ from the float checkpoint, first at {first}", why)
 
     def columns_behind(self, norm: str, parts: list[tuple[str, int | None]]) -> Scales:
-        """Fit the input scales of a norm's consumers, and hold the stored norm against them: norm * columns = source."""
+        """Fit the input scales of a norm's consumers and hold the stored norm to them: norm * columns = source."""
         pairs = [(pair, pair.rows if end is None else end) for layer, end in parts if (pair := self.weight_pair(layer))]
         inputs = self.model.linears[parts[0][0]].inputs
         columns = fit_columns(pairs) if pairs else Scales.ones(inputs)
-        pair = self.pair(f"{norm}.weight")
-        if pair is None or not pairs:
+        found = self.pair(f"{norm}.weight")
+        if found is None or not pairs:
             return columns
-        source, stored = pair[0].read().astype(np.float32), pair[1].read().astype(np.float32)
+        source, stored = found[0].read().astype(np.float32), found[1].read().astype(np.float32)
         tiles = inputs // len(source)  # the merger lays 2 x 2 patches side by side: one norm channel, four columns
-        expected, found = np.tile(source, tiles), np.tile(stored, tiles) * columns.values
+        expected, product = np.tile(source, tiles), np.tile(stored, tiles) * columns.values
         allowed = np.abs(expected) * (2 * ULP[self.folder.glue] + SIGMAS * columns.sigma)
-        wrong = np.flatnonzero(np.isfinite(columns.sigma) & ~(np.abs(found - expected) <= allowed)) % len(source)
+        wrong = np.flatnonzero(np.isfinite(columns.sigma) & ~(np.abs(product - expected) <= allowed)) % len(source)
         if wrong.size:
             first = int(wrong[0])
             what = (
@@ -234,7 +237,7 @@ class _Comparison:
             self.report.fault(CHECK, name, what, why, "copy the folder again, or compile again")
 
     def bias(self, layer: str, rows: Scales | None) -> None:
-        """A bias takes its rows' scales. Behind a norm with a bias (a folded shift) it has moved and is not compared."""
+        """A bias takes its rows' scales. Behind a norm with a bias (a folded shift) it moved and is not compared."""
         pair = self.pair(f"{layer}.bias")
         norms = [norm for norm in self.model.norms if layer in consumers_of_norm(norm)]
         if pair is None or any(f"{norm}.bias" in self.folder.files.tensors for norm in norms):

@@ -1,4 +1,4 @@
-"""The form of a compiled folder: config, description, and every tensor with its dtype and shape, as engines look them up.
+"""The form of a compiled folder: config, description, every tensor with its dtype and shape, as engines look them up.
 
 vLLM Ascend does not check completeness when it loads: a missing tensor is silent garbage, so it is checked here.
 """
@@ -44,7 +44,7 @@ class CompiledFolder:
 
 
 def check_structure(path: Path, engine: str | None, report: Report) -> CompiledFolder:
-    """Folder and engine ("vllm-ascend", "mindie", "both"; None: what its config.json claims) -> what the folder holds."""
+    """Folder and engine ("vllm-ascend", "mindie", "both"; None: what config.json claims) -> what the folder holds."""
     files = open_folder(path, report)
     engine = engine or _claimed_engine(files)
     report.engine = engine
@@ -184,7 +184,7 @@ def _scheme_by_tensors(files: FolderFiles, layer: str) -> Scheme:
 
 
 def _check_description_keys(files: FolderFiles, schemes: Mapping[str, Scheme], report: Report) -> str:
-    """version, model_quant_type and strange keys; the folder's type by its schemes (or model_quant_type without any)."""
+    """version, model_quant_type, strange keys -> the folder's type by its schemes (model_quant_type without any)."""
     description, where = files.description, files.description_name
     scheme = folder_type(schemes.values())
     claimed = description.get("model_quant_type")
@@ -199,11 +199,8 @@ def _check_description_keys(files: FolderFiles, schemes: Mapping[str, Scheme], r
     for key, value in description.items():
         if isinstance(value, dict | list):
             report.fault("description", where, f"{key!r} is not a plain value", "engines read a flat object")
-        elif key not in DESCRIPTION_KEYS and key not in files.tensors:
-            if "." in key:
-                report.fault("description", where, f"it lists {key!r}, which no file contains")
-            else:
-                report.warn("description", where, f"unknown key {key!r}")
+        elif key not in DESCRIPTION_KEYS and "." not in key:
+            report.warn("description", where, f"unknown key {key!r}")
     return scheme
 
 
@@ -257,6 +254,9 @@ def _check_tensors(
         )
     for name in sorted(files.tensors.keys() - expected.keys() - allowed.keys() - set(renamed)):
         report.fault("tensors", name, "this tensor does not belong to the model", "by config.json and its scheme")
+    for name in sorted(name for name in files.description if "." in name):
+        if name not in files.tensors and name not in expected:
+            report.fault("description", files.description_name, f"it lists {name!r}, which no file contains")
     return sound
 
 

@@ -16,6 +16,7 @@ INT8_MAX = 127
 NOISE = 0.29  # standard deviation of a rounding error, in steps (1/sqrt(12))
 SIGMAS = 5.0  # so that of 1e7 weights none is beyond by chance
 ULP = {"BF16": 2.0**-8, "F16": 2.0**-10, "F32": 2.0**-23}  # one unit in the last place, relative
+FAR = 1e9  # steps; farther than any weight lies
 OTHER_ROUNDING_SHARE = 1e-3  # more misfits than that are no damage but another way of rounding
 GROSS_STEPS = 16.0  # ... which still moves no weight by that many steps
 
@@ -72,27 +73,36 @@ class WeightPair:
                 yield start + low, wide / step, value
             else:
                 step = np.maximum(np.abs(wide).max(axis=1, keepdims=True), np.float32(1e-30)) / INT8_MAX
-                yield start + low, wide / step, value / step
+                # A damaged exponent gives anything up to infinity, which would drown its whole column in NaN.
+                with np.errstate(over="ignore"):
+                    value = np.nan_to_num(value / step, nan=FAR, posinf=FAR, neginf=-FAR)
+                yield start + low, wide / step, np.clip(value, -FAR, FAR)
 
     def allowed(self, predicted: Array, sigma: Array) -> Array:
         """The distance, in steps, that rounding and an uncertain fit explain."""
         if self.scale is not None:
-            rounding = np.float32(0.501)
+            rounding: Array = np.full((), 0.501, np.float32)
         else:
             rounding = np.abs(predicted) * ULP[self.stored.dtype] + np.float32(1e-6)
-        return np.minimum(rounding + SIGMAS * sigma * np.abs(predicted), np.float32(1e30))
+        return np.asarray(rounding + SIGMAS * sigma * np.abs(predicted), np.float32)
+
+    def slack(self, stored: Array) -> Array:
+        """The rounding that each stored weight may hide, in steps; infinite for clipped ones."""
+        if self.scale is None:
+            return np.asarray(np.abs(stored) * ULP[self.stored.dtype] + np.float32(1e-6))
+        return np.where(np.abs(stored) < INT8_MAX, np.float32(0.501), np.float32(np.inf))
 
     def distance(self, stored: Array, predicted: Array) -> Array:
         """|stored - predicted| in steps; an int8 at its limit may stand for anything beyond it (clipping)."""
         if self.scale is None:
-            return np.abs(stored - predicted)
-        return np.abs(stored - np.clip(predicted, -INT8_MAX, INT8_MAX))
+            return np.asarray(np.abs(stored - predicted))
+        return np.asarray(np.abs(stored - np.clip(predicted, -INT8_MAX, INT8_MAX)))
 
 
 def fit_columns(parts: Sequence[tuple[WeightPair, int]]) -> Scales:
     """[(pair, number of its first rows to use)], all reading one input -> the scale of each input channel [K].
 
-    Least squares, then a weighted median in the columns that a few damaged weights pulled away.
+    Least squares, then the scale that most weights agree on where a damaged weight pulled the first one away.
     """
     columns = parts[0][0].columns
     product, square = np.zeros(columns), np.zeros(columns)
@@ -113,7 +123,7 @@ def fit_columns(parts: Sequence[tuple[WeightPair, int]]) -> Scales:
             pieces = [chunk for pair, end in parts for chunk in pair.chunks(end=end)]
             source = np.concatenate([source[:, column] for _, source, _ in pieces])
             stored = np.concatenate([stored[:, column] for _, _, stored in pieces])
-            scales.values[column] = weighted_median(source, stored)
+            scales.values[column] = most_agreed_scale(source, stored, parts[0][0].slack(stored))
     return scales
 
 
@@ -129,7 +139,9 @@ def fit_rows(pair: WeightPair, begin: int, columns: Scales) -> Scales:
         sigma = _finite(fitted.sigma)[:, None] + _finite(columns.sigma)
         beyond = pair.distance(stored, predicted) > pair.allowed(predicted, sigma)
         for row in np.flatnonzero(beyond.any(axis=1)):
-            fitted.values[row] = weighted_median(scaled[row], stored[row])
+            # Rounding is no noise where the row's largest weight puts the others on a grid of half steps.
+            slack = pair.slack(stored[row]) + SIGMAS * _finite(columns.sigma) * np.abs(scaled[row])
+            fitted.values[row] = most_agreed_scale(scaled[row], stored[row], slack)
         result.values[start : start + len(source)] = fitted.values
         result.sigma[start : start + len(source)] = fitted.sigma
     return result
@@ -146,8 +158,8 @@ def misfits(pair: WeightPair, rows: Scales, columns: Scales) -> Misfits:
         distance = pair.distance(stored, predicted)
         sigma = _finite(rows.sigma[mine])[:, None] + _finite(columns.sigma)
         allowed = pair.allowed(predicted, sigma)
-        beyond = distance > allowed
-        far = distance > allowed + GROSS_STEPS
+        beyond = ~(distance <= allowed)
+        far = ~(distance <= allowed + GROSS_STEPS)
         if first is None:
             first = _first(beyond, start)
         if first_gross is None:
@@ -160,15 +172,18 @@ def misfits(pair: WeightPair, rows: Scales, columns: Scales) -> Misfits:
     return Misfits(count, gross, pair.rows * pair.columns, first, first_gross, min(sqnr, 200.0))
 
 
-def weighted_median(source: Array, stored: Array) -> float:
-    """The scale s that minimises sum |stored - s * source|: the median of stored/source weighted by |source|."""
-    used = source != 0
+def most_agreed_scale(source: Array, stored: Array, slack: Array) -> float:
+    """The scale s for which |stored - s * source| <= slack holds for most elements: each allows an interval of s."""
+    used = (source != 0) & np.isfinite(slack)
     if not used.any():
         return 1.0
-    ratio, weight = stored[used] / source[used], np.abs(source[used])
-    order = np.argsort(ratio)
-    middle = np.searchsorted(np.cumsum(weight[order]), weight.sum() / 2)
-    return float(ratio[order][min(int(middle), len(order) - 1)])
+    source, stored, slack = source[used].astype(np.float64), stored[used], slack[used]
+    ends = np.sort(np.stack([(stored - slack) / source, (stored + slack) / source]), axis=0)
+    edges = ends.reshape(-1)
+    opening = np.repeat([1, -1], len(source))
+    order = np.lexsort((-opening, edges))  # where one interval ends and another begins, both count
+    best = int(np.argmax(np.cumsum(opening[order])))
+    return float(edges[order[best : best + 2]].mean())
 
 
 def _scales(product: Array, square: Array) -> Scales:

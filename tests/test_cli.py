@@ -1,0 +1,228 @@
+"""The command line: arguments, exit codes, and what goes to stdout and stderr. The work behind it is a stand-in."""
+
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from vlqc.cli import app
+from vlqc.errors import Fault, InternalError, UserError
+from vlqc.options import Options
+from vlqc.result import Result
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[str]:
+    (tmp_path / "model").mkdir()
+    return ["--model_path", str(tmp_path / "model"), "--save_directory", str(tmp_path / "save")]
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Replaces the compiler: what it was called with, and under "raises" what it shall raise."""
+    seen: dict[str, Any] = {}
+
+    def compile(*, progress: object, **options: Any) -> Result:
+        if "raises" in seen:
+            raise seen["raises"]
+        seen.update(options)
+        counts = {("language", "W8A8"): 7, ("vision", "FLOAT"): 3}
+        return Result(
+            Path(options["save_directory"]), counts, 4096, 1024, 75.0, 3 << 20, ["a note"], ["E 1.0"], ["serve it"]
+        )
+
+    stand_in = types.ModuleType("vlqc.compiler")
+    stand_in.__dict__["compile"] = compile
+    monkeypatch.setitem(sys.modules, "vlqc.compiler", stand_in)
+    return seen
+
+
+@pytest.fixture
+def verified(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Replaces verification: what it was called with, and under "ok" what it shall find."""
+    seen: dict[str, Any] = {"ok": True}
+
+    def verify_folder(folder: Path, **given: Any) -> Any:
+        seen.update(folder=folder, **given)
+        render = lambda console: console.print("the report")  # noqa: E731
+        return types.SimpleNamespace(ok=seen["ok"], render=render, to_json=lambda: '{"ok": true}\n')
+
+    stand_in = types.ModuleType("vlqc.verify")
+    stand_in.__dict__["verify_folder"] = verify_folder
+    monkeypatch.setitem(sys.modules, "vlqc.verify", stand_in)
+    return seen
+
+
+def run(*arguments: str, **environment: str) -> Any:
+    return CliRunner(env={"NO_COLOR": "1", "TERMINAL_WIDTH": "120", "COLUMNS": "120", **environment}).invoke(
+        app, arguments
+    )
+
+
+def in_process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A real run, as a user starts it."""
+    settings = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120", "PYTHONWARNINGS": "error", **environment}
+    command = [sys.executable, "-m", "vlqc", *arguments]
+    return subprocess.run(command, env=settings, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+
+
+def test_help_loads_nothing_heavy() -> None:
+    """Catches an import that makes `vlqc --help` wait for torch."""
+    code = (
+        "import sys; from vlqc.cli import app\n"
+        "try: app(['compile', '--help'])\nexcept SystemExit as ended: assert not ended.code\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'PIL'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_real_process() -> None:
+    """Catches a broken `python -m vlqc`, and text of errors on stdout."""
+    ended = in_process("--help")
+    assert ended.returncode == 0 and "compile" in ended.stdout and not ended.stderr
+    ended = in_process("compile", "--w_bit", "5", "--model_path", "absent", "--save_directory", "new")
+    assert ended.returncode == 2 and not ended.stdout
+    assert "error: --w_bit 5" in ended.stderr and "error: --model_path absent" in ended.stderr
+    assert "Traceback" not in ended.stderr and "\x1b" not in ended.stderr
+
+
+def test_every_option_is_a_flag() -> None:
+    """Catches an option that the command line forgot, or one without its help text."""
+    shown = run("compile", "--help", COLUMNS="200", TERMINAL_WIDTH="200").stdout
+    for name, field in Options.model_fields.items():
+        assert f"--{name} " in shown
+        assert str(field.description).split(".")[0].split(":")[0] in " ".join(shown.split())
+
+
+def test_options_arrive(folders: list[str], compiled: dict[str, Any], tmp_path: Path) -> None:
+    """Catches a flag that gets lost or arrives under another name, underscored or dashed."""
+    ended = run(
+        "compile", *folders, "--w-bit", "8", "--act_method", "1", "--trust_remote_code", "True", "--skip-bad-images",
+        "--dump-ir", str(tmp_path / "dump"), "--open_outlier=False",
+    )  # fmt: skip
+    assert ended.exit_code == 0, ended.output
+    options = Options.from_user(**compiled)
+    assert (options.act_method, options.trust_remote_code, options.skip_bad_images) == (1, True, True)
+    assert (options.dump_ir, options.open_outlier, options.overwrite) == (tmp_path / "dump", False, False)
+
+
+def test_command_lines_of_the_reference_script(folders: list[str], compiled: dict[str, Any]) -> None:
+    """Catches a command line of the reference script that is not understood."""
+    line = "--calib_images x --w_bit 8 --a_bit 8 --device_type cpu --trust_remote_code True --anti_method m2"
+    ended = run("compile", *folders, *line.split())
+    assert ended.exit_code == 0, ended.output
+    assert compiled["calib_images"] == "x"
+    ended = run("compile", *folders, *line.split(), "--mindie_format")
+    assert ended.exit_code == 2 and "not yet: --mindie_format" in ended.stderr
+
+
+def test_summary(folders: list[str], compiled: dict[str, Any]) -> None:
+    """Catches a summary that leaves out what became what, the sizes, the place, the serve command, or a note."""
+    shown = run("compile", *folders).stdout
+    for wanted in (
+        "language",
+        "W8A8",
+        "7",
+        "4.0 KiB -> 1.0 KiB (25%)",
+        "1:15",
+        "3.0 MiB",
+        folders[-1],
+        "E 1.0",
+        "serve it",
+    ):
+        assert wanted in shown
+    assert "a note" in shown
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "words"),
+    [
+        (UserError(Fault("a [b] c", why="because"), "second"), 2, ["error: a [b] c", "why: because", "error: second"]),
+        (InternalError("a promise"), 70, ["a promise", "--dump_ir"]),
+        (KeyboardInterrupt(), 130, ["interrupted"]),
+        (ZeroDivisionError("oops"), 70, ["ZeroDivisionError: oops", "fault of vlqc"]),
+    ],
+)
+def test_exit_codes(
+    folders: list[str], compiled: dict[str, Any], raised: BaseException, code: int, words: list[str]
+) -> None:
+    """Catches a wrong exit code, a traceback for a user's fault, or text that is taken for colour markup."""
+    compiled["raises"] = raised
+    ended = run("compile", *folders)
+    assert ended.exit_code == code
+    assert all(word in ended.stderr for word in words) and not ended.stdout
+    assert ("Traceback" in ended.stderr) == isinstance(raised, ZeroDivisionError)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["compile", "--modl_path", "x"], ["--modl_path", "--model_path"]),
+        (["complie"], ["complie", "compile"]),
+        (["inspect"], ["FOLDER"]),
+        (["compile"], ["--model_path is missing", "--save_directory is missing"]),
+        (["compile", "stray"], ["stray"]),
+    ],
+)
+def test_usage_errors(arguments: list[str], words: list[str]) -> None:
+    """Catches a slip at the keyboard that is answered with another code than 2, or without the near miss."""
+    ended = run(*arguments)
+    assert ended.exit_code == 2
+    assert all(word in ended.stderr for word in words)
+
+
+def test_verify(verified: dict[str, Any], tmp_path: Path) -> None:
+    """Catches a failed verification that ends with 0, and arguments that do not reach it."""
+    report = tmp_path / "report.json"
+    ended = run("verify", "out", "--model-path", "float", "--calib_images", "pictures", "--json", str(report))
+    assert ended.exit_code == 0 and "the report" in ended.stdout
+    assert (verified["folder"], verified["model_path"], verified["calib_images"]) == (
+        Path("out"), Path("float"), Path("pictures"),
+    )  # fmt: skip
+    assert json.loads(report.read_text()) == {"ok": True}
+    verified["ok"] = False
+    report.unlink()
+    assert run("verify", "out", "--json", str(report)).exit_code == 1
+    assert report.exists()
+
+
+def test_json_file_is_checked_first(verified: dict[str, Any], tmp_path: Path) -> None:
+    """Catches a long verification whose result cannot be written in the end."""
+    ended = run("verify", "out", "--json", str(tmp_path / "absent" / "report.json"))
+    assert ended.exit_code == 2 and "--json" in ended.stderr
+    assert "folder" not in verified
+
+
+def test_inspect_of_nothing(tmp_path: Path) -> None:
+    """Catches a traceback for a folder that does not exist."""
+    ended = run("inspect", str(tmp_path / "absent"))
+    assert ended.exit_code == 2 and str(tmp_path / "absent") in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_passes_explain_needs_no_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches `--explain` that asks for folders, ignores the options, or breaks the text over lines."""
+    stand_in = types.ModuleType("vlqc.pipeline")
+    stand_in.__dict__["pipeline_text"] = lambda options: f"{'long,' * 60}method={options.act_method}"
+    monkeypatch.setitem(sys.modules, "vlqc.pipeline", stand_in)
+    ended = run("passes", "--explain", "--act_method", "1")
+    assert ended.exit_code == 0, ended.output
+    assert ended.stdout == f"{'long,' * 60}method=1\n"
+    assert run("passes", "--explain", "--act_method", "9").exit_code == 2
+
+
+def test_inspect_writes_what_it_shows(tmp_path: Path) -> None:
+    """Catches an inspection that prints but does not write, or the other way round."""
+    ended = run("inspect", str(ROOT / "tools" / "tiny_vl"), "--json", str(tmp_path / "found.json"))
+    assert ended.exit_code == 0 and "language layers" in ended.stdout
+    found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
+    assert {row["part"] for row in found["rows"]} >= {"vision blocks", "merger", "language layers"}

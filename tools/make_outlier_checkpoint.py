@@ -1,0 +1,300 @@
+"""Make a Qwen2.5-VL checkpoint of random weights whose activations are as hard to quantize as those of large models.
+
+What is planted, in both towers unless said otherwise:
+
+- a few channels of every norm weight are 5 to 24 times larger, the consumers' columns smaller by that factor to the
+  power of 0.8 to 1.2: smoothing cannot simply undo them, as it could in `plant_outliers.py`;
+- a few strong value and up rows, which nothing makes up for;
+- residual channels of constant sign;
+- one massive token of the language model: `<bos>` carries 400 in one residual channel, as the first token of large
+  models does.
+
+The folder is complete: processor and tokenizer are those of `tools/tiny_vl`.
+
+    python tools/make_outlier_checkpoint.py TARGET [--seed 0] [--dtype bfloat16] [--tied] [--layers 2] ...
+"""
+
+import argparse
+import json
+import math
+import shutil
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+SIDE_FILES = (
+    "chat_template.json",
+    "preprocessor_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+MASSIVE_TOKEN, MASSIVE_VALUE = 1, 400.0  # <bos> of tools/tiny_vl: in every sequence
+VISION_START, VISION_END, IMAGE, VIDEO, VISION_PAD = 3, 4, 5, 6, 7
+FIRST_WORD = 8
+MERGE, PATCH_VALUES = 2, 3 * 2 * 14 * 14
+GRIDS = ((8, 8), (8, 12), (12, 10), (16, 12))  # patches down and across of `random_samples`, one after the other
+
+OUTLIER_SHARE = 0.01  # of the channels of every norm
+OUTLIER_FACTORS = (5.0, 24.0)
+UNDONE_POWERS = (0.8, 1.2)
+STRONG_ROWS, STRONG_FACTORS = 0.01, (4.0, 8.0)  # share of the value and up rows
+BRANCH_GAIN = 0.5  # of the Linears that write into the residual stream
+SIGNED_SHARE, SIGNED_VALUE = 0.01, 3.0  # residual channels of constant sign, in standard deviations of the residual
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of the checkpoint. hidden / heads must be a multiple of 16, that of vision of 4; vocabulary at least 64."""
+
+    layers: int = 2
+    hidden: int = 512
+    intermediate: int = 768
+    heads: int = 8
+    value_heads: int = 2
+    vision_layers: int = 2  # the last block has full attention, the others are windowed
+    vision_hidden: int = 256
+    vision_intermediate: int = 340
+    vision_heads: int = 4
+    vocabulary: int = 512
+
+
+def config_of(shape: Shape, dtype: str, tied: bool) -> dict[str, Any]:
+    """The flat config.json that transformers 4.49 writes and 5.x reads."""
+    head = shape.hidden // shape.heads
+    if shape.hidden % (16 * shape.heads) or shape.vision_hidden % (4 * shape.vision_heads):
+        raise ValueError(f"hidden / heads must be a multiple of 16 (language) and 4 (vision): {shape}")
+    if shape.heads % shape.value_heads or shape.vocabulary < 64:
+        raise ValueError(f"value_heads must divide heads, and the vocabulary must be at least 64: {shape}")
+    sections = [head // 8, head // 16 * 3, head // 16 * 3]  # of head / 2: time, height, width
+    return {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "attention_dropout": 0.0,
+        "bos_token_id": MASSIVE_TOKEN,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "hidden_size": shape.hidden,
+        "image_token_id": IMAGE,
+        "initializer_range": 0.02,
+        "intermediate_size": shape.intermediate,
+        "max_position_embeddings": 32768,
+        "max_window_layers": shape.layers,
+        "model_type": "qwen2_5_vl",
+        "num_attention_heads": shape.heads,
+        "num_hidden_layers": shape.layers,
+        "num_key_value_heads": shape.value_heads,
+        "pad_token_id": 0,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": {"mrope_section": sections, "type": "mrope"},
+        "rope_theta": 1000000.0,
+        "sliding_window": 32768,
+        "tie_word_embeddings": tied,
+        "torch_dtype": dtype,
+        "transformers_version": "4.49.0",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "video_token_id": VIDEO,
+        "vision_config": {
+            "depth": shape.vision_layers,
+            "fullatt_block_indexes": [shape.vision_layers - 1],
+            "hidden_act": "silu",
+            "hidden_size": shape.vision_hidden,
+            "in_channels": 3,
+            "in_chans": 3,
+            "intermediate_size": shape.vision_intermediate,
+            "model_type": "qwen2_5_vl",
+            "num_heads": shape.vision_heads,
+            "out_hidden_size": shape.hidden,
+            "patch_size": 14,
+            "spatial_merge_size": MERGE,
+            "spatial_patch_size": 14,
+            "temporal_patch_size": 2,
+            "tokens_per_second": 2,
+            "window_size": 112,
+        },
+        "vision_end_token_id": VISION_END,
+        "vision_start_token_id": VISION_START,
+        "vision_token_id": VISION_PAD,
+        "vocab_size": shape.vocabulary,
+    }
+
+
+class Maker:
+    """Collects the tensors of one checkpoint under their names; every draw comes from one seeded generator."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.tensors: dict[str, Tensor] = {}
+
+    def normal(self, *size: int) -> Tensor:
+        """Standard normal numbers, float32."""
+        return torch.randn(size, generator=self.generator)
+
+    def between(self, bounds: tuple[float, float], count: int) -> Tensor:
+        """`count` numbers between the bounds, uniform."""
+        return bounds[0] + (bounds[1] - bounds[0]) * torch.rand(count, generator=self.generator)
+
+    def some(self, channels: int, share: float) -> Tensor:
+        """Indices of a share of the channels, at least two."""
+        return torch.randperm(channels, generator=self.generator)[: max(2, round(share * channels))]
+
+    def linear(self, name: str, rows: int, columns: int, bias: float | None = None, gain: float = 1.0) -> None:
+        """A Linear that multiplies its input's amplitude by `gain`; `bias` is its bias' deviation, None for none."""
+        self.tensors[f"{name}.weight"] = gain * self.normal(rows, columns) / math.sqrt(columns)
+        if bias is not None:
+            self.tensors[f"{name}.bias"] = bias * self.normal(rows)
+
+    def norm(self, name: str, signed: Tensor, consumers: list[str], repeat: int = 1) -> None:
+        """A norm weight with outlier channels, those of constant sign among them.
+
+        They are mostly undone in the consumers' columns, which see the channels `repeat` times side by side.
+        """
+        channels = len(signed)
+        weight = 1 + 0.1 * self.normal(channels)
+        chosen = torch.cat([self.some(channels, OUTLIER_SHARE), signed.nonzero()[:, 0]]).unique()
+        factors = self.between(OUTLIER_FACTORS, len(chosen))
+        weight[chosen] *= factors
+        self.tensors[f"{name}.weight"] = weight
+        undone = torch.ones(channels)
+        undone[chosen] = factors ** self.between(UNDONE_POWERS, len(chosen))
+        for consumer in consumers:
+            self.tensors[f"{consumer}.weight"] /= undone.repeat(repeat)
+
+    def strengthen(self, name: str, first_row: int, rows: int) -> None:
+        """Make a few of the Linear's rows first_row .. first_row + rows - 1 strong."""
+        chosen = self.some(rows, STRONG_ROWS)
+        self.tensors[f"{name}.weight"][first_row + chosen] *= self.between(STRONG_FACTORS, len(chosen))[:, None]
+
+    def signed(self, channels: int) -> Tensor:
+        """A residual offset [channels]: zero but for a few channels, which it gives a constant sign."""
+        offset = torch.zeros(channels)
+        chosen = self.some(channels, SIGNED_SHARE)
+        offset[chosen] = SIGNED_VALUE * (1 - 2 * torch.randint(2, (len(chosen),), generator=self.generator).float())
+        return offset
+
+    def vision(self, shape: Shape) -> None:
+        """The vision tower and the merger."""
+        signed = self.signed(shape.vision_hidden)
+        hidden, middle, merged = shape.vision_hidden, shape.vision_intermediate, shape.vision_hidden * MERGE**2
+        patch = self.normal(hidden, PATCH_VALUES) / math.sqrt(PATCH_VALUES)
+        self.tensors["visual.patch_embed.proj.weight"] = patch.reshape(hidden, 3, 2, 14, 14)
+        for index in range(shape.vision_layers):
+            block = f"visual.blocks.{index}"
+            qkv, gate, up = f"{block}.attn.qkv", f"{block}.mlp.gate_proj", f"{block}.mlp.up_proj"
+            self.linear(qkv, 3 * hidden, hidden, bias=0.1)
+            self.strengthen(qkv, 2 * hidden, hidden)
+            self.linear(f"{block}.attn.proj", hidden, hidden, bias=0.1, gain=BRANCH_GAIN)
+            self.linear(gate, middle, hidden, bias=0.1)
+            self.linear(up, middle, hidden, bias=0.1)
+            self.strengthen(up, 0, middle)
+            self.linear(f"{block}.mlp.down_proj", hidden, middle, bias=0.1, gain=BRANCH_GAIN)
+            if index == 0:  # the patch embedding has no bias
+                self.tensors[f"{block}.attn.proj.bias"] += signed
+            self.norm(f"{block}.norm1", signed, [qkv])
+            self.norm(f"{block}.norm2", signed, [gate, up])
+        self.linear("visual.merger.mlp.0", merged, merged, bias=0.1)
+        self.linear("visual.merger.mlp.2", shape.hidden, merged, bias=0.1)
+        self.norm("visual.merger.ln_q", signed, ["visual.merger.mlp.0"], repeat=MERGE**2)
+
+    def text(self, shape: Shape, tied: bool) -> None:
+        """The language model."""
+        hidden, middle, values = shape.hidden, shape.intermediate, shape.hidden // shape.heads * shape.value_heads
+        offset = self.signed(hidden)
+        massive = int(torch.randint(hidden, (1,), generator=self.generator))
+        embedding = self.normal(shape.vocabulary, hidden) + offset
+        embedding[MASSIVE_TOKEN, massive] = MASSIVE_VALUE
+        self.tensors["model.embed_tokens.weight"] = embedding
+        self.tensors["visual.merger.mlp.2.bias"] += offset  # picture tokens enter the same stream
+        for index in range(shape.layers):
+            layer = f"model.layers.{index}"
+            query, key, value, out = (f"{layer}.self_attn.{name}_proj" for name in "qkvo")
+            gate, up = f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj"
+            self.linear(query, hidden, hidden, bias=0.1)
+            self.linear(key, values, hidden, bias=0.1)
+            self.linear(value, values, hidden, bias=0.1)
+            self.strengthen(value, 0, values)
+            self.linear(out, hidden, hidden, gain=BRANCH_GAIN)
+            self.linear(gate, middle, hidden)
+            self.linear(up, middle, hidden)
+            self.strengthen(up, 0, middle)
+            self.linear(f"{layer}.mlp.down_proj", hidden, middle, gain=BRANCH_GAIN)
+            self.norm(f"{layer}.input_layernorm", offset, [query, key, value])
+            self.norm(f"{layer}.post_attention_layernorm", offset, [gate, up])
+        final = 1 + 0.1 * self.normal(hidden)
+        final[massive] = 1 / MASSIVE_VALUE  # else the massive channel alone would decide the logits
+        self.tensors["model.norm.weight"] = final
+        if not tied:
+            self.linear("lm_head", shape.vocabulary, hidden)
+
+
+def make(
+    target: str | Path, seed: int = 0, dtype: str = "bfloat16", tied: bool = False, shape: Shape | None = None
+) -> dict[str, Any]:
+    """Write the checkpoint folder `target` and return its config; the same arguments give the same bytes.
+
+    `dtype` is "bfloat16", "float16" or "float32". ValueError for sizes that no model can have.
+    """
+    shape = shape or Shape()
+    config = config_of(shape, dtype, tied)
+    maker = Maker(seed)
+    maker.vision(shape)
+    maker.text(shape, tied)
+    target = Path(target)
+    target.mkdir(parents=True, exist_ok=True)
+    tensors = {name: maker.tensors[name].to(getattr(torch, dtype)).contiguous() for name in sorted(maker.tensors)}
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    generation = {"bos_token_id": MASSIVE_TOKEN, "eos_token_id": 2, "pad_token_id": 0, "transformers_version": "4.49.0"}
+    for name, content in (("config.json", config), ("generation_config.json", generation)):
+        (target / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    for name in SIDE_FILES:
+        shutil.copyfile(Path(__file__).parent / "tiny_vl" / name, target / name)
+    return config
+
+
+def random_samples(config: dict[str, Any], count: int, seed: int = 0) -> list[dict[str, Tensor]]:
+    """`count` ready model inputs of one random picture each, between random words; `<bos>` comes first.
+
+    input_ids and attention_mask int64 [1, length], pixel_values float32 [patches, 1176] (standard normal),
+    image_grid_thw int64 [1, 3]. Picture sizes take turns from 8 x 8 to 16 x 12 patches. transformers 5 also wants
+    `mm_token_type_ids`: see `tiny_task.with_token_types`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    samples = []
+    for index in range(count):
+        down, across = GRIDS[index % len(GRIDS)]
+        before, after = torch.randint(4, 25, (2,), generator=generator).tolist()
+        words = torch.randint(FIRST_WORD, config["vocab_size"], (before + after,), generator=generator).tolist()
+        picture = [VISION_START, *[IMAGE] * (down * across // MERGE**2), VISION_END]
+        input_ids = torch.tensor([[MASSIVE_TOKEN, *words[:before], *picture, *words[before:]]])
+        samples.append(
+            {
+                "input_ids": input_ids,
+                "attention_mask": torch.ones_like(input_ids),
+                "pixel_values": torch.randn(down * across, PATCH_VALUES, generator=generator),
+                "image_grid_thw": torch.tensor([[1, down, across]]),
+            }
+        )
+    return samples
+
+
+def main() -> None:
+    """Parse the command line and write."""
+    parser = argparse.ArgumentParser(description="Make a random Qwen2.5-VL checkpoint with activation outliers.")
+    parser.add_argument("target", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--tied", action="store_true", help="no lm_head: the embedding is the head")
+    for field in fields(Shape):
+        parser.add_argument("--" + field.name.replace("_", "-"), type=int, default=field.default)
+    options = parser.parse_args()
+    shape = Shape(**{field.name: getattr(options, field.name) for field in fields(Shape)})
+    make(options.target, options.seed, options.dtype, options.tied, shape)
+    print(options.target)
+
+
+if __name__ == "__main__":
+    main()

@@ -91,9 +91,16 @@ def difference(before: Tensor, after: Tensor) -> float:
 def _fold(stage: Stage, fold: Fold) -> None:
     producer = stage.live.get_submodule(fold.edge.producer)
     for parameter in producer.parameters(recurse=False):  # weight [C] or [C, K], bias [C]
-        parameter.div_(fold.scale if parameter.ndim == 1 else fold.scale[:, None])
+        divided = parameter / (fold.scale if parameter.ndim == 1 else fold.scale[:, None])
+        parameter.copy_(divided if isinstance(producer, nn.Linear) else _snapped(divided, stage.dtype))
     for target in fold.edge.consumers:
         stage.live.get_submodule(target).get_parameter("weight").mul_(fold.columns(target))
+
+
+def _snapped(divided: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values of `dtype` that float32's rounding missed by a bit become what they are; all others stay."""
+    near = divided.to(dtype).float()
+    return torch.where((near - divided).abs() <= 2**-22 * divided.abs(), near, divided)
 
 
 def _rescale_observations(stage: Stage, fold: Fold) -> None:

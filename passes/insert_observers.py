@@ -63,7 +63,7 @@ def observed(stage: Stage, source: str, reader: str) -> Observation:
 
 def shared_out(total: int, parts: int) -> list[int]:
     """`total` as a sum of `parts` numbers that differ by at most one, evenly spread, the first among the largest."""
-    ends = [-(-total * part // parts) for part in range(parts + 1)]
+    ends = [-(-total * part // max(parts, 1)) for part in range(parts + 1)]
     return [end - start for start, end in itertools.pairwise(ends)]
 
 

@@ -105,4 +105,3 @@ def text_after(name: str) -> str:
     names = [step.name for step in PASSES]
     PassManager(PASSES[: names.index(name) + 1]).run(stage)
     return print_stage(stage)
-

@@ -2,7 +2,6 @@
 
 import filecmp
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ import plant_outliers
 import pytest
 import tiny_task
 import torch
-import transformers
+from naive_w8a8 import load_float, signal_to_noise
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -46,21 +45,10 @@ def compiled(planted: Path, samples: list[Sample], tmp_path_factory: pytest.Temp
     return folder
 
 
-def float_model(folder: Path) -> nn.Module:
-    model: nn.Module = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
-    return model.float().eval()
-
-
-def sqnr(reference: Tensor, value: Tensor) -> float:
-    """Signal to quantization noise, dB."""
-    noise = (reference.double() - value.double()).square().sum()
-    return float(10 * torch.log10(reference.double().square().sum() / noise))
-
-
 @pytest.mark.every_transformers
 def test_accuracy_survives_with_smoothing(planted: Path, compiled: Path) -> None:
     """Catches anything wrong between calibration and the loaded folder: a wrong scale anywhere costs answers."""
-    floating = tiny_task.accuracy(float_model(planted), EVALUATED)
+    floating = tiny_task.accuracy(load_float(planted), EVALUATED)
     assert abs(floating - tiny_task.accuracy(vlqc.load(compiled), EVALUATED)) <= 0.5
 
 
@@ -88,9 +76,10 @@ def test_load_agrees_with_fake_quantization(compiled: Path, planted: Path) -> No
 
     The reference is the Hugging Face model in float32 with weights integers*scale, inputs rounded to the stored grid,
     and the bias that quant_bias stands for (whole steps of deq_scale). Layer by layer, on the same inputs, the two may
-    differ by the rounding of float32 sums: 2^-24 of their largest terms, well below 1e-5 of the RMS. Over the whole
-    model such a difference now and then moves a value across a rounding boundary, by one step: 65 to 84 dB were seen
-    where the quantization error itself is at 42 dB; 55 dB are demanded.
+    differ by the rounding of float32 sums: 2^-24 of their largest terms, which planted rows make 100 times the RMS of
+    the output; 1e-4 of the RMS are allowed, 2e-5 were seen, a bias off by one step is 1e-3. Over the whole model such a
+    difference now and then moves a value across a rounding boundary, by one step: 65 to 84 dB were seen where the
+    quantization error itself is at 42 dB; 55 dB are demanded.
     """
     reference, loaded = fake_quantized(compiled, planted), vlqc.load(compiled)
     layers = {original_name(path): module for path, module in loaded.named_modules()}
@@ -108,14 +97,14 @@ def test_load_agrees_with_fake_quantization(compiled: Path, planted: Path) -> No
         watched[layer].register_forward_hook(compare(layer))
     logits = tiny_task.answer_logits(reference, 16)
     assert len(differences) == len(quantized) == 40
-    assert max(differences.values()) < 1e-5
-    assert sqnr(logits, tiny_task.answer_logits(loaded, 16)) > 55
+    assert max(differences.values()) < 1e-4
+    assert signal_to_noise(logits, tiny_task.answer_logits(loaded, 16)) > 55
 
 
 def fake_quantized(compiled: Path, planted: Path) -> nn.Module:
     """The Hugging Face model that computes in float32 what the folder's integers stand for."""
     tensors = {name: value for path in compiled.glob("*.safetensors") for name, value in load_file(path).items()}
-    model = float_model(planted)
+    model = load_float(planted)
     state = {}
     for name in model.state_dict():
         original = original_name(name)
@@ -165,7 +154,8 @@ def test_one_forward_one_read_one_stage(
         real = {name for name, parameter in models[0].parameters(models[0].module).items() if not parameter.is_meta}
         alive.append({name for name in real if not name.startswith(stage.name + ".")})
         stage.live.register_forward_pre_hook(
-            lambda module, args, kwargs: forwards.update([(stage.name, id((*args, *kwargs.values())[0]))]), with_kwargs=True
+            lambda module, args, kwargs: forwards.update([(stage.name, id((*args, *kwargs.values())[0]))]),
+            with_kwargs=True,
         )
 
     def watched_run(self: Stage, *args: Any) -> None:
@@ -222,18 +212,28 @@ def rename_children(root: nn.Module) -> Callable[[str], str]:
         old_name |= {new: old for old, new in new_name.items()}
         module._modules = {new_name[name]: child for name, child in module._modules.items()}
 
-        def find(self: nn.Module, name: str, new_name: dict[str, str] = new_name, kind: type = type(module)) -> Any:
-            return self._modules[new_name[name]] if name in new_name else kind.__getattr__(self, name)  # type: ignore[attr-defined]
-
-        module.__class__ = type(type(module).__name__, (type(module),), {"__getattr__": find})
+        module.__class__ = type(type(module).__name__, (type(module),), {"__getattr__": finder(new_name, type(module))})
     return lambda path: ".".join(old_name.get(part, part) for part in path.split("."))
+
+
+def finder(new_name: dict[str, str], kind: type[nn.Module]) -> Callable[[nn.Module, str], Any]:
+    """A __getattr__ that finds a renamed child by its old name."""
+
+    def find(self: nn.Module, name: str) -> Any:
+        return self._modules[new_name[name]] if name in new_name else kind.__getattr__(self, name)
+
+    return find
 
 
 def test_dumps_show_every_stage_after_every_pass(planted: Path, samples: list[Sample], tmp_path: Path) -> None:
     """Catches a pass or stage without its text, and text that cannot be read back."""
     pipeline = "insert-observers,assign-precision,quantize-activations{method=minmax},quantize-weights,lower-linears"
     vlqc.compile(
-        model_path=planted, save_directory=tmp_path / "o", samples=samples[:2], dump_ir=tmp_path / "d", pipeline=pipeline
+        model_path=planted,
+        save_directory=tmp_path / "o",
+        samples=samples[:2],
+        dump_ir=tmp_path / "d",
+        pipeline=pipeline,
     )
     passes = ["insert-observers", "assign-precision", "quantize-activations", "quantize-weights", "lower-linears"]
     wanted = ["00-traced.vlqc", *(f"{number:02}-after-{name}.vlqc" for number, name in enumerate(passes, 1))]
@@ -253,8 +253,10 @@ def test_result_tells_what_became_what(planted: Path, samples: list[Sample], tmp
     assert sum(count for (_, scheme), count in result.counts.items() if scheme == "W8A8") == len(quantized) == 40
     assert result.bytes_before == (planted / "model.safetensors").stat().st_size
     assert result.bytes_after == (tmp_path / "o" / "quant_model_weight_w8a8.safetensors").stat().st_size
-    assert result.notes == ["the checkpoint is float32; engines run bfloat16, so its float tensors are emitted as bfloat16"]
-    assert list(result.passes)[0] == "insert-observers" and result.peak_memory_bytes > sys.getsizeof(b"")
+    assert result.notes == [
+        "the checkpoint is float32; engines run bfloat16, so its float tensors are emitted as bfloat16"
+    ]
+    assert next(iter(result.passes)) == "insert-observers" and result.peak_memory_bytes > 2**26
 
 
 def test_a_failure_leaves_nothing_behind(planted: Path, samples: list[Sample], tmp_path: Path) -> None:

@@ -26,8 +26,8 @@ make_environment() {
     rm -rf "$environment"
     "$start" -m venv "$environment"
     # torch first and alone: its pin decides which build everything else is resolved against.
-    "$python" -m pip install --quiet --constraint "$root/tools/constraints.txt" torch setuptools wheel
-    "$python" -m pip install --quiet --constraint "$root/tools/constraints.txt" --editable "$root[test]"
-    "$python" -m pip install --quiet --no-deps --target "$newest" --requirement "$root/tools/constraints-newest.txt"
+    "$python" -m pip install -qq --constraint "$root/tools/constraints.txt" torch setuptools wheel
+    "$python" -m pip install -qq --constraint "$root/tools/constraints.txt" --editable "$root[test]"
+    "$python" -m pip install -qq --no-deps --target "$newest" --requirement "$root/tools/constraints-newest.txt"
     echo "$wanted $root" > "$environment/made-from"
 }

@@ -39,11 +39,11 @@ FIRST_WORD = 8
 MERGE, PATCH_VALUES = 2, 3 * 2 * 14 * 14
 GRIDS = ((8, 8), (8, 12), (12, 10), (16, 12))  # patches down and across of `random_samples`, one after the other
 
-OUTLIER_SHARE = 0.01  # of the channels of every norm
+OUTLIER_SHARE = 0.02  # of the channels of every norm
 OUTLIER_FACTORS = (5.0, 24.0)
 UNDONE_POWERS = (0.8, 1.2)
 STRONG_ROWS, STRONG_FACTORS = 0.01, (4.0, 8.0)  # share of the value and up rows
-BRANCH_GAIN = 0.5  # of the Linears that write into the residual stream
+BRANCH_GAIN = 0.75  # of the Linears that write into the residual stream
 SIGNED_SHARE, SIGNED_VALUE = 0.01, 3.0  # residual channels of constant sign, in standard deviations of the residual
 
 
@@ -155,7 +155,7 @@ class Maker:
         """
         channels = len(signed)
         weight = 1 + 0.1 * self.normal(channels)
-        chosen = torch.cat([self.some(channels, OUTLIER_SHARE), signed.nonzero()[:, 0]]).unique()
+        chosen = torch.tensor(sorted({*self.some(channels, OUTLIER_SHARE).tolist(), *signed.nonzero()[:, 0].tolist()}))
         factors = self.between(OUTLIER_FACTORS, len(chosen))
         weight[chosen] *= factors
         self.tensors[f"{name}.weight"] = weight

@@ -10,6 +10,7 @@ import math
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tiny_task as task
@@ -73,7 +74,7 @@ def configuration(hidden: int) -> Qwen2_5_VLConfig:
 
 
 def attend_in_equal_windows(
-    attention: nn.Module,
+    attention: Any,
     hidden_states: Tensor,
     cu_seqlens: Tensor,
     rotary_pos_emb: Tensor | None = None,
@@ -145,7 +146,7 @@ def train(
         if progress < NAMING_PART:
             loss = loss + (1 - progress / NAMING_PART) * naming_loss(logits, drawing)
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if progress >= 1:

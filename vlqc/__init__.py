@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from vlqc.ir import Observation as Observation
     from vlqc.ir import Site as Site
     from vlqc.ir import Stage as Stage
-    from vlqc.parser import parse_stage as parse
+    from vlqc.parser import parse_stage
+
+    parse = parse_stage
     from vlqc.pipeline import Pass as Pass
     from vlqc.pipeline import PassManager as PassManager
     from vlqc.pipeline import parse_pipeline as parse_pipeline
@@ -47,7 +49,7 @@ _HOME = {
     "load": "vlqc.runtime:load",
     "verify_folder": "vlqc.verify:verify_folder",
 }
-__all__ = sorted(_HOME)  # noqa: PLE0605
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:

@@ -70,7 +70,9 @@ class Checkpoint:
                 continue
             view = opened.get_slice(stored)
             if view.get_dtype() not in DTYPES:
-                faults.append(Fault(f"tensor {name} has dtype {view.get_dtype()}", file, "vlqc reads float checkpoints"))
+                faults.append(
+                    Fault(f"tensor {name} has dtype {view.get_dtype()}", file, "vlqc reads float checkpoints")
+                )
                 continue
             self._file_of[name], self._stored_name[name] = file, stored
             self._shape[name] = tuple(view.get_shape())
@@ -133,10 +135,14 @@ class Checkpoint:
         faults = []
         for name, shape in wanted:
             if name not in self:
-                faults.append(Fault(f"tensor {name} is missing", str(self.folder), f"config.json implies it, as {list(shape)}"))
+                faults.append(
+                    Fault(f"tensor {name} is missing", str(self.folder), f"config.json implies it, as {list(shape)}")
+                )
             elif self._shape[name] != tuple(shape):
                 has = list(self._shape[name])
-                faults.append(Fault(f"tensor {name} has shape {has}", str(self.folder), f"config.json implies {list(shape)}"))
+                faults.append(
+                    Fault(f"tensor {name} has shape {has}", str(self.folder), f"config.json implies {list(shape)}")
+                )
         if faults:
             raise UserError(*faults)
 
@@ -186,9 +192,13 @@ def _weight_files(folder: Path) -> list[str]:
     faults = []
     for file in files:
         if Path(file).name != file or file in ("", ".", ".."):
-            faults.append(Fault(f"the index names {file!r}", str(index), "weight files must lie in the checkpoint's own folder"))
+            faults.append(
+                Fault(f"the index names {file!r}", str(index), "weight files must lie in the checkpoint's own folder")
+            )
         elif not (folder / file).is_file():
-            faults.append(Fault(f"weight file {file} is missing", str(folder), f"{INDEX} names it", "download it again"))
+            faults.append(
+                Fault(f"weight file {file} is missing", str(folder), f"{INDEX} names it", "download it again")
+            )
     if faults:
         raise UserError(*faults)
     return files

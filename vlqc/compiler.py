@@ -44,7 +44,12 @@ def compile(
     tally = Tally(options, checkpoint, show.note)
     model = FloatModel.of(checkpoint, trust_remote_code=options.trust_remote_code)
     if samples is None:
-        calibration = load_samples(options.model_path, options.calib_images, skip_bad_images=options.skip_bad_images)
+        calibration = load_samples(
+            options.model_path,
+            options.calib_images,
+            trust_remote_code=options.trust_remote_code,
+            skip_bad_images=options.skip_bad_images,
+        )
         samples = calibration.samples
         tally.note(calibration.notes)
     check_samples(samples, model.module)

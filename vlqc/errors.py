@@ -44,7 +44,7 @@ class InternalError(VlqcError):
     exit_code = 70
 
     def __init__(self, message: str) -> None:
-        super().__init__(f"{message}\n  what to do: this is a fault of vlqc; please report it with the dump of --dump_ir")
+        super().__init__(f"{message}\n  what to do: this is a fault of vlqc; report it with the dump of --dump_ir")
 
 
 def near_miss(given: str, known: Iterable[str]) -> str:

@@ -207,11 +207,12 @@ class _Flow:
         return right[..., :1, :].expand(node.meta["shape"])
 
     def _concatenate(self, node: fx.Node, name: str) -> Any:
-        parts, *dim = node.args or (node.kwargs["tensors"],)
+        given: list[Any] = list(node.args) or [node.kwargs["tensors"]]
+        parts, *dim = given
         more: Any = {key: value for key, value in node.kwargs.items() if key != "tensors"}
         labels = [
             self.labels[part] if part in self.labels else torch.full(part.meta["shape"], -1, dtype=torch.int32)
-            for part in parts  # type: ignore[union-attr]
+            for part in parts
         ]
         return torch.cat(labels, *dim, **more)  # type: ignore[arg-type]
 

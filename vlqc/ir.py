@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from vlqc.engines import Scheme
+from vlqc.errors import Fault, UserError
 
 MODALITIES = ("text", "image")
 
@@ -243,8 +244,12 @@ class Stage:
         """The float Linear of a site that is not lowered yet."""
         module = self.live.get_submodule(site.target)
         if not isinstance(module, nn.Linear):
-            raise TypeError(f"{site.name} is {type(module).__name__}, not Linear: it was lowered before")
+            fix = "in the pipeline, put lower-linears after every pass that works on weights"
+            raise UserError(Fault(f"{site.name} has no float weight any more", self.name, "it was lowered before", fix))
         return module
+
+    def is_lowered(self, site: Site) -> bool:
+        return not isinstance(self.live.get_submodule(site.target), nn.Linear)
 
     def site_at(self, target: str) -> Site:
         return next(site for site in self.sites.values() if site.target == target)

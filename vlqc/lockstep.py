@@ -131,10 +131,11 @@ class Lockstep:
 
 
 def row_modality(sample: dict[str, Tensor], model: nn.Module) -> Tensor:
-    """int8 [B*S]: 0 text, 1 image, -1 padding (an index into ir.MODALITIES), from input_ids and attention_mask [B, S]."""
+    """input_ids and attention_mask [B, S] of a sample -> int8 [B*S]: 0 text, 1 image (as ir.MODALITIES), -1 padding."""
     ids = sample["input_ids"]
     modality = (ids == model.config.image_token_id).to(torch.int8)  # type: ignore[union-attr]
     mask = sample.get("attention_mask")
     if mask is not None and mask.shape == ids.shape:
         modality = torch.where(mask == 0, torch.full_like(modality, -1), modality)
-    return modality.flatten()
+    flat: Tensor = modality.flatten()
+    return flat

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from vlqc.checkpoint import Checkpoint, original_name
 from vlqc.errors import Fault, UserError
 
+COMPILED_TYPES = ("qwen2_5_vl",)
+
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
@@ -37,13 +39,25 @@ def build(folder: Path, config: dict[str, Any], *, trust_remote_code: bool = Fal
     kind = getattr(transformers, architectures[0], None)
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         why = f"transformers {transformers.__version__} has no class {architectures[0]}"
-        raise UserError(Fault("the architecture is not known", str(folder / "config.json"), why, "vlqc compiles Qwen2.5-VL checkpoints"))
-    dtype = {"dtype" if transformers.__version__ >= "5" else "torch_dtype": torch.float32}
+        raise UserError(
+            Fault(
+                "the architecture is not known",
+                str(folder / "config.json"),
+                why,
+                "vlqc compiles Qwen2.5-VL checkpoints",
+            )
+        )
+    if config.get("model_type") not in COMPILED_TYPES:
+        why = f"model_type is {config.get('model_type')}; the engines' rules are known for {', '.join(COMPILED_TYPES)}"
+        raise UserError(Fault("this model is not compiled", str(folder / "config.json"), why))
+    dtype = {"dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype": torch.float32}
     try:
-        described = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        described = transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
         with parameters_on_meta():
             model: nn.Module = kind._from_config(described, **dtype)  # type: ignore[attr-defined]
-    except (ValueError, TypeError, KeyError, AttributeError, OSError, RuntimeError) as error:
+    except Exception as error:  # a config can break a constructor in any way
         why = f"{type(error).__name__}: {error}"
         raise UserError(Fault("the model cannot be built", str(folder / "config.json"), why)) from error
     return model.eval()
@@ -63,7 +77,7 @@ class FloatModel:
         self.checkpoint = checkpoint
         self.canonical = canonical
         self._path = {child: path for path, child in module.named_modules()}
-        self.stages = {self.name(stage): stage for stage in find_stages(module)}
+        self.stages = {self.name(stage): stage for stage in find_stages(module) if stage is not module}
         self.embedding: nn.Module = module.get_input_embeddings()  # type: ignore[operator]
         head = module.get_output_embeddings()  # type: ignore[operator]
         self.tied = bool(module.config.tie_word_embeddings)  # type: ignore[union-attr, arg-type]

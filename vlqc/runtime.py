@@ -48,7 +48,9 @@ def read_description(folder: Path) -> dict[str, str]:
     found = sorted(path for pattern in DESCRIPTIONS for path in folder.glob(pattern))
     if not found:
         why = "there is no quant_model_description.json"
-        raise UserError(Fault("the folder holds no compiled checkpoint", str(folder), why, "give a folder that vlqc wrote"))
+        raise UserError(
+            Fault("the folder holds no compiled checkpoint", str(folder), why, "give a folder that vlqc wrote")
+        )
     try:
         description = json.loads(found[0].read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

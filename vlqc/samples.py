@@ -1,6 +1,7 @@
 """Ready model inputs: what a sample must be before the model sees it."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ PICTURE = ("pixel_values", "image_grid_thw")
 
 
 def check_samples(samples: Sequence[dict[str, Tensor]], model: nn.Module) -> None:
-    """UserError with every fault of every sample: missing or unknown keys, shapes, token ids, pictures that do not fit."""
+    """UserError with every fault of every sample: keys, shapes, token ids, pictures that do not fit the text."""
     if not samples:
         raise UserError(Fault("there is no calibration sample", "samples", fix="give at least one, 30 are advised"))
     faults = [fault for number, sample in enumerate(samples) for fault in _faults(f"samples[{number}]", sample, model)]
@@ -38,7 +39,9 @@ def _faults(where: str, sample: dict[str, Tensor], model: nn.Module) -> list[Fau
     if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] == 0 or ids.is_floating_point():
         return [*faults, Fault(f"input_ids is {_kind(ids)}", where, "whole numbers [1, S] with S > 0 are wanted")]
     if mask.shape != ids.shape or not bool(mask.any()):
-        faults.append(Fault(f"attention_mask is {_kind(mask)}", where, f"it must be {list(ids.shape)} and not all zero"))
+        faults.append(
+            Fault(f"attention_mask is {_kind(mask)}", where, f"it must be {list(ids.shape)} and not all zero")
+        )
     vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     if not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
         faults.append(Fault("a token id is outside the vocabulary", where, f"ids go from 0 to {vocabulary - 1}"))
@@ -58,7 +61,7 @@ def _picture_faults(where: str, sample: dict[str, Tensor], model: nn.Module) -> 
         return [Fault(f"pixel_values is {_kind(pixels)}, image_grid_thw is {_kind(grid)}", where, why)]
     faults = []
     patches = int(grid.prod(-1).sum())
-    vision = config.vision_config  # type: ignore[union-attr]
+    vision: Any = config.vision_config  # type: ignore[union-attr]
     merge = vision.spatial_merge_size
     merged = patches // merge**2
     values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2

@@ -17,9 +17,7 @@ PROBE_ROWS = 512  # proofs run on the largest sample of at most this many rows: 
 
 
 @contextmanager
-def live_stage(
-    model: FloatModel, stop: Stop, dtype: torch.dtype, read: Callable[[str], Tensor]
-) -> Iterator[Stage]:
+def live_stage(model: FloatModel, stop: Stop, dtype: torch.dtype, read: Callable[[str], Tensor]) -> Iterator[Stage]:
     """Inside, the stage that all samples stand before: traced, with its weights in float32, sites found.
 
     dtype: in which float tensors are to be emitted; read: checkpoint name -> tensor. Afterwards its weights are gone.

@@ -25,7 +25,9 @@ class Tally:
         self._started = time.perf_counter()
         if checkpoint.dtype != emitted_dtype(checkpoint.dtype):
             stored = str(checkpoint.dtype).removeprefix("torch.")
-            self.note([f"the checkpoint is {stored}; engines run bfloat16, so its float tensors are emitted as bfloat16"])
+            self.note(
+                [f"the checkpoint is {stored}; engines run bfloat16, so its float tensors are emitted as bfloat16"]
+            )
 
     def note(self, notes: Iterable[str]) -> None:
         for text in notes:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
+from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -35,7 +36,9 @@ def record(module: nn.Module, call: Call, name: str) -> fx.Graph:
             return _record(module, call.args, call.kwargs, lambda: module(*call.args, **call.kwargs))
         except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
             why = f"{type(error).__name__}: {error}"
-            raise UserError(Fault(f"{name} cannot be traced", why=why, fix="vlqc compiles Qwen2.5-VL blocks")) from error
+            raise UserError(
+                Fault(f"{name} cannot be traced", why=why, fix="vlqc compiles Qwen2.5-VL blocks")
+            ) from error
 
 
 def _record_on_meta(module: nn.Module, call: Call) -> fx.Graph:
@@ -44,8 +47,9 @@ def _record_on_meta(module: nn.Module, call: Call) -> fx.Graph:
         return value if real else value.to("meta")
 
     args, kwargs = tree_map(to_meta, (call.args, call.kwargs))
+    device = next((leaf.device for leaf in tree_flatten((call.args, call.kwargs))[0] if isinstance(leaf, Tensor)), None)
     state = {path: tensor.to("meta") for path, tensor in [*module.named_parameters(), *module.named_buffers()]}
-    return _record(module, args, kwargs, lambda: functional_call(module, state, args, kwargs), state)
+    return _record(module, args, kwargs, lambda: functional_call(module, state, args, kwargs), state, device)
 
 
 def _record(
@@ -54,9 +58,13 @@ def _record(
     kwargs: dict[str, Any],
     run: Callable[[], Any],
     own: dict[str, Tensor] | None = None,
+    device: torch.device | None = None,
 ) -> fx.Graph:
-    """own: path -> the tensor that stands for a parameter or buffer of the module while it runs; None: itself."""
-    recorder = _Recorder(module, own)
+    """own: path -> the tensor that stands for a parameter or buffer of the module while it runs; None: itself.
+
+    device: where the inputs really are, if this run is on meta.
+    """
+    recorder = _Recorder(module, own, device)
     for name, tensor in _input_tensors(module, args, kwargs):
         recorder.bind(tensor, recorder.graph.placeholder(name))
     with torch.no_grad(), recorder:
@@ -92,12 +100,12 @@ def _attribute(root: nn.Module, path: str) -> Tensor:
 class _Recorder(TorchFunctionMode):
     """Builds the graph while active; hooks live exactly as long as the mode."""
 
-    def __init__(self, root: nn.Module, own: dict[str, Tensor] | None) -> None:
+    def __init__(self, root: nn.Module, own: dict[str, Tensor] | None, device: torch.device | None) -> None:
         super().__init__()
-        self.root = root
+        self.root, self.device = root, device
         self.graph = fx.Graph()
         self._node_of: dict[int, fx.Node] = {}
-        self._own = own or dict(root.named_parameters()) | dict(root.named_buffers())
+        self._own = own or {**dict(root.named_parameters()), **dict(root.named_buffers())}
         self._path_of = {id(tensor): path for path, tensor in self._own.items()}
         self._alive: list[Tensor] = []  # an id is only a name while its tensor lives
         self._inside_leaf = 0
@@ -159,7 +167,15 @@ class _Recorder(TorchFunctionMode):
                     self.bind(part, self.graph.call_function(operator.getitem, (node, number)))
 
     def _as_nodes(self, value: Any) -> Any:
-        return tree_map(lambda leaf: self._node(leaf) if isinstance(leaf, Tensor) else leaf, value)
+        """Nodes in place of tensors; what was made on the meta device will be made where the inputs really are."""
+
+        def in_graph(leaf: Any) -> Any:
+            if isinstance(leaf, Tensor):
+                return self._node(leaf)
+            return self.device if isinstance(leaf, torch.device) and leaf.type == "meta" else leaf
+
+        # Not tree_map: windows are cut by slices, and it does not look into those.
+        return map_aggregate(value, in_graph)
 
     def _node(self, tensor: Tensor) -> fx.Node:
         if id(tensor) not in self._node_of:  # neither input nor result: a constant or a parameter outside the leaves

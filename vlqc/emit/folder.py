@@ -45,7 +45,9 @@ def appearing_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
         _sync(target.parent)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        raise UserError(Fault("the result cannot be written", str(target), str(error), "free space or choose another folder")) from error
+        raise UserError(
+            Fault("the result cannot be written", str(target), str(error), "free space or choose another folder")
+        ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -65,4 +67,6 @@ def require_space(target: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         why = f"the result takes about {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free"
-        raise UserError(Fault("not enough disk space", str(existing), why, "free space or choose another --save_directory"))
+        raise UserError(
+            Fault("not enough disk space", str(existing), why, "free space or choose another --save_directory")
+        )

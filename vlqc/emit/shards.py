@@ -48,7 +48,11 @@ class ShardWriter:
             raise InternalError(f"{name} is written twice")
         tensor = tensor.detach().cpu().contiguous()
         size = tensor.numel() * tensor.element_size()
-        if self._file is not None and self.limit is not None and self._promised + size > self.limit - self._header_bytes:
+        if (
+            self._file is not None
+            and self.limit is not None
+            and self._promised + size > self.limit - self._header_bytes
+        ):
             self._finish()
         if self._file is None:
             self._start()

@@ -1,0 +1,209 @@
+"""Weight files: what is written is what a reader of the format gets back, whatever its sizes."""
+
+import json
+import struct
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from torch import Tensor
+
+from vlqc.emit.shards import ALIGNMENT, ENTRY_BYTES, LENGTH_FIELD, ShardWriter
+from vlqc.errors import InternalError
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8)
+
+
+def header_room(tensors: dict[str, Tensor]) -> int:
+    return 256 + sum(len(name.encode()) + ENTRY_BYTES for name in tensors)
+
+
+def write(folder: Path, tensors: dict[str, Tensor], limit: int | None = None) -> list[Path]:
+    writer = ShardWriter(folder, "weights", header_bytes=header_room(tensors), limit=limit)
+    for name, tensor in tensors.items():
+        writer.add(name, tensor)
+    writer.close()
+    return sorted(folder.glob("*.safetensors"))
+
+
+def read(paths: list[Path]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for path in paths:
+        with safe_open(path, "pt") as file:
+            assert file.metadata() == {"format": "pt"}
+            for name in file.keys():  # noqa: SIM118 - no mapping
+                assert name not in found
+                found[name] = file.get_tensor(name)
+    return found
+
+
+def header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """(header without metadata, where data starts, size of the file), by the format's own ten lines."""
+    raw = path.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:LENGTH_FIELD])
+    entries = json.loads(raw[LENGTH_FIELD : LENGTH_FIELD + length])
+    assert entries.pop("__metadata__") == {"format": "pt"}
+    return entries, LENGTH_FIELD + length, len(raw)
+
+
+def assert_well_formed(path: Path) -> None:
+    """No gaps, no overlap, nothing behind the last tensor; every tensor at a multiple of its element's size."""
+    entries, start, size = header(path)
+    end = 0
+    for entry in sorted(entries.values(), key=lambda entry: entry["data_offsets"]):
+        assert entry["data_offsets"][0] == end
+        element = int("".join(filter(str.isdigit, entry["dtype"]))) // 8
+        assert (start + end) % element == 0
+        end = entry["data_offsets"][1]
+    assert start % ALIGNMENT == 0 and start + end == size
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Bit for bit: NaN, -0 and all."""
+    as_bytes = [tensor.contiguous().flatten().view(torch.uint8) for tensor in (one, other)]
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(*as_bytes)
+
+
+SHAPES = st.one_of(st.just(()), st.lists(st.integers(0, 7), min_size=1, max_size=3).map(tuple))
+NAMES = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), min_size=1, max_size=12).filter(
+    lambda name: name != "__metadata__"
+)
+
+
+@settings(max_examples=60)
+@given(
+    st.dictionaries(NAMES, st.tuples(SHAPES, st.sampled_from(DTYPES)), max_size=12),
+    st.sampled_from([None, 1, 2600, 4000]),
+    st.integers(0, 1000),
+)
+def test_what_is_written_is_read_back(
+    described: dict[str, tuple[tuple[int, ...], torch.dtype]], limit: int | None, seed: int
+) -> None:
+    """Catches odd sizes, empty or 0-dimensional tensors, any dtype or name that damages a file or a neighbour."""
+    random = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, (shape, dtype) in described.items():
+        count = torch.Size(shape).numel() * dtype.itemsize
+        tensors[name] = torch.randint(0, 256, (count,), generator=random, dtype=torch.uint8).view(dtype).reshape(shape)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = write(Path(folder), tensors, limit)
+        for path in paths:
+            assert_well_formed(path)
+        found = read(paths)
+    assert found.keys() == tensors.keys()
+    assert all(same(found[name], tensor) for name, tensor in tensors.items())
+
+
+def test_views_are_written_as_what_they_show(tmp_path: Path) -> None:
+    """Catches a transposed, strided or expanded tensor whose storage is written instead of its values."""
+    base = torch.arange(24.0).reshape(4, 6)
+    tensors = {"t": base.T, "strided": base[::2, 1::2], "expanded": base[:1].expand(5, 6), "offset": base[1:, 3]}
+    found = read(write(tmp_path, tensors))
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_tensor_that_waits_is_kept_as_it_was(tmp_path: Path) -> None:
+    """Catches a tensor of odd size that the caller changes before its file is closed."""
+    writer = ShardWriter(tmp_path, "weights", header_bytes=1000)
+    odd, even = torch.ones(3, dtype=torch.int8), torch.ones(8, dtype=torch.int8)
+    writer.add("odd", odd)
+    writer.add("even", even)
+    odd.zero_()
+    even.zero_()
+    writer.close()
+    found = read([tmp_path / "weights.safetensors"])
+    assert found["odd"].tolist() == [1] * 3 and found["even"].tolist() == [1] * 8
+
+
+def test_parameters_can_be_written(tmp_path: Path) -> None:
+    """Catches a tensor with a gradient that NumPy refuses."""
+    weight = torch.nn.Linear(3, 3).weight
+    assert torch.equal(read(write(tmp_path, {"w": weight}))["w"], weight.detach())
+
+
+def test_one_file_without_a_limit(tmp_path: Path) -> None:
+    """Catches an index, a numbered name or a leftover beside the one file of an unlimited writer."""
+    write(tmp_path, {"a": torch.ones(3), "b": torch.ones(5)})
+    assert [path.name for path in tmp_path.iterdir()] == ["weights.safetensors"]
+
+
+def test_shards_and_their_index(tmp_path: Path) -> None:
+    """Catches a shard above the limit, an index that names the wrong shard, and a total that is off."""
+    tensors = {f"layer.{number}": torch.full((100 + number,), float(number)) for number in range(20)}
+    limit = header_room(tensors) + 2000
+    paths = write(tmp_path, tensors, limit)
+    count = len(paths)
+    assert [path.name for path in paths] == [f"weights-{k + 1:05}-of-{count:05}.safetensors" for k in range(count)]
+    assert count == 5 and all(path.stat().st_size <= limit + LENGTH_FIELD for path in paths)
+    index = json.loads((tmp_path / "weights.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+    assert list(index["weight_map"]) == sorted(tensors)
+    for path in paths:
+        assert header(path)[0].keys() == {name for name, file in index["weight_map"].items() if file == path.name}
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*(p.name for p in paths), "weights.safetensors.index.json"])
+
+
+def test_a_limit_that_is_not_reached_gives_one_numbered_shard(tmp_path: Path) -> None:
+    """Catches a missing index, or a name without a number, where everything fits into the first shard."""
+    paths = write(tmp_path, {"a": torch.ones(3)}, limit=10**6)
+    assert [path.name for path in paths] == ["weights-00001-of-00001.safetensors"]
+    assert (tmp_path / "weights.safetensors.index.json").exists()
+
+
+def test_a_tensor_larger_than_the_limit_gets_its_own_file(tmp_path: Path) -> None:
+    """Catches a huge tensor that is refused, split, or that takes its neighbours beyond the limit."""
+    tensors = {"a": torch.ones(10), "huge": torch.ones(5000), "b": torch.ones(10), "c": torch.ones(10)}
+    paths = write(tmp_path, tensors, header_room(tensors) + 1000)
+    assert [sorted(header(path)[0]) for path in paths] == [["a"], ["huge"], ["b", "c"]]
+    found = read(paths)
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("limit", [None, 1500])
+def test_the_same_tensors_give_the_same_bytes(tmp_path: Path, limit: int | None) -> None:
+    """Catches dates, random names, hash order or uninitialized padding in the files."""
+    tensors = {f"t{number}": torch.arange(number * 3, dtype=torch.int8) for number in range(30)}
+    contents = []
+    for run in ("first", "second"):
+        folder = tmp_path / run
+        folder.mkdir()
+        write(folder, tensors, limit)
+        contents.append({path.name: path.read_bytes() for path in sorted(folder.iterdir())})
+    assert contents[0] == contents[1]
+
+
+def test_header_is_padded_with_spaces(tmp_path: Path) -> None:
+    """Catches padding that the format does not allow: strict readers refuse anything but spaces."""
+    (path,) = write(tmp_path, {"a": torch.ones(2)})
+    raw = path.read_bytes()
+    text = raw[LENGTH_FIELD : header(path)[1]]
+    assert text.startswith(b"{") and text.rstrip(b" ").endswith(b"}") and text.endswith(b" ")
+
+
+def test_no_tensors(tmp_path: Path) -> None:
+    """Catches a crash, or a missing file, where nothing was added."""
+    (path,) = write(tmp_path, {})
+    assert read([path]) == {}
+
+
+def test_a_name_written_twice_is_an_internal_error(tmp_path: Path) -> None:
+    """Catches a tensor that silently replaces another, in the same shard or in an earlier one."""
+    writer = ShardWriter(tmp_path, "weights", header_bytes=1000, limit=1)
+    for name in ("a", "b"):
+        writer.add(name, torch.ones(2))
+    for name in ("a", "b"):
+        with pytest.raises(InternalError, match=f"{name} is written twice"):
+            writer.add(name, torch.ones(2))
+
+
+def test_a_header_that_outgrows_its_room_is_an_internal_error(tmp_path: Path) -> None:
+    """Catches a header that is written over the first tensor's data."""
+    writer = ShardWriter(tmp_path, "weights", header_bytes=64)
+    writer.add("a long name that needs more room than was reserved", torch.ones(2))
+    with pytest.raises(InternalError, match="header needs"):
+        writer.close()

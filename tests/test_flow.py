@@ -1,0 +1,471 @@
+"""Channel flow finds exactly the edges that hold: against a list made by hand, and by folding every one it claims."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import plant_outliers
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils._pytree import tree_map
+
+from vlqc.flow import find_edges, scales_its_channels
+from vlqc.ir import Call, Edge
+from vlqc.trace import record
+
+# ---- folding, written down once more ---------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def folded(module: nn.Module, edge: Edge, scale: Tensor) -> nn.Module:
+    """A copy in which the producer's usable channels are divided by scale float64 [C] and the consumers make up."""
+    other = copy.deepcopy(module)
+    scale = torch.where(edge.usable, scale, torch.ones(()))
+    for parameter in other.get_submodule(edge.producer).parameters():
+        parameter /= scale.view(-1, *[1] * (parameter.ndim - 1)).to(parameter.dtype)
+    for target, channels in edge.consumers.items():
+        weight = other.get_submodule(target).weight
+        assert channels.shape == (weight.shape[1],) and bool(edge.usable[channels[channels >= 0]].all())
+        for column, channel in enumerate(channels.tolist()):
+            if channel >= 0:
+                weight[:, column] *= scale[channel]
+    return other
+
+
+@torch.no_grad()
+def assert_holds(module: nn.Module, edge: Edge, call: Call, seed: int = 0) -> None:
+    """Folding random powers of two, which change no mantissa, leaves the float64 outputs as they were."""
+    random = torch.Generator().manual_seed(seed)
+    scale = 2.0 ** torch.randint(-6, 7, edge.usable.shape, generator=random).double()
+    scale[edge.usable.nonzero()[0]] = 64.0  # at least one channel moves
+    before = tiny.tensors_of(module(*call.args, **call.kwargs))
+    after = tiny.tensors_of(folded(module, edge, scale)(*call.args, **call.kwargs))
+    for one, other in zip(before, after, strict=True):
+        assert torch.allclose(one.double(), other.double(), rtol=1e-12, atol=1e-12 * float(one.abs().max())), edge
+
+
+# ---- the real model against the list of tools/plant_outliers.py ------------------------------------------------------
+
+
+def known_edges() -> dict[str, dict[str, dict[int, int]]]:
+    """Producer -> consumer -> column -> row of the producer, from the names that the outlier planter lists."""
+    return {
+        edge.producer[0].removesuffix(".weight"): {
+            consumer.removesuffix(".weight"): {
+                column: edge.first_row + channel for channel, columns in enumerate(edge.columns) for column in columns
+            }
+            for consumer in edge.consumers
+        }
+        for edge in plant_outliers.edges_of(tiny.config())
+    }
+
+
+@pytest.mark.every_transformers
+def test_edges_of_the_real_model_are_the_known_ones() -> None:
+    """Catches an edge that is missed, invented or mapped wrongly: grouped queries, fused qkv, 2x2 patches included."""
+    found = {}
+    for stage in tiny.lived().values():
+        for edge in find_edges(stage.module, record(stage.module, stage.call, stage.name)):
+            found[f"{stage.name}.{edge.producer}"] = {
+                f"{stage.name}.{target}": {
+                    column: channel for column, channel in enumerate(channels.tolist()) if channel >= 0
+                }
+                for target, channels in edge.consumers.items()
+            }
+    known = known_edges()
+    assert len(known) == 4 * 4 + 1 + 4 * 4
+    assert found == known
+
+
+@pytest.mark.every_transformers
+def test_usable_channels_are_those_that_are_consumed() -> None:
+    """Catches a fold into the q and k thirds of a fused qkv, or into channels that nothing makes up for."""
+    for stage in tiny.lived().values():
+        for edge in find_edges(stage.module, record(stage.module, stage.call, stage.name)):
+            used = torch.zeros_like(edge.usable)
+            for channels in edge.consumers.values():
+                used[channels[channels >= 0]] = True
+            assert torch.equal(used, edge.usable)
+    qkv = next(e for e in find_edges(*module_and_graph("visual.blocks.0")) if e.producer == "attn.qkv")
+    assert qkv.usable.tolist() == [False] * 256 + [True] * 128
+
+
+def module_and_graph(name: str) -> tuple[nn.Module, Any]:
+    stage = tiny.lived()[name]
+    return stage.module, record(stage.module, stage.call, name)
+
+
+@pytest.mark.every_transformers
+@pytest.mark.parametrize("name", ["visual.blocks.0", "visual.blocks.1", "visual.merger", "model.layers.0"])
+def test_every_edge_of_the_real_model_holds(name: str) -> None:
+    """Catches a column-to-channel map that is off by anything: float64 outputs must not move."""
+    stage = tiny.lived()[name]
+    module = copy.deepcopy(stage.module).double()
+    args, kwargs = tree_map(
+        lambda leaf: leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf,
+        (stage.call.args, stage.call.kwargs),
+    )
+    call = Call(0, args, kwargs)
+    edges = find_edges(module, record(module, call, name))
+    assert len(edges) == (1 if "merger" in name else 4)
+    for number, edge in enumerate(edges):
+        assert_holds(module, edge, call, seed=number)
+
+
+# ---- modules made by hand --------------------------------------------------------------------------------------------
+
+
+class Made(nn.Module):
+    """A norm of 8 channels, Linears a..d from 8 to 8, a wide one from 8 to 24 and a narrow one; `body` uses them."""
+
+    def __init__(self, body: Callable[["Made", Tensor], Any]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = body
+        self.norm = nn.LayerNorm(8)
+        self.other = nn.LayerNorm(8)
+        self.a, self.b, self.c, self.d = (nn.Linear(8, 8) for _ in range(4))
+        self.wide, self.long, self.few = nn.Linear(8, 24), nn.Linear(16, 8), nn.Linear(4, 8)
+        self.both = nn.Bilinear(4, 4, 8)
+        self.act = nn.GELU()
+        self.gru = nn.GRU(8, 8)
+        self.prelu = nn.PReLU(8)
+        self.register_buffer("order", torch.tensor([7, 6, 5, 4, 3, 2, 1, 0]))
+        self.register_buffer("row", torch.tensor([2, 0, 1, 2]))
+        for name, parameter in self.named_parameters():
+            if "norm" in name or "other" in name:
+                nn.init.uniform_(parameter, 0.5, 2.0)
+        self.double().requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.body(self, x)
+
+
+INPUT = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+CALL = Call(0, (INPUT,), {})
+
+
+def edges_of(body: Callable[[Made, Tensor], Any]) -> tuple[Made, dict[str, Edge]]:
+    made = Made(body)
+    edges = find_edges(made, record(made, CALL, "made"))
+    return made, {edge.producer: edge for edge in edges}
+
+
+def by_view_in_place(m: Made, x: Tensor) -> Tensor:
+    n, blank = m.norm(x), torch.ones_like(x)
+    view = blank[:]
+    view.mul_(n)
+    return m.a(n) + m.b(blank)  # type: ignore[no-any-return]
+
+
+def into_a_slot(m: Made, x: Tensor) -> Tensor:
+    n, slots = m.norm(x), torch.zeros_like(x)
+    slots[:, :2] = n[:, :2]
+    return m.a(n) + m.b(slots)  # type: ignore[no-any-return]
+
+
+def overwritten(m: Made, x: Tensor) -> Tensor:
+    n = m.norm(x)
+    n[..., 0] = 1
+    return m.a(n)  # type: ignore[no-any-return]
+
+
+def by_out(m: Made, x: Tensor) -> Tensor:
+    n, blank = m.norm(x), torch.empty_like(x)
+    torch.mul(n, 2, out=blank)
+    return m.a(n) + m.b(blank)  # type: ignore[no-any-return]
+
+
+def into_two_inputs(m: Made, x: Tensor) -> Tensor:
+    first, second = m.norm(x).chunk(2, -1)
+    return m.both(first, second) + m.few(second)  # type: ignore[no-any-return]
+
+
+def tuple_of_a_leaf(m: Made, x: Tensor) -> Tensor:
+    return m.gru(m.norm(x))[0]  # type: ignore[no-any-return]
+
+
+def added_in_place(m: Made, x: Tensor) -> Tensor:
+    n = m.norm(x)
+    kept = n.view(2, 4, 8)
+    kept += x
+    return m.a(n)  # type: ignore[no-any-return]
+
+
+NOT_EDGES: dict[str, Callable[[Made, Tensor], Any]] = {
+    "residual tap": lambda m, x: m.a(n := m.norm(x)) + n,
+    "returned beside": lambda m, x: (m.a(n := m.norm(x)), n),
+    "returned inside": lambda m, x: {"hidden": m.a(n := m.norm(x)), "kept": [n]},
+    "function between": lambda m, x: m.b(functional.silu(m.a(x))),
+    "module between": lambda m, x: m.b(m.act(m.a(x))),
+    "square": lambda m, x: m.b(m.a(x) ** 2),
+    "times itself": lambda m, x: m.b((n := m.norm(x)) * n),
+    "reciprocal": lambda m, x: m.b(1 / m.norm(x)),
+    "divisor": lambda m, x: m.b(x / m.norm(x)),
+    "plus a constant": lambda m, x: m.b(m.norm(x) + 1),
+    "plus the input": lambda m, x: m.b(x + m.norm(x)),
+    "two producers added": lambda m, x: m.c(m.a(x) + m.b(x)),
+    "two norms subtracted": lambda m, x: m.c(m.norm(x) - m.other(x)),
+    "into another norm": lambda m, x: m.a(m.act(m.other(m.norm(x) * 2))),
+    "mean over channels": lambda m, x: m.a(m.norm(x).mean(-1, keepdim=True).expand(-1, -1, 8)),
+    "sum over channels": lambda m, x: m.a(m.norm(x).cumsum(-1)),
+    "softmax": lambda m, x: m.a(m.norm(x).softmax(-1)),
+    "multiplied from the left": lambda m, x: m.b(m.norm(x) @ torch.ones(8, 8, dtype=x.dtype)),
+    "function of a weight": lambda m, x: functional.linear(m.norm(x), m.b.weight),
+    "query": lambda m, x: m.b(functional.scaled_dot_product_attention(m.norm(x), x, x)),
+    "key": lambda m, x: m.b(functional.scaled_dot_product_attention(x, m.norm(x), x)),
+    "mask": lambda m, x: m.b(functional.scaled_dot_product_attention(x, x, x, m.norm(x)[..., :4])),
+    "score": lambda m, x: m.b((m.norm(x) @ x.transpose(1, 2)) @ x),
+    "values over channels": lambda m, x: m.few(
+        functional.scaled_dot_product_attention(x[..., :4], x[..., :4], m.norm(x).transpose(1, 2)[:, :4, :4])
+    ),
+    "shared consumer": lambda m, x: m.a(m.norm(x)) + m.a(x),
+    "shared producer": lambda m, x: m.a(m.norm(x)) + m.b(m.norm(2 * x)),
+    "channels as rows": lambda m, x: m.few(m.norm(x).transpose(1, 2)),
+    "channels mixed by row": lambda m, x: m.few(m.norm(x).reshape(2, 8, 4)),
+    "permuted by data": lambda m, x: m.a(m.norm(x)[..., m.order]),
+    "permuted by data, all dimensions": lambda m, x: m.a(m.norm(x)[:, :, m.order]),
+    "selected by data": lambda m, x: m.a(m.norm(x).index_select(-1, m.order)),
+    "masked": lambda m, x: m.a((n := m.norm(x))[(n.detach() * 0 + x) > -99].view(2, 4, 8)),
+    "repeated by data": lambda m, x: m.a(m.norm(x).repeat_interleave(m.order * 0 + 1, -1)),
+    "rounded quotient": lambda m, x: m.a(torch.div(m.norm(x), 0.3, rounding_mode="floor")),
+    "whole numbers": lambda m, x: m.a(m.norm(x).to(torch.int32).double()),
+    "bits": lambda m, x: m.a((m.norm(x).view(torch.int64) // 2).view(torch.float64)),
+    "written through a view": by_view_in_place,
+    "written into a slot": into_a_slot,
+    "written over": overwritten,
+    "written into out": by_out,
+    "added in place to a view": added_in_place,
+    "two inputs of one leaf": into_two_inputs,
+    "leaf that returns a tuple": tuple_of_a_leaf,
+    "never consumed": lambda m, x: m.norm(x).sum() * 0 + x,
+}
+
+
+@pytest.mark.parametrize("body", NOT_EDGES.values(), ids=NOT_EDGES.keys())
+def test_where_there_is_no_edge_none_is_claimed(body: Callable[[Made, Tensor], Any]) -> None:
+    """Catches a claim for a producer whose scale shows anywhere but in the columns of Linears that are called once."""
+    assert edges_of(body)[1] == {}
+
+
+EVERY = [0, 1, 2, 3, 4, 5, 6, 7]
+THIRD = list(range(16, 24))
+NONE = [-1] * 8
+# body -> producer -> consumer -> channel of each column
+EDGES: dict[str, tuple[Callable[[Made, Tensor], Any], dict[str, dict[str, list[int]]]]] = {
+    "norm to two": (lambda m, x: m.a(n := m.norm(x)) * m.act(m.b(n)), {"norm": {"a": EVERY, "b": EVERY}, "a": {}}),
+    "up and gate": (lambda m, x: m.c(functional.silu(m.a(x)) * m.b(x)), {"b": {"c": EVERY}}),
+    "by name": (lambda m, x: m.c(torch.mul(input=m.a(x), other=x)), {"a": {"c": EVERY}}),
+    "divided": (lambda m, x: m.c(m.a(x) / (1 + x * x)), {"a": {"c": EVERY}}),
+    "same scale added": (lambda m, x: m.c((y := m.a(x)) * 2 + y * x), {"a": {"c": EVERY}}),
+    "turned around": (lambda m, x: m.a(m.norm(x)[..., [3, 2, 1, 0, 7, 6, 5, 4]]), {"norm": {"a": [3, 2, 1, 0, 7, 6, 5, 4]}}),
+    "halves swapped": (
+        lambda m, x: m.a(torch.cat(tensors=m.norm(x).chunk(2, -1)[::-1], dim=-1)),
+        {"norm": {"a": [4, 5, 6, 7, 0, 1, 2, 3]}},
+    ),
+    "one half is used up": (
+        lambda m, x: m.few((n := m.norm(x))[..., 4:]) + functional.relu(n[..., :4]).sum(),
+        {"norm": {"few": [4, 5, 6, 7]}},
+    ),
+    "one half of the columns": (
+        lambda m, x: m.long(torch.cat([x, m.norm(x)], -1)),
+        {"norm": {"long": NONE + EVERY}},
+    ),
+    "two producers side by side": (
+        lambda m, x: m.long(torch.cat([m.a(x), m.norm(x)], -1)),
+        {"a": {"long": EVERY + NONE}, "norm": {"long": NONE + EVERY}},
+    ),
+    "each channel twice": (
+        lambda m, x: m.long(m.norm(x).repeat_interleave(2, -1)),
+        {"norm": {"long": [channel for channel in EVERY for _ in range(2)]}},
+    ),
+    "two rows side by side": (lambda m, x: m.long(m.norm(x).reshape(-1, 16)), {"norm": {"long": EVERY + EVERY}}),
+    "rows chosen by data": (lambda m, x: m.a(m.norm(x)[:, m.row]), {"norm": {"a": EVERY}}),
+    "rows selected by data": (lambda m, x: m.a(m.norm(x).index_select(1, m.row)), {"norm": {"a": EVERY}}),
+    "shaped like another": (
+        lambda m, x: m.a(m.norm(x).view_as(x).reshape_as(x)[:, :1].expand_as(x)),
+        {"norm": {"a": EVERY}},
+    ),
+    "rows turned": (lambda m, x: m.a(m.norm(x).permute(1, 0, 2).contiguous()), {"norm": {"a": EVERY}}),
+    "fused qkv": (
+        lambda m, x: m.a(functional.scaled_dot_product_attention(*m.wide(x).chunk(3, -1))),
+        {"wide": {"a": THIRD}},
+    ),
+    "attention by hand": (
+        lambda m, x: m.a((x @ x.transpose(1, 2)).softmax(-1) @ m.b(x)),
+        {"b": {"a": EVERY}},
+    ),
+    "grouped queries": (
+        lambda m, x: m.long(
+            functional.scaled_dot_product_attention(
+                torch.cat([x, x], -1).view(2, 4, 4, 4).transpose(1, 2),
+                x.view(2, 4, 2, 4).transpose(1, 2),
+                m.b(x).view(2, 4, 2, 4).transpose(1, 2),
+                enable_gqa=True,
+            ).transpose(1, 2).reshape(2, 4, 16)
+        ),
+        {"b": {"long": [0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7]}},
+    ),
+    "a tap behind an independent product": (
+        lambda m, x: m.a(m.norm(x) * m.act(m.b(x))),
+        {"norm": {"a": EVERY}},
+    ),
+    "multiplied in place": (lambda m, x: m.a(m.norm(x).mul_(x).div_(2)), {"norm": {"a": EVERY}}),
+    "transposed attribute": (lambda m, x: m.a(m.norm(x).mT.mT), {"norm": {"a": EVERY}}),
+    "another dtype and back": (lambda m, x: m.a(m.norm(x).float().to(x.dtype)), {"norm": {"a": EVERY}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "expected"), EDGES.values(), ids=EDGES.keys())
+def test_edges_and_their_maps(body: Callable[[Made, Tensor], Any], expected: dict[str, dict[str, list[int]]]) -> None:
+    """Catches an edge that is missed, or a column that is said to hold another channel than it does."""
+    made, edges = edges_of(body)
+    found = {
+        producer: {target: channels.tolist() for target, channels in edge.consumers.items()}
+        for producer, edge in edges.items()
+    }
+    assert found == {producer: consumers for producer, consumers in expected.items() if consumers}
+    for edge in edges.values():
+        assert_holds(made, edge, CALL)
+
+
+def test_edges_come_in_the_order_of_the_graph() -> None:
+    """Catches an order that depends on how modules are registered: dumps and results would not be comparable."""
+    edges = edges_of(lambda m, x: m.a(m.other(m.c(m.b(x)))) + m.d(m.norm(x)))[1]
+    assert list(edges) == ["b", "other", "norm"]
+
+
+def test_what_has_the_shape_of_a_norm() -> None:
+    """Catches a convolution, an embedding or a scalar gain that is taken for a norm."""
+    assert scales_its_channels(nn.LayerNorm(8), 8)
+    assert scales_its_channels(nn.RMSNorm(8), 8)
+    assert not scales_its_channels(nn.LayerNorm(8), 4)
+    assert not scales_its_channels(nn.LayerNorm(8, elementwise_affine=False), 8)
+    assert not scales_its_channels(nn.Embedding(8, 8), 8)
+    assert not scales_its_channels(nn.Conv1d(8, 8, 1), 8)
+    assert not scales_its_channels(nn.PReLU(1), 8)
+
+
+# ---- any little graph ------------------------------------------------------------------------------------------------
+
+SIZE = 8
+
+
+def regrouped(x: Tensor) -> Tensor:
+    """Heads apart and together again, as attention does."""
+    return x.view(2, 4, 2, x.shape[-1] // 2).transpose(1, 2).transpose(1, 2).reshape(2, 4, -1)
+
+
+# Every operation takes values [2, 4, any even number] and gives one; what does not fit gives its first value back.
+STEPS: dict[str, Callable[["Program", Tensor, Tensor], Tensor]] = {
+    "swap": lambda p, x, y: torch.cat(x.chunk(2, -1)[::-1], -1),
+    "twice": lambda p, x, y: x.repeat(1, 1, 2) if x.shape[-1] <= 16 else x,
+    "each twice": lambda p, x, y: x.repeat_interleave(2, -1) if x.shape[-1] <= 16 else x,
+    "beside": lambda p, x, y: torch.cat([x, y], -1) if x.shape[-1] + y.shape[-1] <= 32 else x,
+    "first half": lambda p, x, y: x[..., : x.shape[-1] // 2] if x.shape[-1] % 4 == 0 else x,
+    "every other": lambda p, x, y: x[..., ::2] if x.shape[-1] % 4 == 0 else x,
+    "heads": lambda p, x, y: regrouped(x),
+    "mixed": lambda p, x, y: x.transpose(1, 2).reshape(2, 4, -1),
+    "two rows": lambda p, x, y: x.reshape(2, 2, -1).repeat(1, 2, 1) if x.shape[-1] <= 16 else x,
+    "rows turned": lambda p, x, y: torch.stack(x.unbind(1)[::-1], 1),
+    "row chosen": lambda p, x, y: x[:, p.rows],
+    "first row": lambda p, x, y: x[:, :1].expand(-1, 4, -1),
+    "channel chosen": lambda p, x, y: x.index_select(-1, p.columns % x.shape[-1]),
+    "times": lambda p, x, y: x * y if x.shape == y.shape else x,
+    "over": lambda p, x, y: x / (2 + y) if x.shape == y.shape else x,
+    "plus": lambda p, x, y: x + y if x.shape == y.shape else x,
+    "minus": lambda p, x, y: x - y if x.shape == y.shape else x,
+    "doubled": lambda p, x, y: -2 * x,
+    "shifted": lambda p, x, y: x + 0.5,
+    "bent": lambda p, x, y: functional.silu(x),
+    "attended": lambda p, x, y: (y @ y.transpose(1, 2)).softmax(-1) @ x,
+    "attending": lambda p, x, y: functional.scaled_dot_product_attention(y, y, x),
+    "scored": lambda p, x, y: functional.scaled_dot_product_attention(x, x, y),
+    "scaled in place": lambda p, x, y: x.clone().mul_(y) if x.shape == y.shape else x.clone().mul_(3),
+    "written": lambda p, x, y: p.written(x, y),
+    "linear": lambda p, x, y: p.through("linear", x),
+    "norm": lambda p, x, y: p.through("norm", x),
+    "linear again": lambda p, x, y: p.through("linear", y, again=True),
+}  # fmt: skip
+
+
+class Program(nn.Module):
+    """Runs steps (name, first value, second value) and returns what Linears gave that no step used.
+
+    Values are counted backwards from the latest: 0 is what the step before gave, at first the output of a norm.
+    """
+
+    def __init__(self, steps: list[tuple[str, int, int]], tap: bool) -> None:
+        super().__init__()
+        self.steps, self.tap = steps, tap
+        self.layers = nn.ModuleList()
+        self.register_buffer("rows", torch.tensor([1, 1, 0, 3]))
+        self.register_buffer("columns", torch.tensor([1, 0, 3, 2, 5, 4, 7, 6]))
+        torch.manual_seed(len(steps))
+        self.forward(INPUT)  # makes the layers
+        self.double().requires_grad_(False)
+
+    def through(self, kind: str, x: Tensor, again: bool = False) -> Tensor:
+        """A new layer of its own, or the one before once more."""
+        if again and self.used and self.used[-1].weight.shape[-1] == x.shape[-1]:
+            self.used.append(self.used[-1])
+        else:
+            fresh = len([layer for number, layer in enumerate(self.used) if layer not in self.used[:number]])
+            if fresh == len(self.layers):
+                made = nn.LayerNorm(x.shape[-1]) if kind == "norm" else nn.Linear(x.shape[-1], SIZE)
+                nn.init.uniform_(made.weight, 0.2, 1.5)
+                self.layers.append(made.double())
+            self.used.append(self.layers[fresh])
+        result: Tensor = self.used[-1](x)
+        return result
+
+    @staticmethod
+    def written(x: Tensor, y: Tensor) -> Tensor:
+        blank = torch.zeros_like(x)
+        blank[:, 1:] = y[:, 1:] if x.shape == y.shape else x[:, 1:]
+        return blank
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        self.used: list[nn.Module] = []
+        values, loose = [x, self.through("norm", x)], set()  # loose: results of Linears that nothing has used yet
+        for name, *back in self.steps:
+            first, second = (len(values) - 1 - step % len(values) for step in back)
+            loose -= {first, second}
+            if name.startswith("linear"):
+                loose.add(len(values))
+            values.append(STEPS[name](self, values[first], values[second]))
+        outputs = [self.through("linear", values[-1]), *(values[number].tanh() for number in sorted(loose))]
+        return (*outputs, *([values[len(values) // 2]] if self.tap else []))
+
+
+STEP = st.tuples(st.sampled_from(sorted(STEPS)), st.sampled_from([0, 0, 0, 1, 2]), st.integers(0, 5))
+
+
+@settings(max_examples=300)
+@given(
+    st.lists(STEP, min_size=1, max_size=6),
+    st.sampled_from([False, False, False, True]),
+)
+def test_whatever_is_claimed_holds(steps: list[tuple[str, int, int]], tap: bool) -> None:
+    """Catches any claim that is not true, in little graphs of layouts, products, sums, attention and shared layers."""
+    check_claims(Program(steps, tap))
+
+
+def check_claims(program: Program) -> int:
+    edges = find_edges(program, record(program, CALL, "program"))
+    for edge in edges:
+        assert_holds(program, edge, CALL)
+    return len(edges)
+
+
+def test_little_graphs_do_have_edges() -> None:
+    """Catches a flow that is always right because it claims nothing."""
+    kept = "swap, twice, each twice, beside, first half, every other, heads, two rows, row chosen, first row, doubled"
+    for name in (*kept.split(", "), "attended", "attending", "scaled in place"):
+        assert check_claims(Program([(name, 0, 1)], tap=False)) == 1, name
+    assert check_claims(Program([("linear", 1, 0), ("times", 0, 2), ("linear", 0, 0), ("swap", 0, 0)], tap=False)) == 2

@@ -1,0 +1,135 @@
+"""lower-linears: modules of integers in the places of the Linears, within the error that the arithmetic allows."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from exact_stage import text_after
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_stage import decoder, integers, observed, outputs, quantized, site, through
+from torch import Tensor, nn
+
+from vlqc.engines import Scheme
+from vlqc.errors import InternalError
+from vlqc.invariants import check
+from vlqc.ir import Stage
+from vlqc.kernels_ref.linear import StaticQuantLinear
+from vlqc.passes.assign_precision import AssignPrecision
+from vlqc.passes.insert_observers import InsertObservers
+from vlqc.passes.lower_linears import LowerLinears
+from vlqc.passes.quantize_activations import QuantizeActivations
+from vlqc.passes.quantize_weights import QuantizeWeights
+
+
+def linear_at(stage: Stage, target: str) -> nn.Linear:
+    module = stage.live.get_submodule(target)
+    assert isinstance(module, nn.Linear)
+    return module
+
+
+def test_golden(golden: Callable[[str, str], None]) -> None:
+    """Any change of the tensors that the exact stage is lowered to shows here as text."""
+    golden("after-lower-linears.vlqc", text_after("lower-linears"))
+
+
+def test_quantized_linears_are_swapped_and_others_stay() -> None:
+    """A Linear that stays where integers should run, or a float site that is lost; in the tree and in the graph."""
+    stage = through(decoder(), InsertObservers(), AssignPrecision(), QuantizeActivations(), QuantizeWeights())
+    down = linear_at(stage, "mlp.down_proj")
+    through(stage, LowerLinears())
+    assert stage.live.get_submodule("mlp.down_proj") is down
+    lowered = {path for path, module in stage.live.named_modules() if isinstance(module, StaticQuantLinear)}
+    assert lowered == {it.target for it in quantized(stage)} and len(lowered) == 6
+    called = {str(node.target) for node in stage.graph.nodes if node.op == "call_module"}
+    assert lowered < called and check(stage) == []
+    assert not any(path.startswith("self_attn.q_proj") for path, _ in stage.live.named_parameters())
+
+
+def test_stage_runs_the_integers() -> None:
+    """A swap that the stage's forward does not see: other integers must give other outputs."""
+    stage = integers(observed(decoder()))
+    before = outputs(stage)
+    module = stage.live.get_submodule("mlp.up_proj")
+    assert isinstance(module, StaticQuantLinear)
+    module.weight[0, 0] += 5
+    assert not torch.equal(outputs(stage), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stored_tensors(dtype: torch.dtype) -> None:
+    """deq_scale and quant_bias that do not follow from what is stored beside them, in float64 by their definition."""
+    stage = observed(decoder(dtype=dtype, outliers=True))
+    biases = {it.name: stage.linear(it).bias for it in stage.sites.values()}
+    integers(stage)
+    for it in stage.sites.values():
+        module = stage.live.get_submodule(it.target)
+        assert isinstance(module, StaticQuantLinear) and it.weight is not None and it.input is not None
+        assert torch.equal(module.weight, it.weight.integers) and torch.equal(module.weight_scale, it.weight.scale)
+        assert (module.input_scale.item(), module.input_offset.item()) == (it.input.scale, it.input.offset)
+        deq_scale = (it.weight.scale.double() * it.input.scale).float().flatten()
+        stored = module.deq_scale if dtype == torch.bfloat16 else module.deq_scale.to(torch.int32).view(torch.float32)
+        torch.testing.assert_close(stored, deq_scale, rtol=2e-7, atol=0)
+        bias = biases[it.name]
+        shift = it.input.offset * it.weight.integers.double().sum(1)
+        steps = (0 if bias is None else bias.double() / stored.double()) - shift
+        assert torch.equal(module.quant_bias.double(), steps.round())
+
+
+def test_bias_is_used_as_it_is_stored() -> None:
+    """quant_bias of the unrounded bias: whoever recomputes it from the emitted folder finds another number."""
+    stage = observed(decoder())
+    stage.live.get_parameter("self_attn.q_proj.bias").fill_(1.003)  # stored in bfloat16 as 1
+    integers(stage)
+    module = stage.live.get_submodule("self_attn.q_proj")
+    assert isinstance(module, StaticQuantLinear) and module.bias is not None
+    assert torch.equal(module.bias, torch.ones(32))
+    expected = (1 / module.deq_scale.double() - module.input_offset.double() * module.weight.double().sum(1)).round()
+    assert torch.equal(module.quant_bias.double(), expected)
+
+
+@settings(deadline=None, max_examples=8)
+@given(seed=st.integers(0, 10**6), outliers=st.booleans())
+def test_output_is_within_the_analytic_bound(seed: int, outliers: bool) -> None:
+    """Any lost term: |y - y_float| <= half a step of x, of w, of both together, and of the bias."""
+    stage = observed(decoder(seed, outliers=outliers))
+    floats = {it.target: linear_at(stage, it.target) for it in stage.sites.values()}
+    integers(stage, "minmax")
+    for it in stage.sites.values():
+        x = stage.observations[it.source].kept
+        assert it.input is not None and it.weight is not None
+        weight, step_x, step_w = floats[it.target].weight, it.input.scale, it.weight.scale  # step_w [N, 1]
+        # Half a step of rounding; at the ends of the range the offset's rounding adds up to another half.
+        bound = step_x * weight.abs().sum(1) + x.abs().sum(1, keepdim=True) * step_w.T / 2
+        bound = bound + weight.shape[1] * step_x * step_w.T / 2 + step_x * step_w.T / 2
+        error = (stage.live.get_submodule(it.target)(x) - floats[it.target](x)).abs()
+        assert bool((error <= bound * 1.0001 + 1e-5).all()), it.name
+        assert error.max() > 0
+
+
+@pytest.mark.parametrize("missing", ["weight", "input"])
+def test_undecided_sites_are_an_error(missing: str) -> None:
+    """A site promised as W8A8 and left in float without a word: the folder's description would be wrong."""
+    stage = through(observed(decoder()), QuantizeActivations(), QuantizeWeights())
+    it = site(stage, "mlp.up_proj")
+    setattr(it, missing, None)
+    with pytest.raises(InternalError, match=r"mlp\.up_proj cannot be lowered"):
+        LowerLinears().run(stage)
+    assert isinstance(stage.live.get_submodule("self_attn.q_proj"), nn.Linear)  # nothing is half done
+
+
+def test_nothing_decided_changes_nothing() -> None:
+    """A pass that claims a change, or lowers what is to stay float."""
+    assert LowerLinears().run(decoder()) is False
+    stage = through(decoder(), InsertObservers(), AssignPrecision(scheme="FLOAT"))
+    assert LowerLinears().run(stage) is False
+    assert {it.scheme for it in stage.sites.values()} == {Scheme.FLOAT}
+
+
+def test_inputs_of_any_shape() -> None:
+    """A module that flattens its input and forgets the shape: blocks hand it [rows, K] and [1, rows, K]."""
+    stage = integers(observed(decoder()))
+    module = stage.live.get_submodule("mlp.gate_proj")
+    rows: Tensor = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(0))
+    assert module(rows).shape == (1, 6, 48)
+    assert torch.equal(module(rows)[0], module(rows[0]))

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Makes the environment, then compiles the tiny trained checkpoint that ships with the project and shows what it costs.
+# Works from any folder, as often as you like. Everything it writes goes into .demo of the checkout.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+make_environment
+cd "$root"
+exec "$python" tools/demo.py .demo

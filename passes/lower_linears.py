@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from vlqc.engines import Scheme
-from vlqc.errors import InternalError
+from vlqc.errors import Fault, UserError
 from vlqc.ir import Site, Stage
 from vlqc.kernels_ref.linear import StaticQuantLinear
 from vlqc.passes.quantize_weights import emitted_bias
@@ -28,14 +28,19 @@ class LowerLinears(Pass):
 
 
 def lower(stage: Stage, site: Site) -> StaticQuantLinear:
-    """The quantized module of a W8A8 site. InternalError if a pass before this one left something undecided."""
+    """The quantized module of a W8A8 site. UserError if the pipeline left something undecided before it."""
+    fix = "in the pipeline, let quantize-activations, quantize-weights and lower-linears follow each other"
     if site.weight is None or site.input is None:
-        raise InternalError(f"{site.name} cannot be lowered: quantize its weight and its input first")
-    return StaticQuantLinear.from_float(
-        site.weight.integers,
-        site.weight.scale,
-        site.input.scale,
-        site.input.offset,
-        emitted_bias(stage.linear(site), stage.dtype),
-        stage.dtype,
-    )
+        missing = "weight" if site.weight is None else "input"
+        raise UserError(Fault(f"{site.name} cannot be lowered", stage.name, f"its {missing} is not quantized", fix))
+    try:
+        return StaticQuantLinear.from_float(
+            site.weight.integers,
+            site.weight.scale,
+            site.input.scale,
+            site.input.offset,
+            emitted_bias(stage.linear(site), stage.dtype),
+            stage.dtype,
+        )
+    except ValueError as error:  # a bias that overflows: weights were rounded before the input's scale was known
+        raise UserError(Fault(f"{site.name} cannot be lowered", stage.name, str(error), fix)) from error

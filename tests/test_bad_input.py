@@ -139,7 +139,9 @@ def test_folders_and_values(model: Path, tmp_path: Path) -> None:
     refused(run(*good, "--save_directory", tmp_path / "out", "--anti_method", "m3"), "--anti_method", "m3", "m2")
     refused(run(*good, "--save_directory", tmp_path / "out", "--w_bit", "4"), "--w_bit", "--is_lowbit")
     refused(run(*good, "--save_directory", tmp_path / "out", "--pipeline", "smooth-m3"), "smooth-m3", "smooth-m2")
-    refused(run(*good, "--save_directory", tmp_path / "out", "--pipeline", "smooth-m2,lower-linears"), "insert-observers")
+    refused(
+        run(*good, "--save_directory", tmp_path / "out", "--pipeline", "smooth-m2,lower-linears"), "insert-observers"
+    )
     assert [path.name for path in full.iterdir()] == ["thesis.txt"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "model"]
     assert not (model / "out").exists()

@@ -133,8 +133,22 @@ def test_bytes_are_those_of_the_weight_files(tmp_path: Path) -> None:
 def test_side_files_are_what_an_engine_needs_beside_weights(tmp_path: Path) -> None:
     """Catches copied weights, indices, code or folders, and a tokenizer that is left behind (as a link, too)."""
     write(tmp_path)
-    wanted = ["chat_template.jinja", "generation_config.json", "merges.txt", "preprocessor_config.json", "tokenizer.json"]
-    for name in [*wanted, "pytorch_model.bin", "pytorch_model.bin.index.json", "old.pt", "x.gguf", ".hidden", "code.py"]:
+    wanted = [
+        "chat_template.jinja",
+        "generation_config.json",
+        "merges.txt",
+        "preprocessor_config.json",
+        "tokenizer.json",
+    ]
+    for name in [
+        *wanted,
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+        "old.pt",
+        "x.gguf",
+        ".hidden",
+        "code.py",
+    ]:
         (tmp_path / name).write_text("x")
     (tmp_path / "folder").mkdir()
     (tmp_path / "cache").mkdir()
@@ -214,7 +228,9 @@ def test_an_index_that_names_a_missing_file(tmp_path: Path) -> None:
     assert "model-00003-of-00003.safetensors is missing" in fault_of(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["../outside.safetensors", "/outside.safetensors", "below/outside.safetensors", "..", ""])
+@pytest.mark.parametrize(
+    "name", ["../outside.safetensors", "/outside.safetensors", "below/outside.safetensors", "..", ""]
+)
 def test_an_index_does_not_lead_out_of_the_folder(tmp_path: Path, name: str) -> None:
     """Catches an index that makes the compiler read files elsewhere, though they exist."""
     folder = write(tmp_path / "inner")

@@ -139,13 +139,25 @@ def test_shards_and_their_index(tmp_path: Path) -> None:
     paths = write(tmp_path, tensors, limit)
     count = len(paths)
     assert [path.name for path in paths] == [f"weights-{k + 1:05}-of-{count:05}.safetensors" for k in range(count)]
-    assert count == 5 and all(path.stat().st_size <= limit + LENGTH_FIELD for path in paths)
+    assert count == 5 and all(path.stat().st_size <= limit for path in paths)
     index = json.loads((tmp_path / "weights.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
     assert list(index["weight_map"]) == sorted(tensors)
     for path in paths:
         assert header(path)[0].keys() == {name for name, file in index["weight_map"].items() if file == path.name}
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*(p.name for p in paths), "weights.safetensors.index.json"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [*(p.name for p in paths), "weights.safetensors.index.json"]
+    )
+
+
+@pytest.mark.parametrize("spare", [-8, 0, 8])
+def test_the_limit_counts_the_whole_file(tmp_path: Path, spare: int) -> None:
+    """Catches a shard that exceeds the limit by its header, or by the header's length field."""
+    tensors = {"a": torch.ones(200), "b": torch.ones(200)}
+    limit = LENGTH_FIELD + -(-header_room(tensors) // ALIGNMENT) * ALIGNMENT + 2 * 800 + spare
+    paths = write(tmp_path, tensors, limit)
+    assert len(paths) == (2 if spare < 0 else 1)
+    assert all(path.stat().st_size <= limit for path in paths)
 
 
 def test_a_limit_that_is_not_reached_gives_one_numbered_shard(tmp_path: Path) -> None:

@@ -254,6 +254,7 @@ def test_where_there_is_no_edge_none_is_claimed(body: Callable[[Made, Tensor], A
 
 
 EVERY = [0, 1, 2, 3, 4, 5, 6, 7]
+TURNED = [3, 2, 1, 0, 7, 6, 5, 4]
 THIRD = list(range(16, 24))
 NONE = [-1] * 8
 # body -> producer -> consumer -> channel of each column
@@ -263,7 +264,7 @@ EDGES: dict[str, tuple[Callable[[Made, Tensor], Any], dict[str, dict[str, list[i
     "by name": (lambda m, x: m.c(torch.mul(input=m.a(x), other=x)), {"a": {"c": EVERY}}),
     "divided": (lambda m, x: m.c(m.a(x) / (1 + x * x)), {"a": {"c": EVERY}}),
     "same scale added": (lambda m, x: m.c((y := m.a(x)) * 2 + y * x), {"a": {"c": EVERY}}),
-    "turned around": (lambda m, x: m.a(m.norm(x)[..., [3, 2, 1, 0, 7, 6, 5, 4]]), {"norm": {"a": [3, 2, 1, 0, 7, 6, 5, 4]}}),
+    "turned around": (lambda m, x: m.a(m.norm(x)[..., TURNED]), {"norm": {"a": TURNED}}),
     "halves swapped": (
         lambda m, x: m.a(torch.cat(tensors=m.norm(x).chunk(2, -1)[::-1], dim=-1)),
         {"norm": {"a": [4, 5, 6, 7, 0, 1, 2, 3]}},

@@ -11,7 +11,7 @@ from random_stage import decoder, integers, observed, outputs, quantized, site, 
 from torch import Tensor, nn
 
 from vlqc.engines import Scheme
-from vlqc.errors import InternalError
+from vlqc.errors import UserError
 from vlqc.invariants import check
 from vlqc.ir import Stage
 from vlqc.kernels_ref.linear import StaticQuantLinear
@@ -113,7 +113,7 @@ def test_undecided_sites_are_an_error(missing: str) -> None:
     stage = through(observed(decoder()), QuantizeActivations(), QuantizeWeights())
     it = site(stage, "mlp.up_proj")
     setattr(it, missing, None)
-    with pytest.raises(InternalError, match=r"mlp\.up_proj cannot be lowered"):
+    with pytest.raises(UserError, match=r"mlp\.up_proj cannot be lowered"):
         LowerLinears().run(stage)
     assert isinstance(stage.live.get_submodule("self_attn.q_proj"), nn.Linear)  # nothing is half done
 

@@ -79,7 +79,7 @@ def test_stages_are_found_by_structure_not_by_name() -> None:
 
 @pytest.mark.every_transformers
 def test_fill_and_empty() -> None:
-    """Catches weights that stay behind, that are views of the mapped file, that are not float32, or of another stage."""
+    """Catches weights that stay behind, that are views of the mapped file, not float32, or of another stage."""
     model = tiny.float_model()
     stage = model.stages["model.layers.1"]
     stored = load_file(tiny.TINY / "model.safetensors")
@@ -176,11 +176,21 @@ def test_an_unknown_architecture(tmp_path: Path, architectures: list[str] | None
 
 
 @pytest.mark.every_transformers
-@pytest.mark.parametrize("change", [{"model_type": "nonsense"}, {"hidden_act": "nonsense"}, {"num_attention_heads": 0}])
+@pytest.mark.parametrize(
+    "change", [{"vision_config": "nonsense"}, {"hidden_act": "nonsense"}, {"num_attention_heads": 0}]
+)
 def test_a_config_that_no_model_can_be_built_from(tmp_path: Path, change: dict[str, object]) -> None:
     """Catches a traceback for a damaged config.json."""
     folder = tiny.damaged(tmp_path, config=lambda c: c.update(change))
     with pytest.raises(UserError, match=r"cannot be built"):
+        build(folder, Checkpoint(folder).config)
+
+
+@pytest.mark.every_transformers
+def test_a_model_of_another_type(tmp_path: Path) -> None:
+    """Catches a model that could be traced, but whose engines' rules nobody has written down."""
+    folder = tiny.damaged(tmp_path, config=lambda c: c.update(model_type="nonsense"))
+    with pytest.raises(UserError, match="model_type is nonsense"):
         build(folder, Checkpoint(folder).config)
 
 

@@ -23,9 +23,7 @@ def test_smoothing_keeps_the_logits(tmp_path: Path, seed: int) -> None:
 
     def sqnr(**options: object) -> float:
         save = tmp_path / "compiled"
-        vlqc.compile(
-            model_path=tmp_path / "float", save_directory=save, samples=calibration, overwrite=True, **options
-        )
+        vlqc.compile(model_path=tmp_path / "float", save_directory=save, samples=calibration, overwrite=True, **options)
         return signal_to_noise(reference, logits(vlqc.load(save), unseen))
 
     assert NAIVE[0] < sqnr(anti_method="none", act_method=1) < NAIVE[1]

@@ -40,7 +40,9 @@ def test_good_samples_pass() -> None:
     padded["attention_mask"][0, :2] = 0
     typed = tiny.made_up((4, 4))
     typed["mm_token_type_ids"] = torch.zeros_like(typed["input_ids"])
-    small = {name: value.int() if not value.is_floating_point() else value for name, value in tiny.made_up((4, 4)).items()}
+    small = {
+        name: value.int() if not value.is_floating_point() else value for name, value in tiny.made_up((4, 4)).items()
+    }
     check_samples([*tiny.mixed_samples(), padded, typed, small], Model())
 
 
@@ -72,7 +74,7 @@ def nan_at_the_end(pixels: Tensor) -> Tensor:
     return pixels
 
 
-# A picture of 4 x 4 patches, so ids [1, 13]: begin, start, 4 image tokens, end, 6 words. What is done to it, the faults.
+# To a picture of 4 x 4 patches, ids [1, 13] (begin, start, 4 image tokens, end, 6 words): what is done, the faults.
 FAULTS: list[tuple[str, Callable[[Sample], None], list[str]]] = [
     ("no ids", without("input_ids"), ["the tensor input_ids is missing"]),
     ("no mask", without("attention_mask"), ["the tensor attention_mask is missing"]),

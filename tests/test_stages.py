@@ -55,7 +55,7 @@ def test_sites_are_all_linears_by_checkpoint_name() -> None:
 
 @pytest.mark.every_transformers
 def test_nothing_of_a_stage_stays_behind() -> None:
-    """Catches memory that grows with every stage: its float weights, or the integers that lowering put in their place."""
+    """Catches memory that grows with every stage: float weights, or the integers that lowering put in their place."""
 
     def lower(model: FloatModel, stop: Stop) -> None:
         before = dict(stop.module.named_modules())

@@ -85,7 +85,12 @@ def made_up(*grids: tuple[int, int], words: int = 6, seed: int = 0) -> dict[str,
 
 def mixed_samples() -> list[dict[str, Tensor]]:
     """One picture, none, two pictures of different sizes, one larger picture: no two samples have the same shapes."""
-    return [made_up((4, 8), seed=1), made_up(words=9, seed=2), made_up((4, 4), (6, 4), seed=3), made_up((8, 10), seed=4)]
+    return [
+        made_up((4, 8), seed=1),
+        made_up(words=9, seed=2),
+        made_up((4, 4), (6, 4), seed=3),
+        made_up((8, 10), seed=4),
+    ]
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ from torch import Tensor
 from vlqc.calibration import load_samples
 from vlqc.checkpoint import Checkpoint
 from vlqc.dumps import Dumper, announcer
-from vlqc.emit import emitter_for
-from vlqc.emit.ascend import expected_bytes, stage_entries
+from vlqc.emit import emitter_for, expected_bytes, stage_entries
 from vlqc.emit.folder import appearing_folder, require_space
 from vlqc.lockstep import Lockstep
 from vlqc.model import FloatModel

@@ -103,7 +103,7 @@ class _Flow:
     def _spoil(self, *values: Any) -> None:
         for labels in tree_flatten(values)[0]:
             if isinstance(labels, Tensor):
-                self.spoiled[labels[labels >= 0].unique().long()] = True
+                self.spoiled[labels[labels >= 0].long()] = True
 
     def _of(self, value: Any) -> Any:
         """Labels in place of nodes, all else as it is."""
@@ -131,7 +131,7 @@ class _Flow:
         return bool((rows == rows[..., :1, :]).all())
 
     def _keeps_scales(self, node: fx.Node, name: str) -> bool:
-        """Whether an operation with a rule is not used in one of the ways that round, reinterpret or leave by an alias."""
+        """Whether an operation with a rule is used in none of the ways that round, reinterpret or leave by alias."""
         if node.kwargs.get("rounding_mode") is not None or "out" in node.kwargs:
             return False
         if name in IN_PLACE and self._labels(node.args[0]) is None:  # views of the target would not show the labels
@@ -162,7 +162,7 @@ class _Flow:
         return node.target(*args, **kwargs)
 
     def _gather(self, node: fx.Node, name: str) -> Any:
-        """A choice by data may only be among equal rows: which ones it takes is not known, and channels may not move."""
+        """A choice by data may only be among equal rows: which it takes is not known, and channels may not move."""
         first = node.all_input_nodes[0]
         labels = self.labels.get(first)
         if labels is not None and name in ("__getitem__", "index_select") and _keeps_last(node, labels.ndim):
@@ -172,7 +172,7 @@ class _Flow:
         return self._spoil(*(self._labels(source) for source in node.all_input_nodes))
 
     def _keep(self, node: fx.Node, name: str) -> Any:
-        return self.labels[node.all_input_nodes[0]] if node.all_input_nodes[0] in self.labels else None
+        return self.labels.get(node.all_input_nodes[0])
 
     def _product(self, node: fx.Node, name: str) -> Any:
         left, right = (self._labels(value) for value in _operands(node))
@@ -214,7 +214,7 @@ class _Flow:
             self.labels[part] if part in self.labels else torch.full(part.meta["shape"], -1, dtype=torch.int32)
             for part in parts
         ]
-        return torch.cat(labels, *dim, **more)  # type: ignore[arg-type]
+        return torch.cat(labels, *dim, **more)
 
     _rules: tuple[tuple[frozenset[str], Callable[["_Flow", fx.Node, str], Any]], ...] = (
         (LAYOUT, _layout),

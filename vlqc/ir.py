@@ -244,7 +244,7 @@ class Stage:
         """The float Linear of a site that is not lowered yet."""
         module = self.live.get_submodule(site.target)
         if not isinstance(module, nn.Linear):
-            fix = "in the pipeline, put lower-linears after every pass that works on weights"
+            fix = "in the pipeline, lower linears after every pass that works on weights"
             raise UserError(Fault(f"{site.name} has no float weight any more", self.name, "it was lowered before", fix))
         return module
 

@@ -26,7 +26,7 @@ def parameters_on_meta() -> Iterator[None]:
         if parameter is not None:
             module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
@@ -76,11 +76,11 @@ class FloatModel:
         self.module = module
         self.checkpoint = checkpoint
         self.canonical = canonical
-        self._path = {child: path for path, child in module.named_modules()}
+        self._path: dict[nn.Module, str] = {child: path for path, child in module.named_modules()}
         self.stages = {self.name(stage): stage for stage in find_stages(module) if stage is not module}
         self.embedding: nn.Module = module.get_input_embeddings()  # type: ignore[operator]
         head = module.get_output_embeddings()  # type: ignore[operator]
-        self.tied = bool(module.config.tie_word_embeddings)  # type: ignore[union-attr, arg-type]
+        self.tied = bool(module.config.tie_word_embeddings)  # type: ignore[union-attr]
         self._head: nn.Module | None = head
         owner = self._path[self.embedding].rpartition(".")[0]
         self._language = {child for child in module.get_submodule(owner).modules()} if owner else set()

@@ -32,7 +32,7 @@ def load(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> nn.Module
     model = build(folder, checkpoint.config)
     loader = _Loader(checkpoint, description, dtype)
     head = model.get_output_embeddings()  # type: ignore[operator]
-    tied = bool(model.config.tie_word_embeddings)  # type: ignore[union-attr, arg-type]
+    tied = bool(model.config.tie_word_embeddings)  # type: ignore[union-attr]
     for path, module in list(model.named_modules()):
         if not (tied and module is head):
             loader.fill(model, path, module)

@@ -24,8 +24,10 @@ from vlqc.ir import Call
 
 
 def record(module: nn.Module, call: Call, name: str) -> fx.Graph:
-    """The graph of `module` for the shapes of `call`. Node meta: shape (tuple) and dtype of tensor values; of a get_attr
-    node `constant`, its value, and `path`, where the module holds it (None: it was made on the way).
+    """The graph of `module` for the shapes of `call`.
+
+    Node meta: shape (tuple) and dtype of tensor values; of a get_attr node also `constant`, its value, and `path`,
+    where the module holds it (None: it was made on the way).
 
     Raises UserError if the module cannot be recorded on meta tensors nor on real ones.
     """
@@ -117,13 +119,13 @@ class _Recorder(TorchFunctionMode):
             if path and is_leaf(module):
                 self._handles.append(module.register_forward_pre_hook(self._enter_leaf))
                 self._handles.append(module.register_forward_hook(self._leave_leaf(path), with_kwargs=True))
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        super().__exit__(kind, error, trace)
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         for handle in self._handles:
             handle.remove()
 

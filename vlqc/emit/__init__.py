@@ -3,8 +3,11 @@
 from pathlib import Path
 
 from vlqc.checkpoint import Checkpoint
+from vlqc.emit.ascend import expected_bytes, stage_entries
 from vlqc.emit.vllm_ascend import FolderEmitter
 from vlqc.options import Options
+
+__all__ = ["emitter_for", "expected_bytes", "stage_entries"]
 
 
 def emitter_for(options: Options, folder: Path, checkpoint: Checkpoint) -> FolderEmitter:

@@ -43,7 +43,7 @@ def stage_entries(stage: Stage) -> Iterator[Entry]:
     """The tensors of a lowered stage in module order: integers and scales of quantized linears, all else in float."""
     for site in stage.sites.values():
         if site.scheme not in (None, Scheme.FLOAT) and not stage.is_lowered(site):
-            fix = "let the pipeline end with quantize-activations,quantize-weights,lower-linears"
+            fix = "let the pipeline end with the passes that quantize activations and weights and lower linears"
             raise UserError(Fault(f"{site.name} was assigned {site.scheme} but is still float", stage.name, fix=fix))
     for path, module in stage.live.named_modules():
         scheme = getattr(module, "scheme", None)

@@ -1,6 +1,7 @@
 """A folder that appears whole or not at all: written beside its place, then renamed into it."""
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from vlqc.errors import Fault, UserError
 
 FOLDER_MODE = 0o750
 FILE_MODE = 0o640
+# What a disk or its settings can answer to a write; any other fault inside is not one of the save folder.
+DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
 
 
 @contextmanager
@@ -21,6 +24,7 @@ def appearing_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
     """
     target = Path(os.path.realpath(target))  # a link stays and what it points to is exchanged
     work, old = (target.with_name(f".{target.name}.{state}") for state in ("partial", "replaced"))
+    new_parents = [parent for parent in target.parents if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(work, ignore_errors=True)
@@ -28,28 +32,47 @@ def appearing_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
     except OSError as error:
         raise UserError(Fault("the save folder cannot be made", str(target), str(error))) from error
     try:
-        yield work
-        for path in work.iterdir():
-            path.chmod(FILE_MODE)
-            _sync(path)
-        _sync(work)
-        if target.exists() and (overwrite or not any(target.iterdir())):
-            shutil.rmtree(old, ignore_errors=True)
-            target.rename(old)
         try:
-            work.rename(target)
-        except OSError:
-            if old.exists() and not target.exists():
-                old.rename(target)
-            raise
-        _sync(target.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise UserError(
-            Fault("the result cannot be written", str(target), str(error), "free space or choose another folder")
-        ) from error
+            yield work
+        except OSError as error:
+            if error.errno not in DISK_FAULTS:
+                raise
+            raise _unwritable(target, error) from error
+        try:
+            _publish(work, target, old, overwrite)
+        except OSError as error:
+            raise _unwritable(target, error) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        if not target.exists():
+            with contextlib.suppress(OSError):
+                for parent in new_parents:
+                    parent.rmdir()
+
+
+def _publish(work: Path, target: Path, old: Path, overwrite: bool) -> None:
+    """Gives the finished folder its place; what was there before goes only once the new one stands."""
+    for path in work.iterdir():
+        path.chmod(FILE_MODE)
+        _sync(path)
+    _sync(work)
+    if target.exists() and (overwrite or not any(target.iterdir())):
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+    try:
+        work.rename(target)
+    except OSError:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        raise
+    _sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _unwritable(target: Path, error: OSError) -> UserError:
+    return UserError(
+        Fault("the result cannot be written", str(target), str(error), "free space or choose another folder")
+    )
 
 
 def _sync(path: Path) -> None:

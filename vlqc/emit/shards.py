@@ -51,7 +51,7 @@ class ShardWriter:
         if (
             self._file is not None
             and self.limit is not None
-            and self._promised + size > self.limit - self._header_bytes
+            and LENGTH_FIELD + self._header_bytes + self._promised + size > self.limit
         ):
             self._finish()
         if self._file is None:
@@ -92,7 +92,7 @@ class ShardWriter:
     def _write(self, name: str, tensor: Tensor) -> None:
         assert self._file is not None
         raw = tensor.flatten().view(torch.uint8).numpy()
-        self._file.write(memoryview(raw))
+        self._file.write(raw.data)
         offsets = [self._filled, self._filled + raw.nbytes]
         self._entries[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
         self._filled += raw.nbytes

@@ -1,8 +1,10 @@
-"""The static quantized matmul of the Ascend, exact: int8 x int8 -> int32, int32 bias, one float32 epilogue."""
+"""The quantized matmuls of the Ascend: int8 x int8 or int4 -> int32, exact, and one float32 epilogue."""
 
 import functools
 
 import torch
+
+from vlqc.kernels_ref.group import group_size_of
 
 INT32_MAX = 2**31 - 1
 LARGEST_PRODUCT = 128 * 128  # -128 * -128
@@ -101,6 +103,69 @@ def static_quant_matmul(
     """
     accumulator = int8_matmul(xq, wq).add_(quant_bias)  # [M, N] int32
     return accumulator.to(torch.float32).mul_(deq_scale).to(dtype)  # [M, N]
+
+
+def dynamic_quant_matmul(
+    xq: torch.Tensor,
+    scale_per_token: torch.Tensor,
+    wq: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """xq int8 [M, K], its scales [M, 1], wq int8 [N, K], its scales [N, 1], bias float [N] or None -> dtype [M, N].
+
+    = dtype((xq @ wq.T) * weight_scale * scale_per_token + bias): the sum in int32, the rest in float32 in this order,
+    one rounding to `dtype`. `weight_scale` is read in `dtype`, as the engines do.
+    Source: quant_matmul of the Ascend with per-token scales, as MindIE and vLLM Ascend call it for W8A8_DYNAMIC.
+    """
+    scale_per_channel = weight_scale.to(dtype).to(torch.float32).flatten()  # [N]
+    y = int8_matmul(xq, wq).to(torch.float32).mul_(scale_per_channel).mul_(scale_per_token)  # [M, N]
+    return (y if bias is None else y.add_(bias.to(torch.float32))).to(dtype)
+
+
+def group_quant_matmul(
+    xq: torch.Tensor,
+    scale_per_token: torch.Tensor,
+    q4: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_scale_second: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """xq int8 [M, K], its scales [M, 1], q4 int8 [N, K], its scales [N, 1] and [N, K/G], bias or None -> dtype [M, N].
+
+    = dtype(sum_g (xq_g @ q4_g.T) * weight_scale_second_g * weight_scale * scale_per_token + bias): every group's sum
+    in int32, the rest in float32 in this order, one rounding to `dtype`. Source: W4A8 as the Ascend designed it, 4-bit
+    weights and 8-bit activations; see `weight_only_group_matmul` for what vLLM Ascend runs instead in dense layers.
+    """
+    group_size = group_size_of(q4.shape[1], weight_scale_second.shape[1])
+    y = torch.zeros(xq.shape[0], q4.shape[0], dtype=torch.float32, device=xq.device)  # [M, N]
+    for group, scale_per_channel in enumerate(weight_scale_second.to(torch.float32).T):  # [N]
+        columns = slice(group * group_size, (group + 1) * group_size)
+        y += int8_matmul(xq[:, columns], q4[:, columns]).to(torch.float32).mul_(scale_per_channel)
+    y.mul_(weight_scale.to(torch.float32).flatten()).mul_(scale_per_token)
+    return (y if bias is None else y.add_(bias.to(torch.float32))).to(dtype)
+
+
+def weight_only_group_matmul(
+    x: torch.Tensor,
+    q4: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_scale_second: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """x float [M, K], q4 int8 [N, K], its scales [N, 1] and [N, K/G] -> dtype [M, N] = x @ W.T.
+
+    W = q4 * (weight_scale * weight_scale_second), scales, their product and W rounded to `dtype`; x is read in
+    `dtype`, the sum is float32's. No bias: source is vLLM Ascend, whose dense W4A8_DYNAMIC layers run so, without one.
+    """
+    groups = weight_scale_second.shape[1]
+    in_groups = q4.to(dtype).reshape(q4.shape[0], groups, group_size_of(q4.shape[1], groups))  # [N, K/G, G]
+    scale_per_group = weight_scale.to(dtype) * weight_scale_second.to(dtype)  # [N, K/G]
+    weight = (in_groups * scale_per_group[:, :, None]).reshape(q4.shape)  # [N, K]
+    y: torch.Tensor = x.to(dtype).to(torch.float32) @ weight.to(torch.float32).T  # [M, N]
+    return y.to(dtype)
 
 
 def _int8_matmul_by_int_mm(xq: torch.Tensor, wq: torch.Tensor, smallest_rows: int | None = None) -> torch.Tensor:

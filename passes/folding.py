@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from vlqc.errors import InternalError
 from vlqc.ir import Edge, Stage
+from vlqc.kernels_ref.norm import ShiftedNorm
 
-TOLERANCE = 1e-4  # of the RMS of the stage's output: float32 leaves about 1e-6, a wrong fold far more than this
+TOLERANCE = 1e-4  # of the RMS of the output, or of a value larger than that: float32 leaves about 1e-6
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,12 @@ class Fold:
 
     def columns(self, target: str) -> Tensor:
         """float32 [K]: by what the columns of a consumer are multiplied; 1 where no usable channel arrives."""
-        channel = self.edge.consumers[target]
-        return torch.where(channel >= 0, self.scale[channel.clamp(min=0)], torch.ones(()))
+        return per_column(self.scale, self.edge.consumers[target], 1.0)
+
+
+def per_column(values: Tensor, channel: Tensor, otherwise: float) -> Tensor:
+    """Per producer channel [C] -> per input column [K], by an edge's map; `otherwise` where no channel arrives."""
+    return torch.where(channel >= 0, values[channel.clamp(min=0)], otherwise)
 
 
 def representable(producer: nn.Module, usable: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -35,7 +40,7 @@ def representable(producer: nn.Module, usable: Tensor, scale: Tensor, dtype: tor
     wanted = torch.where(usable, scale, 1.0)
     if isinstance(producer, nn.Linear):
         return wanted
-    weight = producer.get_parameter("weight").float()
+    weight = producer.get_parameter("weight").float().cpu()
     divided = (weight / wanted).to(dtype).float()
     exact = weight / divided
     return torch.where(usable & (weight != 0) & torch.isfinite(exact) & (exact > 0), exact, 1.0)
@@ -51,6 +56,7 @@ def apply(stage: Stage, folds: Sequence[Fold]) -> list[Fold]:
         return []
     before = stage.run_probe()
     originals = {path: parameter.clone() for path, parameter in stage.live.named_parameters()}
+    lost: dict[str, Tensor] = {}  # by producer: what its bias lost when it was rounded
 
     def restore() -> None:
         for path, parameter in stage.live.named_parameters():
@@ -58,7 +64,7 @@ def apply(stage: Stage, folds: Sequence[Fold]) -> list[Fold]:
 
     def holds(some: Sequence[Fold]) -> bool:
         for fold in some:
-            _fold(stage, fold)
+            lost[fold.edge.producer] = _fold(stage, fold)
         return difference(before, stage.run_probe()) <= TOLERANCE
 
     proven = list(folds)
@@ -75,26 +81,46 @@ def apply(stage: Stage, folds: Sequence[Fold]) -> list[Fold]:
         if not holds(proven):
             raise InternalError(f"{stage.name}: folds that hold alone do not hold together")
     for fold in proven:
-        _rescale_observations(stage, fold)
+        _correct_observations(stage, fold, lost[fold.edge.producer])
     return proven
 
 
 def difference(before: Tensor, after: Tensor) -> float:
-    """Largest deviation between two flat outputs, as a share of the RMS of the first; infinite if not finite."""
+    """Largest deviation between two flat outputs, as a share of the RMS of the first; infinite if not finite.
+
+    A massive activation is rounded in steps of its own size: a value beyond the RMS is judged by itself.
+    """
     if not bool(torch.isfinite(after).all()):
         return float("inf")
     rms = before.square().mean().sqrt().clamp(min=1e-30)
-    return float((before - after).abs().amax() / rms)
+    return float(((before - after) / torch.maximum(before.abs(), rms)).abs().amax())
 
 
 @torch.no_grad()
-def _fold(stage: Stage, fold: Fold) -> None:
+def _fold(stage: Stage, fold: Fold) -> Tensor:
+    """Changes the weights; float32 [C]: what the producer now adds too little, because its bias was rounded."""
     producer = stage.live.get_submodule(fold.edge.producer)
     for parameter in producer.parameters(recurse=False):  # weight [C] or [C, K], bias [C]
-        divided = parameter / (fold.scale if parameter.ndim == 1 else fold.scale[:, None])
+        scale = fold.scale.to(parameter.device)
+        divided = parameter / (scale if parameter.ndim == 1 else scale[:, None])
         parameter.copy_(divided if isinstance(producer, nn.Linear) else _snapped(divided, stage.dtype))
     for target in fold.edge.consumers:
-        stage.live.get_submodule(target).get_parameter("weight").mul_(fold.columns(target))
+        weight = stage.live.get_submodule(target).get_parameter("weight")
+        weight.mul_(fold.columns(target).to(weight.device))
+    if isinstance(producer, ShiftedNorm):
+        return _hand_over_rounding(stage, fold, producer)
+    return torch.zeros_like(fold.scale)
+
+
+def _hand_over_rounding(stage: Stage, fold: Fold, norm: ShiftedNorm) -> Tensor:
+    """Rounds a norm's bias to the dtype in which it is emitted; the consumers' biases take what that loses, [C]."""
+    stored = norm.bias.to(stage.dtype).float()
+    lost = norm.bias - stored  # [C]
+    norm.bias.copy_(stored)
+    for target, channel in fold.edge.consumers.items():
+        linear = stage.live.get_submodule(target)
+        linear.get_parameter("bias").add_(linear.get_parameter("weight") @ per_column(lost, channel, 0.0))
+    return lost.cpu()
 
 
 def _snapped(divided: Tensor, dtype: torch.dtype) -> Tensor:
@@ -103,8 +129,11 @@ def _snapped(divided: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where((near - divided).abs() <= 2**-22 * divided.abs(), near, divided)
 
 
-def _rescale_observations(stage: Stage, fold: Fold) -> None:
-    divisors = {stage.site_at(target).source: fold.columns(target) for target in fold.edge.consumers}
-    for source, divisor in divisors.items():
+def _correct_observations(stage: Stage, fold: Fold, lost: Tensor) -> None:
+    targets = {stage.site_at(target).source: target for target in fold.edge.consumers}
+    for source, target in targets.items():
         if source in stage.observations:
-            stage.observations[source] = stage.observations[source].rescaled(divisor)
+            seen = stage.observations[source].rescaled(fold.columns(target))
+            if bool(lost.any()):
+                seen = seen.shifted(per_column(lost, fold.edge.consumers[target], 0.0))
+            stage.observations[source] = seen

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlqc.errors import Fault, UserError
 from vlqc.ir import MODALITIES, Call, ChannelRange, Observation, Stage, digest, observe
-from vlqc.pipeline import Pass
+from vlqc.pipeline import Pass, require
 
 IMAGE = MODALITIES.index("image")
 ROWS_PER_STEP = 1024  # rows reduced at a time: bounds the temporaries, whatever the sample
@@ -32,6 +32,9 @@ class InsertObservers(Pass):
     tokens: int = 4096
     megabytes: int = 64
 
+    def __post_init__(self) -> None:
+        require(self.tokens >= 1 and self.megabytes >= 1, "tokens and megabytes must be 1 or more")
+
     def run(self, stage: Stage) -> bool:
         before, inserted = dict(stage.observations), False
         watch: dict[str, Callable[[Tensor, Call], None]] = {}
@@ -45,9 +48,8 @@ class InsertObservers(Pass):
             budget = max(1, min(self.tokens, self.megabytes * 2**20 // (4 * channels)))
             stage.observations[source] = observation = Observation(channels)
             shares = shared_out(budget, len(stage.calls))
-            watch[members[0].target] = _filler(
-                observation, {call.sample: share for call, share in zip(stage.calls, shares, strict=True)}
-            )
+            rows_of_sample = {call.sample: share for call, share in zip(stage.calls, shares, strict=True)}
+            watch[members[0].target] = _filler(observation, rows_of_sample, members[0].name)
         stage.run(watch)
         now = stage.observations
         return inserted or any(_marks(before.get(source)) != _marks(seen) for source, seen in now.items())
@@ -67,9 +69,13 @@ def shared_out(total: int, parts: int) -> list[int]:
     return [end - start for start, end in itertools.pairwise(ends)]
 
 
-def _filler(observation: Observation, rows_of_sample: dict[int, int]) -> Callable[[Tensor, Call], None]:
+def _filler(observation: Observation, rows_of_sample: dict[int, int], site: str) -> Callable[[Tensor, Call], None]:
     def fill(value: Tensor, call: Call) -> None:
-        add_rows(observation, value.detach(), call.modality, rows_of_sample[call.sample])
+        if not bool(torch.isfinite(value).all()):
+            why = "weights, rms_norm_eps or the sample make values that float32 cannot hold"
+            what = f"NaN or Inf reaches {site} in sample {call.sample}"
+            raise UserError(Fault(what, why=why, fix="check the float model on this sample"))
+        add_rows(observation, value.detach().cpu(), call.modality, rows_of_sample[call.sample])
 
     return fill
 

@@ -8,8 +8,14 @@ from torch import Tensor
 
 from vlqc.engines import Scheme
 from vlqc.ir import InputQuantization, Observation, Stage
-from vlqc.kernels_ref.quantize import INT8_MAX, INT8_MIN, activation_scale_and_offset
-from vlqc.passes.error_model import balanced
+from vlqc.kernels_ref.quantize import (
+    INT8_MAX,
+    INT8_MIN,
+    activation_scale_and_offset,
+    dequantize_per_tensor,
+    quantize_per_tensor,
+)
+from vlqc.passes.error_model import balanced, representative_inputs, representative_rows
 from vlqc.passes.insert_observers import observed
 from vlqc.pipeline import Pass
 
@@ -21,14 +27,17 @@ SHARES = tuple(0.5 ** (step / 8) for step in range(41))  # of the full range on 
 class QuantizeActivations(Pass):
     """Sets the static input quantization of every W8A8 group.
 
-    method: `minmax` covers everything that was seen; `histogram` clips where that lowers the error of the outputs.
+    method: `minmax` covers everything that was seen; `histogram` clips where that lowers the expected error of the
+    outputs; `automatic` takes, per group, whichever of the two has the smaller error on real rows.
     """
 
     name: ClassVar[str] = "quantize-activations"
     kind: ClassVar[Literal["analysis", "rewrite"]] = "analysis"
     summary: ClassVar[str] = "choose the static input range of every W8A8 group"
+    after: ClassVar[tuple[str, ...]] = ("insert-observers", "assign-precision")
+    before: ClassVar[tuple[str, ...]] = ("quantize-weights", "lower-linears")
 
-    method: Literal["minmax", "histogram"] = "histogram"
+    method: Literal["minmax", "histogram", "automatic"] = "histogram"
 
     def run(self, stage: Stage) -> bool:
         changed = False
@@ -36,16 +45,38 @@ class QuantizeActivations(Pass):
             if members[0].scheme != Scheme.W8A8:
                 continue
             seen = observed(stage, source, self.name)
-            low, high = float(seen.minimum().amin()), float(seen.maximum().amax())
-            if self.method == "histogram":
-                energy = sum(stage.linear(site).weight.square().sum(0) for site in members)
-                assert isinstance(energy, Tensor)
-                low, high = clipped_range(seen, energy, low, high, stage.dtype)
-            quantization = InputQuantization(*activation_scale_and_offset(low, high, stage.dtype))
+            weights = [stage.linear(site).weight for site in members]
+            quantization = self._choose(seen, weights, stage.dtype)
             for site in members:
                 changed |= site.input != quantization
                 site.input = quantization
         return changed
+
+    def _choose(self, seen: Observation, weights: list[Tensor], dtype: torch.dtype) -> InputQuantization:
+        low, high = float(seen.minimum().amin()), float(seen.maximum().amax())
+        full = InputQuantization(*activation_scale_and_offset(low, high, dtype))
+        if self.method == "minmax":
+            return full
+        energy = torch.stack([weight.square().sum(0) for weight in weights]).sum(0).cpu()
+        clipped = InputQuantization(*activation_scale_and_offset(*clipped_range(seen, energy, low, high, dtype), dtype))
+        if self.method == "histogram":
+            return clipped
+        errors = {one: output_error(seen, representative_rows(weights), one) for one in (full, clipped)}
+        return min(errors, key=lambda one: errors[one])
+
+
+def output_error(seen: Observation, weight: Tensor, grid: InputQuantization) -> float:
+    """Mean squared error of the outputs, on kept rows, when only the input is rounded; modalities count the same.
+
+    weight: float32 [N, K], rows of all consumers.
+    """
+    index = representative_inputs(seen.kept_modality)
+    rows = seen.kept[index]
+    rounded = dequantize_per_tensor(
+        quantize_per_tensor(rows, grid.scale, grid.offset), grid.scale, grid.offset, rows.dtype
+    )
+    error = (rounded - rows) @ weight.T
+    return float((error.square().sum(1).double() * balanced(seen.kept_modality[index])).sum())
 
 
 def clipped_range(

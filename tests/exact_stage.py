@@ -10,7 +10,9 @@ from vlqc.passes.insert_observers import InsertObservers
 from vlqc.passes.lower_linears import LowerLinears
 from vlqc.passes.quantize_activations import QuantizeActivations
 from vlqc.passes.quantize_weights import QuantizeWeights
+from vlqc.passes.shift_norms import ShiftNorms
 from vlqc.passes.smooth_m2 import SmoothM2
+from vlqc.passes.smooth_m4 import SmoothM4
 from vlqc.pipeline import Pass, PassManager
 from vlqc.printer import print_stage
 from vlqc.stages import find_sites
@@ -24,18 +26,21 @@ PASSES: tuple[Pass, ...] = (
     QuantizeWeights(),
     LowerLinears(),
 )
+INSTEAD: dict[str, Pass] = {"smooth-m4": SmoothM4(), "shift-norms": ShiftNorms()}  # in the place of smooth-m2
+LANGUAGE = "model.layers.0."
 
 
 class Scaled(nn.Module):
     """As much of a norm as passes know of one."""
 
-    def __init__(self) -> None:
+    def __init__(self, bias: bool = True) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.tensor([0.5, 1.0, 16.0, 0.75]))
-        self.bias = nn.Parameter(torch.tensor([0.25, 0.0, 4.0, -0.5]))
+        self.bias = nn.Parameter(torch.tensor([0.25, 0.0, 4.0, -0.5])) if bias else None
 
     def forward(self, rows: Tensor) -> Tensor:
-        return rows * self.weight + self.bias
+        scaled = rows * self.weight
+        return scaled if self.bias is None else scaled + self.bias
 
 
 class GatedMlp(nn.Module):
@@ -53,11 +58,11 @@ class GatedMlp(nn.Module):
 class ExactBlock(nn.Module):
     """Each token attends to itself alone, so that softmax is 1; weights are powers of two or sums of two."""
 
-    def __init__(self) -> None:
+    def __init__(self, bias: bool) -> None:
         super().__init__()
-        self.norm1 = Scaled()
+        self.norm1 = Scaled(bias)
         self.attn = Attention()
-        self.norm2 = Scaled()
+        self.norm2 = Scaled(bias)
         self.mlp = GatedMlp()
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor]:
@@ -71,9 +76,10 @@ def sparse(shape: tuple[int, ...], start: int) -> Tensor:
     return torch.tensor([0.5, 0.0, -0.5, 0.25, 0.0, 1.0, 0.0])[count * count * 5 % 11 % 7].reshape(shape)
 
 
-def exact_stage() -> Stage:
-    """As passes get it: three samples of one text and one picture token each."""
-    block = ExactBlock().requires_grad_(False).eval()
+def exact_stage(prefix: str = PREFIX) -> Stage:
+    """As passes get it: three samples of a text and a picture token each; norms of a language stage have no bias."""
+    language = prefix == LANGUAGE
+    block = ExactBlock(bias=not language).requires_grad_(False).eval()
     for number, (path, linear) in enumerate(linears(block).items()):
         linear.weight.copy_(sparse(tuple(linear.weight.shape), 3 * number))
         linear.weight[:, 0] += 0.25  # no row is all zeros
@@ -83,16 +89,14 @@ def exact_stage() -> Stage:
             linear.bias.copy_(sparse(tuple(linear.bias.shape), 5 * number))
     rows = sparse((3, 2, 4), 1) + torch.arange(3.0)[:, None, None] / 8 - 0.25
     calls = [Call(sample, (rows[sample],), {}, torch.tensor([0, 1], dtype=torch.int8)) for sample in range(3)]
-    name = PREFIX.rstrip(".")
+    name, part = prefix.rstrip("."), "language" if language else "vision"
+
+    def in_checkpoint(target: str) -> str:
+        return prefix + target
+
     graph = record(block, calls[0], name)
     sites = find_sites(block, graph, in_checkpoint)
-    return Stage(
-        name, "vision", torch.bfloat16, block, graph, sites, calls, probe=calls[0], checkpoint_name=in_checkpoint
-    )
-
-
-def in_checkpoint(target: str) -> str:
-    return PREFIX + target
+    return Stage(name, part, torch.bfloat16, block, graph, sites, calls, probe=calls[0], checkpoint_name=in_checkpoint)
 
 
 def linears(block: nn.Module) -> dict[str, nn.Linear]:
@@ -101,7 +105,7 @@ def linears(block: nn.Module) -> dict[str, nn.Linear]:
 
 def text_after(name: str) -> str:
     """The text of the exact stage after all passes up to the one of this name."""
-    stage = exact_stage()
-    names = [step.name for step in PASSES]
-    PassManager(PASSES[: names.index(name) + 1]).run(stage)
+    passes = [INSTEAD[name] if step.name == "smooth-m2" and name in INSTEAD else step for step in PASSES]
+    stage = exact_stage(LANGUAGE if name == "shift-norms" else PREFIX)
+    PassManager(passes[: [step.name for step in passes].index(name) + 1]).run(stage)
     return print_stage(stage)

@@ -1,11 +1,16 @@
 """A decoder layer with random weights, grouped queries and a few samples of text, picture tokens and padding."""
 
+import copy
+
+import pytest
 import torch
 from torch import Tensor, nn
 
 from vlqc.engines import Scheme
 from vlqc.ir import Call, Site, Stage, first_tensor
+from vlqc.passes import folding
 from vlqc.passes.assign_precision import AssignPrecision
+from vlqc.passes.error_model import Reader, arithmetic_of, balanced
 from vlqc.passes.insert_observers import InsertObservers
 from vlqc.passes.lower_linears import LowerLinears
 from vlqc.passes.quantize_activations import QuantizeActivations
@@ -18,6 +23,15 @@ NAME = "model.layers.0"
 HIDDEN, HEADS, KEY_VALUE_HEADS, WIDE = 32, 4, 2, 48
 HEAD = HIDDEN // HEADS
 EVERY_LINEAR = AssignPrecision(fallback="none", target="vllm-ascend")
+DEAD = 5  # the channel that `kill` kills
+GROUP_SIZE = 16  # of 4-bit weights: it divides the inputs of every linear here
+EVERYWHERE = {  # every linear in one scheme
+    Scheme.W8A8: EVERY_LINEAR,
+    Scheme.W8A8_DYNAMIC: AssignPrecision(scheme="W8A8_DYNAMIC", fallback="none", target="vllm-ascend"),
+    Scheme.W4A8_DYNAMIC: AssignPrecision(
+        scheme="W4A8_DYNAMIC", group_size=GROUP_SIZE, fallback="none", scope="all", target="vllm-ascend"
+    ),
+}
 
 
 class RmsNorm(nn.Module):
@@ -124,6 +138,22 @@ def plant(block: Decoder) -> None:
             attention.o_proj.weight[:, column] /= factor
 
 
+def kill(stage: Stage, what: str) -> None:
+    """Makes channel DEAD of the first norm or of v dead: no weights that read it, none that make it, or no input."""
+    attention = stage.live.get_submodule("self_attn")
+    if what == "column":
+        for part in "qkv":
+            attention.get_parameter(f"{part}_proj.weight")[:, DEAD] = 0
+    elif what == "norm":
+        stage.live.get_parameter("input_layernorm.weight")[DEAD] = 0
+    elif what == "constant":
+        for call in stage.calls:
+            call.args[0][..., DEAD] = 0
+    else:
+        for name in ("weight", "bias"):
+            attention.get_parameter(f"v_proj.{name}")[DEAD] = 0
+
+
 def columns_of_value(row: int) -> list[int]:
     """Columns of o_proj that read a row of v_proj: in every query head of its key-value head."""
     group = HEADS // KEY_VALUE_HEADS
@@ -158,9 +188,9 @@ def integers(stage: Stage, method: str = "histogram") -> Stage:
     return through(stage, wanted, QuantizeWeights(), LowerLinears())
 
 
-def observed(stage: Stage) -> Stage:
-    """Observed, every linear W8A8."""
-    return through(stage, InsertObservers(), EVERY_LINEAR)
+def observed(stage: Stage, scheme: Scheme = Scheme.W8A8) -> Stage:
+    """Observed, every linear in one scheme."""
+    return through(stage, InsertObservers(), EVERYWHERE[scheme])
 
 
 def outputs(stage: Stage) -> Tensor:
@@ -170,6 +200,57 @@ def outputs(stage: Stage) -> Tensor:
         output = first_tensor(stage.live(*call.args, **call.kwargs)).double().flatten(0, -2)
         rows.append(output if call.modality is None else output[call.modality >= 0])
     return torch.cat(rows)
+
+
+def in_float64(stage: Stage) -> Tensor:
+    """float64 [rows, K]: what the stage returns for all rows, where rounding cannot hide a change."""
+    block = copy.deepcopy(stage.live).double()
+    return torch.cat([first_tensor(block(call.args[0].double())).flatten(0, -2) for call in stage.calls])
+
+
+def group_errors(stage: Stage, like: Stage | None = None) -> dict[str, float]:
+    """By node: measured error of the rounded form of all quantized linears that read it, over all kept rows.
+
+    like: the same stage before it was smoothed. Folds into a Linear change the unit of its outputs; errors are then
+    counted in the units that they had there.
+    """
+    errors = {}
+    for source, members in stage.groups().items():
+        seen, weight = stage.observations[source], weight_of(stage, members)
+        if like is not None:
+            before = like.observations[source].kept @ weight_of(like, members).T
+            weight = weight * (before.norm(dim=0) / (seen.kept @ weight.T).norm(dim=0))[:, None]
+        reader = Reader(
+            channel=torch.arange(seen.channels),
+            low=seen.minimum(),
+            high=seen.maximum(),
+            second_moment=seen.second_moment(),
+            rows=seen.kept,
+            row_weight=balanced(seen.kept_modality),
+            weight=weight,
+            arithmetic=arithmetic_of(members[0]),
+        )
+        errors[source] = reader.measured_error(torch.ones(seen.channels))
+    return errors
+
+
+def weight_of(stage: Stage, members: list[Site]) -> Tensor:
+    return torch.cat([stage.live.get_parameter(f"{member.target}.weight") for member in members])
+
+
+def folds_of(stage: Stage, step: Pass) -> list[folding.Fold]:
+    """Runs a smoothing pass and returns what it asked to fold, round by round."""
+    asked: list[folding.Fold] = []
+    original = folding.apply
+
+    def apply(stage: Stage, folds: list[folding.Fold]) -> list[folding.Fold]:
+        asked.extend(folds)
+        return original(stage, folds)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(folding, "apply", apply)
+        through(stage, step)
+    return asked
 
 
 def decibels(stage: Stage, reference: Tensor) -> float:

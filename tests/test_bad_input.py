@@ -123,7 +123,7 @@ def test_pictures(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     done = run(*arguments, "--skip_bad_images")
     assert done.returncode == 0, done.stderr
-    assert "bad.jpg" in done.stderr and (tmp_path / "out" / "config.json").exists()
+    assert "bad.jpg" in done.stdout and (tmp_path / "out" / "config.json").exists()
 
 
 def test_folders_and_values(model: Path, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from vlqc.cli import app
 from vlqc.errors import Fault, InternalError, UserError
-from vlqc.options import Options
+from vlqc.options import PANELS, Options
+from vlqc.progress import Progress
 from vlqc.result import Result
 
 ROOT = Path(__file__).parents[1]
@@ -27,16 +28,19 @@ def folders(tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Replaces the compiler: what it was called with, and under "raises" what it shall raise."""
+    """Replaces the compiler: what it was called with; "raises": what it shall raise; "notes": what it shall say."""
     seen: dict[str, Any] = {}
 
-    def compile(*, progress: object, **options: Any) -> Result:
+    def compile(*, progress: Progress, **options: Any) -> Result:
         if "raises" in seen:
             raise seen["raises"]
         seen.update(options)
+        notes = seen.pop("notes", ["a note"])
+        for note in notes:
+            progress.note(note)
         counts = {("language", "W8A8"): 7, ("vision", "FLOAT"): 3}
         return Result(
-            Path(options["save_directory"]), counts, 4096, 1024, 75.0, 3 << 20, ["a note"], ["E 1.0"], ["serve it"]
+            Path(options["save_directory"]), counts, 4096, 1024, 75.0, 3 << 20, notes, ["E 1.0"], ["serve it"]
         )
 
     stand_in = types.ModuleType("vlqc.compiler")
@@ -116,14 +120,23 @@ def test_options_arrive(folders: list[str], compiled: dict[str, Any], tmp_path: 
     assert (options.dump_ir, options.open_outlier, options.overwrite) == (tmp_path / "dump", False, False)
 
 
-def test_command_lines_of_the_reference_script(folders: list[str], compiled: dict[str, Any]) -> None:
-    """Catches a command line of the reference script that is not understood."""
-    line = "--calib_images x --w_bit 8 --a_bit 8 --device_type cpu --trust_remote_code True --anti_method m2"
-    ended = run("compile", *folders, *line.split())
+def test_repeated_options_arrive(folders: list[str], compiled: dict[str, Any]) -> None:
+    """Catches a second pattern that replaces the first one, and an empty list where nothing was given."""
+    ended = run("compile", *folders, "--exclude", "*.o_proj", "--include=lm_head", "--exclude", "visual.*")
     assert ended.exit_code == 0, ended.output
-    assert compiled["calib_images"] == "x"
-    ended = run("compile", *folders, *line.split(), "--mindie_format")
-    assert ended.exit_code == 2 and "not yet: --mindie_format" in ended.stderr
+    options = Options.from_user(**compiled)
+    assert (options.exclude, options.include) == (("*.o_proj", "visual.*"), ("lm_head",))
+    compiled.clear()
+    assert run("compile", *folders).exit_code == 0
+    assert not {"exclude", "include", "anti_alpha", "target", "max_tokens"} & set(compiled)
+
+
+def test_help_is_grouped() -> None:
+    """Catches one long list of options, or groups in the order in which the options came to be."""
+    shown = run("compile", "--help", COLUMNS="200", TERMINAL_WIDTH="200").stdout
+    places = [shown.index(f" {panel} ") for panel in PANELS]
+    assert places == sorted(places)
+    assert places[2] < shown.index("--exclude") < places[3] < shown.index("--strict_target") < places[4]
 
 
 def test_summary(folders: list[str], compiled: dict[str, Any]) -> None:
@@ -141,7 +154,23 @@ def test_summary(folders: list[str], compiled: dict[str, Any]) -> None:
         "serve it",
     ):
         assert wanted in shown
-    assert "a note" in shown
+    assert shown.count("a note") == 1
+
+
+def test_notes_are_told_once(folders: list[str], compiled: dict[str, Any]) -> None:
+    """Catches notes that appear live and again in the summary, and a warning that only comes when all is done."""
+    warning = "no version of E loads this\n  why: too old\n  what to do: give --target F"
+    compiled["notes"] = ["a note", warning]
+    ended = run("compile", *folders)
+    assert ended.exit_code == 0 and "a note" not in ended.stderr and ended.stdout.count("a note") == 1
+    assert ended.stderr.splitlines() == [
+        "warning: no version of E loads this",
+        "  why: too old",
+        "  what to do: give --target F",
+    ]
+    assert [line.split() for line in ended.stdout.splitlines() if "no version" in line] == [
+        ["warning", *"no version of E loads this".split()]
+    ]
 
 
 @pytest.mark.parametrize(
@@ -186,14 +215,24 @@ def test_verify(verified: dict[str, Any], tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     ended = run("verify", "out", "--model-path", "float", "--calib_images", "pictures", "--json", str(report))
     assert ended.exit_code == 0 and "the report" in ended.stdout
-    assert (verified["folder"], verified["model_path"], verified["calib_images"]) == (
-        Path("out"), Path("float"), Path("pictures"),
-    )  # fmt: skip
+    assert {name: verified[name] for name in verified if name != "ok"} == {
+        "folder": Path("out"), "model_path": Path("float"), "calib_images": Path("pictures"), "engine": None,
+        "min_sqnr": None, "trust_remote_code": False,
+    }  # fmt: skip
     assert json.loads(report.read_text()) == {"ok": True}
     verified["ok"] = False
     report.unlink()
     assert run("verify", "out", "--json", str(report)).exit_code == 1
     assert report.exists()
+
+
+def test_verify_for_an_engine(verified: dict[str, Any]) -> None:
+    """Catches a bound or an engine that is not applied, and trust given or withheld by the wrong word."""
+    ended = run("verify", "out", "--engine", "mindie@2.2", "--min-sqnr", "28.5", "--trust_remote_code", "True")
+    assert ended.exit_code == 0, ended.output
+    assert (verified["engine"], verified["min_sqnr"], verified["trust_remote_code"]) == ("mindie@2.2", 28.5, True)
+    ended = run("verify", "out", "--trust_remote_code", "perhaps")
+    assert ended.exit_code == 2 and "--trust_remote_code perhaps" in ended.stderr
 
 
 def test_json_file_is_checked_first(verified: dict[str, Any], tmp_path: Path) -> None:

@@ -4,8 +4,9 @@ import filecmp
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import plant_outliers
 import pytest
@@ -140,7 +141,7 @@ def test_one_forward_one_read_one_stage(
     forwards: Counter[tuple[str, int]] = Counter()
     alive: list[set[str]] = []
     models: list[FloatModel] = []
-    read, make, run, run_probe = Checkpoint.tensor, FloatModel.of, Stage.run, Stage.run_probe
+    read, make, run = Checkpoint.tensor, FloatModel.of, Stage.run
 
     def counted_read(self: Checkpoint, name: str) -> Tensor:
         reads[name] += self.folder == planted
@@ -175,7 +176,6 @@ def test_one_forward_one_read_one_stage(
         assert len(counts) == len(samples)
         assert counts[:-1] == [1] * (len(samples) - 1)  # every sample once ...
         assert counts[-1] <= 3  # ... but the one that proofs run on: also before and after all folds
-    assert run_probe is Stage.run_probe
 
 
 @pytest.mark.every_transformers
@@ -272,3 +272,51 @@ def test_a_failure_leaves_nothing_behind(planted: Path, samples: list[Sample], t
     with pytest.raises(vlqc.UserError, match=r"weight lm_head\.weight holds NaN or Inf"):
         vlqc.compile(model_path=broken, save_directory=tmp_path / "o", samples=samples[:1])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken"]
+
+
+def test_an_empty_matrix_is_no_fault(samples: list[Sample], tmp_path: Path) -> None:
+    """Catches a verdict on blocks that were added to a trained model and start as zeros."""
+    from safetensors.torch import save_file
+
+    model = tmp_path / "model"
+    model.mkdir()
+    tensors = load_file(TINY / "model.safetensors")
+    tensors["model.layers.1.self_attn.o_proj.weight"].zero_()
+    save_file(tensors, model / "model.safetensors")
+    (model / "config.json").write_text((TINY / "config.json").read_text())
+    vlqc.compile(model_path=model, save_directory=tmp_path / "out", samples=samples[:2])
+    report = vlqc.verify_folder(tmp_path / "out")
+    assert report.ok and any("o_proj" in finding.where for finding in report.warnings)
+
+
+def test_a_compiled_folder_is_not_compiled_again(compiled: Path, samples: list[Sample], tmp_path: Path) -> None:
+    """Catches integers that are taken for weights: the result would be sound in form and garbage in value."""
+    with pytest.raises(vlqc.UserError, match="quantized already"):
+        vlqc.compile(model_path=compiled, save_directory=tmp_path / "out", samples=samples[:1])
+    assert not (tmp_path / "out").exists()
+
+
+def test_own_passes(planted: Path, samples: list[Sample], tmp_path: Path) -> None:
+    """Catches a Python API that takes no pass of the user's, or runs it on something else than the stages."""
+    seen = []
+
+    @dataclass(frozen=True)
+    class CountSites(vlqc.Pass):
+        name: ClassVar[str] = "count-sites"
+        kind: ClassVar[Literal["analysis", "rewrite"]] = "analysis"
+        summary: ClassVar[str] = "say how many linears a stage has"
+
+        def run(self, stage: Stage) -> bool:
+            seen.append((stage.name, len(stage.sites)))
+            return False
+
+    passes = vlqc.parse_pipeline(
+        "insert-observers,assign-precision,quantize-activations,quantize-weights,lower-linears"
+    )
+    vlqc.compile(
+        model_path=planted,
+        save_directory=tmp_path / "o",
+        samples=samples[:1],
+        passes=[*passes[:2], CountSites(), *passes[2:]],
+    )
+    assert seen[0] == ("visual.blocks.0", 5) and seen[4] == ("visual.merger", 2) and len(seen) == 9

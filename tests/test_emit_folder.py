@@ -116,14 +116,25 @@ def test_a_failing_rename_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_leftovers_of_a_killed_run_do_not_get_in(tmp_path: Path) -> None:
-    """Catches files of a killed compilation that end up in the next result, or make it fail."""
-    target = tmp_path / "out"
-    for leftover in (tmp_path / ".out.partial", tmp_path / ".out.replaced"):
-        leftover.mkdir()
-        (leftover / "stale").write_text("stale")
+    """Catches files of a killed compilation that end up in the next result, or stay for ever."""
+    target, leftover = tmp_path / "out", tmp_path / ".out.partial-abc"
+    leftover.mkdir()
+    (leftover / "stale").write_text("stale")
     target.mkdir()
     write(target, overwrite=True)
     assert content(target) == {"file": "new"} and around(target) == []
+
+
+def test_two_runs_at_once_do_not_meet(tmp_path: Path) -> None:
+    """Catches a second run into the same folder that removes or mixes what the first one is writing."""
+    target = tmp_path / "out"
+    with appearing_folder(target, overwrite=True) as first:
+        (first / "file").write_text("first")
+        with appearing_folder(target, overwrite=True) as second:
+            assert second != first
+            (second / "file").write_text("second")
+        assert content(target) == {"file": "second"}
+    assert content(target) == {"file": "first"} and around(target) == []
 
 
 def test_modes(tmp_path: Path) -> None:

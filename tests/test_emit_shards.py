@@ -24,10 +24,10 @@ def header_room(tensors: dict[str, Tensor]) -> int:
 
 
 def write(folder: Path, tensors: dict[str, Tensor], limit: int | None = None) -> list[Path]:
-    writer = ShardWriter(folder, "weights", header_bytes=header_room(tensors), limit=limit)
+    writer = ShardWriter(folder, header_bytes=header_room(tensors), limit=limit)
     for name, tensor in tensors.items():
         writer.add(name, tensor)
-    writer.close()
+    writer.close("weights")
     return sorted(folder.glob("*.safetensors"))
 
 
@@ -109,13 +109,13 @@ def test_views_are_written_as_what_they_show(tmp_path: Path) -> None:
 
 def test_a_tensor_that_waits_is_kept_as_it_was(tmp_path: Path) -> None:
     """Catches a tensor of odd size that the caller changes before its file is closed."""
-    writer = ShardWriter(tmp_path, "weights", header_bytes=1000)
+    writer = ShardWriter(tmp_path, header_bytes=1000)
     odd, even = torch.ones(3, dtype=torch.int8), torch.ones(8, dtype=torch.int8)
     writer.add("odd", odd)
     writer.add("even", even)
     odd.zero_()
     even.zero_()
-    writer.close()
+    writer.close("weights")
     found = read([tmp_path / "weights.safetensors"])
     assert found["odd"].tolist() == [1] * 3 and found["even"].tolist() == [1] * 8
 
@@ -205,7 +205,7 @@ def test_no_tensors(tmp_path: Path) -> None:
 
 def test_a_name_written_twice_is_an_internal_error(tmp_path: Path) -> None:
     """Catches a tensor that silently replaces another, in the same shard or in an earlier one."""
-    writer = ShardWriter(tmp_path, "weights", header_bytes=1000, limit=1)
+    writer = ShardWriter(tmp_path, header_bytes=1000, limit=1)
     for name in ("a", "b"):
         writer.add(name, torch.ones(2))
     for name in ("a", "b"):
@@ -215,7 +215,7 @@ def test_a_name_written_twice_is_an_internal_error(tmp_path: Path) -> None:
 
 def test_a_header_that_outgrows_its_room_is_an_internal_error(tmp_path: Path) -> None:
     """Catches a header that is written over the first tensor's data."""
-    writer = ShardWriter(tmp_path, "weights", header_bytes=64)
+    writer = ShardWriter(tmp_path, header_bytes=64)
     writer.add("a long name that needs more room than was reserved", torch.ones(2))
     with pytest.raises(InternalError, match="header needs"):
-        writer.close()
+        writer.close("weights")

@@ -18,6 +18,7 @@ from vlqc.emit.ascend import Entry, emitted_dtype, expected_bytes, float_entry, 
 from vlqc.emit.vllm_ascend import FolderEmitter
 from vlqc.engines import Scheme
 from vlqc.errors import InternalError, UserError
+from vlqc.options import Options
 from vlqc.passes.lower_linears import LowerLinears
 
 QKV, LAYER = "visual.blocks.0.attn.qkv", "model.layers.0.self_attn.q_proj"
@@ -29,7 +30,8 @@ def emit(
     """The whole checkpoint; the layers named are marked as W8A8, with made-up integers."""
     folder.mkdir()
     checkpoint = Checkpoint(source)
-    emitter = FolderEmitter(folder, checkpoint, Scheme.W8A8, part_file_size=part_file_size, both=both)
+    options = Options.without_paths(target="both" if both else "vllm-ascend", part_file_size=part_file_size)
+    emitter = FolderEmitter(folder, checkpoint, options)
     for layer in quantized:
         integers = torch.ones(checkpoint.shape(f"{layer}.weight"), dtype=torch.int8)
         emitter.add([Entry(f"{layer}.weight", integers, Scheme.W8A8)])
@@ -114,7 +116,7 @@ def test_the_same_checkpoint_gives_the_same_bytes(tmp_path: Path) -> None:
 
 def test_a_tensor_emitted_twice_is_an_internal_error(tmp_path: Path) -> None:
     """Catches a stage that emits what was copied before."""
-    emitter = FolderEmitter(tmp_path, Checkpoint(tiny.TINY), Scheme.W8A8, part_file_size=None, both=True)
+    emitter = FolderEmitter(tmp_path, Checkpoint(tiny.TINY), Options.without_paths())
     emitter.copy("lm_head.weight")
     emitter.copy_rest(["lm_head.weight"])
     with pytest.raises(InternalError, match=r"lm_head\.weight is written twice"):
@@ -217,7 +219,7 @@ def test_entries_of_a_stage() -> None:
     """Catches a companion that is left out, a float bias marked quantized, or a name under which no engine looks."""
     stage = little_stage.decided()
     LowerLinears().run(stage)
-    entries = {entry.name: entry for entry in stage_entries(stage)}
+    entries = {entry.name: entry for entry in stage_entries(stage, packed=True)}
     companions = "weight weight_scale weight_offset input_scale input_offset quant_bias deq_scale".split()
     expected = {}
     for layer, bias in (("attn.qkv", True), ("attn.proj", True), ("mlp.gate", False), ("mlp.up", False)):
@@ -244,12 +246,12 @@ def test_room_for_headers_and_results(tmp_path: Path) -> None:
     entry = {"dtype": "BF16", "shape": [100000, 100000], "data_offsets": [10**14, 10**14]}
     assert len(json.dumps(dict.fromkeys(names, entry))) < room
     emit(tiny.TINY, tmp_path / "out")
-    size = os.path.getsize(tmp_path / "out" / "quant_model_weight_w8a8.safetensors")
+    size = os.path.getsize(tmp_path / "out" / "quant_model_weight_float.safetensors")
     assert 0.4 * size < expected_bytes(model) < size
 
 
 def test_metadata_is_what_loaders_want(tmp_path: Path) -> None:
     """Catches a weight file that transformers refuses because it does not say that it is for PyTorch."""
     emit(tiny.TINY, tmp_path / "out")
-    with safe_open(tmp_path / "out" / "quant_model_weight_w8a8.safetensors", "pt") as file:
+    with safe_open(tmp_path / "out" / "quant_model_weight_float.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}

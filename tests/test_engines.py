@@ -1,12 +1,29 @@
 """vlqc.engines: the table of what each engine accepts."""
 
+import json
+import shlex
 import subprocess
 import sys
 
 import pytest
 
 from vlqc import engines
-from vlqc.engines import Scheme, assignment_faults, fused_group, legal_schemes, loads, part_of
+from vlqc.engine_table import SEED_FLOAT, TABLE
+from vlqc.engines import (
+    Scheme,
+    Target,
+    assignment_faults,
+    cannot_load,
+    engine_notes,
+    fused_group,
+    legal_schemes,
+    loads,
+    part_of,
+    rules_for,
+    runs_anywhere,
+)
+from vlqc.errors import UserError
+from vlqc.targets import Version
 
 FLOAT, W8A8, DYNAMIC, W4A8 = Scheme.FLOAT, Scheme.W8A8, Scheme.W8A8_DYNAMIC, Scheme.W4A8_DYNAMIC
 LAYER = "model.layers.3"
@@ -65,8 +82,56 @@ def test_legal_schemes(layer: str, vllm_ascend: set[Scheme], mindie: set[Scheme]
 
 def test_an_unknown_target_is_refused() -> None:
     """Catches a misspelt target answered with an empty, and therefore permissive, set of rules."""
-    with pytest.raises(ValueError, match="vllm-ascend, mindie, both"):
+    with pytest.raises(UserError, match="vllm-ascend, mindie, both"):
         legal_schemes("vllm", "lm_head")
+
+
+# The lines of the engines' tables at the versions about their ends: target, layer, legal in bfloat16, legal in float16.
+O_PROJ, QKV = f"{LAYER}.self_attn.o_proj", f"{BLOCK}.attn.qkv"
+VERSIONED = [
+    ("vllm-ascend@0.10.2rc1", O_PROJ, {FLOAT}, {FLOAT}),
+    ("vllm-ascend@0.10.2rc2", O_PROJ, {FLOAT, W8A8}, {FLOAT, W8A8}),
+    ("vllm-ascend@0.10.2rc2", QKV, {FLOAT, W8A8}, {FLOAT, W8A8}),
+    ("vllm-ascend@0.11.0rc1", O_PROJ, {FLOAT, W8A8}, {FLOAT, W8A8}),
+    ("vllm-ascend@0.11", O_PROJ, {FLOAT, W8A8, DYNAMIC, W4A8}, {FLOAT, W8A8, W4A8}),
+    ("vllm-ascend@0.11", f"{LAYER}.self_attn.v_proj", {FLOAT, W8A8, DYNAMIC}, {FLOAT, W8A8}),
+    ("vllm-ascend@0.15.9", QKV, {FLOAT, W8A8}, {FLOAT, W8A8}),
+    ("vllm-ascend@0.16.0", QKV, {FLOAT, W8A8, DYNAMIC}, {FLOAT, W8A8}),
+    ("vllm-ascend@0.18", O_PROJ, {FLOAT, W8A8, DYNAMIC, W4A8}, {FLOAT, W8A8, W4A8}),
+    ("vllm-ascend@0.26.0rc2", O_PROJ, {FLOAT, W8A8, DYNAMIC, W4A8}, {FLOAT, W8A8, W4A8}),
+    ("vllm-ascend@0.26", O_PROJ, {FLOAT, W8A8, DYNAMIC}, {FLOAT, W8A8}),
+    ("vllm-ascend@1.0", O_PROJ, {FLOAT, W8A8, DYNAMIC}, {FLOAT, W8A8}),
+    ("mindie@2.1", O_PROJ, {FLOAT}, {FLOAT}),
+    ("mindie@2.2.RC1", O_PROJ, {FLOAT, W8A8, DYNAMIC}, {FLOAT, W8A8, DYNAMIC}),
+    ("mindie@2.2", QKV, {FLOAT, W8A8}, {FLOAT, W8A8}),
+    ("both", O_PROJ, {FLOAT, W8A8, DYNAMIC}, {FLOAT, W8A8}),
+]
+
+
+@pytest.mark.parametrize(("target", "layer", "bfloat16", "float16"), VERSIONED)
+def test_legal_schemes_of_a_version(target: str, layer: str, bfloat16: set[Scheme], float16: set[Scheme]) -> None:
+    """Catches an end of a span of versions that is off by one, and a dtype that is not asked."""
+    assert legal_schemes(target, layer, "bfloat16") == bfloat16
+    assert legal_schemes(target, layer, "float16") == float16
+    assert legal_schemes(target, layer) == bfloat16 | float16
+
+
+@pytest.mark.parametrize(
+    ("target", "scheme", "runs", "rules"),
+    [
+        ("vllm-ascend", W4A8, True, Target(("vllm-ascend",))),
+        ("vllm-ascend@0.18", W4A8, True, Target(("vllm-ascend",), "0.18")),
+        ("vllm-ascend@0.27", W4A8, False, Target(("vllm-ascend",))),
+        ("mindie", W4A8, False, None),
+        ("both", W4A8, False, None),
+        ("both", W8A8, True, Target(("vllm-ascend", "mindie"))),
+        ("mindie@2.1", FLOAT, True, Target(("mindie",), "2.1")),
+    ],
+)
+def test_by_whose_rules(target: str, scheme: Scheme, runs: bool, rules: Target | None) -> None:
+    """Catches a scheme spread over layers that no version runs it on, because the named version runs it nowhere."""
+    assert runs_anywhere(target, scheme) == runs
+    assert rules_for(target, scheme) == rules
 
 
 @pytest.mark.parametrize(
@@ -135,6 +200,7 @@ ILLEGAL = [
     ({"model.layers.0.mlp.down_proj": DYNAMIC}, {"mindie", "both"}),  # dynamic beside a quantized tower
     ({"model.layers.0.self_attn.o_proj": W4A8}, {"mindie", "both"}),
     ({"model.layers.0.mlp.down_proj": W8A8}, set()),
+    ({"model.layers.0.mlp.down_proj": DYNAMIC, "visual.blocks.0.attn.qkv": W4A8}, {"vllm-ascend", "mindie", "both"}),
     ({"visual.merger.mlp.0": W8A8}, set()),
     ({"visual.blocks.0.attn.proj": FLOAT}, set()),
 ]
@@ -155,6 +221,18 @@ def test_a_float_vision_tower_is_legal_in_mindie() -> None:
     assert assignment_faults("mindie", schemes) == []
 
 
+def test_mindie_runs_one_scheme_beside_float() -> None:
+    """Catches static and per-token layers in one MindIE folder, whose one `quantize` key cannot name both, and a float
+    member of a per-token group, which only static groups may have."""
+    dynamic = {name: DYNAMIC if "proj" in name and name.startswith("model") else FLOAT for name in seed_assignment()}
+    assert assignment_faults("mindie", dynamic) == []
+    faults = assignment_faults("mindie", dynamic | {"model.layers.0.self_attn.o_proj": W8A8})
+    assert ["o_proj is W8A8 while" in fault.what for fault in faults] == [True]
+    faults = assignment_faults("mindie", dynamic | {"model.layers.0.mlp.up_proj": FLOAT})
+    assert [fault.where for fault in faults] == ["model.layers.0.mlp.gate_proj"]
+    assert assignment_faults("vllm-ascend", dynamic | {"model.layers.0.self_attn.o_proj": W8A8}) == []
+
+
 QUANTIZED = {"quantize": "w8a8", "vision_config": {"quantize": "w8a8"}}
 VLLM, MINDIE = "vLLM Ascend 0.10.2rc2 and later", "MindIE 2.2.RC1 and later"
 
@@ -164,6 +242,7 @@ VLLM, MINDIE = "vLLM Ascend 0.10.2rc2 and later", "MindIE 2.2.RC1 and later"
     [
         ({}, {"vision_config": {}}, [VLLM]),
         ({}, QUANTIZED, [VLLM, MINDIE]),
+        ({}, QUANTIZED | {"quantize": "w8a8_dynamic"}, [VLLM]),  # MindIE would build other layers
         ({}, QUANTIZED | {"quantization_config": {}}, [MINDIE]),  # vLLM would read that key
         ({}, QUANTIZED | {"text_config": {}}, [VLLM]),  # MindIE wants a flat config
         ({}, QUANTIZED | {"vision_config": {}}, [VLLM]),  # MindIE would build a float tower
@@ -191,18 +270,61 @@ def test_per_token_schemes_need_bfloat16() -> None:
     assert loads(described(seed_assignment()), "float16", QUANTIZED) == [VLLM, MINDIE]
 
 
-def test_the_table_names_known_versions_only() -> None:
-    """Catches a new line whose version has no place in the order of versions."""
-    for rule in engines.TABLE:
-        assert {rule.since, rule.until or rule.since} <= set(engines.VERSIONS[rule.engine])
+def test_the_table_is_in_order() -> None:
+    """Catches a new line whose end lies before its beginning, or whose version is none."""
+    assert len(SEED_FLOAT) == 6
+    for rule in TABLE:
+        assert Version.parse(rule.since) < Version.parse(rule.until or "9999")
+
+
+SOME, FROM_016 = "vLLM Ascend 0.16 to 0.26.0rc", "vLLM Ascend 0.16 and later"
+NEVER_IN_MINDIE = "no version of MindIE loads W4A8_DYNAMIC for vision-language models"
+# target, scheme, dtype, group size, scope -> why an engine of the target cannot load it; what else is to be said
+TOLD: list[tuple[str, Scheme, str, int | None, str, list[str], list[str]]] = [
+    ("both", W8A8, "bfloat16", None, "engine", [], []),
+    ("vllm-ascend", W8A8, "float16", None, "engine", [], []),
+    ("vllm-ascend@0.10", W8A8, "bfloat16", None, "engine", ["vLLM Ascend 0.10 does not load W8A8"], []),
+    ("vllm-ascend", DYNAMIC, "bfloat16", None, "engine", [], [f"{FROM_016} load W8A8_DYNAMIC, earlier"]),
+    ("vllm-ascend", DYNAMIC, "float32", None, "engine", [], [f"{FROM_016} load W8A8_DYNAMIC, earlier"]),
+    ("vllm-ascend", DYNAMIC, "float16", None, "engine", ["W8A8_DYNAMIC of a float16 model"], []),
+    ("vllm-ascend@0.18", DYNAMIC, "bfloat16", None, "engine", [], []),
+    # In 0.15 the vision tower stays float, and the rest loads.
+    ("vllm-ascend@0.15", DYNAMIC, "bfloat16", None, "engine", [], []),
+    ("mindie", DYNAMIC, "float16", None, "engine", [], ["the vision tower stays float"]),
+    ("vllm-ascend", W4A8, "bfloat16", 64, "engine", [], [f"{SOME} load W4A8_DYNAMIC, later versions do not"]),
+    ("vllm-ascend@0.18", W4A8, "bfloat16", 128, "engine", [], []),
+    ("vllm-ascend@0.18", W4A8, "bfloat16", 256, "engine", [], ["group_size 256: vLLM Ascend's int4 kernels prefer 64"]),
+    ("vllm-ascend@0.18", W4A8, "bfloat16", 512, "engine", [], ["group_size 512: vLLM Ascend's int4 kernels are"]),
+    ("vllm-ascend@0.26", W4A8, "bfloat16", 64, "engine", [f"0.26 does not load W4A8_DYNAMIC; {SOME} do"], []),
+    ("vllm-ascend", W4A8, "float16", 64, "engine", ["W4A8_DYNAMIC of a float16 model"], []),
+    ("vllm-ascend", W4A8, "bfloat16", 64, "all", ["on layers with a bias or in the vision tower"], []),
+    ("mindie", W4A8, "bfloat16", 64, "engine", [NEVER_IN_MINDIE], []),
+    ("mindie@2.2", W4A8, "bfloat16", 512, "all", [NEVER_IN_MINDIE], ["MindIE accepts 64 or 128 or 256 only"]),
+]
+
+
+@pytest.mark.parametrize(("target", "scheme", "dtype", "group_size", "scope", "refusals", "notes"), TOLD)
+def test_what_the_user_is_told(
+    target: str, scheme: Scheme, dtype: str, group_size: int | None, scope: str, refusals: list[str], notes: list[str]
+) -> None:
+    """Catches silence about a folder that will not load, and a refusal of one that will."""
+    refused = cannot_load(target, scheme, dtype, scope)
+    told = engine_notes(target, scheme, dtype, group_size, scope)
+    assert told[: len(refused)] == refused
+    for expected, found in ((refusals, refused), (notes, told[len(refused) :])):
+        assert len(found) == len(expected)
+        assert all(text in sentence for text, sentence in zip(expected, found, strict=True)), found
 
 
 def test_serve_commands() -> None:
-    """Catches a summary that sends the user to the wrong engine."""
+    """Catches a summary that sends the user to the wrong engine, or a command that a space in the path breaks."""
     vllm, mindie = engines.serve_commands("both", "out")
     assert vllm == "vllm serve out --quantization ascend"
     assert '"modelWeightPath": "out"' in mindie
-    assert engines.serve_commands("mindie", "out") == [mindie]
+    assert engines.serve_commands("mindie@2.2", "out") == [mindie]
+    vllm, mindie = engines.serve_commands("both", 'my "first" model')
+    assert shlex.split(vllm) == ["vllm", "serve", 'my "first" model', "--quantization", "ascend"]
+    assert json.loads("{" + mindie.partition(" in the ")[0] + "}") == {"modelWeightPath": 'my "first" model'}
 
 
 def test_no_torch_is_imported() -> None:

@@ -6,14 +6,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_stage import HIDDEN, WIDE, decoder, observed, outputs
+from random_stage import HIDDEN, WIDE, decoder, in_float64, observed, outputs
 from torch import nn
 
 from vlqc.errors import InternalError
 from vlqc.flow import find_edges
 from vlqc.ir import Edge, Stage
+from vlqc.kernels_ref.norm import ShiftedNorm
 from vlqc.passes import folding
-from vlqc.passes.folding import Fold, apply, difference, representable
+from vlqc.passes.folding import Fold, apply, difference, per_column, representable
 from vlqc.printer import print_stage
 
 
@@ -216,3 +217,63 @@ def test_representable_scale_of_a_linear() -> None:
     usable = torch.arange(HIDDEN) % 2 == 0
     scale = representable(nn.Linear(4, HIDDEN), usable, wanted, torch.bfloat16)
     assert torch.equal(scale, torch.where(usable, wanted, torch.ones(())))
+
+
+# ---- norms with a bias -----------------------------------------------------------------------------------------------
+
+
+def with_shifted_norm(stage: Stage) -> torch.Tensor:
+    """Gives the first norm a bias by hand, without undoing it; returns it, values of bfloat16."""
+    bias = (torch.arange(HIDDEN) / 3 - 4).to(torch.bfloat16).float()
+    stage.live.set_submodule("input_layernorm", ShiftedNorm(stage.live.get_submodule("input_layernorm"), bias.clone()))
+    return bias
+
+
+@settings(max_examples=6)
+@given(seed=st.integers(0, 10**6))
+def test_rounding_of_a_norm_bias_is_handed_over(seed: int) -> None:
+    """A divided bias that is rounded when it is emitted, and nobody makes up for it: by hand, against each formula."""
+    stage = decoder(seed)
+    bias = with_shifted_norm(stage)
+    observed(stage)
+    before, reference = weights(stage), in_float64(stage)
+    fold = next(it for it in folds(stage, seed) if it.edge.producer == "input_layernorm")
+    scale = representable(stage.live.get_submodule("input_layernorm"), fold.edge.usable, fold.scale, torch.bfloat16)
+    assert len(apply(stage, [Fold(fold.edge, scale)])) == 1 and not stage.notes
+    after = weights(stage)
+    stored = after["input_layernorm.bias"]
+    assert torch.equal(stored, stored.to(torch.bfloat16).float())
+    lost = bias.double() / scale.double() - stored.double()
+    assert (lost.abs() <= 2.0**-8 * (bias / scale).abs()).all() and lost.abs().max() > 0
+    for part in "qkv":
+        wanted = before[f"self_attn.{part}_proj.bias"] + after[f"self_attn.{part}_proj.weight"].double() @ lost
+        torch.testing.assert_close(after[f"self_attn.{part}_proj.bias"].double(), wanted, rtol=0, atol=1e-5)
+    assert (in_float64(stage) - reference).abs().max() < 1e-5 * reference.square().mean().sqrt()
+
+
+def test_observations_know_what_a_bias_lost() -> None:
+    """Ranges of the bias before it was rounded: the rows that a second look would see have the rounded one."""
+    stage = decoder()
+    with_shifted_norm(stage)
+    observed(stage)
+    apply(stage, [it for it in folds(stage, 3) if it.edge.producer == "input_layernorm"])
+    mine = stage.observations["input_layernorm"].kept
+    observed(stage)
+    torch.testing.assert_close(mine, stage.observations["input_layernorm"].kept, rtol=1e-5, atol=1e-5)
+
+
+def test_wrong_fold_of_a_shifted_norm_is_undone() -> None:
+    """Biases that keep what was handed over although the fold itself was taken back."""
+    stage = decoder()
+    with_shifted_norm(stage)
+    observed(stage)
+    right = next(it for it in folds(stage, 1) if it.edge.producer == "input_layernorm")
+    before, text = weights(stage), print_stage(stage)
+    assert apply(stage, [permuted(right)]) == [] and len(stage.notes) == 1
+    assert all(torch.equal(parameter, before[path]) for path, parameter in stage.live.named_parameters())
+    assert print_stage(stage) == text
+
+
+def test_per_column() -> None:
+    """The last channel's value for a column that no channel feeds."""
+    assert per_column(torch.tensor([2.0, 3.0]), torch.tensor([1, -1, 0]), 0.0).tolist() == [3, 0, 2]

@@ -48,6 +48,14 @@ def set_weight(stage: Stage, integers: Tensor | None = None, scale: Tensor | Non
     )
 
 
+def set_groups(stage: Stage, size: int | None = 2, **parts: Tensor | None) -> None:
+    """Makes qkv's weight one of 4-bit groups of two columns, but for the given parts."""
+    site = stage.sites[QKV]
+    site.group_size, whole = size, torch.ones(12, 2)
+    known = {"integers": weight_of(stage, QKV).integers.clamp(-8, 7), "group_scale": whole} | parts
+    site.weight = replace(weight_of(stage, QKV), **known)  # type: ignore[arg-type]
+
+
 def set_edge(stage: Stage, number: int = 0, **parts: Any) -> None:
     edges = list(stage.edges or ())
     edges[number] = replace(edges[number], **parts)
@@ -252,6 +260,40 @@ FAULTS: list[tuple[Callable[[Stage], None], str]] = [
         )
         for wrong in (0.0, -1.0, math.inf, math.nan)
     ),
+    *(
+        (
+            lambda stage, wrong=wrong: set_groups(
+                stage, integers=first(weight_of(stage, QKV).integers.clamp(-8, 7), wrong)
+            ),
+            f"site {QKV} has integers beyond 4 bits: -8 to 7 are wanted",
+        )
+        for wrong in (8, -9)
+    ),
+    (lambda stage: set_groups(stage, group_scale=None), f"site {QKV} has group scales or a group size, but not both"),
+    (lambda stage: set_groups(stage, size=None), f"site {QKV} has group scales or a group size, but not both"),
+    (
+        lambda stage: set_groups(stage, group_scale=torch.ones(12, 4)),
+        f"site {QKV} has group scales torch.float32 [12, 4]: float32 [12, 2] is wanted",
+    ),
+    (
+        lambda stage: set_groups(stage, group_scale=torch.ones(12, 2).half()),
+        f"site {QKV} has group scales torch.float16 [12, 2]: float32 [12, 2] is wanted",
+    ),
+    (
+        lambda stage: set_groups(stage, size=3, group_scale=torch.ones(12, 1)),
+        f"site {QKV} has 4 inputs, which groups of 3 do not divide",
+    ),
+    (
+        lambda stage: set_groups(stage, size=0),
+        f"site {QKV} has 4 inputs, which groups of 0 do not divide",
+    ),
+    *(
+        (
+            lambda stage, wrong=wrong: set_groups(stage, group_scale=first(torch.ones(12, 2), wrong)),
+            f"site {QKV} has group scales that are not positive and finite",
+        )
+        for wrong in (0.0, -1.0, math.inf, math.nan)
+    ),
     (lambda stage: set_edge(stage, producer="norm3"), "edge from visual.blocks.0.norm3: the graph does not call it"),
     (
         lambda stage: set_edge(stage, usable=torch.ones(3, dtype=torch.bool)),
@@ -372,3 +414,11 @@ def test_padding_columns_are_legal() -> None:
     usable = torch.tensor([True, False, True, True])
     stage.edges = (Edge("norm1", usable, {"attn.qkv": torch.tensor([0, -1, 2, 3])}),)
     assert check(stage) == []
+
+
+def test_four_bit_groups_are_legal() -> None:
+    """-8 is no fault in 4 bits, as -128 is in 8; the text must be checked as the stage is."""
+    stage = decided()
+    set_groups(stage, integers=first(weight_of(stage, QKV).integers.clamp(-8, 7), -8))
+    stage.sites[QKV].scheme, stage.sites[QKV].input = Scheme.W4A8_DYNAMIC, None
+    assert check(stage) == [] and check(parse_stage(print_stage(stage))) == []

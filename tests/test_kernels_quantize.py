@@ -13,9 +13,11 @@ from onnx import TensorProto, helper
 from vlqc.kernels_ref.quantize import (
     SMALLEST_SCALE,
     SMALLEST_SCALE_FLOAT16,
+    SMALLEST_TOKEN_SCALE,
     activation_scale_and_offset,
     dequantize_per_tensor,
     quantize_per_tensor,
+    quantize_per_token,
     quantize_weight_per_channel_absmax,
 )
 
@@ -219,3 +221,84 @@ def test_weight_without_elements(shape: tuple[int, int]) -> None:
     """Catches a maximum over nothing."""
     quantized, scale = quantize_weight_per_channel_absmax(torch.zeros(shape))
     assert quantized.shape == shape and scale.shape == (shape[0], 1)
+
+
+# ---- a weight scale in the checkpoint's dtype ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(seed=st.integers(0, 2**31), exponent=st.integers(-26, 3))
+def test_weight_scale_is_the_smallest_of_the_dtype(dtype: torch.dtype, seed: int, exponent: int) -> None:
+    """Catches a scale rounded down, which clips, by more than one unit, or to what float16 cannot hold."""
+    weight = torch.from_numpy(np.random.default_rng(seed).normal(0, 2.0**exponent, (5, 12)).astype(np.float32))
+    quantized, scale = quantize_weight_per_channel_absmax(weight, scale_dtype=dtype)
+    assert scale.dtype == torch.float32 and torch.equal(scale.to(dtype).float(), scale)
+    absmax, steps = weight.double().abs().amax(dim=1, keepdim=True), scale.double()
+    assert (steps >= absmax / 127 * (1 - 1e-7)).all()
+    for step, largest in zip(steps.flatten().tolist(), absmax.flatten().tolist(), strict=True):
+        assert step == SMALLEST_SCALE or next_below(step, dtype) < largest / 127 * (1 + 1e-7)
+    assert ((quantized.double() * steps - weight.double()).abs() <= steps * 0.50001).all()
+
+
+def test_weight_is_rounded_by_the_rounded_scale() -> None:
+    """Catches integers from the scale before it was rounded: 1.001 becomes 1.0078125, and 100 is 99 of these."""
+    weight = torch.tensor([[127.127, 100.0, -127.127]])
+    quantized, scale = quantize_weight_per_channel_absmax(weight, scale_dtype=torch.bfloat16)
+    assert scale.item() == 1.0078125 and quantized.tolist() == [[126, 99, -126]]
+    quantized, _ = quantize_weight_per_channel_absmax(weight)
+    assert quantized.tolist() == [[127, 100, -127]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rounded_weight_scale_keeps_its_floors(dtype: torch.dtype) -> None:
+    """Catches a scale of zero for a dead row in float16, a smallest scale undercut by the rounding, a lost dtype."""
+    smallest = torch.tensor([[0.3], [0.0], [0.001]])
+    weight = torch.tensor([[0.1, 0.0], [0.0, 0.0], [127.0, 1.0]])
+    quantized, scale = quantize_weight_per_channel_absmax(weight, smallest, dtype)
+    assert (scale >= smallest).all() and scale[0] < 0.3 * (1 + torch.finfo(dtype).eps)
+    assert scale[1:].tolist() == [[SMALLEST_SCALE], [1.0]] and quantized.tolist() == [[0, 0], [0, 0], [127, 1]]
+    _, without_columns = quantize_weight_per_channel_absmax(torch.zeros(3, 0), smallest, dtype)
+    assert without_columns[0].item() == scale[0].item()
+
+
+# ---- activations per token -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tokens_agree_with_numpy(dtype: torch.dtype) -> None:
+    """Catches one scale for all tokens, a scale per channel, and a scale in x's dtype."""
+    x = torch.from_numpy(np.random.default_rng(0).normal(0, 1, (40, 33)).astype(np.float32)).to(dtype)
+    x *= torch.logspace(-3, 2, 40)[:, None].to(dtype)
+    before = x.clone()
+    as_float32 = x.float().numpy()
+    scale = np.abs(as_float32).max(axis=1, keepdims=True) / np.float32(127)
+    quantized, our_scale = quantize_per_token(x)
+    assert quantized.dtype == torch.int8 and our_scale.dtype == torch.float32
+    np.testing.assert_array_equal(our_scale.numpy(), scale)
+    np.testing.assert_array_equal(quantized.numpy(), np.rint(as_float32 / scale).astype(np.int8))
+    assert (quantized.abs().amax(dim=1) == 127).all() and torch.equal(x, before)
+
+
+def test_token_ties_round_to_even() -> None:
+    """Catches rounding half up or away from zero, a product with 1/s, and a scale of absmax / 128 or / 127.5."""
+    x = torch.tensor([[127.0, 0.5, 1.5, -2.5], [2.5, -127.0, -0.5, -1.5], [889.0, 45.5, 3.5, -10.5]])
+    quantized, scale = quantize_per_token(x)
+    assert scale.tolist() == [[1.0], [1.0], [7.0]]
+    assert quantized.tolist() == [[127, 0, 2, -2], [2, -127, 0, -2], [127, 6, 0, -2]]  # 45.5 * (1 / 7) is above 6.5
+
+
+def test_token_of_zeros() -> None:
+    """Catches NaN in padding or in a token that a dead layer made, and its neighbours getting its scale."""
+    quantized, scale = quantize_per_token(torch.tensor([[0.0, 0.0], [-127.0, 64.0], [-0.0, 0.0]]))
+    assert quantized.tolist() == [[0, 0], [-127, 64], [0, 0]]
+    assert scale.tolist() == [[SMALLEST_TOKEN_SCALE], [1.0], [SMALLEST_TOKEN_SCALE]]
+    assert quantize_per_token(torch.zeros(0, 4))[0].shape == (0, 4)
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=12))
+def test_token_is_within_half_a_step(values: list[float]) -> None:
+    """Catches an int8 that wraps where absmax / 127 is subnormal, and overflow near the end of float32."""
+    x = torch.tensor([values], dtype=torch.float32)
+    quantized, scale = quantize_per_token(x)
+    assert quantized.abs().max() <= 127
+    assert ((quantized.double() * scale.double() - x.double()).abs() <= scale.double() * 0.50001).all()

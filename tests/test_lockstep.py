@@ -9,7 +9,7 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from vlqc.errors import InternalError
+from vlqc.errors import InternalError, UserError
 from vlqc.lockstep import Lockstep, Stop, row_modality
 
 RUN_ANYTHING = pytest.mark.every_transformers
@@ -119,13 +119,13 @@ def test_a_missing_answer_is_an_internal_error(given: int) -> None:
 
 @RUN_ANYTHING
 def test_an_error_in_the_models_own_code_comes_through() -> None:
-    """Catches an error between two stages that disappears in a coroutine."""
+    """Catches an error between two stages that disappears in a coroutine, or reaches the user as a traceback."""
     model = tiny.float_model()
     sample = tiny.made_up((4, 4))
     sample["pixel_values"] = sample["pixel_values"][:, :100]
     with (
         model.ready_outside(model.checkpoint.tensor),
-        pytest.raises(RuntimeError),
+        pytest.raises(UserError, match=r"cannot be run on a sample[\s\S]*RuntimeError: shape"),
         Lockstep(model, [tiny.made_up(), sample]) as lockstep,
     ):
         for stop in lockstep:

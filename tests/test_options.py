@@ -1,6 +1,8 @@
 """vlqc.options and vlqc.folders: names and defaults that command lines rely on, and one clear answer to every slip."""
 
+import functools
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +10,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vlqc import engines
 from vlqc.engines import Scheme
 from vlqc.errors import UserError
-from vlqc.options import Options, extra_of
+from vlqc.options import PANELS, Options, extra_of
 
 # The reference script's parameters: a command line written for it has to work unchanged.
 SEED_DEFAULTS = {
     "calib_images": Path("../calibImages"), "part_file_size": None, "w_bit": 8, "a_bit": 8, "device_type": "cpu",
     "trust_remote_code": False, "anti_method": "m2", "act_method": 2, "open_outlier": True, "is_dynamic": False,
     "is_lowbit": False, "group_size": 64, "mindie_format": False,
+}  # fmt: skip
+OUR_DEFAULTS = {
+    "target": None, "strict_target": False, "anti_alpha": None, "shift": False, "exclude": (), "include": (),
+    "w4a8_scope": "engine", "max_samples": None, "seed": 0, "max_tokens": None, "overwrite": False,
+    "skip_bad_images": False, "dump_ir": None, "pipeline": None,
 }  # fmt: skip
 W4A8 = {"w_bit": 4, "is_dynamic": True, "is_lowbit": True, "open_outlier": False, "act_method": 1}
 
@@ -37,15 +45,14 @@ def test_names_and_defaults(folders: dict[str, Any]) -> None:
     """Catches a renamed option or a changed default: old command lines would break or mean something else."""
     options = Options.from_user(**folders)
     assert {name: getattr(options, name) for name in SEED_DEFAULTS} == SEED_DEFAULTS
-    ours = {"target": None, "overwrite": False, "skip_bad_images": False, "dump_ir": None, "pipeline": None}
-    assert {name: getattr(options, name) for name in ours} == ours
-    assert set(Options.model_fields) == {*folders, *SEED_DEFAULTS, *ours}
+    assert {name: getattr(options, name) for name in OUR_DEFAULTS} == OUR_DEFAULTS
+    assert set(Options.model_fields) == {*folders, *SEED_DEFAULTS, *OUR_DEFAULTS}
     assert options.scheme is Scheme.W8A8 and options.engine_target == "both"
 
 
 def test_every_option_has_help_and_a_panel() -> None:
     """Catches an option that --help cannot explain."""
-    assert all(field.description and extra_of(field)["panel"] for field in Options.model_fields.values())
+    assert all(field.description and extra_of(field)["panel"] in PANELS for field in Options.model_fields.values())
 
 
 def test_text_reads_like_values(folders: dict[str, Any]) -> None:
@@ -55,6 +62,9 @@ def test_text_reads_like_values(folders: dict[str, Any]) -> None:
     values = {"w_bit": 8, "act_method": 1, "part_file_size": 4, "anti_method": "none", "open_outlier": False}
     assert from_text == Options.from_user(**folders, **values)
     assert Options.from_user(**folders, part_file_size="None").part_file_size is None
+    text = {"anti-method": "m4", "anti_alpha": "0.75", "max-samples": "30", "seed": "0", "max_tokens": "none"}
+    values = {"anti_method": "m4", "anti_alpha": 0.75, "max_samples": 30}
+    assert Options.from_user(**folders, **text) == Options.from_user(**folders, **values)
 
 
 @pytest.mark.parametrize("word", ["True", "true", "1", "yes", "YES", True])
@@ -81,6 +91,16 @@ def test_words_for_false(folders: dict[str, Any], word: object) -> None:
         ("anti_method", "m3", "did you mean m"),
         ("device_type", "nppu", "did you mean npu"),
         ("target", "mindi", "did you mean mindie"),
+        ("target", "vllm-ascend@new", "no version of vLLM Ascend"),
+        ("target", "both@2", "without a version"),
+        ("target", 2, "not text"),
+        ("w4a8_scope", "al", "did you mean all"),
+        ("anti_alpha", 1.5, "from 0 to 1"),
+        ("anti_alpha", "nan", "from 0 to 1"),
+        ("anti_alpha", True, "from 0 to 1"),
+        ("max_samples", 0, "above 0"),
+        ("max_tokens", "many", "above 0"),
+        ("seed", -1, "0 or more"),
         ("part_file_size", 0, "above 0"),
         ("part_file_size", "-1", "above 0"),
         ("part_file_size", "4.5", "above 0"),
@@ -115,41 +135,92 @@ def test_bad_values_do_not_hide_bad_paths(tmp_path: Path) -> None:
     assert len(faults) == 2 and "no such folder" in faults[1]
 
 
-CHOICES = {
-    "w_bit": [4, 8], "is_dynamic": [True, False], "is_lowbit": [True, False], "open_outlier": [True, False],
-    "act_method": [1, 2, 3], "group_size": [64, 512], "mindie_format": [True, False],
-    "target": [None, "vllm-ascend", "mindie", "both"],
+# ---- combinations ----------------------------------------------------------------------------------------------------
+
+CHOICES: dict[str, list[Any]] = {
+    "w_bit": [8, 4], "is_dynamic": [False, True], "is_lowbit": [False, True], "open_outlier": [True, False],
+    "act_method": [2, 1, 3], "group_size": [64, 128, 256, 512], "anti_method": ["m2", "m4", "none"],
+    "mindie_format": [False, True], "target": [None, "vllm-ascend", "mindie@2.2", "both"],
+    "w4a8_scope": ["engine", "all"], "anti_alpha": [None, 0.5], "shift": [False, True], "strict_target": [False, True],
 }  # fmt: skip
 
 
-def legal(chosen: dict[str, Any]) -> bool:
-    """The table of schemes and targets, written out once more."""
-    dynamic, w4 = chosen["is_dynamic"], chosen["w_bit"] == 4
-    if w4:
-        scheme = dynamic and chosen["is_lowbit"] and not chosen["open_outlier"] and chosen["act_method"] in (1, 2)
-    else:
-        scheme = not chosen["is_lowbit"]
-    group = not (w4 and chosen["mindie_format"] and chosen["group_size"] == 512)
-    target = not (chosen["mindie_format"] and chosen["target"] in ("vllm-ascend", "both"))
-    return bool(scheme and group and target and not (chosen["target"] == "both" and (w4 or dynamic)))
+def legal(
+    *, w_bit: int, is_dynamic: bool, is_lowbit: bool, open_outlier: bool, act_method: int, group_size: int,
+    anti_method: str, mindie_format: bool, target: str | None, w4a8_scope: str, anti_alpha: float | None, shift: bool,
+    strict_target: bool,
+) -> bool:  # fmt: skip
+    """The table of schemes, targets and methods, written out once more."""
+    match w_bit, is_dynamic, is_lowbit:
+        case 8, False, False:
+            scheme = "W8A8"
+        case 8, True, False:
+            scheme = "W8A8_DYNAMIC"
+        case 4, True, True if not open_outlier and act_method != 3:
+            scheme = "W4A8_DYNAMIC"
+        case _:
+            return False
+    if mindie_format and target not in (None, "mindie@2.2"):
+        return False
+    mindie = mindie_format or target == "mindie@2.2"
+    if target == "both" and scheme != "W8A8":
+        return False
+    if scheme == "W4A8_DYNAMIC":
+        if mindie and (group_size == 512 or strict_target):
+            return False
+        if w4a8_scope == "all" and strict_target:
+            return False
+    elif w4a8_scope == "all":
+        return False
+    if anti_alpha is not None and anti_method != "m4":
+        return False
+    return not (shift and (scheme != "W8A8" or anti_method == "none" or target == "both"))
 
 
-def has_work_behind_it(chosen: dict[str, Any]) -> bool:
-    later = chosen["w_bit"] == 4 or chosen["is_dynamic"] or chosen["act_method"] == 3
-    return not (later or chosen["mindie_format"] or chosen["target"] == "mindie")
+def flags_in(text: str) -> set[str]:
+    return set(re.findall(r"--(\w+)", text))
 
 
-def test_every_combination(folders: dict[str, Any]) -> None:
-    """Catches an illegal combination that is compiled, and a legal one that is refused or put off wrongly."""
+@functools.cache
+def legal_combinations() -> frozenset[tuple[Any, ...]]:
+    """Values in the order of CHOICES."""
+    combinations = itertools.product(*CHOICES.values())
+    return frozenset(values for values in combinations if legal(**dict(zip(CHOICES, values, strict=True))))
+
+
+@functools.cache
+def legal_rests(named: frozenset[str]) -> frozenset[tuple[Any, ...]]:
+    """What the options that are not named may be, so that some values of the named ones make a legal combination."""
+    return frozenset(rest_of(values, named) for values in legal_combinations())
+
+
+def rest_of(values: tuple[Any, ...], named: frozenset[str]) -> tuple[Any, ...]:
+    return tuple(value for name, value in zip(CHOICES, values, strict=True) if name not in named)
+
+
+def test_every_combination(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an illegal combination that is compiled, a legal one that is refused, and a refusal that does not name
+    the flags to change: with them alone the combination must become legal."""
+    monkeypatch.setattr(engines, "cannot_load", functools.cache(engines.cannot_load))  # asked thousands of times
+    counted = {True: 0, False: 0}
     for values in itertools.product(*CHOICES.values()):
         chosen = dict(zip(CHOICES, values, strict=True))
-        try:
-            Options.from_user(**folders, **chosen)
-            answer = "compiled"
-        except UserError as error:
-            answer = "not yet" if str(error).startswith("not yet") else "refused"
-        wanted = "refused" if not legal(chosen) else "compiled" if has_work_behind_it(chosen) else "not yet"
-        assert answer == wanted, chosen
+        _, faults = Options._checked({"model_path": ".", "save_directory": ".", **chosen})
+        assert (values in legal_combinations()) == (not faults), (chosen, faults)
+        named = frozenset(flag for fault in faults for flag in flags_in(fault.fix))
+        assert named <= set(CHOICES) and (not faults or rest_of(values, named) in legal_rests(named)), (chosen, faults)
+        counted[not faults] += 1
+    assert counted[True] + counted[False] == 2**9 * 3**2 * 4**2 and min(counted.values()) > 1000
+
+
+@pytest.mark.parametrize("chosen", [{}, {"is_dynamic": True}, W4A8])
+@pytest.mark.parametrize(("name", "value"), [("a_bit", 4), ("w_bit", 16), ("group_size", 32), ("act_method", 0)])
+def test_no_combination_allows_another_value(
+    folders: dict[str, Any], chosen: dict[str, Any], name: str, value: int
+) -> None:
+    """Catches a value that no scheme knows and that passes beside the right flags."""
+    (fault,) = faults_of(**folders, **{**chosen, name: value})
+    assert f"--{name}" in fault
 
 
 @pytest.mark.parametrize(
@@ -160,8 +231,16 @@ def test_every_combination(folders: dict[str, Any]) -> None:
         ({**W4A8, "act_method": 3}, ["--act_method 1"]),
         ({"is_lowbit": True}, ["--is_lowbit False", "--w_bit 4"]),
         ({"mindie_format": True, "target": "both"}, ["--mindie_format", "--target"]),
+        ({"mindie_format": True, "target": "vllm-ascend@0.18"}, ["--mindie_format", "--target"]),
         ({**W4A8, "mindie_format": True, "group_size": 512}, ["--group_size 256"]),
+        ({**W4A8, "target": "mindie@2.2", "group_size": 512}, ["--group_size 256"]),
         ({"is_dynamic": True, "target": "both"}, ["--target vllm-ascend", "--is_dynamic False"]),
+        ({"anti_alpha": 0.5}, ["--anti_alpha", "--anti_method m4"]),
+        ({"shift": True, "anti_method": "none"}, ["--shift", "--anti_method m2"]),
+        ({"shift": True, "is_dynamic": True}, ["--shift", "--is_dynamic False"]),
+        ({"w4a8_scope": "all"}, ["--w4a8_scope", "--w_bit 4"]),
+        ({**W4A8, "target": "mindie", "strict_target": True}, ["--strict_target", "--target", "--w_bit"]),
+        ({"exclude": ["*.o_proj"], "include": ["lm_head", "*.o_proj"]}, ["--exclude", "--include"]),
     ],
 )
 def test_refused_combinations_name_the_flags_to_change(
@@ -172,33 +251,57 @@ def test_refused_combinations_name_the_flags_to_change(
     assert all(flag in fault.split("what to do:")[1] for flag in flags)
 
 
+def test_all_combinations_at_once(folders: dict[str, Any]) -> None:
+    """Catches answers one at a time, and rules that echo a value which could not be read."""
+    faults = faults_of(**folders, is_lowbit=True, mindie_format=True, target="both", anti_alpha=1, w4a8_scope="all")
+    assert [fault.split("\n")[0] for fault in faults] == [
+        "--is_lowbit True",
+        "--mindie_format with --target both",
+        "--anti_alpha 1 with --anti_method m2",
+        "--w4a8_scope all with --w_bit 8",
+    ]
+    faults = faults_of(**folders, w_bit=5, is_lowbit=True, w4a8_scope="all", anti_alpha=1)
+    assert [fault.split("\n")[0] for fault in faults] == ["--w_bit 5", "--anti_alpha 1 with --anti_method m2"]
+
+
+def test_strict_target_knows_versions(folders: dict[str, Any]) -> None:
+    """Catches --strict_target that refuses what loads, lets pass what does not, or judges an exclusion unseen."""
+    strict = {**folders, **W4A8, "strict_target": True}
+    assert Options.from_user(**strict, target="vllm-ascend@0.18").strict_target
+    (fault,) = faults_of(**strict, target="vllm-ascend@0.27")
+    assert "0.27" in fault and "W4A8_DYNAMIC" in fault
+    assert Options.from_user(**strict, w4a8_scope="all", exclude=["visual.*", "*.[qkv]_proj"]).exclude
+
+
 @pytest.mark.parametrize(
-    ("chosen", "named"),
+    ("chosen", "scheme", "target"),
     [
-        ({"anti_method": "m4"}, "--anti_method m4"),
-        ({"act_method": 3}, "--act_method 3"),
-        ({"is_dynamic": True}, "W8A8_DYNAMIC"),
-        (W4A8, "W4A8_DYNAMIC"),
-        ({"mindie_format": True}, "--mindie_format"),
-        ({"target": "mindie"}, "--target mindie"),
-        ({"device_type": "npu"}, "--device_type npu"),
-        ({"device_type": "cuda"}, "--device_type cuda"),
+        ({}, Scheme.W8A8, "both"),
+        ({"is_dynamic": True}, Scheme.W8A8_DYNAMIC, "vllm-ascend"),
+        (W4A8, Scheme.W4A8_DYNAMIC, "vllm-ascend"),
+        ({"mindie_format": True}, Scheme.W8A8, "mindie"),
+        ({"is_dynamic": True, "mindie_format": True}, Scheme.W8A8_DYNAMIC, "mindie"),
+        ({**W4A8, "target": "vLLM-Ascend@0.18"}, Scheme.W4A8_DYNAMIC, "vllm-ascend@0.18"),
+        ({"target": "mindie@2.2", "mindie_format": True}, Scheme.W8A8, "mindie@2.2"),
     ],
 )
-def test_not_yet(folders: dict[str, Any], chosen: dict[str, Any], named: str) -> None:
-    """Catches an option without work behind it that is accepted and silently ignored."""
-    (fault,) = faults_of(**folders, **chosen)
-    assert fault.startswith("not yet") and named in fault
-
-
-def test_scheme_and_target_of_what_comes_later(tmp_path: Path) -> None:
+def test_scheme_and_target(folders: dict[str, Any], chosen: dict[str, Any], scheme: Scheme, target: str) -> None:
     """Catches flags that select another scheme or engine than the table says."""
-    here = {"model_path": tmp_path, "save_directory": tmp_path}
-    assert Options(**here, **W4A8).scheme is Scheme.W4A8_DYNAMIC
-    assert Options(**here, is_dynamic=True).scheme is Scheme.W8A8_DYNAMIC
-    assert Options(**here, is_dynamic=True).engine_target == "vllm-ascend"
-    assert Options(**here, mindie_format=True).engine_target == "mindie"
-    assert Options(**here, target="vllm-ascend").engine_target == "vllm-ascend"
+    options = Options.from_user(**folders, **chosen)
+    assert (options.scheme, options.engine_target) == (scheme, target)
+
+
+def test_patterns(folders: dict[str, Any]) -> None:
+    """Catches one pattern that is taken for its letters, lost order, and patterns that no pipeline text could carry."""
+    assert Options.from_user(**folders, exclude="*.o_proj").exclude == ("*.o_proj",)
+    several = ["b*", "a?", "b*", "[qk]"]
+    assert Options.from_user(**folders, include=several).include == ("b*", "a?", "[qk]")
+    assert Options.from_user(**folders, include=()).include == ()
+    for bad in ("a,b", "a;b", "a b", "{a}", ""):
+        (fault,) = faults_of(**folders, exclude=["fine", bad])
+        assert "--exclude" in fault.split("what to do")[0] and repr(bad) in fault
+    (fault,) = faults_of(**folders, include=[3])
+    assert "list of patterns" in fault
 
 
 def test_without_paths() -> None:

@@ -9,7 +9,8 @@ from naive_w8a8 import load_float, logits, signal_to_noise
 import vlqc
 
 NAIVE = (7.0, 13.0)  # dB without smoothing: what makes such a checkpoint worth smoothing
-SMOOTHED = 28.0  # dB with m2; the reference tool reaches 26.95 to 28.14 on one like it
+SMOOTHED = 28.0  # dB with m2 or m4; the reference tool reaches 26.95 to 28.14, and 22.84, on one like it
+DYNAMIC = 33.0  # dB with m2; the reference tool reaches 32.73
 
 
 @pytest.mark.every_transformers
@@ -29,3 +30,5 @@ def test_smoothing_keeps_the_logits(tmp_path: Path, seed: int) -> None:
     assert NAIVE[0] < sqnr(anti_method="none", act_method=1) < NAIVE[1]
     assert sqnr(act_method=1) > SMOOTHED
     assert sqnr() > SMOOTHED
+    assert sqnr(anti_method="m4") > SMOOTHED
+    assert sqnr(is_dynamic=True) > DYNAMIC

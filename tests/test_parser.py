@@ -14,7 +14,7 @@ from torch import fx
 
 from vlqc.engines import Scheme
 from vlqc.errors import UserError
-from vlqc.ir import InputQuantization, Stage, summarize
+from vlqc.ir import InputQuantization, Stage, WeightQuantization, summarize
 from vlqc.notation import Unknown, literal
 from vlqc.parser import parse_stage
 from vlqc.printer import print_stage
@@ -45,7 +45,7 @@ def test_facts_survive() -> None:
     assert parsed.sites["visual.blocks.0.mlp.down"].reason == 'kept "float" by request'
     weight = stage.sites[qkv.name].weight
     assert weight is not None
-    assert parsed.summaries.weights[qkv.name] == (summarize(weight.integers), summarize(weight.scale))
+    assert parsed.summaries.weights[qkv.name] == [summarize(weight.integers), summarize(weight.scale)]
     assert parsed.tensors["visual.blocks.0.norm1.weight"] == summarize(stage.live.get_parameter("norm1.weight"))
     assert parsed.summaries.observations["mul"].rows == {"text": 2, "image": 1}
     original = {node.name: node for node in stage.graph.nodes}
@@ -56,6 +56,53 @@ def test_facts_survive() -> None:
         if node.op == "call_function":
             assert node.target is original[node.name].target
     parsed.graph.lint()
+
+
+def in_groups() -> Stage:
+    """The decided stage with gate and up in 4-bit groups, and a qkv that gained a bias."""
+    stage = decided()
+    stage.sites["visual.blocks.0.attn.qkv"].gained_bias = True
+    for name in ("gate", "up"):
+        site = stage.sites[f"visual.blocks.0.mlp.{name}"]
+        assert site.weight is not None
+        site.scheme, site.group_size, site.input, site.reason = Scheme.W4A8_DYNAMIC, 2, None, "by request"
+        site.weight = WeightQuantization(site.weight.integers.clamp(-8, 7), site.weight.scale, torch.ones(6, 2) / 4)
+    return stage
+
+
+def test_groups_and_gained_biases_survive() -> None:
+    """Facts of 4-bit weights and of added biases that are printed and lost, or read as something else."""
+    stage = in_groups()
+    text = print_stage(stage)
+    parsed = parse_stage(text)
+    assert print_stage(parsed) == text
+    up, qkv = parsed.sites["visual.blocks.0.mlp.up"], parsed.sites["visual.blocks.0.attn.qkv"]
+    assert (up.scheme, up.group_size, up.gained_bias, up.reason) == (Scheme.W4A8_DYNAMIC, 2, False, "by request")
+    assert (qkv.scheme, qkv.group_size, qkv.gained_bias) == (Scheme.W8A8, None, True)
+    weight = stage.sites[up.name].weight
+    assert weight is not None
+    assert parsed.summaries.weights[up.name] == [summarize(part) for part in weight.tensors()]
+    assert len(parsed.summaries.weights[up.name]) == 3 and len(parsed.summaries.weights[qkv.name]) == 2
+
+
+GROUP_FAULTS = [
+    ("group_size=2", "group_size=two", "expected ' group_size=' and a whole number", " group_size=two"),
+    (" gained_bias", " gained_biases", "expected the end of the line", " gained_biases"),
+    (" group_scale(", " group_scales(", "expected group_scale(", " group_scales("),
+    ("scheme=W4A8_DYNAMIC group_size=2", "scheme=W4A8_DYNAMIC", "expected the end of the line", " group_scale("),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "what", "under"), GROUP_FAULTS, ids=[new for _, new, _, _ in GROUP_FAULTS])
+def test_faults_of_groups_point_at_the_place(old: str, new: str, what: str, under: str) -> None:
+    """A slip in the new words that is passed over in silence: the site would lose its groups or its bias."""
+    text = print_stage(in_groups())
+    assert old in text
+    with pytest.raises(UserError) as caught:
+        parse_stage(text.replace(old, new, 1))
+    (fault,) = caught.value.faults
+    _, shown, caret = fault.where.split("\n")
+    assert what in fault.what and shown[caret.index("^") :].startswith(under)
 
 
 # ---- generated graphs ------------------------------------------------------------------------------------------------

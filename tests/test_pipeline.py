@@ -15,8 +15,18 @@ from little_stage import decided, traced
 from vlqc.engines import Scheme
 from vlqc.errors import InternalError, UserError
 from vlqc.ir import Stage
+from vlqc.options import Options
 from vlqc.parser import parse_stage
-from vlqc.pipeline import REGISTRY, Pass, PassManager, load_pass, parse_pipeline, print_pipeline
+from vlqc.pipeline import (
+    REGISTRY,
+    Pass,
+    PassManager,
+    check_order,
+    load_pass,
+    parse_pipeline,
+    pipeline_text,
+    print_pipeline,
+)
 from vlqc.printer import print_stage
 
 # ---- text ------------------------------------------------------------------------------------------------------------
@@ -51,12 +61,21 @@ def third_party(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(REGISTRY, "every-option", f"{__name__}:EveryOption")
 
 
+NARROWER = {  # options that take fewer values than their type has
+    "target": st.sampled_from(["vllm-ascend", "vllm-ascend@0.18", "mindie@2.2.RC1", "both"]),
+    "alpha": st.none() | st.floats(0, 1),
+    "bound": st.floats(1, allow_nan=False),
+}
+
+
 def options_of(kind: type[Pass]) -> st.SearchStrategy[Pass]:
     """Instances of a pass with any value in each of its options."""
     values: dict[str, st.SearchStrategy[Any]] = {}
     for field in dataclasses.fields(kind):
         wanted = typing.get_type_hints(kind)[field.name]
-        if typing.get_origin(wanted) is Literal:
+        if field.name in NARROWER:
+            values[field.name] = NARROWER[field.name]
+        elif typing.get_origin(wanted) is Literal:
             values[field.name] = st.sampled_from(typing.get_args(wanted))
         elif wanted in (int, bool):
             values[field.name] = st.integers(14, 10**9) if wanted is int else st.booleans()
@@ -109,7 +128,7 @@ def test_all_faults_at_once() -> None:
         parse_pipeline("smoth-m2,every-option{cout=3,count=x,share=y,word=fer,switch=si},quantize-weights{bits=4}")
     faults = [(fault.what, fault.why + fault.fix) for fault in caught.value.faults]
     expected = [
-        ("unknown pass 'smoth-m2'", "did you mean smooth-m2?"),
+        ("unknown pass 'smoth-m2'", "did you mean smooth-m2 or smooth-m4?"),
         ("every-option has no option 'cout=3'", "did you mean count?"),
         ("every-option: count=x cannot be used", "a whole number is wanted"),
         ("every-option: share=y cannot be used", "a number is wanted"),
@@ -140,6 +159,113 @@ def test_malformed_text(text: str, what: str) -> None:
     with pytest.raises(UserError) as caught:
         parse_pipeline(text)
     assert what in caught.value.faults[0].what
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("smooth-m4{alpha=1.5}", "alpha must lie between 0 and 1"),
+        ("smooth-m4{alpha=nan}", "alpha must lie between 0 and 1"),
+        ("smooth-m4{rounds=0}", "rounds and confirm must be 1 or more"),
+        ("smooth-m4{bound=0.5}", "bound must be 1 or more"),
+        ("smooth-m2{candidates=0}", "candidates and confirm must be 1 or more"),
+        ("insert-observers{tokens=0}", "tokens and megabytes must be 1 or more"),
+        ("assign-precision{group_size=0}", "group_size must be 1 or more"),
+        ("assign-precision{target=vllm}", "known are vllm-ascend, mindie, both"),
+    ],
+)
+def test_options_that_no_pass_can_use(text: str, why: str) -> None:
+    """A number that would divide by zero, or search nothing, hours later: refused with the text it came in."""
+    with pytest.raises(UserError) as caught:
+        parse_pipeline(text)
+    (fault,) = caught.value.faults
+    assert fault.why == why
+
+
+# ---- order -----------------------------------------------------------------------------------------------------------
+
+BEGIN, END = "insert-observers,assign-precision,", "quantize-activations,quantize-weights,lower-linears"
+
+
+@pytest.mark.parametrize(
+    ("text", "faults"),
+    [
+        (BEGIN + END, []),
+        ("insert-observers,smooth-m2,assign-precision,smooth-m4," + END, []),  # searched as static, then as assigned
+        (BEGIN + "shift-norms,smooth-m4,smooth-m4," + END, []),
+        ("insert-observers", []),
+        (END, ["quantize-activations needs insert-observers", "quantize-activations needs assign-precision"]),
+        ("insert-observers,shift-norms,assign-precision," + END, ["shift-norms needs assign-precision before it"]),
+        (BEGIN + END + ",smooth-m4", ["smooth-m4 stands after quantize-activations"]),
+        (BEGIN + "lower-linears", ["lower-linears needs quantize-weights before it"]),
+        (BEGIN + "quantize-weights,quantize-activations", ["quantize-activations stands after quantize-weights"]),
+        ("assign-precision", ["the pipeline lacks insert-observers"]),
+    ],
+)
+def test_order(text: str, faults: list[str]) -> None:
+    """A pipeline that fails in the middle of the first stage, after the model was read: said before anything starts."""
+    passes = parse_pipeline(text)
+    if not faults:
+        check_order(passes)
+        return
+    with pytest.raises(UserError) as caught:
+        check_order(passes)
+    found = [fault.what for fault in caught.value.faults]
+    assert all(any(what.startswith(wanted) for what in found) for wanted in faults), found
+    assert all(fault.fix and fault.where == "--pipeline" for fault in caught.value.faults)
+
+
+# ---- what the options build ------------------------------------------------------------------------------------------
+
+FOUR_BITS = {"w_bit": 4, "is_lowbit": True, "is_dynamic": True, "open_outlier": False}
+PRESETS: list[tuple[dict[str, Any], str]] = [
+    ({}, BEGIN + "smooth-m2," + END),
+    ({"anti_method": "m4"}, BEGIN + "smooth-m4," + END),
+    ({"anti_method": "m4", "anti_alpha": 0.5}, BEGIN + "smooth-m4{alpha=0.5}," + END),
+    ({"anti_method": "none"}, BEGIN + END),
+    (
+        {"shift": True},  # the engines store a norm's bias under different names, so for one of them
+        "insert-observers,assign-precision{target=vllm-ascend},shift-norms,smooth-m2," + END,
+    ),
+    (
+        {"shift": True, "mindie_format": True, "anti_method": "m4"},
+        "insert-observers,assign-precision{target=mindie},shift-norms,smooth-m4," + END,
+    ),
+    ({"act_method": 1}, BEGIN + "smooth-m2," + END.replace("activations", "activations{method=minmax}")),
+    ({"act_method": 3}, BEGIN + "smooth-m2," + END.replace("activations", "activations{method=automatic}")),
+    (
+        {"is_dynamic": True},
+        "insert-observers,assign-precision{scheme=W8A8_DYNAMIC,target=vllm-ascend},smooth-m2," + END,
+    ),
+    (
+        {"is_dynamic": True, "target": "MindIE@2.2"},
+        "insert-observers,assign-precision{scheme=W8A8_DYNAMIC,target=mindie@2.2},smooth-m2," + END,
+    ),
+    (
+        {**FOUR_BITS, "group_size": 256, "anti_method": "m4"},
+        "insert-observers,assign-precision{scheme=W4A8_DYNAMIC,group_size=256,target=vllm-ascend},smooth-m4," + END,
+    ),
+    (
+        {**FOUR_BITS, "w4a8_scope": "all"},
+        "insert-observers,assign-precision{scheme=W4A8_DYNAMIC,target=vllm-ascend,scope=all},smooth-m2," + END,
+    ),
+    ({"mindie_format": True}, "insert-observers,assign-precision{target=mindie},smooth-m2," + END),
+    (
+        {"exclude": ["*.o_proj", "visual.*"], "include": "*.down_proj"},
+        "insert-observers,assign-precision{exclude=*.o_proj;visual.*,include=*.down_proj},smooth-m2," + END,
+    ),
+    ({"pipeline": " insert-observers ,\n smooth-m4{ alpha = 0.50 }"}, "insert-observers,smooth-m4{alpha=0.5}"),
+]
+
+
+@pytest.mark.parametrize(("given", "text"), PRESETS, ids=[str(given) for given, _ in PRESETS])
+def test_presets(given: dict[str, Any], text: str) -> None:
+    """An option that reaches no pass, or the wrong one; passes in an order in which they cannot run."""
+    built = pipeline_text(Options.without_paths(**given))
+    assert built == text
+    assert print_pipeline(parse_pipeline(built)) == built
+    if "pipeline" not in given:
+        check_order(parse_pipeline(built))
 
 
 # ---- the manager -----------------------------------------------------------------------------------------------------

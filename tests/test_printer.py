@@ -1,6 +1,7 @@
 """The text of a stage: what it shows, and that it changes exactly when the stage does."""
 
 import ast
+import dataclasses
 import operator
 from collections.abc import Callable
 
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from little_stage import decided, lowered, traced
 from torch import fx, nn
 
-from vlqc.ir import EdgeSummary, Stage
+from vlqc.engines import Scheme
+from vlqc.ir import EdgeSummary, InputQuantization, Site, Stage, WeightQuantization
 from vlqc.notation import find_function, function_name, literal, quote
 from vlqc.parser import parse_stage
 from vlqc.printer import print_stage
@@ -60,6 +62,40 @@ def test_no_edges_found_differs_from_not_looked() -> None:
     assert "edges {\n}\n" in print_stage(stage) and "edges" not in without
     assert parse_stage(print_stage(stage)).summaries.edges == ()
     assert parse_stage(without).summaries.edges is None
+
+
+def test_every_fact_of_a_site_shows() -> None:
+    """A fact that a pass may change and the text leaves out: the manager would call the pass a liar, or not notice."""
+    changes: dict[str, Callable[[Site], None]] = {
+        "scheme": lambda site: setattr(site, "scheme", Scheme.W8A8_DYNAMIC),
+        "group_size": lambda site: setattr(site, "group_size", 64),
+        "gained_bias": lambda site: setattr(site, "gained_bias", True),
+        "reason": lambda site: setattr(site, "reason", "else"),
+        "input": lambda site: setattr(site, "input", InputQuantization(0.5, 0.0)),
+        "integers": lambda site: set_part(site, 0),
+        "scale": lambda site: set_part(site, 1),
+        "group_scale": lambda site: set_part(site, 2),
+    }
+    known = {field.name for field in dataclasses.fields(Site)} - {"name", "target", "source", "shape"}
+    assert known - {"weight"} == set(changes) - {"integers", "scale", "group_scale"}
+    for what, change in changes.items():
+        stage = decided()
+        site = stage.sites["visual.blocks.0.mlp.up"]
+        if what == "group_scale":
+            set_part(site, 2)
+        before = print_stage(stage, tensors=False).splitlines()
+        change(site)
+        after = print_stage(stage, tensors=False).splitlines()
+        changed = [line for line, other in zip(before, after, strict=True) if line != other]
+        assert len(changed) == 1 and changed[0].startswith('  "visual.blocks.0.mlp.up" '), what
+
+
+def set_part(site: Site, number: int) -> None:
+    """Adds 1 to a tensor of a site's weight; the group scales are made of ones where there are none."""
+    assert site.weight is not None
+    parts = [*site.weight.tensors(), torch.zeros(6, 2)][:3]
+    parts[number] = parts[number] + 1
+    site.weight = WeightQuantization(*parts[: max(number + 1, len(site.weight.tensors()))])
 
 
 @pytest.mark.parametrize(

@@ -36,14 +36,14 @@ def test_plain_lines_with_the_time_left() -> None:
     assert lines[0] == "4 stages, 2 samples"
     assert lines[1] == "stage 1 of 4 done (blocks.0), 10.0 s elapsed, 30.0 s left"
     assert lines[4] == "stage 4 of 4 done (blocks.3), 40.0 s elapsed, 0.0 s left"
-    assert lines[5:] == ["note: a [note]"]
+    assert lines[5:] == []  # notes wait for the summary
 
 
 def test_quick_stages_do_not_flood_a_log() -> None:
     """Catches a line per stage when stages take no time; the last one is always told."""
     shown = io.StringIO()
     report(TerminalProgress(Console(file=shown), clock=lambda: 0.0))
-    assert [line.split(" done")[0] for line in shown.getvalue().splitlines()[1:-1]] == ["stage 4 of 4"]
+    assert [line.split(" done")[0] for line in shown.getvalue().splitlines()[1:]] == ["stage 4 of 4"]
 
 
 def test_live_bar_says_stage_and_pass() -> None:
@@ -57,6 +57,13 @@ def test_live_bar_says_stage_and_pass() -> None:
     assert "blocks.0: smooth-m2" in shown.getvalue() and "1/2" in shown.getvalue()
     progress.finish()
     assert "\x1b[?25h" in shown.getvalue()  # the cursor is back
+
+
+def test_a_warning_comes_at_once() -> None:
+    """Catches a warning of several lines that waits for hours, hides in one line, or is taken for colour markup."""
+    shown = io.StringIO()
+    TerminalProgress(Console(file=shown, width=30)).note("no version of [E] loads this\nwhy: a\n  what to do: b")
+    assert shown.getvalue() == "warning: no version of [E] loads this\n  why: a\n  what to do: b\n"
 
 
 def test_silence() -> None:

@@ -17,7 +17,14 @@ from vlqc.kernels_ref.quantize import activation_scale_and_offset
 from vlqc.passes.assign_precision import AssignPrecision
 from vlqc.passes.error_model import balanced
 from vlqc.passes.insert_observers import InsertObservers, add_rows
-from vlqc.passes.quantize_activations import BINS, SHARES, QuantizeActivations, clipped_range, weighted_histogram
+from vlqc.passes.quantize_activations import (
+    BINS,
+    SHARES,
+    QuantizeActivations,
+    clipped_range,
+    output_error,
+    weighted_histogram,
+)
 
 DTYPES = [torch.bfloat16, torch.float16]
 
@@ -189,7 +196,7 @@ def test_minmax_covers_everything(dtype: torch.dtype) -> None:
         assert 255 * scale <= 1.02 * (max(high, 0) - min(low, 0))  # and is no wider than dtype makes it
 
 
-@pytest.mark.parametrize("method", ["minmax", "histogram"])
+@pytest.mark.parametrize("method", ["minmax", "histogram", "automatic"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_groups_share_one_representable_scale(method: str, dtype: torch.dtype) -> None:
     """q, k and v with scales of their own; a scale that changes when it is stored; an offset that is not integral."""
@@ -221,7 +228,7 @@ def test_all_members_of_a_group_have_their_say() -> None:
     assert ranges[1] > 5 * ranges[0]
 
 
-@pytest.mark.parametrize("method", ["minmax", "histogram"])
+@pytest.mark.parametrize("method", ["minmax", "histogram", "automatic"])
 @pytest.mark.parametrize(("low", "high"), [(0.0, 0.0), (2.0, 3.0), (-3.0, -2.0)])
 def test_one_sided_and_zero_inputs(low: float, high: float, method: str) -> None:
     """A range that does not hold zero exactly (padding would turn into a bias), or a scale of zero."""
@@ -245,6 +252,74 @@ def test_float_sites_stay_without() -> None:
     undecided = through(decoder(), InsertObservers())
     assert QuantizeActivations().run(undecided) is False
     assert all(site.input is None for site in undecided.sites.values())
+
+
+# ---- automatic -------------------------------------------------------------------------------------------------------
+
+
+def test_output_error_against_numpy() -> None:
+    """An error of the input, of one modality, or of another grid: x W^T in float64 with x rounded as engines round."""
+    text, image = rows_of(3, "normal"), 10 * rows_of(4, "normal")[:7]
+    seen = observation(text, image)
+    weight = torch.randn(6, 8, generator=torch.Generator().manual_seed(5))
+    for low, high in ((-12.0, 12.0), (-3.0, 2.0)):
+        grid = InputQuantization(*activation_scale_and_offset(low, high, torch.bfloat16))
+        share = np.concatenate([np.full(64, 0.5 / 64), np.full(7, 0.5 / 7)])
+        values = torch.cat([text, image]).double().numpy()
+        error = (numpy_rounded(values, low, high, torch.bfloat16) - values) @ weight.double().numpy().T
+        expected = float(((error**2).sum(1) * share).sum())
+        assert output_error(seen, weight, grid) == pytest.approx(expected, rel=0.02)
+
+
+def wide_row() -> torch.Tensor:
+    """float32 [512, 512] within 1, but for four values of 1.25 in one row."""
+    rows = torch.rand(512, 512, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    rows[100, :4] = 1.25
+    return rows
+
+
+@pytest.mark.parametrize("signs", [[1.0, 1.0, 1.0, 1.0], [1.0, -1.0, 1.0, -1.0]])
+def test_automatic_takes_the_smaller_measured_error(signs: list[float]) -> None:
+    """Always the one method, or the worse of the two: four clipped values add up in an output, or cancel each other.
+
+    The histogram sees the same mass in both cases and clips; only the outputs themselves can tell.
+    """
+    seen, weight = observation(wide_row()), torch.ones(8, 512)
+    weight[:, :4] = torch.tensor(signs)
+    chosen = {
+        method: QuantizeActivations(method=method)._choose(seen, [weight], torch.bfloat16)
+        for method in ("minmax", "histogram", "automatic")
+    }
+    assert chosen["histogram"].scale < 0.97 * chosen["minmax"].scale
+    better = "minmax" if len(set(signs)) == 1 else "histogram"
+    assert chosen["automatic"] == chosen[better]
+    errors = {method: output_error(seen, weight, grid) for method, grid in chosen.items()}
+    assert errors["automatic"] == min(errors.values()) < 0.95 * max(errors.values())
+
+
+@pytest.mark.parametrize("outliers", [False, True])
+def test_automatic_is_never_worse_than_either(outliers: bool) -> None:
+    """A group that is judged by another group's rows or weights: every group of a stage, with its own."""
+    stages = {
+        method: through(observed(decoder(outliers=outliers)), QuantizeActivations(method=method))
+        for method in ("minmax", "histogram", "automatic")
+    }
+    for source, members in stages["automatic"].groups().items():
+        weight = torch.cat([stages["automatic"].linear(site).weight for site in members])
+        errors = {}
+        for method, stage in stages.items():
+            (quantization,) = {site.input for site in stage.groups()[source]}
+            assert quantization is not None
+            errors[method] = output_error(stage.observations[source], weight, quantization)
+        assert errors["automatic"] == min(errors.values())
+
+
+@pytest.mark.parametrize("scheme", [Scheme.W8A8_DYNAMIC, Scheme.W4A8_DYNAMIC])
+def test_per_token_sites_get_no_static_range(scheme: Scheme) -> None:
+    """An input scale on a site whose scale is found at run time: it would be lowered and emitted as static."""
+    stage = observed(decoder(), scheme)
+    assert QuantizeActivations().run(stage) is False
+    assert all(site.input is None for site in stage.sites.values())
 
 
 def test_second_run_changes_nothing() -> None:

@@ -6,15 +6,17 @@ import numpy as np
 import pytest
 import torch
 from exact_stage import text_after
-from random_stage import decoder, observed, quantized, site, through
+from random_stage import GROUP_SIZE, decoder, observed, quantized, site, through
 
 from vlqc.engines import Scheme
+from vlqc.errors import UserError
+from vlqc.ir import Stage, WeightQuantization
 from vlqc.kernels_ref.linear import StaticQuantLinear
 from vlqc.passes.assign_precision import AssignPrecision
 from vlqc.passes.insert_observers import InsertObservers
 from vlqc.passes.lower_linears import LowerLinears
 from vlqc.passes.quantize_activations import QuantizeActivations
-from vlqc.passes.quantize_weights import QuantizeWeights
+from vlqc.passes.quantize_weights import QuantizeWeights, emitted_bias
 
 
 def test_golden(golden: Callable[[str, str], None]) -> None:
@@ -88,3 +90,93 @@ def test_second_run_tells_the_truth() -> None:
     stage.live.get_parameter("mlp.up_proj.weight")[3, 3] += 0.5
     assert QuantizeWeights().run(stage) is True
     assert site(stage, "mlp.up_proj").scheme == Scheme.W8A8
+
+
+# ---- per token and in groups -----------------------------------------------------------------------------------------
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+
+
+@DTYPES
+def test_dynamic_scales_are_values_of_the_dtype(dtype: torch.dtype) -> None:
+    """Integers that belong to another scale than the stored one: engines read a W8A8_DYNAMIC scale in the dtype."""
+    stage = through(observed(decoder(dtype=dtype, outliers=True), Scheme.W8A8_DYNAMIC), QuantizeWeights())
+    for it in stage.sites.values():
+        assert it.weight is not None and it.weight.group_scale is None and it.input is None
+        weight, scale = stage.linear(it).weight.double().numpy(), it.weight.scale.double().numpy()
+        assert (
+            torch.equal(it.weight.scale, it.weight.scale.to(dtype).float()) and it.weight.scale.dtype == torch.float32
+        )
+        absmax = np.abs(weight).max(1, keepdims=True)
+        assert (scale >= absmax / 127 * (1 - 1e-6)).all() and (scale <= absmax / 127 * (1 + 2.0**-7)).all()
+        np.testing.assert_array_equal(it.weight.integers, np.rint(weight / scale))
+        assert (np.abs(weight - it.weight.integers.numpy() * scale) <= 0.5001 * scale).all()
+
+
+@DTYPES
+def test_groups_against_their_bound(dtype: torch.dtype) -> None:
+    """A scale per row instead of per group, groups along the wrong side, integers beyond 4 bits, more than half a step.
+
+    Steps are bounded from above by what covers a group: its largest weight at 7, so at most a bit more than absmax / 7.
+    """
+    stage = through(observed(decoder(dtype=dtype, outliers=True), Scheme.W4A8_DYNAMIC), QuantizeWeights())
+    for it in stage.sites.values():
+        assert it.weight is not None and it.weight.group_scale is not None and it.group_size == GROUP_SIZE
+        rows, columns = it.shape
+        assert it.weight.scale.shape == (rows, 1) and it.weight.group_scale.shape == (rows, columns // GROUP_SIZE)
+        for scale in (it.weight.scale, it.weight.group_scale):
+            assert (
+                scale.dtype == torch.float32 and torch.equal(scale, scale.to(dtype).float()) and float(scale.min()) > 0
+            )
+        integers = it.weight.integers.numpy().astype(np.float64)
+        assert integers.min() >= -8 and integers.max() <= 7 and np.abs(integers).max() >= 7
+        weight = stage.linear(it).weight.double().numpy()
+        groups = weight.reshape(rows, -1, GROUP_SIZE)
+        step = (it.weight.scale.double() * it.weight.group_scale.double()).numpy()
+        error = np.abs(groups - integers.reshape(groups.shape) * step[:, :, None])
+        assert (error <= 0.5 * step[:, :, None] * (1 + 1e-5)).all()
+        assert (step <= np.abs(groups).max(2) / 7 * (1 + 2.0**-6)).all()
+        np.testing.assert_array_equal(
+            integers, np.clip(np.rint(groups / step[:, :, None]), -8, 7).reshape(weight.shape)
+        )
+
+
+def test_groups_without_a_size() -> None:
+    """A pipeline that sets the scheme by itself: a sentence about the site, not a TypeError in the arithmetic."""
+    stage = through(observed(decoder(), Scheme.W4A8_DYNAMIC))
+    site(stage, "self_attn.o_proj").group_size = None
+    with pytest.raises(UserError, match=r"self_attn\.o_proj has no group size"):
+        QuantizeWeights().run(stage)
+
+
+@pytest.mark.parametrize("scheme", [Scheme.W8A8_DYNAMIC, Scheme.W4A8_DYNAMIC])
+def test_second_run_of_other_schemes(scheme: Scheme) -> None:
+    """A comparison that looks at integers only: a changed scale of any level has to be noticed."""
+    stage = through(observed(decoder(), scheme), QuantizeWeights())
+    assert QuantizeWeights().run(stage) is False
+    for number in range(len(rounded_parts(stage))):
+        it = site(stage, "mlp.up_proj")
+        assert it.weight is not None
+        parts = [part.clone() for part in it.weight.tensors()]
+        parts[number] += 1
+        it.weight = WeightQuantization(*parts)
+        assert QuantizeWeights().run(stage) is True and QuantizeWeights().run(stage) is False
+
+
+def rounded_parts(stage: Stage) -> list[torch.Tensor]:
+    weight = site(stage, "mlp.up_proj").weight
+    assert weight is not None
+    return weight.tensors()
+
+
+def test_bias_as_it_is_stored() -> None:
+    """A bias that a pass added is stored nowhere but in quant_bias: rounding it to bfloat16 would only lose."""
+    stage = observed(decoder())
+    it = site(stage, "self_attn.q_proj")
+    stage.linear(it).bias.fill_(1.003)
+    stored = emitted_bias(stage, it)
+    assert stored is not None and torch.equal(stored, torch.ones(32))
+    it.gained_bias = True
+    exact = emitted_bias(stage, it)
+    assert exact is not None and torch.equal(exact, torch.full((32,), 1.003))
+    assert emitted_bias(stage, site(stage, "self_attn.o_proj")) is None

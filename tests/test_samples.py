@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vlqc.errors import UserError
-from vlqc.samples import check_samples
+from vlqc.samples import checked_samples
 
 Sample = dict[str, Any]
 
@@ -30,7 +30,7 @@ class Model(nn.Module):
 def faults_of(*samples: Any) -> list[tuple[str, str]]:
     """(where, what) of every fault."""
     with pytest.raises(UserError) as caught:
-        check_samples(samples, Model())
+        checked_samples(samples, Model())
     return [(fault.where, fault.what) for fault in caught.value.faults]
 
 
@@ -43,13 +43,13 @@ def test_good_samples_pass() -> None:
     small = {
         name: value.int() if not value.is_floating_point() else value for name, value in tiny.made_up((4, 4)).items()
     }
-    check_samples([*tiny.mixed_samples(), padded, typed, small], Model())
+    checked_samples([*tiny.mixed_samples(), padded, typed, small], Model())
 
 
 @pytest.mark.every_transformers
 def test_good_samples_pass_with_the_real_model() -> None:
     """Catches an attribute of the configuration that a transformers version names otherwise."""
-    check_samples(tiny.mixed_samples(), tiny.float_model().module)
+    checked_samples(tiny.mixed_samples(), tiny.float_model().module)
 
 
 def without(name: str) -> Callable[[Sample], None]:

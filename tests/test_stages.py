@@ -129,6 +129,7 @@ def test_a_block_that_needs_real_weights_to_be_traced(tmp_path: Path) -> None:
         setattr(block.get_submodule(owner), last, nn.Parameter(parameter.to("meta"), requires_grad=False))
     model = FloatModel.__new__(FloatModel)
     model.module, model.canonical, model._path = block, lambda name: name.lstrip("."), {block: ""}
+    model.device = torch.device("cpu")
     stop = Stop("block", block, [Call(0, (torch.ones(2, 4),), {})])
     with live_stage(model, stop, torch.bfloat16, stored.__getitem__) as stage:
         assert [site.target for site in stage.sites.values()] == ["up", "down"]

@@ -1,20 +1,20 @@
 """A folder of pictures, one picture, or JSON lines -> the model inputs on which a checkpoint is calibrated."""
 
-import json
-from collections.abc import Iterator
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from vlqc.errors import Fault, UserError, near_miss
-from vlqc.model_inputs import ModelInputs
-from vlqc.pictures import PICTURE_ENDINGS, BadPicture, is_picture, read_picture
+from vlqc.calibration_sources import Request, list_requests
+from vlqc.errors import Fault, UserError
+from vlqc.model_inputs import ModelInputs, Patches
+from vlqc.options import Options
+from vlqc.pictures import BadPicture, is_video, read_picture
+from vlqc.token_budget import share_budget
 
-PROMPT = "Please describe this picture in detail."
 ADVISED_PICTURES = 30
-LINE_KEYS = ("image", "prompt", "response")
 
 
 @dataclass(frozen=True)
@@ -29,148 +29,158 @@ class Calibration:
     notes: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Request:
-    """One sample before it is read: its pictures, what is asked about them, what is answered, where that is written."""
-
-    pictures: tuple[Path, ...]
-    prompt: str = PROMPT
-    response: str | None = None
-    where: str = ""
+def load_calibration(options: Options) -> Calibration:
+    """What the user's options say of calibration -> the samples. UserError as `load_samples`."""
+    return load_samples(
+        options.model_path,
+        options.calib_images,
+        trust_remote_code=options.trust_remote_code,
+        skip_bad_images=options.skip_bad_images,
+        max_samples=options.max_samples,
+        seed=options.seed,
+        max_tokens=options.max_tokens,
+    )
 
 
 def load_samples(
-    model_path: Path, calib_images: Path, *, trust_remote_code: bool = False, skip_bad_images: bool = False
+    model_path: Path,
+    calib_images: Path,
+    *,
+    trust_remote_code: bool = False,
+    skip_bad_images: bool = False,
+    max_samples: int | None = None,
+    seed: int = 0,
+    max_tokens: int | None = None,
 ) -> Calibration:
     """Pictures or JSON lines, and the model's folder -> Calibration. Reads local files only, one picture at a time.
 
-    Raises UserError with all unusable samples at once; with `skip_bad_images` each becomes a note, as long as one
-    sample is left. Of a .jsonl file every bad line is named; those are never skipped.
+    max_samples: where there are more, `seed` chooses that many; they keep their order, and no other picture is read.
+    max_tokens: the most tokens of one sample; its pictures are made smaller until it fits.
+    Raises UserError with all unusable samples at once. With `skip_bad_images` every unreadable picture becomes a note,
+    and the next sample in the order of `seed` takes the place of its own, as long as one is left; text that does not do
+    is never skipped. Of a .jsonl file every bad line is named.
     """
     requests = list_requests(calib_images)
     inputs = ModelInputs(model_path, trust_remote_code=trust_remote_code)
-    samples: list[dict[str, torch.Tensor]] = []
-    faults: list[Fault] = []
-    pictures = 0
-    for request in requests:
-        bad = [fault for fault in _add_sample(samples, inputs, request) if fault not in faults]
-        faults += bad
-        pictures += 0 if bad else len(request.pictures)
-    if faults and not skip_bad_images:
-        fix = "repair or remove what is named above, or add --skip_bad_images to go on without it"
-        raise UserError(*faults, Fault(f"{len(samples)} of {len(requests)} samples can be used", fix=fix))
-    if not samples:
-        raise UserError(*faults, Fault(f"no sample is left of {calib_images}", fix="name pictures that can be read"))
-    notes = [f"skipped {fault.what}: {fault.why}" for fault in faults]
-    return Calibration(samples, inputs.notes + notes + _advice(pictures))
-
-
-def _add_sample(samples: list[dict[str, torch.Tensor]], inputs: ModelInputs, request: Request) -> list[Fault]:
-    """Reads the pictures of one request and appends its model inputs, or returns what is wrong with which of them."""
-    made, faults = [], []
-    for path in request.pictures:
+    chosen, spare = _choose(len(requests), max_samples, seed)
+    read: dict[int, _Sample] = {}
+    pictures: list[Fault] = []
+    texts: list[Fault] = []
+    for number in chosen:  # grows while samples are skipped
         try:
-            made.append(inputs.patches_of(read_picture(path)))
+            read[number] = _read_sample(inputs, requests[number], max_tokens)
+        except _Unusable as error:
+            pictures += [fault for fault in error.pictures if fault not in pictures]
+            texts += [fault for fault in error.texts if fault not in texts]
+            chosen += [spare.pop(0)] if skip_bad_images and spare else []
+    if texts or (pictures and not skip_bad_images):
+        skip = ", or add --skip_bad_images to go on without it" if not texts else ""
+        fix = f"repair or remove what is named above{skip}"
+        raise UserError(*pictures, *texts, Fault(f"{len(read)} of {len(chosen)} samples can be used", fix=fix))
+    if not read:
+        raise UserError(*pictures, Fault(f"no sample is left of {calib_images}", fix="name pictures that can be read"))
+    notes = [f"skipped {fault.what}: {fault.why}" for fault in pictures]
+    if max_samples is not None and max_samples < len(requests):
+        notes.append(f"calibrated on {len(read)} of {len(requests)} samples, chosen by --seed {seed}")
+    samples = [sample for _, sample in sorted(read.items())]
+    notes += (
+        _left_out(calib_images) + _made_smaller(samples, max_tokens) + _advice(sum(each.pictures for each in samples))
+    )
+    return Calibration([each.tensors for each in samples], inputs.notes + notes)
+
+
+def _choose(count: int, most: int | None, seed: int) -> tuple[list[int], list[int]]:
+    """Numbers below `count` -> those to read, ascending, and those to take in their place, in the order of `seed`."""
+    if most is None or most >= count:
+        return list(range(count)), []
+    draw = random.Random(seed)  # of its methods, random() alone is promised to stay the same
+    lots = [draw.random() for _ in range(count)]
+    order = sorted(range(count), key=lots.__getitem__)
+    return sorted(order[:most]), order[most:]
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """The model inputs of one request, how many pictures they hold, and how many of these were made smaller."""
+
+    tensors: dict[str, torch.Tensor]
+    pictures: int
+    smaller: int = 0
+
+
+class _Unusable(Exception):
+    """What keeps a sample from being used: pictures that cannot be read, or text that does not do."""
+
+    def __init__(self, pictures: Sequence[Fault] = (), texts: Sequence[Fault] = ()) -> None:
+        self.pictures, self.texts = pictures, texts
+        super().__init__()
+
+
+def _read_sample(inputs: ModelInputs, request: Request, max_tokens: int | None) -> _Sample:
+    """Reads the pictures of one request and makes its model inputs. Raises _Unusable with everything wrong with it."""
+    made = _read_pictures(inputs, request, [None] * len(request.pictures))
+    tensors = _build(inputs, request, made)
+    length = tensors["input_ids"].shape[1]
+    if max_tokens is None or length <= max_tokens:
+        return _Sample(tensors, len(made))
+    tokens = [inputs.tokens_of(patches) for patches in made]
+    text = length - sum(tokens)
+    shares = share_budget(tokens, max_tokens - text, inputs.fewest_tokens)
+    if not shares:
+        raise _Unusable(texts=[_too_long(request, text, inputs.fewest_tokens * len(tokens), max_tokens)])
+    limits = [share if share < count else None for share, count in zip(shares, tokens, strict=True)]
+    made = _read_pictures(inputs, request, limits)  # read anew, so that no sample's full pictures pile up in memory
+    return _Sample(_build(inputs, request, made), len(made), len(limits) - limits.count(None))
+
+
+def _read_pictures(inputs: ModelInputs, request: Request, limits: Sequence[int | None]) -> list[Patches]:
+    """The patches of every picture, of at most so many tokens each where a limit is given."""
+    made, faults = [], []
+    for path, limit in zip(request.pictures, limits, strict=True):
+        try:
+            made.append(inputs.patches_of(read_picture(path), limit))
         except BadPicture as error:
             faults.append(Fault(str(path), where=request.where, why=str(error)))
-    if not faults:
-        try:
-            samples.append(inputs.build(made, request.prompt, request.response))
-        except ValueError as error:
-            faults.append(Fault(f"the prompt {request.prompt!r}", where=request.where, why=str(error)))
-    return faults
+    if faults:
+        raise _Unusable(pictures=faults)
+    return made
+
+
+def _build(inputs: ModelInputs, request: Request, made: list[Patches]) -> dict[str, torch.Tensor]:
+    try:
+        return inputs.build(made, request.prompt, request.response)
+    except ValueError as error:
+        fault = Fault(f"the prompt {request.prompt!r}", where=request.where, why=str(error))
+        raise _Unusable(texts=[fault]) from error
+
+
+def _too_long(request: Request, text: int, pictures: int, max_tokens: int) -> Fault:
+    what = f"the text of the prompt {request.prompt[:40]!r} alone has {text} tokens"
+    if text <= max_tokens:
+        what = f"the sample needs {pictures} tokens at least for its pictures and {text} for its text"
+    fix = f"shorten the text, or give --max_tokens {text + pictures} or more"
+    return Fault(what, where=request.where, why=f"--max_tokens is {max_tokens}", fix=fix)
+
+
+def _left_out(source: Path) -> list[str]:
+    videos = sum(is_video(path) for path in source.iterdir()) if source.is_dir() else 0
+    return [f"left out of {source}: {_counted(videos, 'video')}, which vlqc does not support"] if videos else []
+
+
+def _made_smaller(samples: list[_Sample], max_tokens: int | None) -> list[str]:
+    smaller, all_of_them = sum(each.smaller for each in samples), sum(each.pictures for each in samples)
+    if not smaller:
+        return []
+    return [f"{smaller} of {_counted(all_of_them, 'picture')} made smaller to keep samples within {max_tokens} tokens"]
 
 
 def _advice(pictures: int) -> list[str]:
     if pictures == 0:
         return ["no sample has a picture: the vision tower sees nothing to calibrate on"]
     if pictures < ADVISED_PICTURES:
-        plural = "" if pictures == 1 else "s"
-        return [f"{pictures} calibration picture{plural}: {ADVISED_PICTURES} varied ones are advised"]
+        return [f"{_counted(pictures, 'calibration picture')}: {ADVISED_PICTURES} varied ones are advised"]
     return []
 
 
-# ---- where samples come from -----------------------------------------------------------------------------------------
-
-
-def list_requests(source: Path) -> list[Request]:
-    """What to read, in the order of calibration. No picture is opened. UserError for an unusable source."""
-    what, endings = f"--calib_images {source}", " ".join(PICTURE_ENDINGS)
-    if source.is_dir():
-        found = [path for path in sorted(source.iterdir()) if is_picture(path) and not path.is_dir()]
-        if not found:
-            why = f"no file in it ends in one of {endings} (folders inside it are not searched)"
-            raise UserError(Fault(what, why=why, fix="put pictures into it; 30 COCO-like ones are advised"))
-        return [Request((path,)) for path in found]
-    if not source.exists():
-        fix = "name a folder of pictures, one picture, or a .jsonl file"
-        raise UserError(Fault(what, why="there is no such folder or file", fix=fix))
-    if source.suffix.lower() == ".jsonl":
-        return _read_json_lines(source)
-    if is_picture(source):
-        return [Request((source,))]
-    raise UserError(Fault(what, why=f"it is neither a folder, nor .jsonl, nor one of {endings}"))
-
-
-def _read_json_lines(source: Path) -> list[Request]:
-    """Every line {"image": path or [paths], "prompt": text, "response": text}; UserError naming every bad line."""
-    try:
-        lines = source.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(Fault(f"--calib_images {source}", why=f"it is not UTF-8 text: {error}")) from error
-    requests, faults = [], []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{source} line {number}"
-        try:
-            requests.append(_request_of(line, source.parent, where))
-        except _BadLine as bad:
-            faults.append(Fault(bad.what, where=where, fix=bad.fix))
-    if not requests and not faults:
-        faults = [Fault(f"--calib_images {source}", why="it has no lines", fix='{"image": "cat.jpg", "prompt": "..."}')]
-    if faults:
-        raise UserError(*faults)
-    return requests
-
-
-class _BadLine(Exception):
-    def __init__(self, what: str, fix: str = "") -> None:
-        self.what, self.fix = what, fix
-        super().__init__(what)
-
-
-def _request_of(line: str, folder: Path, where: str) -> Request:
-    """One line of text -> Request; paths are relative to `folder`. Raises _BadLine with everything wrong in it."""
-    try:
-        given = json.loads(line)
-    except ValueError as error:
-        raise _BadLine(f"not JSON: {error}") from error
-    if not isinstance(given, dict):
-        raise _BadLine("not a JSON object", 'write {"image": "cat.jpg", "prompt": "What is this?"}')
-    faults = list(_faults_of(given))
-    if faults:
-        raise _BadLine("; ".join(faults), f"a line has the keys {', '.join(LINE_KEYS)}")
-    images = given.get("image") or []
-    names = [images] if isinstance(images, str) else images
-    pictures = tuple(folder / name for name in names)
-    return Request(pictures, given.get("prompt", PROMPT), given.get("response"), where)
-
-
-def _faults_of(given: dict[str, Any]) -> Iterator[str]:
-    for key in given:
-        if "video" in key:
-            yield "videos are not supported"
-        elif key not in LINE_KEYS:
-            yield " ".join(filter(None, [f"unknown key {key!r}", near_miss(key, LINE_KEYS)]))
-    for key in ("prompt", "response"):
-        if not isinstance(given.get(key, ""), str | None if key == "response" else str):
-            yield f"{key!r} is not text"
-    images = given.get("image")
-    names = [] if images is None else images if isinstance(images, list) else [images]
-    if not all(isinstance(name, str) and name.strip() and "\0" not in name for name in names):
-        yield "'image' is neither a path nor a list of paths"
-    elif any("://" in name for name in names):
-        yield "'image' is an address; pictures are read from files only"
-    if not names and not given.get("prompt"):
-        yield "neither 'image' nor 'prompt' is there"
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")

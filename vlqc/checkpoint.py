@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vlqc.errors import Fault, UserError
+from vlqc.flat_config import flat
 
 INDEX = "model.safetensors.index.json"
 DTYPES = {
@@ -41,8 +42,10 @@ class Checkpoint:
 
     def __init__(self, folder: Path, canonical: Callable[[str], str] = original_name) -> None:
         self.folder = folder
-        self.config = _read_config(folder)
+        self.source_config = _read_config(folder)
+        self.config = flat(self.source_config)
         self._open: dict[str, Any] = {}
+        self._files: list[str] = []
         self._file_of: dict[str, str] = {}
         self._stored_name: dict[str, str] = {}
         self._shape: dict[str, tuple[int, ...]] = {}
@@ -50,9 +53,8 @@ class Checkpoint:
         faults: list[Fault] = []
         for file in _weight_files(folder):
             try:
-                opened = safe_open(str(folder / file), "pt")
-                self._list(file, opened, canonical, faults)
-                self._open[file] = opened
+                self._files.append(file)
+                self._list(file, self._opened(file), canonical, faults)
             except (SafetensorError, OSError) as error:
                 fix = "copy the file again: its size or header is not what the format promises"
                 faults.append(Fault("weight file cannot be read", str(folder / file), str(error), fix))
@@ -60,6 +62,17 @@ class Checkpoint:
             faults.append(Fault("the weight files hold no tensors", str(folder)))
         if faults:
             raise UserError(*faults)
+        self.release()
+
+    def _opened(self, file: str) -> Any:
+        """The mapped file, opened when it is first wanted."""
+        if file not in self._open:
+            self._open[file] = safe_open(str(self.folder / file), "pt")
+        return self._open[file]
+
+    def release(self) -> None:
+        """Unmaps all files: what was read of a mapped file stays resident as long as it is mapped."""
+        self._open.clear()
 
     def _list(self, file: str, opened: Any, canonical: Callable[[str], str], faults: list[Fault]) -> None:
         for stored in opened.keys():  # noqa: SIM118 - safe_open is no mapping
@@ -106,11 +119,14 @@ class Checkpoint:
     @property
     def bytes(self) -> int:
         """Size of all weight files."""
-        return sum((self.folder / file).stat().st_size for file in self._open)
+        return sum((self.folder / file).stat().st_size for file in self._files)
 
     def tensor(self, name: str) -> Tensor:
         """The named tensor as stored, checked to be finite. The one place that reads whole tensors."""
-        tensor: Tensor = self._open[self._file_of[name]].get_tensor(self._stored_name[name])
+        tensor: Tensor = self._opened(self._file_of[name]).get_tensor(self._stored_name[name])
+        return self._finite(name, tensor)
+
+    def _finite(self, name: str, tensor: Tensor) -> Tensor:
         if tensor.is_floating_point() and tensor.numel() and not all(map(torch.isfinite, torch.aminmax(tensor))):
             bad = int((~torch.isfinite(tensor)).sum())
             raise UserError(
@@ -125,10 +141,10 @@ class Checkpoint:
 
     def rows(self, name: str, indices: Tensor) -> Tensor:
         """Rows of a matrix, gathered from the mapped file: indices int64 [...] -> [..., K] as stored."""
-        view = self._open[self._file_of[name]].get_slice(self._stored_name[name])
+        view = self._opened(self._file_of[name]).get_slice(self._stored_name[name])
         unique, where = torch.unique(indices, return_inverse=True)
         gathered = torch.cat([view[int(row) : int(row) + 1] for row in unique])
-        return gathered[where]
+        return self._finite(name, gathered)[where]
 
     def expect(self, wanted: Iterable[tuple[str, tuple[int, ...]]]) -> None:
         """UserError listing every tensor that the model needs and the checkpoint lacks or holds in another shape."""
@@ -146,16 +162,29 @@ class Checkpoint:
         if faults:
             raise UserError(*faults)
 
-    def side_files(self) -> list[str]:
+    def require_float(self) -> None:
+        """UserError for a checkpoint that is quantized already: its integers are no weights to be quantized."""
+        described = sorted(path.name for path in self.folder.glob("quant_model_description*.json"))
+        integers = [name for name in self.names if not self._dtype[name].is_floating_point]
+        configured = [key for key in ("quantization_config", "quantize") if self.config.get(key)]
+        if described or integers or configured:
+            why = f"it holds {described[0]}" if described else f"config.json has {configured[0]}" if configured else ""
+            why = why or f"{integers[0]} is {self._dtype[integers[0]]}"
+            why = why.replace("torch.", "")
+            fix = "give the float checkpoint that it was made from"
+            raise UserError(Fault("the checkpoint is quantized already", str(self.folder), why, fix))
+
+    def side_files(self, *, code: bool = False) -> list[str]:
         """Everything beside weights and config.json that an engine or a processor may need, sorted; no folders.
 
-        Links count as what they lead to: a snapshot in the Hugging Face cache consists of nothing else.
+        code: *.py as well. Links count as what they lead to: a snapshot in the Hugging Face cache consists of nothing
+        else.
         """
         return sorted(
             path.name
             for path in self.folder.iterdir()
             if path.is_file() and path.name != "config.json" and not path.name.endswith(WEIGHT_SUFFIXES)
-            and not path.name.startswith(".") and path.suffix != ".py"
+            and not path.name.startswith(".") and (code or path.suffix != ".py")
         )  # fmt: skip
 
 
@@ -168,7 +197,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         fix = "give the folder of a Hugging Face checkpoint"
         raise UserError(Fault("the folder holds no config.json", str(folder), fix=fix)) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(Fault("config.json cannot be read", str(path), str(error))) from None
     if not isinstance(config, dict):
         raise UserError(Fault("config.json is not a JSON object", str(path)))
@@ -187,7 +216,7 @@ def _weight_files(folder: Path) -> list[str]:
     try:
         listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         files = sorted({str(file) for file in listed})
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(Fault("the index of weight files cannot be read", str(index), repr(error))) from None
     faults = []
     for file in files:

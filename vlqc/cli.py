@@ -15,10 +15,15 @@ from rich.console import Console
 from rich.text import Text
 
 from vlqc.errors import Fault, UserError, VlqcError
-from vlqc.options import Options, extra_of, flag_of
+from vlqc.option_values import Refused, read_bool
+from vlqc.options import PANELS, Options, extra_of, flag_of
 
 USER, INTERNAL, INTERRUPTED = 2, 70, 130
 
+CONTEXT = {
+    "help_option_names": ["-h", "--help"],
+    "token_normalize_func": lambda name: name.replace("-", "_"),
+}
 app = typer.Typer(
     name="vlqc",
     help="Quantization compiler for Qwen2.5-VL checkpoints that vLLM Ascend and MindIE serve. "
@@ -26,19 +31,41 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    context_settings={
-        "help_option_names": ["-h", "--help"],
-        "token_normalize_func": lambda name: name.replace("-", "_"),
-    },
+    context_settings=CONTEXT,
 )
 
+COMPARISON = "Comparison with the float checkpoint"
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Checkpoint folder.", show_default=False)]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the findings as JSON.")]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(", ".join(f"{name} {version(name)}" for name in ("vlqc", "torch", "transformers", "safetensors")))
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print versions and exit.")
+    ] = False,
+) -> None:
+    """Only what stands before a command."""
 
 
 def main() -> None:
     """Entry of `vlqc` and `python -m vlqc`."""
     app(prog_name="vlqc")
+
+
+def compile_main(name: str) -> None:
+    """Entry of a script of that name which takes the options of `vlqc compile`, without the word."""
+    script = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings=CONTEXT)
+    script.command()(compile_command)
+    script(prog_name=name)
 
 
 def _answering(command: Callable[..., None]) -> Callable[..., None]:
@@ -67,11 +94,14 @@ def _answering(command: Callable[..., None]) -> Callable[..., None]:
 def _with_options(command: Callable[..., None]) -> Callable[..., None]:
     """Gives `command`, which takes **options, one parameter per field of Options. Only what was given arrives."""
     taken = [each for each in inspect.signature(command).parameters.values() if each.kind is not each.VAR_KEYWORD]
-    parameters = taken + [_parameter(name) for name in Options.model_fields]
+    in_panels = sorted(
+        Options.model_fields, key=lambda name: PANELS.index(extra_of(Options.model_fields[name])["panel"])
+    )
+    parameters = taken + [_parameter(name) for name in in_panels]
 
     @functools.wraps(command)
     def with_options(**given: Any) -> None:
-        command(**{name: value for name, value in given.items() if value is not None})
+        command(**{name: value for name, value in given.items() if value is not None and value != []})
 
     with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     with_options.__annotations__ = {each.name: each.annotation for each in parameters}
@@ -82,22 +112,28 @@ def _parameter(name: str) -> inspect.Parameter:
     """A field of Options as typer sees it. Values stay text: Options reads them, so that all faults come at once."""
     field = Options.model_fields[name]
     extra = extra_of(field)
-    values = extra["values"] or (["True", "False"] if field.annotation is bool else [])
+    many = extra["kind"] == "globs"
     default: Any = (
-        False if extra["flag"] else None if field.is_required() or field.default is None else str(field.default)
+        False if extra["flag"] else None if many or field.is_required() or field.default is None else str(field.default)
     )
     option = typer.Option(
         flag_of(name),
         help=field.description,
         rich_help_panel=extra["panel"],
-        metavar=None if extra["flag"] else "|".join(map(str, values)) or _placeholder(str(field.annotation)),
+        metavar=None if extra["flag"] else _placeholder(field.annotation, extra),
     )
-    kind = bool if extra["flag"] else str | None
+    kind: Any = bool if extra["flag"] else list[str] | None if many else str | None
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
 
 
-def _placeholder(annotation: str) -> str:
-    return "PATH" if "Path" in annotation else "NUMBER" if "int" in annotation else "TEXT"
+def _placeholder(annotation: object, extra: dict[str, Any]) -> str:
+    """What stands for the value in the help."""
+    if extra["values"]:
+        return "|".join(map(str, extra["values"]))
+    if extra["kind"]:
+        return {"globs": "GLOB", "target": "ENGINE"}[extra["kind"]]
+    words = {"bool": "True|False", "Path": "PATH", "int": "NUMBER", "float": "NUMBER"}
+    return next((word for part, word in words.items() if part in str(annotation)), "TEXT")
 
 
 @app.command("compile")
@@ -137,11 +173,49 @@ def verify_command(
     folder: Folder,
     model_path: Annotated[
         Path | None,
-        typer.Option("--model_path", metavar="FLOAT", help="Float checkpoint to compare with."),
+        typer.Option(
+            "--model_path",
+            metavar="FLOAT",
+            help="Float checkpoint to compare with.",
+            rich_help_panel=COMPARISON,
+        ),
     ] = None,
     calib_images: Annotated[
         Path | None,
-        typer.Option("--calib_images", metavar="PICTURES", help="What to compare logits on."),
+        typer.Option(
+            "--calib_images",
+            metavar="PICTURES",
+            help="What to compare logits on.",
+            rich_help_panel=COMPARISON,
+        ),
+    ] = None,
+    min_sqnr: Annotated[
+        float | None,
+        typer.Option(
+            "--min_sqnr",
+            metavar="DB",
+            help="Fail if the logits stand less than this above their error.",
+            rich_help_panel=COMPARISON,
+        ),
+    ] = None,
+    trust_remote_code: Annotated[
+        str,
+        typer.Option(
+            "--trust_remote_code",
+            metavar="True|False",
+            help="Allow model code from the float checkpoint to run.",
+            rich_help_panel=COMPARISON,
+        ),
+    ] = "False",
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            "--engine",
+            metavar="ENGINE",
+            help="Engine whose rules count, if need be with its version: vllm-ascend, vllm-ascend@0.18, mindie@2.2, "
+            "both. Left out: what the folder itself claims.",
+            show_default=False,
+        ),
     ] = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -149,7 +223,14 @@ def verify_command(
     _check_json_file(json_file)
     from vlqc.verify import verify_folder
 
-    report = verify_folder(folder, model_path=model_path, calib_images=calib_images)
+    report = verify_folder(
+        folder,
+        engine=engine,
+        model_path=model_path,
+        calib_images=calib_images,
+        min_sqnr=min_sqnr,
+        trust_remote_code=_bool("trust_remote_code", trust_remote_code),
+    )
     report.render(Console())
     if json_file is not None:
         json_file.write_text(report.to_json(), encoding="utf-8")
@@ -176,6 +257,13 @@ def passes_command(
     from vlqc.pass_table import print_passes
 
     print_passes(Console())
+
+
+def _bool(name: str, word: str) -> bool:
+    try:
+        return read_bool(name, word)
+    except Refused as refused:
+        raise UserError(refused.fault) from refused
 
 
 def _check_json_file(file: Path | None) -> None:

@@ -10,18 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlqc.calibration import load_samples
+from vlqc.calibration import load_calibration
 from vlqc.checkpoint import Checkpoint
+from vlqc.device import resolve_device
 from vlqc.dumps import Dumper, announcer
-from vlqc.emit import emitter_for, expected_bytes, stage_entries
+from vlqc.emit import emitter_for, expected_bytes
 from vlqc.emit.folder import appearing_folder, require_space
+from vlqc.layer_globs import check_globs
 from vlqc.lockstep import Lockstep
 from vlqc.model import FloatModel
 from vlqc.options import Options
-from vlqc.pipeline import PassManager, parse_pipeline, pipeline_text
+from vlqc.pipeline import Pass, PassManager, check_order, parse_pipeline, pipeline_text
 from vlqc.progress import Progress
 from vlqc.result import Result
-from vlqc.samples import check_samples
+from vlqc.samples import checked_samples, refuse_both
 from vlqc.stages import live_stage
 from vlqc.tally import Tally
 from vlqc.verify import require_sound
@@ -29,29 +31,35 @@ from vlqc.verify import require_sound
 
 @torch.no_grad()
 def compile(
-    *, samples: Sequence[dict[str, Tensor]] | None = None, progress: Progress | None = None, **given: Any
+    *,
+    samples: Sequence[dict[str, Tensor]] | None = None,
+    passes: Sequence[Pass] | None = None,
+    progress: Progress | None = None,
+    **given: Any,
 ) -> Result:
     """Compiles a checkpoint; `Options` explains every option. Nothing appears in save_directory unless all succeeds.
 
     samples: ready model inputs in place of calib_images: dicts of input_ids and attention_mask int64 [1, S], and with
-    pictures pixel_values float32 [P, D] and image_grid_thw int64 [pictures, 3]. UserError for unusable input.
+    pictures pixel_values float32 [P, D] and image_grid_thw int64 [pictures, 3]. passes: in place of those that the
+    options build. UserError for unusable input.
     """
+    refuse_both(samples=samples, passes=passes, **given)
     options, show = Options.from_user(**given), progress or Progress()
-    passes, dumps = parse_pipeline(pipeline_text(options)), Dumper(options.dump_ir)
-    manager = PassManager(passes, before=announcer(show.step), after=dumps.after)
+    pipeline = list(passes) if passes is not None else parse_pipeline(pipeline_text(options))
+    check_order(pipeline)
+    dumps = Dumper(options.dump_ir)
+    manager = PassManager(pipeline, before=announcer(show.step), after=dumps.after)
     checkpoint = Checkpoint(options.model_path)
     tally = Tally(options, checkpoint, show.note)
-    model = FloatModel.of(checkpoint, trust_remote_code=options.trust_remote_code)
+    device = resolve_device(options.device_type)
+    model = FloatModel.of(checkpoint, trust_remote_code=options.trust_remote_code, device=device)
+    tally.note_unknown(model.unknown_tensors())
+    check_globs(model.layers, exclude=options.exclude, include=options.include)
     if samples is None:
-        calibration = load_samples(
-            options.model_path,
-            options.calib_images,
-            trust_remote_code=options.trust_remote_code,
-            skip_bad_images=options.skip_bad_images,
-        )
+        calibration = load_calibration(options)
         samples = calibration.samples
         tally.note(calibration.notes)
-    check_samples(samples, model.module)
+    samples = checked_samples(samples, model.module)
     require_space(options.save_directory, expected_bytes(model))
     show.begin(len(model.stages), len(samples))
     with appearing_folder(options.save_directory, overwrite=options.overwrite) as folder:
@@ -63,12 +71,15 @@ def compile(
                     stage.on_sample = show.sample
                     dumps.traced(stage)
                     manager.run(stage)
-                    emitter.add(stage_entries(stage))
+                    emitter.add_stage(stage)
                     stop.outputs = stage.outputs
                     tally.count(stage)
+                checkpoint.release()
                 show.stage_done(number)
+        tally.require_quantized()
         emitter.copy_rest(model.outside())
         emitter.finish()
         require_sound(folder)
+        tally.require_loaded(folder)
     show.finish()
     return tally.result(manager.seconds)

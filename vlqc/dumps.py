@@ -11,27 +11,36 @@ from vlqc.printer import print_stage
 
 
 class Dumper:
-    """Writes STAGE/00-traced.vlqc and STAGE/NN-after-PASS.vlqc below a folder; without one it writes nothing."""
+    """Writes STAGE/00-traced.vlqc and STAGE/NN-after-PASS.vlqc below a folder; without one it writes nothing.
+
+    What an earlier run dumped for the same stage goes first: texts of two runs side by side would tell nothing.
+    """
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
-        if folder is not None:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(Fault("the dump folder cannot be made", str(folder), str(error))) from error
 
     def traced(self, stage: Stage) -> None:
+        if self.folder is not None:
+            for stale in (self.folder / _file_name(stage)).glob("[0-9][0-9]-*.vlqc"):
+                stale.unlink()
         self._write(stage, "00-traced")
 
     def after(self, stage: Stage, number: int, done: Pass) -> None:
         self._write(stage, f"{number + 1:02}-after-{done.name}")
 
     def _write(self, stage: Stage, title: str) -> None:
-        if self.folder is not None:
-            path = self.folder / re.sub(r"[^\w.-]", "_", stage.name) / f"{title}.vlqc"
-            path.parent.mkdir(exist_ok=True)
+        if self.folder is None:
+            return
+        path = self.folder / _file_name(stage) / f"{title}.vlqc"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(print_stage(stage), encoding="utf-8")
+        except OSError as error:
+            raise UserError(Fault("the dump cannot be written", str(path), str(error))) from error
+
+
+def _file_name(stage: Stage) -> str:
+    return re.sub(r"[^\w.-]", "_", stage.name)
 
 
 def announcer(show: Callable[[str], None]) -> Callable[[Stage, Pass], None]:

@@ -138,16 +138,30 @@ def _site(stage: Stage, modules: dict[str, nn.Module], key: str, site: Site) -> 
 
 
 def _quantized(site: Site, weight: WeightQuantization) -> Iterator[str]:
-    integers, scale = weight.integers, weight.scale
+    integers, scale, group_scale = weight.integers, weight.scale, weight.group_scale
     if integers.dtype != torch.int8 or tuple(integers.shape) != site.shape:
         found = f"{integers.dtype} {list(integers.shape)}"
         yield f"site {site.name} has integers {found}: int8 {list(site.shape)} is wanted"
-    elif integers.numel() and int(integers.min()) == -128:
+    elif integers.numel() and group_scale is None and int(integers.min()) == -128:
         yield f"site {site.name} has the integer -128: symmetric weights end at -127"
+    elif integers.numel() and group_scale is not None and not -8 <= int(integers.min()) <= int(integers.max()) <= 7:
+        yield f"site {site.name} has integers beyond 4 bits: -8 to 7 are wanted"
     if scale.dtype != torch.float32 or tuple(scale.shape) != (site.shape[0], 1):
         yield f"site {site.name} has scales {scale.dtype} {list(scale.shape)}: float32 [{site.shape[0]}, 1] is wanted"
     elif scale.numel() and not (_is_finite(scale) and float(scale.min()) > 0):
         yield f"site {site.name} has weight scales that are not positive and finite"
+    if (group_scale is None) != (site.group_size is None):
+        yield f"site {site.name} has group scales or a group size, but not both"
+    elif group_scale is not None and site.group_size is not None:
+        if site.group_size < 1 or site.shape[1] % site.group_size:
+            yield f"site {site.name} has {site.shape[1]} inputs, which groups of {site.group_size} do not divide"
+            return
+        wanted = (site.shape[0], site.shape[1] // site.group_size)
+        if group_scale.dtype != torch.float32 or tuple(group_scale.shape) != wanted:
+            found = f"{group_scale.dtype} {list(group_scale.shape)}"
+            yield f"site {site.name} has group scales {found}: float32 {list(wanted)} is wanted"
+        elif group_scale.numel() and not (_is_finite(group_scale) and float(group_scale.min()) > 0):
+            yield f"site {site.name} has group scales that are not positive and finite"
 
 
 def _groups(stage: Stage) -> Iterator[str]:

@@ -17,6 +17,7 @@ from vlqc.engines import Scheme
 from vlqc.errors import Fault, UserError
 
 MODALITIES = ("text", "image")
+WEIGHT_PARTS = ("weight", "scale", "group_scale")  # what the text calls the tensors of a WeightQuantization
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,21 @@ class Observation:
         }
         return Observation(self.channels, ranges, self.kept / divisor, self.kept_modality)
 
+    def shifted(self, middle: Tensor) -> "Observation":
+        """The same observation after `middle` float32 [K] was subtracted from every row."""
+        # A channel that hardly varies leaves a difference of nearly equal numbers, which rounding can push below zero.
+        ranges = {
+            name: ChannelRange(
+                seen.rows,
+                seen.minimum - middle,
+                seen.maximum - middle,
+                seen.sum - seen.rows * middle.double(),
+                (seen.sum_of_squares - 2 * middle.double() * seen.sum + seen.rows * middle.double() ** 2).clamp(min=0),
+            )
+            for name, seen in self.ranges.items()
+        }
+        return Observation(self.channels, ranges, self.kept - middle, self.kept_modality)
+
 
 @dataclass(frozen=True)
 class InputQuantization:
@@ -105,10 +121,18 @@ class InputQuantization:
 
 @dataclass(frozen=True)
 class WeightQuantization:
-    """Symmetric per output channel: weight ~ integers * scale. integers int8 [N, K], scale float32 [N, 1]."""
+    """Symmetric: weight ~ integers * scale, integers int8 [N, K], scale float32 [N, 1] per output channel.
+
+    With groups of G columns the integers are of 4 bits, and weight ~ integers * scale * group_scale, the last float32
+    [N, K/G].
+    """
 
     integers: Tensor
     scale: Tensor
+    group_scale: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        return [it for it in (self.integers, self.scale, self.group_scale) if it is not None]
 
 
 @dataclass
@@ -116,7 +140,8 @@ class Site:
     """One Linear of a stage: what it is, and, as passes decide it, what it becomes.
 
     name: checkpoint name without `.weight`; target: path in the stage's module tree; source: name of the graph node
-    whose value is its input (members of a group share it); shape: (N outputs, K inputs).
+    whose value is its input (members of a group share it); shape: (N outputs, K inputs); group_size: columns that share
+    a 4-bit weight's scale; gained_bias: whether a pass gave it a bias that the checkpoint's layer does not have.
     """
 
     name: str
@@ -124,7 +149,9 @@ class Site:
     source: str
     shape: tuple[int, int]
     scheme: Scheme | None = None
+    group_size: int | None = None
     reason: str = ""
+    gained_bias: bool = False
     input: InputQuantization | None = None
     weight: WeightQuantization | None = None
 
@@ -184,11 +211,11 @@ class ObservationSummary:
 class Summaries:
     """What a parsed stage knows of tensors that its text only summarizes.
 
-    weights: per site name the (integers, scale) of its quantized weight; edges: None where none were computed;
-    observations: per node name.
+    weights: per site name the integers, scale and, if any, group_scale of its quantized weight; edges: None where none
+    were computed; observations: per node name.
     """
 
-    weights: dict[str, tuple[TensorSummary, TensorSummary]] = field(default_factory=dict)
+    weights: dict[str, list[TensorSummary]] = field(default_factory=dict)
     edges: tuple[EdgeSummary, ...] | None = None
     observations: dict[str, ObservationSummary] = field(default_factory=dict)
 
@@ -268,7 +295,7 @@ class Stage:
         """float32: the stage's first output tensor for the probe call, flattened."""
         if self.probe is None:
             raise ValueError(f"stage {self.name} has no probe call")
-        return first_tensor(self.live(*self.probe.args, **self.probe.kwargs)).float().flatten()
+        return first_tensor(self.live(*self.probe.args, **self.probe.kwargs)).float().flatten().cpu()
 
 
 @contextmanager

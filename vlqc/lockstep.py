@@ -13,7 +13,7 @@ import greenlet
 import torch
 from torch import Tensor, nn
 
-from vlqc.errors import InternalError
+from vlqc.errors import Fault, InternalError, UserError, VlqcError
 from vlqc.ir import Call
 from vlqc.model import FloatModel
 
@@ -123,7 +123,14 @@ class Lockstep:
     def _resume(suspended: _Suspended, *answer: Any) -> None:
         suspended.at, suspended.args, suspended.kwargs = None, (), {}
         with torch.no_grad():
-            suspended.at, args, suspended.kwargs = suspended.run.switch(*answer)
+            try:
+                suspended.at, args, suspended.kwargs = suspended.run.switch(*answer)
+            except VlqcError:
+                raise
+            except Exception as error:  # the model's own code between stages, which a config can break in any way
+                why = f"{type(error).__name__}: {error}"
+                fix = "look at config.json and at the sample"
+                raise UserError(Fault("the model cannot be run on a sample", why=why, fix=fix)) from error
         if suspended.at is None:
             (suspended.result,) = args
         else:

@@ -9,11 +9,14 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from vlqc.checkpoint import Checkpoint, original_name
 from vlqc.errors import Fault, UserError
 
+CPU = torch.device("cpu")
 COMPILED_TYPES = ("qwen2_5_vl",)
+COMPILED_CLASSES = ("Qwen2_5_VLForConditionalGeneration",)
 
 
 @contextmanager
@@ -34,33 +37,53 @@ def parameters_on_meta() -> Iterator[None]:
 
 
 def build(folder: Path, config: dict[str, Any], *, trust_remote_code: bool = False) -> nn.Module:
-    """The model that config.json describes: parameters on meta, float32, in eval mode. UserError if there is none."""
-    architectures = config.get("architectures") or ["?"]
-    kind = getattr(transformers, architectures[0], None)
-    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-        why = f"transformers {transformers.__version__} has no class {architectures[0]}"
-        raise UserError(
-            Fault(
-                "the architecture is not known",
-                str(folder / "config.json"),
-                why,
-                "vlqc compiles Qwen2.5-VL checkpoints",
-            )
-        )
+    """The model that config.json describes: parameters on meta, float32, in eval mode. UserError if there is none.
+
+    config: in flat form. Code from the folder runs only with `trust_remote_code`.
+    """
+    where = str(folder / "config.json")
     if config.get("model_type") not in COMPILED_TYPES:
         why = f"model_type is {config.get('model_type')}; the engines' rules are known for {', '.join(COMPILED_TYPES)}"
-        raise UserError(Fault("this model is not compiled", str(folder / "config.json"), why))
+        raise UserError(Fault("this model is not compiled", where, why))
+    kind = _model_class(folder, config, trust_remote_code)
     dtype = {"dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype": torch.float32}
     try:
-        described = transformers.AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=trust_remote_code
-        )
+        if trust_remote_code and "AutoConfig" in config.get("auto_map", {}):
+            described = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=True)
+        else:
+            described = kind.config_class.from_dict(config)  # type: ignore[attr-defined]
         with parameters_on_meta():
             model: nn.Module = kind._from_config(described, **dtype)  # type: ignore[attr-defined]
     except Exception as error:  # a config can break a constructor in any way
         why = f"{type(error).__name__}: {error}"
-        raise UserError(Fault("the model cannot be built", str(folder / "config.json"), why)) from error
+        raise UserError(Fault("the model cannot be built", where, why)) from error
     return model.eval()
+
+
+def _model_class(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> type[nn.Module]:
+    """The class of the first architecture: of the folder's own code if that is trusted, else of transformers."""
+    listed = config.get("architectures")
+    name = str(listed[0]) if isinstance(listed, list) and listed else "?"
+    where = str(folder / "config.json")
+    auto_map = config.get("auto_map")
+    mapped = auto_map.items() if isinstance(auto_map, dict) else ()
+    own = [value for key, value in mapped if key.startswith("AutoModel") and isinstance(value, str)]
+    if own and trust_remote_code:
+        try:
+            loaded: type[nn.Module] = get_class_from_dynamic_module(own[0], str(folder), local_files_only=True)
+            return loaded
+        except Exception as error:  # foreign code can fail in any way
+            why = f"{type(error).__name__}: {error}"
+            raise UserError(Fault("the checkpoint's own code cannot be loaded", where, why)) from error
+    kind = getattr(transformers, name, None) if name in COMPILED_CLASSES else None
+    if isinstance(kind, type) and issubclass(kind, nn.Module):
+        return kind
+    if own:
+        why = f"{name} is defined by code in the checkpoint folder ({own[0]})"
+        fix = "read that code; if you trust it, add --trust_remote_code True"
+        raise UserError(Fault("the checkpoint needs its own code", where, why, fix))
+    why = f"its class is {name}; vlqc compiles {', '.join(COMPILED_CLASSES)}"
+    raise UserError(Fault("the architecture is not known", where, why))
 
 
 class FloatModel:
@@ -71,28 +94,46 @@ class FloatModel:
     """
 
     def __init__(
-        self, module: nn.Module, checkpoint: Checkpoint, canonical: Callable[[str], str] = original_name
+        self,
+        module: nn.Module,
+        checkpoint: Checkpoint,
+        canonical: Callable[[str], str] = original_name,
+        device: torch.device = CPU,
     ) -> None:
         self.module = module
         self.checkpoint = checkpoint
         self.canonical = canonical
+        self.device = device
+        for owner in module.modules():
+            owner._buffers.update({name: it.to(device) for name, it in owner._buffers.items() if it is not None})
         self._path: dict[nn.Module, str] = {child: path for path, child in module.named_modules()}
         self.stages = {self.name(stage): stage for stage in find_stages(module) if stage is not module}
         self.embedding: nn.Module = module.get_input_embeddings()  # type: ignore[operator]
         head = module.get_output_embeddings()  # type: ignore[operator]
         self.tied = bool(module.config.tie_word_embeddings)  # type: ignore[union-attr]
         self._head: nn.Module | None = head
-        owner = self._path[self.embedding].rpartition(".")[0]
-        self._language = {child for child in module.get_submodule(owner).modules()} if owner else set()
+        language = self._path[self.embedding].rpartition(".")[0]
+        self._language = {child for child in module.get_submodule(language).modules()} if language else set()
         if not self.stages:
             why = "it holds no list of blocks with linear layers"
             raise UserError(Fault("the architecture cannot be traced", str(checkpoint.folder), why))
         checkpoint.expect((name, tuple(parameter.shape)) for name, parameter in self.parameters(module).items())
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> "FloatModel":
+    def of(cls, checkpoint: Checkpoint, *, trust_remote_code: bool = False, device: torch.device = CPU) -> "FloatModel":
         """The model that a checkpoint's config.json describes. UserError if its tensors do not fit."""
-        return cls(build(checkpoint.folder, checkpoint.config, trust_remote_code=trust_remote_code), checkpoint)
+        checkpoint.require_float()
+        module = build(checkpoint.folder, checkpoint.config, trust_remote_code=trust_remote_code)
+        return cls(module, checkpoint, device=device)
+
+    @property
+    def layers(self) -> list[str]:
+        """Checkpoint names of all Linears of all stages, in order."""
+        return [
+            self.canonical(f"{self._path[stage]}.{path}.").removesuffix(".")
+            for stage in self.stages.values()
+            for path in self.linears(stage)
+        ]
 
     def name(self, module: nn.Module) -> str:
         """Checkpoint name of a module."""
@@ -113,6 +154,11 @@ class FloatModel:
         tied = f"{self._path[self._head]}.weight" if self.tied and self._head is not None else None
         return {self.canonical(name): parameter for name, parameter in named if name != tied}
 
+    def unknown_tensors(self) -> list[str]:
+        """Names in the checkpoint that the model has no parameter for, sorted; a tied head's copy is none of them."""
+        copies = {f"{self.name(self._head)}.weight"} if self.tied and self._head is not None else set()
+        return sorted(set(self.checkpoint.names) - set(self.parameters(self.module)) - copies)
+
     def outside(self) -> list[str]:
         """Checkpoint names of all parameters that belong to no stage, sorted."""
         inside = {name for stage in self.stages.values() for name in self.parameters(stage)}
@@ -126,7 +172,7 @@ class FloatModel:
         """Gives every parameter below `module` its real values, float32, in memory of its own."""
         for name, parameter in list(module.named_parameters()):
             value = read(self.canonical(f"{self._path[module]}.{name}"))
-            _replace(module, name, value.to(torch.float32, copy=True).reshape(parameter.shape))
+            _replace(module, name, value.to(self.device, torch.float32, copy=True).reshape(parameter.shape))
 
     def empty(self, module: nn.Module) -> None:
         """Forgets the values below `module`: its parameters and buffers that were put there go back to meta."""
@@ -148,7 +194,7 @@ class FloatModel:
             if child not in in_stage and child is not self.embedding and (head or child is not self._head)
             and any(True for _ in child.parameters(recurse=False))
         ]  # fmt: skip
-        self.embedding.forward = lambda ids: self.checkpoint.rows(embedding_name, ids).float()
+        self.embedding.forward = lambda ids: self.checkpoint.rows(embedding_name, ids.cpu()).to(ids.device).float()
         try:
             for child in filled:
                 tied_head = child is self._head and self.tied
@@ -161,7 +207,8 @@ class FloatModel:
 
     def inputs(self, sample: dict[str, Tensor]) -> dict[str, Any]:
         """The keyword arguments of the model's forward for one sample, in any transformers version."""
-        return model_inputs(self.module, sample)
+        given = model_inputs(self.module, sample)
+        return {name: it.to(self.device) if isinstance(it, Tensor) else it for name, it in given.items()}
 
 
 def model_inputs(model: nn.Module, sample: dict[str, Tensor]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ tokenizer are called directly instead, which gives the tensors of the 4.49 proce
 
 import importlib.util
 import json
+import math
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ import torch
 
 from vlqc.errors import Fault, UserError
 from vlqc.pictures import BadPicture, load_process_vision_info
+from vlqc.token_budget import grid_within
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "tokenizer_config.json")
 IMAGE_SETTINGS = "preprocessor_config.json"
 ALL_SETTINGS = "processor_config.json"  # newer transformers keep the settings of every part in this one file
+FEWEST_TOKENS = 4  # qwen_vl_utils enlarges every picture to as many
 READY_INPUTS = "or call vlqc.compile from Python with samples=[...], ready model inputs that need neither"
 
 Patches = tuple[torch.Tensor, torch.Tensor]  # pixel_values [P, C*T*p*p] float32, image_grid_thw [1, 3] int64
@@ -42,10 +45,17 @@ class ModelInputs:
             [] if self._template else [f"{model_path} has no chat template: prompts follow Qwen2.5-VL's own form"]
         )
 
-    def patches_of(self, picture: "Image") -> Patches:
-        """An RGB picture -> its patches and its grid. Raises BadPicture with the processor's reason."""
+    def patches_of(self, picture: "Image", most_tokens: int | None = None) -> Patches:
+        """An RGB picture -> its patches and its grid. Raises BadPicture with the processor's reason.
+
+        most_tokens: how many image tokens it may become, at least `fewest_tokens`; None: whatever its size gives.
+        """
         self._check_image_token()
-        asked = [{"role": "user", "content": [{"type": "image", "image": picture}]}]
+        shown: dict[str, Any] = {"type": "image", "image": picture}
+        if most_tokens is not None:
+            rows, columns = grid_within(picture.height / picture.width, self.fewest_tokens, most_tokens)
+            shown |= {"resized_height": rows * self._token_side, "resized_width": columns * self._token_side}
+        asked = [{"role": "user", "content": [shown]}]
         try:
             resized, _ = self._process_vision_info(asked)
             made = self._image_processor(images=resized, return_tensors="pt")
@@ -53,13 +63,29 @@ class ModelInputs:
             raise BadPicture(f"the image processor refuses it: {error}") from error
         return made["pixel_values"].to(torch.float32), made["image_grid_thw"].to(torch.int64)
 
+    def tokens_of(self, patches: Patches) -> int:
+        """How many image tokens a picture becomes."""
+        return int(patches[1].prod()) // int(self._image_processor.merge_size**2)
+
+    @property
+    def fewest_tokens(self) -> int:
+        """How few image tokens a picture can become: smaller pictures are enlarged by their preparation."""
+        processor = self._image_processor
+        pixels = int(getattr(processor, "min_pixels", None) or processor.size["shortest_edge"])
+        return max(FEWEST_TOKENS, math.ceil(pixels / self._token_side**2))
+
+    @property
+    def _token_side(self) -> int:
+        """Pixels along a side of one image token."""
+        return int(self._image_processor.patch_size * self._image_processor.merge_size)
+
     def build(self, pictures: list[Patches], prompt: str, response: str | None = None) -> dict[str, torch.Tensor]:
         """The pictures, then the prompt, then the response if any -> input_ids, attention_mask [1, S] int64, and with
         pictures pixel_values [P, C*T*p*p] float32, image_grid_thw [n, 3] int64. ValueError if a text holds pictures."""
         if any(self._image_token in text for text in (prompt, response or "")):
             raise ValueError(f"the text contains {self._image_token}, which stands for a picture")
         text = self._in_chat_form(len(pictures), prompt, response)
-        tokens_of = [int(grid.prod()) // self._image_processor.merge_size**2 for _, grid in pictures]
+        tokens_of = [self.tokens_of(patches) for patches in pictures]
         pieces = text.split(self._image_token)
         if len(pieces) != len(pictures) + 1:
             what = f"the chat template of {self._model_path} does not show every picture once"

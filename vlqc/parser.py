@@ -13,6 +13,7 @@ from torch import fx
 from vlqc.engines import Scheme
 from vlqc.errors import Fault, UserError, near_miss
 from vlqc.ir import (
+    WEIGHT_PARTS,
     EdgeSummary,
     InputQuantization,
     MapSummary,
@@ -193,6 +194,11 @@ class _Reader:
             line.take(" scheme=", "scheme=")
             word = line.take(rf"(?:{'|'.join(sorted(Scheme, reverse=True))})\b", f"one of {', '.join(Scheme)}").group()
             site.scheme = Scheme(word)
+        if line.sees(" group_size="):
+            site.group_size = int(line.take(r" group_size=(\d+)", "' group_size=' and a whole number").group(1))
+        if line.sees(r" gained_bias\b"):
+            line.take(" gained_bias", "gained_bias")
+            site.gained_bias = True
         if line.sees(" reason="):
             line.take(" reason=", "reason=")
             site.reason = line.string("the reason")
@@ -201,11 +207,12 @@ class _Reader:
             line.take(r"\)", ")")
             site.input = InputQuantization(scale, offset)
         if line.sees(r" weight\("):
-            line.take(r" weight\(", "weight(")
-            integers = line.summary()
-            line.take(r"\) scale\(", ") scale(")
-            stage.summaries.weights[name] = integers, line.summary()
-            line.take(r"\)", ")")
+            wanted = WEIGHT_PARTS if site.group_size is not None else WEIGHT_PARTS[:2]
+            stage.summaries.weights[name] = weight = []
+            for word in wanted:
+                line.take(rf" {word}\(", f"{word}(")
+                weight.append(line.summary())
+                line.take(r"\)", ")")
         line.end()
 
     def _read_edges(self, stage: Stage, line: _Line) -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
+VIDEO_ENDINGS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv")
 WHITE = (255, 255, 255)
 
 
@@ -24,6 +25,11 @@ class BadPicture(Exception):
 def is_picture(path: Path) -> bool:
     """Whether the name says picture. Hidden files (the `._x.jpg` that macOS leaves behind) are none."""
     return path.suffix.lower() in PICTURE_ENDINGS and not path.name.startswith(".")
+
+
+def is_video(path: Path) -> bool:
+    """Whether the name says video."""
+    return path.suffix.lower() in VIDEO_ENDINGS and not path.name.startswith(".")
 
 
 def read_picture(path: Path) -> "Image":

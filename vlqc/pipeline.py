@@ -25,11 +25,16 @@ from vlqc.printer import print_stage
 REGISTRY: dict[str, str] = {
     "insert-observers": "vlqc.passes.insert_observers:InsertObservers",
     "assign-precision": "vlqc.passes.assign_precision:AssignPrecision",
+    "shift-norms": "vlqc.passes.shift_norms:ShiftNorms",
     "smooth-m2": "vlqc.passes.smooth_m2:SmoothM2",
+    "smooth-m4": "vlqc.passes.smooth_m4:SmoothM4",
     "quantize-activations": "vlqc.passes.quantize_activations:QuantizeActivations",
     "quantize-weights": "vlqc.passes.quantize_weights:QuantizeWeights",
     "lower-linears": "vlqc.passes.lower_linears:LowerLinears",
 }
+
+
+RUNNERS = ("insert-observers",)  # passes that run a stage's samples
 
 
 @dataclass(frozen=True)
@@ -37,12 +42,14 @@ class Pass:
     """One step over one stage. Subclasses are frozen dataclasses whose fields are their options.
 
     name: kebab-case; kind: an analysis measures and decides, a rewrite changes weights, modules or the graph;
-    summary: one line for `vlqc passes`.
+    summary: one line for `vlqc passes`; after: passes that must have run; before: passes that must not have.
     """
 
     name: ClassVar[str]
     kind: ClassVar[Literal["analysis", "rewrite"]]
     summary: ClassVar[str]
+    after: ClassVar[tuple[str, ...]] = ()
+    before: ClassVar[tuple[str, ...]] = ()
 
     def run(self, stage: Stage) -> bool:
         """Works on `stage` in place; whether anything changed."""
@@ -101,6 +108,12 @@ class PassManager:
         return weights, text
 
 
+def require(holds: bool, what: str) -> None:
+    """For a pass's __post_init__: ValueError unless it holds; a pipeline text makes that a fault of the user's."""
+    if not holds:
+        raise ValueError(what)
+
+
 def load_pass(name: str) -> type[Pass]:
     """The class of a registered pass; UserError with near misses for an unknown name."""
     if name not in REGISTRY:
@@ -112,21 +125,52 @@ def load_pass(name: str) -> type[Pass]:
     return loaded
 
 
+def check_order(passes: Sequence[Pass]) -> None:
+    """UserError if a pass stands before one that it needs, or after one that takes away what it works on."""
+    faults = []
+    for number, step in enumerate(passes):
+        earlier = {each.name for each in passes[:number]}
+        for name in (name for name in step.after if name not in earlier):
+            faults.append(Fault(f"{step.name} needs {name} before it", "--pipeline", fix=f"put {name} before it"))
+        for name in (name for name in step.before if name in earlier):
+            why = f"after {name} there is nothing left for it to work on"
+            faults.append(Fault(f"{step.name} stands after {name}", "--pipeline", why, f"put it before {name}"))
+    if not any(step.name in RUNNERS for step in passes):
+        why = "it runs the samples through each stage, and the next stage needs what they become"
+        faults.append(Fault(f"the pipeline lacks {RUNNERS[0]}", "--pipeline", why, f"let it start with {RUNNERS[0]}"))
+    if faults:
+        raise UserError(*faults)
+
+
 def pipeline_text(options: Options) -> str:
     """The pipeline that the user's options ask for, in normal form: options at their default are left out."""
     if options.pipeline is not None:
         return print_pipeline(parse_pipeline(options.pipeline))
-    method = {1: "minmax", 2: "histogram"}[options.act_method]
-    smoothing = {"m2": ["smooth-m2"], "none": []}[options.anti_method]
-    names = [
-        "insert-observers",
-        f"assign-precision{{scheme={options.scheme},target={options.engine_target}}}",
-        *smoothing,
-        f"quantize-activations{{method={method}}}",
-        "quantize-weights",
-        "lower-linears",
+    choose = {
+        "scheme": str(options.scheme),
+        "group_size": options.group_size,
+        "target": options.engine_target,
+        "scope": options.w4a8_scope,
+        "exclude": options.exclude,
+        "include": options.include,
+    }
+    smoothing: dict[str, list[tuple[str, dict[str, Any]]]] = {
+        "m2": [("smooth-m2", {})],
+        "m4": [("smooth-m4", {"alpha": options.anti_alpha})],
+        "none": [],
+    }
+    shift: list[tuple[str, dict[str, Any]]] = [("shift-norms", {})] if options.shift else []
+    method = {1: "minmax", 2: "histogram", 3: "automatic"}[options.act_method]
+    named = [
+        ("insert-observers", {}),
+        ("assign-precision", choose),
+        *shift,
+        *smoothing[options.anti_method],
+        ("quantize-activations", {"method": method}),
+        ("quantize-weights", {}),
+        ("lower-linears", {}),
     ]
-    return print_pipeline(parse_pipeline(",".join(names)))
+    return print_pipeline([load_pass(name)(**given) for name, given in named])
 
 
 def print_pipeline(passes: Sequence[Pass]) -> str:

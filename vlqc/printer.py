@@ -23,6 +23,7 @@ from torch import Tensor, fx
 
 from vlqc.ir import (
     MODALITIES,
+    WEIGHT_PARTS,
     Edge,
     EdgeSummary,
     MapSummary,
@@ -117,15 +118,19 @@ def _print_site(stage: Stage, site: Site) -> str:
     line = f"{quote(site.name)} [{site.shape[0]}, {site.shape[1]}] from %{site.source}"
     if site.scheme is not None:
         line += f" scheme={site.scheme}"
+    if site.group_size is not None:
+        line += f" group_size={site.group_size}"
+    if site.gained_bias:
+        line += " gained_bias"
     if site.reason:
         line += f" reason={quote(site.reason)}"
     if site.input is not None:
         line += f" input(scale={float(site.input.scale)!r}, offset={float(site.input.offset)!r})"
-    weight = stage.summaries.weights.get(site.name)
+    weight = stage.summaries.weights.get(site.name, [])
     if site.weight is not None:
-        weight = summarize(site.weight.integers), summarize(site.weight.scale)
-    if weight is not None:
-        line += f" weight({_print_summary(weight[0])}) scale({_print_summary(weight[1])})"
+        weight = [summarize(tensor) for tensor in site.weight.tensors()]
+    for word, summary in zip(WEIGHT_PARTS, weight, strict=False):
+        line += f" {word}({_print_summary(summary)})"
     return line
 
 

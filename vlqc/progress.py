@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Progress:
         """Stage `index` is compiled and written."""
 
     def note(self, text: str) -> None:
-        """Something the user should know."""
+        """Something the user should know; of several lines it is a warning, whose first line says it all."""
 
     def finish(self) -> None:
         """No more reports follow; also called after an error, possibly twice."""
@@ -67,11 +67,12 @@ class TerminalProgress(Progress):
         self._started = self._last_line = self._clock()
         if self._console.is_terminal:
             self._bar = Bar(
-                BarColumn(bar_width=30),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[left]}"),
-                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=16, table_column=Column(min_width=16)),
+                MofNCompleteColumn(table_column=Column(no_wrap=True)),
+                TimeElapsedColumn(table_column=Column(no_wrap=True)),
+                TextColumn("{task.fields[left]}", table_column=Column(min_width=12, no_wrap=True)),
+                TextColumn("{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True)),
+                expand=True,
                 console=self._console,
                 transient=True,
             )
@@ -99,7 +100,12 @@ class TerminalProgress(Progress):
             self._line(f"stage {self._done} of {self._stages} done ({self._name}), {elapsed} elapsed, {self._left()}")
 
     def note(self, text: str) -> None:
-        self._console.print(Text(f"note: {text}"), soft_wrap=True)
+        """Warnings come at once, before hours of work; all else waits for the summary."""
+        if is_warning(text):
+            first, *rest = text.split("\n")
+            self._console.print(Text.assemble(("warning: ", "bold yellow"), (first, "bold")), soft_wrap=True)
+            for line in rest:
+                self._console.print(Text(f"  {line.strip()}"), soft_wrap=True)
 
     def finish(self) -> None:
         if self._bar is not None:
@@ -122,6 +128,11 @@ class TerminalProgress(Progress):
         return f"{duration(remaining)} left"
 
 
+def is_warning(note: str) -> bool:
+    """Whether a note is a warning: it has several lines, of which the first says it all."""
+    return "\n" in note
+
+
 def print_summary(result: "Result", console: Console) -> None:
     """What became what, sizes, time, memory, where the output is, what loads it and how to serve it, notes."""
     table = Table(title="What became what", title_justify="left")
@@ -138,12 +149,14 @@ def print_summary(result: "Result", console: Console) -> None:
         ("output", str(result.folder)),
         *(("loads in", engine) for engine in result.engines),
         *(("serve", command) for command in result.serve),
-        *(("note", note) for note in result.notes),
+        *(("warning", warning.split("\n")[0]) for warning in filter(is_warning, result.notes)),  # the rest was shown
+        *(("note", note) for note in result.notes if not is_warning(note)),
     ]
     known = ""
     for label, text in facts:
-        shown = "" if label == known and label != "note" else label
-        console.print(Text.assemble((f"{shown:<12}", "bold"), text), soft_wrap=True)  # commands stay in one line
+        shown = "" if label == known and label not in ("note", "warning") else label
+        style = "bold yellow" if label == "warning" else "bold"
+        console.print(Text.assemble((f"{shown:<12}", style), text), soft_wrap=True)  # commands stay in one line
         known = label
 
 

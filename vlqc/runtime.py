@@ -12,24 +12,36 @@ from torch import Tensor, nn
 from vlqc.checkpoint import Checkpoint, original_name
 from vlqc.engines import Scheme
 from vlqc.errors import Fault, UserError, near_miss
-from vlqc.kernels_ref.linear import StaticQuantLinear
+from vlqc.kernels_ref.group import unpack_int4
+from vlqc.kernels_ref.linear import DynamicQuantLinear, GroupQuantLinear, QuantLinear, StaticQuantLinear
+from vlqc.kernels_ref.norm import ShiftedNorm
 from vlqc.model import build
 
 DESCRIPTIONS = ("quant_model_description.json", "quant_model_description_*.json")
-MODULES: dict[Scheme, type[StaticQuantLinear]] = {Scheme.W8A8: StaticQuantLinear}
-COMPANIONS = ("weight", "weight_scale", "weight_offset", "input_scale", "input_offset", "quant_bias", "deq_scale")
+MODULES: dict[Scheme, type[QuantLinear]] = {
+    Scheme.W8A8: StaticQuantLinear,
+    Scheme.W8A8_DYNAMIC: DynamicQuantLinear,
+    Scheme.W4A8_DYNAMIC: GroupQuantLinear,
+}
+WEIGHT = ("weight", "weight_scale", "weight_offset")
+COMPANIONS: dict[Scheme, tuple[str, ...]] = {
+    Scheme.W8A8: (*WEIGHT, "input_scale", "input_offset", "quant_bias", "deq_scale"),
+    Scheme.W8A8_DYNAMIC: WEIGHT,
+    Scheme.W4A8_DYNAMIC: (*WEIGHT, "weight_scale_second", "weight_offset_second"),
+}
 
 
-def load(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> nn.Module:
+def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> nn.Module:
     """The model in an emitted folder, in eval mode, with the forward signature of the float model.
 
     dtype: of everything between the integer operators; float32 is how accuracy is stated, bfloat16 or float16 is what
-    the device does. Raises UserError, with all faults at once, for a folder that is not complete.
+    the device does. trust_remote_code: run model code from the folder. Raises UserError, with all faults at once, for a
+    folder that is not complete.
     """
     folder = Path(folder)
     checkpoint = Checkpoint(folder)
     description = read_description(folder)
-    model = build(folder, checkpoint.config)
+    model = build(folder, checkpoint.config, trust_remote_code=trust_remote_code)
     loader = _Loader(checkpoint, description, dtype)
     head = model.get_output_embeddings()  # type: ignore[operator]
     tied = bool(model.config.tie_word_embeddings)  # type: ignore[union-attr]
@@ -75,20 +87,29 @@ class _Loader:
                 why = near_miss(mark, map(str, MODULES)) or f"known are {', '.join(MODULES)}"
                 self.faults.append(Fault(f"{name} has the unknown scheme {mark}", str(self.checkpoint.folder), why))
                 return
-            tensors = {part: self._read(f"{name}.{part}") for part in COMPANIONS}
-            bias = None if module.bias is None else self._read(f"{name}.bias")
-            if None not in tensors.values():
-                try:
-                    lowered = MODULES[Scheme(mark)](**tensors, bias=bias)  # type: ignore[arg-type]
-                    model.set_submodule(path, lowered)
-                except ValueError as error:
-                    self.faults.append(Fault(f"{name} cannot be run", str(self.checkpoint.folder), str(error)))
+            self._lower(model, path, module, name, Scheme(mark))
             return
         for part, parameter in list(module.named_parameters(recurse=False)):
             value = self._read(f"{name}.{part}", tuple(parameter.shape))
             if value is not None:
                 filled = value.to(self.dtype, copy=True)
                 setattr(module, part, nn.Parameter(filled, requires_grad=False))
+        if f"{name}.bias" in self.checkpoint and [part for part, _ in module.named_parameters()] == ["weight"]:
+            bias = self._read(f"{name}.bias", tuple(module.get_parameter("weight").shape))
+            if bias is not None and not isinstance(module, nn.Linear):
+                model.set_submodule(path, ShiftedNorm(module, bias.to(self.dtype)))
+
+    def _lower(self, model: nn.Module, path: str, linear: nn.Linear, name: str, scheme: Scheme) -> None:
+        tensors = {part: self._read(f"{name}.{part}") for part in COMPANIONS[scheme]}
+        bias = None if linear.bias is None else self._read(f"{name}.bias")
+        if any(tensor is None for tensor in tensors.values()):
+            return
+        if f"{name}.scale_bias" in self.checkpoint and tensors["weight"] is not None:  # two weights in a byte
+            tensors["weight"] = unpack_int4(tensors["weight"])
+        try:
+            model.set_submodule(path, MODULES[scheme](**tensors, bias=bias))  # type: ignore[arg-type]
+        except ValueError as error:
+            self.faults.append(Fault(f"{name} cannot be run", str(self.checkpoint.folder), str(error)))
 
     def _read(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor | None:
         where = str(self.checkpoint.folder)

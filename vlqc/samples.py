@@ -10,15 +10,33 @@ from vlqc.errors import Fault, UserError, near_miss
 
 REQUIRED = ("input_ids", "attention_mask")
 PICTURE = ("pixel_values", "image_grid_thw")
+WHOLE_NUMBERS = ("input_ids", "attention_mask", "image_grid_thw")
 
 
-def check_samples(samples: Sequence[dict[str, Tensor]], model: nn.Module) -> None:
-    """UserError with every fault of every sample: keys, shapes, token ids, pictures that do not fit the text."""
+def refuse_both(*, samples: object, passes: object, **given: object) -> None:
+    """UserError where the Python API is given two things of which one would be ignored."""
+    faults = []
+    if samples is not None and "calib_images" in given:
+        faults.append(Fault("samples and calib_images are both given", fix="give one of them"))
+    if passes is not None and given.get("pipeline") is not None:
+        faults.append(Fault("passes and pipeline are both given", fix="give one of them"))
+    if faults:
+        raise UserError(*faults)
+
+
+def checked_samples(samples: Sequence[dict[str, Tensor]], model: nn.Module) -> list[dict[str, Tensor]]:
+    """The samples with whole numbers as int64. UserError with every fault of every sample.
+
+    Faults are of keys, shapes, token ids, and pictures that do not fit the text.
+    """
+    if not isinstance(samples, Sequence):
+        raise UserError(Fault(f"samples is a {type(samples).__name__}", "samples", "a list of dicts is wanted"))
     if not samples:
         raise UserError(Fault("there is no calibration sample", "samples", fix="give at least one, 30 are advised"))
     faults = [fault for number, sample in enumerate(samples) for fault in _faults(f"samples[{number}]", sample, model)]
     if faults:
         raise UserError(*faults)
+    return [{key: it.long() if key in WHOLE_NUMBERS else it for key, it in sample.items()} for sample in samples]
 
 
 def _faults(where: str, sample: dict[str, Tensor], model: nn.Module) -> list[Fault]:
@@ -29,19 +47,21 @@ def _faults(where: str, sample: dict[str, Tensor], model: nn.Module) -> list[Fau
         if key in ("pixel_values_videos", "video_grid_thw"):
             faults.append(Fault("videos are not supported", where, fix="calibrate with pictures"))
         elif key not in (*REQUIRED, *PICTURE, "mm_token_type_ids"):
-            faults.append(Fault(f"unknown model input {key!r}", where, fix=near_miss(key, (*REQUIRED, *PICTURE))))
+            known = (*REQUIRED, *PICTURE)
+            fix = near_miss(str(key), known) or f"a sample has {', '.join(known)}"
+            faults.append(Fault(f"unknown model input {key!r}", where, fix=fix))
     missing = [key for key in REQUIRED if not isinstance(sample.get(key), Tensor)]
     if any(key in sample for key in PICTURE):
         missing += [key for key in PICTURE if not isinstance(sample.get(key), Tensor)]
     if missing:
-        return [*faults, Fault(f"the tensor {' and '.join(missing)} is missing", where)]
+        why = "a sample has input_ids and attention_mask, and with pictures pixel_values and image_grid_thw"
+        return [*faults, *(Fault(f"the tensor {key} is missing", where, why) for key in missing)]
     ids, mask = sample["input_ids"], sample["attention_mask"]
     if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] == 0 or ids.is_floating_point():
         return [*faults, Fault(f"input_ids is {_kind(ids)}", where, "whole numbers [1, S] with S > 0 are wanted")]
-    if mask.shape != ids.shape or not bool(mask.any()):
-        faults.append(
-            Fault(f"attention_mask is {_kind(mask)}", where, f"it must be {list(ids.shape)} and not all zero")
-        )
+    if mask.shape != ids.shape or not bool(mask.any()) or not bool(((mask == 0) | (mask == 1)).all()):
+        why = f"it must be {list(ids.shape)}, of zeros and ones, and not all zero"
+        faults.append(Fault(f"attention_mask is {_kind(mask)}", where, why))
     vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     if not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
         faults.append(Fault("a token id is outside the vocabulary", where, f"ids go from 0 to {vocabulary - 1}"))

@@ -26,7 +26,7 @@ def live_stage(model: FloatModel, stop: Stop, dtype: torch.dtype, read: Callable
         why = "what passes through it cannot be measured"
         raise UserError(Fault(f"no calibration sample reaches {stop.name}", why=why, fix="add a sample with a picture"))
     probe = choose_probe(stop.calls)
-    children = [(parent, dict(parent._modules)) for parent in stop.module.modules()]
+    before = [(module, dict(module._modules), dict(module._parameters)) for module in stop.module.modules()]
     try:
         model.fill(stop.module, read)
         graph = record(stop.module, probe, stop.name)
@@ -42,8 +42,10 @@ def live_stage(model: FloatModel, stop: Stop, dtype: torch.dtype, read: Callable
             checkpoint_name=lambda target: checkpoint_name(model, stop, target),
         )
     finally:
-        for parent, modules in children:  # lowering has put others in their places
-            parent._modules.update(modules)
+        for module, modules, parameters in before:  # passes have put others in their places
+            module._modules.update(modules)
+            module._parameters.clear()
+            module._parameters.update(parameters)
         model.empty(stop.module)
 
 

@@ -9,10 +9,13 @@ from pathlib import Path
 
 from vlqc.checkpoint import Checkpoint
 from vlqc.emit.ascend import emitted_dtype
-from vlqc.engines import Scheme, loads, part_of, serve_commands
+from vlqc.engines import Scheme, cannot_load, engine_notes, loads, part_of, serve_commands
+from vlqc.errors import Fault, UserError
 from vlqc.ir import Stage
 from vlqc.options import Options
 from vlqc.result import Result
+from vlqc.runtime import read_description
+from vlqc.verify import verify_folder
 
 
 class Tally:
@@ -23,10 +26,18 @@ class Tally:
         self.counts: dict[tuple[str, str], int] = {}
         self.notes: list[str] = []
         self._started = time.perf_counter()
-        if checkpoint.dtype != emitted_dtype(checkpoint.dtype):
-            stored = str(checkpoint.dtype).removeprefix("torch.")
+        dtype, group_size = str(checkpoint.dtype).removeprefix("torch."), options.group_size
+        asked = (options.engine_target, options.scheme, dtype)
+        refusals = cannot_load(*asked, scope=options.w4a8_scope)
+        for sentence in refusals:
             self.note(
-                [f"the checkpoint is {stored}; engines run bfloat16, so its float tensors are emitted as bfloat16"]
+                [str(Fault(sentence, why="the folder is written all the same", fix="see --target, --strict_target"))]
+            )
+        told = engine_notes(*asked, group_size=group_size, scope=options.w4a8_scope)
+        self.note(sentence for sentence in told if sentence not in refusals)
+        if checkpoint.dtype != emitted_dtype(checkpoint.dtype):
+            self.note(
+                [f"the checkpoint is {dtype}; engines run bfloat16, so its float tensors are emitted as bfloat16"]
             )
 
     def note(self, notes: Iterable[str]) -> None:
@@ -41,6 +52,30 @@ class Tally:
             self._count(stage.part, site.scheme or Scheme.FLOAT)
         self.note(stage.notes)
 
+    def require_quantized(self) -> None:
+        """UserError if every site stayed float: the source would only be copied."""
+        if all(scheme == Scheme.FLOAT for _, scheme in self.counts):
+            why = "no pass gave any layer a scheme, or every layer was excluded"
+            raise UserError(Fault("nothing was quantized", why=why, fix="look at --pipeline and --exclude"))
+
+    def note_unknown(self, names: list[str]) -> None:
+        """Tensors of the checkpoint that the model does not know."""
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            self.note([f"not part of the model and left out: {', '.join(names[:3])}{more}"])
+
+    def require_loaded(self, folder: Path) -> None:
+        """With --strict_target, UserError unless the target's engines load the finished folder."""
+        if not self.options.strict_target:
+            return
+        report = verify_folder(folder, engine=self.options.engine_target)
+        if not report.ok:
+            why = "; ".join(dict.fromkeys(finding.what for finding in report.findings))
+            fix = "name another --target, change the scheme, or leave --strict_target out"
+            raise UserError(
+                Fault(f"{self.options.engine_target} does not load the result", "--strict_target", why, fix)
+            )
+
     def _count(self, part: str, scheme: Scheme) -> None:
         self.counts[part, str(scheme)] = self.counts.get((part, str(scheme)), 0) + 1
 
@@ -49,7 +84,7 @@ class Tally:
         folder = self.options.save_directory
         if "lm_head.weight" in self.checkpoint:
             self._count(part_of("lm_head"), Scheme.FLOAT)
-        description = json.loads((folder / "quant_model_description.json").read_text(encoding="utf-8"))
+        description = read_description(folder)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         dtype = str(emitted_dtype(self.checkpoint.dtype)).removeprefix("torch.")
         return Result(
@@ -61,7 +96,7 @@ class Tally:
             peak_memory_bytes=_peak_memory(),
             notes=self.notes,
             engines=loads(description, dtype, config),
-            serve=serve_commands(self.options.engine_target, folder),
+            serve=serve_commands(self.options.engine_target, folder.resolve()),
             passes=passes,
         )
 

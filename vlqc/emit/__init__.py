@@ -3,14 +3,14 @@
 from pathlib import Path
 
 from vlqc.checkpoint import Checkpoint
-from vlqc.emit.ascend import expected_bytes, stage_entries
+from vlqc.emit.ascend import expected_bytes
+from vlqc.emit.mindie import MindieEmitter
 from vlqc.emit.vllm_ascend import FolderEmitter
 from vlqc.options import Options
 
-__all__ = ["emitter_for", "expected_bytes", "stage_entries"]
+__all__ = ["FolderEmitter", "emitter_for", "expected_bytes"]
 
 
 def emitter_for(options: Options, folder: Path, checkpoint: Checkpoint) -> FolderEmitter:
     """The emitter of the layout that the options ask for, writing into `folder`."""
-    both = options.engine_target == "both"
-    return FolderEmitter(folder, checkpoint, options.scheme, part_file_size=options.part_file_size, both=both)
+    return (MindieEmitter if options.mindie_format else FolderEmitter)(folder, checkpoint, options)

@@ -11,9 +11,12 @@ from vlqc.emit.shards import ENTRY_BYTES
 from vlqc.engines import VLLM_ASCEND, Scheme, legal_schemes, stays_float_by_seed
 from vlqc.errors import Fault, UserError
 from vlqc.ir import Stage
+from vlqc.kernels_ref.group import pack_int4, scale_bias
+from vlqc.kernels_ref.linear import GroupQuantLinear
 from vlqc.model import FloatModel
 
 TENSORS_PER_LINEAR = 8  # the most that one Linear becomes: weight, bias and six companions
+ROW_PARALLEL = ("o_proj", "down_proj", "proj")  # linears that tensor parallelism cuts along their inputs
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,11 @@ def float_entry(name: str, tensor: Tensor, dtype: torch.dtype) -> Entry:
     return Entry(name, value, Scheme.FLOAT)
 
 
-def stage_entries(stage: Stage) -> Iterator[Entry]:
-    """The tensors of a lowered stage in module order: integers and scales of quantized linears, all else in float."""
+def stage_entries(stage: Stage, *, packed: bool) -> Iterator[Entry]:
+    """The tensors of a lowered stage in module order: integers and scales of quantized linears, all else in float.
+
+    packed: two 4-bit weights per byte with the correction that this needs, else one per byte.
+    """
     for site in stage.sites.values():
         if site.scheme not in (None, Scheme.FLOAT) and not stage.is_lowered(site):
             fix = "let the pipeline end with the passes that quantize activations and weights and lower linears"
@@ -52,9 +58,20 @@ def stage_entries(stage: Stage) -> Iterator[Entry]:
                 local = f"{path}.{name}" if path else name
                 yield float_entry(stage.checkpoint_name(local), parameter, stage.dtype)
             continue
-        for name, buffer in module.named_buffers(recurse=False):
-            full = f"{stage.checkpoint_name(path)}.{name}"
+        layer = stage.checkpoint_name(path)
+        tensors = dict(module.named_buffers(recurse=False))
+        if packed and isinstance(module, GroupQuantLinear):
+            tensors |= packed_int4(module, layer)
+        for name, buffer in tensors.items():
+            full = f"{layer}.{name}"
             yield float_entry(full, buffer, stage.dtype) if name == "bias" else Entry(full, buffer, Scheme(scheme))
+
+
+def packed_int4(module: GroupQuantLinear, layer: str) -> dict[str, Tensor]:
+    """The tensors of a 4-bit layer that differ where two weights share a byte."""
+    row_parallel = layer.rpartition(".")[2] in ROW_PARALLEL
+    correction = scale_bias(module.weight, module.weight_scale, module.weight_scale_second, row_parallel)
+    return {"weight": pack_int4(module.weight), "scale_bias": correction}
 
 
 def header_bytes(checkpoint: Checkpoint) -> int:

@@ -2,8 +2,11 @@
 
 import contextlib
 import errno
+import fcntl
+import glob
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,12 +26,16 @@ def appearing_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
     With `overwrite` an existing folder stays until the new one is complete, and comes back if the exchange fails.
     """
     target = Path(os.path.realpath(target))  # a link stays and what it points to is exchanged
-    work, old = (target.with_name(f".{target.name}.{state}") for state in ("partial", "replaced"))
     new_parents = [parent for parent in target.parents if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(mode=FOLDER_MODE)
+        prefix = f".{target.name[:100]}.partial-"
+        for leftover in target.parent.glob(f"{glob.escape(prefix)}*"):
+            _remove_if_abandoned(leftover)
+        # A name of its own: two runs into one folder must not write into each other's work.
+        work = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+        work.chmod(FOLDER_MODE)
+        lock = _locked(work)
     except OSError as error:
         raise UserError(Fault("the save folder cannot be made", str(target), str(error))) from error
     try:
@@ -39,10 +46,12 @@ def appearing_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
                 raise
             raise _unwritable(target, error) from error
         try:
-            _publish(work, target, old, overwrite)
+            _publish(work, target, overwrite)
         except OSError as error:
             raise _unwritable(target, error) from error
     finally:
+        if lock is not None:
+            os.close(lock)
         shutil.rmtree(work, ignore_errors=True)
         if not target.exists():
             with contextlib.suppress(OSError):
@@ -50,23 +59,49 @@ def appearing_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
                     parent.rmdir()
 
 
-def _publish(work: Path, target: Path, old: Path, overwrite: bool) -> None:
+def _locked(work: Path) -> int | None:
+    """A handle that holds a lock on a folder for as long as this process lives; None where another one holds it."""
+    handle = os.open(work, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _remove_if_abandoned(work: Path) -> None:
+    """Removes the work folder of a run that was killed; one that is being written is locked, and stays."""
+    with contextlib.suppress(OSError):
+        lock = _locked(work)
+        if lock is not None:
+            shutil.rmtree(work, ignore_errors=True)
+            os.close(lock)
+
+
+def _publish(work: Path, target: Path, overwrite: bool) -> None:
     """Gives the finished folder its place; what was there before goes only once the new one stands."""
     for path in work.iterdir():
         path.chmod(FILE_MODE)
         _sync(path)
     _sync(work)
+    replaced = None
     if target.exists() and (overwrite or not any(target.iterdir())):
-        shutil.rmtree(old, ignore_errors=True)
-        target.rename(old)
+        replaced = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.replaced-", dir=target.parent))
+        try:
+            target.rename(replaced)  # onto an empty folder
+        except OSError:
+            replaced.rmdir()
+            raise
     try:
         work.rename(target)
     except OSError:
-        if old.exists() and not target.exists():
-            old.rename(target)
+        if replaced is not None and not target.exists():
+            replaced.rename(target)
         raise
     _sync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _unwritable(target: Path, error: OSError) -> UserError:
@@ -84,12 +119,16 @@ def _sync(path: Path) -> None:
             os.close(handle)
 
 
+def _readable(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
+
+
 def require_space(target: Path, needed: int) -> None:
     """UserError unless the disk that will hold `target` has `needed` bytes free."""
-    existing = next(folder for folder in Path(os.path.abspath(target)).parents if folder.is_dir())
+    existing = next(folder for folder in Path(os.path.realpath(target)).parents if folder.is_dir())
     free = shutil.disk_usage(existing).free
     if free < needed:
-        why = f"the result takes about {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free"
+        why = f"the result takes about {_readable(needed)}, {_readable(free)} are free"
         raise UserError(
             Fault("not enough disk space", str(existing), why, "free space or choose another --save_directory")
         )

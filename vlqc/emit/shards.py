@@ -30,8 +30,8 @@ class ShardWriter:
     its file is closed. A tensor larger than `limit` gets a file of its own.
     """
 
-    def __init__(self, folder: Path, stem: str, *, header_bytes: int, limit: int | None = None) -> None:
-        self.folder, self.stem, self.limit = folder, stem, limit
+    def __init__(self, folder: Path, *, header_bytes: int, limit: int | None = None) -> None:
+        self.folder, self.limit = folder, limit
         self.total_bytes = 0
         self.weight_map: dict[str, int] = {}
         self._header_bytes = -(-header_bytes // ALIGNMENT) * ALIGNMENT
@@ -64,27 +64,27 @@ class ShardWriter:
         else:
             self._write(name, tensor)
 
-    def close(self) -> None:
-        """Completes the last file, gives all of them their final names, and writes the index if there is one."""
+    def close(self, stem: str) -> None:
+        """Completes the last file, names all of them after `stem`, and writes the index if there is one."""
         if self._file is None and not self._files:
             self._start()
         if self._file is not None:
             self._finish()
         if self.limit is None:
-            self._files[0].rename(self.folder / f"{self.stem}.safetensors")
+            self._files[0].rename(self.folder / f"{stem}.safetensors")
             return
-        names = [f"{self.stem}-{k + 1:05}-of-{len(self._files):05}.safetensors" for k in range(len(self._files))]
+        names = [f"{stem}-{k + 1:05}-of-{len(self._files):05}.safetensors" for k in range(len(self._files))]
         for path, name in zip(self._files, names, strict=True):
             path.rename(self.folder / name)
         index = {
             "metadata": {"total_size": self.total_bytes},
             "weight_map": {tensor: names[number] for tensor, number in sorted(self.weight_map.items())},
         }
-        path = self.folder / f"{self.stem}.safetensors.index.json"
+        path = self.folder / f"{stem}.safetensors.index.json"
         path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def _start(self) -> None:
-        path = self.folder / f".{self.stem}-{len(self._files):05}.partial"
+        path = self.folder / f".{len(self._files):05}.partial"
         self._file = path.open("wb")
         self._file.seek(LENGTH_FIELD + self._header_bytes)
         self._entries, self._filled, self._promised = {}, 0, 0

@@ -12,33 +12,38 @@ from typing import Any
 from torch import Tensor
 
 from vlqc.checkpoint import Checkpoint
-from vlqc.emit.ascend import Entry, emitted_dtype, float_entry, header_bytes
+from vlqc.emit.ascend import Entry, emitted_dtype, float_entry, header_bytes, stage_entries
 from vlqc.emit.shards import ShardWriter
+from vlqc.engine_table import NAMING_ORDER
 from vlqc.engines import Scheme, part_of
+from vlqc.ir import Stage
+from vlqc.options import Options
 
-DESCRIPTION = "quant_model_description.json"
 DESCRIPTION_VERSION = "1.0.0"
 # A mixed folder is named after the first of these that occurs in it.
-NAMED_AFTER = (Scheme.W4A8_DYNAMIC, Scheme.W8A8, Scheme.W8A8_DYNAMIC, Scheme.FLOAT)
+NAMED_AFTER = (*NAMING_ORDER, Scheme.FLOAT)
 GIB = 1024**3
 
 
 class FolderEmitter:
     """Writes a compiled checkpoint into an existing empty folder: every tensor once, then `finish`.
 
-    scheme: after which the files are named; both: whether MindIE's keys go into config.json, too; dtype: of the float
-    tensors.
+    dtype: of the float tensors. What differs between layouts is in the methods that start with one underscore, and in
+    `packs_int4`.
     """
 
-    def __init__(
-        self, folder: Path, checkpoint: Checkpoint, scheme: Scheme, *, part_file_size: int | None, both: bool
-    ) -> None:
-        self.folder, self.checkpoint, self.both = folder, checkpoint, both
+    packs_int4 = True
+
+    def __init__(self, folder: Path, checkpoint: Checkpoint, options: Options) -> None:
+        self.folder, self.checkpoint, self.options = folder, checkpoint, options
         self.dtype = emitted_dtype(checkpoint.dtype)
         self.marks: dict[str, Scheme] = {}
-        limit = None if part_file_size is None else part_file_size * GIB
-        stem = f"quant_model_weight_{scheme.lower()}"
-        self._shards = ShardWriter(folder, stem, header_bytes=header_bytes(checkpoint), limit=limit)
+        limit = None if options.part_file_size is None else options.part_file_size * GIB
+        self._shards = ShardWriter(folder, header_bytes=header_bytes(checkpoint), limit=limit)
+
+    def add_stage(self, stage: Stage) -> None:
+        """Everything that a finished stage became."""
+        self.add(stage_entries(stage, packed=self.packs_int4))
 
     def add(self, entries: Iterable[Entry]) -> None:
         for entry in entries:
@@ -59,35 +64,46 @@ class FolderEmitter:
 
     def finish(self) -> None:
         """Completes the weight files and writes everything beside them."""
-        self._shards.close()
-        used = set(self.marks.values())
-        model_type = next(scheme for scheme in NAMED_AFTER if scheme in used)
-        description = {
-            "version": DESCRIPTION_VERSION,
-            "model_quant_type": str(model_type),
-            **{name: str(mark) for name, mark in sorted(self.marks.items())},
-        }
-        _write_json(self.folder / DESCRIPTION, description)
+        self._shards.close(f"quant_model_weight_{self.quant_type.lower()}")
+        _write_json(self.folder / self._description_name(), self._description())
         _write_json(self.folder / "config.json", self._config())
-        for name in self.checkpoint.side_files():
-            if name.startswith("quant_model_description"):  # of another compilation
-                continue
-            shutil.copyfile(self.checkpoint.folder / name, self.folder / name)
+        for name in self.checkpoint.side_files(code=self.options.trust_remote_code):
+            if not name.startswith("quant_model_description"):  # of another compilation
+                shutil.copyfile(self.checkpoint.folder / name, self.folder / name)
+
+    @property
+    def quant_type(self) -> Scheme:
+        """The scheme that names the folder: the one with the fewest bits."""
+        return next(scheme for scheme in NAMED_AFTER if scheme in self.marks.values())
+
+    def _description_name(self) -> str:
+        return "quant_model_description.json"
+
+    def _description(self) -> dict[str, Any]:
+        facts: dict[str, Any] = {"version": DESCRIPTION_VERSION, "model_quant_type": str(self.quant_type)}
+        if self.quant_type == Scheme.W4A8_DYNAMIC:
+            facts["group_size"] = self.options.group_size
+        return facts | {name: str(mark) for name, mark in sorted(self.marks.items())}
 
     def _config(self) -> dict[str, Any]:
-        """The source's config.json with only those keys changed that the emitted weights make untrue."""
-        config = json.loads(json.dumps(self.checkpoint.config))
+        """The source's config.json, flat, with only those keys changed that the emitted weights make untrue."""
+        config: dict[str, Any] = json.loads(json.dumps(self.checkpoint.config))
         dtype = str(self.dtype).removeprefix("torch.")
         for key in ("torch_dtype", "dtype"):
             if key in config or key == "torch_dtype":
                 config[key] = dtype
         config.pop("quantization_config", None)  # vLLM would read it instead of the description
-        quantized_parts = {part_of(name) for name, mark in self.marks.items() if mark == Scheme.W8A8}
-        if self.both and quantized_parts:
-            config["quantize"] = "w8a8"
-            if quantized_parts & {"vision", "merger"}:
-                config["vision_config"]["quantize"] = "w8a8"
-        return config  # type: ignore[no-any-return]
+        if self.options.engine_target == "both" and Scheme.W8A8 in self.marks.values():
+            self._add_mindie_keys(config)
+        return config
+
+    def _add_mindie_keys(self, config: dict[str, Any]) -> None:
+        """By which MindIE finds the quantization of the language model and of the vision tower."""
+        config["quantize"] = self.quant_type.lower()
+        quantized = {part_of(name) for name, mark in self.marks.items() if mark != Scheme.FLOAT}
+        config["vision_config"].pop("quantize", None)
+        if quantized & {"vision", "merger"}:
+            config["vision_config"]["quantize"] = self.quant_type.lower()
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

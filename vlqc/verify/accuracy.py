@@ -21,7 +21,7 @@ from vlqc.ir import first_tensor
 from vlqc.lockstep import Lockstep, Stop
 from vlqc.model import FloatModel
 from vlqc.runtime import load
-from vlqc.samples import check_samples
+from vlqc.samples import checked_samples
 from vlqc.verify.report import Report
 
 STAGES, LOGITS = "stage outputs", "logits"
@@ -76,9 +76,9 @@ def check_accuracy(
         if calib_images is None:
             raise ValueError("either calib_images or samples must be given")
         samples = load_samples(model_path, calib_images, trust_remote_code=trust_remote_code).samples
-    check_samples(samples, model.module)
+    samples = checked_samples(samples, model.module)
     try:
-        quantized = load(folder, dtype=torch.float32)
+        quantized = load(folder, dtype=torch.float32, trust_remote_code=trust_remote_code)
     except UserError as error:  # the folder's fault, not the caller's
         for fault in error.faults:
             report.fault(STAGES, fault.where, f"the folder cannot be run: {fault.what}", fault.why)

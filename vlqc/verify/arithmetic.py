@@ -1,37 +1,26 @@
 """The numbers of a compiled folder against each other: what can be recomputed is recomputed, exactly.
 
-From scales, offset, integers and the stored bias follow deq_scale and quant_bias. So one wrong byte in a scale, an
-offset, deq_scale or quant_bias shows here, and one in an int8 weight shows through quant_bias wherever input_offset is
-not 0. Not visible without the float model: an int8 weight byte of a layer whose input_offset is 0 (or whose scheme is
-W8A8_DYNAMIC), a change of a bias below half a step of deq_scale, and float tensors, as long as they stay finite.
+From scales, offset, integers and the stored bias follow deq_scale and quant_bias; from integers and group scales
+follows scale_bias. So one wrong byte in a scale, an offset, deq_scale, quant_bias or scale_bias shows here, one in an
+int8 weight shows through quant_bias wherever input_offset is not 0, one in a packed 4-bit weight through scale_bias.
+Not visible without the float model: an int8 weight of a layer whose input_offset is 0 or whose scheme is W8A8_DYNAMIC,
+a 4-bit weight in MindIE's layout, a bias that is really added or that changes by less than half a step of deq_scale, a
+per-token scale that stays a value of its dtype, and float tensors, as long as they stay finite.
 """
-
-from dataclasses import dataclass
 
 import numpy as np
 
 from vlqc.engines import Scheme, fused_group
+from vlqc.verify.expected import companions, consumers_of_norm
 from vlqc.verify.folder import FLOATS, Array, StoredTensor, round_to
+from vlqc.verify.groups import check_scale_bias
+from vlqc.verify.integers import INT8_MAX, RowSums, StoredIntegers, check_integers, row_sums
 from vlqc.verify.report import Report, listed
 from vlqc.verify.structure import CompiledFolder
 
-INT8_MAX = 127
-INT32_MAX = 2**31 - 1
-# A row this full of +-127 was clipped: with scale absmax/127 one weight per row has that value, with clipping a few.
-SATURATED_SHARE, SATURATED_COUNT = 0.25, 8
-# A row of zero weights has a scale at some floor; one whose scale is like its neighbours' had weights, and lost them.
-DEAD_ROW_SCALE = 1e-3
 HALF = {"BF16": 2.0**-8, "F16": 2.0**-11}  # largest relative error of rounding to that dtype, with a little room
-
-
-@dataclass(frozen=True)
-class RowSums:
-    """Per output channel of an int8 weight [N, K]: facts about its integers, each int64 [N]."""
-
-    total: Array
-    absmax: Array
-    at_limit: Array  # how many are 127, -127 or -128
-    lowest: Array
+SIGMAS = 5.0  # of errors that add up at random; none of a million values is further off
+ROUNDING_NOISE = SIGMAS * 0.29  # of a rounded integer, in steps
 
 
 def check_arithmetic(folder: CompiledFolder, report: Report) -> None:
@@ -46,6 +35,8 @@ def check_arithmetic(folder: CompiledFolder, report: Report) -> None:
     if folder.model:
         for group in dict.fromkeys(fused_group(layer) for layer in folder.model.linears):
             _check_group(folder, group, report)
+        for norm in folder.model.norms:
+            _check_shift(folder, norm, report)
 
 
 def _check_finite(stored: StoredTensor, report: Report) -> None:
@@ -60,80 +51,53 @@ def _check_finite(stored: StoredTensor, report: Report) -> None:
 
 def _check_layer(folder: CompiledFolder, layer: str, scheme: Scheme, report: Report) -> None:
     """One quantized Linear. Tensors that are missing or misshapen were reported already and end the check here."""
-    stored = {
-        name: folder.files.tensors[f"{layer}.{name}"] for name in _names(scheme) if f"{layer}.{name}" in folder.sound
-    }
+    names = [companion.suffix for companion in companions(scheme, folder.form)]
+    stored = {name: folder.files.tensors[f"{layer}.{name}"] for name in names if f"{layer}.{name}" in folder.sound}
     if "weight" not in stored or "weight_scale" not in stored:
         return
-    weight_scale = stored["weight_scale"].read().astype(np.float32).reshape(-1)  # [N]
-    rows = row_sums(stored["weight"])
+    scale = stored["weight_scale"].read().astype(np.float32)  # [N, 1]
+    integers = StoredIntegers.of(stored["weight"], scheme, folder.form)
+    rows = row_sums(integers)
     report.look("scales")
-    _check_positive(f"{layer}.weight_scale", weight_scale, report)
-    if "weight_offset" in stored:
-        offsets = stored["weight_offset"].read()
-        if offsets.any():
-            channels = listed(np.flatnonzero(offsets.reshape(-1)))
+    for name in ("weight_scale", "weight_scale_second"):
+        if name in stored:
+            values = stored[name].read().astype(np.float32)
+            _check_positive(f"{layer}.{name}", values, report)
+            if scheme != Scheme.W8A8:  # of a static layer engines read deq_scale only
+                _check_representable(folder, f"{layer}.{name}", values, report)
+    for name in ("weight_offset", "weight_offset_second"):
+        if name in stored and (offsets := stored[name].read()).any():
+            channels = listed(np.flatnonzero(offsets.reshape(len(offsets), -1).any(axis=1)))
             why = "weights are symmetric; engines subtract this offset or refuse it"
-            report.fault("scales", f"{layer}.weight_offset", f"not zero in channels {channels}", why, "compile again")
-    quant_bias = stored["quant_bias"].read().astype(np.int64) if "quant_bias" in stored else np.zeros(len(weight_scale))
+            report.fault("scales", f"{layer}.{name}", f"not zero in channels {channels}", why, "compile again")
+    quant_bias = stored["quant_bias"].read().astype(np.int64) if "quant_bias" in stored else np.zeros(len(scale))
+    largest = scale.reshape(-1)
+    if "weight_scale_second" in stored:
+        scale = scale * stored["weight_scale_second"].read().astype(np.float32)  # [N, K/G]
+        largest = scale.max(axis=1)
     exact_scales = stored["weight_scale"].dtype == "F32"
-    _check_integers(layer, rows, weight_scale, quant_bias, stored["weight"].shape[1], exact_scales, report)
-    if scheme == Scheme.W8A8 and set(_names(scheme)) <= stored.keys():
-        _check_static(folder, layer, stored, weight_scale, quant_bias, rows, report)
-
-
-def _names(scheme: Scheme) -> tuple[str, ...]:
-    dynamic = ("weight", "weight_scale", "weight_offset")
-    return (*dynamic, "input_scale", "input_offset", "quant_bias", "deq_scale") if scheme == Scheme.W8A8 else dynamic
-
-
-def row_sums(weight: StoredTensor) -> RowSums:
-    """int8 [N, K] on disk -> sums per row, a slice of rows in memory at a time."""
-    parts = []
-    for _, rows in weight.rows():
-        wide = rows.astype(np.int16)
-        absolute = np.abs(wide)
-        total = rows.sum(axis=1, dtype=np.int64)
-        at_limit = (absolute >= INT8_MAX).sum(axis=1)
-        parts.append((total, absolute.max(axis=1).astype(np.int64), at_limit, wide.min(axis=1).astype(np.int64)))
-    return RowSums(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    check_integers(layer, integers, rows, largest, quant_bias, exact_scales, report)
+    if len(stored) < len(names):
+        return
+    if scheme == Scheme.W8A8:
+        _check_static(folder, layer, stored, scale.reshape(-1), quant_bias, rows, report)
+    elif "scale_bias" in stored:
+        check_scale_bias(stored["scale_bias"], integers, scale, report)
 
 
 def _check_positive(name: str, scale: Array, report: Report) -> None:
-    bad = np.flatnonzero(~(np.isfinite(scale) & (scale > 0)))
+    bad = np.flatnonzero(~(np.isfinite(scale) & (scale > 0)).reshape(len(scale), -1).all(axis=1))
     if bad.size:
         report.fault("scales", name, f"not a positive finite number in channels {listed(bad)}", "", "compile again")
 
 
-def _check_integers(
-    layer: str, rows: RowSums, weight_scale: Array, quant_bias: Array, columns: int, exact: bool, report: Report
-) -> None:
-    """Dead, clipped and poorly used rows. exact: scales in float32, as vlqc writes them, so that -128 cannot occur."""
-    report.look("integers", len(rows.total))
-    live = rows.absmax > 0
-    usual = float(np.median(weight_scale[live])) if live.any() else 0.0
-    # A scale may also be at the floor that keeps the bias in int32; then quant_bias is near its limit.
-    at_floor = (weight_scale <= DEAD_ROW_SCALE * usual) | (np.abs(quant_bias) > INT32_MAX // 4)
-    dead = np.flatnonzero(~live & ~at_floor)
-    if dead.size:
-        why = "every integer of the channel is 0, yet its scale says that its weights were not: its output is lost"
-        report.fault("integers", f"{layer}.weight", f"dead channels {listed(dead)}", why, "compile again")
-    empty = np.flatnonzero(~live & at_floor)
-    if empty.size:
-        report.warn("integers", f"{layer}.weight", f"channels {listed(empty)} have no weights", "the scale says so too")
-    full = np.flatnonzero((rows.at_limit >= SATURATED_COUNT) & (rows.at_limit > SATURATED_SHARE * columns))
-    if full.size:
-        why = f"more than {SATURATED_SHARE:.0%} of the channel's integers are at +-127: its scale is far too small"
-        report.fault("integers", f"{layer}.weight", f"saturated channels {listed(full)}", why, "compile again")
-    beyond = np.flatnonzero(rows.lowest < -INT8_MAX)
-    if exact and beyond.size:
-        why = "symmetric weights end at -127"
-        report.fault("integers", f"{layer}.weight", f"-128 in channels {listed(beyond)}", why, "compile again")
-    poor = np.flatnonzero(live & (rows.absmax < INT8_MAX - 1))
-    if poor.size:
-        worst = int(rows.absmax[poor].min())
-        what = f"channels {listed(poor)} do not use their range: the largest integer is {worst} where 127 is possible"
-        report.warn("integers", f"{layer}.weight", what, "the scale is larger than needed")
+def _check_representable(folder: CompiledFolder, name: str, values: Array, report: Report) -> None:
+    other = np.isfinite(values) & (round_to(folder.glue, values) != values)
+    bad = np.flatnonzero(other.reshape(len(values), -1).any(axis=1))
+    if bad.size:
+        what = f"no {folder.glue} values in channels {listed(bad)}"
+        why = "engines read it in the float dtype, so the weights would be multiplied by another scale"
+        report.fault("scales", name, what, why, "compile again")
 
 
 def _check_static(
@@ -174,9 +138,7 @@ def _check_static(
         )
         why = "engines read deq_scale only: the channel's output has the wrong size"
         report.fault("deq_scale", stored["deq_scale"].name, what, why, "compile again")
-    bias_name = f"{layer}.bias"
-    bias = folder.files.tensors[bias_name].read() if bias_name in folder.sound else np.zeros(len(deq_scale))
-    _check_quant_bias(folder, layer, bias, deq_scale, quant_bias, offset, rows, report)
+    _check_quant_bias(folder, layer, weight_scale, deq_scale, quant_bias, offset, rows, report)
 
 
 def _decoded(stored: StoredTensor, report: Report) -> Array:
@@ -194,24 +156,43 @@ def _decoded(stored: StoredTensor, report: Report) -> Array:
 def _check_quant_bias(
     folder: CompiledFolder,
     layer: str,
-    bias: Array,
+    weight_scale: Array,
     deq_scale: Array,
     quant_bias: Array,
     offset: float,
     rows: RowSums,
     report: Report,
 ) -> None:
-    """quant_bias = round(bias / deq_scale - offset * sum_k W): int64 sums and float64, one rounding."""
+    """quant_bias = round(bias / deq_scale - offset * sum_k W): int64 sums and float64, one rounding.
+
+    Behind a norm with a bias the layer's bias takes that back. A layer without one has it in quant_bias alone: then it
+    is recomputed from the integers, which are the float weights up to their rounding.
+    """
     report.look("quant_bias", len(quant_bias))
+    shift = shift_in_front_of(folder, layer)
+    slack: Array = np.zeros(len(deq_scale))
+    if f"{layer}.bias" in folder.sound:
+        bias = folder.files.tensors[f"{layer}.bias"].read().astype(np.float64)
+        if shift is not None:
+            slack = np.abs(bias) * HALF[folder.glue]  # quant_bias may come of the value before it was stored
+    elif shift is not None:
+        integers = StoredIntegers.of(folder.files.tensors[f"{layer}.weight"], Scheme.W8A8, folder.form)
+        parts = [part.astype(np.float64) for _, part in integers.rows()]
+        bias = -weight_scale * np.concatenate([part @ shift for part in parts])
+        # The float weights lie about the integers, and the shift about its stored value.
+        squares = np.concatenate([part**2 @ (shift * HALF[folder.glue]) ** 2 for part in parts])
+        slack = weight_scale * np.sqrt((ROUNDING_NOISE * np.linalg.norm(shift)) ** 2 + SIGMAS**2 * squares)
+    else:
+        bias = np.zeros(len(deq_scale))
     with np.errstate(all="ignore"):
-        steps = bias.astype(np.float64) / deq_scale.astype(np.float64)  # [N]
+        steps, slack = bias / deq_scale.astype(np.float64), slack / deq_scale.astype(np.float64)  # [N]
     exact = steps - offset * rows.total
     error = np.abs(quant_bias - exact)
     # Half a step is the rounding itself; the rest is what a division in float32 may move.
-    allowed = 0.5 + np.abs(steps) * 2.0**-23
+    allowed = 0.5 + np.abs(steps) * 2.0**-23 + slack
     if folder.files.tensors[f"{layer}.weight_scale"].dtype != "F32":
         # The reference tool divides, multiplies and adds in the float dtype.
-        allowed = 0.5 + (np.abs(steps) + np.abs(exact)) * HALF[folder.glue]
+        allowed = 0.5 + (np.abs(steps) + np.abs(exact)) * HALF[folder.glue] + slack
     wrong = np.flatnonzero(~(error <= allowed))
     if wrong.size:
         first = wrong[0]
@@ -221,6 +202,30 @@ def _check_quant_bias(
             "quant_bias, weight, input_offset or bias is damaged"
         )
         report.fault("quant_bias", f"{layer}.quant_bias", what, why, "compile again")
+
+
+def shift_in_front_of(folder: CompiledFolder, layer: str) -> Array | None:
+    """The bias of the norm in front of a Linear as its input channels see it, float64 [K]; None without one."""
+    if folder.model is None:
+        return None
+    norm = next((norm for norm in folder.model.norms if layer in consumers_of_norm(norm)), None)
+    if norm is None or f"{norm}.bias" not in folder.sound:
+        return None
+    bias = folder.files.tensors[f"{norm}.bias"].read().astype(np.float64)
+    return np.tile(bias, folder.model.linears[layer].inputs // len(bias))  # the merger reads 2 x 2 patches at once
+
+
+def _check_shift(folder: CompiledFolder, norm: str, report: Report) -> None:
+    """A norm's bias (a folded shift) is undone behind it: every reader has a bias, or a quant_bias, for that."""
+    name = f"{norm}.bias"
+    if folder.model is None or name not in folder.sound or not folder.files.tensors[name].read().any():
+        return
+    report.look("shifts")
+    for layer in consumers_of_norm(norm):
+        linear = folder.model.linears.get(layer)
+        if linear and not linear.bias and folder.schemes.get(layer) != Scheme.W8A8:
+            what = f"{layer} reads a shifted input and has no bias that takes the shift back"
+            report.fault("shifts", name, what, "the model computes something else", "compile again without the shift")
 
 
 def _check_group(folder: CompiledFolder, group: tuple[str, ...], report: Report) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vlqc.engines import Scheme
+from vlqc.engines import Scheme, folder_type
 
 Shape = tuple[int, ...]
 
@@ -35,11 +35,12 @@ VISION_DEFAULTS = {
 
 @dataclass(frozen=True)
 class Linear:
-    """One matrix of the model: `weight` is [outputs, inputs]."""
+    """One matrix of the model: `weight` is [outputs, inputs]. Engines cut a row-parallel one along its inputs."""
 
     outputs: int
     inputs: int
     bias: bool
+    row_parallel: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,10 +99,10 @@ def _model(sizes: Mapping[str, int], head: int, *, tied: bool) -> ExpectedModel:
         norms |= {f"{block}.norm1": hidden, f"{block}.norm2": hidden}
         linears |= {
             f"{block}.attn.qkv": Linear(3 * hidden, hidden, bias=True),
-            f"{block}.attn.proj": Linear(hidden, hidden, bias=True),
+            f"{block}.attn.proj": Linear(hidden, hidden, bias=True, row_parallel=True),
             f"{block}.mlp.gate_proj": Linear(inner, hidden, bias=True),
             f"{block}.mlp.up_proj": Linear(inner, hidden, bias=True),
-            f"{block}.mlp.down_proj": Linear(hidden, inner, bias=True),
+            f"{block}.mlp.down_proj": Linear(hidden, inner, bias=True, row_parallel=True),
         }
     merged = hidden * sizes["vision.spatial_merge_size"] ** 2
     norms["visual.merger.ln_q"] = hidden
@@ -118,10 +119,10 @@ def _model(sizes: Mapping[str, int], head: int, *, tied: bool) -> ExpectedModel:
             f"{layer}.self_attn.q_proj": Linear(queries, width, bias=True),
             f"{layer}.self_attn.k_proj": Linear(keys, width, bias=True),
             f"{layer}.self_attn.v_proj": Linear(keys, width, bias=True),
-            f"{layer}.self_attn.o_proj": Linear(width, queries, bias=False),
+            f"{layer}.self_attn.o_proj": Linear(width, queries, bias=False, row_parallel=True),
             f"{layer}.mlp.gate_proj": Linear(inner, width, bias=False),
             f"{layer}.mlp.up_proj": Linear(inner, width, bias=False),
-            f"{layer}.mlp.down_proj": Linear(width, inner, bias=False),
+            f"{layer}.mlp.down_proj": Linear(width, inner, bias=False, row_parallel=True),
         }
     norms["model.norm"] = width
     if not tied:
@@ -147,52 +148,82 @@ def _model(sizes: Mapping[str, int], head: int, *, tied: bool) -> ExpectedModel:
 GLUE = "GLUE"  # stands for the checkpoint's own dtype, BF16 or F16
 DEQ_SCALE = "DEQ_SCALE"  # float32 in bfloat16 folders; int64 holding the float32 bits in float16 folders
 SCALE = ("F32", GLUE)
+ZEROS = (*SCALE, "I64")
+SCALE_BIAS_PARTS = 16  # a row-parallel layer has its scale_bias per sixteenth of its inputs
+
+
+@dataclass(frozen=True)
+class Form:
+    """On what a folder's dtypes and shapes depend besides the model.
+
+    glue: dtype code of the float tensors, "BF16" or "F16"; packed: whether two rows of 4 bits share their bytes and
+    come with a scale_bias (vLLM Ascend), or take a byte each (MindIE); group_size: of W4A8_DYNAMIC, 0 without it.
+    """
+
+    glue: str
+    packed: bool = True
+    group_size: int = 0
 
 
 @dataclass(frozen=True)
 class Companion:
-    """One tensor `<layer>.<suffix>` that a scheme requires."""
+    """One tensor `<layer>.<suffix>` that a scheme requires; only_packed: not where 4 bits take a byte each."""
 
     suffix: str
     dtypes: tuple[str, ...]
-    shape: Callable[[Linear], Shape]
+    shape: Callable[[Linear, Form], Shape]
+    only_packed: bool = False
 
 
-def _per_channel(linear: Linear) -> Shape:
+def _per_channel(linear: Linear, _: Form) -> Shape:
     return (linear.outputs, 1)
 
 
-def _matrix(linear: Linear) -> Shape:
+def _matrix(linear: Linear, _: Form) -> Shape:
     return (linear.outputs, linear.inputs)
 
 
-def _one(_: Linear) -> Shape:
+def _nibbles(linear: Linear, form: Form) -> Shape:
+    return (linear.outputs // 2 if form.packed else linear.outputs, linear.inputs)
+
+
+def _per_group(linear: Linear, form: Form) -> Shape:
+    return (linear.outputs, linear.inputs // max(form.group_size, 1))
+
+
+def _parts(linear: Linear, _: Form) -> Shape:
+    return (linear.outputs, SCALE_BIAS_PARTS if linear.row_parallel else 1)
+
+
+def _one(_: Linear, __: Form) -> Shape:
     return (1,)
 
 
-def _vector(linear: Linear) -> Shape:
+def _vector(linear: Linear, _: Form) -> Shape:
     return (linear.outputs,)
 
 
-PER_CHANNEL_INT8 = (
-    Companion("weight", ("I8",), _matrix),
-    Companion("weight_scale", SCALE, _per_channel),
-    Companion("weight_offset", (*SCALE, "I64"), _per_channel),
-)
+PER_CHANNEL = (Companion("weight_scale", SCALE, _per_channel), Companion("weight_offset", ZEROS, _per_channel))
 COMPANIONS: dict[Scheme, tuple[Companion, ...]] = {
     Scheme.FLOAT: (Companion("weight", (GLUE,), _matrix),),
-    Scheme.W8A8_DYNAMIC: PER_CHANNEL_INT8,
+    Scheme.W8A8_DYNAMIC: (Companion("weight", ("I8",), _matrix), *PER_CHANNEL),
     Scheme.W8A8: (
-        *PER_CHANNEL_INT8,
+        Companion("weight", ("I8",), _matrix),
+        *PER_CHANNEL,
         Companion("input_scale", SCALE, _one),
         Companion("input_offset", SCALE, _one),
         Companion("quant_bias", ("I32",), _vector),
         Companion("deq_scale", (DEQ_SCALE,), _vector),
     ),
+    Scheme.W4A8_DYNAMIC: (
+        Companion("weight", ("I8",), _nibbles),
+        *PER_CHANNEL,
+        Companion("weight_scale_second", SCALE, _per_group),
+        Companion("weight_offset_second", ZEROS, _per_group),
+        Companion("scale_bias", ("F32",), _parts, only_packed=True),
+    ),
 }
 CHECKED_SCHEMES = tuple(COMPANIONS)
-# A mixed folder is named after the first of these that occurs in it.
-NAMING_ORDER = (Scheme.W4A8_DYNAMIC, Scheme.W8A8, Scheme.W8A8_DYNAMIC)
 
 
 @dataclass(frozen=True)
@@ -204,33 +235,52 @@ class ExpectedTensor:
     word: Scheme
 
 
-def expected_tensors(model: ExpectedModel, schemes: Mapping[str, Scheme], glue: str) -> dict[str, ExpectedTensor]:
-    """Model, scheme per Linear (missing: FLOAT) and the dtype code of float tensors -> every tensor that must exist."""
+def companions(scheme: Scheme, form: Form) -> tuple[Companion, ...]:
+    """Scheme -> the tensors that a Linear of it needs in a folder of this form, its bias aside."""
+    return tuple(companion for companion in COMPANIONS[scheme] if form.packed or not companion.only_packed)
+
+
+def expected_tensors(model: ExpectedModel, schemes: Mapping[str, Scheme], form: Form) -> dict[str, ExpectedTensor]:
+    """Model, scheme per Linear (missing: FLOAT) and the folder's form -> every tensor that must exist."""
     tensors = {
-        name: ExpectedTensor((glue,), shape, Scheme.FLOAT)
+        name: ExpectedTensor((form.glue,), shape, Scheme.FLOAT)
         for name, shape in (*model.others.items(), *((f"{layer}.weight", (n,)) for layer, n in model.norms.items()))
     }
     for layer, linear in model.linears.items():
         scheme = schemes.get(layer, Scheme.FLOAT)
-        for companion in COMPANIONS[scheme]:
-            codes = tuple(dict.fromkeys(_codes(companion.dtypes, glue)))
-            tensors[f"{layer}.{companion.suffix}"] = ExpectedTensor(codes, companion.shape(linear), scheme)
+        for companion in companions(scheme, form):
+            codes = tuple(dict.fromkeys(_codes(companion.dtypes, form.glue)))
+            tensors[f"{layer}.{companion.suffix}"] = ExpectedTensor(codes, companion.shape(linear, form), scheme)
         if linear.bias:
-            tensors[f"{layer}.bias"] = ExpectedTensor((glue,), (linear.outputs,), Scheme.FLOAT)
+            tensors[f"{layer}.bias"] = ExpectedTensor((form.glue,), (linear.outputs,), Scheme.FLOAT)
     return tensors
 
 
-def norm_biases(model: ExpectedModel, glue: str) -> dict[str, ExpectedTensor]:
-    """The tensors that may exist besides: a bias per norm, which a folded shift leaves behind."""
-    return {f"{norm}.bias": ExpectedTensor((glue,), (size,), Scheme.FLOAT) for norm, size in model.norms.items()}
+def norm_biases(model: ExpectedModel, schemes: Mapping[str, Scheme], form: Form) -> dict[str, ExpectedTensor]:
+    """The tensors that may exist besides: a bias per norm, which a folded shift leaves behind, and, in MindIE's layout,
+    weight and bias of such a norm once more under `X.module`, marked with the folder's type."""
+    tensors = {f"{norm}.bias": ExpectedTensor((form.glue,), (n,), Scheme.FLOAT) for norm, n in model.norms.items()}
+    if not form.packed:
+        word = folder_type(schemes.values())
+        for norm, n in model.norms.items():
+            for suffix in ("weight", "bias"):
+                tensors[f"{norm}.module.{suffix}"] = ExpectedTensor((form.glue,), (n,), word)
+    return tensors
+
+
+def consumers_of_norm(norm: str) -> tuple[str, ...]:
+    """Norm layer -> the Linears that read its output. model.norm: lm_head."""
+    parent, _, name = norm.rpartition(".")
+    behind = {
+        "norm1": ("attn.qkv",),
+        "norm2": ("mlp.gate_proj", "mlp.up_proj"),
+        "ln_q": ("mlp.0",),
+        "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
+    }
+    return tuple(f"{parent}.{consumer}" for consumer in behind[name]) if name in behind else ("lm_head",)
 
 
 def _codes(dtypes: Iterable[str], glue: str) -> Iterable[str]:
     deq_scale = "F32" if glue == "BF16" else "I64"
     return ({GLUE: glue, DEQ_SCALE: deq_scale}.get(dtype, dtype) for dtype in dtypes)
-
-
-def folder_type(schemes: Iterable[Scheme]) -> Scheme:
-    """Schemes that occur -> the one that names files and model_quant_type; FLOAT when nothing is quantized."""
-    found = set(schemes)
-    return next((scheme for scheme in NAMING_ORDER if scheme in found), Scheme.FLOAT)

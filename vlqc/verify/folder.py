@@ -64,10 +64,15 @@ class StoredTensor:
         """(first row, slice of rows) over the first dimension, values as in `read`. 0 dimensions are one row."""
         first_dimension = self.shape[0] if self.shape else 1
         row = self.count // first_dimension if first_dimension else 0
-        step = max(1, CHUNK_ELEMENTS // max(row, 1))
+        step = 2 * max(1, CHUNK_ELEMENTS // max(2 * row, 1))  # even: two rows of 4 bits may share their bytes
         for start in range(0, first_dimension, step):
             stop = min(start + step, first_dimension)
-            yield start, self._elements(start * row, stop * row).reshape(stop - start, *self.shape[1:])
+            yield start, self.part(start, stop)
+
+    def part(self, start: int, stop: int) -> Array:
+        """Rows start..stop of the first dimension, values as in `read`."""
+        row = self.count // self.shape[0] if self.shape and self.shape[0] else 1
+        return self._elements(start * row, stop * row).reshape(stop - start, *self.shape[1:])
 
     def _elements(self, start: int, stop: int) -> Array:
         kind = STORED[self.dtype]

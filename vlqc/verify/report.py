@@ -66,7 +66,7 @@ class Report:
 
     def render(self, console: Console) -> None:
         """Print a table of the checks, the figures, then every fault and warning in full."""
-        table = Table(title=f"{self.folder} for {self.engine}", title_justify="left")
+        table = Table(title=f"{self.folder}, checked for {self.engine}", title_justify="left")
         for column in ("check", "result", "looked at", "faults", "warnings"):
             table.add_column(column, justify="left" if column in ("check", "result") else "right")
         for row in self._rows():
@@ -77,7 +77,9 @@ class Report:
             _print_fact(console, name, value)
         for title, style, findings in (("FAULT", "bold red", self.findings), ("warning", "yellow", self.warnings)):
             _print_findings(console, title, style, findings)
-        verdict = "ok: the folder is sound" if self.ok else f"{len(self.findings)} faults"
+        verdict = (
+            "ok: the folder is sound" if self.ok else f"{len(self.findings)} fault{'s' * (len(self.findings) > 1)}"
+        )
         console.print(Text(verdict, "bold green" if self.ok else "bold red"))
 
     def _rows(self) -> list[dict[str, Any]]:

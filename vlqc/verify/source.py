@@ -11,14 +11,17 @@ import numpy as np
 
 from vlqc.engines import Scheme
 from vlqc.errors import Fault, UserError
-from vlqc.verify.expected import ExpectedModel
+from vlqc.verify.arithmetic import shift_in_front_of
+from vlqc.verify.expected import ExpectedModel, consumers_of_norm
 from vlqc.verify.folder import FLOATS, Array, StoredTensor, read_header, read_json, round_to
+from vlqc.verify.integers import StoredIntegers, row_sums
 from vlqc.verify.report import Report, listed
-from vlqc.verify.structure import CompiledFolder, consumers_of_norm
-from vlqc.verify.weight_fit import SIGMAS, ULP, Scales, WeightPair, fit_columns, fit_rows, misfits
+from vlqc.verify.structure import CompiledFolder
+from vlqc.verify.weight_fit import NOISE, SIGMAS, ULP, Scales, WeightPair, fit_columns, fit_rows, misfits
 
 CHECK = "float weights"
-BROKEN_WEIGHTS = 15.0  # dB; 8-bit rounding gives about 40, 4-bit about 20: below, it is another matrix
+# dB by bits; 8-bit rounding gives about 40, 4-bit about 20, less with large groups: below, it is another matrix
+BROKEN_WEIGHTS = {8: 15.0, 4: 6.0}
 INDEX = "model.safetensors.index.json"
 
 
@@ -124,12 +127,15 @@ class _Comparison:
 
     # ---- kinds of comparison -----------------------------------------------------------------------------------------
 
-    def pair(self, name: str) -> tuple[StoredTensor, StoredTensor] | None:
-        """(source, stored) when both are there in one shape; a source that lacks the tensor is reported."""
+    def pair(self, name: str, shape: tuple[int, ...] | None = None) -> tuple[StoredTensor, StoredTensor] | None:
+        """(source, stored) when both are there in one shape; a source that lacks the tensor is reported.
+
+        shape: the one that the stored tensor stands for, where it is not its own.
+        """
         source, stored = self.source.get(name), self.folder.files.tensors.get(name)
         if name not in self.folder.sound or stored is None:
             return None  # reported as missing or misshapen already
-        if source is None or source.shape != stored.shape or source.dtype not in FLOATS:
+        if source is None or source.shape != (shape or stored.shape) or source.dtype not in FLOATS:
             has = f"{source.dtype} {list(source.shape)}" if source else "no such tensor"
             self.report.fault(CHECK, name, f"the float checkpoint has {has} here", "", "is it the right checkpoint?")
             return None
@@ -138,18 +144,21 @@ class _Comparison:
         return source, stored
 
     def weight_pair(self, layer: str) -> WeightPair | None:
-        pair = self.pair(f"{layer}.weight")
-        if pair is None:
-            return None
-        scale = None
-        if self.folder.schemes[layer] != Scheme.FLOAT:
-            name = f"{layer}.weight_scale"
-            if name not in self.folder.sound:
+        stored, scheme = self.folder.files.tensors.get(f"{layer}.weight"), self.folder.schemes[layer]
+        if stored is None or f"{layer}.weight" not in self.folder.sound:
+            return None  # reported as missing or misshapen already
+        integers = None if scheme == Scheme.FLOAT else StoredIntegers.of(stored, scheme, self.folder.form)
+        pair = self.pair(f"{layer}.weight", integers.shape if integers else None)
+        if pair is None or integers is None:
+            return WeightPair(layer, *pair, None) if pair else None
+        scale = np.ones((1, 1), np.float32)
+        for suffix in ("weight_scale", "weight_scale_second")[: 2 if scheme == Scheme.W4A8_DYNAMIC else 1]:
+            if f"{layer}.{suffix}" not in self.folder.sound:
                 return None
-            scale = self.folder.files.tensors[name].read().astype(np.float32).reshape(-1)
-            if not (np.isfinite(scale) & (scale > 0)).all():
-                return None  # reported by the arithmetic
-        return WeightPair(layer, *pair, scale)
+            scale = scale * self.folder.files.tensors[f"{layer}.{suffix}"].read().astype(np.float32)
+        if not (np.isfinite(scale) & (scale > 0)).all():
+            return None  # reported by the arithmetic
+        return WeightPair(layer, pair[0], integers, scale)
 
     def same(self, name: str) -> None:
         """A tensor that nothing touches: the source's value in the folder's dtype, bit for bit."""
@@ -220,7 +229,10 @@ class _Comparison:
             self.same(f"{layer}.weight")
         else:
             self.rounded(pair, rows or Scales.ones(pair.rows), columns)
-        if self.model.linears[layer].bias:
+        shift = shift_in_front_of(self.folder, layer)
+        if shift is not None:
+            self.shifted_bias(pair, rows or Scales.ones(pair.rows), columns, shift)
+        elif self.model.linears[layer].bias:
             self.bias(layer, rows)
 
     def rounded(self, pair: WeightPair, rows: Scales, columns: Scales) -> None:
@@ -228,27 +240,71 @@ class _Comparison:
         name = f"{pair.layer}.weight"
         self.sqnr[pair.layer] = found.sqnr
         count, first = (found.gross, found.first_gross) if found.other_rounding else (found.count, found.first)
-        if found.sqnr < BROKEN_WEIGHTS:
+        if found.sqnr < BROKEN_WEIGHTS[pair.bits]:
             what = f"SQNR against the float weight is {found.sqnr:.1f} dB"
             self.report.fault(CHECK, name, what, "this is not the float checkpoint's matrix", "is it the right one?")
         elif count:
             what = f"{count} of {found.total} weights do not follow from the float weight, first at {list(first or ())}"
             why = "they are further from it than rounding and the layer's channel scales explain"
             self.report.fault(CHECK, name, what, why, "copy the folder again, or compile again")
+        elif found.scaled:
+            row, group, factor = found.scaled[0]
+            where = f"row {row}" if pair.scale is None or pair.scale.shape[1] == 1 else f"group {group} of row {row}"
+            what = f"{where} is {factor:.4g} times what its scale says ({len(found.scaled)} in all)"
+            self.report.fault(CHECK, name, what, "weight or weight_scale is damaged", "compile again")
 
     def bias(self, layer: str, rows: Scales | None) -> None:
-        """A bias takes its rows' scales. Behind a norm with a bias (a folded shift) it moved and is not compared."""
+        """A bias takes its rows' scales."""
         pair = self.pair(f"{layer}.bias")
-        norms = [norm for norm in self.model.norms if layer in consumers_of_norm(norm)]
-        if pair is None or any(f"{norm}.bias" in self.folder.files.tensors for norm in norms):
+        if pair is None:
             return
         source, stored = pair[0].read().astype(np.float32), pair[1].read()
         scales = rows or Scales.ones(len(source))
         free = scales.sigma > 0  # rows that smoothing may scale
         expected = np.where(free, source * scales.values, round_to(self.folder.glue, source))
         allowed = np.where(free, np.abs(expected) * (ULP[self.folder.glue] + SIGMAS * scales.sigma), 0)
+        why = "a bias changes with its rows' scales only"
+        self.hold(f"{layer}.bias", stored, expected, allowed, why)
+
+    def shifted_bias(self, pair: WeightPair, rows: Scales, columns: Scales, shift: Array) -> None:
+        """Behind a norm with a bias z the bias is the float one less W z, with W under its scales. Held to it are the
+        stored bias, if any, and what a static layer adds, which is its quant_bias."""
+        layer, tensors = pair.layer, self.folder.files.tensors
+        has_bias = self.model.linears[layer].bias
+        float_pair = self.pair(f"{layer}.bias") if has_bias else None
+        if has_bias and float_pair is None:
+            return
+        column = columns.values * shift  # [K]
+        taken, uncertain, step = np.zeros(pair.rows), np.zeros(pair.rows), np.zeros(pair.rows)
+        unsure = np.where(np.isfinite(columns.sigma), columns.sigma, 0) + ULP[self.folder.glue]
+        for start, source in pair.source.rows():
+            mine = slice(start, start + len(source))
+            taken[mine] = source.astype(np.float64) @ column
+            uncertain[mine] = np.sqrt((source.astype(np.float64) ** 2) @ (column * unsure) ** 2)
+            if pair.scale is not None:
+                step[mine] = pair.scale[mine].max(axis=1)
+        source_bias = float_pair[0].read().astype(np.float64) if float_pair else np.zeros(pair.rows)
+        expected = rows.values * (source_bias - taken)
+        sigma = np.where(np.isfinite(rows.sigma), rows.sigma, 0)
+        # W may be the float weight or its integers, which differ by their rounding.
+        allowed = np.abs(rows.values) * uncertain + np.abs(expected) * sigma + NOISE * step * np.linalg.norm(shift)
+        allowed = SIGMAS * allowed + np.abs(expected) * ULP[self.folder.glue]
+        why = "what a folded shift adds in front of the layer, the layer's bias takes back"
+        if float_pair:
+            self.hold(f"{layer}.bias", float_pair[1].read().astype(np.float64), expected, allowed, why)
+        names = [f"{layer}.{suffix}" for suffix in ("quant_bias", "input_offset", "input_scale")]
+        if has_bias or pair.scale is None or not all(name in self.folder.sound for name in names):
+            return  # the arithmetic holds quant_bias to a stored bias
+        quant_bias, offset, input_scale = (tensors[name].read().astype(np.float64) for name in names)
+        assert isinstance(pair.stored, StoredIntegers)
+        unit = input_scale * pair.scale.reshape(-1).astype(np.float64)  # [N]
+        added = (quant_bias + offset * row_sums(pair.stored).total) * unit
+        self.hold(names[0], added, expected, allowed + 0.5 * unit, why)
+
+    def hold(self, name: str, stored: Array, expected: Array, allowed: Array, why: str) -> None:
+        """A value per channel against what it should be."""
         wrong = np.flatnonzero(~(np.abs(stored - expected) <= allowed))
         if wrong.size:
             first = int(wrong[0])
             what = f"channels {listed(wrong)}: stored {stored[first]:.6g}, the float layer has {expected[first]:.6g}"
-            self.report.fault(CHECK, f"{layer}.bias", what, "a bias changes with its rows' scales only")
+            self.report.fault(CHECK, name, what, why)

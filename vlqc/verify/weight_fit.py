@@ -11,14 +11,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlqc.verify.folder import Array, StoredTensor
+from vlqc.verify.integers import INT8_MAX, StoredIntegers
 
-INT8_MAX = 127
 NOISE = 0.29  # standard deviation of a rounding error, in steps (1/sqrt(12))
 SIGMAS = 5.0  # so that of 1e7 weights none is beyond by chance
 ULP = {"BF16": 2.0**-8, "F16": 2.0**-10, "F32": 2.0**-23}  # one unit in the last place, relative
+SMALLEST = {"F16": 2.0**-24}  # the distance of subnormal numbers, where it is within the reach of weights
 FAR = 1e9  # steps; farther than any weight lies
+OTHER_NOISE = 0.6  # ... of an error of rounding that looks at other weights, too
 OTHER_ROUNDING_SHARE = 1e-3  # more misfits than that are no damage but another way of rounding
-GROSS_STEPS = 16.0  # ... which still moves no weight by that many steps
+GROSS_STEPS = {8: 16.0, 4: 6.0}  # ... which still moves no weight by that many steps, of 8 or 4 bits
 
 
 @dataclass(frozen=True)
@@ -43,33 +45,50 @@ class Misfits:
     first: tuple[int, int] | None
     first_gross: tuple[int, int] | None
     sqnr: float  # dB
+    integers: bool
+    scaled: list[tuple[int, int, float]]  # rows, and groups in them, as a whole larger or smaller by this factor
 
     @property
     def other_rounding(self) -> bool:
-        return self.count > max(16.0, OTHER_ROUNDING_SHARE * self.total)
+        return self.integers and self.count > max(16.0, OTHER_ROUNDING_SHARE * self.total)
 
 
 class WeightPair:
-    """A float weight [N, K] and its stored counterpart; `scale` float32 [N] when that is int8, else None."""
+    """A float weight [N, K] and its stored counterpart: integers with a `scale` float32 [N, 1], or [N, K/G] for groups,
+    or another float tensor, whose scale is None."""
 
-    def __init__(self, layer: str, source: StoredTensor, stored: StoredTensor, scale: Array | None) -> None:
+    def __init__(
+        self, layer: str, source: StoredTensor, stored: StoredTensor | StoredIntegers, scale: Array | None
+    ) -> None:
         self.layer, self.source, self.stored, self.scale = layer, source, stored, scale
         self.rows, self.columns = source.shape
+        self.bits = stored.bits if isinstance(stored, StoredIntegers) else 8
+        self.limits = stored.limits if isinstance(stored, StoredIntegers) else (-INT8_MAX, INT8_MAX)
+        self.floor = np.full(
+            (self.rows, 1), 1e-6, np.float32
+        )  # what a rounded float may always be off, in steps [N, 1]
+        if isinstance(stored, StoredTensor) and stored.dtype in SMALLEST:
+            for start, rows in source.rows():
+                largest = np.abs(rows).max(axis=1, keepdims=True)
+                subnormal = np.where(
+                    largest > 0, SMALLEST[stored.dtype] * INT8_MAX / np.where(largest > 0, largest, 1), 0
+                )
+                self.floor[start : start + len(rows)] += subnormal
 
     def chunks(self, begin: int = 0, end: int | None = None) -> Iterator[tuple[int, Array, Array]]:
         """(first row, float weight, stored weight) of rows begin..end, both in steps of their row, float32 [n, K].
 
-        A step of an int8 row is its scale; of a float row 1/127 of its largest float weight.
+        A step of integers is their scale; of a float row 1/127 of its largest float weight.
         """
         end = self.rows if end is None else end
-        for (start, source), (_, stored) in zip(self.source.rows(), self.stored.rows(), strict=True):
+        for start, source in self.source.rows():
             low, high = max(begin - start, 0), min(end - start, len(source))
             if low >= high:
                 continue
             wide = source[low:high].astype(np.float32)
-            value = stored[low:high].astype(np.float32)
+            value = self.stored.part(start, start + len(source))[low:high].astype(np.float32)
             if self.scale is not None:
-                step = self.scale[start + low : start + high, None]
+                step = self.steps(start + low, start + high)
                 yield start + low, wide / step, value
             else:
                 step = np.maximum(np.abs(wide).max(axis=1, keepdims=True), np.float32(1e-30)) / INT8_MAX
@@ -78,25 +97,40 @@ class WeightPair:
                     value = np.nan_to_num(value / step, nan=FAR, posinf=FAR, neginf=-FAR)
                 yield start + low, wide / step, np.clip(value, -FAR, FAR)
 
-    def allowed(self, predicted: Array, sigma: Array) -> Array:
-        """The distance, in steps, that rounding and an uncertain fit explain."""
+    def steps(self, start: int, stop: int) -> Array:
+        """Integers: the size of a step of each weight of rows start..stop, [n, 1] or [n, K]."""
+        assert self.scale is not None
+        scale = self.scale[start:stop]
+        return scale if scale.shape[1] == 1 else np.repeat(scale, self.columns // scale.shape[1], axis=1)
+
+    def inside(self, stored: Array) -> Array:
+        """Which stored weights are not at a limit: clipped ones tell nothing of the scale."""
+        if self.scale is None:
+            return np.asarray(np.True_)
+        return (stored > self.limits[0]) & (stored < self.limits[1])
+
+    def allowed(self, start: int, predicted: Array, sigma: Array) -> Array:
+        """The distance, in steps, that rounding and an uncertain fit explain. predicted: [n, K] from row start on."""
         if self.scale is not None:
             rounding: Array = np.full((), 0.501, np.float32)
         else:
-            rounding = np.abs(predicted) * ULP[self.stored.dtype] + np.float32(1e-6)
+            rounding = np.abs(predicted) * self._ulp() + self.floor[start : start + len(predicted)]
         return np.asarray(rounding + SIGMAS * sigma * np.abs(predicted), np.float32)
 
     def slack(self, stored: Array) -> Array:
         """The rounding that each stored weight may hide, in steps; infinite for clipped ones."""
         if self.scale is None:
-            return np.asarray(np.abs(stored) * ULP[self.stored.dtype] + np.float32(1e-6))
-        return np.where(np.abs(stored) < INT8_MAX, np.float32(0.501), np.float32(np.inf))
+            return np.asarray(np.abs(stored) * self._ulp() + np.float32(1e-6))
+        return np.where(self.inside(stored), np.float32(0.501), np.float32(np.inf))
 
     def distance(self, stored: Array, predicted: Array) -> Array:
-        """|stored - predicted| in steps; an int8 at its limit may stand for anything beyond it (clipping)."""
+        """|stored - predicted| in steps; an integer at its limit may stand for anything beyond it (clipping)."""
         if self.scale is None:
             return np.asarray(np.abs(stored - predicted))
-        return np.asarray(np.abs(stored - np.clip(predicted, -INT8_MAX, INT8_MAX)))
+        return np.asarray(np.abs(stored - np.clip(predicted, *self.limits)))
+
+    def _ulp(self) -> float:
+        return ULP[self.stored.dtype] if isinstance(self.stored, StoredTensor) else 0.0
 
 
 def fit_columns(parts: Sequence[tuple[WeightPair, int]]) -> Scales:
@@ -108,16 +142,19 @@ def fit_columns(parts: Sequence[tuple[WeightPair, int]]) -> Scales:
     product, square = np.zeros(columns), np.zeros(columns)
     for pair, end in parts:
         for _, source, stored in pair.chunks(end=end):
-            inside = np.abs(stored) < INT8_MAX if pair.scale is not None else np.True_  # clipped weights tell nothing
+            inside = pair.inside(stored)
             product += (source * stored * inside).sum(axis=0, dtype=np.float64)
             square += (source * source * inside).sum(axis=0, dtype=np.float64)
     scales = _scales(product, square)
-    suspicious = np.zeros(columns, bool)
+    suspicious, squares = np.zeros(columns, bool), np.zeros(columns)
     for pair, end in parts:
-        for _, source, stored in pair.chunks(end=end):
+        for start, source, stored in pair.chunks(end=end):
             predicted = source * scales.values
-            beyond = pair.distance(stored, predicted) > pair.allowed(predicted, _finite(scales.sigma))
-            suspicious |= beyond.any(axis=0)
+            distance = pair.distance(stored, predicted)
+            suspicious |= (distance > pair.allowed(start, predicted, _finite(scales.sigma))).any(axis=0)
+            squares += (distance**2).sum(axis=0, dtype=np.float64)
+    noise = np.sqrt(squares / sum(end for _, end in parts))  # of each column; NOISE if it was rounded to the nearest
+    scales.sigma[:] *= max(1.0, float(np.median(noise)) / NOISE)
     if suspicious.sum() <= max(8, columns // 10):
         for column in np.flatnonzero(suspicious):
             pieces = [chunk for pair, end in parts for chunk in pair.chunks(end=end)]
@@ -132,18 +169,19 @@ def fit_rows(pair: WeightPair, begin: int, columns: Scales) -> Scales:
     result = Scales.ones(pair.rows)
     for start, source, stored in pair.chunks(begin):
         scaled = source * columns.values
-        inside = np.abs(stored) < INT8_MAX if pair.scale is not None else np.True_
+        inside = pair.inside(stored)
         product = (scaled * stored * inside).sum(axis=1, dtype=np.float64)
         fitted = _scales(product, (scaled * scaled * inside).sum(axis=1, dtype=np.float64))
         predicted = scaled * fitted.values[:, None]
         sigma = _finite(fitted.sigma)[:, None] + _finite(columns.sigma)
-        beyond = pair.distance(stored, predicted) > pair.allowed(predicted, sigma)
+        beyond = pair.distance(stored, predicted) > pair.allowed(start, predicted, sigma)
         for row in np.flatnonzero(beyond.any(axis=1)):
             # Rounding is no noise where the row's largest weight puts the others on a grid of half steps.
             slack = pair.slack(stored[row]) + SIGMAS * _finite(columns.sigma) * np.abs(scaled[row])
             fitted.values[row] = most_agreed_scale(scaled[row], stored[row], slack)
         result.values[start : start + len(source)] = fitted.values
-        result.sigma[start : start + len(source)] = fitted.sigma
+        noise = np.sqrt((pair.distance(stored, predicted).astype(np.float64) ** 2).mean(axis=1))
+        result.sigma[start : start + len(source)] = fitted.sigma * max(1.0, float(np.median(noise)) / NOISE)
     return result
 
 
@@ -152,24 +190,46 @@ def misfits(pair: WeightPair, rows: Scales, columns: Scales) -> Misfits:
     count = gross = 0
     first = first_gross = None
     signal = noise = 0.0
+    scaled: list[tuple[int, int, float]] = []
     for start, source, stored in pair.chunks():
         mine = slice(start, start + len(source))
         predicted = source * columns.values * rows.values[mine, None]
         distance = pair.distance(stored, predicted)
         sigma = _finite(rows.sigma[mine])[:, None] + _finite(columns.sigma)
-        allowed = pair.allowed(predicted, sigma)
+        allowed = pair.allowed(start, predicted, sigma)
         beyond = ~(distance <= allowed)
-        far = ~(distance <= allowed + GROSS_STEPS)
+        far = ~(distance <= allowed + GROSS_STEPS[pair.bits])
         if first is None:
             first = _first(beyond, start)
         if first_gross is None:
             first_gross = _first(far, start)
         count += int(beyond.sum())
         gross += int(far.sum())
+        if pair.scale is not None:
+            scaled += _scaled(pair, start, stored, predicted, sigma)
         signal += float((predicted.astype(np.float64) ** 2).sum())
         noise += float((distance.astype(np.float64) ** 2).sum())
     sqnr = 10 * float(np.log10(max(signal, 1e-300) / max(noise, 1e-300)))
-    return Misfits(count, gross, pair.rows * pair.columns, first, first_gross, min(sqnr, 200.0))
+    return Misfits(
+        count, gross, pair.rows * pair.columns, first, first_gross, min(sqnr, 200.0), pair.scale is not None, scaled
+    )
+
+
+def _scaled(
+    pair: WeightPair, start: int, stored: Array, predicted: Array, sigma: Array
+) -> list[tuple[int, int, float]]:
+    """Rows, or their groups, whose integers are the prediction times some other factor: their scale is not theirs."""
+    assert pair.scale is not None
+    groups = (len(stored), pair.scale.shape[1], -1)
+    known = np.where(pair.inside(stored), predicted, 0).reshape(groups).astype(np.float64)
+    square = (known**2).sum(axis=2)
+    factor = (known * stored.reshape(groups)).sum(axis=2) / np.where(square > 0, square, 1)  # [n, K/G]
+    unsure = np.sqrt((known**2 * (sigma**2).reshape(groups)).sum(axis=2))
+    allowed = 0.01 + SIGMAS * (OTHER_NOISE + unsure) / np.sqrt(np.where(square > 0, square, 1e-12))
+    return [
+        (int(row) + start, int(group), float(factor[row, group]))
+        for row, group in np.argwhere(abs(factor - 1) > allowed)
+    ]
 
 
 def most_agreed_scale(source: Array, stored: Array, slack: Array) -> float:

@@ -1,0 +1,127 @@
+"""flat_config: configs of newer transformers versions in the flat form that engines read."""
+
+import copy
+from typing import Any
+
+import pytest
+
+from vlqc.flat_config import flat, rotary
+
+# The language model's keys of Qwen2.5-VL-7B, as the first release wrote them beside the rest ...
+LANGUAGE = {
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "hidden_act": "silu",
+    "hidden_size": 3584,
+    "initializer_range": 0.02,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 128000,
+    "max_window_layers": 28,
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "sliding_window": 32768,
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 152064,
+}
+# ... those of the whole, and of vision.
+WHOLE = {
+    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+    "image_token_id": 151655,
+    "model_type": "qwen2_5_vl",
+    "tie_word_embeddings": False,
+    "video_token_id": 151656,
+    "vision_start_token_id": 151652,
+}
+VISION = {
+    "depth": 32,
+    "hidden_size": 1280,
+    "intermediate_size": 3420,
+    "model_type": "qwen2_5_vl",
+    "out_hidden_size": 3584,
+}
+SECTIONS = [16, 24, 24]
+FLAT = {
+    **WHOLE,
+    **LANGUAGE,
+    "rope_theta": 1000000.0,
+    "rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": SECTIONS},
+    "torch_dtype": "bfloat16",
+    "vision_config": VISION,
+}
+
+
+def nested(**rope: Any) -> dict[str, Any]:
+    """The same model as newer versions write it."""
+    return {
+        **WHOLE,
+        "dtype": "bfloat16",
+        "text_config": {
+            **LANGUAGE,
+            "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+            "model_type": "qwen2_5_vl_text",
+            "dtype": "bfloat16",
+            "layer_types": ["full_attention"] * 28,
+            **rope,
+        },
+        "vision_config": {**VISION, "dtype": "bfloat16", "rope_parameters": {"rope_theta": 1e4, "rope_type": "axial"}},
+    }
+
+
+JOINED = {"rope_parameters": {"mrope_section": SECTIONS, "rope_theta": 1000000.0, "rope_type": "default"}}
+BETWEEN = {"rope_theta": 1000000.0, "rope_scaling": FLAT["rope_scaling"]}  # nested, but rotary settings as before
+
+
+@pytest.mark.parametrize("rope", [JOINED, BETWEEN], ids=["rope_parameters", "rope_scaling"])
+def test_nested_becomes_flat(rope: dict[str, Any]) -> None:
+    """A key that is lost, left nested, or taken from the part instead of the whole (model_type, dtype)."""
+    given = nested(**copy.deepcopy(rope))
+    before = copy.deepcopy(given)
+    assert flat(given) == FLAT
+    assert given == before  # the source's text is still needed as it was
+
+
+def test_flat_stays_as_it_is() -> None:
+    """A config that the first release wrote, altered without need: its text is to be copied."""
+    assert flat(FLAT) is FLAT
+    assert flat(flat(nested(**JOINED))) == FLAT
+
+
+def test_the_whole_wins_over_its_part() -> None:
+    """A part's copy of a key of the whole: tied embeddings are the whole's word, in vision models of 3B at least."""
+    given = nested(**JOINED)
+    given["tie_word_embeddings"] = True
+    given["text_config"]["tie_word_embeddings"] = False
+    assert flat(given)["tie_word_embeddings"] is True
+
+
+@pytest.mark.parametrize(
+    ("parameters", "expected"),
+    [
+        (JOINED["rope_parameters"], {"rope_scaling": FLAT["rope_scaling"], "rope_theta": 1000000.0}),
+        (
+            {"mrope_section": SECTIONS, "rope_theta": 5.0},
+            {"rope_scaling": FLAT["rope_scaling"], "rope_theta": 5.0},
+        ),
+        (
+            {"rope_type": "yarn", "factor": 4.0, "mrope_section": SECTIONS, "rope_theta": 5.0},
+            {
+                "rope_scaling": {"type": "yarn", "rope_type": "yarn", "factor": 4.0, "mrope_section": SECTIONS},
+                "rope_theta": 5.0,
+            },
+        ),
+        ({"rope_type": "linear", "factor": 2.0}, {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+    ],
+)
+def test_rotary(parameters: dict[str, Any], expected: dict[str, Any]) -> None:
+    """A long-context scaling turned into the default one, sections lost, or a base that nobody gave."""
+    known = copy.deepcopy(parameters)
+    assert rotary(parameters) == expected and parameters == known
+
+
+def test_no_text_config_to_speak_of() -> None:
+    """Another model's `text_config` that is no object must not stop the reader of a config."""
+    assert flat({"text_config": None, "dtype": "float16"}) == {"text_config": None, "dtype": "float16"}

@@ -1,0 +1,50 @@
+"""How a budget of image tokens is shared, and the grid of a picture of so many: properties of every case."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vlqc.token_budget import MOST_ELONGATED, grid_within, share_budget
+
+TOKENS = st.lists(st.integers(4, 400), min_size=1, max_size=6)
+
+
+@given(TOKENS, st.integers(-5, 1500), st.integers(1, 8))
+def test_every_budget_is_kept(tokens: list[int], budget: int, least: int) -> None:
+    """Catches a share above the budget or above the picture's own size, uneven shares, and tokens left unused."""
+    shares = share_budget(tokens, budget, least)
+    limit = max(n for n in range(-1, 401) if n < 0 or sum(min(count, n) for count in tokens) <= budget)
+    if sum(tokens) <= budget:
+        assert shares == tokens
+    elif limit < least:
+        assert shares is None
+    else:
+        assert shares == [min(count, limit) for count in tokens]
+
+
+def test_shares_by_hand() -> None:
+    """Catches the same slip made in the property and in the code."""
+    assert share_budget([400, 6, 100], 106, 4) == [50, 6, 50]
+    assert share_budget([4, 4, 4], 11, 4) is None
+    assert share_budget([4, 4, 4], 12, 4) == [4, 4, 4]
+
+
+@given(st.floats(math.log(1 / 200), math.log(200)), st.integers(4, 2000), st.integers(1, 4))
+def test_every_grid_fits(log_ratio: float, most: int, least: int) -> None:
+    """Catches grids that are too large, too small, too long for the preparation, or of another shape than needed."""
+    rows, columns = grid_within(math.exp(log_ratio), least, most)
+    assert least <= rows * columns <= most
+    assert max(rows, columns) <= MOST_ELONGATED * min(rows, columns)
+    if most >= 1000 and abs(log_ratio) < 1:
+        assert abs(math.log(rows / columns) - log_ratio) < 0.1 and rows * columns > 0.9 * most
+
+
+def test_grids_by_hand() -> None:
+    """Catches rows taken for columns."""
+    assert grid_within(0.5, 4, 8) == (2, 4)
+    assert grid_within(2.0, 4, 8) == (4, 2)
+    assert grid_within(150.0, 4, 10) == (10, 1)
+    with pytest.raises(ValueError, match="between 4 and 3"):
+        grid_within(1.0, 4, 3)

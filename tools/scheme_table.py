@@ -18,7 +18,7 @@ from typing import Any
 import make_outlier_checkpoint
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from tiny_task import with_token_types
 from torch import Tensor, nn
 
@@ -30,11 +30,12 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "W8A8 m2": {},
     "W8A8 m4": {"anti_method": "m4"},
     "W8A8_DYNAMIC m2": {"is_dynamic": True},
-    "W4A8 group 64, engine's mix, m4": {**LOW_BIT, "group_size": 64, "anti_method": "m4"},
-    "W4A8 group 256, all, m4": {**LOW_BIT, "group_size": 256, "anti_method": "m4", "w4a8_scope": "all"},
+    "W4A8 group 64, m4": {**LOW_BIT, "group_size": 64, "anti_method": "m4"},
+    "W4A8 group 256 all, m4": {**LOW_BIT, "group_size": 256, "anti_method": "m4", "w4a8_scope": "all"},
 }
 LAYOUTS: dict[str, dict[str, Any]] = {"default": {}, "mindie": {"mindie_format": True}}
 DTYPES = ("bfloat16", "float16", "float32")
+SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 SAMPLES = 6  # for calibration, and as many others to compare on
 
 
@@ -112,15 +113,24 @@ def main() -> None:
 
 
 def show(rows: list[Row], console: Console) -> None:
-    """One line per scheme and layout, one column per dtype and tying, then who loads what."""
+    """dB of the logits: one line per scheme and layout, one column per dtype and tying; then who loads what."""
     columns = list(dict.fromkeys((row.dtype, row.tied) for row in rows))
-    table = Table("scheme", "layout", *(f"{dtype}{' tied' if tied else ''}" for dtype, tied in columns), "loads in")
+    titles = [f"{SHORT[dtype]}{'+tied' if tied else ''}" for dtype, tied in columns]
+    table = Table(Column("scheme", no_wrap=True), "layout", *(Column(title, justify="right") for title in titles))
+    loaded: dict[str, list[str]] = {}
     for scheme, layout in dict.fromkeys((row.scheme, row.layout) for row in rows):
         by_column = {(row.dtype, row.tied): row for row in rows if (row.scheme, row.layout) == (scheme, layout)}
-        cells = [f"{by_column[it].sqnr:.1f}" + (" FAULTS" if by_column[it].faults else "") for it in columns]
-        engines = by_column[columns[0]].loads_in
-        table.add_row(scheme, layout, *cells, "; ".join(engines) or "no version loads it")
+        table.add_row(
+            scheme, layout, *(f"{by_column[it].sqnr:.1f}{'!' * bool(by_column[it].faults)}" for it in columns)
+        )
+        for row in by_column.values():
+            engines = "; ".join(row.loads_in) or "no version"
+            loaded.setdefault(engines, []).append(f"{scheme}, {layout}, {SHORT[row.dtype]}")
     console.print(table)
+    for engines, combinations in loaded.items():
+        console.print(f"loads in {engines}:", highlight=False)
+        for combination in dict.fromkeys(combinations):
+            console.print(f"    {combination}", highlight=False)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from vlqc.attention import FusedAttention
 from vlqc.engines import Scheme
 from vlqc.errors import Fault, UserError
 
@@ -286,7 +287,7 @@ class Stage:
         """Runs every sample through the stage once and keeps the outputs; `watch` sees inputs of modules by target."""
         self.outputs = []
         for done, call in enumerate(self.calls):
-            with watching(self.live, watch or {}, call):
+            with watching(self.live, watch or {}, call), FusedAttention():
                 self.outputs.append(self.live(*call.args, **call.kwargs))
             self.on_sample(done + 1)
 
@@ -295,7 +296,9 @@ class Stage:
         """float32: the stage's first output tensor for the probe call, flattened."""
         if self.probe is None:
             raise ValueError(f"stage {self.name} has no probe call")
-        return first_tensor(self.live(*self.probe.args, **self.probe.kwargs)).float().flatten().cpu()
+        with FusedAttention():
+            output = self.live(*self.probe.args, **self.probe.kwargs)
+        return first_tensor(output).float().flatten().cpu()
 
 
 @contextmanager

@@ -5,7 +5,7 @@ although it hardly varies. Engines add a norm's bias only in front of static W8A
 norms of the language model, so these are the only ones that are shifted.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -15,16 +15,20 @@ from vlqc.engines import Scheme
 from vlqc.ir import Edge, Stage
 from vlqc.kernels_ref.norm import ShiftedNorm
 from vlqc.passes import folding
-from vlqc.passes.edge_search import find_stage_edges, per_channel
+from vlqc.passes.edge_search import SearchedEdge, find_stage_edges, per_channel, searched_edges
 from vlqc.passes.insert_observers import observed
+from vlqc.passes.smooth_m2 import range_candidates
 from vlqc.pipeline import Pass
+
+CANDIDATES = 32  # ranges under which a shift is judged: it has to help beside smoothing, not instead of it
 
 
 @dataclass(frozen=True)
 class ShiftNorms(Pass):
     """Gives the norms in front of static W8A8 linears a bias: minus the middle of each channel's range.
 
-    It comes before smoothing, which then has less to do.
+    It comes before smoothing, which then has less to do. A norm is shifted only where the expected error of its
+    readers, each way under its best smoothing range, falls: one massive token can move a middle away from all others.
     """
 
     name: ClassVar[str] = "shift-norms"
@@ -35,9 +39,11 @@ class ShiftNorms(Pass):
 
     def run(self, stage: Stage) -> bool:
         changed = find_stage_edges(stage)
-        for edge in stage.edges or ():
-            if stage.part == "language" and may_shift(stage, edge):
-                changed |= shift(stage, edge, self._middle(stage, edge))
+        for it in searched_edges(stage, self.name):
+            if stage.part == "language" and may_shift(stage, it.edge):
+                middle = self._middle(stage, it.edge)
+                if smallest_error(moved(stage, it, middle)) < smallest_error(it):
+                    changed |= shift(stage, it.edge, middle)
         return changed
 
     def _middle(self, stage: Stage, edge: Edge) -> Tensor:
@@ -49,6 +55,30 @@ class ShiftNorms(Pass):
             lows.append(-per_channel(-seen.minimum(), channel, edge.usable.shape[0]))
         middle = (torch.stack(highs).amax(0) + torch.stack(lows).amin(0)) / 2
         return middle.to(stage.dtype).float()
+
+
+def moved(stage: Stage, it: SearchedEdge, middle: Tensor) -> SearchedEdge:
+    """The edge as its readers would see it after `middle` float32 [C] was subtracted."""
+    readers = []
+    for source, reader in zip(it.sources, it.readers, strict=True):
+        seen = stage.observations[source].shifted(folding.per_column(middle, reader.channel, 0.0))
+        away = folding.per_column(middle, reader.channel, 0.0)
+        readers.append(
+            replace(
+                reader,
+                low=seen.minimum(),
+                high=seen.maximum(),
+                second_moment=seen.second_moment(),
+                rows=reader.rows - away,
+            )
+        )
+    return replace(it, readers=tuple(readers))
+
+
+def smallest_error(it: SearchedEdge) -> float:
+    """The expected error of an edge under the best range that smoothing may choose for it."""
+    candidates = range_candidates(it.largest_input(), CANDIDATES)
+    return float(torch.stack([reader.expected_error(candidates) for reader in it.readers]).sum(0).amin())
 
 
 def may_shift(stage: Stage, edge: Edge) -> bool:

@@ -258,3 +258,13 @@ def test_the_wheel_works_without_the_links(wheel: Path, tmp_path: Path) -> None:
     count, *files = ran.stdout.split()
     assert int(count) == len(REGISTRY)
     assert len(files) == len(wanted) and all(file.startswith(str(tmp_path)) for file in files)
+
+
+def test_the_readme_is_finished() -> None:
+    """Catches placeholders, and Python examples that do not even compile."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "<!--" not in text
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        compile(block.replace("samples=[...]", "samples=[]"), "README.md", "exec")

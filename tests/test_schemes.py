@@ -141,3 +141,45 @@ def test_strict_target(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     result = vlqc.compile(mindie_format=True, **common)
     assert result.engines == [] and any("MindIE" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("options", [{}, {"is_dynamic": True}, {"shift": True}], ids=str)
+def test_a_target_that_names_mindie_gets_its_layout(tmp_path: Path, options: dict[str, object]) -> None:
+    """Catches a folder for MindIE without the keys by which MindIE finds its quantization."""
+    config = make_outlier_checkpoint.make(tmp_path / "float", seed=0)
+    samples = make_outlier_checkpoint.random_samples(config, 2)
+    save = tmp_path / "out"
+    result = vlqc.compile(
+        model_path=tmp_path / "float", save_directory=save, samples=samples, target="mindie@2.2.RC1", **options
+    )
+    assert result.engines == ["MindIE 2.2.RC1 and later"]
+    assert vlqc.verify_folder(save, engine="mindie@2.2.RC1").ok
+
+
+def test_exclusions_that_mindie_does_not_load(tmp_path: Path) -> None:
+    """Catches an exclusion that is found out only when the folder is written, as if it were a fault of vlqc."""
+    config = make_outlier_checkpoint.make(tmp_path / "float", seed=0)
+    samples = make_outlier_checkpoint.random_samples(config, 2)
+    common = {"model_path": tmp_path / "float", "samples": samples, "save_directory": tmp_path / "out"}
+    glob = ("visual.blocks.0.attn.qkv",)
+    with pytest.raises(vlqc.UserError, match=r"qkv[\s\S]*--exclude, for both[\s\S]*vLLM Ascend only"):
+        vlqc.compile(exclude=glob, **common)
+    assert vlqc.compile(exclude=glob, target="vllm-ascend", **common).engines
+
+
+@pytest.mark.parametrize("group_size", [64, 128, 256])
+def test_unsmoothed_groups_follow_from_the_float_weights(tmp_path: Path, group_size: int) -> None:
+    """Catches a comparison with the source that takes coarse rounding for damage."""
+    source = make_source(tmp_path / "float", "bfloat16", False, seed=0)
+    options = {**scheme_table.LOW_BIT, "group_size": group_size, "anti_method": "none", "w4a8_scope": "all"}
+    vlqc.compile(model_path=source.folder, save_directory=tmp_path / "out", samples=source.calibration[:1], **options)
+    assert vlqc.verify_folder(tmp_path / "out", model_path=source.folder).findings == []
+
+
+def test_smoothing_all_into_the_weights(tmp_path: Path) -> None:
+    """Catches a legal alpha whose result is called broken: columns of one size bring many integers to their limit."""
+    source = make_source(tmp_path / "float", "bfloat16", False, seed=0)
+    save = tmp_path / "out"
+    common = {"model_path": source.folder, "save_directory": save, "samples": source.calibration[:2]}
+    vlqc.compile(anti_method="m4", anti_alpha=0, **common)
+    assert vlqc.verify_folder(save, model_path=source.folder).ok

@@ -16,7 +16,7 @@ from vlqc.device import resolve_device
 from vlqc.dumps import Dumper, announcer
 from vlqc.emit import emitter_for, expected_bytes
 from vlqc.emit.folder import appearing_folder, require_space
-from vlqc.layer_globs import check_globs
+from vlqc.layer_globs import check_globs, check_plan
 from vlqc.lockstep import Lockstep
 from vlqc.model import FloatModel
 from vlqc.options import Options
@@ -55,6 +55,7 @@ def compile(
     model = FloatModel.of(checkpoint, trust_remote_code=options.trust_remote_code, device=device)
     tally.note_unknown(model.unknown_tensors())
     check_globs(model.layers, exclude=options.exclude, include=options.include)
+    check_plan(model.layers, options)
     if samples is None:
         calibration = load_calibration(options)
         samples = calibration.samples

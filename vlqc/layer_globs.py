@@ -1,9 +1,35 @@
 """Patterns over checkpoint layer names: what --exclude and --include mean, checked before anything runs."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
+from vlqc.engines import Scheme, fused_group, group_faults, legal_schemes, stays_float_by_seed
 from vlqc.errors import Fault, UserError, near_miss
+from vlqc.options import Options
+
+
+def check_plan(layers: Iterable[str], options: Options) -> None:
+    """UserError where --exclude leaves a model that the target does not load, before hours of work.
+
+    An exclusion extends to its fused group, so only rules about whole parts of the model can be broken.
+    """
+    excluded = {
+        member
+        for layer in layers
+        if any(fnmatchcase(layer, pattern) for pattern in options.exclude)
+        for member in fused_group(layer)
+    }
+    if not excluded:
+        return
+    target, planned = options.engine_target, {}
+    for layer in layers:
+        included = any(fnmatchcase(layer, pattern) for pattern in options.include)
+        stays = layer in excluded or (stays_float_by_seed(layer) and not included)
+        quantized = not stays and options.scheme in legal_schemes(target, layer)
+        planned[layer] = options.scheme if quantized else Scheme.FLOAT
+    if faults := group_faults(target, planned):
+        raise UserError(*(replace(fault, where=f"--exclude, for {target}") for fault in faults))
 
 
 def check_globs(layers: Iterable[str], **globs: tuple[str, ...]) -> None:

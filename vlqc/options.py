@@ -95,7 +95,8 @@ class Options(BaseModel):
     )
     shift: bool = _option(
         False,
-        "Also move the middle of every channel's range to zero, where the engine runs a norm with a bias.",
+        "Also move the middle of every channel's range to zero, where the engine runs a norm with a bias. Compare the "
+        "accuracy: it can cost some.",
         SCHEME,
         flag=True,
     )
@@ -145,6 +146,11 @@ class Options(BaseModel):
         if self.w_bit == 4:
             return Scheme.W4A8_DYNAMIC
         return Scheme.W8A8_DYNAMIC if self.is_dynamic else Scheme.W8A8
+
+    @property
+    def mindie_layout(self) -> bool:
+        """Whether the folder is for MindIE alone: by --mindie_format, or by a target that says so."""
+        return self.engine_target.partition("@")[0] == "mindie"
 
     @property
     def engine_target(self) -> str:

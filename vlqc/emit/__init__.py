@@ -13,4 +13,4 @@ __all__ = ["FolderEmitter", "emitter_for", "expected_bytes"]
 
 def emitter_for(options: Options, folder: Path, checkpoint: Checkpoint) -> FolderEmitter:
     """The emitter of the layout that the options ask for, writing into `folder`."""
-    return (MindieEmitter if options.mindie_format else FolderEmitter)(folder, checkpoint, options)
+    return (MindieEmitter if options.mindie_layout else FolderEmitter)(folder, checkpoint, options)

@@ -303,7 +303,8 @@ class _Comparison:
 
     def hold(self, name: str, stored: Array, expected: Array, allowed: Array, why: str) -> None:
         """A value per channel against what it should be."""
-        wrong = np.flatnonzero(~(np.abs(stored - expected) <= allowed))
+        distance = np.abs(stored - expected)
+        wrong = np.flatnonzero((distance != 0) & ~(distance <= allowed))
         if wrong.size:
             first = int(wrong[0])
             what = f"channels {listed(wrong)}: stored {stored[first]:.6g}, the float layer has {expected[first]:.6g}"

@@ -186,7 +186,19 @@ def fit_rows(pair: WeightPair, begin: int, columns: Scales) -> Scales:
 
 
 def misfits(pair: WeightPair, rows: Scales, columns: Scales) -> Misfits:
-    """The pair under its fitted scales -> the weights that no rounding explains."""
+    """The pair under its fitted scales -> the weights that no rounding explains.
+
+    Coarse integers pull a fit off by more than it knows. So where the fitted scales leave misfits, no scales at all
+    are tried, which is what an unsmoothed layer has.
+    """
+    fitted = _misfits_under(pair, rows, columns)
+    if not fitted.count:
+        return fitted
+    plain = _misfits_under(pair, Scales.ones(pair.rows), Scales.ones(pair.columns))
+    return plain if plain.count < fitted.count else fitted
+
+
+def _misfits_under(pair: WeightPair, rows: Scales, columns: Scales) -> Misfits:
     count = gross = 0
     first = first_gross = None
     signal = noise = 0.0

@@ -115,7 +115,7 @@ def main() -> None:
 def show(rows: list[Row], console: Console) -> None:
     """dB of the logits: one line per scheme and layout, one column per dtype and tying; then who loads what."""
     columns = list(dict.fromkeys((row.dtype, row.tied) for row in rows))
-    titles = [f"{SHORT[dtype]}{'+tied' if tied else ''}" for dtype, tied in columns]
+    titles = [f"{SHORT[dtype]}{chr(10) + 'tied' if tied else ''}" for dtype, tied in columns]
     table = Table(Column("scheme", no_wrap=True), "layout", *(Column(title, justify="right") for title in titles))
     loaded: dict[str, list[str]] = {}
     for scheme, layout in dict.fromkeys((row.scheme, row.layout) for row in rows):

@@ -54,7 +54,8 @@ def compile(
     device = resolve_device(options.device_type)
     model = FloatModel.of(checkpoint, trust_remote_code=options.trust_remote_code, device=device)
     tally.note_unknown(model.unknown_tensors())
-    check_globs(model.layers, exclude=options.exclude, include=options.include)
+    check_globs([*model.layers, *model.heads], exclude=options.exclude)
+    check_globs(model.layers, include=options.include)
     check_plan(model.layers, options)
     if samples is None:
         calibration = load_calibration(options)

@@ -154,6 +154,11 @@ class FloatModel:
         tied = f"{self._path[self._head]}.weight" if self.tied and self._head is not None else None
         return {self.canonical(name): parameter for name, parameter in named if name != tied}
 
+    @property
+    def heads(self) -> list[str]:
+        """Checkpoint names of Linears outside the stages: the output head, which always stays float."""
+        return [] if self._head is None else [self.name(self._head)]
+
     def unknown_tensors(self) -> list[str]:
         """Names in the checkpoint that the model has no parameter for, sorted; a tied head's copy is none of them."""
         copies = {f"{self.name(self._head)}.weight"} if self.tied and self._head is not None else set()

@@ -24,6 +24,7 @@ from vlqc.model import FloatModel, build
 TINY = Path(tiny_task.__file__).parent / "tiny_vl"
 EVALUATED = 64  # pictures, 8 answers each: half a point is 2.6 answers
 Sample = dict[str, Tensor]
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]  # the same path wherever there is a GPU
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +48,15 @@ def compiled(planted: Path, samples: list[Sample], tmp_path_factory: pytest.Temp
 
 
 @pytest.mark.every_transformers
-def test_accuracy_survives_with_smoothing(planted: Path, compiled: Path) -> None:
+@pytest.mark.parametrize("device_type", DEVICES)
+def test_accuracy_survives_with_smoothing(
+    planted: Path, samples: list[Sample], tmp_path: Path, device_type: str
+) -> None:
     """Catches anything wrong between calibration and the loaded folder: a wrong scale anywhere costs answers."""
+    save = tmp_path / "out"
+    vlqc.compile(model_path=planted, save_directory=save, samples=samples, device_type=device_type)
     floating = tiny_task.accuracy(load_float(planted), EVALUATED)
-    assert abs(floating - tiny_task.accuracy(vlqc.load(compiled), EVALUATED)) <= 0.5
+    assert abs(floating - tiny_task.accuracy(vlqc.load(save), EVALUATED)) <= 0.5
 
 
 @pytest.mark.every_transformers

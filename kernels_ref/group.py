@@ -53,13 +53,45 @@ def quantize_weight_per_group_absmax(
     for start in range(0, rows, ROWS_PER_CHUNK):
         rows_here = slice(start, start + ROWS_PER_CHUNK)
         chunk = weight[rows_here].to(torch.float32).reshape(-1, groups, group_size)  # [64, K/G, G]
-        step = torch.maximum(chunk.amax(dim=2) / (INT4_MAX + 0.5), chunk.amin(dim=2) / (INT4_MIN - 0.5))  # [64, K/G]
-        first = _power_of_two_above(step.amax(dim=1, keepdim=True) / LARGEST_SCALE_SECOND)  # [64, 1]
-        second = round_up((step / first).clamp_(min=SMALLEST_SCALE_SECOND), scale_dtype).to(torch.float32)
-        steps = chunk / (first * second)[:, :, None]  # [64, K/G, G]
-        q4[rows_here] = steps.round_().clamp_(INT4_MIN, INT4_MAX).to(torch.int8).flatten(1)
+        step = covering_step(chunk)  # [64, K/G]
+        first = first_scale(step.amax(dim=1, keepdim=True))  # [64, 1]
+        second = second_scale(step / first, scale_dtype)  # [64, K/G]
+        q4[rows_here] = quantize_weight_per_group(chunk.flatten(1), first, second)
         weight_scale[rows_here], weight_scale_second[rows_here] = first, second
     return q4, weight_scale, weight_scale_second
+
+
+def quantize_weight_per_group(
+    weight: torch.Tensor, weight_scale: torch.Tensor, weight_scale_second: torch.Tensor
+) -> torch.Tensor:
+    """weight [N, K] float, its scales float32 [N, 1] and [N, K/G] -> int8 [N, K], rint of the quotient, -8..7."""
+    q4 = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)  # [N, K]
+    groups = weight_scale_second.shape[1]
+    for start in range(0, weight.shape[0], ROWS_PER_CHUNK):
+        rows_here = slice(start, start + ROWS_PER_CHUNK)
+        chunk = weight[rows_here].to(torch.float32).reshape(-1, groups, weight.shape[1] // groups)  # [64, K/G, G]
+        steps = chunk / (weight_scale[rows_here] * weight_scale_second[rows_here])[:, :, None]
+        q4[rows_here] = steps.round_().clamp_(INT4_MIN, INT4_MAX).to(torch.int8).flatten(1)
+    return q4
+
+
+def covering_step(group: torch.Tensor) -> torch.Tensor:
+    """float32 [..., G] -> [...]: the finest steps of 4 bits with which no weight of a group errs by more than half."""
+    return torch.maximum(group.amax(dim=-1) / (INT4_MAX + 0.5), group.amin(dim=-1) / (INT4_MIN - 0.5))
+
+
+def first_scale(largest_step: torch.Tensor) -> torch.Tensor:
+    """The largest step of each row, float32 [N, 1] -> its `weight_scale`: a power of two, also for rows of zeros."""
+    return _power_of_two_above(largest_step / LARGEST_SCALE_SECOND)
+
+
+def second_scale(relative_step: torch.Tensor, scale_dtype: torch.dtype) -> torch.Tensor:
+    """Steps in units of the first scale, float32 [...] -> the `weight_scale_second` that holds them, float32 [...].
+
+    Rounded up to a value of `scale_dtype`, at least SMALLEST_SCALE_SECOND and at most LARGEST_SCALE_SECOND.
+    """
+    bounded = relative_step.clamp(SMALLEST_SCALE_SECOND, LARGEST_SCALE_SECOND)
+    return round_up(bounded, scale_dtype).to(torch.float32)
 
 
 def pack_int4(q4: torch.Tensor) -> torch.Tensor:

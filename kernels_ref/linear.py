@@ -155,12 +155,13 @@ class StaticQuantLinear(QuantLinear):
         input_offset: float,
         bias: torch.Tensor | None,
         dtype: torch.dtype,
+        mean_error: torch.Tensor | None = None,
     ) -> Self:
         """weight int8 [N, K], its scale [N, 1], the input's scale and offset, the float layer's bias [N] -> the layer.
 
         `dtype` is the checkpoint's (bfloat16 or float16) and decides how deq_scale is stored; `input_scale` should
-        already be a value of it. deq_scale = input_scale * weight_scale in float32. ValueError if quant_bias overflows
-        int32.
+        already be a value of it. deq_scale = input_scale * weight_scale in float32. mean_error float [N]: see
+        `quantized_bias`. ValueError if quant_bias overflows int32.
         """
         weight_scale = weight_scale.to(torch.float32)
         stored_input_scale = torch.tensor([input_scale], dtype=torch.float32, device=weight_q.device)
@@ -171,7 +172,7 @@ class StaticQuantLinear(QuantLinear):
             weight_offset=torch.zeros_like(weight_scale),
             input_scale=stored_input_scale,
             input_offset=torch.tensor([input_offset], dtype=torch.float32, device=weight_q.device),
-            quant_bias=quantized_bias(bias, deq_scale, input_offset, weight_q),
+            quant_bias=quantized_bias(bias, deq_scale, input_offset, weight_q, mean_error),
             deq_scale=encode_deq_scale(deq_scale, dtype),
             bias=bias,
         )

@@ -5,8 +5,12 @@ import functools
 import torch
 
 from vlqc.kernels_ref.group import group_size_of
+from vlqc.kernels_ref.quantize import ROWS_PER_CHUNK
 
 INT32_MAX = 2**31 - 1
+# A mean error is taken off in multiples of so many steps: whoever recomputes quant_bias still notices all else. Outputs
+# are some ten thousand steps, so that what is left of the error lies 60 dB below them and more.
+CORRECTION_STEP = 8
 LARGEST_PRODUCT = 128 * 128  # -128 * -128
 LARGEST_K = INT32_MAX // LARGEST_PRODUCT  # 131071: no sum of that many products leaves int32
 FLOAT32_EXACT_K = 2**24 // LARGEST_PRODUCT  # 1024: sums of that many products are integers float32 holds exactly
@@ -52,23 +56,32 @@ def int_mm_is_fast_and_exact(device_type: str) -> bool:
 
 
 def quantized_bias(
-    bias: torch.Tensor | None, deq_scale: torch.Tensor, input_offset: float, wq: torch.Tensor
+    bias: torch.Tensor | None,
+    deq_scale: torch.Tensor,
+    input_offset: float,
+    wq: torch.Tensor,
+    mean_error: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """bias float [N] or None, deq_scale float32 [N], wq int8 [N, K] -> int32 [N], the `quant_bias` of the engines.
 
     = round(bias / deq_scale - input_offset * sum_k wq), half to even: the layer's bias in steps of deq_scale, and the
     correction that takes the input's offset out again. In int64 and float64, so only that rounding is inexact.
+    mean_error: float [N], by how much the rounded layer's outputs are too large on average; that is taken off in whole
+    CORRECTION_STEPs, and never by more than the integers' root sum of squares in a row.
     ValueError naming the channel if it overflows int32, alone or together with the largest sum the integers allow.
     """
     if not float(input_offset).is_integer():
         raise ValueError(f"the input offset must be integral, got {input_offset}")
     # On the CPU, as not every device has float64.
-    row_sum = wq.sum(dim=1, dtype=torch.int64).cpu()  # [N]
-    row_absolute_sum = wq.to(torch.int16).abs_().sum(dim=1, dtype=torch.int64).cpu()  # [N]
+    chunks = torch.split(wq, ROWS_PER_CHUNK)
+    row_sum = torch.cat([chunk.sum(dim=1, dtype=torch.int64) for chunk in chunks]).cpu()  # [N]
+    row_absolute_sum = torch.cat([chunk.to(torch.int16).abs_().sum(dim=1, dtype=torch.int64) for chunk in chunks]).cpu()
     steps = -int(input_offset) * row_sum.to(torch.float64)  # [N]
     if bias is not None:
         steps += bias.cpu().to(torch.float64) / deq_scale.cpu().to(torch.float64)
     steps = steps.round_()
+    if mean_error is not None:
+        steps -= _correction(mean_error.cpu().to(torch.float64) / deq_scale.cpu().to(torch.float64), wq)
     fits = steps.abs() + 128 * row_absolute_sum <= INT32_MAX  # [N]; also False for NaN
     if not bool(fits.all()):
         channel = int((~fits).nonzero()[0])
@@ -78,6 +91,13 @@ def quantized_bias(
             f"{128 * int(row_absolute_sum[channel])} to be added; a larger weight scale makes it fit"
         )
     return steps.to(torch.int32).to(wq.device)
+
+
+def _correction(steps: torch.Tensor, wq: torch.Tensor) -> torch.Tensor:
+    """Mean errors in steps of deq_scale, float64 [N] -> those that quant_bias takes off, float64 [N]."""
+    most = torch.linalg.vector_norm(wq.to(torch.float32), dim=1).cpu().to(torch.float64)  # [N]
+    whole = (most / CORRECTION_STEP).floor_()
+    return CORRECTION_STEP * (steps / CORRECTION_STEP).round_().clamp_(-whole, whole)
 
 
 def smallest_weight_scale_for_bias(bias: torch.Tensor, input_scale: float, in_features: int) -> torch.Tensor:

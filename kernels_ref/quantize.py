@@ -99,9 +99,18 @@ def quantize_weight_per_channel_absmax(
         chunk = weight[rows_here].to(torch.float32)  # [64, K]
         absmax = torch.linalg.vector_norm(chunk, ord=math.inf, dim=1, keepdim=True)  # [64, 1]
         scale[rows_here] = round_up(torch.maximum(absmax / WEIGHT_INT8_MAX, scale[rows_here]), scale_dtype)
-        steps = chunk / scale[rows_here]  # [64, K]
-        quantized[rows_here] = steps.round_().clamp_(-WEIGHT_INT8_MAX, WEIGHT_INT8_MAX).to(torch.int8)
+        quantized[rows_here] = quantize_weight_per_channel(chunk, scale[rows_here])
     return quantized, scale
+
+
+def quantize_weight_per_channel(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """weight [N, K] float, scale float32 [N, 1] -> int8 [N, K] = clamp(rint(weight / scale), -127, 127)."""
+    quantized = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)  # [N, K]
+    for start in range(0, weight.shape[0], ROWS_PER_CHUNK):
+        rows_here = slice(start, start + ROWS_PER_CHUNK)
+        steps = weight[rows_here].to(torch.float32) / scale[rows_here]  # [64, K]
+        quantized[rows_here] = steps.round_().clamp_(-WEIGHT_INT8_MAX, WEIGHT_INT8_MAX).to(torch.int8)
+    return quantized
 
 
 def round_up(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -10,10 +10,11 @@ from vlqc.engines import Scheme
 from vlqc.flow import find_edges
 from vlqc.ir import Edge, Site, Stage
 from vlqc.passes.error_model import (
+    PLAIN,
+    ROWS_OF_INPUT,
     Reader,
+    Rounding,
     arithmetic_of,
-    balanced,
-    representative_inputs,
     representative_rows,
 )
 from vlqc.passes.insert_observers import observed
@@ -42,11 +43,30 @@ class SearchedEdge:
         peaks = [per_channel(it.weight.abs().amax(0), it.channel, self.channels) for it in self.readers]
         return torch.stack(peaks).amax(0)
 
+    def balance(self) -> Tensor:
+        """float32 [C]: scales with which each channel's two roundings leave the least noise, their geometric mean 1.
+
+        An activation's noise grows with the scale's square times the energy of the weights it meets, a weight's falls
+        with it times the activation's mean square: (mean square / energy)^(1/4). Dead channels keep 1.
+        """
+        moment, energy = torch.zeros(2, self.channels, dtype=torch.float64)
+        for it in self.readers:
+            feeds = it.channel >= 0
+            moment.index_add_(0, it.channel[feeds], it.second_moment[feeds].double())
+            energy.index_add_(0, it.channel[feeds], it.energy_per_column[feeds].double())
+        alive = (moment > 0) & (energy > 0)
+        if not bool(alive.any()):
+            return torch.ones(self.channels)
+        root = torch.where(alive, (moment / energy).pow(0.25), 1.0)
+        return torch.where(alive, root / root[alive].log().mean().exp(), 1.0).float()
+
     def best_of(self, candidates: Tensor, confirm: int) -> int:
         """Which of the scales float32 [R, C] serves best; the first one should change nothing, and is always confirmed.
 
-        All are judged by the expected error, the best `confirm` of them by the error measured on real rows.
+        All are judged by the expected error, the best `confirm` of them by the error measured on real rows; each as it
+        would be folded, where channels that are not usable keep 1.
         """
+        candidates = torch.where(self.edge.usable, candidates, 1.0)
         expected = torch.stack([reader.expected_error(candidates) for reader in self.readers]).sum(0)
         best = expected.argsort(stable=True)[:confirm].tolist()
         if 0 not in best:
@@ -61,7 +81,7 @@ def find_stage_edges(stage: Stage) -> bool:
     return known is None or [_facts(edge) for edge in known] != [_facts(edge) for edge in stage.edges]
 
 
-def searched_edges(stage: Stage, reader: str) -> Iterator[SearchedEdge]:
+def searched_edges(stage: Stage, reader: str, rounding: Rounding = PLAIN) -> Iterator[SearchedEdge]:
     """The stage's edges that have quantized consumers, with what is known of them now; `reader` names the asking pass.
 
     Two producers of one input (a bilinear gate) would both be searched for the same outliers: only the first is given.
@@ -74,7 +94,8 @@ def searched_edges(stage: Stage, reader: str) -> Iterator[SearchedEdge]:
             continue
         taken.update(sources)
         readers = tuple(
-            _reader(stage, edge, [site for site in sites if site.source == source], reader) for source in sources
+            _reader(stage, edge, [site for site in sites if site.source == source], reader, rounding)
+            for source in sources
         )
         yield SearchedEdge(edge, stage.live.get_submodule(edge.producer), sources, readers)
 
@@ -92,18 +113,18 @@ def per_channel(peak_per_column: Tensor, channel: Tensor, channels: int) -> Tens
     return zero.scatter_reduce(0, channel[feeds], peak_per_column[feeds], "amax", include_self=False)
 
 
-def _reader(stage: Stage, edge: Edge, sites: list[Site], asking: str) -> Reader:
+def _reader(stage: Stage, edge: Edge, sites: list[Site], asking: str, rounding: Rounding) -> Reader:
     seen = observed(stage, sites[0].source, asking)
-    index = representative_inputs(seen.kept_modality)
+    index = seen.representative(ROWS_OF_INPUT)
     return Reader(
         channel=edge.consumers[sites[0].target],
         low=seen.minimum(),
         high=seen.maximum(),
         second_moment=seen.second_moment(),
         rows=seen.kept[index],
-        row_weight=balanced(seen.kept_modality[index]),
+        row_weight=seen.row_weight(index),
         weight=representative_rows([stage.linear(site).weight for site in sites]),
-        arithmetic=arithmetic_of(sites[0]),
+        arithmetic=arithmetic_of(sites[0], rounding),
     )
 
 

@@ -5,6 +5,8 @@ Notation: x [T, K] the input, W [N, K] the weights of all consumers, s [K] a smo
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,8 +17,13 @@ from vlqc.kernels_ref.quantize import INT8_MAX, INT8_STEPS, WEIGHT_INT8_MAX
 
 ROWS_OF_WEIGHT = 1024  # rows of W that a search looks at, evenly spread: bounds its cost, whatever the layer
 ROWS_OF_INPUT = 512  # the same for rows of x
+EXTREMES = 16  # values of a column, on either side, that are looked at one by one: a range may cut off just these
+STRATA = 16  # into which all other values of a column are put together: it may be always large, and all be cut off
+CLIPPED_SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # of the full range, the first is all of it
 WEIGHT_INT4_MAX = 7
-GOLDEN_RATIO = (5**0.5 - 1) / 2
+
+WeightMethod = Literal["auto", "round", "clip", "gptq"]
+WEIGHT_NOISE = {"round": 1.0, "clip": 0.85, "gptq": 0.6, "auto": 0.6}  # of that of rounding to the nearest, as measured
 
 
 def representative_rows(weights: Sequence[Tensor], most: int = ROWS_OF_WEIGHT) -> Tensor:
@@ -26,39 +33,40 @@ def representative_rows(weights: Sequence[Tensor], most: int = ROWS_OF_WEIGHT) -
     return torch.cat([weight[::step] for weight in weights]).float().cpu()
 
 
-def representative_inputs(kept_modality: Tensor, most: int = ROWS_OF_INPUT) -> Tensor:
-    """int8 [T] -> int64 [<= most]: positions of kept rows, ascending, spread over all of every modality.
-
-    Rows come sample by sample, text before image: equal strides could meet only one modality, or only first rows.
-    Multiples of the golden ratio, modulo 1, have no period to fall in with.
-    """
-    present = sorted(set(kept_modality.tolist()))
-    chosen = []
-    for modality in present:
-        where = (kept_modality == modality).nonzero().flatten()
-        order = (torch.arange(len(where), dtype=torch.float64) * GOLDEN_RATIO).frac().argsort()
-        chosen.append(where[order[: max(1, most // len(present))]])
-    return torch.cat(chosen).sort().values
-
-
 @dataclass(frozen=True)
 class Arithmetic:
     """How a scheme rounds, as far as its error goes.
 
     per_token: one symmetric step per row of x (else one asymmetric step for all rows); weight_max: the largest integer
-    of a weight; group_size: columns that share a weight's step (None: the whole row).
+    of a weight; group_size: columns that share a weight's step (None: the whole row); clips: whether a static range may
+    leave out what is rare; weight_noise: what rounding weights leaves of the noise of rounding them to the nearest.
     """
 
     per_token: bool = False
     weight_max: int = WEIGHT_INT8_MAX
     group_size: int | None = None
+    clips: bool = False
+    weight_noise: float = 1.0
 
 
-def arithmetic_of(site: Site) -> Arithmetic:
+@dataclass(frozen=True)
+class Rounding:
+    """What later passes will do, as far as a search foresees it: clip activation ranges, round weights cleverly."""
+
+    clip: bool = False
+    weights: WeightMethod = "round"
+
+
+PLAIN = Rounding()
+
+
+def arithmetic_of(site: Site, rounding: Rounding = PLAIN) -> Arithmetic:
     """Of the scheme that a site was assigned; static W8A8 if it has none yet."""
+    weight_noise = WEIGHT_NOISE[rounding.weights]
     if site.scheme == Scheme.W4A8_DYNAMIC:
-        return Arithmetic(True, WEIGHT_INT4_MAX, site.group_size)
-    return Arithmetic(per_token=site.scheme == Scheme.W8A8_DYNAMIC)
+        return Arithmetic(True, WEIGHT_INT4_MAX, site.group_size, False, weight_noise)
+    per_token = site.scheme == Scheme.W8A8_DYNAMIC
+    return Arithmetic(per_token, clips=rounding.clip and not per_token, weight_noise=weight_noise)
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,11 @@ class Reader:
         """Scales per producer channel [..., C] -> per input column [..., K]; 1 where no channel arrives."""
         return torch.where(self.channel >= 0, scales[..., self.channel.clamp(min=0)], 1.0)
 
+    @cached_property
+    def energy_per_column(self) -> Tensor:
+        """float32 [K]: sum over outputs of W^2, by how much an error in a column reaches the outputs."""
+        return self.weight.square().sum(0)
+
     def expected_error(self, scales: Tensor) -> Tensor:
         """Expected squared error of a row of x W^T, summed over outputs: scales [R, C] -> float64 [R].
 
@@ -89,24 +102,65 @@ class Reader:
         reaches the output through all of W*s; the weight's step is per row or group of W, its noise is carried by the
         columns of x/s that it covers.
         """
-        energy_per_column = self.weight.square().sum(0).double()  # [K]
         errors = []
         for scale in self.columns(scales):
-            spread = (energy_per_column * scale.double().square()).sum()
             carried = self._grouped((self.second_moment / scale.square()).double()[None]).sum(-1)  # [1, groups]
-            weight = (self._weight_step(self.weight * scale).double().square() * carried).sum()
-            errors.append((self._mean_square_step(scale) * spread + weight) / 12)
+            weight = (self._weight_step(self.weight * scale).double().square() * carried).sum() / 12
+            errors.append(self._activation_error(scale) + weight * self.arithmetic.weight_noise)
         return torch.stack(errors)
 
     def measured_error(self, scales: Tensor) -> float:
-        """Squared error of x W^T with both sides rounded, weighted over rows and summed over outputs; scales [C]."""
+        """Squared error of x W^T when each side is rounded, weighted over rows and summed over outputs; scales [C].
+
+        Each side by itself: one does not follow from the other, so their product's mean is small beside both.
+        """
         scale = self.columns(scales)
         smooth, heavy = self.rows / scale, self.weight * scale
-        rounded = self._rounded_input(smooth, scale)
+        activation = (self._rounded_input(smooth, scale) - smooth) @ heavy.T
         step = self._weight_step(heavy)[..., None]  # [N, groups, 1]
-        weight = (torch.round(self._grouped(heavy) / step) * step).reshape(heavy.shape)
-        error = rounded @ weight.T - self.rows @ self.weight.T
-        return float((error.square().sum(1).double() * self.row_weight).sum())
+        rounded = (torch.round(self._grouped(heavy) / step) * step).reshape(heavy.shape)
+        weight = smooth @ (rounded - heavy).T
+        per_row = activation.square().sum(1).double() + self.arithmetic.weight_noise * weight.square().sum(1).double()
+        return float((per_row * self.row_weight).sum())
+
+    def _activation_error(self, scale: Tensor) -> Tensor:
+        """Expected squared error of the outputs when x/s is rounded, float64 scalar."""
+        if self.arithmetic.per_token:
+            spread = (self.energy_per_column.double() * scale.double().square()).sum()
+            step_per_token = (self.rows / scale).abs().amax(1).double() / INT8_MAX
+            return (step_per_token.square() * self.row_weight).sum() * spread / 12
+        return min(self._static_errors(scale))
+
+    def _static_errors(self, scale: Tensor) -> list[Tensor]:
+        """As `_activation_error` for each of the shares of the full range to which it may be clipped."""
+        spread = (self.energy_per_column.double() * scale.double().square()).sum()
+        bottom, top = self._range(scale)
+        return [
+            ((top - bottom).double() * share / INT8_STEPS).square() * spread / 12
+            + self._clipping_error(bottom * share * scale, top * share * scale)
+            for share in self._shares
+        ]
+
+    @property
+    def _shares(self) -> tuple[float, ...]:
+        return CLIPPED_SHARES if self.arithmetic.clips else CLIPPED_SHARES[:1]
+
+    def _clipping_error(self, bottom: Tensor, top: Tensor) -> Tensor:
+        """Of the outputs, float64 scalar, when column k of x is kept within bottom[k] and top[k], both float32 [K]."""
+        (lowest, weight_of_lowest), (highest, weight_of_highest) = self._sorted_values
+        below = (bottom - lowest).clamp(min=0).square() * weight_of_lowest
+        above = (highest - top).clamp(min=0).square() * weight_of_highest
+        return ((below + above).sum(0) * self.energy_per_column).sum(dtype=torch.float64)
+
+    @cached_property
+    def _sorted_values(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """The rows' values per column, from the lowest up and from the highest down, with the rows' weights.
+
+        float32 [<= EXTREMES + STRATA, K] each; behind the first EXTREMES, means of what was put together.
+        """
+        values, order = self.rows.sort(0)
+        weight = self.row_weight.float()[order]
+        return in_strata(values, weight), in_strata(values.flip(0), weight.flip(0))
 
     def _grouped(self, rows: Tensor) -> Tensor:
         """[N, K] -> [N, groups, K / groups]"""
@@ -119,29 +173,26 @@ class Reader:
     def _range(self, scale: Tensor) -> tuple[Tensor, Tensor]:
         return (self.low / scale).amin().clamp(max=0), (self.high / scale).amax().clamp(min=0)
 
-    def _mean_square_step(self, scale: Tensor) -> Tensor:
-        """Of the activation, float64 scalar."""
-        if self.arithmetic.per_token:
-            step_per_token = (self.rows / scale).abs().amax(1).double() / INT8_MAX
-            return (step_per_token.square() * self.row_weight).sum()
-        bottom, top = self._range(scale)
-        return ((top - bottom).double() / INT8_STEPS).square()
-
     def _rounded_input(self, smooth: Tensor, scale: Tensor) -> Tensor:
         if self.arithmetic.per_token:
             step = smooth.abs().amax(1, keepdim=True).clamp(min=1e-12) / INT8_MAX
             return torch.round(smooth / step) * step
-        bottom, top = self._range(scale)
+        errors = self._static_errors(scale)
+        share = self._shares[errors.index(min(errors))]
+        bottom, top = (end * share for end in self._range(scale))
         step = ((top - bottom) / INT8_STEPS).clamp(min=1e-12)
         offset = torch.round(bottom / step)
         return ((torch.round(smooth / step) - offset).clamp(0, INT8_STEPS) + offset) * step
 
 
-def balanced(kept_modality: Tensor) -> Tensor:
-    """int8 [T] -> float64 [T] weights that sum to 1, in which every modality present counts the same."""
-    weights = torch.zeros(kept_modality.shape[0], dtype=torch.float64)
-    present = sorted(set(kept_modality.tolist()))
-    for modality in present:
-        members = kept_modality == modality
-        weights[members] = 1 / (int(members.sum()) * len(present))
-    return weights
+def in_strata(values: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Sorted values and their weights [T, K] -> the first EXTREMES, then weighted means of STRATA parts of the rest."""
+    first, rest = values[:EXTREMES], len(values) - EXTREMES
+    if rest <= 0:
+        return values, weight
+    parts = list(zip(*(torch.tensor_split(it[EXTREMES:], min(STRATA, rest)) for it in (values, weight)), strict=True))
+    total = torch.stack([part.sum(0) for _, part in parts])
+    mean = torch.stack([(value * part).sum(0) for value, part in parts]) / total.clamp(
+        min=torch.finfo(total.dtype).tiny
+    )
+    return torch.cat([first, mean]), torch.cat([weight[:EXTREMES], total])

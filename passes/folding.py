@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vlqc.errors import InternalError
-from vlqc.ir import Edge, Stage
+from vlqc.ir import Edge, Stage, exact_bfloat16
 from vlqc.kernels_ref.norm import ShiftedNorm
 
 TOLERANCE = 1e-4  # of the RMS of the output, or of a value larger than that: float32 leaves about 1e-6
@@ -46,6 +46,7 @@ def representable(producer: nn.Module, usable: Tensor, scale: Tensor, dtype: tor
     return torch.where(usable & (weight != 0) & torch.isfinite(exact) & (exact > 0), exact, 1.0)
 
 
+@torch.no_grad()
 def apply(stage: Stage, folds: Sequence[Fold]) -> list[Fold]:
     """Folds everything, proves that the stage still computes the same, and corrects the observations.
 
@@ -55,12 +56,12 @@ def apply(stage: Stage, folds: Sequence[Fold]) -> list[Fold]:
     if not folds:
         return []
     before = stage.run_probe()
-    originals = {path: parameter.clone() for path, parameter in stage.live.named_parameters()}
+    originals = [(parameter, _copy(parameter)) for parameter in _changed_by(stage, folds)]
     lost: dict[str, Tensor] = {}  # by producer: what its bias lost when it was rounded
 
     def restore() -> None:
-        for path, parameter in stage.live.named_parameters():
-            parameter.data.copy_(originals[path])
+        for parameter, original in originals:
+            parameter.copy_(original)
 
     def holds(some: Sequence[Fold]) -> bool:
         for fold in some:
@@ -83,6 +84,18 @@ def apply(stage: Stage, folds: Sequence[Fold]) -> list[Fold]:
     for fold in proven:
         _correct_observations(stage, fold, lost[fold.edge.producer])
     return proven
+
+
+def _changed_by(stage: Stage, folds: Sequence[Fold]) -> list[nn.Parameter]:
+    """Every parameter that folding changes, once."""
+    targets = dict.fromkeys(path for fold in folds for path in (fold.edge.producer, *fold.edge.consumers))
+    return [parameter for path in targets for parameter in stage.live.get_submodule(path).parameters(recurse=False)]
+
+
+def _copy(parameter: Tensor) -> Tensor:
+    """The same values, in half the memory where bfloat16 holds them, as it does those of most checkpoints."""
+    half = exact_bfloat16(parameter)
+    return parameter.clone() if half is None else half
 
 
 def difference(before: Tensor, after: Tensor) -> float:

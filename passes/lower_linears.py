@@ -3,32 +3,43 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
+from torch import Tensor
+
 from vlqc.engines import Scheme
 from vlqc.errors import Fault, UserError
-from vlqc.ir import Site, Stage
+from vlqc.ir import Site, Stage, row_weights
 from vlqc.kernels_ref.linear import DynamicQuantLinear, GroupQuantLinear, QuantLinear, StaticQuantLinear
+from vlqc.kernels_ref.quantize import dequantize_per_tensor, quantize_per_tensor
 from vlqc.passes.quantize_weights import emitted_bias
 from vlqc.pipeline import Pass
+
+ROWS_AT_ONCE = 512  # of observed inputs, and of weights: bounds the temporaries
 
 
 @dataclass(frozen=True)
 class LowerLinears(Pass):
-    """Replaces the Linear of every site that is not to stay float, in the module tree and so in the graph."""
+    """Replaces the Linear of every site that is not to stay float, in the module tree and so in the graph.
+
+    correct_bias: take the mean error of a static layer's outputs, as far as it is known, off in its quant_bias.
+    """
 
     name: ClassVar[str] = "lower-linears"
     kind: ClassVar[Literal["analysis", "rewrite"]] = "rewrite"
     summary: ClassVar[str] = "replace quantized linears by modules that run the stored integers"
     after: ClassVar[tuple[str, ...]] = ("quantize-weights",)
 
+    correct_bias: bool = True
+
     def run(self, stage: Stage) -> bool:
         sites = [site for site in stage.sites.values() if site.scheme not in (None, Scheme.FLOAT)]
-        lowered = {site.target: lower(stage, site) for site in sites}
+        lowered = {site.target: lower(stage, site, self.correct_bias) for site in sites}
         for target, module in lowered.items():
             stage.live.set_submodule(target, module)
         return bool(lowered)
 
 
-def lower(stage: Stage, site: Site) -> QuantLinear:
+def lower(stage: Stage, site: Site, correct_bias: bool = True) -> QuantLinear:
     """The quantized module of a site. UserError if the pipeline left something undecided before it."""
     fix = "in the pipeline, let quantize-activations, quantize-weights and lower-linears follow each other"
     weight, in_groups = site.weight, site.scheme == Scheme.W4A8_DYNAMIC
@@ -44,10 +55,44 @@ def lower(stage: Stage, site: Site) -> QuantLinear:
         raise UserError(Fault(f"{site.name} cannot be lowered", stage.name, "its input is not quantized", fix))
     try:
         lowered = StaticQuantLinear.from_float(
-            weight.integers, weight.scale, site.input.scale, site.input.offset, bias, stage.dtype
+            weight.integers,
+            weight.scale,
+            site.input.scale,
+            site.input.offset,
+            bias,
+            stage.dtype,
+            mean_output_error(stage, site) if correct_bias else None,
         )
     except ValueError as error:  # a bias that overflows: weights were rounded before the input's scale was known
         raise UserError(Fault(f"{site.name} cannot be lowered", stage.name, str(error), fix)) from error
     if site.gained_bias:
         lowered.bias = None  # it is in quant_bias; engines know no bias of this layer
     return lowered
+
+
+def mean_output_error(stage: Stage, site: Site) -> Tensor | None:
+    """float32 [N]: by how much a static layer's outputs are too large on average, over what was observed; else None.
+
+    Modalities count the same. A channel that hardly varies is always rounded the same way, and what a range cuts off
+    lies to one side: such errors have a mean. Per-token rounding is symmetric and leaves none.
+    """
+    seen, grid, weight = stage.observations.get(site.source), site.input, site.weight
+    if seen is None or not len(seen.kept) or grid is None or weight is None:
+        return None
+    share = row_weights(seen.kept_modality, torch.ones(len(seen.kept)), balance=seen.balance)
+    mean, moved = torch.zeros(seen.channels, dtype=torch.float64), torch.zeros(seen.channels, dtype=torch.float64)
+    for rows, part in zip(torch.split(seen.kept, ROWS_AT_ONCE), torch.split(share, ROWS_AT_ONCE), strict=True):
+        rounded = quantize_per_tensor(rows, grid.scale, grid.offset)
+        mean += part @ rows.double()
+        moved += part @ dequantize_per_tensor(rounded, grid.scale, grid.offset, torch.float32).double()
+    linear = stage.linear(site).weight.detach()
+    errors = [
+        scale.flatten() * (integers.float() @ moved.float()) - rows @ mean.float()
+        for integers, scale, rows in zip(
+            torch.split(weight.integers, ROWS_AT_ONCE),
+            torch.split(weight.scale, ROWS_AT_ONCE),
+            torch.split(linear, ROWS_AT_ONCE),
+            strict=True,
+        )
+    ]
+    return torch.cat(errors)

@@ -1,13 +1,15 @@
 """quantize-activations: from what was observed to one input scale and offset per group."""
 
+import math
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from vlqc.engines import Scheme
-from vlqc.ir import InputQuantization, Observation, Stage
+from vlqc.ir import InputQuantization, Observation, Site, Stage
 from vlqc.kernels_ref.quantize import (
     INT8_MAX,
     INT8_MIN,
@@ -15,12 +17,16 @@ from vlqc.kernels_ref.quantize import (
     dequantize_per_tensor,
     quantize_per_tensor,
 )
-from vlqc.passes.error_model import balanced, representative_inputs, representative_rows
+from vlqc.passes.error_model import ROWS_OF_INPUT, representative_rows
 from vlqc.passes.insert_observers import observed
 from vlqc.pipeline import Pass
 
 BINS = 2048  # as in PyTorch's HistogramObserver
-SHARES = tuple(0.5 ** (step / 8) for step in range(41))  # of the full range on either side: 1 down to 1/32
+BEYOND = (1.25, 1.15, 1.05)  # of the seen range on either side: room for what was not seen
+SHARES = (*BEYOND, *(0.5 ** (step / 8) for step in range(41)))  # the seen range itself among them, down to 0.03
+COLUMNS_AT_A_TIME = 128
+UNSEEN = 0.25  # by that share, over the root of the number of samples, values beyond calibration differ from those seen
+NODES = ((-2, 0.06), (-1, 0.24), (0, 0.4), (1, 0.24), (2, 0.06))  # standard deviations, and their shares
 
 
 @dataclass(frozen=True)
@@ -41,23 +47,25 @@ class QuantizeActivations(Pass):
 
     def run(self, stage: Stage) -> bool:
         changed = False
-        for source, members in stage.groups().items():
-            if members[0].scheme != Scheme.W8A8:
-                continue
-            seen = observed(stage, source, self.name)
-            weights = [stage.linear(site).weight for site in members]
-            quantization = self._choose(seen, weights, stage.dtype)
+        groups = {source: it for source, it in stage.groups().items() if it[0].scheme == Scheme.W8A8}
+        tasks = [partial(self._choose, stage, source, members) for source, members in groups.items()]
+        for members, quantization in zip(groups.values(), stage.world.share_out(tasks), strict=True):
             for site in members:
                 changed |= site.input != quantization
                 site.input = quantization
         return changed
 
-    def _choose(self, seen: Observation, weights: list[Tensor], dtype: torch.dtype) -> InputQuantization:
+    def _choose(self, stage: Stage, source: str, members: list[Site]) -> InputQuantization:
+        seen, weights, dtype = (
+            observed(stage, source, self.name),
+            [stage.linear(it).weight for it in members],
+            stage.dtype,
+        )
         low, high = float(seen.minimum().amin()), float(seen.maximum().amax())
         full = InputQuantization(*activation_scale_and_offset(low, high, dtype))
         if self.method == "minmax":
             return full
-        energy = torch.stack([weight.square().sum(0) for weight in weights]).sum(0).cpu()
+        energy = torch.stack([energy_per_column(weight) for weight in weights]).sum(0).cpu()
         clipped = InputQuantization(*activation_scale_and_offset(*clipped_range(seen, energy, low, high, dtype), dtype))
         if self.method == "histogram":
             return clipped
@@ -65,33 +73,41 @@ class QuantizeActivations(Pass):
         return min(errors, key=lambda one: errors[one])
 
 
+def energy_per_column(weight: Tensor) -> Tensor:
+    """[N, K] -> [K]: sum over outputs of W^2; few columns at a time, so that the squares stay in the cache."""
+    return torch.cat([part.square().sum(0) for part in weight.split(COLUMNS_AT_A_TIME, 1)])
+
+
 def output_error(seen: Observation, weight: Tensor, grid: InputQuantization) -> float:
-    """Mean squared error of the outputs, on kept rows, when only the input is rounded; modalities count the same.
+    """Mean squared error of the outputs, on kept rows, when only the input is rounded; see `row_weight`.
 
     weight: float32 [N, K], rows of all consumers.
     """
-    index = representative_inputs(seen.kept_modality)
+    index = seen.representative(ROWS_OF_INPUT)
     rows = seen.kept[index]
     rounded = dequantize_per_tensor(
         quantize_per_tensor(rows, grid.scale, grid.offset), grid.scale, grid.offset, rows.dtype
     )
     error = (rounded - rows) @ weight.T
-    return float((error.square().sum(1).double() * balanced(seen.kept_modality[index])).sum())
+    return float((error.square().sum(1).double() * seen.row_weight(index)).sum())
 
 
 def clipped_range(
     seen: Observation, energy_per_column: Tensor, low: float, high: float, dtype: torch.dtype
 ) -> tuple[float, float]:
-    """The range within [low, high] that minimises the expected squared error of the outputs.
+    """The range within 1.25 times [low, high] that minimises the expected squared error of the outputs.
 
     energy_per_column: float32 [K], sum over outputs of W^2: by how much an error in a column reaches the output. Values
-    of all kept rows go into one histogram, weighted by that and so that every modality counts the same; each candidate
-    range is judged on the bins' centres with the arithmetic that will be used, scale rounded to `dtype`.
+    of all kept rows go into one histogram, weighted by that and by what each row counts, and blurred by as much as
+    unseen inputs will differ; each candidate range is judged on the bins' centres with the arithmetic that will be
+    used, scale rounded to `dtype`.
     """
     low, high = min(low, 0.0), max(high, 0.0)
     if high - low == 0.0 or not bool(energy_per_column.any()):
         return low, high
-    centres, mass = weighted_histogram(seen, energy_per_column, low, high)  # [BINS]
+    centres, mass = blurred(
+        *weighted_histogram(seen, energy_per_column, low, high), UNSEEN / max(seen.samples, 1) ** 0.5
+    )
     best, smallest = (low, high), float("inf")
     for low_share in SHARES if low < 0 else (1.0,):
         ranges = [(low * low_share, high * high_share) for high_share in (SHARES if high > 0 else (1.0,))]
@@ -109,7 +125,19 @@ def weighted_histogram(seen: Observation, energy_per_column: Tensor, low: float,
     """(centres float64 [BINS], mass float64 [BINS]) of the kept rows' values between low and high."""
     width = (high - low) / BINS
     mass = torch.zeros(BINS, dtype=torch.float64)
-    for row, weight in zip(torch.split(seen.kept, 64), torch.split(balanced(seen.kept_modality), 64), strict=True):
+    for row, weight in zip(torch.split(seen.kept, 64), torch.split(seen.row_weight(), 64), strict=True):
         bins = ((row - low) / width).long().clamp(0, BINS - 1).flatten()
         mass += torch.bincount(bins, (weight[:, None] * energy_per_column.double()).flatten(), BINS)
     return low + (torch.arange(BINS, dtype=torch.float64) + 0.5) * width, mass
+
+
+def blurred(centres: Tensor, mass: Tensor, deviation: float) -> tuple[Tensor, Tensor]:
+    """A histogram float64 [BINS] twice -> that of values which differ from those by factors exp(N(0, deviation))."""
+    reach = math.exp(NODES[-1][0] * deviation)
+    width = float(centres[1] - centres[0]) * reach
+    low = (float(centres[0]) - width / reach / 2) * reach
+    spread = torch.zeros_like(mass)
+    for distance, share in NODES:
+        bins = ((centres * math.exp(distance * deviation) - low) / width).long().clamp(0, len(mass) - 1)
+        spread += torch.bincount(bins, mass * share, len(mass))
+    return low + (torch.arange(len(mass), dtype=torch.float64) + 0.5) * width, spread

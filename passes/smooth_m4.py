@@ -6,6 +6,7 @@ the error model. As a fold changes the rows that other edges see as weights, sca
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from vlqc.ir import Stage
 from vlqc.passes import folding
 from vlqc.passes.edge_search import SearchedEdge, find_stage_edges, searched_edges
+from vlqc.passes.error_model import Rounding, WeightMethod
 from vlqc.pipeline import Pass, require
 
 NEAR_DEAD = 1e-3  # of the largest channel: smaller ones are treated as if they were that large
@@ -26,7 +28,8 @@ class SmoothM4(Pass):
     """Folds closed-form scales into the producers, round by round.
 
     alpha: the same for all edges, or None to choose it per edge; rounds: at most; confirm: how many of the best alphas
-    are compared on real rows; bound: no channel's scale lies further from the typical one than this factor.
+    are compared on real rows; bound: no channel's scale lies further from the typical one than this factor; clip:
+    whether activation ranges will be clipped where that pays; weights: how weights will be rounded.
     """
 
     name: ClassVar[str] = "smooth-m4"
@@ -39,6 +42,8 @@ class SmoothM4(Pass):
     rounds: int = 4
     confirm: int = 4
     bound: float = 1024.0
+    clip: bool = True
+    weights: WeightMethod = "auto"
 
     def __post_init__(self) -> None:
         require(self.alpha is None or 0 <= self.alpha <= 1, "alpha must lie between 0 and 1")
@@ -47,15 +52,15 @@ class SmoothM4(Pass):
 
     def run(self, stage: Stage) -> bool:
         changed = find_stage_edges(stage)
-        chosen: dict[str, float | None] = {}  # alpha per producer; None: better left alone
+        edges = searched_edges(stage, self.name, Rounding(self.clip, self.weights)) if self.alpha is None else ()
+        # alpha per producer where it is not the same for all; None: better left alone
+        chosen = dict(stage.world.share_out(partial(self._choose, it) for it in edges))
         folded: dict[str, Tensor] = {}  # per producer: the product of its scales so far
         for _ in range(self.rounds):
             folds = []
-            for it in searched_edges(stage, self.name):
+            for it in searched_edges(stage, self.name, Rounding(self.clip, self.weights)):
                 producer = it.edge.producer
-                if producer not in chosen:
-                    chosen[producer] = self._choose(it) if self.alpha is None else self.alpha
-                if (alpha := chosen[producer]) is None:
+                if (alpha := chosen.get(producer, self.alpha)) is None:
                     continue
                 # Of the edge as it would be without its own scale: so a channel is as near to dead, and as far from
                 # the bound, in the last round as in the first, and nothing but other edges' folds changes the result.
@@ -74,13 +79,13 @@ class SmoothM4(Pass):
             changed = True
         return changed
 
-    def _choose(self, it: SearchedEdge) -> float | None:
-        """The alpha that serves an edge best, or None where leaving it alone does."""
+    def _choose(self, it: SearchedEdge) -> tuple[str, float | None]:
+        """An edge's producer, and the alpha that serves it best, or None where leaving it alone does."""
         alphas = [step / STEPS for step in range(STEPS + 1)]
         peaks, weights = it.largest_input(), it.largest_weight()
         scales = [closed_form(peaks, weights, alpha, self.bound) for alpha in alphas]
         best = it.best_of(torch.stack([torch.ones(it.channels), *scales]), self.confirm)
-        return None if best == 0 else alphas[best - 1]
+        return it.edge.producer, None if best == 0 else alphas[best - 1]
 
 
 def closed_form(peaks: Tensor, weights: Tensor, alpha: float, bound: float) -> Tensor:

@@ -10,7 +10,7 @@ from vlqc.engines import Scheme
 from vlqc.ir import Call, Site, Stage, first_tensor
 from vlqc.passes import folding
 from vlqc.passes.assign_precision import AssignPrecision
-from vlqc.passes.error_model import Reader, arithmetic_of, balanced
+from vlqc.passes.error_model import Reader, arithmetic_of
 from vlqc.passes.insert_observers import InsertObservers
 from vlqc.passes.lower_linears import LowerLinears
 from vlqc.passes.quantize_activations import QuantizeActivations
@@ -182,10 +182,10 @@ def through(stage: Stage, *passes: Pass) -> Stage:
     return stage
 
 
-def integers(stage: Stage, method: str = "histogram") -> Stage:
+def integers(stage: Stage, method: str = "histogram", correct_bias: bool = True) -> Stage:
     """What comes after smoothing."""
     wanted = QuantizeActivations(method="minmax" if method == "minmax" else "histogram")
-    return through(stage, wanted, QuantizeWeights(), LowerLinears())
+    return through(stage, wanted, QuantizeWeights(), LowerLinears(correct_bias=correct_bias))
 
 
 def observed(stage: Stage, scheme: Scheme = Scheme.W8A8) -> Stage:
@@ -226,7 +226,7 @@ def group_errors(stage: Stage, like: Stage | None = None) -> dict[str, float]:
             high=seen.maximum(),
             second_moment=seen.second_moment(),
             rows=seen.kept,
-            row_weight=balanced(seen.kept_modality),
+            row_weight=seen.row_weight(),
             weight=weight,
             arithmetic=arithmetic_of(members[0]),
         )

@@ -24,15 +24,17 @@ from torch import Tensor, nn
 
 from vlqc.engines import Scheme
 from vlqc.errors import UserError
-from vlqc.ir import Call, Stage
+from vlqc.ir import Call, Edge, Stage
 from vlqc.passes.assign_precision import AssignPrecision
-from vlqc.passes.edge_search import find_stage_edges, per_channel, quantized_consumers, searched_edges
-from vlqc.passes.error_model import Arithmetic, Reader
+from vlqc.passes.edge_search import SearchedEdge, find_stage_edges, per_channel, quantized_consumers, searched_edges
+from vlqc.passes.error_model import WEIGHT_NOISE, Arithmetic, Reader, Rounding
 from vlqc.passes.insert_observers import InsertObservers
 from vlqc.passes.smooth_m2 import SmoothM2
 from vlqc.passes.smooth_m4 import SmoothM4
 from vlqc.pipeline import Pass
 from vlqc.printer import print_stage
+
+pytestmark = pytest.mark.usefixtures("float32_runs")  # the same numbers on every processor
 
 BOTH = pytest.mark.parametrize("smooth", [SmoothM2(), SmoothM4()], ids=["m2", "m4"])
 SCHEMES = pytest.mark.parametrize("scheme", [Scheme.W8A8, Scheme.W8A8_DYNAMIC, Scheme.W4A8_DYNAMIC])
@@ -70,6 +72,81 @@ def test_edges_against_hooks(scheme: Scheme) -> None:
             Scheme.W4A8_DYNAMIC: Arithmetic(True, 7, 16),
         }[scheme]
         assert it.readers[0].arithmetic == expected
+
+
+def test_balance_by_hand() -> None:
+    """A scale that is no fourth root, a mean that dead channels shift, or a column of no channel that counts."""
+    rows = torch.tensor([[1.0, 4.0, 0.0, 2.0, 9.0]])
+    weight = torch.tensor([[2.0, 0.5, 3.0, 0.0, 9.0]])
+    it = of_reader(rows, weight, torch.tensor([0, 1, 2, 3, -1]), 5)
+    ratio = (8 / 0.5) ** 0.5  # of the first two: fourth roots of 1/4 and 16/(1/4), so root 1/2 and root 8
+    expected = torch.tensor([1 / ratio**0.5, ratio**0.5, 1, 1, 1])
+    torch.testing.assert_close(it.balance(), expected)
+    assert of_reader(torch.zeros(1, 5), weight, torch.arange(5), 5).balance().tolist() == [1] * 5
+
+
+@pytest.mark.parametrize("fed", [[0, 1, 2, 3], [0, 0, 1, 1], [1, 0, 0, 0]])
+def test_balance_leaves_the_least_noise(fed: list[int]) -> None:
+    """A channel that feeds several columns judged by one of them: no other scale may leave less of both noises.
+
+    With steps held fixed, sum over columns of s^2 energy + moment / s^2; up to the common factor, which steps decide.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rows, weight = torch.rand(6, 4, generator=generator), torch.rand(3, 4, generator=generator)
+    it = of_reader(rows, weight, torch.tensor(fed), max(fed) + 1)
+    (reader,) = it.readers
+    moment, energy = reader.second_moment.double().numpy(), weight.double().square().sum(0).numpy()
+    common = (np.bincount(fed, moment) / np.bincount(fed, energy)).prod() ** (0.25 / (max(fed) + 1))
+
+    def noise(scale: np.ndarray) -> float:
+        each = scale[fed]
+        return float((each**2 * energy + moment / each**2).sum())
+
+    best = it.balance().double().numpy() * common
+    for channel in range(len(best)):
+        for factor in (0.99, 1.01):
+            other = best.copy()
+            other[channel] *= factor
+            assert noise(other) > noise(best)
+
+
+def of_reader(rows: Tensor, weight: Tensor, channel: Tensor, channels: int) -> SearchedEdge:
+    """An edge with one reader, of rows float32 [T, K] that count the same."""
+    share = torch.full((len(rows),), 1 / len(rows), dtype=torch.float64)
+    reader = Reader(channel, rows.amin(0), rows.amax(0), rows.square().mean(0), rows, share, weight)
+    edge = Edge("norm", torch.ones(channels, dtype=torch.bool), {"reader": channel})
+    return SearchedEdge(edge, nn.Identity(), ("norm",), (reader,))
+
+
+def test_foreseen_rounding_reaches_every_reader() -> None:
+    """A search that is told of clipping and of better weights, and judges by plain rounding."""
+    stage = observed(decoder())
+    find_stage_edges(stage)
+    for it in searched_edges(stage, "a test", Rounding(clip=True, weights="gptq")):
+        assert it.readers[0].arithmetic == Arithmetic(clips=True, weight_noise=WEIGHT_NOISE["gptq"])
+
+
+def test_readers_weigh_rows_as_the_observation_says() -> None:
+    """Rows that count the same where one modality or massive tokens should: each scheme's search starts here."""
+    stage = observed(decoder())
+    find_stage_edges(stage)
+    for it in searched_edges(stage, "a test"):
+        seen, (reader,) = stage.observations[it.sources[0]], it.readers
+        assert len(seen.kept_energy) == len(seen.kept) == len(reader.rows)
+        assert torch.equal(reader.rows, seen.kept) and torch.equal(reader.second_moment, seen.second_moment())
+        np.testing.assert_allclose(reader.row_weight, seen.row_weight(), rtol=1e-12)
+        assert float(reader.row_weight.max()) > 1.05 * float(reader.row_weight.min())
+
+
+def test_channels_that_cannot_be_scaled_are_not_judged_so() -> None:
+    """A candidate that wins by what it does to channels that a fold leaves alone: then it is the worse one."""
+    rows = torch.randn(40, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([64.0, 8.0, 1.0, 1.0])
+    weight = torch.randn(8, 4, generator=torch.Generator().manual_seed(1)) / torch.tensor([64.0, 8.0, 1.0, 1.0])
+    it = of_reader(rows, weight, torch.arange(4), 4)
+    candidates = torch.tensor([[1.0, 1, 1, 1], [64.0, 1, 1, 1], [1.0, 8, 1, 1]])
+    assert it.best_of(candidates, 3) == 1
+    it.edge.usable[0] = False
+    assert it.best_of(candidates, 3) == min((0, 2), key=lambda number: it.readers[0].measured_error(candidates[number]))
 
 
 def test_undecided_consumers_are_searched_and_float_ones_are_not() -> None:

@@ -18,6 +18,8 @@ from vlqc.passes.insert_observers import InsertObservers, add_rows, shared_out
 from vlqc.passes.quantize_activations import QuantizeActivations
 from vlqc.printer import print_stage
 
+pytestmark = pytest.mark.usefixtures("float32_runs")  # the same numbers on every processor
+
 TARGETS = {  # a linear that reads each node
     "input_layernorm": "self_attn.q_proj",
     "post_attention_layernorm": "mlp.gate_proj",
@@ -114,6 +116,66 @@ def test_second_moment_balances_modalities() -> None:
     seen = Observation(1)
     add_rows(seen, torch.cat([torch.ones(99, 1), torch.full((1, 1), 3.0)]), torch.tensor([1] * 99 + [0]), 4)
     assert seen.second_moment().tolist() == [5.0]
+
+
+def test_energy_of_kept_rows() -> None:
+    """The energy of another row, of the input, or of a sample's mean: each kept row is looked up in what was returned.
+
+    A stage whose two last samples are nearly silent: their rows count for as much as those of the loud one.
+    """
+    stage = decoder()
+    for call in stage.calls[1:]:
+        call.args[0].mul_(2.0**-6)
+    through(stage, InsertObservers(tokens=14))
+    given = inputs(stage)
+    returned = [flat(stage.live(*call.args)[0]) for call in stage.calls]
+    for source, target in TARGETS.items():
+        seen, energies = stage.observations[source], []
+        for row in seen.kept.double().numpy():
+            (found,) = (
+                (returned[sample][number] ** 2).mean()
+                for sample, rows in enumerate(given[target])
+                for number in np.flatnonzero((rows == row).all(1))
+            )
+            energies.append(found)
+        assert len(energies) == 14 and max(energies) > 2.5 * min(energies)
+        np.testing.assert_allclose(seen.kept_energy, energies, rtol=1e-5)
+        assert seen.kept_energy.dtype == torch.float32 and seen.samples == 3
+
+
+class Merger(nn.Module):
+    """Two rows become one between its linears, as four do in front of the language model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.apart = nn.Linear(4, 4)
+        self.merged = nn.Linear(8, 3)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        projected: Tensor = self.merged(self.apart(rows).reshape(-1, 8))
+        return projected
+
+
+def test_rows_that_the_stage_merges() -> None:
+    """Rows weighted by the energy of a row that they are not; those behind the merger do have one of their own."""
+    generator = torch.Generator().manual_seed(0)
+    calls = [Call(sample, (torch.randn(6, 4, generator=generator),), {}) for sample in range(2)]
+    stage = through(staged(Merger().requires_grad_(False), calls), InsertObservers())
+    before, behind = stage.observations.values()
+    assert before.kept.shape == (12, 4) and before.kept_energy.shape == (0,)
+    assert before.row_weight().tolist() == [1 / 12] * 12
+    expected = torch.cat([stage.live(*call.args).double().square().mean(1) for call in calls])
+    np.testing.assert_allclose(behind.kept_energy, expected, rtol=1e-6)
+
+
+def test_balance_reaches_the_observation() -> None:
+    """`--modality_balance False` that changes nothing: modalities then count by all rows seen, not by those kept."""
+    for balance in (True, False):
+        stage = through(decoder(), InsertObservers(tokens=6, balance=balance))
+        for seen in stage.observations.values():
+            text = float(seen.row_weight()[seen.kept_modality == 0].sum())
+            assert text == pytest.approx(0.5 if balance else seen.ranges["text"].rows / seen.rows)
+            assert (seen.ranges["text"].rows / seen.rows) < 0.45 and seen.balance is balance
 
 
 @settings(deadline=None, max_examples=60)
@@ -214,6 +276,9 @@ def test_twice_observes_once() -> None:
     text = print_stage(stage)
     assert InsertObservers().run(stage) is False
     assert print_stage(stage) == text
+    assert InsertObservers(tokens=5).run(stage) is True
+    assert InsertObservers(tokens=5).run(stage) is False
+    stage.live.get_parameter("mlp.down_proj.weight")[0] *= 2  # no linear reads it, but the stage's output changes
     assert InsertObservers(tokens=5).run(stage) is True
 
 

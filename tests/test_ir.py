@@ -5,12 +5,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from little_stage import observation
 
 from vlqc.ir import (
     WEIGHT_PARTS,
-    ChannelRange,
-    Observation,
     WeightQuantization,
     absmax,
     digest,
@@ -125,56 +122,6 @@ def test_absmax(tensor: torch.Tensor, expected: float) -> None:
 def test_absmax_of_nan_is_nan() -> None:
     """A NaN that a comparison skips would hide from the text."""
     assert np.isnan(absmax(torch.tensor([1.0, float("nan"), 2.0])))
-
-
-def test_observation_weighs_modalities_equally() -> None:
-    """Two text rows of +-1 and one image row 0..3: by hand, mean squares 1 and c^2, each modality counts half."""
-    seen = observation(4)
-    assert seen.rows == 3
-    assert seen.second_moment().tolist() == [0.5, 1.0, 2.5, 5.0]
-    assert seen.minimum().tolist() == [-1.0] * 4
-    assert seen.maximum().tolist() == [1.0, 1.0, 2.0, 3.0]
-
-
-def test_rescaled_observation_equals_observing_rescaled_rows() -> None:
-    """After a fold the statistics are derived, not measured again: they must be those of the divided rows."""
-    divisor = torch.tensor([2.0, 0.5, 4.0, 1.0])
-    seen = observation(4)
-    after = seen.rescaled(divisor)
-    text = seen.kept[:2].numpy() / divisor.numpy()
-    assert np.array_equal(after.kept.numpy(), seen.kept.numpy() / divisor.numpy())
-    assert np.array_equal(after.ranges["text"].minimum.numpy(), text.min(0))
-    assert np.array_equal(after.ranges["text"].maximum.numpy(), text.max(0))
-    assert np.array_equal(after.ranges["text"].sum_of_squares.numpy(), (text.astype(np.float64) ** 2).sum(0))
-
-
-def test_shifted_observation_equals_observing_shifted_rows() -> None:
-    """After a shift the statistics are derived as well: they must be those of rows from which it was subtracted."""
-    middle = torch.tensor([0.5, -2.0, 0.0, 3.0])
-    seen = observation(4)
-    after = seen.shifted(middle)
-    rows = {"text": seen.kept[:2].double().numpy(), "image": seen.kept[2:].double().numpy()}
-    for name, span in after.ranges.items():
-        moved = rows[name] - middle.double().numpy()
-        assert span.rows == len(moved)
-        assert np.array_equal(span.minimum.numpy(), moved.min(0)) and np.array_equal(span.maximum.numpy(), moved.max(0))
-        assert np.array_equal(span.sum.numpy(), moved.sum(0))
-        assert np.array_equal(span.sum_of_squares.numpy(), (moved**2).sum(0))
-        assert span.sum.dtype == span.sum_of_squares.dtype == torch.float64 and span.minimum.dtype == torch.float32
-    assert np.array_equal(after.kept.numpy(), seen.kept.numpy() - middle.numpy())
-    assert torch.equal(after.kept_modality, seen.kept_modality) and after.channels == 4
-    assert torch.equal(seen.kept, observation(4).kept)  # a new one: the old one may still be needed
-
-
-@given(st.floats(1.0, 1000.0, width=32), st.integers(1, 2000))
-def test_shift_of_a_constant_channel(value: float, rows: int) -> None:
-    """Nearly equal numbers subtracted: a sum of squares below zero is no valid observation, and has no root."""
-    constant = torch.full((1,), value)
-    squares = constant.square().double() * rows  # squared in float32, as observers do
-    span = ChannelRange(rows, constant, constant, constant.double() * rows, squares)
-    middle = constant * (1 + 2.0**-20)
-    after = Observation(1, {"text": span}).shifted(middle)
-    assert float(after.ranges["text"].sum_of_squares) >= 0 and float(after.second_moment()) < 1e-6 * value**2
 
 
 def test_weight_parts() -> None:

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from exact_stage import text_after
@@ -15,6 +17,7 @@ from vlqc.errors import UserError
 from vlqc.invariants import check
 from vlqc.ir import Site, Stage
 from vlqc.kernels_ref.linear import DynamicQuantLinear, GroupQuantLinear, StaticQuantLinear
+from vlqc.kernels_ref.matmul import CORRECTION_STEP
 from vlqc.passes.assign_precision import AssignPrecision
 from vlqc.passes.insert_observers import InsertObservers
 from vlqc.passes.lower_linears import LowerLinears
@@ -61,7 +64,7 @@ def test_stored_tensors(dtype: torch.dtype) -> None:
     """deq_scale and quant_bias that do not follow from what is stored beside them, in float64 by their definition."""
     stage = observed(decoder(dtype=dtype, outliers=True))
     biases = {it.name: stage.linear(it).bias for it in stage.sites.values()}
-    integers(stage)
+    integers(stage, correct_bias=False)
     for it in stage.sites.values():
         module = stage.live.get_submodule(it.target)
         assert isinstance(module, StaticQuantLinear) and it.weight is not None and it.input is not None
@@ -80,12 +83,46 @@ def test_bias_is_used_as_it_is_stored() -> None:
     """quant_bias of the unrounded bias: whoever recomputes it from the emitted folder finds another number."""
     stage = observed(decoder())
     stage.live.get_parameter("self_attn.q_proj.bias").fill_(1.003)  # stored in bfloat16 as 1
-    integers(stage)
+    integers(stage, correct_bias=False)
     module = stage.live.get_submodule("self_attn.q_proj")
     assert isinstance(module, StaticQuantLinear) and module.bias is not None
     assert torch.equal(module.bias, torch.ones(32))
     expected = (1 / module.deq_scale.double() - module.input_offset.double() * module.weight.double().sum(1)).round()
     assert torch.equal(module.quant_bias.double(), expected)
+
+
+def test_mean_error_is_taken_off() -> None:
+    """A correction of the wrong sign or size, or one that is no whole number of CORRECTION_STEPs: against NumPy.
+
+    The mean error is that of the outputs over the kept rows, text and image counting the same; what is left of it is
+    half a correction step and half a step of the bias' own rounding at most.
+    """
+    plain, corrected = (integers(observed(decoder(outliers=True)), correct_bias=on) for on in (False, True))
+    moved = 0
+    for it in corrected.sites.values():
+        before, after = (stage.live.get_submodule(it.target) for stage in (plain, corrected))
+        assert isinstance(before, StaticQuantLinear) and isinstance(after, StaticQuantLinear) and it.input is not None
+        taken = (before.quant_bias - after.quant_bias).double().numpy()
+        assert not (taken % CORRECTION_STEP).any()
+        most = np.linalg.norm(after.weight.double().numpy(), axis=1)
+        assert (np.abs(taken) <= most).all()
+        seen, weight = corrected.observations[it.source], floats()[it.name]
+        x, kind = seen.kept.double().numpy(), seen.kept_modality.numpy()
+        grid = np.clip(np.rint(x / it.input.scale + it.input.offset), -128, 127)
+        rounded = (grid - it.input.offset) * it.input.scale
+        stored = after.weight.double().numpy() * after.weight_scale.double().numpy()
+        error = rounded @ stored.T - x @ weight.T
+        mean = np.mean([error[kind == which].mean(0) for which in np.unique(kind)], axis=0) / after.deq_scale.numpy()
+        free = np.abs(mean) < most - CORRECTION_STEP
+        assert np.abs(mean - taken)[free].max() < CORRECTION_STEP / 2 + 0.5
+        moved += int((taken != 0).sum())
+    assert moved > 0
+
+
+def floats() -> dict[str, npt.NDArray[np.float64]]:
+    """Weights of the decoder that `test_mean_error_is_taken_off` lowers."""
+    stage = decoder(outliers=True)
+    return {it.name: stage.linear(it).weight.detach().double().numpy() for it in stage.sites.values()}
 
 
 @settings(deadline=None, max_examples=8)

@@ -88,6 +88,30 @@ def test_norms_have_outlier_channels_in_both_towers(standard: Path) -> None:
         assert weight.max() < 40
 
 
+def test_dead_channels_are_the_only_difference(tmp_path: Path) -> None:
+    """Catches dead channels that are not dead, a norm or tower without any, and a draw that moves everything else."""
+    maker.make(tmp_path / "alive", seed=7, dtype="float32", shape=SMALL)
+    maker.make(tmp_path / "dead", seed=7, dtype="float32", shape=SMALL, dead=0.1)
+    alive, dead = (load_file(tmp_path / name / "model.safetensors") for name in ("alive", "dead"))
+    changed = {name for name in alive if not torch.equal(alive[name], dead[name])}
+    norms = {name for name in alive if ("norm" in name or "ln_q" in name) and name != "model.norm.weight"}
+    assert {name.removesuffix(".bias").removesuffix(".weight") for name in changed - norms} == {
+        "visual.blocks.0.attn.qkv",
+        "visual.blocks.0.mlp.up_proj",
+        "visual.blocks.1.attn.qkv",
+        "visual.blocks.1.mlp.up_proj",
+        "model.layers.0.self_attn.v_proj",
+        "model.layers.0.mlp.up_proj",
+    }
+    assert norms <= changed
+    for name in changed:
+        other = alive[name] != dead[name]
+        assert not dead[name][other].any()
+        killed = other.flatten(1).any(1) if other.ndim > 1 else other
+        assert 0.02 <= killed.float().mean() <= 0.15
+        assert "qkv" not in name or not killed[: 2 * len(killed) // 3].any()
+
+
 def test_naive_quantization_loses_as_much_as_promised(standard: Path) -> None:
     """Catches outliers too weak or too strong: W8A8 without smoothing gives 7 to 13 dB on unseen samples."""
     config = json.loads((standard / "config.json").read_text())

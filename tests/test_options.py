@@ -22,9 +22,10 @@ SEED_DEFAULTS = {
     "is_lowbit": False, "group_size": 64, "mindie_format": False,
 }  # fmt: skip
 OUR_DEFAULTS = {
-    "target": None, "strict_target": False, "anti_alpha": None, "shift": False, "exclude": (), "include": (),
-    "w4a8_scope": "engine", "max_samples": None, "seed": 0, "max_tokens": None, "overwrite": False,
-    "skip_bad_images": False, "dump_ir": None, "pipeline": None,
+    "target": None, "strict_target": False, "anti_alpha": None, "shift": False, "modality_balance": True,
+    "weight_method": "auto", "propagate": "float", "fallback": "seed", "min_sqnr": None, "max_float_groups": None,
+    "exclude": (), "include": (), "w4a8_scope": "engine", "max_samples": None, "memory_budget": None,
+    "seed": 0, "max_tokens": None, "overwrite": False, "skip_bad_images": False, "dump_ir": None, "pipeline": None,
 }  # fmt: skip
 W4A8 = {"w_bit": 4, "is_dynamic": True, "is_lowbit": True, "open_outlier": False, "act_method": 1}
 
@@ -95,6 +96,15 @@ def test_words_for_false(folders: dict[str, Any], word: object) -> None:
         ("target", "both@2", "without a version"),
         ("target", 2, "not text"),
         ("w4a8_scope", "al", "did you mean all"),
+        ("modality_balance", "both", "neither True nor False"),
+        ("weight_method", "gtpq", "did you mean gptq"),
+        ("propagate", "quantised", "did you mean quantized"),
+        ("fallback", "atuo", "did you mean auto"),
+        ("min_sqnr", -1, "from 0 to 100"),
+        ("min_sqnr", 101, "from 0 to 100"),
+        ("min_sqnr", "inf", "from 0 to 100"),
+        ("max_float_groups", -1, "0 or more"),
+        ("max_float_groups", 2.5, "0 or more"),
         ("anti_alpha", 1.5, "from 0 to 1"),
         ("anti_alpha", "nan", "from 0 to 1"),
         ("anti_alpha", True, "from 0 to 1"),
@@ -251,14 +261,54 @@ def test_refused_combinations_name_the_flags_to_change(
     assert all(flag in fault.split("what to do:")[1] for flag in flags)
 
 
+@pytest.mark.parametrize("fallback", ["seed", "none", "auto"])
+@pytest.mark.parametrize("min_sqnr", [None, 0, 30.5])
+@pytest.mark.parametrize("max_float_groups", [None, 0, 4])
+def test_a_search_has_one_target(
+    folders: dict[str, Any], fallback: str, min_sqnr: float | None, max_float_groups: int | None
+) -> None:
+    """Catches a search without an end, one with two, and a target that is silently forgotten as nobody searches.
+
+    Every refusal names all flags that were given, zeros too, and what it advises is accepted.
+    """
+    given = {"min_sqnr": min_sqnr, "max_float_groups": max_float_groups}
+    flags = [f"--{name} {value}" for name, value in given.items() if value is not None]
+    chosen = {**folders, "fallback": fallback, **given}
+    if len(flags) == (1 if fallback == "auto" else 0):
+        options = Options.from_user(**chosen)
+        assert (options.fallback, options.min_sqnr, options.max_float_groups) == (fallback, min_sqnr, max_float_groups)
+        return
+    (fault,) = faults_of(**chosen)
+    first, fix = fault.split("\n")[0], fault.split("what to do:")[1]
+    assert all(flag in first for flag in (f"--fallback {fallback}", *flags))
+    if fallback == "auto":
+        assert "--min_sqnr" in fix and "--max_float_groups" in fix
+        Options.from_user(**{**chosen, "min_sqnr": 30, "max_float_groups": None})
+    else:
+        assert "--fallback auto" in fix
+        assert len(flags) == 2 or Options.from_user(**{**chosen, "fallback": "auto"})
+
+
+def test_a_target_that_cannot_be_read_has_no_echo(folders: dict[str, Any]) -> None:
+    """Catches a search called aimless because its target was misspelt: one mistake, one answer."""
+    (fault,) = faults_of(**folders, fallback="auto", min_sqnr="many")
+    assert fault.startswith("--min_sqnr many")
+    (fault,) = faults_of(**folders, fallback="atuo", min_sqnr=30)
+    assert fault.startswith("--fallback atuo")
+
+
 def test_all_combinations_at_once(folders: dict[str, Any]) -> None:
     """Catches answers one at a time, and rules that echo a value which could not be read."""
-    faults = faults_of(**folders, is_lowbit=True, mindie_format=True, target="both", anti_alpha=1, w4a8_scope="all")
+    faults = faults_of(
+        **folders, is_lowbit=True, mindie_format=True, target="both", anti_alpha=1, w4a8_scope="all",
+        fallback="none", min_sqnr=20, max_float_groups=3,
+    )  # fmt: skip
     assert [fault.split("\n")[0] for fault in faults] == [
         "--is_lowbit True",
         "--mindie_format with --target both",
         "--anti_alpha 1 with --anti_method m2",
         "--w4a8_scope all with --w_bit 8",
+        "--min_sqnr 20 with --max_float_groups 3 with --fallback none",
     ]
     faults = faults_of(**folders, w_bit=5, is_lowbit=True, w4a8_scope="all", anti_alpha=1)
     assert [fault.split("\n")[0] for fault in faults] == ["--w_bit 5", "--anti_alpha 1 with --anti_method m2"]

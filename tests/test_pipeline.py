@@ -134,7 +134,7 @@ def test_all_faults_at_once() -> None:
         ("every-option: share=y cannot be used", "a number is wanted"),
         ("every-option: word=fer cannot be used", "choose from near, far"),
         ("every-option: switch=si cannot be used", "true or false is wanted"),
-        ("quantize-weights has no option 'bits=4'", "quantize-weights takes no options"),
+        ("quantize-weights has no option 'bits=4'", "quantize-weights takes method"),
     ]
     assert faults == expected
     assert caught.value.exit_code == 2
@@ -200,6 +200,7 @@ BEGIN, END = "insert-observers,assign-precision,", "quantize-activations,quantiz
         (BEGIN + "lower-linears", ["lower-linears needs quantize-weights before it"]),
         (BEGIN + "quantize-weights,quantize-activations", ["quantize-activations stands after quantize-weights"]),
         ("assign-precision", ["the pipeline lacks insert-observers"]),
+        ("insert-observers,split-window-attention", ["split-window-attention stands after insert-observers"]),
     ],
 )
 def test_order(text: str, faults: list[str]) -> None:
@@ -231,7 +232,34 @@ PRESETS: list[tuple[dict[str, Any], str]] = [
         {"shift": True, "mindie_format": True, "anti_method": "m4"},
         "insert-observers,assign-precision{target=mindie},shift-norms,smooth-m4," + END,
     ),
-    ({"act_method": 1}, BEGIN + "smooth-m2," + END.replace("activations", "activations{method=minmax}")),
+    (
+        {"act_method": 1},  # min-max clips nothing, and smoothing has to know
+        BEGIN + "smooth-m2{clip=false}," + END.replace("activations", "activations{method=minmax}"),
+    ),
+    (
+        {"act_method": 1, "anti_method": "m4"},
+        BEGIN + "smooth-m4{clip=false}," + END.replace("activations", "activations{method=minmax}"),
+    ),
+    (
+        {"modality_balance": False},
+        BEGIN.replace("observers", "observers{balance=false}") + "smooth-m2," + END,
+    ),
+    (
+        {"weight_method": "clip"},
+        BEGIN + "smooth-m2{weights=clip}," + END.replace("weights", "weights{method=clip}"),
+    ),
+    (
+        {"weight_method": "round", "anti_method": "m4", "anti_alpha": 0.25},
+        BEGIN + "smooth-m4{alpha=0.25,weights=round}," + END.replace("weights", "weights{method=round}"),
+    ),
+    ({"propagate": "quantized"}, BEGIN + "smooth-m2," + END + ",propagate-quantized"),
+    ({"fallback": "none"}, BEGIN.replace("precision", "precision{fallback=none}") + "smooth-m2," + END),
+    (
+        {"fallback": "auto", "min_sqnr": 30},  # the search comes last, among all groups
+        BEGIN.replace("precision", "precision{fallback=none}")
+        + "smooth-m2,"
+        + END.replace("lower", "measure-sensitivity,lower"),
+    ),
     ({"act_method": 3}, BEGIN + "smooth-m2," + END.replace("activations", "activations{method=automatic}")),
     (
         {"is_dynamic": True},
@@ -262,7 +290,7 @@ PRESETS: list[tuple[dict[str, Any], str]] = [
 def test_presets(given: dict[str, Any], text: str) -> None:
     """An option that reaches no pass, or the wrong one; passes in an order in which they cannot run."""
     built = pipeline_text(Options.without_paths(**given))
-    assert built == text
+    assert built == ("" if "pipeline" in given else "split-window-attention,") + text
     assert print_pipeline(parse_pipeline(built)) == built
     if "pipeline" not in given:
         check_order(parse_pipeline(built))

@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 import torch
 from exact_stage import text_after
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from random_stage import (
     DEAD,
+    HIDDEN,
     decibels,
     decoder,
     folds_of,
     group_errors,
+    in_float64,
     integers,
     kill,
     observed,
@@ -24,7 +26,10 @@ from random_stage import (
 )
 
 from vlqc.engines import Scheme
-from vlqc.passes.smooth_m2 import SMALLEST_RANGE, SmoothM2, range_candidates
+from vlqc.passes.edge_search import find_stage_edges, searched_edges
+from vlqc.passes.smooth_m2 import FLOORS, SMALLEST_RANGE, SmoothM2, candidates_of, range_candidates
+
+pytestmark = pytest.mark.usefixtures("float32_runs")  # the same numbers on every processor
 
 
 def test_golden(golden: Callable[[str, str], None]) -> None:
@@ -37,16 +42,16 @@ def test_golden(golden: Callable[[str, str], None]) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_planted_outliers_are_tamed(seed: int) -> None:
-    """Outliers of 32 to 128 on every edge cost 25 dB or more; smoothing has to win at least 24 dB of it back.
+    """Outliers of 32 to 128 on every edge cost 22 dB or more; smoothing has to win at least 24 dB back.
 
     Catches an edge that is not smoothed (each one alone costs more than that), and a search that stops too early. The
-    same stages without outliers reach 37 to 40 dB; with outliers and this pass 40 to 42 were measured, without it 10
-    to 14 (3 to 7 by min-max).
+    same stages without outliers reach 37 to 40 dB; with outliers and this pass 39 to 42 were measured, without it 12
+    to 16 (3 to 7 by min-max).
     """
     reference = outputs(decoder(seed, outliers=True))
     without = decibels(integers(observed(decoder(seed, outliers=True))), reference)
     smoothed = decibels(integers(through(observed(decoder(seed, outliers=True)), SmoothM2())), reference)
-    assert without < 15 and smoothed > 39 and smoothed > without + 24
+    assert without < 16 and smoothed > 39 and smoothed > without + 24
 
 
 @pytest.mark.parametrize("edge", ["input_layernorm", "self_attn.v_proj", "post_attention_layernorm", "mlp.up_proj"])
@@ -115,24 +120,87 @@ def test_candidates_touch_only_what_reaches_beyond() -> None:
     np.testing.assert_allclose(scales, by_hand, rtol=1e-5)
 
 
-def test_search_finds_the_middle() -> None:
+def error_of_search(seed: int, count: int) -> float:
+    """Of the linears behind a norm with three outliers that meet weights as large as all others."""
+    stage = decoder(seed)
+    stage.live.get_parameter("post_attention_layernorm.weight")[:3] *= 64  # and no smaller columns behind it
+    stage = through(observed(stage), SmoothM2(candidates=count, clip=False, weights="round"))  # as it is measured here
+    return group_errors(stage)["post_attention_layernorm"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_search_finds_the_middle(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A search that only knows all or nothing: where outliers meet strong weights, both ends cost twice as much."""
-    errors = []
-    for count in (1, 2, 96):  # nothing, nothing or all, and what lies between
-        stage = decoder()
-        stage.live.get_parameter("post_attention_layernorm.weight")[:3] *= 64  # and no smaller columns behind it
-        stage = through(observed(stage), SmoothM2(candidates=count))
-        errors.append(group_errors(stage)["post_attention_layernorm"])
-    assert errors[2] < min(errors[:2]) / 2
+    monkeypatch.setattr("vlqc.passes.smooth_m2.FLOORS", (0.0,))
+    nothing, all_or_nothing, between = (error_of_search(seed, count) for count in (1, 2, 96))
+    assert between < min(nothing, all_or_nothing) / 2
 
 
-@settings(deadline=None, max_examples=5)
-@given(seed=st.integers(0, 10**6))
-def test_scales_are_at_least_nearly_one(seed: int) -> None:
-    """Channels scaled up instead of left alone: only the rounding of a norm weight to bfloat16 may go below 1."""
-    for fold in folds_of(observed(decoder(seed, outliers=True)), SmoothM2(candidates=24)):
-        linear = fold.edge.producer.endswith("_proj")
-        assert float(fold.scale.min()) >= (1.0 if linear else 1 - 2**-8)
+@pytest.mark.parametrize("seed", range(3))
+def test_floors_find_what_ranges_do_not(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Floors that are not searched: without any range to choose from they alone have to save 8 dB and more."""
+    with_floors = error_of_search(seed, 1)
+    monkeypatch.setattr("vlqc.passes.smooth_m2.FLOORS", (0.0,))
+    assert with_floors < error_of_search(seed, 1) / 6
+
+
+def test_candidates_by_hand() -> None:
+    """A floor without its ranges, ranges of channels as they are and not over the floor, or no way to leave it all."""
+    stage = observed(decoder(outliers=True))
+    find_stage_edges(stage)
+    it = next(searched_edges(stage, "a test"))
+    candidates, balance = candidates_of(it, 4), it.balance().double().numpy()
+    assert candidates.shape == (1 + 4 * len(FLOORS), HIDDEN) and bool((candidates[0] == 1).all())
+    peaks = it.largest_input().double().numpy()
+    for number, power in enumerate(FLOORS):
+        above = peaks / balance**power
+        mine = candidates[1 + 4 * number : 5 + 4 * number].double().numpy()
+        ranges = np.geomspace(1, max(SMALLEST_RANGE, above.min() / above.max()), 4) * above.max()
+        by_hand = [np.maximum(above / r, 1) * balance**power for r in ranges]
+        np.testing.assert_allclose(mine, by_hand, rtol=2e-5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_scales_go_no_lower_than_the_lowest_floor(seed: int) -> None:
+    """Channels scaled up without bound: below 1 only as far as their own noise asks for, and as bfloat16 rounds."""
+    stage = observed(decoder(seed, outliers=True))
+    find_stage_edges(stage)
+    lowest = {
+        it.edge.producer: torch.stack([it.balance() ** power for power in FLOORS]).amin(0)
+        for it in searched_edges(stage, "a test")
+    }
+    folds = folds_of(stage, SmoothM2())
+    assert len(folds) == 4 and any(float(fold.scale.min()) < 0.7 for fold in folds)
+    for fold in folds:
+        assert bool((fold.scale >= lowest[fold.edge.producer] * (1 - 2**-8)).all())
+
+
+def test_all_zero_channels_everywhere() -> None:
+    """A stage whose samples are silent behind a norm: nothing to search, nothing folded, nothing divided by."""
+    stage = decoder()
+    stage.live.get_parameter("input_layernorm.weight").zero_()
+    folds = {fold.edge.producer for fold in folds_of(observed(stage), SmoothM2())}
+    assert "input_layernorm" not in folds
+    assert all(bool(torch.isfinite(parameter).all()) for parameter in stage.live.parameters())
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-6, 1e-9])
+@pytest.mark.parametrize("where", ["input", "readers"])
+def test_near_dead_channels_do_not_explode(size: float, where: str) -> None:
+    """A channel next to nothing scaled by the inverse of it: fourth roots keep its norm weight within 1e4 times."""
+    stage = decoder()
+    if where == "input":
+        for call in stage.calls:
+            call.args[0][..., DEAD] *= size
+    else:
+        for part in "qkv":
+            stage.live.get_parameter(f"self_attn.{part}_proj.weight")[:, DEAD] *= size
+    reference = in_float64(stage)
+    before = stage.live.get_parameter("input_layernorm.weight").clone()
+    through(observed(stage), SmoothM2())
+    growth = (stage.live.get_parameter("input_layernorm.weight") / before).abs()
+    assert float(growth.min()) > 1e-7 and float(growth.max()) < 1e7 and not stage.notes
+    assert float((in_float64(stage) - reference).abs().max()) < 1e-5 * float(reference.abs().max())
 
 
 def test_quantized_sites_stay_the_same_ones() -> None:

@@ -7,17 +7,19 @@ What is planted, in both towers unless said otherwise:
 - a few strong value and up rows, which nothing makes up for;
 - residual channels of constant sign;
 - one massive token of the language model: `<bos>` carries 400 in one residual channel, as the first token of large
-  models does.
+  models does;
+- with `--dead SHARE`, channels that are zero on that share of every norm, of the value rows and of the up rows.
 
 The folder is complete: processor and tokenizer are those of `tools/tiny_vl`.
 
-    python tools/make_outlier_checkpoint.py TARGET [--seed 0] [--dtype bfloat16] [--tied] [--layers 2] ...
+    python tools/make_outlier_checkpoint.py TARGET [--seed 0] [--dtype bfloat16] [--tied] [--dead 0] [--layers 2] ...
 """
 
 import argparse
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -169,6 +171,21 @@ class Maker:
         chosen = self.some(rows, STRONG_ROWS)
         self.tensors[f"{name}.weight"][first_row + chosen] *= self.between(STRONG_FACTORS, len(chosen))[:, None]
 
+    def kill(self, share: float) -> None:
+        """Zero a share of the channels of every norm but the last, and of the value and up rows of every layer.
+
+        The draws are the last ones: without dead channels nothing changes, with them nothing but these zeros.
+        """
+        for name in list(self.tensors) if share else ():
+            tensor, stem = self.tensors[name], name.removesuffix(".weight").removesuffix(".bias")
+            if name == "model.norm.weight":
+                continue
+            if name.endswith(".weight") and (tensor.ndim == 1 or stem.endswith(("attn.qkv", "v_proj", "up_proj"))):
+                first = 2 * len(tensor) // 3 if stem.endswith("attn.qkv") else 0  # of the three, values come last
+                dead = first + self.some(len(tensor) - first, share)
+                for part in {f"{stem}.weight", f"{stem}.bias"} & self.tensors.keys():
+                    self.tensors[part][dead] = 0.0
+
     def signed(self, channels: int) -> Tensor:
         """A residual offset [channels]: zero but for a few channels, which it gives a constant sign."""
         offset = torch.zeros(channels)
@@ -232,17 +249,24 @@ class Maker:
 
 
 def make(
-    target: str | Path, seed: int = 0, dtype: str = "bfloat16", tied: bool = False, shape: Shape | None = None
+    target: str | Path,
+    seed: int = 0,
+    dtype: str = "bfloat16",
+    tied: bool = False,
+    shape: Shape | None = None,
+    dead: float = 0.0,
 ) -> dict[str, Any]:
     """Write the checkpoint folder `target` and return its config; the same arguments give the same bytes.
 
-    `dtype` is "bfloat16", "float16" or "float32". ValueError for sizes that no model can have.
+    `dtype` is "bfloat16", "float16" or "float32"; `dead` the share of dead channels. ValueError for sizes that no model
+    can have.
     """
     shape = shape or Shape()
     config = config_of(shape, dtype, tied)
     maker = Maker(seed)
     maker.vision(shape)
     maker.text(shape, tied)
+    maker.kill(dead)
     target = Path(target)
     target.mkdir(parents=True, exist_ok=True)
     tensors = {name: maker.tensors[name].to(getattr(torch, dtype)).contiguous() for name in sorted(maker.tensors)}
@@ -255,17 +279,19 @@ def make(
     return config
 
 
-def random_samples(config: dict[str, Any], count: int, seed: int = 0) -> list[dict[str, Tensor]]:
+def random_samples(
+    config: dict[str, Any], count: int, seed: int = 0, grids: Sequence[tuple[int, int]] = GRIDS
+) -> list[dict[str, Tensor]]:
     """`count` ready model inputs of one random picture each, between random words; `<bos>` comes first.
 
     input_ids and attention_mask int64 [1, length], pixel_values float32 [patches, 1176] (standard normal),
-    image_grid_thw int64 [1, 3]. Picture sizes take turns from 8 x 8 to 16 x 12 patches. transformers 5 also wants
-    `mm_token_type_ids`: see `tiny_task.with_token_types`.
+    image_grid_thw int64 [1, 3]. Picture sizes take turns through `grids`, patches down and across. transformers 5 also
+    wants `mm_token_type_ids`: see `tiny_task.with_token_types`.
     """
     generator = torch.Generator().manual_seed(seed)
     samples = []
     for index in range(count):
-        down, across = GRIDS[index % len(GRIDS)]
+        down, across = grids[index % len(grids)]
         before, after = torch.randint(4, 25, (2,), generator=generator).tolist()
         words = torch.randint(FIRST_WORD, config["vocab_size"], (before + after,), generator=generator).tolist()
         picture = [VISION_START, *[IMAGE] * (down * across // MERGE**2), VISION_END]
@@ -288,11 +314,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--tied", action="store_true", help="no lm_head: the embedding is the head")
+    parser.add_argument("--dead", type=float, default=0.0, help="share of channels that are always zero")
     for field in fields(Shape):
         parser.add_argument("--" + field.name.replace("_", "-"), type=int, default=field.default)
     options = parser.parse_args()
     shape = Shape(**{field.name: getattr(options, field.name) for field in fields(Shape)})
-    make(options.target, options.seed, options.dtype, options.tied, shape)
+    make(options.target, options.seed, options.dtype, options.tied, shape, options.dead)
     print(options.target)
 
 

@@ -6,12 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from vlqc.calibration_sources import Request, list_requests
 from vlqc.errors import Fault, UserError
 from vlqc.model_inputs import ModelInputs, Patches
 from vlqc.options import Options
 from vlqc.pictures import BadPicture, is_video, read_picture
+from vlqc.samples import checked_samples
 from vlqc.token_budget import share_budget
 
 ADVISED_PICTURES = 30
@@ -27,6 +29,14 @@ class Calibration:
 
     samples: list[dict[str, torch.Tensor]]
     notes: list[str] = field(default_factory=list)
+
+
+def calibrate_on(given: Sequence[dict[str, torch.Tensor]] | None, options: Options, model: nn.Module) -> Calibration:
+    """The samples given, else those that the user's options name. UserError for unusable ones, as `load_samples`."""
+    if given is not None:
+        return Calibration(checked_samples(given, model))
+    loaded = load_calibration(options)
+    return Calibration(checked_samples(loaded.samples, model), loaded.notes)
 
 
 def load_calibration(options: Options) -> Calibration:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vlqc.errors import Fault, UserError
 from vlqc.flat_config import flat
+from vlqc.read_ahead import ReadAhead, Span
 
 INDEX = "model.safetensors.index.json"
 DTYPES = {
@@ -45,6 +46,8 @@ class Checkpoint:
         self.source_config = _read_config(folder)
         self.config = flat(self.source_config)
         self._open: dict[str, Any] = {}
+        self._ahead = ReadAhead()
+        self._spans: dict[str, dict[str, Span]] = {}
         self._files: list[str] = []
         self._file_of: dict[str, str] = {}
         self._stored_name: dict[str, str] = {}
@@ -71,7 +74,7 @@ class Checkpoint:
         return self._open[file]
 
     def release(self) -> None:
-        """Unmaps all files: what was read of a mapped file stays resident as long as it is mapped."""
+        """Unmaps all files but for tensors in use: what was read of a mapped file stays resident until then."""
         self._open.clear()
 
     def _list(self, file: str, opened: Any, canonical: Callable[[str], str], faults: list[Fault]) -> None:
@@ -117,14 +120,35 @@ class Checkpoint:
         return max(elements, key=lambda dtype: elements[dtype])
 
     @property
+    def files(self) -> list[Path]:
+        """Its weight files."""
+        return [self.folder / file for file in self._files]
+
+    @property
     def bytes(self) -> int:
         """Size of all weight files."""
         return sum((self.folder / file).stat().st_size for file in self._files)
 
     def tensor(self, name: str) -> Tensor:
-        """The named tensor as stored, checked to be finite. The one place that reads whole tensors."""
+        """The named tensor as stored, checked to be finite. The one place that reads whole tensors.
+
+        It lies in a mapping of its own: its memory goes with it.
+        """
+        self.release()
         tensor: Tensor = self._opened(self._file_of[name]).get_tensor(self._stored_name[name])
+        self.release()
         return self._finite(name, tensor)
+
+    def read_ahead(self, names: Iterable[str]) -> None:
+        """Begins to bring these tensors from the disk in the background, into the system's cache of files."""
+        self._ahead.start(span for name in names if name in self and (span := self._span(name)))
+
+    def _span(self, name: str) -> Span | None:
+        """Where the bytes of a tensor lie; None where the file has changed since it was opened."""
+        file = self._file_of[name]
+        if file not in self._spans:
+            self._spans[file] = spans_of(self.folder / file)
+        return self._spans[file].get(self._stored_name[name])
 
     def _finite(self, name: str, tensor: Tensor) -> Tensor:
         if tensor.is_floating_point() and tensor.numel() and not all(map(torch.isfinite, torch.aminmax(tensor))):
@@ -144,6 +168,7 @@ class Checkpoint:
         view = self._opened(self._file_of[name]).get_slice(self._stored_name[name])
         unique, where = torch.unique(indices, return_inverse=True)
         gathered = torch.cat([view[int(row) : int(row) + 1] for row in unique])
+        self.release()
         return self._finite(name, gathered)[where]
 
     def expect(self, wanted: Iterable[tuple[str, tuple[int, ...]]]) -> None:
@@ -186,6 +211,19 @@ class Checkpoint:
             if path.is_file() and path.name != "config.json" and not path.name.endswith(WEIGHT_SUFFIXES)
             and not path.name.startswith(".") and (code or path.suffix != ".py")
         )  # fmt: skip
+
+
+def spans_of(path: Path) -> dict[str, Span]:
+    """Stored name -> where its bytes lie, from the header of a safetensors file; empty if that cannot be read."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        begin = 8 + length
+        offsets = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+        return {name: Span(path, begin + first, begin + last) for name, (first, last) in offsets.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from rich.text import Text
 from vlqc.errors import Fault, UserError, VlqcError
 from vlqc.option_values import Refused, read_bool
 from vlqc.options import PANELS, Options, extra_of, flag_of
+from vlqc.world import here, joined
 
 USER, INTERNAL, INTERRUPTED = 2, 70, 130
 
@@ -76,19 +77,37 @@ def _answering(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **given)
         except VlqcError as error:
-            _print_error(error)
+            if here().tells(error):
+                _print_error(error)
             raise typer.Exit(error.exit_code) from None
-        except KeyboardInterrupt:
-            _stderr().print("interrupted")
+        except KeyboardInterrupt as error:
+            if here().tells(error):
+                _stderr().print("interrupted")
             raise typer.Exit(INTERRUPTED) from None
         except (typer.Exit, typer.Abort, BrokenPipeError):
             raise
-        except Exception:
-            traceback.print_exc()
-            _stderr().print("this is a fault of vlqc; please report it with the lines above")
+        except Exception as error:
+            if here().tells(error):
+                traceback.print_exc()
+                _stderr().print("this is a fault of vlqc; please report it with the lines above")
             raise typer.Exit(INTERNAL) from None
 
     return answer
+
+
+def _together(command: Callable[..., None]) -> Callable[..., None]:
+    """Lets `command` run in all processes that torchrun started. Around everything: bad options, too, are told once."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **given: Any) -> None:
+        try:
+            with joined():
+                command(*args, **given)
+        except UserError as error:  # the processes do not find each other
+            _print_error(error)
+            raise typer.Exit(error.exit_code) from None
+
+    return run
 
 
 def _with_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -137,11 +156,23 @@ def _placeholder(annotation: object, extra: dict[str, Any]) -> str:
 
 
 @app.command("compile")
+@_together
 @_answering
 @_with_options
-def compile_command(**options: Any) -> None:
+def compile_command(
+    plan: Annotated[
+        bool,
+        typer.Option("--plan", help="Say what would be done, from headers alone, and stop.", rich_help_panel=PANELS[4]),
+    ] = False,
+    **options: Any,
+) -> None:
     """Quantize a checkpoint: float folder in, int8 folder out."""
     Options.from_user(**options)  # before anything heavy is imported
+    if plan:
+        from vlqc.preflight import preflight, render
+
+        render(preflight(**options), Console())
+        return
 
     from vlqc.compiler import compile
     from vlqc.progress import TerminalProgress, print_summary
@@ -151,7 +182,8 @@ def compile_command(**options: Any) -> None:
         result = compile(progress=progress, **options)
     finally:
         progress.finish()
-    print_summary(result, Console())
+    if here().first:
+        print_summary(result, Console())
 
 
 @app.command("inspect")
@@ -207,6 +239,23 @@ def verify_command(
             rich_help_panel=COMPARISON,
         ),
     ] = "False",
+    locate: Annotated[
+        bool,
+        typer.Option(
+            "--locate",
+            help="Also rank the layers by their share of the logits' error, and say what to do about the first three.",
+            rich_help_panel=COMPARISON,
+        ),
+    ] = False,
+    locate_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--locate_tokens",
+            metavar="NUMBER",
+            help="How many tokens --locate looks at, in whole samples, the short ones first. 256 if left out.",
+            rich_help_panel=COMPARISON,
+        ),
+    ] = None,
     engine: Annotated[
         str | None,
         typer.Option(
@@ -223,6 +272,9 @@ def verify_command(
     _check_json_file(json_file)
     from vlqc.verify import verify_folder
 
+    located: dict[str, Any] = {"locate": True, "progress": _print_progress} if locate else {}
+    if locate_tokens is not None:
+        located["locate_tokens"] = locate_tokens
     report = verify_folder(
         folder,
         engine=engine,
@@ -230,6 +282,7 @@ def verify_command(
         calib_images=calib_images,
         min_sqnr=min_sqnr,
         trust_remote_code=_bool("trust_remote_code", trust_remote_code),
+        **located,
     )
     report.render(Console())
     if json_file is not None:
@@ -271,6 +324,10 @@ def _check_json_file(file: Path | None) -> None:
     if file is not None and (file.is_dir() or not file.parent.is_dir()):
         why = "it is a folder" if file.is_dir() else f"there is no folder {file.parent}"
         raise UserError(Fault(f"--json {file} cannot be written", why=why, fix="name a file in an existing folder"))
+
+
+def _print_progress(line: str) -> None:
+    _stderr().print(Text(line), soft_wrap=True)
 
 
 def _stderr() -> Console:

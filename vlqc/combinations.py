@@ -94,6 +94,22 @@ def _scope(options: "Options") -> Iterator[Fault]:
         yield Fault(what, why="it chooses which layers get 4-bit weights", fix=fix)
 
 
+def _fallback(options: "Options") -> Iterator[Fault]:
+    """A search needs exactly one target, and a target means something to a search only."""
+    targets = {
+        f"--min_sqnr {options.min_sqnr or 0:g}": options.min_sqnr is not None,
+        f"--max_float_groups {options.max_float_groups}": options.max_float_groups is not None,
+    }
+    given = [flag for flag, there in targets.items() if there]
+    if options.fallback == "auto" and len(given) != 1:
+        what = " with ".join(["--fallback auto", *given])
+        why = "the search needs one target" if not given else "the search takes one target"
+        yield Fault(what, why=why, fix="give --min_sqnr DB or --max_float_groups NUMBER")
+    elif options.fallback != "auto" and given:
+        what = f"{' with '.join(given)} with --fallback {options.fallback}"
+        yield Fault(what, why="only a search has a target", fix="add --fallback auto")
+
+
 def _strict(options: "Options") -> Iterator[Fault]:
     """What can be known of a target before the checkpoint is read, and without --exclude, which may make up for it."""
     if not options.strict_target or options.exclude:
@@ -121,6 +137,7 @@ RULES: tuple[tuple[frozenset[str], Callable[["Options"], Iterator[Fault]]], ...]
     (frozenset({"anti_method", "anti_alpha"}), _alpha),
     (frozenset({"w_bit", "is_dynamic", "anti_method", "shift", "target"}), _shift),
     (frozenset({"w_bit", "w4a8_scope"}), _scope),
+    (frozenset({"fallback", "min_sqnr", "max_float_groups"}), _fallback),
     (SCHEME | {"mindie_format", "target", "strict_target", "w4a8_scope", "exclude"}, _strict),
     (frozenset({"exclude", "include"}), _layers),
 )

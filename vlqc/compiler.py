@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlqc.calibration import load_calibration
+from vlqc.calibration import Calibration, calibrate_on
 from vlqc.checkpoint import Checkpoint
 from vlqc.device import resolve_device
 from vlqc.dumps import Dumper, announcer
 from vlqc.emit import emitter_for, expected_bytes
-from vlqc.emit.folder import appearing_folder, require_space
+from vlqc.emit.folder import result_folder
 from vlqc.layer_globs import check_globs, check_plan
 from vlqc.lockstep import Lockstep
 from vlqc.model import FloatModel
@@ -23,13 +23,16 @@ from vlqc.options import Options
 from vlqc.pipeline import Pass, PassManager, check_order, parse_pipeline, pipeline_text
 from vlqc.progress import Progress
 from vlqc.result import Result
-from vlqc.samples import checked_samples, refuse_both
+from vlqc.samples import refuse_both
+from vlqc.spilling import Spilling
 from vlqc.stages import live_stage
 from vlqc.tally import Tally
 from vlqc.verify import require_sound
+from vlqc.world import here, joined
 
 
 @torch.no_grad()
+@joined()
 def compile(
     *,
     samples: Sequence[dict[str, Tensor]] | None = None,
@@ -44,44 +47,44 @@ def compile(
     options build. UserError for unusable input.
     """
     refuse_both(samples=samples, passes=passes, **given)
-    options, show = Options.from_user(**given), progress or Progress()
+    options, world = Options.from_user(**given), here()
+    show = (progress if world.first else None) or Progress()
     pipeline = list(passes) if passes is not None else parse_pipeline(pipeline_text(options))
-    check_order(pipeline)
-    dumps = Dumper(options.dump_ir)
+    check_order(pipeline, search=options.fallback == "auto")
+    dumps = Dumper(options.dump_ir if world.first else None)
     manager = PassManager(pipeline, before=announcer(show.step), after=dumps.after)
     checkpoint = Checkpoint(options.model_path)
     tally = Tally(options, checkpoint, show.note)
-    device = resolve_device(options.device_type)
-    model = FloatModel.of(checkpoint, trust_remote_code=options.trust_remote_code, device=device)
+    device, trust = world.place(resolve_device(options.device_type)), options.trust_remote_code
+    model = world.after_first(lambda: FloatModel.of(checkpoint, trust_remote_code=trust, device=device))
     tally.note_unknown(model.unknown_tensors())
     check_globs([*model.layers, *model.heads], exclude=options.exclude)
     check_globs(model.layers, include=options.include)
     check_plan(model.layers, options)
-    if samples is None:
-        calibration = load_calibration(options)
-        samples = calibration.samples
-        tally.note(calibration.notes)
-    samples = checked_samples(samples, model.module)
-    require_space(options.save_directory, expected_bytes(model))
-    show.begin(len(model.stages), len(samples))
-    with appearing_folder(options.save_directory, overwrite=options.overwrite) as folder:
-        emitter = emitter_for(options, folder, checkpoint)
-        with model.ready_outside(emitter.copy), Lockstep(model, samples) as lockstep:
+    calibration = calibrate_on(samples, options, model.module) if world.first else Calibration([])
+    tally.note(calibration.notes)
+    begin, mine = world.dealt(calibration.samples)  # of several processes each has its own; the first one writes
+    show.begin(len(model.stages), len(mine))
+    with result_folder(options, expected_bytes(model, options), writes=world.first) as folder:
+        emitter = emitter_for(options, folder, checkpoint, writes=world.first)
+        spilling = Spilling(folder, options.memory_budget)
+        with model.ready_outside(emitter.copy), Lockstep(model, mine, first=begin) as lockstep:
             for number, stop in enumerate(lockstep):
                 show.stage(number, stop.name)
-                with live_stage(model, stop, emitter.dtype, checkpoint.tensor) as stage:
-                    stage.on_sample = show.sample
+                with live_stage(model, stop, emitter.dtype, checkpoint.tensor, world) as stage:
+                    stage.on_sample, stage.settle = show.sample, spilling.settle
                     dumps.traced(stage)
                     manager.run(stage)
                     emitter.add_stage(stage)
                     stop.outputs = stage.outputs
                     tally.count(stage)
-                checkpoint.release()
                 show.stage_done(number)
-        tally.require_quantized()
-        emitter.copy_rest(model.outside())
-        emitter.finish()
-        require_sound(folder)
-        tally.require_loaded(folder)
+        if world.first:
+            tally.settle(emitter.settle())
+            tally.require_quantized()
+            emitter.copy_rest(model.outside())
+            emitter.finish()
+            require_sound(folder)
+            tally.require_loaded(folder)
     show.finish()
-    return tally.result(manager.seconds)
+    return world.of_first(lambda: tally.result(manager.seconds))

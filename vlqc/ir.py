@@ -14,10 +14,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from vlqc.attention import FusedAttention
+from vlqc.bfloat16_linears import bfloat16_linears
+from vlqc.bfloat16_linears import exact_bfloat16 as exact_bfloat16
 from vlqc.engines import Scheme
 from vlqc.errors import Fault, UserError
+from vlqc.observation import MODALITIES as MODALITIES
+from vlqc.observation import ChannelRange as ChannelRange
+from vlqc.observation import Observation as Observation
+from vlqc.observation import row_weights as row_weights
+from vlqc.world import World
 
-MODALITIES = ("text", "image")
 WEIGHT_PARTS = ("weight", "scale", "group_scale")  # what the text calls the tensors of a WeightQuantization
 
 
@@ -35,81 +41,21 @@ class Call:
     modality: Tensor | None = None
 
 
-@dataclass
-class ChannelRange:
-    """Running statistics per channel over the rows of one modality; all tensors float32 [K], sums in float64."""
+@dataclass(frozen=True)
+class Visit:
+    """What every process knows of a call, wherever its sample is: rows of the stage's input, how many of each modality."""
 
+    sample: int
     rows: int
-    minimum: Tensor
-    maximum: Tensor
-    sum: Tensor
-    sum_of_squares: Tensor
+    of_modality: tuple[int, ...]
 
     @classmethod
-    def empty(cls, channels: int) -> "ChannelRange":
-        infinite = torch.full((channels,), torch.inf)
-        zero = torch.zeros(channels, dtype=torch.float64)
-        return cls(0, infinite, -infinite, zero, zero.clone())
-
-
-@dataclass
-class Observation:
-    """What passed one point of the graph: exact ranges and moments of every row, and a bounded choice of rows.
-
-    ranges: per modality name, over all rows; a modality that never appeared is absent.
-    kept: float32 [T, K], an evenly spread choice of at most the observer's budget; kept_modality: int8 [T].
-    """
-
-    channels: int
-    ranges: dict[str, ChannelRange] = field(default_factory=dict)
-    kept: Tensor = field(default_factory=lambda: torch.empty(0, 0))
-    kept_modality: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int8))
-
-    @property
-    def rows(self) -> int:
-        return sum(seen.rows for seen in self.ranges.values())
-
-    def minimum(self) -> Tensor:
-        """float32 [K], over all modalities."""
-        return torch.stack([seen.minimum for seen in self.ranges.values()]).amin(0)
-
-    def maximum(self) -> Tensor:
-        """float32 [K], over all modalities."""
-        return torch.stack([seen.maximum for seen in self.ranges.values()]).amax(0)
-
-    def second_moment(self) -> Tensor:
-        """float32 [K]: mean of x^2; every modality counts the same, however many rows it has."""
-        means = [seen.sum_of_squares / max(seen.rows, 1) for seen in self.ranges.values()]
-        return torch.stack(means).mean(0).float()
-
-    def rescaled(self, divisor: Tensor) -> "Observation":
-        """The same observation after every row was divided by `divisor` float32 [K] > 0 (a fold is linear)."""
-        ranges = {
-            name: ChannelRange(
-                seen.rows,
-                seen.minimum / divisor,
-                seen.maximum / divisor,
-                seen.sum / divisor,
-                seen.sum_of_squares / divisor.double() ** 2,
-            )
-            for name, seen in self.ranges.items()
-        }
-        return Observation(self.channels, ranges, self.kept / divisor, self.kept_modality)
-
-    def shifted(self, middle: Tensor) -> "Observation":
-        """The same observation after `middle` float32 [K] was subtracted from every row."""
-        # A channel that hardly varies leaves a difference of nearly equal numbers, which rounding can push below zero.
-        ranges = {
-            name: ChannelRange(
-                seen.rows,
-                seen.minimum - middle,
-                seen.maximum - middle,
-                seen.sum - seen.rows * middle.double(),
-                (seen.sum_of_squares - 2 * middle.double() * seen.sum + seen.rows * middle.double() ** 2).clamp(min=0),
-            )
-            for name, seen in self.ranges.items()
-        }
-        return Observation(self.channels, ranges, self.kept - middle, self.kept_modality)
+    def of(cls, call: Call) -> "Visit":
+        rows = first_tensor((*call.args, *call.kwargs.values())).shape[-2]
+        if call.modality is None:
+            return cls(call.sample, rows, tuple(rows * (name == "image") for name in MODALITIES))
+        counts = (int((call.modality == number).sum()) for number in range(len(MODALITIES)))
+        return cls(call.sample, rows, tuple(counts))
 
 
 @dataclass(frozen=True)
@@ -221,6 +167,23 @@ class Summaries:
     observations: dict[str, ObservationSummary] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Sensitivity:
+    """What one group's rounding does to the output of its stage, in every scheme that the group may get.
+
+    source: the node that the group reads; part, sites: of the stage, checkpoint names; assigned: its scheme;
+    noise: per scheme the noise-to-signal ratio of the stage's output when only this group is rounded; modules: per
+    scheme the module at each target.
+    """
+
+    source: str
+    part: str
+    sites: tuple[str, ...]
+    assigned: Scheme
+    noise: Mapping[Scheme, float]
+    modules: Mapping[Scheme, Mapping[str, nn.Module]]
+
+
 @dataclass
 class Stage:
     """One compiled unit.
@@ -228,8 +191,11 @@ class Stage:
     name: checkpoint prefix; part: vision, merger or language; dtype: in which float tensors are emitted;
     module: the submodule with real float32 weights, or None if the stage was parsed from text;
     graph: recorded once, specialised to the shapes of the traced call; nodes carry meta["shape"] and meta["dtype"];
-    calls: how each sample enters; outputs: what each returned, filled by `run`; probe: the call that proofs run on;
+    calls: how each sample of this process enters; outputs: what each returned, filled by `run`; visits: of all samples
+    of all processes of the world, in their order; probe: the call that proofs run on, on all processes the same;
     checkpoint_name: parameter or module path in the stage -> checkpoint name;
+    sensitivities: of quantized groups, where they were measured; no part of the text;
+    on_sample, settle: called by `run` after each sample: with how many are done, and with all that was in use;
     tensors, summaries: only of a stage parsed from text, in place of its weights, `Site.weight`, edges, observations.
     """
 
@@ -247,8 +213,12 @@ class Stage:
     tensors: dict[str, TensorSummary] = field(default_factory=dict)
     summaries: Summaries = field(default_factory=Summaries)
     checkpoint_name: Callable[[str], str] = lambda target: target
+    sensitivities: list[Sensitivity] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     on_sample: Callable[[int], None] = lambda done: None
+    settle: Callable[..., None] = lambda *held: None
+    world: World = field(default_factory=World)
+    visits: Sequence[Visit] | None = None
 
     @property
     def live(self) -> nn.Module:
@@ -256,6 +226,9 @@ class Stage:
         if self.module is None:
             raise ValueError(f"stage {self.name} was parsed from text and has no weights")
         return self.module
+
+    def all_visits(self) -> Sequence[Visit]:
+        return [Visit.of(call) for call in self.calls] if self.visits is None else self.visits
 
     def groups(self) -> dict[str, list[Site]]:
         """Sites by the node they read: an engine's fused group shares one input."""
@@ -284,21 +257,30 @@ class Stage:
 
     @torch.no_grad()
     def run(self, watch: "Mapping[str, Callable[[Tensor, Call], None]] | None" = None) -> None:
-        """Runs every sample through the stage once and keeps the outputs; `watch` sees inputs of modules by target."""
-        self.outputs = []
-        for done, call in enumerate(self.calls):
-            with watching(self.live, watch or {}, call), FusedAttention():
-                self.outputs.append(self.live(*call.args, **call.kwargs))
-            self.on_sample(done + 1)
+        """Runs every sample through the stage once and keeps the outputs; `watch` sees inputs of modules by target.
 
-    @torch.no_grad()
+        Unlike proofs, which run in float32, it multiplies by bfloat16 weights in bfloat16, where that is faster.
+        """
+        self.outputs = []
+        with bfloat16_linears(self.live):
+            for done, call in enumerate(self.calls):
+                with watching(self.live, watch or {}, call), FusedAttention():
+                    self.outputs.append(self.live(*call.args, **call.kwargs))
+                self.settle(call.args, call.kwargs, self.outputs[-1])
+                self.on_sample(done + 1)
+
     def run_probe(self) -> Tensor:
         """float32: the stage's first output tensor for the probe call, flattened."""
+        return self.probe_rows().flatten()
+
+    @torch.no_grad()
+    def probe_rows(self) -> Tensor:
+        """float32 [rows, K]: the stage's first output tensor for the probe call."""
         if self.probe is None:
             raise ValueError(f"stage {self.name} has no probe call")
         with FusedAttention():
-            output = self.live(*self.probe.args, **self.probe.kwargs)
-        return first_tensor(output).float().flatten().cpu()
+            output = first_tensor(self.live(*self.probe.args, **self.probe.kwargs))
+        return output.float().reshape(-1, output.shape[-1]).cpu()
 
 
 @contextmanager

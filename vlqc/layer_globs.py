@@ -25,7 +25,8 @@ def check_plan(layers: Iterable[str], options: Options) -> None:
     target, planned = options.engine_target, {}
     for layer in layers:
         included = any(fnmatchcase(layer, pattern) for pattern in options.include)
-        stays = layer in excluded or (stays_float_by_seed(layer) and not included)
+        by_seed = options.fallback == "seed" and stays_float_by_seed(layer) and not included
+        stays = layer in excluded or by_seed
         quantized = not stays and options.scheme in legal_schemes(target, layer)
         planned[layer] = options.scheme if quantized else Scheme.FLOAT
     if faults := group_faults(target, planned):

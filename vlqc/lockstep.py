@@ -20,7 +20,7 @@ from vlqc.model import FloatModel
 
 @dataclass
 class Stop:
-    """All samples that stand before one stage. Whoever receives it fills `outputs`, one per call, before going on."""
+    """All samples of this process that stand before one stage. Whoever receives it fills `outputs`, one per call, before going on."""
 
     name: str
     module: nn.Module
@@ -47,13 +47,16 @@ class Lockstep:
 
     Samples need not visit every stage: text-only ones never stop in the vision tower. Without `to_the_end` the
     iteration ends at the last stage and nothing behind it (final norm, output head) ever runs; with it, `results`
-    holds what `model(**inputs)` returned per sample.
+    holds what `model(**inputs)` returned per sample. first: number of the first sample, where others are elsewhere.
     """
 
-    def __init__(self, model: FloatModel, samples: Sequence[dict[str, Tensor]], *, to_the_end: bool = False) -> None:
+    def __init__(
+        self, model: FloatModel, samples: Sequence[dict[str, Tensor]], *, to_the_end: bool = False, first: int = 0
+    ) -> None:
         self.model = model
         self.samples = samples
         self.to_the_end = to_the_end
+        self.first = first
         self.results: list[Any] = []
         self._suspended: list[_Suspended] = []
 
@@ -117,7 +120,7 @@ class Lockstep:
 
     def _call(self, number: int, stage: nn.Module) -> Call:
         one = self._suspended[number]
-        return Call(number, one.args, one.kwargs, one.modality if self.model.reads_text(stage) else None)
+        return Call(self.first + number, one.args, one.kwargs, one.modality if self.model.reads_text(stage) else None)
 
     @staticmethod
     def _resume(suspended: _Suspended, *answer: Any) -> None:

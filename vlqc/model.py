@@ -1,5 +1,6 @@
 """The float model without its weights: the real transformers classes on the meta device, one piece filled at a time."""
 
+import ctypes
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -179,10 +180,17 @@ class FloatModel:
             value = read(self.canonical(f"{self._path[module]}.{name}"))
             _replace(module, name, value.to(self.device, torch.float32, copy=True).reshape(parameter.shape))
 
+    def read_ahead(self, name: str) -> None:
+        """Brings the weights behind a stage from the disk, in the background: those of the next one, or the rest."""
+        names = list(self.stages)
+        behind = names[names.index(name) + 1 :]
+        self.checkpoint.read_ahead(self.parameters(self.stages[behind[0]]) if behind else self.outside())
+
     def empty(self, module: nn.Module) -> None:
         """Forgets the values below `module`: its parameters and buffers that were put there go back to meta."""
         for name, parameter in list(module.named_parameters()):
             _replace(module, name, torch.empty_like(parameter, device="meta"))
+        return_memory()
 
     @contextmanager
     def ready_outside(self, read: Callable[[str], Tensor], *, head: bool = False) -> Iterator[None]:
@@ -214,6 +222,13 @@ class FloatModel:
         """The keyword arguments of the model's forward for one sample, in any transformers version."""
         given = model_inputs(self.module, sample)
         return {name: it.to(self.device) if isinstance(it, Tensor) else it for name, it in given.items()}
+
+
+def return_memory() -> None:
+    """Has the C library return what it keeps for later, where it can: a stage's temporaries are of all sizes."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def model_inputs(model: nn.Module, sample: dict[str, Tensor]) -> dict[str, Any]:

@@ -95,10 +95,46 @@ class Options(BaseModel):
     )
     shift: bool = _option(
         False,
-        "Also move the middle of every channel's range to zero, where the engine runs a norm with a bias. Compare the "
-        "accuracy: it can cost some.",
+        "Also move the middle of every channel's range to zero, where the engine runs a norm with a bias.",
         SCHEME,
         flag=True,
+    )
+    modality_balance: bool = _option(
+        True,
+        "Errors in text and image tokens count the same, however many there are of each. False: every token counts "
+        "the same.",
+        SCHEME,
+    )
+    weight_method: str = _option(
+        "auto",
+        "How weights are rounded: round, to the nearest; clip, after a search for the range of every row or group; "
+        "gptq, with the error of each column made up for by those behind it. auto: gptq.",
+        SCHEME,
+        ("auto", "round", "clip", "gptq"),
+    )
+    propagate: str = _option(
+        "float",
+        "What later stages are calibrated on: float, the outputs of the float stages before them; quantized, what "
+        "those return once they are quantized (a second run of every stage).",
+        SCHEME,
+        ("float", "quantized"),
+    )
+    fallback: str = _option(
+        "seed",
+        "Which layers stay in float: seed, those that the original script left out; none, only what the engine "
+        "refuses; auto, the cheapest set of groups with which --min_sqnr or --max_float_groups is met.",
+        LAYERS,
+        ("seed", "none", "auto"),
+    )
+    min_sqnr: float | None = _option(
+        None,
+        "With --fallback auto: how far, in dB, the signal is to stand above the error of all quantized groups.",
+        LAYERS,
+        least=0,
+        most=100,
+    )
+    max_float_groups: int | None = _option(
+        None, "With --fallback auto: leave at most this many groups in float, those that cost most.", LAYERS, least=0
     )
     exclude: tuple[str, ...] = _option(
         (), "Leave these layers in float: a pattern over checkpoint names, as often as needed.", LAYERS, kind="globs"
@@ -119,6 +155,14 @@ class Options(BaseModel):
     )
     max_samples: int | None = _option(
         None, "Calibrate on this many samples, chosen by --seed, where there are more.", DATA, least=FEWEST
+    )
+    memory_budget: float | None = _option(
+        None,
+        "Most memory, in units of 1024^3 bytes, for what the samples become between two stages; what is beyond lies on "
+        "the disk of the save folder meanwhile. None: no bound.",
+        RUNNING,
+        least=0,
+        most=100_000,
     )
     seed: int = _option(0, "Start of every random choice.", DATA, least=0)
     max_tokens: int | None = _option(

@@ -23,6 +23,7 @@ from vlqc.options import Options
 from vlqc.printer import print_stage
 
 REGISTRY: dict[str, str] = {
+    "split-window-attention": "vlqc.passes.split_window_attention:SplitWindowAttention",
     "insert-observers": "vlqc.passes.insert_observers:InsertObservers",
     "assign-precision": "vlqc.passes.assign_precision:AssignPrecision",
     "shift-norms": "vlqc.passes.shift_norms:ShiftNorms",
@@ -30,11 +31,14 @@ REGISTRY: dict[str, str] = {
     "smooth-m4": "vlqc.passes.smooth_m4:SmoothM4",
     "quantize-activations": "vlqc.passes.quantize_activations:QuantizeActivations",
     "quantize-weights": "vlqc.passes.quantize_weights:QuantizeWeights",
+    "measure-sensitivity": "vlqc.passes.measure_sensitivity:MeasureSensitivity",
     "lower-linears": "vlqc.passes.lower_linears:LowerLinears",
+    "propagate-quantized": "vlqc.passes.propagate_quantized:PropagateQuantized",
 }
 
 
 RUNNERS = ("insert-observers",)  # passes that run a stage's samples
+MEASURING = "measure-sensitivity"  # what a precision search goes by
 
 
 @dataclass(frozen=True)
@@ -125,8 +129,11 @@ def load_pass(name: str) -> type[Pass]:
     return loaded
 
 
-def check_order(passes: Sequence[Pass]) -> None:
-    """UserError if a pass stands before one that it needs, or after one that takes away what it works on."""
+def check_order(passes: Sequence[Pass], *, search: bool = False) -> None:
+    """UserError if a pass stands before one that it needs, or after one that takes away what it works on.
+
+    search: whether a precision search follows, which goes by what a pass has to measure.
+    """
     faults = []
     for number, step in enumerate(passes):
         earlier = {each.name for each in passes[:number]}
@@ -138,6 +145,9 @@ def check_order(passes: Sequence[Pass]) -> None:
     if not any(step.name in RUNNERS for step in passes):
         why = "it runs the samples through each stage, and the next stage needs what they become"
         faults.append(Fault(f"the pipeline lacks {RUNNERS[0]}", "--pipeline", why, f"let it start with {RUNNERS[0]}"))
+    if search and not any(step.name == MEASURING for step in passes):
+        fix = f"put {MEASURING} before lower-linears, or leave out --fallback auto"
+        faults.append(Fault(f"the pipeline lacks {MEASURING}", "--pipeline", "--fallback auto goes by it", fix))
     if faults:
         raise UserError(*faults)
 
@@ -151,24 +161,35 @@ def pipeline_text(options: Options) -> str:
         "group_size": options.group_size,
         "target": options.engine_target,
         "scope": options.w4a8_scope,
+        "fallback": "seed" if options.fallback == "seed" else "none",
         "exclude": options.exclude,
         "include": options.include,
     }
+    foreseen = {"clip": options.act_method != 1, "weights": options.weight_method}
     smoothing: dict[str, list[tuple[str, dict[str, Any]]]] = {
-        "m2": [("smooth-m2", {})],
-        "m4": [("smooth-m4", {"alpha": options.anti_alpha})],
+        "m2": [("smooth-m2", foreseen)],
+        "m4": [("smooth-m4", {"alpha": options.anti_alpha, **foreseen})],
         "none": [],
     }
     shift: list[tuple[str, dict[str, Any]]] = [("shift-norms", {})] if options.shift else []
+    onward: list[tuple[str, dict[str, Any]]] = [("propagate-quantized", {})] if options.propagate == "quantized" else []
+    measure: list[tuple[str, dict[str, Any]]] = (
+        [(MEASURING, {"target": options.engine_target, "method": options.weight_method})]
+        if options.fallback == "auto"
+        else []
+    )
     method = {1: "minmax", 2: "histogram", 3: "automatic"}[options.act_method]
-    named = [
-        ("insert-observers", {}),
+    named: list[tuple[str, dict[str, Any]]] = [
+        ("split-window-attention", {}),
+        ("insert-observers", {"balance": options.modality_balance}),
         ("assign-precision", choose),
         *shift,
         *smoothing[options.anti_method],
         ("quantize-activations", {"method": method}),
-        ("quantize-weights", {}),
+        ("quantize-weights", {"method": options.weight_method}),
+        *measure,
         ("lower-linears", {}),
+        *onward,
     ]
     return print_pipeline([load_pass(name)(**given) for name, given in named])
 

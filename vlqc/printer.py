@@ -158,7 +158,7 @@ def _summarize_observation(seen: Observation) -> ObservationSummary:
     statistics = [part for _, it in ranges for part in (it.minimum, it.maximum, it.sum, it.sum_of_squares)]
     low = min((float(it.minimum.min()) for _, it in ranges), default=None)
     high = max((float(it.maximum.max()) for _, it in ranges), default=None)
-    marked = digest(*statistics, seen.kept, seen.kept_modality)
+    marked = digest(*statistics, seen.kept, seen.kept_modality, seen.energy())
     return ObservationSummary(seen.channels, rows, low, high, seen.kept.shape[0], marked)
 
 

@@ -138,7 +138,7 @@ def print_summary(result: "Result", console: Console) -> None:
     table = Table(title="What became what", title_justify="left")
     for column in ("part", "scheme", "linears"):
         table.add_column(column, justify="right" if column == "linears" else "left")
-    for part, scheme in sorted(result.counts, key=_in_model_order):
+    for part, scheme in sorted(result.counts, key=in_model_order):
         table.add_row(part, scheme, str(result.counts[part, scheme]))
     console.print(table)
     ratio = f" ({result.bytes_after / result.bytes_before:.0%})" if result.bytes_before else ""
@@ -160,7 +160,7 @@ def print_summary(result: "Result", console: Console) -> None:
         known = label
 
 
-def _in_model_order(part_and_scheme: tuple[str, str]) -> tuple[int, str, str]:
+def in_model_order(part_and_scheme: tuple[str, str]) -> tuple[int, str, str]:
     part, scheme = part_and_scheme
     return (PARTS.index(part) if part in PARTS else len(PARTS), part, scheme)
 

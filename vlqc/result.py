@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vlqc.precision_search import GroupPrecision
+
 
 @dataclass
 class Result:
@@ -11,6 +13,8 @@ class Result:
     counts: number of Linears by (part, scheme), part being "vision", "merger", "language" or "other".
     bytes_before, bytes_after: sizes of all weight files. seconds: wall time.
     passes: seconds per pass, summed over stages.
+    precision, predicted_sqnr: of --fallback auto, what became of every group, and the SQNR of the logits in dB that its
+    noise adds up to; measured on calibration inputs, so unseen ones come out a little worse.
     engines: what loads the folder, in words; serve: one command (or setting) per engine.
     """
 
@@ -24,3 +28,5 @@ class Result:
     engines: list[str] = field(default_factory=list)
     serve: list[str] = field(default_factory=list)
     passes: dict[str, float] = field(default_factory=dict)
+    precision: list[GroupPrecision] = field(default_factory=list)
+    predicted_sqnr: float | None = None

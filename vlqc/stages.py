@@ -1,6 +1,6 @@
 """From a stop of the lockstep to a stage that passes can work on, and back to nothing."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -8,29 +8,37 @@ from torch import Tensor, fx, nn
 
 from vlqc.engines import part_of
 from vlqc.errors import Fault, UserError
-from vlqc.ir import Call, Site, Stage, first_tensor
+from vlqc.ir import Call, Site, Stage, Visit
 from vlqc.lockstep import Stop
 from vlqc.model import FloatModel
 from vlqc.trace import record
+from vlqc.world import World
 
 PROBE_ROWS = 512  # proofs run on the largest sample of at most this many rows: enough to tell, quick to run
 
 
 @contextmanager
-def live_stage(model: FloatModel, stop: Stop, dtype: torch.dtype, read: Callable[[str], Tensor]) -> Iterator[Stage]:
+def live_stage(
+    model: FloatModel, stop: Stop, dtype: torch.dtype, read: Callable[[str], Tensor], world: World | None = None
+) -> Iterator[Stage]:
     """Inside, the stage that all samples stand before: traced, with its weights in float32, sites found.
 
     dtype: in which float tensors are to be emitted; read: checkpoint name -> tensor. Afterwards its weights are gone.
     """
-    if not stop.calls:
+    world = world or World()
+    visits_by_process = list(world.in_turn([Visit.of(call) for call in stop.calls]))
+    if not any(visits_by_process):
         why = "what passes through it cannot be measured"
         raise UserError(Fault(f"no calibration sample reaches {stop.name}", why=why, fix="add a sample with a picture"))
-    probe = choose_probe(stop.calls)
+    visits = [visit for of_one in visits_by_process for visit in of_one]
+    probe = _probe(world, visits_by_process, visits[choose_probe([visit.rows for visit in visits])], stop.calls)
     before = [(module, dict(module._modules), dict(module._parameters)) for module in stop.module.modules()]
+    stage = None
     try:
         model.fill(stop.module, read)
+        model.read_ahead(stop.name)
         graph = record(stop.module, probe, stop.name)
-        yield Stage(
+        stage = Stage(
             name=stop.name,
             part=part_of(f"{stop.name}."),
             dtype=dtype,
@@ -38,10 +46,15 @@ def live_stage(model: FloatModel, stop: Stop, dtype: torch.dtype, read: Callable
             graph=graph,
             sites=find_sites(stop.module, graph, lambda target: checkpoint_name(model, stop, target)),
             calls=stop.calls,
+            visits=visits,
             probe=probe,
+            world=world,
             checkpoint_name=lambda target: checkpoint_name(model, stop, target),
         )
+        yield stage
     finally:
+        if stage is not None:
+            _forget(stage)
         for module, modules, parameters in before:  # passes have put others in their places
             module._modules.update(modules)
             module._parameters.clear()
@@ -49,18 +62,32 @@ def live_stage(model: FloatModel, stop: Stop, dtype: torch.dtype, read: Callable
         model.empty(stop.module)
 
 
+def _forget(stage: Stage) -> None:
+    """Lets go of what passes found out: whoever still holds the stage, holds little."""
+    stage.calls, stage.probe, stage.outputs = (), None, []
+    stage.observations.clear()
+    stage.sensitivities.clear()
+    for site in stage.sites.values():
+        site.weight = None
+
+
 def checkpoint_name(model: FloatModel, stop: Stop, target: str) -> str:
     """Path of a module or parameter in the stage -> its checkpoint name."""
     return model.canonical(f"{model.path(stop.module)}.{target}.").removesuffix(".")
 
 
-def choose_probe(calls: list[Call]) -> Call:
-    """The call with most rows among those of at most PROBE_ROWS, otherwise the one with fewest."""
-    rows = [first_tensor((*call.args, *call.kwargs.values())).shape[-2] for call in calls]
+def choose_probe(rows: Sequence[int]) -> int:
+    """Rows of every call -> which has most of those of at most PROBE_ROWS, otherwise which has fewest."""
     small = [number for number, count in enumerate(rows) if count <= PROBE_ROWS]
     if small:
-        return calls[max(small, key=lambda number: rows[number])]
-    return calls[min(range(len(calls)), key=lambda number: rows[number])]
+        return max(small, key=lambda number: rows[number])
+    return min(range(len(rows)), key=lambda number: rows[number])
+
+
+def _probe(world: World, visits_by_process: list[list[Visit]], chosen: Visit, calls: list[Call]) -> Call:
+    """The call of the chosen visit, from the process that has its sample."""
+    owner = next(rank for rank, visits in enumerate(visits_by_process) if chosen in visits)
+    return world.of(owner, next((call for call in calls if call.sample == chosen.sample), None))
 
 
 def find_sites(module: nn.Module, graph: fx.Graph, name: Callable[[str], str]) -> dict[str, Site]:

@@ -13,6 +13,7 @@ from vlqc.engines import Scheme, cannot_load, engine_notes, loads, part_of, serv
 from vlqc.errors import Fault, UserError
 from vlqc.ir import Stage
 from vlqc.options import Options
+from vlqc.precision_search import Plan
 from vlqc.result import Result
 from vlqc.runtime import read_description
 from vlqc.verify import verify_folder
@@ -25,6 +26,7 @@ class Tally:
         self.options, self.checkpoint, self._show_note = options, checkpoint, show_note
         self.counts: dict[tuple[str, str], int] = {}
         self.notes: list[str] = []
+        self.plan: Plan | None = None
         self._started = time.perf_counter()
         dtype, group_size = str(checkpoint.dtype).removeprefix("torch."), options.group_size
         asked = (options.engine_target, options.scheme, dtype)
@@ -52,9 +54,21 @@ class Tally:
             self._count(stage.part, site.scheme or Scheme.FLOAT)
         self.note(stage.notes)
 
+    def settle(self, plan: Plan | None) -> None:
+        """What the precision search chose, where there was one: its schemes are counted, its notes told."""
+        if plan is None:
+            return
+        self.plan = plan
+        for group, scheme in zip(plan.groups, plan.schemes, strict=True):
+            part, sites = part_of(group.name), len(group.sites)
+            for of, change in ((group.assigned, -sites), (scheme, sites)):
+                self.counts[part, str(of)] = self.counts.get((part, str(of)), 0) + change
+        self.counts = {key: count for key, count in self.counts.items() if count}
+        self.note(plan.notes())
+
     def require_quantized(self) -> None:
-        """UserError if every site stayed float: the source would only be copied."""
-        if all(scheme == Scheme.FLOAT for _, scheme in self.counts):
+        """UserError if every site stayed float, unless the search found nothing better: the source is only copied."""
+        if self.plan is None and all(scheme == Scheme.FLOAT for _, scheme in self.counts):
             why = "no pass gave any layer a scheme, or every layer was excluded"
             raise UserError(Fault("nothing was quantized", why=why, fix="look at --pipeline and --exclude"))
 
@@ -93,11 +107,13 @@ class Tally:
             bytes_before=self.checkpoint.bytes,
             bytes_after=_weight_bytes(folder),
             seconds=time.perf_counter() - self._started,
-            peak_memory_bytes=_peak_memory(),
+            peak_memory_bytes=peak_memory(),
             notes=self.notes,
             engines=loads(description, dtype, config),
             serve=serve_commands(self.options.engine_target, folder.resolve()),
             passes=passes,
+            precision=self.plan.table() if self.plan else [],
+            predicted_sqnr=self.plan.sqnr if self.plan else None,
         )
 
 
@@ -105,6 +121,6 @@ def _weight_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def _peak_memory() -> int:
+def peak_memory() -> int:
     """The most memory this process ever held, in bytes; Linux counts it in KiB, macOS in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlqc.checkpoint import Checkpoint
 from vlqc.emit.shards import ENTRY_BYTES
@@ -52,19 +52,24 @@ def stage_entries(stage: Stage, *, packed: bool) -> Iterator[Entry]:
             fix = "let the pipeline end with the passes that quantize activations and weights and lower linears"
             raise UserError(Fault(f"{site.name} was assigned {site.scheme} but is still float", stage.name, fix=fix))
     for path, module in stage.live.named_modules():
-        scheme = getattr(module, "scheme", None)
-        if scheme is None:
-            for name, parameter in module.named_parameters(recurse=False):
-                local = f"{path}.{name}" if path else name
-                yield float_entry(stage.checkpoint_name(local), parameter, stage.dtype)
-            continue
-        layer = stage.checkpoint_name(path)
-        tensors = dict(module.named_buffers(recurse=False))
-        if packed and isinstance(module, GroupQuantLinear):
-            tensors |= packed_int4(module, layer)
-        for name, buffer in tensors.items():
-            full = f"{layer}.{name}"
-            yield float_entry(full, buffer, stage.dtype) if name == "bias" else Entry(full, buffer, Scheme(scheme))
+        yield from module_entries(stage, path, module, packed=packed)
+
+
+def module_entries(stage: Stage, path: str, module: nn.Module, *, packed: bool) -> Iterator[Entry]:
+    """The tensors that a module itself holds, were it at this path of the stage."""
+    scheme = getattr(module, "scheme", None)
+    if scheme is None:
+        for name, parameter in module.named_parameters(recurse=False):
+            local = f"{path}.{name}" if path else name
+            yield float_entry(stage.checkpoint_name(local), parameter, stage.dtype)
+        return
+    layer = stage.checkpoint_name(path)
+    tensors = dict(module.named_buffers(recurse=False))
+    if packed and isinstance(module, GroupQuantLinear):
+        tensors |= packed_int4(module, layer)
+    for name, buffer in tensors.items():
+        full = f"{layer}.{name}"
+        yield float_entry(full, buffer, stage.dtype) if name == "bias" else Entry(full, buffer, Scheme(scheme))
 
 
 def packed_int4(module: GroupQuantLinear, layer: str) -> dict[str, Tensor]:

@@ -12,11 +12,26 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vlqc.errors import Fault, UserError
+from vlqc.options import Options
 
 FOLDER_MODE = 0o750
 FILE_MODE = 0o640
 # What a disk or its settings can answer to a write; any other fault inside is not one of the save folder.
 DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
+
+
+@contextmanager
+def result_folder(options: Options, needed: int, *, writes: bool) -> Iterator[Path]:
+    """For the process that writes the result `appearing_folder`, if the disk has `needed` bytes; for others one near it.
+
+    They find room to work in there, for files without a name, and leave nothing.
+    """
+    if not writes:
+        yield nearest_folder(options.save_directory)
+        return
+    require_space(options.save_directory, needed)
+    with appearing_folder(options.save_directory, overwrite=options.overwrite) as work:
+        yield work
 
 
 @contextmanager
@@ -119,13 +134,18 @@ def _sync(path: Path) -> None:
             os.close(handle)
 
 
+def nearest_folder(target: Path) -> Path:
+    """The folder that exists nearest above a path."""
+    return next(folder for folder in Path(os.path.realpath(target)).parents if folder.is_dir())
+
+
 def _readable(size: int) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
 
 
 def require_space(target: Path, needed: int) -> None:
     """UserError unless the disk that will hold `target` has `needed` bytes free."""
-    existing = next(folder for folder in Path(os.path.realpath(target)).parents if folder.is_dir())
+    existing = nearest_folder(target)
     free = shutil.disk_usage(existing).free
     if free < needed:
         why = f"the result takes about {_readable(needed)}, {_readable(free)} are free"

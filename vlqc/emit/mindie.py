@@ -16,9 +16,9 @@ class MindieEmitter(FolderEmitter):
 
     packs_int4 = False
 
-    def add_stage(self, stage: Stage) -> None:
-        super().add_stage(stage)
-        self.add(self._norms_again(stage))
+    def _entries(self, stage: Stage) -> Iterable[Entry]:
+        yield from super()._entries(stage)
+        yield from self._norms_again(stage)
 
     def _norms_again(self, stage: Stage) -> Iterable[Entry]:
         """A shifted norm stands twice: `X.module.weight` tells MindIE to build the norm that has a bias."""

@@ -5,6 +5,7 @@ is reserved, the data follows, and the header is filled in last, padded with spa
 """
 
 import json
+import os
 import struct
 from pathlib import Path
 from typing import BinaryIO
@@ -63,6 +64,12 @@ class ShardWriter:
             self._waiting.append((name, tensor.clone()))
         else:
             self._write(name, tensor)
+
+    def sync(self) -> None:
+        """Returns once all that was written to the open file is on the disk."""
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self, stem: str) -> None:
         """Completes the last file, names all of them after `stem`, and writes the index if there is one."""

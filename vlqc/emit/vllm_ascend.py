@@ -14,10 +14,13 @@ from torch import Tensor
 from vlqc.checkpoint import Checkpoint
 from vlqc.emit.ascend import Entry, emitted_dtype, float_entry, header_bytes, stage_entries
 from vlqc.emit.shards import ShardWriter
+from vlqc.emit.spool import FOLDER, Spool
+from vlqc.emit.write_behind import WriteBehind
 from vlqc.engine_table import NAMING_ORDER
 from vlqc.engines import Scheme, part_of
 from vlqc.ir import Stage
 from vlqc.options import Options
+from vlqc.precision_search import Plan, cheapest
 
 DESCRIPTION_VERSION = "1.0.0"
 # A mixed folder is named after the first of these that occurs in it.
@@ -26,8 +29,9 @@ GIB = 1024**3
 
 
 class FolderEmitter:
-    """Writes a compiled checkpoint into an existing empty folder: every tensor once, then `finish`.
+    """Writes a compiled checkpoint into an existing empty folder: every tensor once, then `settle` and `finish`.
 
+    Where the precision search decides, stages wait until `settle`; otherwise they are written at once.
     dtype: of the float tensors. What differs between layouts is in the methods that start with one underscore, and in
     `packs_int4`.
     """
@@ -39,11 +43,32 @@ class FolderEmitter:
         self.dtype = emitted_dtype(checkpoint.dtype)
         self.marks: dict[str, Scheme] = {}
         limit = None if options.part_file_size is None else options.part_file_size * GIB
-        self._shards = ShardWriter(folder, header_bytes=header_bytes(checkpoint), limit=limit)
+        self._shards = WriteBehind(ShardWriter(folder, header_bytes=header_bytes(checkpoint), limit=limit))
+        self._spool = Spool(folder / FOLDER) if options.fallback == "auto" else None
 
     def add_stage(self, stage: Stage) -> None:
         """Everything that a finished stage became."""
-        self.add(stage_entries(stage, packed=self.packs_int4))
+        if self._spool is None:
+            self.add(self._entries(stage))
+        else:
+            self._spool.put(stage, self._entries(stage), packed=self.packs_int4)
+
+    def settle(self) -> Plan | None:
+        """Once all stages were added: writes those that wait, in the schemes that the precision search chooses."""
+        if self._spool is None:
+            return None
+        options, groups = self.options, self._spool.groups()
+        plan = cheapest(
+            groups,
+            target=options.engine_target,
+            min_sqnr=options.min_sqnr,
+            max_float_groups=options.max_float_groups,
+        )
+        self.add(self._spool.take(plan))
+        return plan if groups else None
+
+    def _entries(self, stage: Stage) -> Iterable[Entry]:
+        return stage_entries(stage, packed=self.packs_int4)
 
     def add(self, entries: Iterable[Entry]) -> None:
         for entry in entries:

@@ -3,7 +3,7 @@
 Nothing here comes from the emitter or the passes, so a mistake made there is not repeated here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,9 @@ def verify_folder(
     samples: "Sequence[dict[str, Tensor]] | None" = None,
     min_sqnr: float | None = None,
     trust_remote_code: bool = False,
+    locate: bool = False,
+    locate_tokens: int | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> Report:
     """Compiled folder -> what is wrong with it, and figures. UserError only for input that is no such folder.
 
@@ -37,12 +40,15 @@ def verify_folder(
     model_path: the float checkpoint; every tensor is then held against it.
     calib_images or samples (ready model inputs) with model_path: stages and logits are run side by side.
     min_sqnr: dB of the logits against float below which the report fails; None: accuracy is a figure, not a verdict.
+    locate: also rank the layers by their share of the logits' error, on as many of the samples as have about
+    locate_tokens tokens together (256 if None), and advise; progress: is told from time to time how far that is.
     """
     folder = Path(folder)
     model_path = None if model_path is None else Path(model_path)
     calib_images = None if calib_images is None else Path(calib_images)
     target = parse_target(engine, "--engine") if isinstance(engine, str) else engine
     inputs = calib_images is not None or samples is not None
+    _check_locate(locate, locate_tokens, model_path is not None, inputs)
     if model_path is None and (inputs or min_sqnr is not None):
         why = "outputs are compared with those of the float model"
         raise UserError(Fault("there is no float checkpoint to compare with", "--model_path", why, "add --model_path"))
@@ -55,12 +61,37 @@ def verify_folder(
         check_against_source(content, model_path, report)
     if model_path is not None and inputs:
         if _can_run(content.sound, report):
-            from vlqc.verify.accuracy import check_accuracy  # torch and transformers: only for this part
+            from vlqc.verify.accuracy import STAGES, check_accuracy  # torch and transformers: only for this part
 
+            if locate and samples is None and calib_images is not None:  # pictures are read once
+                from vlqc.calibration import load_samples
+
+                samples = load_samples(model_path, calib_images, trust_remote_code=trust_remote_code).samples
             check_accuracy(folder, model_path, calib_images, samples, min_sqnr, report, trust_remote_code)
+            if locate and samples is not None and report.examined.get(STAGES):
+                from vlqc.verify.locate import TOKENS, locate_drop
+
+                locate_drop(content, model_path, samples, locate_tokens or TOKENS, report, progress, trust_remote_code)
         else:
             report.warn("stage outputs", str(folder), "not run", "the tensors above are missing or misshapen")
     return report
+
+
+def _check_locate(locate: bool, tokens: int | None, has_model: bool, has_inputs: bool) -> None:
+    """UserError for options that do not go together, all at once."""
+    faults = []
+    if locate and not has_model:
+        why = "every layer is compared with its float weights"
+        faults.append(Fault("--locate needs the float checkpoint", "--model_path", why, "add --model_path"))
+    if locate and not has_inputs:
+        why = "errors are measured on model inputs"
+        faults.append(Fault("--locate needs pictures", "--calib_images", why, "add --calib_images"))
+    if tokens is not None and not locate:
+        faults.append(Fault("--locate_tokens means nothing without --locate", "--locate_tokens", fix="add --locate"))
+    if tokens is not None and tokens < 1:
+        faults.append(Fault(f"--locate_tokens is {tokens}", "--locate_tokens", "at least 1 is wanted"))
+    if faults:
+        raise UserError(*faults)
 
 
 def _can_run(sound: object, report: Report) -> bool:

@@ -11,6 +11,7 @@ per-token scale that stays a value of its dtype, and float tensors, as long as t
 import numpy as np
 
 from vlqc.engines import Scheme, fused_group
+from vlqc.kernels_ref.matmul import CORRECTION_STEP
 from vlqc.verify.expected import companions, consumers_of_norm
 from vlqc.verify.folder import FLOATS, Array, StoredTensor, round_to
 from vlqc.verify.groups import check_scale_bias
@@ -165,6 +166,7 @@ def _check_quant_bias(
 ) -> None:
     """quant_bias = round(bias / deq_scale - offset * sum_k W): int64 sums and float64, one rounding.
 
+    A mean error may have been taken off: in whole CORRECTION_STEPs, and no more than a row's root sum of squares.
     Behind a norm with a bias the layer's bias takes that back. A layer without one has it in quant_bias alone: then it
     is recomputed from the integers, which are the float weights up to their rounding.
     """
@@ -187,7 +189,9 @@ def _check_quant_bias(
     with np.errstate(all="ignore"):
         steps, slack = bias / deq_scale.astype(np.float64), slack / deq_scale.astype(np.float64)  # [N]
     exact = steps - offset * rows.total
-    error = np.abs(quant_bias - exact)
+    whole = np.floor(np.sqrt(rows.squares) / CORRECTION_STEP)
+    corrected = CORRECTION_STEP * np.clip(np.rint((quant_bias - exact) / CORRECTION_STEP), -whole, whole)
+    error = np.abs(quant_bias - exact - corrected)
     # Half a step is the rounding itself; the rest is what a division in float32 may move.
     allowed = 0.5 + np.abs(steps) * 2.0**-23 + slack
     if folder.files.tensors[f"{layer}.weight_scale"].dtype != "F32":

@@ -70,6 +70,7 @@ class RowSums:
     at_limit: Array  # how many are as large as the largest, of either sign
     lowest: Array
     highest: Array
+    squares: Array
 
 
 def row_sums(integers: StoredIntegers) -> RowSums:
@@ -86,6 +87,7 @@ def row_sums(integers: StoredIntegers) -> RowSums:
                 (absolute >= highest).sum(axis=1),
                 wide.min(axis=1).astype(np.int64),
                 wide.max(axis=1).astype(np.int64),
+                np.square(rows, dtype=np.int32).sum(axis=1, dtype=np.int64),
             )
         )
     return RowSums(*(np.concatenate(column) for column in zip(*parts, strict=True)))

@@ -11,6 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 SHOWN_PER_CHECK = 20  # a folder that is wrong throughout would bury its first faults otherwise; the JSON has all
+LOCATED = "groups by their share of the logits' error"
+SHOWN_ROWS = {LOCATED: 20}  # of long tables, whose end nobody needs; the JSON has all
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Finding:
 
 @dataclass
 class Report:
-    """The result of `verify_folder`: `ok` when no check found a fault. Warnings and facts do not change `ok`."""
+    """The result of `verify_folder`: `ok` when no check found a fault. Nothing else changes that."""
 
     folder: str
     engine: str = ""
@@ -34,6 +36,7 @@ class Report:
     findings: list[Finding] = field(default_factory=list)  # the faults
     warnings: list[Finding] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    advice: list[Finding] = field(default_factory=list)  # what would make the folder more accurate, the best first
 
     @property
     def ok(self) -> bool:
@@ -62,6 +65,8 @@ class Report:
             "warnings": [asdict(finding) for finding in self.warnings],
             "facts": self.facts,
         }
+        if self.advice:
+            content["advice"] = [asdict(finding) for finding in self.advice]
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
     def render(self, console: Console) -> None:
@@ -75,7 +80,11 @@ class Report:
         console.print(table)
         for name, value in self.facts.items():
             _print_fact(console, name, value)
-        for title, style, findings in (("FAULT", "bold red", self.findings), ("warning", "yellow", self.warnings)):
+        for title, style, findings in (
+            ("advice", "cyan", self.advice),
+            ("FAULT", "bold red", self.findings),
+            ("warning", "yellow", self.warnings),
+        ):
             _print_findings(console, title, style, findings)
         verdict = (
             "ok: the folder is sound" if self.ok else f"{len(self.findings)} fault{'s' * (len(self.findings) > 1)}"
@@ -102,10 +111,13 @@ def _print_fact(console: Console, name: str, value: Any) -> None:
     if isinstance(value, list) and value and isinstance(value[0], dict):
         table = Table(title=name, title_justify="left")
         for column in value[0]:
-            table.add_column(column)
-        for row in value:
+            table.add_column(column, overflow="fold")
+        shown = value[: SHOWN_ROWS.get(name)]
+        for row in shown:
             table.add_row(*(_figure(cell) for cell in row.values()))
         console.print(table)
+        if len(shown) < len(value):
+            console.print(Text(f"    ... and {len(value) - len(shown)} more: --json FILE writes them all"))
     elif isinstance(value, dict):
         console.print(Text(f"{name}: " + ", ".join(f"{key} {_figure(cell)}" for key, cell in value.items())))
     else:

@@ -20,6 +20,11 @@ SMALLEST = {"F16": 2.0**-24}  # the distance of subnormal numbers, where it is w
 FAR = 1e9  # steps; farther than any weight lies
 OTHER_NOISE = 0.6  # ... of an error of rounding that looks at other weights, too
 OTHER_ROUNDING_SHARE = 1e-3  # more misfits than that are no damage but another way of rounding
+NEAREST = 0.65  # steps: the nearest integer under a fitted scale is hardly ever further away
+FURTHER_THAN_NEAREST = 3e-4  # if more than this share of them is, they were chosen in another way; 16 may be damage
+# Such errors follow the inputs' common directions, and so do weights: they do not average out as independent ones do.
+LEANING_ROWS, LEANING_COLUMNS = 3.5, 2.0
+FAINT_SQUARE, FAINT_SIGMA = 0.5, 0.02  # columns of weights below a step: what is rounded to 0 or 1 is no noise at all
 GROSS_STEPS = {8: 16.0, 4: 6.0}  # ... which still moves no weight by that many steps, of 8 or 4 bits
 
 
@@ -146,15 +151,20 @@ def fit_columns(parts: Sequence[tuple[WeightPair, int]]) -> Scales:
             product += (source * stored * inside).sum(axis=0, dtype=np.float64)
             square += (source * source * inside).sum(axis=0, dtype=np.float64)
     scales = _scales(product, square)
-    suspicious, squares = np.zeros(columns, bool), np.zeros(columns)
+    suspicious, squares, beyond = np.zeros(columns, bool), np.zeros(columns), 0
     for pair, end in parts:
         for start, source, stored in pair.chunks(end=end):
             predicted = source * scales.values
             distance = pair.distance(stored, predicted)
             suspicious |= (distance > pair.allowed(start, predicted, _finite(scales.sigma))).any(axis=0)
             squares += (distance**2).sum(axis=0, dtype=np.float64)
-    noise = np.sqrt(squares / sum(end for _, end in parts))  # of each column; NOISE if it was rounded to the nearest
-    scales.sigma[:] *= max(1.0, float(np.median(noise)) / NOISE)
+            beyond += int((distance > NEAREST).sum())
+    rows = sum(end for _, end in parts)
+    noise = np.sqrt(squares / rows)  # of each column; NOISE if it was rounded to the nearest
+    least = LEANING_COLUMNS if parts[0][0].bits == 4 else 1.0  # few integers also lean towards 0, or away from it
+    scales.sigma[:] *= _widening(parts[0][0], noise, _otherwise(beyond, rows * columns), LEANING_COLUMNS, least)
+    if parts[0][0].scale is not None:
+        scales.sigma[square < FAINT_SQUARE * rows] += FAINT_SIGMA
     if suspicious.sum() <= max(8, columns // 10):
         for column in np.flatnonzero(suspicious):
             pieces = [chunk for pair, end in parts for chunk in pair.chunks(end=end)]
@@ -174,15 +184,29 @@ def fit_rows(pair: WeightPair, begin: int, columns: Scales) -> Scales:
         fitted = _scales(product, (scaled * scaled * inside).sum(axis=1, dtype=np.float64))
         predicted = scaled * fitted.values[:, None]
         sigma = _finite(fitted.sigma)[:, None] + _finite(columns.sigma)
-        beyond = pair.distance(stored, predicted) > pair.allowed(start, predicted, sigma)
-        for row in np.flatnonzero(beyond.any(axis=1)):
+        distance = pair.distance(stored, predicted)
+        otherwise = pair.scale is not None and _otherwise(int((distance > NEAREST).sum()), distance.size)
+        beyond = np.asarray((distance > pair.allowed(start, predicted, sigma)).any(axis=1))
+        # Where integers are not the nearest ones, no scale makes them so: least squares is as good as it gets.
+        for row in [] if otherwise else np.flatnonzero(beyond):
             # Rounding is no noise where the row's largest weight puts the others on a grid of half steps.
             slack = pair.slack(stored[row]) + SIGMAS * _finite(columns.sigma) * np.abs(scaled[row])
             fitted.values[row] = most_agreed_scale(scaled[row], stored[row], slack)
         result.values[start : start + len(source)] = fitted.values
-        noise = np.sqrt((pair.distance(stored, predicted).astype(np.float64) ** 2).mean(axis=1))
-        result.sigma[start : start + len(source)] = fitted.sigma * max(1.0, float(np.median(noise)) / NOISE)
+        noise = np.sqrt((distance.astype(np.float64) ** 2).mean(axis=1))
+        result.sigma[start : start + len(source)] = fitted.sigma * _widening(pair, noise, otherwise, LEANING_ROWS)
     return result
+
+
+def _otherwise(further: int, total: int) -> bool:
+    """Whether integers were chosen in another way than as the nearest ones: so many are further away than those."""
+    return further > max(16, FURTHER_THAN_NEAREST * total)
+
+
+def _widening(pair: WeightPair, noise: Array, otherwise: bool, leaning: float, least: float = 1.0) -> float:
+    """How much less a fit knows than it would of independent errors of NOISE; noise: of rows or columns, in steps."""
+    factor = max(least, leaning if otherwise else 1.0) if pair.scale is not None else 1.0
+    return max(1.0, float(np.median(noise)) / NOISE) * factor
 
 
 def misfits(pair: WeightPair, rows: Scales, columns: Scales) -> Misfits:

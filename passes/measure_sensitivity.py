@@ -1,0 +1,136 @@
+"""measure-sensitivity: how much noise each group adds to its stage's output, in every scheme that it may get."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vlqc.engines import Scheme, group_faults, legal_schemes, parse_target, rules_for
+from vlqc.ir import Sensitivity, Site, Stage
+from vlqc.passes.lower_linears import lower
+from vlqc.passes.quantize_weights import quantized
+from vlqc.pipeline import Pass
+
+# What a group may fall back to from the scheme that it was assigned.
+FALLBACKS = {
+    Scheme.W4A8_DYNAMIC: (Scheme.W8A8_DYNAMIC, Scheme.FLOAT),
+    Scheme.W8A8: (Scheme.W8A8_DYNAMIC, Scheme.FLOAT),
+    Scheme.W8A8_DYNAMIC: (Scheme.FLOAT,),
+}
+FAINT = 0.1  # of the median energy: fainter rows count as if they had that much
+
+
+@dataclass(frozen=True)
+class MeasureSensitivity(Pass):
+    """Runs the probe with one group at a time in each scheme that the target allows it, all others in float.
+
+    Nothing is decided here: that takes the figures of all stages. The modules stay with the stage, so that whatever is
+    decided can be emitted. target: whose rules hold; method: how the weights of other schemes are rounded, as in
+    quantize-weights.
+    """
+
+    name: ClassVar[str] = "measure-sensitivity"
+    kind: ClassVar[Literal["analysis", "rewrite"]] = "analysis"
+    summary: ClassVar[str] = "measure what each group, in every scheme it may get, does to the output of its stage"
+    after: ClassVar[tuple[str, ...]] = ("assign-precision", "quantize-weights")
+    before: ClassVar[tuple[str, ...]] = ("lower-linears",)
+
+    target: str = "both"
+    method: Literal["auto", "round", "clip", "gptq"] = "auto"
+
+    def __post_init__(self) -> None:
+        parse_target(self.target)
+
+    @torch.no_grad()
+    def run(self, stage: Stage) -> bool:
+        reference, found = probe_rows(stage), []
+        for source, members in stage.groups().items():
+            assigned = members[0].scheme
+            if assigned is None or assigned == Scheme.FLOAT:
+                continue
+            modules = {scheme: self._in_scheme(stage, members, scheme) for scheme in self.choices(stage, members)}
+            noise = {
+                scheme: noise_to_signal(reference, probe_rows(stage, of_target))
+                for scheme, of_target in modules.items()
+            }
+            names = tuple(site.name for site in members)
+            found.append(Sensitivity(source, stage.part, names, assigned, noise, modules))
+        stage.sensitivities = found
+        return False  # neither weights nor the text
+
+    def choices(self, stage: Stage, members: list[Site]) -> list[Scheme]:
+        """The scheme of a quantized group, and those that it may get instead: every engine of the target runs them on
+        all members, and beside the assigned scheme elsewhere."""
+        assigned = members[0].scheme or Scheme.FLOAT
+        if behind_biased_norm(stage, members):
+            return [assigned]
+        rules, dtype = rules_for(self.target, assigned), str(stage.dtype).removeprefix("torch.")
+        choices = [assigned]
+        for scheme in FALLBACKS[assigned]:
+            legal = rules is None or all(scheme in legal_schemes(rules, site.name, dtype) for site in members)
+            beside = {"model.layers.0.mlp.down_proj": assigned, "model.layers.1.mlp.down_proj": scheme}
+            if legal and (rules is None or not group_faults(rules, beside)):
+                choices.append(scheme)
+        return choices
+
+    def _in_scheme(self, stage: Stage, members: list[Site], scheme: Scheme) -> dict[str, nn.Module]:
+        """Target -> the module that each member is in this scheme; for FLOAT the float Linear itself."""
+        if scheme == Scheme.FLOAT:
+            return {site.target: stage.linear(site) for site in members}
+        if scheme != members[0].scheme:
+            members = [replace(site, scheme=scheme, group_size=None, input=None, weight=None) for site in members]
+            weights = quantized(stage, members[0].source, members, self.method)
+            for site, weight in zip(members, weights, strict=True):
+                site.weight = weight
+        return {site.target: lower(stage, site) for site in members}
+
+
+def behind_biased_norm(stage: Stage, members: list[Site]) -> bool:
+    """Whether a pass gave the norm before a group a bias: engines add that in front of static W8A8 linears only."""
+    node = stage.node(members[0].source)
+    if node.op != "call_module":
+        return any(site.gained_bias for site in members)
+    producer = stage.live.get_submodule(str(node.target))
+    has_bias = any(name == "bias" for name, _ in (*producer.named_parameters(), *producer.named_buffers()))
+    return has_bias and not isinstance(producer, nn.Linear)
+
+
+def probe_rows(stage: Stage, modules: Mapping[str, nn.Module] | None = None) -> Tensor:
+    """float32 [rows, K]: what the stage returns for the probe, rows of padding left out.
+
+    modules: stand at their targets meanwhile, floats among them with weights as they are emitted.
+    """
+    linears = {target: stage.live.get_submodule(target) for target in modules or {}}
+    try:
+        for target, module in (modules or {}).items():
+            stage.live.set_submodule(target, _as_emitted(module, stage.dtype))
+        rows = stage.probe_rows()
+    finally:
+        for target, linear in linears.items():
+            stage.live.set_submodule(target, linear)
+    modality = stage.probe.modality if stage.probe else None
+    return rows if modality is None or modality.numel() != len(rows) else rows[modality >= 0]
+
+
+def noise_to_signal(reference: Tensor, other: Tensor) -> float:
+    """float32 [rows, K] twice -> mean over rows of the difference's power relative to the row's own.
+
+    A norm divides every token by its size before anything reads it, so of a token 10 times as large 100 times the noise
+    counts the same; and as all tokens leave the last norm alike, they all count the same.
+    """
+    signal = reference.double().square().mean(1)
+    noise = (other.double() - reference.double()).square().mean(1)
+    faintest = (FAINT * signal.median()).clamp(min=torch.finfo(torch.float32).tiny)
+    return float((noise / torch.maximum(signal, faintest)).mean())
+
+
+def _as_emitted(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A Linear with its weight and bias rounded as they are stored; quantized modules are what is stored."""
+    if not isinstance(module, nn.Linear):
+        return module
+    stored = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+    stored.weight = nn.Parameter(module.weight.to(dtype).float(), requires_grad=False)
+    stored.bias = None if module.bias is None else nn.Parameter(module.bias.to(dtype).float(), requires_grad=False)
+    return stored

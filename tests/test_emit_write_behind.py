@@ -1,0 +1,106 @@
+"""Writing behind: the same files as without, and no error gets lost in the thread."""
+
+import errno
+import threading
+from pathlib import Path
+
+import pytest
+import tiny_task
+import torch
+from torch import Tensor
+
+import vlqc
+from vlqc.emit.shards import ShardWriter
+from vlqc.emit.write_behind import WriteBehind
+from vlqc.errors import InternalError, UserError
+
+TINY = Path(tiny_task.__file__).parent / "tiny_vl"
+
+
+def tensors() -> dict[str, Tensor]:
+    random = torch.Generator().manual_seed(0)
+    return {f"t{count}": torch.randn(count, generator=random) for count in (1, 7, 64, 1000, 5)}
+
+
+@pytest.mark.parametrize("most_waiting", [0, 100, 1 << 20])
+@pytest.mark.parametrize("limit", [None, 3000])
+def test_the_same_bytes_as_without(tmp_path: Path, most_waiting: int, limit: int | None) -> None:
+    """Catches tensors out of order, left out at the end, or a queue that stands still when it is full."""
+    plain, behind = tmp_path / "plain", tmp_path / "behind"
+    for folder in (plain, behind):
+        folder.mkdir()
+    writer = ShardWriter(plain, header_bytes=2000, limit=limit)
+    thread = WriteBehind(ShardWriter(behind, header_bytes=2000, limit=limit), most_waiting)
+    for name, tensor in tensors().items():
+        writer.add(name, tensor)
+        thread.add(name, tensor)
+    writer.close("weights")
+    thread.close("weights")
+    written = {path.name: path.read_bytes() for path in plain.iterdir()}
+    assert written == {path.name: path.read_bytes() for path in behind.iterdir()} and written
+
+
+class Full(ShardWriter):
+    """A disk that has no room for the second tensor."""
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        if name != "t1":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        super().add(name, tensor)
+
+
+def test_an_error_comes_with_the_next_call(tmp_path: Path) -> None:
+    """Catches a result that lacks what could not be written."""
+    thread = WriteBehind(Full(tmp_path, header_bytes=2000))
+    with pytest.raises(OSError, match="No space left"):
+        for name, tensor in tensors().items():
+            thread.add(name, tensor)
+        thread.close("weights")
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_name_is_refused_at_once(tmp_path: Path) -> None:
+    """Catches an error that appears only when some later stage is written."""
+    thread = WriteBehind(ShardWriter(tmp_path, header_bytes=2000))
+    thread.add("t", torch.ones(2))
+    with pytest.raises(InternalError, match="t is written twice"):
+        thread.add("t", torch.ones(2))
+
+
+def test_no_more_waits_than_was_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches memory that grows because the disk is slower than the arithmetic."""
+    gate, waiting = threading.Event(), threading.Event()
+    writer = ShardWriter(tmp_path, header_bytes=2000)
+    add = writer.add
+
+    def slow(name: str, tensor: Tensor) -> None:
+        gate.wait()
+        add(name, tensor)
+
+    monkeypatch.setattr(writer, "add", slow)
+    thread = WriteBehind(writer, most_waiting=100)
+    thread.add("first", torch.ones(20))
+
+    def second() -> None:
+        thread.add("second", torch.ones(20))
+        waiting.set()
+
+    other = threading.Thread(target=second)
+    other.start()
+    assert not waiting.wait(0.2)
+    gate.set()
+    other.join()
+    assert waiting.is_set()
+    thread.close("weights")
+
+
+def test_a_full_disk_is_an_error_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a traceback out of the thread, and a work folder that stays behind."""
+
+    def full(writer: ShardWriter, name: str, tensor: Tensor) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ShardWriter, "add", full)
+    with pytest.raises(UserError, match="No space left"):
+        vlqc.compile(model_path=TINY, save_directory=tmp_path / "out", samples=tiny_task.samples(1, seed=0))
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,259 @@
+"""gptq, input_gram and clip_search: against the published algorithm, and on rows that were not calibrated on."""
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from vlqc.kernels_ref.group import quantize_weight_per_group_absmax
+from vlqc.kernels_ref.quantize import quantize_weight_per_channel_absmax
+from vlqc.passes import input_gram
+from vlqc.passes.clip_search import GroupGrid, RowGrid, best_steps, importance_of
+from vlqc.passes.gptq import columns_in_order, compensated
+from vlqc.passes.input_gram import chosen_shrinkage, gram_of
+
+DTYPE = torch.bfloat16
+ROWS_AND_WIDTH = [(1024, 4096), (96, 4096), (1024, 128), (96, 128)]  # rows, above and below K; columns per block
+GROUPS = [None, 64, 128, 256]
+
+
+def correlated(rows: int, columns: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Two samples float32 [rows, K], [512, K] of one distribution: a few common causes, and columns of unlike size."""
+    generator = torch.Generator().manual_seed(seed)
+    causes = torch.randn(16, columns, generator=generator)
+    size = torch.randn(columns, generator=generator).exp()
+
+    def sample(count: int) -> Tensor:
+        common = torch.randn(count, 16, generator=generator) @ causes / 4
+        return (common + 0.5 * torch.randn(count, columns, generator=generator)) * size
+
+    return sample(rows), sample(512)
+
+
+def weight_of(rows: int, columns: int, seed: int) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed + 1000)) / 16
+
+
+def uniform(rows: Tensor) -> Tensor:
+    return torch.full((len(rows),), 1 / len(rows), dtype=torch.float64)
+
+
+def moments(rows: Tensor) -> Tensor:
+    return importance_of(rows.double().square().mean(0))
+
+
+def grid(weight: Tensor, group_size: int | None, importance: Tensor) -> RowGrid | GroupGrid:
+    if group_size is None:
+        return RowGrid(weight, importance, None, DTYPE)
+    return GroupGrid(weight, importance, group_size, DTYPE)
+
+
+def value(integers: Tensor, scales: tuple[Tensor, ...]) -> Tensor:
+    """float64 [N, K]"""
+    scale = scales[0].double() if len(scales) == 1 else scales[0].double() * scales[1].double()
+    return integers.double() * scale.repeat_interleave(integers.shape[1] // scale.shape[1], 1)
+
+
+def by_rounding(weight: Tensor, group_size: int | None) -> Tensor:
+    if group_size is None:
+        integers, *scales = quantize_weight_per_channel_absmax(weight, scale_dtype=DTYPE)
+    else:
+        integers, *scales = quantize_weight_per_group_absmax(weight, group_size, DTYPE)
+    return value(integers, tuple(scales))
+
+
+def by_clipping(weight: Tensor, group_size: int | None, rows: Tensor) -> Tensor:
+    chosen = grid(weight, group_size, moments(rows))
+    return value(chosen.nearest(), chosen.scales())
+
+
+def by_gptq(weight: Tensor, group_size: int | None, rows: Tensor, width: int = 4096) -> Tensor:
+    chosen = grid(weight, group_size, moments(rows))
+    (integers,) = compensated([weight], [chosen], rows, uniform(rows), moments(rows), width)
+    return value(integers, chosen.scales())
+
+
+def decibels(weight: Tensor, stored: Tensor, rows: Tensor) -> float:
+    exact, error = rows.double() @ weight.double().T, rows.double() @ (weight.double() - stored).T
+    return float(10 * torch.log10(exact.square().sum() / error.square().sum()))
+
+
+@pytest.mark.parametrize("group_size", GROUPS)
+@pytest.mark.parametrize(("rows", "width"), ROWS_AND_WIDTH)
+@settings(max_examples=3, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 2**16))
+def test_better_on_rows_never_seen(rows: int, width: int, group_size: int | None, seed: int) -> None:
+    """Compensation that fits the noise of few rows, or blocks that hand their error on with the wrong sign or scale."""
+    columns = 256
+    if group_size and group_size > width:
+        width = group_size
+    seen, unseen = correlated(rows, columns, seed)
+    weight = weight_of(48, columns, seed)
+    plain = decibels(weight, by_rounding(weight, group_size), unseen)
+    clipped = decibels(weight, by_clipping(weight, group_size, seen), unseen)
+    best = decibels(weight, by_gptq(weight, group_size, seen, width), unseen)
+    assert clipped >= plain - 0.1
+    assert best >= max(clipped, plain) + (2 if rows > columns else 1)
+
+
+def test_blocks_hand_their_error_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that each look at themselves alone, or an error that is handed on with the wrong sign or scale."""
+    seen, unseen = correlated(4096, 256, 5)
+    weight = weight_of(48, 256, 5)
+    whole, parts = (decibels(weight, by_gptq(weight, 64, seen, width), unseen) for width in (256, 64))
+    block = input_gram._block
+    monkeypatch.setattr(input_gram, "_block", lambda *given, several, first: block(*given, several=False, first=True))
+    alone = decibels(weight, by_gptq(weight, 64, seen, 64), unseen)
+    assert alone + 0.2 < parts < whole + 0.1
+
+
+def textbook(weight: Tensor, scale: Tensor, hessian: npt.NDArray[np.float64], limit: int) -> npt.NDArray[np.float64]:
+    """GPTQ as published: float64, column by column, through the Cholesky factor of the inverse."""
+    remaining, steps = weight.double().numpy().copy(), scale.double().numpy()[:, 0]
+    upper = np.linalg.cholesky(np.linalg.inv(hessian)).T
+    integers = np.zeros_like(remaining)
+    for column in range(remaining.shape[1]):
+        integers[:, column] = np.clip(np.rint(remaining[:, column] / steps), -limit, limit)
+        error = (remaining[:, column] - integers[:, column] * steps) / upper[column, column]
+        remaining[:, column:] -= error[:, None] * upper[column, column:]
+    return integers
+
+
+@pytest.mark.parametrize("columns", [5, 16, 33, 100])
+@pytest.mark.parametrize("shrinkage", [0.05, 0.5])
+def test_the_integers_of_the_published_algorithm(
+    columns: int, shrinkage: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A factor that is flipped, transposed or scaled the wrong way, a column that misses the errors of some before."""
+    monkeypatch.setattr(input_gram, "chosen_shrinkage", lambda *_: shrinkage)
+    seen, _ = correlated(300, columns, columns)
+    seen = seen[:, seen.square().sum(0).argsort(descending=True)]  # in the order in which columns are taken
+    weight = weight_of(7, columns, columns)
+    chosen = RowGrid(weight, moments(seen), None, DTYPE)
+    (integers,) = compensated([weight], [chosen], seen, uniform(seen), moments(seen))
+    hessian = seen.double().numpy().T @ seen.double().numpy() / len(seen)
+    shrunk = (1 - shrinkage) * hessian + shrinkage * np.diag(np.diag(hessian))
+    np.testing.assert_array_equal(integers, textbook(weight, chosen.scale, shrunk, 127))
+
+
+def test_weights_that_share_an_input_do_not_meet() -> None:
+    """Integers or errors of one weight of a group written to another one, or to other rows."""
+    seen, _ = correlated(64, 128, 3)
+    weights = [weight_of(rows, 128, rows) for rows in (2050, 3, 1)]  # more rows than go through at a time, and few
+    grids = [grid(weight, 64, moments(seen)) for weight in weights]
+    together = compensated(weights, grids, seen, uniform(seen), moments(seen), 64)
+    for weight, integers, one in zip(weights, together, grids, strict=True):
+        apart = by_gptq(weight, 64, seen, 64)
+        wrong = (value(integers, one.scales()) != apart).float().mean()
+        assert float(wrong) < 0.02  # other shapes of products, other last bits
+
+
+@pytest.mark.parametrize("group_size", [None, 64])
+def test_one_row_says_nothing_of_columns_that_go_together(group_size: int | None) -> None:
+    """A single row of statistics taken for the whole truth: every column would make up for every other one."""
+    seen, _ = correlated(1, 128, 1)
+    weight = weight_of(16, 128, 1)
+    assert torch.equal(by_gptq(weight, group_size, seen), by_clipping(weight, group_size, seen))
+
+
+@pytest.mark.parametrize("group_size", [None, 64])
+@pytest.mark.parametrize("width", [4096, 64])
+def test_dead_columns_and_rows(group_size: int | None, width: int) -> None:
+    """A division by zero, or columns that were silent at first and are destroyed by errors pushed into them."""
+    seen, unseen = correlated(200, 128, 2)
+    weight = weight_of(16, 128, 2)
+    dead, weight[3] = torch.tensor([0, 64, 65, 127]), 0
+    seen[:, dead] = 0
+    stored = by_gptq(weight, group_size, seen, width)
+    assert bool(stored.isfinite().all()) and not bool(stored[3].any())
+    plain = by_rounding(weight, group_size)
+    kept, usual = (decibels(weight[:, dead], one[:, dead], unseen[:, dead]) for one in (stored, plain))
+    assert kept > usual - 6  # a row's outlier may be cut that only a dead column has
+    unseen[:, dead] = 0
+    assert decibels(weight, stored, unseen) > decibels(weight, plain, unseen) + 1
+    silent = torch.zeros_like(seen)
+    assert bool(by_gptq(weight, group_size, silent, width).isfinite().all())
+
+
+@pytest.mark.parametrize("width", [4096, 256])
+def test_threads_change_no_bit(width: int) -> None:
+    """Integers that depend on how many threads happened to share a matrix product."""
+    seen, _ = correlated(300, 512, 4)
+    weights = [weight_of(rows, 512, rows) for rows in (2500, 40)]
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            grids = [GroupGrid(weight, moments(seen), 128, DTYPE) for weight in weights]
+            integers = compensated(weights, grids, seen, uniform(seen), moments(seen), width)
+            assert torch.get_num_threads() == count
+            found.append([*integers, *(scale for one in grids for scale in one.scales())])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(*pair) for other in found[1:] for pair in zip(found[0], other, strict=True))
+
+
+# ---- the Gram matrix -------------------------------------------------------------------------------------------------
+
+
+def test_gram_in_panels() -> None:
+    """A panel that is not mirrored, or mirrored to the wrong place."""
+    rows = torch.randn(40, 1100, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(gram_of(rows), rows.T @ rows)
+
+
+def test_shrinkage_follows_the_rows() -> None:
+    """A constant: rows without correlations, and few rows, need more of it than many rows with strong ones."""
+    found = []
+    for rows, columns in ((4000, 64), (30, 64)):
+        seen, _ = correlated(rows, columns, 0)
+        size = seen.square().mean(0).sqrt()
+        known, unseen = input_gram.apart(seen / size / len(seen) ** 0.5)
+        found.append(chosen_shrinkage(gram_of(known), unseen, size))
+    noise = torch.randn(300, 64, generator=torch.Generator().manual_seed(1)) / 300**0.5
+    known, unseen = input_gram.apart(noise)
+    assert found[0] < found[1] <= chosen_shrinkage(gram_of(known), unseen, torch.ones(64))
+    assert found[0] <= 0.1
+
+
+def test_order_keeps_groups_together() -> None:
+    """Columns of two groups mixed: a group's scale could not be chosen before all of it is known."""
+    importance = torch.tensor([1.0, 2, 9, 0, 5, 5])
+    assert columns_in_order(importance, 2).tolist() == [4, 5, 2, 3, 1, 0]
+    assert columns_in_order(importance, None).tolist() == [2, 4, 5, 1, 0, 3]
+
+
+# ---- the search for steps --------------------------------------------------------------------------------------------
+
+
+def test_best_steps_against_every_candidate() -> None:
+    """A search that weighs columns alike, looks at the wrong rows of a chunk, or returns a step it did not try."""
+    generator = torch.Generator().manual_seed(0)
+    values, importance = torch.randn(300, 700, generator=generator), torch.rand(700, generator=generator)
+    shares, covering = (1.0, 0.8, 0.6, 0.4), values.abs().amax(1) / 7
+    found = best_steps(values, importance, covering, (-8, 7), shares, lambda step, rows: step + rows.start * 1e-9)
+    exact, weights = values.double().numpy(), importance.double().numpy()
+    errors = []
+    for share in shares:
+        step = (covering.double().numpy() * share)[:, None]
+        errors.append(((np.clip(np.rint(exact / step), -8, 7) * step - exact) ** 2) @ weights)
+    expected = covering.numpy() * np.array(shares, np.float32)[np.argmin(errors, 0)]
+    assert float((torch.isclose(found, torch.from_numpy(expected), rtol=1e-4)).float().mean()) > 0.99
+    assert len(set(np.argmin(errors, 0))) > 1
+
+
+def test_an_outlier_that_nobody_hears_is_cut() -> None:
+    """A range that covers the largest weight whatever it is multiplied by; one that cuts it where it counts."""
+    weight = weight_of(4, 256, 0)
+    weight[:, 17] = 2.0
+    quiet, loud = torch.ones(256), torch.ones(256)
+    quiet[17] = 1e-6
+    for group_size in (None, 64):
+        steps = [grid(weight, group_size, importance_of(second_moment)) for second_moment in (quiet, loud)]
+        for one in steps:
+            one.nearest()
+        cut, whole = (float(one.scales()[-1][0, 0]) for one in steps)
+        assert cut < 0.8 * whole

@@ -1,0 +1,426 @@
+"""split-window-attention: equal numbers at the cost of the windows; whatever is no window stays as it is."""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from exact_stage import exact_stage
+from hypothesis import given
+from hypothesis import strategies as st
+from random_stage import decoder, staged, through
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from vlqc.flow import find_edges
+from vlqc.ir import Call, Stage
+from vlqc.lockstep import Lockstep
+from vlqc.parser import parse_stage
+from vlqc.passes import split_window_attention as tested
+from vlqc.passes.insert_observers import InsertObservers
+from vlqc.passes.split_window_attention import ATTENTION, SplitWindowAttention, windowed_attention, windows_of
+from vlqc.pipeline import PassManager
+from vlqc.printer import print_stage
+from vlqc.stages import live_stage
+
+HEADS, DEPTH = 2, 8
+HIDDEN = HEADS * DEPTH
+WINDOWS = st.lists(st.integers(1, 6), min_size=1, max_size=7)
+KINDS = ("bool", "-inf", "lowest")  # how a mask says that a row may not look somewhere
+
+
+def mask_of(windows: list[int], kind: str = "bool") -> Tensor:
+    """[1, S, S], written as transformers 4.49 writes it."""
+    rows, start = sum(windows), 0
+    forbidden = {"bool": False, "-inf": -torch.inf, "lowest": torch.finfo(torch.float32).min}[kind]
+    mask: Tensor = torch.full((1, rows, rows), forbidden)
+    for length in windows:
+        mask[..., start : start + length, start : start + length] = True if kind == "bool" else 0.0
+        start += length
+    return mask
+
+
+def by_hand(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v in float64, over the pairs that are allowed."""
+    scores = query.double() @ key.double().mT / query.shape[-1] ** 0.5
+    mixed: Tensor = scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ value.double()
+    return mixed
+
+
+class Attention(nn.Module):
+    """As transformers 4.49 has it: heads first, no batch, and a mask that is made from the ends of the windows."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.qkv = nn.Linear(HIDDEN, 3 * HIDDEN)
+        self.proj = nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, rows: Tensor, windows: Tensor) -> Tensor:
+        q, k, v = self.qkv(rows).reshape(len(rows), 3, HEADS, DEPTH).permute(1, 2, 0, 3).unbind(0)
+        if self.kind == "causal":
+            mask = torch.ones(len(rows), len(rows), dtype=torch.bool).tril()
+        else:
+            mask = mask_of(windows.tolist(), self.kind)
+        seen = nn.functional.scaled_dot_product_attention(q, k, v, mask, dropout_p=0.0)
+        projected: Tensor = self.proj(seen.transpose(0, 1).reshape(rows.shape))
+        return projected
+
+
+class Block(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(HIDDEN)
+        self.attn = Attention(kind)
+
+    def forward(self, hidden_states: Tensor, windows: Tensor) -> Tensor:
+        mixed: Tensor = self.attn(self.norm(hidden_states), windows)
+        return hidden_states + mixed
+
+
+def block_stage(*samples: list[int], kind: str = "bool", seed: int = 0) -> Stage:
+    """Random weights, one sample per list of window lengths; the first is the probe."""
+    torch.manual_seed(seed)
+    block = Block(kind).requires_grad_(False).eval()
+    calls = [Call(n, (torch.randn(sum(it), HIDDEN),), {"windows": torch.tensor(it)}) for n, it in enumerate(samples)]
+    stage = staged(block, calls, name="visual.blocks.0")
+    stage.probe = calls[0]
+    return stage
+
+
+class Counter(TorchFunctionMode):
+    """Counts the scores of all attention inside: query rows times key rows, per head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores, self.masks = 0, 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is ATTENTION:
+            named = tested._named(args, kwargs or {})
+            query, key = named["query"], named["key"]
+            self.scores += query.shape[:-3].numel() * query.shape[-2] * key.shape[-2]
+            self.masks += named.get("attn_mask") is not None
+        return func(*args, **(kwargs or {}))
+
+
+def scores_of(stage: Stage) -> int:
+    counter = Counter()
+    with counter:
+        stage.run()
+    return counter.scores
+
+
+@contextmanager
+def real_stages(*samples: dict[str, Tensor]) -> Iterator[Iterator[Stage]]:
+    """The stages of the tiny model, one after the other, each run by the caller."""
+    model = tiny.float_model()
+    read = model.checkpoint.tensor
+
+    def stages(lockstep: Lockstep) -> Iterator[Stage]:
+        for stop in lockstep:
+            with live_stage(model, stop, torch.bfloat16, read) as stage:
+                yield stage
+                stop.outputs = stage.outputs
+
+    with torch.no_grad(), model.ready_outside(read), Lockstep(model, samples) as lockstep:
+        yield stages(lockstep)
+
+
+# ---- the text --------------------------------------------------------------------------------------------------------
+
+
+def test_golden(golden: Callable[[str, str], None]) -> None:
+    """Any change of what the pass does to a graph shows here as text; the text reads back."""
+    text = print_stage(through(exact_stage(), SplitWindowAttention()))
+    golden("after-split-window-attention.vlqc", text)
+    assert print_stage(parse_stage(text)) == text
+
+
+def test_channels_still_flow() -> None:
+    """Catches a graph in which v is no longer seen to reach proj: its outliers could not be smoothed any more."""
+    before, after = (find_edges(stage.live, stage.graph) for stage in (exact_stage(), split(exact_stage())))
+    assert [edge.producer for edge in before] == [edge.producer for edge in after]
+    for one, other in zip(before, after, strict=True):
+        assert torch.equal(one.usable, other.usable) and one.consumers.keys() == other.consumers.keys()
+        assert all(torch.equal(one.consumers[target], other.consumers[target]) for target in one.consumers)
+
+
+def split(stage: Stage) -> Stage:
+    """The stage after the pass, which must have split something in it."""
+    assert SplitWindowAttention().run(stage) and not stage.notes
+    return stage
+
+
+# ---- windows ---------------------------------------------------------------------------------------------------------
+
+
+@given(WINDOWS, st.sampled_from(KINDS), st.integers(0, 2))
+def test_windows_are_read_off_the_mask(windows: list[int], kind: str, more: int) -> None:
+    """Catches an end of a window that is one row off, a kind of mask that is not known, too many dimensions."""
+    mask = mask_of(windows, kind)[0]
+    assert windows_of(mask[(None,) * more]) == windows
+
+
+@given(WINDOWS, st.sampled_from(KINDS), st.data())
+def test_any_other_value_is_no_window(windows: list[int], kind: str, data: st.DataObject) -> None:
+    """Catches a mask that is almost block-diagonal and passes for it: one pair more or less would be lost."""
+    mask = mask_of(windows, kind)
+    row, column = (data.draw(st.integers(0, sum(windows) - 1)) for _ in range(2))
+    value = mask[0, row, column]
+    mask[0, row, column] = ~value if kind == "bool" else data.draw(st.sampled_from([-5.0, 1.0, torch.nan]))
+    assert windows_of(mask) == []
+
+
+def test_pairs_that_change_places() -> None:
+    """Catches a mask that passes for block-diagonal because it allows as many pairs, and neighbours the same way."""
+    mask = mask_of([3, 3])[0]
+    mask[0, 2] = mask[2, 0] = False
+    mask[0, 5] = mask[5, 0] = True
+    assert windows_of(mask) == []
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 5), (2, 4, 4), (0, 0)])
+def test_masks_of_other_shapes(shape: tuple[int, ...]) -> None:
+    """Catches a mask that differs between heads, or is not square, taken for one of windows."""
+    assert windows_of(torch.ones(shape, dtype=torch.bool)) == []
+
+
+@given(WINDOWS, st.sampled_from([(HEADS,), (1, HEADS), (3, HEADS)]), st.integers(0, 9))
+def test_equals_attention_under_the_mask(windows: list[int], leading: tuple[int, ...], seed: int) -> None:
+    """Catches rows or samples that change places, and scores across windows; windows of one row, one window only."""
+    random = torch.Generator().manual_seed(seed)
+    q, k, v = torch.randn(3, *leading, sum(windows), DEPTH, generator=random)
+    got = windowed_attention(q, k, v, windows)
+    assert got.shape == q.shape
+    torch.testing.assert_close(got.double(), by_hand(q, k, v, mask_of(windows)), rtol=1e-5, atol=1e-6)
+
+
+def test_grouped_queries_and_scale() -> None:
+    """Catches a `scale` or grouped heads that get lost on the way into the windows."""
+    torch.manual_seed(0)
+    q, (k, v) = torch.randn(1, 4, 9, DEPTH), torch.randn(2, 1, 2, 9, DEPTH)
+    each_k, each_v = (it.repeat_interleave(2, 1) for it in (k, v))
+    wanted = by_hand(q * 0.5 * DEPTH**0.5, each_k, each_v, mask_of([4, 4, 1]))
+    got = windowed_attention(q, k, v, [4, 4, 1], scale=0.5, enable_gqa=True)
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+# ---- a stage ---------------------------------------------------------------------------------------------------------
+
+SAMPLES = ([4, 4, 2, 4, 1], [4], [1, 1, 1, 5, 5, 3], [2, 2])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_sample_keeps_its_outputs(kind: str) -> None:
+    """Catches windows of the probe that are forced on the other samples, and a pass that did nothing at all."""
+    stage = block_stage(*SAMPLES, kind=kind)
+    dense = scores_of(stage)
+    assert dense == sum(sum(windows) ** 2 for windows in SAMPLES)
+    wanted, names = stage.outputs, [name for name, _ in stage.live.named_parameters()]
+    manager = PassManager([SplitWindowAttention()])
+    manager.run(stage)
+    assert not stage.notes and [name for name, _ in stage.live.named_parameters()] == names
+    assert scores_of(stage) == sum(length**2 for windows in SAMPLES for length in windows) < dense / 2
+    for one, other in zip(wanted, stage.outputs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    manager.run(stage)  # a second time there is nothing left to split, and the manager holds the pass to that
+
+
+def test_a_sample_does_not_depend_on_the_others() -> None:
+    """Catches windows of several samples in one batch: the same sample has to give the same bytes in any company."""
+    together, wanted = split(block_stage(*SAMPLES)), []
+    together.run()
+    for call in together.calls:
+        alone = block_stage(*SAMPLES)
+        alone.calls = alone.calls[call.sample : call.sample + 1]
+        alone.probe = together.probe
+        split(alone).run()
+        wanted += alone.outputs
+    assert all(torch.equal(one, other) for one, other in zip(together.outputs, wanted, strict=True))
+
+
+def test_one_window_needs_no_mask() -> None:
+    """Catches blocks with full attention that keep their mask, and several pictures that keep seeing each other's."""
+    stage = block_stage([9], [5, 4], [3, 3, 3])
+    stage.run()
+    wanted = stage.outputs
+    through(stage, SplitWindowAttention())
+    with Counter() as counter:
+        stage.run()
+    assert (counter.scores, counter.masks) == (81 + 25 + 16 + 27, 0)
+    for one, other in zip(wanted, stage.outputs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_sites_observers_and_other_modules_see_nothing_of_it() -> None:
+    """Catches a stand-in that hides children: observed inputs, replaced linears and copies must reach what runs."""
+    plain, stage = block_stage(*SAMPLES), block_stage(*SAMPLES)
+    through(plain, InsertObservers())
+    through(stage, SplitWindowAttention(), InsertObservers())
+    assert stage.observations.keys() == plain.observations.keys()
+    for source, seen in plain.observations.items():
+        torch.testing.assert_close(stage.observations[source].maximum(), seen.maximum())
+    copied = copy.deepcopy(stage.live)
+    stage.live.set_submodule("attn.proj", nn.Identity())
+    stage.run()
+    replaced = stage.outputs[0]
+    plain.live.set_submodule("attn.proj", nn.Identity())
+    plain.run()
+    torch.testing.assert_close(replaced, plain.outputs[0])
+    call = stage.calls[0]
+    assert not torch.allclose(copied(*call.args, **call.kwargs), replaced)  # it has its own proj
+    assert stage.live.get_submodule("attn").kind == "bool"  # attributes are those of the module it stands for
+
+
+def test_a_linear_that_reads_attention_itself() -> None:
+    """Catches a site whose source is the node that was replaced."""
+
+    class PerHead(Attention):
+        def __init__(self) -> None:
+            super().__init__("bool")
+            self.per_head = nn.Linear(DEPTH, DEPTH)
+
+        def forward(self, rows: Tensor, windows: Tensor) -> Tensor:
+            q, k, v = self.qkv(rows).reshape(len(rows), 3, HEADS, DEPTH).permute(1, 2, 0, 3).unbind(0)
+            seen = nn.functional.scaled_dot_product_attention(q, k, v, mask_of(windows.tolist()))
+            mixed: Tensor = self.per_head(seen)
+            return mixed.transpose(0, 1).reshape(rows.shape)
+
+    plain = block_stage([3, 2])
+    plain.live.set_submodule("attn", PerHead().requires_grad_(False))
+    stage = through(staged(plain.live, list(plain.calls), name="visual.blocks.0"), SplitWindowAttention())
+    assert stage.sites["visual.blocks.0.attn.per_head"].source == "cat"
+
+
+def test_no_hooks_stay() -> None:
+    """Catches hooks of the proof that go on counting modules."""
+    stage = split(block_stage([3, 2]))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in stage.live.modules())
+
+
+# ---- what stays as it is ---------------------------------------------------------------------------------------------
+
+
+def unsplittable() -> dict[str, Stage]:
+    """Stages in which there is nothing to split."""
+    block = block_stage([3, 3], kind="causal")
+    attention = block_stage([3, 3]).live.get_submodule("attn")
+    nameless = staged(attention, [Call(0, (torch.randn(6, HIDDEN), torch.tensor([3, 3])), {})])
+    return {"text": decoder(), "another mask": block, "no module to stand for": nameless}
+
+
+@pytest.mark.parametrize("name", ["text", "another mask", "no module to stand for"])
+def test_untouched(name: str) -> None:
+    """Catches a stage without windows that is changed, or noted about."""
+    stage = unsplittable()[name]
+    before, modules = print_stage(stage), dict(stage.live.named_modules())
+    assert not SplitWindowAttention().run(stage)
+    assert print_stage(stage) == before and dict(stage.live.named_modules()) == modules and not stage.notes
+
+
+def test_dropout_stays_random() -> None:
+    """Catches a call with dropout that is split, which would drop other scores, or none."""
+    q, k, v = torch.randn(3, HEADS, 4, DEPTH, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(1)
+    wanted = ATTENTION(q, k, v, mask_of([2, 2]), dropout_p=0.5)
+    torch.manual_seed(1)
+    with tested.SplitWindows():
+        assert torch.equal(ATTENTION(q, k, v, mask_of([2, 2]), dropout_p=0.5), wanted)
+
+
+def test_attention_inside_a_leaf_is_left_alone() -> None:
+    """Catches calls of attention that are matched with the wrong nodes: one of them is in no node."""
+
+    class Leaf(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(HIDDEN))
+
+        def forward(self, rows: Tensor) -> Tensor:
+            return nn.functional.scaled_dot_product_attention(rows[None], rows[None], rows[None])[0] * self.weight
+
+    stage = block_stage([3, 3])
+    block = stage.live
+    block.set_submodule("norm", Leaf().requires_grad_(False))
+    assert not SplitWindowAttention().run(staged(block, list(stage.calls), name="visual.blocks.0"))
+
+
+# ---- the proof -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("probe", [[4, 3, 3], [10]])
+def test_a_split_that_changes_the_output_is_left_out(probe: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a rewrite without proof: a split that lets windows see each other, unnoticed with one window only."""
+
+    def wrong(query: Tensor, key: Tensor, value: Tensor, windows: list[int], **kwargs: Any) -> Tensor:
+        return ATTENTION(query, key, value, **kwargs)
+
+    stage = block_stage(probe)
+    before, attention = print_stage(stage), stage.live.get_submodule("attn")
+    monkeypatch.setattr(tested, "windowed_attention", wrong)
+    assert not SplitWindowAttention().run(stage)
+    assert print_stage(stage) == before and stage.live.get_submodule("attn") is attention
+    assert stage.notes == ["splitting the attention of visual.blocks.0.attn into windows changes its output; left out"]
+
+
+def test_the_stand_in_is_proven_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a module that runs otherwise under its stand-in, although attention alone came out right."""
+    stage = block_stage([4, 3])
+    attention = stage.live.get_submodule("attn")
+    plain = tested.Windowed.forward
+    monkeypatch.setattr(tested.Windowed, "forward", lambda self, *args: plain(self, *args) * 1.001)
+    assert not SplitWindowAttention().run(stage)
+    assert stage.live.get_submodule("attn") is attention and len(stage.notes) == 1
+
+
+# ---- the real model --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.every_transformers
+def test_the_real_model_computes_windows_only() -> None:
+    """Catches a vision tower that still computes all pairs of patches, in the transformers version at hand."""
+    sample = tiny.made_up((8, 10), (4, 6), words=4)
+    per_block = {"visual.blocks.0": windows_on_grid((8, 10), (4, 6)), "visual.blocks.1": [80, 24]}
+    with real_stages(sample, tiny.made_up((4, 4))) as stages:
+        for stage in stages:
+            attention = [node for node in stage.graph.nodes if node.target is ATTENTION]
+            masked = any(tested._named(node.args, node.kwargs).get("attn_mask") for node in attention)
+            stage.run()
+            wanted, modules = stage.outputs, dict(stage.live.named_modules())
+            assert SplitWindowAttention().run(stage) == (masked and stage.part == "vision") and not stage.notes
+            if stage.name in per_block:
+                assert scores_of(stage) == sum(length**2 for length in [*per_block[stage.name], *([16])])
+            else:
+                stage.run()
+            for one, other in zip(wanted, stage.outputs, strict=True):
+                for left, right in zip(tiny.tensors_of(one), tiny.tensors_of(other), strict=True):
+                    torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
+    assert dict(stage.live.named_modules()) == modules
+
+
+def windows_on_grid(*grids: tuple[int, int]) -> list[int]:
+    """Patches per window of the tiny model: squares of 4 x 4 patches, smaller at the lower and right edges."""
+    sides = [
+        ([min(4, down - y) for y in range(0, down, 4)], [min(4, w - x) for x in range(0, w, 4)]) for down, w in grids
+    ]
+    return [tall * wide for rows, columns in sides for tall in rows for wide in columns]
+
+
+def test_stand_ins_are_gone_with_the_stage() -> None:
+    """Catches a model that keeps the stand-ins of a stage that was emitted: another compilation would meet them."""
+    model = tiny.float_model()
+    before = dict(model.module.named_modules())
+    read = model.checkpoint.tensor
+    with torch.no_grad(), model.ready_outside(read), Lockstep(model, [tiny.made_up((8, 8))]) as lockstep:
+        for stop in lockstep:
+            with live_stage(model, stop, torch.bfloat16, read) as stage:
+                SplitWindowAttention().run(stage)
+                stage.run()
+                stop.outputs = stage.outputs
+    assert dict(model.module.named_modules()) == before

@@ -1,0 +1,103 @@
+"""Quantize one checkpoint with msModelSlim or with vlqc, in the environment whose Python runs this file.
+
+    python tools/reference_runner.py {msmodelslim,vlqc} MODEL SAMPLES SAVE OPTIONS
+
+MODEL: folder of the float checkpoint. SAMPLES: what `torch.save` wrote, a list of dicts of ready model inputs. SAVE:
+folder to write. OPTIONS: JSON object of vlqc's own option names (w_bit, anti_method, ...), which are those of
+msModelSlim's example script for Qwen2.5-VL; what only vlqc has is ignored by the other side.
+
+Both sides load the same tensors here, so that what they are charged for differs in their own work alone. vlqc and
+msModelSlim cannot share an environment's versions, hence nothing is imported at the top but the standard library.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+SIDES = ("msmodelslim", "vlqc")
+FORWARD_ORDER = (  # positional parameters of Qwen2_5_VLForConditionalGeneration.forward in transformers 4.49
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "inputs_embeds",
+    "labels",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "pixel_values",
+    "pixel_values_videos",
+    "image_grid_thw",
+    "video_grid_thw",
+)
+DEFAULTS = {  # of the example script
+    "w_bit": 8,
+    "a_bit": 8,
+    "anti_method": "m2",
+    "act_method": 2,
+    "open_outlier": True,
+    "is_dynamic": False,
+    "is_lowbit": False,
+    "group_size": 64,
+}
+
+
+def left_float(config: dict[str, Any]) -> list[str]:
+    """The Linears that the example script excludes; lm_head is left out by msModelSlim itself."""
+    names = ["visual.merger.mlp.0", "visual.merger.mlp.2"]
+    names += [f"visual.blocks.{index}.mlp.down_proj" for index in range(config["vision_config"]["depth"])]
+    return names + [f"model.layers.{index}.mlp.down_proj" for index in range(config["num_hidden_layers"])]
+
+
+def run_msmodelslim(model_path: Path, samples: list[dict[str, Any]], save: Path, options: dict[str, Any]) -> None:
+    """What the example script does from its `from_pretrained` on: smooth, calibrate, save.
+
+    anti_method "none" leaves the smoothing out. The inputs are passed by position, as there: only so does the m4 of
+    msModelSlim find the token ids, and only them.
+    """
+    from msmodelslim.pytorch.llm_ptq.anti_outlier import AntiOutlier, AntiOutlierConfig  # type: ignore[import-not-found]
+    from msmodelslim.pytorch.llm_ptq.llm_ptq_tools import Calibrator, QuantConfig  # type: ignore[import-not-found]
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        model_path, device_map="cpu", torch_dtype="auto", local_files_only=True
+    ).eval()
+    config = json.loads((model_path / "config.json").read_text(encoding="utf-8"))
+    calibration = [[sample.get(name) for name in FORWARD_ORDER] for sample in samples]
+    settings = {name: options.get(name, default) for name, default in DEFAULTS.items()}
+    method = settings.pop("anti_method")
+    if method != "none":
+        bits = {name: settings[name] for name in ("w_bit", "a_bit")}
+        smoothing = AntiOutlierConfig(**bits, anti_method=method, dev_type="cpu", dev_id=None)
+        AntiOutlier(model, calib_data=calibration, cfg=smoothing).process()
+    quantizing = QuantConfig(**settings, disable_names=left_float(config), dev_type="cpu", dev_id=None, mm_tensor=False)
+    calibrator = Calibrator(model, quantizing, calib_data=calibration, disable_level="L0")
+    calibrator.run()
+    calibrator.save(str(save), save_type=["ascendV1"])
+    for path in model_path.iterdir():
+        if path.suffix == ".json" and not path.name.endswith(".index.json") and not (save / path.name).exists():
+            shutil.copyfile(path, save / path.name)
+
+
+def run_vlqc(model_path: Path, samples: list[dict[str, Any]], save: Path, options: dict[str, Any]) -> None:
+    """`vlqc.compile` with the same inputs."""
+    import vlqc
+
+    vlqc.compile(model_path=model_path, save_directory=save, samples=samples, **options)
+
+
+def main(arguments: list[str]) -> None:
+    """Run one side."""
+    side, model_path, samples, save, options = arguments
+    import torch
+
+    torch.set_grad_enabled(False)
+    run = {"msmodelslim": run_msmodelslim, "vlqc": run_vlqc}[side]
+    run(Path(model_path), torch.load(samples), Path(save), json.loads(options))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,172 @@
+"""What this machine can do at best, and how much of it a compilation has to do: a bound for the time of each phase.
+
+Rates are measured with the threads that the compilation gets. Work is counted from the shapes alone.
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from scale_checkpoint import MERGE, Case, tensor_shapes
+
+from vlqc.ir import fingerprint
+from vlqc.kernels_ref.quantize import quantize_weight_per_channel_absmax
+
+BLOCK = 4 << 20
+ROWS_SEARCHED, CANDIDATES, CONFIRMED, ROWS_CONFIRMED = 1024, 101, 9, 512
+SHARES = 12  # steps that the search tries per row of a weight
+SHRINKAGES = 3  # factorisations of a Gram matrix, about
+COLUMNS_PER_BLOCK = 4096
+MOST_KEPT, KEPT_BYTES = 4096, 64 << 20  # rows of an input that stay for the searches
+WINDOW = 64  # vision rows
+
+
+@dataclass(frozen=True)
+class Rates:
+    """read, write: bytes per second from and to the disk; products in FLOP/s, the rest in values per second."""
+
+    read: float
+    write: float
+    bfloat16: float
+    float32: float
+    rounding: float
+    elementwise: float
+    digest: float
+
+
+def measured_rates(folder: Path, weights: Path, most: int = 1 << 30) -> Rates:
+    """folder: on the disk that takes the result; weights: a file on the disk that holds the checkpoint."""
+    side = 3584
+    rows, weight = torch.randn(512, side), torch.randn(side, side)
+    half_rows, half = rows.bfloat16(), weight.bfloat16()
+    work = 2 * rows.numel() * side
+    return Rates(
+        _read_rate(weights, most),
+        _write_rate(folder, most // 2),
+        work / _seconds(lambda: half_rows @ half.T),
+        work / _seconds(lambda: rows @ weight.T),
+        weight.numel() / _seconds(lambda: quantize_weight_per_channel_absmax(weight)),
+        weight.numel() / _seconds(lambda: [part.mul_(1.0) for part in weight.split(64)]),
+        weight.numel() / _seconds(lambda: fingerprint(weight)),
+    )
+
+
+def _seconds(work: Callable[[], object], times: int = 3) -> float:
+    """The shortest of a few runs."""
+    work()
+    took = []
+    for _ in range(times):
+        started = time.perf_counter()
+        work()
+        took.append(time.perf_counter() - started)
+    return min(took)
+
+
+def _read_rate(file: Path, most: int) -> float:
+    buffer = memoryview(bytearray(BLOCK))
+    handle = os.open(file, os.O_RDONLY)
+    try:
+        size = min(most, file.stat().st_size)
+        os.posix_fadvise(handle, 0, size, os.POSIX_FADV_DONTNEED)  # out of the system's cache
+        started = time.perf_counter()
+        for position in range(0, size, BLOCK):
+            os.preadv(handle, [buffer], position)
+        return size / (time.perf_counter() - started)
+    finally:
+        os.close(handle)
+
+
+def _write_rate(folder: Path, size: int) -> float:
+    path, block = folder / ".rate", os.urandom(BLOCK)
+    started = time.perf_counter()
+    try:
+        with path.open("wb", buffering=0) as file:
+            for _ in range(size // BLOCK):
+                file.write(block)
+            os.fsync(file.fileno())
+        return size / (time.perf_counter() - started)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def forget(folder: Path) -> None:
+    """Takes the weight files of a folder out of the system's cache of files: they will be read from the disk."""
+    for path in folder.glob("*.safetensors"):
+        handle = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(handle)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What must be done at least. *_flops: products; *_values: numbers touched once."""
+
+    read_bytes: int
+    write_bytes: int
+    forward_flops: float
+    attention_flops: float
+    proof_flops: float
+    search_values: float
+    search_flops: float
+    weight_flops: float
+    weight_values: float
+
+    def bounds(self, rates: Rates) -> dict[str, float]:
+        """Phase -> seconds."""
+        return {
+            "reading": self.read_bytes / rates.read,
+            "forward": self.forward_flops / rates.bfloat16 + self.attention_flops / rates.float32,
+            "proofs": self.proof_flops / rates.float32,
+            "smoothing": self.search_values / rates.elementwise + self.search_flops / rates.float32,
+            "weights": self.weight_flops / rates.float32 + SHARES * self.weight_values / rates.rounding,
+            "activation ranges": self.weight_values / rates.elementwise,
+            "checks": 2 * self.weight_values / rates.digest,
+            "writing": self.write_bytes / rates.write,
+            "verifying": self.write_bytes / rates.read,
+        }
+
+
+def work_of(case: Case, samples: int, tokens: int, patches: int, written: int, proof_rows: int) -> Work:
+    """tokens, patches: rows of one sample in the language model and in the vision tower."""
+    shapes = tensor_shapes(case)
+    outside = ("model.embed_tokens", "lm_head", "visual.patch_embed")
+    linears = {name: it for name, it in shapes.items() if len(it) == 2 and not name.startswith(outside)}
+
+    def rows(name: str) -> int:
+        if "merger" in name:
+            return patches // MERGE**2
+        return patches if name.startswith("visual") else tokens
+
+    values = sum(math.prod(it) for it in linears.values())
+    forward = sum(2 * math.prod(it) * rows(name) * samples for name, it in linears.items())
+    proofs = sum(2 * 2 * math.prod(it) * min(rows(name), proof_rows) for name, it in linears.items())
+    shared = ("k_proj.weight", "v_proj.weight", "up_proj.weight")  # they read what another one reads
+    inputs = [it[1] for name, it in linears.items() if not name.endswith(shared)]
+    weight_flops = 0.0
+    for outputs, columns in linears.values():
+        weight_flops += outputs * columns * min(columns, COLUMNS_PER_BLOCK)
+    for columns in inputs:
+        width, kept = min(columns, COLUMNS_PER_BLOCK), min(MOST_KEPT, KEPT_BYTES // (4 * columns), samples * tokens)
+        weight_flops += columns / width * (width**2 * kept + (SHRINKAGES + 1) * width**3 / 3)
+    return Work(
+        read_bytes=2 * sum(math.prod(it) for it in shapes.values()),
+        write_bytes=written,
+        forward_flops=forward,
+        attention_flops=_attention(case, samples, tokens, patches),
+        proof_flops=proofs,
+        search_values=CANDIDATES * ROWS_SEARCHED * sum(inputs),
+        search_flops=CONFIRMED * 4.0 * ROWS_SEARCHED * ROWS_CONFIRMED * sum(inputs),
+        weight_flops=weight_flops,
+        weight_values=values,
+    )
+
+
+def _attention(case: Case, samples: int, tokens: int, patches: int) -> float:
+    shape = case.shape
+    full = len(case.config["vision_config"]["fullatt_block_indexes"])
+    vision = 4.0 * shape.vision_hidden * patches * (full * patches + (case.vision_layers - full) * WINDOW)
+    return samples * (vision + shape.layers * 2.0 * shape.hidden * tokens**2)  # half of the scores are masked

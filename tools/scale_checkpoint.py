@@ -1,0 +1,226 @@
+"""Checkpoints with the real shapes of Qwen2.5-VL and random bf16 weights, written as fast as the disk takes them.
+
+    python tools/scale_checkpoint.py TARGET --size 7B [--layers 2] [--vision_layers 2]
+
+A few channels of every norm are 5 to 24 times larger: activations have outliers. Weights repeat themselves every 16
+million values: that changes neither the time nor the memory that anything takes.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from make_outlier_checkpoint import IMAGE, MERGE, PATCH_VALUES, VISION_END, VISION_START, Shape, config_of
+from torch import Tensor
+
+SIZES = {
+    "3B": Shape(36, 2048, 11008, 16, 2, 32, 1280, 3420, 16, 151936),
+    "7B": Shape(28, 3584, 18944, 28, 4, 32, 1280, 3420, 16, 152064),
+    "32B": Shape(64, 5120, 27648, 40, 8, 32, 1280, 3456, 16, 152064),
+    "72B": Shape(80, 8192, 29568, 64, 8, 32, 1280, 3456, 16, 152064),
+}
+TIED = {"3B"}
+SHARD_BYTES = 4 * 2**30
+POOL = (1 << 24) + 43  # a prime: no row of any width repeats within a matrix of usual size
+BYTES = 2  # of a bf16 weight
+FULL_EVERY = 8  # vision blocks: every eighth one attends to the whole picture
+
+
+@dataclass(frozen=True)
+class Case:
+    """A size, and how many of its layers are made and run."""
+
+    size: str
+    layers: int
+    vision_layers: int
+
+    @classmethod
+    def of(cls, size: str, layers: int | None = None, vision_layers: int | None = None) -> "Case":
+        """None: all that the size has. ValueError for more than that, or none."""
+        full = SIZES[size]
+        case = cls(size, layers or full.layers, vision_layers or full.vision_layers)
+        if not (1 <= case.layers <= full.layers and 1 <= case.vision_layers <= full.vision_layers):
+            raise ValueError(f"{size} has {full.layers} layers and {full.vision_layers} vision layers")
+        return case
+
+    @property
+    def full(self) -> Shape:
+        return SIZES[self.size]
+
+    @property
+    def shape(self) -> Shape:
+        return replace(self.full, layers=self.layers, vision_layers=self.vision_layers)
+
+    @property
+    def tied(self) -> bool:
+        return self.size in TIED
+
+    @property
+    def config(self) -> dict[str, Any]:
+        config = config_of(self.shape, "bfloat16", self.tied)
+        last = {self.vision_layers - 1}
+        every = set(range(FULL_EVERY - 1, self.vision_layers, FULL_EVERY))
+        config["vision_config"]["fullatt_block_indexes"] = sorted(every or last)
+        return config
+
+
+def vision_shapes(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every tensor of the vision tower."""
+    hidden, middle, merged = shape.vision_hidden, shape.vision_intermediate, shape.vision_hidden * MERGE**2
+    yield "visual.patch_embed.proj.weight", (hidden, 3, 2, 14, 14)
+    for index in range(shape.vision_layers):
+        block = f"visual.blocks.{index}"
+        yield f"{block}.norm1.weight", (hidden,)
+        yield f"{block}.norm2.weight", (hidden,)
+        linears = (("attn.qkv", 3 * hidden, hidden), ("attn.proj", hidden, hidden))
+        gated = (("mlp.gate_proj", middle, hidden), ("mlp.up_proj", middle, hidden), ("mlp.down_proj", hidden, middle))
+        for name, outputs, inputs in (*linears, *gated):
+            yield f"{block}.{name}.weight", (outputs, inputs)
+            yield f"{block}.{name}.bias", (outputs,)
+    yield "visual.merger.ln_q.weight", (hidden,)
+    for name, outputs in (("visual.merger.mlp.0", merged), ("visual.merger.mlp.2", shape.hidden)):
+        yield f"{name}.weight", (outputs, merged)
+        yield f"{name}.bias", (outputs,)
+
+
+def text_shapes(shape: Shape, tied: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every tensor of the language model."""
+    hidden, middle, values = shape.hidden, shape.intermediate, shape.hidden // shape.heads * shape.value_heads
+    yield "model.embed_tokens.weight", (shape.vocabulary, hidden)
+    for index in range(shape.layers):
+        layer = f"model.layers.{index}"
+        for name, outputs in (("q_proj", hidden), ("k_proj", values), ("v_proj", values)):
+            yield f"{layer}.self_attn.{name}.weight", (outputs, hidden)
+            yield f"{layer}.self_attn.{name}.bias", (outputs,)
+        yield f"{layer}.self_attn.o_proj.weight", (hidden, hidden)
+        yield f"{layer}.mlp.gate_proj.weight", (middle, hidden)
+        yield f"{layer}.mlp.up_proj.weight", (middle, hidden)
+        yield f"{layer}.mlp.down_proj.weight", (hidden, middle)
+        yield f"{layer}.input_layernorm.weight", (hidden,)
+        yield f"{layer}.post_attention_layernorm.weight", (hidden,)
+    yield "model.norm.weight", (hidden,)
+    if not tied:
+        yield "lm_head.weight", (shape.vocabulary, hidden)
+
+
+def tensor_shapes(case: Case) -> dict[str, tuple[int, ...]]:
+    return dict([*vision_shapes(case.shape), *text_shapes(case.shape, case.tied)])
+
+
+def checkpoint_bytes(case: Case) -> int:
+    return BYTES * sum(math.prod(shape) for shape in tensor_shapes(case).values())
+
+
+class Numbers:
+    """Random bf16 values of any number, cut out of one pool."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self._pool = {0: torch.randn(POOL, generator=self.generator).bfloat16()}
+
+    def pool(self, exponent: int) -> Tensor:
+        """The pool times 2^exponent."""
+        if exponent not in self._pool:
+            self._pool[exponent] = (self._pool[0].float() * 2.0**exponent).bfloat16()
+        return self._pool[exponent]
+
+    def matrix(self, count: int, inputs: int, gain: float) -> Iterator[Tensor]:
+        """`count` values in pieces: normal, of about gain / sqrt(inputs)."""
+        pool = self.pool(round(math.log2(gain / math.sqrt(inputs))))
+        start = int(torch.randint(POOL, (1,), generator=self.generator))
+        while count:
+            piece = pool[start : start + count]
+            yield piece
+            count, start = count - piece.numel(), 0
+
+    def norm(self, count: int) -> Tensor:
+        weight = 1 + 0.1 * torch.randn(count, generator=self.generator)
+        chosen = torch.randperm(count, generator=self.generator)[: max(1, count // 100)]
+        weight[chosen] *= 5 + 19 * torch.rand(len(chosen), generator=self.generator)
+        return weight.bfloat16()
+
+    def of(self, name: str, shape: tuple[int, ...]) -> Iterator[Tensor]:
+        """The values of a tensor in pieces."""
+        if len(shape) == 1:
+            is_norm = "norm" in name or "ln_q" in name
+            yield self.norm(shape[0]) if is_norm else self.pool(-4)[: shape[0]]
+            return
+        into_stream = name.endswith(("o_proj.weight", "down_proj.weight", "attn.proj.weight"))
+        inputs = 1 if "embed_tokens" in name else math.prod(shape[1:])
+        yield from self.matrix(math.prod(shape), inputs, 0.25 if into_stream else 1.0)
+
+
+def make(target: Path, case: Case, seed: int = 0) -> int:
+    """Writes the checkpoint folder; the same arguments give the same bytes. Returns the bytes of its weights."""
+    target.mkdir(parents=True, exist_ok=True)
+    numbers, shapes = Numbers(seed), tensor_shapes(case)
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    for name, shape in shapes.items():
+        filled = BYTES * sum(math.prod(it) for it in shards[-1].values())
+        if shards[-1] and filled + BYTES * math.prod(shape) > SHARD_BYTES:
+            shards.append({})
+        shards[-1][name] = shape
+    weight_map = {}
+    for number, content in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        weight_map |= dict.fromkeys(content, file)
+        _write_shard(target / file, content, numbers)
+    index = {"metadata": {"total_size": checkpoint_bytes(case)}, "weight_map": weight_map}
+    (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+    (target / "config.json").write_text(json.dumps(case.config, indent=2), encoding="utf-8")
+    return checkpoint_bytes(case)
+
+
+def _write_shard(path: Path, content: Mapping[str, tuple[int, ...]], numbers: Numbers) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in content.items():
+        begin, end = end, end + BYTES * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, shape in content.items():
+            for piece in numbers.of(name, shape):
+                file.write(piece.view(torch.int16).numpy().data)
+
+
+def samples_of(config: Mapping[str, Any], count: int, tokens: int, seed: int = 0) -> list[dict[str, Tensor]]:
+    """`count` ready model inputs of `tokens` tokens each: words around one random picture of most of them."""
+    generator = torch.Generator().manual_seed(seed)
+    side = max(1, math.isqrt(int(tokens * 0.95)) // 4 * 4)  # in tokens; windows are 4 x 4
+    picture = [VISION_START, *[IMAGE] * side**2, VISION_END]
+    samples = []
+    for _ in range(count):
+        words = torch.randint(8, config["vocab_size"], (tokens - len(picture) - 1,), generator=generator).tolist()
+        ids = torch.tensor([[1, *words[: len(words) // 2], *picture, *words[len(words) // 2 :]]])
+        samples.append(
+            {
+                "input_ids": ids,
+                "attention_mask": torch.ones_like(ids),
+                "pixel_values": torch.randn(side**2 * MERGE**2, PATCH_VALUES, generator=generator),
+                "image_grid_thw": torch.tensor([[1, side * MERGE, side * MERGE]]),
+            }
+        )
+    return samples
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make a random checkpoint with the shapes of Qwen2.5-VL.")
+    parser.add_argument("target", type=Path)
+    parser.add_argument("--size", choices=SIZES, required=True)
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--vision_layers", type=int)
+    options = parser.parse_args()
+    make(options.target, Case.of(options.size, options.layers, options.vision_layers))
+    print(options.target)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""One compilation that is watched: how long each phase took, how much memory it needed, what it read and wrote.
+
+    python tools/scale_runner.py MODEL SAVE SAMPLES RESULT [NAME=VALUE ...]
+
+Time counts for the innermost phase that is running. Memory is the resident set of the whole process, looked at every
+few milliseconds, and the kernel's own highest mark.
+"""
+
+import functools
+import inspect
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+STARTED = time.perf_counter()
+OTHER, IMPORTS = "other", "imports"
+INTERVAL = 0.02  # seconds between two looks at the memory
+PAGE = 4096
+
+
+class Phases:
+    """Of each phase of one thread: its seconds, the CPU seconds of all threads meanwhile, the highest memory."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {IMPORTS: 0.0}
+        self.cpu: dict[str, float] = {}
+        self.peak: dict[str, int] = {}
+        self.of_stage: dict[str, dict[str, float]] = {}
+        self.thread = threading.get_ident()
+        self._stack = [IMPORTS]
+        self._since, self._cpu_since = STARTED, 0.0
+
+    def _switch(self) -> None:
+        now, cpu, name = time.perf_counter(), time.process_time(), self._stack[-1]
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
+        self.cpu[name] = self.cpu.get(name, 0.0) + cpu - self._cpu_since
+        self._since, self._cpu_since = now, cpu
+
+    def enter(self, name: str) -> None:
+        self._switch()
+        self._stack.append(name)
+
+    def leave(self) -> None:
+        self._switch()
+        self._stack.pop()
+
+    def stage(self, name: str) -> None:
+        """A stage begins: what follows up to `stage_done` is its own."""
+        self._switch()
+        self.of_stage[name] = {phase: -seconds for phase, seconds in self.seconds.items()}
+
+    def stage_done(self) -> None:
+        self._switch()
+        of_stage = list(self.of_stage.values())[-1]
+        for phase, seconds in self.seconds.items():
+            of_stage[phase] = of_stage.get(phase, 0.0) + seconds
+
+    def imported(self) -> None:
+        self._switch()
+        self._stack[0] = OTHER
+
+    def look(self) -> None:
+        """Notes the memory of this moment."""
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
+        name = self._stack[-1]
+        self.peak[name] = max(self.peak.get(name, 0), resident)
+
+    def watch(self, owner: Any, attribute: str, name: str) -> None:
+        """Everything that this function of a module or class does belongs to the phase `name`."""
+        function: Callable[..., Any] = getattr(owner, attribute)
+
+        @functools.wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != self.thread:
+                return function(*args, **kwargs)
+            self.enter(name)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.leave()
+
+        is_static = isinstance(inspect.getattr_static(owner, attribute), staticmethod)
+        setattr(owner, attribute, staticmethod(timed) if is_static else timed)
+
+
+def watch_compiler(phases: Phases) -> None:
+    """Puts the clock at every phase of a compilation."""
+    import vlqc.compiler
+    import vlqc.emit.folder
+    import vlqc.pipeline
+    import vlqc.stages
+    from vlqc.checkpoint import Checkpoint
+    from vlqc.emit import FolderEmitter
+    from vlqc.ir import Stage
+    from vlqc.lockstep import Lockstep
+    from vlqc.model import FloatModel
+    from vlqc.passes import folding, insert_observers
+    from vlqc.pipeline import PassManager, load_pass
+
+    phases.watch(FloatModel, "fill", "reading")
+    phases.watch(Checkpoint, "rows", "reading")
+    phases.watch(Checkpoint, "tensor", "reading")
+    phases.watch(Lockstep, "_resume", "glue")
+    phases.watch(vlqc.stages, "record", "tracing")
+    phases.watch(Stage, "run", "forward")
+    phases.watch(insert_observers, "add_rows", "observing")
+    phases.watch(Stage, "probe_rows", "proofs")
+    phases.watch(folding, "apply", "folding")
+    phases.watch(vlqc.pipeline, "check", "checks")
+    phases.watch(PassManager, "_evidence", "checks")
+    for name, phase in (
+        ("split-window-attention", "proofs"),
+        ("insert-observers", "observing"),
+        ("shift-norms", "smoothing"),
+        ("smooth-m2", "smoothing"),
+        ("smooth-m4", "smoothing"),
+        ("quantize-activations", "activation ranges"),
+        ("quantize-weights", "weights"),
+        ("lower-linears", "lowering"),
+    ):
+        phases.watch(load_pass(name), "run", phase)
+    for step in ("add_stage", "settle", "copy_rest", "finish"):
+        phases.watch(FolderEmitter, step, "writing")
+    phases.watch(vlqc.compiler, "require_sound", "verifying")
+    phases.watch(vlqc.emit.folder, "_publish", "publishing")
+
+
+def kernel_figures() -> dict[str, int]:
+    """Bytes that this process had read from and written to disks, and asked for; its highest resident set."""
+    counted = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    figures = {name: int(counted[name]) for name in ("rchar", "wchar", "read_bytes", "write_bytes")}
+    return figures | {"peak_bytes": int(status["VmHWM"].split()[0]) * 1024}
+
+
+def main(arguments: list[str]) -> None:
+    model, save, samples, result, *rest = arguments
+    phases, done = Phases(), threading.Event()
+
+    def keep_looking() -> None:
+        while not done.wait(INTERVAL):
+            phases.look()
+
+    threading.Thread(target=keep_looking, daemon=True).start()
+    import torch
+
+    import vlqc
+    from vlqc.progress import Progress
+
+    watch_compiler(phases)
+    phases.imported()
+
+    class Stages(Progress):
+        def stage(self, number: int, name: str) -> None:
+            phases.stage(name)
+
+        def stage_done(self, number: int) -> None:
+            phases.stage_done()
+
+    options: dict[str, Any] = dict(option.split("=", 1) for option in rest)
+    given = torch.load(samples, weights_only=True)
+    vlqc.compile(model_path=model, save_directory=save, samples=given, overwrite=True, progress=Stages(), **options)
+    phases.enter("end")
+    done.set()
+    figures = {
+        "seconds": time.perf_counter() - STARTED,
+        "cpu_seconds": time.process_time(),
+        "phases": phases.seconds,
+        "phases_cpu": phases.cpu,
+        "stages": phases.of_stage,
+        "peaks": phases.peak,
+        "kernel": kernel_figures(),
+    }
+    Path(result).write_text(json.dumps(figures, indent=2), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

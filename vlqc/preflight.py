@@ -1,0 +1,229 @@
+"""What a compilation would do, from headers alone: `vlqc compile --plan`.
+
+Schemes come from the same decisions as in the real run, sizes from shapes, time from how fast this machine multiplies
+and reads just now. No weight is converted, and nothing is written.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from vlqc.calibration import calibrate_on
+from vlqc.checkpoint import Checkpoint
+from vlqc.emit import expected_bytes
+from vlqc.emit.ascend import emitted_dtype, header_bytes
+from vlqc.emit.folder import nearest_folder
+from vlqc.engines import (
+    ENGINE_TITLES,
+    Scheme,
+    Span,
+    cannot_load,
+    engine_notes,
+    fused_group,
+    group_faults,
+    part_of,
+    span,
+)
+from vlqc.ir import Site
+from vlqc.layer_globs import check_globs, check_plan
+from vlqc.model import FloatModel
+from vlqc.options import Options
+from vlqc.pipeline import parse_pipeline, pipeline_text
+from vlqc.progress import duration, in_model_order, readable_bytes
+from vlqc.tally import peak_memory
+
+PROBE_SIDE = 1024  # of the square matrices that are multiplied
+PROBE_BYTES = 64 * 2**20  # read to measure the disk; what the page cache holds comes faster, in the real run, too
+PROBE_SECONDS = 0.3
+OVERHEAD = 1.6  # of a real run over its matrix products and its reading and writing, as measured
+STAGE_BYTES = 9  # per weight of the largest stage: float32, its integers, temporaries
+OBSERVED_BYTES = 6 * 64 * 2**20  # kept rows of all groups of a stage, at most
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What would come out, and what it would take.
+
+    counts: Linears by (part, scheme); reasons: why layers do not get the asked scheme, with an example; bytes in all
+    weight files before and after; tokens, patches: of all calibration samples; memory and disk in bytes; seconds: of
+    wall time on this machine; engines: what loads it, in words.
+    """
+
+    counts: dict[tuple[str, str], int]
+    reasons: dict[str, str]
+    bytes_before: int
+    bytes_after: int
+    tokens: int
+    patches: int
+    memory: int
+    seconds: float
+    disk_needed: int
+    disk_free: int
+    engines: list[str]
+    notes: list[str] = field(default_factory=list)
+
+    def facts(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        counts = [{"part": part, "scheme": scheme, "linears": count} for (part, scheme), count in self.counts.items()]
+        return {**self.__dict__, "counts": counts}
+
+
+def preflight(*, samples: Sequence[dict[str, Tensor]] | None = None, **given: Any) -> Preflight:
+    """The options of a compilation -> what it would do. UserError for unusable input, as in the real run."""
+    options = Options.from_user(**given)
+    checkpoint = Checkpoint(options.model_path)
+    model = FloatModel.of(checkpoint, trust_remote_code=options.trust_remote_code)
+    check_globs([*model.layers, *model.heads], exclude=options.exclude)
+    check_globs(model.layers, include=options.include)
+    check_plan(model.layers, options)
+    calibration = calibrate_on(samples, options, model.module)
+    tokens = sum(sample["input_ids"].numel() for sample in calibration.samples)
+    patches = sum(len(sample["pixel_values"]) for sample in calibration.samples if "pixel_values" in sample)
+    sites = planned_sites(model, options)
+    schemes = {name: site.scheme or Scheme.FLOAT for name, site in sites.items()}
+    dtype = str(emitted_dtype(checkpoint.dtype)).removeprefix("torch.")
+    asked = (options.engine_target, options.scheme, dtype)
+    notes = [
+        *calibration.notes,
+        *cannot_load(*asked, scope=options.w4a8_scope),
+        *engine_notes(*asked, group_size=options.group_size, scope=options.w4a8_scope),
+    ]
+    counts: dict[tuple[str, str], int] = {}
+    for name, scheme in (schemes | dict.fromkeys(model.heads, Scheme.FLOAT)).items():
+        counts[part_of(name), str(scheme)] = counts.get((part_of(name), str(scheme)), 0) + 1
+    after = output_bytes(model, sites, packed=not options.mindie_layout)
+    return Preflight(
+        counts=counts,
+        reasons={site.reason: name for name, site in reversed(sites.items()) if site.reason},
+        bytes_before=checkpoint.bytes,
+        bytes_after=after,
+        tokens=tokens,
+        patches=patches,
+        memory=peak_memory() + largest_stage(model) * STAGE_BYTES + OBSERVED_BYTES,
+        seconds=expected_seconds(model, sites, tokens, patches, after),
+        disk_needed=max(after, expected_bytes(model, options) if options.fallback == "auto" else 0),
+        disk_free=shutil.disk_usage(nearest_folder(options.save_directory)).free,
+        engines=[str(found) for engine in ENGINE_TITLES if (found := loading(engine, schemes, dtype, options))],
+        notes=list(dict.fromkeys(notes)),
+    )
+
+
+def planned_sites(model: FloatModel, options: Options) -> dict[str, Site]:
+    """Every Linear of the stages by name, with the scheme that the pipeline's pass for that would give it."""
+    assign: Any = next((step for step in parse_pipeline(pipeline_text(options)) if hasattr(step, "choose")), None)
+    sites, layers = {}, set(model.layers)
+    for stage in model.stages.values():
+        for name, parameter in model.parameters(stage).items():
+            layer = name.removesuffix(".weight")
+            if layer in layers:
+                sites[layer] = Site(layer, layer, fused_group(layer)[0], (parameter.shape[0], parameter.shape[1]))
+    for layer, site in sites.items():
+        members = [sites[member] for member in fused_group(layer) if member in sites]
+        if assign is not None and site is members[0]:
+            decision = assign.choose(members)
+            for member in members:
+                member.scheme, member.reason = decision.scheme, decision.reason
+                member.group_size = assign.group_size if decision.scheme == Scheme.W4A8_DYNAMIC else None
+    return sites
+
+
+def output_bytes(model: FloatModel, sites: dict[str, Site], *, packed: bool) -> int:
+    """Of all tensors of the result. packed: two 4-bit weights per byte, with the correction that this needs."""
+    wide = emitted_dtype(model.checkpoint.dtype).itemsize
+    total = header_bytes(model.checkpoint)
+    for name, parameter in model.parameters(model.module).items():
+        site = sites.get(name.removesuffix(".weight"))
+        if site is None or site.scheme in (None, Scheme.FLOAT):
+            total += parameter.numel() * wide
+            continue
+        outputs, inputs = site.shape
+        total += 8 * outputs  # scale and offset
+        if site.scheme == Scheme.W8A8:
+            total += inputs * outputs + (8 if wide == 2 else 12) * outputs + 8
+        elif site.scheme == Scheme.W8A8_DYNAMIC:
+            total += inputs * outputs
+        else:
+            groups = inputs // (site.group_size or inputs)
+            total += inputs * outputs // (2 if packed else 1) + 8 * groups * outputs + (4 * outputs if packed else 0)
+    return total
+
+
+def largest_stage(model: FloatModel) -> int:
+    """How many weights it has."""
+    return max(sum(it.numel() for it in model.parameters(stage).values()) for stage in model.stages.values())
+
+
+def expected_seconds(model: FloatModel, sites: dict[str, Site], tokens: int, patches: int, written: int) -> float:
+    """One forward of all samples, the rounding of all quantized weights, one read and one write of all bytes."""
+    forward = rounding = 0.0
+    for name, stage in model.stages.items():
+        rows = tokens if model.reads_text(stage) else patches // (4 if part_of(f"{name}.") == "merger" else 1)
+        forward += 2.0 * rows * sum(it.numel() for it in model.parameters(stage).values())
+    for site in sites.values():
+        if site.scheme not in (None, Scheme.FLOAT):
+            rounding += 2.0 * site.shape[0] * site.shape[1] ** 2
+    narrow = torch.bfloat16 if model.checkpoint.dtype == torch.bfloat16 else torch.float32
+    disk = bytes_per_second(model.checkpoint)
+    computing = forward / flops_per_second(narrow) + rounding / flops_per_second(torch.float32)
+    return OVERHEAD * (computing + (model.checkpoint.bytes + written) / disk)
+
+
+def flops_per_second(dtype: torch.dtype) -> float:
+    """How fast this machine multiplies matrices just now."""
+    matrix = torch.ones(PROBE_SIDE, PROBE_SIDE, dtype=dtype)
+    return 2 * PROBE_SIDE**3 * times_per_second(lambda: matrix @ matrix)
+
+
+def bytes_per_second(checkpoint: Checkpoint) -> float:
+    """How fast the checkpoint's first file is read just now."""
+    with open(checkpoint.files[0], "rb") as file:
+        started, count = time.perf_counter(), len(file.read(PROBE_BYTES))
+    return count / max(time.perf_counter() - started, 1e-6)
+
+
+def times_per_second(work: Callable[[], object]) -> float:
+    work()
+    started, done = time.perf_counter(), 0
+    while time.perf_counter() - started < PROBE_SECONDS:
+        work()
+        done += 1
+    return done / (time.perf_counter() - started)
+
+
+def loading(engine: str, schemes: dict[str, Scheme], dtype: str, options: Options) -> Span | None:
+    """The versions of an engine that load the result; None where the layout is another engine's."""
+    wanted = options.engine_target.partition("@")[0]
+    if wanted not in ("both", engine) or group_faults(engine, schemes):
+        return None
+    return span(engine, schemes, dtype)
+
+
+def render(plan: Preflight, console: Console) -> None:
+    """The plan as a person reads it."""
+    table = Table(title="What would become what", title_justify="left")
+    for column in ("part", "scheme", "linears"):
+        table.add_column(column, justify="right" if column == "linears" else "left")
+    for part, scheme in sorted(plan.counts, key=in_model_order):
+        table.add_row(part, scheme, str(plan.counts[part, scheme]))
+    console.print(table)
+    lacking = " (not enough)" if plan.disk_free < plan.disk_needed else ""
+    facts = [
+        ("size", f"{readable_bytes(plan.bytes_before)} -> {readable_bytes(plan.bytes_after)}"),
+        ("calibration", f"{plan.tokens} tokens, {plan.patches} picture patches"),
+        ("memory", f"about {readable_bytes(plan.memory)}"),
+        ("time", f"about {duration(plan.seconds)} on this machine as it is now"),
+        ("disk", f"{readable_bytes(plan.disk_needed)} of {readable_bytes(plan.disk_free)} free{lacking}"),
+        *(("loads in", engine) for engine in plan.engines),
+        *(("why", f"{layer}: {reason}") for reason, layer in plan.reasons.items()),
+        *(("note", note.split("\n")[0]) for note in plan.notes),
+    ]
+    for label, text in facts:
+        console.print(Text.assemble((f"{label:<12}", "bold"), text), soft_wrap=True)

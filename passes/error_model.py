@@ -116,10 +116,10 @@ class Reader:
         """
         scale = self.columns(scales)
         smooth, heavy = self.rows / scale, self.weight * scale
-        activation = (self._rounded_input(smooth, scale) - smooth) @ heavy.T
+        activation = self._rounded_input(smooth, scale).sub_(smooth) @ heavy.T
         step = self._weight_step(heavy)[..., None]  # [N, groups, 1]
-        rounded = (torch.round(self._grouped(heavy) / step) * step).reshape(heavy.shape)
-        weight = smooth @ (rounded - heavy).T
+        rounded = (self._grouped(heavy) / step).round_().mul_(step).reshape(heavy.shape)
+        weight = smooth @ rounded.sub_(heavy).T
         per_row = activation.square().sum(1).double() + self.arithmetic.weight_noise * weight.square().sum(1).double()
         return float((per_row * self.row_weight).sum())
 
@@ -176,13 +176,13 @@ class Reader:
     def _rounded_input(self, smooth: Tensor, scale: Tensor) -> Tensor:
         if self.arithmetic.per_token:
             step = smooth.abs().amax(1, keepdim=True).clamp(min=1e-12) / INT8_MAX
-            return torch.round(smooth / step) * step
+            return (smooth / step).round_().mul_(step)
         errors = self._static_errors(scale)
         share = self._shares[errors.index(min(errors))]
         bottom, top = (end * share for end in self._range(scale))
         step = ((top - bottom) / INT8_STEPS).clamp(min=1e-12)
         offset = torch.round(bottom / step)
-        return ((torch.round(smooth / step) - offset).clamp(0, INT8_STEPS) + offset) * step
+        return (smooth / step).round_().sub_(offset).clamp_(0, INT8_STEPS).add_(offset).mul_(step)
 
 
 def in_strata(values: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -101,7 +101,8 @@ def _round_block(made: Tensor, block: Block, grid: Grid, rows: slice) -> Tensor:
     group = grid.group_size or count
     leaf = min(COLUMNS_PER_LEAF, group)
 
-    def take(begin: int, end: int, step: Tensor) -> None:
+    # Given itself: a function that finds itself around it would keep all of this until the next garbage collection.
+    def take(again: Callable[..., None], begin: int, end: int, step: Tensor) -> None:
         width = end - begin
         if width == group:
             number = int(block.columns[begin]) // group if grid.group_size else 0
@@ -109,9 +110,9 @@ def _round_block(made: Tensor, block: Block, grid: Grid, rows: slice) -> Tensor:
         if width > leaf:
             unit = group if width > group else leaf
             middle = begin + -(-width // (2 * unit)) * unit
-            take(begin, middle, step)
+            again(again, begin, middle, step)
             target[middle:end].addmm_(block.reach[begin:middle, middle:end].T, made[begin:middle])
-            take(middle, end, step)
+            again(again, middle, end, step)
             return
         for column in range(begin, end):
             integer = (target[column] / step).round_().clamp_(low, high)  # [n]
@@ -120,8 +121,7 @@ def _round_block(made: Tensor, block: Block, grid: Grid, rows: slice) -> Tensor:
             if column + 1 < end:
                 target[column + 1 : end].addr_(block.reach[column, column + 1 : end], made[column])
 
-    take(0, count, torch.empty(0))  # steps are set where a group begins
-    del take  # it refers to itself, and so would keep all of this until the next garbage collection
+    take(take, 0, count, torch.empty(0))  # steps are set where a group begins
     return integers
 
 

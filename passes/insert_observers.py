@@ -59,7 +59,7 @@ class InsertObservers(Pass):
         for source, members in stage.groups().items():
             mine = [part.with_energy(energies) for part in parts_of.pop(source)]
             # In the order of the samples, whichever process had them: sums come out the same to the last bit. What
-            # later passes derive (Gram matrices, histograms) they take from the kept rows: nothing larger has to travel.
+            # later passes derive (Gram matrices, histograms) they take from the kept rows: nothing larger travels.
             parts = [part for parts in stage.world.in_turn(mine) for part in parts]
             stage.observations[source] = _joined(Observation(members[0].shape[1], balance=self.balance), parts, visits)
         now = stage.observations

@@ -75,7 +75,7 @@ class QuantizeActivations(Pass):
 
 def energy_per_column(weight: Tensor) -> Tensor:
     """[N, K] -> [K]: sum over outputs of W^2; few columns at a time, so that the squares stay in the cache."""
-    return torch.cat([part.square().sum(0) for part in weight.split(COLUMNS_AT_A_TIME, 1)])
+    return torch.cat([part.square().sum(0) for part in torch.split(weight, COLUMNS_AT_A_TIME, dim=1)])
 
 
 def output_error(seen: Observation, weight: Tensor, grid: InputQuantization) -> float:

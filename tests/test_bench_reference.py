@@ -24,14 +24,16 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from vlqc.options import Options
 
 
-@pytest.mark.parametrize("scheme", bench.SCHEMES)
+@pytest.mark.parametrize("scheme", [*bench.SCHEMES, *bench.OURS_ONLY])
 def test_every_scheme_is_a_legal_combination(scheme: str) -> None:
     """Catches a scheme that vlqc refuses, or that names something else than it selects."""
-    options = Options.without_paths(group_size=256, **bench.SCHEMES[scheme])
+    chosen = {**bench.SCHEMES, **bench.OURS_ONLY}[scheme]
+    options = Options.without_paths(**{"group_size": 256, **chosen})
     wanted = {"static": "W8A8", "dynamic": "W8A8_DYNAMIC", "w4a8": "W4A8_DYNAMIC"}[scheme.partition("-")[0]]
     assert options.scheme == wanted and options.anti_method in scheme
-    assert "act" not in scheme or scheme.endswith(f"act{options.act_method}")
-    assert wanted != "W4A8_DYNAMIC" or options.w4a8_scope == "all"
+    assert "act" not in scheme or f"-act{options.act_method}" in scheme
+    assert wanted != "W4A8_DYNAMIC" or scheme in bench.OURS_ONLY or options.w4a8_scope == "all"
+    assert options.shift == scheme.endswith("-shift")
 
 
 def test_defaults_of_both_sides_are_the_same() -> None:
@@ -60,7 +62,7 @@ def test_unseen_inputs_are_unseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(reference_cases.outliers, "make", lambda *_, **__: made)
     first, second = reference_cases.outlier_cases(tmp_path, [0, 1], ["standard"])
     pixels = [sample["pixel_values"] for case in (first, second) for sample in (*case.calibration, *case.unseen)]
-    assert len(pixels) == 4 * reference_cases.SAMPLES
+    assert len(pixels) == 2 * (reference_cases.SAMPLES + reference_cases.UNSEEN)
     assert len({float(each.double().sum()) for each in pixels}) == len(pixels)
 
 

@@ -423,21 +423,6 @@ def test_better_rounding_than_the_nearest_is_no_damage(tmp_path: Path) -> None:
     assert f"{PROJ}.weight: 1 of 1024 weights do not follow from the float weight, first at [3, 4]" in texts(report)
 
 
-def test_errors_that_lean_the_same_way_are_no_damage(tmp_path: Path) -> None:
-    """Catches rows called scaled whose rounding errors follow the weights, and a real change called rounding."""
-    content = make_content(smooth=False)
-    values = integers(content, UP)
-    moved = np.where((np.abs(values) > 40) & (np.random.default_rng(0).random(values.shape) < 0.1), 1, 0)
-    set_integers(content, UP, values - moved * np.sign(values))
-    source = content.write_source(tmp_path / "float")
-    assert texts(verify_folder(content.write(tmp_path / "out"), model_path=source)) == ""
-    factor = np.ones(96, np.float32)
-    factor[[3, 9]] = 1.25
-    scale_stored(content, f"{LAYER}.mlp.down_proj.weight", factor)
-    report = verify_folder(content.write(tmp_path / "down"), model_path=source)
-    assert f"{LAYER}.mlp.down_proj.weight: channels 3, 9: columns are scaled by" in texts(report)
-
-
 def test_clipped_weights_are_no_damage(tmp_path: Path) -> None:
     """Catches a clipping method's largest weights, stored as +-127, called wrong."""
     content = make_content(smooth=False)

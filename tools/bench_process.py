@@ -36,11 +36,15 @@ class CommandFailed(Exception):
 
 
 def measured(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Usage:
-    """Runs the command with these variables added to the environment; its output is kept back. CommandFailed."""
+    """Runs the command with these variables added to the environment; its output is kept back. CommandFailed.
+
+    It runs in a folder of its own: some tools leave files where they are started.
+    """
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "usage.json"
         ran = subprocess.run(
-            [sys.executable, "-S", "-E", __file__, str(result), *command],
+            [sys.executable, "-S", "-E", str(Path(__file__).resolve()), str(result), *command],
+            cwd=folder,
             env={**os.environ, **(environment or {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -58,8 +58,8 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "static-none-act1": {"anti_method": "none", "act_method": 1},
     "static-none-act2": {"anti_method": "none"},
 }
-# What msModelSlim's script cannot be asked for: vlqc runs alone. Every linear but lm_head; the LLM's down_proj beside the
-# usual sites; four bits in groups that engines prefer; the cheapest set of groups for a given SQNR.
+# What msModelSlim's script cannot be asked for: vlqc runs alone. Every linear but lm_head; the LLM's down_proj beside
+# the usual sites; four bits in groups that engines prefer; the cheapest set of groups for a given SQNR.
 OURS_ONLY: dict[str, dict[str, Any]] = {
     "static-m2-all": {"fallback": "none"},
     "static-m2-down": {"include": ["model.layers.*.mlp.down_proj"]},

@@ -116,7 +116,8 @@ def _with_options(command: Callable[..., None]) -> Callable[..., None]:
     in_panels = sorted(
         Options.model_fields, key=lambda name: PANELS.index(extra_of(Options.model_fields[name])["panel"])
     )
-    parameters = taken + [_parameter(name) for name in in_panels]
+    # Panels appear in the order of their first option: the command's own come last.
+    parameters = [_parameter(name) for name in in_panels] + [each.replace(kind=each.KEYWORD_ONLY) for each in taken]
 
     @functools.wraps(command)
     def with_options(**given: Any) -> None:

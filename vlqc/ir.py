@@ -43,7 +43,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Visit:
-    """What every process knows of a call, wherever its sample is: rows of the stage's input, how many of each modality."""
+    """What every process knows of a call, wherever its sample is: rows of the stage's input, and of each modality."""
 
     sample: int
     rows: int

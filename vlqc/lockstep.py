@@ -20,7 +20,10 @@ from vlqc.model import FloatModel
 
 @dataclass
 class Stop:
-    """All samples of this process that stand before one stage. Whoever receives it fills `outputs`, one per call, before going on."""
+    """All samples of this process that stand before one stage.
+
+    Whoever receives it fills `outputs`, one per call, before going on.
+    """
 
     name: str
     module: nn.Module

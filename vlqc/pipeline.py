@@ -10,11 +10,12 @@ import importlib
 import time
 import types
 import typing
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from vlqc.errors import Fault, InternalError, UserError, near_miss
 from vlqc.invariants import check
@@ -90,26 +91,44 @@ class PassManager:
                 known = self._hold_to_word(stage, step, changed, known)
             self.after(stage, number, step)
 
-    def _evidence(self, stage: Stage) -> tuple[dict[str, int], str]:
-        """Digests of all weights, and the text of everything else."""
+    def _evidence(self, stage: Stage, trusted: "_Evidence | None" = None) -> "_Evidence":
+        """trusted: of before an analysis: tensors that PyTorch knows to be untouched since keep their digests."""
         if not self.verify:
-            return {}, ""
+            return _Evidence({}, "", {})
         module = stage.module or nn.Module()
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        return {name: fingerprint(tensor) for name, tensor in tensors.items()}, print_stage(stage, tensors=False)
+        weights, marks = {}, {}
+        for name, tensor in tensors.items():
+            marks[name] = (weakref.ref(tensor), tensor.data_ptr(), tensor._version)
+            untouched = trusted is not None and trusted.stands_for(name, tensor)
+            weights[name] = trusted.weights[name] if trusted is not None and untouched else fingerprint(tensor)
+        return _Evidence(weights, print_stage(stage, tensors=False), marks)
 
-    def _hold_to_word(
-        self, stage: Stage, step: Pass, changed: bool, known: tuple[dict[str, int], str]
-    ) -> tuple[dict[str, int], str]:
+    def _hold_to_word(self, stage: Stage, step: Pass, changed: bool, known: "_Evidence") -> "_Evidence":
         """Returns the evidence after the pass, which is the evidence before the next one."""
-        weights, text = self._evidence(stage)
-        if step.kind == "analysis" and weights != known[0]:
-            touched = sorted(name for name in {*weights, *known[0]} if weights.get(name) != known[0].get(name))
+        now = self._evidence(stage, known if step.kind == "analysis" else None)
+        if step.kind == "analysis" and now.weights != known.weights:
+            names = sorted({*now.weights, *known.weights})
+            touched = [name for name in names if now.weights.get(name) != known.weights.get(name)]
             raise InternalError(f"{step.name} is an analysis but changed {', '.join(touched)} of {stage.name}")
-        if changed != ((weights, text) != known):
+        if changed != (now != known):
             says = "changed something but says it did not" if not changed else "says it changed something but did not"
             raise InternalError(f"{step.name} {says}, in {stage.name}")
-        return weights, text
+        return now
+
+
+@dataclass(frozen=True)
+class _Evidence:
+    """Digests of all weights, the text of everything else; per weight: which tensor, where, changed how often."""
+
+    weights: dict[str, int]
+    text: str
+    marks: dict[str, "tuple[weakref.ref[Tensor], int, int]"] = field(compare=False)
+
+    def stands_for(self, name: str, tensor: Tensor) -> bool:
+        """Whether the tensor of this name was the same one, at the same place, and nothing was written to it since."""
+        known, place, version = self.marks.get(name, (None, 0, 0))
+        return known is not None and known() is tensor and (place, version) == (tensor.data_ptr(), tensor._version)
 
 
 def require(holds: bool, what: str) -> None:

@@ -22,7 +22,7 @@ DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, 
 
 @contextmanager
 def result_folder(options: Options, needed: int, *, writes: bool) -> Iterator[Path]:
-    """For the process that writes the result `appearing_folder`, if the disk has `needed` bytes; for others one near it.
+    """For the process that writes the result `appearing_folder`, if the disk has `needed` bytes; for others one nearby.
 
     They find room to work in there, for files without a name, and leave nothing.
     """

@@ -6,7 +6,7 @@ from the matrices themselves, so nothing that the compiler recorded is believed.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from vlqc.verify.folder import Array, StoredTensor
 from vlqc.verify.integers import INT8_MAX, StoredIntegers
 
 NOISE = 0.29  # standard deviation of a rounding error, in steps (1/sqrt(12))
+MEAN_TO_NOISE = 4 * NOISE  # of a rounding error's mean size, 1/4 of a step
 SIGMAS = 5.0  # so that of 1e7 weights none is beyond by chance
 ULP = {"BF16": 2.0**-8, "F16": 2.0**-10, "F32": 2.0**-23}  # one unit in the last place, relative
 SMALLEST = {"F16": 2.0**-24}  # the distance of subnormal numbers, where it is within the reach of weights
@@ -24,8 +25,8 @@ NEAREST = 0.65  # steps: the nearest integer under a fitted scale is hardly ever
 FURTHER_THAN_NEAREST = 3e-4  # if more than this share of them is, they were chosen in another way; 16 may be damage
 # Such errors follow the inputs' common directions, and so do weights: they do not average out as independent ones do.
 LEANING_ROWS, LEANING_COLUMNS = 3.5, 2.0
-FAINT_SQUARE, FAINT_SIGMA = 0.5, 0.02  # columns of weights below a step: what is rounded to 0 or 1 is no noise at all
-GROSS_STEPS = {8: 16.0, 4: 6.0}  # ... which still moves no weight by that many steps, of 8 or 4 bits
+GROSS_STEPS = {8: 16.0, 4: 6.0}  # ... which still moves no weight by that many steps, of 8 or 4 bits,
+GROSS_NOISE = 8.0  # ... but for columns that take over the errors of others: there by so many times their noise
 
 
 @dataclass(frozen=True)
@@ -151,20 +152,20 @@ def fit_columns(parts: Sequence[tuple[WeightPair, int]]) -> Scales:
             product += (source * stored * inside).sum(axis=0, dtype=np.float64)
             square += (source * source * inside).sum(axis=0, dtype=np.float64)
     scales = _scales(product, square)
-    suspicious, squares, beyond = np.zeros(columns, bool), np.zeros(columns), 0
+    suspicious, beyond = np.zeros(columns, bool), 0
+    distances, largest = np.zeros(columns), np.zeros(columns)
     for pair, end in parts:
         for start, source, stored in pair.chunks(end=end):
             predicted = source * scales.values
             distance = pair.distance(stored, predicted)
             suspicious |= (distance > pair.allowed(start, predicted, _finite(scales.sigma))).any(axis=0)
-            squares += (distance**2).sum(axis=0, dtype=np.float64)
+            distances += distance.sum(axis=0, dtype=np.float64)
+            largest = np.maximum(largest, distance.max(axis=0))
             beyond += int((distance > NEAREST).sum())
     rows = sum(end for _, end in parts)
-    noise = np.sqrt(squares / rows)  # of each column; NOISE if it was rounded to the nearest
+    noise = _noise(distances, largest, rows)  # of each column
     least = LEANING_COLUMNS if parts[0][0].bits == 4 else 1.0  # few integers also lean towards 0, or away from it
     scales.sigma[:] *= _widening(parts[0][0], noise, _otherwise(beyond, rows * columns), LEANING_COLUMNS, least)
-    if parts[0][0].scale is not None:
-        scales.sigma[square < FAINT_SQUARE * rows] += FAINT_SIGMA
     if suspicious.sum() <= max(8, columns // 10):
         for column in np.flatnonzero(suspicious):
             pieces = [chunk for pair, end in parts for chunk in pair.chunks(end=end)]
@@ -193,9 +194,14 @@ def fit_rows(pair: WeightPair, begin: int, columns: Scales) -> Scales:
             slack = pair.slack(stored[row]) + SIGMAS * _finite(columns.sigma) * np.abs(scaled[row])
             fitted.values[row] = most_agreed_scale(scaled[row], stored[row], slack)
         result.values[start : start + len(source)] = fitted.values
-        noise = np.sqrt((distance.astype(np.float64) ** 2).mean(axis=1))
+        noise = _noise(distance.sum(axis=1, dtype=np.float64), distance.max(axis=1), pair.columns)
         result.sigma[start : start + len(source)] = fitted.sigma * _widening(pair, noise, otherwise, LEANING_ROWS)
     return result
+
+
+def _noise(distances: Array, largest: Array, count: int) -> Array:
+    """Sums of `count` distances, and the largest of each -> their noise, in steps, whatever one damaged weight does."""
+    return np.asarray(MEAN_TO_NOISE * (distances - largest) / max(count - 1, 1))
 
 
 def _otherwise(further: int, total: int) -> bool:
@@ -203,10 +209,12 @@ def _otherwise(further: int, total: int) -> bool:
     return further > max(16, FURTHER_THAN_NEAREST * total)
 
 
-def _widening(pair: WeightPair, noise: Array, otherwise: bool, leaning: float, least: float = 1.0) -> float:
+def _widening(pair: WeightPair, noise: Array, otherwise: bool, leaning: float, least: float = 1.0) -> Array:
     """How much less a fit knows than it would of independent errors of NOISE; noise: of rows or columns, in steps."""
-    factor = max(least, leaning if otherwise else 1.0) if pair.scale is not None else 1.0
-    return max(1.0, float(np.median(noise)) / NOISE) * factor
+    usual = np.full_like(noise, np.median(noise))
+    if otherwise and pair.scale is not None:
+        usual, least = np.maximum(noise, usual), max(least, leaning)  # faint columns take over the errors of others
+    return np.asarray(np.maximum(usual / NOISE, 1.0) * (1.0 if pair.scale is None else least), np.float32)
 
 
 def misfits(pair: WeightPair, rows: Scales, columns: Scales) -> Misfits:
@@ -223,8 +231,7 @@ def misfits(pair: WeightPair, rows: Scales, columns: Scales) -> Misfits:
 
 
 def _misfits_under(pair: WeightPair, rows: Scales, columns: Scales) -> Misfits:
-    count = gross = 0
-    first = first_gross = None
+    count, first, distances, largest = 0, None, np.zeros(pair.columns), np.zeros(pair.columns)
     signal = noise = 0.0
     scaled: list[tuple[int, int, float]] = []
     for start, source, stored in pair.chunks():
@@ -234,21 +241,35 @@ def _misfits_under(pair: WeightPair, rows: Scales, columns: Scales) -> Misfits:
         sigma = _finite(rows.sigma[mine])[:, None] + _finite(columns.sigma)
         allowed = pair.allowed(start, predicted, sigma)
         beyond = ~(distance <= allowed)
-        far = ~(distance <= allowed + GROSS_STEPS[pair.bits])
         if first is None:
             first = _first(beyond, start)
-        if first_gross is None:
-            first_gross = _first(far, start)
         count += int(beyond.sum())
-        gross += int(far.sum())
+        distances += distance.sum(axis=0, dtype=np.float64)
+        largest = np.maximum(largest, distance.max(axis=0))
         if pair.scale is not None:
             scaled += _scaled(pair, start, stored, predicted, sigma)
         signal += float((predicted.astype(np.float64) ** 2).sum())
         noise += float((distance.astype(np.float64) ** 2).sum())
     sqnr = 10 * float(np.log10(max(signal, 1e-300) / max(noise, 1e-300)))
-    return Misfits(
-        count, gross, pair.rows * pair.columns, first, first_gross, min(sqnr, 200.0), pair.scale is not None, scaled
-    )
+    found = Misfits(count, 0, pair.rows * pair.columns, first, None, min(sqnr, 200.0), pair.scale is not None, scaled)
+    if not found.other_rounding:
+        return found
+    limit = np.maximum(GROSS_STEPS[pair.bits], GROSS_NOISE * _noise(distances, largest, pair.rows))  # [K]
+    gross, first_gross = _gross(pair, rows, columns, limit)
+    return replace(found, gross=gross, first_gross=first_gross)
+
+
+def _gross(pair: WeightPair, rows: Scales, columns: Scales, limit: Array) -> tuple[int, tuple[int, int] | None]:
+    """(number, first) of the weights that lie further than `limit` [K] steps from where they are allowed to."""
+    count, first = 0, None
+    for start, source, stored in pair.chunks():
+        mine = slice(start, start + len(source))
+        predicted = source * columns.values * rows.values[mine, None]
+        sigma = _finite(rows.sigma[mine])[:, None] + _finite(columns.sigma)
+        far = ~(pair.distance(stored, predicted) <= pair.allowed(start, predicted, sigma) + limit)
+        first = _first(far, start) if first is None else first
+        count += int(far.sum())
+    return count, first
 
 
 def _scaled(

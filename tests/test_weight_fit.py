@@ -1,0 +1,77 @@
+"""Fitted scales of weights whose integers are not the nearest ones: sure of what is right, and of what is not."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vlqc.passes.clip_search import GroupGrid, RowGrid, importance_of
+from vlqc.passes.gptq import compensated
+from vlqc.verify.folder import read_header
+from vlqc.verify.integers import StoredIntegers
+from vlqc.verify.weight_fit import SIGMAS, Scales, WeightPair, fit_columns, fit_rows, misfits
+
+ROWS, COLUMNS = 192, 256
+SCHEMES = pytest.mark.parametrize("group_size", [None, 64, 256])
+
+
+def rounded(seed: int, group_size: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """A weight float32 [N, K], its integers by error compensation, and the steps float32 [N, K/G]."""
+    generator = torch.Generator().manual_seed(seed)
+    size = torch.randn(COLUMNS, generator=generator).exp()
+    causes = torch.randn(24, COLUMNS, generator=generator)
+    seen = (
+        torch.randn(600, 24, generator=generator) @ causes / 5 + torch.randn(600, COLUMNS, generator=generator)
+    ) * size
+    weight = torch.randn(ROWS, COLUMNS, generator=generator) / size.sqrt()
+    importance = importance_of(seen.square().mean(0))
+    row_weight = torch.full((600,), 1 / 600, dtype=torch.float64)
+    grid: RowGrid | GroupGrid = RowGrid(weight, importance, None, torch.float32)
+    if group_size:
+        grid = GroupGrid(weight, importance, group_size, torch.bfloat16)
+    (integers,) = compensated([weight], [grid], seen, row_weight, importance)
+    return weight, integers, grid.scale if isinstance(grid, RowGrid) else grid.first * grid.second
+
+
+def pair(folder: Path, weight: Tensor, integers: Tensor, steps: Tensor) -> WeightPair:
+    save_file({"float": weight.contiguous(), "integers": integers.contiguous()}, folder / "tensors.safetensors")
+    tensors, _, troubles = read_header(folder / "tensors.safetensors")
+    assert not troubles
+    stored = StoredIntegers(tensors["integers"], 8 if steps.shape[1] == 1 and int(integers.max()) > 7 else 4)
+    return WeightPair("layer", tensors["float"], stored, steps.numpy())
+
+
+@SCHEMES
+@pytest.mark.parametrize("seed", range(5))
+def test_compensated_integers_are_no_other_scales(tmp_path: Path, seed: int, group_size: int | None) -> None:
+    """Rows or columns called scaled, or weights called foreign, because errors of rounding lean the same way."""
+    it = pair(tmp_path, *rounded(seed, group_size))
+    columns, rows = fit_columns([(it, ROWS)]), fit_rows(it, 0, Scales.ones(COLUMNS))
+    assert (np.abs(columns.values - 1) <= SIGMAS * columns.sigma).all()
+    assert (np.abs(rows.values - 1) <= SIGMAS * rows.sigma).all()
+    found = misfits(it, rows, columns)
+    assert found.gross == 0 and not found.scaled
+
+
+@SCHEMES
+def test_other_scales_are_still_seen(tmp_path: Path, group_size: int | None) -> None:
+    """A tolerance that swallows what it is there for: a row or a column that is scaled by half as much again."""
+    weight, integers, steps = rounded(0, group_size)
+    changed = weight.clone()
+    changed[7] *= 1.5
+    rows = fit_rows(pair(tmp_path, changed, integers, steps), 0, Scales.ones(COLUMNS))
+    assert np.flatnonzero(np.abs(rows.values - 1) > SIGMAS * rows.sigma).tolist() == [7]
+    changed = weight.clone()
+    clear = int(fit_columns([(pair(tmp_path, weight, integers, steps), ROWS)]).sigma.argmin())
+    changed[:, clear] *= 1.5
+    columns = fit_columns([(pair(tmp_path, changed, integers, steps), ROWS)])
+    assert np.flatnonzero(np.abs(columns.values - 1) > SIGMAS * columns.sigma).tolist() == [clear]
+    changed = integers.clone()
+    changed[11, clear] = -changed[11, clear] if abs(int(changed[11, clear])) > 60 else changed[11, clear] ^ 0x40
+    if not group_size:  # 4 bits have no room for such a thing
+        it = pair(tmp_path, weight, changed, steps)
+        found = misfits(it, Scales.ones(ROWS), fit_columns([(it, ROWS)]))
+        assert (found.gross, found.first_gross) == (1, (11, clear))

@@ -81,7 +81,9 @@ def test_layers_that_did_not_run_count_as_the_mean_of_those_that_did() -> None:
 def test_work_by_hand() -> None:
     """Catches matrices that are left out of the count, or multiplied by the rows of the other tower."""
     case = Case.of("7B", 1, 1)
-    work = work_of(case, samples=2, tokens=50, patches=100, written=7, proof_rows=512)
+    quantized = {"model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.gate_proj.weight", "lm_head.weight"}
+    work = work_of(case, samples=2, tokens=50, patches=100, written=7, proof_rows=512, quantized=quantized)
+    assert work.weight_values == 2 * 64 * 96
     vision = 100 * (32 * 96 + 32 * 32 + 3 * 32 * 48)
     merger = 25 * (128 * 128 + 128 * 64)
     text = 50 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96)
@@ -104,6 +106,8 @@ def test_a_watched_run(tmp_path: Path) -> None:
         figures["phases"]
     )
     assert figures["phases"].keys() == figures["phases_cpu"].keys() and figures["kernel"]["peak_bytes"] > 10**8
+    quantized = bench_scale.quantized_weights(tmp_path / "result")
+    assert "model.layers.0.mlp.up_proj.weight" in quantized and "model.embed_tokens.weight" not in quantized
     assert list(figures["stages"]) == ["visual.blocks.0", "visual.blocks.1", "visual.merger", "model.layers.0"]
     assert abs(sum(figures["phases"].values()) - figures["seconds"]) < 1.0
     assert json.loads((tmp_path / "result" / "config.json").read_text())["num_hidden_layers"] == 1

@@ -1,5 +1,9 @@
 """gptq, input_gram and clip_search: against the published algorithm, and on rows that were not calibrated on."""
 
+import gc
+import weakref
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -10,7 +14,7 @@ from torch import Tensor
 
 from vlqc.kernels_ref.group import quantize_weight_per_group_absmax
 from vlqc.kernels_ref.quantize import quantize_weight_per_channel_absmax
-from vlqc.passes import input_gram
+from vlqc.passes import gptq, input_gram
 from vlqc.passes.clip_search import GroupGrid, RowGrid, best_steps, importance_of
 from vlqc.passes.gptq import columns_in_order, compensated
 from vlqc.passes.input_gram import chosen_shrinkage, gram_of
@@ -257,3 +261,23 @@ def test_an_outlier_that_nobody_hears_is_cut() -> None:
             one.nearest()
         cut, whole = (float(one.scales()[-1][0, 0]) for one in steps)
         assert cut < 0.8 * whole
+
+
+def test_nothing_stays_behind_until_garbage_is_collected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a reference cycle in the rounding: it kept a block and its rows alive, gigabytes in a large layer."""
+    blocks: list[weakref.ref[object]] = []
+    rounded = gptq._round_block
+
+    def noted(made: Tensor, block: input_gram.Block, *rest: Any) -> Tensor:
+        blocks.extend([weakref.ref(block), weakref.ref(made)])
+        return rounded(made, block, *rest)
+
+    monkeypatch.setattr(gptq, "_round_block", noted)
+    weight, rows = weight_of(8, 64, 0), torch.randn(32, 64, generator=torch.Generator().manual_seed(1))
+    importance = importance_of(rows.square().mean(0))
+    gc.disable()
+    try:
+        compensated([weight], [grid(weight, None, importance)], rows, torch.full((32,), 1 / 32).double(), importance)
+        assert blocks and all(block() is None for block in blocks)
+    finally:
+        gc.enable()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vlqc.errors import UserError
-from vlqc.ir import Call, Visit
+from vlqc.ir import Call, Observation, Visit, WeightQuantization
 from vlqc.lockstep import Lockstep, Stop
 from vlqc.model import FloatModel
 from vlqc.stages import PROBE_ROWS, choose_probe, live_stage
@@ -67,6 +67,25 @@ def test_nothing_of_a_stage_stays_behind() -> None:
         assert all(parameter.is_meta for parameter in model.module.get_submodule(model.path(stop.module)).parameters())
 
     at_each_stage(lower)
+
+
+def test_who_still_holds_a_stage_holds_little() -> None:
+    """Catches the loop variable of the compiler: a stage's integers and kept rows would stay while the next is read."""
+    stages = []
+
+    def look(model: FloatModel, stop: Stop) -> None:
+        with live_stage(model, stop, torch.bfloat16, model.checkpoint.tensor) as stage:
+            stage.observations["%x"] = Observation(3)
+            stage.outputs = outputs = [torch.ones(2)]
+            for site in stage.sites.values():
+                site.weight = WeightQuantization(torch.ones(1, 1, dtype=torch.int8), torch.ones(1, 1))
+            stages.append(stage)
+        assert len(outputs) == 1  # they go on to the next stage
+
+    at_each_stage(look)
+    for stage in stages:
+        assert not (stage.observations or stage.outputs or stage.calls or stage.probe)
+        assert all(site.weight is None for site in stage.sites.values())
 
 
 @pytest.mark.every_transformers

@@ -73,6 +73,14 @@ def compiled(checkpoint: Path, save: Path, samples: Path, options: list[str], th
     return found
 
 
+def quantized_weights(folder: Path) -> set[str]:
+    """Names of the weights of a compiled folder that are not float."""
+    described: dict[str, Any] = {}
+    for path in folder.glob("quant_model_description*.json"):
+        described |= json.loads(path.read_text(encoding="utf-8"))
+    return {name for name, word in described.items() if name.endswith(".weight") and word != "FLOAT"}
+
+
 def bench(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
     """One run: its figures, and the bounds."""
     folder: Path = arguments.folder
@@ -86,7 +94,8 @@ def bench(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
     figures = compiled(checkpoint, save, samples, arguments.option, arguments.threads)
     written = sum(path.stat().st_size for path in save.iterdir())
     patches = int(inputs[0]["pixel_values"].shape[0])
-    work = work_of(case, arguments.samples, arguments.tokens, patches, written, PROBE_ROWS)
+    quantized = quantized_weights(save)
+    work = work_of(case, arguments.samples, arguments.tokens, patches, written, PROBE_ROWS, quantized)
     if not arguments.keep:
         for path in (checkpoint, save):
             shutil.rmtree(path)

@@ -6,15 +6,15 @@ Rates are measured with the threads that the compilation gets. Work is counted f
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from scale_checkpoint import MERGE, Case, tensor_shapes
+from torch import Tensor
 
 from vlqc.ir import fingerprint
-from vlqc.kernels_ref.quantize import quantize_weight_per_channel_absmax
 
 BLOCK = 4 << 20
 ROWS_SEARCHED, CANDIDATES, CONFIRMED, ROWS_CONFIRMED = 1024, 101, 9, 512
@@ -23,6 +23,7 @@ SHRINKAGES = 3  # factorisations of a Gram matrix, about
 COLUMNS_PER_BLOCK = 4096
 MOST_KEPT, KEPT_BYTES = 4096, 64 << 20  # rows of an input that stay for the searches
 WINDOW = 64  # vision rows
+ROWS_AT_A_TIME = 64
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,17 @@ def measured_rates(folder: Path, weights: Path, most: int = 1 << 30) -> Rates:
         _write_rate(folder, most // 2),
         work / _seconds(lambda: half_rows @ half.T),
         work / _seconds(lambda: rows @ weight.T),
-        weight.numel() / _seconds(lambda: quantize_weight_per_channel_absmax(weight)),
-        weight.numel() / _seconds(lambda: [part.mul_(1.0) for part in weight.split(64)]),
+        weight.numel() / _seconds(lambda: _round(weight)),
+        weight.numel() / _seconds(lambda: [part.mul_(1.0) for part in weight.split(ROWS_AT_A_TIME)]),
         weight.numel() / _seconds(lambda: fingerprint(weight)),
     )
+
+
+def _round(weight: Tensor) -> None:
+    """The least that rounding takes: what is rounded stays in the cache, and nothing is stored."""
+    space = torch.empty(ROWS_AT_A_TIME, weight.shape[1])
+    for part in weight.split(ROWS_AT_A_TIME):
+        torch.div(part, 0.01, out=space).round_().clamp_(-127, 127)
 
 
 def _seconds(work: Callable[[], object], times: int = 3) -> float:
@@ -114,6 +122,7 @@ class Work:
     search_flops: float
     weight_flops: float
     weight_values: float
+    stage_values: float
 
     def bounds(self, rates: Rates) -> dict[str, float]:
         """Phase -> seconds."""
@@ -124,14 +133,19 @@ class Work:
             "smoothing": self.search_values / rates.elementwise + self.search_flops / rates.float32,
             "weights": self.weight_flops / rates.float32 + SHARES * self.weight_values / rates.rounding,
             "activation ranges": self.weight_values / rates.elementwise,
-            "checks": 2 * self.weight_values / rates.digest,
+            "checks": 2 * self.stage_values / rates.digest,
             "writing": self.write_bytes / rates.write,
             "verifying": self.write_bytes / rates.read,
         }
 
 
-def work_of(case: Case, samples: int, tokens: int, patches: int, written: int, proof_rows: int) -> Work:
-    """tokens, patches: rows of one sample in the language model and in the vision tower."""
+def work_of(
+    case: Case, samples: int, tokens: int, patches: int, written: int, proof_rows: int, quantized: Collection[str]
+) -> Work:
+    """tokens, patches: rows of one sample in the language model and in the vision tower; quantized: names of weights.
+
+    Layers that stay float are run and proven, but neither searched nor rounded.
+    """
     shapes = tensor_shapes(case)
     outside = ("model.embed_tokens", "lm_head", "visual.patch_embed")
     linears = {name: it for name, it in shapes.items() if len(it) == 2 and not name.startswith(outside)}
@@ -141,13 +155,14 @@ def work_of(case: Case, samples: int, tokens: int, patches: int, written: int, p
             return patches // MERGE**2
         return patches if name.startswith("visual") else tokens
 
-    values = sum(math.prod(it) for it in linears.values())
+    chosen = {name: it for name, it in linears.items() if name in quantized}
+    values = sum(math.prod(it) for it in chosen.values())
     forward = sum(2 * math.prod(it) * rows(name) * samples for name, it in linears.items())
     proofs = sum(2 * 2 * math.prod(it) * min(rows(name), proof_rows) for name, it in linears.items())
     shared = ("k_proj.weight", "v_proj.weight", "up_proj.weight")  # they read what another one reads
-    inputs = [it[1] for name, it in linears.items() if not name.endswith(shared)]
+    inputs = [it[1] for name, it in chosen.items() if not name.endswith(shared)]
     weight_flops = 0.0
-    for outputs, columns in linears.values():
+    for outputs, columns in chosen.values():
         weight_flops += outputs * columns * min(columns, COLUMNS_PER_BLOCK)
     for columns in inputs:
         width, kept = min(columns, COLUMNS_PER_BLOCK), min(MOST_KEPT, KEPT_BYTES // (4 * columns), samples * tokens)
@@ -162,6 +177,7 @@ def work_of(case: Case, samples: int, tokens: int, patches: int, written: int, p
         search_flops=CONFIRMED * 4.0 * ROWS_SEARCHED * ROWS_CONFIRMED * sum(inputs),
         weight_flops=weight_flops,
         weight_values=values,
+        stage_values=sum(math.prod(it) for it in linears.values()),
     )
 
 

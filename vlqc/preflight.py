@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vlqc.calibration import calibrate_on
 from vlqc.checkpoint import Checkpoint
+from vlqc.device import resolve_device
 from vlqc.emit import expected_bytes
 from vlqc.emit.ascend import emitted_dtype, header_bytes
 from vlqc.emit.folder import nearest_folder
@@ -36,13 +37,14 @@ from vlqc.ir import Site
 from vlqc.layer_globs import check_globs, check_plan
 from vlqc.model import FloatModel
 from vlqc.options import Options
-from vlqc.pipeline import parse_pipeline, pipeline_text
+from vlqc.pipeline import check_order, parse_pipeline, pipeline_text
 from vlqc.progress import duration, in_model_order, readable_bytes
 from vlqc.tally import peak_memory
 
 PROBE_SIDE = 1024  # of the square matrices that are multiplied
 PROBE_BYTES = 64 * 2**20  # read to measure the disk; what the page cache holds comes faster, in the real run, too
 PROBE_SECONDS = 0.3
+START_SECONDS, STAGE_SECONDS = 5.0, 0.4  # to import, load and verify; to trace, search and prove a stage of any size
 OVERHEAD = 1.6  # of a real run over its matrix products and its reading and writing, as measured
 STAGE_BYTES = 9  # per weight of the largest stage: float32, its integers, temporaries
 OBSERVED_BYTES = 6 * 64 * 2**20  # kept rows of all groups of a stage, at most
@@ -79,6 +81,8 @@ class Preflight:
 def preflight(*, samples: Sequence[dict[str, Tensor]] | None = None, **given: Any) -> Preflight:
     """The options of a compilation -> what it would do. UserError for unusable input, as in the real run."""
     options = Options.from_user(**given)
+    check_order(parse_pipeline(pipeline_text(options)), search=options.fallback == "auto")
+    resolve_device(options.device_type)
     checkpoint = Checkpoint(options.model_path)
     model = FloatModel.of(checkpoint, trust_remote_code=options.trust_remote_code)
     check_globs([*model.layers, *model.heads], exclude=options.exclude)
@@ -173,7 +177,8 @@ def expected_seconds(model: FloatModel, sites: dict[str, Site], tokens: int, pat
     narrow = torch.bfloat16 if model.checkpoint.dtype == torch.bfloat16 else torch.float32
     disk = bytes_per_second(model.checkpoint)
     computing = forward / flops_per_second(narrow) + rounding / flops_per_second(torch.float32)
-    return OVERHEAD * (computing + (model.checkpoint.bytes + written) / disk)
+    fixed = START_SECONDS + STAGE_SECONDS * len(model.stages)
+    return fixed + OVERHEAD * (computing + (model.checkpoint.bytes + written) / disk)
 
 
 def flops_per_second(dtype: torch.dtype) -> float:

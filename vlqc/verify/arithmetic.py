@@ -5,7 +5,8 @@ follows scale_bias. So one wrong byte in a scale, an offset, deq_scale, quant_bi
 int8 weight shows through quant_bias wherever input_offset is not 0, one in a packed 4-bit weight through scale_bias.
 Not visible without the float model: an int8 weight of a layer whose input_offset is 0 or whose scheme is W8A8_DYNAMIC,
 a 4-bit weight in MindIE's layout, a bias that is really added or that changes by less than half a step of deq_scale, a
-per-token scale that stays a value of its dtype, and float tensors, as long as they stay finite.
+per-token scale that stays a value of its dtype, and float tensors, as long as they stay finite. Not visible at all: a
+quant_bias that is off by a multiple of CORRECTION_STEP, as far as taking off a mean error may move it.
 """
 
 import numpy as np

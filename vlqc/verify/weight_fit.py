@@ -154,19 +154,27 @@ def fit_columns(parts: Sequence[tuple[WeightPair, int]]) -> Scales:
     scales = _scales(product, square)
     suspicious, beyond = np.zeros(columns, bool), 0
     distances, largest = np.zeros(columns), np.zeros(columns)
+    worst = np.zeros((2, columns))  # the weight that is furthest off: source and stored
     for pair, end in parts:
         for start, source, stored in pair.chunks(end=end):
             predicted = source * scales.values
             distance = pair.distance(stored, predicted)
             suspicious |= (distance > pair.allowed(start, predicted, _finite(scales.sigma))).any(axis=0)
             distances += distance.sum(axis=0, dtype=np.float64)
-            largest = np.maximum(largest, distance.max(axis=0))
+            furthest = np.expand_dims(distance.argmax(axis=0), 0)
+            here = np.concatenate([np.take_along_axis(it, furthest, axis=0) for it in (distance, source, stored)])
+            worst = np.where(here[0] > largest, here[1:], worst)
+            largest = np.maximum(largest, here[0])
             beyond += int((distance > NEAREST).sum())
     rows = sum(end for _, end in parts)
     noise = _noise(distances, largest, rows)  # of each column
     least = LEANING_COLUMNS if parts[0][0].bits == 4 else 1.0  # few integers also lean towards 0, or away from it
     scales.sigma[:] *= _widening(parts[0][0], noise, _otherwise(beyond, rows * columns), LEANING_COLUMNS, least)
-    if suspicious.sum() <= max(8, columns // 10):
+    if _otherwise(beyond, rows * columns):  # suspicious are many; a damaged weight is one that pulled a whole column
+        pulled = largest > GROSS_STEPS[parts[0][0].bits]
+        without = _scales(product - worst[0] * worst[1], square - worst[0] ** 2).values
+        scales.values[pulled] = without[pulled]
+    elif suspicious.sum() <= max(8, columns // 10):
         for column in np.flatnonzero(suspicious):
             pieces = [chunk for pair, end in parts for chunk in pair.chunks(end=end)]
             source = np.concatenate([source[:, column] for _, source, _ in pieces])

@@ -119,6 +119,7 @@ class StaticQuantLinear(QuantLinear):
     """
 
     scheme = "W8A8"
+    corrected: bool = False  # whether quant_bias takes a mean error off
 
     input_scale: torch.Tensor
     input_offset: torch.Tensor
@@ -166,7 +167,7 @@ class StaticQuantLinear(QuantLinear):
         weight_scale = weight_scale.to(torch.float32)
         stored_input_scale = torch.tensor([input_scale], dtype=torch.float32, device=weight_q.device)
         deq_scale = (stored_input_scale * weight_scale).flatten()  # [N]
-        return cls(
+        lowered = cls(
             weight=weight_q,
             weight_scale=weight_scale,
             weight_offset=torch.zeros_like(weight_scale),
@@ -176,6 +177,8 @@ class StaticQuantLinear(QuantLinear):
             deq_scale=encode_deq_scale(deq_scale, dtype),
             bias=bias,
         )
+        lowered.corrected = mean_error is not None
+        return lowered
 
     def multiply(self, tokens: torch.Tensor) -> torch.Tensor:
         xq = quantize_per_tensor(tokens, self.input_scale, self.input_offset)  # [M, K] int8

@@ -182,7 +182,7 @@ def through(stage: Stage, *passes: Pass) -> Stage:
     return stage
 
 
-def integers(stage: Stage, method: str = "histogram", correct_bias: bool = True) -> Stage:
+def integers(stage: Stage, method: str = "histogram", correct_bias: bool = False) -> Stage:
     """What comes after smoothing."""
     wanted = QuantizeActivations(method="minmax" if method == "minmax" else "histogram")
     return through(stage, wanted, QuantizeWeights(), LowerLinears(correct_bias=correct_bias))

@@ -134,7 +134,11 @@ class Options(BaseModel):
         most=100,
     )
     max_float_groups: int | None = _option(
-        None, "With --fallback auto: leave at most this many groups in float, those that cost most.", LAYERS, least=0
+        None,
+        "With --fallback auto: leave at most this many groups in float, those that cost most, "
+        "beside those that the engine or --exclude keeps there.",
+        LAYERS,
+        least=0,
     )
     exclude: tuple[str, ...] = _option(
         (), "Leave these layers in float: a pattern over checkpoint names, as often as needed.", LAYERS, kind="globs"

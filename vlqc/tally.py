@@ -67,10 +67,15 @@ class Tally:
         self.note(plan.notes())
 
     def require_quantized(self) -> None:
-        """UserError if every site stayed float, unless the search found nothing better: the source is only copied."""
-        if self.plan is None and all(scheme == Scheme.FLOAT for _, scheme in self.counts):
-            why = "no pass gave any layer a scheme, or every layer was excluded"
-            raise UserError(Fault("nothing was quantized", why=why, fix="look at --pipeline and --exclude"))
+        """UserError if every site stayed float: the source would only be copied."""
+        if all(scheme == Scheme.FLOAT for _, scheme in self.counts):
+            why, fix = (
+                "no pass gave any layer a scheme, or every layer was excluded",
+                "look at --pipeline and --exclude",
+            )
+            if self.plan is not None:
+                why, fix = "the search left every group in float", "ask for a lower --min_sqnr or fewer float groups"
+            raise UserError(Fault("nothing was quantized", why=why, fix=fix))
 
     def note_unknown(self, names: list[str]) -> None:
         """Tensors of the checkpoint that the model does not know."""

@@ -19,10 +19,12 @@ from vlqc.emit.write_behind import WriteBehind
 from vlqc.engine_table import NAMING_ORDER
 from vlqc.engines import Scheme, part_of
 from vlqc.ir import Stage
+from vlqc.kernels_ref.matmul import CORRECTION_STEP
 from vlqc.options import Options
 from vlqc.precision_search import Plan, cheapest
 
 DESCRIPTION_VERSION = "1.0.0"
+CORRECTED = "quant_bias_correction"  # in the description: of so many steps are the mean errors that were taken off
 # A mixed folder is named after the first of these that occurs in it.
 NAMED_AFTER = (*NAMING_ORDER, Scheme.FLOAT)
 GIB = 1024**3
@@ -42,12 +44,14 @@ class FolderEmitter:
         self.folder, self.checkpoint, self.options = folder, checkpoint, options
         self.dtype = emitted_dtype(checkpoint.dtype)
         self.marks: dict[str, Scheme] = {}
+        self.corrected = False  # whether any quant_bias takes a mean error off
         limit = None if options.part_file_size is None else options.part_file_size * GIB
         self._shards = WriteBehind(ShardWriter(folder, header_bytes=header_bytes(checkpoint), limit=limit))
         self._spool = Spool(folder / FOLDER) if options.fallback == "auto" else None
 
     def add_stage(self, stage: Stage) -> None:
         """Everything that a finished stage became."""
+        self.corrected |= any(getattr(module, "corrected", False) for module in stage.live.modules())
         if self._spool is None:
             self.add(self._entries(stage))
         else:
@@ -108,6 +112,8 @@ class FolderEmitter:
         facts: dict[str, Any] = {"version": DESCRIPTION_VERSION, "model_quant_type": str(self.quant_type)}
         if self.quant_type == Scheme.W4A8_DYNAMIC:
             facts["group_size"] = self.options.group_size
+        if self.corrected:
+            facts[CORRECTED] = CORRECTION_STEP
         return facts | {name: str(mark) for name, mark in sorted(self.marks.items())}
 
     def _config(self) -> dict[str, Any]:

@@ -5,14 +5,15 @@ follows scale_bias. So one wrong byte in a scale, an offset, deq_scale, quant_bi
 int8 weight shows through quant_bias wherever input_offset is not 0, one in a packed 4-bit weight through scale_bias.
 Not visible without the float model: an int8 weight of a layer whose input_offset is 0 or whose scheme is W8A8_DYNAMIC,
 a 4-bit weight in MindIE's layout, a bias that is really added or that changes by less than half a step of deq_scale, a
-per-token scale that stays a value of its dtype, and float tensors, as long as they stay finite. Not visible at all: a
-quant_bias that is off by a multiple of CORRECTION_STEP, as far as taking off a mean error may move it.
+per-token scale that stays a value of its dtype, and float tensors, as long as they stay finite. Where the description
+says that mean errors were taken off, a quant_bias that is off by a multiple of CORRECTION_STEP is not visible either.
 """
 
 import numpy as np
 
 from vlqc.engines import Scheme, fused_group
 from vlqc.kernels_ref.matmul import CORRECTION_STEP
+from vlqc.verify.configuration import CORRECTED
 from vlqc.verify.expected import companions, consumers_of_norm
 from vlqc.verify.folder import FLOATS, Array, StoredTensor, round_to
 from vlqc.verify.groups import check_scale_bias
@@ -167,7 +168,8 @@ def _check_quant_bias(
 ) -> None:
     """quant_bias = round(bias / deq_scale - offset * sum_k W): int64 sums and float64, one rounding.
 
-    A mean error may have been taken off: in whole CORRECTION_STEPs, and no more than a row's root sum of squares.
+    Where the description says so, a mean error may have been taken off: in whole CORRECTION_STEPs, and no more than a
+    row's root sum of squares.
     Behind a norm with a bias the layer's bias takes that back. A layer without one has it in quant_bias alone: then it
     is recomputed from the integers, which are the float weights up to their rounding.
     """
@@ -191,6 +193,8 @@ def _check_quant_bias(
         steps, slack = bias / deq_scale.astype(np.float64), slack / deq_scale.astype(np.float64)  # [N]
     exact = steps - offset * rows.total
     whole = np.floor(np.sqrt(rows.squares) / CORRECTION_STEP)
+    if folder.files.description.get(CORRECTED) != CORRECTION_STEP:
+        whole = np.zeros_like(whole)
     corrected = CORRECTION_STEP * np.clip(np.rint((quant_bias - exact) / CORRECTION_STEP), -whole, whole)
     error = np.abs(quant_bias - exact - corrected)
     # Half a step is the rounding itself; the rest is what a division in float32 may move.

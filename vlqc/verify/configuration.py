@@ -8,7 +8,8 @@ from vlqc.verify.expected import DTYPE_CODES, ExpectedModel, expected_model, is_
 from vlqc.verify.files import FolderFiles
 from vlqc.verify.report import Report, listed
 
-DESCRIPTION_KEYS = ("version", "model_quant_type", "group_size")
+CORRECTED = "quant_bias_correction"  # quant_bias takes mean errors off, in multiples of so many steps
+DESCRIPTION_KEYS = ("version", "model_quant_type", "group_size", CORRECTED)
 DESCRIPTION_VERSION = "1.0.0"  # by which vLLM Ascend knows packed 4-bit weights
 
 

@@ -15,6 +15,7 @@ INT32_MAX = 2**31 - 1
 # A row this full of its largest integers was clipped: with scale absmax/127 one weight per row has that value, with
 # clipping a few. Four bits put more of them there.
 SATURATED_SHARE, SATURATED_COUNT = {8: 0.25, 4: 0.5}, 8
+USED = 0.85  # of the largest integer that a channel should reach
 # A row of zero weights has a scale at some floor; one whose scale is like its neighbours' had weights, and lost them.
 DEAD_ROW_SCALE = 1e-3
 
@@ -124,7 +125,7 @@ def check_integers(
         what = f"-128 in channels {listed(beyond)}" if integers.bits == 8 else f"{found} in channels {listed(beyond)}"
         why = "symmetric weights end at -127" if integers.bits == 8 else "4 bits hold -8 to 7"
         report.fault("integers", where, what, why, "compile again")
-    wanted = high - 1 if integers.bits == 8 else high
+    wanted = USED * high  # a search for the range, or errors handed on to later columns, may leave out the last few
     poor = np.flatnonzero(live & (rows.absmax < wanted))
     if poor.size:
         worst = int(rows.absmax[poor].min())

@@ -114,6 +114,7 @@ class Bench:
         reference = measure_float(case, model)
         inputs = self.folder / "inputs.pt"
         torch.save(case.calibration, inputs)
+        layers: dict[str, str] = {}  # of the first scheme: what the floor rounds
         for scheme in schemes:
             folders, rows = {}, []
             for side in (OURS,) if scheme in OURS_ONLY else SIDES:
@@ -123,8 +124,8 @@ class Bench:
             found = [metrics.sites_of(metrics.description_of(written)) for written in folders.values()]
             if different := metrics.different_sites(found[0], found[-1]):
                 raise DifferentSites(f"{case.name}, {scheme}: {REFERENCE} against {OURS}\n" + "\n".join(different))
+            layers = layers or found[-1]
             yield from rows
-        layers = metrics.sites_of(metrics.description_of(folders[OURS]))
         rounded = metrics.round_weights(model, layers)
         yield Row(case.name, case.seed, FLOOR, FLOOR, *score(case, reference, rounded))
 

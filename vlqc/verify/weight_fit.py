@@ -174,6 +174,9 @@ def fit_columns(parts: Sequence[tuple[WeightPair, int]]) -> Scales:
         pulled = largest > GROSS_STEPS[parts[0][0].bits]
         without = _scales(product - worst[0] * worst[1], square - worst[0] ** 2).values
         scales.values[pulled] = without[pulled]
+        # A column that took over more than it holds itself tells nothing of its scale.
+        drowned = noise > np.abs(scales.values) * np.sqrt(square / rows)
+        scales.sigma[drowned] = np.inf
     elif suspicious.sum() <= max(8, columns // 10):
         for column in np.flatnonzero(suspicious):
             pieces = [chunk for pair, end in parts for chunk in pair.chunks(end=end)]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vlqc.engines import Scheme, group_faults, legal_schemes, parse_target, rules_for
-from vlqc.ir import Sensitivity, Site, Stage
+from vlqc.ir import FAINT, Sensitivity, Site, Stage
 from vlqc.passes.lower_linears import lower
 from vlqc.passes.quantize_weights import quantized
 from vlqc.pipeline import Pass
@@ -19,7 +19,6 @@ FALLBACKS = {
     Scheme.W8A8: (Scheme.W8A8_DYNAMIC, Scheme.FLOAT),
     Scheme.W8A8_DYNAMIC: (Scheme.FLOAT,),
 }
-FAINT = 0.1  # of the median energy: fainter rows count as if they had that much
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from vlqc.bfloat16_linears import bfloat16_linears
 from vlqc.bfloat16_linears import exact_bfloat16 as exact_bfloat16
 from vlqc.engines import Scheme
 from vlqc.errors import Fault, UserError
+from vlqc.observation import FAINT as FAINT
 from vlqc.observation import MODALITIES as MODALITIES
 from vlqc.observation import ChannelRange as ChannelRange
 from vlqc.observation import Observation as Observation

@@ -95,10 +95,6 @@ class Observation:
             chosen.append(where[order[: max(1, most // len(members))]])
         return torch.cat([torch.empty(0, dtype=torch.int64), *chosen]).sort().values
 
-    def mean(self) -> Tensor:
-        """float32 [K]: mean of x over the kept rows, weighted as `row_weight` says."""
-        return (self.row_weight() @ self.kept.double()).float()
-
     def second_moment(self) -> Tensor:
         """float32 [K]: mean of x^2 over the kept rows, weighted as `row_weight` says."""
         return torch.stack([part.square().double().T @ weight for part, weight in self._weighted()]).sum(0).float()

@@ -186,7 +186,7 @@ def _covering(groups: Sequence[Group], most_noise: float) -> list[Scheme] | None
     which is found by trying them all, at most twice the optimum.
     """
     best: list[Scheme] | None = None
-    for largest in sorted({_cost(group, scheme) for group in groups for scheme in group.choices}):
+    for largest in sorted({group.extra_cost(scheme) for group in groups for scheme in group.choices}):
         found = _greedy(groups, most_noise, largest)
         if found is None:
             continue
@@ -218,9 +218,9 @@ def _hull(group: Group, largest: float) -> list[tuple[float, Scheme]]:
     steps: list[tuple[float, Scheme]] = []
     while True:
         ahead = [
-            (_efficiency(group, now, scheme), -_cost(group, scheme), str(scheme), scheme)
+            (_efficiency(group, now, scheme), -group.extra_cost(scheme), str(scheme), scheme)
             for scheme, choice in group.choices.items()
-            if choice.noise < group.choices[now].noise and _cost(group, now) <= _cost(group, scheme) <= largest
+            if choice.noise < group.choices[now].noise and group.extra_cost(now) <= group.extra_cost(scheme) <= largest
         ]
         if not ahead:
             return steps
@@ -229,18 +229,18 @@ def _hull(group: Group, largest: float) -> list[tuple[float, Scheme]]:
 
 
 def _efficiency(group: Group, now: Scheme, scheme: Scheme) -> float:
-    cost = _cost(group, scheme) - _cost(group, now)
+    cost = group.extra_cost(scheme) - group.extra_cost(now)
     return (group.choices[now].noise - group.choices[scheme].noise) / cost if cost > 0 else math.inf
 
 
 def _cleaned(groups: Sequence[Group], schemes: Sequence[Scheme], most_noise: float) -> list[Scheme]:
     """Takes back what turned out unnecessary, the dearest first."""
     kept = list(schemes)
-    order = sorted(range(len(groups)), key=lambda it: (-_cost(groups[it], kept[it]), groups[it].name))
+    order = sorted(range(len(groups)), key=lambda it: (-groups[it].extra_cost(kept[it]), groups[it].name))
     for number in order:
         group, before = groups[number], kept[number]
-        cheaper = [scheme for scheme in group.choices if _cost(group, scheme) < _cost(group, before)]
-        for scheme in sorted(cheaper, key=lambda it: (_cost(group, it), group.choices[it].noise)):
+        cheaper = [scheme for scheme in group.choices if group.extra_cost(scheme) < group.extra_cost(before)]
+        for scheme in sorted(cheaper, key=lambda it: (group.extra_cost(it), group.choices[it].noise)):
             kept[number] = scheme
             if noise_of(groups, kept) <= most_noise:
                 break
@@ -266,18 +266,16 @@ def _fewest(groups: Sequence[Group], most: int) -> list[Scheme] | None:
 
 
 def _least_noise(groups: Sequence[Group]) -> list[Scheme]:
-    return [min(group.choices, key=lambda it: (group.choices[it].noise, _cost(group, it), str(it))) for group in groups]
+    return [
+        min(group.choices, key=lambda it: (group.choices[it].noise, group.extra_cost(it), str(it))) for group in groups
+    ]
 
 
 def _start(group: Group) -> Scheme:
     """The assigned scheme; where that is no choice, the one that is."""
     if group.assigned in group.choices:
         return group.assigned
-    return min(group.choices, key=lambda it: (_cost(group, it), group.choices[it].noise))
-
-
-def _cost(group: Group, scheme: Scheme) -> float:
-    return group.extra_cost(scheme)
+    return min(group.choices, key=lambda it: (group.extra_cost(it), group.choices[it].noise))
 
 
 def _rank(groups: Sequence[Group], schemes: Sequence[Scheme]) -> tuple[float, float]:

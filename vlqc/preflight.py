@@ -48,6 +48,7 @@ START_SECONDS, STAGE_SECONDS = 5.0, 0.4  # to import, load and verify; to trace,
 OVERHEAD = 1.6  # of a real run over its matrix products and its reading and writing, as measured
 STAGE_BYTES = 9  # per weight of the largest stage: float32, its integers, temporaries
 OBSERVED_BYTES = 6 * 64 * 2**20  # kept rows of all groups of a stage, at most
+BEFORE_SEARCH = "schemes and size are those before the search that --fallback auto asks for"
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,6 @@ class Preflight:
     engines: list[str]
     notes: list[str] = field(default_factory=list)
 
-    def facts(self) -> dict[str, Any]:
-        """As JSON holds it."""
-        counts = [{"part": part, "scheme": scheme, "linears": count} for (part, scheme), count in self.counts.items()]
-        return {**self.__dict__, "counts": counts}
-
 
 def preflight(*, samples: Sequence[dict[str, Tensor]] | None = None, **given: Any) -> Preflight:
     """The options of a compilation -> what it would do. UserError for unusable input, as in the real run."""
@@ -99,6 +95,7 @@ def preflight(*, samples: Sequence[dict[str, Tensor]] | None = None, **given: An
         *calibration.notes,
         *cannot_load(*asked, scope=options.w4a8_scope),
         *engine_notes(*asked, group_size=options.group_size, scope=options.w4a8_scope),
+        *([BEFORE_SEARCH] if options.fallback == "auto" else []),
     ]
     counts: dict[tuple[str, str], int] = {}
     for name, scheme in (schemes | dict.fromkeys(model.heads, Scheme.FLOAT)).items():

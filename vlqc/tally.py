@@ -69,12 +69,11 @@ class Tally:
     def require_quantized(self) -> None:
         """UserError if every site stayed float: the source would only be copied."""
         if all(scheme == Scheme.FLOAT for _, scheme in self.counts):
-            why, fix = (
-                "no pass gave any layer a scheme, or every layer was excluded",
-                "look at --pipeline and --exclude",
-            )
+            why = "no pass gave any layer a scheme, or every layer was excluded"
+            fix = "look at --pipeline and --exclude"
             if self.plan is not None:
-                why, fix = "the search left every group in float", "ask for a lower --min_sqnr or fewer float groups"
+                why = f"the search left every group in float, for a predicted SQNR of {self.plan.sqnr:.1f} dB"
+                fix = "ask for a lower --min_sqnr or fewer float groups"
             raise UserError(Fault("nothing was quantized", why=why, fix=fix))
 
     def note_unknown(self, names: list[str]) -> None:

@@ -31,13 +31,24 @@ def activation_scale_and_offset(minimum: float, maximum: float, dtype: torch.dty
         raise ValueError(f"the range {minimum} .. {maximum} is not finite")
     if minimum > maximum:
         raise ValueError(f"the range {minimum} .. {maximum} is reversed")
-    minimum, maximum = min(minimum, 0.0), max(maximum, 0.0)
-    floor = SMALLEST_SCALE_FLOAT16 if dtype is torch.float16 else SMALLEST_SCALE
-    exact = torch.tensor(max((maximum - minimum) / INT8_STEPS, floor), dtype=torch.float64, device="cpu")
-    scale = float(round_up(exact, dtype).item())
+    low, high = torch.tensor([[minimum], [maximum]], dtype=torch.float64, device="cpu")
+    scale, offset = (float(it) for it in activation_scales_and_offsets(low, high, dtype))
     if math.isinf(scale):
         raise ValueError(f"the range {minimum} .. {maximum} is too wide: its scale exceeds {dtype}")
-    return scale, float(INT8_MIN - round(minimum / scale))
+    return scale, offset
+
+
+def activation_scales_and_offsets(
+    minimum: torch.Tensor, maximum: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`activation_scale_and_offset` of many finite ranges at once: float64 [R] twice -> float64 [R] twice.
+
+    A scale that exceeds `dtype` is infinite.
+    """
+    minimum, maximum = minimum.clamp(max=0.0), maximum.clamp(min=0.0)
+    floor = SMALLEST_SCALE_FLOAT16 if dtype is torch.float16 else SMALLEST_SCALE
+    scale = round_up(((maximum - minimum) / INT8_STEPS).clamp(min=floor), dtype).double()
+    return scale, INT8_MIN - torch.round(minimum / scale)
 
 
 def quantize_per_tensor(x: torch.Tensor, scale: float | torch.Tensor, offset: float | torch.Tensor) -> torch.Tensor:

@@ -15,8 +15,8 @@ from vlqc.engines import Scheme
 from vlqc.ir import Site
 from vlqc.kernels_ref.quantize import INT8_MAX, INT8_STEPS, WEIGHT_INT8_MAX
 
-ROWS_OF_WEIGHT = 1024  # rows of W that a search looks at, evenly spread: bounds its cost, whatever the layer
-ROWS_OF_INPUT = 512  # the same for rows of x
+ROWS_OF_WEIGHT = 512  # rows of W that a search looks at, evenly spread: bounds its cost, whatever the layer
+ROWS_OF_INPUT = 256  # the same for rows of x
 EXTREMES = 16  # values of a column, on either side, that are looked at one by one: a range may cut off just these
 STRATA = 16  # into which all other values of a column are put together: it may be always large, and all be cut off
 CLIPPED_SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # of the full range, the first is all of it

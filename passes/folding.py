@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vlqc.errors import InternalError
-from vlqc.ir import Edge, Stage, exact_bfloat16
+from vlqc.ir import Edge, Stage, exact_bfloat16, is_finite
 from vlqc.kernels_ref.norm import ShiftedNorm
 
 TOLERANCE = 1e-4  # of the RMS of the output, or of a value larger than that: float32 leaves about 1e-6
@@ -103,7 +103,7 @@ def difference(before: Tensor, after: Tensor) -> float:
 
     A massive activation is rounded in steps of its own size: a value beyond the RMS is judged by itself.
     """
-    if not bool(torch.isfinite(after).all()):
+    if not is_finite(after):
         return float("inf")
     rms = before.square().mean().sqrt().clamp(min=1e-30)
     return float(((before - after) / torch.maximum(before.abs(), rms)).abs().amax())

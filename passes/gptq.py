@@ -68,11 +68,13 @@ def compensated(
 
             def task(part: tuple[int, slice], block: Block = block) -> None:
                 number, here = part
-                made = weights[number].detach()[here].float().cpu().T[block.columns]  # [B, n], to become W - Q
+                ordered = weights[number].detach()[here].float().cpu().index_select(1, block.columns)
+                made = ordered.T.contiguous()  # [B, n], to become W - Q
                 correction = None if block.answer is None else block.answer @ errors[number][:, here]
                 if correction is not None:
                     made += correction
-                integers[number][here, block.columns] = _round_block(made, block, grids[number], here).T
+                rounded = _round_block(made, block, grids[number], here).T.contiguous()
+                integers[number][here].index_copy_(1, block.columns, rounded)
                 if correction is not None:
                     made -= correction
                 if block.rows is not None:

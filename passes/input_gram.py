@@ -17,7 +17,7 @@ FAINT = 1e-4  # of a column's mean square: what it counts for in a part of the r
 SHRINKAGES = (0.01, 0.03, 0.1, 0.3, 0.6, 1.0)
 FIRST_SHRINKAGE = 3  # tried first: the best on most inputs
 PIECES, HELD_OUT = 12, 3  # of so many pieces of the rows every third is left out, and judged on
-MOST_UNSEEN = 512  # rows are judged on, evenly spread: more of them change little
+MOST_UNSEEN = 256  # rows are judged on, evenly spread: more of them change little
 PANEL = 512  # columns of H that are multiplied at a time
 
 

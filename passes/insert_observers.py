@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlqc.errors import Fault, UserError
-from vlqc.ir import MODALITIES, Call, ChannelRange, Observation, Stage, digest, first_tensor, observe
+from vlqc.ir import MODALITIES, Call, ChannelRange, Observation, Stage, digest, first_tensor, is_finite, observe
 from vlqc.pipeline import Pass, require
 
 IMAGE = MODALITIES.index("image")
@@ -131,7 +131,7 @@ def _filler(
     """first: whether all samples before these are in `parts`. Their sums are then added up at once, to save memory."""
 
     def fill(value: Tensor, call: Call) -> None:
-        if not bool(torch.isfinite(value).all()):
+        if not is_finite(value):
             why = "weights, rms_norm_eps or the sample make values that float32 cannot hold"
             what = f"NaN or Inf reaches {site} in sample {call.sample}"
             raise UserError(Fault(what, why=why, fix="check the float model on this sample"))

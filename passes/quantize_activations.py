@@ -14,6 +14,7 @@ from vlqc.kernels_ref.quantize import (
     INT8_MAX,
     INT8_MIN,
     activation_scale_and_offset,
+    activation_scales_and_offsets,
     dequantize_per_tensor,
     quantize_per_tensor,
 )
@@ -110,14 +111,14 @@ def clipped_range(
     )
     best, smallest = (low, high), float("inf")
     for low_share in SHARES if low < 0 else (1.0,):
-        ranges = [(low * low_share, high * high_share) for high_share in (SHARES if high > 0 else (1.0,))]
-        grids = torch.tensor([activation_scale_and_offset(*one, dtype) for one in ranges], dtype=torch.float64)
-        scale, offset = grids[:, :1], grids[:, 1:]  # [R, 1]
+        tops = high * torch.tensor(SHARES if high > 0 else (1.0,), dtype=torch.float64)  # [R]
+        grids = activation_scales_and_offsets(torch.full_like(tops, low * low_share), tops, dtype)
+        scale, offset = (it[:, None] for it in grids)  # [R, 1]
         rounded = (torch.round(centres / scale + offset).clamp(INT8_MIN, INT8_MAX) - offset) * scale  # [R, BINS]
         errors = (rounded - centres).square() @ mass  # [R]
         number = int(errors.argmin())
         if float(errors[number]) < smallest:
-            best, smallest = ranges[number], float(errors[number])
+            best, smallest = (low * low_share, float(tops[number])), float(errors[number])
     return best
 
 

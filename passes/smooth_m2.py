@@ -40,7 +40,7 @@ class SmoothM2(Pass):
     before: ClassVar[tuple[str, ...]] = ("quantize-activations", "quantize-weights", "lower-linears")
 
     candidates: int = 20
-    confirm: int = 8
+    confirm: int = 4
     clip: bool = True
     weights: WeightMethod = "auto"
 

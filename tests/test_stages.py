@@ -11,7 +11,8 @@ from vlqc.errors import UserError
 from vlqc.ir import Call, Observation, Visit, WeightQuantization
 from vlqc.lockstep import Lockstep, Stop
 from vlqc.model import FloatModel
-from vlqc.stages import PROBE_ROWS, choose_probe, live_stage
+from vlqc.probe import PROBE_ROWS, choose_probe
+from vlqc.stages import live_stage
 
 
 def at_each_stage(work: Callable[[FloatModel, Stop], None]) -> FloatModel:

@@ -16,11 +16,12 @@ from vlqc.device import resolve_device
 from vlqc.dumps import Dumper, announcer
 from vlqc.emit import emitter_for, expected_bytes
 from vlqc.emit.folder import result_folder
-from vlqc.layer_globs import check_globs, check_plan
+from vlqc.layer_globs import check_choice
 from vlqc.lockstep import Lockstep
 from vlqc.model import FloatModel
 from vlqc.options import Options
 from vlqc.pipeline import Pass, PassManager, check_order, parse_pipeline, pipeline_text
+from vlqc.probe import probe_sample
 from vlqc.progress import Progress
 from vlqc.result import Result
 from vlqc.samples import refuse_both
@@ -58,17 +59,16 @@ def compile(
     device, trust = world.place(resolve_device(options.device_type)), options.trust_remote_code
     model = world.after_first(lambda: FloatModel.of(checkpoint, trust_remote_code=trust, device=device))
     tally.note_unknown(model.unknown_tensors())
-    check_globs([*model.layers, *model.heads], exclude=options.exclude)
-    check_globs(model.layers, include=options.include)
-    check_plan(model.layers, options)
+    check_choice(model.layers, model.heads, options)
     calibration = calibrate_on(samples, options, model.module) if world.first else Calibration([])
     tally.note(calibration.notes)
     begin, mine = world.dealt(calibration.samples)  # of several processes each has its own; the first one writes
+    probe = world.of_first(lambda: probe_sample(calibration.samples, model.module.config))
     show.begin(len(model.stages), len(mine))
     with result_folder(options, expected_bytes(model, options), writes=world.first) as folder:
         emitter = emitter_for(options, folder, checkpoint, writes=world.first)
         spilling = Spilling(folder, options.memory_budget)
-        with model.ready_outside(emitter.copy), Lockstep(model, mine, first=begin) as lockstep:
+        with model.ready_outside(emitter.copy), Lockstep(model, mine, first=begin, probe=probe) as lockstep:
             for number, stop in enumerate(lockstep):
                 show.stage(number, stop.name)
                 with live_stage(model, stop, emitter.dtype, checkpoint.tensor, world) as stage:
@@ -76,7 +76,7 @@ def compile(
                     dumps.traced(stage)
                     manager.run(stage)
                     emitter.add_stage(stage)
-                    stop.outputs = stage.outputs
+                    stop.outputs = stage.answers()
                     tally.count(stage)
                 show.stage_done(number)
         if world.first:

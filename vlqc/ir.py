@@ -5,6 +5,7 @@ joins the real module, the graph recorded from it, and the facts that passes add
 in this file; how it looks as text is in `printer`, what must hold of it in `invariants`.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -193,7 +194,8 @@ class Stage:
     module: the submodule with real float32 weights, or None if the stage was parsed from text;
     graph: recorded once, specialised to the shapes of the traced call; nodes carry meta["shape"] and meta["dtype"];
     calls: how each sample of this process enters; outputs: what each returned, filled by `run`; visits: of all samples
-    of all processes of the world, in their order; probe: the call that proofs run on, on all processes the same;
+    of all processes of the world, in their order; probe: the call that proofs run on, on all processes the same; extra:
+    the probe where it is none of the calls: `run` runs it behind them, into extra_outputs, and nobody observes it;
     checkpoint_name: parameter or module path in the stage -> checkpoint name;
     sensitivities: of quantized groups, where they were measured; no part of the text;
     on_sample, settle: called by `run` after each sample: with how many are done, and with all that was in use;
@@ -208,7 +210,9 @@ class Stage:
     sites: dict[str, Site]
     calls: Sequence[Call] = ()
     probe: Call | None = None
+    extra: Call | None = None
     outputs: list[Any] = field(default_factory=list)
+    extra_outputs: list[Any] = field(default_factory=list)
     observations: dict[str, Observation] = field(default_factory=dict)
     edges: tuple[Edge, ...] | None = None
     tensors: dict[str, TensorSummary] = field(default_factory=dict)
@@ -269,6 +273,13 @@ class Stage:
                     self.outputs.append(self.live(*call.args, **call.kwargs))
                 self.settle(call.args, call.kwargs, self.outputs[-1])
                 self.on_sample(done + 1)
+            if self.extra is not None:
+                with FusedAttention():
+                    self.extra_outputs = [self.live(*self.extra.args, **self.extra.kwargs)]
+
+    def answers(self) -> list[Any]:
+        """What all that stand before the stage are to go on with: the outputs, behind them that of an extra probe."""
+        return [*self.outputs, *self.extra_outputs]
 
     def run_probe(self) -> Tensor:
         """float32: the stage's first output tensor for the probe call, flattened."""
@@ -339,11 +350,14 @@ def _shifted(words: Tensor, bits: int) -> Tensor:
     return (words >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def digest(*tensors: Tensor) -> str:
-    """Eight hexadecimal digits of the fingerprints of one or several tensors, in this order."""
+def digest(*tensors: Tensor, known: Callable[[Tensor], int] = fingerprint) -> str:
+    """Eight hexadecimal digits of the fingerprints of one or several tensors, in this order.
+
+    known: what gives the fingerprints.
+    """
     total = 0
     for tensor in tensors:
-        total = (total * 1000003 + fingerprint(tensor)) & 0x7FFFFFFFFFFFFFFF
+        total = (total * 1000003 + known(tensor)) & 0x7FFFFFFFFFFFFFFF
     return f"{total:016x}"[-8:]
 
 
@@ -353,6 +367,11 @@ def absmax(tensor: Tensor) -> float:
         return 0.0
     low, high = torch.aminmax(tensor.detach())
     return max(abs(float(low)), abs(float(high)))
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether there is neither NaN nor infinity, found without a temporary: they spread to minimum or maximum."""
+    return not tensor.numel() or all(math.isfinite(end) for end in torch.aminmax(tensor.detach()))
 
 
 def summarize(tensor: Tensor) -> TensorSummary:

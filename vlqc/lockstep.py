@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vlqc.errors import Fault, InternalError, UserError, VlqcError
 from vlqc.ir import Call
 from vlqc.model import FloatModel
+from vlqc.probe import PROBE
 
 
 @dataclass
@@ -50,16 +51,23 @@ class Lockstep:
 
     Samples need not visit every stage: text-only ones never stop in the vision tower. Without `to_the_end` the
     iteration ends at the last stage and nothing behind it (final norm, output head) ever runs; with it, `results`
-    holds what `model(**inputs)` returned per sample. first: number of the first sample, where others are elsewhere.
+    holds what `model(**inputs)` returned per sample. first: number of the first sample, where others are elsewhere;
+    probe: one more, the last of all, whose number is PROBE.
     """
 
     def __init__(
-        self, model: FloatModel, samples: Sequence[dict[str, Tensor]], *, to_the_end: bool = False, first: int = 0
+        self,
+        model: FloatModel,
+        samples: Sequence[dict[str, Tensor]],
+        *,
+        to_the_end: bool = False,
+        first: int = 0,
+        probe: dict[str, Tensor] | None = None,
     ) -> None:
         self.model = model
-        self.samples = samples
+        self.samples = [*samples, *([] if probe is None else [probe])]
+        self.numbers = [*range(first, first + len(samples)), *([] if probe is None else [PROBE])]
         self.to_the_end = to_the_end
-        self.first = first
         self.results: list[Any] = []
         self._suspended: list[_Suspended] = []
 
@@ -123,7 +131,7 @@ class Lockstep:
 
     def _call(self, number: int, stage: nn.Module) -> Call:
         one = self._suspended[number]
-        return Call(self.first + number, one.args, one.kwargs, one.modality if self.model.reads_text(stage) else None)
+        return Call(self.numbers[number], one.args, one.kwargs, one.modality if self.model.reads_text(stage) else None)
 
     @staticmethod
     def _resume(suspended: _Suspended, *answer: Any) -> None:

@@ -34,7 +34,7 @@ from vlqc.engines import (
     span,
 )
 from vlqc.ir import Site
-from vlqc.layer_globs import check_globs, check_plan
+from vlqc.layer_globs import check_choice
 from vlqc.model import FloatModel
 from vlqc.options import Options
 from vlqc.pipeline import check_order, parse_pipeline, pipeline_text
@@ -81,9 +81,7 @@ def preflight(*, samples: Sequence[dict[str, Tensor]] | None = None, **given: An
     resolve_device(options.device_type)
     checkpoint = Checkpoint(options.model_path)
     model = FloatModel.of(checkpoint, trust_remote_code=options.trust_remote_code)
-    check_globs([*model.layers, *model.heads], exclude=options.exclude)
-    check_globs(model.layers, include=options.include)
-    check_plan(model.layers, options)
+    check_choice(model.layers, model.heads, options)
     calibration = calibrate_on(samples, options, model.module)
     tokens = sum(sample["input_ids"].numel() for sample in calibration.samples)
     patches = sum(len(sample["pixel_values"]) for sample in calibration.samples if "pixel_values" in sample)

@@ -33,10 +33,13 @@ from vlqc.ir import (
     Stage,
     TensorSummary,
     digest,
+    fingerprint,
     summarize,
 )
 from vlqc.notation import function_name, literal, quote
+from vlqc.untouched import Untouched
 
+_FINGERPRINT = Untouched(fingerprint)  # observations stay what they are over many passes
 CALLEES = {"placeholder": "input", "get_attr": "constant", "call_method": "method"}  # fx's words and ours
 
 
@@ -158,7 +161,7 @@ def _summarize_observation(seen: Observation) -> ObservationSummary:
     statistics = [part for _, it in ranges for part in (it.minimum, it.maximum, it.sum, it.sum_of_squares)]
     low = min((float(it.minimum.min()) for _, it in ranges), default=None)
     high = max((float(it.maximum.max()) for _, it in ranges), default=None)
-    marked = digest(*statistics, seen.kept, seen.kept_modality, seen.energy())
+    marked = digest(*statistics, seen.kept, seen.kept_modality, seen.energy(), known=_FINGERPRINT)
     return ObservationSummary(seen.channels, rows, low, high, seen.kept.shape[0], marked)
 
 

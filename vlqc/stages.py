@@ -1,6 +1,6 @@
 """From a stop of the lockstep to a stage that passes can work on, and back to nothing."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -11,10 +11,9 @@ from vlqc.errors import Fault, UserError
 from vlqc.ir import Call, Site, Stage, Visit
 from vlqc.lockstep import Stop
 from vlqc.model import FloatModel
+from vlqc.probe import PROBE, choose_probe
 from vlqc.trace import record
 from vlqc.world import World
-
-PROBE_ROWS = 512  # proofs run on the largest sample of at most this many rows: enough to tell, quick to run
 
 
 @contextmanager
@@ -26,12 +25,14 @@ def live_stage(
     dtype: in which float tensors are to be emitted; read: checkpoint name -> tensor. Afterwards its weights are gone.
     """
     world = world or World()
-    visits_by_process = list(world.in_turn([Visit.of(call) for call in stop.calls]))
+    calls = [call for call in stop.calls if call.sample != PROBE]
+    visits_by_process = list(world.in_turn([Visit.of(call) for call in calls]))
     if not any(visits_by_process):
         why = "what passes through it cannot be measured"
         raise UserError(Fault(f"no calibration sample reaches {stop.name}", why=why, fix="add a sample with a picture"))
     visits = [visit for of_one in visits_by_process for visit in of_one]
-    probe = _probe(world, visits_by_process, visits[choose_probe([visit.rows for visit in visits])], stop.calls)
+    extra = next((call for call in stop.calls if call.sample == PROBE), None)
+    probe = extra or _probe(world, visits_by_process, visits[choose_probe([visit.rows for visit in visits])], calls)
     before = [(module, dict(module._modules), dict(module._parameters)) for module in stop.module.modules()]
     stage = None
     try:
@@ -45,9 +46,10 @@ def live_stage(
             module=stop.module,
             graph=graph,
             sites=find_sites(stop.module, graph, lambda target: checkpoint_name(model, stop, target)),
-            calls=stop.calls,
+            calls=calls,
             visits=visits,
             probe=probe,
+            extra=extra,
             world=world,
             checkpoint_name=lambda target: checkpoint_name(model, stop, target),
         )
@@ -64,7 +66,7 @@ def live_stage(
 
 def _forget(stage: Stage) -> None:
     """Lets go of what passes found out: whoever still holds the stage, holds little."""
-    stage.calls, stage.probe, stage.outputs = (), None, []
+    stage.calls, stage.probe, stage.extra, stage.outputs, stage.extra_outputs = (), None, None, [], []
     stage.observations.clear()
     stage.sensitivities.clear()
     for site in stage.sites.values():
@@ -74,14 +76,6 @@ def _forget(stage: Stage) -> None:
 def checkpoint_name(model: FloatModel, stop: Stop, target: str) -> str:
     """Path of a module or parameter in the stage -> its checkpoint name."""
     return model.canonical(f"{model.path(stop.module)}.{target}.").removesuffix(".")
-
-
-def choose_probe(rows: Sequence[int]) -> int:
-    """Rows of every call -> which has most of those of at most PROBE_ROWS, otherwise which has fewest."""
-    small = [number for number, count in enumerate(rows) if count <= PROBE_ROWS]
-    if small:
-        return max(small, key=lambda number: rows[number])
-    return min(range(len(rows)), key=lambda number: rows[number])
 
 
 def _probe(world: World, visits_by_process: list[list[Visit]], chosen: Visit, calls: list[Call]) -> Call:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vlqc.passes.input_gram import COLUMNS_PER_BLOCK, Block, blocks_of
 
-ROWS_PER_CHUNK = 2048  # rows of W that go through at a time, whatever the number of threads
+ROWS_PER_CHUNK = 1024  # rows of W that go through at a time, whatever the number of threads
 COLUMNS_PER_LEAF = 16  # rounded one after the other; wider spans pass their error on by a matrix product
 
 
@@ -68,8 +68,8 @@ def compensated(
 
             def task(part: tuple[int, slice], block: Block = block) -> None:
                 number, here = part
-                ordered = weights[number].detach()[here].float().cpu().index_select(1, block.columns)
-                made = ordered.T.contiguous()  # [B, n], to become W - Q
+                weight = weights[number].detach()[here].float().cpu()
+                made = weight.index_select(1, block.columns).T.contiguous()  # [B, n], to become W - Q
                 correction = None if block.answer is None else block.answer @ errors[number][:, here]
                 if correction is not None:
                     made += correction

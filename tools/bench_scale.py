@@ -26,8 +26,6 @@ from rich.table import Table
 from scale_bounds import Rates, forget, measured_rates, work_of
 from scale_checkpoint import SIZES, Case, checkpoint_bytes, make, samples_of
 
-from vlqc.probe import PROBE_ROWS
-
 ROOT = Path(__file__).parent.parent
 RUNNER = ROOT / "tools" / "scale_runner.py"
 GIB = 1 << 30

@@ -15,13 +15,16 @@ from scale_checkpoint import MERGE, Case, tensor_shapes
 from torch import Tensor
 
 from vlqc.ir import fingerprint
+from vlqc.passes.clip_search import SHARES_OF_8_BITS
+from vlqc.passes.error_model import ROWS_OF_INPUT, ROWS_OF_WEIGHT
+from vlqc.passes.input_gram import COLUMNS_PER_BLOCK
+from vlqc.passes.insert_observers import InsertObservers
+from vlqc.passes.smooth_m2 import FLOORS, SmoothM2
 
 BLOCK = 4 << 20
-ROWS_SEARCHED, CANDIDATES, CONFIRMED, ROWS_CONFIRMED = 1024, 101, 9, 512
-SHARES = 12  # steps that the search tries per row of a weight
+CANDIDATES, CONFIRMED = 1 + len(FLOORS) * SmoothM2.candidates, 1 + SmoothM2.confirm
 SHRINKAGES = 3  # factorisations of a Gram matrix, about
-COLUMNS_PER_BLOCK = 4096
-MOST_KEPT, KEPT_BYTES = 4096, 64 << 20  # rows of an input that stay for the searches
+MOST_KEPT, KEPT_BYTES = InsertObservers.tokens, InsertObservers.megabytes << 20  # rows of an input for the searches
 WINDOW = 64  # vision rows
 ROWS_AT_A_TIME = 64
 
@@ -131,7 +134,7 @@ class Work:
             "forward": self.forward_flops / rates.bfloat16 + self.attention_flops / rates.float32,
             "proofs": self.proof_flops / rates.float32,
             "smoothing": self.search_values / rates.elementwise + self.search_flops / rates.float32,
-            "weights": self.weight_flops / rates.float32 + SHARES * self.weight_values / rates.rounding,
+            "weights": self.weight_flops / rates.float32 + len(SHARES_OF_8_BITS) * self.weight_values / rates.rounding,
             "activation ranges": self.weight_values / rates.elementwise,
             "checks": 2 * self.stage_values / rates.digest,
             "writing": self.write_bytes / rates.write,
@@ -173,8 +176,8 @@ def work_of(
         forward_flops=forward,
         attention_flops=_attention(case, samples, tokens, patches),
         proof_flops=proofs,
-        search_values=CANDIDATES * ROWS_SEARCHED * sum(inputs),
-        search_flops=CONFIRMED * 4.0 * ROWS_SEARCHED * ROWS_CONFIRMED * sum(inputs),
+        search_values=CANDIDATES * ROWS_OF_WEIGHT * sum(inputs),
+        search_flops=CONFIRMED * 4.0 * ROWS_OF_WEIGHT * ROWS_OF_INPUT * sum(inputs),
         weight_flops=weight_flops,
         weight_values=values,
         stage_values=sum(math.prod(it) for it in linears.values()),

@@ -19,6 +19,7 @@ from vlqc.bfloat16_linears import bfloat16_linears
 from vlqc.bfloat16_linears import exact_bfloat16 as exact_bfloat16
 from vlqc.engines import Scheme
 from vlqc.errors import Fault, UserError
+from vlqc.memory import return_memory
 from vlqc.observation import FAINT as FAINT
 from vlqc.observation import MODALITIES as MODALITIES
 from vlqc.observation import ChannelRange as ChannelRange
@@ -26,6 +27,7 @@ from vlqc.observation import Observation as Observation
 from vlqc.observation import row_weights as row_weights
 from vlqc.world import World
 
+WORDS_PER_CHUNK = 1 << 15  # of 8 bytes, in a fingerprint
 WEIGHT_PARTS = ("weight", "scale", "group_scale")  # what the text calls the tensors of a WeightQuantization
 
 
@@ -272,10 +274,12 @@ class Stage:
                 with watching(self.live, watch or {}, call), FusedAttention():
                     self.outputs.append(self.live(*call.args, **call.kwargs))
                 self.settle(call.args, call.kwargs, self.outputs[-1])
+                return_memory()
                 self.on_sample(done + 1)
             if self.extra is not None:
                 with FusedAttention():
                     self.extra_outputs = [self.live(*self.extra.args, **self.extra.kwargs)]
+        return_memory()
 
     def answers(self) -> list[Any]:
         """What all that stand before the stage are to go on with: the outputs, behind them that of an extra probe."""
@@ -330,24 +334,29 @@ def fingerprint(tensor: Tensor) -> int:
     """A 63-bit number of the tensor's bytes, the same on every device and world; not cryptographic.
 
     Bytes are read as 64-bit words; word i is multiplied by an odd constant that depends on i, all summed modulo 2^64,
-    so that a changed, moved or swapped word shows. Chunked, so that the temporaries stay in the cache.
+    so that a changed, moved or swapped word shows. A chunk stays in the cache, and is too small to be shared out among
+    threads, which would cost more than it saves where others use the machine, too.
     """
     flat = tensor.detach().contiguous().flatten().view(torch.uint8)
     total, padding = flat.numel(), -flat.numel() % 8
     if padding or flat.storage_offset() % 8:  # a view as words starts at a whole word
         flat = torch.cat([flat, flat.new_zeros(padding)])
     words = flat.view(torch.int64)
-    chunk = 1 << 16
-    multipliers = torch.arange(1, min(chunk, words.numel()) + 1, device=words.device) * 0x9E3779B97F4A7C1 * 2 + 1
-    for number, part in enumerate(torch.split(words, chunk)):
-        mixed = (part ^ _shifted(part, 29)) * multipliers[: part.numel()]
-        total = (total * 1000003 + int((mixed ^ _shifted(mixed, 32)).sum()) + number) & 0x7FFFFFFFFFFFFFFF
+    length = min(WORDS_PER_CHUNK, words.numel())
+    multipliers = torch.arange(1, length + 1, device=words.device) * 0x9E3779B97F4A7C1 * 2 + 1
+    room = torch.empty(2, length, dtype=torch.int64, device=words.device)
+    for number, part in enumerate(torch.split(words, WORDS_PER_CHUNK)):
+        mixed, shifted = room[:, : part.numel()]
+        _shift_into(shifted, part, 29)
+        torch.bitwise_xor(part, shifted, out=mixed).mul_(multipliers[: part.numel()])
+        _shift_into(shifted, mixed, 32)
+        total = (total * 1000003 + int(mixed.bitwise_xor_(shifted).sum()) + number) & 0x7FFFFFFFFFFFFFFF
     return total
 
 
-def _shifted(words: Tensor, bits: int) -> Tensor:
+def _shift_into(room: Tensor, words: Tensor, bits: int) -> None:
     """Logical shift to the right (`>>` copies the sign bit: a word and its complement would come out the same)."""
-    return (words >> bits) & ((1 << (64 - bits)) - 1)
+    torch.bitwise_right_shift(words, bits, out=room).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def digest(*tensors: Tensor, known: Callable[[Tensor], int] = fingerprint) -> str:

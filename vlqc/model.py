@@ -1,6 +1,5 @@
 """The float model without its weights: the real transformers classes on the meta device, one piece filled at a time."""
 
-import ctypes
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from vlqc.checkpoint import Checkpoint, original_name
 from vlqc.errors import Fault, UserError
+from vlqc.memory import return_memory
 
 CPU = torch.device("cpu")
 COMPILED_TYPES = ("qwen2_5_vl",)
@@ -222,13 +222,6 @@ class FloatModel:
         """The keyword arguments of the model's forward for one sample, in any transformers version."""
         given = model_inputs(self.module, sample)
         return {name: it.to(self.device) if isinstance(it, Tensor) else it for name, it in given.items()}
-
-
-def return_memory() -> None:
-    """Has the C library return what it keeps for later, where it can: a stage's temporaries are of all sizes."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def model_inputs(model: nn.Module, sample: dict[str, Tensor]) -> dict[str, Any]:

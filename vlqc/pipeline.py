@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vlqc.errors import Fault, InternalError, UserError, near_miss
 from vlqc.invariants import check
 from vlqc.ir import Stage, fingerprint
+from vlqc.memory import return_memory
 from vlqc.options import Options
 from vlqc.printer import print_stage
 
@@ -90,6 +91,7 @@ class PassManager:
                     )
                 known = self._hold_to_word(stage, step, changed, known)
             self.after(stage, number, step)
+            return_memory()
 
     def _evidence(self, stage: Stage, trusted: "_Evidence | None" = None) -> "_Evidence":
         """trusted: of before an analysis: tensors that PyTorch knows to be untouched since keep their digests."""

@@ -1,8 +1,6 @@
 """What happens during a compilation, gathered for its result."""
 
 import json
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,6 +10,7 @@ from vlqc.emit.ascend import emitted_dtype
 from vlqc.engines import Scheme, cannot_load, engine_notes, loads, part_of, serve_commands
 from vlqc.errors import Fault, UserError
 from vlqc.ir import Stage
+from vlqc.memory import peak_memory
 from vlqc.options import Options
 from vlqc.precision_search import Plan
 from vlqc.result import Result
@@ -123,8 +122,3 @@ class Tally:
 
 def _weight_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-def peak_memory() -> int:
-    """The most memory this process ever held, in bytes; Linux counts it in KiB, macOS in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -26,6 +26,8 @@ from rich.table import Table
 from scale_bounds import Rates, forget, measured_rates, work_of
 from scale_checkpoint import SIZES, Case, checkpoint_bytes, make, samples_of
 
+from vlqc.probe import HEIGHT, PROBE_ROWS, WIDTH
+
 ROOT = Path(__file__).parent.parent
 RUNNER = ROOT / "tools" / "scale_runner.py"
 GIB = 1 << 30
@@ -93,7 +95,8 @@ def bench(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
     written = sum(path.stat().st_size for path in save.iterdir())
     patches = int(inputs[0]["pixel_values"].shape[0])
     quantized = quantized_weights(save)
-    work = work_of(case, arguments.samples, arguments.tokens, patches, written, PROBE_ROWS, quantized)
+    proof_rows = patches if patches <= PROBE_ROWS else HEIGHT * WIDTH
+    work = work_of(case, arguments.samples, arguments.tokens, patches, written, proof_rows, quantized)
     if not arguments.keep:
         for path in (checkpoint, save):
             shutil.rmtree(path)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vlqc.errors import UserError
-from vlqc.samples import checked_samples
+from vlqc.samples import checked_samples, without_padding
 
 Sample = dict[str, Any]
 
@@ -183,3 +183,26 @@ def test_faults_of_all_samples_at_once() -> None:
     bad = tiny.made_up()
     del bad["attention_mask"]
     assert [where for where, _ in faults_of(bad, tiny.made_up(), bad)] == ["samples[0]", "samples[2]"]
+
+
+@pytest.mark.every_transformers
+@pytest.mark.parametrize(("left", "right"), [(3, 0), (0, 2), (1, 1)])
+def test_padding_goes_and_nothing_else_changes(left: int, right: int) -> None:
+    """Catches tokens that move to other positions, token types or patches of another length, padding that stays."""
+    sample = tiny.made_up((4, 8), words=9)
+    pad = {"input_ids": 7, "attention_mask": 0}
+    padded = sample | {
+        name: torch.nn.functional.pad(sample[name], (left, right), value=value) for name, value in pad.items()
+    }
+    there = padded["attention_mask"][0].bool()
+    cut = without_padding(padded, 5)
+    assert all(torch.equal(cut[name], it) for name, it in sample.items()) and cut.keys() == sample.keys()
+    torch.testing.assert_close(tiny.plain_logits(cut), tiny.plain_logits(padded)[:, there], rtol=0, atol=1e-4)
+    assert without_padding(cut, 5) is cut
+
+
+def test_a_masked_picture_stays() -> None:
+    """Catches image tokens that go while their patches stay: the model would refuse the sample."""
+    sample = tiny.made_up((4, 4))
+    sample["attention_mask"][0, sample["input_ids"][0] == 5] = 0
+    assert without_padding(sample, 5) is sample

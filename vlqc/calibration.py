@@ -4,6 +4,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from vlqc.errors import Fault, UserError
 from vlqc.model_inputs import ModelInputs, Patches
 from vlqc.options import Options
 from vlqc.pictures import BadPicture, is_video, read_picture
-from vlqc.samples import checked_samples
+from vlqc.samples import checked_samples, without_padding
 from vlqc.token_budget import share_budget
 
 ADVISED_PICTURES = 30
@@ -33,10 +34,10 @@ class Calibration:
 
 def calibrate_on(given: Sequence[dict[str, torch.Tensor]] | None, options: Options, model: nn.Module) -> Calibration:
     """The samples given, else those that the user's options name. UserError for unusable ones, as `load_samples`."""
-    if given is not None:
-        return Calibration(checked_samples(given, model))
-    loaded = load_calibration(options)
-    return Calibration(checked_samples(loaded.samples, model), loaded.notes)
+    loaded = load_calibration(options) if given is None else Calibration(given)  # type: ignore[arg-type]
+    image: Any = model.config.image_token_id  # type: ignore[union-attr]
+    samples = [without_padding(sample, image) for sample in checked_samples(loaded.samples, model)]
+    return Calibration(samples, loaded.notes)
 
 
 def load_calibration(options: Options) -> Calibration:

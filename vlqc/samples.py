@@ -39,6 +39,18 @@ def checked_samples(samples: Sequence[dict[str, Tensor]], model: nn.Module) -> l
     return [{key: it.long() if key in WHOLE_NUMBERS else it for key, it in sample.items()} for sample in samples]
 
 
+def without_padding(sample: dict[str, Tensor], image_token: int) -> dict[str, Tensor]:
+    """A checked sample without the tokens that nobody attends to: they would only cost time.
+
+    The positions of all others stay, as models count them without padding. A sample that masks a picture is left alone.
+    """
+    mask = sample["attention_mask"][0].bool()  # [S]
+    if bool(mask.all()) or bool((sample["input_ids"][0][~mask] == image_token).any()):
+        return sample
+    per_token = {key for key, it in sample.items() if it.shape == sample["input_ids"].shape}
+    return {key: it[:, mask] if key in per_token else it for key, it in sample.items()}
+
+
 def _faults(where: str, sample: dict[str, Tensor], model: nn.Module) -> list[Fault]:
     if not isinstance(sample, Mapping):
         return [Fault(f"a sample is a {type(sample).__name__}", where, "a dict of tensors is wanted")]

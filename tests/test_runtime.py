@@ -132,7 +132,7 @@ def test_a_description_that_cannot_be_read(tmp_path: Path, text: str) -> None:
     folder = float_folder(tmp_path)
     (folder / "quant_model_description.json").write_text(text)
     (fault,) = faults_of(folder)
-    assert fault.startswith("the description")
+    assert fault.startswith("quant_model_description.json")
 
 
 @pytest.mark.parametrize("scheme", ["W8A9", "W4A4", ["W8A8"], 8])

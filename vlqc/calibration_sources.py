@@ -1,12 +1,12 @@
 """A folder of pictures, one picture, or JSON lines -> what to read for every sample. No picture is opened here."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vlqc.errors import Fault, UserError, near_miss
+from vlqc.json_files import json_value
 from vlqc.pictures import PICTURE_ENDINGS, is_picture, is_video
 
 PROMPT = "Please describe this picture in detail."
@@ -53,6 +53,8 @@ def _read_json_lines(source: Path) -> list[Request]:
         lines = source.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(Fault(f"--calib_images {source}", why=f"it is not UTF-8 text: {error}")) from error
+    except OSError as error:
+        raise UserError(Fault(f"--calib_images {source}", why=f"it cannot be read: {error}")) from error
     requests, faults = [], []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -78,7 +80,7 @@ class _BadLine(Exception):
 def _request_of(line: str, folder: Path, where: str) -> Request:
     """One line of text -> Request; paths are relative to `folder`. Raises _BadLine with everything wrong in it."""
     try:
-        given = json.loads(line)
+        given = json_value(line)
     except ValueError as error:
         raise _BadLine(f"not JSON: {error}") from error
     if not isinstance(given, dict):

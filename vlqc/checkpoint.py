@@ -4,7 +4,6 @@ Newer transformers save `model.visual.*` and `model.language_model.*`; engines k
 name that leaves this file is an original one.
 """
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from vlqc.config_values import config_faults
 from vlqc.errors import Fault, UserError
 from vlqc.flat_config import flat
+from vlqc.json_files import json_value, read_json_object
 from vlqc.read_ahead import ReadAhead, Span
 
 INDEX = "model.safetensors.index.json"
@@ -22,6 +23,7 @@ DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
 # Weight files of any kind, which an emitted folder replaces, and files that say where weights are.
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
@@ -57,8 +59,9 @@ class Checkpoint:
         for file in _weight_files(folder):
             try:
                 self._files.append(file)
+                self._spans[file] = spans_of(folder / file)
                 self._list(file, self._opened(file), canonical, faults)
-            except (SafetensorError, OSError) as error:
+            except (SafetensorError, OSError, ValueError) as error:
                 fix = "copy the file again: its size or header is not what the format promises"
                 faults.append(Fault("weight file cannot be read", str(folder / file), str(error), fix))
         if not faults and not self._file_of:
@@ -144,11 +147,8 @@ class Checkpoint:
         self._ahead.start(span for name in names if name in self and (span := self._span(name)))
 
     def _span(self, name: str) -> Span | None:
-        """Where the bytes of a tensor lie; None where the file has changed since it was opened."""
-        file = self._file_of[name]
-        if file not in self._spans:
-            self._spans[file] = spans_of(self.folder / file)
-        return self._spans[file].get(self._stored_name[name])
+        """Where the bytes of a tensor lie."""
+        return self._spans[self._file_of[name]].get(self._stored_name[name])
 
     def _finite(self, name: str, tensor: Tensor) -> Tensor:
         if tensor.is_floating_point() and tensor.numel() and not all(map(torch.isfinite, torch.aminmax(tensor))):
@@ -187,6 +187,13 @@ class Checkpoint:
         if faults:
             raise UserError(*faults)
 
+    def require_config(self) -> None:
+        """UserError with every value of config.json that the model cannot have been made with."""
+        largest = max((size for shape in self._shape.values() for size in shape), default=1)
+        where = str(self.folder / "config.json")
+        if faults := config_faults(self.config, where, largest, len(self._shape)):
+            raise UserError(*faults)
+
     def require_float(self) -> None:
         """UserError for a checkpoint that is quantized already: its integers are no weights to be quantized."""
         described = sorted(path.name for path in self.folder.glob("quant_model_description*.json"))
@@ -214,32 +221,29 @@ class Checkpoint:
 
 
 def spans_of(path: Path) -> dict[str, Span]:
-    """Stored name -> where its bytes lie, from the header of a safetensors file; empty if that cannot be read."""
+    """Stored name -> where its bytes lie, from the header of a safetensors file. OSError or ValueError without one.
+
+    Names given twice are a fault: the library that reads tensors would take the last one without a word.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(path.stat().st_size, LONGEST_HEADER):
+            raise ValueError(f"it claims a header of {length} bytes: it is truncated, or no safetensors file")
+        header = json_value(file.read(length).decode())
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
         begin = 8 + length
         offsets = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
         return {name: Span(path, begin + first, begin + last) for name, (first, last) in offsets.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return {}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"its header is not of the format: {error!r}") from None
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise UserError(Fault("no such checkpoint folder", str(folder), fix="give the folder that holds config.json"))
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        fix = "give the folder of a Hugging Face checkpoint"
-        raise UserError(Fault("the folder holds no config.json", str(folder), fix=fix)) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(Fault("config.json cannot be read", str(path), str(error))) from None
-    if not isinstance(config, dict):
-        raise UserError(Fault("config.json is not a JSON object", str(path)))
-    return config
+    fix = "give the folder of a Hugging Face checkpoint"
+    none = UserError(Fault("the folder holds no config.json", str(folder), fix=fix))
+    return read_json_object(folder / "config.json", missing=lambda: none)
 
 
 def _weight_files(folder: Path) -> list[str]:
@@ -251,21 +255,21 @@ def _weight_files(folder: Path) -> list[str]:
             fix = "convert the checkpoint to safetensors first; .bin files are not read because loading them runs code"
             raise UserError(Fault("the folder holds no *.safetensors", str(folder), fix=fix))
         return files
-    try:
-        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        files = sorted({str(file) for file in listed})
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise UserError(Fault("the index of weight files cannot be read", str(index), repr(error))) from None
+    placed = read_json_object(index).get("weight_map")
+    if not isinstance(placed, dict) or not placed:
+        why = "it has no weight_map that says which file holds which tensor"
+        raise UserError(Fault("the index of weight files cannot be read", str(index), why, "copy it again"))
+    present = {path.name for path in folder.iterdir() if path.is_file()}  # asked of the system: a name may be unusable
     faults = []
-    for file in files:
+    for file in sorted(set(map(str, placed.values()))):
         if Path(file).name != file or file in ("", ".", ".."):
             faults.append(
                 Fault(f"the index names {file!r}", str(index), "weight files must lie in the checkpoint's own folder")
             )
-        elif not (folder / file).is_file():
+        elif file not in present:
             faults.append(
                 Fault(f"weight file {file} is missing", str(folder), f"{INDEX} names it", "download it again")
             )
     if faults:
         raise UserError(*faults)
-    return files
+    return sorted(set(placed.values()))

@@ -5,6 +5,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 
+def printable(text: str) -> str:
+    """The text as a terminal can show it: what would move the cursor, hide or recolour is written out, as \\x1b.
+
+    Names come from files of strangers: without this one of them could overwrite the lines that tell of it.
+    """
+    shown = (each if each.isprintable() or each in "\n\t" else _written_out(each) for each in text)
+    return "".join(shown)
+
+
+def _written_out(letter: str) -> str:
+    number = ord(letter)
+    return f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}" if number < 65536 else f"\\U{number:08x}"
+
+
 @dataclass(frozen=True)
 class Fault:
     """One thing that is wrong: what, where, why, and what to do about it. Only `what` is required."""
@@ -19,7 +33,7 @@ class Fault:
         for label, text in (("where", self.where), ("why", self.why), ("what to do", self.fix)):
             if text:
                 lines.append(f"  {label}: {text}")
-        return "\n".join(lines)
+        return printable("\n".join(lines))
 
 
 class VlqcError(Exception):

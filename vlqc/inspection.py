@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from vlqc.checkpoint import Checkpoint
-from vlqc.errors import Fault, UserError
+from vlqc.errors import printable
+from vlqc.json_files import read_json_object
 from vlqc.progress import readable_bytes
 
 PARTS = ("vision blocks", "merger", "vision, other", "language layers", "embeddings", "lm_head", "other")
@@ -61,19 +62,19 @@ class Inspection:
 
     def to_json(self) -> str:
         """The inspection as JSON text: the same folder gives the same text."""
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+        return printable(json.dumps(asdict(self), indent=2, ensure_ascii=False)) + "\n"
 
     def render(self, console: Console) -> None:
         """Print facts, then a table of parts, then one of ranges if anything is quantized."""
-        console.print(Text(self.folder, "bold"), soft_wrap=True)
+        console.print(Text(printable(self.folder), "bold"), soft_wrap=True)
         for name, value in self.facts.items():
-            console.print(Text(f"  {name}: {value}"), soft_wrap=True)
+            console.print(Text(printable(f"  {name}: {value}")), soft_wrap=True)
         for name, size in self.files.items():
-            console.print(Text(f"  {name}: {readable_bytes(size)}"), soft_wrap=True)
+            console.print(Text(f"  {printable(name)}: {readable_bytes(size)}"), soft_wrap=True)
         parts = _table("What is in it", ("part", "scheme", "dtype"), ("linears", "tensors", "size"))
         for row in self.rows:
             figures = (str(row.linears), str(row.tensors), readable_bytes(row.bytes))
-            parts.add_row(row.part, row.scheme, ", ".join(row.dtypes), *figures)
+            parts.add_row(row.part, Text(printable(row.scheme)), ", ".join(row.dtypes), *figures)
         console.print(parts)
         if self.ranges:
             ranges = _table("Ranges", ("part", "parameter"), ("values", "min", "median", "max"))
@@ -117,13 +118,7 @@ def _schemes(folder: Path) -> dict[str, str]:
     """Layer -> scheme, from the description that a compiled folder carries; empty for a float folder."""
     schemes: dict[str, str] = {}
     for path in sorted(folder.glob(DESCRIPTIONS)):
-        try:
-            described = json.loads(path.read_text(encoding="utf-8"))
-            entries = {name: word for name, word in described.items() if isinstance(word, str)}
-        except (OSError, ValueError, AttributeError) as error:
-            raise UserError(
-                Fault("the description of the quantization cannot be read", str(path), str(error))
-            ) from error
+        entries = {name: word for name, word in read_json_object(path).items() if isinstance(word, str)}
         schemes |= {name.removesuffix(".weight"): word for name, word in entries.items() if name.endswith(".weight")}
     return schemes
 

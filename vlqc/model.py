@@ -124,6 +124,7 @@ class FloatModel:
     def of(cls, checkpoint: Checkpoint, *, trust_remote_code: bool = False, device: torch.device = CPU) -> "FloatModel":
         """The model that a checkpoint's config.json describes. UserError if its tensors do not fit."""
         checkpoint.require_float()
+        checkpoint.require_config()
         module = build(checkpoint.folder, checkpoint.config, trust_remote_code=trust_remote_code)
         return cls(module, checkpoint, device=device)
 

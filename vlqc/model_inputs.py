@@ -5,15 +5,18 @@ tokenizer are called directly instead, which gives the tensors of the 4.49 proce
 """
 
 import importlib.util
-import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vlqc.config_values import SWITCH, Kind, number, optional, several, whole
 from vlqc.errors import Fault, UserError
+from vlqc.json_files import read_json_object
 from vlqc.pictures import BadPicture, load_process_vision_info
 from vlqc.token_budget import grid_within
 
@@ -24,6 +27,16 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "tokenizer
 IMAGE_SETTINGS = "preprocessor_config.json"
 ALL_SETTINGS = "processor_config.json"  # newer transformers keep the settings of every part in this one file
 FEWEST_TOKENS = 4  # qwen_vl_utils enlarges every picture to as many
+TOKENIZERS = ("Qwen2Tokenizer", "Qwen2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
+IMAGE_PROCESSORS = (
+    "Qwen2VLImageProcessor",
+    "Qwen2VLImageProcessorFast",
+    "Qwen2VLImageProcessorPil",
+    "Qwen2_5_VLImageProcessor",
+)
+SIDES = {"patch_size": 128, "merge_size": 8, "temporal_patch_size": 16}  # at most; 14, 2 and 2 in every published model
+LARGEST_LEAST = 16384 * 28 * 28  # pixels to which pictures may be enlarged: the most that qwen_vl_utils leaves of one
+MOST_PIXELS = 2**40  # that a picture may keep; means no bound
 READY_INPUTS = "or call vlqc.compile from Python with samples=[...], ready model inputs that need neither"
 
 Patches = tuple[torch.Tensor, torch.Tensor]  # pixel_values [P, C*T*p*p] float32, image_grid_thw [1, 3] int64
@@ -59,9 +72,9 @@ class ModelInputs:
         try:
             resized, _ = self._process_vision_info(asked)
             made = self._image_processor(images=resized, return_tensors="pt")
-        except (ValueError, ArithmeticError, AssertionError) as error:  # its checks of size and shape
-            raise BadPicture(f"the image processor refuses it: {error}") from error
-        return made["pixel_values"].to(torch.float32), made["image_grid_thw"].to(torch.int64)
+            return made["pixel_values"].to(torch.float32), made["image_grid_thw"].to(torch.int64)
+        except Exception as error:  # its checks of size and shape, and whatever its settings break
+            raise BadPicture(f"the image processor refuses it: {str(error).strip() or type(error).__name__}") from error
 
     def tokens_of(self, patches: Patches) -> int:
         """How many image tokens a picture becomes."""
@@ -93,8 +106,9 @@ class ModelInputs:
         text = pieces[0] + "".join(
             self._image_token * count + piece for count, piece in zip(tokens_of, pieces[1:], strict=True)
         )
-        tokens = self._tokenizer([text], padding=False, return_attention_mask=True, return_tensors="pt")
-        sample = {name: tokens[name].to(torch.int64) for name in ("input_ids", "attention_mask")}
+        with _blamed(f"the tokenizer in {self._model_path} cannot be used", f"take its files anew, {READY_INPUTS}"):
+            tokens = self._tokenizer([text], padding=False, return_attention_mask=True, return_tensors="pt")
+            sample = {name: tokens[name].to(torch.int64) for name in ("input_ids", "attention_mask")}
         if pictures:
             sample["pixel_values"] = torch.cat([patches for patches, _ in pictures])
             sample["image_grid_thw"] = torch.cat([grid for _, grid in pictures])
@@ -108,13 +122,11 @@ class ModelInputs:
         messages: list[dict[str, Any]] = [{"role": "user", "content": asked}]
         if response is not None:
             messages.append({"role": "assistant", "content": [{"type": "text", "text": response}]})
-        try:
+        # a template is a program of the checkpoint's author: it may raise anything
+        with _blamed(f"the chat template of {self._model_path} cannot be used", f"repair it, {READY_INPUTS}"):
             text = self._tokenizer.apply_chat_template(
                 messages, chat_template=self._template, tokenize=False, add_generation_prompt=response is None
             )
-        except Exception as error:  # a template is a program of the checkpoint's author: it may raise anything
-            what = f"the chat template of {self._model_path} cannot be used"
-            raise UserError(Fault(what, why=str(error), fix=f"repair the template, {READY_INPUTS}")) from error
         return str(text)
 
     def _in_own_form(self, pictures: int, prompt: str, response: str | None) -> str:
@@ -143,7 +155,19 @@ class ModelInputs:
         if not any((self._model_path / name).is_file() for name in TOKENIZER_FILES):
             what, why = f"{self._model_path} has no tokenizer", f"there is none of {', '.join(TOKENIZER_FILES)}"
             raise UserError(Fault(what, why=why, fix=f"copy the tokenizer files of the model, {READY_INPUTS}"))
+        self._require_class(self._model_path / "tokenizer_config.json", "tokenizer_class", TOKENIZERS)
         return self._load("tokenizer", AutoTokenizer)
+
+    def _require_class(self, path: Path, key: str, known: tuple[str, ...]) -> None:
+        """Of all the classes that transformers could be told to load, those that Qwen2.5-VL comes with.
+
+        Others read other files, in ways that nobody looked at here: pickles, among them.
+        """
+        name = _read_json(path).get(key)
+        if name is not None and name not in known and not self._trust_remote_code:
+            why = f"{key} is {name!r}; Qwen2.5-VL comes with {' or '.join(known)}"
+            fix = f"add --trust_remote_code True if you trust it, {READY_INPUTS}"
+            raise UserError(Fault(f"{path.name} names an unknown class", str(path), why, fix))
 
     @cached_property
     def _image_processor(self) -> Any:
@@ -152,6 +176,9 @@ class ModelInputs:
 
         settings = _read_json(self._model_path / IMAGE_SETTINGS)
         nested = _read_json(self._model_path / ALL_SETTINGS).get("image_processor", {})
+        if faults := settings_faults(settings or nested, str(self._model_path / IMAGE_SETTINGS)):
+            raise UserError(*faults)
+        self._require_class(self._model_path / IMAGE_SETTINGS, "image_processor_type", IMAGE_PROCESSORS)
         if not settings and not nested:
             what = f"{self._model_path} has no settings for pictures"
             why = f"there is no readable {IMAGE_SETTINGS} (nor a {ALL_SETTINGS} with the part image_processor)"
@@ -162,7 +189,8 @@ class ModelInputs:
         elif settings:
             processor = self._load("image processor", transformers.AutoImageProcessor, use_fast=False)
         else:  # this transformers does not look into processor_config.json
-            processor = transformers.Qwen2VLImageProcessor.from_dict(nested)
+            with _blamed(f"the image processor in {self._model_path} cannot be loaded", f"repair {ALL_SETTINGS}"):
+                processor = transformers.Qwen2VLImageProcessor.from_dict(nested)
         size = (settings or nested).get("size") or {}
         if hasattr(
             processor, "min_pixels"
@@ -184,7 +212,9 @@ class ModelInputs:
             return kind.from_pretrained(
                 self._model_path, trust_remote_code=self._trust_remote_code, local_files_only=True, **more
             )
-        except Exception as error:  # OSError, ValueError, KeyError, or what the model's own code raises
+        except BaseException as error:  # OSError, ValueError, KeyError, or what the model's own code raises
+            if not _is_ordinary(error):
+                raise
             own_code = "trust_remote_code" in str(error) and not self._trust_remote_code
             repair = (
                 "add --trust_remote_code True if you trust it" if own_code else "copy its files from the model anew"
@@ -194,20 +224,62 @@ class ModelInputs:
             raise UserError(Fault(what, why=why, fix=f"{repair}, {READY_INPUTS}")) from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if there is no such file or no object in it."""
+@contextmanager
+def _blamed(what: str, fix: str) -> Iterator[None]:
+    """What goes wrong inside is a fault of the checkpoint's files."""
     try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return read if isinstance(read, dict) else {}
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        if not _is_ordinary(error):
+            raise
+        raise UserError(Fault(what, why=str(error).strip() or type(error).__name__, fix=fix)) from error
+
+
+def _is_ordinary(error: BaseException) -> bool:
+    """Whether it is an error of the code that was called: a panic of the tokenizer's Rust code is no Exception."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def settings_faults(settings: Any, where: str) -> list[Fault]:
+    """What of a picture's preparation cannot be meant: types, and sizes that take all memory; unknown keys are none."""
+    if not isinstance(settings, dict):
+        return [Fault("the settings for pictures are no JSON object", where)]
+    least, most = optional(whole(1, LARGEST_LEAST)), optional(whole(1, MOST_PIXELS))
+    triple = Kind("three numbers", lambda it: several(number(-1e6, 1e6)).holds(it) and len(it) == 3)
+    size = Kind(
+        f"an object with shortest_edge up to {LARGEST_LEAST} and longest_edge",
+        lambda it: isinstance(it, dict) and least.holds(it.get("shortest_edge")) and most.holds(it.get("longest_edge")),
+    )
+    kinds = {
+        **{key: whole(1, side) for key, side in SIDES.items()},
+        "min_pixels": least,
+        "max_pixels": most,
+        **dict.fromkeys(("image_mean", "image_std"), triple),
+        **dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), SWITCH),
+        "rescale_factor": number(1e-6, 1e6),
+        "resample": whole(0, 5),
+        "size": optional(size),
+    }
+    return [
+        Fault(f"{key} is {settings[key]!r:.60}", where, f"{kind.wanted} is wanted", f"copy {IMAGE_SETTINGS} anew")
+        for key, kind in kinds.items()
+        if key in settings and not kind.holds(settings[key])
+    ]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is no such file. UserError for a file that is damaged."""
+    return read_json_object(path) if path.is_file() else {}
 
 
 def _read_chat_template(model_path: Path) -> str | None:
     """The processor's template, which goes before the tokenizer's: the .jinja file, then the older .json file."""
     as_text = model_path / "chat_template.jinja"
     if as_text.is_file():
-        return as_text.read_text(encoding="utf-8")
+        with _blamed(f"{as_text.name} cannot be read", "copy it anew"):
+            return as_text.read_text(encoding="utf-8")
     return _only_template(_read_json(model_path / "chat_template.json").get("chat_template"))
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
+FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "GIF", "TIFF")  # Pillow's names of what the endings stand for
 VIDEO_ENDINGS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv")
 WHITE = (255, 255, 255)
 
@@ -36,19 +37,24 @@ def read_picture(path: Path) -> "Image":
     """First frame, turned upright by its EXIF tag, on white where transparent, RGB. Raises BadPicture."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
-    if not path.is_file():
-        raise BadPicture("there is no such file")
     try:
-        with Image.open(path) as opened:
+        if not path.is_file():
+            raise BadPicture("there is no such file")
+        # By their content, whatever the name says: Pillow knows formats that it leaves to other programs (EPS goes to
+        # Ghostscript), and a stranger's file is no reason to start one.
+        Image.init()  # else it does not know all of them yet
+        with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as opened:
             opened.load()  # frame 0 of an animation; everything else is lazy until here
             upright = ImageOps.exif_transpose(opened)
             return _to_rgb(upright)
+    except BadPicture:
+        raise
     except Image.DecompressionBombError as error:
         raise BadPicture(f"too many pixels: {error}") from error
     except UnidentifiedImageError as error:
         raise BadPicture("it is not a picture, or of an unknown format") from error
     except Exception as error:  # decoders raise nearly anything on damaged bytes: SyntaxError, struct.error, IndexError
-        raise BadPicture(f"{error}" or type(error).__name__) from error
+        raise BadPicture(str(error).strip() or type(error).__name__) from error
 
 
 def _to_rgb(picture: "Image") -> "Image":

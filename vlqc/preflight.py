@@ -33,6 +33,7 @@ from vlqc.engines import (
     part_of,
     span,
 )
+from vlqc.errors import printable
 from vlqc.ir import Site
 from vlqc.layer_globs import check_choice
 from vlqc.memory import peak_memory
@@ -226,4 +227,4 @@ def render(plan: Preflight, console: Console) -> None:
         *(("note", note.split("\n")[0]) for note in plan.notes),
     ]
     for label, text in facts:
-        console.print(Text.assemble((f"{label:<12}", "bold"), text), soft_wrap=True)
+        console.print(Text.assemble((f"{label:<12}", "bold"), printable(text)), soft_wrap=True)

@@ -10,6 +10,8 @@ from rich.progress import Progress as Bar
 from rich.table import Column, Table
 from rich.text import Text
 
+from vlqc.errors import printable
+
 if TYPE_CHECKING:
     from vlqc.pipeline import Pass
     from vlqc.result import Result
@@ -102,7 +104,7 @@ class TerminalProgress(Progress):
     def note(self, text: str) -> None:
         """Warnings come at once, before hours of work; all else waits for the summary."""
         if is_warning(text):
-            first, *rest = text.split("\n")
+            first, *rest = printable(text).split("\n")
             self._console.print(Text.assemble(("warning: ", "bold yellow"), (first, "bold")), soft_wrap=True)
             for line in rest:
                 self._console.print(Text(f"  {line.strip()}"), soft_wrap=True)
@@ -156,7 +158,9 @@ def print_summary(result: "Result", console: Console) -> None:
     for label, text in facts:
         shown = "" if label == known and label not in ("note", "warning") else label
         style = "bold yellow" if label == "warning" else "bold"
-        console.print(Text.assemble((f"{shown:<12}", style), text), soft_wrap=True)  # commands stay in one line
+        console.print(
+            Text.assemble((f"{shown:<12}", style), printable(text)), soft_wrap=True
+        )  # commands stay in one line
         known = label
 
 

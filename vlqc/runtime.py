@@ -3,7 +3,6 @@
 This is how the accuracy of a folder is stated without the hardware. It reads only what the folder holds.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from vlqc.checkpoint import Checkpoint, original_name
 from vlqc.engines import Scheme
 from vlqc.errors import Fault, UserError, near_miss
+from vlqc.json_files import read_json_object
 from vlqc.kernels_ref.group import unpack_int4
 from vlqc.kernels_ref.linear import DynamicQuantLinear, GroupQuantLinear, QuantLinear, StaticQuantLinear
 from vlqc.kernels_ref.norm import ShiftedNorm
@@ -41,6 +41,7 @@ def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, trust_remote
     folder = Path(folder)
     checkpoint = Checkpoint(folder)
     description = read_description(folder)
+    checkpoint.require_config()
     model = build(folder, checkpoint.config, trust_remote_code=trust_remote_code)
     loader = _Loader(checkpoint, description, dtype)
     head = model.get_output_embeddings()  # type: ignore[operator]
@@ -63,13 +64,7 @@ def read_description(folder: Path) -> dict[str, str]:
         raise UserError(
             Fault("the folder holds no compiled checkpoint", str(folder), why, "give a folder that vlqc wrote")
         )
-    try:
-        description = json.loads(found[0].read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(Fault("the description cannot be read", str(found[0]), str(error))) from None
-    if not isinstance(description, dict):
-        raise UserError(Fault("the description is not a JSON object", str(found[0])))
-    return description
+    return read_json_object(found[0])
 
 
 class _Loader:

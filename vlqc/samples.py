@@ -69,11 +69,19 @@ def _faults(where: str, sample: dict[str, Tensor], model: nn.Module) -> list[Fau
         why = "a sample has input_ids and attention_mask, and with pictures pixel_values and image_grid_thw"
         return [*faults, *(Fault(f"the tensor {key} is missing", where, why) for key in missing)]
     ids, mask = sample["input_ids"], sample["attention_mask"]
-    if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] == 0 or ids.is_floating_point():
+    if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] == 0 or not _is_whole(ids):
         return [*faults, Fault(f"input_ids is {_kind(ids)}", where, "whole numbers [1, S] with S > 0 are wanted")]
-    if mask.shape != ids.shape or not bool(mask.any()) or not bool(((mask == 0) | (mask == 1)).all()):
+    if (
+        mask.shape != ids.shape
+        or mask.is_complex()
+        or not bool(mask.any())
+        or not bool(((mask == 0) | (mask == 1)).all())
+    ):
         why = f"it must be {list(ids.shape)}, of zeros and ones, and not all zero"
         faults.append(Fault(f"attention_mask is {_kind(mask)}", where, why))
+    kinds = sample.get("mm_token_type_ids", ids)
+    if not isinstance(kinds, Tensor) or kinds.shape != ids.shape or not _is_whole(kinds):
+        faults.append(Fault("mm_token_type_ids does not fit input_ids", where, f"whole numbers {list(ids.shape)}"))
     vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     if not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
         faults.append(Fault("a token id is outside the vocabulary", where, f"ids go from 0 to {vocabulary - 1}"))
@@ -87,10 +95,12 @@ def _picture_faults(where: str, sample: dict[str, Tensor], model: nn.Module) -> 
         why = "input_ids holds image tokens but there are no pixel_values"
         return [Fault(f"{tokens} image tokens without a picture", where, why)] if tokens else []
     pixels, grid = sample["pixel_values"], sample["image_grid_thw"]
-    whole = not grid.is_floating_point() and grid.ndim == 2 and grid.shape[-1] == 3 and grid.shape[0] > 0
-    if not whole or pixels.ndim != 2 or not bool((grid > 0).all()):
+    whole = _is_whole(grid) and grid.ndim == 2 and grid.shape[-1] == 3 and grid.shape[0] > 0
+    if not whole or pixels.ndim != 2 or not pixels.is_floating_point() or not bool((grid > 0).all()):
         why = "pixel_values float [P, D] and image_grid_thw whole numbers [pictures, 3] are wanted"
         return [Fault(f"pixel_values is {_kind(pixels)}, image_grid_thw is {_kind(grid)}", where, why)]
+    if not bool((grid <= pixels.shape[0]).all()):  # products of larger numbers may wrap around, and seem to fit
+        return [Fault("image_grid_thw is larger than pixel_values", where, f"which has {pixels.shape[0]} patches")]
     faults = []
     patches = int(grid.prod(-1).sum())
     vision: Any = config.vision_config  # type: ignore[union-attr]
@@ -109,6 +119,10 @@ def _picture_faults(where: str, sample: dict[str, Tensor], model: nn.Module) -> 
     if not bool(torch.isfinite(pixels).all()):
         faults.append(Fault("pixel_values holds NaN or Inf", where))
     return faults
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype != torch.bool
 
 
 def _kind(tensor: Tensor) -> str:

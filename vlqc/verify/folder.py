@@ -154,7 +154,7 @@ def _span(entry: Any) -> tuple[int, int] | str:
     if not isinstance(entry, dict):
         return "its header entry is not an object"
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if dtype not in STORED:
+    if not isinstance(dtype, str) or dtype not in STORED:
         return f"unknown dtype {dtype!r}"
     if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
         return f"its shape {shape!r} is not a list of sizes"

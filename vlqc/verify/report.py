@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vlqc.errors import printable
+
 SHOWN_PER_CHECK = 20  # a folder that is wrong throughout would bury its first faults otherwise; the JSON has all
 LOCATED = "groups by their share of the logits' error"
 SHOWN_ROWS = {LOCATED: 20}  # of long tables, whose end nobody needs; the JSON has all
@@ -47,18 +49,18 @@ class Report:
         self.examined[check] = self.examined.get(check, 0) + count
 
     def fault(self, check: str, where: str, what: str, why: str = "", fix: str = "") -> None:
-        self.findings.append(Finding(check, where, what, why, fix))
+        self.findings.append(Finding(check, *map(printable, (where, what, why, fix))))
         self.examined.setdefault(check, 0)
 
     def warn(self, check: str, where: str, what: str, why: str = "", fix: str = "") -> None:
-        self.warnings.append(Finding(check, where, what, why, fix))
+        self.warnings.append(Finding(check, *map(printable, (where, what, why, fix))))
         self.examined.setdefault(check, 0)
 
     def to_json(self) -> str:
         """The whole report as JSON text: the same folder gives the same text."""
         content = {
             "ok": self.ok,
-            "folder": self.folder,
+            "folder": printable(self.folder),
             "engine": self.engine,
             "checks": self._rows(),
             "faults": [asdict(finding) for finding in self.findings],
@@ -71,7 +73,8 @@ class Report:
 
     def render(self, console: Console) -> None:
         """Print a table of the checks, the figures, then every fault and warning in full."""
-        table = Table(title=f"{self.folder}, checked for {self.engine}", title_justify="left")
+        heading = Text(f"{printable(self.folder)}, checked for {self.engine}", "table.title")  # as it is: no markup
+        table = Table(title=heading, title_justify="left")
         for column in ("check", "result", "looked at", "faults", "warnings"):
             table.add_column(column, justify="left" if column in ("check", "result") else "right")
         for row in self._rows():
@@ -125,7 +128,7 @@ def _print_fact(console: Console, name: str, value: Any) -> None:
 
 
 def _figure(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else printable(str(value))
 
 
 def _print_findings(console: Console, title: str, style: str, findings: list[Finding]) -> None:

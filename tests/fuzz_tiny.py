@@ -1,0 +1,16 @@
+"""The tiny checkpoint and its model, as the targets of the fuzzer share them. Not to be changed."""
+
+from functools import cache
+from pathlib import Path
+
+from torch import nn
+
+from vlqc.checkpoint import Checkpoint
+from vlqc.model import FloatModel
+
+TINY = Path(__file__).parent.parent / "tools" / "tiny_vl"
+
+
+@cache
+def tiny_module() -> nn.Module:
+    return FloatModel.of(Checkpoint(TINY)).module

@@ -1,0 +1,58 @@
+"""JSON that strangers wrote: read strictly, in bounded memory, and every fault told in the user's terms.
+
+Python's own reader takes NaN, and of a key that is given twice the last value: another reader, an engine's among them,
+may see something else there. So both are faults here.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vlqc.errors import Fault, UserError
+
+LARGEST_FILE = 64 * 2**20  # bytes; the index of the largest checkpoint takes less than one of these 64 parts
+REPAIR = "copy the file from its origin again"
+
+
+def json_value(text: str) -> Any:
+    """Text -> what it says. ValueError with the reason for anything that is not strictly JSON."""
+    try:
+        read = json.loads(text, object_pairs_hook=_each_key_once, parse_constant=_no_number)
+        json.dumps(read, ensure_ascii=False, allow_nan=False).encode()  # half of a surrogate pair is no character
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except OverflowError:
+        raise ValueError("it holds a number that is too large") from None
+    except UnicodeEncodeError as error:
+        raise ValueError(f"it holds {error.object[error.start]!a}, which is half a character") from None
+    return read
+
+
+def read_json_object(path: Path, *, missing: Callable[[], UserError] | None = None) -> dict[str, Any]:
+    """The object in a file. UserError for any other content; missing: what to raise where there is no such file."""
+    what = f"{path.name} cannot be read"
+    try:
+        if (size := path.stat().st_size) > LARGEST_FILE:
+            raise UserError(Fault(what, str(path), f"it has {size} bytes, and {LARGEST_FILE} are plenty", REPAIR))
+        read = json_value(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise (missing() if missing else UserError(Fault(what, str(path), str(error), REPAIR))) from None
+    except (OSError, ValueError) as error:
+        raise UserError(Fault(what, str(path), str(error), REPAIR)) from None
+    if not isinstance(read, dict):
+        raise UserError(Fault(f"{path.name} is not a JSON object", str(path), fix=REPAIR))
+    return read
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    read: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in read:
+            raise ValueError(f"the key {key!r} is given twice")
+        read[key] = value
+    return read
+
+
+def _no_number(word: str) -> Any:
+    raise ValueError(f"{word} is no JSON number")

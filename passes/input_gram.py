@@ -58,7 +58,9 @@ def _block(columns: Tensor, rows: Tensor, size: Tensor, *, several: bool, first:
     shrinkage = chosen_shrinkage(gram, unseen, size)
     gram.add_(gram_of(unseen)).mul_(1 - shrinkage)
     gram.fill_diagonal_(1)  # float32 is enough: its errors are those of another shrinkage, a little smaller or larger
-    lower = torch.linalg.cholesky(gram.flip(0, 1))
+    lower, failed = torch.linalg.cholesky_ex(gram.flip(0, 1))
+    if int(failed):  # the columns go along with each other beyond what float32 tells apart: none makes up for another
+        lower = torch.eye(len(gram))
     answer = None
     if several and not first:
         behind = (unit.T * (1 - shrinkage)).flip(0)  # [B, T]

@@ -14,6 +14,7 @@ from vlqc.ir import MODALITIES, Call, ChannelRange, Observation, Stage, digest, 
 from vlqc.pipeline import Pass, require
 
 IMAGE = MODALITIES.index("image")
+LARGEST = 1e15  # of any activation: float32 holds sums of squares of such values; real ones end near 1e5
 ROWS_PER_STEP = 1024  # rows reduced at a time: bounds the temporaries, whatever the sample
 
 
@@ -53,8 +54,11 @@ class InsertObservers(Pass):
             planned = planned_shares([visit.of_modality for visit in visits], budget)
             shares_of = {visit.sample: shares for visit, shares in zip(visits, planned, strict=True)}
             parts_of[source] = []
-            watch[members[0].target] = _filler(parts_of[source], shares_of, members[0].name, stage.world.first)
+            where = f"{stage.name}, %{source}"
+            watch[members[0].target] = _filler(parts_of[source], shares_of, members[0].name, where, stage.world.first)
         stage.run(watch)
+        for call, output in zip(stage.calls, stage.outputs, strict=True):
+            _require_usable(first_tensor(output), f"the output of {stage.name}", stage.name, call.sample)
         energies = {call.sample: _energy(output) for call, output in zip(stage.calls, stage.outputs, strict=True)}
         for source, members in stage.groups().items():
             mine = [part.with_energy(energies) for part in parts_of.pop(source)]
@@ -126,15 +130,12 @@ class _Part:
 
 
 def _filler(
-    parts: list[_Part], shares_of: Mapping[int, Mapping[int, int]], site: str, first: bool
+    parts: list[_Part], shares_of: Mapping[int, Mapping[int, int]], site: str, where: str, first: bool
 ) -> Callable[[Tensor, Call], None]:
     """first: whether all samples before these are in `parts`. Their sums are then added up at once, to save memory."""
 
     def fill(value: Tensor, call: Call) -> None:
-        if not is_finite(value):
-            why = "weights, rms_norm_eps or the sample make values that float32 cannot hold"
-            what = f"NaN or Inf reaches {site} in sample {call.sample}"
-            raise UserError(Fault(what, why=why, fix="check the float model on this sample"))
+        _require_usable(value, f"the input of {site}", where, call.sample)
         seen, index = _observed_rows(value.detach().cpu(), call.modality, shares_of[call.sample])
         parts.append(_Part(call.sample, seen, value.numel() // value.shape[-1], index))
         if first and len(parts) > 1:
@@ -142,6 +143,18 @@ def _filler(
             seen.ranges.clear()
 
     return fill
+
+
+def _require_usable(value: Tensor, what: str, where: str, sample: int) -> None:
+    """UserError for values that are not finite, or so large that no statistics can be made of them."""
+    least, most = (float(it) for it in torch.aminmax(value.detach())) if value.numel() else (0.0, 0.0)
+    if -LARGEST <= least <= most <= LARGEST:
+        return
+    finite = math.isfinite(least) and math.isfinite(most)
+    found = f"reaches {most if most > -least else least:.3g}" if finite else "holds NaN or Inf"
+    why = f"weights, rms_norm_eps or the sample make values beyond {LARGEST:g}, of which nothing can be measured"
+    fix = "run the float model on this sample; repair the checkpoint, or leave the sample out"
+    raise UserError(Fault(f"{what} {found} in sample {sample}", where, why, fix))
 
 
 def _joined(whole: Observation, parts: Sequence[_Part], visits: Sequence[object]) -> Observation:

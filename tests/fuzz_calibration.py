@@ -164,7 +164,7 @@ def check_samples(case: Any, folder: Path) -> bool:
     demand(ids.dtype == torch.int64 and ids.ndim == 2 and 0 <= int(ids.min()) <= int(ids.max()) < 64, "input_ids")
     if "pixel_values" in sample:
         pixels = sample["pixel_values"]
-        demand(pixels.is_floating_point() and bool(torch.isfinite(pixels).all()), "pixel_values")
+        demand(pixels.is_floating_point() and bool((pixels.abs() <= 1e4).all()), "pixel_values")
         demand(int((ids == 5).sum()) * 4 == len(pixels), "image tokens do not fit")
     demand(all(isinstance(key, str) for key in sample), "a key that is no text")
     return True

@@ -10,6 +10,7 @@ from vlqc.errors import Fault, UserError, near_miss
 
 REQUIRED = ("input_ids", "attention_mask")
 PICTURE = ("pixel_values", "image_grid_thw")
+LARGEST_PIXEL = 1e4  # forgotten steps of the preparation stay below that; what is beyond is no picture
 WHOLE_NUMBERS = ("input_ids", "attention_mask", "image_grid_thw")
 
 
@@ -118,6 +119,9 @@ def _picture_faults(where: str, sample: dict[str, Tensor], model: nn.Module) -> 
         faults.append(Fault(f"input_ids holds {tokens} image tokens", where, why))
     if not bool(torch.isfinite(pixels).all()):
         faults.append(Fault("pixel_values holds NaN or Inf", where))
+    elif (most := max(abs(float(end)) for end in torch.aminmax(pixels))) > LARGEST_PIXEL:
+        why = "colours from 0 to 1, less their mean and divided by their deviation, stay within 10"
+        faults.append(Fault(f"pixel_values reaches {most:.3g}", where, why, "check image_std and rescale_factor"))
     return faults
 
 

@@ -23,6 +23,7 @@ CHECK = "float weights"
 # dB by bits; 8-bit rounding gives about 40, 4-bit about 20, less with large groups: below, it is another matrix
 BROKEN_WEIGHTS = {8: 15.0, 4: 6.0}
 INDEX = "model.safetensors.index.json"
+STEP_AT_ZERO = {"BF16": 2.0**-133, "F16": 2.0**-24}  # how far the smallest numbers are from each other
 
 
 def check_against_source(folder: CompiledFolder, model_path: Path, report: Report) -> None:
@@ -187,6 +188,7 @@ class _Comparison:
         tiles = inputs // len(source)  # the merger lays 2 x 2 patches side by side: one norm channel, four columns
         expected, product = np.tile(source, tiles), np.tile(stored, tiles) * columns.values
         allowed = np.abs(expected) * (2 * ULP[self.folder.glue] + SIGMAS * columns.sigma)
+        allowed += STEP_AT_ZERO[self.folder.glue] * columns.values  # the smallest numbers are as far apart as zero
         wrong = np.flatnonzero(np.isfinite(columns.sigma) & ~(np.abs(product - expected) <= allowed)) % len(source)
         if wrong.size:
             first = int(wrong[0])

@@ -261,7 +261,7 @@ def _misfits_under(pair: WeightPair, rows: Scales, columns: Scales) -> Misfits:
             scaled += _scaled(pair, start, stored, predicted, sigma)
         signal += float((predicted.astype(np.float64) ** 2).sum())
         noise += float((distance.astype(np.float64) ** 2).sum())
-    sqnr = 10 * float(np.log10(max(signal, 1e-300) / max(noise, 1e-300)))
+    sqnr = 10 * float(np.log10(max(signal, 1e-300) / noise)) if noise else 200.0  # zeros that stayed zeros, too
     found = Misfits(count, 0, pair.rows * pair.columns, first, None, min(sqnr, 200.0), pair.scale is not None, scaled)
     if not found.other_rounding:
         return found

@@ -38,6 +38,8 @@ def list_requests(source: Path) -> list[Request]:
     if not source.exists():
         fix = "name a folder of pictures, one picture, or a .jsonl file"
         raise UserError(Fault(what, why="there is no such folder or file", fix=fix))
+    if not source.is_file():
+        raise UserError(Fault(what, why="it is not an ordinary file", fix="name a folder, a picture or a .jsonl file"))
     if source.suffix.lower() == ".jsonl":
         return _read_json_lines(source)
     if is_picture(source):

@@ -250,7 +250,7 @@ def _weight_files(folder: Path) -> list[str]:
     """File names of the shards: those of the index if there is one, otherwise every *.safetensors."""
     index = folder / INDEX
     if not index.is_file():
-        files = sorted(path.name for path in folder.glob("*.safetensors"))
+        files = sorted(path.name for path in folder.glob("*.safetensors") if path.is_file())
         if not files:
             fix = "convert the checkpoint to safetensors first; .bin files are not read because loading them runs code"
             raise UserError(Fault("the folder holds no *.safetensors", str(folder), fix=fix))

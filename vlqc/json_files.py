@@ -5,6 +5,7 @@ may see something else there. So both are faults here.
 """
 
 import json
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,10 @@ def read_json_object(path: Path, *, missing: Callable[[], UserError] | None = No
     """The object in a file. UserError for any other content; missing: what to raise where there is no such file."""
     what = f"{path.name} cannot be read"
     try:
-        if (size := path.stat().st_size) > LARGEST_FILE:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe or a device may never end
+            raise UserError(Fault(what, str(path), "it is not an ordinary file", REPAIR))
+        if (size := status.st_size) > LARGEST_FILE:
             raise UserError(Fault(what, str(path), f"it has {size} bytes, and {LARGEST_FILE} are plenty", REPAIR))
         read = json_value(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

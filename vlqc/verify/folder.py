@@ -35,6 +35,7 @@ STORED = {
 }
 FLOATS = ("BF16", "F16", "F32", "F64")
 HEADER_LIMIT = 100_000_000  # bytes; safetensors' own limit
+NO_FILE = "is not an ordinary file"  # a pipe or a device may never end
 CHUNK_ELEMENTS = 1 << 22  # rows are read in slices of about this many elements
 
 
@@ -100,6 +101,8 @@ def round_to(dtype: str, values: Array) -> Array:
 
 def read_json(path: Path) -> tuple[dict[str, Any] | None, str]:
     """File -> (object, "") or (None, what is wrong in words). A key given twice is wrong."""
+    if not path.is_file():
+        return None, NO_FILE
     try:
         content = json.loads(path.read_bytes(), object_pairs_hook=_object_without_repeats)
     except (OSError, ValueError, RecursionError) as error:
@@ -118,6 +121,8 @@ def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Any], list[str]]:
     """safetensors file -> (tensors by name, metadata, what is wrong in words), without tensors whose entry is wrong."""
+    if not path.is_file():
+        return {}, {}, [f"it {NO_FILE}"]
     try:
         size = path.stat().st_size
         with path.open("rb") as file:

@@ -22,7 +22,7 @@ from vlqc.passes.input_gram import blocks_of
 from vlqc.verify import Report
 
 IMAGE, START, END = 45, 43, 44
-Change = Callable[[dict[str, Tensor]], object]
+Change = Callable[[dict[str, Tensor]], Any]
 W4 = {"w_bit": 4, "is_dynamic": True, "is_lowbit": True, "open_outlier": False, "group_size": 64}
 ATTENTION, MLP = "model.layers.1.self_attn", "model.layers.1.mlp"
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlqc.errors import Fault, UserError
-from vlqc.ir import MODALITIES, Call, ChannelRange, Observation, Stage, digest, first_tensor, is_finite, observe
+from vlqc.ir import MODALITIES, Call, ChannelRange, Observation, Stage, digest, first_tensor, observe
 from vlqc.pipeline import Pass, require
 
 IMAGE = MODALITIES.index("image")

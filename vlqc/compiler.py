@@ -13,7 +13,7 @@ from torch import Tensor
 from vlqc.calibration import Calibration, calibrate_on
 from vlqc.checkpoint import Checkpoint
 from vlqc.device import resolve_device
-from vlqc.dumps import Dumper, announcer
+from vlqc.dumps import Dumper, Onlookers, announcer
 from vlqc.emit import emitter_for, expected_bytes
 from vlqc.emit.folder import result_folder
 from vlqc.layer_globs import check_globs, check_plan
@@ -51,10 +51,10 @@ def compile(
     show = (progress if world.first else None) or Progress()
     pipeline = list(passes) if passes is not None else parse_pipeline(pipeline_text(options))
     check_order(pipeline, search=options.fallback == "auto")
-    dumps = Dumper(options.dump_ir if world.first else None)
-    manager = PassManager(pipeline, before=announcer(show.step), after=dumps.after)
     checkpoint = Checkpoint(options.model_path)
     tally = Tally(options, checkpoint, show.note)
+    onlookers = Onlookers(Dumper(options.dump_ir if world.first else None), tally.gathering)
+    manager = PassManager(pipeline, before=announcer(show.step), after=onlookers.after)
     device, trust = world.place(resolve_device(options.device_type)), options.trust_remote_code
     model = world.after_first(lambda: FloatModel.of(checkpoint, trust_remote_code=trust, device=device))
     tally.note_unknown(model.unknown_tensors())
@@ -73,7 +73,7 @@ def compile(
                 show.stage(number, stop.name)
                 with live_stage(model, stop, emitter.dtype, checkpoint.tensor, world) as stage:
                     stage.on_sample, stage.settle = show.sample, spilling.settle
-                    dumps.traced(stage)
+                    onlookers.traced(stage)
                     manager.run(stage)
                     emitter.add_stage(stage)
                     stop.outputs = stage.outputs
@@ -81,9 +81,9 @@ def compile(
                 show.stage_done(number)
         if world.first:
             tally.settle(emitter.settle())
-            tally.require_quantized()
             emitter.copy_rest(model.outside())
             emitter.finish()
+            tally.write_facts(folder, pipeline, ready_samples=samples is not None)
             require_sound(folder)
             tally.require_loaded(folder)
     show.finish()

@@ -18,13 +18,15 @@ class NamedFolders(Protocol):
     @property
     def dump_ir(self) -> Path | None: ...
     @property
+    def timings(self) -> Path | None: ...
+    @property
     def overwrite(self) -> bool: ...
 
 
 def path_faults(given: NamedFolders) -> list[Fault]:
     """Everything wrong with the folders; links are resolved first. Nothing is created or changed."""
     faults: list[Fault] = []
-    for rule in (_model_rule, _save_rule, _dump_rule, _pictures_rule):
+    for rule in (_model_rule, _save_rule, _dump_rule, _timings_rule, _pictures_rule):
         try:
             faults += rule(given)
         except (OSError, RuntimeError) as error:  # a name too long, no permission, a circle of links
@@ -53,6 +55,22 @@ def _dump_rule(given: NamedFolders) -> list[Fault]:
         return [Fault(what, why="it lies in the save folder, which holds the finished checkpoint only", fix=fix)]
     if given.model_path is not None and _within(given.dump_ir.resolve(), given.model_path.resolve()):
         return [Fault(what, why="it lies in the model folder, which vlqc only reads", fix=fix)]
+    return []
+
+
+def _timings_rule(given: NamedFolders) -> list[Fault]:
+    """Asked before the work: hours later the file could not be written."""
+    if given.timings is None:
+        return []
+    what, fix = f"--timings {given.timings}", "name a file in an existing folder"
+    if given.timings.is_dir():
+        return [Fault(what, why="it is a folder", fix=fix)]
+    if not given.timings.parent.is_dir():
+        return [Fault(what, why=f"there is no folder {given.timings.parent}", fix=fix)]
+    for folder, kind in ((given.save_directory, "save"), (given.model_path, "model")):
+        if folder is not None and _within(given.timings.resolve(), folder.resolve()):
+            why = f"it lies in the {kind} folder, and says nothing but what this machine did"
+            return [Fault(what, why=why, fix="name a file elsewhere")]
     return []
 
 

@@ -175,6 +175,9 @@ class Options(BaseModel):
     overwrite: bool = _option(False, "Replace a save folder that is not empty.", OUTPUT, flag=True)
     skip_bad_images: bool = _option(False, "Go on without the pictures that cannot be read.", DATA, flag=True)
     dump_ir: Path | None = _option(None, "Write the text of every stage after every pass into this folder.", DEBUGGING)
+    timings: Path | None = _option(
+        None, "Write time and memory per pass into this file, for `vlqc report FOLDER --timings FILE`.", DEBUGGING
+    )
     pipeline: str | None = _option(
         None, "Run these passes instead of those that the options build (see: vlqc passes).", DEBUGGING
     )

@@ -39,7 +39,7 @@ from vlqc.model import FloatModel
 from vlqc.options import Options
 from vlqc.pipeline import check_order, parse_pipeline, pipeline_text
 from vlqc.progress import duration, in_model_order, readable_bytes
-from vlqc.tally import peak_memory
+from vlqc.report.timings import peak_memory
 
 PROBE_SIDE = 1024  # of the square matrices that are multiplied
 PROBE_BYTES = 64 * 2**20  # read to measure the disk; what the page cache holds comes faster, in the real run, too

@@ -1,11 +1,11 @@
 """What happens during a compilation, gathered for its result."""
 
 import json
-import resource
-import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+
+import torch
 
 from vlqc.checkpoint import Checkpoint
 from vlqc.emit.ascend import emitted_dtype
@@ -13,10 +13,16 @@ from vlqc.engines import Scheme, cannot_load, engine_notes, loads, part_of, serv
 from vlqc.errors import Fault, UserError
 from vlqc.ir import Stage
 from vlqc.options import Options
+from vlqc.pipeline import Pass, pipeline_text, print_pipeline
 from vlqc.precision_search import Plan
+from vlqc.report.facts import Facts, rounded
+from vlqc.report.gathering import Gathering
+from vlqc.report.reproduce import command, without_places
+from vlqc.report.timings import Timings, installed, machine, peak_memory
 from vlqc.result import Result
 from vlqc.runtime import read_description
 from vlqc.verify import verify_folder
+from vlqc.world import here
 
 
 class Tally:
@@ -27,6 +33,7 @@ class Tally:
         self.counts: dict[tuple[str, str], int] = {}
         self.notes: list[str] = []
         self.plan: Plan | None = None
+        self.gathering = Gathering(active=here().first)
         self._started = time.perf_counter()
         dtype, group_size = str(checkpoint.dtype).removeprefix("torch."), options.group_size
         asked = (options.engine_target, options.scheme, dtype)
@@ -53,12 +60,20 @@ class Tally:
         for site in stage.sites.values():
             self._count(stage.part, site.scheme or Scheme.FLOAT)
         self.note(stage.notes)
+        self.gathering.finished(stage)
 
     def settle(self, plan: Plan | None) -> None:
-        """What the precision search chose, where there was one: its schemes are counted, its notes told."""
-        if plan is None:
-            return
+        """What the precision search chose, where there was one: its schemes are counted, its notes told.
+
+        UserError if every site stayed float: the source would only be copied.
+        """
+        if plan is not None:
+            self._settle(plan)
+        self._require_quantized()
+
+    def _settle(self, plan: Plan) -> None:
         self.plan = plan
+        self.gathering.settled(plan)
         for group, scheme in zip(plan.groups, plan.schemes, strict=True):
             part, sites = part_of(group.name), len(group.sites)
             for of, change in ((group.assigned, -sites), (scheme, sites)):
@@ -66,8 +81,7 @@ class Tally:
         self.counts = {key: count for key, count in self.counts.items() if count}
         self.note(plan.notes())
 
-    def require_quantized(self) -> None:
-        """UserError if every site stayed float: the source would only be copied."""
+    def _require_quantized(self) -> None:
         if all(scheme == Scheme.FLOAT for _, scheme in self.counts):
             why = "no pass gave any layer a scheme, or every layer was excluded"
             fix = "look at --pipeline and --exclude"
@@ -94,6 +108,23 @@ class Tally:
                 Fault(f"{self.options.engine_target} does not load the result", "--strict_target", why, fix)
             )
 
+    def write_facts(self, folder: Path, passes: Sequence[Pass], *, ready_samples: bool) -> None:
+        """What the report shows, into the folder; see `report.facts`."""
+        text, options = print_pipeline(passes), self.options
+        Facts(
+            version=installed("vlqc"),
+            command=command(options, None if text == pipeline_text(options) else text, ready_samples=ready_samples),
+            ready_samples=ready_samples,
+            pipeline=text,
+            target=options.engine_target,
+            dtype="float16" if emitted_dtype(self.checkpoint.dtype) == torch.float16 else "bfloat16",
+            bytes_before=self.checkpoint.bytes,
+            heads=("lm_head",) if "lm_head.weight" in self.checkpoint else (),
+            notes=without_places(self.notes, options),
+            predicted=rounded(self.plan.sqnr) if self.plan else None,
+            stages=tuple(self.gathering.stages),
+        ).write(folder)
+
     def _count(self, part: str, scheme: Scheme) -> None:
         self.counts[part, str(scheme)] = self.counts.get((part, str(scheme)), 0) + 1
 
@@ -105,6 +136,8 @@ class Tally:
         description = read_description(folder)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         dtype = str(emitted_dtype(self.checkpoint.dtype)).removeprefix("torch.")
+        if self.options.timings is not None:
+            self._timings(passes).write(self.options.timings)
         return Result(
             folder=folder,
             counts=self.counts,
@@ -120,11 +153,18 @@ class Tally:
             predicted_sqnr=self.plan.sqnr if self.plan else None,
         )
 
+    def _timings(self, passes: dict[str, float]) -> Timings:
+        system, processors, versions = machine()
+        return Timings(
+            seconds=time.perf_counter() - self._started,
+            peak_bytes=peak_memory(),
+            passes=self.gathering.pass_times(passes),
+            stages=tuple(self.gathering.stage_times),
+            system=system,
+            processors=processors,
+            versions=versions,
+        )
+
 
 def _weight_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-def peak_memory() -> int:
-    """The most memory this process ever held, in bytes; Linux counts it in KiB, macOS in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

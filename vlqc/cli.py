@@ -292,6 +292,34 @@ def verify_command(
         raise typer.Exit(1)
 
 
+@app.command("report")
+@_answering
+def report_command(
+    folder: Folder,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="FILE", help="Where the page goes."),
+    ] = Path("vlqc_report.html"),
+    timings: Annotated[
+        Path | None,
+        typer.Option("--timings", metavar="FILE", help="What `vlqc compile --timings FILE` wrote: time and memory."),
+    ] = None,
+    verification: Annotated[
+        Path | None,
+        typer.Option(
+            "--verification",
+            metavar="FILE",
+            help="What `vlqc verify --locate --json FILE` wrote: logits, and which layers lose the accuracy.",
+        ),
+    ] = None,
+) -> None:
+    """Write one page of HTML about a compiled folder: what became what, ranges, smoothing, noise of every stage."""
+    from vlqc.report import write_report
+
+    write_report(folder, output, timings=timings, verification=verification)
+    Console().print(Text(f"the report is in {output}"), soft_wrap=True)
+
+
 @app.command("passes")
 @_answering
 @_with_options

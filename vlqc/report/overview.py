@@ -1,0 +1,180 @@
+"""The charts of the report: outliers and noise through the depth of the model, ranges per input, smoothing scales."""
+
+import math
+from collections.abc import Callable, Sequence
+
+from vlqc.report.charts import Axis, Chart, Mark, Tick, layer_ticks, linear_axis, logarithmic_axis, magnitude
+from vlqc.report.facts import SHARES, InputFacts, Modality, StageFacts
+from vlqc.report.towers import MIDDLE, Tower, label_of, outlier_factor, peak, reader_of, typical
+
+MODALITIES: tuple[Modality, ...] = ("text", "image")
+EDGES = (SHARES.index(0.1), SHARES.index(0.9))  # of a band that holds four channels of five
+SHOWN_SHARES = (0.0, 0.01, 0.1, 0.5, 1.0)
+
+
+def depth_charts(towers: Sequence[Tower]) -> list[Chart]:
+    """Two drawings with one x axis over all stages: how far outliers stick out, and the SQNR of each stage."""
+    stages = [stage for tower in towers for stage in tower.stages]
+    before, after = ([outlier_factor(stage, after=it) for stage in stages] for it in (False, True))
+    ticks, at = [], 0
+    for tower in towers:
+        if len(tower.stages) > 1:
+            ticks.append(Tick(round((at + len(tower.stages) / 2) / len(stages) * 100, 2), tower.title))
+        at += len(tower.stages)
+    outliers = Chart("How far outliers stick out", _told_outliers(before, after), tall=True)
+    axis = logarithmic_axis([*before, *after, 1.0])
+    outliers.ticks(axis)
+    outliers.band("before", before, [None if it is None else axis.low for it in before], axis)
+    outliers.band("after", after, [None if it is None else axis.low for it in after], axis)
+    outliers.line("before", before, axis)
+    outliers.line("after", after, axis)
+    outliers.y_ticks = [Tick(tick.at, f"{tick.text}×") for tick in outliers.y_ticks]
+    noise = Chart("SQNR of each stage", _told_noise(stages), x_ticks=ticks, tall=True)
+    values = {name: [stage.sqnr.get(name) for stage in stages] for name in MODALITIES}
+    scale = linear_axis([it for of_one in values.values() for it in of_one], 5)
+    noise.ticks(scale)
+    for name, of_one in values.items():
+        at = 0
+        for tower in towers:  # towers stand side by side, they do not run into each other
+            inside = range(at, at + len(tower.stages))
+            at = inside.stop
+            if len(inside) > 1:
+                noise.line(f"sqnr {name}", [it if number in inside else None for number, it in enumerate(of_one)], scale)
+        noise.dots(f"sqnr {name}", of_one, scale)
+        if name == "image":  # hollow: a smaller dot of the background's colour
+            noise.dots("hole", of_one, scale)
+    noise.y_ticks = [Tick(tick.at, f"{tick.text} dB") for tick in noise.y_ticks]
+    for chart in (outliers, noise):
+        _separate(chart, towers, len(stages))
+    return [outliers, noise]
+
+
+def range_charts(tower: Tower) -> list[Chart]:
+    """One per input: the typical and the largest channel, before and after smoothing, through the layers."""
+    axis = logarithmic_axis(
+        value
+        for stage in tower.stages
+        for read in stage.inputs
+        for after in (False, True)
+        for value in (peak(read, after=after), typical(read, after=after))
+    )
+    return [_range_chart(tower, reader, axis) for reader in tower.readers]
+
+
+def scale_charts(tower: Tower) -> list[Chart]:
+    """One per input that smoothing changed: by what its channels were divided, through the layers."""
+    found = []
+    for reader in tower.readers:
+        reads = tower.inputs(reader)
+        if not any(read is not None and read.scales for read in reads):
+            continue
+        every = [None if read is None else read.scales for read in reads]
+        axis = logarithmic_axis([value for scales in every if scales for value in (scales[0], scales[-1])], base=2)
+        most = max(scales[0] for scales in every if scales)
+        title = f"{reader}"
+        chart = Chart(title, f"Smoothing divides channels of the input of {reader} by up to {most:.3g}.")
+        chart.ticks(axis)
+        low, high = ([None if it is None else it[end] for it in every] for end in reversed(EDGES))
+        chart.band("scale", high, low, axis)
+        for kind, end in (("scale outer", 0), ("scale", MIDDLE), ("scale outer", -1)):
+            chart.line(kind, [None if it is None else it[end] for it in every], axis)
+        chart.x_ticks = layer_ticks(tower.labels)
+        found.append(chart)
+    return found
+
+
+def channel_charts(stage: StageFacts) -> list[Chart]:
+    """One per input of a stage: the largest magnitude of its channels, in falling order."""
+    values = [value for read in stage.inputs for it in (read.before, read.after) for one in it.values() for value in one]
+    axis = logarithmic_axis(values)
+    return [_channel_chart(reader_of(read, stage), read, stage, axis) for read in stage.inputs]
+
+
+def _range_chart(tower: Tower, reader: str, axis: Axis) -> Chart:
+    reads = tower.inputs(reader)
+    of = {kind: _each(reads, lambda it, kind=kind: peak(it, after=kind == "after")) for kind in ("before", "after")}
+    middle = {kind: _each(reads, lambda it, kind=kind: typical(it, after=kind == "after")) for kind in of}
+    chart = Chart(reader, _told_ranges(reader, of["before"], of["after"]), x_ticks=layer_ticks(tower.labels))
+    chart.ticks(axis)
+    for kind in of:
+        chart.band(kind, of[kind], middle[kind], axis)
+    for kind in of:
+        for name in MODALITIES:
+            chart.line(f"{kind} {name}", _each(reads, lambda it, kind=kind, name=name: _peak_of(it, kind, name)), axis)
+    chart.line("reach", [_reach(stage, read) for stage, read in zip(tower.stages, reads, strict=True)], axis)
+    return chart
+
+
+def _channel_chart(reader: str, read: InputFacts, stage: StageFacts, axis: Axis) -> Chart:
+    large, small = peak(read, after=False), peak(read, after=True)
+    told = f"Input of {reader}: the largest channel reaches {_number(large)} before smoothing, {_number(small)} after."
+    chart = Chart(f"{reader} · {read.channels} channels", told)
+    chart.ticks(axis)
+    for kind, curves in (("before", read.before), ("after", read.after)):
+        for name, curve in curves.items():
+            chart.line(f"{kind} {name}", curve, axis)
+    reach = _reach(stage, read)
+    chart.line("reach", [reach] * len(SHARES), axis)
+    chart.x_ticks = [
+        Tick(round((number + 0.5) / len(SHARES) * 100, 2), "largest" if share == 0 else f"{share:.0%}")
+        for number, share in enumerate(SHARES)
+        if any(abs(share - it) < 0.003 for it in SHOWN_SHARES) and share != 0.002
+    ]
+    return chart
+
+
+def _reach(stage: StageFacts, read: InputFacts | None) -> float | None:
+    """The largest magnitude that the static range of an input represents."""
+    grids = [site for site in stage.sites if read is not None and site.name in read.sites]
+    return max((max(abs(it.low), abs(it.high)) for it in grids if it.low is not None and it.high is not None), default=None)
+
+
+def _each(
+    reads: Sequence[InputFacts | None], value: Callable[[InputFacts], float | None]
+) -> list[float | None]:
+    return [None if read is None else value(read) for read in reads]
+
+
+def _peak_of(read: InputFacts, kind: str, modality: Modality) -> float | None:
+    curves = read.before if kind == "before" else read.after
+    return curves[modality][0] if modality in curves else None
+
+
+def _separate(chart: Chart, towers: Sequence[Tower], stages: int) -> None:
+    """Thin lines between towers."""
+    at, path = 0, ""
+    for tower in towers[:-1]:
+        at += len(tower.stages)
+        path += f"M{at / stages * 1000:.1f} 0V100"
+    if path:
+        chart.marks.insert(1, Mark("fence", path))
+
+
+def _told_outliers(before: Sequence[float | None], after: Sequence[float | None]) -> str:
+    large, small = (max((it for it in of if it is not None), default=None) for of in (before, after))
+    if large is None or small is None:
+        return "Nothing was quantized."
+    return (
+        f"Before smoothing the largest channel reaches up to {magnitude(large)} times the typical one, after it up to "
+        f"{magnitude(small)} times."
+    )
+
+
+def _told_noise(stages: Sequence[StageFacts]) -> str:
+    known = [(value, stage.name) for stage in stages for value in stage.sqnr.values()]
+    if not known:
+        return "No stage was measured."
+    (low, where), (high, best) = min(known), max(known)
+    return f"From {low:.1f} dB at {where} to {high:.1f} dB at {best}."
+
+
+def _told_ranges(reader: str, before: Sequence[float | None], after: Sequence[float | None]) -> str:
+    large, small = (max((it for it in of if it is not None), default=None) for of in (before, after))
+    return (
+        f"Input of {reader}: the largest channel of any layer reaches {_number(large)} before smoothing and "
+        f"{_number(small)} after."
+    )
+
+
+def _number(value: float | None) -> str:
+    return "nothing" if value is None or not math.isfinite(value) else magnitude(value)

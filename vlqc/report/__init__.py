@@ -14,9 +14,7 @@ from vlqc.verify.report import Report
 __all__ = ["report_text", "write_report"]
 
 
-def write_report(
-    folder: Path, output: Path, *, timings: Path | None = None, verification: Path | None = None
-) -> None:
+def write_report(folder: Path, output: Path, *, timings: Path | None = None, verification: Path | None = None) -> None:
     """Writes the page. UserError: the folder tells nothing, a file is damaged, or the page cannot be written."""
     text = report_text(folder, timings=timings, verification=verification)
     if output.resolve().parent == folder.resolve() and (folder / output.name).exists():

@@ -12,7 +12,10 @@ from typing import TypeVar
 WIDTH, HEIGHT = 1000, 100
 SMALLEST = 1e-6  # of a logarithmic axis: what is below it lies on it
 LONE = (-0.3, 0.3)  # of the distance between two places: how far what is alone reaches to either side
-DECADES = 6  # a logarithmic axis spans at most so many: smaller values lie at its lower end
+ROOM = 1.25  # between the values and the ends of a logarithmic axis
+MOST_TICKS = 4
+BETWEEN = (1, 1.5, 2, 3, 5, 7)  # labels where there is at most one power
+DECADES = 5  # a logarithmic axis spans at most so many: what is smaller lies at its lower end
 
 T = TypeVar("T")
 Points = Sequence[float | None]  # per position along x; None: nothing there
@@ -36,15 +39,16 @@ class Mark:
 
 @dataclass
 class Chart:
-    """title: what is shown; told: the same in words, for those who do not see it; tall: a large one."""
+    """title: what is shown; told: the same in words, for those who do not see it; kind: CSS classes, "tall" for
+    a large one, "dense" for one with many dots; aside: a small line below the title."""
 
     title: str
     told: str
     x_ticks: list[Tick] = field(default_factory=list)
     y_ticks: list[Tick] = field(default_factory=list)
     marks: list[Mark] = field(default_factory=list)
-    tall: bool = False
-    x_title: str = ""
+    kind: str = ""
+    aside: str = ""
 
     def band(self, kind: str, upper: Points, lower: Points, axis: "Axis") -> None:
         """Filled between two lines, wherever both are."""
@@ -100,17 +104,22 @@ class Axis:
 
 
 def logarithmic_axis(values: Iterable[float | None], base: int = 10) -> Axis:
-    """Around all values, in whole decades (or octaves), of which about four get a label."""
+    """Around all values with a little room, over DECADES at most; labels at powers of the base, about four of them.
+
+    Where powers are too few, there are labels between them.
+    """
     known = [it for it in values if it is not None and it > SMALLEST] or [1.0]
-    low, high = (math.log(it, base) for it in (min(known), max(known)))
-    first, last = math.floor(low + 1e-9), math.ceil(high - 1e-9)
-    last = max(last, first + 1)
-    first = max(first, last - (DECADES if base == 10 else 20))
-    step = max(1, math.ceil((last - first) / 4))
-    axis = Axis(float(base) ** first, float(base) ** last, True, [])
-    for power in range(last, first - 1, -step):
-        value = float(base) ** power
-        axis.ticks.append(Tick(round(axis.at(value), 2), magnitude(value)))
+    high = max(known) * ROOM
+    low = max(min(known) / ROOM, high / 10**DECADES)
+    axis = Axis(low, high, True, [])
+    first, last = math.ceil(math.log(low, base) - 1e-9), math.floor(math.log(high, base) + 1e-9)
+    step = max(1, math.ceil((last - first + 1) / MOST_TICKS))
+    marks = [float(base) ** power for power in range(first, last + 1) if power % step == 0]
+    if len(marks) < 2:
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        marks = [it for it in (digit * 10.0**power for power in powers for digit in BETWEEN) if low <= it <= high]
+        marks = marks[:: math.ceil(len(marks) / MOST_TICKS)] if marks else [math.sqrt(low * high)]
+    axis.ticks.extend(Tick(round(axis.at(it), 2), magnitude(it)) for it in marks)
     return axis
 
 

@@ -68,7 +68,9 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     shares = [float(row.get(SHARE, 0.0)) for row in rows]
     longest = max(shares) or 1.0
     return Table(
-        columns, [[_figure(row[name]) for name in columns] for row in rows], [max(0.0, 100 * it / longest) for it in shares]
+        columns,
+        [[_figure(row[name]) for name in columns] for row in rows],
+        [max(0.0, 100 * it / longest) for it in shares],
     )
 
 

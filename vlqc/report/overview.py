@@ -1,27 +1,29 @@
 """The charts of the report: outliers and noise through the depth of the model, ranges per input, smoothing scales."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from itertools import accumulate
 
-from vlqc.report.charts import Axis, Chart, Mark, Tick, layer_ticks, linear_axis, logarithmic_axis, magnitude
+from vlqc.report.charts import HEIGHT, WIDTH, Chart, Mark, Tick, layer_ticks, linear_axis, logarithmic_axis, magnitude
 from vlqc.report.facts import SHARES, InputFacts, Modality, StageFacts
-from vlqc.report.towers import MIDDLE, Tower, label_of, outlier_factor, peak, reader_of, typical
+from vlqc.report.towers import MIDDLE, Tower, outlier_factor, peak, reader_of, typical
 
 MODALITIES: tuple[Modality, ...] = ("text", "image")
 EDGES = (SHARES.index(0.1), SHARES.index(0.9))  # of a band that holds four channels of five
-SHOWN_SHARES = (0.0, 0.01, 0.1, 0.5, 1.0)
+MANY = 50  # stages: more dots side by side need to be small
+SHOWN_SHARES = {0.0: "max", 0.012: "1 %", 0.1: "10 %", 0.5: "50 %", 1.0: "min"}
 
 
 def depth_charts(towers: Sequence[Tower]) -> list[Chart]:
     """Two drawings with one x axis over all stages: how far outliers stick out, and the SQNR of each stage."""
     stages = [stage for tower in towers for stage in tower.stages]
     before, after = ([outlier_factor(stage, after=it) for stage in stages] for it in (False, True))
-    ticks, at = [], 0
-    for tower in towers:
-        if len(tower.stages) > 1:
-            ticks.append(Tick(round((at + len(tower.stages) / 2) / len(stages) * 100, 2), tower.title))
-        at += len(tower.stages)
-    outliers = Chart("How far outliers stick out", _told_outliers(before, after), tall=True)
+    ticks = [
+        Tick(round((inside.start + inside.stop) / 2 / len(stages) * 100, 2), tower.title)
+        for tower, inside in zip(towers, _places(towers), strict=True)
+        if len(inside) > 1
+    ]
+    outliers = Chart("How far outliers stick out", _told_outliers(before, after), kind="tall")
     axis = logarithmic_axis([*before, *after, 1.0])
     outliers.ticks(axis)
     outliers.band("before", before, [None if it is None else axis.low for it in before], axis)
@@ -29,7 +31,8 @@ def depth_charts(towers: Sequence[Tower]) -> list[Chart]:
     outliers.line("before", before, axis)
     outliers.line("after", after, axis)
     outliers.y_ticks = [Tick(tick.at, f"{tick.text}×") for tick in outliers.y_ticks]
-    noise = Chart("SQNR of each stage", _told_noise(stages), x_ticks=ticks, tall=True)
+    noise = Chart("SQNR of each stage", _told_noise(stages), x_ticks=ticks)
+    noise.kind = "tall dense" if len(stages) > MANY else "tall"
     values = {name: [stage.sqnr.get(name) for stage in stages] for name in MODALITIES}
     scale = linear_axis([it for of_one in values.values() for it in of_one], 5)
     noise.ticks(scale)
@@ -39,7 +42,9 @@ def depth_charts(towers: Sequence[Tower]) -> list[Chart]:
             inside = range(at, at + len(tower.stages))
             at = inside.stop
             if len(inside) > 1:
-                noise.line(f"sqnr {name}", [it if number in inside else None for number, it in enumerate(of_one)], scale)
+                noise.line(
+                    f"sqnr {name}", [it if number in inside else None for number, it in enumerate(of_one)], scale
+                )
         noise.dots(f"sqnr {name}", of_one, scale)
         if name == "image":  # hollow: a smaller dot of the background's colour
             noise.dots("hole", of_one, scale)
@@ -51,14 +56,7 @@ def depth_charts(towers: Sequence[Tower]) -> list[Chart]:
 
 def range_charts(tower: Tower) -> list[Chart]:
     """One per input: the typical and the largest channel, before and after smoothing, through the layers."""
-    axis = logarithmic_axis(
-        value
-        for stage in tower.stages
-        for read in stage.inputs
-        for after in (False, True)
-        for value in (peak(read, after=after), typical(read, after=after))
-    )
-    return [_range_chart(tower, reader, axis) for reader in tower.readers]
+    return [_range_chart(tower, reader) for reader in tower.readers]
 
 
 def scale_charts(tower: Tower) -> list[Chart]:
@@ -85,40 +83,37 @@ def scale_charts(tower: Tower) -> list[Chart]:
 
 def channel_charts(stage: StageFacts) -> list[Chart]:
     """One per input of a stage: the largest magnitude of its channels, in falling order."""
-    values = [value for read in stage.inputs for it in (read.before, read.after) for one in it.values() for value in one]
-    axis = logarithmic_axis(values)
-    return [_channel_chart(reader_of(read, stage), read, stage, axis) for read in stage.inputs]
+    return [_channel_chart(reader_of(read, stage), read, stage) for read in stage.inputs]
 
 
-def _range_chart(tower: Tower, reader: str, axis: Axis) -> Chart:
+def _range_chart(tower: Tower, reader: str) -> Chart:
     reads = tower.inputs(reader)
-    of = {kind: _each(reads, lambda it, kind=kind: peak(it, after=kind == "after")) for kind in ("before", "after")}
-    middle = {kind: _each(reads, lambda it, kind=kind: typical(it, after=kind == "after")) for kind in of}
-    chart = Chart(reader, _told_ranges(reader, of["before"], of["after"]), x_ticks=layer_ticks(tower.labels))
+    peaks, middles = ([None if it is None else value(it, after=after) for it in reads for after in (False, True)]
+                      for value in (peak, typical))  # fmt: skip
+    axis = logarithmic_axis([*peaks, *middles])
+    chart = Chart(reader, _told_ranges(reader, peaks[::2], peaks[1::2]), x_ticks=layer_ticks(tower.labels))
     chart.ticks(axis)
-    for kind in of:
-        chart.band(kind, of[kind], middle[kind], axis)
-    for kind in of:
-        for name in MODALITIES:
-            chart.line(f"{kind} {name}", _each(reads, lambda it, kind=kind, name=name: _peak_of(it, kind, name)), axis)
+    chart.band("before", peaks[::2], middles[::2], axis)
+    chart.band("after", peaks[1::2], middles[1::2], axis)
     chart.line("reach", [_reach(stage, read) for stage, read in zip(tower.stages, reads, strict=True)], axis)
+    for name in MODALITIES:
+        chart.line(f"before {name}", [it.before[name][0] if it and name in it.before else None for it in reads], axis)
+        chart.line(f"after {name}", [it.after[name][0] if it and name in it.after else None for it in reads], axis)
     return chart
 
 
-def _channel_chart(reader: str, read: InputFacts, stage: StageFacts, axis: Axis) -> Chart:
+def _channel_chart(reader: str, read: InputFacts, stage: StageFacts) -> Chart:
     large, small = peak(read, after=False), peak(read, after=True)
     told = f"Input of {reader}: the largest channel reaches {_number(large)} before smoothing, {_number(small)} after."
-    chart = Chart(f"{reader} · {read.channels} channels", told)
+    chart = Chart(reader, told, aside=f"{read.channels} channels")
+    axis = logarithmic_axis(value for curves in (read.before, read.after) for it in curves.values() for value in it)
     chart.ticks(axis)
+    chart.line("reach", [_reach(stage, read)] * len(SHARES), axis)
     for kind, curves in (("before", read.before), ("after", read.after)):
         for name, curve in curves.items():
             chart.line(f"{kind} {name}", curve, axis)
-    reach = _reach(stage, read)
-    chart.line("reach", [reach] * len(SHARES), axis)
     chart.x_ticks = [
-        Tick(round((number + 0.5) / len(SHARES) * 100, 2), "largest" if share == 0 else f"{share:.0%}")
-        for number, share in enumerate(SHARES)
-        if any(abs(share - it) < 0.003 for it in SHOWN_SHARES) and share != 0.002
+        Tick(round((SHARES.index(share) + 0.5) / len(SHARES) * 100, 2), text) for share, text in SHOWN_SHARES.items()
     ]
     return chart
 
@@ -126,28 +121,22 @@ def _channel_chart(reader: str, read: InputFacts, stage: StageFacts, axis: Axis)
 def _reach(stage: StageFacts, read: InputFacts | None) -> float | None:
     """The largest magnitude that the static range of an input represents."""
     grids = [site for site in stage.sites if read is not None and site.name in read.sites]
-    return max((max(abs(it.low), abs(it.high)) for it in grids if it.low is not None and it.high is not None), default=None)
-
-
-def _each(
-    reads: Sequence[InputFacts | None], value: Callable[[InputFacts], float | None]
-) -> list[float | None]:
-    return [None if read is None else value(read) for read in reads]
-
-
-def _peak_of(read: InputFacts, kind: str, modality: Modality) -> float | None:
-    curves = read.before if kind == "before" else read.after
-    return curves[modality][0] if modality in curves else None
+    return max(
+        (max(abs(it.low), abs(it.high)) for it in grids if it.low is not None and it.high is not None), default=None
+    )
 
 
 def _separate(chart: Chart, towers: Sequence[Tower], stages: int) -> None:
     """Thin lines between towers."""
-    at, path = 0, ""
-    for tower in towers[:-1]:
-        at += len(tower.stages)
-        path += f"M{at / stages * 1000:.1f} 0V100"
+    path = "".join(f"M{inside.start / stages * WIDTH:.1f} 0V{HEIGHT}" for inside in _places(towers)[1:])
     if path:
         chart.marks.insert(1, Mark("fence", path))
+
+
+def _places(towers: Sequence[Tower]) -> list[range]:
+    """Of each tower's stages among all."""
+    ends = list(accumulate(len(tower.stages) for tower in towers))
+    return [range(end - len(tower.stages), end) for tower, end in zip(towers, ends, strict=True)]
 
 
 def _told_outliers(before: Sequence[float | None], after: Sequence[float | None]) -> str:

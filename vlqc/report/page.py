@@ -2,12 +2,12 @@
 
 import base64
 import hashlib
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from vlqc.progress import duration, in_model_order, is_warning, readable_bytes
 from vlqc.report.charts import Chart
@@ -81,16 +81,22 @@ def render(made: Made, facts: Facts, timings: Timings | None, verification: Veri
     style = (resources / "style.css").read_text(encoding="utf-8")
     script = (resources / "script.js").read_text(encoding="utf-8")
     environment = Environment(
-        loader=PackageLoader("vlqc.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("vlqc.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {"bytes": readable_bytes, "duration": duration, "short_role": short_role}
-    return environment.get_template("page.html").render(
+    return environment.get_template(
+        "page.html"
+    ).render(
         made=made,
         facts=facts,
         timings=timings,
         verification=verification,
-        style=Markup(style),  # ours, not a checkpoint's
-        script=Markup(script),
+        style=style,
+        script=script,
         script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         schemes=SCHEMES,
         shares=scheme_shares(facts),
@@ -108,6 +114,7 @@ def render(made: Made, facts: Facts, timings: Timings | None, verification: Veri
         role=role_of,
         channel_charts=channel_charts,
         command=shell_text(facts.command),
+        steps=re.split(r",(?![^{]*\})", facts.pipeline),  # commas outside braces
         samples=max((stage.samples for stage in facts.stages), default=0),
         rows=next((stage.rows for stage in facts.stages if stage.part == "language"), {}),
         pass_bars=pass_bars(timings) if timings else [],
@@ -158,8 +165,7 @@ def pass_bars(timings: Timings) -> list[tuple[str, float, float, int]]:
     return [(name, seconds, 100 * seconds / longest, raised) for name, seconds, raised in rows]
 
 
-def _titled(every: Sequence[Tower], charts_of: object) -> list[tuple[str, list[Chart]]]:
-    assert callable(charts_of)
+def _titled(every: Sequence[Tower], charts_of: Callable[[Tower], list[Chart]]) -> list[tuple[str, list[Chart]]]:
     return [(tower.title, charts) for tower in every if (charts := charts_of(tower))]
 
 

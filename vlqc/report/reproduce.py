@@ -32,7 +32,8 @@ def command(options: Options, pipeline: str | None, *, ready_samples: bool) -> t
 
 def shell_text(words: Sequence[str]) -> str:
     """Command words -> text for a shell, one option a line."""
-    lines, line = [], []
+    lines: list[str] = []
+    line: list[str] = []
     for word in words:
         if word.startswith("--") and line:
             lines.append(" ".join(line))
@@ -43,13 +44,16 @@ def shell_text(words: Sequence[str]) -> str:
 
 def without_places(texts: Iterable[str], options: Options) -> tuple[str, ...]:
     """Texts in which the paths that the user named are placeholders: they say nothing on another machine."""
-    places = {name: Path(getattr(options, name)) for name in PLACES}
-    known = [(str(form), PLACES[name]) for name, path in places.items() for form in (path.resolve(), path.absolute(), path)]
-    known = [(path, word) for path, word in dict.fromkeys(known) if len(path) > 2]  # not "." or "/"
+    known = set[tuple[str, str]]()
+    for name, word in PLACES.items():
+        path = Path(getattr(options, name))
+        known |= {
+            (str(form), word) for form in (path, path.absolute(), path.resolve()) if len(str(form)) > 2
+        }  # not "."
     replaced = []
     for text in texts:
-        for path, word in sorted(known, key=lambda it: -len(it[0])):
-            text = text.replace(path, word)
+        for form, word in sorted(known, key=lambda it: (-len(it[0]), it)):
+            text = text.replace(form, word)
         replaced.append(text)
     return tuple(replaced)
 

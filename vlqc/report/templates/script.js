@@ -1,6 +1,7 @@
 // Everything on the page can be read without this: it adds a line that explains the cell in focus, and a copy button.
 (() => {
   const told = document.getElementById("told");
+  told.hidden = false;
   for (const map of document.querySelectorAll(".map")) {
     const rows = [...map.tBodies[0].rows].map((row) => [...row.cells].slice(1));
     const cells = rows.flat();

@@ -13,14 +13,15 @@ from vlqc.verify.report import Report
 
 __all__ = ["report_text", "write_report"]
 
+PAGES = (".html", ".htm")
+
 
 def write_report(folder: Path, output: Path, *, timings: Path | None = None, verification: Path | None = None) -> None:
     """Writes the page. UserError: the folder tells nothing, a file is damaged, or the page cannot be written."""
+    if output.exists() and output.suffix.lower() not in PAGES:
+        why, fix = "a file of that name exists and is no page", "name a file that ends with .html"
+        raise UserError(Fault(f"--output {output} is not written", why=why, fix=fix))
     text = report_text(folder, timings=timings, verification=verification)
-    if output.resolve().parent == folder.resolve() and (folder / output.name).exists():
-        why = "that file is part of the checkpoint"
-        if output.suffix.lower() not in (".html", ".htm"):
-            raise UserError(Fault(f"--output {output} is not written", why=why, fix="name a file that ends with .html"))
     try:
         output.write_text(text, encoding="utf-8")
     except OSError as error:

@@ -88,9 +88,7 @@ def render(made: Made, facts: Facts, timings: Timings | None, verification: Veri
         lstrip_blocks=True,
     )
     environment.filters |= {"bytes": readable_bytes, "duration": duration, "short_role": short_role}
-    return environment.get_template(
-        "page.html"
-    ).render(
+    return environment.get_template("page.html").render(
         made=made,
         facts=facts,
         timings=timings,

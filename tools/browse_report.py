@@ -85,7 +85,7 @@ class Browser:
 def browser(program: str) -> Iterator[Browser]:
     """A Chromium of its own, which ends with the block. It reads from handle 3 and writes to handle 4."""
     (theirs_in, ours_out), (ours_in, theirs_out) = os.pipe(), os.pipe()
-    with tempfile.TemporaryDirectory() as profile:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-pipe"]
         wire = f'exec 3<&{theirs_in} 4>&{theirs_out}; exec "$@"'
         command = ["bash", "-c", wire, "bash", program, *flags, f"--user-data-dir={profile}"]

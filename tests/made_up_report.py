@@ -21,7 +21,7 @@ VISION = {
     "gate": ("mlp.gate_proj", "mlp.up_proj"),
     "down": ("mlp.down_proj",),
 }
-MERGER = {"0": ("mlp.0",), "2": ("mlp.2",)}
+MERGER: dict[str, tuple[str, ...]] = {"0": ("mlp.0",), "2": ("mlp.2",)}
 
 
 def facts(layers: int = 80, blocks: int = 32, **changes: Any) -> Facts:

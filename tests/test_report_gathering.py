@@ -180,7 +180,8 @@ def test_the_search_is_told(tmp_path: Path) -> None:
     assert len(moved) == 3
     for row in result.precision:
         for name in row.sites:
-            assert (sites[name].scheme, sites[name].predicted) == (str(row.scheme), pytest.approx(row.sqnr, rel=1e-3))
+            assert sites[name].scheme == str(row.scheme)
+            assert sites[name].predicted == pytest.approx(row.sqnr, rel=1e-3)
             assert ("search" in sites[name].reason) == (row in moved) == (sites[name].low is None)
 
 

@@ -248,8 +248,8 @@ def test_a_stage_that_is_bare(tmp_path: Path) -> None:
     facts = made_up_report.facts(layers=1, blocks=0)
     dead = {"text": (0.0,) * 20}
     bare = facts.stages[0].model_copy(update={"inputs": (), "sqnr": {}})
-    silent = facts.stages[1].inputs[0].model_copy(update={"before": dead, "after": dead})
-    silent = facts.stages[1].model_copy(update={"inputs": (silent,)})
+    read = facts.stages[1].inputs[0].model_copy(update={"before": dead, "after": dead})
+    silent = facts.stages[1].model_copy(update={"inputs": (read,)})
     for number, stages in enumerate(((bare,), (silent,), (bare, silent), ())):
         told = facts.model_copy(update={"stages": stages, "notes": ()})
         page = Page(page_of(tmp_path / str(number) / "out", told))

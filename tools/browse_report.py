@@ -50,12 +50,13 @@ class Browser:
                 result: dict[str, Any] = answer["result"]
                 return result
 
-    def open(self, page: Path) -> None:
+    def open(self, page: Path, fragment: str = "", *, scripts: bool = True) -> None:
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.call(f"{domain}.enable")
-        self.call("Page.navigate", url=page.resolve().as_uri())
+        self.call("Emulation.setScriptExecutionDisabled", value=not scripts)
+        self.call("Page.navigate", url=page.resolve().as_uri() + fragment)
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
             self._next()
 
@@ -121,6 +122,12 @@ def look(page: Path, folder: Path, program: str) -> list[str]:
             shot = chrome.call("Page.captureScreenshot", captureBeyondViewport=True, format="png")
             (folder / f"{name}-{scheme}.png").write_bytes(base64.b64decode(shot["data"]))
             faults += [f"{where}: {fault}" for fault in (*layout(chrome, width), *loaded(chrome))]
+    with browser(program) as chrome:
+        chrome.open(page, "#stage-0-0", scripts=False)
+        if not chrome.value("document.getElementById('stage-0-0').closest('details').open"):
+            faults.append("without scripts: a link into folded details does not open them")
+        if not chrome.value("document.getElementById('told').hidden"):
+            faults.append("without scripts: a line waits for what never comes")
     return faults
 
 

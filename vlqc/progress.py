@@ -1,5 +1,6 @@
 """What the user sees while a compilation runs, and when it has finished."""
 
+import shlex
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -149,6 +150,7 @@ def print_summary(result: "Result", console: Console) -> None:
         ("output", str(result.folder)),
         *(("loads in", engine) for engine in result.engines),
         *(("serve", command) for command in result.serve),
+        ("look inside", f"vlqc report {shlex.quote(str(result.folder))}"),
         *(("warning", warning.split("\n")[0]) for warning in filter(is_warning, result.notes)),  # the rest was shown
         *(("note", note) for note in result.notes if not is_warning(note)),
     ]

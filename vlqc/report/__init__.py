@@ -16,8 +16,18 @@ __all__ = ["report_text", "write_report"]
 PAGES = (".html", ".htm")
 
 
-def write_report(folder: Path, output: Path, *, timings: Path | None = None, verification: Path | None = None) -> None:
-    """Writes the page. UserError: the folder tells nothing, a file is damaged, or the page cannot be written."""
+def write_report(
+    folder: str | Path,
+    output: str | Path = "vlqc_report.html",
+    *,
+    timings: str | Path | None = None,
+    verification: str | Path | None = None,
+) -> None:
+    """Writes the page about a compiled folder. UserError: it tells nothing, a file is damaged, no page can be written.
+
+    timings: what `timings=` of a compilation wrote; verification: what `vlqc verify --locate --json` wrote.
+    """
+    folder, output = Path(folder), Path(output)
     if output.exists() and output.suffix.lower() not in PAGES:
         why, fix = "a file of that name exists and is no page", "name a file that ends with .html"
         raise UserError(Fault(f"--output {output} is not written", why=why, fix=fix))
@@ -29,15 +39,15 @@ def write_report(folder: Path, output: Path, *, timings: Path | None = None, ver
         raise UserError(Fault(f"the report cannot be written to {output}", why=str(error), fix=fix)) from None
 
 
-def report_text(folder: Path, *, timings: Path | None = None, verification: Path | None = None) -> str:
+def report_text(folder: Path, *, timings: str | Path | None = None, verification: str | Path | None = None) -> str:
     """The page: the same text for the same files, wherever they lie."""
     facts = read_facts(folder)
     content = open_folder(folder, Report(str(folder)))
     return render(
         made_of(content, facts),
         facts,
-        None if timings is None else Timings.read(timings),
-        None if verification is None else read_verification(verification),
+        None if timings is None else Timings.read(Path(timings)),
+        None if verification is None else read_verification(Path(verification)),
     )
 
 

@@ -56,7 +56,7 @@ def _read(content: dict[str, Any]) -> Verification:
     return Verification(
         ok=content["ok"] is True,
         engine=str(content["engine"]),
-        logits=[(str(name), _figure(value)) for name, value in facts.get(LOGITS, {}).items()],
+        logits=[(str(name), _figure(value, 6)) for name, value in facts.get(LOGITS, {}).items()],
         located=_table(rows) if rows else None,
         legend=str(facts.get("in the table", "")),
         advice=[(str(it["what"]), str(it["why"]), str(it["fix"])) for it in content.get("advice", [])],
@@ -74,5 +74,5 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     )
 
 
-def _figure(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _figure(value: Any, digits: int = 4) -> str:
+    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)

@@ -92,6 +92,7 @@ def _range_chart(tower: Tower, reader: str) -> Chart:
                       for value in (peak, typical))  # fmt: skip
     axis = logarithmic_axis([*peaks, *middles])
     chart = Chart(reader, _told_ranges(reader, peaks[::2], peaks[1::2]), x_ticks=layer_ticks(tower.labels))
+    chart.aside = "" if any(it and it.scales for it in reads) else "not smoothed"
     chart.ticks(axis)
     chart.band("before", peaks[::2], middles[::2], axis)
     chart.band("after", peaks[1::2], middles[1::2], axis)
@@ -105,7 +106,7 @@ def _range_chart(tower: Tower, reader: str) -> Chart:
 def _channel_chart(reader: str, read: InputFacts, stage: StageFacts) -> Chart:
     large, small = peak(read, after=False), peak(read, after=True)
     told = f"Input of {reader}: the largest channel reaches {_number(large)} before smoothing, {_number(small)} after."
-    chart = Chart(reader, told, aside=f"{read.channels} channels")
+    chart = Chart(reader, told, aside=f"{read.channels} channels{'' if read.scales else ', not smoothed'}")
     axis = logarithmic_axis(value for curves in (read.before, read.after) for it in curves.values() for value in it)
     chart.ticks(axis)
     chart.line("reach", [_reach(stage, read)] * len(SHARES), axis)

@@ -16,15 +16,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import vlqc
-from vlqc.checkpoint import original_name
+from vlqc.checkpoint import Checkpoint, original_name
 from vlqc.errors import UserError
 from vlqc.observation import ChannelRange
 from vlqc.options import Options
 from vlqc.report.facts import FILE, SHARES, Facts, InputFacts, StageFacts, read_facts
-from vlqc.report.gathering import curve, smoothing_scales
+from vlqc.report.gathering import Gathering, curve, smoothing_scales
 from vlqc.report.reproduce import command, shell_text, without_places
 from vlqc.report.timings import Timings
 from vlqc.result import Result
+from vlqc.tally import Tally
 
 SAMPLES = tiny.mixed_samples()
 
@@ -204,6 +205,33 @@ def test_nothing_of_the_machine(made: tuple[Result, Facts, Path], tmp_path: Path
         *("vlqc", "compile", "--model_path", "MODEL_PATH", "--save_directory", "SAVE_DIRECTORY"),
         *("--exclude", "model.layers.3.mlp.*", "--include", "model.layers.0.mlp.down_proj"),
     )
+
+
+def test_stages_survive_a_journal(made: tuple[Result, Facts, Path]) -> None:
+    """Catches facts that come back changed after an interruption: the folder would not have the same bytes."""
+    kept = []
+    for stage in made[1].stages:
+        before = Gathering()
+        before.stages = [stage]
+        kept.append(json.loads(json.dumps(before.last())))
+    after = Gathering()
+    after.restore(kept)
+    assert tuple(after.stages) == made[1].stages
+
+
+def test_notes_of_a_run_stay_out_of_the_folder(tmp_path: Path) -> None:
+    """Catches a folder that differs because the run that made it was interrupted once."""
+    facts = []
+    for notes in ([], ["went on after 3 of 9 stages"]):
+        options = Options.without_paths(model_path=tiny.TINY)
+        shown: list[str] = []
+        tally = Tally(options, Checkpoint(tiny.TINY), shown.append)
+        tally.note(["for everybody"])
+        tally.note(notes, of_run=True)
+        assert shown[-1] == ([*notes, "for everybody"])[0] and tally.notes == shown
+        tally.write_facts(tmp_path, [], ready_samples=True)
+        facts.append((tmp_path / FILE).read_bytes())
+    assert facts[0] == facts[1] and b"for everybody" in facts[0]
 
 
 def test_timings_add_up(made: tuple[Result, Facts, Path]) -> None:

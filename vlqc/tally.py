@@ -32,6 +32,7 @@ class Tally:
         self.options, self.checkpoint, self._show_note = options, checkpoint, show_note
         self.counts: dict[tuple[str, str], int] = {}
         self.notes: list[str] = []
+        self._of_run: set[str] = set()
         self.plan: Plan | None = None
         self.gathering = Gathering(active=here().first)
         self._started = time.perf_counter()
@@ -49,11 +50,14 @@ class Tally:
                 [f"the checkpoint is {dtype}; engines run bfloat16, so its float tensors are emitted as bfloat16"]
             )
 
-    def note(self, notes: Iterable[str]) -> None:
+    def note(self, notes: Iterable[str], *, of_run: bool = False) -> None:
+        """of_run: they say something of this run alone, so the report in the folder has to go without them."""
         for text in notes:
             if text not in self.notes:
                 self.notes.append(text)
                 self._show_note(text)
+            if of_run:
+                self._of_run.add(text)
 
     def count(self, stage: Stage) -> None:
         """A finished stage: its sites by scheme, its notes."""
@@ -120,7 +124,7 @@ class Tally:
             dtype="float16" if emitted_dtype(self.checkpoint.dtype) == torch.float16 else "bfloat16",
             bytes_before=self.checkpoint.bytes,
             heads=("lm_head",) if "lm_head.weight" in self.checkpoint else (),
-            notes=without_places(self.notes, options),
+            notes=without_places([note for note in self.notes if note not in self._of_run], options),
             predicted=rounded(self.plan.sqnr) if self.plan else None,
             stages=tuple(self.gathering.stages),
         ).write(folder)

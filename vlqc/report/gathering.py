@@ -4,8 +4,10 @@ It costs two forwards of one sample per stage (for the stage's SQNR), and per ch
 stage is done.
 """
 
+import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,6 +79,14 @@ class Gathering:
         )
         self._reference, self._seen = torch.empty(0, 0), {}
         self.stage_times.append(StageTime(name=stage.name, seconds=time.perf_counter() - self._began))
+
+    def last(self) -> dict[str, Any]:
+        """Facts of the stage that finished last, in JSON: what a journal keeps of it."""
+        return self.stages[-1].model_dump(mode="json")
+
+    def restore(self, kept: Iterable[dict[str, Any]]) -> None:
+        """Goes on from what `last` told of each finished stage."""
+        self.stages = [StageFacts.model_validate_json(json.dumps(stage)) for stage in kept]
 
     def settled(self, plan: Plan) -> None:
         """The precision search chose: sites get its schemes."""

@@ -10,7 +10,7 @@ from vlqc.options import Options
 
 PLACES = {"model_path": "MODEL_PATH", "calib_images": "PICTURES", "save_directory": "SAVE_DIRECTORY"}
 # What changes how a compilation runs, but no byte of what comes out.
-WITHOUT_TRACE = {"overwrite", "memory_budget", "strict_target", "dump_ir", "timings"}
+WITHOUT_TRACE = {"overwrite", "memory_budget", "strict_target", "dump_ir", "timings", "resume", "start_over"}
 
 
 def command(options: Options, pipeline: str | None, *, ready_samples: bool) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlqc.report.charts import Chart, Tick, layer_ticks, linear_axis, logarithmic_axis, magnitude
-from vlqc.report.overview import channel_charts, depth_charts, range_charts, scale_charts
+from vlqc.report.overview import channel_charts, depth_charts, range_charts, scale_charts, time_chart
 from vlqc.report.towers import folded, outlier_factor, peak, reader_of, towers, typical, worst
 
 values = st.lists(st.none() | st.floats(0, 1e30), min_size=1, max_size=40)
@@ -108,6 +108,21 @@ def test_towers_hold_all_stages_in_order() -> None:
     outliers, noise = depth_charts(found)
     low = worst(facts.stages)
     assert low is not None and f"From {low[2]:.1f} dB at {low[0]}" in noise.told and "times" in outliers.told
+
+
+def test_times_stand_at_their_stages() -> None:
+    """Catches times in the order of the file, and a resumed run that has none of the first stages."""
+    facts = made_up_report.facts(layers=3, blocks=2)
+    timings = made_up_report.timings(facts)
+    some = timings.model_copy(update={"stages": tuple(reversed(timings.stages[3:]))})
+    chart = time_chart(towers(facts), some)
+    longest = max(some.stages, key=lambda it: it.seconds)
+    assert f"{longest.name} with {longest.seconds:.1f} s" in chart.told
+    (line,) = (coordinates(mark.path) for mark in chart.marks if mark.kind == "line time")
+    assert [x for x, _ in line] == pytest.approx([583.3, 750.0, 916.7])
+    heights = [100 - y for _, y in line]
+    ratios = [it.seconds / height for it, height in zip(timings.stages[3:], heights, strict=True)]
+    assert max(ratios) / min(ratios) < 1.01
 
 
 def test_outliers_are_measured_where_something_is_quantized() -> None:

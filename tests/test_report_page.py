@@ -324,6 +324,14 @@ def run(*arguments: object) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
+def test_timings_of_another_model_are_refused(tmp_path: Path) -> None:
+    """Catches times shown beside stages that they are not of."""
+    folder = made_up_report.folder(tmp_path / "out", made_up_report.facts(layers=1, blocks=1))
+    made_up_report.timings(made_up_report.facts(layers=2, blocks=1)).write(tmp_path / "t.json")
+    with pytest.raises(UserError, match="another compilation"):
+        report_text(folder, timings=tmp_path / "t.json")
+
+
 def test_the_command(tmp_path: Path) -> None:
     """Catches a command that writes elsewhere than it says, or over a file that is no page."""
     folder = made_up_report.folder(tmp_path / "out", made_up_report.facts(layers=1, blocks=1))

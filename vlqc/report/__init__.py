@@ -46,9 +46,19 @@ def report_text(folder: Path, *, timings: str | Path | None = None, verification
     return render(
         made_of(content, facts),
         facts,
-        None if timings is None else Timings.read(Path(timings)),
+        None if timings is None else timings_of(Path(timings), facts),
         None if verification is None else read_verification(Path(verification)),
     )
+
+
+def timings_of(path: Path, facts: Facts) -> Timings:
+    """UserError for timings of another model."""
+    timings = Timings.read(path)
+    strange = {it.name for it in timings.stages} - {stage.name for stage in facts.stages}
+    if strange:
+        why, fix = f"the folder has no {sorted(strange)[0]}", "give the file that was written together with the folder"
+        raise UserError(Fault("the timings are of another compilation", str(path), why, fix))
+    return timings
 
 
 def made_of(content: FolderFiles, facts: Facts) -> Made:

@@ -6,6 +6,7 @@ from itertools import accumulate
 
 from vlqc.report.charts import HEIGHT, WIDTH, Chart, Mark, Tick, layer_ticks, linear_axis, logarithmic_axis, magnitude
 from vlqc.report.facts import SHARES, InputFacts, Modality, StageFacts
+from vlqc.report.timings import Timings
 from vlqc.report.towers import MIDDLE, Tower, outlier_factor, peak, reader_of, typical
 
 MODALITIES: tuple[Modality, ...] = ("text", "image")
@@ -18,11 +19,6 @@ def depth_charts(towers: Sequence[Tower]) -> list[Chart]:
     """Two drawings with one x axis over all stages: how far outliers stick out, and the SQNR of each stage."""
     stages = [stage for tower in towers for stage in tower.stages]
     before, after = ([outlier_factor(stage, after=it) for stage in stages] for it in (False, True))
-    ticks = [
-        Tick(round((inside.start + inside.stop) / 2 / len(stages) * 100, 2), tower.title)
-        for tower, inside in zip(towers, _places(towers), strict=True)
-        if len(inside) > 1
-    ]
     outliers = Chart("How far outliers stick out", _told_outliers(before, after), kind="tall")
     axis = logarithmic_axis([*before, *after, 1.0])
     outliers.ticks(axis)
@@ -31,7 +27,7 @@ def depth_charts(towers: Sequence[Tower]) -> list[Chart]:
     outliers.line("before", before, axis)
     outliers.line("after", after, axis)
     outliers.y_ticks = [Tick(tick.at, f"{tick.text}×") for tick in outliers.y_ticks]
-    noise = Chart("SQNR of each stage", _told_noise(stages), x_ticks=ticks)
+    noise = Chart("SQNR of each stage", _told_noise(stages), x_ticks=_tower_ticks(towers))
     noise.kind = "tall dense" if len(stages) > MANY else "tall"
     values = {name: [stage.sqnr.get(name) for stage in stages] for name in MODALITIES}
     scale = linear_axis([it for of_one in values.values() for it in of_one], 5)
@@ -52,6 +48,22 @@ def depth_charts(towers: Sequence[Tower]) -> list[Chart]:
     for chart in (outliers, noise):
         _separate(chart, towers, len(stages))
     return [outliers, noise]
+
+
+def time_chart(towers: Sequence[Tower], timings: Timings) -> Chart:
+    """Seconds per stage; an interrupted run that went on knows those of the later ones."""
+    took = {it.name: it.seconds for it in timings.stages}
+    values = [took.get(stage.name) for tower in towers for stage in tower.stages]
+    longest = max(took, key=lambda name: took[name], default="")
+    told = f"The longest is {longest} with {took[longest]:.1f} s." if longest else "No stage was timed."
+    chart = Chart("Seconds per stage", told, x_ticks=_tower_ticks(towers))
+    step = 10.0 ** math.floor(math.log10(max([*took.values(), 0.01])))
+    axis = linear_axis([0.0, *values], step)
+    chart.ticks(axis)
+    chart.band("time", values, [None if it is None else 0.0 for it in values], axis)
+    chart.line("time", values, axis)
+    _separate(chart, towers, len(values))
+    return chart
 
 
 def range_charts(tower: Tower) -> list[Chart]:
@@ -132,6 +144,16 @@ def _separate(chart: Chart, towers: Sequence[Tower], stages: int) -> None:
     path = "".join(f"M{inside.start / stages * WIDTH:.1f} 0V{HEIGHT}" for inside in _places(towers)[1:])
     if path:
         chart.marks.insert(1, Mark("fence", path))
+
+
+def _tower_ticks(towers: Sequence[Tower]) -> list[Tick]:
+    """Titles of towers below their stages; a tower of one stage has no room for its own."""
+    places = _places(towers)
+    return [
+        Tick(round((inside.start + inside.stop) / 2 / places[-1].stop * 100, 2), tower.title)
+        for tower, inside in zip(towers, places, strict=True)
+        if len(inside) > 1
+    ]
 
 
 def _places(towers: Sequence[Tower]) -> list[range]:

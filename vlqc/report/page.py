@@ -13,7 +13,7 @@ from vlqc.progress import duration, in_model_order, is_warning, readable_bytes
 from vlqc.report.charts import Chart
 from vlqc.report.facts import Facts, SiteFacts, StageFacts
 from vlqc.report.located import Verification
-from vlqc.report.overview import channel_charts, depth_charts, range_charts, scale_charts
+from vlqc.report.overview import channel_charts, depth_charts, range_charts, scale_charts, time_chart
 from vlqc.report.reproduce import shell_text
 from vlqc.report.timings import Timings
 from vlqc.report.towers import Tower, label_of, role_of, towers, worst
@@ -116,6 +116,7 @@ def render(made: Made, facts: Facts, timings: Timings | None, verification: Veri
         samples=max((stage.samples for stage in facts.stages), default=0),
         rows=next((stage.rows for stage in facts.stages if stage.part == "language"), {}),
         pass_bars=pass_bars(timings) if timings else [],
+        stage_times=time_chart(every, timings) if timings else None,
     )
 
 

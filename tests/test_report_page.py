@@ -243,6 +243,13 @@ def test_without_timings_or_verification(facts: Facts, tmp_path: Path) -> None:
     assert "--timings FILE" in page.text and "--locate --json verify.json" in page.text
 
 
+def test_a_search_is_told(facts: Facts, tmp_path: Path) -> None:
+    """Catches measured figures that are taken for those of what the search chose, and its prediction left out."""
+    page = Page(page_of(tmp_path / "out", facts.model_copy(update={"predicted": 31.25})))
+    assert "as the precision search predicts them: 31.2 dB" in page.text
+    assert "before the precision search moved groups" in page.text
+
+
 def test_a_stage_that_is_bare(tmp_path: Path) -> None:
     """Catches charts that need a value: nothing observed, nothing quantized, a single layer, all channels dead."""
     facts = made_up_report.facts(layers=1, blocks=0)

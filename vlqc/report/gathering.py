@@ -35,7 +35,7 @@ class Gathering:
         self.stages: list[StageFacts] = []
         self.stage_times: list[StageTime] = []
         self.raised: dict[str, int] = {}  # pass -> bytes by which it raised the peak of the process
-        self.began = self._began = time.perf_counter()
+        self._began = time.perf_counter()
         self._peak = peak_memory()
         self._reference = torch.empty(0, 0)
         self._seen: dict[str, Observation] = {}  # as first observed, without its rows
@@ -54,7 +54,8 @@ class Gathering:
         self.raised[done.name] = self.raised.get(done.name, 0) + peak - self._peak
         self._peak = peak
         for source, seen in stage.observations.items():
-            self._seen.setdefault(source, Observation(seen.channels, seen.ranges))
+            if source not in self._seen:
+                self._seen[source] = Observation(seen.channels, seen.ranges)
 
     def finished(self, stage: Stage) -> None:
         """Before the stage is forgotten."""

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from vlqc.checkpoint import Checkpoint
 from vlqc.emit.ascend import emitted_dtype
@@ -53,6 +54,15 @@ class Tally:
         for site in stage.sites.values():
             self._count(stage.part, site.scheme or Scheme.FLOAT)
         self.note(stage.notes)
+
+    def state(self) -> dict[str, Any]:
+        """What was counted and noted so far, in JSON."""
+        return {"counts": [[*key, count] for key, count in self.counts.items()], "notes": list(self.notes)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on from another tally's `state`."""
+        self.counts = {(part, scheme): count for part, scheme, count in state["counts"]}
+        self.note(state["notes"])
 
     def settle(self, plan: Plan | None) -> None:
         """What the precision search chose, where there was one: its schemes are counted, its notes told."""

@@ -1,6 +1,7 @@
 """Writing behind: tensors go to the disk in a thread of their own while the next ones are computed."""
 
 from collections import deque
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from torch import Tensor
@@ -35,6 +36,20 @@ class WriteBehind:
             self._settle_first()
         self._waiting += size
         self._pending.append((size, self._thread.submit(self._write, name, tensor, size)))
+
+    def then(self, action: Callable[[], None]) -> None:
+        """Has the thread do something once everything added so far is written."""
+        while self._pending and self._pending[0][1].done():
+            self._settle_first()
+        self._pending.append((0, self._thread.submit(action)))
+
+    def known(self, names: Iterable[str]) -> None:
+        """These were written before."""
+        self._names.update(names)
+
+    def stop(self) -> None:
+        """After an error: what waits is not written any more, and nothing is being written when this returns."""
+        self._thread.shutdown(cancel_futures=True)
 
     def close(self, stem: str) -> None:
         while self._pending:

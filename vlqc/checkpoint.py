@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vlqc.errors import Fault, UserError
 from vlqc.flat_config import flat
+from vlqc.links import link_faults
 from vlqc.read_ahead import ReadAhead, Span
 
 INDEX = "model.safetensors.index.json"
@@ -44,6 +45,8 @@ class Checkpoint:
 
     def __init__(self, folder: Path, canonical: Callable[[str], str] = original_name) -> None:
         self.folder = folder
+        if faults := link_faults(folder) if folder.is_dir() else []:
+            raise UserError(*faults)
         self.source_config = _read_config(folder)
         self.config = flat(self.source_config)
         self.digests: dict[str, str] | None = None  # where wanted: SHA-256 of what `tensor` read, by name
@@ -55,7 +58,6 @@ class Checkpoint:
         self._stored_name: dict[str, str] = {}
         self._shape: dict[str, tuple[int, ...]] = {}
         self._dtype: dict[str, torch.dtype] = {}
-        faults: list[Fault] = []
         for file in _weight_files(folder):
             try:
                 self._files.append(file)
@@ -223,8 +225,8 @@ class Checkpoint:
     def side_files(self, *, code: bool = False) -> list[str]:
         """Everything beside weights and config.json that an engine or a processor may need, sorted; no folders.
 
-        code: *.py as well. Links count as what they lead to: a snapshot in the Hugging Face cache consists of nothing
-        else.
+        code: *.py as well. Links count as what they lead to (`links` says where that may be): a snapshot in the Hugging
+        Face cache consists of nothing else.
         """
         return sorted(
             path.name

@@ -56,7 +56,7 @@ MOMENTS = [
     ("plain", "last line of the journal", APPEND, 7, "half"),
     ("plain", "just before the rename", "vlqc.emit.folder:WorkFolder.publish", 1, "before"),
     ("plain", "just after the rename", "vlqc.emit.folder:WorkFolder.publish", 1, "after"),
-    ("plain", "clearing up", "vlqc.emit.folder:shutil.rmtree", 1, "after"),
+    ("plain", "clearing up", "vlqc.emit.folder:WorkFolder.remove", 1, "before"),
     ("overwrite", "just before the exchange", "vlqc.emit.folder:exchange", 1, "before"),
     ("overwrite", "just after the exchange", "vlqc.emit.folder:exchange", 1, "after"),
     ("shards", "a full weight file", "vlqc.emit.shards:ShardWriter._finish", 2, "after"),
@@ -203,6 +203,9 @@ def main(checkpoint: Path, folder: Path) -> None:
     import vlqc.compiler  # noqa: F401
 
     torch.set_num_threads(1)
+    vlqc.compiler.compile(  # once here, so that every child finds loaded and cached what a compilation needs
+        model_path=checkpoint, save_directory=folder / "warm", samples=SAMPLES, **QUICK
+    )
     whole: dict[str, Any] = {}
     for case in CASES:
         target = folder / case

@@ -57,15 +57,17 @@ def take_up(options: Options, facts: Facts, needed: int, tell: Callable[[str], N
         found.remove(work)
     try:
         chosen = _choose(found, facts) if options.resume else None
-        if chosen is None:
-            if found:
-                raise _refused(found[0])
-            if options.resume and busy:
-                why = "another run is writing into its work folder at this moment"
-                raise UserError(Fault("there is nothing to resume yet", str(target), why, "wait for that run to end"))
-        elif not chosen.published and not options.overwrite and target.is_dir() and any(target.iterdir()):
-            why = "since the run was interrupted, something else has appeared there"
-            raise UserError(Fault("the save folder is not empty", str(target), why, "add --overwrite to replace it"))
+        if chosen is None and found:
+            raise _refused(found[0])
+        if chosen is None and options.resume and busy:
+            why = "another run is writing into its work folder at this moment"
+            raise UserError(Fault("there is nothing to resume yet", str(target), why, "wait for that run to end"))
+        taken = not options.overwrite and target.is_dir() and any(target.iterdir())
+        if taken and not (chosen and chosen.published):
+            why = "no interrupted run has left anything to go on with; it may have come to its end"
+            why = "something else has appeared there since the run was interrupted" if chosen else why
+            fix = "look at it with vlqc verify, or add --overwrite to replace it"
+            raise UserError(Fault("the save folder is not empty", str(target), why, fix))
     except BaseException:
         for work in found:
             work.folder.close()

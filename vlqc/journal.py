@@ -129,6 +129,7 @@ class Journal:
             checkpoint.digests = {}
             emitter.taken = self._taken
         names, descriptions, latest = self.world.of_first(self._restored)
+        self._names = list(names)
         values = {}
         for sample, number in sorted(latest.items()):
             read = partial(read_value, self._outputs(number), descriptions[names[number]][sample], self._device)

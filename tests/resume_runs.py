@@ -200,7 +200,7 @@ def main(checkpoint: Path, folder: Path) -> None:
     import torch
     import transformers  # noqa: F401 - so that no child has to
 
-    import vlqc.compiler  # noqa: F401
+    import vlqc.compiler
 
     torch.set_num_threads(1)
     vlqc.compiler.compile(  # once here, so that every child finds loaded and cached what a compilation needs

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from vlqc.emit import folder as module
 from vlqc.emit.folder import InUse, WorkFolder, exchange, require_space, restore_replaced, work_folders
 from vlqc.errors import UserError
 
@@ -42,7 +41,7 @@ def write(target: Path, *, overwrite: bool = False, text: str = "new") -> None:
 
 def cannot_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
     """A system that knows no exchange of two folders at once."""
-    monkeypatch.setattr(module.ctypes, "CDLL", lambda *unused, **unused_too: object())
+    monkeypatch.setattr("vlqc.emit.folder.ctypes.CDLL", lambda *unused, **unused_too: object())
 
 
 def test_it_appears_at_the_end(tmp_path: Path) -> None:
@@ -91,9 +90,7 @@ def test_a_full_folder_stays_without_overwrite(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("at_once", [True, False])
-def test_overwrite_exchanges_the_whole_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool
-) -> None:
+def test_overwrite_exchanges_the_whole_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool) -> None:
     """Catches old files that stay among the new ones, and an old folder that is emptied before the new one stands."""
     target = tmp_path / "out"
     target.mkdir()
@@ -181,7 +178,7 @@ def test_a_disk_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     def refuse(*unused: Any) -> None:
         raise OSError(errno.ENOLCK, "no locks")
 
-    monkeypatch.setattr(module.fcntl, "flock", refuse)
+    monkeypatch.setattr("vlqc.emit.folder.fcntl.flock", refuse)
     with working(tmp_path / "out") as work:
         assert not work.locks
         work.publish(False)

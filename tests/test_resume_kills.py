@@ -1,4 +1,4 @@
-"""Runs that are killed (SIGKILL) at listed moments: nothing half-made, nothing done twice, the same bytes in the end."""
+"""Runs that are killed (SIGKILL) at listed moments: nothing half-made or done twice, the same bytes in the end."""
 
 import json
 import os

@@ -237,8 +237,9 @@ class Checkpoint:
 
 
 def digest_of(tensor: Tensor) -> str:
-    """SHA-256 of the bytes of a tensor as it was stored, hexadecimal."""
-    return hashlib.sha256(tensor.flatten().view(torch.uint8).numpy().data).hexdigest() if tensor.numel() else ""
+    """SHA-256 of the bytes of a tensor, hexadecimal."""
+    flat = tensor.detach().cpu().contiguous().flatten()
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest() if flat.numel() else ""
 
 
 def times_of(path: Path) -> list[int]:

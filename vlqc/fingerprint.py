@@ -7,19 +7,19 @@ import functools
 import hashlib
 import importlib.metadata
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from vlqc.checkpoint import digest_of
 from vlqc.model import FloatModel
 from vlqc.options import Options
 from vlqc.options import flag_of as flag
 
 Facts = dict[str, str]
 DIGITS = 16  # hexadecimal digits of a hash in a fact
-CHUNK = 1 << 22
 PACKAGES = ("torch", "transformers", "safetensors", "numpy")
 # Options that do not change what is written: where from and where to, and how it is run.
 IMMATERIAL = {
@@ -49,7 +49,7 @@ def facts_of(options: Options, pipeline: str, model: FloatModel, samples: Sequen
     if samples:
         ids = torch.unique(torch.cat([sample["input_ids"].flatten() for sample in samples]))
         embedding = f"{model.name(model.embedding)}.weight"
-        facts[f"rows of {embedding} for them"] = _short(digest_of([checkpoint.rows(embedding, ids)]))
+        facts[f"rows of {embedding} for them"] = _short(digest_of(checkpoint.rows(embedding, ids)))
     return facts
 
 
@@ -74,15 +74,6 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def digest_of(tensors: Iterable[Tensor]) -> str:
-    """SHA-256 of the bytes of tensors, one after the other, hexadecimal."""
-    found = hashlib.sha256()
-    for tensor in tensors:
-        if tensor.numel():
-            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()
-
-
 def _header_digest(file: Path) -> str:
     with file.open("rb") as opened:
         length = opened.read(8)
@@ -93,7 +84,7 @@ def _samples_digest(samples: Sequence[Mapping[str, Tensor]]) -> str:
     found = hashlib.sha256()
     for sample in samples:
         for key, tensor in sorted(sample.items()):
-            found.update(f"{key} {tensor.dtype} {list(tensor.shape)} {digest_of([tensor])}\n".encode())
+            found.update(f"{key} {tensor.dtype} {list(tensor.shape)} {digest_of(tensor)}\n".encode())
     return found.hexdigest()
 
 

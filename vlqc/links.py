@@ -1,4 +1,4 @@
-"""Links in a checkpoint folder: followed inside of it, and to where the Hugging Face cache keeps files, nowhere else."""
+"""Links in a checkpoint folder: followed inside of it and to where the Hugging Face cache keeps files, nowhere else."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -16,7 +16,7 @@ from vlqc.model import FloatModel
 from vlqc.options import Options
 from vlqc.precision_search import Plan
 
-__all__ = ["FolderEmitter", "emitter_for", "expected_bytes"]
+__all__ = ["FolderEmitter", "emitter_for", "expected_bytes", "kept_bytes"]
 
 
 def emitter_for(options: Options, folder: Path, checkpoint: Checkpoint, *, writes: bool = True) -> FolderEmitter:

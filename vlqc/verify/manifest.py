@@ -34,7 +34,9 @@ def check_manifest(folder: Path, report: Report) -> None:
         report.fault(CHECK, name, f"{name} is missing", f"{MANIFEST} lists it", AGAIN)
     names = sorted(listed.keys() & there)
     with ThreadPoolExecutor(THREADS) as pool:
-        for name, trouble in zip(names, pool.map(lambda name: _trouble(folder / name, *listed[name]), names), strict=True):
+        for name, trouble in zip(
+            names, pool.map(lambda name: _trouble(folder / name, *listed[name]), names), strict=True
+        ):
             if trouble:
                 report.fault(CHECK, name, f"{name} {trouble}", "its bytes are not those that were written", AGAIN)
 

@@ -14,9 +14,9 @@ from vlqc.calibration import Calibration, calibrate_on
 from vlqc.checkpoint import Checkpoint
 from vlqc.device import resolve_device
 from vlqc.dumps import Dumper, Onlookers, announcer
-from vlqc.emit import emitter_for, expected_bytes
-from vlqc.emit.folder import result_folder
-from vlqc.layer_globs import check_globs, check_plan
+from vlqc.emit import emitter_for
+from vlqc.journal import journaled
+from vlqc.layer_globs import check_layers
 from vlqc.lockstep import Lockstep
 from vlqc.model import FloatModel
 from vlqc.options import Options
@@ -58,18 +58,18 @@ def compile(
     device, trust = world.place(resolve_device(options.device_type)), options.trust_remote_code
     model = world.after_first(lambda: FloatModel.of(checkpoint, trust_remote_code=trust, device=device))
     tally.note_unknown(model.unknown_tensors())
-    check_globs([*model.layers, *model.heads], exclude=options.exclude)
-    check_globs(model.layers, include=options.include)
-    check_plan(model.layers, options)
+    check_layers(model, options)
     calibration = calibrate_on(samples, options, model.module) if world.first else Calibration([])
     tally.note(calibration.notes)
     begin, mine = world.dealt(calibration.samples)  # of several processes each has its own; the first one writes
     show.begin(len(model.stages), len(mine))
-    with result_folder(options, expected_bytes(model, options), writes=world.first) as folder:
-        emitter = emitter_for(options, folder, checkpoint, writes=world.first)
-        spilling = Spilling(folder, options.memory_budget)
-        with model.ready_outside(emitter.copy), Lockstep(model, mine, first=begin) as lockstep:
-            for number, stop in enumerate(lockstep):
+    with journaled(options, pipeline, model, calibration.samples, tally, world) as journal:
+        emitter = emitter_for(options, journal.result, checkpoint, writes=journal.writes)
+        spilling = Spilling(journal.folder, options.memory_budget)
+        known = journal.restore(emitter, checkpoint, range(begin, begin + len(mine)), spilling.settle)
+        show.resumed(len(known.stages))
+        with model.ready_outside(emitter.copy), Lockstep(model, mine, first=begin, known=known) as lockstep:
+            for number, stop in enumerate(lockstep, len(known.stages)):
                 show.stage(number, stop.name)
                 with live_stage(model, stop, emitter.dtype, checkpoint.tensor, world) as stage:
                     stage.on_sample, stage.settle = show.sample, spilling.settle
@@ -77,14 +77,14 @@ def compile(
                     manager.run(stage)
                     emitter.add_stage(stage)
                     stop.outputs = stage.outputs
-                    tally.count(stage)
+                    journal.finished(stage)
                 show.stage_done(number)
         if world.first:
             tally.settle(emitter.settle())
             emitter.copy_rest(model.outside())
             emitter.finish()
-            tally.write_facts(folder, pipeline, ready_samples=samples is not None)
-            require_sound(folder)
-            tally.require_loaded(folder)
+            tally.write_facts(journal.result, pipeline, ready_samples=samples is not None)
+            require_sound(journal.result)
+            tally.require_loaded(journal.result)
     show.finish()
     return world.of_first(lambda: tally.result(manager.seconds))

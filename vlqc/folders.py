@@ -21,6 +21,8 @@ class NamedFolders(Protocol):
     def timings(self) -> Path | None: ...
     @property
     def overwrite(self) -> bool: ...
+    @property
+    def resume(self) -> bool: ...
 
 
 def path_faults(given: NamedFolders) -> list[Fault]:
@@ -42,7 +44,9 @@ def _save_rule(given: NamedFolders) -> list[Fault]:
     if given.save_directory is None:
         return []
     overlap = [] if given.model_path is None else _overlap_faults(given.model_path, given.save_directory)
-    return overlap or _save_faults(given.save_directory, given.overwrite)
+    # What an interrupted run has left may be its finished result: then the folder is not empty for a good reason.
+    left = given.resume and any(given.save_directory.resolve().parent.glob(".*.partial-*"))
+    return overlap or _save_faults(given.save_directory, given.overwrite or left)
 
 
 def _dump_rule(given: NamedFolders) -> list[Fault]:

@@ -6,7 +6,15 @@ from fnmatch import fnmatchcase
 
 from vlqc.engines import Scheme, fused_group, group_faults, legal_schemes, stays_float_by_seed
 from vlqc.errors import Fault, UserError, near_miss
+from vlqc.model import FloatModel
 from vlqc.options import Options
+
+
+def check_layers(model: FloatModel, options: Options) -> None:
+    """UserError for patterns that match nothing, or leave what no engine loads."""
+    check_globs([*model.layers, *model.heads], exclude=options.exclude)
+    check_globs(model.layers, include=options.include)
+    check_plan(model.layers, options)
 
 
 def check_plan(layers: Iterable[str], options: Options) -> None:

@@ -25,6 +25,9 @@ class Progress:
     def begin(self, stages: int, samples: int) -> None:
         """Everything is checked and loaded; `stages` will follow, each over `samples`."""
 
+    def resumed(self, done: int) -> None:
+        """`done` stages were finished by a run that was interrupted; 0 for a new one."""
+
     def stage(self, index: int, name: str) -> None:
         """Stage `index` (from 0) starts."""
 
@@ -57,7 +60,7 @@ class TerminalProgress(Progress):
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console or Console(stderr=True)
         self._clock = clock
-        self._stages = self._samples = self._done = 0
+        self._stages = self._samples = self._done = self._before = 0
         self._name = ""
         self._started = self._last_line = clock()
         self._bar: Bar | None = None
@@ -81,6 +84,13 @@ class TerminalProgress(Progress):
             self._bar.start()
         else:
             self._line(f"{stages} stages, {samples} samples")
+
+    def resumed(self, done: int) -> None:
+        self._done = self._before = done
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, refresh=True)
+        elif done:
+            self._line(f"{done} of {self._stages} stages were finished before")
 
     def stage(self, index: int, name: str) -> None:
         self._name = name
@@ -123,9 +133,9 @@ class TerminalProgress(Progress):
 
     def _left(self) -> str:
         """Time left if the stages to come take as long as those so far."""
-        if not self._done:
+        if self._done == self._before:
             return "time left unknown"
-        remaining = (self._clock() - self._started) / self._done * (self._stages - self._done)
+        remaining = (self._clock() - self._started) / (self._done - self._before) * (self._stages - self._done)
         return f"{duration(remaining)} left"
 
 

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -65,6 +66,18 @@ class Tally:
             self._count(stage.part, site.scheme or Scheme.FLOAT)
         self.note(stage.notes)
         self.gathering.finished(stage)
+
+    def state(self) -> dict[str, Any]:
+        """What was counted and noted so far, and the facts of the last stage, in JSON."""
+        notes = [note for note in self.notes if note not in self._of_run]
+        counts = [[*key, count] for key, count in self.counts.items()]
+        return {"counts": counts, "notes": notes, "stage": self.gathering.last()}
+
+    def restore(self, states: Sequence[dict[str, Any]]) -> None:
+        """Goes on from another tally's `state` after each of its stages."""
+        self.counts = {(part, scheme): count for part, scheme, count in states[-1]["counts"]}
+        self.note(states[-1]["notes"])
+        self.gathering.restore([state["stage"] for state in states])
 
     def settle(self, plan: Plan | None) -> None:
         """What the precision search chose, where there was one: its schemes are counted, its notes told.

@@ -122,7 +122,10 @@ class Facts(Told):
         return found
 
     def write(self, folder: Path) -> None:
-        (folder / FILE).write_text(self.model_dump_json() + "\n", encoding="utf-8")
+        """A file that says just this already is left alone."""
+        path, content = folder / FILE, (self.model_dump_json() + "\n").encode()
+        if not path.is_file() or path.read_bytes() != content:
+            path.write_bytes(content)
 
 
 def read_facts(folder: Path) -> Facts:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from vlqc.engines import Scheme, group_faults, legal_schemes, parse_target, rules_for
-from vlqc.ir import FAINT, Sensitivity, Site, Stage
+from vlqc.ir import Sensitivity, Site, Stage
+from vlqc.ir import noise_to_signal as noise_to_signal
 from vlqc.passes.lower_linears import lower
 from vlqc.passes.quantize_weights import quantized
 from vlqc.pipeline import Pass
@@ -111,18 +112,6 @@ def probe_rows(stage: Stage, modules: Mapping[str, nn.Module] | None = None) -> 
             stage.live.set_submodule(target, linear)
     modality = stage.probe.modality if stage.probe else None
     return rows if modality is None or modality.numel() != len(rows) else rows[modality >= 0]
-
-
-def noise_to_signal(reference: Tensor, other: Tensor) -> float:
-    """float32 [rows, K] twice -> mean over rows of the difference's power relative to the row's own.
-
-    A norm divides every token by its size before anything reads it, so of a token 10 times as large 100 times the noise
-    counts the same; and as all tokens leave the last norm alike, they all count the same.
-    """
-    signal = reference.double().square().mean(1)
-    noise = (other.double() - reference.double()).square().mean(1)
-    faintest = (FAINT * signal.median()).clamp(min=torch.finfo(torch.float32).tiny)
-    return float((noise / torch.maximum(signal, faintest)).mean())
 
 
 def _as_emitted(module: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -1,7 +1,7 @@
-"""What each process runs in tests of several: `torchrun ... many_processes.py CHECKPOINT FOLDER [RANK STAGE]`.
+"""What each process runs in tests of several: `torchrun ... many_processes.py CHECKPOINT FOLDER [RANK STAGE | resume]`.
 
 Compiles every case through the Python API, and last some photographs by command line. With RANK and STAGE that command
-line alone, in which the process of that number is killed when that stage comes.
+line alone, in which the process of that number is killed when that stage comes; with the word, it goes on from there.
 """
 
 import os
@@ -56,13 +56,13 @@ def compile_all(checkpoint: Path, folder: Path) -> None:
             (folder / f"{name} error {os.environ.get('RANK', '')}").write_text(str(error), encoding="utf-8")
 
 
-def command_line(checkpoint: Path, result: Path) -> None:
+def command_line(checkpoint: Path, result: Path, *more: str) -> None:
     """Ends the process."""
     from vlqc.cli import main
 
     pictures = str(Path(__file__).parent / "photos")
     paths = ["--model_path", str(checkpoint), "--save_directory", str(result), "--calib_images", pictures]
-    sys.argv = ["vlqc", "compile", *paths, "--max_tokens", "60", "--max_samples", "3"]
+    sys.argv = ["vlqc", "compile", *paths, "--max_tokens", "60", "--max_samples", "3", *more]
     main()
 
 
@@ -101,5 +101,7 @@ if __name__ == "__main__":
     if len(sys.argv) == 5:
         with before(sys.argv[4], lose(sys.argv[3])):
             command_line(Path(sys.argv[1]), Path(sys.argv[2]) / "photos")
+    if len(sys.argv) == 4:
+        command_line(Path(sys.argv[1]), Path(sys.argv[2]) / "photos", "--resume")
     compile_all(Path(sys.argv[1]), Path(sys.argv[2]))
     command_line(Path(sys.argv[1]), Path(sys.argv[2]) / "photos")

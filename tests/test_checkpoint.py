@@ -60,7 +60,7 @@ LAYOUTS = [one_file, indexed, many_without_index, indexed_beside_a_stale_file]
 
 
 def write(folder: Path, tensors: dict[str, Tensor] = TENSORS, layout: Callable[..., None] = one_file) -> Path:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text('{"model_type": "made_up"}')
     layout(folder, tensors)
     return folder
@@ -160,11 +160,36 @@ def test_side_files_are_what_an_engine_needs_beside_weights(tmp_path: Path) -> N
 
 def test_a_cache_of_links_is_read(tmp_path: Path) -> None:
     """Catches a reader that refuses the Hugging Face cache, whose snapshots are links into a folder of blobs."""
-    real, snapshot = write(tmp_path / "blobs"), tmp_path / "snapshot"
-    snapshot.mkdir()
+    repository = tmp_path / "models--somebody--something"
+    real, snapshot = write(repository / "blobs"), repository / "snapshots" / "0a1b2c"
+    snapshot.mkdir(parents=True)
     for path in real.iterdir():
-        (snapshot / path.name).symlink_to(Path("..") / "blobs" / path.name)
+        (snapshot / path.name).symlink_to(Path("..") / ".." / "blobs" / path.name)
     assert torch.equal(Checkpoint(snapshot).tensor("lm_head.weight"), TENSORS["lm_head.weight"])
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+@pytest.mark.parametrize("cache", [False, True])
+def test_a_link_out_of_the_folder_is_refused(tmp_path: Path, name: str, cache: bool) -> None:
+    """Catches a checkpoint that has a file of this machine read and copied, also one that looks like a cache."""
+    folder = write(tmp_path / "models--a" / "snapshots" / "0a1b2c" if cache else tmp_path / "model")
+    other = tmp_path / "models--b" / "blobs"
+    other.mkdir(parents=True)
+    (folder / name).touch()
+    (folder / name).rename(other / "secret")
+    (folder / name).symlink_to(other / "secret")
+    told = fault_of(folder)
+    assert f"{name} is a link out of the checkpoint folder" in told and str(other / "secret") in told
+
+
+def test_reading_cannot_write(tmp_path: Path) -> None:
+    """Catches a mapping that carries changes of a tensor into the user's checkpoint."""
+    before = (write(tmp_path) / "model.safetensors").read_bytes()
+    tensor = Checkpoint(tmp_path).tensor("lm_head.weight")
+    tensor.add_(1)
+    del tensor
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert torch.equal(Checkpoint(tmp_path).tensor("lm_head.weight"), TENSORS["lm_head.weight"])
 
 
 # ---- faults ----------------------------------------------------------------------------------------------------------

@@ -180,7 +180,7 @@ def test_one_forward_one_read_one_stage(
         counts = sorted(count for (name, _), count in forwards.items() if name == stage)
         assert len(counts) == len(samples)
         assert counts[:-1] == [1] * (len(samples) - 1)  # every sample once ...
-        assert counts[-1] <= 3  # ... but the one that proofs run on: also before and after all folds
+        assert counts[-1] <= 5  # ... but the one that proofs run on: before and after all folds, as float and integers
 
 
 @pytest.mark.every_transformers

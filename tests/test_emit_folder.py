@@ -1,13 +1,16 @@
 """The save folder appears whole or not at all, and what stood there before is safe until then."""
 
+import errno
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from vlqc.emit.folder import appearing_folder, require_space
+from vlqc.emit.folder import InUse, WorkFolder, exchange, require_space, restore_replaced, work_folders
 from vlqc.errors import UserError
 
 
@@ -20,36 +23,52 @@ def around(target: Path) -> list[str]:
     return sorted(path.name for path in target.parent.iterdir() if path.name != target.name)
 
 
+@contextmanager
+def working(target: Path) -> Iterator[WorkFolder]:
+    work = WorkFolder(target)
+    try:
+        yield work
+    finally:
+        work.remove()
+        work.close()
+
+
 def write(target: Path, *, overwrite: bool = False, text: str = "new") -> None:
-    with appearing_folder(target, overwrite=overwrite) as work:
-        (work / "file").write_text(text)
+    with working(target) as work:
+        (work.result / "file").write_text(text)
+        work.publish(overwrite)
+
+
+def cannot_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system that knows no exchange of two folders at once."""
+    monkeypatch.setattr("vlqc.emit.folder.ctypes.CDLL", lambda *unused, **unused_too: object())
 
 
 def test_it_appears_at_the_end(tmp_path: Path) -> None:
     """Catches a half-written folder that an engine or a user could take for a finished one."""
     target = tmp_path / "deep" / "down" / "out"
-    with appearing_folder(target, overwrite=False) as work:
-        (work / "file").write_text("new")
-        assert not target.exists() and work.parent == target.parent
-    assert content(target) == {"file": "new"} and around(target) == []
+    with working(target) as work:
+        (work.result / "file").write_text("new")
+        assert not target.exists() and work.folder.parent == target.parent
+        work.publish(False)
+        assert content(target) == {"file": "new"}
+    assert around(target) == []
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("before", ["nothing", "empty", "old"])
-def test_nothing_appears_after_an_error(tmp_path: Path, error: type[BaseException], before: str) -> None:
-    """Catches leftovers, and an old result that is lost, when a compilation fails or is interrupted."""
-    target = tmp_path / "out"
+def test_nothing_remains_of_what_is_removed(tmp_path: Path, before: str) -> None:
+    """Catches leftovers, folders made on the way, and an old result that is lost, where a run ends early."""
+    target = tmp_path / "deep" / "out"
     if before != "nothing":
-        target.mkdir()
+        target.mkdir(parents=True)
     if before == "old":
         (target / "file").write_text("old")
-    with pytest.raises(error), appearing_folder(target, overwrite=True) as work:
-        (work / "file").write_text("new")
-        raise error
-    assert around(target) == []
-    assert target.exists() == (before != "nothing")
-    if before == "old":
-        assert content(target) == {"file": "old"}
+    with working(target) as work:
+        (work.result / "file").write_text("new")
+    if before == "nothing":
+        assert list(tmp_path.iterdir()) == []
+    else:
+        assert around(target) == [] and content(target) == ({"file": "old"} if before == "old" else {})
 
 
 def test_an_empty_folder_is_replaced(tmp_path: Path) -> None:
@@ -65,20 +84,35 @@ def test_a_full_folder_stays_without_overwrite(tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.mkdir()
     (target / "file").write_text("old")
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(OSError, match="not empty"):
         write(target)
     assert content(target) == {"file": "old"} and around(target) == []
 
 
-def test_overwrite_exchanges_the_whole_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_once", [True, False])
+def test_overwrite_exchanges_the_whole_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool) -> None:
     """Catches old files that stay among the new ones, and an old folder that is emptied before the new one stands."""
     target = tmp_path / "out"
     target.mkdir()
     (target / "stale").write_text("old")
-    with appearing_folder(target, overwrite=True) as work:
-        (work / "file").write_text("new")
+    if not at_once:
+        cannot_exchange(monkeypatch)
+    with working(target) as work:
+        (work.result / "file").write_text("new")
         assert content(target) == {"stale": "old"}
+        work.publish(True)
+        assert content(target) == {"file": "new"} and content(work.result) == {"stale": "old"}
     assert content(target) == {"file": "new"} and around(target) == []
+
+
+def test_the_exchange_has_no_moment_without_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an exchange in two steps where the system has one: killed between them, it leaves no save folder."""
+    (tmp_path / "one").mkdir()
+    (tmp_path / "other").mkdir()
+    monkeypatch.setattr(Path, "rename", lambda *unused: pytest.fail("two steps"))
+    exchange(tmp_path / "one", tmp_path / "other")
+    with pytest.raises(FileNotFoundError):
+        exchange(tmp_path / "one", tmp_path / "nowhere")
 
 
 def fail_on(call: int, real: Callable[..., Path]) -> Callable[..., Path]:
@@ -101,40 +135,54 @@ def test_the_old_folder_comes_back_if_the_exchange_fails(
     target = tmp_path / "out"
     target.mkdir()
     (target / "file").write_text("old")
+    cannot_exchange(monkeypatch)
     monkeypatch.setattr(Path, "rename", fail_on(failing, Path.rename))
-    with pytest.raises(UserError, match="No space left"):
+    with pytest.raises(OSError, match="No space left"):
         write(target, overwrite=True)
+    restore_replaced(target)  # an empty folder was made for it
     assert content(target) == {"file": "old"} and around(target) == []
 
 
-def test_a_failing_rename_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a work folder that stays behind when the last step fails."""
-    monkeypatch.setattr(Path, "rename", fail_on(1, Path.rename))
-    with pytest.raises(UserError, match="No space left"):
-        write(tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_leftovers_of_a_killed_run_do_not_get_in(tmp_path: Path) -> None:
-    """Catches files of a killed compilation that end up in the next result, or stay for ever."""
-    target, leftover = tmp_path / "out", tmp_path / ".out.partial-abc"
-    leftover.mkdir()
-    (leftover / "stale").write_text("stale")
-    target.mkdir()
-    write(target, overwrite=True)
-    assert content(target) == {"file": "new"} and around(target) == []
+@pytest.mark.parametrize("stands", [False, True])
+def test_what_a_killed_run_moved_aside_comes_back(tmp_path: Path, stands: bool) -> None:
+    """Catches an old result that stays under a hidden name, or one that comes back over the new one."""
+    target, aside = tmp_path / "out", tmp_path / ".out.replaced-abc"
+    aside.mkdir()
+    (aside / "file").write_text("old")
+    if stands:
+        target.mkdir()
+        (target / "file").write_text("new")
+    restore_replaced(target)
+    assert content(target) == {"file": "new" if stands else "old"} and around(target) == []
 
 
 def test_two_runs_at_once_do_not_meet(tmp_path: Path) -> None:
-    """Catches a second run into the same folder that removes or mixes what the first one is writing."""
+    """Catches a second run into the same folder that takes what the first one is writing."""
     target = tmp_path / "out"
-    with appearing_folder(target, overwrite=True) as first:
-        (first / "file").write_text("first")
-        with appearing_folder(target, overwrite=True) as second:
-            assert second != first
-            (second / "file").write_text("second")
-        assert content(target) == {"file": "second"}
-    assert content(target) == {"file": "first"} and around(target) == []
+    with working(target) as first:
+        (first.result / "file").write_text("first")
+        with working(target) as second:
+            assert second.folder != first.folder
+            for path in work_folders(target):
+                with pytest.raises(InUse):
+                    WorkFolder(target, path)
+        first.close()
+        again = WorkFolder(target, first.folder)
+        assert content(again.result) == {"file": "first"}
+        again.close()
+
+
+def test_a_disk_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a crash, or a folder that counts as somebody's, where the file system knows no locks."""
+
+    def refuse(*unused: Any) -> None:
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr("vlqc.emit.folder.fcntl.flock", refuse)
+    with working(tmp_path / "out") as work:
+        assert not work.locks
+        work.publish(False)
+    assert (tmp_path / "out").is_dir()
 
 
 def test_modes(tmp_path: Path) -> None:
@@ -161,10 +209,8 @@ def test_a_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
 def test_a_relative_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a work folder that is made elsewhere, on another disk, so that the rename cannot work."""
     monkeypatch.chdir(tmp_path)
-    with appearing_folder(Path("out"), overwrite=False) as work:
-        assert work.parent == tmp_path
-        (work / "file").write_text("new")
-    assert content(tmp_path / "out") == {"file": "new"}
+    write(Path("out"))
+    assert content(tmp_path / "out") == {"file": "new"} and around(tmp_path / "out") == []
 
 
 def test_a_place_that_cannot_be_written_is_an_error_of_the_user(tmp_path: Path) -> None:
@@ -172,16 +218,7 @@ def test_a_place_that_cannot_be_written_is_an_error_of_the_user(tmp_path: Path) 
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="save folder cannot be made"):
         write(tmp_path / "file" / "out")
-    with pytest.raises(UserError, match="cannot be written"):
-        write(tmp_path / "file", overwrite=False)
     assert (tmp_path / "file").read_text() == "x"
-
-
-def test_a_write_error_is_an_error_of_the_user(tmp_path: Path) -> None:
-    """Catches a traceback when the disk runs full in the middle."""
-    with pytest.raises(UserError, match="No space left"), appearing_folder(tmp_path / "out", overwrite=False):
-        raise OSError(28, "No space left on device")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_disk_space_is_asked_for_before(tmp_path: Path) -> None:

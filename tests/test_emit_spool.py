@@ -93,6 +93,7 @@ def test_stages_in_order_and_then_gone(tmp_path: Path) -> None:
         files.append(len(list(folder.iterdir())))
     assert of(taken) == wanted
     assert files == sorted(files, reverse=True) and files[0] == 3 and files[-1] == 1
+    spool.remove()
     assert list(tmp_path.iterdir()) == []
 
 

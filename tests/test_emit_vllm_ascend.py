@@ -119,8 +119,9 @@ def test_a_tensor_emitted_twice_is_an_internal_error(tmp_path: Path) -> None:
     emitter = FolderEmitter(tmp_path, Checkpoint(tiny.TINY), Options.without_paths())
     emitter.copy("lm_head.weight")
     emitter.copy_rest(["lm_head.weight"])
+    emitter.copy("lm_head.weight")  # is read only
     with pytest.raises(InternalError, match=r"lm_head\.weight is written twice"):
-        emitter.copy("lm_head.weight")
+        emitter.add([Entry("lm_head.weight", torch.zeros(1), Scheme.FLOAT)])
 
 
 # ---- config.json -----------------------------------------------------------------------------------------------------

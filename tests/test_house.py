@@ -235,7 +235,8 @@ def test_the_wheel_holds_the_tree(wheel: Path) -> None:
     packed = {re.sub(r"(/__init__)?\.py$", "", name) for name in names if name.endswith(".py")}
     assert packed == expected
     others = [name for name in names if not name.endswith(".py") and ".dist-info/" not in name]
-    assert others == ["vlqc/py.typed"]
+    templates = [path.relative_to(ROOT).as_posix() for path in (ROOT / "vlqc" / "report" / "templates").iterdir()]
+    assert sorted(others) == sorted(["vlqc/py.typed", *templates]) and len(templates) == 4
     assert any(name.endswith("LICENSE") for name in names)
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"vlqc"}, "a generic name would collide"
 

@@ -2,6 +2,7 @@
 
 import filecmp
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -74,17 +75,31 @@ def test_the_same_bytes(processes: int, checkpoint: Path, alone: Path, tmp_path:
     told = {(tmp_path / name).read_text(encoding="utf-8") for name in errors}
     assert len(errors) == processes and len(told) == 1 and told == {"sample 2 cannot be used"}
     assert not (tmp_path / "refused").exists()
-    made = [name for name in files(alone) if not name.startswith("refused")]
-    assert made == [name for name in files(tmp_path) if not name.startswith("refused")] and len(made) > 50
+    made = [name for name in files(alone) if not name.startswith(("refused", ".refused"))]
+    assert made == [name for name in files(tmp_path) if not name.startswith(("refused", ".refused"))]
+    assert len(made) > 50
     assert filecmp.cmpfiles(alone, tmp_path, made, shallow=False) == (made, [], [])
 
 
-def test_a_killed_process_ends_all(checkpoint: Path, tmp_path: Path) -> None:
-    """Catches a run that waits for a dead process until a timeout, N copies of one error, and half a result."""
-    done = ran(SCRIPT, checkpoint, tmp_path, 1, "model.layers.0", processes=2)
+def test_a_killed_process_ends_all(checkpoint: Path, alone: Path, tmp_path: Path) -> None:
+    """Catches a run that waits for a dead process until a timeout, N copies of one error, and half a result; outputs
+    that are lost with the process that had the sample, or come back to another one."""
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    done = ran(SCRIPT, checkpoint, killed, 1, "model.layers.0", processes=2)
     assert done.returncode != 0
     assert done.stderr.count("error: ") == 1 and "another of the 2 processes of this run has ended" in done.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert "3 of 4 stages are finished and kept" in done.stderr
+    assert [path.name[:16] for path in killed.iterdir()] == [".photos.partial-"]
+    for processes in (1, 2):  # another number of processes, and the same one
+        copy = shutil.copytree(killed, tmp_path / f"{processes}")
+        done = ran(SCRIPT, checkpoint, copy, "resume", processes=processes)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("3 of 4 stages were finished before") == 1
+        assert [path.name for path in copy.iterdir()] == ["photos"]
+        made = files(alone / "photos")
+        assert files(copy / "photos") == made
+        assert filecmp.cmpfiles(alone / "photos", copy / "photos", made, shallow=False) == (made, [], [])
 
 
 def test_a_bad_option_is_told_once(checkpoint: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
     vlqc.compile(model_path=..., save_directory=..., calib_images=... | samples=[...])  -> Result
     vlqc.load(folder)                                                                  -> nn.Module
     vlqc.verify_folder(folder)                                                         -> Report
+    vlqc.write_report(folder, "page.html")                                             one page about a folder
 
 and, to look inside or to build other pipelines: Pass, PassManager, parse_pipeline, print_pipeline, Stage, Site, Edge,
 Observation, print_stage, parse. Everything is imported when it is first asked for, so `import vlqc` costs nothing.
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from vlqc.pipeline import parse_pipeline as parse_pipeline
     from vlqc.pipeline import print_pipeline as print_pipeline
     from vlqc.printer import print_stage as print_stage
+    from vlqc.report import write_report as write_report
     from vlqc.result import Result as Result
     from vlqc.runtime import load as load
     from vlqc.verify import verify_folder as verify_folder
@@ -45,6 +47,7 @@ _HOME = {
     "parse_pipeline": "vlqc.pipeline:parse_pipeline",
     "print_pipeline": "vlqc.pipeline:print_pipeline",
     "print_stage": "vlqc.printer:print_stage",
+    "write_report": "vlqc.report:write_report",
     "Result": "vlqc.result:Result",
     "load": "vlqc.runtime:load",
     "verify_folder": "vlqc.verify:verify_folder",

@@ -4,7 +4,8 @@ Newer transformers save `model.visual.*` and `model.language_model.*`; engines k
 name that leaves this file is an original one.
 """
 
-from collections.abc import Callable, Iterable
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from vlqc.config_values import config_faults
 from vlqc.errors import Fault, UserError
 from vlqc.flat_config import flat
 from vlqc.json_files import json_value, read_json_object
+from vlqc.links import link_faults
 from vlqc.read_ahead import ReadAhead, Span
 
 INDEX = "model.safetensors.index.json"
@@ -45,8 +47,11 @@ class Checkpoint:
 
     def __init__(self, folder: Path, canonical: Callable[[str], str] = original_name) -> None:
         self.folder = folder
+        if faults := link_faults(folder) if folder.is_dir() else []:
+            raise UserError(*faults)
         self.source_config = _read_config(folder)
         self.config = flat(self.source_config)
+        self.digests: dict[str, str] | None = None  # where wanted: SHA-256 of what `tensor` read, by name
         self._open: dict[str, Any] = {}
         self._ahead = ReadAhead()
         self._spans: dict[str, dict[str, Span]] = {}
@@ -55,7 +60,6 @@ class Checkpoint:
         self._stored_name: dict[str, str] = {}
         self._shape: dict[str, tuple[int, ...]] = {}
         self._dtype: dict[str, torch.dtype] = {}
-        faults: list[Fault] = []
         for file in _weight_files(folder):
             try:
                 self._files.append(file)
@@ -140,7 +144,26 @@ class Checkpoint:
         self.release()
         tensor: Tensor = self._opened(self._file_of[name]).get_tensor(self._stored_name[name])
         self.release()
-        return self._finite(name, tensor)
+        self._finite(name, tensor)
+        if self.digests is not None:
+            self.digests[name] = digest_of(tensor)
+        return tensor
+
+    def require_same(self, digests: Sequence[Mapping[str, str]], file_times: Mapping[str, list[int]]) -> None:
+        """UserError unless weights are what another run read: per stage their digests.
+
+        file_times: those of the files then. Where none has changed, one weight per stage is read, otherwise all.
+        """
+        unchanged = all(file_times.get(path.name) == times_of(path) for path in self.files)
+        for of_stage in digests:
+            names = sorted(of_stage, key=lambda name: (torch.Size(self._shape[name]).numel(), name))
+            for name in names[len(names) // 2 :][:1] if unchanged else names:
+                tensor = self._opened(self._file_of[name]).get_tensor(self._stored_name[name])
+                self.release()
+                if digest_of(tensor) != of_stage[name]:
+                    where, why = str(self.folder / self._file_of[name]), f"{name} has other values than it had then"
+                    fix = "bring the checkpoint back as it was, or start anew with --start_over"
+                    raise UserError(Fault("the interrupted run cannot be resumed", where, why, fix))
 
     def read_ahead(self, names: Iterable[str]) -> None:
         """Begins to bring these tensors from the disk in the background, into the system's cache of files."""
@@ -209,8 +232,8 @@ class Checkpoint:
     def side_files(self, *, code: bool = False) -> list[str]:
         """Everything beside weights and config.json that an engine or a processor may need, sorted; no folders.
 
-        code: *.py as well. Links count as what they lead to: a snapshot in the Hugging Face cache consists of nothing
-        else.
+        code: *.py as well. Links count as what they lead to (`links` says where that may be): a snapshot in the Hugging
+        Face cache consists of nothing else.
         """
         return sorted(
             path.name
@@ -218,6 +241,18 @@ class Checkpoint:
             if path.is_file() and path.name != "config.json" and not path.name.endswith(WEIGHT_SUFFIXES)
             and not path.name.startswith(".") and (code or path.suffix != ".py")
         )  # fmt: skip
+
+
+def digest_of(tensor: Tensor) -> str:
+    """SHA-256 of the bytes of a tensor, hexadecimal."""
+    flat = tensor.detach().cpu().contiguous().flatten()
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest() if flat.numel() else ""
+
+
+def times_of(path: Path) -> list[int]:
+    """Of a file: size, when its content changed and when anything about it did, number."""
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
 
 def spans_of(path: Path) -> dict[str, Span]:

@@ -83,12 +83,13 @@ def _answering(command: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt as error:
             if here().tells(error):
                 _stderr().print("interrupted")
+                _print_notes(error)
             raise typer.Exit(INTERRUPTED) from None
         except (typer.Exit, typer.Abort, BrokenPipeError):
             raise
         except Exception as error:
             if here().tells(error):
-                traceback.print_exc()
+                traceback.print_exc()  # with the notes
                 _stderr().print("this is a fault of vlqc; please report it with the lines above")
             raise typer.Exit(INTERNAL) from None
 
@@ -292,6 +293,34 @@ def verify_command(
         raise typer.Exit(1)
 
 
+@app.command("report")
+@_answering
+def report_command(
+    folder: Folder,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="FILE", help="Where the page goes."),
+    ] = Path("vlqc_report.html"),
+    timings: Annotated[
+        Path | None,
+        typer.Option("--timings", metavar="FILE", help="What `vlqc compile --timings FILE` wrote: time and memory."),
+    ] = None,
+    verification: Annotated[
+        Path | None,
+        typer.Option(
+            "--verification",
+            metavar="FILE",
+            help="What `vlqc verify --locate --json FILE` wrote: logits, and which layers lose the accuracy.",
+        ),
+    ] = None,
+) -> None:
+    """Write one page of HTML about a compiled folder: what became what, ranges, smoothing, noise of every stage."""
+    from vlqc.report import write_report
+
+    write_report(folder, output, timings=timings, verification=verification)
+    Console().print(Text(f"the report is in {output}"), soft_wrap=True)
+
+
 @app.command("passes")
 @_answering
 @_with_options
@@ -340,9 +369,15 @@ def _print_error(error: VlqcError) -> None:
     console = _stderr()
     if not isinstance(error, UserError):
         console.print(Text(str(error)), soft_wrap=True)
-        return
-    for fault in error.faults:
+    for fault in error.faults if isinstance(error, UserError) else ():
         head, *rest = str(fault).split("\n")
         console.print(Text.assemble(("error: ", "bold red"), (head, "bold")), soft_wrap=True)
         for line in rest:
             console.print(Text(line), soft_wrap=True)
+    _print_notes(error)
+
+
+def _print_notes(error: BaseException) -> None:
+    """How to go on, where that is possible."""
+    for note in getattr(error, "__notes__", ()):
+        _stderr().print(Text(note), soft_wrap=True)

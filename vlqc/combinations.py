@@ -121,6 +121,12 @@ def _strict(options: "Options") -> Iterator[Fault]:
         yield Fault(f"--strict_target with {options.scheme} for {options.engine_target}", why=sentence, fix=fix)
 
 
+def _resume(options: "Options") -> Iterator[Fault]:
+    if options.resume and options.start_over:
+        why = "one goes on with what an interrupted run has left, the other throws it away"
+        yield Fault("--resume with --start_over", why=why, fix="leave out one of them")
+
+
 def _layers(options: "Options") -> Iterator[Fault]:
     for pattern in sorted(set(options.exclude) & set(options.include)):
         what = f"--exclude {pattern} with --include {pattern}"
@@ -140,6 +146,7 @@ RULES: tuple[tuple[frozenset[str], Callable[["Options"], Iterator[Fault]]], ...]
     (frozenset({"fallback", "min_sqnr", "max_float_groups"}), _fallback),
     (SCHEME | {"mindie_format", "target", "strict_target", "w4a8_scope", "exclude"}, _strict),
     (frozenset({"exclude", "include"}), _layers),
+    (frozenset({"resume", "start_over"}), _resume),
 )
 
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from vlqc.calibration import Calibration, calibrate_on
 from vlqc.checkpoint import Checkpoint
 from vlqc.device import resolve_device
-from vlqc.dumps import Dumper, announcer
-from vlqc.emit import emitter_for, expected_bytes
-from vlqc.emit.folder import result_folder
-from vlqc.layer_globs import check_choice
+from vlqc.dumps import Dumper, Onlookers, announcer
+from vlqc.emit import emitter_for
+from vlqc.journal import journaled
+from vlqc.layer_globs import check_layers
 from vlqc.lockstep import Lockstep
 from vlqc.model import FloatModel
 from vlqc.options import Options
@@ -52,39 +52,44 @@ def compile(
     show = (progress if world.first else None) or Progress()
     pipeline = list(passes) if passes is not None else parse_pipeline(pipeline_text(options))
     check_order(pipeline, search=options.fallback == "auto")
-    dumps = Dumper(options.dump_ir if world.first else None)
-    manager = PassManager(pipeline, before=announcer(show.step), after=dumps.after)
     checkpoint = Checkpoint(options.model_path)
     tally = Tally(options, checkpoint, show.note)
+    onlookers = Onlookers(Dumper(options.dump_ir if world.first else None), tally.gathering)
+    manager = PassManager(pipeline, before=announcer(show.step), after=onlookers.after)
     device, trust = world.place(resolve_device(options.device_type)), options.trust_remote_code
     model = world.after_first(lambda: FloatModel.of(checkpoint, trust_remote_code=trust, device=device))
     tally.note_unknown(model.unknown_tensors())
-    check_choice(model.layers, model.heads, options)
+    check_layers(model, options)
     calibration = calibrate_on(samples, options, model.module) if world.first else Calibration([])
     tally.note(calibration.notes)
     begin, mine = world.dealt(calibration.samples)  # of several processes each has its own; the first one writes
     probe = world.of_first(lambda: probe_sample(calibration.samples, model.module.config))
     show.begin(len(model.stages), len(mine))
-    with result_folder(options, expected_bytes(model, options), writes=world.first) as folder:
-        emitter = emitter_for(options, folder, checkpoint, writes=world.first)
-        spilling = Spilling(folder, options.memory_budget)
-        with model.ready_outside(emitter.copy), Lockstep(model, mine, first=begin, probe=probe) as lockstep:
-            for number, stop in enumerate(lockstep):
+    with journaled(options, pipeline, model, calibration.samples, tally, world) as journal:
+        emitter = emitter_for(options, journal.result, checkpoint, writes=journal.writes)
+        spilling = Spilling(journal.folder, options.memory_budget)
+        known = journal.restore(emitter, checkpoint, range(begin, begin + len(mine)), spilling.settle)
+        show.resumed(len(known.stages))
+        with (
+            model.ready_outside(emitter.copy),
+            Lockstep(model, mine, first=begin, probe=probe, known=known) as lockstep,
+        ):
+            for number, stop in enumerate(lockstep, len(known.stages)):
                 show.stage(number, stop.name)
                 with live_stage(model, stop, emitter.dtype, checkpoint.tensor, world) as stage:
                     stage.on_sample, stage.settle = show.sample, spilling.settle
-                    dumps.traced(stage)
+                    onlookers.traced(stage)
                     manager.run(stage)
                     emitter.add_stage(stage)
                     stop.outputs = stage.answers()
-                    tally.count(stage)
+                    journal.finished(stage)
                 show.stage_done(number)
         if world.first:
             tally.settle(emitter.settle())
-            tally.require_quantized()
             emitter.copy_rest(model.outside())
             emitter.finish()
-            require_sound(folder)
-            tally.require_loaded(folder)
+            tally.write_facts(journal.result, pipeline, ready_samples=samples is not None)
+            require_sound(journal.result)
+            tally.require_loaded(journal.result)
     show.finish()
     return world.of_first(lambda: tally.result(manager.seconds))

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 from vlqc.errors import Fault, UserError
 from vlqc.ir import Stage
@@ -37,6 +38,28 @@ class Dumper:
             path.write_text(print_stage(stage), encoding="utf-8")
         except OSError as error:
             raise UserError(Fault("the dump cannot be written", str(path), str(error))) from error
+
+
+class Onlooker(Protocol):
+    """What wants to see every stage: as traced, and after every pass."""
+
+    def traced(self, stage: Stage) -> None: ...
+    def after(self, stage: Stage, number: int, done: Pass) -> None: ...
+
+
+class Onlookers:
+    """Several of them as one, in this order."""
+
+    def __init__(self, *onlookers: Onlooker) -> None:
+        self._onlookers = onlookers
+
+    def traced(self, stage: Stage) -> None:
+        for onlooker in self._onlookers:
+            onlooker.traced(stage)
+
+    def after(self, stage: Stage, number: int, done: Pass) -> None:
+        for onlooker in self._onlookers:
+            onlooker.after(stage, number, done)
 
 
 def _file_name(stage: Stage) -> str:

@@ -18,13 +18,17 @@ class NamedFolders(Protocol):
     @property
     def dump_ir(self) -> Path | None: ...
     @property
+    def timings(self) -> Path | None: ...
+    @property
     def overwrite(self) -> bool: ...
+    @property
+    def resume(self) -> bool: ...
 
 
 def path_faults(given: NamedFolders) -> list[Fault]:
     """Everything wrong with the folders; links are resolved first. Nothing is created or changed."""
     faults: list[Fault] = []
-    for rule in (_model_rule, _save_rule, _dump_rule, _pictures_rule):
+    for rule in (_model_rule, _save_rule, _dump_rule, _timings_rule, _pictures_rule):
         try:
             faults += rule(given)
         except (OSError, RuntimeError) as error:  # a name too long, no permission, a circle of links
@@ -40,7 +44,9 @@ def _save_rule(given: NamedFolders) -> list[Fault]:
     if given.save_directory is None:
         return []
     overlap = [] if given.model_path is None else _overlap_faults(given.model_path, given.save_directory)
-    return overlap or _save_faults(given.save_directory, given.overwrite)
+    # What an interrupted run has left may be its finished result: then the folder is not empty for a good reason.
+    left = given.resume and any(given.save_directory.resolve().parent.glob(".*.partial-*"))
+    return overlap or _save_faults(given.save_directory, given.overwrite or left)
 
 
 def _dump_rule(given: NamedFolders) -> list[Fault]:
@@ -53,6 +59,22 @@ def _dump_rule(given: NamedFolders) -> list[Fault]:
         return [Fault(what, why="it lies in the save folder, which holds the finished checkpoint only", fix=fix)]
     if given.model_path is not None and _within(given.dump_ir.resolve(), given.model_path.resolve()):
         return [Fault(what, why="it lies in the model folder, which vlqc only reads", fix=fix)]
+    return []
+
+
+def _timings_rule(given: NamedFolders) -> list[Fault]:
+    """Asked before the work: hours later the file could not be written."""
+    if given.timings is None:
+        return []
+    what, fix = f"--timings {given.timings}", "name a file in an existing folder"
+    if given.timings.is_dir():
+        return [Fault(what, why="it is a folder", fix=fix)]
+    if not given.timings.parent.is_dir():
+        return [Fault(what, why=f"there is no folder {given.timings.parent}", fix=fix)]
+    for folder, kind in ((given.save_directory, "save"), (given.model_path, "model")):
+        if folder is not None and _within(given.timings.resolve(), folder.resolve()):
+            why = f"it lies in the {kind} folder, and says nothing but what this machine did"
+            return [Fault(what, why=why, fix="name a file elsewhere")]
     return []
 
 

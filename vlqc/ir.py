@@ -24,6 +24,7 @@ from vlqc.observation import FAINT as FAINT
 from vlqc.observation import MODALITIES as MODALITIES
 from vlqc.observation import ChannelRange as ChannelRange
 from vlqc.observation import Observation as Observation
+from vlqc.observation import noise_to_signal as noise_to_signal
 from vlqc.observation import row_weights as row_weights
 from vlqc.world import World
 

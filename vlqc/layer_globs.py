@@ -1,19 +1,20 @@
 """Patterns over checkpoint layer names: what --exclude and --include mean, checked before anything runs."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from vlqc.engines import Scheme, fused_group, group_faults, legal_schemes, stays_float_by_seed
 from vlqc.errors import Fault, UserError, near_miss
+from vlqc.model import FloatModel
 from vlqc.options import Options
 
 
-def check_choice(layers: Sequence[str], heads: Sequence[str], options: Options) -> None:
-    """UserError where --include and --exclude name nothing, or leave what the target does not load."""
-    check_globs([*layers, *heads], exclude=options.exclude)
-    check_globs(layers, include=options.include)
-    check_plan(layers, options)
+def check_layers(model: FloatModel, options: Options) -> None:
+    """UserError for patterns that match nothing, or leave what no engine loads."""
+    check_globs([*model.layers, *model.heads], exclude=options.exclude)
+    check_globs(model.layers, include=options.include)
+    check_plan(model.layers, options)
 
 
 def check_plan(layers: Iterable[str], options: Options) -> None:

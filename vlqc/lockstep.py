@@ -5,16 +5,18 @@ that carries the stage's arguments; the compiler answers with the stage's output
 reordering, rotary embeddings, image features scattered into the text) is therefore always the model's own code.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import greenlet
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from vlqc.errors import Fault, InternalError, UserError, VlqcError
 from vlqc.ir import Call
+from vlqc.kept_outputs import stand_in
 from vlqc.model import FloatModel
 from vlqc.probe import PROBE
 
@@ -30,6 +32,27 @@ class Stop:
     module: nn.Module
     calls: list[Call]
     outputs: list[Any] = field(default_factory=list)
+
+
+@dataclass
+class Answers:
+    """What finished stages returned in an earlier run.
+
+    stages: their names, in order; described: per stage and sample the form of what it returned; values: per sample the
+    last finished stage it passed through, and what that returned.
+    """
+
+    stages: Sequence[str] = ()
+    described: Mapping[str, Mapping[int, Any]] = field(default_factory=dict)
+    values: dict[int, tuple[str, Any]] = field(default_factory=dict)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def of(self, stage: str, sample: int) -> Any:
+        """What a stage returned for a sample, once. Only of its last stage are there the numbers: nothing else is read
+        again, and if it were, that would show, as the floats are NaN."""
+        if self.values.get(sample, ("", None))[0] == stage:
+            return self.values.pop(sample)[1]
+        return stand_in(self.described[stage][sample], self.device)
 
 
 @dataclass
@@ -53,6 +76,7 @@ class Lockstep:
     iteration ends at the last stage and nothing behind it (final norm, output head) ever runs; with it, `results`
     holds what `model(**inputs)` returned per sample. first: number of the first sample, where others are elsewhere;
     probe: one more, the last of all, whose number is PROBE.
+    known: answers for stages that are finished; no sample stops there.
     """
 
     def __init__(
@@ -63,11 +87,13 @@ class Lockstep:
         to_the_end: bool = False,
         first: int = 0,
         probe: dict[str, Tensor] | None = None,
+        known: Answers | None = None,
     ) -> None:
         self.model = model
         self.samples = [*samples, *([] if probe is None else [probe])]
         self.numbers = [*range(first, first + len(samples)), *([] if probe is None else [PROBE])]
         self.to_the_end = to_the_end
+        self.known = known or Answers()
         self.results: list[Any] = []
         self._suspended: list[_Suspended] = []
 
@@ -99,11 +125,17 @@ class Lockstep:
             stage.__dict__.pop("forward", None)
 
     def __iter__(self) -> Iterator[Stop]:
-        for suspended in self._suspended:
-            self._resume(suspended)
-        order = {stage: number for number, stage in enumerate(self.model.stages.values())}
         last = list(self.model.stages)[-1]
+        if last in self.known.stages and not self.to_the_end:
+            return
+        for number, suspended in enumerate(self._suspended):
+            self._resume(suspended)
+            while suspended.at is not None and (name := self.model.name(suspended.at)) in self.known.stages:
+                self._resume(suspended, self.known.of(name, self.numbers[number]))
+        order = {stage: number for number, stage in enumerate(self.model.stages.values())}
         for name, stage in self.model.stages.items():
+            if name in self.known.stages:
+                continue
             for one in self._suspended:
                 if one.at is not None and order[one.at] < order[stage]:
                     where = self.model.name(one.at)
@@ -131,7 +163,18 @@ class Lockstep:
 
     def _call(self, number: int, stage: nn.Module) -> Call:
         one = self._suspended[number]
+        if self.known.stages:
+            self._require_known(self.model.name(stage), one)
         return Call(self.numbers[number], one.args, one.kwargs, one.modality if self.model.reads_text(stage) else None)
+
+    @staticmethod
+    def _require_known(stage: str, suspended: _Suspended) -> None:
+        """UserError if anything comes from a stage whose outputs were not kept."""
+        given = tree_leaves((suspended.args, suspended.kwargs))
+        if any(isinstance(it, Tensor) and it.is_floating_point() and bool(it.isnan().any()) for it in given):
+            why = "the model's own code reads what earlier stages returned, or makes NaN itself"
+            fix = "start anew with --start_over"
+            raise UserError(Fault("this model cannot be resumed here", stage, why, fix))
 
     @staticmethod
     def _resume(suspended: _Suspended, *answer: Any) -> None:

@@ -166,3 +166,15 @@ def row_weights(
             relative = 1 / torch.maximum(energy[members[mine]].double(), faintest)
             weights[members[mine]] = relative / relative.sum() * (share * part)
     return weights
+
+
+def noise_to_signal(reference: Tensor, other: Tensor) -> float:
+    """float32 [rows, K] twice -> mean over rows of the difference's power relative to the row's own.
+
+    A norm divides every token by its size before anything reads it, so of a token 10 times as large 100 times the noise
+    counts the same; and as all tokens leave the last norm alike, they all count the same.
+    """
+    signal = reference.double().square().mean(1)
+    noise = (other.double() - reference.double()).square().mean(1)
+    faintest = (FAINT * signal.median()).clamp(min=torch.finfo(torch.float32).tiny)
+    return float((noise / torch.maximum(signal, faintest)).mean())

@@ -173,8 +173,21 @@ class Options(BaseModel):
         None, "Most tokens of one sample; pictures are made smaller until they fit, nothing is cut.", DATA, least=FEWEST
     )
     overwrite: bool = _option(False, "Replace a save folder that is not empty.", OUTPUT, flag=True)
+    resume: bool = _option(
+        False,
+        "Go on with an interrupted run of the same command, from the work folder that it has left beside the save "
+        "folder. Starts anew if there is none.",
+        RUNNING,
+        flag=True,
+    )
+    start_over: bool = _option(
+        False, "Throw away what an interrupted run has left, and start anew.", RUNNING, flag=True
+    )
     skip_bad_images: bool = _option(False, "Go on without the pictures that cannot be read.", DATA, flag=True)
     dump_ir: Path | None = _option(None, "Write the text of every stage after every pass into this folder.", DEBUGGING)
+    timings: Path | None = _option(
+        None, "Write time and memory per pass into this file, for `vlqc report FOLDER --timings FILE`.", DEBUGGING
+    )
     pipeline: str | None = _option(
         None, "Run these passes instead of those that the options build (see: vlqc passes).", DEBUGGING
     )

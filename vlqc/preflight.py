@@ -19,7 +19,7 @@ from torch import Tensor
 from vlqc.calibration import calibrate_on
 from vlqc.checkpoint import Checkpoint
 from vlqc.device import resolve_device
-from vlqc.emit import expected_bytes
+from vlqc.emit import expected_bytes, kept_bytes
 from vlqc.emit.ascend import emitted_dtype, header_bytes
 from vlqc.emit.folder import nearest_folder
 from vlqc.engines import (
@@ -35,7 +35,7 @@ from vlqc.engines import (
 )
 from vlqc.errors import printable
 from vlqc.ir import Site
-from vlqc.layer_globs import check_choice
+from vlqc.layer_globs import check_layers
 from vlqc.memory import peak_memory
 from vlqc.model import FloatModel
 from vlqc.options import Options
@@ -82,7 +82,7 @@ def preflight(*, samples: Sequence[dict[str, Tensor]] | None = None, **given: An
     resolve_device(options.device_type)
     checkpoint = Checkpoint(options.model_path)
     model = FloatModel.of(checkpoint, trust_remote_code=options.trust_remote_code)
-    check_choice(model.layers, model.heads, options)
+    check_layers(model, options)
     calibration = calibrate_on(samples, options, model.module)
     tokens = sum(sample["input_ids"].numel() for sample in calibration.samples)
     patches = sum(len(sample["pixel_values"]) for sample in calibration.samples if "pixel_values" in sample)
@@ -109,7 +109,8 @@ def preflight(*, samples: Sequence[dict[str, Tensor]] | None = None, **given: An
         patches=patches,
         memory=peak_memory() + largest_stage(model) * STAGE_BYTES + OBSERVED_BYTES,
         seconds=expected_seconds(model, sites, tokens, patches, after),
-        disk_needed=max(after, expected_bytes(model, options) if options.fallback == "auto" else 0),
+        disk_needed=max(after, expected_bytes(model, options) if options.fallback == "auto" else 0)
+        + kept_bytes(model, calibration.samples),
         disk_free=shutil.disk_usage(nearest_folder(options.save_directory)).free,
         engines=[str(found) for engine in ENGINE_TITLES if (found := loading(engine, schemes, dtype, options))],
         notes=list(dict.fromkeys(notes)),

@@ -1,5 +1,6 @@
 """What the user sees while a compilation runs, and when it has finished."""
 
+import shlex
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -25,6 +26,9 @@ class Progress:
 
     def begin(self, stages: int, samples: int) -> None:
         """Everything is checked and loaded; `stages` will follow, each over `samples`."""
+
+    def resumed(self, done: int) -> None:
+        """`done` stages were finished by a run that was interrupted; 0 for a new one."""
 
     def stage(self, index: int, name: str) -> None:
         """Stage `index` (from 0) starts."""
@@ -58,7 +62,7 @@ class TerminalProgress(Progress):
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console or Console(stderr=True)
         self._clock = clock
-        self._stages = self._samples = self._done = 0
+        self._stages = self._samples = self._done = self._before = 0
         self._name = ""
         self._started = self._last_line = clock()
         self._bar: Bar | None = None
@@ -82,6 +86,13 @@ class TerminalProgress(Progress):
             self._bar.start()
         else:
             self._line(f"{stages} stages, {samples} samples")
+
+    def resumed(self, done: int) -> None:
+        self._done = self._before = done
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, refresh=True)
+        elif done:
+            self._line(f"{done} of {self._stages} stages were finished before")
 
     def stage(self, index: int, name: str) -> None:
         self._name = name
@@ -124,9 +135,9 @@ class TerminalProgress(Progress):
 
     def _left(self) -> str:
         """Time left if the stages to come take as long as those so far."""
-        if not self._done:
+        if self._done == self._before:
             return "time left unknown"
-        remaining = (self._clock() - self._started) / self._done * (self._stages - self._done)
+        remaining = (self._clock() - self._started) / (self._done - self._before) * (self._stages - self._done)
         return f"{duration(remaining)} left"
 
 
@@ -151,6 +162,7 @@ def print_summary(result: "Result", console: Console) -> None:
         ("output", str(result.folder)),
         *(("loads in", engine) for engine in result.engines),
         *(("serve", command) for command in result.serve),
+        ("look inside", f"vlqc report {shlex.quote(str(result.folder))}"),
         *(("warning", warning.split("\n")[0]) for warning in filter(is_warning, result.notes)),  # the rest was shown
         *(("note", note) for note in result.notes if not is_warning(note)),
     ]

@@ -2,8 +2,11 @@
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from vlqc.checkpoint import Checkpoint
 from vlqc.emit.ascend import emitted_dtype
@@ -12,10 +15,16 @@ from vlqc.errors import Fault, UserError
 from vlqc.ir import Stage
 from vlqc.memory import peak_memory
 from vlqc.options import Options
+from vlqc.pipeline import Pass, pipeline_text, print_pipeline
 from vlqc.precision_search import Plan
+from vlqc.report.facts import Facts, rounded
+from vlqc.report.gathering import Gathering
+from vlqc.report.reproduce import command, without_places
+from vlqc.report.timings import Timings, installed, machine
 from vlqc.result import Result
 from vlqc.runtime import read_description
 from vlqc.verify import verify_folder
+from vlqc.world import here
 
 
 class Tally:
@@ -25,7 +34,9 @@ class Tally:
         self.options, self.checkpoint, self._show_note = options, checkpoint, show_note
         self.counts: dict[tuple[str, str], int] = {}
         self.notes: list[str] = []
+        self._of_run: set[str] = set()
         self.plan: Plan | None = None
+        self.gathering = Gathering(active=here().first)
         self._started = time.perf_counter()
         dtype, group_size = str(checkpoint.dtype).removeprefix("torch."), options.group_size
         asked = (options.engine_target, options.scheme, dtype)
@@ -41,23 +52,46 @@ class Tally:
                 [f"the checkpoint is {dtype}; engines run bfloat16, so its float tensors are emitted as bfloat16"]
             )
 
-    def note(self, notes: Iterable[str]) -> None:
+    def note(self, notes: Iterable[str], *, of_run: bool = False) -> None:
+        """of_run: they say something of this run alone, so the report in the folder has to go without them."""
         for text in notes:
             if text not in self.notes:
                 self.notes.append(text)
                 self._show_note(text)
+            if of_run:
+                self._of_run.add(text)
 
     def count(self, stage: Stage) -> None:
         """A finished stage: its sites by scheme, its notes."""
         for site in stage.sites.values():
             self._count(stage.part, site.scheme or Scheme.FLOAT)
         self.note(stage.notes)
+        self.gathering.finished(stage)
+
+    def state(self) -> dict[str, Any]:
+        """What was counted and noted so far, and the facts of the last stage, in JSON."""
+        notes = [note for note in self.notes if note not in self._of_run]
+        counts = [[*key, count] for key, count in self.counts.items()]
+        return {"counts": counts, "notes": notes, "stage": self.gathering.last()}
+
+    def restore(self, states: Sequence[dict[str, Any]]) -> None:
+        """Goes on from another tally's `state` after each of its stages."""
+        self.counts = {(part, scheme): count for part, scheme, count in states[-1]["counts"]}
+        self.note(states[-1]["notes"])
+        self.gathering.restore([state["stage"] for state in states])
 
     def settle(self, plan: Plan | None) -> None:
-        """What the precision search chose, where there was one: its schemes are counted, its notes told."""
-        if plan is None:
-            return
+        """What the precision search chose, where there was one: its schemes are counted, its notes told.
+
+        UserError if every site stayed float: the source would only be copied.
+        """
+        if plan is not None:
+            self._settle(plan)
+        self._require_quantized()
+
+    def _settle(self, plan: Plan) -> None:
         self.plan = plan
+        self.gathering.settled(plan)
         for group, scheme in zip(plan.groups, plan.schemes, strict=True):
             part, sites = part_of(group.name), len(group.sites)
             for of, change in ((group.assigned, -sites), (scheme, sites)):
@@ -65,8 +99,7 @@ class Tally:
         self.counts = {key: count for key, count in self.counts.items() if count}
         self.note(plan.notes())
 
-    def require_quantized(self) -> None:
-        """UserError if every site stayed float: the source would only be copied."""
+    def _require_quantized(self) -> None:
         if all(scheme == Scheme.FLOAT for _, scheme in self.counts):
             why = "no pass gave any layer a scheme, or every layer was excluded"
             fix = "look at --pipeline and --exclude"
@@ -93,6 +126,23 @@ class Tally:
                 Fault(f"{self.options.engine_target} does not load the result", "--strict_target", why, fix)
             )
 
+    def write_facts(self, folder: Path, passes: Sequence[Pass], *, ready_samples: bool) -> None:
+        """What the report shows, into the folder; see `report.facts`."""
+        text, options = print_pipeline(passes), self.options
+        Facts(
+            version=installed("vlqc"),
+            command=command(options, None if text == pipeline_text(options) else text, ready_samples=ready_samples),
+            ready_samples=ready_samples,
+            pipeline=text,
+            target=options.engine_target,
+            dtype="float16" if emitted_dtype(self.checkpoint.dtype) == torch.float16 else "bfloat16",
+            bytes_before=self.checkpoint.bytes,
+            heads=("lm_head",) if "lm_head.weight" in self.checkpoint else (),
+            notes=without_places([note for note in self.notes if note not in self._of_run], options),
+            predicted=rounded(self.plan.sqnr) if self.plan else None,
+            stages=tuple(self.gathering.stages),
+        ).write(folder)
+
     def _count(self, part: str, scheme: Scheme) -> None:
         self.counts[part, str(scheme)] = self.counts.get((part, str(scheme)), 0) + 1
 
@@ -104,6 +154,8 @@ class Tally:
         description = read_description(folder)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         dtype = str(emitted_dtype(self.checkpoint.dtype)).removeprefix("torch.")
+        if self.options.timings is not None:
+            self._timings(passes).write(self.options.timings)
         return Result(
             folder=folder,
             counts=self.counts,
@@ -117,6 +169,18 @@ class Tally:
             passes=passes,
             precision=self.plan.table() if self.plan else [],
             predicted_sqnr=self.plan.sqnr if self.plan else None,
+        )
+
+    def _timings(self, passes: dict[str, float]) -> Timings:
+        system, processors, versions = machine()
+        return Timings(
+            seconds=time.perf_counter() - self._started,
+            peak_bytes=peak_memory(),
+            passes=self.gathering.pass_times(passes),
+            stages=tuple(self.gathering.stage_times),
+            system=system,
+            processors=processors,
+            versions=versions,
         )
 
 

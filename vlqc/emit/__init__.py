@@ -1,7 +1,8 @@
 """Writing the compiled checkpoint: files and folders, tensors of a stage, and what an engine wants beside them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -13,8 +14,9 @@ from vlqc.emit.vllm_ascend import FolderEmitter
 from vlqc.ir import Stage
 from vlqc.model import FloatModel
 from vlqc.options import Options
+from vlqc.precision_search import Plan
 
-__all__ = ["FolderEmitter", "emitter_for", "expected_bytes"]
+__all__ = ["FolderEmitter", "emitter_for", "expected_bytes", "kept_bytes"]
 
 
 def emitter_for(options: Options, folder: Path, checkpoint: Checkpoint, *, writes: bool = True) -> FolderEmitter:
@@ -25,7 +27,7 @@ def emitter_for(options: Options, folder: Path, checkpoint: Checkpoint, *, write
 
 
 class NoEmitter(FolderEmitter):
-    """Of a process that does not write: another one does."""
+    """Of a process that does not write: another one does, or the result is complete."""
 
     def add_stage(self, stage: Stage) -> None:
         pass
@@ -36,7 +38,31 @@ class NoEmitter(FolderEmitter):
     def copy(self, name: str) -> Tensor:
         return self.checkpoint.tensor(name)
 
+    def copy_rest(self, names: Iterable[str]) -> None:
+        pass
 
-def expected_bytes(model: FloatModel, options: Options) -> int:
-    """About how much room the result takes while it is made."""
-    return spool.expected_bytes(model) if options.fallback == "auto" else ascend.expected_bytes(model)
+    def settle(self) -> Plan | None:
+        plan = None if self._spool is None else self.plan(self._spool)
+        return plan if plan and plan.groups else None
+
+    def restore(self, marks: Sequence[dict[str, Any]], taken: set[int]) -> None:
+        self.restore_spool(marks, set(range(len(marks))))
+
+    def finish(self) -> None:
+        pass
+
+
+def expected_bytes(model: FloatModel, options: Options, samples: Sequence[Mapping[str, Tensor]] = ()) -> int:
+    """About how much room the result takes while it is made, and what is kept meanwhile to go on from."""
+    result = spool.expected_bytes(model) if options.fallback == "auto" else ascend.expected_bytes(model)
+    return result + kept_bytes(model, samples)
+
+
+def kept_bytes(model: FloatModel, samples: Sequence[Mapping[str, Tensor]]) -> int:
+    """Of the outputs of a stage for all samples, float32, twice: one set goes when the next one is complete."""
+    config = model.checkpoint.config
+    tokens = sum(sample["input_ids"].numel() for sample in samples)
+    patches = sum(len(sample["pixel_values"]) for sample in samples if "pixel_values" in sample)
+    return (
+        2 * 4 * max(tokens * int(config["hidden_size"]), patches * int(config["vision_config"].get("hidden_size", 0)))
+    )

@@ -1,6 +1,7 @@
 """A folder that appears whole or not at all: written beside its place, then renamed into it."""
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import glob
@@ -8,130 +9,125 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
+from vlqc.emit.shards import sync
 from vlqc.errors import Fault, UserError
-from vlqc.options import Options
 
 FOLDER_MODE = 0o750
 FILE_MODE = 0o640
+RESULT = "result"  # in a work folder, what is to appear; beside it lies what an interrupted run goes on from
 # What a disk or its settings can answer to a write; any other fault inside is not one of the save folder.
 DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux: <fcntl.h>, <linux/fs.h>
 
 
-@contextmanager
-def result_folder(options: Options, needed: int, *, writes: bool) -> Iterator[Path]:
-    """For the process that writes the result `appearing_folder`, if the disk has `needed` bytes; for others one nearby.
+def work_folders(target: Path) -> list[Path]:
+    """Those that lie beside `target`, of runs that go on or were interrupted."""
+    target = Path(os.path.realpath(target))
+    return sorted(target.parent.glob(f"{glob.escape(_prefix(target))}*"))
 
-    They find room to work in there, for files without a name, and leave nothing.
+
+class WorkFolder:
+    """A folder of one run beside its target, locked for as long as this process lives.
+
+    folder: its path; result: the folder inside that is to appear.
     """
-    if not writes:
-        yield nearest_folder(options.save_directory)
-        return
-    require_space(options.save_directory, needed)
-    with appearing_folder(options.save_directory, overwrite=options.overwrite) as work:
-        yield work
 
-
-@contextmanager
-def appearing_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Inside, an empty work folder beside `target`; on success it becomes `target`, on any error nothing remains.
-
-    With `overwrite` an existing folder stays until the new one is complete, and comes back if the exchange fails.
-    """
-    target = Path(os.path.realpath(target))  # a link stays and what it points to is exchanged
-    new_parents = [parent for parent in target.parents if not parent.exists()]
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        prefix = f".{target.name[:100]}.partial-"
-        for leftover in target.parent.glob(f"{glob.escape(prefix)}*"):
-            _remove_if_abandoned(leftover)
-        # A name of its own: two runs into one folder must not write into each other's work.
-        work = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
-        work.chmod(FOLDER_MODE)
-        lock = _locked(work)
-    except OSError as error:
-        raise UserError(Fault("the save folder cannot be made", str(target), str(error))) from error
-    try:
+    def __init__(self, target: Path, folder: Path | None = None) -> None:
+        """A new one, or with `folder` one that is there. UserError if it cannot be made, InUse if it is another's."""
+        self.target = Path(os.path.realpath(target))  # a link stays and what it points to is exchanged
+        self._new_parents = [parent for parent in self.target.parents if not parent.exists()]
         try:
-            yield work
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            # A name of its own: two runs into one folder must not write into each other's work.
+            self.folder = folder or Path(tempfile.mkdtemp(prefix=_prefix(self.target), dir=self.target.parent))
+            self._lock = _locked(self.folder)
+            self.result = self.folder / RESULT
+            if folder is None:
+                self.folder.chmod(FOLDER_MODE)
+                self.result.mkdir(FOLDER_MODE)
         except OSError as error:
-            if error.errno not in DISK_FAULTS:
-                raise
-            raise _unwritable(target, error) from error
-        try:
-            _publish(work, target, overwrite)
-        except OSError as error:
-            raise _unwritable(target, error) from error
-    finally:
-        if lock is not None:
-            os.close(lock)
-        shutil.rmtree(work, ignore_errors=True)
-        if not target.exists():
+            raise UserError(Fault("the save folder cannot be made", str(self.target), str(error))) from error
+
+    @property
+    def locks(self) -> bool:
+        """Whether the disk has locks, so that nobody else can be using it."""
+        return self._lock is not None
+
+    def publish(self, overwrite: bool) -> None:
+        """Gives the finished result its place; what was there before stays until then, and goes with `remove`.
+
+        OSError if that is not possible; then all is as before.
+        """
+        for path in self.result.iterdir():
+            path.chmod(FILE_MODE)
+            sync(path)
+        self.result.chmod(FOLDER_MODE)
+        sync(self.result)
+        sync(self.folder)
+        if overwrite and self.target.is_dir() and any(self.target.iterdir()):
+            exchange(self.result, self.target)
+        else:
+            self.result.rename(self.target)  # nothing or an empty folder is there, otherwise an error
+        sync(self.target.parent)
+
+    def remove(self) -> None:
+        """It and everything in it, and folders above it that were made for it and are empty."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if not self.target.exists():
             with contextlib.suppress(OSError):
-                for parent in new_parents:
+                for parent in self._new_parents:
                     parent.rmdir()
 
+    def close(self) -> None:
+        """Lets others have it."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
-def _locked(work: Path) -> int | None:
-    """A handle that holds a lock on a folder for as long as this process lives; None where another one holds it."""
-    handle = os.open(work, os.O_RDONLY)
+
+class InUse(Exception):
+    """Another process that lives has this work folder."""
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Two folders of one file system take each other's place, at once where the system can do that.
+
+    Elsewhere there is a moment in which `other` is missing; if it is the last one, `restore_replaced` mends that.
+    """
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is not None:
+        if renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
+            return
+        code = ctypes.get_errno()
+        if code not in (errno.EINVAL, errno.ENOSYS):  # which say that this file system cannot
+            raise OSError(code, os.strerror(code), str(other))
+    aside = Path(tempfile.mkdtemp(prefix=_replaced(other), dir=other.parent))
+    other.rename(aside)  # onto an empty folder
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        one.rename(other)
     except OSError:
-        os.close(handle)
-        return None
-    return handle
-
-
-def _remove_if_abandoned(work: Path) -> None:
-    """Removes the work folder of a run that was killed; one that is being written is locked, and stays."""
-    with contextlib.suppress(OSError):
-        lock = _locked(work)
-        if lock is not None:
-            shutil.rmtree(work, ignore_errors=True)
-            os.close(lock)
-
-
-def _publish(work: Path, target: Path, overwrite: bool) -> None:
-    """Gives the finished folder its place; what was there before goes only once the new one stands."""
-    for path in work.iterdir():
-        path.chmod(FILE_MODE)
-        _sync(path)
-    _sync(work)
-    replaced = None
-    if target.exists() and (overwrite or not any(target.iterdir())):
-        replaced = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.replaced-", dir=target.parent))
-        try:
-            target.rename(replaced)  # onto an empty folder
-        except OSError:
-            replaced.rmdir()
-            raise
-    try:
-        work.rename(target)
-    except OSError:
-        if replaced is not None and not target.exists():
-            replaced.rename(target)
+        aside.rename(other)
         raise
-    _sync(target.parent)
-    if replaced is not None:
-        shutil.rmtree(replaced, ignore_errors=True)
+    aside.rename(one)
 
 
-def _unwritable(target: Path, error: OSError) -> UserError:
+def restore_replaced(target: Path) -> None:
+    """Puts back what a run moved aside that was killed before something else stood there; else it goes."""
+    target = Path(os.path.realpath(target))
+    for aside in sorted(target.parent.glob(f"{glob.escape(_replaced(target))}*")):
+        with contextlib.suppress(OSError):
+            if target.exists():
+                shutil.rmtree(aside)
+            else:
+                aside.rename(target)
+
+
+def unwritable(target: Path, error: OSError) -> UserError:
     return UserError(
         Fault("the result cannot be written", str(target), str(error), "free space or choose another folder")
     )
-
-
-def _sync(path: Path) -> None:
-    with contextlib.suppress(OSError):  # some file systems cannot sync a folder
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def nearest_folder(target: Path) -> Path:
@@ -139,8 +135,9 @@ def nearest_folder(target: Path) -> Path:
     return next(folder for folder in Path(os.path.realpath(target)).parents if folder.is_dir())
 
 
-def _readable(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
+def bytes_in(folder: Path) -> int:
+    """What the files in a folder take on the disk, those in folders inside included."""
+    return sum(entry.stat().st_blocks * 512 for entry in _files(folder))
 
 
 def require_space(target: Path, needed: int) -> None:
@@ -152,3 +149,32 @@ def require_space(target: Path, needed: int) -> None:
         raise UserError(
             Fault("not enough disk space", str(existing), why, "free space or choose another --save_directory")
         )
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name[:100]}.partial-"
+
+
+def _replaced(target: Path) -> str:
+    return f".{target.name[:100]}.replaced-"
+
+
+def _locked(folder: Path) -> int | None:
+    """A handle that holds a lock on a folder for as long as this process lives; None where the disk has no locks."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise InUse from error
+        return None
+    return handle
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if path.is_file())
+
+
+def _readable(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"

@@ -5,16 +5,19 @@ file per stage holds what does not depend on that, and the tensors of every choi
 stage by stage, in the order in which they would have been written.
 """
 
-from collections.abc import Iterable, Iterator
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 
 from vlqc.emit.ascend import TENSORS_PER_LINEAR, Entry, emitted_dtype, module_entries
 from vlqc.emit.ascend import expected_bytes as expected_bytes_without
-from vlqc.emit.shards import ENTRY_BYTES, ShardWriter
+from vlqc.emit.shards import ENTRY_BYTES, Damaged, ShardWriter, sync
 from vlqc.engines import VLLM_ASCEND, Scheme, legal_schemes
+from vlqc.fingerprint import file_digest
 from vlqc.ir import MODALITIES, Sensitivity, Stage
 from vlqc.model import FloatModel
 from vlqc.precision_search import Choice, Group, Plan
@@ -40,13 +43,15 @@ class Line:
 class Spool:
     """Holds stages back: `put` each of them, decide about `groups`, then `take` what the plan chose, once.
 
-    folder: made by the first `put` and removed by `take`.
+    folder: made by the first `put`; `remove` ends all.
     """
 
     folder: Path
     _stages: list[list[Line]] = field(default_factory=list)
     _measured: list[Sensitivity] = field(default_factory=list)
     _bytes: list[dict[Scheme, int]] = field(default_factory=list)
+    _groups: list[int] = field(default_factory=list)  # per stage
+    _dropped: set[int] = field(default_factory=set)
     _tokens: int = 0
     _image_tokens: int = 0
 
@@ -56,6 +61,7 @@ class Spool:
         first = len(self._measured)
         self._measured += [replace(it, modules={}) for it in stage.sensitivities]  # the stage is to be forgotten
         self._bytes += [dict.fromkeys(it.noise, 0) for it in stage.sensitivities]
+        self._groups.append(len(stage.sensitivities))
         self.folder.mkdir(exist_ok=True)
         writer = ShardWriter(self.folder, header_bytes=_header_bytes(stage))
         lines: list[Line] = []
@@ -80,18 +86,76 @@ class Spool:
             found.append(Group(measured.sites, measured.assigned, choices))
         return found
 
-    def take(self, plan: Plan) -> Iterator[Entry]:
-        """The entries that the plan chose, for `groups` as they were; each file goes when it is read."""
+    def take(self, plan: Plan, taken: Callable[[int], None] | None = None) -> Iterator[Entry]:
+        """The entries that the plan chose, for `groups` as they were.
+
+        taken: is told the number of every stage when its last entry was used, and sees to `drop`.
+        """
         for number, lines in enumerate(self._stages):
-            path = self.folder / f"{number}.safetensors"
-            with safe_open(path, framework="pt") as file:
+            if number in self._dropped:
+                continue
+            with safe_open(self._path(number), framework="pt") as file:
                 for key, line in enumerate(lines):
                     if line.group is None or plan.schemes[line.group] == line.scheme:
                         yield Entry(line.name, file.get_tensor(str(key)), line.mark)
-            path.unlink()
-        if self._stages:
-            self.folder.rmdir()
-        self._stages.clear()
+            (taken or self.drop)(number)
+
+    def drop(self, number: int) -> None:
+        """A stage is not wanted any more: its file goes."""
+        self._dropped.add(number)
+        self._path(number).unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def mark(self) -> dict[str, Any]:
+        """What became known by the last `put`, in JSON."""
+        lines = self._stages[-1]
+        first = sum(self._groups[:-1])
+        return {
+            "lines": [[it.name, it.mark, it.group, it.scheme] for it in lines],
+            "measured": [[it.source, it.part, it.sites, it.assigned, it.noise] for it in self._measured[first:]],
+            "bytes": self._bytes[first:],
+            "tokens": [self._tokens, self._image_tokens],
+        }
+
+    def sealed(self, number: int) -> str:
+        """SHA-256 of a stage's file, which is on the disk when this returns."""
+        sync(self._path(number))
+        sync(self.folder)
+        return file_digest(self._path(number))
+
+    def restore(self, marks: Iterable[tuple[dict[str, Any], str]], dropped: set[int]) -> None:
+        """Goes on from marks and seals that another spool made in this folder. Damaged if a file is not as it was."""
+        for number, (mark, seal) in enumerate(marks):
+            if number not in dropped and (not self._path(number).exists() or file_digest(self._path(number)) != seal):
+                raise Damaged(f"{self._path(number).name} of {self.folder.name} is not what was written")
+            self._stages.append(
+                [
+                    Line(name, Scheme(word), group, scheme and Scheme(scheme))
+                    for name, word, group, scheme in mark["lines"]
+                ]
+            )
+            self._measured += [
+                Sensitivity(source, part, tuple(sites), Scheme(assigned), _by_scheme(noise), {})
+                for source, part, sites, assigned, noise in mark["measured"]
+            ]
+            self._groups.append(len(mark["measured"]))
+            self._bytes += [_by_scheme(size) for size in mark["bytes"]]
+            self._tokens, self._image_tokens = mark["tokens"]
+        for number in dropped:
+            self.drop(number)
+        for path in self.folder.glob("*"):
+            if path.name not in {self._path(number).name for number in range(len(self._stages))}:
+                path.unlink()
+
+    @property
+    def count(self) -> int:
+        """How many stages were put."""
+        return len(self._stages)
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number}.safetensors"
 
     def _with_choices(
         self, stage: Stage, entries: Iterable[Entry], first: int, packed: bool
@@ -120,6 +184,10 @@ class Spool:
         if any(call.modality is not None for call in stage.calls) and not self._tokens:
             self._tokens = sum(sum(visit.of_modality) for visit in stage.all_visits())
             self._image_tokens = sum(visit.of_modality[IMAGE] for visit in stage.all_visits())
+
+
+def _by_scheme(values: dict[str, Any]) -> dict[Scheme, Any]:
+    return {Scheme(scheme): value for scheme, value in values.items()}
 
 
 def _header_bytes(stage: Stage) -> int:

@@ -5,7 +5,7 @@ For W8A8 the folder also carries the two config keys by which MindIE finds its q
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vlqc.checkpoint import Checkpoint
 from vlqc.emit.ascend import Entry, emitted_dtype, float_entry, header_bytes, stage_entries
+from vlqc.emit.manifest import MANIFEST
 from vlqc.emit.shards import ShardWriter
 from vlqc.emit.spool import FOLDER, Spool
 from vlqc.emit.write_behind import WriteBehind
@@ -46,8 +47,12 @@ class FolderEmitter:
         self.marks: dict[str, Scheme] = {}
         self.corrected = False  # whether any quant_bias takes a mean error off
         limit = None if options.part_file_size is None else options.part_file_size * GIB
-        self._shards = WriteBehind(ShardWriter(folder, header_bytes=header_bytes(checkpoint), limit=limit))
+        self._writer = ShardWriter(folder, header_bytes=header_bytes(checkpoint), limit=limit, marked=True)
+        self._shards = WriteBehind(self._writer)
         self._spool = Spool(folder / FOLDER) if options.fallback == "auto" else None
+        self._marked = 0  # how many of `marks` were part of a `mark`
+        # Is told, with the number of the stage, that what waited is emitted, and that its file can go then.
+        self.taken: Callable[[int, Callable[[], None]], None] = lambda number, drop: drop()
 
     def add_stage(self, stage: Stage) -> None:
         """Everything that a finished stage became."""
@@ -61,15 +66,60 @@ class FolderEmitter:
         """Once all stages were added: writes those that wait, in the schemes that the precision search chooses."""
         if self._spool is None:
             return None
-        options, groups = self.options, self._spool.groups()
-        plan = cheapest(
-            groups,
-            target=options.engine_target,
-            min_sqnr=options.min_sqnr,
-            max_float_groups=options.max_float_groups,
+        spool, plan = self._spool, self.plan(self._spool)
+        self.add(spool.take(plan, lambda number: self.taken(number, lambda: spool.drop(number))))
+        return plan if plan.groups else None
+
+    def plan(self, spool: Spool) -> Plan:
+        return cheapest(
+            spool.groups(),
+            target=self.options.engine_target,
+            min_sqnr=self.options.min_sqnr,
+            max_float_groups=self.options.max_float_groups,
         )
-        self.add(self._spool.take(plan))
-        return plan if groups else None
+
+    def mark(self, then: Callable[[dict[str, Any]], None], *, stage: bool = True) -> None:
+        """Has `then` called, in the thread that writes, with what was emitted since the last mark, in JSON.
+
+        By then it is on the disk. stage: whether a stage was added since.
+        """
+        marks = dict(list(self.marks.items())[self._marked :])
+        self._marked = len(self.marks)
+        made: dict[str, Any] = {"marks": marks, "corrected": self.corrected}
+        spool, number = (self._spool, self._spool.count - 1) if self._spool is not None and stage else (None, 0)
+        if spool is not None:
+            made["spool"] = spool.mark()
+
+        def act() -> None:
+            if spool is not None:
+                made["seal"] = spool.sealed(number)
+            then(made | {"shards": self._writer.mark()})
+
+        self._shards.then(act)
+
+    def restore(self, marks: Sequence[dict[str, Any]], taken: set[int]) -> None:
+        """Goes on from marks that another emitter made in this folder. Damaged if its files are not what they were.
+
+        taken: numbers of those stages that do not wait any more.
+        """
+        self.restore_spool(marks, taken)
+        for path in self.folder.iterdir():
+            if path.is_file() and not path.name.endswith((".safetensors", ".partial")):
+                path.unlink()  # written last, and written again
+        self._writer.restore([mark["shards"] for mark in marks])
+        for mark in marks:
+            self.marks |= {name: Scheme(word) for name, word in mark["marks"].items()}
+            self.corrected |= mark["corrected"]
+        self._marked = len(self.marks)
+        self._shards.known(self.marks)
+
+    def restore_spool(self, marks: Sequence[dict[str, Any]], taken: set[int]) -> None:
+        if self._spool is not None:
+            self._spool.restore([(mark["spool"], mark["seal"]) for mark in marks if "spool" in mark], taken)
+
+    def stop(self) -> None:
+        """After an error: nothing is being written when this returns."""
+        self._shards.stop()
 
     def _entries(self, stage: Stage) -> Iterable[Entry]:
         return stage_entries(stage, packed=self.packs_int4)
@@ -80,9 +130,10 @@ class FolderEmitter:
             self.marks[entry.name] = entry.mark
 
     def copy(self, name: str) -> Tensor:
-        """Reads a tensor of the source, emits it in float, and returns it as stored."""
+        """Reads a tensor of the source, emits it in float unless it was, and returns it as stored."""
         tensor = self.checkpoint.tensor(name)
-        self.add([float_entry(name, tensor, self.dtype)])
+        if name not in self.marks:
+            self.add([float_entry(name, tensor, self.dtype)])
         return tensor
 
     def copy_rest(self, names: Iterable[str]) -> None:
@@ -94,10 +145,12 @@ class FolderEmitter:
     def finish(self) -> None:
         """Completes the weight files and writes everything beside them."""
         self._shards.close(f"quant_model_weight_{self.quant_type.lower()}")
+        if self._spool is not None:
+            self._spool.remove()
         _write_json(self.folder / self._description_name(), self._description())
         _write_json(self.folder / "config.json", self._config())
         for name in self.checkpoint.side_files(code=self.options.trust_remote_code):
-            if not name.startswith("quant_model_description"):  # of another compilation
+            if not name.startswith("quant_model_description") and name != MANIFEST:  # of another compilation
                 shutil.copyfile(self.checkpoint.folder / name, self.folder / name)
 
     @property

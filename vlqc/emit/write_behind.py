@@ -1,7 +1,9 @@
 """Writing behind: tensors go to the disk in a thread of their own while the next ones are computed."""
 
 from collections import deque
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 from torch import Tensor
 
@@ -25,6 +27,7 @@ class WriteBehind:
         self._pending: deque[tuple[int, Future[None]]] = deque()
         self._waiting = self._unsynced = 0
         self._names = set[str]()
+        self._broken = False  # in the thread: whether something went wrong, and nothing behind it may be done
 
     def add(self, name: str, tensor: Tensor) -> None:
         if name in self._names:
@@ -34,7 +37,21 @@ class WriteBehind:
         while self._pending and (self._pending[0][1].done() or self._waiting + size > self.most_waiting):
             self._settle_first()
         self._waiting += size
-        self._pending.append((size, self._thread.submit(self._write, name, tensor, size)))
+        self._pending.append((size, self._thread.submit(self._do, partial(self._write, name, tensor, size))))
+
+    def then(self, action: Callable[[], None]) -> None:
+        """Has the thread do something once everything added so far is written."""
+        while self._pending and self._pending[0][1].done():
+            self._settle_first()
+        self._pending.append((0, self._thread.submit(self._do, action)))
+
+    def known(self, names: Iterable[str]) -> None:
+        """These were written before."""
+        self._names.update(names)
+
+    def stop(self) -> None:
+        """After an error: what waits is not written any more, and nothing is being written when this returns."""
+        self._thread.shutdown(cancel_futures=True)
 
     def close(self, stem: str) -> None:
         while self._pending:
@@ -49,6 +66,16 @@ class WriteBehind:
             written.result()
         except BaseException:
             self._thread.shutdown(wait=False, cancel_futures=True)
+            raise
+
+    def _do(self, action: Callable[[], None]) -> None:
+        """In the thread. Behind a failure nothing is done: a mark would vouch for what was not written."""
+        if self._broken:
+            return
+        try:
+            action()
+        except BaseException:
+            self._broken = True
             raise
 
     def _write(self, name: str, tensor: Tensor, size: int) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from vlqc.engines import Target, parse_target
 from vlqc.errors import Fault, InternalError, UserError
 from vlqc.verify.arithmetic import check_arithmetic
+from vlqc.verify.manifest import check_manifest
 from vlqc.verify.report import Finding, Report
 from vlqc.verify.source import check_against_source
 from vlqc.verify.structure import check_structure
@@ -56,6 +57,7 @@ def verify_folder(
         raise UserError(Fault("--min_sqnr needs pictures", "--calib_images", fix="add --calib_images"))
     report = Report(str(folder))
     content = check_structure(folder, target, report)
+    check_manifest(folder, report)
     check_arithmetic(content, report)
     if model_path is not None:
         check_against_source(content, model_path, report)

@@ -1,0 +1,111 @@
+"""Facts of a model of any size without a compilation, as a report would find them in its folder."""
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+from vlqc.report.facts import SHARES, Facts, InputFacts, SiteFacts, StageFacts, rounded
+from vlqc.report.timings import PassTime, StageTime, Timings
+
+LANGUAGE = {
+    "q_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o_proj": ("self_attn.o_proj",),
+    "gate_proj": ("mlp.gate_proj", "mlp.up_proj"),
+    "down_proj": ("mlp.down_proj",),
+}
+VISION = {
+    "qkv": ("attn.qkv",),
+    "proj": ("attn.proj",),
+    "gate": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+MERGER: dict[str, tuple[str, ...]] = {"0": ("mlp.0",), "2": ("mlp.2",)}
+
+
+def facts(layers: int = 80, blocks: int = 32, **changes: Any) -> Facts:
+    """A language model and a vision tower of that many stages; changes: fields to be replaced."""
+    chance = random.Random(layers * 1000 + blocks)
+    stages = [_stage(f"visual.blocks.{n}", "vision", VISION, n, chance) for n in range(blocks)]
+    stages.append(_stage("visual.merger", "merger", MERGER, 0, chance))
+    stages += [_stage(f"model.layers.{n}", "language", LANGUAGE, n, chance) for n in range(layers)]
+    known: dict[str, Any] = {
+        "version": "0.1.0",
+        "command": ("vlqc", "compile", "--model_path", "MODEL_PATH", "--calib_images", "PICTURES", "--save_directory",
+                    "SAVE_DIRECTORY", "--w_bit", "4", "--exclude", "visual.blocks.3.*"),
+        "ready_samples": False,
+        "pipeline": "insert-observers{tokens=4096},assign-precision{scheme=W4A8_DYNAMIC},lower-linears",
+        "target": "vllm-ascend",
+        "dtype": "bfloat16",
+        "bytes_before": 145_000_000_000,
+        "heads": ("lm_head",),
+        "notes": ("skipped PICTURES/a.jpg: truncated", "no target loads it\nwhy: a reason\nwhat to do: wait"),
+        "predicted": None,
+        "stages": tuple(stages),
+    }  # fmt: skip
+    return Facts(**(known | changes))
+
+
+def folder(path: Path, told: Facts) -> Path:
+    """A folder with that report in it, and the least that a report reads beside it."""
+    path.mkdir(parents=True)
+    config = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "num_hidden_layers": 80, "hidden_size": 8192}
+    (path / "config.json").write_text(json.dumps(config | {"vision_config": {"depth": 32, "hidden_size": 1280}}))
+    description = {f"{site.name}.weight": site.scheme for stage in told.stages for site in stage.sites}
+    (path / "quant_model_description.json").write_text(json.dumps({"model_quant_type": "W8A8", **description}))
+    told.write(path)
+    return path
+
+
+def timings(told: Facts) -> Timings:
+    chance = random.Random(0)
+    passes = [(name.partition("{")[0], chance.uniform(1, 900)) for name in told.pipeline.split(",")]
+    return Timings(
+        seconds=sum(took for _, took in passes) + 200,
+        peak_bytes=12 << 30,
+        passes=tuple(PassTime(name=name, seconds=took, raised_bytes=int(took) << 20) for name, took in passes),
+        stages=tuple(StageTime(name=stage.name, seconds=chance.uniform(10, 20)) for stage in told.stages),
+        system="Linux aarch64",
+        processors=192,
+        versions={"python": "3.11", "vlqc": "0.1.0"},
+    )
+
+
+def _stage(name: str, part: str, groups: dict[str, tuple[str, ...]], number: int, chance: random.Random) -> StageFacts:
+    sites, inputs = [], []
+    for role, members in groups.items():
+        names = tuple(f"{name}.{member}" for member in members)
+        scheme, reason, size = "W8A8", "", None
+        if role in ("down", "down_proj") and chance.random() < 0.8:
+            scheme, reason = "FLOAT", "kept in float by the seed's exclusions"
+        elif part == "language" and role != "q_proj":
+            scheme, size = "W4A8_DYNAMIC", 64
+        elif part == "language":
+            scheme, reason = "W8A8_DYNAMIC", "W4A8_DYNAMIC is not accepted here by vllm-ascend"
+        low, high = (-3.5, 3.25) if scheme == "W8A8" else (None, None)
+        sites += [
+            SiteFacts(name=it, shape=(8192, 8192), scheme=scheme, reason=reason, group_size=size, low=low, high=high)  # type: ignore[arg-type]
+            for it in names
+        ]
+        modalities = ("text", "image") if part == "language" else ("image",)
+        height = chance.uniform(5, 40) * (30 if number % 29 == 11 else 1)
+        inputs.append(
+            InputFacts(
+                sites=names,
+                channels=8192,
+                before={it: _curve(height * chance.uniform(0.4, 1), 1 + math.log(height)) for it in modalities},  # type: ignore[misc]
+                after={it: _curve(2.5 * chance.uniform(0.8, 1), 0.2 * math.log(height)) for it in modalities},  # type: ignore[misc]
+                scales=_curve(height / 3, 3.0) if role not in ("down", "2") else None,
+            )
+        )
+    sqnr = {it: rounded(chance.gauss(38, 3)) for it in (("text", "image") if part == "language" else ("image",))}
+    rows = {"image": 40000} | ({"text": 9000} if part == "language" else {})
+    return StageFacts(
+        name=name, part=part, samples=30, rows=rows, sqnr=sqnr, sites=tuple(sites), inputs=tuple(inputs)  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def _curve(largest: float, steepness: float) -> tuple[float, ...]:
+    """Magnitudes that fall off quickly at first, as those of channels with outliers do."""
+    return tuple(rounded(largest * math.exp(-steepness * share**0.3)) for share in SHARES)

@@ -1,0 +1,70 @@
+"""Outputs of stages in files: every form that a stage can return comes back as it was."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vlqc.kept_outputs import CannotBeKept, OutputsWriter, read_value, stand_in
+
+CPU = torch.device("cpu")
+GRID = torch.arange(60, dtype=torch.float32).reshape(3, 4, 5)
+VALUES: list[Any] = [
+    GRID,
+    (GRID.bfloat16(), None),
+    [GRID.transpose(0, 2), {"hidden": GRID[1, :, 1:3], "n": 3, "name": "x", "on": True, "half": 0.5}],
+    (torch.empty(0, 4), torch.tensor(7), GRID[:, :, 2].expand(2, 3, 4)),
+    torch.randn(130, generator=torch.Generator().manual_seed(0))[70:],  # begins at an odd place
+]
+
+
+def same(one: Any, other: Any, *, layout: bool = True) -> None:
+    assert type(one) is type(other)
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype and one.shape == other.shape
+        assert one.stride() == other.stride() and one.storage_offset() % 64 == other.storage_offset() % 64
+        assert not layout or torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            same(one[key], other[key], layout=layout)
+    elif isinstance(one, tuple | list):
+        assert len(one) == len(other)
+        for left, right in zip(one, other, strict=True):
+            same(left, right, layout=layout)
+    else:
+        assert one == other
+
+
+def test_values_come_back(tmp_path: Path) -> None:
+    """Catches strides or alignment that differ (arithmetic may depend on them), and values of a neighbour."""
+    writer = OutputsWriter(tmp_path / "file")
+    described = [writer.add(value) for value in VALUES]
+    writer.close()
+    for value, description in zip(VALUES, described, strict=True):
+        same(value, read_value(tmp_path / "file", description, CPU))
+        same(value, stand_in(description, CPU), layout=False)
+
+
+def test_a_stand_in_shows(tmp_path: Path) -> None:
+    """Catches zeros in place of what nobody kept: they would pass for values."""
+    writer = OutputsWriter(tmp_path / "file")
+    assert bool(stand_in(writer.add((GRID, 1)), CPU)[0].isnan().all())
+
+
+@pytest.mark.parametrize("value", [object(), {1: GRID}, (GRID, {3}), torch.zeros(2, dtype=torch.complex64)])
+def test_what_cannot_be_kept_is_refused(tmp_path: Path, value: Any) -> None:
+    """Catches a value that comes back as something else."""
+    with pytest.raises(CannotBeKept):
+        OutputsWriter(tmp_path / "file").add(value)
+
+
+def test_a_short_file_is_an_error(tmp_path: Path) -> None:
+    """Catches uninitialised memory in place of what is missing, and a loop that waits for it."""
+    writer = OutputsWriter(tmp_path / "file")
+    description = writer.add(GRID)
+    writer.close()
+    (tmp_path / "file").write_bytes((tmp_path / "file").read_bytes()[:-4])
+    with pytest.raises(OSError, match="became shorter"):
+        read_value(tmp_path / "file", description, CPU)

@@ -64,7 +64,7 @@ def compensated(
         for start in range(0, weight.shape[0], ROWS_PER_CHUNK)
     ]
     with _single_threads() as each:
-        for block in blocks_of(rows, row_weight, importance, order, width):
+        for block in blocks_of(rows, row_weight, importance, order, width, each):
 
             def task(part: tuple[int, slice], block: Block = block) -> None:
                 number, here = part

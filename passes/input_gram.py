@@ -6,8 +6,9 @@ are free. So what is factorised is (1 - shrinkage) H + shrinkage diag(H); shrink
 make up for another one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ FIRST_SHRINKAGE = 3  # tried first: the best on most inputs
 PIECES, HELD_OUT = 12, 3  # of so many pieces of the rows every third is left out, and judged on
 MOST_UNSEEN = 256  # rows are judged on, evenly spread: more of them change little
 PANEL = 512  # columns of H that are multiplied at a time
+Each = Callable[[Callable[[Any], None], Iterable[Any]], None]  # does a task for each part of some work
 
 
 @dataclass(frozen=True)
@@ -38,25 +40,38 @@ class Block:
     answer: Tensor | None
 
 
-def blocks_of(rows: Tensor, row_weight: Tensor, importance: Tensor, order: Tensor, width: int) -> Iterator[Block]:
+def one_by_one(task: Callable[[Any], None], parts: Iterable[Any]) -> None:
+    """Does the parts of some work; whoever has several threads may do them side by side."""
+    for part in parts:
+        task(part)
+
+
+def blocks_of(
+    rows: Tensor,
+    row_weight: Tensor,
+    importance: Tensor,
+    order: Tensor,
+    width: int,
+    each: Each = one_by_one,
+) -> Iterator[Block]:
     """x float32 [T, K], weights of its rows float64 [T], columns in order int64 [K] -> blocks of `width` columns.
 
-    importance: float32 [K] > 0, the diagonal of H, and more where a column was silent.
+    importance: float32 [K] > 0, the diagonal of H, and more where a column was silent; each: as `one_by_one`.
     """
     size, root = importance.sqrt(), row_weight.sqrt().float()[:, None]  # [K], [T, 1]
     several = rows.shape[1] > width
     for number, columns in enumerate(torch.split(order, width)):
         part = rows[:, columns].mul_(root)  # [T, B]
-        yield _block(columns, part, size[columns], several=several, first=number == 0)
+        yield _block(columns, part, size[columns], each, several=several, first=number == 0)
 
 
-def _block(columns: Tensor, rows: Tensor, size: Tensor, *, several: bool, first: bool) -> Block:
+def _block(columns: Tensor, rows: Tensor, size: Tensor, each: Each, *, several: bool, first: bool) -> Block:
     """rows: float32 [T, B], D^1/2 x; size: float32 [B], root of H's diagonal, or what stands for it."""
     unit = rows / size
     known, unseen = apart(unit)
-    gram = gram_of(known)  # [B, B], of correlations once it is whole
-    shrinkage = chosen_shrinkage(gram, unseen, size)
-    gram.add_(gram_of(unseen)).mul_(1 - shrinkage)
+    gram = gram_of(known, each)  # [B, B], of correlations once it is whole
+    shrinkage = chosen_shrinkage(gram, unseen, size, each)
+    gram.add_(gram_of(unseen, each)).mul_(1 - shrinkage)
     gram.fill_diagonal_(1)  # float32 is enough: its errors are those of another shrinkage, a little smaller or larger
     lower, failed = torch.linalg.cholesky_ex(gram.flip(0, 1))
     if int(failed):  # the columns go along with each other beyond what float32 tells apart: none makes up for another
@@ -75,13 +90,16 @@ def _reach(lower: Tensor, size: Tensor) -> Tensor:
     return upper.mul_(size[:, None]).div_(upper.diagonal().clone())
 
 
-def gram_of(rows: Tensor) -> Tensor:
+def gram_of(rows: Tensor, each: Each = one_by_one) -> Tensor:
     """float32 [T, B] -> rows^T rows [B, B]: panels below the diagonal, and their mirror images."""
     gram = torch.empty(rows.shape[1], rows.shape[1])
-    for begin in range(0, rows.shape[1], PANEL):
+
+    def multiply(begin: int) -> None:
         panel = rows[:, begin:].T @ rows[:, begin : begin + PANEL]  # [B - begin, P]
         gram[begin:, begin : begin + PANEL] = panel
         gram[begin : begin + PANEL, begin:] = panel.T
+
+    each(multiply, range(0, rows.shape[1], PANEL))
     return gram
 
 
@@ -92,7 +110,7 @@ def apart(rows: Tensor) -> tuple[Tensor, Tensor]:
     return rows[~left_out], rows[left_out]
 
 
-def chosen_shrinkage(gram: Tensor, unseen: Tensor, size: Tensor) -> float:
+def chosen_shrinkage(gram: Tensor, unseen: Tensor, size: Tensor, each: Each = one_by_one) -> float:
     """Gram matrix of some rows float32 [B, B], other rows [T', B], both in units of size [B] -> the best on those.
 
     In closed form, for any W: rounding leaves an independent error of like size in every column, and what becomes of it
@@ -104,12 +122,16 @@ def chosen_shrinkage(gram: Tensor, unseen: Tensor, size: Tensor) -> float:
     errors = (few * size).T.contiguous()  # [B, T']
     tried: dict[int, float] = {}
 
+    def attempt(number: int) -> None:
+        tried[number] = _expected_error(gram, SHRINKAGES[number], size, errors)
+
     def cost(number: int) -> float:
         if number not in tried:
-            tried[number] = _expected_error(gram, SHRINKAGES[number], size, errors)
+            attempt(number)
         return tried[number]
 
     best = FIRST_SHRINKAGE
+    each(attempt, (best, best + 1))
     step = 1 if cost(best + 1) < cost(best) else -1
     while 0 <= best + step < len(SHRINKAGES) and cost(best + step) < cost(best):
         best += step

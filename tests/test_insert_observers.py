@@ -83,7 +83,7 @@ def test_statistics_count_every_row_but_padding(source: str) -> None:
         assert span.rows == len(mine)
         np.testing.assert_array_equal(span.minimum, mine.min(0))
         np.testing.assert_array_equal(span.maximum, mine.max(0))
-        np.testing.assert_allclose(span.sum, mine.sum(0), rtol=1e-12, atol=1e-12)
+        np.testing.assert_array_less(np.abs(span.sum - mine.sum(0)), 1e-6 * np.abs(mine).sum(0))  # parts are float32
         np.testing.assert_allclose(span.sum_of_squares, (mine**2).sum(0), rtol=1e-6)  # squares are float32
     present = rows[modality >= 0]
     assert seen.rows == len(present)
@@ -99,7 +99,7 @@ def test_rows_beyond_one_step_count() -> None:
     add_rows(seen, rows, None, 7)
     span = seen.ranges["image"]
     assert (span.rows, span.minimum.tolist(), span.maximum.tolist()) == (5000, [-9.0] * 3, [9.0] * 3)
-    np.testing.assert_allclose(span.sum, rows.double().numpy().sum(0), rtol=1e-12)
+    np.testing.assert_allclose(span.sum, rows.double().numpy().sum(0), rtol=1e-6)
 
 
 def test_without_modality_all_rows_are_images() -> None:

@@ -96,10 +96,12 @@ def watch_compiler(phases: Phases) -> None:
     from vlqc.checkpoint import Checkpoint
     from vlqc.emit import FolderEmitter
     from vlqc.ir import Stage
+    from vlqc.journal import Journal
     from vlqc.lockstep import Lockstep
     from vlqc.model import FloatModel
     from vlqc.passes import folding, insert_observers
     from vlqc.pipeline import PassManager, load_pass
+    from vlqc.report.gathering import Gathering
 
     phases.watch(FloatModel, "fill", "reading")
     phases.watch(Checkpoint, "rows", "reading")
@@ -126,7 +128,10 @@ def watch_compiler(phases: Phases) -> None:
     for step in ("add_stage", "settle", "copy_rest", "finish"):
         phases.watch(FolderEmitter, step, "writing")
     phases.watch(vlqc.compiler, "require_sound", "verifying")
-    phases.watch(vlqc.emit.folder, "_publish", "publishing")
+    phases.watch(vlqc.emit.folder.WorkFolder, "publish", "publishing")
+    phases.watch(Journal, "finished", "journal")
+    phases.watch(Gathering, "traced", "report")
+    phases.watch(Gathering, "finished", "report")
 
 
 def kernel_figures() -> dict[str, int]:

@@ -14,6 +14,7 @@ from vlqc.errors import Fault, UserError
 from vlqc.model_inputs import ModelInputs, Patches
 from vlqc.options import Options
 from vlqc.pictures import BadPicture, is_video, read_picture
+from vlqc.probe import probe_sample
 from vlqc.samples import checked_samples, without_padding
 from vlqc.token_budget import share_budget
 
@@ -25,19 +26,21 @@ class Calibration:
     """Model inputs in a fixed order, and what the user should know about them.
 
     samples: input_ids and attention_mask [1, S] int64; with pictures also pixel_values [P, C*T*p*p] float32 (P patches
-    of all its pictures) and image_grid_thw [n, 3] int64 (one row per picture).
+    of all its pictures) and image_grid_thw [n, 3] int64 (one row per picture). probe: a small one to prove things on,
+    see `probe.probe_sample`.
     """
 
     samples: list[dict[str, torch.Tensor]]
     notes: list[str] = field(default_factory=list)
+    probe: dict[str, torch.Tensor] | None = None
 
 
 def calibrate_on(given: Sequence[dict[str, torch.Tensor]] | None, options: Options, model: nn.Module) -> Calibration:
     """The samples given, else those that the user's options name. UserError for unusable ones, as `load_samples`."""
     loaded = load_calibration(options) if given is None else Calibration(given)  # type: ignore[arg-type]
-    image: Any = model.config.image_token_id  # type: ignore[union-attr]
-    samples = [without_padding(sample, image) for sample in checked_samples(loaded.samples, model)]
-    return Calibration(samples, loaded.notes)
+    config: Any = model.config
+    samples = [without_padding(it, config.image_token_id) for it in checked_samples(loaded.samples, model)]
+    return Calibration(samples, loaded.notes, probe_sample(samples, config))
 
 
 def load_calibration(options: Options) -> Calibration:

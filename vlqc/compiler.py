@@ -21,7 +21,6 @@ from vlqc.lockstep import Lockstep
 from vlqc.model import FloatModel
 from vlqc.options import Options
 from vlqc.pipeline import Pass, PassManager, check_order, parse_pipeline, pipeline_text
-from vlqc.probe import probe_sample
 from vlqc.progress import Progress
 from vlqc.result import Result
 from vlqc.samples import refuse_both
@@ -43,8 +42,7 @@ def compile(
 ) -> Result:
     """Compiles a checkpoint; `Options` explains every option. Nothing appears in save_directory unless all succeeds.
 
-    samples: ready model inputs in place of calib_images: dicts of input_ids and attention_mask int64 [1, S], and with
-    pictures pixel_values float32 [P, D] and image_grid_thw int64 [pictures, 3]. passes: in place of those that the
+    samples: ready model inputs, as `Calibration.samples`, in place of calib_images. passes: in place of those that the
     options build. UserError for unusable input.
     """
     refuse_both(samples=samples, passes=passes, **given)
@@ -63,17 +61,14 @@ def compile(
     calibration = calibrate_on(samples, options, model.module) if world.first else Calibration([])
     tally.note(calibration.notes)
     begin, mine = world.dealt(calibration.samples)  # of several processes each has its own; the first one writes
-    probe = world.of_first(lambda: probe_sample(calibration.samples, model.module.config))
-    show.begin(len(model.stages), len(mine))
+    probe = world.of(0, calibration.probe)
     with journaled(options, pipeline, model, calibration.samples, tally, world) as journal:
         emitter = emitter_for(options, journal.result, checkpoint, writes=journal.writes)
         spilling = Spilling(journal.folder, options.memory_budget)
         known = journal.restore(emitter, checkpoint, range(begin, begin + len(mine)), spilling.settle)
-        show.resumed(len(known.stages))
-        with (
-            model.ready_outside(emitter.copy),
-            Lockstep(model, mine, first=begin, probe=probe, known=known) as lockstep,
-        ):
+        show.begin(len(model.stages), len(mine), done=len(known.stages))
+        lockstep = Lockstep(model, mine, first=begin, probe=probe, known=known)
+        with model.ready_outside(emitter.copy), lockstep:
             for number, stop in enumerate(lockstep, len(known.stages)):
                 show.stage(number, stop.name)
                 with live_stage(model, stop, emitter.dtype, checkpoint.tensor, world) as stage:

@@ -24,11 +24,9 @@ QUIET_SECONDS = 5.0  # where output goes to a file, a line at most this often
 class Progress:
     """What the compiler reports, in this order, heard by nobody. Subclasses override what they show."""
 
-    def begin(self, stages: int, samples: int) -> None:
-        """Everything is checked and loaded; `stages` will follow, each over `samples`."""
-
-    def resumed(self, done: int) -> None:
-        """`done` stages were finished by a run that was interrupted; 0 for a new one."""
+    def begin(self, stages: int, samples: int, done: int = 0) -> None:
+        """Everything is checked and loaded; `stages` will follow, each over `samples`, but for the first ones that were
+        `done` by a run that was interrupted."""
 
     def stage(self, index: int, name: str) -> None:
         """Stage `index` (from 0) starts."""
@@ -68,8 +66,8 @@ class TerminalProgress(Progress):
         self._bar: Bar | None = None
         self._task = TaskID(0)
 
-    def begin(self, stages: int, samples: int) -> None:
-        self._stages, self._samples, self._done = stages, samples, 0
+    def begin(self, stages: int, samples: int, done: int = 0) -> None:
+        self._stages, self._samples, self._done, self._before = stages, samples, done, done
         self._started = self._last_line = self._clock()
         if self._console.is_terminal:
             self._bar = Bar(
@@ -82,17 +80,12 @@ class TerminalProgress(Progress):
                 console=self._console,
                 transient=True,
             )
-            self._task = self._bar.add_task("starting", total=stages, left="")
+            self._task = self._bar.add_task("starting", total=stages, completed=done, left="")
             self._bar.start()
         else:
             self._line(f"{stages} stages, {samples} samples")
-
-    def resumed(self, done: int) -> None:
-        self._done = self._before = done
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done, refresh=True)
-        elif done:
-            self._line(f"{done} of {self._stages} stages were finished before")
+            if done:
+                self._line(f"{done} of {stages} stages were finished before")
 
     def stage(self, index: int, name: str) -> None:
         self._name = name

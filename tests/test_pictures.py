@@ -101,6 +101,16 @@ def test_decompression_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         read_picture(tmp_path / "bomb.png")
 
 
+def test_more_pixels_than_anybody_looks_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches gigabytes of memory for a picture that is made smaller anyway, and a limit that is one pixel off."""
+    monkeypatch.setattr("vlqc.pictures.MOST_PIXELS", 110)
+    for height in (11, 12):
+        Image.new("L", (10, height)).save(tmp_path / f"{height}.png")
+    assert read_picture(tmp_path / "11.png").size == (10, 11)
+    with pytest.raises(BadPicture, match="too many pixels: 10 x 12, 110 are allowed"):
+        read_picture(tmp_path / "12.png")
+
+
 def test_what_counts_as_a_picture() -> None:
     """Catches upper-case endings being passed over, and macOS's `._` leftovers being read."""
     assert all(is_picture(Path(name)) for name in ("a.JPG", "a.jpeg", "a.Png", "a.bmp", "a.webp", "a.gif", "a.TIF"))

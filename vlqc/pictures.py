@@ -17,6 +17,7 @@ PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".t
 FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "GIF", "TIFF")  # Pillow's names of what the endings stand for
 VIDEO_ENDINGS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv")
 WHITE = (255, 255, 255)
+MOST_PIXELS = 1 << 26  # some 8000 x 8000, several times what the models look at: bounds what a file can make us hold
 
 
 class BadPicture(Exception):
@@ -44,6 +45,8 @@ def read_picture(path: Path) -> "Image":
         # Ghostscript), and a stranger's file is no reason to start one.
         Image.init()  # else it does not know all of them yet
         with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as opened:
+            if opened.width * opened.height > MOST_PIXELS:
+                raise BadPicture(f"too many pixels: {opened.width} x {opened.height}, {MOST_PIXELS} are allowed")
             opened.load()  # frame 0 of an animation; everything else is lazy until here
             upright = ImageOps.exif_transpose(opened)
             return _to_rgb(upright)
@@ -63,7 +66,7 @@ def _to_rgb(picture: "Image") -> "Image":
     from PIL import Image
 
     if picture.mode.startswith("I"):
-        grey = np.asarray(picture).astype(np.int64)
+        grey = np.asarray(picture)
         # Pillow's own conversion clips at 255, which turns a 16-bit scan all white
         picture = Image.fromarray(np.clip(grey >> 8 if grey.max(initial=0) > 255 else grey, 0, 255).astype(np.uint8))
     if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:

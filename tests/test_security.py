@@ -77,9 +77,9 @@ LOADERS = {
     "load",
     "Unpickler",
 }
+HARMLESS = {"re.compile", "vlqc.load", "json.loads", "platform.system"}
 ALLOWED = {
-    ("json_files.py", "json.loads"), ("folder.py", "json.loads"), ("vllm_ascend.py", "json.loads"),
-    ("tally.py", "json.loads"), ("tally.py", "loads"), ("processes.py", "pickle.loads"),
+    ("tally.py", "loads"), ("__init__.py", "loads"), ("processes.py", "pickle.loads"),
     ("processes.py", "pickle.Unpickler"), ("processes.py", "unpickler.load"), ("processes.py", "received.load"),
     ("accuracy.py", "load"), ("model.py", "model.eval"), ("pictures.py", "opened.load"),
 }  # fmt: skip
@@ -93,7 +93,7 @@ def test_no_other_door_for_code() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
-                if called.rpartition(".")[2] in LOADERS and called not in ("re.compile", "vlqc.load"):
+                if called.rpartition(".")[2] in LOADERS and called not in HARMLESS:
                     found.add((path.name, called))
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = {alias.name for alias in node.names} | {getattr(node, "module", None)}

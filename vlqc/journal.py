@@ -26,6 +26,7 @@ from vlqc.ir import Stage
 from vlqc.journal_lines import JournalWriter, Record
 from vlqc.kept_outputs import CannotBeKept, OutputsWriter, read_value
 from vlqc.lockstep import Answers
+from vlqc.memory_need import GIB, needed_memory, ran_out, require_memory
 from vlqc.model import FloatModel
 from vlqc.options import Options
 from vlqc.pipeline import Pass, print_pipeline
@@ -50,6 +51,8 @@ def journaled(
     samples: all of them, on the first process. At the end the result appears at its place. After an error the work
     folder stays if a stage is finished; otherwise nothing does. UserError if the run cannot go on, or lacks room.
     """
+    room = needed_memory(model, samples, options.memory_budget)
+    require_memory(room, model.checkpoint.weight_files(), lambda told: tally.note(told, of_run=True))
     if not world.first:
         yield Journal(model, world, None, tally)
         return
@@ -67,6 +70,10 @@ def journaled(
         told = error
         if isinstance(error, OSError) and (error.errno in DISK_FAULTS or journal.complete):
             told = unwritable(options.save_directory, error)
+        elif ran_out(error):
+            why = f"it was estimated to need {room / GIB:.1f} GiB beyond what programs take; {error}"
+            fix = "give it more, bound what samples hold with --memory_budget, or calibrate on smaller pictures"
+            told = UserError(Fault("memory ran out", journal.at, why, fix))
         journal.stop()
         # An error of vlqc's own choice behind the last stage is a verdict: going on would lead to it again.
         keep = journal.kept > 0 and not (journal.complete and isinstance(error, VlqcError))
@@ -114,6 +121,11 @@ class Journal:
         if work is not None and self.writes:
             (self.folder / OUTPUTS).mkdir(exist_ok=True)
             self._lines = JournalWriter(self.folder / JOURNAL)
+
+    @property
+    def at(self) -> str:
+        """The stage that is being worked on, for messages."""
+        return "behind the last stage" if self.complete else self.stages[len(self._names)]
 
     @property
     def complete(self) -> bool:

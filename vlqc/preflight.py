@@ -37,6 +37,7 @@ from vlqc.errors import printable
 from vlqc.ir import Site
 from vlqc.layer_globs import check_layers
 from vlqc.memory import peak_memory
+from vlqc.memory_need import needed_memory
 from vlqc.model import FloatModel
 from vlqc.options import Options
 from vlqc.pipeline import check_order, parse_pipeline, pipeline_text
@@ -47,8 +48,6 @@ PROBE_BYTES = 64 * 2**20  # read to measure the disk; what the page cache holds 
 PROBE_SECONDS = 0.3
 START_SECONDS, STAGE_SECONDS = 5.0, 0.4  # to import, load and verify; to trace, search and prove a stage of any size
 OVERHEAD = 1.6  # of a real run over its matrix products and its reading and writing, as measured
-STAGE_BYTES = 9  # per weight of the largest stage: float32, its integers, temporaries
-OBSERVED_BYTES = 6 * 64 * 2**20  # kept rows of all groups of a stage, at most
 BEFORE_SEARCH = "schemes and size are those before the search that --fallback auto asks for"
 
 
@@ -107,7 +106,7 @@ def preflight(*, samples: Sequence[dict[str, Tensor]] | None = None, **given: An
         bytes_after=after,
         tokens=tokens,
         patches=patches,
-        memory=peak_memory() + largest_stage(model) * STAGE_BYTES + OBSERVED_BYTES,
+        memory=peak_memory() + needed_memory(model, calibration.samples, options.memory_budget),
         seconds=expected_seconds(model, sites, tokens, patches, after),
         disk_needed=max(after, expected_bytes(model, options) if options.fallback == "auto" else 0)
         + kept_bytes(model, calibration.samples),
@@ -155,11 +154,6 @@ def output_bytes(model: FloatModel, sites: dict[str, Site], *, packed: bool) -> 
             groups = inputs // (site.group_size or inputs)
             total += inputs * outputs // (2 if packed else 1) + 8 * groups * outputs + (4 * outputs if packed else 0)
     return total
-
-
-def largest_stage(model: FloatModel) -> int:
-    """How many weights it has."""
-    return max(sum(it.numel() for it in model.parameters(stage).values()) for stage in model.stages.values())
 
 
 def expected_seconds(model: FloatModel, sites: dict[str, Site], tokens: int, patches: int, written: int) -> float:

@@ -47,8 +47,9 @@ def test_plan_is_what_comes_out(tmp_path: Path, samples: list[dict[str, Tensor]]
 def test_more_data_takes_longer(samples: list[dict[str, Tensor]], tmp_path: Path) -> None:
     """Catches an estimate that does not look at the data: ten thousand times the tokens must show on any machine."""
     given = {"model_path": TINY, "save_directory": tmp_path / "out"}
-    long = {"input_ids": torch.full((1, 20000), 9), "attention_mask": torch.ones(1, 20000, dtype=torch.long)}
-    few, many = preflight(samples=samples, **given), preflight(samples=[*samples, *[long] * 20], **given)
+    mask = torch.ones(1, 20000, dtype=torch.long)
+    long = [{"input_ids": torch.full((1, 20000), 9 + number), "attention_mask": mask} for number in range(20)]
+    few, many = preflight(samples=samples, **given), preflight(samples=[*samples, *long], **given)
     assert many.tokens == few.tokens + 400_000
     assert many.seconds > few.seconds > 0 and many.memory >= few.memory > 0
 

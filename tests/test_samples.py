@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vlqc.errors import UserError
-from vlqc.samples import checked_samples, without_padding
+from vlqc.samples import checked_samples, without_copies, without_padding
 
 Sample = dict[str, Any]
 
@@ -206,3 +206,14 @@ def test_a_masked_picture_stays() -> None:
     sample = tiny.made_up((4, 4))
     sample["attention_mask"][0, sample["input_ids"][0] == 5] = 0
     assert without_padding(sample, 5) is sample
+
+
+def test_copies_run_once() -> None:
+    """Catches a sample that is dropped because only its text, its picture or its shape is that of another one."""
+    one = tiny.made_up((4, 8), seed=1)
+    other_text = one | {"input_ids": one["input_ids"].roll(1)}
+    other_picture = one | {"pixel_values": one["pixel_values"] + 1}
+    text_only = tiny.made_up(words=4)
+    copy = {name: it.clone() for name, it in one.items()}
+    given = [one, other_text, copy, text_only, other_picture, one]
+    assert [id(it) for it in without_copies(given)] == [id(it) for it in (one, other_text, text_only, other_picture)]

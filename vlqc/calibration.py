@@ -15,7 +15,7 @@ from vlqc.model_inputs import ModelInputs, Patches
 from vlqc.options import Options
 from vlqc.pictures import BadPicture, is_video, read_picture
 from vlqc.probe import probe_sample
-from vlqc.samples import checked_samples, without_padding
+from vlqc.samples import checked_samples, without_copies, without_padding
 from vlqc.token_budget import share_budget
 
 ADVISED_PICTURES = 30
@@ -40,7 +40,10 @@ def calibrate_on(given: Sequence[dict[str, torch.Tensor]] | None, options: Optio
     loaded = load_calibration(options) if given is None else Calibration(given)  # type: ignore[arg-type]
     config: Any = model.config
     samples = [without_padding(it, config.image_token_id) for it in checked_samples(loaded.samples, model)]
-    return Calibration(samples, loaded.notes, probe_sample(samples, config))
+    unique = without_copies(samples)
+    copies = len(samples) - len(unique)
+    notes = [f"{_counted(copies, 'sample')} left out: the same as others"] if copies else []
+    return Calibration(unique, loaded.notes + notes, probe_sample(unique, config))
 
 
 def load_calibration(options: Options) -> Calibration:

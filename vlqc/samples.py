@@ -40,6 +40,21 @@ def checked_samples(samples: Sequence[dict[str, Tensor]], model: nn.Module) -> l
     return [{key: it.long() if key in WHOLE_NUMBERS else it for key, it in sample.items()} for sample in samples]
 
 
+def without_copies(samples: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """The samples, each once: what runs a second time says nothing new."""
+    unique: list[dict[str, Tensor]] = []
+    for sample in samples:
+        if not any(_equal(sample, other) for other in unique):
+            unique.append(sample)
+    return unique
+
+
+def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    if one.keys() != other.keys() or any(one[key].dtype != other[key].dtype for key in one):
+        return False
+    return all(torch.equal(one[key], other[key]) for key in one)
+
+
 def without_padding(sample: dict[str, Tensor], image_token: int) -> dict[str, Tensor]:
     """A checked sample without the tokens that nobody attends to: they would only cost time.
 

@@ -146,7 +146,7 @@ def test_the_old_folder_comes_back_if_the_exchange_fails(
 @pytest.mark.parametrize("stands", [False, True])
 def test_what_a_killed_run_moved_aside_comes_back(tmp_path: Path, stands: bool) -> None:
     """Catches an old result that stays under a hidden name, or one that comes back over the new one."""
-    target, aside = tmp_path / "out", tmp_path / ".out.replaced-abc"
+    target, aside = tmp_path / "out", tmp_path / ".out.replaced-abc_1234"
     aside.mkdir()
     (aside / "file").write_text("old")
     if stands:
@@ -228,3 +228,16 @@ def test_disk_space_is_asked_for_before(tmp_path: Path) -> None:
         require_space(tmp_path / "not" / "there" / "yet", 2**60)
     assert f"{2**30:.2f} GiB" in str(caught.value) and str(tmp_path) in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_of_others_stay(tmp_path: Path) -> None:
+    """Catches a user's folder that goes because of how it is called, or a link that is followed."""
+    theirs = [".out.partial-backup", ".out.partial-abcdefgh", ".out.replaced-backup"]
+    for name in theirs:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "important").write_text("x")
+    (tmp_path / ".out.partial-linkaway").symlink_to(tmp_path / theirs[0])
+    assert work_folders(tmp_path / "out") == []
+    (tmp_path / "out").mkdir()
+    restore_replaced(tmp_path / "out")
+    assert all((tmp_path / name / "important").exists() for name in theirs)

@@ -5,6 +5,7 @@ name that leaves this file is an original one.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from vlqc.links import link_faults
 from vlqc.read_ahead import ReadAhead, Span
 
 INDEX = "model.safetensors.index.json"
+LARGEST_WEIGHT = 1e15  # real ones end near 1e3
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -174,14 +176,21 @@ class Checkpoint:
         return self._spans[self._file_of[name]].get(self._stored_name[name])
 
     def _finite(self, name: str, tensor: Tensor) -> Tensor:
-        if tensor.is_floating_point() and tensor.numel() and not all(map(torch.isfinite, torch.aminmax(tensor))):
+        if not tensor.is_floating_point() or not tensor.numel():
+            return tensor
+        low, high = (float(it) for it in torch.aminmax(tensor))
+        file, fix = str(self.folder / self._file_of[name]), "repair or download the checkpoint again"
+        if LARGEST_WEIGHT < max(-low, high) < math.inf:
+            why = f"float32 cannot hold the squares of what lies beyond {LARGEST_WEIGHT:g}"
+            raise UserError(Fault(f"weight {name} reaches {max(-low, high):.3g}", file, why, fix))
+        if not (math.isfinite(low) and math.isfinite(high)):
             bad = int((~torch.isfinite(tensor)).sum())
             raise UserError(
                 Fault(
                     f"weight {name} holds NaN or Inf",
-                    str(self.folder / self._file_of[name]),
+                    file,
                     f"{bad} of {tensor.numel()} values are not finite; such a weight has no quantized form",
-                    "repair or download the checkpoint again",
+                    fix,
                 )
             )
         return tensor

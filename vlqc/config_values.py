@@ -16,7 +16,13 @@ LARGEST_WINDOW = 2**15  # pixels; 112 in every published model. The model pads i
 REPAIR = "take config.json from the float model again"
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 # What the model takes for sizes that are left out, where that is large.
-DEFAULTS = {"vocab_size": 152064, "hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80}
+DEFAULTS = {
+    "vocab_size": 152064,
+    "hidden_size": 8192,
+    "intermediate_size": 29568,
+    "num_hidden_layers": 80,
+    "rope_scaling": None,
+}
 VISION_SIZES = (
     "hidden_size", "intermediate_size", "num_heads", "in_channels", "in_chans", "patch_size", "spatial_patch_size",
     "spatial_merge_size", "temporal_patch_size", "out_hidden_size", "tokens_per_second",
@@ -92,7 +98,11 @@ def _kinds(
     tokens = Kind(
         "a token id, a list of them, or null", lambda it: it is None or token.holds(it) or several(token).holds(it)
     )
-    scaling = Kind("an object with an mrope_section of whole numbers above 0", _is_scaling)
+    half = _head_size(config) // 2
+    scaling = Kind(
+        f"an object with an mrope_section of three whole numbers above 0 that add up to {half}, half of a head",
+        lambda it: _is_scaling(it, half),
+    )
     of_text = {
         **dict.fromkeys(SIZES, size),
         "head_dim": optional(size),
@@ -108,7 +118,7 @@ def _kinds(
         "max_position_embeddings": whole(1, 2**31 - 1),
         "max_window_layers": whole(0, 2**31 - 1),
         "sliding_window": optional(whole(1, 2**31 - 1)),
-        "rope_scaling": optional(scaling),
+        "rope_scaling": scaling,
         "vision_config": OBJECT,
         "architectures": several(WORD),
     }
@@ -123,9 +133,20 @@ def _kinds(
     return of_text, of_vision
 
 
-def _is_scaling(value: Any) -> bool:
-    sections = value.get("mrope_section", [1, 1, 1]) if isinstance(value, dict) else None
-    return isinstance(sections, list) and len(sections) == 3 and all(is_whole(it, 1, 2**20) for it in sections)
+def _head_size(config: Mapping[str, Any]) -> int:
+    """Channels of one head of the language model; 0 where config.json does not say it."""
+    heads, hidden = config.get("num_attention_heads", 64), config["hidden_size"]
+    size: Any = config.get("head_dim")
+    if not is_whole(size, 1, 2**31):
+        size = hidden // heads if is_whole(heads, 1, 2**31) and is_whole(hidden, 1, 2**31) else 0
+    return int(size)
+
+
+def _is_scaling(value: Any, half: int) -> bool:
+    sections: Any = value.get("mrope_section") if isinstance(value, dict) else None
+    if not isinstance(sections, list) or len(sections) != 3:
+        return False
+    return all(is_whole(it, 1, 2**20) for it in sections) and sum(sections) == half
 
 
 def _depth(value: Any) -> int:

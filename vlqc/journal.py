@@ -77,7 +77,7 @@ def journaled(
         journal.stop()
         # An error of vlqc's own choice behind the last stage is a verdict: going on would lead to it again.
         keep = journal.kept > 0 and not (journal.complete and isinstance(error, VlqcError))
-        if keep:
+        if keep and journal.restored:
             told.add_note(
                 f"{journal.kept} of {len(journal.stages)} stages are finished and kept in {work.folder.folder}: "
                 "the same command with --resume goes on from there"
@@ -115,6 +115,7 @@ class Journal:
         self.kept = len(self._names)
         self._latest = {sample: number for number, it in enumerate(self._records) for sample in it["samples"]}
         self._gave_up = False
+        self.restored = False  # whether what was left can be gone on with, as far as anybody looked
         self._emitter: FolderEmitter | None = None
         self._checkpoint: Checkpoint | None = None
         self._lines: JournalWriter | None = None
@@ -151,6 +152,7 @@ class Journal:
             if sample in samples or sample == PROBE:
                 values[sample] = names[number], value
                 settle(value)
+        self.restored = True
         return Answers(names, descriptions, values, self._device)
 
     def _restored(self) -> tuple[list[str], dict[str, dict[int, Any]], dict[int, int]]:

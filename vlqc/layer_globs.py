@@ -37,6 +37,8 @@ def check_plan(layers: Iterable[str], options: Options) -> None:
         stays = layer in excluded or by_seed
         quantized = not stays and options.scheme in legal_schemes(target, layer)
         planned[layer] = options.scheme if quantized else Scheme.FLOAT
+    if all(scheme == Scheme.FLOAT for scheme in planned.values()):
+        raise UserError(Fault("nothing would be quantized", "--exclude", "every layer stays float", "exclude less"))
     if faults := group_faults(target, planned):
         raise UserError(*(replace(fault, where=f"--exclude, for {target}") for fault in faults))
 

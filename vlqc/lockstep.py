@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from vlqc.errors import Fault, InternalError, UserError, VlqcError
 from vlqc.ir import Call
 from vlqc.kept_outputs import stand_in
+from vlqc.memory_need import ran_out
 from vlqc.model import FloatModel
 from vlqc.probe import PROBE
 
@@ -185,6 +186,8 @@ class Lockstep:
             except VlqcError:
                 raise
             except Exception as error:  # the model's own code between stages, which a config can break in any way
+                if ran_out(error):
+                    raise
                 why = f"{type(error).__name__}: {error}"
                 fix = "look at config.json and at the sample"
                 raise UserError(Fault("the model cannot be run on a sample", why=why, fix=fix)) from error

@@ -55,7 +55,7 @@ def require_memory(needed: int, files: Sequence[Path], note: Callable[[list[str]
 
 def ran_out(error: BaseException) -> bool:
     """Whether an error says that memory could not be had: Python's own, or that of torch's allocators."""
-    words = ("can't allocate memory", "not enough memory", "out of memory")
+    words = ("can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory")
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(it in str(error).lower() for it in words)
     )

@@ -1,6 +1,7 @@
 """The float model without its weights: the real transformers classes on the meta device, one piece filled at a time."""
 
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,8 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from vlqc.checkpoint import Checkpoint, original_name
 from vlqc.errors import Fault, UserError
 from vlqc.memory import return_memory
+
+LAYER = re.compile(r"((?:model\.layers|visual\.blocks)\.\d+)\.")
 
 CPU = torch.device("cpu")
 COMPILED_TYPES = ("qwen2_5_vl",)
@@ -162,9 +165,15 @@ class FloatModel:
         return [] if self._head is None else [self.name(self._head)]
 
     def unknown_tensors(self) -> list[str]:
-        """Names in the checkpoint that the model has no parameter for, sorted; a tied head's copy is none of them."""
+        """Names in the checkpoint that the model has no parameter for, sorted; a tied head's copy is none of them.
+        UserError if they are of layers."""
         copies = {f"{self.name(self._head)}.weight"} if self.tied and self._head is not None else set()
-        return sorted(set(self.checkpoint.names) - set(self.parameters(self.module)) - copies)
+        unknown = sorted(set(self.checkpoint.names) - set(self.parameters(self.module)) - copies)
+        if layers := [name for name in unknown if (of := LAYER.match(name)) and of[1] not in self.stages]:
+            what = f"{layers[0]} belongs to a layer that config.json does not count"
+            fix = "take config.json from the same checkpoint"
+            raise UserError(Fault(what, str(self.checkpoint.folder), "a model cut short has other outputs", fix))
+        return unknown
 
     def outside(self) -> list[str]:
         """Checkpoint names of all parameters that belong to no stage, sorted."""

@@ -47,7 +47,7 @@ PROBE_SIDE = 1024  # of the square matrices that are multiplied
 PROBE_BYTES = 64 * 2**20  # read to measure the disk; what the page cache holds comes faster, in the real run, too
 PROBE_SECONDS = 0.3
 START_SECONDS, STAGE_SECONDS = 5.0, 0.4  # to import, load and verify; to trace, search and prove a stage of any size
-OVERHEAD = 1.6  # of a real run over its matrix products and its reading and writing, as measured
+OVERHEAD = 2.0  # of a real run over its matrix products and its reading and writing, as measured on 7B shapes
 BEFORE_SEARCH = "schemes and size are those before the search that --fallback auto asks for"
 
 

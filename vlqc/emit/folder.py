@@ -4,8 +4,8 @@ import contextlib
 import ctypes
 import errno
 import fcntl
-import glob
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +16,7 @@ from vlqc.errors import Fault, UserError
 
 FOLDER_MODE = 0o750
 FILE_MODE = 0o640
+WORK = {"result", "outputs", "journal.jsonl"}  # all that ever lies in a work folder
 RESULT = "result"  # in a work folder, what is to appear; beside it lies what an interrupted run goes on from
 # What a disk or its settings can answer to a write; any other fault inside is not one of the save folder.
 DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
@@ -23,9 +24,9 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux: <fcntl.h>, <linux/fs.h>
 
 
 def work_folders(target: Path) -> list[Path]:
-    """Those that lie beside `target`, of runs that go on or were interrupted."""
+    """Those that lie beside `target`, of runs that go on or were interrupted; nothing that only has such a name."""
     target = Path(os.path.realpath(target))
-    return sorted(target.parent.glob(f"{glob.escape(_prefix(target))}*"))
+    return [folder for folder in _made_by_runs(target, _prefix(target)) if _names_in(folder) <= WORK]
 
 
 class WorkFolder:
@@ -116,7 +117,7 @@ def exchange(one: Path, other: Path) -> None:
 def restore_replaced(target: Path) -> None:
     """Puts back what a run moved aside that was killed before something else stood there; else it goes."""
     target = Path(os.path.realpath(target))
-    for aside in sorted(target.parent.glob(f"{glob.escape(_replaced(target))}*")):
+    for aside in _made_by_runs(target, _replaced(target)):
         with contextlib.suppress(OSError):
             if target.exists():
                 shutil.rmtree(aside)
@@ -149,6 +150,20 @@ def require_space(target: Path, needed: int) -> None:
         raise UserError(
             Fault("not enough disk space", str(existing), why, "free space or choose another --save_directory")
         )
+
+
+def _made_by_runs(target: Path, prefix: str) -> list[Path]:
+    """Folders beside `target` with names as `mkdtemp` makes them; links are none."""
+    named = re.compile(re.escape(prefix) + "[a-z0-9_]{8}")
+    there = target.parent.iterdir() if target.parent.is_dir() else ()
+    return sorted(path for path in there if named.fullmatch(path.name) and path.is_dir() and not path.is_symlink())
+
+
+def _names_in(folder: Path) -> set[str]:
+    try:
+        return {path.name for path in folder.iterdir()}
+    except OSError:
+        return {""}
 
 
 def _prefix(target: Path) -> str:

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from vlqc.links import link_faults
 from vlqc.verify.folder import read_json
 from vlqc.verify.report import Report
 
@@ -19,6 +20,8 @@ AGAIN = "copy the folder again, or compile again"
 
 def check_manifest(folder: Path, report: Report) -> None:
     """Faults of a folder against its list of files. One without a list, from another tool, gets a note."""
+    for fault in link_faults(folder):
+        report.fault(CHECK, Path(fault.where).name, fault.what.replace("checkpoint", "compiled"), fault.why, fault.fix)
     if not (folder / MANIFEST).is_file():
         report.facts[CHECK] = f"no {MANIFEST}: nothing tells whether files changed since they were written"
         return

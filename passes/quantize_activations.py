@@ -18,10 +18,11 @@ from vlqc.kernels_ref.quantize import (
     dequantize_per_tensor,
     quantize_per_tensor,
 )
-from vlqc.passes.error_model import ROWS_OF_INPUT, representative_rows
+from vlqc.passes.error_model import representative_rows
 from vlqc.passes.insert_observers import observed
 from vlqc.pipeline import Pass
 
+ROWS_JUDGED = 512  # kept rows on which two ranges are compared
 BINS = 2048  # as in PyTorch's HistogramObserver
 BEYOND = (1.25, 1.15, 1.05)  # of the seen range on either side: room for what was not seen
 SHARES = (*BEYOND, *(0.5 ** (step / 8) for step in range(41)))  # the seen range itself among them, down to 0.03
@@ -84,7 +85,7 @@ def output_error(seen: Observation, weight: Tensor, grid: InputQuantization) -> 
 
     weight: float32 [N, K], rows of all consumers.
     """
-    index = seen.representative(ROWS_OF_INPUT)
+    index = seen.representative(ROWS_JUDGED)
     rows = seen.kept[index]
     rounded = dequantize_per_tensor(
         quantize_per_tensor(rows, grid.scale, grid.offset), grid.scale, grid.offset, rows.dtype

@@ -170,7 +170,7 @@ def nested_config() -> dict[str, Any]:
 def check_config(case: Any, folder: Path) -> bool:
     """A model that is built has the sizes of its tensors, and numbers where the model computes with them."""
     if not (folder / "model.safetensors").exists():
-        (folder / "model.safetensors").symlink_to(TINY / "model.safetensors")
+        shutil.copy(TINY / "model.safetensors", folder)
     (folder / "config.json").write_bytes(as_json(case))
     checkpoint = Checkpoint(folder)
     model = FloatModel.of(checkpoint)

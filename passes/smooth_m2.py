@@ -77,9 +77,10 @@ def range_candidates(peaks: Tensor, count: int) -> Tensor:
     Channels beyond r are brought down to r; the first candidate is all ones. r falls to the range of the smallest
     channel, as below it all channels would only shrink together.
     """
-    largest = float(peaks.amax())
-    if largest == 0.0:
+    known = peaks[(peaks > 0) & torch.isfinite(peaks)]  # weights beyond 1e19 have squares that float32 cannot hold
+    if not len(known):
         return torch.ones(1, peaks.shape[0])
-    smallest = max(SMALLEST_RANGE, float(peaks[peaks > 0].amin()) / largest)
+    largest = float(known.amax())
+    smallest = max(SMALLEST_RANGE, float(known.amin()) / largest)
     shares = torch.logspace(0, math.log10(smallest), count, dtype=torch.float64).float()  # alike on all machines
     return (peaks / (shares * largest)[:, None]).clamp(min=1.0)

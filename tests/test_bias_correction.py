@@ -64,31 +64,28 @@ def test_declared_and_sound(folders: dict[bool, Path], planted: Path) -> None:
         assert report.ok and not report.warnings, report.findings
 
 
-@pytest.mark.parametrize("steps", [1, CORRECTION_STEP, -3 * CORRECTION_STEP])
-def test_the_same_without_a_word_is_damage(folders: dict[bool, Path], steps: int, tmp_path: Path) -> None:
-    """Catches a `verify` that accepts what looks like a correction in a folder that does not speak of any."""
-    damaged = tmp_path / "damaged"
-    shutil.copytree(folders[False], damaged)
-    (damaged / "MANIFEST.json").unlink(missing_ok=True)
-    name = sorted(biases(damaged))[0]
-    for path in damaged.glob("*.safetensors"):
+def moved(folder: Path, target: Path, steps: int) -> tuple[Path, str]:
+    """A copy without its manifest in which one value of one quant_bias is off by `steps`, and the name of that."""
+    shutil.copytree(folder, target)
+    (target / "MANIFEST.json").unlink()
+    name = sorted(biases(target))[0]
+    for path in target.glob("*.safetensors"):
         tensors = load_file(path)
         if name in tensors:
             tensors[name][1] += steps
             save_file(tensors, path, {"format": "pt"})
+    return target, name
+
+
+@pytest.mark.parametrize("steps", [1, CORRECTION_STEP, -3 * CORRECTION_STEP])
+def test_the_same_without_a_word_is_damage(folders: dict[bool, Path], steps: int, tmp_path: Path) -> None:
+    """Catches a `verify` that accepts what looks like a correction in a folder that does not speak of any."""
+    damaged, name = moved(folders[False], tmp_path / "damaged", steps)
     report = verify_folder(damaged)
     assert not report.ok and any(name in str(finding) for finding in report.findings)
 
 
 def test_a_correction_that_is_not_whole_is_damage(folders: dict[bool, Path], tmp_path: Path) -> None:
-    """Catches a declaration that makes every quant_bias right: one step is no multiple of CORRECTION_STEP."""
-    damaged = tmp_path / "damaged"
-    shutil.copytree(folders[True], damaged)
-    (damaged / "MANIFEST.json").unlink(missing_ok=True)
-    name = sorted(biases(damaged))[0]
-    for path in damaged.glob("*.safetensors"):
-        tensors = load_file(path)
-        if name in tensors:
-            tensors[name][1] += 3
-            save_file(tensors, path, {"format": "pt"})
+    """Catches a declaration that makes every quant_bias right: three steps are no multiple of CORRECTION_STEP."""
+    damaged, _ = moved(folders[True], tmp_path / "damaged", 3)
     assert not verify_folder(damaged).ok

@@ -1,9 +1,11 @@
 """layer_globs: patterns of --exclude and --include that match nothing are faults, with what was probably meant."""
 
 import pytest
+import tiny
 
 from vlqc.errors import UserError
-from vlqc.layer_globs import check_globs
+from vlqc.layer_globs import check_globs, check_layers
+from vlqc.options import Options
 
 LAYERS = [
     "visual.blocks.0.attn.qkv",
@@ -64,3 +66,10 @@ def test_a_model_without_layers() -> None:
     """An index into an empty list instead of a sentence."""
     with pytest.raises(UserError, match="matches no layer"):
         check_globs([], exclude=("*",))
+
+
+def test_nothing_that_is_left() -> None:
+    """Catches hours of calibration for a copy of the source."""
+    options = Options.from_user(model_path=tiny.TINY, save_directory="out", exclude=["*"])
+    with pytest.raises(UserError, match="nothing would be quantized"):
+        check_layers(tiny.float_model(), options)

@@ -1,6 +1,7 @@
 """The float model without weights: what is where, which parts are stages, how they are filled and emptied."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -226,3 +227,34 @@ def test_model_inputs_fit_the_installed_transformers() -> None:
         assert torch.equal(bare["mm_token_type_ids"], types)
     with torch.no_grad():
         assert torch.equal(model(**bare).logits, model(**typed).logits)
+
+
+@pytest.mark.parametrize("key", ["language", "vision"])
+def test_layers_that_the_config_does_not_count(key: str, tmp_path: Path) -> None:
+    """Catches a model that is cut short without a word; a tensor of a known layer may be too many."""
+
+    def shorter(config: dict[str, Any]) -> None:
+        if key == "language":
+            config["num_hidden_layers"] = 3
+        else:
+            config["vision_config"] |= {"depth": 3, "fullatt_block_indexes": [1]}
+
+    model = tiny.float_model(tiny.damaged(tmp_path, config=shorter))
+    with pytest.raises(UserError, match=r"(layers|blocks)\.3\..* belongs to a layer that config.json does not count"):
+        model.unknown_tensors()
+
+
+def test_a_tensor_too_many_is_only_named(tmp_path: Path) -> None:
+    """Catches a refusal of old checkpoints, which keep the frequencies of their rotary embeddings."""
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    folder = tiny.damaged(tmp_path, tensors=lambda tensors: tensors.update({name: torch.ones(4)}))
+    assert tiny.float_model(folder).unknown_tensors() == [name]
+
+
+@pytest.mark.parametrize("scaling", [None, {"type": "mrope"}, {"type": "mrope", "mrope_section": [999, 1, 1]}])
+def test_rotary_sections_that_do_not_fit(scaling: object, tmp_path: Path) -> None:
+    """Catches what only the first layer of the language model would stumble over, after all of the vision tower."""
+    folder = tiny.damaged(tmp_path, config=lambda config: config.update(rope_scaling=scaling))
+    with pytest.raises(UserError, match="rope_scaling is ") as caught:
+        tiny.float_model(folder)
+    assert "half of a head" in str(caught.value)

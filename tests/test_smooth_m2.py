@@ -208,3 +208,8 @@ def test_quantized_sites_stay_the_same_ones() -> None:
     stage = observed(decoder(outliers=True))
     known = [it.name for it in quantized(stage)]
     assert [it.name for it in quantized(through(stage, SmoothM2()))] == known and len(known) == 7
+
+
+def test_peaks_that_are_no_numbers() -> None:
+    """Catches a traceback where weights are so large that float32 does not hold their squares."""
+    assert torch.equal(range_candidates(torch.full((3,), torch.nan), 5), torch.ones(1, 3))

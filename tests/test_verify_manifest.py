@@ -115,3 +115,11 @@ def test_a_folder_without_a_list_is_fine(folder: Path) -> None:
     report = Report(str(folder))
     check_manifest(folder, report)
     assert report.ok and "no MANIFEST.json" in report.facts["manifest"]
+
+
+def test_a_link_out_of_the_folder(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Catches a file of the same bytes elsewhere, which may be another one tomorrow: the list alone cannot tell."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "config.json"
+    (folder / "config.json").rename(elsewhere)
+    (folder / "config.json").symlink_to(elsewhere)
+    assert faults(folder) == ["config.json is a link out of the compiled folder"]

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from vlqc.checkpoint import times_of
-from vlqc.emit.folder import InUse, WorkFolder, bytes_in, require_space, work_folders
+from vlqc.emit.folder import JOURNAL, InUse, WorkFolder, bytes_in, require_space, work_folders
 from vlqc.emit.manifest import MANIFEST
 from vlqc.errors import Fault, UserError
 from vlqc.fingerprint import Facts, differences, file_digest, listed
 from vlqc.journal_lines import DamagedJournal, JournalWriter, Record, read_lines
 from vlqc.options import Options
 
-JOURNAL = "journal.jsonl"
 VERSION = 1  # of what the journal says and how
 
 

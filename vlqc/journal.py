@@ -16,12 +16,12 @@ from torch import Tensor
 
 from vlqc.checkpoint import Checkpoint
 from vlqc.emit import FolderEmitter, expected_bytes
-from vlqc.emit.folder import DISK_FAULTS, nearest_folder, restore_replaced, unwritable
+from vlqc.emit.folder import DISK_FAULTS, JOURNAL, OUTPUTS, nearest_folder, restore_replaced, unwritable
 from vlqc.emit.manifest import MANIFEST, write_manifest
 from vlqc.emit.shards import Damaged, sync
 from vlqc.errors import Fault, UserError, VlqcError
 from vlqc.fingerprint import facts_of, file_digest
-from vlqc.interrupted import JOURNAL, Work, take_up
+from vlqc.interrupted import Work, take_up
 from vlqc.ir import Stage
 from vlqc.journal_lines import JournalWriter, Record
 from vlqc.kept_outputs import CannotBeKept, OutputsWriter, read_value
@@ -33,8 +33,6 @@ from vlqc.pipeline import Pass, print_pipeline
 from vlqc.probe import PROBE
 from vlqc.tally import Tally
 from vlqc.world import World
-
-OUTPUTS = "outputs"
 
 
 @contextmanager

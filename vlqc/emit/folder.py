@@ -16,8 +16,8 @@ from vlqc.errors import Fault, UserError
 
 FOLDER_MODE = 0o750
 FILE_MODE = 0o640
-WORK = {"result", "outputs", "journal.jsonl"}  # all that ever lies in a work folder
-RESULT = "result"  # in a work folder, what is to appear; beside it lies what an interrupted run goes on from
+# All that ever lies in a work folder: what is to appear, and what an interrupted run goes on from.
+RESULT, OUTPUTS, JOURNAL = WORK = ("result", "outputs", "journal.jsonl")
 # What a disk or its settings can answer to a write; any other fault inside is not one of the save folder.
 DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux: <fcntl.h>, <linux/fs.h>
@@ -26,7 +26,7 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux: <fcntl.h>, <linux/fs.h>
 def work_folders(target: Path) -> list[Path]:
     """Those that lie beside `target`, of runs that go on or were interrupted; nothing that only has such a name."""
     target = Path(os.path.realpath(target))
-    return [folder for folder in _made_by_runs(target, _prefix(target)) if _names_in(folder) <= WORK]
+    return [folder for folder in _made_by_runs(target, _prefix(target)) if _names_in(folder) <= set(WORK)]
 
 
 class WorkFolder:

@@ -120,7 +120,7 @@ def _module(folder: Path, said: facts.BundleFacts, weights: Mapping[str, Tensor]
         setattr(holder, name, value if name in holder._buffers else nn.Parameter(value, requires_grad=False))
     if missing := sorted(known.keys() - values.keys()):
         raise ValueError(f"{missing[0]} is missing")
-    return module.eval()
+    return module
 
 
 def _replacement(it: facts.Replaced, before: nn.Module, values: Tensors) -> nn.Module:

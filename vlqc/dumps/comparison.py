@@ -62,7 +62,8 @@ def compare(first: Path, second: Path) -> Comparison:
     """
     old, new = _states(first), _states(second)
     if len(old) == len(new) == 1:  # two files, whatever they are called
-        new = dict(zip(old, new.values(), strict=True))
+        title = " and ".join(dict.fromkeys([*old, *new]))
+        old, new = ({title: path} for states in (old, new) for path in states.values())
     states, same = [], 0
     told: dict[str, set[tuple[str, str]]] = {}
     for title in _merged(list(old), list(new)):

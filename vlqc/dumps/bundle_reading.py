@@ -102,7 +102,7 @@ def _module(folder: Path, said: facts.BundleFacts, weights: Mapping[str, Tensor]
     found = {original_name(f"{path}.").removesuffix("."): child for path, child in whole.named_modules()}
     if said.stage not in found:
         raise ValueError(f"the model of its {facts.CONFIG} has no module {said.stage}")
-    module = found[said.stage]
+    module: nn.Module = found[said.stage]
     values = {name.removeprefix("module/"): it for name, it in weights.items() if name.startswith("module/")}
     for it in said.replaced:
         module.set_submodule(it.path, _replacement(it, module.get_submodule(it.path), values))

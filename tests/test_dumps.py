@@ -189,6 +189,7 @@ def test_run_pass_says_what_changed(dump: Path, tmp_path: Path) -> None:
     assert text == (tmp_path / "t.vlqc").read_text() == vlqc.print_stage(vlqc.parse(text))
     assert told("run-pass", str(tmp_path), "smooth-m2")[0] == 2
     assert told("run-pass", bundle, "smoothm2")[0] == 2
+    assert told("run-pass", bundle, "quantize-activations", "-o", str(tmp_path / "none" / "t.vlqc"))[0] == 2
 
 
 def test_dump_prints_what_a_compilation_traces(dump: Path, tmp_path: Path) -> None:
@@ -201,6 +202,7 @@ def test_dump_prints_what_a_compilation_traces(dump: Path, tmp_path: Path) -> No
     assert stage.edges is None and not stage.summaries.observations
     assert told("dump", str(TINY), "--formats", "json")[0] == 2
     assert "matches no stage" in told("dump", str(TINY), "--stages", "nothing")[2]
+    assert "only reads" in told("dump", str(TINY), "-o", str(TINY / "dump"))[2] and not (TINY / "dump").exists()
 
 
 def test_dump_traces_on_pictures(tmp_path: Path) -> None:
@@ -214,13 +216,17 @@ def test_dump_traces_on_pictures(tmp_path: Path) -> None:
 
 
 def test_stop_after_ends_there(dump: Path, tmp_path: Path) -> None:
-    """Catches a save folder that appears all the same, and a state that is not the compilation's."""
+    """Catches a save folder that appears all the same, one that is replaced, and a state that is not the
+    compilation's."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "kept").touch()
     looked = look_until(
         "smooth-m2", model_path=TINY, save_directory=tmp_path / "out", samples=tiny_task.samples(3, seed=1),
         dump_ir=tmp_path / "ir", dump_stages=CHOSEN[:2], **SHIFTED,
     )  # fmt: skip
     assert looked.stages == CHOSEN[:2] and looked.of == 9
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ir"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ir", "out"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["kept"]
     for name in CHOSEN[:2]:
         files = sorted((tmp_path / "ir" / name).iterdir())
         assert files[-1].name == "05-after-smooth-m2.vlqc"

@@ -15,6 +15,7 @@ from onnx import helper
 from tiny import TINY
 from torch import Tensor, fx, nn
 
+import vlqc
 from vlqc.dumps.bundle_reading import read_bundle
 from vlqc.dumps.files import State
 from vlqc.dumps.looking import look_until
@@ -244,6 +245,17 @@ def test_an_operation_without_a_rule_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"%cumsum of a\.0 has no form in ONNX[\s\S]*a call of cumsum"):
         write_onnx(stage, tmp_path / "x", State())
     assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_called_that_is_not_listed(tmp_path: Path) -> None:
+    """Catches an export that runs what the text of a stranger's stage calls, such as torch.load of a pickle."""
+    graph = vlqc.parse(
+        'stage "a.0" part=vision dtype=bfloat16 {\n  %x = input("x") : float32[2]\n'
+        f'  %load = torch.load("{tmp_path / "evil.pt"}", weights_only=False)\n  return (%x,)\n}}\n'
+    ).graph
+    stage = Stage("a.0", "vision", torch.bfloat16, nn.Identity(), graph, {}, [], Call(0, (drawn(9, 2),), {}))
+    with pytest.raises(UserError, match=r"%load of a\.0 has no form in ONNX"):
+        export(stage)
 
 
 def test_what_depends_on_integers_is_constant() -> None:

@@ -416,6 +416,7 @@ def run_pass_command(
     """Run a pass again on one stage, from a bundle of --dump_formats bundle, and say what it changed."""
     from vlqc.dumps.run_pass import run_pass
 
+    _check_file("--output", output)
     run = run_pass(bundle, pipeline)
     if output is not None:
         output.write_text(run.text, encoding="utf-8")
@@ -458,10 +459,14 @@ def _bool(name: str, word: str) -> bool:
 
 
 def _check_json_file(file: Path | None) -> None:
+    _check_file("--json", file)
+
+
+def _check_file(flag: str, file: Path | None) -> None:
     """Before the work, not after it."""
     if file is not None and (file.is_dir() or not file.parent.is_dir()):
         why = "it is a folder" if file.is_dir() else f"there is no folder {file.parent}"
-        raise UserError(Fault(f"--json {file} cannot be written", why=why, fix="name a file in an existing folder"))
+        raise UserError(Fault(f"{flag} {file} cannot be written", why=why, fix="name a file in an existing folder"))
 
 
 def _print_progress(line: str) -> None:

@@ -27,9 +27,9 @@ class Dumper:
     """Writes STAGE/00-traced and STAGE/NN-after-PASS below a folder, in every format; without one it writes nothing.
 
     stages: patterns over the names of stages, none: all; formats: of `WRITERS`; print_after: name of a pass, after
-    which the text of these stages is shown, by `show`; print_traced: whether it is, as traced; model_path: of the
-    checkpoint. What an earlier run dumped for the same stage goes first: texts of two runs side by side would tell
-    nothing. UserError for files that cannot be written.
+    which the text of these stages is shown, by `show` or on stderr; print_traced: whether it is, as traced;
+    model_path: of the checkpoint. What an earlier run dumped for the same stage goes first: texts of two runs side by
+    side would tell nothing. UserError for files that cannot be written.
     """
 
     def __init__(
@@ -41,9 +41,9 @@ class Dumper:
         print_after: str | None = None,
         print_traced: bool = False,
         model_path: Path | None = None,
-        show: Callable[[str], object] = sys.stderr.write,
+        show: Callable[[str], object] | None = None,
     ) -> None:
-        self.folder, self.stages, self.print_after, self._show = folder, tuple(stages), print_after, show
+        self.folder, self.stages, self.print_after, self._show = folder, tuple(stages), print_after, show or _to_stderr
         self.print_traced = print_traced
         self.model_path, self._state = model_path, State(model_path)
         self._writers = [_writer(name) for name in formats] if folder is not None else []
@@ -89,6 +89,11 @@ class Dumper:
                 write(stage, path, self._state)
         except OSError as error:
             raise UserError(Fault("the dump cannot be written", str(path), str(error))) from error
+
+
+def _to_stderr(text: str) -> None:
+    """Looked up when it is used: a progress bar takes stderr's place while it is shown."""
+    sys.stderr.write(text)
 
 
 def _writer(name: str) -> Callable[[Stage, Path, State], None]:

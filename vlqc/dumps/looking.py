@@ -14,6 +14,7 @@ from vlqc.device import resolve_device
 from vlqc.dumps import Dumper, announcer, require_pass
 from vlqc.dumps.made_up_sample import made_up_sample
 from vlqc.emit.ascend import emitted_dtype
+from vlqc.errors import Fault, UserError
 from vlqc.layer_globs import check_globs, check_layers
 from vlqc.lockstep import Lockstep
 from vlqc.model import FloatModel
@@ -21,6 +22,7 @@ from vlqc.options import Options
 from vlqc.pipeline import Pass, PassManager, check_order, needed_by_later_stages, parse_pipeline, pipeline_text
 from vlqc.progress import Progress
 from vlqc.stages import live_stage
+from vlqc.world import here
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,12 @@ def trace(
 
     One stage's weights are in memory at a time. UserError as from a compilation.
     """
+    if dumper.folder is not None and model_path.resolve() in (
+        dumper.folder.resolve(),
+        *dumper.folder.resolve().parents,
+    ):
+        why = "it lies in the model folder, which vlqc only reads"
+        raise UserError(Fault(f"--output {dumper.folder}", why=why, fix="name another folder"))
     checkpoint = Checkpoint(model_path)
     model = FloatModel.of(checkpoint, trust_remote_code=trust_remote_code)
     check_globs(model.stages, what="stage", stages=dumper.stages)
@@ -73,9 +81,12 @@ def look_until(
     wanted only the passes on which later stages depend. Without a folder to dump into, the texts are printed.
     UserError as from a compilation.
     """
+    if here().size > 1:
+        fix = "leave torchrun out"
+        raise UserError(Fault(f"--stop_after {stop_after}", why="stages are looked at by one process", fix=fix))
     if given.get("dump_ir") is None:
         given.setdefault("print_after", stop_after)
-    options = Options.from_user(**given)
+    options = Options.from_user(**{**given, "overwrite": True})  # the save folder stays as it is, whatever is in it
     pipeline = parse_pipeline(pipeline_text(options))
     check_order(pipeline, search=options.fallback == "auto")
     require_pass("--stop_after", stop_after, pipeline)

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import tiny_task
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny import TINY
 from typer.testing import CliRunner
@@ -163,6 +165,32 @@ def test_damaged_bundles_are_refused(dump: Path, tmp_path: Path, kind: str) -> N
     damage(folder)
     with pytest.raises(UserError, match=told):
         run_pass(folder, "smooth-m2")
+
+
+@pytest.fixture(scope="module")
+def merger(dump: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of its own, to be damaged."""
+    folder = tmp_path_factory.mktemp("bundles") / "some.bundle"
+    return Path(shutil.copytree(dump / "visual.merger" / "01-after-split-window-attention.bundle", folder))
+
+
+@settings(max_examples=60)
+@given(st.sampled_from(["bundle.json", "graph.vlqc", "config.json"]), st.data())
+def test_any_damage_is_refused_or_harmless(merger: Path, name: str, data: st.DataObject) -> None:
+    """Catches a traceback for a text that was edited by hand or cut off, and a stage that differs from its text."""
+    text = (merger / name).read_text()
+    at, length = data.draw(st.integers(0, len(text) - 1)), data.draw(st.sampled_from([1, 2, 10, len(text)]))
+    other = (
+        text[:at] + data.draw(st.sampled_from(["", "0", "-1", "[]", "null", '"', "%x", "9" * 12])) + text[at + length :]
+    )
+    try:
+        (merger / name).write_text(other)
+        stage = read_bundle(merger)
+        assert vlqc.print_stage(stage) == vlqc.print_stage(vlqc.parse((merger / "graph.vlqc").read_text()))
+    except UserError:
+        pass
+    finally:
+        (merger / name).write_text(text)
 
 
 def test_a_probe_is_no_calibration(dump: Path) -> None:

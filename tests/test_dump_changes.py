@@ -63,6 +63,7 @@ def test_states_are_paired_by_pass(tmp_path: Path) -> None:
     comparison = compare(tmp_path / "a", tmp_path / "b")
     assert [(it.title, it.only) for it in comparison.states] == [("s/after-shift-norms", "second")]
     assert comparison.same == 2
+    assert [it.title for it in compare(tmp_path / "a" / "s", tmp_path / "b" / "s").states] == ["after-shift-norms"]
 
 
 def test_what_was_told_is_not_told_again(tmp_path: Path) -> None:

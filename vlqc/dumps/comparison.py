@@ -111,10 +111,10 @@ def _states(dump: Path) -> dict[str, Path]:
         stage, title = place.relative_to(dump).parent.as_posix(), place.name
         if (numbered := TITLE.fullmatch(title)) is not None:
             title = numbered[1]
-        key, count = f"{stage}/{title}", 1
+        key, count = f"{stage}/{title}".removeprefix("./"), 1  # of a stage's own folder
         while key in found:  # a pass that runs twice
             count += 1
-            key = f"{stage}/{title} ({count})"
+            key = f"{stage}/{title} ({count})".removeprefix("./")
         found[key] = named[place]
     if not found:
         why = "there is no text of a stage in it"

@@ -26,7 +26,8 @@ OUR_DEFAULTS = {
     "weight_method": "auto", "propagate": "float", "fallback": "seed", "min_sqnr": None, "max_float_groups": None,
     "exclude": (), "include": (), "w4a8_scope": "engine", "max_samples": None, "memory_budget": None,
     "seed": 0, "max_tokens": None, "overwrite": False, "skip_bad_images": False, "dump_ir": None, "pipeline": None,
-    "timings": None, "resume": False, "start_over": False,
+    "timings": None, "resume": False, "start_over": False, "dump_stages": (), "dump_formats": "text",
+    "print_after": None,
 }  # fmt: skip
 W4A8 = {"w_bit": 4, "is_dynamic": True, "is_lowbit": True, "open_outlier": False, "act_method": 1}
 

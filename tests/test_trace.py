@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 
 from vlqc.errors import UserError
 from vlqc.ir import Call
-from vlqc.trace import _input_tensors, record
+from vlqc.trace import input_tensors, record
 
 
 class Replay(fx.Interpreter):
@@ -35,7 +35,7 @@ def copied(call: Call) -> Call:
 @torch.no_grad()
 def replay(module: nn.Module, graph: fx.Graph, call: Call) -> tuple[Tensor, ...]:
     call = copied(call)
-    given = dict(_input_tensors(module, call.args, call.kwargs))
+    given = dict(input_tensors(module, call.args, call.kwargs))
     wanted = [str(node.target) for node in graph.nodes if node.op == "placeholder"]
     outputs: tuple[Tensor, ...] = Replay(module, graph=graph).run(*(given[name] for name in wanted))
     return outputs

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from vlqc.errors import Fault, UserError, VlqcError
+from vlqc.errors import Fault, UserError, VlqcError, printable
 from vlqc.option_values import Refused, read_bool
 from vlqc.options import PANELS, Options, extra_of, flag_of
 from vlqc.world import here, joined
@@ -149,10 +149,10 @@ def _parameter(name: str) -> inspect.Parameter:
 
 def _placeholder(annotation: object, extra: dict[str, Any]) -> str:
     """What stands for the value in the help."""
-    if extra["values"]:
+    if extra["values"] and extra["kind"] is None:
         return "|".join(map(str, extra["values"]))
     if extra["kind"]:
-        return {"globs": "GLOB", "target": "ENGINE"}[extra["kind"]]
+        return {"globs": "GLOB", "target": "ENGINE", "formats": "LIST"}[extra["kind"]]
     words = {"bool": "True|False", "Path": "PATH", "int": "NUMBER", "float": "NUMBER"}
     return next((word for part, word in words.items() if part in str(annotation)), "TEXT")
 
@@ -166,9 +166,22 @@ def compile_command(
         bool,
         typer.Option("--plan", help="Say what would be done, from headers alone, and stop.", rich_help_panel=PANELS[4]),
     ] = False,
+    stop_after: Annotated[
+        str | None,
+        typer.Option(
+            "--stop_after",
+            metavar="PASS",
+            help="End after this pass on the stages of --dump_stages, or on all: for what --dump_ir and --print_after "
+            "show. No save folder is written.",
+            rich_help_panel=PANELS[5],
+        ),
+    ] = None,
     **options: Any,
 ) -> None:
     """Quantize a checkpoint: float folder in, int8 folder out."""
+    if stop_after is not None:
+        _look_until(stop_after, **options)
+        return
     Options.from_user(**options)  # before anything heavy is imported
     if plan:
         from vlqc.preflight import preflight, render
@@ -186,6 +199,59 @@ def compile_command(
         progress.finish()
     if here().first:
         print_summary(result, Console())
+
+
+def _look_until(stop_after: str, **options: Any) -> None:
+    from vlqc.dumps.looking import look_until
+    from vlqc.progress import TerminalProgress
+
+    progress = TerminalProgress(_stderr())
+    try:
+        looked = look_until(stop_after, progress=progress, **options)
+    finally:
+        progress.finish()
+    told = f"stopped after {stop_after} on {len(looked.stages)} of {looked.of} stages; no save folder was written"
+    _print_progress(told if looked.folder is None else f"{told}; the dump is in {looked.folder}")
+
+
+@app.command("dump")
+@_answering
+def dump_command(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a float checkpoint.", show_default=False)],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="DIR", help="Write STAGE/00-traced files instead of printing texts."),
+    ] = None,
+    stages: Annotated[
+        list[str] | None,
+        typer.Option("--stages", metavar="GLOB", help="Only these stages, such as 'model.layers.1*'; repeatable."),
+    ] = None,
+    formats: Annotated[
+        str, typer.Option("--formats", metavar="LIST", help="What to write: text,json,onnx,bundle.")
+    ] = "text",
+    calib_images: Annotated[
+        Path | None,
+        typer.Option("--calib_images", metavar="PICTURES", help="What to trace with; left out: a picture of noise."),
+    ] = None,
+    trust_remote_code: Annotated[
+        str, typer.Option("--trust_remote_code", metavar="True|False", help="Allow the checkpoint's own code to run.")
+    ] = "False",
+) -> None:
+    """Print the stages of a float checkpoint as traced: graph, tensors, sites. Nothing is quantized."""
+    chosen = Options.without_paths(
+        model_path=model, dump_ir=output or ".", dump_formats=formats, dump_stages=stages or [],
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    if output is None and formats != "text":
+        raise UserError(Fault(f"--formats {formats}", why="only text is printed", fix="add --output DIR"))
+    from vlqc.dumps import Dumper
+    from vlqc.dumps.looking import trace
+
+    dumper = Dumper(
+        output, stages=chosen.dump_stages, formats=chosen.dump_formats.split(","), model_path=model,
+        print_traced=output is None, show=functools.partial(typer.echo, nl=False),
+    )  # fmt: skip
+    trace(model, dumper, calib_images=calib_images, trust_remote_code=chosen.trust_remote_code)
 
 
 @app.command("inspect")
@@ -321,6 +387,49 @@ def report_command(
     Console().print(Text(f"the report is in {output}"), soft_wrap=True)
 
 
+@app.command("diff")
+@_answering
+def diff_command(
+    first: Annotated[Path, typer.Argument(metavar="A", help="A dump, a stage's folder in it, a bundle or a text.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="What to compare it with.")],
+) -> None:
+    """Say what differs between two dumps of --dump_ir: per stage, pass and site, in words. Exit code 1 if anything."""
+    from vlqc.dumps.comparison import compare
+
+    comparison = compare(first, second)
+    for line in comparison.lines():
+        Console().print(Text(printable(line)), soft_wrap=True)
+    if comparison.differs:
+        raise typer.Exit(1)
+
+
+@app.command("run-pass")
+@_answering
+def run_pass_command(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder NN-STATE.bundle of a dump.")],
+    pipeline: Annotated[str, typer.Argument(metavar="PASS", help="A pass with its options, or several: 'a{b=1},c'.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Also write the stage's text behind it.")
+    ] = None,
+    text: Annotated[bool, typer.Option("--text", help="Print that text, and not what has changed.")] = False,
+) -> None:
+    """Run a pass again on one stage, from a bundle of --dump_formats bundle, and say what it changed."""
+    from vlqc.dumps.run_pass import run_pass
+
+    _check_file("--output", output)
+    run = run_pass(bundle, pipeline)
+    if output is not None:
+        output.write_text(run.text, encoding="utf-8")
+    if text:
+        typer.echo(run.text, nl=False)
+        return
+    for about, sentences in run.found.items():
+        Console().print(Text(printable("\n  ".join([about, *sentences]))), soft_wrap=True)
+    for note in run.notes:
+        Console().print(Text(printable(f"note: {note}")), soft_wrap=True)
+    Console().print("nothing changed" if not run.found else f"{len(run.found)} things changed")
+
+
 @app.command("passes")
 @_answering
 @_with_options
@@ -350,10 +459,14 @@ def _bool(name: str, word: str) -> bool:
 
 
 def _check_json_file(file: Path | None) -> None:
+    _check_file("--json", file)
+
+
+def _check_file(flag: str, file: Path | None) -> None:
     """Before the work, not after it."""
     if file is not None and (file.is_dir() or not file.parent.is_dir()):
         why = "it is a folder" if file.is_dir() else f"there is no folder {file.parent}"
-        raise UserError(Fault(f"--json {file} cannot be written", why=why, fix="name a file in an existing folder"))
+        raise UserError(Fault(f"{flag} {file} cannot be written", why=why, fix="name a file in an existing folder"))
 
 
 def _print_progress(line: str) -> None:

@@ -133,6 +133,17 @@ def _layers(options: "Options") -> Iterator[Fault]:
         yield Fault(what, why="a layer is quantized or it is not", fix="leave out --exclude or --include")
 
 
+def _dumps(options: "Options") -> Iterator[Fault]:
+    """Choices about what is not asked for."""
+    if options.dump_ir is None and options.dump_formats != "text":
+        why = "there is no folder to dump into"
+        yield Fault(f"--dump_formats {options.dump_formats}", why=why, fix="add --dump_ir FOLDER")
+    if options.dump_ir is None and options.print_after is None and options.dump_stages:
+        why = "nothing is dumped or printed"
+        fix = "add --dump_ir FOLDER or --print_after PASS"
+        yield Fault(f"--dump_stages {' '.join(options.dump_stages)}", why=why, fix=fix)
+
+
 # The options a rule looks at, and the rule.
 SCHEME = frozenset({"w_bit", "is_dynamic", "is_lowbit", "open_outlier", "act_method"})
 RULES: tuple[tuple[frozenset[str], Callable[["Options"], Iterator[Fault]]], ...] = (
@@ -147,6 +158,7 @@ RULES: tuple[tuple[frozenset[str], Callable[["Options"], Iterator[Fault]]], ...]
     (SCHEME | {"mindie_format", "target", "strict_target", "w4a8_scope", "exclude"}, _strict),
     (frozenset({"exclude", "include"}), _layers),
     (frozenset({"resume", "start_over"}), _resume),
+    (frozenset({"dump_ir", "dump_stages", "dump_formats", "print_after"}), _dumps),
 )
 
 

@@ -52,7 +52,7 @@ def compile(
     check_order(pipeline, search=options.fallback == "auto")
     checkpoint = Checkpoint(options.model_path)
     tally = Tally(options, checkpoint, show.note)
-    onlookers = Onlookers(Dumper(options.dump_ir if world.first else None), tally.gathering)
+    onlookers = Onlookers(Dumper.of(options, pipeline, active=world.first), tally.gathering)
     manager = PassManager(pipeline, before=announcer(show.step), after=onlookers.after)
     device, trust = world.place(resolve_device(options.device_type)), options.trust_remote_code
     model = world.after_first(lambda: FloatModel.of(checkpoint, trust_remote_code=trust, device=device))

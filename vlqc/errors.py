@@ -58,7 +58,8 @@ class InternalError(VlqcError):
     exit_code = 70
 
     def __init__(self, message: str) -> None:
-        super().__init__(f"{message}\n  what to do: this is a fault of vlqc; report it with the dump of --dump_ir")
+        fix = "report it with the last bundle of --dump_ir DIR --dump_formats bundle"
+        super().__init__(f"{message}\n  what to do: this is a fault of vlqc; {fix}")
 
 
 def near_miss(given: str, known: Iterable[str]) -> str:

@@ -24,7 +24,7 @@ PACKAGES = ("torch", "transformers", "safetensors", "numpy")
 # Options that do not change what is written: where from and where to, and how it is run.
 IMMATERIAL = {
     "model_path", "save_directory", "calib_images", "overwrite", "resume", "start_over", "memory_budget", "dump_ir",
-    "strict_target", "pipeline", "timings",
+    "strict_target", "pipeline", "timings", "dump_stages", "dump_formats", "print_after",
 }  # fmt: skip
 NOTHING = "nothing"
 NAMED = 6  # differences that an error lists

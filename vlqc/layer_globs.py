@@ -14,6 +14,7 @@ def check_layers(model: FloatModel, options: Options) -> None:
     """UserError for patterns that match nothing, or leave what no engine loads."""
     check_globs([*model.layers, *model.heads], exclude=options.exclude)
     check_globs(model.layers, include=options.include)
+    check_globs(model.stages, what="stage", dump_stages=options.dump_stages)
     check_plan(model.layers, options)
 
 
@@ -43,15 +44,15 @@ def check_plan(layers: Iterable[str], options: Options) -> None:
         raise UserError(*(replace(fault, where=f"--exclude, for {target}") for fault in faults))
 
 
-def check_globs(layers: Iterable[str], **globs: tuple[str, ...]) -> None:
-    """UserError for every pattern that matches no layer; keyword names are the flags they came with."""
+def check_globs(layers: Iterable[str], what: str = "layer", **globs: tuple[str, ...]) -> None:
+    """UserError for every pattern that matches no layer (or stage); keyword names are the flags they came with."""
     known = list(layers)
     faults = []
     for flag, patterns in globs.items():
         for pattern in patterns:
             if not any(fnmatchcase(layer, pattern) for layer in known):
-                named = f"layers are named like {known[0]}, {known[-1]}" if known else "the model has none"
+                named = f"{what}s are named like {known[0]}, {known[-1]}" if known else "the model has none"
                 fix = near_miss(pattern, known) or named
-                faults.append(Fault(f"--{flag} {pattern} matches no layer", fix=fix))
+                faults.append(Fault(f"--{flag} {pattern} matches no {what}", fix=fix))
     if faults:
         raise UserError(*faults)

@@ -55,6 +55,8 @@ def read_value(name: str, field: FieldInfo, value: Any) -> Any:
     if int in kinds:
         return _read_int(name, value, extra["values"], extra.get("least", FEWEST))
     read = _read_text(name, value)
+    if extra["kind"] == "formats":
+        return _read_words(name, read, extra["values"])
     if extra["values"] and read not in extra["values"]:
         raise _not_one_of(name, value, extra["values"])
     return read
@@ -104,6 +106,15 @@ def _read_text(name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise _refused(name, repr(value), f"it is not text but {type(value).__name__}")
     return value
+
+
+def _read_words(name: str, value: str, allowed: list[str]) -> str:
+    """Words separated by commas, each once, in the given order."""
+    words = list(dict.fromkeys(word.strip().lower() for word in value.split(",") if word.strip()))
+    for word in words or [""]:
+        if word not in allowed:
+            raise _not_one_of(name, word, allowed)
+    return ",".join(words)
 
 
 def _read_target(name: str, value: Any) -> str:

@@ -184,7 +184,24 @@ class Options(BaseModel):
         False, "Throw away what an interrupted run has left, and start anew.", RUNNING, flag=True
     )
     skip_bad_images: bool = _option(False, "Go on without the pictures that cannot be read.", DATA, flag=True)
-    dump_ir: Path | None = _option(None, "Write the text of every stage after every pass into this folder.", DEBUGGING)
+    dump_ir: Path | None = _option(
+        None, "Write every stage, as traced and after every pass, into this folder.", DEBUGGING
+    )
+    dump_stages: tuple[str, ...] = _option(
+        (),
+        "Dump and print these stages only: a pattern such as 'model.layers.1*', as often as needed.",
+        DEBUGGING,
+        kind="globs",
+    )
+    dump_formats: str = _option(
+        "text",
+        "What --dump_ir writes, separated by commas: text; json; onnx, which Netron opens; bundle, on which "
+        "`vlqc run-pass` runs a pass again.",
+        DEBUGGING,
+        ("text", "json", "onnx", "bundle"),
+        kind="formats",
+    )
+    print_after: str | None = _option(None, "Print the text of every stage after this pass, on stderr.", DEBUGGING)
     timings: Path | None = _option(
         None, "Write time and memory per pass into this file, for `vlqc report FOLDER --timings FILE`.", DEBUGGING
     )

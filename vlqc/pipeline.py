@@ -38,8 +38,10 @@ REGISTRY: dict[str, str] = {
     "propagate-quantized": "vlqc.passes.propagate_quantized:PropagateQuantized",
 }
 
-
+# Modules that a pass wraps around the model's own, by the name of their class; made of (the module).
+WRAPPERS: dict[str, str] = {"Windowed": "vlqc.passes.split_window_attention:Windowed"}
 RUNNERS = ("insert-observers",)  # passes that run a stage's samples
+HANDING_ON = (*RUNNERS, "propagate-quantized")  # passes that decide what later stages are given
 MEASURING = "measure-sensitivity"  # what a precision search goes by
 
 
@@ -150,6 +152,15 @@ def load_pass(name: str) -> type[Pass]:
     return loaded
 
 
+def load_wrapper(kind: str) -> type[nn.Module]:
+    """The class of a module that some pass wraps around others; ValueError for an unknown name."""
+    if kind not in WRAPPERS:
+        raise ValueError(f"no pass makes a module of the kind {kind}")
+    module, _, attribute = WRAPPERS[kind].partition(":")
+    loaded: type[nn.Module] = getattr(importlib.import_module(module), attribute)
+    return loaded
+
+
 def check_order(passes: Sequence[Pass], *, search: bool = False) -> None:
     """UserError if a pass stands before one that it needs, or after one that takes away what it works on.
 
@@ -171,6 +182,12 @@ def check_order(passes: Sequence[Pass], *, search: bool = False) -> None:
         faults.append(Fault(f"the pipeline lacks {MEASURING}", "--pipeline", "--fallback auto goes by it", fix))
     if faults:
         raise UserError(*faults)
+
+
+def needed_by_later_stages(passes: Sequence[Pass]) -> list[Pass]:
+    """The passes up to the last one that decides what a stage hands on; a stage nobody looks at needs no others."""
+    last = max((number for number, step in enumerate(passes) if step.name in HANDING_ON), default=-1)
+    return list(passes[: last + 1])
 
 
 def pipeline_text(options: Options) -> str:

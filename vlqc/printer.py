@@ -47,7 +47,7 @@ def print_stage(stage: Stage, *, tensors: bool = True) -> str:
     """The text of a stage. tensors=False leaves out the section of its weights (the rest of the text reads none)."""
     dtype = str(stage.dtype).removeprefix("torch.")
     lines = [f"stage {quote(stage.name)} part={stage.part} dtype={dtype} {{"]
-    lines += [f"  {_print_node(stage, node)}" for node in stage.graph.nodes]
+    lines += [f"  {print_node(stage, node)}" for node in stage.graph.nodes]
     lines.append("}")
     if tensors:
         lines += _section("tensors", [f"{quote(name)} {_print_summary(it)}" for name, it in _tensors(stage)])
@@ -68,7 +68,8 @@ def _section(title: str, lines: list[str]) -> list[str]:
 # ---- operations ------------------------------------------------------------------------------------------------------
 
 
-def _print_node(stage: Stage, node: fx.Node) -> str:
+def print_node(stage: Stage, node: fx.Node) -> str:
+    """One operation, as the text of its stage has it."""
     if node.op == "output":
         return f"return {literal(node.args[0])}"
     line = f"%{node.name} = {_print_callee(stage, node)}"

@@ -67,14 +67,14 @@ def _record(
     device: where the inputs really are, if this run is on meta.
     """
     recorder = _Recorder(module, own, device)
-    for name, tensor in _input_tensors(module, args, kwargs):
+    for name, tensor in input_tensors(module, args, kwargs):
         recorder.bind(tensor, recorder.graph.placeholder(name))
     with torch.no_grad(), recorder:
         output = run()
     return recorder.finish(output)
 
 
-def _input_tensors(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, Tensor]]:
+def input_tensors(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, Tensor]]:
     """Every distinct tensor among the arguments with a readable name (position_embeddings_0)."""
     parameters = [p.name for p in inspect.signature(type(module).forward).parameters.values()][1:]
     by_name = {**dict(zip(parameters, args, strict=False)), **kwargs}

@@ -10,7 +10,10 @@ from vlqc.options import Options
 
 PLACES = {"model_path": "MODEL_PATH", "calib_images": "PICTURES", "save_directory": "SAVE_DIRECTORY"}
 # What changes how a compilation runs, but no byte of what comes out.
-WITHOUT_TRACE = {"overwrite", "memory_budget", "strict_target", "dump_ir", "timings", "resume", "start_over"}
+WITHOUT_TRACE = {
+    "overwrite", "memory_budget", "strict_target", "dump_ir", "dump_stages", "dump_formats", "print_after", "timings",
+    "resume", "start_over",
+}  # fmt: skip
 
 
 def command(options: Options, pipeline: str | None, *, ready_samples: bool) -> tuple[str, ...]:

@@ -1,0 +1,133 @@
+"""Stages to look at, without a result: `vlqc dump` traces them, `vlqc compile --stop_after` runs passes over them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlqc.calibration import Calibration, calibrate_on
+from vlqc.checkpoint import Checkpoint
+from vlqc.device import resolve_device
+from vlqc.dumps import Dumper, announcer, require_pass
+from vlqc.dumps.made_up_sample import made_up_sample
+from vlqc.emit.ascend import emitted_dtype
+from vlqc.errors import Fault, UserError
+from vlqc.layer_globs import check_globs, check_layers
+from vlqc.lockstep import Lockstep
+from vlqc.model import FloatModel
+from vlqc.options import Options
+from vlqc.pipeline import Pass, PassManager, check_order, needed_by_later_stages, parse_pipeline, pipeline_text
+from vlqc.progress import Progress
+from vlqc.stages import live_stage
+from vlqc.world import here
+
+
+@dataclass(frozen=True)
+class Looked:
+    """stages: names of those that were looked at; of: how many the model has; folder: of the dump, if one was made."""
+
+    stages: tuple[str, ...]
+    of: int
+    folder: Path | None
+
+
+@torch.no_grad()
+def trace(
+    model_path: Path,
+    dumper: Dumper,
+    *,
+    samples: Sequence[dict[str, Tensor]] | None = None,
+    calib_images: Path | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Looked:
+    """Every stage that the dumper wants, as traced; no pass runs. Without samples or pictures noise is looked at.
+
+    One stage's weights are in memory at a time. UserError as from a compilation.
+    """
+    if dumper.folder is not None and model_path.resolve() in (
+        dumper.folder.resolve(),
+        *dumper.folder.resolve().parents,
+    ):
+        why = "it lies in the model folder, which vlqc only reads"
+        raise UserError(Fault(f"--output {dumper.folder}", why=why, fix="name another folder"))
+    checkpoint = Checkpoint(model_path)
+    model = FloatModel.of(checkpoint, trust_remote_code=trust_remote_code)
+    check_globs(model.stages, what="stage", stages=dumper.stages)
+    config: Any = model.module.config
+    if samples is None and calib_images is None:
+        samples = [made_up_sample(config)]
+    # Only the model's folder and the pictures are read of them; nothing is saved.
+    paths = {} if calib_images is None else {"calib_images": calib_images}
+    options = Options.without_paths(model_path=model_path, trust_remote_code=trust_remote_code, **paths)
+    calibration = calibrate_on(samples, options, model.module)
+    return _look(model, calibration, [], dumper, progress or Progress())
+
+
+@torch.no_grad()
+def look_until(
+    stop_after: str,
+    *,
+    samples: Sequence[dict[str, Tensor]] | None = None,
+    progress: Progress | None = None,
+    **given: Any,
+) -> Looked:
+    """The passes of a compilation up to and with `stop_after`, on every stage that its dump wants; no folder appears.
+
+    given: as `vlqc.compile` takes it. Behind the last stage that is wanted nothing runs, and on those that are not
+    wanted only the passes on which later stages depend. Without a folder to dump into, the texts are printed.
+    UserError as from a compilation.
+    """
+    if here().size > 1:
+        fix = "leave torchrun out"
+        raise UserError(Fault(f"--stop_after {stop_after}", why="stages are looked at by one process", fix=fix))
+    if given.get("dump_ir") is None:
+        given.setdefault("print_after", stop_after)
+    options = Options.from_user(**{**given, "overwrite": True})  # the save folder stays as it is, whatever is in it
+    pipeline = parse_pipeline(pipeline_text(options))
+    check_order(pipeline, search=options.fallback == "auto")
+    require_pass("--stop_after", stop_after, pipeline)
+    last = max(number for number, step in enumerate(pipeline) if step.name == stop_after)
+    dumper = Dumper.of(options, pipeline, active=True)
+    checkpoint = Checkpoint(options.model_path)
+    device, trust = resolve_device(options.device_type), options.trust_remote_code
+    model = FloatModel.of(checkpoint, trust_remote_code=trust, device=device)
+    check_layers(model, options)
+    calibration = calibrate_on(samples, options, model.module)
+    return _look(model, calibration, pipeline[: last + 1], dumper, progress or Progress())
+
+
+def _look(
+    model: FloatModel, calibration: Calibration, passes: Sequence[Pass], dumper: Dumper, show: Progress
+) -> Looked:
+    checkpoint = model.checkpoint
+    dtype = emitted_dtype(checkpoint.dtype)
+    wanted = [name for name in model.stages if dumper.wants(name)]
+    before = announcer(show.step)
+    manager = PassManager(passes, before=before, after=dumper.after)
+    elsewhere = PassManager(needed_by_later_stages(passes), before=before)
+    show.begin(len(wanted), len(calibration.samples))
+    lockstep = Lockstep(model, calibration.samples, probe=calibration.probe)
+    looked: list[str] = []
+    with model.ready_outside(checkpoint.tensor), lockstep:
+        for stop in lockstep:
+            show.stage(len(looked), stop.name)
+            with live_stage(model, stop, dtype, checkpoint.tensor) as stage:
+                stage.on_sample = show.sample
+                if dumper.wants(stage.name):
+                    dumper.traced(stage)
+                    manager.run(stage)
+                    looked.append(stage.name)
+                    show.stage_done(len(looked) - 1)
+                else:
+                    elsewhere.run(stage)
+                if looked == wanted:
+                    break
+                if not stage.outputs:
+                    stage.run()
+                stop.outputs = stage.answers()
+    show.finish()
+    return Looked(tuple(looked), len(model.stages), dumper.folder)

@@ -1,0 +1,45 @@
+"""One pass, run again on one state of one stage, from a bundle: `vlqc run-pass`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from vlqc.dumps.bundle_reading import read_bundle
+from vlqc.dumps.changes import Changes, changes
+from vlqc.errors import Fault, UserError
+from vlqc.parser import parse_stage
+from vlqc.pipeline import RUNNERS, PassManager, parse_pipeline
+from vlqc.printer import print_stage
+
+
+@dataclass(frozen=True)
+class Rerun:
+    """text: of the stage behind the passes; found: what they changed; notes: what they noted; seconds: of each pass."""
+
+    text: str
+    found: Changes
+    notes: tuple[str, ...]
+    seconds: dict[str, float]
+
+
+@torch.no_grad()
+def run_pass(bundle: Path, pipeline: str) -> Rerun:
+    """Runs the passes of a pipeline's text on the stage of a bundle, with the checks of a compilation.
+
+    On the machine that wrote the bundle, with as many threads, the text is that of the compilation, byte by byte.
+    UserError for a bundle that cannot be used, and for passes that need what it lacks; InternalError as in a
+    compilation: that is what a bug report is about.
+    """
+    passes = parse_pipeline(pipeline)
+    stage = read_bundle(bundle)
+    runners = [step.name for step in passes if step.name in RUNNERS]
+    if runners and not stage.calls:
+        why = f"{runners[0]} runs all samples through the stage, and this bundle holds the probe alone"
+        fix = f"take the bundle from before {runners[0]}, of a compilation in one process"
+        raise UserError(Fault(f"{runners[0]} cannot be run", str(bundle), why, fix))
+    before = print_stage(stage)
+    manager = PassManager(passes)
+    manager.run(stage)
+    text = print_stage(stage)
+    return Rerun(text, changes(parse_stage(before), parse_stage(text)), tuple(stage.notes), manager.seconds)

@@ -32,6 +32,11 @@ def parse_steps(text: str, class_of: Callable[[str], type]) -> list[Any]:
     return steps
 
 
+def names_in(text: str) -> list[str]:
+    """What stands before the braces, without asking what it means."""
+    return [part.partition("{")[0].strip() for part in _split_outside_braces(text)]
+
+
 def print_value(value: Any) -> str:
     """An option's value as it stands in the text."""
     if isinstance(value, bool):

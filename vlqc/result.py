@@ -37,3 +37,9 @@ class Result:
         counts = [{"part": part, "scheme": scheme, "linears": it} for (part, scheme), it in sorted(self.counts.items())]
         precision = [asdict(group) for group in self.precision]
         return {**vars(self), "folder": str(self.folder), "counts": counts, "precision": precision}
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None, **how: object) -> dict[str, str]:
+        """As a notebook shows it: the summary that the command line prints."""
+        from vlqc.notebook import mime_bundle
+
+        return mime_bundle(self)

@@ -15,6 +15,7 @@ import vlqc
 from vlqc.cli import app
 from vlqc.errors import InternalError, UserError
 from vlqc.fingerprint import sources_of
+from vlqc.pass_places import _offered
 from vlqc.pass_table import describe_passes
 from vlqc.pipeline import PassManager, check_order, load_pass, parse_pipeline, print_pipeline
 
@@ -101,6 +102,7 @@ def offer(folder: Path, monkeypatch: pytest.MonkeyPatch, package: str, **entries
     lines = [f"{name.replace('_', '-')} = {place}" for name, place in entries.items()]
     (info / "entry_points.txt").write_text("\n".join(["[vlqc.passes]", *lines]))
     monkeypatch.syspath_prepend(str(folder / "site"))
+    _offered.cache_clear()  # a second package in a folder that was looked through
 
 
 def test_text_and_back(folder: Path) -> None:

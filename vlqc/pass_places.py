@@ -4,6 +4,7 @@ Whoever names `module:Class` asks for that module to be imported, as with `pytho
 user's own command line and from Python only: nothing that lies in a checkpoint or in a recipe comes this way.
 """
 
+import functools
 import importlib
 import importlib.metadata
 import inspect
@@ -58,6 +59,12 @@ def class_at(place: str, wanted: type[T]) -> type[T]:
 
 def installed_places(group: str) -> dict[str, list[str]]:
     """What installed packages offer as entry points of a group: name -> every "module:Class". Imports nothing."""
+    return {name: list(places) for name, places in _offered(group, tuple(sys.path)).items()}
+
+
+@functools.cache
+def _offered(group: str, path: tuple[str, ...]) -> dict[str, list[str]]:
+    """path: where packages are looked for; to look there takes longer than to read a pipeline."""
     places: dict[str, list[str]] = {}
     for entry in importlib.metadata.entry_points(group=group):
         place = f"{entry.module}:{entry.attr}"

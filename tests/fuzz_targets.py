@@ -27,7 +27,18 @@ from fuzz_checkpoints import (
 )
 from fuzz_damage import as_json, damaged_bytes, damaged_json, damaged_text
 from fuzz_folders import check_folder, folder_cases
-from fuzz_texts import PIPELINE, check_options, check_pipeline, check_stage, option_cases, pass_words, stage_cases
+from fuzz_texts import (
+    PIPELINE,
+    RECIPE,
+    RECIPE_WORDS,
+    check_options,
+    check_pipeline,
+    check_recipe,
+    check_stage,
+    option_cases,
+    pass_words,
+    stage_cases,
+)
 from hypothesis import strategies as st
 
 
@@ -52,6 +63,7 @@ TARGETS: dict[str, Target] = {
     "json lines": Target(line_cases(), check_lines, 3000),
     "pictures": Target(picture_cases(), check_picture, 2500),
     "options": Target(option_cases(), check_options, 2300),
+    "recipes": Target(damaged_text(RECIPE, words=RECIPE_WORDS), check_recipe, 700),
     "pipelines": Target(damaged_text(PIPELINE, words=pass_words()), check_pipeline, 2300),
     "stages": Target(stage_cases(), check_stage, 800),
     "samples": Target(sample_cases(), check_samples, 1500),

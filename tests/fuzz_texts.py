@@ -10,10 +10,12 @@ from fuzz_damage import damaged_text, values
 from fuzz_verdict import demand
 from hypothesis import strategies as st
 
+from vlqc.option_values import read_value
 from vlqc.options import Options, extra_of
 from vlqc.parser import parse_stage
 from vlqc.pipeline import REGISTRY, load_pass, parse_pipeline, pipeline_text, print_pipeline
 from vlqc.printer import print_stage
+from vlqc.recipe import read_recipe
 
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -75,11 +77,41 @@ def pass_words() -> tuple[str, ...]:
 
 
 def check_pipeline(case: str, folder: Path) -> bool:
-    """What is accepted prints to a text that means the same."""
-    passes = parse_pipeline(case)
+    """What is accepted prints to a text that means the same. Without module:Class, which imports what it names."""
+    passes = parse_pipeline(case.replace(":", ""))
     text = print_pipeline(passes)
     text.encode()
     demand(parse_pipeline(text) == passes, f"{text!r} reads otherwise")
+    return True
+
+
+RECIPE = """# a recipe
+w_bit: 8
+act_method: '1'
+anti-method: m4
+exclude: ["visual.*", '*.o_proj']
+include:
+  - lm_head
+max_samples: 010
+memory_budget: 1.5
+pipeline: >-
+  insert-observers,
+  lower-linears
+overwrite: yes
+target: ~
+"""
+RECIPE_WORDS = tuple("!!python/name:os.system !!int &a *a <<: --- ?  - { [ | > yes 0o7 :".split(" "))
+
+
+def check_recipe(case: str, folder: Path) -> bool:
+    """What is accepted is options that give the same when given again, and names no code."""
+    file = folder / "recipe.yaml"
+    file.write_bytes(case.encode(errors="surrogatepass"))
+    read = read_recipe(file, Options.model_fields)
+    for name, value in read.items():
+        demand(read_value(name, Options.model_fields[name], value) == value, f"{name} is {value!r}")
+    demand(":" not in (read.get("pipeline") or "").partition("{")[0], "a pipeline names code")
+    demand(read.get("trust_remote_code") is not True, "it trusts code")
     return True
 
 

@@ -213,7 +213,7 @@ def test_usage_errors(arguments: list[str], words: list[str]) -> None:
 def test_verify(verified: dict[str, Any], tmp_path: Path) -> None:
     """Catches a failed verification that ends with 0, and arguments that do not reach it."""
     report = tmp_path / "report.json"
-    ended = run("verify", "out", "--model-path", "float", "--calib_images", "pictures", "--json", str(report))
+    ended = run("verify", "out", "--model-path", "float", "--calib_images", "pictures", "--json_file", str(report))
     assert ended.exit_code == 0 and "the report" in ended.stdout
     assert {name: verified[name] for name in verified if name != "ok"} == {
         "folder": Path("out"), "model_path": Path("float"), "calib_images": Path("pictures"), "engine": None,
@@ -222,7 +222,7 @@ def test_verify(verified: dict[str, Any], tmp_path: Path) -> None:
     assert json.loads(report.read_text()) == {"ok": True}
     verified["ok"] = False
     report.unlink()
-    assert run("verify", "out", "--json", str(report)).exit_code == 1
+    assert run("verify", "out", "--json_file", str(report)).exit_code == 1
     assert report.exists()
 
 
@@ -237,8 +237,8 @@ def test_verify_for_an_engine(verified: dict[str, Any]) -> None:
 
 def test_json_file_is_checked_first(verified: dict[str, Any], tmp_path: Path) -> None:
     """Catches a long verification whose result cannot be written in the end."""
-    ended = run("verify", "out", "--json", str(tmp_path / "absent" / "report.json"))
-    assert ended.exit_code == 2 and "--json" in ended.stderr
+    ended = run("verify", "out", "--json_file", str(tmp_path / "absent" / "report.json"))
+    assert ended.exit_code == 2 and "--json_file" in ended.stderr
     assert "folder" not in verified
 
 
@@ -261,7 +261,7 @@ def test_passes_explain_needs_no_folders(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_inspect_writes_what_it_shows(tmp_path: Path) -> None:
     """Catches an inspection that prints but does not write, or the other way round."""
-    ended = run("inspect", str(ROOT / "tools" / "tiny_vl"), "--json", str(tmp_path / "found.json"))
+    ended = run("inspect", str(ROOT / "tools" / "tiny_vl"), "--json_file", str(tmp_path / "found.json"))
     assert ended.exit_code == 0 and "language layers" in ended.stdout
     found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
     assert {row["part"] for row in found["rows"]} >= {"vision blocks", "merger", "language layers"}

@@ -236,7 +236,9 @@ def test_the_wheel_holds_the_tree(wheel: Path) -> None:
     assert packed == expected
     others = [name for name in names if not name.endswith(".py") and ".dist-info/" not in name]
     templates = [path.relative_to(ROOT).as_posix() for path in (ROOT / "vlqc" / "report" / "templates").iterdir()]
-    assert sorted(others) == sorted(["vlqc/py.typed", *templates]) and len(templates) == 4
+    pages = [path.relative_to(ROOT).as_posix() for path in (ROOT / "vlqc" / "docs").iterdir()]
+    assert sorted(others) == sorted(["vlqc/py.typed", *templates, *pages]) and len(templates) == 4
+    assert "vlqc/docs/cookbook.md" in pages
     assert any(name.endswith("LICENSE") for name in names)
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"vlqc"}, "a generic name would collide"
 

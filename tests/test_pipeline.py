@@ -434,5 +434,5 @@ def test_the_table_imports_nothing_until_asked(monkeypatch: pytest.MonkeyPatch) 
         return module
 
     monkeypatch.setitem(REGISTRY, "thing", "not_installed.anywhere:Thing")
-    monkeypatch.setattr("vlqc.pipeline.importlib.import_module", fake)
+    monkeypatch.setattr("vlqc.pass_places.importlib.import_module", fake)
     assert asked == [] and load_pass("thing") is EveryOption and asked == ["not_installed.anywhere"]

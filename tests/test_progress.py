@@ -1,6 +1,7 @@
 """vlqc.progress: plain lines where nobody watches, a bar where somebody does, times and sizes in words."""
 
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -49,7 +50,7 @@ def test_quick_stages_do_not_flood_a_log() -> None:
 def test_live_bar_says_stage_and_pass() -> None:
     """Catches a bar that does not show where the compiler is, or that stays on the screen."""
     shown = io.StringIO()
-    progress = TerminalProgress(Console(file=shown, force_terminal=True, width=120))
+    progress = TerminalProgress(Console(file=shown, force_terminal=True, width=120, _environ={"TERM": "xterm"}))
     progress.begin(2, 3)
     progress.stage(0, "blocks.0")
     progress.step("smooth-m2")
@@ -57,6 +58,23 @@ def test_live_bar_says_stage_and_pass() -> None:
     assert "blocks.0: smooth-m2" in shown.getvalue() and "1/2" in shown.getvalue()
     progress.finish()
     assert "\x1b[?25h" in shown.getvalue()  # the cursor is back
+
+
+@pytest.mark.parametrize("environment", [{"TERM": "dumb"}, {"TERM": "unknown"}])
+def test_a_terminal_that_only_prints(environment: dict[str, str]) -> None:
+    """Catches a bar, or control characters, on a terminal that cannot go back in a line, as in an editor's window."""
+    shown = io.StringIO()
+    report(TerminalProgress(Console(file=shown, force_terminal=True, _environ=environment), clock=lambda: 0.0))
+    assert "stage 4 of 4 done" in shown.getvalue() and "\x1b" not in shown.getvalue()
+
+
+def test_no_color() -> None:
+    """Catches colours for someone who has asked for none; emphasis stays, it is no colour."""
+    shown = io.StringIO()
+    console = Console(file=shown, force_terminal=True, _environ={"TERM": "xterm-256color", "NO_COLOR": "1"})
+    TerminalProgress(console).note("no version of E loads this\nwhy: a")
+    assert "warning: " in shown.getvalue()
+    assert not re.search(r"\x1b\[[\d;]*3[0-7]", shown.getvalue())
 
 
 def test_a_warning_comes_at_once() -> None:

@@ -240,7 +240,7 @@ def test_without_timings_or_verification(facts: Facts, tmp_path: Path) -> None:
     """Catches a page that needs what is optional, or does not say how to have it."""
     page = Page(page_of(tmp_path / "out", facts, timings=None, verification=None))
     assert page.faults == []
-    assert "--timings FILE" in page.text and "--locate --json verify.json" in page.text
+    assert "--timings FILE" in page.text and "--locate --json_file verify.json" in page.text
 
 
 def test_a_search_is_told(facts: Facts, tmp_path: Path) -> None:

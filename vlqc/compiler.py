@@ -21,7 +21,7 @@ from vlqc.lockstep import Lockstep
 from vlqc.model import FloatModel
 from vlqc.options import Options
 from vlqc.pipeline import Pass, PassManager, check_order, parse_pipeline, pipeline_text
-from vlqc.progress import Progress
+from vlqc.progress import Progress, heard
 from vlqc.result import Result
 from vlqc.samples import refuse_both
 from vlqc.spilling import Spilling
@@ -47,7 +47,7 @@ def compile(
     """
     refuse_both(samples=samples, passes=passes, **given)
     options, world = Options.from_user(**given), here()
-    show = (progress if world.first else None) or Progress()
+    show = heard(progress, first=world.first)
     pipeline = list(passes) if passes is not None else parse_pipeline(pipeline_text(options))
     check_order(pipeline, search=options.fallback == "auto")
     checkpoint = Checkpoint(options.model_path)

@@ -36,6 +36,9 @@ class Fault:
         return printable("\n".join(lines))
 
 
+OUR_FAULT = "this is a fault of vlqc; report it with the dump of --dump_ir"
+
+
 class VlqcError(Exception):
     """Every error that vlqc raises on purpose."""
 
@@ -57,9 +60,12 @@ class InternalError(VlqcError):
 
     exit_code = 70
 
-    def __init__(self, message: str) -> None:
-        fix = "report it with the last bundle of --dump_ir DIR --dump_formats bundle"
-        super().__init__(f"{message}\n  what to do: this is a fault of vlqc; {fix}")
+    def __init__(
+        self,
+        message: str,
+        fix: str = "this is a fault of vlqc; report it with the last bundle of --dump_ir DIR --dump_formats bundle",
+    ) -> None:
+        super().__init__(f"{message}\n  what to do: {fix}")
 
 
 def near_miss(given: str, known: Iterable[str]) -> str:

@@ -7,7 +7,8 @@ import functools
 import hashlib
 import importlib.metadata
 import platform
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -50,6 +51,17 @@ def facts_of(options: Options, pipeline: str, model: FloatModel, samples: Sequen
         ids = torch.unique(torch.cat([sample["input_ids"].flatten() for sample in samples]))
         embedding = f"{model.name(model.embedding)}.weight"
         facts[f"rows of {embedding} for them"] = _short(digest_of(checkpoint.rows(embedding, ids)))
+    return facts
+
+
+def sources_of(classes: Iterable[type]) -> Facts:
+    """Of classes that do not come with vlqc: the digest of the file in which each was written."""
+    facts = {}
+    for kind in classes:
+        module = sys.modules.get(kind.__module__)
+        file = getattr(module, "__file__", None)
+        if kind.__module__.partition(".")[0] != "vlqc" and file is not None and Path(file).is_file():
+            facts[f"source of {kind.__module__}"] = _short(file_digest(Path(file)))
     return facts
 
 

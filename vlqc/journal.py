@@ -20,7 +20,7 @@ from vlqc.emit.folder import DISK_FAULTS, JOURNAL, OUTPUTS, nearest_folder, rest
 from vlqc.emit.manifest import MANIFEST, write_manifest
 from vlqc.emit.shards import Damaged, sync
 from vlqc.errors import Fault, UserError, VlqcError
-from vlqc.fingerprint import facts_of, file_digest
+from vlqc.fingerprint import facts_of, file_digest, sources_of
 from vlqc.interrupted import Work, take_up
 from vlqc.ir import Stage
 from vlqc.journal_lines import JournalWriter, Record
@@ -55,7 +55,7 @@ def journaled(
         yield Journal(model, world, None, tally)
         return
     restore_replaced(options.save_directory)
-    facts = facts_of(options, print_pipeline(pipeline), model, samples)
+    facts = facts_of(options, print_pipeline(pipeline), model, samples) | sources_of(map(type, pipeline))
     needed = expected_bytes(model, options, samples)
     work = take_up(options, facts, needed, lambda told: tally.note([told], of_run=True))
     journal = Journal(model, world, work, tally)

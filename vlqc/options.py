@@ -242,7 +242,10 @@ class Options(BaseModel):
 
     @classmethod
     def from_user(cls, **given: Any) -> Self:
-        """Options by name (dashes or underscores) -> Options. UserError with every fault found, not only the first."""
+        """Options by name (dashes or underscores) -> Options. UserError with every fault found, not only the first.
+
+        recipe: a YAML file with more of them; what is given beside it counts.
+        """
         options, faults = cls._checked(given)
         faults += path_faults(options)
         if faults:
@@ -262,6 +265,10 @@ class Options(BaseModel):
         """The options and every fault but those of paths. In place of a bad value stands its default, None for a
         required one, so that what does not depend on it can still be checked."""
         named = {name.replace("-", "_"): value for name, value in given.items()}
+        if (recipe := named.pop("recipe", None)) is not None:
+            from vlqc.recipe import read_recipe
+
+            named = read_recipe(recipe, cls.model_fields) | named
         faults = [_unknown(name, cls.model_fields) for name in named if name not in cls.model_fields]
         values = {name: value for name, value in named.items() if name in cls.model_fields}
         bad: set[str] = set()

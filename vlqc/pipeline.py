@@ -3,13 +3,12 @@
 A pipeline text is a comma-separated list of pass names, each with its options in braces, as in MLIR:
 
     insert-observers{tokens=4096},assign-precision{fallback=seed},smooth-m2,quantize-activations{method=histogram}
+
+A name is one of the table below, one that an installed package offers, or `module:Class`.
 """
 
-import dataclasses
 import importlib
 import time
-import types
-import typing
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,11 +16,13 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from vlqc.errors import Fault, InternalError, UserError, near_miss
+from vlqc.errors import Fault, InternalError, UserError, VlqcError, near_miss
 from vlqc.invariants import check
 from vlqc.ir import Stage, fingerprint
 from vlqc.memory import return_memory
 from vlqc.options import Options
+from vlqc.pass_places import class_at, installed_places, is_place, place_of
+from vlqc.pipeline_syntax import parse_steps, print_steps
 from vlqc.printer import print_stage
 
 REGISTRY: dict[str, str] = {
@@ -40,6 +41,8 @@ REGISTRY: dict[str, str] = {
 
 # Modules that a pass wraps around the model's own, by the name of their class; made of (the module).
 WRAPPERS: dict[str, str] = {"Windowed": "vlqc.passes.split_window_attention:Windowed"}
+ENTRY_POINTS = "vlqc.passes"  # the group in which installed packages offer passes of theirs
+FOREIGN = "look at {}, which does not come with vlqc"
 RUNNERS = ("insert-observers",)  # passes that run a stage's samples
 HANDING_ON = (*RUNNERS, "propagate-quantized")  # passes that decide what later stages are given
 MEASURING = "measure-sensitivity"  # what a precision search goes by
@@ -83,14 +86,13 @@ class PassManager:
         for number, step in enumerate(self.passes):
             self.before(stage, step)
             started = time.perf_counter()
-            changed = step.run(stage)
+            changed = _run(step, stage)
             self.seconds[step.name] = self.seconds.get(step.name, 0.0) + time.perf_counter() - started
             if self.verify:
                 if faults := check(stage):
                     listed = "\n  ".join(faults)
-                    raise InternalError(
-                        f"{stage.name} is not valid after {step.name}:\n  {listed}\n{print_stage(stage)}"
-                    )
+                    said = f"{stage.name} is not valid after {step.name}:\n  {listed}\n{print_stage(stage)}"
+                    raise _broken(step, said)
                 known = self._hold_to_word(stage, step, changed, known)
             self.after(stage, number, step)
             return_memory()
@@ -114,11 +116,29 @@ class PassManager:
         if step.kind == "analysis" and now.weights != known.weights:
             names = sorted({*now.weights, *known.weights})
             touched = [name for name in names if now.weights.get(name) != known.weights.get(name)]
-            raise InternalError(f"{step.name} is an analysis but changed {', '.join(touched)} of {stage.name}")
+            raise _broken(step, f"{step.name} is an analysis but changed {', '.join(touched)} of {stage.name}")
         if changed != (now != known):
             says = "changed something but says it did not" if not changed else "says it changed something but did not"
-            raise InternalError(f"{step.name} {says}, in {stage.name}")
+            raise _broken(step, f"{step.name} {says}, in {stage.name}")
         return now
+
+
+def _run(step: Pass, stage: Stage) -> bool:
+    """A pass that breaks says where: its own traceback names neither the stage nor who wrote it."""
+    try:
+        return step.run(stage)
+    except Exception as error:
+        if not isinstance(error, VlqcError) and not _is_own(step):
+            error.add_note(f"on stage {stage.name}: {FOREIGN.format(place_of(type(step)))}")
+        raise
+
+
+def _broken(step: Pass, promise: str) -> InternalError:
+    return InternalError(promise) if _is_own(step) else InternalError(promise, FOREIGN.format(place_of(type(step))))
+
+
+def _is_own(step: Pass) -> bool:
+    return REGISTRY.get(getattr(step, "name", "")) == place_of(type(step))
 
 
 @dataclass(frozen=True)
@@ -142,14 +162,37 @@ def require(holds: bool, what: str) -> None:
 
 
 def load_pass(name: str) -> type[Pass]:
-    """The class of a registered pass; UserError with near misses for an unknown name."""
-    if name not in REGISTRY:
-        raise UserError(
-            Fault(f"unknown pass {name!r}", fix=near_miss(name, REGISTRY) or f"choose from {', '.join(REGISTRY)}")
-        )
-    module, _, attribute = REGISTRY[name].partition(":")
-    loaded: type[Pass] = getattr(importlib.import_module(module), attribute)
-    return loaded
+    """The class of a pass: of a name of the table, of one that an installed package offers, or of `module:Class`.
+
+    UserError with near misses for an unknown name, and where a name would stand for two classes.
+    """
+    if name in REGISTRY:
+        return class_at(REGISTRY[name], Pass)
+    if is_place(name):
+        kind = class_at(name, Pass)
+        if kind.name in REGISTRY and REGISTRY[kind.name] != place_of(kind):
+            why = "a pass of vlqc has this name, and orders of passes go by names"
+            raise UserError(Fault(f"{name} calls itself {kind.name}", "--pipeline", why, "give the class another name"))
+        return kind
+    offered = installed_places(ENTRY_POINTS)
+    known = [*REGISTRY, *(each for each in offered if each not in REGISTRY)]
+    if name not in offered:
+        fix = near_miss(name, known) or f"choose from {', '.join(known)}, or write module:Class"
+        raise UserError(Fault(f"unknown pass {name!r}", fix=fix))
+    if len(offered[name]) > 1:
+        why = f"installed packages offer {' and '.join(offered[name])} under it"
+        raise UserError(Fault(f"the name {name} is taken twice", "--pipeline", why, "write the one that is meant"))
+    (place,) = offered[name]
+    kind = class_at(place, Pass)
+    if kind.name != name:
+        why = f"a package offers it as {name}, the class calls itself {kind.name}"
+        raise UserError(Fault(f"{place} has two names", "--pipeline", why, f"write {place}"))
+    return kind
+
+
+def offered_passes() -> dict[str, list[str]]:
+    """Passes of installed packages: name -> "module:Class" of all that want it. Nothing is imported."""
+    return installed_places(ENTRY_POINTS)
 
 
 def load_wrapper(kind: str) -> type[nn.Module]:
@@ -167,6 +210,11 @@ def check_order(passes: Sequence[Pass], *, search: bool = False) -> None:
     search: whether a precision search follows, which goes by what a pass has to measure.
     """
     faults = []
+    classes: dict[str, type[Pass]] = {}
+    for step in passes:
+        if classes.setdefault(step.name, type(step)) is not type(step):
+            why = f"{place_of(classes[step.name])} and {place_of(type(step))} call themselves so"
+            faults.append(Fault(f"two passes are named {step.name}", "--pipeline", why, "rename one of them"))
     for number, step in enumerate(passes):
         earlier = {each.name for each in passes[:number]}
         for name in (name for name in step.after if name not in earlier):
@@ -234,102 +282,24 @@ def pipeline_text(options: Options) -> str:
 
 def print_pipeline(passes: Sequence[Pass]) -> str:
     """The text of a pipeline; options that have their default are left out."""
-    return ",".join(_print_pass(step) for step in passes)
+    return print_steps([(_name_in_text(type(step)), step) for step in passes])
 
 
 def parse_pipeline(text: str) -> list[Pass]:
-    """`print_pipeline` backwards. UserError with every fault of the text at once."""
-    passes: list[Pass] = []
-    faults: list[Fault] = []
-    for part in _split_outside_braces(text):
-        try:
-            passes.append(_parse_pass(part))
-        except UserError as error:
-            faults += error.faults
-    if not passes and not faults:
-        faults = [Fault("the pipeline is empty", where="--pipeline", fix=f"name passes from {', '.join(REGISTRY)}")]
-    if faults:
-        raise UserError(*faults)
+    """`print_pipeline` backwards. UserError with every fault of the text at once.
+
+    `module:Class` imports that module: hand over nobody's text but the user's own.
+    """
+    passes: list[Pass] = parse_steps(text, load_pass)
+    if not passes:
+        fix = f"name passes from {', '.join(REGISTRY)}"
+        raise UserError(Fault("the pipeline is empty", where="--pipeline", fix=fix))
     return passes
 
 
-def _print_pass(step: Pass) -> str:
-    options = [
-        f"{option.name}={_print_value(getattr(step, option.name))}"
-        for option in dataclasses.fields(step)
-        if getattr(step, option.name) != option.default
-    ]
-    return step.name + (f"{{{','.join(options)}}}" if options else "")
-
-
-def _print_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return ";".join(value) if isinstance(value, tuple) else str(value)
-
-
-def _split_outside_braces(text: str) -> list[str]:
-    parts, depth, current = [], 0, ""
-    for character in text:
-        depth += (character == "{") - (character == "}")
-        if character == "," and depth == 0:
-            parts.append(current.strip())
-            current = ""
-        else:
-            current += character
-    return [part for part in [*parts, current.strip()] if part]
-
-
-def _parse_pass(text: str) -> Pass:
-    name, brace, rest = text.partition("{")
-    name = name.strip()
-    kind = load_pass(name)
-    if brace and not rest.endswith("}"):
-        raise UserError(Fault(f"{name}: options must end with }}", where=text, fix="write name{option=value,...}"))
-    types_of = typing.get_type_hints(kind)
-    known = [option.name for option in dataclasses.fields(kind)]
-    given: dict[str, Any] = {}
-    faults = []
-    for item in filter(None, (item.strip() for item in rest.removesuffix("}").split(","))):
-        key, equals, value = (part.strip() for part in item.partition("="))
-        if key not in known or not equals:
-            fix = near_miss(key, known) or (f"{name} takes {', '.join(known)}" if known else f"{name} takes no options")
-            faults.append(Fault(f"{name} has no option {item!r}", where=text, fix=fix))
-            continue
-        if key in given:
-            faults.append(Fault(f"{name}: {key} is given twice", where=text))
-        try:
-            given[key] = _parse_value(value, types_of[key])
-        except ValueError as error:
-            faults.append(Fault(f"{name}: {key}={value} cannot be used", where=text, why=str(error)))
-    if faults:
-        raise UserError(*faults)
-    try:
-        return kind(**given)
-    except ValueError as error:  # a pass may check its options when it is made
-        raise UserError(Fault(f"{name}: these options cannot be used", where=text, why=str(error))) from error
-
-
-def _parse_value(text: str, wanted: Any) -> Any:
-    """A value of the field's type; ValueError says what would be right."""
-    origin = typing.get_origin(wanted)
-    if origin is Literal:
-        choices = typing.get_args(wanted)
-        if text not in choices:
-            raise ValueError(f"choose from {', '.join(choices)}")
-        return text
-    if origin in (typing.Union, types.UnionType):
-        inner = [kind for kind in typing.get_args(wanted) if kind is not type(None)]
-        return None if text == "None" else _parse_value(text, inner[0])
-    if origin is tuple:
-        return tuple(filter(None, text.split(";")))
-    if wanted is bool:
-        if text.lower() not in ("true", "false"):
-            raise ValueError("true or false is wanted")
-        return text.lower() == "true"
-    if wanted in (int, float):
-        try:
-            return wanted(text)
-        except ValueError:
-            raise ValueError("a whole number is wanted" if wanted is int else "a number is wanted") from None
-    return text
+def _name_in_text(kind: type[Pass]) -> str:
+    """What reads back as this class: its name where that leads to it, otherwise where it lies."""
+    place = place_of(kind)
+    if REGISTRY.get(kind.name) == place or "<locals>" in place:  # what lies in a function nobody finds
+        return kind.name
+    return kind.name if installed_places(ENTRY_POINTS).get(kind.name) == [place] else place

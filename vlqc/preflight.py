@@ -73,6 +73,11 @@ class Preflight:
     engines: list[str]
     notes: list[str] = field(default_factory=list)
 
+    def described(self) -> dict[str, Any]:
+        """The same for JSON."""
+        counts = [{"part": part, "scheme": str(it), "linears": count} for (part, it), count in self.counts.items()]
+        return {**vars(self), "counts": counts}
+
 
 def preflight(*, samples: Sequence[dict[str, Tensor]] | None = None, **given: Any) -> Preflight:
     """The options of a compilation -> what it would do. UserError for unusable input, as in the real run."""

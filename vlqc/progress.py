@@ -51,6 +51,18 @@ class Progress:
         """No more reports follow; also called after an error, possibly twice."""
 
 
+def heard(progress: Progress | None, *, first: bool) -> Progress:
+    """Who hears of a compilation: the caller's progress, in a notebook a line in the cell, otherwise nobody.
+
+    first: whether this is the process that reports.
+    """
+    if first and progress is None and Console().is_jupyter:
+        from vlqc.notebook import NotebookProgress
+
+        return NotebookProgress()
+    return (progress if first else None) or Progress()
+
+
 class TerminalProgress(Progress):
     """On a terminal one live bar over all stages, elsewhere a plain line now and then; both with the time left.
 
@@ -69,7 +81,7 @@ class TerminalProgress(Progress):
     def begin(self, stages: int, samples: int, done: int = 0) -> None:
         self._stages, self._samples, self._done, self._before = stages, samples, done, done
         self._started = self._last_line = self._clock()
-        if self._console.is_terminal:
+        if self._console.is_terminal and not self._console.is_dumb_terminal:  # which cannot go back in a line
             self._bar = Bar(
                 BarColumn(bar_width=16, table_column=Column(min_width=16)),
                 MofNCompleteColumn(table_column=Column(no_wrap=True)),

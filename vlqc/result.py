@@ -1,7 +1,8 @@
 """What a finished compilation tells its caller."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from vlqc.precision_search import GroupPrecision
 
@@ -30,3 +31,15 @@ class Result:
     passes: dict[str, float] = field(default_factory=dict)
     precision: list[GroupPrecision] = field(default_factory=list)
     predicted_sqnr: float | None = None
+
+    def described(self) -> dict[str, Any]:
+        """The same for JSON."""
+        counts = [{"part": part, "scheme": scheme, "linears": it} for (part, scheme), it in sorted(self.counts.items())]
+        precision = [asdict(group) for group in self.precision]
+        return {**vars(self), "folder": str(self.folder), "counts": counts, "precision": precision}
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None, **how: object) -> dict[str, str]:
+        """As a notebook shows it: the summary that the command line prints."""
+        from vlqc.notebook import mime_bundle
+
+        return mime_bundle(self)

@@ -2,8 +2,9 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from vlqc.dumps.changes import Changes, changes
 from vlqc.errors import Fault, UserError
@@ -39,6 +40,10 @@ class Comparison:
     @property
     def differs(self) -> bool:
         return bool(self.states)
+
+    def described(self) -> dict[str, Any]:
+        """As a value of JSON."""
+        return {"states": [asdict(state) for state in self.states], "same": self.same}
 
     def lines(self) -> Iterator[str]:
         """The comparison as text."""

@@ -33,6 +33,10 @@ class Looked:
     of: int
     folder: Path | None
 
+    def described(self) -> dict[str, Any]:
+        """As a value of JSON."""
+        return {"stages": list(self.stages), "of": self.of, "folder": self.folder and str(self.folder)}
+
 
 @torch.no_grad()
 def trace(

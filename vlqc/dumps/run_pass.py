@@ -1,7 +1,9 @@
 """One pass, run again on one state of one stage, from a bundle: `vlqc run-pass`."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,6 +23,17 @@ class Rerun:
     found: Changes
     notes: tuple[str, ...]
     seconds: dict[str, float]
+
+    def lines(self) -> Iterator[str]:
+        """What changed, and what was noted, as text."""
+        for about, sentences in self.found.items():
+            yield "\n  ".join([about, *sentences])
+        yield from (f"note: {note}" for note in self.notes)
+        yield f"{len(self.found)} things changed" if self.found else "nothing changed"
+
+    def described(self) -> dict[str, Any]:
+        """As a value of JSON."""
+        return {"changed": self.found, "notes": self.notes, "seconds": self.seconds, "text": self.text}
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ def write_report(
 ) -> None:
     """Writes the page about a compiled folder. UserError: it tells nothing, a file is damaged, no page can be written.
 
-    timings: what `timings=` of a compilation wrote; verification: what `vlqc verify --locate --json` wrote.
+    timings: what `timings=` of a compilation wrote; verification: what `vlqc verify --locate --json_file` wrote.
     """
     folder, output = Path(folder), Path(output)
     if output.exists() and output.suffix.lower() not in PAGES:

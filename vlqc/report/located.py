@@ -1,4 +1,4 @@
-"""What `vlqc verify --json FILE` wrote, as far as the report shows it: logits, groups by their share, advice."""
+"""What `vlqc verify --json_file FILE` wrote, as far as the report shows it: logits, groups by their share, advice."""
 
 import json
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from vlqc.verify.report import LOCATED
 
 LOGITS = "logits against float"
 SHARE = "share %"
-FIX = "give the file that `vlqc verify FOLDER ... --locate --json FILE` wrote"
+FIX = "give the file that `vlqc verify FOLDER ... --locate --json_file FILE` wrote"
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ def _print_fact(console: Console, name: str, value: Any) -> None:
             table.add_row(*(_figure(cell) for cell in row.values()))
         console.print(table)
         if len(shown) < len(value):
-            console.print(Text(f"    ... and {len(value) - len(shown)} more: --json FILE writes them all"))
+            console.print(Text(f"    ... and {len(value) - len(shown)} more: --json_file FILE writes them all"))
     elif isinstance(value, dict):
         console.print(Text(f"{name}: " + ", ".join(f"{key} {_figure(cell)}" for key, cell in value.items())))
     else:
@@ -143,4 +143,6 @@ def _print_findings(console: Console, title: str, style: str, findings: list[Fin
                 console.print(Text(f"    {label}: {text}"))
     for check, count in shown.items():
         if count > SHOWN_PER_CHECK:
-            console.print(Text(f"    ... and {count - SHOWN_PER_CHECK} more in [{check}]: --json FILE writes them all"))
+            console.print(
+                Text(f"    ... and {count - SHOWN_PER_CHECK} more in [{check}]: --json_file FILE writes them all")
+            )

@@ -1,0 +1,190 @@
+"""How a command ends: what goes to stdout and stderr, in words or as JSON, and the exit code.
+
+0: fine; 1: a folder failed verification; 2: something in the user's input; 70: a fault of vlqc; 130: interrupted.
+
+With --json stdout holds one JSON object and nothing else: the result, or `{"error": ...}` with the exit code and every
+fault as what, where, why and fix. Progress and warnings go to stderr as ever, with --quiet nothing but errors does.
+"""
+
+import functools
+import json
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+from typer.core import TyperGroup
+
+from vlqc.errors import Fault, UserError, VlqcError, printable
+from vlqc.world import here, joined
+
+FAILED, USER, INTERNAL, INTERRUPTED = 1, 2, 70, 130
+OUR_FAULT = "this is a fault of vlqc; please report it with the lines above"
+OUTPUT = "What this command prints"
+
+AsJson = Annotated[
+    bool,
+    typer.Option("--json", help="Print one JSON object on stdout and nothing else there.", rich_help_panel=OUTPUT),
+]
+JsonFile = Annotated[
+    Path | None,
+    typer.Option("--json_file", metavar="FILE", help="Also write that object into a file.", rich_help_panel=OUTPUT),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.", rich_help_panel=OUTPUT)]
+
+
+class Commands(TyperGroup):
+    """The group of commands. With --json, what is wrong with the command line itself is told as JSON, too."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        words = list(sys.argv[1:] if args is None else args)
+        as_json = standalone_mode and "--json" in words
+        try:
+            ended = super().main(
+                words, prog_name, complete_var, standalone_mode and not as_json, windows_expand_args, **extra
+            )
+        except Exception as error:
+            message = getattr(error, "format_message", None)  # of the command line; commands tell of all else
+            if not as_json or message is None:
+                raise
+            fault = Fault(message(), fix="vlqc --help lists the commands, vlqc COMMAND --help their options")
+            _echo_json(_failure("usage", USER, [fault]))
+            sys.exit(USER)
+        if as_json:
+            sys.exit(ended if isinstance(ended, int) else 0)
+        return ended
+
+
+def answering(command: Callable[..., None]) -> Callable[..., None]:
+    """Turns what `command` raises into text on stderr, or JSON on stdout, and an exit code."""
+
+    @functools.wraps(command)
+    def answer(*args: Any, **given: Any) -> None:
+        as_json = bool(given.get("as_json"))
+        try:
+            command(*args, **given)
+        except VlqcError as error:
+            if here().tells(error):
+                print_error(error, as_json=as_json)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt as error:
+            if here().tells(error):
+                if as_json:
+                    _echo_json(_failure("interrupted", INTERRUPTED, [Fault("interrupted")], error))
+                else:
+                    stderr().print("interrupted")
+                    _print_notes(error)
+            raise typer.Exit(INTERRUPTED) from None
+        except (typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except Exception as error:
+            if here().tells(error):
+                traceback.print_exc()  # with the notes
+                stderr().print(OUR_FAULT)
+                if as_json:
+                    fault = Fault(f"{type(error).__name__}: {error}", fix=OUR_FAULT)
+                    _echo_json(_failure("internal", INTERNAL, [fault], error))
+            raise typer.Exit(INTERNAL) from None
+
+    return answer
+
+
+def together(command: Callable[..., None]) -> Callable[..., None]:
+    """Lets `command` run in all processes that torchrun started. Around everything: bad options, too, are told once."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **given: Any) -> None:
+        try:
+            with joined():
+                command(*args, **given)
+        except UserError as error:  # the processes do not find each other
+            print_error(error, as_json=bool(given.get("as_json")))
+            raise typer.Exit(error.exit_code) from None
+
+    return run
+
+
+def say(text: str, render: Callable[[Console], None], *, as_json: bool, json_file: Path | None, quiet: bool) -> None:
+    """A command's result. text: as JSON; render: as words, onto a console."""
+    if json_file is not None:
+        json_file.write_text(text, encoding="utf-8")
+    if as_json:
+        typer.echo(text, nl=not text.endswith("\n"))
+    elif not quiet:
+        render(Console())
+
+
+def json_text(value: Any) -> str:
+    """A value -> JSON that any reader takes and any terminal shows; numbers that are none (NaN, infinity) are null."""
+    return printable(json.dumps(_strict(value), indent=2, ensure_ascii=False, allow_nan=False)) + "\n"
+
+
+def check_json_file(file: Path | None) -> None:
+    check_file("--json_file", file)
+
+
+def check_file(flag: str, file: Path | None) -> None:
+    """UserError for a file that cannot be written: before the work, not after it."""
+    if file is not None and (file.is_dir() or not file.parent.is_dir()):
+        why = "it is a folder" if file.is_dir() else f"there is no folder {file.parent}"
+        raise UserError(Fault(f"{flag} {file} cannot be written", why=why, fix="name a file in an existing folder"))
+
+
+def stderr() -> Console:
+    return Console(stderr=True)
+
+
+def print_error(error: VlqcError, *, as_json: bool = False) -> None:
+    """The faults one below the other, what is wrong in bold where the terminal can."""
+    faults = error.faults if isinstance(error, UserError) else (Fault(str(error)),)
+    if as_json:
+        kind = "input" if isinstance(error, UserError) else "internal"
+        _echo_json(_failure(kind, error.exit_code, faults, error))
+        return
+    console = stderr()
+    if not isinstance(error, UserError):
+        console.print(Text(str(error)), soft_wrap=True)
+    for fault in error.faults if isinstance(error, UserError) else ():
+        head, *rest = str(fault).split("\n")
+        console.print(Text.assemble(("error: ", "bold red"), (head, "bold")), soft_wrap=True)
+        for line in rest:
+            console.print(Text(line), soft_wrap=True)
+    _print_notes(error)
+
+
+def _failure(kind: str, code: int, faults: Sequence[Fault], error: BaseException | None = None) -> dict[str, Any]:
+    notes = list(getattr(error, "__notes__", ()))
+    return {"error": kind, "exit_code": code, "faults": [asdict(fault) for fault in faults], "notes": notes}
+
+
+def _echo_json(value: Any) -> None:
+    typer.echo(json_text(value), nl=False)
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _strict(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(each) for each in value]
+    if isinstance(value, float):
+        return value if abs(value) < float("inf") else None  # NaN is below nothing
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+def _print_notes(error: BaseException) -> None:
+    """How to go on, where that is possible."""
+    for note in getattr(error, "__notes__", ()):
+        stderr().print(Text(note), soft_wrap=True)

@@ -1,0 +1,149 @@
+"""Commands that look inside: dump, diff, run-pass, and `vlqc compile --stop_after`. Arguments only, as in `cli`."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from vlqc.answering import (
+    FAILED,
+    AsJson,
+    JsonFile,
+    Quiet,
+    answering,
+    check_file,
+    check_json_file,
+    json_text,
+    say,
+    stderr,
+)
+from vlqc.errors import Fault, UserError, printable
+from vlqc.options import Options
+
+
+def look_until(stop_after: str, how: dict[str, Any], **options: Any) -> None:
+    """`vlqc compile --stop_after`. how: of `say`."""
+    from vlqc.dumps.looking import look_until
+    from vlqc.progress import Progress, TerminalProgress
+
+    progress = Progress() if how["quiet"] else TerminalProgress(stderr())
+    try:
+        looked = look_until(stop_after, progress=progress, **options)
+    finally:
+        progress.finish()
+    told = f"stopped after {stop_after} on {len(looked.stages)} of {looked.of} stages; no save folder was written"
+    where = "" if looked.folder is None else f"; the dump is in {looked.folder}"
+    described = {"stop_after": stop_after, **looked.described()}
+    say(json_text(described), lambda _: stderr().print(Text(told + where), soft_wrap=True), **how)
+
+
+@answering
+def dump_command(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a float checkpoint.", show_default=False)],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="DIR", help="Write STAGE/00-traced files instead of printing texts."),
+    ] = None,
+    stages: Annotated[
+        list[str] | None,
+        typer.Option("--stages", metavar="GLOB", help="Only these stages, such as 'model.layers.1*'; repeatable."),
+    ] = None,
+    formats: Annotated[
+        str, typer.Option("--formats", metavar="LIST", help="What to write: text,json,onnx,bundle.")
+    ] = "text",
+    calib_images: Annotated[
+        Path | None,
+        typer.Option("--calib_images", metavar="PICTURES", help="What to trace with; left out: a picture of noise."),
+    ] = None,
+    trust_remote_code: Annotated[
+        str, typer.Option("--trust_remote_code", metavar="True|False", help="Allow the checkpoint's own code to run.")
+    ] = "False",
+    as_json: AsJson = False,
+    json_file: JsonFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Print the stages of a float checkpoint as traced: graph, tensors, sites. Nothing is quantized."""
+    check_json_file(json_file)
+    chosen = Options.without_paths(
+        model_path=model, dump_ir=output or ".", dump_formats=formats, dump_stages=stages or [],
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    if output is None and formats != "text":
+        raise UserError(Fault(f"--formats {formats}", why="only text is printed", fix="add --output DIR"))
+    from vlqc.dumps import Dumper
+    from vlqc.dumps.looking import trace
+
+    texts: list[str] = []
+
+    def show(text: str) -> None:
+        if as_json or json_file is not None:
+            texts.append(text)
+        if not as_json and not quiet:
+            typer.echo(text, nl=False)
+
+    dumper = Dumper(
+        output, stages=chosen.dump_stages, formats=chosen.dump_formats.split(","), model_path=model,
+        print_traced=output is None, show=show,
+    )  # fmt: skip
+    looked = trace(model, dumper, calib_images=calib_images, trust_remote_code=chosen.trust_remote_code)
+    described = {**looked.described(), "texts": dict(zip(looked.stages, texts, strict=False))}
+    say(json_text(described), lambda _: None, as_json=as_json, json_file=json_file, quiet=quiet)
+
+
+@answering
+def diff_command(
+    first: Annotated[Path, typer.Argument(metavar="A", help="A dump, a stage's folder in it, a bundle or a text.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="What to compare it with.")],
+    as_json: AsJson = False,
+    json_file: JsonFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Say what differs between two dumps of --dump_ir: per stage, pass and site, in words. Exit code 1 if anything."""
+    check_json_file(json_file)
+    from vlqc.dumps.comparison import compare
+
+    comparison = compare(first, second)
+    say(
+        json_text(comparison.described()),
+        lambda console: _print_lines(comparison.lines(), console),
+        as_json=as_json,
+        json_file=json_file,
+        quiet=quiet,
+    )
+    if comparison.differs:
+        raise typer.Exit(FAILED)
+
+
+@answering
+def run_pass_command(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder NN-STATE.bundle of a dump.")],
+    pipeline: Annotated[str, typer.Argument(metavar="PASS", help="A pass with its options, or several: 'a{b=1},c'.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Also write the stage's text behind it.")
+    ] = None,
+    text: Annotated[bool, typer.Option("--text", help="Print that text, and not what has changed.")] = False,
+    as_json: AsJson = False,
+    json_file: JsonFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Run a pass again on one stage, from a bundle of --dump_formats bundle, and say what it changed."""
+    check_json_file(json_file)
+    check_file("--output", output)
+    from vlqc.dumps.run_pass import run_pass
+
+    run = run_pass(bundle, pipeline)
+    if output is not None:
+        output.write_text(run.text, encoding="utf-8")
+    how: dict[str, Any] = {"as_json": as_json, "json_file": json_file, "quiet": quiet}
+    if text:
+        say(json_text(run.described()), lambda _: typer.echo(run.text, nl=False), **how)
+    else:
+        say(json_text(run.described()), lambda console: _print_lines(run.lines(), console), **how)
+
+
+def _print_lines(lines: Iterable[str], console: Console) -> None:
+    for line in lines:
+        console.print(Text(printable(line)), soft_wrap=True)

@@ -23,7 +23,7 @@ DIGESTS = [found.start() for found in re.finditer(r"digest=", LOWERED)]
 
 def test_words_for_every_kind_of_change(golden: Callable[[str, str], None]) -> None:
     """Catches a change that a reader has to find in two long texts by himself, or that is told of the wrong site."""
-    before, after = GOLDENS / "after-smooth-m2.vlqc", GOLDENS / "after-lower-linears.vlqc"
+    before, after = GOLDENS / "after-insert-observers.vlqc", GOLDENS / "after-lower-linears.vlqc"
     golden("changes.txt", "\n".join(compare(before, after).lines()) + "\n")
 
 

@@ -18,15 +18,13 @@ from vlqc.recipe import read_recipe
 DOCS = Path(vlqc.__file__).parent / "docs"
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
-ELSEWHERE = {
-    "--quantization",
-    "--strict",
-    "--nproc-per-node",
-    "--seconds",
-    "--checkpoint",
-    "--schemes",
-    "--update-golden",
-}
+ELSEWHERE = {"--quantization", "--strict", "--nproc-per-node", "--update-golden"}  # of vLLM, MindIE, torchrun, pytest
+
+
+def options_of_tools() -> set[str]:
+    """What the project's own tools take, from their source."""
+    sources = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "tools").glob("*.py"))]
+    return {option for source in sources for option in re.findall(r"add_argument\(\s*\"(--\w+)\"", source)}
 
 
 def commands() -> dict[str, set[str]]:
@@ -48,7 +46,7 @@ def text(page: Path) -> str:
 def test_options_exist(page: Path) -> None:
     """Catches an option that a page recommends and the command line does not know (any more)."""
     known = {option.replace("-", "_") for options in commands().values() for option in options} | {
-        option.replace("-", "_") for option in ELSEWHERE
+        option.replace("-", "_") for option in ELSEWHERE | options_of_tools()
     }
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text(page)))
     assert {name for name in named if name.replace("-", "_") not in known} == set()

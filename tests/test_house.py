@@ -231,7 +231,7 @@ def test_the_wheel_holds_the_tree(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         entry = next(name for name in names if name.endswith("entry_points.txt"))
-        assert "vlqc = vlqc.cli:main" in archive.read(entry).decode()
+        assert "vlqc = vlqc.__main__:main" in archive.read(entry).decode()
     packed = {re.sub(r"(/__init__)?\.py$", "", name) for name in names if name.endswith(".py")}
     assert packed == expected
     others = [name for name in names if not name.endswith(".py") and ".dist-info/" not in name]

@@ -3,7 +3,8 @@
     python tools/fuzz.py --seconds 600                  all targets in turn, another seed each time
     python tools/fuzz.py --target config --seed 7       one of them, and the same cases again
 
-A case must be refused in the user's terms or be used; within seconds, in bounded memory.
+A case must be refused in the user's terms or be used; within seconds, in bounded memory. Needs what the tests need
+(`pip install -e '.[test]'`). When the time is over, the round of the current target is brought to its end.
 """
 
 import argparse
@@ -118,6 +119,8 @@ def main() -> None:
     while time.monotonic() < until:
         for name in given.target or TARGETS:
             started = time.monotonic()
+            if started > until:
+                break
             with tempfile.TemporaryDirectory() as folder:
                 try:
                     counts = run(name, given.cases, seed, Path(folder))

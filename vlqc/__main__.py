@@ -1,5 +1,18 @@
-"""`python -m vlqc`."""
+"""Entry of `vlqc` and `python -m vlqc`."""
 
-from vlqc.cli import main
+import sys
 
-main()
+
+def main() -> None:
+    """Runs the command line. Whoever presses Ctrl-C while it is being loaded gets no traceback, either."""
+    try:
+        from vlqc.cli import main as run
+
+        run()
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

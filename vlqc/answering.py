@@ -8,6 +8,8 @@ fault as what, where, why and fix. Progress and warnings go to stderr as ever, w
 
 import functools
 import json
+import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -141,6 +143,19 @@ def check_file(flag: str, file: Path | None) -> None:
     if file is not None and (file.is_dir() or not file.parent.is_dir()):
         why = "it is a folder" if file.is_dir() else f"there is no folder {file.parent}"
         raise UserError(Fault(f"{flag} {file} cannot be written", why=why, fix="name a file in an existing folder"))
+
+
+def end_as_if_interrupted() -> None:
+    """Lets SIGTERM, which schedulers send, end a command as Ctrl-C does: what is finished is kept, and it says so.
+
+    Not under torchrun, which ends the other processes so when one has told what is wrong.
+    """
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        signal.signal(signal.SIGTERM, interrupt)
 
 
 def stderr() -> Console:

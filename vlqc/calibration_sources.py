@@ -12,6 +12,8 @@ from vlqc.pictures import PICTURE_ENDINGS, is_picture, is_video
 PROMPT = "Please describe this picture in detail."
 LINE_KEYS = ("image", "prompt", "response")
 NO_VIDEOS = "videos are not supported"
+EXAMPLE = '{"image": "cat.jpg", "prompt": "What is this?"}'
+AS_TEXT = "save it as UTF-8, one JSON object per line"
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ def list_requests(source: Path) -> list[Request]:
         return [Request((source,))]
     if is_video(source):
         raise UserError(Fault(what, why=NO_VIDEOS, fix="name pictures: frames of it, saved as such, will do"))
-    raise UserError(Fault(what, why=f"it is neither a folder, nor .jsonl, nor one of {endings}"))
+    fix = "name a folder of pictures, one picture, or a .jsonl file"
+    raise UserError(Fault(what, why=f"it is neither a folder, nor .jsonl, nor one of {endings}", fix=fix))
 
 
 def _read_json_lines(source: Path) -> list[Request]:
@@ -54,9 +57,10 @@ def _read_json_lines(source: Path) -> list[Request]:
     try:
         lines = source.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise UserError(Fault(f"--calib_images {source}", why=f"it is not UTF-8 text: {error}")) from error
+        raise UserError(Fault(f"--calib_images {source}", why=f"it is not UTF-8 text: {error}", fix=AS_TEXT)) from error
     except OSError as error:
-        raise UserError(Fault(f"--calib_images {source}", why=f"it cannot be read: {error}")) from error
+        fix = "look at who may read it"
+        raise UserError(Fault(f"--calib_images {source}", why=f"it cannot be read: {error}", fix=fix)) from error
     requests, faults = [], []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -67,7 +71,7 @@ def _read_json_lines(source: Path) -> list[Request]:
         except _BadLine as bad:
             faults.append(Fault(bad.what, where=where, fix=bad.fix))
     if not requests and not faults:
-        faults = [Fault(f"--calib_images {source}", why="it has no lines", fix='{"image": "cat.jpg", "prompt": "..."}')]
+        faults = [Fault(f"--calib_images {source}", why="it has no lines", fix=f"write lines such as {EXAMPLE}")]
     if faults:
         raise UserError(*faults)
     return requests
@@ -84,9 +88,9 @@ def _request_of(line: str, folder: Path, where: str) -> Request:
     try:
         given = json_value(line)
     except ValueError as error:
-        raise _BadLine(f"not JSON: {error}") from error
+        raise _BadLine(f"not JSON: {error}", f"write {EXAMPLE}") from error
     if not isinstance(given, dict):
-        raise _BadLine("not a JSON object", 'write {"image": "cat.jpg", "prompt": "What is this?"}')
+        raise _BadLine("not a JSON object", f"write {EXAMPLE}")
     faults = list(_faults_of(given))
     if faults:
         raise _BadLine("; ".join(faults), f"a line has the keys {', '.join(LINE_KEYS)}")

@@ -17,6 +17,7 @@ from vlqc.answering import (
     Quiet,
     answering,
     check_json_file,
+    end_as_if_interrupted,
     json_text,
     say,
     stderr,
@@ -67,12 +68,14 @@ def _common(
 
 
 def main() -> None:
-    """Entry of `vlqc` and `python -m vlqc`."""
+    """The command line, with its exit codes."""
+    end_as_if_interrupted()
     app(prog_name="vlqc")
 
 
 def compile_main(name: str) -> None:
     """Entry of a script of that name which takes the options of `vlqc compile`, without the word."""
+    end_as_if_interrupted()
     script = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings=CONTEXT)
     script.command(epilog=EXAMPLES)(compile_command)
     script(prog_name=name)

@@ -1,5 +1,6 @@
 """Where a compilation may read and write: rules about the folders that the user names, before anything is loaded."""
 
+import os
 from pathlib import Path
 from typing import Protocol
 
@@ -71,6 +72,8 @@ def _timings_rule(given: NamedFolders) -> list[Fault]:
         return [Fault(what, why="it is a folder", fix=fix)]
     if not given.timings.parent.is_dir():
         return [Fault(what, why=f"there is no folder {given.timings.parent}", fix=fix)]
+    if not os.access(given.timings if given.timings.exists() else given.timings.parent, os.W_OK):
+        return [Fault(what, why="you may not write there", fix="name a file elsewhere")]
     for folder, kind in ((given.save_directory, "save"), (given.model_path, "model")):
         if folder is not None and _within(given.timings.resolve(), folder.resolve()):
             why = f"it lies in the {kind} folder, and says nothing but what this machine did"

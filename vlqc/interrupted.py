@@ -58,6 +58,10 @@ def take_up(options: Options, facts: Facts, needed: int, tell: Callable[[str], N
         chosen = _choose(found, facts) if options.resume else None
         if chosen is None and found:
             raise _refused(found[0])
+        if chosen is None and busy and not options.resume and not options.overwrite:
+            why = "it would find the save folder full when it has come to its end"
+            fix = "wait for that run to end, or name another --save_directory"
+            raise UserError(Fault("another run is writing into this save folder", str(target), why, fix))
         if chosen is None and options.resume and busy:
             why = "another run is writing into its work folder at this moment"
             raise UserError(Fault("there is nothing to resume yet", str(target), why, "wait for that run to end"))

@@ -23,7 +23,8 @@ from vlqc.token_budget import grid_within
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "tokenizer_config.json")
+FAST_TOKENIZER = "tokenizer.json"
+TOKENIZER_FILES = (FAST_TOKENIZER, "vocab.json", "tokenizer.model", "tokenizer_config.json")
 IMAGE_SETTINGS = "preprocessor_config.json"
 ALL_SETTINGS = "processor_config.json"  # newer transformers keep the settings of every part in this one file
 FEWEST_TOKENS = 4  # qwen_vl_utils enlarges every picture to as many
@@ -221,6 +222,8 @@ class ModelInputs:
             )
             what = f"the {part} in {self._model_path} cannot be loaded"
             why = str(error).strip() or type(error).__name__
+            if part == "tokenizer" and not (self._model_path / FAST_TOKENIZER).is_file():
+                why = f"there is no {FAST_TOKENIZER}, and of the other files: {why}"
             raise UserError(Fault(what, why=why, fix=f"{repair}, {READY_INPUTS}")) from error
 
 
@@ -248,6 +251,7 @@ def settings_faults(settings: Any, where: str) -> list[Fault]:
         return [Fault("the settings for pictures are no JSON object", where)]
     least, most = optional(whole(1, LARGEST_LEAST)), optional(whole(1, MOST_PIXELS))
     triple = Kind("three numbers", lambda it: several(number(-1e6, 1e6)).holds(it) and len(it) == 3)
+    spread = Kind("three numbers above 0", lambda it: several(number(1e-6, 1e6)).holds(it) and len(it) == 3)
     size = Kind(
         f"an object with shortest_edge up to {LARGEST_LEAST} and longest_edge",
         lambda it: isinstance(it, dict) and least.holds(it.get("shortest_edge")) and most.holds(it.get("longest_edge")),
@@ -256,7 +260,8 @@ def settings_faults(settings: Any, where: str) -> list[Fault]:
         **{key: whole(1, side) for key, side in SIDES.items()},
         "min_pixels": least,
         "max_pixels": most,
-        **dict.fromkeys(("image_mean", "image_std"), triple),
+        "image_mean": triple,
+        "image_std": spread,
         **dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), SWITCH),
         "rescale_factor": number(1e-6, 1e6),
         "resample": whole(0, 5),

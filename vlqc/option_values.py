@@ -86,6 +86,8 @@ def _read_int(name: str, value: Any, allowed: list[int], least: int) -> int:
     number = None if isinstance(value, bool) or not re.fullmatch(r"[+-]?\d{1,18}", str(value).strip()) else int(value)
     if allowed and number not in allowed:
         raise _not_one_of(name, value, allowed)
+    if number is None and re.fullmatch(r"\+?\d+", str(value).strip()):
+        raise _refused(name, value, "it is larger than any that makes sense", f"for example {flag_of(name)} 4")
     if number is None or (not allowed and number < least):
         wanted = "a whole number" + (f" above {least - 1}" if least else ", 0 or more")
         raise _refused(name, value, f"it is not {wanted}", f"for example {flag_of(name)} 4")

@@ -40,7 +40,7 @@ def read_picture(path: Path) -> "Image":
 
     try:
         if not path.is_file():
-            raise BadPicture("there is no such file")
+            raise BadPicture(_no_file(path))
         # By their content, whatever the name says: Pillow knows formats that it leaves to other programs (EPS goes to
         # Ghostscript), and a stranger's file is no reason to start one.
         Image.init()  # else it does not know all of them yet
@@ -58,6 +58,14 @@ def read_picture(path: Path) -> "Image":
         raise BadPicture("it is not a picture, or of an unknown format") from error
     except Exception as error:  # decoders raise nearly anything on damaged bytes: SyntaxError, struct.error, IndexError
         raise BadPicture(str(error).strip() or type(error).__name__) from error
+
+
+def _no_file(path: Path) -> str:
+    if path.is_dir():
+        return "it is a folder"
+    if path.is_symlink() and not path.exists():
+        return "it is a link that leads nowhere"
+    return "it is not an ordinary file" if path.exists() else "there is no such file"
 
 
 def _to_rgb(picture: "Image") -> "Image":

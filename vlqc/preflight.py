@@ -26,8 +26,6 @@ from vlqc.engines import (
     ENGINE_TITLES,
     Scheme,
     Span,
-    cannot_load,
-    engine_notes,
     fused_group,
     group_faults,
     part_of,
@@ -42,6 +40,7 @@ from vlqc.model import FloatModel
 from vlqc.options import Options
 from vlqc.pipeline import check_order, parse_pipeline, pipeline_text
 from vlqc.progress import duration, in_model_order, readable_bytes
+from vlqc.tally import foreseen
 
 PROBE_SIDE = 1024  # of the square matrices that are multiplied
 PROBE_BYTES = 64 * 2**20  # read to measure the disk; what the page cache holds comes faster, in the real run, too
@@ -93,11 +92,9 @@ def preflight(*, samples: Sequence[dict[str, Tensor]] | None = None, **given: An
     sites = planned_sites(model, options)
     schemes = {name: site.scheme or Scheme.FLOAT for name, site in sites.items()}
     dtype = str(emitted_dtype(checkpoint.dtype)).removeprefix("torch.")
-    asked = (options.engine_target, options.scheme, dtype)
     notes = [
+        *foreseen(options, checkpoint.dtype),
         *calibration.notes,
-        *cannot_load(*asked, scope=options.w4a8_scope),
-        *engine_notes(*asked, group_size=options.group_size, scope=options.w4a8_scope),
         *([BEFORE_SEARCH] if options.fallback == "auto" else []),
     ]
     counts: dict[tuple[str, str], int] = {}

@@ -23,8 +23,25 @@ from vlqc.report.reproduce import command, without_places
 from vlqc.report.timings import Timings, installed, machine
 from vlqc.result import Result
 from vlqc.runtime import read_description
-from vlqc.verify import verify_folder
+from vlqc.verify import verify_unfinished
 from vlqc.world import here
+
+
+def foreseen(options: Options, dtype: torch.dtype) -> list[str]:
+    """What the user should know before anything is compiled: which engines refuse the result, and what they expect.
+
+    dtype: of the float checkpoint.
+    """
+    name = str(dtype).removeprefix("torch.")
+    asked = (options.engine_target, options.scheme, name)
+    refusals = cannot_load(*asked, scope=options.w4a8_scope)
+    why, fix = "the folder is written all the same", "see --target, --strict_target"
+    notes = [str(Fault(sentence, why=why, fix=fix)) for sentence in refusals]
+    told = engine_notes(*asked, group_size=options.group_size, scope=options.w4a8_scope)
+    notes += [sentence for sentence in told if sentence not in refusals]
+    if dtype != emitted_dtype(dtype):
+        notes.append(f"the checkpoint is {name}; engines run bfloat16, so its float tensors are emitted as bfloat16")
+    return notes
 
 
 class Tally:
@@ -38,19 +55,7 @@ class Tally:
         self.plan: Plan | None = None
         self.gathering = Gathering(active=here().first)
         self._started = time.perf_counter()
-        dtype, group_size = str(checkpoint.dtype).removeprefix("torch."), options.group_size
-        asked = (options.engine_target, options.scheme, dtype)
-        refusals = cannot_load(*asked, scope=options.w4a8_scope)
-        for sentence in refusals:
-            self.note(
-                [str(Fault(sentence, why="the folder is written all the same", fix="see --target, --strict_target"))]
-            )
-        told = engine_notes(*asked, group_size=group_size, scope=options.w4a8_scope)
-        self.note(sentence for sentence in told if sentence not in refusals)
-        if checkpoint.dtype != emitted_dtype(checkpoint.dtype):
-            self.note(
-                [f"the checkpoint is {dtype}; engines run bfloat16, so its float tensors are emitted as bfloat16"]
-            )
+        self.note(foreseen(options, checkpoint.dtype))
 
     def note(self, notes: Iterable[str], *, of_run: bool = False) -> None:
         """of_run: they say something of this run alone, so the report in the folder has to go without them."""
@@ -118,7 +123,7 @@ class Tally:
         """With --strict_target, UserError unless the target's engines load the finished folder."""
         if not self.options.strict_target:
             return
-        report = verify_folder(folder, engine=self.options.engine_target)
+        report = verify_unfinished(folder, self.options.engine_target)
         if not report.ok:
             why = "; ".join(dict.fromkeys(finding.what for finding in report.findings))
             fix = "name another --target, change the scheme, or leave --strict_target out"

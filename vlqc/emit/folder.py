@@ -20,6 +20,16 @@ FILE_MODE = 0o640
 RESULT, OUTPUTS, JOURNAL = WORK = ("result", "outputs", "journal.jsonl")
 # What a disk or its settings can answer to a write; any other fault inside is not one of the save folder.
 DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
+REMEDIES = {
+    errno.EFBIG: "give --part_file_size for smaller files, raise `ulimit -f`, or choose a disk without that limit",
+    errno.EROFS: "choose a folder that may be written",
+    errno.EACCES: "choose a folder that may be written",
+    errno.EPERM: "choose a folder that may be written",
+    errno.EIO: "choose another disk",
+    errno.ENOTEMPTY: "something has appeared there meanwhile: look at it, or add --overwrite to replace it",
+    errno.EEXIST: "something has appeared there meanwhile: look at it, or add --overwrite to replace it",
+    errno.ENOTDIR: "something has appeared there meanwhile: look at it, or name another folder",
+}
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux: <fcntl.h>, <linux/fs.h>
 
 
@@ -126,9 +136,9 @@ def restore_replaced(target: Path) -> None:
 
 
 def unwritable(target: Path, error: OSError) -> UserError:
-    return UserError(
-        Fault("the result cannot be written", str(target), str(error), "free space or choose another folder")
-    )
+    """What to tell of a write that failed."""
+    fix = REMEDIES.get(error.errno or 0, "free space or choose another folder")
+    return UserError(Fault("the result cannot be written", str(target), str(error), fix))
 
 
 def nearest_folder(target: Path) -> Path:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from vlqc.engines import Target, parse_target
 from vlqc.errors import Fault, InternalError, UserError
+from vlqc.links import link_faults
 from vlqc.verify.arithmetic import check_arithmetic
 from vlqc.verify.manifest import check_manifest
 from vlqc.verify.report import Finding, Report
@@ -18,7 +19,7 @@ from vlqc.verify.structure import check_structure
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Finding", "Report", "require_sound", "verify_folder"]
+__all__ = ["Finding", "Report", "require_sound", "verify_folder", "verify_unfinished"]
 
 
 def verify_folder(
@@ -56,6 +57,8 @@ def verify_folder(
     if min_sqnr is not None and not inputs:
         raise UserError(Fault("--min_sqnr needs pictures", "--calib_images", fix="add --calib_images"))
     report = Report(str(folder))
+    if model_path is not None and model_path.is_dir() and (faults := link_faults(model_path)):
+        raise UserError(*faults)
     content = check_structure(folder, target, report)
     check_manifest(folder, report)
     check_arithmetic(content, report)
@@ -102,12 +105,21 @@ def _can_run(sound: object, report: Report) -> bool:
     return bool(sound) and not any(finding.check in blocking for finding in report.findings)
 
 
+def verify_unfinished(folder: Path, engine: str | Target | None = None) -> Report:
+    """As `verify_folder`, of a folder that has no list of its files yet: the list is written last."""
+    report = Report(str(folder))
+    content = check_structure(folder, parse_target(engine, "--engine") if isinstance(engine, str) else engine, report)
+    check_manifest(folder, report, finished=False)
+    check_arithmetic(content, report)
+    return report
+
+
 def require_sound(folder: Path, engine: str | Target | None = None) -> None:
     """InternalError with every fault of a folder that vlqc has just written, before it appears to the user.
 
     engine: as for `verify_folder`; None where the user was told that no version loads the result.
     """
-    report = verify_folder(folder, engine=engine)
+    report = verify_unfinished(folder, engine)
     if not report.ok:
         faults = "\n".join(f"  {finding.where}: {finding.what}" for finding in report.findings)
         raise InternalError(f"the folder that was just written is not sound:\n{faults}")

@@ -12,16 +12,24 @@ from vlqc.verify.folder import read_json
 from vlqc.verify.report import Report
 
 MANIFEST = "MANIFEST.json"
+FACTS = "vlqc_report.json"
 CHECK = "manifest"
 DIGEST = re.compile(r"[0-9a-f]{64}")
 THREADS = 4
 AGAIN = "copy the folder again, or compile again"
 
 
-def check_manifest(folder: Path, report: Report) -> None:
-    """Faults of a folder against its list of files. One without a list, from another tool, gets a note."""
+def check_manifest(folder: Path, report: Report, *, finished: bool = True) -> None:
+    """Faults of a folder against its list of files. One without a list, from another tool, gets a note.
+
+    finished: whether the folder stands at its place: the list is written last.
+    """
     for fault in link_faults(folder):
         report.fault(CHECK, Path(fault.where).name, fault.what.replace("checkpoint", "compiled"), fault.why, fault.fix)
+    if finished and (folder / FACTS).is_file() and not (folder / MANIFEST).exists():
+        why = f"vlqc has written this folder ({FACTS} says so), with a list of its files"
+        report.fault(CHECK, MANIFEST, f"{MANIFEST} is missing", why, AGAIN)
+        return
     if not (folder / MANIFEST).is_file():
         report.facts[CHECK] = f"no {MANIFEST}: nothing tells whether files changed since they were written"
         return

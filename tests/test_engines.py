@@ -8,16 +8,15 @@ import sys
 import pytest
 
 from vlqc import engines
+from vlqc.engine_advice import cannot_load, engine_notes, serve_commands
 from vlqc.engine_table import SEED_FLOAT, TABLE
+from vlqc.engine_versions import loads
 from vlqc.engines import (
     Scheme,
     Target,
     assignment_faults,
-    cannot_load,
-    engine_notes,
     fused_group,
     legal_schemes,
-    loads,
     part_of,
     rules_for,
     runs_anywhere,
@@ -318,11 +317,11 @@ def test_what_the_user_is_told(
 
 def test_serve_commands() -> None:
     """Catches a summary that sends the user to the wrong engine, or a command that a space in the path breaks."""
-    vllm, mindie = engines.serve_commands("both", "out")
+    vllm, mindie = serve_commands("both", "out")
     assert vllm == "vllm serve out --quantization ascend"
     assert '"modelWeightPath": "out"' in mindie
-    assert engines.serve_commands("mindie@2.2", "out") == [mindie]
-    vllm, mindie = engines.serve_commands("both", 'my "first" model')
+    assert serve_commands("mindie@2.2", "out") == [mindie]
+    vllm, mindie = serve_commands("both", 'my "first" model')
     assert shlex.split(vllm) == ["vllm", "serve", 'my "first" model', "--quantization", "ascend"]
     assert json.loads("{" + mindie.partition(" in the ")[0] + "}") == {"modelWeightPath": 'my "first" model'}
 

@@ -12,7 +12,8 @@ from naive_w8a8 import load_float, logits, signal_to_noise
 from torch import Tensor
 
 import vlqc
-from vlqc.engines import Scheme, group_faults, layer_schemes
+from vlqc.engine_versions import layer_schemes
+from vlqc.engines import Scheme, group_faults
 from vlqc.report.facts import FILE
 from vlqc.result import Result
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlqc import engines
+from vlqc import engine_advice
 from vlqc.engines import Scheme
 from vlqc.errors import UserError
 from vlqc.options import PANELS, Options, extra_of
@@ -213,7 +213,9 @@ def rest_of(values: tuple[Any, ...], named: frozenset[str]) -> tuple[Any, ...]:
 def test_every_combination(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches an illegal combination that is compiled, a legal one that is refused, and a refusal that does not name
     the flags to change: with them alone the combination must become legal."""
-    monkeypatch.setattr(engines, "cannot_load", functools.cache(engines.cannot_load))  # asked thousands of times
+    monkeypatch.setattr(
+        engine_advice, "cannot_load", functools.cache(engine_advice.cannot_load)
+    )  # asked thousands of times
     counted = {True: 0, False: 0}
     for values in itertools.product(*CHOICES.values()):
         chosen = dict(zip(CHOICES, values, strict=True))

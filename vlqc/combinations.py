@@ -114,7 +114,7 @@ def _strict(options: "Options") -> Iterator[Fault]:
     """What can be known of a target before the checkpoint is read, and without --exclude, which may make up for it."""
     if not options.strict_target or options.exclude:
         return
-    from vlqc.engines import cannot_load
+    from vlqc.engine_advice import cannot_load
 
     for sentence in cannot_load(options.engine_target, options.scheme, scope=options.w4a8_scope):
         fix = "leave out --strict_target, or choose another --target or scheme (--w_bit, --is_dynamic, --w4a8_scope)"

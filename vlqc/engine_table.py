@@ -4,8 +4,10 @@ Layers are named as in the checkpoint (`model.layers.0.self_attn.q_proj`). Sourc
 own rules for Qwen2.5-VL. To teach vlqc a new scheme or version, add a line to `TABLE`.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+from fnmatch import fnmatchcase
 
 from vlqc.targets import MINDIE, VLLM_ASCEND, Version
 
@@ -97,3 +99,8 @@ NAMING_ORDER = (Scheme.W4A8_DYNAMIC, Scheme.W8A8, Scheme.W8A8_DYNAMIC)
 INT4_ROWS = 8  # vLLM Ascend's int4 operator takes outputs in eights
 FAST_GROUP_SIZES = (64, 128)  # what its kernels are written for
 MINDIE_GROUP_SIZES = (0, 64, 128, 256)  # what MindIE's config reader accepts
+
+
+def matches(layer: str, patterns: Iterable[str]) -> bool:
+    """Whether a layer's checkpoint name is meant by one of the patterns."""
+    return any(fnmatchcase(layer, pattern) for pattern in patterns)

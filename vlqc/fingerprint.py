@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vlqc.checkpoint import digest_of
+from vlqc.file_digest import file_digest
 from vlqc.model import FloatModel
 from vlqc.options import Options
 from vlqc.options import flag_of as flag
@@ -78,12 +79,6 @@ def listed(found: Sequence[str]) -> str:
     """The first few of many differences, in one line."""
     more = f"; and {len(found) - NAMED} more" if len(found) > NAMED else ""
     return "; ".join(found[:NAMED]) + more
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _header_digest(file: Path) -> str:

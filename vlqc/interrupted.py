@@ -16,7 +16,8 @@ from vlqc.checkpoint import times_of
 from vlqc.emit.folder import JOURNAL, InUse, WorkFolder, bytes_in, require_space, work_folders
 from vlqc.emit.manifest import MANIFEST
 from vlqc.errors import Fault, UserError
-from vlqc.fingerprint import Facts, differences, file_digest, listed
+from vlqc.file_digest import file_digest
+from vlqc.fingerprint import Facts, differences, listed
 from vlqc.journal_lines import DamagedJournal, JournalWriter, Record, read_lines
 from vlqc.options import Options
 

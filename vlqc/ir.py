@@ -5,7 +5,6 @@ joins the real module, the graph recorded from it, and the facts that passes add
 in this file; how it looks as text is in `printer`, what must hold of it in `invariants`.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,9 +25,18 @@ from vlqc.observation import ChannelRange as ChannelRange
 from vlqc.observation import Observation as Observation
 from vlqc.observation import noise_to_signal as noise_to_signal
 from vlqc.observation import row_weights as row_weights
+from vlqc.summaries import EdgeSummary as EdgeSummary
+from vlqc.summaries import MapSummary as MapSummary
+from vlqc.summaries import ObservationSummary as ObservationSummary
+from vlqc.summaries import Summaries as Summaries
+from vlqc.summaries import TensorSummary as TensorSummary
+from vlqc.summaries import summarize as summarize
+from vlqc.tensor_facts import absmax as absmax
+from vlqc.tensor_facts import digest as digest
+from vlqc.tensor_facts import fingerprint as fingerprint
+from vlqc.tensor_facts import is_finite as is_finite
 from vlqc.world import World
 
-WORDS_PER_CHUNK = 1 << 15  # of 8 bytes, in a fingerprint
 WEIGHT_PARTS = ("weight", "scale", "group_scale")  # what the text calls the tensors of a WeightQuantization
 
 
@@ -119,57 +127,6 @@ class Edge:
     producer: str
     usable: Tensor
     consumers: Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class TensorSummary:
-    """What the text says of a tensor: enough to see that it changed."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    absmax: float
-    digest: str
-
-
-@dataclass(frozen=True)
-class MapSummary:
-    """What the text says of the channels or columns of an edge: how many of them take part."""
-
-    used: int
-    total: int
-    digest: str
-
-
-@dataclass(frozen=True)
-class EdgeSummary:
-    producer: str
-    usable: MapSummary
-    consumers: Mapping[str, MapSummary]
-
-
-@dataclass(frozen=True)
-class ObservationSummary:
-    """rows: per modality; minimum, maximum: over all channels, None without rows; kept: number of kept rows."""
-
-    channels: int
-    rows: Mapping[str, int]
-    minimum: float | None
-    maximum: float | None
-    kept: int
-    digest: str
-
-
-@dataclass
-class Summaries:
-    """What a parsed stage knows of tensors that its text only summarizes.
-
-    weights: per site name the integers, scale and, if any, group_scale of its quantized weight; edges: None where none
-    were computed; observations: per node name.
-    """
-
-    weights: dict[str, list[TensorSummary]] = field(default_factory=dict)
-    edges: tuple[EdgeSummary, ...] | None = None
-    observations: dict[str, ObservationSummary] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -329,60 +286,3 @@ def first_tensor(output: Any) -> Tensor:
 def observe(value: Tensor) -> Tensor:
     """Marks in the graph that `value` is observed: returns it; the node is used by no other."""
     return value
-
-
-def fingerprint(tensor: Tensor) -> int:
-    """A 63-bit number of the tensor's bytes, the same on every device and world; not cryptographic.
-
-    Bytes are read as 64-bit words; word i is multiplied by an odd constant that depends on i, all summed modulo 2^64,
-    so that a changed, moved or swapped word shows. A chunk stays in the cache, and is too small to be shared out among
-    threads, which would cost more than it saves where others use the machine, too.
-    """
-    flat = tensor.detach().contiguous().flatten().view(torch.uint8)
-    total, padding = flat.numel(), -flat.numel() % 8
-    if padding or flat.storage_offset() % 8:  # a view as words starts at a whole word
-        flat = torch.cat([flat, flat.new_zeros(padding)])
-    words = flat.view(torch.int64)
-    length = min(WORDS_PER_CHUNK, words.numel())
-    multipliers = torch.arange(1, length + 1, device=words.device) * 0x9E3779B97F4A7C1 * 2 + 1
-    room = torch.empty(2, length, dtype=torch.int64, device=words.device)
-    for number, part in enumerate(torch.split(words, WORDS_PER_CHUNK)):
-        mixed, shifted = room[:, : part.numel()]
-        _shift_into(shifted, part, 29)
-        torch.bitwise_xor(part, shifted, out=mixed).mul_(multipliers[: part.numel()])
-        _shift_into(shifted, mixed, 32)
-        total = (total * 1000003 + int(mixed.bitwise_xor_(shifted).sum()) + number) & 0x7FFFFFFFFFFFFFFF
-    return total
-
-
-def _shift_into(room: Tensor, words: Tensor, bits: int) -> None:
-    """Logical shift to the right (`>>` copies the sign bit: a word and its complement would come out the same)."""
-    torch.bitwise_right_shift(words, bits, out=room).bitwise_and_((1 << (64 - bits)) - 1)
-
-
-def digest(*tensors: Tensor, known: Callable[[Tensor], int] = fingerprint) -> str:
-    """Eight hexadecimal digits of the fingerprints of one or several tensors, in this order.
-
-    known: what gives the fingerprints.
-    """
-    total = 0
-    for tensor in tensors:
-        total = (total * 1000003 + known(tensor)) & 0x7FFFFFFFFFFFFFFF
-    return f"{total:016x}"[-8:]
-
-
-def absmax(tensor: Tensor) -> float:
-    """max |tensor|; NaN if there is one, 0 if it is empty. By minimum and maximum: no temporary, and |-128| is 128."""
-    if not tensor.numel():
-        return 0.0
-    low, high = torch.aminmax(tensor.detach())
-    return max(abs(float(low)), abs(float(high)))
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether there is neither NaN nor infinity, found without a temporary: they spread to minimum or maximum."""
-    return not tensor.numel() or all(math.isfinite(end) for end in torch.aminmax(tensor.detach()))
-
-
-def summarize(tensor: Tensor) -> TensorSummary:
-    return TensorSummary(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), absmax(tensor), digest(tensor))

@@ -20,7 +20,8 @@ from vlqc.emit.folder import DISK_FAULTS, JOURNAL, OUTPUTS, nearest_folder, rest
 from vlqc.emit.manifest import MANIFEST, write_manifest
 from vlqc.emit.shards import Damaged, sync
 from vlqc.errors import Fault, UserError, VlqcError
-from vlqc.fingerprint import facts_of, file_digest, sources_of
+from vlqc.file_digest import file_digest
+from vlqc.fingerprint import facts_of, sources_of
 from vlqc.interrupted import Work, take_up
 from vlqc.ir import Stage
 from vlqc.journal_lines import JournalWriter, Record

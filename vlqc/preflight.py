@@ -22,15 +22,8 @@ from vlqc.device import resolve_device
 from vlqc.emit import expected_bytes, kept_bytes
 from vlqc.emit.ascend import emitted_dtype, header_bytes
 from vlqc.emit.folder import nearest_folder
-from vlqc.engines import (
-    ENGINE_TITLES,
-    Scheme,
-    Span,
-    fused_group,
-    group_faults,
-    part_of,
-    span,
-)
+from vlqc.engine_versions import Span, span
+from vlqc.engines import ENGINE_TITLES, Scheme, fused_group, group_faults, part_of
 from vlqc.errors import printable
 from vlqc.ir import Site
 from vlqc.layer_globs import check_layers

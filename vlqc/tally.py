@@ -10,7 +10,9 @@ import torch
 
 from vlqc.checkpoint import Checkpoint
 from vlqc.emit.ascend import emitted_dtype
-from vlqc.engines import Scheme, cannot_load, engine_notes, loads, part_of, serve_commands
+from vlqc.engine_advice import cannot_load, engine_notes, serve_commands
+from vlqc.engine_versions import loads
+from vlqc.engines import Scheme, part_of
 from vlqc.errors import Fault, UserError
 from vlqc.ir import Stage
 from vlqc.memory import peak_memory

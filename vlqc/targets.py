@@ -83,3 +83,8 @@ def parse_target(text: str, where: str = "--target") -> Target:
         why = f"{version!r} is no version of {ENGINE_TITLES[name]}"
         raise UserError(Fault(f"{where} {text}", where, why, f"give a version such as {EXAMPLES[name]} after the @"))
     return Target((name,), version or None)
+
+
+def as_target(target: str | Target) -> Target:
+    """A target or its text -> the target. UserError for a text that is none."""
+    return target if isinstance(target, Target) else parse_target(target)

@@ -4,7 +4,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from vlqc.fingerprint import file_digest
+from vlqc.file_digest import file_digest
 
 MANIFEST = "MANIFEST.json"
 VERSION = 1

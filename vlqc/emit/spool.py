@@ -17,7 +17,7 @@ from vlqc.emit.ascend import TENSORS_PER_LINEAR, Entry, emitted_dtype, module_en
 from vlqc.emit.ascend import expected_bytes as expected_bytes_without
 from vlqc.emit.shards import ENTRY_BYTES, Damaged, ShardWriter, sync
 from vlqc.engines import VLLM_ASCEND, Scheme, legal_schemes
-from vlqc.fingerprint import file_digest
+from vlqc.file_digest import file_digest
 from vlqc.ir import MODALITIES, Sensitivity, Stage
 from vlqc.model import FloatModel
 from vlqc.precision_search import Choice, Group, Plan

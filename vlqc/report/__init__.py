@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from vlqc.engines import loads, serve_commands
+from vlqc.engine_advice import serve_commands
+from vlqc.engine_versions import loads
 from vlqc.errors import Fault, UserError
 from vlqc.report.facts import FILE, Facts, read_facts
 from vlqc.report.located import read_verification

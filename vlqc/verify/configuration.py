@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 
 from vlqc.engine_table import FAST_GROUP_SIZES, MINDIE_GROUP_SIZES
-from vlqc.engines import MINDIE, VLLM_ASCEND, Scheme, Target, folder_type
+from vlqc.engine_versions import folder_type
+from vlqc.engines import MINDIE, VLLM_ASCEND, Scheme, Target
 from vlqc.verify.expected import DTYPE_CODES, ExpectedModel, expected_model, is_tied
 from vlqc.verify.files import FolderFiles
 from vlqc.verify.report import Report, listed

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from vlqc.engine_table import INT4_ROWS
+from vlqc.engine_versions import loading_span, span
 from vlqc.engines import (
     ENGINE_TITLES,
     MINDIE,
@@ -16,9 +17,7 @@ from vlqc.engines import (
     group_faults,
     layer_faults,
     legal_schemes,
-    loading_span,
     mixed_group_faults,
-    span,
 )
 from vlqc.errors import Fault
 from vlqc.verify.expected import ExpectedModel, consumers_of_norm

@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vlqc.engines import Scheme, folder_type
+from vlqc.engine_versions import folder_type
+from vlqc.engines import Scheme
 
 Shape = tuple[int, ...]
 

@@ -6,6 +6,7 @@ from little_stage import PREFIX, Attention
 from torch import Tensor, nn
 
 from vlqc.ir import Call, Stage
+from vlqc.pass_manager import PassManager
 from vlqc.passes.assign_precision import AssignPrecision
 from vlqc.passes.insert_observers import InsertObservers
 from vlqc.passes.lower_linears import LowerLinears
@@ -15,7 +16,7 @@ from vlqc.passes.quantize_weights import QuantizeWeights
 from vlqc.passes.shift_norms import ShiftNorms
 from vlqc.passes.smooth_m2 import SmoothM2
 from vlqc.passes.smooth_m4 import SmoothM4
-from vlqc.pipeline import Pass, PassManager
+from vlqc.pipeline import Pass
 from vlqc.printer import print_stage
 from vlqc.stages import find_sites
 from vlqc.trace import record

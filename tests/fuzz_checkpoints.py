@@ -15,7 +15,8 @@ from fuzz_verdict import demand, strict
 from hypothesis import strategies as st
 from PIL import Image
 
-from vlqc.checkpoint import INDEX, Checkpoint
+from vlqc.checkpoint import Checkpoint
+from vlqc.checkpoint_files import INDEX
 from vlqc.model import FloatModel
 from vlqc.model_inputs import ModelInputs
 from vlqc.pictures import BadPicture

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vlqc.engines import Scheme
 from vlqc.ir import Call, Site, Stage, first_tensor
+from vlqc.pass_manager import PassManager
 from vlqc.passes import folding
 from vlqc.passes.assign_precision import AssignPrecision
 from vlqc.passes.error_model import Reader, arithmetic_of
@@ -15,7 +16,7 @@ from vlqc.passes.insert_observers import InsertObservers
 from vlqc.passes.lower_linears import LowerLinears
 from vlqc.passes.quantize_activations import QuantizeActivations
 from vlqc.passes.quantize_weights import QuantizeWeights
-from vlqc.pipeline import Pass, PassManager
+from vlqc.pipeline import Pass
 from vlqc.stages import find_sites
 from vlqc.trace import record
 

@@ -37,7 +37,7 @@ MOMENTS = [
     ("plain", "tensors outside stages", "vlqc.emit.shards:ShardWriter._write", 2, "half"),
     ("plain", "tracing the first stage", "vlqc.stages:record", 1, "before"),
     ("plain", "tracing the merger", "vlqc.stages:record", 3, "after"),
-    ("plain", "passes over the last stage", "vlqc.pipeline:PassManager.run", 5, "before"),
+    ("plain", "passes over the last stage", "vlqc.pass_manager:PassManager.run", 5, "before"),
     ("plain", "a tensor of the second stage", "vlqc.emit.shards:ShardWriter._write", 40, "half"),
     ("plain", "outputs of the first stage", "vlqc.kept_outputs:OutputsWriter._write", 1, "half"),
     ("plain", "outputs of the fourth stage", "vlqc.kept_outputs:OutputsWriter._write", 5, "half"),

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vlqc.checkpoint import INDEX, Checkpoint, original_name
+from vlqc.checkpoint import Checkpoint, original_name
+from vlqc.checkpoint_files import INDEX
 from vlqc.errors import UserError
 
 TENSORS = {

@@ -18,9 +18,9 @@ from torch import Tensor
 import vlqc
 from vlqc.engines import Scheme
 from vlqc.ir import Call, Stage
+from vlqc.pass_manager import PassManager
 from vlqc.passes.assign_precision import AssignPrecision
 from vlqc.passes.insert_observers import InsertObservers
-from vlqc.pipeline import PassManager
 from vlqc.stages import find_sites
 from vlqc.trace import record
 

@@ -15,9 +15,10 @@ import vlqc
 from vlqc.cli import app
 from vlqc.errors import InternalError, UserError
 from vlqc.fingerprint import sources_of
+from vlqc.pass_manager import PassManager
 from vlqc.pass_places import _offered
 from vlqc.pass_table import describe_passes
-from vlqc.pipeline import PassManager, check_order, load_pass, parse_pipeline, print_pipeline
+from vlqc.pipeline import check_order, load_pass, parse_pipeline, print_pipeline
 
 PASSES = """
 from dataclasses import dataclass

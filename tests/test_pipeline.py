@@ -17,16 +17,8 @@ from vlqc.errors import InternalError, UserError
 from vlqc.ir import Stage
 from vlqc.options import Options
 from vlqc.parser import parse_stage
-from vlqc.pipeline import (
-    REGISTRY,
-    Pass,
-    PassManager,
-    check_order,
-    load_pass,
-    parse_pipeline,
-    pipeline_text,
-    print_pipeline,
-)
+from vlqc.pass_manager import PassManager
+from vlqc.pipeline import REGISTRY, Pass, check_order, load_pass, parse_pipeline, pipeline_text, print_pipeline
 from vlqc.printer import print_stage
 
 # ---- text ------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import vlqc
-from vlqc.checkpoint import Checkpoint, spans_of
+from vlqc.checkpoint import Checkpoint
+from vlqc.checkpoint_files import spans_of
 from vlqc.read_ahead import BUFFER_BYTES, ReadAhead, Span
 
 

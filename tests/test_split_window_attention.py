@@ -19,10 +19,10 @@ from vlqc.flow import find_edges
 from vlqc.ir import Call, Stage
 from vlqc.lockstep import Lockstep
 from vlqc.parser import parse_stage
+from vlqc.pass_manager import PassManager
 from vlqc.passes import split_window_attention as tested
 from vlqc.passes.insert_observers import InsertObservers
 from vlqc.passes.split_window_attention import ATTENTION, SplitWindowAttention, windowed_attention, windows_of
-from vlqc.pipeline import PassManager
 from vlqc.printer import print_stage
 from vlqc.stages import live_stage
 

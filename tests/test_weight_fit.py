@@ -12,7 +12,8 @@ from vlqc.passes.clip_search import GroupGrid, RowGrid, importance_of
 from vlqc.passes.gptq import compensated
 from vlqc.verify.folder import read_header
 from vlqc.verify.integers import StoredIntegers
-from vlqc.verify.weight_fit import SIGMAS, Scales, WeightPair, fit_columns, fit_rows, misfits
+from vlqc.verify.weight_fit import SIGMAS, fit_columns, fit_rows, misfits
+from vlqc.verify.weight_pair import Scales, WeightPair
 
 ROWS, COLUMNS = 192, 256
 SCHEMES = pytest.mark.parametrize("group_size", [None, 64, 256])

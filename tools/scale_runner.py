@@ -99,8 +99,9 @@ def watch_compiler(phases: Phases) -> None:
     from vlqc.journal import Journal
     from vlqc.lockstep import Lockstep
     from vlqc.model import FloatModel
+    from vlqc.pass_manager import PassManager
     from vlqc.passes import folding, insert_observers
-    from vlqc.pipeline import PassManager, load_pass
+    from vlqc.pipeline import load_pass
     from vlqc.report.gathering import Gathering
 
     phases.watch(FloatModel, "fill", "reading")

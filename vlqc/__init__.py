@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from vlqc.parser import parse_stage
 
     parse = parse_stage
+    from vlqc.pass_manager import PassManager as PassManager
     from vlqc.pipeline import Pass as Pass
-    from vlqc.pipeline import PassManager as PassManager
     from vlqc.pipeline import parse_pipeline as parse_pipeline
     from vlqc.pipeline import print_pipeline as print_pipeline
     from vlqc.printer import print_stage as print_stage
@@ -43,7 +43,7 @@ _HOME = {
     "Stage": "vlqc.ir:Stage",
     "parse": "vlqc.parser:parse_stage",
     "Pass": "vlqc.pipeline:Pass",
-    "PassManager": "vlqc.pipeline:PassManager",
+    "PassManager": "vlqc.pass_manager:PassManager",
     "parse_pipeline": "vlqc.pipeline:parse_pipeline",
     "print_pipeline": "vlqc.pipeline:print_pipeline",
     "print_stage": "vlqc.printer:print_stage",

@@ -14,19 +14,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from vlqc.checkpoint_files import read_config, spans_of, times_of, weight_files
 from vlqc.config_values import config_faults
 from vlqc.errors import Fault, UserError
 from vlqc.flat_config import flat
-from vlqc.json_files import json_value, read_json_object
 from vlqc.links import link_faults
 from vlqc.read_ahead import ReadAhead, Span
 
-INDEX = "model.safetensors.index.json"
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
 # Weight files of any kind, which an emitted folder replaces, and files that say where weights are.
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
@@ -50,7 +48,7 @@ class Checkpoint:
         self.folder = folder
         if faults := link_faults(folder) if folder.is_dir() else []:
             raise UserError(*faults)
-        self.source_config = _read_config(folder)
+        self.source_config = read_config(folder)
         self.config = flat(self.source_config)
         self.digests: dict[str, str] | None = None  # where wanted: SHA-256 of what `tensor` read, by name
         self._open: dict[str, Any] = {}
@@ -61,7 +59,7 @@ class Checkpoint:
         self._stored_name: dict[str, str] = {}
         self._shape: dict[str, tuple[int, ...]] = {}
         self._dtype: dict[str, torch.dtype] = {}
-        for file in _weight_files(folder):
+        for file in weight_files(folder):
             try:
                 self._files.append(file)
                 self._spans[file] = spans_of(folder / file)
@@ -256,64 +254,3 @@ def digest_of(tensor: Tensor) -> str:
     """SHA-256 of the bytes of a tensor, hexadecimal."""
     flat = tensor.detach().cpu().contiguous().flatten()
     return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest() if flat.numel() else ""
-
-
-def times_of(path: Path) -> list[int]:
-    """Of a file: size, when its content changed and when anything about it did, number."""
-    found = path.stat()
-    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
-
-
-def spans_of(path: Path) -> dict[str, Span]:
-    """Stored name -> where its bytes lie, from the header of a safetensors file. OSError or ValueError without one.
-
-    Names given twice are a fault: the library that reads tensors would take the last one without a word.
-    """
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > min(path.stat().st_size, LONGEST_HEADER):
-            raise ValueError(f"it claims a header of {length} bytes: it is truncated, or no safetensors file")
-        header = json_value(file.read(length).decode())
-    try:
-        begin = 8 + length
-        offsets = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
-        return {name: Span(path, begin + first, begin + last) for name, (first, last) in offsets.items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"its header is not of the format: {error!r}") from None
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise UserError(Fault("no such checkpoint folder", str(folder), fix="give the folder that holds config.json"))
-    fix = "give the folder of a Hugging Face checkpoint"
-    none = UserError(Fault("the folder holds no config.json", str(folder), fix=fix))
-    return read_json_object(folder / "config.json", missing=lambda: none)
-
-
-def _weight_files(folder: Path) -> list[str]:
-    """File names of the shards: those of the index if there is one, otherwise every *.safetensors."""
-    index = folder / INDEX
-    if not index.is_file():
-        files = sorted(path.name for path in folder.glob("*.safetensors") if path.is_file())
-        if not files:
-            fix = "convert the checkpoint to safetensors first; .bin files are not read because loading them runs code"
-            raise UserError(Fault("the folder holds no *.safetensors", str(folder), fix=fix))
-        return files
-    placed = read_json_object(index).get("weight_map")
-    if not isinstance(placed, dict) or not placed:
-        why = "it has no weight_map that says which file holds which tensor"
-        raise UserError(Fault("the index of weight files cannot be read", str(index), why, "copy it again"))
-    present = {path.name for path in folder.iterdir() if path.is_file()}  # asked of the system: a name may be unusable
-    faults = []
-    for file in sorted(set(map(str, placed.values()))):
-        if Path(file).name != file or file in ("", ".", ".."):
-            faults.append(
-                Fault(f"the index names {file!r}", str(index), "weight files must lie in the checkpoint's own folder")
-            )
-        elif file not in present:
-            faults.append(
-                Fault(f"weight file {file} is missing", str(folder), f"{INDEX} names it", "download it again")
-            )
-    if faults:
-        raise UserError(*faults)
-    return sorted(set(placed.values()))

@@ -20,7 +20,8 @@ from vlqc.layer_globs import check_layers
 from vlqc.lockstep import Lockstep
 from vlqc.model import FloatModel
 from vlqc.options import Options
-from vlqc.pipeline import Pass, PassManager, check_order, parse_pipeline, pipeline_text
+from vlqc.pass_manager import PassManager
+from vlqc.pipeline import Pass, check_order, parse_pipeline, pipeline_text
 from vlqc.progress import Progress, heard
 from vlqc.result import Result
 from vlqc.samples import refuse_both

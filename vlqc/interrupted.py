@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlqc.checkpoint import times_of
+from vlqc.checkpoint_files import times_of
 from vlqc.emit.folder import JOURNAL, InUse, WorkFolder, bytes_in, require_space, work_folders
 from vlqc.emit.manifest import MANIFEST
 from vlqc.errors import Fault, UserError

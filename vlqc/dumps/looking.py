@@ -19,7 +19,8 @@ from vlqc.layer_globs import check_globs, check_layers
 from vlqc.lockstep import Lockstep
 from vlqc.model import FloatModel
 from vlqc.options import Options
-from vlqc.pipeline import Pass, PassManager, check_order, needed_by_later_stages, parse_pipeline, pipeline_text
+from vlqc.pass_manager import PassManager
+from vlqc.pipeline import Pass, check_order, needed_by_later_stages, parse_pipeline, pipeline_text
 from vlqc.progress import Progress
 from vlqc.stages import live_stage
 from vlqc.world import here

@@ -11,7 +11,8 @@ from vlqc.dumps.bundle_reading import read_bundle
 from vlqc.dumps.changes import Changes, changes
 from vlqc.errors import Fault, UserError
 from vlqc.parser import parse_stage
-from vlqc.pipeline import RUNNERS, PassManager, parse_pipeline
+from vlqc.pass_manager import PassManager
+from vlqc.pipeline import RUNNERS, parse_pipeline
 from vlqc.printer import print_stage
 
 

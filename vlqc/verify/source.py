@@ -17,7 +17,8 @@ from vlqc.verify.folder import FLOATS, Array, StoredTensor, read_header, read_js
 from vlqc.verify.integers import StoredIntegers, row_sums
 from vlqc.verify.report import Report, listed
 from vlqc.verify.structure import CompiledFolder
-from vlqc.verify.weight_fit import NOISE, SIGMAS, ULP, Scales, WeightPair, fit_columns, fit_rows, misfits
+from vlqc.verify.weight_fit import NOISE, fit_columns, fit_rows, misfits
+from vlqc.verify.weight_pair import SIGMAS, ULP, Scales, WeightPair
 
 CHECK = "float weights"
 # dB by bits; 8-bit rounding gives about 40, 4-bit about 20, less with large groups: below, it is another matrix

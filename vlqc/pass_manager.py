@@ -1,0 +1,106 @@
+"""Runs passes over a stage, and believes none of them: what a pass says that it did is compared with what is there."""
+
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from vlqc.errors import InternalError, VlqcError
+from vlqc.invariants import check
+from vlqc.ir import Stage, fingerprint
+from vlqc.memory import return_memory
+from vlqc.pass_places import place_of
+from vlqc.pipeline import REGISTRY, Pass
+from vlqc.printer import print_stage
+
+FOREIGN = "look at {}, which does not come with vlqc"
+
+
+@dataclass
+class PassManager:
+    """Runs passes over a stage; after each: verifies the stage, holds the pass to its word, times it, shows it.
+
+    after: called with (stage, number of the pass from 0, pass) once the checks have passed (dumps hang here).
+    """
+
+    passes: Sequence[Pass]
+    verify: bool = True
+    after: Callable[[Stage, int, Pass], None] = lambda stage, number, done: None
+    before: Callable[[Stage, Pass], None] = lambda stage, coming: None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def run(self, stage: Stage) -> None:
+        """Raises InternalError if a pass leaves an invalid stage, or lies about what it changed."""
+        known = self._evidence(stage)
+        for number, step in enumerate(self.passes):
+            self.before(stage, step)
+            started = time.perf_counter()
+            changed = _run(step, stage)
+            self.seconds[step.name] = self.seconds.get(step.name, 0.0) + time.perf_counter() - started
+            if self.verify:
+                if faults := check(stage):
+                    listed = "\n  ".join(faults)
+                    said = f"{stage.name} is not valid after {step.name}:\n  {listed}\n{print_stage(stage)}"
+                    raise _broken(step, said)
+                known = self._hold_to_word(stage, step, changed, known)
+            self.after(stage, number, step)
+            return_memory()
+
+    def _evidence(self, stage: Stage, trusted: "_Evidence | None" = None) -> "_Evidence":
+        """trusted: of before an analysis: tensors that PyTorch knows to be untouched since keep their digests."""
+        if not self.verify:
+            return _Evidence({}, "", {})
+        module = stage.module or nn.Module()
+        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        weights, marks = {}, {}
+        for name, tensor in tensors.items():
+            marks[name] = (weakref.ref(tensor), tensor.data_ptr(), tensor._version)
+            untouched = trusted is not None and trusted.stands_for(name, tensor)
+            weights[name] = trusted.weights[name] if trusted is not None and untouched else fingerprint(tensor)
+        return _Evidence(weights, print_stage(stage, tensors=False), marks)
+
+    def _hold_to_word(self, stage: Stage, step: Pass, changed: bool, known: "_Evidence") -> "_Evidence":
+        """Returns the evidence after the pass, which is the evidence before the next one."""
+        now = self._evidence(stage, known if step.kind == "analysis" else None)
+        if step.kind == "analysis" and now.weights != known.weights:
+            names = sorted({*now.weights, *known.weights})
+            touched = [name for name in names if now.weights.get(name) != known.weights.get(name)]
+            raise _broken(step, f"{step.name} is an analysis but changed {', '.join(touched)} of {stage.name}")
+        if changed != (now != known):
+            says = "changed something but says it did not" if not changed else "says it changed something but did not"
+            raise _broken(step, f"{step.name} {says}, in {stage.name}")
+        return now
+
+
+def _run(step: Pass, stage: Stage) -> bool:
+    """A pass that breaks says where: its own traceback names neither the stage nor who wrote it."""
+    try:
+        return step.run(stage)
+    except Exception as error:
+        if not isinstance(error, VlqcError) and not _is_own(step):
+            error.add_note(f"on stage {stage.name}: {FOREIGN.format(place_of(type(step)))}")
+        raise
+
+
+def _broken(step: Pass, promise: str) -> InternalError:
+    return InternalError(promise) if _is_own(step) else InternalError(promise, FOREIGN.format(place_of(type(step))))
+
+
+def _is_own(step: Pass) -> bool:
+    return REGISTRY.get(getattr(step, "name", "")) == place_of(type(step))
+
+
+@dataclass(frozen=True)
+class _Evidence:
+    """Digests of all weights, the text of everything else; per weight: which tensor, where, changed how often."""
+
+    weights: dict[str, int]
+    text: str
+    marks: dict[str, "tuple[weakref.ref[Tensor], int, int]"] = field(compare=False)
+
+    def stands_for(self, name: str, tensor: Tensor) -> bool:
+        """Whether the tensor of this name was the same one, at the same place, and nothing was written to it since."""
+        known, place, version = self.marks.get(name, (None, 0, 0))
+        return known is not None and known() is tensor and (place, version) == (tensor.data_ptr(), tensor._version)

@@ -110,6 +110,16 @@ def test_the_program_is_one_screen() -> None:
     assert named == []
 
 
+LONGEST = 330  # lines
+
+
+@pytest.mark.parametrize("folder", ["vlqc", "passes", "kernels_ref", "tools"])
+def test_files_can_be_read_in_one_go(folder: str) -> None:
+    """Catches a file that has grown until nobody reads it as a whole."""
+    lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in python_files(folder)}
+    assert {name: lines for name, lines in lengths.items() if lines > LONGEST} == {}
+
+
 def test_no_file_is_called_after_nothing() -> None:
     """Catches a drawer for odds and ends: a file's name says what is in it."""
     for folder in ("vlqc", *LINKED, "tests", "tools"):

@@ -21,7 +21,7 @@ from vlqc.lockstep import Lockstep
 from vlqc.model import FloatModel
 from vlqc.options import Options
 from vlqc.pass_manager import PassManager
-from vlqc.pipeline import Pass, check_order, parse_pipeline, pipeline_text
+from vlqc.pipeline import Pass, pipeline_of
 from vlqc.progress import Progress, heard
 from vlqc.result import Result
 from vlqc.samples import refuse_both
@@ -49,8 +49,7 @@ def compile(
     refuse_both(samples=samples, passes=passes, **given)
     options, world = Options.from_user(**given), here()
     show = heard(progress, first=world.first)
-    pipeline = list(passes) if passes is not None else parse_pipeline(pipeline_text(options))
-    check_order(pipeline, search=options.fallback == "auto")
+    pipeline = pipeline_of(options, passes)
     checkpoint = Checkpoint(options.model_path)
     tally = Tally(options, checkpoint, show.note)
     onlookers = Onlookers(Dumper.of(options, pipeline, active=world.first), tally.gathering)

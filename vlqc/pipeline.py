@@ -144,6 +144,13 @@ def needed_by_later_stages(passes: Sequence[Pass]) -> list[Pass]:
     return list(passes[: last + 1])
 
 
+def pipeline_of(options: Options, passes: Sequence[Pass] | None = None) -> list[Pass]:
+    """The passes of a compilation: those given, else those that its options ask for. UserError as `check_order`."""
+    pipeline = list(passes) if passes is not None else parse_pipeline(pipeline_text(options))
+    check_order(pipeline, search=options.fallback == "auto")
+    return pipeline
+
+
 def pipeline_text(options: Options) -> str:
     """The pipeline that the user's options ask for, in normal form: options at their default are left out."""
     if options.pipeline is not None:

@@ -31,7 +31,7 @@ from vlqc.memory import peak_memory
 from vlqc.memory_need import needed_memory
 from vlqc.model import FloatModel
 from vlqc.options import Options
-from vlqc.pipeline import check_order, parse_pipeline, pipeline_text
+from vlqc.pipeline import parse_pipeline, pipeline_of, pipeline_text
 from vlqc.progress import duration, in_model_order, readable_bytes
 from vlqc.tally import foreseen
 
@@ -74,7 +74,7 @@ class Preflight:
 def preflight(*, samples: Sequence[dict[str, Tensor]] | None = None, **given: Any) -> Preflight:
     """The options of a compilation -> what it would do. UserError for unusable input, as in the real run."""
     options = Options.from_user(**given)
-    check_order(parse_pipeline(pipeline_text(options)), search=options.fallback == "auto")
+    pipeline_of(options)
     resolve_device(options.device_type)
     checkpoint = Checkpoint(options.model_path)
     model = FloatModel.of(checkpoint, trust_remote_code=options.trust_remote_code)

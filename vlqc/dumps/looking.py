@@ -20,7 +20,7 @@ from vlqc.lockstep import Lockstep
 from vlqc.model import FloatModel
 from vlqc.options import Options
 from vlqc.pass_manager import PassManager
-from vlqc.pipeline import Pass, check_order, needed_by_later_stages, parse_pipeline, pipeline_text
+from vlqc.pipeline import Pass, needed_by_later_stages, pipeline_of
 from vlqc.progress import Progress
 from vlqc.stages import live_stage
 from vlqc.world import here
@@ -92,8 +92,7 @@ def look_until(
     if given.get("dump_ir") is None:
         given.setdefault("print_after", stop_after)
     options = Options.from_user(**{**given, "overwrite": True})  # the save folder stays as it is, whatever is in it
-    pipeline = parse_pipeline(pipeline_text(options))
-    check_order(pipeline, search=options.fallback == "auto")
+    pipeline = pipeline_of(options)
     require_pass("--stop_after", stop_after, pipeline)
     last = max(number for number, step in enumerate(pipeline) if step.name == stop_after)
     dumper = Dumper.of(options, pipeline, active=True)

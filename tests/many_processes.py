@@ -23,7 +23,8 @@ PICTURE, TEXT, TWO, LARGE = tiny.mixed_samples()
 CASES: dict[str, tuple[list[dict[str, Tensor]], dict[str, Any]]] = {
     "static": ([PICTURE, TEXT, TWO, LARGE], {}),
     "text first": (
-        [TEXT, tiny.made_up(words=4, seed=5), PICTURE],  # no picture for the first processes
+        # No picture for the first processes, one that is asked about twice for the last.
+        [TEXT, tiny.made_up(words=4, seed=5), PICTURE, tiny.asked_again(PICTURE, 9, 12, 31)],
         {"anti_method": "none", "act_method": 1, "weight_method": "round"},
     ),
     "refused": ([PICTURE, TEXT, TWO], {}),  # see `refuse`

@@ -106,15 +106,16 @@ def test_tasks_are_done_once_each(size: int, costs: Sequence[float] | None) -> N
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_items_are_dealt_in_order(size: int) -> None:
-    """Catches samples in another order, or numbered from nought on every process; fewer samples than processes, too."""
+    """Catches samples in another order, groups torn apart, numbers from nought on every process; few samples, too."""
 
     def program(world: World) -> tuple[int, list[str]]:
-        return world.dealt(list("abcde") if world.first else [])
+        return world.dealt(["a", "bcd", "e", "fg", "h"] if world.first else [])
 
     dealt = everywhere(size, program)
-    assert "".join(item for _, items in dealt for item in items) == "abcde"
+    assert "".join(item for _, items in dealt for item in items) == "abcdefgh"
     for begin, items in dealt:
-        assert items == list("abcde")[begin : begin + len(items)]
+        assert items == list("abcdefgh")[begin : begin + len(items)]
+        assert all(("".join(items).count(group) or not set(group) & set(items)) for group in ("bcd", "fg"))
 
 
 def test_the_first_one_goes_first() -> None:

@@ -83,6 +83,15 @@ def made_up(*grids: tuple[int, int], words: int = 6, seed: int = 0) -> dict[str,
     return sample
 
 
+def asked_again(sample: dict[str, Tensor], *words: int) -> dict[str, Tensor]:
+    """A sample with the same pictures, in tensors of its own, and other words behind them."""
+    ids = sample["input_ids"][0].tolist()
+    pictures = ids[: len(ids) - ids[::-1].index(tiny_task.VISION_END)]
+    again = torch.tensor([[*pictures, *words]])
+    copies = {key: sample[key].clone() for key in ("pixel_values", "image_grid_thw")}
+    return {"input_ids": again, "attention_mask": torch.ones_like(again), **copies}
+
+
 def mixed_samples() -> list[dict[str, Tensor]]:
     """One picture, none, two pictures of different sizes, one larger picture: no two samples have the same shapes."""
     return [

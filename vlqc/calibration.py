@@ -15,7 +15,7 @@ from vlqc.model_inputs import ModelInputs, Patches
 from vlqc.options import Options
 from vlqc.pictures import BadPicture, is_video, read_picture
 from vlqc.probe import probe_sample
-from vlqc.samples import checked_samples, without_copies, without_padding
+from vlqc.samples import by_pictures, checked_samples, without_copies, without_padding
 from vlqc.token_budget import share_budget
 
 ADVISED_PICTURES = 30
@@ -36,14 +36,18 @@ class Calibration:
 
 
 def calibrate_on(given: Sequence[dict[str, torch.Tensor]] | None, options: Options, model: nn.Module) -> Calibration:
-    """The samples given, else those that the user's options name. UserError for unusable ones, as `load_samples`."""
+    """The samples given, else those that the user's options name; those with the same pictures follow each other.
+
+    UserError for unusable ones, as `load_samples`.
+    """
     loaded = load_calibration(options) if given is None else Calibration(given)  # type: ignore[arg-type]
     config: Any = model.config
     samples = [without_padding(it, config.image_token_id) for it in checked_samples(loaded.samples, model)]
     unique = without_copies(samples)
     copies = len(samples) - len(unique)
     notes = [f"{_counted(copies, 'sample')} left out: the same as others"] if copies else []
-    return Calibration(unique, loaded.notes + notes, probe_sample(unique, config))
+    in_order = [sample for group in by_pictures(unique) for sample in group]
+    return Calibration(in_order, loaded.notes + notes, probe_sample(in_order, config))
 
 
 def load_calibration(options: Options) -> Calibration:

@@ -24,7 +24,7 @@ from vlqc.pass_manager import PassManager
 from vlqc.pipeline import Pass, pipeline_of
 from vlqc.progress import Progress, heard
 from vlqc.result import Result
-from vlqc.samples import refuse_both
+from vlqc.samples import by_pictures, refuse_both
 from vlqc.spilling import Spilling
 from vlqc.stages import live_stage
 from vlqc.tally import Tally
@@ -60,14 +60,14 @@ def compile(
     check_layers(model, options)
     calibration = calibrate_on(samples, options, model.module) if world.first else Calibration([])
     tally.note(calibration.notes)
-    begin, mine = world.dealt(calibration.samples)  # of several processes each has its own; the first one writes
+    begin, mine = world.dealt(by_pictures(calibration.samples))  # each process has its own; the first one writes
     probe = world.of(0, calibration.probe)
     with journaled(options, pipeline, model, calibration.samples, tally, world) as journal:
         emitter = emitter_for(options, journal.result, checkpoint, writes=journal.writes)
         spilling = Spilling(journal.folder, options.memory_budget)
         known = journal.restore(emitter, checkpoint, range(begin, begin + len(mine)), spilling.settle)
         show.begin(len(model.stages), len(mine), done=len(known.stages))
-        lockstep = Lockstep(model, mine, first=begin, probe=probe, known=known)
+        lockstep = Lockstep(model, mine, first=begin, probe=probe, known=known, look_once=True)
         with model.ready_outside(emitter.copy), lockstep:
             for number, stop in enumerate(lockstep, len(known.stages)):
                 show.stage(number, stop.name)

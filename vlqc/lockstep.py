@@ -20,6 +20,7 @@ from vlqc.kept_outputs import stand_in
 from vlqc.memory_need import ran_out
 from vlqc.model import FloatModel
 from vlqc.probe import PROBE
+from vlqc.samples import same_pictures
 
 
 @dataclass
@@ -48,12 +49,17 @@ class Answers:
     values: dict[int, tuple[str, Any]] = field(default_factory=dict)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
-    def of(self, stage: str, sample: int) -> Any:
+    def of(self, stage: str, sample: int, asked: int) -> Any:
         """What a stage returned for a sample, once. Only of its last stage are there the numbers: nothing else is read
-        again, and if it were, that would show, as the floats are NaN."""
+        again, and if it were, that would show, as the floats are NaN. asked: the sample that ran through it."""
         if self.values.get(sample, ("", None))[0] == stage:
             return self.values.pop(sample)[1]
-        return stand_in(self.described[stage][sample], self.device)
+        return stand_in(self.described[stage][asked], self.device)
+
+    def share(self, sample: int, asked: int) -> None:
+        """Lets a sample that ran through no stage of its own yet have what another one got."""
+        if sample not in self.values and asked in self.values:
+            self.values[sample] = self.values[asked]
 
 
 @dataclass
@@ -77,7 +83,8 @@ class Lockstep:
     iteration ends at the last stage and nothing behind it (final norm, output head) ever runs; with it, `results`
     holds what `model(**inputs)` returned per sample. first: number of the first sample, where others are elsewhere;
     probe: one more, the last of all, whose number is PROBE.
-    known: answers for stages that are finished; no sample stops there.
+    known: answers for stages that are finished; no sample stops there. look_once: of neighbours with the same pictures
+    only the first stops in the vision tower; the others get its answers.
     """
 
     def __init__(
@@ -89,14 +96,18 @@ class Lockstep:
         first: int = 0,
         probe: dict[str, Tensor] | None = None,
         known: Answers | None = None,
+        look_once: bool = False,
     ) -> None:
         self.model = model
         self.samples = [*samples, *([] if probe is None else [probe])]
         self.numbers = [*range(first, first + len(samples)), *([] if probe is None else [PROBE])]
         self.to_the_end = to_the_end
         self.known = known or Answers()
+        self._looker = _lookers(self.samples, len(samples) if look_once else 0)
         self.results: list[Any] = []
         self._suspended: list[_Suspended] = []
+        for number, looker in enumerate(self._looker):
+            self.known.share(self.numbers[number], self.numbers[looker])
 
     def __enter__(self) -> "Lockstep":
         compiler = greenlet.getcurrent()
@@ -132,7 +143,8 @@ class Lockstep:
         for number, suspended in enumerate(self._suspended):
             self._resume(suspended)
             while suspended.at is not None and (name := self.model.name(suspended.at)) in self.known.stages:
-                self._resume(suspended, self.known.of(name, self.numbers[number]))
+                asked = self.numbers[self._asked(number, suspended.at)]
+                self._resume(suspended, self.known.of(name, self.numbers[number], asked))
         order = {stage: number for number, stage in enumerate(self.model.stages.values())}
         for name, stage in self.model.stages.items():
             if name in self.known.stages:
@@ -141,7 +153,8 @@ class Lockstep:
                 if one.at is not None and order[one.at] < order[stage]:
                     where = self.model.name(one.at)
                     raise InternalError(f"a sample stands before {where} when {name} is due: stages are out of order")
-            standing = [number for number, one in enumerate(self._suspended) if one.at is stage]
+            waiting = [number for number, one in enumerate(self._suspended) if one.at is stage]
+            standing = [number for number in waiting if self._asked(number, stage) == number]
             calls = [self._call(number, stage) for number in standing]
             stop = Stop(name, stage, calls)
             forward = stage.__dict__.pop("forward")
@@ -154,13 +167,18 @@ class Lockstep:
                 raise InternalError(f"{name}: {len(calls)} samples stand before it, {len(stop.outputs)} were answered")
             if name == last and not self.to_the_end:
                 return
-            for number, output in zip(standing, stop.outputs, strict=True):
-                self._resume(self._suspended[number], output)
+            answers = dict(zip(standing, stop.outputs, strict=True))
+            for number in waiting:
+                self._resume(self._suspended[number], answers[self._asked(number, stage)])
         for suspended in self._suspended:
             if suspended.at is not None:
                 where = self.model.name(suspended.at)
                 raise InternalError(f"a sample returned to {where} after the stages behind it: stages are out of order")
         self.results = [suspended.result for suspended in self._suspended]
+
+    def _asked(self, number: int, stage: nn.Module) -> int:
+        """Which sample runs through a stage for this one: itself, or in the vision tower who looks at its pictures."""
+        return number if self.model.reads_text(stage) else self._looker[number]
 
     def _call(self, number: int, stage: nn.Module) -> Call:
         one = self._suspended[number]
@@ -195,6 +213,15 @@ class Lockstep:
             (suspended.result,) = args
         else:
             suspended.args = args
+
+
+def _lookers(samples: Sequence[dict[str, Tensor]], sharing: int) -> list[int]:
+    """For every sample the one that looks at its pictures: of the first `sharing` ones a neighbour before it, or it."""
+    found = list(range(len(samples)))
+    for number in range(1, sharing):
+        if same_pictures(samples[found[number - 1]], samples[number]):
+            found[number] = found[number - 1]
+    return found
 
 
 def row_modality(sample: dict[str, Tensor], model: nn.Module) -> Tensor:

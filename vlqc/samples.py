@@ -49,6 +49,26 @@ def without_copies(samples: Sequence[dict[str, Tensor]]) -> list[dict[str, Tenso
     return unique
 
 
+def by_pictures(samples: Sequence[dict[str, Tensor]]) -> list[list[dict[str, Tensor]]]:
+    """The samples in groups that have the same pictures, which need to be looked at once; groups as they first come.
+
+    A sample without pictures is a group of its own.
+    """
+    groups: list[list[dict[str, Tensor]]] = []
+    for sample in samples:
+        same = next((group for group in groups if same_pictures(group[0], sample)), None)
+        if same is None:
+            groups.append([sample])
+        else:
+            same.append(sample)
+    return groups
+
+
+def same_pictures(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Whether both have pictures, and the same ones."""
+    return all(key in one and key in other and torch.equal(one[key], other[key]) for key in PICTURE)
+
+
 def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     if one.keys() != other.keys() or any(one[key].dtype != other[key].dtype for key in one):
         return False

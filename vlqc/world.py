@@ -51,15 +51,19 @@ class World:
         self.of(0, None)
         return made if self.first else make()  # type: ignore[return-value]
 
-    def dealt(self, items: Sequence[T]) -> tuple[int, list[T]]:
-        """The first process's items, shared out in their order: (number of the first one here, those that are here)."""
-        total = self.of(0, len(items))
-        share, here = share_of(total, self.rank, self.size), []
-        for number in range(total):
-            item = self.of(0, items[number] if self.first else None)
-            if number in share:
-                here.append(item)
-        return share.start, here
+    def dealt(self, groups: Sequence[Sequence[T]]) -> tuple[int, list[T]]:
+        """The first process's items, shared out in their order: (number of the first one here, those that are here).
+
+        The items of one group stay together.
+        """
+        sizes: list[int] = self.of(0, [len(group) for group in groups])
+        share, here = share_of(len(sizes), self.rank, self.size), []
+        for number, size in enumerate(sizes):
+            for place in range(size):
+                item = self.of(0, groups[number][place] if self.first else None)
+                if number in share:
+                    here.append(item)
+        return sum(sizes[: share.start]), here
 
     def share_out(self, tasks: Iterable[Callable[[], T]], costs: Sequence[float] | None = None) -> list[T]:
         """What every task returns, in their order; each is done by one process.

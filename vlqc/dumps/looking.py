@@ -114,7 +114,7 @@ def _look(
     manager = PassManager(passes, before=before, after=dumper.after)
     elsewhere = PassManager(needed_by_later_stages(passes), before=before)
     show.begin(len(wanted), len(calibration.samples))
-    lockstep = Lockstep(model, calibration.samples, probe=calibration.probe)
+    lockstep = Lockstep(model, calibration.samples, probe=calibration.probe, look_once=True)
     looked: list[str] = []
     with model.ready_outside(checkpoint.tensor), lockstep:
         for stop in lockstep:

@@ -91,7 +91,7 @@ def watch_compiler(phases: Phases) -> None:
     """Puts the clock at every phase of a compilation."""
     import vlqc.compiler
     import vlqc.emit.folder
-    import vlqc.pipeline
+    import vlqc.pass_manager
     import vlqc.stages
     from vlqc.checkpoint import Checkpoint
     from vlqc.emit import FolderEmitter
@@ -113,7 +113,7 @@ def watch_compiler(phases: Phases) -> None:
     phases.watch(insert_observers, "add_rows", "observing")
     phases.watch(Stage, "probe_rows", "proofs")
     phases.watch(folding, "apply", "folding")
-    phases.watch(vlqc.pipeline, "check", "checks")
+    phases.watch(vlqc.pass_manager, "check", "checks")
     phases.watch(PassManager, "_evidence", "checks")
     for name, phase in (
         ("split-window-attention", "proofs"),

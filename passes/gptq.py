@@ -6,15 +6,15 @@ Source: GPTQ, arXiv 2210.17323. That updates W by the inverse of H; here H = R R
 the same integers from one factorisation: column j is rounded from W_j + sum over i < j of (W - Q)_i R_ij / R_jj.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from vlqc.passes.input_gram import COLUMNS_PER_BLOCK, Block, blocks_of
+from vlqc.passes.input_gram import COLUMNS_PER_BLOCK, Block, Each, blocks_of
 
 ROWS_PER_CHUNK = 1024  # rows of W that go through at a time, whatever the number of threads
 COLUMNS_PER_LEAF = 16  # rounded one after the other; wider spans pass their error on by a matrix product
@@ -63,7 +63,7 @@ def compensated(
         for number, weight in enumerate(weights)
         for start in range(0, weight.shape[0], ROWS_PER_CHUNK)
     ]
-    with _single_threads() as each:
+    with single_threads() as each:
         for block in blocks_of(rows, row_weight, importance, order, width, each):
 
             def task(part: tuple[int, slice], block: Block = block) -> None:
@@ -127,16 +127,25 @@ def _round_block(made: Tensor, block: Block, grid: Grid, rows: slice) -> Tensor:
     return integers
 
 
+_shared: Each | None = None  # of the context that is open
+
+
 @contextmanager
-def _single_threads() -> Iterator[Callable[[Callable[[Any], None], Iterable[Any]], None]]:
+def single_threads() -> Iterator[Each]:
     """Gives map(task, parts) that runs tasks side by side, each on one thread, as all arithmetic inside is.
 
-    How a matrix product is shared out decides on its last bits; so it never is.
+    How a matrix product is shared out decides on its last bits; so it never is. One inside another gives the same.
     """
+    global _shared
+    if _shared is not None:
+        yield _shared
+        return
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(threads) as pool:
-            yield lambda task, parts: [None for _ in pool.map(task, parts)].clear()
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            _shared = lambda task, parts: [None for _ in pool.map(task, parts)].clear()  # noqa: E731
+            yield _shared
     finally:
+        _shared = None
         torch.set_num_threads(threads)

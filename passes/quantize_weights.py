@@ -1,9 +1,11 @@
 """quantize-weights: from float weights to integers and scales."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,9 +17,12 @@ from vlqc.kernels_ref.group import quantize_weight_per_group_absmax
 from vlqc.kernels_ref.matmul import smallest_weight_scale_for_bias
 from vlqc.kernels_ref.quantize import quantize_weight_per_channel_absmax
 from vlqc.passes.clip_search import GroupGrid, RowGrid, importance_of
-from vlqc.passes.gptq import compensated
+from vlqc.passes.gptq import compensated, single_threads
 from vlqc.passes.insert_observers import observed
 from vlqc.pipeline import Pass
+
+T = TypeVar("T")
+GROUPS_AT_ONCE = 2  # each with a Gram matrix in memory
 
 
 @dataclass(frozen=True)
@@ -52,11 +57,20 @@ class QuantizeWeights(Pass):
             parts = [(source, sites) for source, sites in groups.items()]
         tasks = [partial(quantized, stage, source, sites, self.method) for source, sites in parts]
         costs = [sum(site.shape[0] * site.shape[1] ** 2 for site in sites) for _, sites in parts]
-        for (_, sites), made in zip(parts, stage.world.share_out(tasks, costs), strict=True):
+        with _begun_early(tasks if stage.world.size == 1 else []) as begun:
+            results = stage.world.share_out(begun or tasks, costs)
+        for (_, sites), made in zip(parts, results, strict=True):
             for site, new in zip(sites, made, strict=True):
                 changed |= site.weight is None or not _same(site.weight, new)
                 site.weight = new
         return changed
+
+
+@contextmanager
+def _begun_early(tasks: Sequence[Callable[[], T]]) -> Iterator[list[Callable[[], T]]]:
+    """The tasks, to be waited for: some parts of each keep one thread busy only, so the next one has begun by then."""
+    with single_threads(), ThreadPoolExecutor(GROUPS_AT_ONCE, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield [future.result for future in [pool.submit(torch.no_grad()(task)) for task in tasks]]
 
 
 def quantized(stage: Stage, source: str, sites: Sequence[Site], method: str) -> list[WeightQuantization]:

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from vlqc.errors import InternalError, VlqcError
 from vlqc.invariants import check
-from vlqc.ir import Stage, fingerprint
+from vlqc.ir import Stage
 from vlqc.memory import return_memory
 from vlqc.pass_places import place_of
 from vlqc.pipeline import REGISTRY, Pass
 from vlqc.printer import print_stage
+from vlqc.tensor_facts import fingerprints
 
 FOREIGN = "look at {}, which does not come with vlqc"
 
@@ -54,11 +55,13 @@ class PassManager:
             return _Evidence({}, "", {})
         module = stage.module or nn.Module()
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        weights, marks = {}, {}
-        for name, tensor in tensors.items():
-            marks[name] = (weakref.ref(tensor), tensor.data_ptr(), tensor._version)
-            untouched = trusted is not None and trusted.stands_for(name, tensor)
-            weights[name] = trusted.weights[name] if trusted is not None and untouched else fingerprint(tensor)
+        marks = {name: (weakref.ref(it), it.data_ptr(), it._version) for name, it in tensors.items()}
+        known = (
+            {}
+            if trusted is None
+            else {it: trusted.weights[it] for it in tensors if trusted.stands_for(it, tensors[it])}
+        )
+        weights = known | fingerprints({name: it for name, it in tensors.items() if name not in known})
         return _Evidence(weights, print_stage(stage, tensors=False), marks)
 
     def _hold_to_word(self, stage: Stage, step: Pass, changed: bool, known: "_Evidence") -> "_Evidence":

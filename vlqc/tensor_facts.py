@@ -1,20 +1,20 @@
 """What is said of a tensor in few bytes: a number that changes with any of its bits, its largest magnitude."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
-WORDS_PER_CHUNK = 1 << 15  # of 8 bytes, in a fingerprint
+WORDS_PER_CHUNK = 1 << 17  # of 8 bytes, in a fingerprint
 
 
 def fingerprint(tensor: Tensor) -> int:
     """A 63-bit number of the tensor's bytes, the same on every device and world; not cryptographic.
 
     Bytes are read as 64-bit words; word i is multiplied by an odd constant that depends on i, all summed modulo 2^64,
-    so that a changed, moved or swapped word shows. A chunk stays in the cache, and is too small to be shared out among
-    threads, which would cost more than it saves where others use the machine, too.
+    so that a changed, moved or swapped word shows. A chunk stays in the cache.
     """
     flat = tensor.detach().contiguous().flatten().view(torch.uint8)
     total, padding = flat.numel(), -flat.numel() % 8
@@ -31,6 +31,12 @@ def fingerprint(tensor: Tensor) -> int:
         _shift_into(shifted, mixed, 32)
         total = (total * 1000003 + int(mixed.bitwise_xor_(shifted).sum()) + number) & 0x7FFFFFFFFFFFFFFF
     return total
+
+
+def fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """The fingerprint of each tensor, several at a time: a single one is read as fast as one processor can."""
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return dict(zip(tensors, pool.map(fingerprint, tensors.values()), strict=True))
 
 
 def _shift_into(room: Tensor, words: Tensor, bits: int) -> None:

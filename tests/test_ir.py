@@ -16,6 +16,7 @@ from vlqc.ir import (
     observe,
     summarize,
 )
+from vlqc.tensor_facts import fingerprints
 
 BYTES = st.binary(min_size=1, max_size=200)
 
@@ -64,6 +65,12 @@ def test_the_complement_shows(data: bytes) -> None:
 def test_lengths_show() -> None:
     """Zeros at the end, as in padding to whole words, must not be equal to nothing."""
     assert len({fingerprint(torch.zeros(length, dtype=torch.uint8)) for length in range(40)}) == 40
+
+
+def test_many_at_a_time_are_the_same() -> None:
+    """Digests that depend on what is read beside them, or that land under another name."""
+    tensors = {str(number): torch.full((number, 3), float(number)) for number in range(20)}
+    assert fingerprints(tensors) == {name: fingerprint(it) for name, it in tensors.items()}
 
 
 @given(

@@ -1,7 +1,7 @@
 """quantize-weights: against NumPy, and biases that have to fit into int32."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -10,9 +10,10 @@ from exact_stage import text_after
 from random_stage import EVERYWHERE, GROUP_SIZE, decoder, observed, quantized, site, through
 
 from vlqc.engines import Scheme
-from vlqc.errors import UserError
+from vlqc.errors import Fault, UserError
 from vlqc.ir import Site, Stage, WeightQuantization
 from vlqc.kernels_ref.linear import StaticQuantLinear
+from vlqc.passes import quantize_weights
 from vlqc.passes.assign_precision import AssignPrecision
 from vlqc.passes.insert_observers import InsertObservers
 from vlqc.passes.lower_linears import LowerLinears
@@ -260,3 +261,43 @@ def test_without_observations(scheme: Scheme) -> None:
     for one, other in zip(plain.sites.values(), stage.sites.values(), strict=True):
         assert one.weight is not None and other.weight is not None
         assert all(torch.equal(*pair) for pair in zip(one.weight.tensors(), other.weight.tensors(), strict=True))
+
+
+@pytest.mark.parametrize("method", ["round", "clip", "gptq"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_groups_side_by_side_are_what_they_are_alone(method: Method, threads: int) -> None:
+    """Weights that land at another site, or that depend on how many groups are worked on; threads that stay taken."""
+    stage = through(observed(decoder()), QuantizeActivations())
+    alone = {
+        it.target: new
+        for source, members in stage.groups().items()
+        if (sites := [it for it in members if it.scheme not in (None, Scheme.FLOAT)])
+        for it, new in zip(sites, quantize_weights.quantized(stage, source, sites, method), strict=True)
+    }
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        through(stage, QuantizeWeights(method=method))
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    for it in quantized(stage):
+        assert it.weight is not None
+        assert all(map(torch.equal, it.weight.tensors(), alone[it.target].tensors()))
+
+
+def test_an_error_in_any_group_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that is lost in another thread, or that leaves arithmetic on one thread for good."""
+    stage = through(observed(decoder()), QuantizeActivations())
+    real, last = quantize_weights.quantized, list(stage.groups())[-2]
+
+    def fails(stage: Stage, source: str, *rest: Any) -> Any:
+        if source == last:
+            raise UserError(Fault("no"))
+        return real(stage, source, *rest)
+
+    monkeypatch.setattr(quantize_weights, "quantized", fails)
+    threads = torch.get_num_threads()
+    with pytest.raises(UserError, match="no"):
+        QuantizeWeights().run(stage)
+    assert torch.get_num_threads() == threads

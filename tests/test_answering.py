@@ -15,9 +15,9 @@ from tiny import TINY
 from typer.testing import CliRunner
 
 import vlqc
-from vlqc.answering import json_text
 from vlqc.cli import app
 from vlqc.errors import Fault, InternalError, UserError
+from vlqc.json_files import json_text
 
 ROOT = Path(__file__).parents[1]
 

@@ -7,13 +7,13 @@ fault as what, where, why and fix. Progress and warnings go to stderr as ever, w
 """
 
 import functools
-import json
+import inspect
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,22 +22,53 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from vlqc.errors import Fault, UserError, VlqcError, printable
+from vlqc.command_help import BARE
+from vlqc.errors import Fault, UserError, VlqcError
+from vlqc.json_files import json_text
 from vlqc.world import here, joined
 
 FAILED, USER, INTERNAL, INTERRUPTED = 1, 2, 70, 130
 OUR_FAULT = "this is a fault of vlqc; please report it with the lines above"
 OUTPUT = "What this command prints"
 
-AsJson = Annotated[
-    bool,
-    typer.Option("--json", help="Print one JSON object on stdout and nothing else there.", rich_help_panel=OUTPUT),
-]
-JsonFile = Annotated[
-    Path | None,
-    typer.Option("--json_file", metavar="FILE", help="Also write that object into a file.", rich_help_panel=OUTPUT),
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.", rich_help_panel=OUTPUT)]
+
+@dataclass(frozen=True)
+class Answer:
+    """How a command gives its result: what its options --json, --json_file and --quiet say."""
+
+    as_json: bool = False
+    json_file: Path | None = None
+    quiet: bool = False
+
+    def give(self, value: Any, render: Callable[[Console], None]) -> None:
+        """A result. value: for JSON; render: the same as words, onto a console."""
+        text = json_text(value)
+        if self.json_file is not None:
+            self.json_file.write_text(text, encoding="utf-8")
+        if self.as_json:
+            typer.echo(text, nl=False)
+        elif not self.quiet:
+            render(Console())
+
+
+ANSWER: dict[str, Any] = {
+    "as_json": Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            metavar=BARE,
+            help="Print one JSON object on stdout and nothing else there.",
+            rich_help_panel=OUTPUT,
+        ),
+    ],
+    "json_file": Annotated[
+        Path | None,
+        typer.Option("--json_file", metavar="FILE", help="Also write that object into a file.", rich_help_panel=OUTPUT),
+    ],
+    "quiet": Annotated[
+        bool, typer.Option("--quiet", "-q", metavar=BARE, help="Print nothing but errors.", rich_help_panel=OUTPUT)
+    ],
+}
 
 
 class Commands(TyperGroup):
@@ -71,20 +102,31 @@ class Commands(TyperGroup):
 
 
 def answering(command: Callable[..., None]) -> Callable[..., None]:
-    """Turns what `command` raises into text on stderr, or JSON on stdout, and an exit code."""
+    """Gives `command`, which takes an `answer`, the options that all commands have in its place.
+
+    What it raises becomes text on stderr, or JSON on stdout, and an exit code.
+    """
+    signature = inspect.signature(command)
+    own = [each for each in signature.parameters.values() if each.name != "answer"]
+    defaults = vars(Answer())
+    shared = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=kind)
+        for name, kind in ANSWER.items()
+    ]
 
     @functools.wraps(command)
     def answer(*args: Any, **given: Any) -> None:
-        as_json = bool(given.get("as_json"))
+        how = Answer(**{name: given.pop(name) for name in ANSWER if name in given})
         try:
-            command(*args, **given)
+            check_file("--json_file", how.json_file)
+            command(*args, answer=how, **given)
         except VlqcError as error:
             if here().tells(error):
-                print_error(error, as_json=as_json)
+                print_error(error, as_json=how.as_json)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt as error:
             if here().tells(error):
-                if as_json:
+                if how.as_json:
                     _echo_json(_failure("interrupted", INTERRUPTED, [Fault("interrupted")], error))
                 else:
                     stderr().print("interrupted")
@@ -96,11 +138,13 @@ def answering(command: Callable[..., None]) -> Callable[..., None]:
             if here().tells(error):
                 traceback.print_exc()  # with the notes
                 stderr().print(OUR_FAULT)
-                if as_json:
+                if how.as_json:
                     fault = Fault(f"{type(error).__name__}: {error}", fix=OUR_FAULT)
                     _echo_json(_failure("internal", INTERNAL, [fault], error))
             raise typer.Exit(INTERNAL) from None
 
+    answer.__signature__ = signature.replace(parameters=[*own, *shared])  # type: ignore[attr-defined]
+    answer.__annotations__ = {each.name: each.annotation for each in (*own, *shared)}
     return answer
 
 
@@ -117,25 +161,6 @@ def together(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(error.exit_code) from None
 
     return run
-
-
-def say(text: str, render: Callable[[Console], None], *, as_json: bool, json_file: Path | None, quiet: bool) -> None:
-    """A command's result. text: as JSON; render: as words, onto a console."""
-    if json_file is not None:
-        json_file.write_text(text, encoding="utf-8")
-    if as_json:
-        typer.echo(text, nl=not text.endswith("\n"))
-    elif not quiet:
-        render(Console())
-
-
-def json_text(value: Any) -> str:
-    """A value -> JSON that any reader takes and any terminal shows; numbers that are none (NaN, infinity) are null."""
-    return printable(json.dumps(_strict(value), indent=2, ensure_ascii=False, allow_nan=False)) + "\n"
-
-
-def check_json_file(file: Path | None) -> None:
-    check_file("--json_file", file)
 
 
 def check_file(flag: str, file: Path | None) -> None:
@@ -187,16 +212,6 @@ def _failure(kind: str, code: int, faults: Sequence[Fault], error: BaseException
 
 def _echo_json(value: Any) -> None:
     typer.echo(json_text(value), nl=False)
-
-
-def _strict(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _strict(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(each) for each in value]
-    if isinstance(value, float):
-        return value if abs(value) < float("inf") else None  # NaN is below nothing
-    return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
 def _print_notes(error: BaseException) -> None:

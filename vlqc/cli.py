@@ -11,19 +11,14 @@ from rich.text import Text
 
 from vlqc.answering import (
     FAILED,
-    AsJson,
+    Answer,
     Commands,
-    JsonFile,
-    Quiet,
     answering,
-    check_json_file,
     end_as_if_interrupted,
-    json_text,
-    say,
     stderr,
     together,
 )
-from vlqc.command_help import EXAMPLES, GUIDE
+from vlqc.command_help import BARE, EXAMPLES, GUIDE
 from vlqc.command_options import with_options
 from vlqc.errors import UserError
 from vlqc.looking_commands import diff_command, dump_command, look_until, run_pass_command
@@ -88,7 +83,12 @@ def compile_main(name: str) -> None:
 def compile_command(
     plan: Annotated[
         bool,
-        typer.Option("--plan", help="Say what would be done, from headers alone, and stop.", rich_help_panel=PANELS[4]),
+        typer.Option(
+            "--plan",
+            metavar=BARE,
+            help="Say what would be done, from headers alone, and stop.",
+            rich_help_panel=PANELS[4],
+        ),
     ] = False,
     stop_after: Annotated[
         str | None,
@@ -100,46 +100,42 @@ def compile_command(
             rich_help_panel=PANELS[5],
         ),
     ] = None,
-    as_json: AsJson = False,
-    json_file: JsonFile = None,
-    quiet: Quiet = False,
+    *,
+    answer: Answer,
     **options: Any,
 ) -> None:
     """Quantize a checkpoint: float folder in, int8 folder out."""
-    check_json_file(json_file)
-    how: dict[str, Any] = {"as_json": as_json, "json_file": json_file, "quiet": quiet}
     if stop_after is not None:
-        look_until(stop_after, how, **options)
+        look_until(stop_after, answer, **options)
         return
     Options.from_user(**options)  # before anything heavy is imported
     if plan:
         from vlqc.preflight import preflight, render
 
         planned = preflight(**options)
-        say(json_text(planned.described()), lambda console: render(planned, console), **how)
+        answer.give(planned.described(), lambda console: render(planned, console))
         return
 
     from vlqc.compiler import compile
     from vlqc.progress import Progress, TerminalProgress, print_summary
 
-    progress = Progress() if quiet else TerminalProgress(stderr())
+    progress = Progress() if answer.quiet else TerminalProgress(stderr())
     try:
         result = compile(progress=progress, **options)
     finally:
         progress.finish()
     if here().first:
-        say(json_text(result.described()), lambda console: print_summary(result, console), **how)
+        answer.give(result.described(), lambda console: print_summary(result, console))
 
 
 @app.command("inspect")
 @answering
-def inspect_command(folder: Folder, as_json: AsJson = False, json_file: JsonFile = None, quiet: Quiet = False) -> None:
+def inspect_command(folder: Folder, *, answer: Answer) -> None:
     """Show what a float or compiled checkpoint holds: schemes, sizes and ranges per part of the model."""
-    check_json_file(json_file)
     from vlqc.inspection import inspect_folder
 
     inspection = inspect_folder(folder)
-    say(inspection.to_json(), inspection.render, as_json=as_json, json_file=json_file, quiet=quiet)
+    answer.give(inspection.described(), inspection.render)
 
 
 @app.command("verify")
@@ -186,6 +182,7 @@ def verify_command(
         bool,
         typer.Option(
             "--locate",
+            metavar=BARE,
             help="Also rank the layers by their share of the logits' error, and say what to do about the first three.",
             rich_help_panel=COMPARISON,
         ),
@@ -209,16 +206,14 @@ def verify_command(
             show_default=False,
         ),
     ] = None,
-    as_json: AsJson = False,
-    json_file: JsonFile = None,
-    quiet: Quiet = False,
+    *,
+    answer: Answer,
 ) -> None:
     """Check a compiled folder as the engines would, before anybody needs an NPU. Exit code 1 if anything is wrong."""
-    check_json_file(json_file)
     from vlqc.verify import verify_folder
 
     located: dict[str, Any] = {"locate": True} if locate else {}
-    if locate and not quiet:
+    if locate and not answer.quiet:
         located["progress"] = _print_progress
     if locate_tokens is not None:
         located["locate_tokens"] = locate_tokens
@@ -231,9 +226,9 @@ def verify_command(
         trust_remote_code=_bool("trust_remote_code", trust_remote_code),
         **located,
     )
-    say(report.to_json(), report.render, as_json=as_json, json_file=json_file, quiet=quiet)
+    answer.give(report.described(), report.render)
     if not report.ok:
-        if quiet and not as_json:
+        if answer.quiet and not answer.as_json:
             report.render(stderr())
         raise typer.Exit(FAILED)
 
@@ -258,19 +253,16 @@ def report_command(
             help="What `vlqc verify --locate --json_file FILE` wrote: logits, and which layers lose the accuracy.",
         ),
     ] = None,
-    as_json: AsJson = False,
-    json_file: JsonFile = None,
-    quiet: Quiet = False,
+    *,
+    answer: Answer,
 ) -> None:
     """Write one page of HTML about a compiled folder: what became what, ranges, smoothing, noise of every stage."""
-    check_json_file(json_file)
     from vlqc.report import write_report
 
     write_report(folder, output, timings=timings, verification=verification)
     told = {"folder": str(folder), "page": str(output), "bytes": output.stat().st_size}
     line = Text(f"the report is in {output}")
-    how: dict[str, Any] = {"as_json": as_json, "json_file": json_file, "quiet": quiet}
-    say(json_text(told), lambda console: console.print(line, soft_wrap=True), **how)
+    answer.give(told, lambda console: console.print(line, soft_wrap=True))
 
 
 @app.command("passes")
@@ -278,26 +270,23 @@ def report_command(
 @with_options
 def passes_command(
     explain: Annotated[
-        bool, typer.Option("--explain", help="Print the pipeline that the compile options below build.")
+        bool, typer.Option("--explain", metavar=BARE, help="Print the pipeline that the compile options below build.")
     ] = False,
-    as_json: AsJson = False,
-    json_file: JsonFile = None,
-    quiet: Quiet = False,
+    *,
+    answer: Answer,
     **options: Any,
 ) -> None:
     """List the passes with their options, or explain which of them a compilation runs."""
-    check_json_file(json_file)
-    how: dict[str, Any] = {"as_json": as_json, "json_file": json_file, "quiet": quiet}
     if explain:
         checked = Options.without_paths(**options)
         from vlqc.pipeline import pipeline_text
 
         text = pipeline_text(checked)
-        say(json_text({"pipeline": text}), lambda console: typer.echo(text), **how)
+        answer.give({"pipeline": text}, lambda console: typer.echo(text))
         return
     from vlqc.pass_table import describe_passes, print_passes
 
-    say(json_text({"passes": describe_passes()}), print_passes, **how)
+    answer.give({"passes": describe_passes()}, print_passes)
 
 
 app.command("dump")(dump_command)

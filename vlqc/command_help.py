@@ -1,4 +1,4 @@
-"""What stands below the options in the help: commands to copy. Paragraphs keep their lines, so each is one."""
+"""What stands in the help: below the options commands to copy (paragraphs keep their lines, so each is one)."""
 
 EXAMPLES = """Static W8A8 for vLLM Ascend and MindIE, with the options of quant_qwen2_5vl.py:
 
@@ -30,3 +30,4 @@ GUIDE = """Usual order:
 Exit codes: 0 fine, 1 a folder failed verification, 2 something in the input, 70 a fault of vlqc, 130 interrupted.
 
 Tab completes options and values after: vlqc --install-completion"""
+BARE = " "  # of an option without a value: typer would show <bool>, and people would write True behind it

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from vlqc.command_help import BARE
 from vlqc.option_values import extra_of, flag_of
 from vlqc.options import PANELS, Options
 
@@ -68,7 +69,7 @@ def _parameter(name: str) -> inspect.Parameter:
         flag_of(name),
         help=field.description,
         rich_help_panel=extra["panel"],
-        metavar=None if extra["flag"] else _placeholder(field.annotation, extra),
+        metavar=BARE if extra["flag"] else _placeholder(field.annotation, extra),
         autocompletion=(lambda incomplete: [word for word in words if word.startswith(incomplete)]) if words else None,
     )
     kind: Any = bool if extra["flag"] else list[str] | None if many else str | None

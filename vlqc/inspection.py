@@ -1,6 +1,5 @@
 """What a float or compiled checkpoint holds, per part of the model. Reads headers, and only small tensors."""
 
-import json
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field
 from math import prod
@@ -14,7 +13,7 @@ from rich.text import Text
 
 from vlqc.checkpoint import Checkpoint
 from vlqc.errors import printable
-from vlqc.json_files import read_json_object
+from vlqc.json_files import json_text, read_json_object
 from vlqc.progress import readable_bytes
 
 PARTS = ("vision blocks", "merger", "vision, other", "language layers", "embeddings", "lm_head", "other")
@@ -60,9 +59,13 @@ class Inspection:
     ranges: list[Range] = field(default_factory=list)
     files: dict[str, int] = field(default_factory=dict)  # name -> bytes, weight files
 
+    def described(self) -> dict[str, Any]:
+        """As a value of JSON: the same folder gives the same."""
+        return asdict(self)
+
     def to_json(self) -> str:
-        """The inspection as JSON text: the same folder gives the same text."""
-        return printable(json.dumps(asdict(self), indent=2, ensure_ascii=False)) + "\n"
+        """As JSON text."""
+        return json_text(self.described())
 
     def render(self, console: Console) -> None:
         """Print facts, then a table of parts, then one of ranges if anything is quantized."""

@@ -1,4 +1,4 @@
-"""JSON that strangers wrote: read strictly, in bounded memory, and every fault told in the user's terms.
+"""JSON that strangers wrote: read strictly, in bounded memory, and every fault told in the user's terms; JSON to print.
 
 Python's own reader takes NaN, and of a key that is given twice the last value: another reader, an engine's among them,
 may see something else there. So both are faults here.
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vlqc.errors import Fault, UserError
+from vlqc.errors import Fault, UserError, printable
 
 LARGEST_FILE = 64 * 2**20  # bytes; the index of the largest checkpoint takes less than one of these 64 parts
 REPAIR = "copy the file from its origin again"
@@ -60,3 +60,18 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_number(word: str) -> Any:
     raise ValueError(f"{word} is no JSON number")
+
+
+def json_text(value: Any) -> str:
+    """A value -> JSON that any reader takes and any terminal shows; numbers that are none (NaN, infinity) are null."""
+    return printable(json.dumps(_strict(value), indent=2, ensure_ascii=False, allow_nan=False)) + "\n"
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _strict(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(each) for each in value]
+    if isinstance(value, float):
+        return value if abs(value) < float("inf") else None  # NaN is below nothing
+    return value if value is None or isinstance(value, bool | int | str) else str(value)

@@ -8,28 +8,18 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from vlqc.answering import (
-    FAILED,
-    AsJson,
-    JsonFile,
-    Quiet,
-    answering,
-    check_file,
-    check_json_file,
-    json_text,
-    say,
-    stderr,
-)
+from vlqc.answering import FAILED, Answer, answering, check_file, stderr
+from vlqc.command_help import BARE
 from vlqc.errors import Fault, UserError, printable
 from vlqc.options import Options
 
 
-def look_until(stop_after: str, how: dict[str, Any], **options: Any) -> None:
-    """`vlqc compile --stop_after`. how: of `say`."""
+def look_until(stop_after: str, answer: Answer, **options: Any) -> None:
+    """`vlqc compile --stop_after`."""
     from vlqc.dumps.looking import look_until
     from vlqc.progress import Progress, TerminalProgress
 
-    progress = Progress() if how["quiet"] else TerminalProgress(stderr())
+    progress = Progress() if answer.quiet else TerminalProgress(stderr())
     try:
         looked = look_until(stop_after, progress=progress, **options)
     finally:
@@ -37,7 +27,7 @@ def look_until(stop_after: str, how: dict[str, Any], **options: Any) -> None:
     told = f"stopped after {stop_after} on {len(looked.stages)} of {looked.of} stages; no save folder was written"
     where = "" if looked.folder is None else f"; the dump is in {looked.folder}"
     described = {"stop_after": stop_after, **looked.described()}
-    say(json_text(described), lambda _: stderr().print(Text(told + where), soft_wrap=True), **how)
+    answer.give(described, lambda _: stderr().print(Text(told + where), soft_wrap=True))
 
 
 @answering
@@ -61,12 +51,10 @@ def dump_command(
     trust_remote_code: Annotated[
         str, typer.Option("--trust_remote_code", metavar="True|False", help="Allow the checkpoint's own code to run.")
     ] = "False",
-    as_json: AsJson = False,
-    json_file: JsonFile = None,
-    quiet: Quiet = False,
+    *,
+    answer: Answer,
 ) -> None:
     """Print the stages of a float checkpoint as traced: graph, tensors, sites. Nothing is quantized."""
-    check_json_file(json_file)
     chosen = Options.without_paths(
         model_path=model, dump_ir=output or ".", dump_formats=formats, dump_stages=stages or [],
         trust_remote_code=trust_remote_code,
@@ -79,9 +67,9 @@ def dump_command(
     texts: list[str] = []
 
     def show(text: str) -> None:
-        if as_json or json_file is not None:
+        if answer.as_json or answer.json_file is not None:
             texts.append(text)
-        if not as_json and not quiet:
+        if not answer.as_json and not answer.quiet:
             typer.echo(text, nl=False)
 
     dumper = Dumper(
@@ -90,29 +78,21 @@ def dump_command(
     )  # fmt: skip
     looked = trace(model, dumper, calib_images=calib_images, trust_remote_code=chosen.trust_remote_code)
     described = {**looked.described(), "texts": dict(zip(looked.stages, texts, strict=False))}
-    say(json_text(described), lambda _: None, as_json=as_json, json_file=json_file, quiet=quiet)
+    answer.give(described, lambda _: None)
 
 
 @answering
 def diff_command(
     first: Annotated[Path, typer.Argument(metavar="A", help="A dump, a stage's folder in it, a bundle or a text.")],
     second: Annotated[Path, typer.Argument(metavar="B", help="What to compare it with.")],
-    as_json: AsJson = False,
-    json_file: JsonFile = None,
-    quiet: Quiet = False,
+    *,
+    answer: Answer,
 ) -> None:
     """Say what differs between two dumps of --dump_ir: per stage, pass and site, in words. Exit code 1 if anything."""
-    check_json_file(json_file)
     from vlqc.dumps.comparison import compare
 
     comparison = compare(first, second)
-    say(
-        json_text(comparison.described()),
-        lambda console: _print_lines(comparison.lines(), console),
-        as_json=as_json,
-        json_file=json_file,
-        quiet=quiet,
-    )
+    answer.give(comparison.described(), lambda console: _print_lines(comparison.lines(), console))
     if comparison.differs:
         raise typer.Exit(FAILED)
 
@@ -124,24 +104,23 @@ def run_pass_command(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Also write the stage's text behind it.")
     ] = None,
-    text: Annotated[bool, typer.Option("--text", help="Print that text, and not what has changed.")] = False,
-    as_json: AsJson = False,
-    json_file: JsonFile = None,
-    quiet: Quiet = False,
+    text: Annotated[
+        bool, typer.Option("--text", metavar=BARE, help="Print that text, and not what has changed.")
+    ] = False,
+    *,
+    answer: Answer,
 ) -> None:
     """Run a pass again on one stage, from a bundle of --dump_formats bundle, and say what it changed."""
-    check_json_file(json_file)
     check_file("--output", output)
     from vlqc.dumps.run_pass import run_pass
 
     run = run_pass(bundle, pipeline)
     if output is not None:
         output.write_text(run.text, encoding="utf-8")
-    how: dict[str, Any] = {"as_json": as_json, "json_file": json_file, "quiet": quiet}
     if text:
-        say(json_text(run.described()), lambda _: typer.echo(run.text, nl=False), **how)
+        answer.give(run.described(), lambda _: typer.echo(run.text, nl=False))
     else:
-        say(json_text(run.described()), lambda console: _print_lines(run.lines(), console), **how)
+        answer.give(run.described(), lambda console: _print_lines(run.lines(), console))
 
 
 def _print_lines(lines: Iterable[str], console: Console) -> None:

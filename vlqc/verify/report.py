@@ -1,6 +1,5 @@
 """What a verification found: checks that were made, faults, warnings and figures."""
 
-import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -11,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vlqc.errors import printable
+from vlqc.json_files import json_text
 
 SHOWN_PER_CHECK = 20  # a folder that is wrong throughout would bury its first faults otherwise; the JSON has all
 LOCATED = "groups by their share of the logits' error"
@@ -56,8 +56,8 @@ class Report:
         self.warnings.append(Finding(check, *map(printable, (where, what, why, fix))))
         self.examined.setdefault(check, 0)
 
-    def to_json(self) -> str:
-        """The whole report as JSON text: the same folder gives the same text."""
+    def described(self) -> dict[str, Any]:
+        """The whole report as a value of JSON: the same folder gives the same."""
         content = {
             "ok": self.ok,
             "folder": printable(self.folder),
@@ -69,7 +69,11 @@ class Report:
         }
         if self.advice:
             content["advice"] = [asdict(finding) for finding in self.advice]
-        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        return content
+
+    def to_json(self) -> str:
+        """As JSON text."""
+        return json_text(self.described())
 
     def render(self, console: Console) -> None:
         """Print a table of the checks, the figures, then every fault and warning in full."""

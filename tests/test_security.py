@@ -17,13 +17,14 @@ from typing import Any
 
 import pytest
 import torch
-from compiled_folder import make_content, safetensors_bytes
+from compiled_folder import make_content
 from fuzz import bounded
 from fuzz_tiny import TINY
 from PIL import Image
 from rich.console import Console
 from tiny import made_up
 from typer.testing import CliRunner
+from written_tensors import safetensors_bytes
 
 import vlqc
 from vlqc.calibration import load_samples

@@ -1,4 +1,4 @@
-"""Schemes, producers and unusual stages that tests of smoothing go through."""
+"""Schemes, producers and unusual stages that tests of smoothing go through, and what a pass does in its rounds."""
 
 import pytest
 import torch
@@ -6,7 +6,11 @@ from random_stage import HIDDEN, Decoder, staged, through
 from torch import Tensor, nn
 
 from vlqc.engines import Scheme
-from vlqc.ir import Call, Stage
+from vlqc.flow import find_edges
+from vlqc.ir import Call, Edge, Stage
+from vlqc.passes import edge_search, folding
+from vlqc.passes.edge_search import SearchedEdge, find_stage_edges, searched_edges
+from vlqc.passes.folding import Fold
 from vlqc.passes.insert_observers import InsertObservers
 from vlqc.passes.smooth_m2 import SmoothM2
 from vlqc.passes.smooth_m4 import SmoothM4
@@ -39,3 +43,32 @@ def of_random_weights(block: nn.Module) -> Stage:
     for it in stage.sites.values():
         it.scheme = Scheme.W8A8
     return stage
+
+
+def rounds_of(stage: Stage, step: SmoothM4) -> list[list[Fold]]:
+    """What the pass asked to fold, per round; the last round is empty if nothing was left."""
+    asked: list[list[Fold]] = []
+    original = folding.apply
+
+    def apply(stage: Stage, folds: list[Fold]) -> list[Fold]:
+        asked.append(list(folds))
+        return original(stage, folds)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(folding, "apply", apply)
+        through(stage, step)
+    return asked
+
+
+def searched(stage: Stage) -> dict[str, SearchedEdge]:
+    find_stage_edges(stage)
+    return {it.edge.producer: it for it in searched_edges(stage, "a test")}
+
+
+def only(producer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Channel flow finds this one edge only."""
+
+    def find(module: nn.Module, graph: torch.fx.Graph) -> tuple[Edge, ...]:
+        return tuple(edge for edge in find_edges(module, graph) if edge.producer == producer)
+
+    monkeypatch.setattr(edge_search, "find_edges", find)

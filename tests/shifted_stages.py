@@ -1,6 +1,5 @@
 """Stages whose inputs lie on one side, before and after shift-norms."""
 
-import pytest
 import torch
 from random_stage import decoder
 
@@ -8,7 +7,6 @@ from vlqc.ir import Stage
 from vlqc.kernels_ref.norm import ShiftedNorm
 
 NORMS = {"input_layernorm": ("q", "k", "v"), "post_attention_layernorm": ("gate", "up")}
-DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 
 
 def one_sided(dtype: torch.dtype = torch.bfloat16, *, outliers: bool = False) -> Stage:

@@ -16,7 +16,6 @@ from vlqc.passes.smooth_m2 import SmoothM2
 from vlqc.passes.smooth_m4 import SmoothM4
 
 BOTH = pytest.mark.parametrize("smooth", [SmoothM2(), SmoothM4()], ids=["m2", "m4"])
-SCHEMES = pytest.mark.parametrize("scheme", [Scheme.W8A8, Scheme.W8A8_DYNAMIC, Scheme.W4A8_DYNAMIC])
 PRODUCERS = ["input_layernorm", "self_attn.v_proj", "post_attention_layernorm", "mlp.up_proj"]
 
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from random_stage import EVERY_LINEAR, HIDDEN, columns_of_value, decoder, observed, site, through
-from smoothing_cases import BOTH, PRODUCERS, SCHEMES, Forked, of_random_weights
+from random_stage import EVERY_LINEAR, HIDDEN, SCHEMES, columns_of_value, decoder, observed, site, through
+from smoothing_cases import BOTH, PRODUCERS, Forked, of_random_weights
 from torch import Tensor, nn
 
 from vlqc.engines import Scheme

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from exact_stage import text_after
-from random_stage import HIDDEN, NAME, decibels, in_float64, integers, observed, outputs, site, staged, through
-from shifted_stages import DTYPES, NORMS, one_sided, shifted
+from random_stage import DTYPES, HIDDEN, NAME, decibels, in_float64, integers, observed, outputs, site, staged, through
+from shifted_stages import NORMS, one_sided, shifted
 from torch import Tensor, nn
 
 from vlqc.engines import Scheme

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from random_stage import in_float64, observed, site, through
-from shifted_stages import DTYPES, NORMS, one_sided, shifted
+from random_stage import DTYPES, in_float64, observed, site, through
+from shifted_stages import NORMS, one_sided, shifted
 
 from vlqc.passes.insert_observers import InsertObservers
 from vlqc.passes.shift_norms import ShiftNorms

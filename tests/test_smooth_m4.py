@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from random_stage import (
     HIDDEN,
+    SCHEMES,
     RmsNorm,
     decibels,
     decoder,
@@ -22,7 +23,7 @@ from random_stage import (
     staged,
     through,
 )
-from smoothing_cases import PRODUCERS, SCHEMES, only, rounds_of, searched
+from smoothing_cases import PRODUCERS, only, rounds_of, searched
 from torch import Tensor, nn
 
 from vlqc.engines import Scheme

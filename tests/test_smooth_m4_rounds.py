@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 import torch
-from random_stage import DEAD, HIDDEN, NAME, Decoder, decoder, folds_of, kill, observed, site, staged, through
-from smoothing_cases import PRODUCERS, SCHEMES, only, rounds_of, searched
+from random_stage import DEAD, HIDDEN, NAME, SCHEMES, Decoder, decoder, folds_of, kill, observed, site, staged, through
+from smoothing_cases import PRODUCERS, only, rounds_of, searched
 from torch import Tensor, nn
 
 from vlqc.engines import Scheme

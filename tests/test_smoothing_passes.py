@@ -8,6 +8,7 @@ import torch
 from random_stage import (
     HIDDEN,
     KEY_VALUE_HEADS,
+    SCHEMES,
     columns_of_value,
     decoder,
     folds_of,
@@ -17,7 +18,7 @@ from random_stage import (
     site,
     through,
 )
-from smoothing_cases import BOTH, SCHEMES, Forked, of_random_weights
+from smoothing_cases import BOTH, Forked, of_random_weights
 from torch import Tensor, nn
 
 from vlqc.engines import Scheme

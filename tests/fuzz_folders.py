@@ -5,7 +5,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from compiled_folder import CONFIG, make_content
+from compiled_folder import make_content
+from float_model import CONFIG
 from fuzz_damage import as_json, damaged_json, values
 from fuzz_verdict import demand
 from hypothesis import strategies as st

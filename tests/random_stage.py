@@ -33,6 +33,8 @@ EVERYWHERE = {  # every linear in one scheme
         scheme="W4A8_DYNAMIC", group_size=GROUP_SIZE, fallback="none", scope="all", target="vllm-ascend"
     ),
 }
+SCHEMES = pytest.mark.parametrize("scheme", [Scheme.W8A8, Scheme.W8A8_DYNAMIC, Scheme.W4A8_DYNAMIC])
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 
 
 class RmsNorm(nn.Module):

@@ -1,16 +1,13 @@
 """vlqc.engines: the table of what each engine accepts."""
 
-import json
-import shlex
 import subprocess
 import sys
 
 import pytest
+from seed_schemes import DYNAMIC, FLOAT, W4A8, W8A8, seed_assignment
 
 from vlqc import engines
-from vlqc.engine_advice import cannot_load, engine_notes, serve_commands
 from vlqc.engine_table import SEED_FLOAT, TABLE
-from vlqc.engine_versions import loads
 from vlqc.engines import (
     Scheme,
     Target,
@@ -24,7 +21,6 @@ from vlqc.engines import (
 from vlqc.errors import UserError
 from vlqc.targets import Version
 
-FLOAT, W8A8, DYNAMIC, W4A8 = Scheme.FLOAT, Scheme.W8A8, Scheme.W8A8_DYNAMIC, Scheme.W4A8_DYNAMIC
 LAYER = "model.layers.3"
 BLOCK = "visual.blocks.0"
 
@@ -163,26 +159,6 @@ def test_seed_exclusions() -> None:
     ]
 
 
-def seed_assignment(blocks: int = 2) -> dict[str, Scheme]:
-    schemes = {
-        "lm_head": FLOAT,
-        "model.embed_tokens": FLOAT,
-        "visual.merger.mlp.0": FLOAT,
-        "visual.merger.mlp.2": FLOAT,
-    }
-    for index in range(blocks):
-        block, layer = f"visual.blocks.{index}", f"model.layers.{index}"
-        schemes |= {f"{block}.{name}": W8A8 for name in ("attn.qkv", "attn.proj", "mlp.gate_proj", "mlp.up_proj")}
-        schemes |= {f"{layer}.self_attn.{name}_proj": W8A8 for name in "qkvo"}
-        schemes |= {f"{layer}.mlp.{name}_proj": W8A8 for name in ("gate", "up")}
-        schemes |= {f"{block}.mlp.down_proj": FLOAT, f"{layer}.mlp.down_proj": FLOAT}
-    return schemes
-
-
-def described(schemes: dict[str, Scheme]) -> dict[str, str]:
-    return {f"{layer}.weight": str(scheme) for layer, scheme in schemes.items()} | {"version": "1.0.0"}
-
-
 def test_the_seed_assignment_is_legal_in_both_engines() -> None:
     """Catches a table that refuses the very folder both engines are known to load."""
     assert assignment_faults("both", seed_assignment()) == []
@@ -232,98 +208,11 @@ def test_mindie_runs_one_scheme_beside_float() -> None:
     assert assignment_faults("vllm-ascend", dynamic | {"model.layers.0.self_attn.o_proj": W8A8}) == []
 
 
-QUANTIZED = {"quantize": "w8a8", "vision_config": {"quantize": "w8a8"}}
-VLLM, MINDIE = "vLLM Ascend 0.10.2rc2 and later", "MindIE 2.2.RC1 and later"
-
-
-@pytest.mark.parametrize(
-    ("change", "config", "expected"),
-    [
-        ({}, {"vision_config": {}}, [VLLM]),
-        ({}, QUANTIZED, [VLLM, MINDIE]),
-        ({}, QUANTIZED | {"quantize": "w8a8_dynamic"}, [VLLM]),  # MindIE would build other layers
-        ({}, QUANTIZED | {"quantization_config": {}}, [MINDIE]),  # vLLM would read that key
-        ({}, QUANTIZED | {"text_config": {}}, [VLLM]),  # MindIE wants a flat config
-        ({}, QUANTIZED | {"vision_config": {}}, [VLLM]),  # MindIE would build a float tower
-        ({"visual.blocks.1.mlp.down_proj": W8A8}, QUANTIZED, [VLLM]),
-        ({"lm_head": W8A8}, QUANTIZED, []),
-        ({"model.layers.0.mlp.down_proj": DYNAMIC}, QUANTIZED, ["vLLM Ascend 0.11 and later"]),
-        ({"visual.merger.mlp.0": DYNAMIC}, QUANTIZED, ["vLLM Ascend 0.16 and later"]),
-        ({"model.layers.0.mlp.down_proj": W4A8}, QUANTIZED, ["vLLM Ascend 0.11 to 0.26.0rc"]),
-        (
-            {"model.layers.0.mlp.down_proj": W4A8, "visual.merger.mlp.0": DYNAMIC},
-            QUANTIZED,
-            ["vLLM Ascend 0.16 to 0.26.0rc"],
-        ),
-    ],
-)
-def test_which_engines_load_a_folder(change: dict[str, Scheme], config: dict[str, object], expected: list[str]) -> None:
-    """Catches a promise to the user that an engine version would break."""
-    assert loads(described(seed_assignment() | change), "bfloat16", config) == expected
-
-
-def test_per_token_schemes_need_bfloat16() -> None:
-    """Catches a float16 per-token folder announced as loadable."""
-    description = described(seed_assignment() | {"model.layers.0.mlp.down_proj": DYNAMIC})
-    assert loads(description, "float16", QUANTIZED) == []
-    assert loads(described(seed_assignment()), "float16", QUANTIZED) == [VLLM, MINDIE]
-
-
 def test_the_table_is_in_order() -> None:
     """Catches a new line whose end lies before its beginning, or whose version is none."""
     assert len(SEED_FLOAT) == 6
     for rule in TABLE:
         assert Version.parse(rule.since) < Version.parse(rule.until or "9999")
-
-
-SOME, FROM_016 = "vLLM Ascend 0.16 to 0.26.0rc", "vLLM Ascend 0.16 and later"
-NEVER_IN_MINDIE = "no version of MindIE loads W4A8_DYNAMIC for vision-language models"
-# target, scheme, dtype, group size, scope -> why an engine of the target cannot load it; what else is to be said
-TOLD: list[tuple[str, Scheme, str, int | None, str, list[str], list[str]]] = [
-    ("both", W8A8, "bfloat16", None, "engine", [], []),
-    ("vllm-ascend", W8A8, "float16", None, "engine", [], []),
-    ("vllm-ascend@0.10", W8A8, "bfloat16", None, "engine", ["vLLM Ascend 0.10 does not load W8A8"], []),
-    ("vllm-ascend", DYNAMIC, "bfloat16", None, "engine", [], [f"{FROM_016} load W8A8_DYNAMIC, earlier"]),
-    ("vllm-ascend", DYNAMIC, "float32", None, "engine", [], [f"{FROM_016} load W8A8_DYNAMIC, earlier"]),
-    ("vllm-ascend", DYNAMIC, "float16", None, "engine", ["W8A8_DYNAMIC of a float16 model"], []),
-    ("vllm-ascend@0.18", DYNAMIC, "bfloat16", None, "engine", [], []),
-    # In 0.15 the vision tower stays float, and the rest loads.
-    ("vllm-ascend@0.15", DYNAMIC, "bfloat16", None, "engine", [], []),
-    ("mindie", DYNAMIC, "float16", None, "engine", [], ["the vision tower stays float"]),
-    ("vllm-ascend", W4A8, "bfloat16", 64, "engine", [], [f"{SOME} load W4A8_DYNAMIC, later versions do not"]),
-    ("vllm-ascend@0.18", W4A8, "bfloat16", 128, "engine", [], []),
-    ("vllm-ascend@0.18", W4A8, "bfloat16", 256, "engine", [], ["group_size 256: vLLM Ascend's int4 kernels prefer 64"]),
-    ("vllm-ascend@0.18", W4A8, "bfloat16", 512, "engine", [], ["group_size 512: vLLM Ascend's int4 kernels are"]),
-    ("vllm-ascend@0.26", W4A8, "bfloat16", 64, "engine", [f"0.26 does not load W4A8_DYNAMIC; {SOME} do"], []),
-    ("vllm-ascend", W4A8, "float16", 64, "engine", ["W4A8_DYNAMIC of a float16 model"], []),
-    ("vllm-ascend", W4A8, "bfloat16", 64, "all", ["on layers with a bias or in the vision tower"], []),
-    ("mindie", W4A8, "bfloat16", 64, "engine", [NEVER_IN_MINDIE], []),
-    ("mindie@2.2", W4A8, "bfloat16", 512, "all", [NEVER_IN_MINDIE], ["MindIE accepts 64 or 128 or 256 only"]),
-]
-
-
-@pytest.mark.parametrize(("target", "scheme", "dtype", "group_size", "scope", "refusals", "notes"), TOLD)
-def test_what_the_user_is_told(
-    target: str, scheme: Scheme, dtype: str, group_size: int | None, scope: str, refusals: list[str], notes: list[str]
-) -> None:
-    """Catches silence about a folder that will not load, and a refusal of one that will."""
-    refused = cannot_load(target, scheme, dtype, scope)
-    told = engine_notes(target, scheme, dtype, group_size, scope)
-    assert told[: len(refused)] == refused
-    for expected, found in ((refusals, refused), (notes, told[len(refused) :])):
-        assert len(found) == len(expected)
-        assert all(text in sentence for text, sentence in zip(expected, found, strict=True)), found
-
-
-def test_serve_commands() -> None:
-    """Catches a summary that sends the user to the wrong engine, or a command that a space in the path breaks."""
-    vllm, mindie = serve_commands("both", "out")
-    assert vllm == "vllm serve out --quantization ascend"
-    assert '"modelWeightPath": "out"' in mindie
-    assert serve_commands("mindie@2.2", "out") == [mindie]
-    vllm, mindie = serve_commands("both", 'my "first" model')
-    assert shlex.split(vllm) == ["vllm", "serve", 'my "first" model', "--quantization", "ascend"]
-    assert json.loads("{" + mindie.partition(" in the ")[0] + "}") == {"modelWeightPath": 'my "first" model'}
 
 
 def test_no_torch_is_imported() -> None:

@@ -1,123 +1,17 @@
-"""Channel flow finds exactly the edges that hold: against a list made by hand, and by folding every one it claims."""
+"""Channel flow finds exactly the edges that hold, in modules made by hand."""
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
-import plant_outliers
 import pytest
-import tiny
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from folded_edges import CALL, assert_holds
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils._pytree import tree_map
 
 from vlqc.flow import find_edges, scales_its_channels
-from vlqc.ir import Call, Edge
+from vlqc.ir import Edge
 from vlqc.trace import record
-
-# ---- folding, written down once more ---------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def folded(module: nn.Module, edge: Edge, scale: Tensor) -> nn.Module:
-    """A copy in which the producer's usable channels are divided by scale float64 [C] and the consumers make up."""
-    other = copy.deepcopy(module)
-    scale = torch.where(edge.usable, scale, torch.ones(()))
-    for parameter in other.get_submodule(edge.producer).parameters():
-        parameter /= scale.view(-1, *[1] * (parameter.ndim - 1)).to(parameter.dtype)
-    for target, channels in edge.consumers.items():
-        weight = other.get_submodule(target).weight
-        assert channels.shape == (weight.shape[1],) and bool(edge.usable[channels[channels >= 0]].all())
-        for column, channel in enumerate(channels.tolist()):
-            if channel >= 0:
-                weight[:, column] *= scale[channel]
-    return other
-
-
-@torch.no_grad()
-def assert_holds(module: nn.Module, edge: Edge, call: Call, seed: int = 0) -> None:
-    """Folding random powers of two, which change no mantissa, leaves the float64 outputs as they were."""
-    random = torch.Generator().manual_seed(seed)
-    scale = 2.0 ** torch.randint(-6, 7, edge.usable.shape, generator=random).double()
-    scale[edge.usable.nonzero()[0]] = 64.0  # at least one channel moves
-    before = tiny.tensors_of(module(*call.args, **call.kwargs))
-    after = tiny.tensors_of(folded(module, edge, scale)(*call.args, **call.kwargs))
-    for one, other in zip(before, after, strict=True):
-        assert torch.allclose(one.double(), other.double(), rtol=1e-12, atol=1e-12 * float(one.abs().max())), edge
-
-
-# ---- the real model against the list of tools/plant_outliers.py ------------------------------------------------------
-
-
-def known_edges() -> dict[str, dict[str, dict[int, int]]]:
-    """Producer -> consumer -> column -> row of the producer, from the names that the outlier planter lists."""
-    return {
-        edge.producer[0].removesuffix(".weight"): {
-            consumer.removesuffix(".weight"): {
-                column: edge.first_row + channel for channel, columns in enumerate(edge.columns) for column in columns
-            }
-            for consumer in edge.consumers
-        }
-        for edge in plant_outliers.edges_of(tiny.config())
-    }
-
-
-@pytest.mark.every_transformers
-def test_edges_of_the_real_model_are_the_known_ones() -> None:
-    """Catches an edge that is missed, invented or mapped wrongly: grouped queries, fused qkv, 2x2 patches included."""
-    found = {}
-    for stage in tiny.lived().values():
-        for edge in find_edges(stage.module, record(stage.module, stage.call, stage.name)):
-            found[f"{stage.name}.{edge.producer}"] = {
-                f"{stage.name}.{target}": {
-                    column: channel for column, channel in enumerate(channels.tolist()) if channel >= 0
-                }
-                for target, channels in edge.consumers.items()
-            }
-    known = known_edges()
-    assert len(known) == 4 * 4 + 1 + 4 * 4
-    assert found == known
-
-
-@pytest.mark.every_transformers
-def test_usable_channels_are_those_that_are_consumed() -> None:
-    """Catches a fold into the q and k thirds of a fused qkv, or into channels that nothing makes up for."""
-    for stage in tiny.lived().values():
-        for edge in find_edges(stage.module, record(stage.module, stage.call, stage.name)):
-            used = torch.zeros_like(edge.usable)
-            for channels in edge.consumers.values():
-                used[channels[channels >= 0]] = True
-            assert torch.equal(used, edge.usable)
-    qkv = next(e for e in find_edges(*module_and_graph("visual.blocks.0")) if e.producer == "attn.qkv")
-    assert qkv.usable.tolist() == [False] * 256 + [True] * 128
-
-
-def module_and_graph(name: str) -> tuple[nn.Module, Any]:
-    stage = tiny.lived()[name]
-    return stage.module, record(stage.module, stage.call, name)
-
-
-@pytest.mark.every_transformers
-@pytest.mark.parametrize("name", ["visual.blocks.0", "visual.blocks.1", "visual.merger", "model.layers.0"])
-def test_every_edge_of_the_real_model_holds(name: str) -> None:
-    """Catches a column-to-channel map that is off by anything: float64 outputs must not move."""
-    stage = tiny.lived()[name]
-    module = copy.deepcopy(stage.module).double()
-    args, kwargs = tree_map(
-        lambda leaf: leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf,
-        (stage.call.args, stage.call.kwargs),
-    )
-    call = Call(0, args, kwargs)
-    edges = find_edges(module, record(module, call, name))
-    assert len(edges) == (1 if "merger" in name else 4)
-    for number, edge in enumerate(edges):
-        assert_holds(module, edge, call, seed=number)
-
-
-# ---- modules made by hand --------------------------------------------------------------------------------------------
 
 
 class Made(nn.Module):
@@ -144,10 +38,6 @@ class Made(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         return self.body(self, x)
-
-
-INPUT = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-CALL = Call(0, (INPUT,), {})
 
 
 def edges_of(body: Callable[[Made, Tensor], Any]) -> tuple[Made, dict[str, Edge]]:
@@ -350,123 +240,3 @@ def test_what_has_the_shape_of_a_norm() -> None:
     assert not scales_its_channels(nn.Embedding(8, 8), 8)
     assert not scales_its_channels(nn.Conv1d(8, 8, 1), 8)
     assert not scales_its_channels(nn.PReLU(1), 8)
-
-
-# ---- any little graph ------------------------------------------------------------------------------------------------
-
-SIZE = 8
-
-
-def regrouped(x: Tensor) -> Tensor:
-    """Heads apart and together again, as attention does."""
-    return x.view(2, 4, 2, x.shape[-1] // 2).transpose(1, 2).transpose(1, 2).reshape(2, 4, -1)
-
-
-# Every operation takes values [2, 4, any even number] and gives one; what does not fit gives its first value back.
-STEPS: dict[str, Callable[["Program", Tensor, Tensor], Tensor]] = {
-    "swap": lambda p, x, y: torch.cat(x.chunk(2, -1)[::-1], -1),
-    "twice": lambda p, x, y: x.repeat(1, 1, 2) if x.shape[-1] <= 16 else x,
-    "each twice": lambda p, x, y: x.repeat_interleave(2, -1) if x.shape[-1] <= 16 else x,
-    "beside": lambda p, x, y: torch.cat([x, y], -1) if x.shape[-1] + y.shape[-1] <= 32 else x,
-    "first half": lambda p, x, y: x[..., : x.shape[-1] // 2] if x.shape[-1] % 4 == 0 else x,
-    "every other": lambda p, x, y: x[..., ::2] if x.shape[-1] % 4 == 0 else x,
-    "heads": lambda p, x, y: regrouped(x),
-    "mixed": lambda p, x, y: x.transpose(1, 2).reshape(2, 4, -1),
-    "two rows": lambda p, x, y: x.reshape(2, 2, -1).repeat(1, 2, 1) if x.shape[-1] <= 16 else x,
-    "rows turned": lambda p, x, y: torch.stack(x.unbind(1)[::-1], 1),
-    "row chosen": lambda p, x, y: x[:, p.rows],
-    "first row": lambda p, x, y: x[:, :1].expand(-1, 4, -1),
-    "channel chosen": lambda p, x, y: x.index_select(-1, p.columns % x.shape[-1]),
-    "times": lambda p, x, y: x * y if x.shape == y.shape else x,
-    "over": lambda p, x, y: x / (2 + y) if x.shape == y.shape else x,
-    "plus": lambda p, x, y: x + y if x.shape == y.shape else x,
-    "minus": lambda p, x, y: x - y if x.shape == y.shape else x,
-    "doubled": lambda p, x, y: -2 * x,
-    "shifted": lambda p, x, y: x + 0.5,
-    "bent": lambda p, x, y: functional.silu(x),
-    "attended": lambda p, x, y: (y @ y.transpose(1, 2)).softmax(-1) @ x,
-    "attending": lambda p, x, y: functional.scaled_dot_product_attention(y, y, x),
-    "scored": lambda p, x, y: functional.scaled_dot_product_attention(x, x, y),
-    "scaled in place": lambda p, x, y: x.clone().mul_(y) if x.shape == y.shape else x.clone().mul_(3),
-    "written": lambda p, x, y: p.written(x, y),
-    "linear": lambda p, x, y: p.through("linear", x),
-    "norm": lambda p, x, y: p.through("norm", x),
-    "linear again": lambda p, x, y: p.through("linear", y, again=True),
-}  # fmt: skip
-
-
-class Program(nn.Module):
-    """Runs steps (name, first value, second value) and returns what Linears gave that no step used.
-
-    Values are counted backwards from the latest: 0 is what the step before gave, at first the output of a norm.
-    """
-
-    def __init__(self, steps: list[tuple[str, int, int]], tap: bool) -> None:
-        super().__init__()
-        self.steps, self.tap = steps, tap
-        self.layers = nn.ModuleList()
-        self.register_buffer("rows", torch.tensor([1, 1, 0, 3]))
-        self.register_buffer("columns", torch.tensor([1, 0, 3, 2, 5, 4, 7, 6]))
-        torch.manual_seed(len(steps))
-        self.forward(INPUT)  # makes the layers
-        self.double().requires_grad_(False)
-
-    def through(self, kind: str, x: Tensor, again: bool = False) -> Tensor:
-        """A new layer of its own, or the one before once more."""
-        if again and self.used and self.used[-1].weight.shape[-1] == x.shape[-1]:
-            self.used.append(self.used[-1])
-        else:
-            fresh = len([layer for number, layer in enumerate(self.used) if layer not in self.used[:number]])
-            if fresh == len(self.layers):
-                made = nn.LayerNorm(x.shape[-1]) if kind == "norm" else nn.Linear(x.shape[-1], SIZE)
-                nn.init.uniform_(made.weight, 0.2, 1.5)
-                self.layers.append(made.double())
-            self.used.append(self.layers[fresh])
-        result: Tensor = self.used[-1](x)
-        return result
-
-    @staticmethod
-    def written(x: Tensor, y: Tensor) -> Tensor:
-        blank = torch.zeros_like(x)
-        blank[:, 1:] = y[:, 1:] if x.shape == y.shape else x[:, 1:]
-        return blank
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        self.used: list[nn.Module] = []
-        values, loose = [x, self.through("norm", x)], set()  # loose: results of Linears that nothing has used yet
-        for name, *back in self.steps:
-            first, second = (len(values) - 1 - step % len(values) for step in back)
-            loose -= {first, second}
-            if name.startswith("linear"):
-                loose.add(len(values))
-            values.append(STEPS[name](self, values[first], values[second]))
-        outputs = [self.through("linear", values[-1]), *(values[number].tanh() for number in sorted(loose))]
-        return (*outputs, *([values[len(values) // 2]] if self.tap else []))
-
-
-STEP = st.tuples(st.sampled_from(sorted(STEPS)), st.sampled_from([0, 0, 0, 1, 2]), st.integers(0, 5))
-
-
-@settings(max_examples=300)
-@given(
-    st.lists(STEP, min_size=1, max_size=6),
-    st.sampled_from([False, False, False, True]),
-)
-def test_whatever_is_claimed_holds(steps: list[tuple[str, int, int]], tap: bool) -> None:
-    """Catches any claim that is not true, in little graphs of layouts, products, sums, attention and shared layers."""
-    check_claims(Program(steps, tap))
-
-
-def check_claims(program: Program) -> int:
-    edges = find_edges(program, record(program, CALL, "program"))
-    for edge in edges:
-        assert_holds(program, edge, CALL)
-    return len(edges)
-
-
-def test_little_graphs_do_have_edges() -> None:
-    """Catches a flow that is always right because it claims nothing."""
-    kept = "swap, twice, each twice, beside, first half, every other, heads, two rows, row chosen, first row, doubled"
-    for name in (*kept.split(", "), "attended", "attending", "scaled in place"):
-        assert check_claims(Program([(name, 0, 1)], tap=False)) == 1, name
-    assert check_claims(Program([("linear", 1, 0), ("times", 0, 2), ("linear", 0, 0), ("swap", 0, 0)], tap=False)) == 2

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_inputs import sample
 
 from vlqc.kernels_ref.deq_scale import decode_deq_scale
 from vlqc.kernels_ref.linear import StaticQuantLinear
@@ -19,14 +20,6 @@ def made(
     input_scale, input_offset = activation_scale_and_offset(x.min().item(), x.max().item(), dtype)
     wq, weight_scale = quantize_weight_per_channel_absmax(weight)
     return StaticQuantLinear.from_float(wq, weight_scale, input_scale, input_offset, bias, dtype)
-
-
-def sample(seed: int = 0, with_bias: bool = True) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """x [2, 9, 24] with an offset, weight [10, 24], bias [10]; float32."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(2, 9, 24, generator=generator) * 3 + 1
-    bias = torch.randn(10, generator=generator) * 5 if with_bias else None
-    return x, torch.randn(10, 24, generator=generator) * 0.1, bias
 
 
 @settings(deadline=None)

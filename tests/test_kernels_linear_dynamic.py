@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kernel_inputs import sample
 
 from vlqc.kernels_ref.group import quantize_weight_per_group_absmax
 from vlqc.kernels_ref.linear import DynamicQuantLinear, GroupQuantLinear, QuantLinear
@@ -14,14 +15,6 @@ from vlqc.kernels_ref.quantize import quantize_weight_per_channel_absmax
 
 SCHEMES: list[type[QuantLinear]] = [DynamicQuantLinear, GroupQuantLinear]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def sample(seed: int = 0, with_bias: bool = True) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """x [2, 9, 24], weight [10, 24], bias [10]; float32."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(2, 9, 24, generator=generator) * 3 + 1
-    bias = torch.randn(10, generator=generator) * 5 if with_bias else None
-    return x, torch.randn(10, 24, generator=generator) * 0.1, bias
 
 
 def dynamic(weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype = torch.bfloat16) -> DynamicQuantLinear:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
+from kernel_inputs import numpy_matmul
 from onnx import TensorProto, helper
 
 from vlqc.kernels_ref import matmul
@@ -32,11 +32,6 @@ ROUTES = [int8_matmul, matmul._int8_matmul_by_float32]  # the fast one where the
 
 def random_int8(seed: int, *shape: int) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(seed).integers(-128, 128, shape, dtype=np.int8))
-
-
-def numpy_matmul(xq: torch.Tensor, wq: torch.Tensor) -> NDArray[np.int64]:
-    product: NDArray[np.int64] = xq.numpy().astype(np.int64) @ wq.numpy().astype(np.int64).T
-    return product
 
 
 @pytest.mark.parametrize("route", ROUTES)

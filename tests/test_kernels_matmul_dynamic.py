@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kernel_inputs import numpy_matmul
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
@@ -21,11 +22,6 @@ def integers(seed: int, low: int, high: int, *shape: int) -> torch.Tensor:
 
 def uniform(seed: int, low: float, high: float, *shape: int) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(seed).uniform(low, high, shape).astype(np.float32))
-
-
-def numpy_matmul(xq: torch.Tensor, wq: torch.Tensor) -> NDArray[np.int64]:
-    product: NDArray[np.int64] = xq.numpy().astype(np.int64) @ wq.numpy().astype(np.int64).T
-    return product
 
 
 def onnx_matmul(xq: torch.Tensor, wq: torch.Tensor) -> NDArray[np.int32]:

@@ -1,7 +1,6 @@
 """Suspended forwards: stage by stage gives what an ordinary forward gives, and leaves the model as it was."""
 
 from types import SimpleNamespace
-from typing import Any
 
 import greenlet
 import pytest
@@ -10,17 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from vlqc.errors import InternalError, UserError
-from vlqc.lockstep import Lockstep, Stop, row_modality
+from vlqc.lockstep import Lockstep, row_modality
 
 RUN_ANYTHING = pytest.mark.every_transformers
-
-
-def answer(model: Any, stop: Stop) -> None:
-    """What a compiler that changes nothing answers: the float stage's outputs, its weights in memory only now."""
-    model.fill(stop.module, model.checkpoint.tensor)
-    with torch.no_grad():
-        stop.outputs = [stop.module(*call.args, **call.kwargs) for call in stop.calls]
-    model.empty(stop.module)
 
 
 @RUN_ANYTHING
@@ -31,7 +22,7 @@ def test_logits_are_bit_equal_with_an_ordinary_forward() -> None:
         names = []
         for stop in lockstep:
             names.append(stop.name)
-            answer(model, stop)
+            tiny.answer(model, stop)
     assert names == tiny.STAGES
     for sample, result in zip(samples, lockstep.results, strict=True):
         assert torch.equal(result.logits, tiny.plain_logits(sample))
@@ -44,7 +35,7 @@ def test_text_only_samples_skip_the_vision_tower() -> None:
     with model.ready_outside(model.checkpoint.tensor), Lockstep(model, samples) as lockstep:
         for stop in lockstep:
             assert [call.sample for call in stop.calls] == ([0, 2, 3] if "visual" in stop.name else [0, 1, 2, 3])
-            answer(model, stop)
+            tiny.answer(model, stop)
 
 
 @RUN_ANYTHING
@@ -61,7 +52,7 @@ def test_the_head_never_runs_without_to_the_end() -> None:
             Lockstep(model, [tiny.made_up()], to_the_end=to_the_end) as lockstep,
         ):
             for stop in lockstep:
-                answer(model, stop)
+                tiny.answer(model, stop)
         assert ran == (["norm", "lm_head"] if to_the_end else [])
         assert len(lockstep.results) == to_the_end
 
@@ -83,7 +74,7 @@ def test_everything_is_put_back_after_an_error(stage: str, held: bool) -> None:
             suspended = [one.run for one in lockstep._suspended]
             if stop.name == stage:
                 _ = 1 / 0
-            answer(model, stop)
+            tiny.answer(model, stop)
     stops.close()
     assert suspended and all(run.dead for run in suspended)
     assert not any("forward" in module.__dict__ for module in model.stages.values())
@@ -99,7 +90,7 @@ def test_a_stage_runs_itself_while_it_is_due() -> None:
         for stop in lockstep:
             shut = {name for name, stage in model.stages.items() if "forward" in stage.__dict__}
             assert shut == set(tiny.STAGES) - {stop.name}
-            answer(model, stop)
+            tiny.answer(model, stop)
 
 
 @RUN_ANYTHING
@@ -111,7 +102,7 @@ def test_a_missing_answer_is_an_internal_error(given: int) -> None:
     with model.ready_outside(model.checkpoint.tensor), Lockstep(model, samples) as lockstep:
         stops = iter(lockstep)
         stop = next(stops)
-        answer(model, stop)
+        tiny.answer(model, stop)
         stop.outputs = (stop.outputs * 2)[:given]
         with pytest.raises(InternalError, match=rf"visual.blocks.0: 2 samples stand before it, {given} were answered"):
             next(stops)
@@ -129,7 +120,7 @@ def test_an_error_in_the_models_own_code_comes_through() -> None:
         Lockstep(model, [tiny.made_up(), sample]) as lockstep,
     ):
         for stop in lockstep:
-            answer(model, stop)
+            tiny.answer(model, stop)
     assert not any("forward" in module.__dict__ for module in model.stages.values())
 
 
@@ -154,7 +145,7 @@ def test_calls_say_which_rows_are_pictures() -> None:
                 assert call.modality is None
             else:
                 assert call.modality is not None and call.modality.tolist() == [0, 0, 1, 1, 1, 1, 0, 0, 0]
-            answer(model, stop)
+            tiny.answer(model, stop)
 
 
 # ---- models that do unusual things, made by hand ---------------------------------------------------------------------

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from exact_stage import text_after
-from random_stage import EVERYWHERE, GROUP_SIZE, decoder, observed, quantized, site, through
+from random_stage import DTYPES, EVERYWHERE, GROUP_SIZE, SCHEMES, decoder, observed, quantized, site, through
 
 from vlqc.engines import Scheme
 from vlqc.errors import Fault, UserError
@@ -101,8 +101,6 @@ def test_second_run_tells_the_truth() -> None:
 
 # ---- per token and in groups -----------------------------------------------------------------------------------------
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-
 
 @DTYPES
 def test_dynamic_scales_are_values_of_the_dtype(dtype: torch.dtype) -> None:
@@ -190,8 +188,6 @@ def test_bias_as_it_is_stored() -> None:
 
 
 # ---- better than the nearest -----------------------------------------------------------------------------------------
-
-SCHEMES = pytest.mark.parametrize("scheme", [Scheme.W8A8, Scheme.W8A8_DYNAMIC, Scheme.W4A8_DYNAMIC])
 
 
 @SCHEMES

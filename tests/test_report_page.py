@@ -12,98 +12,18 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import made_up_report
 import pytest
-from typer.testing import CliRunner
+from report_pages import VERIFIED, Page, page_of
 
-from vlqc.cli import app
-from vlqc.errors import UserError
-from vlqc.report import report_text, write_report
-from vlqc.report.facts import FILE, Facts
+from vlqc.report import report_text
+from vlqc.report.facts import Facts
 from vlqc.verify.report import LOCATED
 
 ROOT = Path(__file__).parent.parent
-VOID = {"meta", "br", "link", "img", "input", "hr"}
 NASTY = "</script><script>alert(1)</script><img src=x onerror=\"alert('2')\">&{{ 7*7 }}\u2028"
-ROWS = [
-    {
-        "group": f"model.layers.{n}.mlp.down_proj",
-        "scheme": "W8A8",
-        "alone dB": 40.5 + n,
-        "share %": 50.0 - n,
-        "text dB": "-",
-    }
-    for n in range(14)
-]
-VERIFIED: dict[str, Any] = {
-    "ok": True,
-    "engine": "vllm-ascend",
-    "facts": {
-        LOCATED: ROWS,
-        "logits against float": {"SQNR dB": 33.25, "top-1 %": 98.0},
-        "in the table": "share: of it",
-    },
-    "advice": [
-        {"check": "locate", "where": "x", "what": "down_proj is loud", "why": "outliers", "fix": "--exclude 'it'"}
-    ],
-}
-
-
-class Page(HTMLParser):
-    """A page taken apart: every element with its attributes, every text, and what is not well formed."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.elements: list[tuple[str, dict[str, str]]] = []
-        self.texts: list[str] = []
-        self.scripts: list[str] = []
-        self.styles: list[str] = []
-        self.open: list[str] = []
-        self.faults: list[str] = []
-        self.feed(text)
-        self.close()
-        self.faults += [f"<{tag}> is never closed" for tag in self.open]
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        names = [name for name, _ in attrs]
-        self.faults += [f"<{tag}> has {name} twice" for name, count in Counter(names).items() if count > 1]
-        self.elements.append((tag, {name: value or "" for name, value in attrs}))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        self.handle_endtag(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        if not self.open or self.open[-1] != tag:
-            self.faults.append(f"</{tag}> closes {self.open[-1:]}")
-        else:
-            self.open.pop()
-
-    def handle_data(self, data: str) -> None:
-        where = {"script": self.scripts, "style": self.styles}.get(self.open[-1] if self.open else "", self.texts)
-        where.append(data)
-
-    def all(self, tag: str) -> list[dict[str, str]]:
-        return [attributes for name, attributes in self.elements if name == tag]
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.texts).split())
-
-
-def page_of(folder: Path, facts: Facts, **given: Any) -> str:
-    """Of a made-up folder, with timings and a verification unless they are named otherwise."""
-    made_up_report.folder(folder, facts)
-    timings, verification = folder.parent / "timings.json", folder.parent / "verify.json"
-    made_up_report.timings(facts).write(timings)
-    verification.write_text(json.dumps(VERIFIED), encoding="utf-8")
-    return report_text(folder, **({"timings": timings, "verification": verification} | given))
 
 
 @pytest.fixture(scope="module")
@@ -268,109 +188,6 @@ def test_a_large_model_stays_light(tmp_path: Path) -> None:
     made = page_of(tmp_path / "72B", made_up_report.facts())
     assert len(made.encode()) < 3_000_000
     assert made.count('<details class="stage">') == 113
-
-
-# ---- what cannot be read ---------------------------------------------------------------------------------------------
-
-
-def curve_of(content: dict[str, Any]) -> dict[str, Any]:
-    curves: dict[str, Any] = content["stages"][0]["inputs"][0]["before"]
-    return curves
-
-
-DAMAGES: dict[str, Any] = {
-    "no JSON": lambda text: text[:-100],
-    "no text": lambda text: "\udcff",
-    "empty": lambda text: "",
-    "another thing": lambda text: "[1, 2]",
-    "another version": lambda text: text.replace("vlqc report 1", "vlqc report 2"),
-    "a field too few": lambda text: text.replace('"pipeline"', '"pipelines"'),
-    "a number that is none": lambda text: text.replace('"bytes_before":145000000000', '"bytes_before":NaN'),
-    "a negative count": lambda text: text.replace('"bytes_before":145000000000', '"bytes_before":-1'),
-    "an unknown scheme": lambda text: text.replace('"scheme":"W8A8"', '"scheme":"W2A2"'),
-    "a short curve": lambda text: edited(text, lambda it: curve_of(it)["image"].pop()),
-    "an infinite curve": lambda text: edited(text, lambda it: curve_of(it)["image"].append(float("inf"))),
-    "a word as number": lambda text: edited(text, lambda it: curve_of(it).update(image=["x"] * 20)),
-    "an unknown modality": lambda text: edited(text, lambda it: curve_of(it).update(smell=curve_of(it)["image"])),
-    "deep nesting": lambda text: "[" * 100_000,
-}
-
-
-def edited(text: str, change: Any) -> str:
-    content = json.loads(text)
-    change(content)
-    return json.dumps(content)
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_report_is_refused(damage: str, tmp_path: Path) -> None:
-    """Catches a traceback, a page of nonsense, or half a page for a file that is not as vlqc wrote it."""
-    folder = made_up_report.folder(tmp_path / "out", made_up_report.facts(layers=1, blocks=1))
-    told = (folder / FILE).read_text(encoding="utf-8")
-    changed = DAMAGES[damage](told)
-    assert changed != told
-    (folder / FILE).write_bytes(changed.encode("utf-8", "surrogateescape"))
-    with pytest.raises(UserError, match=f"{FILE} is damaged"):
-        write_report(folder, tmp_path / "page.html")
-    assert not (tmp_path / "page.html").exists()
-
-
-@pytest.mark.parametrize(
-    "content", ["", "[]", "{}", '{"facts": []}', "[" * 100_000, '{"ok": 1, "facts": {}, "engine": 0, "advice": [1]}']
-)
-def test_a_file_that_is_no_verification_is_refused(content: str, tmp_path: Path) -> None:
-    """Catches a traceback for some other JSON file."""
-    folder = made_up_report.folder(tmp_path / "out", made_up_report.facts(layers=1, blocks=1))
-    (tmp_path / "verify.json").write_text(content, encoding="utf-8")
-    with pytest.raises(UserError, match="no verification"):
-        report_text(folder, verification=tmp_path / "verify.json")
-
-
-def run(*arguments: object) -> tuple[int, str]:
-    result = CliRunner().invoke(app, ["report", *map(str, arguments)])
-    return result.exit_code, result.output
-
-
-def test_timings_of_another_model_are_refused(tmp_path: Path) -> None:
-    """Catches times shown beside stages that they are not of."""
-    folder = made_up_report.folder(tmp_path / "out", made_up_report.facts(layers=1, blocks=1))
-    made_up_report.timings(made_up_report.facts(layers=2, blocks=1)).write(tmp_path / "t.json")
-    with pytest.raises(UserError, match="another compilation"):
-        report_text(folder, timings=tmp_path / "t.json")
-
-
-def test_the_command(tmp_path: Path) -> None:
-    """Catches a command that writes elsewhere than it says, or over a file that is no page."""
-    folder = made_up_report.folder(tmp_path / "out", made_up_report.facts(layers=1, blocks=1))
-    code, told = run(folder, "--output", tmp_path / "page.html")
-    assert code == 0 and str(tmp_path / "page.html") in told.replace("\n", "")
-    assert (tmp_path / "page.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
-    assert run(folder, "--output", tmp_path / "page.html")[0] == 0  # again, over itself
-    config = (folder / "config.json").read_text()
-    assert run(folder, "--output", folder / "config.json")[0] == 2
-    assert (folder / "config.json").read_text() == config
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda folder: ["nowhere"],
-        lambda folder: (folder / FILE).unlink(),
-        lambda folder: (folder / "config.json").unlink(),
-        lambda folder: (folder / "quant_model_description.json").write_text("{"),
-        lambda folder: [folder, "--timings", folder / "config.json"],
-        lambda folder: [folder, "--timings", folder / "nothing"],
-        lambda folder: [folder, "--verification", folder],
-        lambda folder: [folder, "--output", folder / "nowhere" / "page.html"],
-    ],
-)
-def test_bad_input_is_answered(damage: Any, tmp_path: Path) -> None:
-    """Catches a traceback where something is missing, and an answer without a way out."""
-    folder = made_up_report.folder(tmp_path / "out", made_up_report.facts(layers=1, blocks=1))
-    given = damage(folder)
-    code, told = run(*(given if isinstance(given, list) else [folder, "--output", tmp_path / "page.html"]))
-    assert code == 2 and "error: " in told and "Traceback" not in told
-    assert not (tmp_path / "page.html").exists()
 
 
 def test_the_page_says_it_in_the_clear(text: str) -> None:

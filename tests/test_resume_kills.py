@@ -9,27 +9,10 @@ from typing import Any
 
 import pytest
 import resume_runs
-import tiny
-from torch import Tensor
+from interrupted_runs import small
 
 ROOT = Path(__file__).parent.parent
 NAMES = [f"{case}: {what}" for case, what, *_ in resume_runs.MOMENTS]
-
-
-def small(folder: Path) -> Path:
-    """The tiny checkpoint with two blocks of its vision tower, and two layers of its language model: five stages."""
-
-    def drop(tensors: dict[str, Tensor]) -> None:
-        for name in list(tensors):
-            block, _, number = ".".join(name.split(".")[:3]).rpartition(".")
-            if number.isdecimal() and int(number) >= {"visual.blocks": 2, "model.layers": 2}.get(block, 99):
-                del tensors[name]
-
-    def change(config: dict[str, Any]) -> None:
-        config["num_hidden_layers"] = 2
-        config["vision_config"] |= {"depth": 2, "fullatt_block_indexes": [1]}
-
-    return tiny.damaged(folder, tensors=drop, config=change)
 
 
 @pytest.fixture(scope="module")

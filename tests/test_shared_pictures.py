@@ -6,9 +6,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_lockstep import answer
-from test_resume import QUICK, STAGES, content, failing
-from test_resume_kills import small
+from interrupted_runs import STAGES, content, failing, small
+from resume_runs import QUICK
 from torch import Tensor
 
 import vlqc
@@ -49,7 +48,7 @@ def test_all_get_the_answers_of_the_first() -> None:
         for stop in lockstep:
             looked = [11, 14, 15] if "visual" in stop.name else list(range(10, 17))
             assert [call.sample for call in stop.calls] == looked
-            answer(model, stop)
+            tiny.answer(model, stop)
     for sample, result in zip(samples, lockstep.results, strict=True):
         assert torch.equal(result.logits, tiny.plain_logits(sample))
 
@@ -63,7 +62,7 @@ def test_the_probe_looks_for_itself() -> None:
     ):
         for stop in lockstep:
             assert [call.sample for call in stop.calls] == [0, -1]
-            answer(model, stop)
+            tiny.answer(model, stop)
 
 
 def test_samples_with_the_same_picture_are_neighbours() -> None:

@@ -1,4 +1,4 @@
-"""smooth-m2: what it saves on planted outliers, and that it never costs. See also test_edge_search."""
+"""smooth-m2: what it saves on planted outliers, and that it never costs. See also test_smoothing_passes."""
 
 from collections.abc import Callable
 

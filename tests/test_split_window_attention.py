@@ -1,19 +1,28 @@
 """split-window-attention: equal numbers at the cost of the windows; whatever is no window stays as it is."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import tiny
 import torch
 from exact_stage import exact_stage
-from hypothesis import given
-from hypothesis import strategies as st
 from random_stage import decoder, staged, through
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from windowed_stage import (
+    DEPTH,
+    HEADS,
+    HIDDEN,
+    KINDS,
+    Attention,
+    Counter,
+    block_stage,
+    mask_of,
+    real_stages,
+    scores_of,
+    split,
+)
 
 from vlqc.flow import find_edges
 from vlqc.ir import Call, Stage
@@ -22,115 +31,9 @@ from vlqc.parser import parse_stage
 from vlqc.pass_manager import PassManager
 from vlqc.passes import split_window_attention as tested
 from vlqc.passes.insert_observers import InsertObservers
-from vlqc.passes.split_window_attention import ATTENTION, SplitWindowAttention, windowed_attention, windows_of
+from vlqc.passes.split_window_attention import ATTENTION, SplitWindowAttention
 from vlqc.printer import print_stage
 from vlqc.stages import live_stage
-
-HEADS, DEPTH = 2, 8
-HIDDEN = HEADS * DEPTH
-WINDOWS = st.lists(st.integers(1, 6), min_size=1, max_size=7)
-KINDS = ("bool", "-inf", "lowest")  # how a mask says that a row may not look somewhere
-
-
-def mask_of(windows: list[int], kind: str = "bool") -> Tensor:
-    """[1, S, S], written as transformers 4.49 writes it."""
-    rows, start = sum(windows), 0
-    forbidden = {"bool": False, "-inf": -torch.inf, "lowest": torch.finfo(torch.float32).min}[kind]
-    mask: Tensor = torch.full((1, rows, rows), forbidden)
-    for length in windows:
-        mask[..., start : start + length, start : start + length] = True if kind == "bool" else 0.0
-        start += length
-    return mask
-
-
-def by_hand(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v in float64, over the pairs that are allowed."""
-    scores = query.double() @ key.double().mT / query.shape[-1] ** 0.5
-    mixed: Tensor = scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ value.double()
-    return mixed
-
-
-class Attention(nn.Module):
-    """As transformers 4.49 has it: heads first, no batch, and a mask that is made from the ends of the windows."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.kind = kind
-        self.qkv = nn.Linear(HIDDEN, 3 * HIDDEN)
-        self.proj = nn.Linear(HIDDEN, HIDDEN)
-
-    def forward(self, rows: Tensor, windows: Tensor) -> Tensor:
-        q, k, v = self.qkv(rows).reshape(len(rows), 3, HEADS, DEPTH).permute(1, 2, 0, 3).unbind(0)
-        if self.kind == "causal":
-            mask = torch.ones(len(rows), len(rows), dtype=torch.bool).tril()
-        else:
-            mask = mask_of(windows.tolist(), self.kind)
-        seen = nn.functional.scaled_dot_product_attention(q, k, v, mask, dropout_p=0.0)
-        projected: Tensor = self.proj(seen.transpose(0, 1).reshape(rows.shape))
-        return projected
-
-
-class Block(nn.Module):
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(HIDDEN)
-        self.attn = Attention(kind)
-
-    def forward(self, hidden_states: Tensor, windows: Tensor) -> Tensor:
-        mixed: Tensor = self.attn(self.norm(hidden_states), windows)
-        return hidden_states + mixed
-
-
-def block_stage(*samples: list[int], kind: str = "bool", seed: int = 0) -> Stage:
-    """Random weights, one sample per list of window lengths; the first is the probe."""
-    torch.manual_seed(seed)
-    block = Block(kind).requires_grad_(False).eval()
-    calls = [Call(n, (torch.randn(sum(it), HIDDEN),), {"windows": torch.tensor(it)}) for n, it in enumerate(samples)]
-    stage = staged(block, calls, name="visual.blocks.0")
-    stage.probe = calls[0]
-    return stage
-
-
-class Counter(TorchFunctionMode):
-    """Counts the scores of all attention inside: query rows times key rows, per head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scores, self.masks = 0, 0
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func is ATTENTION:
-            named = tested._named(args, kwargs or {})
-            query, key = named["query"], named["key"]
-            self.scores += query.shape[:-3].numel() * query.shape[-2] * key.shape[-2]
-            self.masks += named.get("attn_mask") is not None
-        return func(*args, **(kwargs or {}))
-
-
-def scores_of(stage: Stage) -> int:
-    counter = Counter()
-    with counter:
-        stage.run()
-    return counter.scores
-
-
-@contextmanager
-def real_stages(*samples: dict[str, Tensor]) -> Iterator[Iterator[Stage]]:
-    """The stages of the tiny model, one after the other, each run by the caller."""
-    model = tiny.float_model()
-    read = model.checkpoint.tensor
-
-    def stages(lockstep: Lockstep) -> Iterator[Stage]:
-        for stop in lockstep:
-            with live_stage(model, stop, torch.bfloat16, read) as stage:
-                yield stage
-                stop.outputs = stage.outputs
-
-    with torch.no_grad(), model.ready_outside(read), Lockstep(model, samples) as lockstep:
-        yield stages(lockstep)
-
 
 # ---- the text --------------------------------------------------------------------------------------------------------
 
@@ -149,66 +52,6 @@ def test_channels_still_flow() -> None:
     for one, other in zip(before, after, strict=True):
         assert torch.equal(one.usable, other.usable) and one.consumers.keys() == other.consumers.keys()
         assert all(torch.equal(one.consumers[target], other.consumers[target]) for target in one.consumers)
-
-
-def split(stage: Stage) -> Stage:
-    """The stage after the pass, which must have split something in it."""
-    assert SplitWindowAttention().run(stage) and not stage.notes
-    return stage
-
-
-# ---- windows ---------------------------------------------------------------------------------------------------------
-
-
-@given(WINDOWS, st.sampled_from(KINDS), st.integers(0, 2))
-def test_windows_are_read_off_the_mask(windows: list[int], kind: str, more: int) -> None:
-    """Catches an end of a window that is one row off, a kind of mask that is not known, too many dimensions."""
-    mask = mask_of(windows, kind)[0]
-    assert windows_of(mask[(None,) * more]) == windows
-
-
-@given(WINDOWS, st.sampled_from(KINDS), st.data())
-def test_any_other_value_is_no_window(windows: list[int], kind: str, data: st.DataObject) -> None:
-    """Catches a mask that is almost block-diagonal and passes for it: one pair more or less would be lost."""
-    mask = mask_of(windows, kind)
-    row, column = (data.draw(st.integers(0, sum(windows) - 1)) for _ in range(2))
-    value = mask[0, row, column]
-    mask[0, row, column] = ~value if kind == "bool" else data.draw(st.sampled_from([-5.0, 1.0, torch.nan]))
-    assert windows_of(mask) == []
-
-
-def test_pairs_that_change_places() -> None:
-    """Catches a mask that passes for block-diagonal because it allows as many pairs, and neighbours the same way."""
-    mask = mask_of([3, 3])[0]
-    mask[0, 2] = mask[2, 0] = False
-    mask[0, 5] = mask[5, 0] = True
-    assert windows_of(mask) == []
-
-
-@pytest.mark.parametrize("shape", [(4,), (4, 5), (2, 4, 4), (0, 0)])
-def test_masks_of_other_shapes(shape: tuple[int, ...]) -> None:
-    """Catches a mask that differs between heads, or is not square, taken for one of windows."""
-    assert windows_of(torch.ones(shape, dtype=torch.bool)) == []
-
-
-@given(WINDOWS, st.sampled_from([(HEADS,), (1, HEADS), (3, HEADS)]), st.integers(0, 9))
-def test_equals_attention_under_the_mask(windows: list[int], leading: tuple[int, ...], seed: int) -> None:
-    """Catches rows or samples that change places, and scores across windows; windows of one row, one window only."""
-    random = torch.Generator().manual_seed(seed)
-    q, k, v = torch.randn(3, *leading, sum(windows), DEPTH, generator=random)
-    got = windowed_attention(q, k, v, windows)
-    assert got.shape == q.shape
-    torch.testing.assert_close(got.double(), by_hand(q, k, v, mask_of(windows)), rtol=1e-5, atol=1e-6)
-
-
-def test_grouped_queries_and_scale() -> None:
-    """Catches a `scale` or grouped heads that get lost on the way into the windows."""
-    torch.manual_seed(0)
-    q, (k, v) = torch.randn(1, 4, 9, DEPTH), torch.randn(2, 1, 2, 9, DEPTH)
-    each_k, each_v = (it.repeat_interleave(2, 1) for it in (k, v))
-    wanted = by_hand(q * 0.5 * DEPTH**0.5, each_k, each_v, mask_of([4, 4, 1]))
-    got = windowed_attention(q, k, v, [4, 4, 1], scale=0.5, enable_gqa=True)
-    torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-6)
 
 
 # ---- a stage ---------------------------------------------------------------------------------------------------------

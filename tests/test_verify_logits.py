@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from compiled_folder import Content, make_content, stored
+from compiled_folder import Content, make_content
 from rich.console import Console
+from written_tensors import stored
 
 from vlqc.errors import UserError
 from vlqc.model import model_inputs

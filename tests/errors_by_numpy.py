@@ -1,0 +1,103 @@
+"""Rows, a weight and their reader, and the errors that the formula foresees for them once more, in NumPy."""
+
+import numpy as np
+import pytest
+import torch
+
+from vlqc.passes.error_model import CLIPPED_SHARES, Arithmetic, Reader
+
+ROWS, INPUTS, OUTPUTS, GROUP = 400, 24, 16, 8
+STATIC, PER_TOKEN, IN_GROUPS = Arithmetic(), Arithmetic(per_token=True), Arithmetic(True, 7, GROUP)
+CLIPPED, CLEVER = Arithmetic(clips=True), Arithmetic(True, 7, GROUP, weight_noise=0.6)
+EVERY_ARITHMETIC = pytest.mark.parametrize(
+    "arithmetic", [STATIC, PER_TOKEN, IN_GROUPS, CLEVER], ids=["static", "per token", "in groups", "clever"]
+)
+
+
+def rows_and_weight(seed: int, outlier: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [400, 24] with one channel `outlier` times as large and an offset in another, W [16, 24]; float32."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(ROWS, INPUTS, generator=generator)
+    rows[:, 3] *= outlier
+    rows[:, 7] += 2
+    return rows, torch.randn(OUTPUTS, INPUTS, generator=generator)
+
+
+def reader_of(
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    arithmetic: Arithmetic = STATIC,
+    share: torch.Tensor | None = None,
+    seen: torch.Tensor | None = None,
+) -> Reader:
+    """Every column is a channel; rows weighted by `share`, else equally; `seen`: the rows that give the range."""
+    equal = torch.full((len(rows),), 1 / len(rows), dtype=torch.float64)
+    seen = rows if seen is None else seen
+    return Reader(
+        channel=torch.arange(rows.shape[1]),
+        low=seen.amin(0),
+        high=seen.amax(0),
+        second_moment=rows.square().mean(0),
+        rows=rows,
+        row_weight=equal if share is None else share,
+        weight=weight,
+        arithmetic=arithmetic,
+    )
+
+
+def in_groups(matrix: np.ndarray, arithmetic: Arithmetic) -> np.ndarray:
+    parts: np.ndarray = matrix.reshape(len(matrix), -1, arithmetic.group_size or matrix.shape[1])
+    return parts
+
+
+def weight_steps(heavy: np.ndarray, arithmetic: Arithmetic) -> np.ndarray:
+    """[N, K]: the step of each weight."""
+    parts = in_groups(heavy, arithmetic)
+    steps = np.abs(parts).max(2, keepdims=True) / arithmetic.weight_max
+    return np.broadcast_to(steps, parts.shape).reshape(heavy.shape)
+
+
+def input_steps(smooth: np.ndarray, bottom: float, top: float, arithmetic: Arithmetic) -> np.ndarray:
+    """[T, 1]"""
+    if arithmetic.per_token:
+        largest: np.ndarray = np.abs(smooth).max(1, keepdims=True)
+        return largest / 127
+    return np.full((len(smooth), 1), (top - bottom) / 255)
+
+
+def by_numpy(reader: Reader, scale: torch.Tensor) -> float:
+    """The engines' arithmetic in float64: q = clamp(rint(x/step + offset), -128, 127), or rint(x/step) per row.
+
+    The input rounded beside the exact weight, and the weight beside the exact input; a range that may be clipped is the
+    one with the smallest of `clipped_errors`.
+    """
+    tensors = (reader.rows, reader.row_weight, reader.weight, scale, reader.low, reader.high)
+    x, share, w, s, low, high = (tensor.double().numpy() for tensor in tensors)
+    bottom, top = min((low / s).min(), 0.0), max((high / s).max(), 0.0)
+    if reader.arithmetic.clips:
+        errors = clipped_errors(reader, scale)
+        kept = CLIPPED_SHARES[errors.index(min(errors))]
+        bottom, top = bottom * kept, top * kept
+    step = input_steps(x / s, bottom, top, reader.arithmetic)
+    if reader.arithmetic.per_token:
+        rounded = np.rint(x / s / step) * step
+    else:
+        offset = -128 - np.rint(bottom / step)
+        rounded = (np.clip(np.rint(x / s / step) + offset, -128, 127) - offset) * step
+    weight_step = weight_steps(w * s, reader.arithmetic)
+    activation = (rounded - x / s) @ (w * s).T
+    weight = x / s @ (np.rint(w * s / weight_step) * weight_step - w * s).T
+    return float(share @ ((activation**2).sum(1) + reader.arithmetic.weight_noise * (weight**2).sum(1)))
+
+
+def clipped_errors(reader: Reader, scale: torch.Tensor) -> list[float]:
+    """Per share of the full range: noise of the steps, and of what is cut off every value of every row, float64."""
+    tensors = (reader.rows, reader.row_weight, reader.weight, scale, reader.low, reader.high)
+    x, share, w, s, low, high = (tensor.double().numpy() for tensor in tensors)
+    energy = ((w * s) ** 2).sum(0)
+    errors = []
+    for kept in CLIPPED_SHARES:
+        bottom, top = kept * min((low / s).min(), 0.0), kept * max((high / s).max(), 0.0)
+        beyond = (np.clip(x / s, bottom, top) - x / s) ** 2
+        errors.append(((top - bottom) / 255) ** 2 / 12 * energy.sum() + share @ beyond @ energy)
+    return errors

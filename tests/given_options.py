@@ -1,0 +1,23 @@
+"""Options as a user gives them, and what is said of them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vlqc.errors import UserError
+from vlqc.options import Options
+
+W4A8 = {"w_bit": 4, "is_dynamic": True, "is_lowbit": True, "open_outlier": False, "act_method": 1}
+
+
+def two_folders(folder: Path) -> dict[str, Any]:
+    """The two options that everybody has to give, for folders in this one."""
+    (folder / "model").mkdir()
+    return {"model_path": folder / "model", "save_directory": folder / "save"}
+
+
+def faults_of(**given: Any) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        Options.from_user(**given)
+    return [str(fault) for fault in caught.value.faults]

@@ -1,0 +1,21 @@
+"""The schemes of a small model as the reference script assigns them."""
+
+from vlqc.engines import Scheme
+
+FLOAT, W8A8, DYNAMIC, W4A8 = Scheme.FLOAT, Scheme.W8A8, Scheme.W8A8_DYNAMIC, Scheme.W4A8_DYNAMIC
+
+
+def seed_assignment(blocks: int = 2) -> dict[str, Scheme]:
+    schemes = {
+        "lm_head": FLOAT,
+        "model.embed_tokens": FLOAT,
+        "visual.merger.mlp.0": FLOAT,
+        "visual.merger.mlp.2": FLOAT,
+    }
+    for index in range(blocks):
+        block, layer = f"visual.blocks.{index}", f"model.layers.{index}"
+        schemes |= {f"{block}.{name}": W8A8 for name in ("attn.qkv", "attn.proj", "mlp.gate_proj", "mlp.up_proj")}
+        schemes |= {f"{layer}.self_attn.{name}_proj": W8A8 for name in "qkvo"}
+        schemes |= {f"{layer}.mlp.{name}_proj": W8A8 for name in ("gate", "up")}
+        schemes |= {f"{block}.mlp.down_proj": FLOAT, f"{layer}.mlp.down_proj": FLOAT}
+    return schemes

@@ -113,7 +113,7 @@ def test_the_program_is_one_screen() -> None:
 LONGEST = 330  # lines
 
 
-@pytest.mark.parametrize("folder", ["vlqc", "passes", "kernels_ref", "tools"])
+@pytest.mark.parametrize("folder", ["vlqc", "passes", "kernels_ref", "tools", "tests"])
 def test_files_can_be_read_in_one_go(folder: str) -> None:
     """Catches a file that has grown until nobody reads it as a whole."""
     lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in python_files(folder)}

@@ -20,8 +20,7 @@ from vlqc.layer_globs import check_layers
 from vlqc.lockstep import Lockstep
 from vlqc.model import FloatModel
 from vlqc.options import Options
-from vlqc.pass_manager import PassManager
-from vlqc.pipeline import Pass, pipeline_of
+from vlqc.pipeline import Pass, PassManager, pipeline_of
 from vlqc.progress import Progress, heard
 from vlqc.result import Result
 from vlqc.samples import by_pictures, refuse_both

@@ -1,9 +1,10 @@
-"""Runs passes over a stage, and believes none of them: what a pass says that it did is compared with what is there."""
+"""What a pass is, and who runs passes: what one says that it did is compared with what is there."""
 
 import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -12,11 +13,29 @@ from vlqc.invariants import check
 from vlqc.ir import Stage
 from vlqc.memory import return_memory
 from vlqc.pass_places import place_of
-from vlqc.pipeline import REGISTRY, Pass
 from vlqc.printer import print_stage
 from vlqc.tensor_facts import fingerprints
 
 FOREIGN = "look at {}, which does not come with vlqc"
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One step over one stage. Subclasses are frozen dataclasses whose fields are their options.
+
+    name: kebab-case; kind: an analysis measures and decides, a rewrite changes weights, modules or the graph;
+    summary: one line for `vlqc passes`; after: passes that must have run; before: passes that must not have.
+    """
+
+    name: ClassVar[str]
+    kind: ClassVar[Literal["analysis", "rewrite"]]
+    summary: ClassVar[str]
+    after: ClassVar[tuple[str, ...]] = ()
+    before: ClassVar[tuple[str, ...]] = ()
+
+    def run(self, stage: Stage) -> bool:
+        """Works on `stage` in place; whether anything changed."""
+        raise TypeError(f"{type(self).__name__} does not say what it does: define run(stage) -> bool")
 
 
 @dataclass
@@ -92,7 +111,7 @@ def _broken(step: Pass, promise: str) -> InternalError:
 
 
 def _is_own(step: Pass) -> bool:
-    return REGISTRY.get(getattr(step, "name", "")) == place_of(type(step))
+    return type(step).__module__.partition(".")[0] == "vlqc"
 
 
 @dataclass(frozen=True)
@@ -107,3 +126,9 @@ class _Evidence:
         """Whether the tensor of this name was the same one, at the same place, and nothing was written to it since."""
         known, place, version = self.marks.get(name, (None, 0, 0))
         return known is not None and known() is tensor and (place, version) == (tensor.data_ptr(), tensor._version)
+
+
+def require(holds: bool, what: str) -> None:
+    """For a pass's __post_init__: ValueError unless it holds; a pipeline text makes that a fault of the user's."""
+    if not holds:
+        raise ValueError(what)

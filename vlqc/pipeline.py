@@ -1,4 +1,4 @@
-"""What a pass is; where passes are found; a pipeline of them as text and back, and in which order they may stand.
+"""Where passes are found; a pipeline of them as text and back; in which order they may stand; what options build.
 
 A pipeline text is a comma-separated list of pass names, each with its options in braces, as in MLIR:
 
@@ -9,14 +9,15 @@ A name is one of the table below, one that an installed package offers, or `modu
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 from torch import nn
 
 from vlqc.errors import Fault, UserError, near_miss
-from vlqc.ir import Stage
 from vlqc.options import Options
+from vlqc.pass_manager import Pass as Pass
+from vlqc.pass_manager import PassManager as PassManager
+from vlqc.pass_manager import require as require
 from vlqc.pass_places import class_at, installed_places, is_place, place_of
 from vlqc.pipeline_syntax import parse_steps, print_steps
 
@@ -40,31 +41,6 @@ ENTRY_POINTS = "vlqc.passes"  # the group in which installed packages offer pass
 RUNNERS = ("insert-observers",)  # passes that run a stage's samples
 HANDING_ON = (*RUNNERS, "propagate-quantized")  # passes that decide what later stages are given
 MEASURING = "measure-sensitivity"  # what a precision search goes by
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One step over one stage. Subclasses are frozen dataclasses whose fields are their options.
-
-    name: kebab-case; kind: an analysis measures and decides, a rewrite changes weights, modules or the graph;
-    summary: one line for `vlqc passes`; after: passes that must have run; before: passes that must not have.
-    """
-
-    name: ClassVar[str]
-    kind: ClassVar[Literal["analysis", "rewrite"]]
-    summary: ClassVar[str]
-    after: ClassVar[tuple[str, ...]] = ()
-    before: ClassVar[tuple[str, ...]] = ()
-
-    def run(self, stage: Stage) -> bool:
-        """Works on `stage` in place; whether anything changed."""
-        raise TypeError(f"{type(self).__name__} does not say what it does: define run(stage) -> bool")
-
-
-def require(holds: bool, what: str) -> None:
-    """For a pass's __post_init__: ValueError unless it holds; a pipeline text makes that a fault of the user's."""
-    if not holds:
-        raise ValueError(what)
 
 
 def load_pass(name: str) -> type[Pass]:

@@ -58,7 +58,7 @@ def test_fewer_layers_where_the_disk_is_small() -> None:
         bench_scale.fitting(case, 1000)
 
 
-@pytest.mark.parametrize(("layers", "vision_layers"), [(4, None), (None, 10), (-1, None)])
+@pytest.mark.parametrize(("layers", "vision_layers"), [(4, None), (None, 10), (-1, None), (0, None), (None, 0)])
 def test_layers_that_a_size_does_not_have(layers: int | None, vision_layers: int | None) -> None:
     """Catches an extrapolation to a model that does not exist."""
     with pytest.raises(ValueError, match="7B has 3 layers"):
@@ -76,6 +76,10 @@ def test_layers_that_did_not_run_count_as_the_mean_of_those_that_did() -> None:
     figures: dict[str, Any] = {"phases": {"forward": 37.0, "weights": 4.0, "imports": 3.0}, "stages": stages}
     every = bench_scale.extrapolated(figures, Case.of("7B", 2, 1))
     assert every == {"forward": 37.0 + 8 * 2 + 15, "weights": 4.0 + 2, "imports": 3.0}
+    # Of nine blocks, one attends to the whole picture.
+    stages["visual.blocks.1"] = {"forward": 50.0}
+    every = bench_scale.extrapolated({"phases": {"forward": 87.0}, "stages": stages}, Case.of("7B", 3, 2))
+    assert every["forward"] == 87.0 + 7 * 2 + 15
 
 
 def test_work_by_hand() -> None:

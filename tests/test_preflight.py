@@ -82,3 +82,22 @@ def test_command(tmp_path: Path) -> None:
     assert not save.exists()
     for word in ("W8A8", "FLOAT", "size", "memory", "time", "disk", "loads in", "MindIE", "vLLM Ascend"):
         assert word in ended.output
+
+
+def test_one_plan_or_one_look(tmp_path: Path) -> None:
+    """Catches a plan that begins to compile because of another option."""
+    places = ["--model_path", str(TINY), "--calib_images", str(TINY), "--save_directory", str(tmp_path / "out")]
+    ended = CliRunner().invoke(app, ["compile", *places, "--plan", "--stop_after", "smooth-m2"])
+    assert ended.exit_code == 2 and "--plan with --stop_after" in ended.stderr
+
+
+def test_memory_that_is_not_allowed(
+    samples: list[dict[str, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a plan that is silent about what the run refuses at once, or notes."""
+    given = {"model_path": TINY, "save_directory": tmp_path / "out", "samples": samples}
+    monkeypatch.setattr("vlqc.memory_need._available", lambda: 1)
+    assert any("GiB are free" in note for note in preflight(**given).notes)
+    monkeypatch.setattr("resource.getrlimit", lambda kind: (1 << 20, 1 << 20))
+    with pytest.raises(UserError, match="not enough memory is allowed"):
+        preflight(**given)

@@ -180,6 +180,12 @@ def test_alone_without_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_broken_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a traceback for RANK=x, and one for processes that were not started by torchrun."""
     monkeypatch.setenv("RANK", "x")
+    for rank, said in (("9" * 20, "RANK is '9999"), ("2", "RANK is 2, WORLD_SIZE 2")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(UserError, match=said), joined():
+            pass
+    monkeypatch.setenv("RANK", "x")
     with pytest.raises(UserError, match="RANK is 'x'"), joined():
         pass
     monkeypatch.setenv("RANK", "1")

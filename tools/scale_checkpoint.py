@@ -43,7 +43,11 @@ class Case:
     def of(cls, size: str, layers: int | None = None, vision_layers: int | None = None) -> "Case":
         """None: all that the size has. ValueError for more than that, or none."""
         full = SIZES[size]
-        case = cls(size, layers or full.layers, vision_layers or full.vision_layers)
+        case = cls(
+            size,
+            full.layers if layers is None else layers,
+            full.vision_layers if vision_layers is None else vision_layers,
+        )
         if not (1 <= case.layers <= full.layers and 1 <= case.vision_layers <= full.vision_layers):
             raise ValueError(f"{size} has {full.layers} layers and {full.vision_layers} vision layers")
         return case
@@ -61,11 +65,14 @@ class Case:
         return self.size in TIED
 
     @property
+    def whole_picture(self) -> list[int]:
+        """Numbers of the vision blocks that attend to the whole picture: at least one does."""
+        return list(range(FULL_EVERY - 1, self.vision_layers, FULL_EVERY)) or [self.vision_layers - 1]
+
+    @property
     def config(self) -> dict[str, Any]:
         config = config_of(self.shape, "bfloat16", self.tied)
-        last = {self.vision_layers - 1}
-        every = set(range(FULL_EVERY - 1, self.vision_layers, FULL_EVERY))
-        config["vision_config"]["fullatt_block_indexes"] = sorted(every or last)
+        config["vision_config"]["fullatt_block_indexes"] = self.whole_picture
         return config
 
 

@@ -20,7 +20,7 @@ from vlqc.answering import (
 )
 from vlqc.command_help import BARE, EXAMPLES, GUIDE
 from vlqc.command_options import with_options
-from vlqc.errors import UserError
+from vlqc.errors import Fault, UserError
 from vlqc.looking_commands import diff_command, dump_command, look_until, run_pass_command
 from vlqc.option_values import Refused, read_bool
 from vlqc.options import PANELS, Options
@@ -105,6 +105,9 @@ def compile_command(
     **options: Any,
 ) -> None:
     """Quantize a checkpoint: float folder in, int8 folder out."""
+    if plan and stop_after is not None:
+        why = "one says what a whole compilation would do, the other begins one"
+        raise UserError(Fault("--plan with --stop_after", why=why, fix="leave out one of them"))
     if stop_after is not None:
         look_until(stop_after, answer, **options)
         return
@@ -113,6 +116,8 @@ def compile_command(
         from vlqc.preflight import preflight, render
 
         planned = preflight(**options)
+        if not here().first:
+            return
         answer.give(planned.described(), lambda console: render(planned, console))
         return
 

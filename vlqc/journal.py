@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from vlqc.checkpoint import Checkpoint
-from vlqc.emit import FolderEmitter, expected_bytes
+from vlqc.emit import FolderEmitter
 from vlqc.emit.folder import DISK_FAULTS, JOURNAL, OUTPUTS, nearest_folder, restore_replaced, unwritable
 from vlqc.emit.manifest import MANIFEST, write_manifest
 from vlqc.emit.shards import Damaged, sync
@@ -31,6 +31,7 @@ from vlqc.memory_need import GIB, needed_memory, ran_out, require_memory
 from vlqc.model import FloatModel
 from vlqc.options import Options
 from vlqc.pipeline import Pass, print_pipeline
+from vlqc.planned import needed_room
 from vlqc.probe import PROBE
 from vlqc.tally import Tally
 from vlqc.world import World
@@ -57,7 +58,7 @@ def journaled(
         return
     restore_replaced(options.save_directory)
     facts = facts_of(options, print_pipeline(pipeline), model, samples) | sources_of(map(type, pipeline))
-    needed = expected_bytes(model, options, samples)
+    needed = needed_room(model, options, pipeline, samples)
     work = take_up(options, facts, needed, lambda told: tally.note([told], of_run=True))
     journal = Journal(model, world, work, tally)
     keep = True

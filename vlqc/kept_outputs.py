@@ -11,7 +11,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-LINE = 64  # elements: a tensor comes back as far from a multiple of that as it was: arithmetic may depend on it
+from vlqc.tensor_layout import bytes_of, laid_out, offset_of
+
 PLAIN = (type(None), bool, int, float, str)
 DTYPES = {str(it).removeprefix("torch."): it for it in (
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
@@ -29,9 +30,9 @@ def described(value: Any, place: Callable[[Tensor], int]) -> Any:
         dtype = str(value.dtype).removeprefix("torch.")
         if dtype not in DTYPES:
             raise CannotBeKept(dtype)
-        offset = int(value.storage_offset()) % LINE
         on_device = value.device.type != "cpu"
-        return {"tensor": [dtype, list(value.shape), list(value.stride()), offset, on_device, place(value)]}
+        layout = [dtype, list(value.shape), list(value.stride()), offset_of(value)]
+        return {"tensor": [*layout, on_device, place(value)]}
     if type(value) in (tuple, list):
         return {type(value).__name__: [described(each, place) for each in value]}
     if type(value) is dict and all(type(key) is str for key in value):
@@ -48,9 +49,8 @@ def rebuilt(description: Any, fill: Callable[[Tensor, int], None], device: torch
     ((kind, content),) = description.items()
     if kind == "tensor":
         dtype, shape, stride, offset, on_device, begin = content
-        flat = torch.empty(offset + span(shape, stride), dtype=DTYPES[dtype])[offset:]
-        fill(flat.view(torch.uint8), begin)
-        tensor = flat.as_strided(shape, stride)
+        tensor, room = laid_out(DTYPES[dtype], shape, stride, offset)
+        fill(room, begin)
         return tensor.to(device) if on_device else tensor
     if kind == "dict":
         return {key: rebuilt(each, fill, device) for key, each in content.items()}
@@ -83,9 +83,7 @@ class OutputsWriter:
 
     def _write(self, tensor: Tensor) -> int:
         begin = self._file.tell()
-        length = span(list(tensor.shape), list(tensor.stride()))
-        flat = tensor.detach().as_strided((length,), (1,)).cpu().view(torch.uint8)
-        self._file.write(flat.numpy().data)
+        self._file.write(bytes_of(tensor).cpu().numpy().data)
         return begin
 
 
@@ -103,10 +101,3 @@ def read_value(path: Path, description: Any, device: torch.device) -> Any:
                 rest = rest[got:]
 
         return rebuilt(description, fill, device)
-
-
-def span(shape: list[int], stride: list[int]) -> int:
-    """How many elements lie between the first and the last one of a tensor, both included."""
-    if 0 in shape:
-        return 0
-    return 1 + sum((length - 1) * step for length, step in zip(shape, stride, strict=True))

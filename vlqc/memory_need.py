@@ -32,6 +32,11 @@ def needed_memory(model: FloatModel, samples: Sequence[Mapping[str, Tensor]], bu
     return largest_stage(model) * STAGE_BYTES + OBSERVED_BYTES + _held(model, samples, budget)
 
 
+def spilled_bytes(model: FloatModel, samples: Sequence[Mapping[str, Tensor]], budget: float | None) -> int:
+    """Bytes of tensors between stages that lie on the disk, for a budget as in `needed_memory`."""
+    return _held(model, samples, None) - _held(model, samples, budget)
+
+
 def largest_stage(model: FloatModel) -> int:
     """How many weights it has."""
     return max(sum(it.numel() for it in model.parameters(stage).values()) for stage in model.stages.values())

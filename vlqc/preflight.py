@@ -19,19 +19,19 @@ from torch import Tensor
 from vlqc.calibration import calibrate_on
 from vlqc.checkpoint import Checkpoint
 from vlqc.device import resolve_device
-from vlqc.emit import expected_bytes, kept_bytes
-from vlqc.emit.ascend import emitted_dtype, header_bytes
+from vlqc.emit.ascend import emitted_dtype
 from vlqc.emit.folder import nearest_folder
 from vlqc.engine_versions import Span, span
-from vlqc.engines import ENGINE_TITLES, Scheme, fused_group, group_faults, part_of
+from vlqc.engines import ENGINE_TITLES, Scheme, group_faults, part_of
 from vlqc.errors import printable
 from vlqc.ir import Site
 from vlqc.layer_globs import check_layers
 from vlqc.memory import peak_memory
-from vlqc.memory_need import needed_memory
+from vlqc.memory_need import needed_memory, require_memory
 from vlqc.model import FloatModel
 from vlqc.options import Options
-from vlqc.pipeline import parse_pipeline, pipeline_of, pipeline_text
+from vlqc.pipeline import pipeline_of
+from vlqc.planned import needed_room, output_bytes, planned_sites
 from vlqc.progress import duration, in_model_order, readable_bytes
 from vlqc.tally import foreseen
 
@@ -68,26 +68,30 @@ class Preflight:
     def described(self) -> dict[str, Any]:
         """The same for JSON."""
         counts = [{"part": part, "scheme": str(it), "linears": count} for (part, it), count in self.counts.items()]
-        return {**vars(self), "counts": counts}
+        return {**vars(self), "counts": counts, "fits": self.disk_needed <= self.disk_free}
 
 
 def preflight(*, samples: Sequence[dict[str, Tensor]] | None = None, **given: Any) -> Preflight:
     """The options of a compilation -> what it would do. UserError for unusable input, as in the real run."""
     options = Options.from_user(**given)
-    pipeline_of(options)
     resolve_device(options.device_type)
     checkpoint = Checkpoint(options.model_path)
     model = FloatModel.of(checkpoint, trust_remote_code=options.trust_remote_code)
     check_layers(model, options)
     calibration = calibrate_on(samples, options, model.module)
+    memory = needed_memory(model, calibration.samples, options.memory_budget)
+    short: list[str] = []
+    require_memory(memory, model.checkpoint.weight_files(), short.extend)
     tokens = sum(sample["input_ids"].numel() for sample in calibration.samples)
     patches = sum(len(sample["pixel_values"]) for sample in calibration.samples if "pixel_values" in sample)
-    sites = planned_sites(model, options)
+    passes = pipeline_of(options)
+    sites = planned_sites(model, passes)
     schemes = {name: site.scheme or Scheme.FLOAT for name, site in sites.items()}
     dtype = str(emitted_dtype(checkpoint.dtype)).removeprefix("torch.")
     notes = [
         *foreseen(options, checkpoint.dtype),
         *calibration.notes,
+        *short,
         *([BEFORE_SEARCH] if options.fallback == "auto" else []),
     ]
     counts: dict[tuple[str, str], int] = {}
@@ -101,54 +105,13 @@ def preflight(*, samples: Sequence[dict[str, Tensor]] | None = None, **given: An
         bytes_after=after,
         tokens=tokens,
         patches=patches,
-        memory=peak_memory() + needed_memory(model, calibration.samples, options.memory_budget),
+        memory=peak_memory() + memory,
         seconds=expected_seconds(model, sites, tokens, patches, after),
-        disk_needed=max(after, expected_bytes(model, options) if options.fallback == "auto" else 0)
-        + kept_bytes(model, calibration.samples),
+        disk_needed=needed_room(model, options, passes, calibration.samples),
         disk_free=shutil.disk_usage(nearest_folder(options.save_directory)).free,
         engines=[str(found) for engine in ENGINE_TITLES if (found := loading(engine, schemes, dtype, options))],
         notes=list(dict.fromkeys(notes)),
     )
-
-
-def planned_sites(model: FloatModel, options: Options) -> dict[str, Site]:
-    """Every Linear of the stages by name, with the scheme that the pipeline's pass for that would give it."""
-    assign: Any = next((step for step in parse_pipeline(pipeline_text(options)) if hasattr(step, "choose")), None)
-    sites, layers = {}, set(model.layers)
-    for stage in model.stages.values():
-        for name, parameter in model.parameters(stage).items():
-            layer = name.removesuffix(".weight")
-            if layer in layers:
-                sites[layer] = Site(layer, layer, fused_group(layer)[0], (parameter.shape[0], parameter.shape[1]))
-    for layer, site in sites.items():
-        members = [sites[member] for member in fused_group(layer) if member in sites]
-        if assign is not None and site is members[0]:
-            decision = assign.choose(members)
-            for member in members:
-                member.scheme, member.reason = decision.scheme, decision.reason
-                member.group_size = assign.group_size if decision.scheme == Scheme.W4A8_DYNAMIC else None
-    return sites
-
-
-def output_bytes(model: FloatModel, sites: dict[str, Site], *, packed: bool) -> int:
-    """Of all tensors of the result. packed: two 4-bit weights per byte, with the correction that this needs."""
-    wide = emitted_dtype(model.checkpoint.dtype).itemsize
-    total = header_bytes(model.checkpoint)
-    for name, parameter in model.parameters(model.module).items():
-        site = sites.get(name.removesuffix(".weight"))
-        if site is None or site.scheme in (None, Scheme.FLOAT):
-            total += parameter.numel() * wide
-            continue
-        outputs, inputs = site.shape
-        total += 8 * outputs  # scale and offset
-        if site.scheme == Scheme.W8A8:
-            total += inputs * outputs + (8 if wide == 2 else 12) * outputs + 8
-        elif site.scheme == Scheme.W8A8_DYNAMIC:
-            total += inputs * outputs
-        else:
-            groups = inputs // (site.group_size or inputs)
-            total += inputs * outputs // (2 if packed else 1) + 8 * groups * outputs + (4 * outputs if packed else 0)
-    return total
 
 
 def expected_seconds(model: FloatModel, sites: dict[str, Site], tokens: int, patches: int, written: int) -> float:

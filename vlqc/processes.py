@@ -7,10 +7,12 @@ an error on one ends all; one that was killed is noticed there as a broken conne
 
 import contextlib
 import datetime
-import functools
 import io
 import os
 import pickle
+import socket
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -22,16 +24,17 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from vlqc.errors import Fault, InternalError, UserError, VlqcError
+from vlqc.tensor_layout import bytes_of, laid_out, offset_of
 from vlqc.world import World
 
 T = TypeVar("T")
 
 ARRIVAL = datetime.timedelta(minutes=5)  # until all processes have started
+A_MOMENT = 0.2  # seconds
 # Between two meetings: more than any one task of a stage, or the first process's last checks of the result, takes. It
 # is for machines that fall silent; a process that ends is noticed at once.
 SILENCE = datetime.timedelta(hours=1)
 LIBRARIES = {"cuda": "nccl", "npu": "hccl"}
-LINE = 64  # elements: a received tensor lies as far from a multiple of that as the one that was sent
 
 
 class ProcessLost(UserError):
@@ -173,9 +176,8 @@ class _Packed:
     def _set_aside(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return None
-        span = _span(value.shape, value.stride())
-        self.tensors.append(value.detach().as_strided((span,), (1,)).view(torch.uint8))
-        layout = tuple(value.shape), value.stride(), value.storage_offset() % LINE
+        self.tensors.append(bytes_of(value))
+        layout = tuple(value.shape), value.stride(), offset_of(value)
         return str(value.dtype).removeprefix("torch."), *layout, value.device.type != "cpu"
 
 
@@ -193,18 +195,10 @@ class _Received:
 
     def _make(self, layout: Any) -> Tensor:
         dtype, shape, stride, offset, on_device = layout
-        span = _span(shape, stride)
         device = self._device if on_device else None
-        flat = torch.empty(offset + span, dtype=getattr(torch, dtype), device=device)[offset:]
-        self.tensors.append(flat.view(torch.uint8))
-        return flat.as_strided(shape, stride)
-
-
-def _span(shape: Any, stride: Any) -> int:
-    """How many elements lie between the first and the last one of a tensor, both included."""
-    if 0 in shape:
-        return 0
-    return int(1 + sum((length - 1) * step for length, step in zip(shape, stride, strict=True)))
+        tensor, content = laid_out(getattr(torch, dtype), shape, stride, offset, device)
+        self.tensors.append(content)
+        return tensor
 
 
 def _bytes(size: int) -> Tensor:
@@ -228,7 +222,8 @@ def _error_of(report: bytes, rank: int) -> VlqcError:
 
 def _lost(why: str, world: Processes) -> ProcessLost:
     what = f"another of the {world.size} processes of this run has ended, or does not answer any more"
-    fix = "see what it said itself; one that says nothing was killed, usually because memory ran out"
+    fix = "see what it said itself; one that says nothing was killed, usually because memory ran out. "
+    fix += "If a stage was finished, the same command with --resume goes on from there"
     return ProcessLost(Fault(what, f"process {world.rank}", why, fix))
 
 
@@ -237,11 +232,51 @@ def _one_line(error: BaseException) -> str:
     return str(error).split("\n")[0].rpartition("] ")[2].partition(". ")[0] or type(error).__name__
 
 
-@functools.cache
+_stores: list[Store] = []
+
+
 def _store() -> Store:
-    """Where processes find each other: torchrun's own, which outlives all of them."""
-    store: Store = next(iter(rendezvous("env://", timeout=ARRIVAL)))[0]
-    return store
+    """Where processes find each other: torchrun's own, which outlives all of them. RuntimeError if there is none.
+
+    Waited for in another thread: while torch waits, nobody hears Ctrl-C.
+    """
+    trouble: list[BaseException] = []
+
+    def find() -> None:
+        try:
+            _stores.append(next(iter(rendezvous("env://", timeout=ARRIVAL)))[0])
+        except BaseException as error:
+            trouble.append(error)
+
+    if not _stores:
+        _reach_first_process()
+        finding = threading.Thread(target=find, daemon=True)
+        finding.start()
+        while finding.is_alive():
+            finding.join(A_MOMENT)
+    if trouble:
+        raise trouble[0]
+    return _stores[0]
+
+
+def _reach_first_process() -> None:
+    """Waits until something listens where the others meet. RuntimeError if nothing ever does.
+
+    torch would wait, too, and print pages of its own stack meanwhile.
+    """
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+    if not address or not port.isdecimal() or (os.environ.get("RANK") == "0" and not by_torchrun):
+        return
+    until = time.monotonic() + ARRIVAL.total_seconds()
+    while True:
+        try:
+            socket.create_connection((address, int(port)), timeout=A_MOMENT * 10).close()
+            return
+        except (OSError, OverflowError) as error:
+            if time.monotonic() > until:
+                raise RuntimeError(f"nobody answers at {address}:{port}: {error}") from error
+            time.sleep(A_MOMENT)
 
 
 _times = iter(range(2**31))  # all processes join equally often; each time under new names

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+DIGITS = 9  # of a number of processes
 
 
 class World:
@@ -113,6 +114,9 @@ def joined() -> Iterator[World]:
     if _here.size > 1 or size <= 1:
         yield _here
         return
+    if rank >= size:
+        fix = "start the processes with torchrun, or unset RANK and WORLD_SIZE"
+        raise UserError(Fault(f"RANK is {rank}, WORLD_SIZE {size}", "the environment", "processes count from 0", fix))
 
     from vlqc.processes import Processes
 
@@ -134,9 +138,9 @@ def joined() -> Iterator[World]:
 
 def _number(name: str, otherwise: int) -> int:
     text = os.environ.get(name, str(otherwise))
-    if not text.isdecimal():
+    if not text.isdecimal() or len(text) > DIGITS:
         fix = "start the processes with torchrun, or unset it"
-        raise UserError(Fault(f"{name} is {text!r}", "the environment", "a whole number is wanted", fix))
+        raise UserError(Fault(f"{name} is {text[:40]!r}", "the environment", "a whole number is wanted", fix))
     return int(text)
 
 

@@ -15,11 +15,12 @@ from vlqc.dumps import bundle_facts as facts
 from vlqc.dumps.files import State, with_suffix, write_or_link
 from vlqc.errors import Fault, UserError
 from vlqc.ir import WEIGHT_PARTS, Call, Stage, digest, exact_bfloat16, fingerprint
-from vlqc.kept_outputs import CannotBeKept, described, span
+from vlqc.kept_outputs import CannotBeKept, described
 from vlqc.kernels_ref.linear import GroupQuantLinear, QuantLinear, StaticQuantLinear
 from vlqc.kernels_ref.norm import ShiftedNorm
 from vlqc.pipeline import WRAPPERS
 from vlqc.printer import print_stage
+from vlqc.tensor_layout import span
 from vlqc.untouched import Untouched
 
 PACKAGES = ("vlqc", "torch", "transformers", "numpy")
@@ -154,6 +155,6 @@ class _Entered:
         """The number of a tensor, of which the elements from its first to its last one are kept, flat."""
         if id(tensor) not in self._number:
             self._number[id(tensor)] = len(self.tensors)
-            length: Any = span(list(tensor.shape), list(tensor.stride()))
+            length: Any = span(tensor.shape, tensor.stride())
             self.tensors[str(len(self.tensors))] = tensor.detach().as_strided((length,), (1,)).cpu()
         return self._number[id(tensor)]

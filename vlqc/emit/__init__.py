@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from vlqc.checkpoint import Checkpoint
-from vlqc.emit import ascend, spool
+from vlqc.emit import spool
 from vlqc.emit.ascend import Entry
 from vlqc.emit.mindie import MindieEmitter
 from vlqc.emit.vllm_ascend import FolderEmitter
@@ -16,7 +16,7 @@ from vlqc.model import FloatModel
 from vlqc.options import Options
 from vlqc.precision_search import Plan
 
-__all__ = ["FolderEmitter", "emitter_for", "expected_bytes", "kept_bytes"]
+__all__ = ["FolderEmitter", "emitter_for", "kept_bytes", "waiting_bytes"]
 
 
 def emitter_for(options: Options, folder: Path, checkpoint: Checkpoint, *, writes: bool = True) -> FolderEmitter:
@@ -52,10 +52,9 @@ class NoEmitter(FolderEmitter):
         pass
 
 
-def expected_bytes(model: FloatModel, options: Options, samples: Sequence[Mapping[str, Tensor]] = ()) -> int:
-    """About how much room the result takes while it is made, and what is kept meanwhile to go on from."""
-    result = spool.expected_bytes(model) if options.fallback == "auto" else ascend.expected_bytes(model)
-    return result + kept_bytes(model, samples)
+def waiting_bytes(model: FloatModel) -> int:
+    """About how much room a result takes whose schemes are chosen last, with all that waits until then."""
+    return spool.expected_bytes(model)
 
 
 def kept_bytes(model: FloatModel, samples: Sequence[Mapping[str, Tensor]]) -> int:

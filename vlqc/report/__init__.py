@@ -5,6 +5,7 @@ from pathlib import Path
 from vlqc.engine_advice import serve_commands
 from vlqc.engine_versions import loads
 from vlqc.errors import Fault, UserError
+from vlqc.folders import output_faults
 from vlqc.report.facts import FILE, Facts, read_facts
 from vlqc.report.located import read_verification
 from vlqc.report.page import Made, render
@@ -32,6 +33,8 @@ def write_report(
     if output.exists() and output.suffix.lower() not in PAGES:
         why, fix = "a file of that name exists and is no page", "name a file that ends with .html"
         raise UserError(Fault(f"--output {output} is not written", why=why, fix=fix))
+    if faults := output_faults(f"--output {output} is not written", output, "--output"):
+        raise UserError(*faults)
     text = report_text(folder, timings=timings, verification=verification)
     try:
         output.write_text(text, encoding="utf-8")

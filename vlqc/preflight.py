@@ -72,8 +72,11 @@ class Preflight:
 
 
 def preflight(*, samples: Sequence[dict[str, Tensor]] | None = None, **given: Any) -> Preflight:
-    """The options of a compilation -> what it would do. UserError for unusable input, as in the real run."""
-    options = Options.from_user(**given)
+    """The options of a compilation -> what it would do. UserError for unusable input, as in the real run.
+
+    Without save_directory the room that is told is that of the current folder.
+    """
+    options = Options.without_saving(**given)
     pipeline_of(options)
     resolve_device(options.device_type)
     checkpoint = Checkpoint(options.model_path)

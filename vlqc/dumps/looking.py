@@ -88,7 +88,7 @@ def look_until(
         raise UserError(Fault(f"--stop_after {stop_after}", why="stages are looked at by one process", fix=fix))
     if given.get("dump_ir") is None:
         given.setdefault("print_after", stop_after)
-    options = Options.from_user(**{**given, "overwrite": True})  # the save folder stays as it is, whatever is in it
+    options = Options.without_saving(occupied=True, **given)  # the save folder stays as it is, whatever is in it
     pipeline = pipeline_of(options)
     require_pass("--stop_after", stop_after, pipeline)
     last = max(number for number, step in enumerate(pipeline) if step.name == stop_after)

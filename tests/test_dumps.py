@@ -111,7 +111,7 @@ def test_an_earlier_dump_goes_and_nothing_else(dump: Path, tmp_path: Path) -> No
     """Catches states of two runs side by side, and a file of the user's that is swept away with them."""
     shutil.copytree(dump / "visual.merger", tmp_path / "visual.merger")
     (tmp_path / "visual.merger" / "my notes.txt").write_text("mine")
-    trace(TINY, Dumper(tmp_path, stages=["visual.merger"], formats=["json"]))
+    trace(TINY, Dumper(tmp_path, stages=["visual.merger"], formats=["json"], overwrite=True))
     assert sorted(path.name for path in (tmp_path / "visual.merger").iterdir()) == ["00-traced.json", "my notes.txt"]
 
 
@@ -239,7 +239,7 @@ def test_dump_traces_on_pictures(tmp_path: Path) -> None:
     words = ("dump", str(TINY), "--stages", "visual.merger", "-o", str(tmp_path))
     assert told(*words, "--calib_images", str(photo))[0] == 0
     real = (tmp_path / "visual.merger" / "00-traced.vlqc").read_text()
-    assert told(*words)[0] == 0
+    assert told(*words, "--overwrite")[0] == 0
     assert (tmp_path / "visual.merger" / "00-traced.vlqc").read_text() != real
 
 

@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,12 @@ from vlqc.cli import app
 from vlqc.option_values import extra_of
 from vlqc.options import Options
 from vlqc.pipeline import REGISTRY
+from vlqc.preflight import preflight
 from vlqc.recipe import read_recipe
 
 DOCS = Path(vlqc.__file__).parent / "docs"
 ROOT = Path(__file__).parents[1]
+TINY_VL = ROOT / "tools" / "tiny_vl"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 ELSEWHERE = {"--quantization", "--strict", "--nproc-per-node", "--update-golden"}  # of vLLM, MindIE, torchrun, pytest
 
@@ -99,10 +103,21 @@ def test_every_choice_in_the_chinese_table_exists() -> None:
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", DOCS / "README.zh.md"], ids=lambda page: page.name)
 def test_recipes_in_pages_are_recipes(page: Path, tmp_path: Path) -> None:
-    """Catches an example recipe that vlqc refuses."""
+    """Catches an example recipe that vlqc refuses: its options, or what its layers are for the engines."""
     (recipe,) = re.findall(r"((?:    #.*\n)?    model_path: (?:.*\n    )+.*\n)", text(page))
     (tmp_path / "recipe.yaml").write_text(re.sub(r"^    ", "", recipe, flags=re.MULTILINE), encoding="utf-8")
-    assert read_recipe(tmp_path / "recipe.yaml", Options.model_fields)["exclude"] == ("visual.blocks.0.*", "*.o_proj")
+    given = read_recipe(tmp_path / "recipe.yaml", Options.model_fields)
+    places = {"model_path": TINY_VL, "calib_images": ROOT / "tests" / "photos", "save_directory": tmp_path / "int8"}
+    planned = preflight(**{**given, **places})
+    assert {f"excluded by {pattern}" for pattern in given["exclude"]} <= planned.reasons.keys()
+
+
+def test_the_progress_that_the_readme_gives() -> None:
+    """Catches an expression of the README that fails right after `import vlqc`, as a module does that nobody loaded."""
+    (given,) = re.findall(r"`progress=(vlqc\.[^`]+)`", text(ROOT / "README.md"))
+    code = f"import vlqc\nprint(type({given}).__name__)"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ran.stdout == "TerminalProgress\n", ran.stderr
 
 
 def test_migration_names_every_original_option() -> None:

@@ -6,7 +6,8 @@
     vlqc.write_report(folder, "page.html")                                             one page about a folder
 
 and, to look inside or to build other pipelines: Pass, PassManager, parse_pipeline, print_pipeline, Stage, Site, Edge,
-Observation, print_stage, parse. Everything is imported when it is first asked for, so `import vlqc` costs nothing.
+Observation, print_stage, parse. `progress=vlqc.TerminalProgress()` shows how far a compilation is. Everything
+is imported when it is first asked for, so `import vlqc` costs nothing.
 """
 
 import importlib
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from vlqc.pipeline import parse_pipeline as parse_pipeline
     from vlqc.pipeline import print_pipeline as print_pipeline
     from vlqc.printer import print_stage as print_stage
+    from vlqc.progress import TerminalProgress as TerminalProgress
     from vlqc.report import write_report as write_report
     from vlqc.result import Result as Result
     from vlqc.runtime import load as load
@@ -52,6 +54,7 @@ _HOME = {
     "parse_pipeline": "vlqc.pipeline:parse_pipeline",
     "print_pipeline": "vlqc.pipeline:print_pipeline",
     "print_stage": "vlqc.printer:print_stage",
+    "TerminalProgress": "vlqc.progress:TerminalProgress",
     "write_report": "vlqc.report:write_report",
     "Result": "vlqc.result:Result",
     "load": "vlqc.runtime:load",

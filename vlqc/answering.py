@@ -24,6 +24,7 @@ from typer.core import TyperGroup
 
 from vlqc.command_help import BARE
 from vlqc.errors import Fault, UserError, VlqcError
+from vlqc.folders import output_faults
 from vlqc.json_files import json_text
 from vlqc.world import here, joined
 
@@ -164,10 +165,12 @@ def together(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def check_file(flag: str, file: Path | None) -> None:
-    """UserError for a file that cannot be written: before the work, not after it."""
+    """UserError for a file that cannot be written, or lies in a checkpoint: before the work, not after it."""
     if file is not None and (file.is_dir() or not file.parent.is_dir()):
         why = "it is a folder" if file.is_dir() else f"there is no folder {file.parent}"
         raise UserError(Fault(f"{flag} {file} cannot be written", why=why, fix="name a file in an existing folder"))
+    if file is not None and (faults := output_faults(f"{flag} {file} is not written", file)):
+        raise UserError(*faults)
 
 
 def end_as_if_interrupted() -> None:

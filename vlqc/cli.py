@@ -86,7 +86,7 @@ def compile_command(
         typer.Option(
             "--plan",
             metavar=BARE,
-            help="Say what would be done, from headers alone, and stop.",
+            help="Say what would be done, from headers alone, and stop. --save_directory may be left out.",
             rich_help_panel=PANELS[4],
         ),
     ] = False,
@@ -96,7 +96,7 @@ def compile_command(
             "--stop_after",
             metavar="PASS",
             help="End after this pass on the stages of --dump_stages, or on all: for what --dump_ir and --print_after "
-            "show. No save folder is written.",
+            "show. No save folder is written, so --save_directory may be left out.",
             rich_help_panel=PANELS[5],
         ),
     ] = None,
@@ -111,7 +111,8 @@ def compile_command(
     if stop_after is not None:
         look_until(stop_after, answer, **options)
         return
-    Options.from_user(**options)  # before anything heavy is imported
+    # Before anything heavy is imported.
+    (Options.without_saving if plan else Options.from_user)(**options)
     if plan:
         from vlqc.preflight import preflight, render
 

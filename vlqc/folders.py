@@ -60,7 +60,31 @@ def _dump_rule(given: NamedFolders) -> list[Fault]:
         return [Fault(what, why="it lies in the save folder, which holds the finished checkpoint only", fix=fix)]
     if given.model_path is not None and _within(given.dump_ir.resolve(), given.model_path.resolve()):
         return [Fault(what, why="it lies in the model folder, which vlqc only reads", fix=fix)]
+    return output_faults(what, given.dump_ir)
+
+
+def output_faults(what: str, place: Path, flag: str = "") -> list[Fault]:
+    """What keeps an output from being written at `place`: files of a checkpoint, float or compiled, are only read.
+
+    what: names the place for the fault; flag: the option that names it, where `what` does not. Links are followed, and
+    looked at themselves, too: files of a checkpoint may be links.
+    """
+    fix = f"name a place elsewhere{flag and f' with {flag}'}"
+    for path in dict.fromkeys((place.absolute(), place.resolve())):
+        if path.is_file() and (path.suffix == ".safetensors" or path.name == "config.json"):
+            return [Fault(what, why="it is a file of a model, which vlqc only reads", fix=fix)]
+        checkpoint = next((folder for folder in (path, *path.parents) if _is_checkpoint(folder)), None)
+        if checkpoint is not None:
+            why = f"it lies in the checkpoint {checkpoint}, which vlqc only reads"
+            return [Fault(what, why=why, fix=fix)]
     return []
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a float or a compiled checkpoint, by its files."""
+    if (folder / "MANIFEST.json").is_file():
+        return True
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
 
 
 def _timings_rule(given: NamedFolders) -> list[Fault]:
@@ -78,7 +102,7 @@ def _timings_rule(given: NamedFolders) -> list[Fault]:
         if folder is not None and _within(given.timings.resolve(), folder.resolve()):
             why = f"it lies in the {kind} folder, and says nothing but what this machine did"
             return [Fault(what, why=why, fix="name a file elsewhere")]
-    return []
+    return output_faults(what, given.timings)
 
 
 def _pictures_rule(given: NamedFolders) -> list[Fault]:

@@ -51,6 +51,9 @@ def dump_command(
     trust_remote_code: Annotated[
         str, typer.Option("--trust_remote_code", metavar="True|False", help="Allow the checkpoint's own code to run.")
     ] = "False",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", metavar=BARE, help="Replace what --output holds of the same stages.")
+    ] = False,
     *,
     answer: Answer,
 ) -> None:
@@ -74,7 +77,7 @@ def dump_command(
 
     dumper = Dumper(
         output, stages=chosen.dump_stages, formats=chosen.dump_formats.split(","), model_path=model,
-        print_traced=output is None, show=show,
+        print_traced=output is None, show=show, overwrite=overwrite, flag="--output",
     )  # fmt: skip
     looked = trace(model, dumper, calib_images=calib_images, trust_remote_code=chosen.trust_remote_code)
     described = {**looked.described(), "texts": dict(zip(looked.stages, texts, strict=False))}

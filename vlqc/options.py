@@ -172,7 +172,9 @@ class Options(BaseModel):
     max_tokens: int | None = _option(
         None, "Most tokens of one sample; pictures are made smaller until they fit, nothing is cut.", DATA, least=FEWEST
     )
-    overwrite: bool = _option(False, "Replace a save folder that is not empty.", OUTPUT, flag=True)
+    overwrite: bool = _option(
+        False, "Replace a save folder that is not empty, and dumps of the same stages.", OUTPUT, flag=True
+    )
     resume: bool = _option(
         False,
         "Go on with an interrupted run of the same command, from the work folder that it has left beside the save "
@@ -261,14 +263,34 @@ class Options(BaseModel):
         return options
 
     @classmethod
-    def _checked(cls, given: Mapping[str, Any]) -> tuple[Self, list[Fault]]:
-        """The options and every fault but those of paths. In place of a bad value stands its default, None for a
-        required one, so that what does not depend on it can still be checked."""
+    def without_saving(cls, *, occupied: bool = False, **given: Any) -> Self:
+        """As `from_user`, for what writes no save folder: it may be left out, and lies in the current one then.
+
+        occupied: whether one that is given may hold anything.
+        """
+        named = cls._merged(given)
+        options, faults = cls._checked({"save_directory": "unnamed", **named})
+        ignored: dict[str, Any] = {} if "save_directory" in named else {"save_directory": None}
+        faults += path_faults(options.model_copy(update=ignored | ({"overwrite": True} if occupied else {})))
+        if faults:
+            raise UserError(*faults)
+        return options
+
+    @classmethod
+    def _merged(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """With underscores, and with what the recipe adds, if one is given."""
         named = {name.replace("-", "_"): value for name, value in given.items()}
         if (recipe := named.pop("recipe", None)) is not None:
             from vlqc.recipe import read_recipe
 
             named = read_recipe(recipe, cls.model_fields) | named
+        return named
+
+    @classmethod
+    def _checked(cls, given: Mapping[str, Any]) -> tuple[Self, list[Fault]]:
+        """The options and every fault but those of paths. In place of a bad value stands its default, None for a
+        required one, so that what does not depend on it can still be checked."""
+        named = cls._merged(given)
         faults = [_unknown(name, cls.model_fields) for name in named if name not in cls.model_fields]
         values = {name: value for name, value in named.items() if name in cls.model_fields}
         bad: set[str] = set()

@@ -72,8 +72,12 @@ class Preflight:
 
 
 def preflight(*, samples: Sequence[dict[str, Tensor]] | None = None, **given: Any) -> Preflight:
-    """The options of a compilation -> what it would do. UserError for unusable input, as in the real run."""
-    options = Options.from_user(**given)
+    """The options of a compilation -> what it would do. UserError for unusable input, as in the real run.
+
+    Without save_directory the room that is told is that of the current folder.
+    """
+    options = Options.without_saving(**given)
+    passes = pipeline_of(options)
     resolve_device(options.device_type)
     checkpoint = Checkpoint(options.model_path)
     model = FloatModel.of(checkpoint, trust_remote_code=options.trust_remote_code)
@@ -84,7 +88,6 @@ def preflight(*, samples: Sequence[dict[str, Tensor]] | None = None, **given: An
     require_memory(memory, model.checkpoint.weight_files(), short.extend)
     tokens = sum(sample["input_ids"].numel() for sample in calibration.samples)
     patches = sum(len(sample["pixel_values"]) for sample in calibration.samples if "pixel_values" in sample)
-    passes = pipeline_of(options)
     sites = planned_sites(model, passes)
     schemes = {name: site.scheme or Scheme.FLOAT for name, site in sites.items()}
     dtype = str(emitted_dtype(checkpoint.dtype)).removeprefix("torch.")

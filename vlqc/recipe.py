@@ -5,7 +5,7 @@
     calib_images: pictures
     save_directory: Qwen2.5-VL-7B-W8A8
     anti_method: m4
-    exclude: ["visual.blocks.0.*", "*.o_proj"]
+    exclude: ["*.o_proj"]
 
 Names and values are those of the command line, and a value means what it means there: every scalar stays the text that
 stands in the file until its option reads it. So YAML's own ideas of `yes`, `010`, `1:30` or a date never come in. A

@@ -14,6 +14,7 @@ from vlqc.engine_advice import cannot_load, engine_notes, serve_commands
 from vlqc.engine_versions import loads
 from vlqc.engines import Scheme, part_of
 from vlqc.errors import Fault, UserError
+from vlqc.file_digest import file_digest
 from vlqc.ir import Stage
 from vlqc.memory import peak_memory
 from vlqc.options import Options
@@ -26,6 +27,7 @@ from vlqc.report.timings import Timings, installed, machine
 from vlqc.result import Result
 from vlqc.runtime import read_description
 from vlqc.verify import verify_unfinished
+from vlqc.verify.manifest import MANIFEST
 from vlqc.world import here
 
 
@@ -181,6 +183,8 @@ class Tally:
     def _timings(self, passes: dict[str, float]) -> Timings:
         system, processors, versions = machine()
         return Timings(
+            manifest=file_digest(self.options.save_directory / MANIFEST),
+            kept=self.gathering.kept,
             seconds=time.perf_counter() - self._started,
             peak_bytes=peak_memory(),
             passes=self.gathering.pass_times(passes),

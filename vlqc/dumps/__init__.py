@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Protocol
 
-from vlqc.dumps.files import State, folder_name, remove_dumped
+from vlqc.dumps.files import State, dumped, folder_name, remove_dumped
 from vlqc.errors import Fault, UserError, near_miss
 from vlqc.ir import Stage
 from vlqc.options import Options
@@ -28,8 +28,9 @@ class Dumper:
 
     stages: patterns over the names of stages, none: all; formats: of `WRITERS`; print_after: name of a pass, after
     which the text of these stages is shown, by `show` or on stderr; print_traced: whether it is, as traced;
-    model_path: of the checkpoint. What an earlier run dumped for the same stage goes first: texts of two runs side by
-    side would tell nothing. UserError for files that cannot be written.
+    model_path: of the checkpoint; overwrite: whether what another run dumped of these stages goes first (texts of two
+    runs side by side would tell nothing); otherwise it is refused, at once. flag: the option that named the folder.
+    UserError for files that cannot be written.
     """
 
     def __init__(
@@ -42,11 +43,16 @@ class Dumper:
         print_traced: bool = False,
         model_path: Path | None = None,
         show: Callable[[str], object] | None = None,
+        overwrite: bool = False,
+        flag: str = "--dump_ir",
     ) -> None:
         self.folder, self.stages, self.print_after, self._show = folder, tuple(stages), print_after, show or _to_stderr
         self.print_traced = print_traced
         self.model_path, self._state = model_path, State(model_path)
         self._writers = [_writer(name) for name in formats] if folder is not None else []
+        self._overwrite, self._flag = overwrite, flag
+        if folder is not None and folder.is_dir():
+            self._require_free(folder, [path.name for path in sorted(folder.iterdir()) if self.wants(path.name)])
 
     @classmethod
     def of(cls, options: Options, passes: Sequence[Pass], *, active: bool) -> "Dumper":
@@ -60,6 +66,7 @@ class Dumper:
             formats=options.dump_formats.split(","),
             print_after=options.print_after,
             model_path=options.model_path,
+            overwrite=options.overwrite or options.resume,  # an interrupted run has dumped into the same folder
         )
 
     def wants(self, name: str) -> bool:
@@ -69,6 +76,7 @@ class Dumper:
     def traced(self, stage: Stage) -> None:
         if self.folder is not None and self.wants(stage.name):
             self._state = State(self.model_path)
+            self._require_free(self.folder, [folder_name(stage.name)])  # another run may have begun since
             remove_dumped(self.folder / folder_name(stage.name))
         if self.print_traced and self.wants(stage.name):
             self._show(print_stage(stage))
@@ -88,7 +96,16 @@ class Dumper:
             for write in self._writers:
                 write(stage, path, self._state)
         except OSError as error:
-            raise UserError(Fault("the dump cannot be written", str(path), str(error))) from error
+            fix = "give every run a folder of its own, where you may write and there is room"
+            raise UserError(Fault("the dump cannot be written", str(path), str(error), fix)) from error
+
+    def _require_free(self, folder: Path, stages: Sequence[str]) -> None:
+        """UserError if a stage's folder holds what another run dumped, unless that may go."""
+        taken = [] if self._overwrite else [name for name in stages if any(dumped(folder / name))]
+        if taken:
+            more = f" and {len(taken) - 1} more" if len(taken) > 1 else ""
+            fix = "name another folder, or add --overwrite to replace what was dumped of these stages"
+            raise UserError(Fault(f"{self._flag} {folder}", why=f"it holds a dump of {taken[0]}{more}", fix=fix))
 
 
 def _to_stderr(text: str) -> None:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from vlqc.ir import Stage
@@ -35,11 +35,15 @@ def with_suffix(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
 
 
-def remove_dumped(folder: Path) -> None:
-    """Removes what a dump wrote into the folder of a stage, and nothing else."""
+def dumped(folder: Path) -> Iterator[Path]:
+    """What a dump wrote into the folder of a stage, and nothing else."""
     for found in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if not DUMPED.fullmatch(found.name) or found.is_symlink():
-            continue
+        if DUMPED.fullmatch(found.name) and not found.is_symlink():
+            yield found
+
+
+def remove_dumped(folder: Path) -> None:
+    for found in dumped(folder):
         if found.is_dir():
             for file in found.iterdir():
                 file.unlink()

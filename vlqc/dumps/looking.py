@@ -15,6 +15,7 @@ from vlqc.dumps import Dumper, announcer, require_pass
 from vlqc.dumps.made_up_sample import made_up_sample
 from vlqc.emit.ascend import emitted_dtype
 from vlqc.errors import Fault, UserError
+from vlqc.folders import output_faults
 from vlqc.layer_globs import check_globs, check_layers
 from vlqc.lockstep import Lockstep
 from vlqc.model import FloatModel
@@ -53,12 +54,8 @@ def trace(
 
     One stage's weights are in memory at a time. UserError as from a compilation.
     """
-    if dumper.folder is not None and model_path.resolve() in (
-        dumper.folder.resolve(),
-        *dumper.folder.resolve().parents,
-    ):
-        why = "it lies in the model folder, which vlqc only reads"
-        raise UserError(Fault(f"--output {dumper.folder}", why=why, fix="name another folder"))
+    if dumper.folder is not None and (faults := output_faults(f"--output {dumper.folder}", dumper.folder)):
+        raise UserError(*faults)
     checkpoint = Checkpoint(model_path)
     model = FloatModel.of(checkpoint, trust_remote_code=trust_remote_code)
     check_globs(model.stages, what="stage", stages=dumper.stages)
@@ -91,7 +88,7 @@ def look_until(
         raise UserError(Fault(f"--stop_after {stop_after}", why="stages are looked at by one process", fix=fix))
     if given.get("dump_ir") is None:
         given.setdefault("print_after", stop_after)
-    options = Options.from_user(**{**given, "overwrite": True})  # the save folder stays as it is, whatever is in it
+    options = Options.without_saving(occupied=True, **given)  # the save folder stays as it is, whatever is in it
     pipeline = pipeline_of(options)
     require_pass("--stop_after", stop_after, pipeline)
     last = max(number for number, step in enumerate(pipeline) if step.name == stop_after)

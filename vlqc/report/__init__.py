@@ -5,11 +5,14 @@ from pathlib import Path
 from vlqc.engine_advice import serve_commands
 from vlqc.engine_versions import loads
 from vlqc.errors import Fault, UserError
+from vlqc.file_digest import file_digest
+from vlqc.folders import output_faults
 from vlqc.report.facts import FILE, Facts, read_facts
 from vlqc.report.located import read_verification
 from vlqc.report.page import Made, render
 from vlqc.report.timings import Timings
 from vlqc.verify.files import FolderFiles, open_folder
+from vlqc.verify.manifest import MANIFEST
 from vlqc.verify.report import Report
 
 __all__ = ["report_text", "write_report"]
@@ -24,7 +27,8 @@ def write_report(
     timings: str | Path | None = None,
     verification: str | Path | None = None,
 ) -> None:
-    """Writes the page about a compiled folder. UserError: it tells nothing, a file is damaged, no page can be written.
+    """Writes the page about a compiled folder. UserError: it tells nothing, no page can be written, or a file is
+    damaged or of another folder.
 
     timings: what `timings=` of a compilation wrote; verification: what `vlqc verify --locate --json_file` wrote.
     """
@@ -32,6 +36,8 @@ def write_report(
     if output.exists() and output.suffix.lower() not in PAGES:
         why, fix = "a file of that name exists and is no page", "name a file that ends with .html"
         raise UserError(Fault(f"--output {output} is not written", why=why, fix=fix))
+    if faults := output_faults(f"--output {output} is not written", output, "--output"):
+        raise UserError(*faults)
     text = report_text(folder, timings=timings, verification=verification)
     try:
         output.write_text(text, encoding="utf-8")
@@ -44,12 +50,23 @@ def report_text(folder: Path, *, timings: str | Path | None = None, verification
     """The page: the same text for the same files, wherever they lie."""
     facts = read_facts(folder)
     content = open_folder(folder, Report(str(folder)))
-    return render(
-        made_of(content, facts),
-        facts,
-        None if timings is None else timings_of(Path(timings), facts),
-        None if verification is None else read_verification(Path(verification)),
-    )
+    times = None if timings is None else timings_of(Path(timings), facts)
+    verified = None if verification is None else read_verification(Path(verification))
+    for path, told in ((timings, times), (verification, verified)):
+        if path is not None and told is not None and told.manifest:
+            _require_same(Path(path), told.manifest, folder)
+    return render(made_of(content, facts), facts, times, verified)
+
+
+def _require_same(path: Path, manifest: str, folder: Path) -> None:
+    """UserError for a file that speaks of another folder: `manifest` is the SHA-256 of that one's list of files."""
+    listed = folder / MANIFEST
+    own = file_digest(listed) if listed.is_file() else ""
+    if manifest != own:
+        has = f"that of {folder} has {own[:12]}" if own else f"{folder} has none"
+        why = f"its folder's {MANIFEST} has SHA-256 {manifest[:12]}, {has}"
+        fix = "give the file that was written for this folder"
+        raise UserError(Fault(f"{path.name} is of another folder than {folder}", str(path), why, fix))
 
 
 def timings_of(path: Path, facts: Facts) -> Timings:

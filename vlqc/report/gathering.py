@@ -35,6 +35,7 @@ class Gathering:
         self.active = active
         self.stages: list[StageFacts] = []
         self.stage_times: list[StageTime] = []
+        self.kept = 0  # stages of which an interrupted run has told
         self.raised: dict[str, int] = {}  # pass -> bytes by which it raised the peak of the process
         self._began = time.perf_counter()
         self._peak = peak_memory()
@@ -89,6 +90,7 @@ class Gathering:
     def restore(self, kept: Iterable[dict[str, Any]]) -> None:
         """Goes on from what `last` told of each finished stage."""
         self.stages = [StageFacts.model_validate_json(json.dumps(stage)) for stage in kept]
+        self.kept = len(self.stages)
 
     def settled(self, plan: Plan) -> None:
         """The precision search chose: sites get its schemes."""

@@ -26,7 +26,8 @@ class Table:
 @dataclass(frozen=True)
 class Verification:
     """ok: whether the folder passed; engine: whose rules were held; logits: (name, figure); located: the ranking, None
-    where it was not asked for; legend: what its columns mean; advice: (what, why, what to do)."""
+    where it was not asked for; legend: what its columns mean; advice: (what, why, what to do); manifest: SHA-256 of the
+    folder's MANIFEST.json, empty where the file does not tell it."""
 
     ok: bool
     engine: str
@@ -34,6 +35,7 @@ class Verification:
     located: Table | None
     legend: str
     advice: list[tuple[str, str, str]]
+    manifest: str = ""
 
 
 def read_verification(path: Path) -> Verification:
@@ -60,6 +62,7 @@ def _read(content: dict[str, Any]) -> Verification:
         located=_table(rows) if rows else None,
         legend=str(facts.get("in the table", "")),
         advice=[(str(it["what"]), str(it["why"]), str(it["fix"])) for it in content.get("advice", [])],
+        manifest=str(content.get("manifest") or ""),
     )
 
 

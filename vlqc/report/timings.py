@@ -26,9 +26,15 @@ class StageTime(Told):
 
 
 class Timings(Told):
-    """seconds: of the whole compilation; before: of them until the first stage; versions: of packages and Python."""
+    """seconds: of the whole compilation; versions: of packages and Python.
+
+    manifest: SHA-256 of the folder's MANIFEST.json, empty in files of older versions; kept: stages that an interrupted
+    run had finished: all else is of those that ran after the interruption.
+    """
 
     format: Literal["vlqc timings 1"] = "vlqc timings 1"
+    manifest: Name = ""
+    kept: Count = 0
     seconds: Magnitude
     peak_bytes: Count
     passes: tuple[PassTime, ...]

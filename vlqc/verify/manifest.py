@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from vlqc.file_digest import file_digest
 from vlqc.links import link_faults
 from vlqc.verify.folder import read_json
 from vlqc.verify.report import Report
@@ -36,6 +37,7 @@ def check_manifest(folder: Path, report: Report, *, finished: bool = True) -> No
     listed = _listed(folder, report)
     if listed is None:
         return
+    report.manifest = file_digest(folder / MANIFEST)
     report.look(CHECK, len(listed))
     there = {path.name for path in folder.iterdir()} - {MANIFEST}
     for name in sorted(there - listed.keys()):

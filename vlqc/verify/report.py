@@ -34,6 +34,7 @@ class Report:
 
     folder: str
     engine: str = ""
+    manifest: str = ""  # SHA-256 of the folder's MANIFEST.json: which folder this is of, wherever it lies
     examined: dict[str, int] = field(default_factory=dict)  # check -> how many things it looked at
     findings: list[Finding] = field(default_factory=list)  # the faults
     warnings: list[Finding] = field(default_factory=list)
@@ -62,6 +63,7 @@ class Report:
             "ok": self.ok,
             "folder": printable(self.folder),
             "engine": self.engine,
+            "manifest": self.manifest or None,
             "checks": self._rows(),
             "faults": [asdict(finding) for finding in self.findings],
             "warnings": [asdict(finding) for finding in self.warnings],

@@ -230,6 +230,24 @@ def test_disk_space_is_asked_for_before(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "times", [("x", 100), ("x", 101), ("x", 253), ("\u6a21", 34), ("\u6a21", 84), ("\udcff", 200)], ids=ascii
+)
+def test_long_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: tuple[str, int]) -> None:
+    """Catches folders beside the target that belong to another one too, and names with too many bytes for a system."""
+    name = times[0] * times[1]
+    target, others = tmp_path / name, [tmp_path / (name[:-1] + "y"), tmp_path / name[:-1]]
+    with working(target) as work:
+        assert work_folders(target) == [work.folder]
+        for other in others:
+            assert work_folders(other) == []
+        (work.result / "file").write_text("new")
+        work.publish(False)
+    cannot_exchange(monkeypatch)
+    write(target, overwrite=True, text="newer")
+    assert content(target) == {"file": "newer"} and around(target) == []
+
+
 def test_folders_of_others_stay(tmp_path: Path) -> None:
     """Catches a user's folder that goes because of how it is called, or a link that is followed."""
     theirs = [".out.partial-backup", ".out.partial-abcdefgh", ".out.replaced-backup"]

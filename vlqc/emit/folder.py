@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import hashlib
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from vlqc.errors import Fault, UserError
 
 FOLDER_MODE = 0o750
 FILE_MODE = 0o640
+NAME_BYTES, HASH_DIGITS = 100, 8  # of the target's name in those of folders beside it; most systems allow 255 in all
 # All that ever lies in a work folder: what is to appear, and what an interrupted run goes on from.
 RESULT, OUTPUTS, JOURNAL = WORK = ("result", "outputs", "journal.jsonl")
 # What a disk or its settings can answer to a write; any other fault inside is not one of the save folder.
@@ -177,11 +179,20 @@ def _names_in(folder: Path) -> set[str]:
 
 
 def _prefix(target: Path) -> str:
-    return f".{target.name[:100]}.partial-"
+    return f".{_short_name(target)}.partial-"
 
 
 def _replaced(target: Path) -> str:
-    return f".{target.name[:100]}.replaced-"
+    return f".{_short_name(target)}.replaced-"
+
+
+def _short_name(target: Path) -> str:
+    """The name of a folder, as it is or, where nothing could be added to it, cut; no other folder has the same one."""
+    encoded = os.fsencode(target.name)  # the system counts bytes
+    if len(encoded) <= NAME_BYTES:
+        return target.name
+    # Longer than any name that stays as it is, so it is none of those.
+    return f"{encoded[:NAME_BYTES].decode(errors='ignore')}-{hashlib.sha256(encoded).hexdigest()[:HASH_DIGITS]}"
 
 
 def _locked(folder: Path) -> int | None:

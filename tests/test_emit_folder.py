@@ -115,12 +115,12 @@ def test_the_exchange_has_no_moment_without_a_folder(tmp_path: Path, monkeypatch
         exchange(tmp_path / "one", tmp_path / "nowhere")
 
 
-def fail_on(call: int, real: Callable[..., Path]) -> Callable[..., Path]:
+def fail_on(call: int, real: Callable[..., Path], *, later_too: bool = False) -> Callable[..., Path]:
     calls = []
 
     def rename(path: Path, target: Path) -> Path:
         calls.append(path)
-        if len(calls) == call:
+        if len(calls) == call or (later_too and len(calls) > call):
             raise OSError(28, "No space left on device")
         return real(path, target)
 
@@ -139,21 +139,69 @@ def test_the_old_folder_comes_back_if_the_exchange_fails(
     monkeypatch.setattr(Path, "rename", fail_on(failing, Path.rename))
     with pytest.raises(OSError, match="No space left"):
         write(target, overwrite=True)
-    restore_replaced(target)  # an empty folder was made for it
     assert content(target) == {"file": "old"} and around(target) == []
 
 
+def killed_between(target: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An exchange that ended with the old folder moved aside and nothing in its place; where that now is."""
+    target.mkdir()
+    (target / "file").write_text("old")
+    with monkeypatch.context() as patched:
+        cannot_exchange(patched)
+        patched.setattr(Path, "rename", fail_on(2, Path.rename, later_too=True))
+        with pytest.raises(OSError, match="No space left"):
+            write(target, overwrite=True)
+    (aside,) = target.parent.iterdir()
+    assert aside.name.startswith(".out.replaced-")
+    return aside
+
+
 @pytest.mark.parametrize("stands", [False, True])
-def test_what_a_killed_run_moved_aside_comes_back(tmp_path: Path, stands: bool) -> None:
+def test_what_a_killed_run_moved_aside_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stands: bool
+) -> None:
     """Catches an old result that stays under a hidden name, or one that comes back over the new one."""
-    target, aside = tmp_path / "out", tmp_path / ".out.replaced-abc_1234"
-    aside.mkdir()
-    (aside / "file").write_text("old")
+    target = tmp_path / "out"
+    killed_between(target, monkeypatch)
     if stands:
         target.mkdir()
         (target / "file").write_text("new")
     restore_replaced(target)
     assert content(target) == {"file": "new" if stands else "old"} and around(target) == []
+
+
+@pytest.mark.parametrize("stands", [False, True])
+@pytest.mark.parametrize("foreign", ["no marker", "another's marker", "more beside it", "only a name", "nothing"])
+def test_what_no_run_moved_aside_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, foreign: str, stands: bool
+) -> None:
+    """Catches a user's folder that is deleted, or becomes the result, because of what it is called."""
+    target = tmp_path / "out"
+    aside = killed_between(target, monkeypatch)
+    if foreign in ("only a name", "nothing"):
+        (aside / "before" / "file").rename(aside / "file")
+        (aside / "before").rmdir()
+    if foreign == "nothing":
+        (aside / "file").unlink()
+    if foreign == "another's marker":
+        (aside / "moved_aside").write_text("vlqc has moved aside out2")
+    elif foreign == "more beside it":
+        (aside / "thesis.txt").write_text("x")
+    else:
+        (aside / "moved_aside").unlink()
+    if stands:
+        target.mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    restore_replaced(target)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_that_died_before_it_moved_anything_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a marked folder with nothing in it that stays for ever."""
+    aside = killed_between(tmp_path / "out", monkeypatch)
+    (aside / "before").rename(tmp_path / "out")
+    restore_replaced(tmp_path / "out")
+    assert content(tmp_path / "out") == {"file": "old"} and around(tmp_path / "out") == []
 
 
 def test_two_runs_at_once_do_not_meet(tmp_path: Path) -> None:
@@ -250,7 +298,7 @@ def test_long_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: tupl
 
 def test_folders_of_others_stay(tmp_path: Path) -> None:
     """Catches a user's folder that goes because of how it is called, or a link that is followed."""
-    theirs = [".out.partial-backup", ".out.partial-abcdefgh", ".out.replaced-backup"]
+    theirs = [".out.partial-backup", ".out.partial-abcdefgh", ".out.replaced-backup", ".out.replaced-abcdefgh"]
     for name in theirs:
         (tmp_path / name).mkdir()
         (tmp_path / name / "important").write_text("x")

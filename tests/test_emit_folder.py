@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from vlqc.emit.folder import InUse, WorkFolder, exchange, require_space, restore_replaced, work_folders
+from vlqc.emit.folder import InUse, WorkFolder, exchange, require_space, restore_replaced, unwritable, work_folders
 from vlqc.errors import UserError
 
 
@@ -267,6 +267,13 @@ def test_a_place_that_cannot_be_written_is_an_error_of_the_user(tmp_path: Path) 
     with pytest.raises(UserError, match="save folder cannot be made"):
         write(tmp_path / "file" / "out")
     assert (tmp_path / "file").read_text() == "x"
+
+
+@pytest.mark.parametrize("code", [errno.EBUSY, errno.EXDEV])
+def test_advice_for_a_mount_point(tmp_path: Path, code: int) -> None:
+    """Catches advice that cannot work, such as to free space, where a mount point went unnoticed until the end."""
+    told = str(unwritable(tmp_path / "out", OSError(code, os.strerror(code))))
+    assert "name a folder inside it" in told and "free space" not in told
 
 
 def test_disk_space_is_asked_for_before(tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ REMEDIES = {
     errno.EACCES: "choose a folder that may be written",
     errno.EPERM: "choose a folder that may be written",
     errno.EIO: "choose another disk",
+    errno.EBUSY: "the system keeps that folder, as it does with a mount point: name a folder inside it",
+    errno.EXDEV: "that folder and the one above it lie on two disks: name a folder inside it",
     errno.ENOTEMPTY: "something has appeared there meanwhile: look at it, or add --overwrite to replace it",
     errno.EEXIST: "something has appeared there meanwhile: look at it, or add --overwrite to replace it",
     errno.ENOTDIR: "something has appeared there meanwhile: look at it, or name another folder",

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from vlqc.emit.folder import InUse, WorkFolder, exchange, require_space, restore_replaced, work_folders
+from vlqc.emit.folder import InUse, WorkFolder, exchange, require_space, restore_replaced, unwritable, work_folders
 from vlqc.errors import UserError
 
 
@@ -115,12 +115,12 @@ def test_the_exchange_has_no_moment_without_a_folder(tmp_path: Path, monkeypatch
         exchange(tmp_path / "one", tmp_path / "nowhere")
 
 
-def fail_on(call: int, real: Callable[..., Path]) -> Callable[..., Path]:
+def fail_on(call: int, real: Callable[..., Path], *, later_too: bool = False) -> Callable[..., Path]:
     calls = []
 
     def rename(path: Path, target: Path) -> Path:
         calls.append(path)
-        if len(calls) == call:
+        if len(calls) == call or (later_too and len(calls) > call):
             raise OSError(28, "No space left on device")
         return real(path, target)
 
@@ -139,21 +139,69 @@ def test_the_old_folder_comes_back_if_the_exchange_fails(
     monkeypatch.setattr(Path, "rename", fail_on(failing, Path.rename))
     with pytest.raises(OSError, match="No space left"):
         write(target, overwrite=True)
-    restore_replaced(target)  # an empty folder was made for it
     assert content(target) == {"file": "old"} and around(target) == []
 
 
+def killed_between(target: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An exchange that ended with the old folder moved aside and nothing in its place; where that now is."""
+    target.mkdir()
+    (target / "file").write_text("old")
+    with monkeypatch.context() as patched:
+        cannot_exchange(patched)
+        patched.setattr(Path, "rename", fail_on(2, Path.rename, later_too=True))
+        with pytest.raises(OSError, match="No space left"):
+            write(target, overwrite=True)
+    (aside,) = target.parent.iterdir()
+    assert aside.name.startswith(".out.replaced-")
+    return aside
+
+
 @pytest.mark.parametrize("stands", [False, True])
-def test_what_a_killed_run_moved_aside_comes_back(tmp_path: Path, stands: bool) -> None:
+def test_what_a_killed_run_moved_aside_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stands: bool
+) -> None:
     """Catches an old result that stays under a hidden name, or one that comes back over the new one."""
-    target, aside = tmp_path / "out", tmp_path / ".out.replaced-abc_1234"
-    aside.mkdir()
-    (aside / "file").write_text("old")
+    target = tmp_path / "out"
+    killed_between(target, monkeypatch)
     if stands:
         target.mkdir()
         (target / "file").write_text("new")
     restore_replaced(target)
     assert content(target) == {"file": "new" if stands else "old"} and around(target) == []
+
+
+@pytest.mark.parametrize("stands", [False, True])
+@pytest.mark.parametrize("foreign", ["no marker", "another's marker", "more beside it", "only a name", "nothing"])
+def test_what_no_run_moved_aside_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, foreign: str, stands: bool
+) -> None:
+    """Catches a user's folder that is deleted, or becomes the result, because of what it is called."""
+    target = tmp_path / "out"
+    aside = killed_between(target, monkeypatch)
+    if foreign in ("only a name", "nothing"):
+        (aside / "before" / "file").rename(aside / "file")
+        (aside / "before").rmdir()
+    if foreign == "nothing":
+        (aside / "file").unlink()
+    if foreign == "another's marker":
+        (aside / "moved_aside").write_text("vlqc has moved aside out2")
+    elif foreign == "more beside it":
+        (aside / "thesis.txt").write_text("x")
+    else:
+        (aside / "moved_aside").unlink()
+    if stands:
+        target.mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    restore_replaced(target)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_that_died_before_it_moved_anything_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a marked folder with nothing in it that stays for ever."""
+    aside = killed_between(tmp_path / "out", monkeypatch)
+    (aside / "before").rename(tmp_path / "out")
+    restore_replaced(tmp_path / "out")
+    assert content(tmp_path / "out") == {"file": "old"} and around(tmp_path / "out") == []
 
 
 def test_two_runs_at_once_do_not_meet(tmp_path: Path) -> None:
@@ -221,6 +269,13 @@ def test_a_place_that_cannot_be_written_is_an_error_of_the_user(tmp_path: Path) 
     assert (tmp_path / "file").read_text() == "x"
 
 
+@pytest.mark.parametrize("code", [errno.EBUSY, errno.EXDEV])
+def test_advice_for_a_mount_point(tmp_path: Path, code: int) -> None:
+    """Catches advice that cannot work, such as to free space, where a mount point went unnoticed until the end."""
+    told = str(unwritable(tmp_path / "out", OSError(code, os.strerror(code))))
+    assert "name a folder inside it" in told and "free space" not in told
+
+
 def test_disk_space_is_asked_for_before(tmp_path: Path) -> None:
     """Catches hours of work for a result that has no room, and a folder above that does not exist yet."""
     require_space(tmp_path / "not" / "there" / "yet", 1)
@@ -230,9 +285,27 @@ def test_disk_space_is_asked_for_before(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "times", [("x", 100), ("x", 101), ("x", 253), ("\u6a21", 34), ("\u6a21", 84), ("\udcff", 200)], ids=ascii
+)
+def test_long_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: tuple[str, int]) -> None:
+    """Catches folders beside the target that belong to another one too, and names with too many bytes for a system."""
+    name = times[0] * times[1]
+    target, others = tmp_path / name, [tmp_path / (name[:-1] + "y"), tmp_path / name[:-1]]
+    with working(target) as work:
+        assert work_folders(target) == [work.folder]
+        for other in others:
+            assert work_folders(other) == []
+        (work.result / "file").write_text("new")
+        work.publish(False)
+    cannot_exchange(monkeypatch)
+    write(target, overwrite=True, text="newer")
+    assert content(target) == {"file": "newer"} and around(target) == []
+
+
 def test_folders_of_others_stay(tmp_path: Path) -> None:
     """Catches a user's folder that goes because of how it is called, or a link that is followed."""
-    theirs = [".out.partial-backup", ".out.partial-abcdefgh", ".out.replaced-backup"]
+    theirs = [".out.partial-backup", ".out.partial-abcdefgh", ".out.replaced-backup", ".out.replaced-abcdefgh"]
     for name in theirs:
         (tmp_path / name).mkdir()
         (tmp_path / name / "important").write_text("x")

@@ -70,6 +70,21 @@ def test_folders_out_of_bounds(folders: dict[str, Any], tmp_path: Path, monkeypa
         assert "replaced as a whole" in faults[0] or "lies inside it" in faults[0], save
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_mount_point(
+    folders: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    """Catches hours of work for a folder that no rename can replace; through a link, too."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    monkeypatch.setattr("vlqc.folders.os.path.ismount", lambda path: Path(path) == tmp_path / "disk")
+    for save in ("disk", "link"):
+        (fault,) = faults_of(**{**folders, "save_directory": tmp_path / save, "overwrite": overwrite})
+        assert "it is a mount point" in fault and "name a folder inside it" in fault
+    inside = tmp_path / "disk" / "out"
+    assert Options.from_user(**{**folders, "save_directory": inside}).save_directory == inside
+
+
 def test_dump_and_pictures_outside_the_save_folder(folders: dict[str, Any], tmp_path: Path) -> None:
     """Catches dumps inside the finished checkpoint or the source, and pictures deleted by --overwrite."""
     save, model = folders["save_directory"], folders["model_path"]

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,9 @@ from resume_runs import QUICK, SAMPLES
 from safetensors.torch import load_file, save_file
 
 from vlqc.errors import UserError
-from vlqc.fingerprint import facts_of
+from vlqc.fingerprint import _arithmetic, facts_of
 
+ROOT = Path(__file__).parents[1]
 SEARCH = QUICK | {"fallback": "auto", "max_float_groups": 2, "target": "vllm-ascend"}
 
 
@@ -87,6 +90,26 @@ def test_another_library_or_machine_is_named(
     monkeypatch.setattr("vlqc.journal.facts_of", lambda *given: facts_of(*given) | {fact: "another"})
     with pytest.raises(UserError, match=rf"why: {fact}: .* then, another now\n"):
         compile_into(tmp_path / "out", checkpoint, resume=True)
+
+
+def test_another_arithmetic_is_named(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches routines that round differently, by a setting or the environment, on a processor of the same name."""
+    interrupted(tmp_path / "out", checkpoint)
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    with pytest.raises(UserError, match="cannot be resumed") as caught:
+        compile_into(tmp_path / "out", checkpoint, resume=True)
+    assert "why: arithmetic of this machine: " in str(caught.value)
+
+
+def test_the_same_arithmetic_is_known_again() -> None:
+    """Catches a digest that depends on the moment, the process or the caller's random numbers: no run would go on."""
+    code = "import torch; torch.set_num_threads(int(input())); import vlqc.fingerprint as f; print(f._arithmetic())"
+    threads = f"{torch.get_num_threads()}\n"
+    before = torch.get_rng_state()
+    here = [_arithmetic() for _ in range(3)]
+    command = [sys.executable, "-c", code]
+    there = subprocess.run(command, input=threads, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
+    assert [*here, there] == [there] * 4 and torch.equal(before, torch.get_rng_state())
 
 
 def test_what_does_not_matter_may_differ(checkpoint: Path, whole: dict[str, bytes], tmp_path: Path) -> None:

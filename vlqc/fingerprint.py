@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from vlqc.checkpoint import digest_of
 from vlqc.file_digest import file_digest
@@ -39,6 +40,7 @@ def facts_of(options: Options, pipeline: str, model: FloatModel, samples: Sequen
     facts |= {package: _version(package) for package in PACKAGES}
     facts["threads"] = str(torch.get_num_threads())
     facts["device"] = _device(options.device_type)
+    facts["arithmetic of this machine"] = _arithmetic()
     for name in sorted(Options.model_fields.keys() - IMMATERIAL):
         facts[flag(name)] = str(getattr(options, name))
     facts["pipeline"] = pipeline
@@ -120,6 +122,32 @@ def _device(kind: str) -> str:
     if kind == "cpu":
         return f"cpu, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
     return f"{kind}, {getattr(torch, kind).get_device_name()}"
+
+
+def _arithmetic() -> str:
+    """Digest of fixed products, a convolution and functions on the CPU: libraries choose their routines, and with
+    them how they round, by processor, environment and settings, some of which no name of a processor tells."""
+    found = hashlib.sha256()
+    rows, weight = _fractions(96, 1031), _fractions(515, 1031)  # larger than a block and no multiple of one
+    patches, kernels = _fractions(16, 3, 2, 14, 14), _fractions(80, 3, 2, 14, 14)
+    for dtype in (torch.float32, torch.bfloat16):
+        left, right = rows.to(dtype), weight.to(dtype)
+        for result in (
+            functional.linear(left, right, right[:, 0].contiguous()),
+            functional.linear(left[:3], right),  # few rows take another way
+            functional.conv3d(patches.to(dtype), kernels.to(dtype), stride=(2, 14, 14)),
+            functional.softmax(8 * left, dim=-1),
+            functional.gelu(left),
+            left.exp(),
+        ):
+            found.update(digest_of(result).encode())
+    return _short(found.hexdigest())
+
+
+def _fractions(*shape: int) -> Tensor:
+    """float32 in [-0.5, 0.5), the same ones everywhere: with 24 bits each, so that products have to be rounded."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu") - 0.5
 
 
 def _short(digest: str) -> str:

@@ -147,6 +147,9 @@ def _save_faults(save: Path, overwrite: bool) -> list[Fault]:
     if real == Path(real.anchor) or _within(Path.home(), real) or _within(Path.cwd(), real):
         why = "it is the home folder, the current folder, or above one of them; the save folder is replaced as a whole"
         return [Fault(what, why=why, fix="name a new folder")]
+    if os.path.ismount(real):
+        why = "it is a mount point, which the system keeps; the save folder is replaced as a whole"
+        return [Fault(what, why=why, fix="name a folder inside it")]
     if not overwrite and any(real.iterdir()):
         return [Fault(what, why="the folder is not empty", fix="name a new folder, or add --overwrite to replace it")]
     return []

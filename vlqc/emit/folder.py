@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import hashlib
 import os
 import re
 import shutil
@@ -16,8 +17,10 @@ from vlqc.errors import Fault, UserError
 
 FOLDER_MODE = 0o750
 FILE_MODE = 0o640
+NAME_BYTES, HASH_DIGITS = 100, 8  # of the target's name in those of folders beside it; most systems allow 255 in all
 # All that ever lies in a work folder: what is to appear, and what an interrupted run goes on from.
 RESULT, OUTPUTS, JOURNAL = WORK = ("result", "outputs", "journal.jsonl")
+BEFORE, MARKER = "before", "moved_aside"  # what stood at the target while it is exchanged, and who put it there
 # What a disk or its settings can answer to a write; any other fault inside is not one of the save folder.
 DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
 REMEDIES = {
@@ -26,6 +29,8 @@ REMEDIES = {
     errno.EACCES: "choose a folder that may be written",
     errno.EPERM: "choose a folder that may be written",
     errno.EIO: "choose another disk",
+    errno.EBUSY: "the system keeps that folder, as it does with a mount point: name a folder inside it",
+    errno.EXDEV: "that folder and the one above it lie on two disks: name a folder inside it",
     errno.ENOTEMPTY: "something has appeared there meanwhile: look at it, or add --overwrite to replace it",
     errno.EEXIST: "something has appeared there meanwhile: look at it, or add --overwrite to replace it",
     errno.ENOTDIR: "something has appeared there meanwhile: look at it, or name another folder",
@@ -115,24 +120,36 @@ def exchange(one: Path, other: Path) -> None:
         if code not in (errno.EINVAL, errno.ENOSYS):  # which say that this file system cannot
             raise OSError(code, os.strerror(code), str(other))
     aside = Path(tempfile.mkdtemp(prefix=_replaced(other), dir=other.parent))
-    other.rename(aside)  # onto an empty folder
+    before = aside / BEFORE
     try:
-        one.rename(other)
-    except OSError:
-        aside.rename(other)
-        raise
-    aside.rename(one)
+        _mark(aside, other)
+        other.rename(before)
+        try:
+            one.rename(other)
+        except OSError:
+            before.rename(other)
+            raise
+        before.rename(one)
+    finally:
+        _unmark(aside)
 
 
 def restore_replaced(target: Path) -> None:
-    """Puts back what a run moved aside that was killed before something else stood there; else it goes."""
+    """Puts back what a run moved aside that was killed before something else stood there; else it goes.
+
+    Nothing that only has such a name: a run has said, in a file of its own beside it, what it moved aside.
+    """
     target = Path(os.path.realpath(target))
     for aside in _made_by_runs(target, _replaced(target)):
+        before = aside / BEFORE
+        if not (_names_in(aside) <= {BEFORE, MARKER} and _marked(aside, target)):
+            continue
         with contextlib.suppress(OSError):
-            if target.exists():
-                shutil.rmtree(aside)
-            else:
-                aside.rename(target)
+            if not target.exists() and before.is_dir():
+                before.rename(target)
+            elif before.is_dir():
+                shutil.rmtree(before)
+        _unmark(aside)
 
 
 def unwritable(target: Path, error: OSError) -> UserError:
@@ -177,11 +194,48 @@ def _names_in(folder: Path) -> set[str]:
 
 
 def _prefix(target: Path) -> str:
-    return f".{target.name[:100]}.partial-"
+    return f".{_short_name(target)}.partial-"
 
 
 def _replaced(target: Path) -> str:
-    return f".{target.name[:100]}.replaced-"
+    return f".{_short_name(target)}.replaced-"
+
+
+def _short_name(target: Path) -> str:
+    """The name of a folder, as it is or, where nothing could be added to it, cut; no other folder has the same one."""
+    encoded = os.fsencode(target.name)  # the system counts bytes
+    if len(encoded) <= NAME_BYTES:
+        return target.name
+    # Longer than any name that stays as it is, so it is none of those.
+    return f"{encoded[:NAME_BYTES].decode(errors='ignore')}-{hashlib.sha256(encoded).hexdigest()[:HASH_DIGITS]}"
+
+
+def _marker_of(target: Path) -> bytes:
+    return b"vlqc has moved aside " + os.fsencode(target.name)
+
+
+def _mark(aside: Path, target: Path) -> None:
+    """Says, on the disk before anything is moved, that a folder holds what stood at `target`."""
+    marker = aside / MARKER
+    marker.write_bytes(_marker_of(target))
+    sync(marker)
+    sync(aside)
+
+
+def _marked(aside: Path, target: Path) -> bool:
+    marker = aside / MARKER
+    try:
+        return not marker.is_symlink() and marker.is_file() and marker.read_bytes() == _marker_of(target)
+    except OSError:
+        return False
+
+
+def _unmark(aside: Path) -> None:
+    """Clears up an empty folder; one that holds something stays as it is, to be put back."""
+    if _names_in(aside) <= {MARKER}:
+        with contextlib.suppress(OSError):
+            (aside / MARKER).unlink(missing_ok=True)
+            aside.rmdir()
 
 
 def _locked(folder: Path) -> int | None:

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from vlqc.errors import InternalError
-from vlqc.ir import Edge, Stage, exact_bfloat16, is_finite
+from vlqc.ir import TOLERANCE as TOLERANCE
+from vlqc.ir import Edge, Stage, exact_bfloat16
+from vlqc.ir import difference as difference
 from vlqc.kernels_ref.norm import ShiftedNorm
-
-TOLERANCE = 1e-4  # of the RMS of the output, or of a value larger than that: float32 leaves about 1e-6
 
 
 @dataclass(frozen=True)
@@ -96,17 +96,6 @@ def _copy(parameter: Tensor) -> Tensor:
     """The same values, in half the memory where bfloat16 holds them, as it does those of most checkpoints."""
     half = exact_bfloat16(parameter)
     return parameter.clone() if half is None else half
-
-
-def difference(before: Tensor, after: Tensor) -> float:
-    """Largest deviation between two flat outputs, as a share of the RMS of the first; infinite if not finite.
-
-    A massive activation is rounded in steps of its own size: a value beyond the RMS is judged by itself.
-    """
-    if not is_finite(after):
-        return float("inf")
-    rms = before.square().mean().sqrt().clamp(min=1e-30)
-    return float(((before - after) / torch.maximum(before.abs(), rms)).abs().amax())
 
 
 @torch.no_grad()

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from little_stage import decided, traced
+from little_stage import Lowered, decided, traced
 
 from vlqc.engines import Scheme
 from vlqc.errors import InternalError
-from vlqc.ir import Stage
+from vlqc.ir import TOLERANCE, Stage, difference
 from vlqc.parser import parse_stage
 from vlqc.pass_manager import PassManager
 from vlqc.pipeline import Pass
@@ -27,6 +27,7 @@ def pass_of(kind: str, work: Any, name: str = "made-up") -> Pass:
 
 def scale_weight(stage: Stage) -> bool:
     stage.live.get_parameter("mlp.up.weight").mul_(2)
+    stage.live.get_parameter("mlp.down.weight").div_(2)
     return True
 
 
@@ -59,14 +60,16 @@ def test_an_analysis_must_not_change_weights() -> None:
     """An observer that altered what it observes, named with the weight, even if it owns up to a change."""
     for says in (True, False):
         step = pass_of("analysis", lambda stage, says=says: scale_weight(stage) and says)
-        with pytest.raises(InternalError, match=r"is an analysis but changed mlp\.up\.weight of visual\.blocks\.0"):
+        with pytest.raises(
+            InternalError, match=r"is an analysis but changed mlp\.down\.weight, mlp\.up\.weight of visual\.blocks\.0"
+        ):
             PassManager([step]).run(traced())
 
 
 CHANGES: dict[str, Any] = {
     "a weight": scale_weight,
     "a weight behind autograd's back": lambda stage: stage.live.get_parameter("norm1.bias").data[3].add_(2**-20),
-    "a buffer": lambda stage: stage.live.get_buffer("position").add_(1),
+    "a buffer": lambda stage: stage.live.get_buffer("position").add_(2**-20),
     "a module": lambda stage: stage.live.register_buffer("new", torch.zeros(1)),
     "a scheme": decide,
     "a reason": lambda stage: setattr(stage.sites["visual.blocks.0.mlp.down"], "reason", "else"),
@@ -88,6 +91,51 @@ def test_a_rewrite_that_hides_a_change(change: str) -> None:
     with pytest.raises(InternalError, match=r"made-up changed something but says it did not, in visual\.blocks\.0"):
         PassManager([pass_of("rewrite", work)]).run(traced())
     PassManager([pass_of("rewrite", lambda stage: work(stage) or True)]).run(traced())
+
+
+def spoil(stage: Stage) -> bool:
+    for site in stage.sites.values():
+        stage.linear(site).weight.mul_(1.5)
+    return True
+
+
+def test_a_rewrite_must_not_change_what_the_stage_computes() -> None:
+    """A formula that is wrong would be quantized without a word, and the model would be another one."""
+    words = r"made-up is a rewrite but changed what visual\.blocks\.0 computes[\s\S]*look at test_pass_manager:MadeUp"
+    for work in (spoil, lambda stage: stage.live.get_parameter("mlp.down.bias").fill_(torch.inf).numel() > 0):
+        with pytest.raises(InternalError, match=words if work is spoil else "made-up"):
+            PassManager([pass_of("rewrite", work)]).run(traced())
+    PassManager([pass_of("rewrite", spoil)], verify=False).run(traced())
+
+
+def test_a_rewrite_may_lower() -> None:
+    """Modules that run integers change the output: a lowering of one's own must not be taken for a wrong formula."""
+
+    def lower(stage: Stage) -> bool:
+        for site in stage.sites.values():
+            if site.weight is not None:
+                site.weight.scale.mul_(1.5)
+                stage.live.set_submodule(site.target, Lowered(stage.linear(site), site))
+        return True
+
+    stage = decided()
+    before = stage.run_probe()
+    steps = [pass_of("rewrite", lower, "lower"), pass_of("rewrite", lambda stage: False, "behind-it")]
+    PassManager(steps).run(stage)
+    assert difference(before, stage.run_probe()) > TOLERANCE
+
+
+def test_only_a_strangers_rewrite_costs_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vlqc's rewrites prove themselves: a second proof of each would only take time."""
+    ran: list[str] = []
+    run_probe = Stage.run_probe
+    monkeypatch.setattr(Stage, "run_probe", lambda stage: (ran.append(stage.name), run_probe(stage))[1])
+    own = pass_of("rewrite", scale_weight)
+    monkeypatch.setattr(type(own), "__module__", "vlqc.passes.made_up")
+    PassManager([own, pass_of("analysis", lambda stage: False)]).run(traced())
+    assert ran == []
+    PassManager([pass_of("rewrite", scale_weight)]).run(traced())
+    assert len(ran) == 2
 
 
 @pytest.mark.parametrize("kind", ["analysis", "rewrite"])

@@ -31,7 +31,9 @@ from vlqc.summaries import ObservationSummary as ObservationSummary
 from vlqc.summaries import Summaries as Summaries
 from vlqc.summaries import TensorSummary as TensorSummary
 from vlqc.summaries import summarize as summarize
+from vlqc.tensor_facts import TOLERANCE as TOLERANCE
 from vlqc.tensor_facts import absmax as absmax
+from vlqc.tensor_facts import difference as difference
 from vlqc.tensor_facts import digest as digest
 from vlqc.tensor_facts import fingerprint as fingerprint
 from vlqc.tensor_facts import is_finite as is_finite

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vlqc.errors import InternalError, VlqcError
 from vlqc.invariants import check
-from vlqc.ir import Stage
+from vlqc.ir import TOLERANCE, Stage, difference
 from vlqc.memory import return_memory
 from vlqc.pass_places import place_of
 from vlqc.printer import print_stage
@@ -56,6 +56,7 @@ class PassManager:
         known = self._evidence(stage)
         for number, step in enumerate(self.passes):
             self.before(stage, step)
+            promised = self._output_to_keep(stage, step)
             started = time.perf_counter()
             changed = _run(step, stage)
             self.seconds[step.name] = self.seconds.get(step.name, 0.0) + time.perf_counter() - started
@@ -65,6 +66,7 @@ class PassManager:
                     said = f"{stage.name} is not valid after {step.name}:\n  {listed}\n{print_stage(stage)}"
                     raise _broken(step, said)
                 known = self._hold_to_word(stage, step, changed, known)
+                _hold_to_output(stage, step, promised)
             self.after(stage, number, step)
             return_memory()
 
@@ -94,6 +96,32 @@ class PassManager:
             says = "changed something but says it did not" if not changed else "says it changed something but did not"
             raise _broken(step, f"{step.name} {says}, in {stage.name}")
         return now
+
+    def _output_to_keep(self, stage: Stage, step: Pass) -> Tensor | None:
+        """float32 [rows * K], what the stage returns for its probe: of stages in float, before a stranger's rewrite.
+
+        vlqc's own rewrites prove themselves, fold by fold, and undo what does not hold.
+        """
+        wanted = self.verify and not _is_own(step) and step.kind == "rewrite"
+        return stage.run_probe() if wanted and stage.probe is not None and _is_float(stage) else None
+
+
+def _hold_to_output(stage: Stage, step: Pass, before: Tensor | None) -> None:
+    """InternalError if a rewrite changed what the stage computes; one that lowers linears is there to do so."""
+    if before is None or not _is_float(stage):
+        return
+    after = stage.run_probe()
+    found = difference(before, after) if after.shape == before.shape else float("inf")
+    if found > TOLERANCE:
+        raise _broken(
+            step,
+            f"{step.name} is a rewrite but changed what {stage.name} computes: its output for the probe deviates by "
+            f"{found:.1e}, {TOLERANCE:.0e} is rounding",
+        )
+
+
+def _is_float(stage: Stage) -> bool:
+    return not any(stage.is_lowered(site) for site in stage.sites.values())
 
 
 def _run(step: Pass, stage: Stage) -> bool:

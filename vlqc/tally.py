@@ -71,11 +71,13 @@ class Tally:
                 self._of_run.add(text)
 
     def count(self, stage: Stage) -> None:
-        """A finished stage: its sites by scheme, its notes."""
+        """A finished stage: its sites by scheme, its notes, and a warning where quantization spoils it."""
         for site in stage.sites.values():
             self._count(stage.part, site.scheme or Scheme.FLOAT)
         self.note(stage.notes)
         self.gathering.finished(stage)
+        if self.options.fallback != "auto":  # which has the schemes yet to choose
+            self.note(self.gathering.spoilt())
 
     def state(self) -> dict[str, Any]:
         """What was counted and noted so far, and the facts of the last stage, in JSON."""

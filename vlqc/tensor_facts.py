@@ -1,4 +1,7 @@
-"""What is said of a tensor in few bytes: a number that changes with any of its bits, its largest magnitude."""
+"""What is said of a tensor in few bytes: a number that changes with any of its bits, its largest magnitude.
+
+And of two of them: how far the outputs of a stage lie apart, and what of it is rounding.
+"""
 
 import math
 from collections.abc import Callable, Mapping
@@ -8,6 +11,7 @@ import torch
 from torch import Tensor
 
 WORDS_PER_CHUNK = 1 << 17  # of 8 bytes, in a fingerprint
+TOLERANCE = 1e-4  # of the RMS of the output, or of a value larger than that: float32 leaves about 1e-6
 
 
 def fingerprint(tensor: Tensor) -> int:
@@ -66,3 +70,14 @@ def absmax(tensor: Tensor) -> float:
 def is_finite(tensor: Tensor) -> bool:
     """Whether there is neither NaN nor infinity, found without a temporary: they spread to minimum or maximum."""
     return not tensor.numel() or all(math.isfinite(end) for end in torch.aminmax(tensor.detach()))
+
+
+def difference(before: Tensor, after: Tensor) -> float:
+    """Largest deviation between two flat outputs, as a share of the RMS of the first; infinite if not finite.
+
+    A massive activation is rounded in steps of its own size: a value beyond the RMS is judged by itself.
+    """
+    if not is_finite(after):
+        return float("inf")
+    rms = before.square().mean().sqrt().clamp(min=1e-30)
+    return float(((before - after) / torch.maximum(before.abs(), rms)).abs().amax())

@@ -22,6 +22,7 @@ from vlqc.report.facts import SHARES, InputFacts, Modality, SiteFacts, StageFact
 from vlqc.report.timings import PassTime, StageTime
 
 NAMES: tuple[Modality, ...] = ("text", "image")
+LEAST_SQNR = 10.0  # dB: a tenth of the output's power is noise
 SAME = 1e-3  # a scale that near to one is none: ranges are float32 numbers divided by float32 numbers
 
 
@@ -82,6 +83,15 @@ class Gathering:
         )
         self._reference, self._seen = torch.empty(0, 0), {}
         self.stage_times.append(StageTime(name=stage.name, seconds=time.perf_counter() - self._began))
+
+    def spoilt(self) -> list[str]:
+        """A sentence if the stage that finished last returns something else than the float stage does."""
+        measured = self.stages[-1].sqnr if self.stages else {}
+        if not measured or min(measured.values()) >= LEAST_SQNR:
+            return []
+        figures = ", ".join(f"{sqnr:.1f} dB for {name}" for name, sqnr in measured.items())
+        bound = f"below {LEAST_SQNR:.0f} dB more than a tenth of it is noise"
+        return [f"quantization spoils {self.stages[-1].name}: the SQNR of its output is {figures}; {bound}"]
 
     def last(self) -> dict[str, Any]:
         """Facts of the stage that finished last, in JSON: what a journal keeps of it."""

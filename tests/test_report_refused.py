@@ -1,6 +1,7 @@
 """vlqc.report: files that are no report, or not of this compilation, and the command that says so."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,18 @@ from typer.testing import CliRunner
 from vlqc.cli import app
 from vlqc.errors import UserError
 from vlqc.report import report_text, write_report
-from vlqc.report.facts import FILE
+from vlqc.report.facts import FILE, LARGEST, rounded
+from vlqc.verify.report import LOCATED
 
 
 def curve_of(content: dict[str, Any]) -> dict[str, Any]:
     curves: dict[str, Any] = content["stages"][0]["inputs"][0]["before"]
     return curves
+
+
+def input_of(content: dict[str, Any]) -> dict[str, Any]:
+    read: dict[str, Any] = content["stages"][0]["inputs"][0]
+    return read
 
 
 DAMAGES: dict[str, Any] = {
@@ -34,6 +41,11 @@ DAMAGES: dict[str, Any] = {
     "a word as number": lambda text: edited(text, lambda it: curve_of(it).update(image=["x"] * 20)),
     "an unknown modality": lambda text: edited(text, lambda it: curve_of(it).update(smell=curve_of(it)["image"])),
     "deep nesting": lambda text: "[" * 100_000,
+    "a count beyond any disk": lambda text: text.replace('"bytes_before":145000000000', f'"bytes_before":{10**400}'),
+    "a curve beyond any float32": lambda text: edited(text, lambda it: curve_of(it).update(image=[1.7e308] * 20)),
+    "scales beyond any float32": lambda text: edited(text, lambda it: input_of(it).update(scales=[1.7e308] * 20)),
+    "noise beyond measure": lambda text: edited(text, lambda it: it["stages"][0].update(sqnr={"image": -1e308})),
+    "an input that nothing reads": lambda text: edited(text, lambda it: input_of(it).update(sites=[])),
 }
 
 
@@ -65,6 +77,52 @@ def test_a_file_that_is_no_verification_is_refused(content: str, tmp_path: Path)
     (tmp_path / "verify.json").write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match="no verification"):
         report_text(folder, verification=tmp_path / "verify.json")
+
+
+@pytest.mark.parametrize("share", [str(10**400), "1e999", '"\\ud800"', "NaN"])
+def test_a_verification_of_impossible_numbers_is_refused(share: str, tmp_path: Path) -> None:
+    """Catches a traceback for a number that no float holds, and for half a character, which no page holds."""
+    folder = made_up_report.folder(tmp_path / "out", made_up_report.facts(layers=1, blocks=1))
+    told = f'{{"ok": true, "engine": "x", "facts": {{"error by group": [{{"group": "a", "share %": {share}}}]}}}}'
+    (tmp_path / "verify.json").write_text(told.replace("error by group", LOCATED), encoding="utf-8")
+    with pytest.raises(UserError, match="no verification"):
+        report_text(folder, verification=tmp_path / "verify.json")
+
+
+def test_the_largest_that_is_taken_has_a_page(tmp_path: Path) -> None:
+    """Catches a bound above what the charts can draw, or one below what vlqc itself writes."""
+    assert rounded(float("inf")) == LARGEST == rounded(1.7e308) == -rounded(-3.4028e38)
+    folder = made_up_report.folder(tmp_path / "out", made_up_report.facts(layers=2, blocks=1))
+    content = json.loads((folder / FILE).read_text())
+    content["bytes_before"] = 2**63 - 1
+    for stage in content["stages"]:
+        stage["sqnr"] = {"image": -LARGEST, "text": LARGEST}
+        for read in stage["inputs"]:
+            read["scales"] = read["before"]["image"] = [LARGEST, *[1e-320] * 19]
+    (folder / FILE).write_text(json.dumps(content))
+    timings = json.loads(made_up_report.timings(made_up_report.facts(layers=2, blocks=1)).model_dump_json())
+    for each in (*timings["stages"], *timings["passes"]):
+        each["seconds"] = LARGEST
+    (tmp_path / "t.json").write_text(json.dumps(timings))
+    assert report_text(folder, timings=tmp_path / "t.json").startswith("<!DOCTYPE html>")
+
+
+def test_a_name_that_is_no_text(tmp_path: Path) -> None:
+    """Catches a traceback for a folder whose name is not UTF-8, as copies from other systems have them."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    made_up_report.folder(folder, made_up_report.facts(layers=1, blocks=1))
+    assert run(folder, "--output", tmp_path / "page.html")[0] == 0
+    assert "caf\\udce9" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("flag", ["--timings", "--verification"])
+def test_what_never_ends_is_not_read(flag: str, tmp_path: Path) -> None:
+    """Catches a report that waits for a pipe, or reads a device until the memory ends."""
+    folder = made_up_report.folder(tmp_path / "out", made_up_report.facts(layers=1, blocks=1))
+    os.mkfifo(tmp_path / "pipe")
+    for endless in ("/dev/zero", tmp_path / "pipe"):
+        code, told = run(folder, "--output", tmp_path / "page.html", flag, endless)
+        assert code == 2 and "not an ordinary file" in told
 
 
 def run(*arguments: object) -> tuple[int, str]:

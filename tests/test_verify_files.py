@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from written_tensors import safetensors_bytes, stored
 import vlqc
 from vlqc.errors import InternalError, UserError
 from vlqc.verify import require_sound, verify_folder
+from vlqc.verify.weight_pair import Scales
 
 WEIGHTS = "quant_model_weight_w8a8.safetensors"
 INDEX = WEIGHTS + ".index.json"
@@ -80,6 +82,9 @@ FILE_DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "description",
         "twice",
     ),
+    "a number that is none": (lambda f: (f / "config.json").write_text('{"a": NaN}'), "config", "NaN"),
+    "a config of 5 GiB": (lambda f: os.truncate(f / "config.json", 5 << 30), "config", "bytes"),
+    "a description of 5 GiB": (lambda f: os.truncate(f / "quant_model_description.json", 5 << 30), "description", "by"),
 }
 
 
@@ -148,6 +153,25 @@ def test_no_bytes_make_it_raise(tmp_path: Path, position: int, junk: bytes, cut:
     report = verify_folder(folder)
     assert report.examined["files"] > 0
     assert not cut or not report.ok
+
+
+def test_a_list_of_files_beyond_memory(tmp_path: Path) -> None:
+    """Catches a list that is read whole whatever its size: a file of holes takes no room on the disk of a stranger."""
+    folder = make_content().write(tmp_path / "out")
+    (folder / "MANIFEST.json").touch()
+    os.truncate(folder / "MANIFEST.json", 5 << 30)
+    assert "5368709120 bytes" in texts(verify_folder(folder))
+
+
+def test_sizes_beyond_memory_are_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches arrays as large as config.json says, which no stored tensor has."""
+    content = make_content()
+    source = content.write_source(tmp_path / "float")
+    folder = content.write(tmp_path / "out")
+    edit(folder / "config.json", lambda it: it["vision_config"].update(hidden_size=10**9))
+    asked: list[int] = []
+    monkeypatch.setattr(Scales, "ones", asked.append)
+    assert "shape" in texts(verify_folder(folder, model_path=source)) and not asked
 
 
 # ---- what is no fault ------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from vlqc.answering import (
 )
 from vlqc.command_help import BARE, EXAMPLES, GUIDE
 from vlqc.command_options import with_options
-from vlqc.errors import Fault, UserError
+from vlqc.errors import Fault, UserError, printable
 from vlqc.looking_commands import diff_command, dump_command, look_until, run_pass_command
 from vlqc.option_values import Refused, read_bool
 from vlqc.options import PANELS, Options
@@ -267,7 +267,7 @@ def report_command(
 
     write_report(folder, output, timings=timings, verification=verification)
     told = {"folder": str(folder), "page": str(output), "bytes": output.stat().st_size}
-    line = Text(f"the report is in {output}")
+    line = Text(printable(f"the report is in {output}"))
     answer.give(told, lambda console: console.print(line, soft_wrap=True))
 
 

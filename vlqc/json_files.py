@@ -30,16 +30,21 @@ def json_value(text: str) -> Any:
     return read
 
 
+def ordinary_bytes(path: Path) -> bytes:
+    """All of an ordinary file. ValueError with the reason for anything else, and beyond LARGEST_FILE; OSError."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # a pipe or a device may never end
+        raise ValueError("it is not an ordinary file")
+    if status.st_size > LARGEST_FILE:
+        raise ValueError(f"it has {status.st_size} bytes, and {LARGEST_FILE} are plenty")
+    return path.read_bytes()
+
+
 def read_json_object(path: Path, *, missing: Callable[[], UserError] | None = None) -> dict[str, Any]:
     """The object in a file. UserError for any other content; missing: what to raise where there is no such file."""
     what = f"{path.name} cannot be read"
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # a pipe or a device may never end
-            raise UserError(Fault(what, str(path), "it is not an ordinary file", REPAIR))
-        if (size := status.st_size) > LARGEST_FILE:
-            raise UserError(Fault(what, str(path), f"it has {size} bytes, and {LARGEST_FILE} are plenty", REPAIR))
-        read = json_value(path.read_text(encoding="utf-8"))
+        read = json_value(ordinary_bytes(path).decode())
     except FileNotFoundError as error:
         raise (missing() if missing else UserError(Fault(what, str(path), str(error), REPAIR))) from None
     except (OSError, ValueError) as error:

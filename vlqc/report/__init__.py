@@ -4,7 +4,7 @@ from pathlib import Path
 
 from vlqc.engine_advice import serve_commands
 from vlqc.engine_versions import loads
-from vlqc.errors import Fault, UserError
+from vlqc.errors import Fault, UserError, printable
 from vlqc.file_digest import file_digest
 from vlqc.folders import output_faults
 from vlqc.report.facts import FILE, Facts, read_facts
@@ -40,7 +40,7 @@ def write_report(
         raise UserError(*faults)
     text = report_text(folder, timings=timings, verification=verification)
     try:
-        output.write_text(text, encoding="utf-8")
+        output.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         fix = "name a file in an existing folder with --output"
         raise UserError(Fault(f"the report cannot be written to {output}", why=str(error), fix=fix)) from None
@@ -84,7 +84,7 @@ def made_of(content: FolderFiles, facts: Facts) -> Made:
     if not content.description or not content.config:
         fix = "`vlqc verify` says what is wrong with it"
         raise UserError(Fault("the folder is not whole", str(content.path), f"beside {FILE} files are missing", fix))
-    name = content.path.resolve().name
+    name = printable(content.path.resolve().name)  # which may be no UTF-8
     return Made(
         name=name,
         kind=_kind(content.config),

@@ -10,9 +10,10 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from vlqc.errors import Fault, UserError
+from vlqc.json_files import ordinary_bytes
 
 FILE = "vlqc_report.json"
-MOST_BYTES = 1 << 26  # a report of 1000 stages takes a tenth of it: more is not ours
+LARGEST = 3.4e38  # of the magnitudes that a report tells of: about the largest float32
 # Of the channels in the order of their largest magnitude, the largest first: those at which a curve is kept. Outliers
 # are few, so the shares lie close together where they are.
 SHARES = (
@@ -26,10 +27,10 @@ def _as_long_as_shares(values: tuple[float, ...]) -> tuple[float, ...]:
     return values
 
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Magnitude = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)]
+Magnitude = Annotated[float, Field(ge=0, le=LARGEST, allow_inf_nan=False)]
 Curve = Annotated[tuple[Magnitude, ...], AfterValidator(_as_long_as_shares)]  # values at SHARES, falling
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 SchemeWord = Literal["W8A8", "W8A8_DYNAMIC", "W4A8_DYNAMIC", "FLOAT"]
 Modality = Literal["text", "image"]
 Name = Annotated[str, StringConstraints(max_length=4096)]
@@ -45,16 +46,14 @@ class Told(BaseModel):
         """UserError: unreadable, too large, or not what vlqc wrote."""
         fix = "copy the file again, or make it again"
         try:
-            if path.stat().st_size > MOST_BYTES:
-                raise UserError(Fault(f"{path.name} is too large", str(path), f"more than {MOST_BYTES >> 20} MiB", fix))
-            return cls.model_validate_json(path.read_bytes())
+            return cls.model_validate_json(ordinary_bytes(path))
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             where = ".".join(map(str, first["loc"]))
             why = f"{where}: {first['msg']}" if where else first["msg"]
             raise UserError(Fault(f"{path.name} is damaged, or of another version", str(path), why, fix)) from None
-        except OSError as error:
-            raise UserError(Fault(f"{path.name} cannot be read", str(path), str(error))) from None
+        except (OSError, ValueError) as error:
+            raise UserError(Fault(f"{path.name} cannot be read", str(path), str(error), fix)) from None
 
 
 class SiteFacts(Told):
@@ -75,7 +74,7 @@ class InputFacts(Told):
     """What sites read. Curves are of the largest magnitude per channel, by modality; scales: by which smoothing divided
     the channels, None where it left them alone."""
 
-    sites: tuple[Name, ...]
+    sites: Annotated[tuple[Name, ...], Field(min_length=1)]
     channels: Count
     before: dict[Modality, Curve]
     after: dict[Modality, Curve]
@@ -140,7 +139,5 @@ def read_facts(folder: Path) -> Facts:
 
 
 def rounded(value: float) -> float:
-    """To four digits, which is more than any picture shows; infinities become the largest float."""
-    if not math.isfinite(value):
-        return math.copysign(3.4e38, value) if not math.isnan(value) else 0.0
-    return float(f"{value:.4g}")
+    """To four digits, which is more than any picture shows; what is beyond LARGEST, infinity too, becomes that."""
+    return 0.0 if math.isnan(value) else float(f"{max(-LARGEST, min(value, LARGEST)):.4g}")

@@ -1,12 +1,11 @@
 """What `vlqc verify --json_file FILE` wrote, as far as the report shows it: logits, groups by their share, advice."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vlqc.errors import Fault, UserError
-from vlqc.report.facts import MOST_BYTES
+from vlqc.json_files import json_value, ordinary_bytes
 from vlqc.verify.report import LOCATED
 
 LOGITS = "logits against float"
@@ -41,13 +40,10 @@ class Verification:
 def read_verification(path: Path) -> Verification:
     """UserError for a file that cannot be read, or that something else wrote."""
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise UserError(Fault(f"{path.name} is too large", str(path), f"more than {MOST_BYTES >> 20} MiB", FIX))
-        content = json.loads(path.read_bytes())
-        return _read(content)
+        return _read(json_value(ordinary_bytes(path).decode()))
     except OSError as error:
         raise UserError(Fault(f"{path.name} cannot be read", str(path), str(error), FIX)) from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         why = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
         raise UserError(Fault(f"{path.name} is no verification", str(path), why, FIX)) from None
 
@@ -73,7 +69,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     return Table(
         columns,
         [[_figure(row[name]) for name in columns] for row in rows],
-        [max(0.0, 100 * it / longest) for it in shares],
+        [max(0.0, min(100.0, 100 * (it / longest))) for it in shares],
     )
 
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from vlqc.report.facts import SHARES, Facts, InputFacts, SiteFacts, StageFacts
+from vlqc.report.facts import LARGEST, SHARES, Facts, InputFacts, SiteFacts, StageFacts
 
 MIDDLE = SHARES.index(0.5)
 TITLES = {"vision": "Vision tower", "merger": "Merger", "language": "Language model"}
@@ -98,7 +98,7 @@ def outlier_factor(stage: StageFacts, *, after: bool) -> float | None:
     for read in stage.inputs:
         large, middle = peak(read, after=after), typical(read, after=after)
         if quantized.intersection(read.sites) and large is not None and middle:
-            factors.append(max(1.0, large / middle))
+            factors.append(max(1.0, min(large / middle, LARGEST)))
     return max(factors, default=None)
 
 

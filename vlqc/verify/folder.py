@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vlqc.json_files import json_value, ordinary_bytes
+
 Array = npt.NDArray[Any]
 
 # safetensors dtype code -> NumPy type of the stored bits (bfloat16 has no NumPy type: its bits are read as uint16)
@@ -100,14 +102,21 @@ def round_to(dtype: str, values: Array) -> Array:
 
 
 def read_json(path: Path) -> tuple[dict[str, Any] | None, str]:
-    """File -> (object, "") or (None, what is wrong in words). A key given twice is wrong."""
+    """File -> (object, "") or (None, what is wrong in words). NaN, and a key given twice, are wrong."""
+    content, trouble = json_in(path)
+    if trouble:
+        return None, trouble
+    return (content, "") if isinstance(content, dict) else (None, "is not a JSON object")
+
+
+def json_in(path: Path) -> tuple[Any, str]:
+    """File -> (what it says, "") or (None, what is wrong in words)."""
     if not path.is_file():
         return None, NO_FILE
     try:
-        content = json.loads(path.read_bytes(), object_pairs_hook=_object_without_repeats)
-    except (OSError, ValueError, RecursionError) as error:
+        return json_value(ordinary_bytes(path).decode()), ""
+    except (OSError, ValueError) as error:
         return None, f"cannot be read as JSON: {error}"
-    return (content, "") if isinstance(content, dict) else (None, "is not a JSON object")
 
 
 def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from vlqc.verify.files import FolderFiles, check_files, open_folder
 from vlqc.verify.report import Report, listed
 
 RENAMED = ("model.visual.", "model.language_model.", "language_model.")  # names of newer transformers versions
+MOST_PACKED = 8  # 4-bit integers that one element, of an int32, holds
 
 
 @dataclass
@@ -40,6 +41,15 @@ class CompiledFolder:
     def glue(self) -> str:
         """dtype code of the float tensors, "BF16" or "F16"."""
         return self.form.glue
+
+    @property
+    def sizes_are_stored(self) -> bool:
+        """Whether no Linear is wider than what is stored. Else config.json is wrong, which is a fault already, and
+        scales of its sizes may not fit into memory."""
+        widest = max((size for tensor in self.files.tensors.values() for size in tensor.shape), default=0) * MOST_PACKED
+        return self.model is not None and all(
+            max(it.inputs, it.outputs) <= widest for it in self.model.linears.values()
+        )
 
 
 def check_structure(path: Path, target: Target | None, report: Report) -> CompiledFolder:

@@ -15,6 +15,7 @@ from tiny import TINY
 from typer.testing import CliRunner
 
 import vlqc
+from vlqc.answering import OUR_FAULT
 from vlqc.cli import app
 from vlqc.errors import Fault, InternalError, UserError
 from vlqc.json_files import json_text
@@ -107,7 +108,7 @@ def test_errors_as_json(words: list[str], kind: str, whats: list[str]) -> None:
     ("raised", "kind", "code", "faults"),
     [
         (UserError(Fault("a", "b", "c", "d"), "e\x1b"), "input", 2, [["a", "b", "c", "d"], ["e\x1b", "", "", ""]]),
-        (InternalError("a promise"), "internal", 70, None),
+        (InternalError("a promise", "a way out"), "internal", 70, [["a promise", "", "", "a way out"]]),
         (ZeroDivisionError("oops"), "internal", 70, None),
         (KeyboardInterrupt(), "interrupted", 130, [["interrupted", "", "", ""]]),
     ],
@@ -131,6 +132,27 @@ def test_how_it_ends(
         assert [list(fault.values()) for fault in told["faults"]] == faults
     assert "\x1b" not in ended.output
     assert run("inspect", "x", "--quiet").stderr != "", "quiet hides everything but errors"
+
+
+@pytest.mark.parametrize("words", [(), ("--json",)])
+def test_whose_fault_it_is(monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]) -> None:
+    """Catches a stranger's broken pass that users are asked to report to vlqc, and one of ours that they are not."""
+    blamed = "on stage a: look at odd:Boom, which does not come with vlqc"
+    for notes, fix in ((["how to go on"], OUR_FAULT), ([blamed, "how to go on"], blamed)):
+        error = ZeroDivisionError("oops")
+        error.__notes__ = notes
+
+        def inspect_folder(folder: Path, error: Exception = error) -> None:
+            raise error
+
+        stand_in = types.ModuleType("vlqc.inspection")
+        stand_in.__dict__["inspect_folder"] = inspect_folder
+        monkeypatch.setitem(sys.modules, "vlqc.inspection", stand_in)
+        ended = run("inspect", "x", *words)
+        assert ended.exit_code == 70 and fix in ended.stderr and "ZeroDivisionError" in ended.stderr
+        assert ("a fault of vlqc" in ended.output) == (fix == OUR_FAULT)
+        if words:
+            assert strict(ended.stdout)["faults"][0]["fix"] == fix
 
 
 def test_a_failed_verification(tmp_path: Path) -> None:

@@ -261,6 +261,21 @@ def test_stop_after_ends_there(dump: Path, tmp_path: Path) -> None:
         assert all(file.read_text() == (dump / name / file.name).read_text() for file in files)
 
 
+@pytest.mark.parametrize("given", [{}, {"propagate": "quantized"}])
+def test_stop_after_sees_the_compilations_stages(tmp_path: Path, given: dict[str, Any]) -> None:
+    """Catches a stage that is shown on the inputs of another run: earlier ones were stopped before they handed on."""
+    given = {
+        "model_path": TINY, "save_directory": tmp_path / "out", "samples": tiny_task.samples(2, seed=1),
+        "weight_method": "round", "dump_stages": ["model.layers.1", "model.layers.3"], **given,
+    }  # fmt: skip
+    vlqc.compile(dump_ir=tmp_path / "whole", **given)
+    look_until("smooth-m2", dump_ir=tmp_path / "cut", **given)
+    for name in given["dump_stages"]:
+        files = sorted((tmp_path / "cut" / name).iterdir())
+        assert files[-1].name == "04-after-smooth-m2.vlqc"
+        assert all(file.read_text() == (tmp_path / "whole" / name / file.name).read_text() for file in files)
+
+
 def test_stop_after_without_a_dump_prints(tmp_path: Path) -> None:
     """Catches a run that shows nothing, and exit codes that stop a script."""
     photo = str(Path(__file__).parent / "photos" / "chelsea.jpg")

@@ -138,6 +138,16 @@ def test_only_a_strangers_rewrite_costs_forwards(monkeypatch: pytest.MonkeyPatch
     assert len(ran) == 2
 
 
+def test_a_pass_without_a_return() -> None:
+    """The commonest slip of a new pass must not read as a hidden change: it says what came back, and what should."""
+    for returned in (None, 1):
+        step = pass_of("analysis", lambda stage, returned=returned: decide(stage) and returned)
+        with pytest.raises(InternalError, match=rf"run returned {returned}, .*; return True or False") as caught:
+            PassManager([step]).run(traced())
+        (fault,) = caught.value.faults
+        assert "\n" not in fault.what and fault.fix == "look at test_pass_manager:MadeUp, which does not come with vlqc"
+
+
 @pytest.mark.parametrize("kind", ["analysis", "rewrite"])
 def test_a_pass_that_claims_a_change(kind: str) -> None:
     """A pass that always says True makes every loop that runs until nothing changes endless."""

@@ -124,6 +124,7 @@ def test_what_is_installed_comes_first(folder: Path) -> None:
     ("text", "words"),
     [
         ("absent_module:Good", ["there is no module absent_module", "run vlqc in the folder of absent_module.py"]),
+        ("third_party.py:Good", ["there is no module third_party.py", "leave the ending out: third_party:Good"]),
         ("third_party.deeper:Good", ["there is no module third_party.deeper"]),
         ("half_module:Good", ["half_module cannot be imported", "imports absent_module"]),
         ("broken_module:Good", ["broken_module cannot be imported", "SyntaxError"]),

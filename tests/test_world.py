@@ -158,6 +158,8 @@ def test_errors_arrive_as_they_were() -> None:
     assert isinstance(arrived, UserError) and arrived.faults == faults
     other = _error_of(pickle.dumps(_report(ZeroDivisionError("by nought"))), 3)
     assert isinstance(other, InternalError) and "process 3 ended: ZeroDivisionError: by nought" in str(other)
+    broken = _error_of(pickle.dumps(_report(InternalError("a promise", "look at odd:Boom"))), 3)
+    assert broken.faults == (Fault("process 3 ended: a promise", fix="look at odd:Boom"),)
 
 
 # ---- joining ---------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from vlqc.command_help import BARE
-from vlqc.errors import Fault, UserError, VlqcError
+from vlqc.errors import Fault, UserError, VlqcError, foreign_notes
 from vlqc.folders import output_faults
 from vlqc.json_files import json_text
 from vlqc.world import here, joined
@@ -138,9 +138,11 @@ def answering(command: Callable[..., None]) -> Callable[..., None]:
         except Exception as error:
             if here().tells(error):
                 traceback.print_exc()  # with the notes
-                stderr().print(OUR_FAULT)
+                others = foreign_notes(error)
+                if not others:
+                    stderr().print(OUR_FAULT)
                 if how.as_json:
-                    fault = Fault(f"{type(error).__name__}: {error}", fix=OUR_FAULT)
+                    fault = Fault(f"{type(error).__name__}: {error}", fix=", ".join(others) or OUR_FAULT)
                     _echo_json(_failure("internal", INTERNAL, [fault], error))
             raise typer.Exit(INTERNAL) from None
 
@@ -192,10 +194,9 @@ def stderr() -> Console:
 
 def print_error(error: VlqcError, *, as_json: bool = False) -> None:
     """The faults one below the other, what is wrong in bold where the terminal can."""
-    faults = error.faults if isinstance(error, UserError) else (Fault(str(error)),)
     if as_json:
         kind = "input" if isinstance(error, UserError) else "internal"
-        _echo_json(_failure(kind, error.exit_code, faults, error))
+        _echo_json(_failure(kind, error.exit_code, error.faults, error))
         return
     console = stderr()
     if not isinstance(error, UserError):

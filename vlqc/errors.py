@@ -36,13 +36,27 @@ class Fault:
         return printable("\n".join(lines))
 
 
-OUR_FAULT = "this is a fault of vlqc; report it with the dump of --dump_ir"
+FOREIGN = ", which does not come with vlqc"
+
+
+def look_at(place: str) -> str:
+    """What to do about a fault of somebody else's code. place: as module:Class."""
+    return f"look at {place}{FOREIGN}"
+
+
+def foreign_notes(error: BaseException) -> list[str]:
+    """Notes on an error that say whose code it comes from, where it is not vlqc's."""
+    return [note for note in getattr(error, "__notes__", ()) if note.endswith(FOREIGN)]
 
 
 class VlqcError(Exception):
-    """Every error that vlqc raises on purpose."""
+    """Every error that vlqc raises on purpose. Its text is that of its faults, one below the other."""
 
     exit_code = 1
+
+    def __init__(self, *faults: Fault) -> None:
+        self.faults = faults
+        super().__init__("\n".join(str(fault) for fault in faults))
 
 
 class UserError(VlqcError):
@@ -51,8 +65,7 @@ class UserError(VlqcError):
     exit_code = 2
 
     def __init__(self, *faults: Fault | str) -> None:
-        self.faults = tuple(fault if isinstance(fault, Fault) else Fault(fault) for fault in faults)
-        super().__init__("\n".join(str(fault) for fault in self.faults))
+        super().__init__(*(fault if isinstance(fault, Fault) else Fault(fault) for fault in faults))
 
 
 class InternalError(VlqcError):
@@ -65,7 +78,7 @@ class InternalError(VlqcError):
         message: str,
         fix: str = "this is a fault of vlqc; report it with the last bundle of --dump_ir DIR --dump_formats bundle",
     ) -> None:
-        super().__init__(f"{message}\n  what to do: {fix}")
+        super().__init__(Fault(message, fix=fix))
 
 
 def near_miss(given: str, known: Iterable[str]) -> str:

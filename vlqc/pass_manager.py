@@ -8,15 +8,13 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-from vlqc.errors import InternalError, VlqcError
+from vlqc.errors import InternalError, VlqcError, look_at
 from vlqc.invariants import check
 from vlqc.ir import TOLERANCE, Stage, difference
 from vlqc.memory import return_memory
 from vlqc.pass_places import place_of
 from vlqc.printer import print_stage
 from vlqc.tensor_facts import fingerprints
-
-FOREIGN = "look at {}, which does not come with vlqc"
 
 
 @dataclass(frozen=True)
@@ -87,6 +85,8 @@ class PassManager:
 
     def _hold_to_word(self, stage: Stage, step: Pass, changed: bool, known: "_Evidence") -> "_Evidence":
         """Returns the evidence after the pass, which is the evidence before the next one."""
+        if not isinstance(changed, bool):
+            raise _broken(step, f"{step.name}: run returned {changed!r}, in {stage.name}; return True or False")
         now = self._evidence(stage, known if step.kind == "analysis" else None)
         if step.kind == "analysis" and now.weights != known.weights:
             names = sorted({*now.weights, *known.weights})
@@ -130,12 +130,12 @@ def _run(step: Pass, stage: Stage) -> bool:
         return step.run(stage)
     except Exception as error:
         if not isinstance(error, VlqcError) and not _is_own(step):
-            error.add_note(f"on stage {stage.name}: {FOREIGN.format(place_of(type(step)))}")
+            error.add_note(f"on stage {stage.name}: {look_at(place_of(type(step)))}")
         raise
 
 
 def _broken(step: Pass, promise: str) -> InternalError:
-    return InternalError(promise) if _is_own(step) else InternalError(promise, FOREIGN.format(place_of(type(step))))
+    return InternalError(promise) if _is_own(step) else InternalError(promise, look_at(place_of(type(step))))
 
 
 def _is_own(step: Pass) -> bool:

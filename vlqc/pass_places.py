@@ -81,6 +81,8 @@ def _imported(module_name: str, place: str) -> object:
         missing = error.name or module_name
         if module_name == missing or module_name.startswith(f"{missing}."):
             fix = f"install the package that has it, or run vlqc in the folder of {missing}.py"
+            if module_name.endswith(".py"):
+                fix = f"leave the ending out: {module_name.removesuffix('.py')}:{place.partition(':')[2]}"
             raise UserError(Fault(f"there is no module {missing}", place, fix=fix)) from error
         why = f"it imports {missing}, which is not installed"
         raise UserError(Fault(f"{module_name} cannot be imported", place, why)) from error

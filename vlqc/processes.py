@@ -23,7 +23,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from vlqc.errors import Fault, InternalError, UserError, VlqcError
+from vlqc.errors import Fault, InternalError, UserError, VlqcError, foreign_notes
 from vlqc.tensor_layout import bytes_of, laid_out, offset_of
 from vlqc.world import World
 
@@ -209,15 +209,20 @@ def _bytes(size: int) -> Tensor:
 
 
 def _report(error: BaseException) -> tuple[str, Any]:
-    """An error as it travels: of the user's input the faults, of all others what happened."""
+    """An error as it travels: of the user's input the faults, of all others what happened and what to do."""
     if isinstance(error, UserError):
         return "faults", error.faults
-    return "text", str(error) if isinstance(error, InternalError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, InternalError):
+        return "broken", [(fault.what, fault.fix) for fault in error.faults]
+    return "broken", [(f"{type(error).__name__}: {error}", *foreign_notes(error))]
 
 
 def _error_of(report: bytes, rank: int) -> VlqcError:
     kind, content = pickle.loads(report)
-    return UserError(*content) if kind == "faults" else InternalError(f"process {rank} ended: {content}")
+    if kind == "faults":
+        return UserError(*content)
+    ((what, *fix),) = content
+    return InternalError(f"process {rank} ended: {what}", *fix)
 
 
 def _lost(why: str, world: Processes) -> ProcessLost:

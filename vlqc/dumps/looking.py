@@ -66,7 +66,7 @@ def trace(
     paths = {} if calib_images is None else {"calib_images": calib_images}
     options = Options.without_paths(model_path=model_path, trust_remote_code=trust_remote_code, **paths)
     calibration = calibrate_on(samples, options, model.module)
-    return _look(model, calibration, [], dumper, progress or Progress())
+    return _look(model, calibration, [], 0, dumper, progress or Progress())
 
 
 @torch.no_grad()
@@ -80,7 +80,8 @@ def look_until(
     """The passes of a compilation up to and with `stop_after`, on every stage that its dump wants; no folder appears.
 
     given: as `vlqc.compile` takes it. Behind the last stage that is wanted nothing runs, and on those that are not
-    wanted only the passes on which later stages depend. Without a folder to dump into, the texts are printed.
+    wanted only the passes on which later stages depend; they run behind `stop_after`, too. Without a folder
+    to dump into, the texts are printed.
     UserError as from a compilation.
     """
     if here().size > 1:
@@ -98,18 +99,20 @@ def look_until(
     model = FloatModel.of(checkpoint, trust_remote_code=trust, device=device)
     check_layers(model, options)
     calibration = calibrate_on(samples, options, model.module)
-    return _look(model, calibration, pipeline[: last + 1], dumper, progress or Progress())
+    return _look(model, calibration, pipeline, last + 1, dumper, progress or Progress())
 
 
 def _look(
-    model: FloatModel, calibration: Calibration, passes: Sequence[Pass], dumper: Dumper, show: Progress
+    model: FloatModel, calibration: Calibration, pipeline: Sequence[Pass], count: int, dumper: Dumper, show: Progress
 ) -> Looked:
+    """count: of passes that are looked at; of the others those run that decide what later stages are given."""
     checkpoint = model.checkpoint
     dtype = emitted_dtype(checkpoint.dtype)
     wanted = [name for name in model.stages if dumper.wants(name)]
     before = announcer(show.step)
-    manager = PassManager(passes, before=before, after=dumper.after)
-    elsewhere = PassManager(needed_by_later_stages(passes), before=before)
+    needed = needed_by_later_stages(pipeline)
+    manager = PassManager(pipeline[:count], before=before, after=dumper.after)
+    rest, elsewhere = PassManager(needed[count:], before=before), PassManager(needed, before=before)
     show.begin(len(wanted), len(calibration.samples))
     lockstep = Lockstep(model, calibration.samples, probe=calibration.probe, look_once=True)
     looked: list[str] = []
@@ -123,10 +126,9 @@ def _look(
                     manager.run(stage)
                     looked.append(stage.name)
                     show.stage_done(len(looked) - 1)
-                else:
-                    elsewhere.run(stage)
                 if looked == wanted:
                     break
+                (rest if dumper.wants(stage.name) else elsewhere).run(stage)
                 if not stage.outputs:
                     stage.run()
                 stop.outputs = stage.answers()

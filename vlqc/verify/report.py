@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -13,6 +14,7 @@ from vlqc.errors import printable
 from vlqc.json_files import json_text
 
 SHOWN_PER_CHECK = 20  # a folder that is wrong throughout would bury its first faults otherwise; the JSON has all
+WIDEST = 1 << 16  # columns: no table is wider
 LOCATED = "groups by their share of the logits' error"
 SHOWN_ROWS = {LOCATED: 20}  # of long tables, whose end nobody needs; the JSON has all
 
@@ -118,19 +120,32 @@ def listed(items: Iterable[object], most: int = 5) -> str:
 
 def _print_fact(console: Console, name: str, value: Any) -> None:
     if isinstance(value, list) and value and isinstance(value[0], dict):
-        table = Table(title=name, title_justify="left")
-        for column in value[0]:
-            table.add_column(column, overflow="fold")
         shown = value[: SHOWN_ROWS.get(name)]
-        for row in shown:
-            table.add_row(*(_figure(cell) for cell in row.values()))
-        console.print(table)
+        _print_rows(console, name, shown)
         if len(shown) < len(value):
             console.print(Text(f"    ... and {len(value) - len(shown)} more: --json_file FILE writes them all"))
     elif isinstance(value, dict):
         console.print(Text(f"{name}: " + ", ".join(f"{key} {_figure(cell)}" for key, cell in value.items())))
     else:
         console.print(Text(f"{name}: {', '.join(map(str, value)) if isinstance(value, list) else _figure(value)}"))
+
+
+def _print_rows(console: Console, name: str, rows: list[dict[str, Any]]) -> None:
+    """A table where the console is wide enough; elsewhere what a row is about on a line of its own, figures below."""
+    table = Table(title=name, title_justify="left")
+    for column in rows[0]:
+        table.add_column(column, no_wrap=True)
+    for row in rows:
+        table.add_row(*(_figure(cell) for cell in row.values()))
+    if console.measure(table, options=console.options.update(width=WIDEST)).maximum <= console.width:
+        console.print(table)
+        return
+    console.print(Text(name, "table.title"))
+    for row in rows:
+        (_, about), *figures = row.items()
+        console.print(Text(_figure(about), "bold"), soft_wrap=True)
+        told = ", ".join(f"{column} {_figure(cell)}" for column, cell in figures)
+        console.print(Padding(Text(told), (0, 0, 0, 4)))
 
 
 def _figure(value: Any) -> str:
@@ -143,10 +158,10 @@ def _print_findings(console: Console, title: str, style: str, findings: list[Fin
         shown[finding.check] += 1
         if shown[finding.check] > SHOWN_PER_CHECK:
             continue
-        console.print(Text.assemble((title, style), f" [{finding.check}] {finding.what}"))
+        console.print(Text.assemble((title, style), f" [{finding.check}] {finding.what}"), soft_wrap=True)
         for label, text in (("where", finding.where), ("why", finding.why), ("what to do", finding.fix)):
             if text:
-                console.print(Text(f"    {label}: {text}"))
+                console.print(Text(f"    {label}: {text}"), soft_wrap=True)
     for check, count in shown.items():
         if count > SHOWN_PER_CHECK:
             console.print(

@@ -10,8 +10,11 @@ from rich.text import Text
 
 from vlqc.answering import FAILED, Answer, answering, check_file, stderr
 from vlqc.command_help import BARE
+from vlqc.completion import one_pass, several_of
 from vlqc.errors import Fault, UserError, printable
-from vlqc.options import Options
+from vlqc.options import Options, extra_of
+
+FORMATS: list[str] = extra_of(Options.model_fields["dump_formats"])["values"]
 
 
 def look_until(stop_after: str, answer: Answer, **options: Any) -> None:
@@ -42,7 +45,13 @@ def dump_command(
         typer.Option("--stages", metavar="GLOB", help="Only these stages, such as 'model.layers.1*'; repeatable."),
     ] = None,
     formats: Annotated[
-        str, typer.Option("--formats", metavar="LIST", help="What to write: text,json,onnx,bundle.")
+        str,
+        typer.Option(
+            "--formats",
+            metavar="LIST",
+            help="What to write: text,json,onnx,bundle.",
+            autocompletion=several_of(FORMATS),
+        ),
     ] = "text",
     calib_images: Annotated[
         Path | None,
@@ -103,7 +112,12 @@ def diff_command(
 @answering
 def run_pass_command(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder NN-STATE.bundle of a dump.")],
-    pipeline: Annotated[str, typer.Argument(metavar="PASS", help="A pass with its options, or several: 'a{b=1},c'.")],
+    pipeline: Annotated[
+        str,
+        typer.Argument(
+            metavar="PASS", help="A pass with its options, or several: 'a{b=1},c'.", autocompletion=one_pass
+        ),
+    ],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Also write the stage's text behind it.")
     ] = None,

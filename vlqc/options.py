@@ -203,7 +203,9 @@ class Options(BaseModel):
         ("text", "json", "onnx", "bundle"),
         kind="formats",
     )
-    print_after: str | None = _option(None, "Print the text of every stage after this pass, on stderr.", DEBUGGING)
+    print_after: str | None = _option(
+        None, "Print the text of every stage after this pass, on stderr.", DEBUGGING, kind="pass"
+    )
     timings: Path | None = _option(
         None, "Write time and memory per pass into this file, for `vlqc report FOLDER --timings FILE`.", DEBUGGING
     )

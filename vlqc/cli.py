@@ -21,7 +21,7 @@ from vlqc.answering import (
 from vlqc.command_help import BARE, EXAMPLES, GUIDE
 from vlqc.command_options import with_options
 from vlqc.completion import one_pass
-from vlqc.errors import UserError
+from vlqc.errors import Fault, UserError
 from vlqc.looking_commands import diff_command, dump_command, look_until, run_pass_command
 from vlqc.option_values import Refused, read_bool
 from vlqc.options import PANELS, Options
@@ -287,6 +287,9 @@ def passes_command(
         text = pipeline_text(checked)
         answer.give({"pipeline": text}, lambda console: typer.echo(text))
         return
+    if options:
+        given = " ".join(f"--{name}" for name in options)
+        raise UserError(Fault(given, why="the list of passes is the same for all options", fix="add --explain"))
     from vlqc.pass_table import describe_passes, print_passes
 
     answer.give({"passes": describe_passes()}, print_passes)

@@ -1,6 +1,7 @@
 """Commands that look inside: dump, diff, run-pass, and `vlqc compile --stop_after`. Arguments only, as in `cli`."""
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -67,10 +68,15 @@ def dump_command(
     answer: Answer,
 ) -> None:
     """Print the stages of a float checkpoint as traced: graph, tensors, sites. Nothing is quantized."""
-    chosen = Options.without_paths(
-        model_path=model, dump_ir=output or ".", dump_formats=formats, dump_stages=stages or [],
-        trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+    if answer.quiet and output is None and not answer.as_json and answer.json_file is None:
+        raise UserError(Fault("--quiet", why="nobody would see the stages", fix="add --output DIR or --json_file FILE"))
+    try:
+        chosen = Options.without_paths(
+            model_path=model, dump_ir=output or ".", dump_formats=formats, dump_stages=stages or [],
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+    except UserError as error:
+        raise UserError(*map(_in_words_of_dump, error.faults)) from None
     if output is None and formats != "text":
         raise UserError(Fault(f"--formats {formats}", why="only text is printed", fix="add --output DIR"))
     from vlqc.dumps import Dumper
@@ -138,6 +144,12 @@ def run_pass_command(
         answer.give(run.described(), lambda _: typer.echo(run.text, nl=False))
     else:
         answer.give(run.described(), lambda console: _print_lines(run.lines(), console))
+
+
+def _in_words_of_dump(fault: Fault) -> Fault:
+    """A fault of a compilation's options, under the names that `vlqc dump` has for them."""
+    parts = {name: text.replace("--dump_", "--") for name, text in asdict(fault).items()}
+    return Fault(**{name: text.replace("--ir", "--output") for name, text in parts.items()})
 
 
 def _print_lines(lines: Iterable[str], console: Console) -> None:

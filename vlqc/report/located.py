@@ -53,6 +53,10 @@ def read_verification(path: Path) -> Verification:
 
 
 def _read(content: dict[str, Any]) -> Verification:
+    if str(content.get("format", "")).startswith("vlqc timings"):
+        raise ValueError("it holds timings, which --timings takes")
+    if lacking := [key for key in ("ok", "engine", "facts") if key not in content]:
+        raise ValueError(f"it does not say {lacking[0]!r}")
     facts = content["facts"]
     rows = facts.get(LOCATED)
     return Verification(

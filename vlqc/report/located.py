@@ -71,7 +71,9 @@ def _read(content: dict[str, Any]) -> Verification:
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    columns = [str(name) for name in rows[0]]
+    first, *others = (str(name) for name in rows[0])
+    others.sort(key=lambda name: name != SHARE)  # what the ranking goes by stands where the narrowest screen shows it
+    columns = [first, *others]
     shares = [float(row.get(SHARE, 0.0)) for row in rows]
     longest = max(shares) or 1.0
     return Table(

@@ -19,6 +19,7 @@ from vlqc.answering import OUR_FAULT
 from vlqc.cli import app
 from vlqc.errors import Fault, InternalError, UserError
 from vlqc.json_files import json_text
+from vlqc.pipeline import REGISTRY
 
 ROOT = Path(__file__).parents[1]
 
@@ -185,6 +186,13 @@ def test_help_teaches() -> None:
     assert "--recipe w8a8.yaml" in shown
 
 
+def test_all_passes_complete_at_once() -> None:
+    """Catches a pass that a shell does not complete, and completion that takes seconds, as loading torch does."""
+    code = "import sys; from vlqc.completion import one_pass; print(*one_pass('')); assert 'torch' not in sys.modules"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0 and set(REGISTRY) <= set(ended.stdout.split()), ended.stderr
+
+
 def test_values_complete() -> None:
     """Catches shell completion that is switched off or does not know an option's values."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "_VLQC_COMPLETE": "complete_bash"}
@@ -192,6 +200,11 @@ def test_values_complete() -> None:
         ("vlqc compile --anti_method ", {"m2", "m4", "none"}),
         ("vlqc compile --device_type c", {"cpu", "cuda"}),
         ("vlqc ver", {"verify"}),
+        ("vlqc compile --dump_formats text,", {"text,json", "text,onnx", "text,bundle"}),
+        ("vlqc dump x --formats j", {"json"}),
+        ("vlqc compile --stop_after smooth", {"smooth-m2", "smooth-m4"}),
+        ("vlqc compile --print_after smooth", {"smooth-m2", "smooth-m4"}),
+        ("vlqc run-pass BUNDLE smooth", {"smooth-m2", "smooth-m4"}),
     ):
         asked = {**environment, "COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1)}
         code = "from vlqc.cli import main; main()"

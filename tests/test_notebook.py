@@ -12,6 +12,7 @@ import vlqc.progress
 from vlqc.notebook import NotebookProgress
 from vlqc.progress import Progress, TerminalProgress, heard
 from vlqc.result import Result
+from vlqc.verify import Report
 
 
 class Cell:
@@ -35,6 +36,16 @@ class Cell:
             self.lines[place] = again
 
         return types.SimpleNamespace(update=update)
+
+
+def test_values_of_a_cell_are_one_line() -> None:
+    """Catches a cell that ends with a report or a stage, and shows pages of fields."""
+    report = Report("out", facts={"a": [1] * 1000})
+    assert repr(report) == "<Report of out: ok, 0 faults, 0 warnings>"
+    report.fault("files", "out", "one is missing")
+    assert repr(report) == "<Report of out: FAIL, 1 fault, 0 warnings>"
+    text = 'stage "a.0" part=vision dtype=bfloat16 {\n  %x = input("x") : float32[2]\n  return (%x,)\n}\n'
+    assert repr(vlqc.parse(text)) == "<Stage a.0: 2 nodes, 0 sites>"
 
 
 @pytest.fixture

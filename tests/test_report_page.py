@@ -156,6 +156,13 @@ def test_it_can_be_used_without_eyes_or_a_mouse(text: str) -> None:
     assert page.all("html")[0]["lang"] == "en" and page.all("meta")[1]["content"].startswith("width=device-width")
 
 
+def test_the_ranking_fits_a_phone(text: str) -> None:
+    """Catches the share, by which groups are ranked, far to the right, where a narrow screen does not show it."""
+    head = text[text.index('<table class="located">') :]
+    assert re.findall(r"<th[^>]*>([^<]*)</th>", head)[:3] == ["group", "share %", "scheme"]
+    assert re.findall(r"<td[^>]*>([^<]*)</td>", head)[:2] == ["50", "W8A8"]
+
+
 def test_without_timings_or_verification(facts: Facts, tmp_path: Path) -> None:
     """Catches a page that needs what is optional, or does not say how to have it."""
     page = Page(page_of(tmp_path / "out", facts, timings=None, verification=None))

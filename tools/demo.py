@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import vlqc
+from vlqc.tally import weight_bytes
 
 TINY = Path(__file__).parent / "tiny_vl"
 CALIBRATION_PICTURES = 32
@@ -85,10 +86,6 @@ def float_model(folder: Path) -> nn.Module:
 
     model: nn.Module = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
     return model.float().eval()
-
-
-def weight_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def sqnr(wanted: Tensor, got: Tensor) -> float:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from vlqc.calibration_sources import Request, list_requests
-from vlqc.errors import Fault, UserError
+from vlqc.errors import Fault, UserError, counted
 from vlqc.model_inputs import ModelInputs, Patches
 from vlqc.options import Options
 from vlqc.pictures import BadPicture, is_video, read_picture
@@ -45,7 +45,7 @@ def calibrate_on(given: Sequence[dict[str, torch.Tensor]] | None, options: Optio
     samples = [without_padding(it, config.image_token_id) for it in checked_samples(loaded.samples, model)]
     unique = without_copies(samples)
     copies = len(samples) - len(unique)
-    notes = [f"{_counted(copies, 'sample')} left out: the same as others"] if copies else []
+    notes = [f"{counted(copies, 'sample')} left out: the same as others"] if copies else []
     in_order = [sample for group in by_pictures(unique) for sample in group]
     return Calibration(in_order, loaded.notes + notes, probe_sample(in_order, config))
 
@@ -185,23 +185,19 @@ def _too_long(request: Request, text: int, pictures: int, max_tokens: int) -> Fa
 
 def _left_out(source: Path) -> list[str]:
     videos = sum(is_video(path) for path in source.iterdir()) if source.is_dir() else 0
-    return [f"left out of {source}: {_counted(videos, 'video')}, which vlqc does not support"] if videos else []
+    return [f"left out of {source}: {counted(videos, 'video')}, which vlqc does not support"] if videos else []
 
 
 def _made_smaller(samples: list[_Sample], max_tokens: int | None) -> list[str]:
     smaller, all_of_them = sum(each.smaller for each in samples), sum(each.pictures for each in samples)
     if not smaller:
         return []
-    return [f"{smaller} of {_counted(all_of_them, 'picture')} made smaller to keep samples within {max_tokens} tokens"]
+    return [f"{smaller} of {counted(all_of_them, 'picture')} made smaller to keep samples within {max_tokens} tokens"]
 
 
 def _advice(pictures: int) -> list[str]:
     if pictures == 0:
         return ["no sample has a picture: the vision tower sees nothing to calibrate on"]
     if pictures < ADVISED_PICTURES:
-        return [f"{_counted(pictures, 'calibration picture')}: {ADVISED_PICTURES} varied ones are advised"]
+        return [f"{counted(pictures, 'calibration picture')}: {ADVISED_PICTURES} varied ones are advised"]
     return []
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}" + ("" if number == 1 else "s")

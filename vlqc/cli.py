@@ -20,6 +20,7 @@ from vlqc.answering import (
 )
 from vlqc.command_help import BARE, EXAMPLES, GUIDE
 from vlqc.command_options import with_options
+from vlqc.completion import one_pass
 from vlqc.errors import Fault, UserError, printable
 from vlqc.looking_commands import diff_command, dump_command, look_until, run_pass_command
 from vlqc.option_values import Refused, read_bool
@@ -95,6 +96,7 @@ def compile_command(
         typer.Option(
             "--stop_after",
             metavar="PASS",
+            autocompletion=one_pass,
             help="End after this pass on the stages of --dump_stages, or on all: for what --dump_ir and --print_after "
             "show. No save folder is written, so --save_directory may be left out.",
             rich_help_panel=PANELS[5],
@@ -290,6 +292,9 @@ def passes_command(
         text = pipeline_text(checked)
         answer.give({"pipeline": text}, lambda console: typer.echo(text))
         return
+    if options:
+        given = " ".join(f"--{name}" for name in options)
+        raise UserError(Fault(given, why="the list of passes is the same for all options", fix="add --explain"))
     from vlqc.pass_table import describe_passes, print_passes
 
     answer.give({"passes": describe_passes()}, print_passes)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from vlqc.command_help import BARE
+from vlqc.completion import Completer, one_of, one_pass, several_of
 from vlqc.option_values import extra_of, flag_of
 from vlqc.options import PANELS, Options
 
@@ -64,25 +65,26 @@ def _parameter(name: str) -> inspect.Parameter:
     default: Any = (
         False if extra["flag"] else None if many or field.is_required() or field.default is None else str(field.default)
     )
-    words = _words(field.annotation, extra)
     option = typer.Option(
         flag_of(name),
         help=field.description,
         rich_help_panel=extra["panel"],
         metavar=BARE if extra["flag"] else _placeholder(field.annotation, extra),
-        autocompletion=(lambda incomplete: [word for word in words if word.startswith(incomplete)]) if words else None,
+        autocompletion=_completer(field.annotation, extra),
     )
     kind: Any = bool if extra["flag"] else list[str] | None if many else str | None
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
 
 
-def _words(annotation: object, extra: dict[str, Any]) -> list[str]:
+def _completer(annotation: object, extra: dict[str, Any]) -> Completer | None:
     """What a shell can complete."""
     if extra["values"]:
-        return list(map(str, extra["values"]))
+        return (several_of if extra["kind"] == "formats" else one_of)(list(map(str, extra["values"])))
     if extra["kind"] == "target":
-        return ["vllm-ascend", "mindie", "both"]
-    return ["True", "False"] if annotation is bool and not extra["flag"] else []
+        return one_of(["vllm-ascend", "mindie", "both"])
+    if extra["kind"] == "pass":
+        return one_pass
+    return one_of(["True", "False"]) if annotation is bool and not extra["flag"] else None
 
 
 def _placeholder(annotation: object, extra: dict[str, Any]) -> str:
@@ -90,6 +92,6 @@ def _placeholder(annotation: object, extra: dict[str, Any]) -> str:
     if extra["values"]:
         return "|".join(map(str, extra["values"]))
     if extra["kind"]:
-        return {"globs": "GLOB", "target": "ENGINE"}[extra["kind"]]
+        return {"globs": "GLOB", "target": "ENGINE", "pass": "PASS"}[extra["kind"]]
     words = {"bool": "True|False", "Path": "PATH", "int": "NUMBER", "float": "NUMBER"}
     return next((word for part, word in words.items() if part in str(annotation)), "TEXT")

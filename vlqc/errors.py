@@ -81,6 +81,11 @@ class InternalError(VlqcError):
         super().__init__(Fault(message, fix=fix))
 
 
+def counted(number: int, what: str) -> str:
+    """1, "stage" -> "1 stage"; 2, "stage" -> "2 stages"."""
+    return f"{number} {what}" + ("" if number == 1 else "s")
+
+
 def near_miss(given: str, known: Iterable[str]) -> str:
     """A sentence naming the closest known words, or an empty string."""
     close = difflib.get_close_matches(given, list(known), n=3, cutoff=0.5)

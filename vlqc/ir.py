@@ -187,6 +187,10 @@ class Stage:
     world: World = field(default_factory=World)
     visits: Sequence[Visit] | None = None
 
+    def __repr__(self) -> str:
+        """One line: a notebook ends a cell with it; `print_stage` says the rest."""
+        return f"<Stage {self.name}: {len(self.graph.nodes)} nodes, {len(self.sites)} sites>"
+
     @property
     def live(self) -> nn.Module:
         """The module of a stage that was traced, not parsed."""

@@ -1,6 +1,7 @@
 """Commands that look inside: dump, diff, run-pass, and `vlqc compile --stop_after`. Arguments only, as in `cli`."""
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,8 +11,11 @@ from rich.text import Text
 
 from vlqc.answering import FAILED, Answer, answering, check_file, stderr
 from vlqc.command_help import BARE
+from vlqc.completion import one_pass, several_of
 from vlqc.errors import Fault, UserError, printable
-from vlqc.options import Options
+from vlqc.options import Options, extra_of
+
+FORMATS: list[str] = extra_of(Options.model_fields["dump_formats"])["values"]
 
 
 def look_until(stop_after: str, answer: Answer, **options: Any) -> None:
@@ -42,7 +46,13 @@ def dump_command(
         typer.Option("--stages", metavar="GLOB", help="Only these stages, such as 'model.layers.1*'; repeatable."),
     ] = None,
     formats: Annotated[
-        str, typer.Option("--formats", metavar="LIST", help="What to write: text,json,onnx,bundle.")
+        str,
+        typer.Option(
+            "--formats",
+            metavar="LIST",
+            help="What to write: text,json,onnx,bundle.",
+            autocompletion=several_of(FORMATS),
+        ),
     ] = "text",
     calib_images: Annotated[
         Path | None,
@@ -58,10 +68,15 @@ def dump_command(
     answer: Answer,
 ) -> None:
     """Print the stages of a float checkpoint as traced: graph, tensors, sites. Nothing is quantized."""
-    chosen = Options.without_paths(
-        model_path=model, dump_ir=output or ".", dump_formats=formats, dump_stages=stages or [],
-        trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+    if answer.quiet and output is None and not answer.as_json and answer.json_file is None:
+        raise UserError(Fault("--quiet", why="nobody would see the stages", fix="add --output DIR or --json_file FILE"))
+    try:
+        chosen = Options.without_paths(
+            model_path=model, dump_ir=output or ".", dump_formats=formats, dump_stages=stages or [],
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+    except UserError as error:
+        raise UserError(*map(_in_words_of_dump, error.faults)) from None
     if output is None and formats != "text":
         raise UserError(Fault(f"--formats {formats}", why="only text is printed", fix="add --output DIR"))
     from vlqc.dumps import Dumper
@@ -103,7 +118,12 @@ def diff_command(
 @answering
 def run_pass_command(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder NN-STATE.bundle of a dump.")],
-    pipeline: Annotated[str, typer.Argument(metavar="PASS", help="A pass with its options, or several: 'a{b=1},c'.")],
+    pipeline: Annotated[
+        str,
+        typer.Argument(
+            metavar="PASS", help="A pass with its options, or several: 'a{b=1},c'.", autocompletion=one_pass
+        ),
+    ],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Also write the stage's text behind it.")
     ] = None,
@@ -124,6 +144,12 @@ def run_pass_command(
         answer.give(run.described(), lambda _: typer.echo(run.text, nl=False))
     else:
         answer.give(run.described(), lambda console: _print_lines(run.lines(), console))
+
+
+def _in_words_of_dump(fault: Fault) -> Fault:
+    """A fault of a compilation's options, under the names that `vlqc dump` has for them."""
+    parts = {name: text.replace("--dump_", "--") for name, text in asdict(fault).items()}
+    return Fault(**{name: text.replace("--ir", "--output") for name, text in parts.items()})
 
 
 def _print_lines(lines: Iterable[str], console: Console) -> None:

@@ -172,9 +172,7 @@ class Options(BaseModel):
     max_tokens: int | None = _option(
         None, "Most tokens of one sample; pictures are made smaller until they fit, nothing is cut.", DATA, least=FEWEST
     )
-    overwrite: bool = _option(
-        False, "Replace a save folder that is not empty, and dumps of the same stages.", OUTPUT, flag=True
-    )
+    overwrite: bool = _option(False, "Replace a save folder that is not empty, and older dumps.", OUTPUT, flag=True)
     resume: bool = _option(
         False,
         "Go on with an interrupted run of the same command, from the work folder that it has left beside the save "
@@ -203,7 +201,9 @@ class Options(BaseModel):
         ("text", "json", "onnx", "bundle"),
         kind="formats",
     )
-    print_after: str | None = _option(None, "Print the text of every stage after this pass, on stderr.", DEBUGGING)
+    print_after: str | None = _option(
+        None, "Print the text of every stage after this pass, on stderr.", DEBUGGING, kind="pass"
+    )
     timings: Path | None = _option(
         None, "Write time and memory per pass into this file, for `vlqc report FOLDER --timings FILE`.", DEBUGGING
     )
@@ -270,7 +270,7 @@ class Options(BaseModel):
         """
         named = cls._merged(given)
         options, faults = cls._checked({"save_directory": "unnamed", **named})
-        ignored: dict[str, Any] = {} if "save_directory" in named else {"save_directory": None}
+        ignored = {} if "save_directory" in named else {"save_directory": None}
         faults += path_faults(options.model_copy(update=ignored | ({"overwrite": True} if occupied else {})))
         if faults:
             raise UserError(*faults)

@@ -11,7 +11,7 @@ from rich.progress import Progress as Bar
 from rich.table import Column, Table
 from rich.text import Text
 
-from vlqc.errors import printable
+from vlqc.errors import counted, printable
 
 if TYPE_CHECKING:
     from vlqc.pipeline import Pass
@@ -95,7 +95,7 @@ class TerminalProgress(Progress):
             self._task = self._bar.add_task("starting", total=stages, completed=done, left="")
             self._bar.start()
         else:
-            self._line(f"{stages} stages, {samples} samples")
+            self._line(f"{counted(stages, 'stage')}, {counted(samples, 'sample')}")
             if done:
                 self._line(f"{done} of {stages} stages were finished before")
 

@@ -171,7 +171,7 @@ class Tally:
             folder=folder,
             counts=self.counts,
             bytes_before=self.checkpoint.bytes,
-            bytes_after=_weight_bytes(folder),
+            bytes_after=weight_bytes(folder),
             seconds=time.perf_counter() - self._started,
             peak_memory_bytes=peak_memory(),
             notes=self.notes,
@@ -197,5 +197,6 @@ class Tally:
         )
 
 
-def _weight_bytes(folder: Path) -> int:
+def weight_bytes(folder: Path) -> int:
+    """Of all weight files of a checkpoint."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlqc.dumps.changes import Changes, changes
-from vlqc.errors import Fault, UserError
+from vlqc.errors import Fault, UserError, counted
 from vlqc.ir import Stage
 from vlqc.parser import parse_stage
 
@@ -56,8 +56,8 @@ class Comparison:
                 yield f"  {about}"
                 yield from (f"    {sentence}" for sentence in sentences)
             if state.repeated:
-                yield f"  and {_counted(state.repeated, 'difference')} of an earlier state of this stage"
-        yield f"{_counted(self.same, 'state')} alike, {len(self.states)} not"
+                yield f"  and {counted(state.repeated, 'difference')} of an earlier state of this stage"
+        yield f"{counted(self.same, 'state')} alike, {len(self.states)} not"
 
 
 def compare(first: Path, second: Path) -> Comparison:
@@ -105,6 +105,9 @@ def _states(dump: Path) -> dict[str, Path]:
     """STAGE/TITLE -> the file of text, in order; a state's number is left out of its title."""
     if not dump.exists():
         raise UserError(Fault(f"{dump} is no dump", why="there is no such file or folder"))
+    if dump.is_file() and dump.suffix in (".json", ".onnx"):
+        why = f"the text of a stage is compared, not its {dump.suffix.removeprefix('.')}"
+        raise UserError(Fault(f"{dump} cannot be compared", why=why, fix="give the .vlqc of the same state"))
     if dump.is_file():
         return {dump.name: dump}
     if (dump / GRAPH_FILE).is_file():
@@ -139,7 +142,3 @@ def _merged(old: list[str], new: list[str]) -> list[str]:
             merged.insert(place, title)
             place += 1
     return merged
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}" + ("" if count == 1 else "s")

@@ -1,7 +1,7 @@
 """One pass, run again on one state of one stage, from a bundle: `vlqc run-pass`."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +9,10 @@ import torch
 
 from vlqc.dumps.bundle_reading import read_bundle
 from vlqc.dumps.changes import Changes, changes
-from vlqc.errors import Fault, UserError
+from vlqc.errors import Fault, UserError, counted
 from vlqc.parser import parse_stage
 from vlqc.pass_manager import PassManager
-from vlqc.pipeline import RUNNERS, parse_pipeline
+from vlqc.pipeline import RUNNERS, Pass, parse_pipeline
 from vlqc.printer import print_stage
 
 
@@ -30,11 +30,19 @@ class Rerun:
         for about, sentences in self.found.items():
             yield "\n  ".join([about, *sentences])
         yield from (f"note: {note}" for note in self.notes)
-        yield f"{len(self.found)} things changed" if self.found else "nothing changed"
+        yield f"{counted(len(self.found), 'thing')} changed" if self.found else "nothing changed"
 
     def described(self) -> dict[str, Any]:
         """As a value of JSON."""
         return {"changed": self.found, "notes": self.notes, "seconds": self.seconds, "text": self.text}
+
+
+def _parsed(pipeline: str) -> list[Pass]:
+    """As `parse_pipeline`, whose faults name an option of a compilation: here it is an argument."""
+    try:
+        return parse_pipeline(pipeline)
+    except UserError as error:
+        raise UserError(*(replace(it, where=it.where.replace("--pipeline", "PASS")) for it in error.faults)) from None
 
 
 @torch.no_grad()
@@ -45,7 +53,7 @@ def run_pass(bundle: Path, pipeline: str) -> Rerun:
     UserError for a bundle that cannot be used, and for passes that need what it lacks; InternalError as in a
     compilation: that is what a bug report is about.
     """
-    passes = parse_pipeline(pipeline)
+    passes = _parsed(pipeline)
     stage = read_bundle(bundle)
     runners = [step.name for step in passes if step.name in RUNNERS]
     if runners and not stage.calls:

@@ -49,6 +49,10 @@ def read_verification(path: Path) -> Verification:
 
 
 def _read(content: dict[str, Any]) -> Verification:
+    if str(content.get("format", "")).startswith("vlqc timings"):
+        raise ValueError("it holds timings, which --timings takes")
+    if lacking := [key for key in ("ok", "engine", "facts") if key not in content]:
+        raise ValueError(f"it does not say {lacking[0]!r}")
     facts = content["facts"]
     rows = facts.get(LOCATED)
     return Verification(
@@ -63,7 +67,9 @@ def _read(content: dict[str, Any]) -> Verification:
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    columns = [str(name) for name in rows[0]]
+    first, *others = (str(name) for name in rows[0])
+    others.sort(key=lambda name: name != SHARE)  # what the ranking goes by stands where the narrowest screen shows it
+    columns = [first, *others]
     shares = [float(row.get(SHARE, 0.0)) for row in rows]
     longest = max(shares) or 1.0
     return Table(

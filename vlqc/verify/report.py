@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from vlqc.errors import printable
+from vlqc.errors import counted, printable
 from vlqc.json_files import json_text
 
 SHOWN_PER_CHECK = 20  # a folder that is wrong throughout would bury its first faults otherwise; the JSON has all
@@ -42,6 +42,11 @@ class Report:
     warnings: list[Finding] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     advice: list[Finding] = field(default_factory=list)  # what would make the folder more accurate, the best first
+
+    def __repr__(self) -> str:
+        """One line: a notebook ends a cell with it, and `described()` would fill pages."""
+        found = f"{counted(len(self.findings), 'fault')}, {counted(len(self.warnings), 'warning')}"
+        return f"<Report of {self.folder}: {'ok' if self.ok else 'FAIL'}, {found}>"
 
     @property
     def ok(self) -> bool:

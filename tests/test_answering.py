@@ -156,6 +156,64 @@ def test_whose_fault_it_is(monkeypatch: pytest.MonkeyPatch, words: tuple[str, ..
             assert strict(ended.stdout)["faults"][0]["fix"] == fix
 
 
+SIGNALLED = """
+import os, signal, sys, types
+
+def inspect_folder(folder):
+    try:
+        os.kill(os.getpid(), signal.{signal})
+    except BaseException as error:
+        made = {error}
+        made.add_note("how to go on")
+        raise made from error
+
+from vlqc.errors import Fault, UserError
+sys.modules["vlqc.inspection"] = types.SimpleNamespace(inspect_folder=inspect_folder)
+from vlqc.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("signal", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("error", ["RuntimeError('Failed to import x')", "UserError(Fault('m cannot be imported'))"])
+def test_an_interruption_that_became_another_error(tmp_path: Path, signal: str, error: str) -> None:
+    """Catches Ctrl-C or SIGTERM in the middle of an import that ends as a fault of vlqc, with a traceback."""
+    command = [sys.executable, "-c", SIGNALLED.format(signal=signal, error=error), "inspect", "x"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "interrupted\nhow to go on\n")
+    told = subprocess.run([*command, "--json"], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert told.returncode == 130 and told.stderr == ""
+    assert (strict(told.stdout)["error"], strict(told.stdout)["notes"]) == ("interrupted", ["how to go on"])
+
+
+HANDLERS = """
+import signal
+from vlqc.answering import end_as_if_interrupted
+{first}
+before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+end_as_if_interrupted()
+after = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+print([one is other for one, other in zip(before, after)])
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "environment", "kept"),
+    [
+        ("", {}, "[False, False]"),
+        ("signal.signal(signal.SIGINT, signal.SIG_IGN)", {}, "[True, False]"),
+        ("", {"TORCHELASTIC_RUN_ID": "x"}, "[True, True]"),
+    ],
+)
+def test_signals_that_are_left_alone(first: str, environment: dict[str, str], kept: str) -> None:
+    """Catches a run in the background that a Ctrl-C for the foreground ends, and processes of torchrun that call
+    themselves interrupted where another one has failed."""
+    command = [sys.executable, "-c", HANDLERS.format(first=first)]
+    given = {**os.environ, **environment}
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True, env=given)
+    assert ended.stdout.strip() == kept
+
+
 def test_a_failed_verification(tmp_path: Path) -> None:
     """Catches findings that --quiet swallows, and a failure that JSON hides behind exit code 0."""
     content = make_content()

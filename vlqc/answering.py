@@ -31,6 +31,7 @@ from vlqc.world import here, joined
 FAILED, USER, INTERNAL, INTERRUPTED = 1, 2, 70, 130
 OUR_FAULT = "this is a fault of vlqc; please report it with the lines above"
 OUTPUT = "What this command prints"
+_signals: list[int] = []  # those that have come and are to end this program
 
 
 @dataclass(frozen=True)
@@ -121,30 +122,23 @@ def answering(command: Callable[..., None]) -> Callable[..., None]:
         try:
             check_file("--json_file", how.json_file)
             command(*args, answer=how, **given)
-        except VlqcError as error:
-            if here().tells(error):
-                print_error(error, as_json=how.as_json)
-            raise typer.Exit(error.exit_code) from None
-        except KeyboardInterrupt as error:
-            if here().tells(error):
-                if how.as_json:
-                    _echo_json(_failure("interrupted", INTERRUPTED, [Fault("interrupted")], error))
-                else:
-                    stderr().print("interrupted")
-                    _print_notes(error)
-            raise typer.Exit(INTERRUPTED) from None
         except (typer.Exit, typer.Abort, BrokenPipeError):
             raise
-        except Exception as error:
-            if here().tells(error):
-                traceback.print_exc()  # with the notes
-                others = foreign_notes(error)
-                if not others:
-                    stderr().print(OUR_FAULT)
-                if how.as_json:
-                    fault = Fault(f"{type(error).__name__}: {error}", fix=", ".join(others) or OUR_FAULT)
-                    _echo_json(_failure("internal", INTERNAL, [fault], error))
-            raise typer.Exit(INTERNAL) from None
+        except (Exception, KeyboardInterrupt) as error:
+            told = here().tells(error)
+            if _signals or isinstance(error, KeyboardInterrupt):
+                code = INTERRUPTED
+                if told:
+                    _print_interrupted(error, as_json=how.as_json)
+            elif isinstance(error, VlqcError):
+                code = error.exit_code
+                if told:
+                    print_error(error, as_json=how.as_json)
+            else:
+                code = INTERNAL
+                if told:
+                    _print_unforeseen(error, as_json=how.as_json)
+            raise typer.Exit(code) from None
 
     answer.__signature__ = signature.replace(parameters=[*own, *shared])  # type: ignore[attr-defined]
     answer.__annotations__ = {each.name: each.annotation for each in (*own, *shared)}
@@ -178,14 +172,20 @@ def check_file(flag: str, file: Path | None) -> None:
 def end_as_if_interrupted() -> None:
     """Lets SIGTERM, which schedulers send, end a command as Ctrl-C does: what is finished is kept, and it says so.
 
-    Not under torchrun, which ends the other processes so when one has told what is wrong.
+    Either is remembered: code that was being imported may make another error of it. Where Ctrl-C is ignored, as in the
+    background of a script, it stays so. Not under torchrun, which ends the other processes by SIGTERM when one has told
+    what is wrong.
     """
 
-    def interrupt(*_: object) -> None:
+    def interrupt(number: int, _: object) -> None:
+        _signals.append(number)
         raise KeyboardInterrupt
 
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        signal.signal(signal.SIGTERM, interrupt)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return
+    signal.signal(signal.SIGTERM, interrupt)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
 
 
 def stderr() -> Console:
@@ -207,6 +207,24 @@ def print_error(error: VlqcError, *, as_json: bool = False) -> None:
         for line in rest:
             console.print(Text(line), soft_wrap=True)
     _print_notes(error)
+
+
+def _print_interrupted(error: BaseException, *, as_json: bool) -> None:
+    if as_json:
+        _echo_json(_failure("interrupted", INTERRUPTED, [Fault("interrupted")], error))
+        return
+    stderr().print("interrupted")
+    _print_notes(error)
+
+
+def _print_unforeseen(error: BaseException, *, as_json: bool) -> None:
+    traceback.print_exception(error)  # with the notes
+    others = foreign_notes(error)
+    if not others:
+        stderr().print(OUR_FAULT)
+    if as_json:
+        fault = Fault(f"{type(error).__name__}: {error}", fix=", ".join(others) or OUR_FAULT)
+        _echo_json(_failure("internal", INTERNAL, [fault], error))
 
 
 def _failure(kind: str, code: int, faults: Sequence[Fault], error: BaseException | None = None) -> dict[str, Any]:

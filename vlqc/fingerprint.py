@@ -6,9 +6,10 @@ A run that was interrupted is continued only if all of them are what they were.
 import functools
 import hashlib
 import importlib.metadata
+import os
 import platform
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ IMMATERIAL = {
     "model_path", "save_directory", "calib_images", "overwrite", "resume", "start_over", "memory_budget", "dump_ir",
     "strict_target", "pipeline", "timings", "dump_stages", "dump_formats", "print_after",
 }  # fmt: skip
+INSTALLED = {"site-packages", "dist-packages"}  # folders of what is no part of the user's own code
 NOTHING = "nothing"
 NAMED = 6  # differences that an error lists
 
@@ -58,14 +60,43 @@ def facts_of(options: Options, pipeline: str, model: FloatModel, samples: Sequen
 
 
 def sources_of(classes: Iterable[type]) -> Facts:
-    """Of classes that do not come with vlqc: the digest of the file in which each was written."""
-    facts = {}
+    """Of classes that do not come with vlqc: digests of the files they and their bases are written in, and of every
+    module loaded from beside or below them, where helpers of theirs lie; of an installed one, of its own package.
+    """
+    files: dict[str, Path] = {}
     for kind in classes:
-        module = sys.modules.get(kind.__module__)
-        file = getattr(module, "__file__", None)
-        if kind.__module__.partition(".")[0] != "vlqc" and file is not None and Path(file).is_file():
-            facts[f"source of {kind.__module__}"] = _short(file_digest(Path(file)))
-    return facts
+        for each in kind.__mro__:
+            files |= _files_of([each.__module__])
+        if _files_of([kind.__module__]):
+            files |= _files_of(_neighbours(kind.__module__))
+    return {f"source of {name}": _short(file_digest(files[name])) for name in sorted(files)}
+
+
+def _neighbours(name: str) -> Iterator[str]:
+    """Modules that are loaded from the folder in which a module's top package lies, or from below it."""
+    *packages, _ = name.split(".")
+    top, files = name.partition(".")[0], _files_of(sys.modules)
+    folder = files[name].parents[files[name].stem == "__init__"]
+    while packages and folder.name == packages.pop():
+        folder = folder.parent
+    for other, file in files.items():
+        if folder not in file.parents or other == "__main__":  # the script that starts a run may start it otherwise
+            continue
+        within = file.relative_to(folder).parts
+        hidden = any(part.startswith(".") for part in within) or not INSTALLED.isdisjoint(within)
+        if other.partition(".")[0] == top or not (hidden or folder.name in INSTALLED):
+            yield other
+
+
+def _files_of(names: Iterable[str]) -> dict[str, Path]:
+    """Modules -> the files they were loaded from, of those that came neither with vlqc nor with Python."""
+    found = {}
+    for name in list(names):
+        file = getattr(sys.modules.get(name), "__dict__", {}).get("__file__")  # some modules make up what they lack
+        foreign = name.partition(".")[0] not in {"vlqc", *sys.stdlib_module_names}
+        if foreign and isinstance(file, str) and os.path.isfile(file):
+            found[name] = Path(os.path.abspath(file))
+    return found
 
 
 def differences(then: Facts, now: Facts) -> list[str]:

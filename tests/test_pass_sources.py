@@ -1,0 +1,96 @@
+"""What of the user's own code counts when a run is to go on: the passes' files, those of their bases and of helpers."""
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vlqc.fingerprint import differences, sources_of
+from vlqc.pipeline import load_pass
+
+HELPED = """
+from dataclasses import dataclass
+from typing import ClassVar
+
+import bought
+import helping
+import mine.deep
+from elsewhere.parts import Mixin
+from vlqc import Pass
+
+
+@dataclass(frozen=True)
+class Helped(Mixin, Pass):
+    name: ClassVar[str] = "helped"
+    kind: ClassVar[str] = "analysis"
+    summary: ClassVar[str] = "has helpers"
+"""
+FILES = {
+    "work/helped.py": HELPED,
+    "work/helping.py": "",
+    "work/unasked.py": "",
+    "work/mine/__init__.py": "",
+    "work/mine/deep.py": "",
+    "work/package/__init__.py": "",
+    "work/package/inner/__init__.py": "from .. import beside",
+    "work/package/inner/helped.py": HELPED,
+    "work/package/beside.py": "",
+    "work/.venv/site-packages/bought.py": "",
+    "work/.venv/site-packages/sold/__init__.py": "from sold import part",
+    "work/.venv/site-packages/sold/part.py": "",
+    "work/.venv/site-packages/sold/helped.py": HELPED,
+    "other/elsewhere/__init__.py": "",
+    "other/elsewhere/parts.py": "class Mixin: pass",
+}
+HELPERS = {"elsewhere.parts", "helping", "mine", "mine.deep"}
+
+
+@pytest.fixture
+def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with the files; what is loaded from there is forgotten afterwards."""
+    for name, text in FILES.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    for folder in ("work", "other", "work/.venv/site-packages"):
+        monkeypatch.syspath_prepend(str(tmp_path / folder))
+    yield tmp_path
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize(
+    ("module", "counted"),
+    [
+        ("helped", HELPERS | {"helped"}),
+        ("package.inner.helped", HELPERS | {"package", "package.inner", "package.inner.helped", "package.beside"}),
+        ("sold.helped", {"elsewhere.parts", "sold", "sold.part", "sold.helped"}),
+    ],
+)
+def test_every_file_that_counts(code: Path, module: str, counted: set[str]) -> None:
+    """Catches a helper that may change between two halves of a result, and a library that may not for no reason."""
+    kind = load_pass(f"{module}:Helped")
+    before = sources_of([kind])
+    assert set(before) == {f"source of {name}" for name in counted}
+    changed = set()
+    for name in FILES:
+        path = code / name
+        path.write_text(path.read_text() + "\n")
+        found = differences(before, sources_of([kind]))
+        changed |= {each.partition(":")[0] for each in found}
+        path.write_text(path.read_text()[:-1])
+        assert len(found) <= 1 and sources_of([kind]) == before
+    assert changed == set(before)
+
+
+def test_the_script_itself_may_change(code: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a script beside its passes that cannot go on because `resume=True` was written into it."""
+    script = importlib.import_module("unasked")
+    kind = load_pass("helped:Helped")
+    monkeypatch.delitem(sys.modules, "unasked")
+    monkeypatch.setitem(sys.modules, "__main__", script)
+    before = sources_of([kind])
+    (code / "work" / "unasked.py").write_text("resume = True\n")
+    assert sources_of([kind]) == before

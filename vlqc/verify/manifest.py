@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from vlqc.links import link_faults
+from vlqc.verify.files import MANIFEST
 from vlqc.verify.folder import read_json
 from vlqc.verify.report import Report
 
-MANIFEST = "MANIFEST.json"
 FACTS = "vlqc_report.json"
 CHECK = "manifest"
 DIGEST = re.compile(r"[0-9a-f]{64}")

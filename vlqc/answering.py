@@ -25,6 +25,7 @@ from typer.core import TyperGroup
 from vlqc.command_help import BARE
 from vlqc.errors import Fault, UserError, VlqcError
 from vlqc.json_files import json_text
+from vlqc.standard_streams import Unwritable
 from vlqc.world import here, joined
 
 FAILED, USER, INTERNAL, INTERRUPTED = 1, 2, 70, 130
@@ -44,7 +45,7 @@ class Answer:
         """A result. value: for JSON; render: the same as words, onto a console."""
         text = json_text(value)
         if self.json_file is not None:
-            self.json_file.write_text(text, encoding="utf-8")
+            write_file("--json_file", self.json_file, text)
         if self.as_json:
             typer.echo(text, nl=False)
         elif not self.quiet:
@@ -90,6 +91,9 @@ class Commands(TyperGroup):
                 words, prog_name, complete_var, standalone_mode and not as_json, windows_expand_args, **extra
             )
         except Exception as error:
+            if isinstance(error, Unwritable):  # --help, which no command tells
+                print_error(error)
+                sys.exit(USER)
             message = getattr(error, "format_message", None)  # of the command line; commands tell of all else
             if not as_json or message is None:
                 raise
@@ -122,7 +126,7 @@ def answering(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, answer=how, **given)
         except VlqcError as error:
             if here().tells(error):
-                print_error(error, as_json=how.as_json)
+                print_error(error, as_json=how.as_json and not isinstance(error, Unwritable))
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt as error:
             if here().tells(error):
@@ -165,9 +169,20 @@ def together(command: Callable[..., None]) -> Callable[..., None]:
 
 def check_file(flag: str, file: Path | None) -> None:
     """UserError for a file that cannot be written: before the work, not after it."""
+    if file is not None and file.exists() and not file.is_dir() and not file.is_file():  # a pipe may never take it
+        fix = "name a file; --json prints on stdout" if flag == "--json_file" else "name a file"
+        raise UserError(Fault(f"{flag} {file} cannot be written", why="it is not an ordinary file", fix=fix))
     if file is not None and (file.is_dir() or not file.parent.is_dir()):
         why = "it is a folder" if file.is_dir() else f"there is no folder {file.parent}"
         raise UserError(Fault(f"{flag} {file} cannot be written", why=why, fix="name a file in an existing folder"))
+
+
+def write_file(flag: str, file: Path, text: str) -> None:
+    """UserError where it cannot be written although `check_file` found nothing: the disk is full, or not ours."""
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(Fault(f"{flag} {file} cannot be written", why=str(error), fix="name another file")) from None
 
 
 def end_as_if_interrupted() -> None:

@@ -132,6 +132,21 @@ def edit(**keys: object) -> Callable[[Path], None]:
     return change
 
 
+def enter(**given: object) -> Callable[[Path], None]:
+    """Other keyword arguments for the probe; first: for its first one without a keyword."""
+
+    def change(folder: Path) -> None:
+        path = folder / "bundle.json"
+        said = json.loads(path.read_text())
+        probe = said["calls"][said["probe"]] if isinstance(said["probe"], int) else said["probe"]
+        if "first" in given:
+            probe["args"]["tuple"][0] = given["first"]
+        probe["kwargs"]["dict"].update({name: it for name, it in given.items() if name != "first"})
+        path.write_text(json.dumps(said))
+
+    return change
+
+
 def link(folder: Path) -> None:
     (folder / "graph.vlqc").unlink()
     (folder / "graph.vlqc").symlink_to("/etc/hostname")
@@ -152,6 +167,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         ),
         "num_hidden_layers",
     ),
+    "a probe that is no tensor": (enter(first=True), "cannot be used"),
+    "a probe without positions": (enter(position_embeddings=None), "cannot be used"),
+    "a mask that is no tensor": (enter(attention_mask=True), "cannot be used"),
     "no text": (lambda folder: (folder / "graph.vlqc").write_text("stage"), "graph.vlqc"),
 }
 

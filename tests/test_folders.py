@@ -1,5 +1,6 @@
 """vlqc.folders: the model folder, the save folder and what else is written or read, apart from each other."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def test_a_mount_point(
 
 
 def test_dump_and_pictures_outside_the_save_folder(folders: dict[str, Any], tmp_path: Path) -> None:
-    """Catches dumps inside the finished checkpoint or the source, and pictures deleted by --overwrite."""
+    """Catches dumps inside the finished checkpoint or the source, pictures deleted by --overwrite, times for a pipe."""
     save, model = folders["save_directory"], folders["model_path"]
     (fault,) = faults_of(**folders, dump_ir=save / "dump")
     assert "--dump_ir" in fault and "save folder" in fault
@@ -97,6 +98,9 @@ def test_dump_and_pictures_outside_the_save_folder(folders: dict[str, Any], tmp_
     (tmp_path / "taken").write_text("")
     (fault,) = faults_of(**folders, dump_ir=tmp_path / "taken")
     assert "it is a file" in fault
+    os.mkfifo(tmp_path / "pipe")
+    (fault,) = faults_of(**folders, timings=tmp_path / "pipe")
+    assert "not an ordinary file" in fault
 
 
 def test_unreadable_names(folders: dict[str, Any], tmp_path: Path) -> None:

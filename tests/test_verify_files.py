@@ -77,6 +77,9 @@ FILE_DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "a broken config": (lambda f: (f / "config.json").write_text("{"), "config", "JSON"),
     "a config that is a list": (lambda f: (f / "config.json").write_text("[]"), "config", "object"),
     "no description": (lambda f: (f / "quant_model_description.json").unlink(), "description", "missing"),
+    "a tokenizer cut off": (lambda f: (f / "tokenizer.json").write_text('{"model": {'), "files", "tokenizer.json"),
+    "a setting that is none": (lambda f: (f / "preprocessor_config.json").write_text("nope"), "files", "preprocessor"),
+    "a template that is a folder": (lambda f: (f / "chat_template.json").mkdir(), "files", "chat_template.json"),
     "a key twice": (
         lambda f: (f / "quant_model_description.json").write_text('{"version": "1.0.0", "version": "1.0.0"}'),
         "description",

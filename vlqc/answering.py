@@ -26,6 +26,7 @@ from vlqc.command_help import BARE
 from vlqc.errors import Fault, UserError, VlqcError, foreign_notes
 from vlqc.folders import output_faults
 from vlqc.json_files import json_text
+from vlqc.standard_streams import Unwritable
 from vlqc.world import here, joined
 
 FAILED, USER, INTERNAL, INTERRUPTED = 1, 2, 70, 130
@@ -46,7 +47,7 @@ class Answer:
         """A result. value: for JSON; render: the same as words, onto a console."""
         text = json_text(value)
         if self.json_file is not None:
-            self.json_file.write_text(text, encoding="utf-8")
+            write_file("--json_file", self.json_file, text)
         if self.as_json:
             typer.echo(text, nl=False)
         elif not self.quiet:
@@ -92,6 +93,9 @@ class Commands(TyperGroup):
                 words, prog_name, complete_var, standalone_mode and not as_json, windows_expand_args, **extra
             )
         except Exception as error:
+            if isinstance(error, Unwritable):  # --help, which no command tells
+                print_error(error)
+                sys.exit(USER)
             message = getattr(error, "format_message", None)  # of the command line; commands tell of all else
             if not as_json or message is None:
                 raise
@@ -133,7 +137,7 @@ def answering(command: Callable[..., None]) -> Callable[..., None]:
             elif isinstance(error, VlqcError):
                 code = error.exit_code
                 if told:
-                    print_error(error, as_json=how.as_json)
+                    print_error(error, as_json=how.as_json and not isinstance(error, Unwritable))
             else:
                 code = INTERNAL
                 if told:
@@ -162,11 +166,22 @@ def together(command: Callable[..., None]) -> Callable[..., None]:
 
 def check_file(flag: str, file: Path | None) -> None:
     """UserError for a file that cannot be written, or lies in a checkpoint: before the work, not after it."""
+    if file is not None and file.exists() and not file.is_dir() and not file.is_file():  # a pipe may never take it
+        fix = "name a file; --json prints on stdout" if flag == "--json_file" else "name a file"
+        raise UserError(Fault(f"{flag} {file} cannot be written", why="it is not an ordinary file", fix=fix))
     if file is not None and (file.is_dir() or not file.parent.is_dir()):
         why = "it is a folder" if file.is_dir() else f"there is no folder {file.parent}"
         raise UserError(Fault(f"{flag} {file} cannot be written", why=why, fix="name a file in an existing folder"))
     if file is not None and (faults := output_faults(f"{flag} {file} is not written", file)):
         raise UserError(*faults)
+
+
+def write_file(flag: str, file: Path, text: str) -> None:
+    """UserError where it cannot be written although `check_file` found nothing: the disk is full, or not ours."""
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(Fault(f"{flag} {file} cannot be written", why=str(error), fix="name another file")) from None
 
 
 def end_as_if_interrupted() -> None:

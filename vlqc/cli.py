@@ -25,6 +25,7 @@ from vlqc.errors import Fault, UserError, printable
 from vlqc.looking_commands import diff_command, dump_command, look_until, run_pass_command
 from vlqc.option_values import Refused, read_bool
 from vlqc.options import PANELS, Options
+from vlqc.standard_streams import guard
 from vlqc.world import here
 
 CONTEXT = {
@@ -65,12 +66,14 @@ def _common(
 
 def main() -> None:
     """The command line, with its exit codes."""
+    guard()
     end_as_if_interrupted()
     app(prog_name="vlqc")
 
 
 def compile_main(name: str) -> None:
     """Entry of a script of that name which takes the options of `vlqc compile`, without the word."""
+    guard()
     end_as_if_interrupted()
     script = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings=CONTEXT)
     script.command(epilog=EXAMPLES)(compile_command)

@@ -94,6 +94,8 @@ def _timings_rule(given: NamedFolders) -> list[Fault]:
     what, fix = f"--timings {given.timings}", "name a file in an existing folder"
     if given.timings.is_dir():
         return [Fault(what, why="it is a folder", fix=fix)]
+    if given.timings.exists() and not given.timings.is_file():  # a pipe may never take it
+        return [Fault(what, why="it is not an ordinary file", fix=fix)]
     if not given.timings.parent.is_dir():
         return [Fault(what, why=f"there is no folder {given.timings.parent}", fix=fix)]
     if not os.access(given.timings if given.timings.exists() else given.timings.parent, os.W_OK):

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from vlqc.answering import FAILED, Answer, answering, check_file, stderr
+from vlqc.answering import FAILED, Answer, answering, check_file, stderr, write_file
 from vlqc.command_help import BARE
 from vlqc.completion import one_pass, several_of
 from vlqc.errors import Fault, UserError, printable
@@ -139,7 +139,7 @@ def run_pass_command(
 
     run = run_pass(bundle, pipeline)
     if output is not None:
-        output.write_text(run.text, encoding="utf-8")
+        write_file("--output", output, run.text)
     if text:
         answer.give(run.described(), lambda _: typer.echo(run.text, nl=False))
     else:

@@ -7,6 +7,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Protocol
 
+from safetensors import SafetensorError
+
 from vlqc.dumps.files import State, dumped, folder_name, remove_dumped
 from vlqc.errors import Fault, UserError, near_miss
 from vlqc.ir import Stage
@@ -95,7 +97,7 @@ class Dumper:
             path.parent.mkdir(parents=True, exist_ok=True)
             for write in self._writers:
                 write(stage, path, self._state)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # the disk is full
             fix = "give every run a folder of its own, where you may write and there is room"
             raise UserError(Fault("the dump cannot be written", str(path), str(error), fix)) from error
 

@@ -57,6 +57,8 @@ def read_bundle(folder: Path) -> Stage:
             raise ValueError("; ".join(invalid))
         if print_stage(stage) != text:
             raise ValueError(f"its tensors are not those that {facts.GRAPH} tells of")
+        if stage.probe is not None:
+            stage.probe_rows()  # whether it enters at all: arguments of strangers may be anything
     return stage
 
 
@@ -70,6 +72,7 @@ def _damage(folder: Path) -> Iterator[None]:
         raise UserError(Fault(f"{facts.FACTS} cannot be used", str(folder), why, FIX)) from error
     except (
         SafetensorError, OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, StopIteration,
+        ArithmeticError, AssertionError,
     ) as error:  # fmt: skip
         raise UserError(Fault("the bundle cannot be used", str(folder), _first_line(error), FIX)) from error
 

@@ -11,6 +11,7 @@ from vlqc.engines import Target, parse_target
 from vlqc.errors import Fault, InternalError, UserError
 from vlqc.links import link_faults
 from vlqc.verify.arithmetic import check_arithmetic
+from vlqc.verify.files import check_side_files
 from vlqc.verify.manifest import check_manifest
 from vlqc.verify.report import Finding, Report
 from vlqc.verify.source import check_against_source
@@ -60,6 +61,7 @@ def verify_folder(
     if model_path is not None and model_path.is_dir() and (faults := link_faults(model_path)):
         raise UserError(*faults)
     content = check_structure(folder, target, report)
+    check_side_files(content.files, report)  # not of an unfinished folder: they are the user's, not vlqc's work
     check_manifest(folder, report)
     check_arithmetic(content, report)
     if model_path is not None:

@@ -8,10 +8,11 @@ from typing import Any
 
 from vlqc.engines import MINDIE, VLLM_ASCEND
 from vlqc.errors import Fault, UserError
-from vlqc.verify.folder import StoredTensor, read_header, read_json
+from vlqc.verify.folder import StoredTensor, json_in, read_header, read_json
 from vlqc.verify.report import Report, listed
 
 WEIGHT_FILE = re.compile(r"quant_model_weight_(?P<type>.+?)(-(?P<number>\d{5})-of-(?P<total>\d{5}))?\.safetensors")
+MANIFEST = "MANIFEST.json"
 DESCRIPTION = "quant_model_description.json"
 MINDIE_DESCRIPTION = re.compile(r"quant_model_description_.+\.json")
 
@@ -136,6 +137,18 @@ def check_files(folder: FolderFiles, type_name: str, report: Report) -> None:
                 "an engine needs it to serve pictures and text; a folder compiled from ready tensors has none",
                 "copy it from the float checkpoint",
             )
+
+
+def check_side_files(folder: FolderFiles, report: Report) -> None:
+    """Every other JSON file of a folder: engines read them when they start, long after it was copied."""
+    for name in _names(folder.path):
+        ours = name in (MANIFEST, "config.json", folder.description_name) or name.endswith(".safetensors.index.json")
+        if not name.endswith(".json") or ours:  # those are looked at, each in its check
+            continue
+        report.look("files")
+        if trouble := json_in(folder.path / name)[1]:
+            why, fix = "what serves the folder could not read it either", "copy it from the float checkpoint"
+            report.fault("files", name, f"{name} {trouble}", why, fix)
 
 
 def _check_numbers(names: list[str], report: Report) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 
 from vlqc.file_digest import file_digest
 from vlqc.links import link_faults
+from vlqc.verify.files import MANIFEST
 from vlqc.verify.folder import read_json
 from vlqc.verify.report import Report
 
-MANIFEST = "MANIFEST.json"
 FACTS = "vlqc_report.json"
 CHECK = "manifest"
 DIGEST = re.compile(r"[0-9a-f]{64}")

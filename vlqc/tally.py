@@ -27,7 +27,7 @@ from vlqc.report.timings import Timings, installed, machine
 from vlqc.result import Result
 from vlqc.runtime import read_description
 from vlqc.verify import verify_unfinished
-from vlqc.verify.manifest import MANIFEST
+from vlqc.verify.files import MANIFEST
 from vlqc.world import here
 
 

@@ -11,8 +11,7 @@ from vlqc.report.facts import FILE, Facts, read_facts
 from vlqc.report.located import read_verification
 from vlqc.report.page import Made, render
 from vlqc.report.timings import Timings
-from vlqc.verify.files import FolderFiles, open_folder
-from vlqc.verify.manifest import MANIFEST
+from vlqc.verify.files import MANIFEST, FolderFiles, open_folder
 from vlqc.verify.report import Report
 
 __all__ = ["report_text", "write_report"]

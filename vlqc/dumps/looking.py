@@ -15,6 +15,7 @@ from vlqc.dumps import Dumper, announcer, require_pass
 from vlqc.dumps.made_up_sample import made_up_sample
 from vlqc.emit.ascend import emitted_dtype
 from vlqc.errors import Fault, UserError
+from vlqc.folders import dump_faults
 from vlqc.layer_globs import check_globs, check_layers
 from vlqc.lockstep import Lockstep
 from vlqc.model import FloatModel
@@ -53,12 +54,8 @@ def trace(
 
     One stage's weights are in memory at a time. UserError as from a compilation.
     """
-    if dumper.folder is not None and model_path.resolve() in (
-        dumper.folder.resolve(),
-        *dumper.folder.resolve().parents,
-    ):
-        why = "it lies in the model folder, which vlqc only reads"
-        raise UserError(Fault(f"--output {dumper.folder}", why=why, fix="name another folder"))
+    if faults := dump_faults("--output", dumper.folder, model=model_path) if dumper.folder is not None else []:
+        raise UserError(*faults)
     checkpoint = Checkpoint(model_path)
     model = FloatModel.of(checkpoint, trust_remote_code=trust_remote_code)
     check_globs(model.stages, what="stage", stages=dumper.stages)

@@ -249,6 +249,8 @@ def test_dump_prints_what_a_compilation_traces(dump: Path, tmp_path: Path) -> No
     assert told("dump", str(TINY), "--formats", "json")[0] == 2
     assert "matches no stage" in told("dump", str(TINY), "--stages", "nothing")[2]
     assert "only reads" in told("dump", str(TINY), "-o", str(TINY / "dump"))[2] and not (TINY / "dump").exists()
+    (tmp_path / "file").touch()
+    assert "it is a file" in told("dump", str(TINY), "-o", str(tmp_path / "file"))[2]
 
 
 def test_dump_traces_on_pictures(tmp_path: Path) -> None:

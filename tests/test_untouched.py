@@ -51,3 +51,12 @@ def test_nothing_is_kept_of_what_is_gone(total: Untouched[float], asked: list[fl
         del tensor
         gc.collect()
     assert len(asked) == 50 and not total._known
+
+
+@torch.no_grad()
+def test_a_changed_tensor_is_kept_once(total: Untouched[float]) -> None:
+    """Catches a memory that keeps an answer for every state that a tensor once had."""
+    tensor = torch.ones(4)
+    for factor in (1, 2, 3):
+        assert total(tensor.mul_(factor)) == float(tensor.sum())
+    assert len(total._known) == 1

@@ -232,10 +232,6 @@ class Checkpoint:
             fix = "give the float checkpoint that it was made from"
             raise UserError(Fault("the checkpoint is quantized already", str(self.folder), why, fix))
 
-    def weight_files(self) -> list[Path]:
-        """Paths of the files that hold tensors."""
-        return [self.folder / file for file in self._files]
-
     def side_files(self, *, code: bool = False) -> list[str]:
         """Everything beside weights and config.json that an engine or a processor may need, sorted; no folders.
 

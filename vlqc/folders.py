@@ -53,14 +53,7 @@ def _save_rule(given: NamedFolders) -> list[Fault]:
 def _dump_rule(given: NamedFolders) -> list[Fault]:
     if given.dump_ir is None:
         return []
-    what, fix = f"--dump_ir {given.dump_ir}", "name another folder"
-    if given.dump_ir.exists() and not given.dump_ir.is_dir():
-        return [Fault(what, why="it is a file", fix=fix)]
-    if given.save_directory is not None and _within(given.dump_ir.resolve(), given.save_directory.resolve()):
-        return [Fault(what, why="it lies in the save folder, which holds the finished checkpoint only", fix=fix)]
-    if given.model_path is not None and _within(given.dump_ir.resolve(), given.model_path.resolve()):
-        return [Fault(what, why="it lies in the model folder, which vlqc only reads", fix=fix)]
-    return output_faults(what, given.dump_ir)
+    return dump_faults("--dump_ir", given.dump_ir, model=given.model_path, save=given.save_directory)
 
 
 def output_faults(what: str, place: Path, flag: str = "") -> list[Fault]:
@@ -127,6 +120,18 @@ def model_faults(folder: Path, flag: str = "--model_path") -> list[Fault]:
     looks_like_hub = not folder.is_absolute() and len(folder.parts) == 2 and not folder.parent.exists()
     hub = "vlqc reads folders on this machine only: download the model first and name its folder"
     return [Fault(what, why="there is no such folder", fix=hub if looks_like_hub else close or "check the spelling")]
+
+
+def dump_faults(flag: str, folder: Path, *, model: Path | None, save: Path | None = None) -> list[Fault]:
+    """What keeps `folder` from taking a dump of a compilation of `model` into `save`."""
+    what, fix = f"{flag} {folder}", "name another folder"
+    if folder.exists() and not folder.is_dir():
+        return [Fault(what, why="it is a file", fix=fix)]
+    if save is not None and _within(folder.resolve(), save.resolve()):
+        return [Fault(what, why="it lies in the save folder, which holds the finished checkpoint only", fix=fix)]
+    if model is not None and _within(folder.resolve(), model.resolve()):
+        return [Fault(what, why="it lies in the model folder, which vlqc only reads", fix=fix)]
+    return output_faults(what, folder)
 
 
 def _neighbours(folder: Path) -> str:

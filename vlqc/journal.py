@@ -52,7 +52,7 @@ def journaled(
     folder stays if a stage is finished; otherwise nothing does. UserError if the run cannot go on, or lacks room.
     """
     room = needed_memory(model, samples, options.memory_budget)
-    require_memory(room, model.checkpoint.weight_files(), lambda told: tally.note(told, of_run=True))
+    require_memory(room, model.checkpoint.files, lambda told: tally.note(told, of_run=True))
     if not world.first:
         yield Journal(model, world, None, tally)
         return

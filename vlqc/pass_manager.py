@@ -1,7 +1,6 @@
 """What a pass is, and who runs passes: what one says that it did is compared with what is there."""
 
 import time
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -15,6 +14,7 @@ from vlqc.memory import return_memory
 from vlqc.pass_places import place_of
 from vlqc.printer import print_stage
 from vlqc.tensor_facts import fingerprints
+from vlqc.untouched import Mark
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class PassManager:
             return _Evidence({}, "", {})
         module = stage.module or nn.Module()
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        marks = {name: (weakref.ref(it), it.data_ptr(), it._version) for name, it in tensors.items()}
+        marks = {name: Mark.of(it) for name, it in tensors.items()}
         known = (
             {}
             if trusted is None
@@ -148,12 +148,11 @@ class _Evidence:
 
     weights: dict[str, int]
     text: str
-    marks: dict[str, "tuple[weakref.ref[Tensor], int, int]"] = field(compare=False)
+    marks: dict[str, Mark] = field(compare=False)
 
     def stands_for(self, name: str, tensor: Tensor) -> bool:
-        """Whether the tensor of this name was the same one, at the same place, and nothing was written to it since."""
-        known, place, version = self.marks.get(name, (None, 0, 0))
-        return known is not None and known() is tensor and (place, version) == (tensor.data_ptr(), tensor._version)
+        """Whether the tensor of this name was the same one, and nothing was written to it since."""
+        return name in self.marks and self.marks[name].is_of(tensor)
 
 
 def require(holds: bool, what: str) -> None:

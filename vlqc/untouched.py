@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from torch import Tensor
@@ -9,22 +10,39 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-class Untouched(Generic[T]):
-    """A function of tensors that is not asked twice about the same ones.
+@dataclass(frozen=True)
+class Mark:
+    """Which tensor one was, where its values lay, and how often they had been changed."""
 
-    A tensor is the same if it is the same object, with its values at the same place, changed as often as it was.
+    reference: "weakref.ref[Tensor]"
+    place: int
+    version: int
+
+    @classmethod
+    def of(cls, tensor: Tensor, gone: "Callable[[weakref.ref[Tensor]], object] | None" = None) -> "Mark":
+        """gone: called when the tensor is."""
+        return cls(weakref.ref(tensor, gone), tensor.data_ptr(), tensor._version)
+
+    def is_of(self, tensor: Tensor) -> bool:
+        """Whether it is the same object, with its values at the same place, changed as often as it was."""
+        return self.reference() is tensor and (self.place, self.version) == (tensor.data_ptr(), tensor._version)
+
+
+class Untouched(Generic[T]):
+    """A function of tensors that is not asked twice about the same ones, as their marks tell.
+
     Nothing is kept of tensors that are gone.
     """
 
     def __init__(self, function: Callable[..., T]) -> None:
         self.function = function
-        self._known: dict[tuple[tuple[int, int, int], ...], tuple[list[weakref.ref[Tensor]], T]] = {}
+        self._known: dict[tuple[int, ...], tuple[list[Mark], T]] = {}
 
     def __call__(self, *tensors: Tensor) -> T:
-        key = tuple((id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors)
+        key = tuple(map(id, tensors))
         known = self._known.get(key)
-        if known is not None and all(ref() is tensor for ref, tensor in zip(known[0], tensors, strict=True)):
+        if known is not None and all(mark.is_of(it) for mark, it in zip(known[0], tensors, strict=True)):
             return known[1]
         found = self.function(*tensors)
-        self._known[key] = [weakref.ref(tensor, lambda _: self._known.pop(key, None)) for tensor in tensors], found
+        self._known[key] = [Mark.of(tensor, lambda _: self._known.pop(key, None)) for tensor in tensors], found
         return found

@@ -15,7 +15,7 @@ from vlqc.dumps import Dumper, announcer, require_pass
 from vlqc.dumps.made_up_sample import made_up_sample
 from vlqc.emit.ascend import emitted_dtype
 from vlqc.errors import Fault, UserError
-from vlqc.folders import output_faults
+from vlqc.folders import dump_faults
 from vlqc.layer_globs import check_globs, check_layers
 from vlqc.lockstep import Lockstep
 from vlqc.model import FloatModel
@@ -54,7 +54,7 @@ def trace(
 
     One stage's weights are in memory at a time. UserError as from a compilation.
     """
-    if dumper.folder is not None and (faults := output_faults(f"--output {dumper.folder}", dumper.folder)):
+    if faults := dump_faults("--output", dumper.folder, model=model_path) if dumper.folder is not None else []:
         raise UserError(*faults)
     checkpoint = Checkpoint(model_path)
     model = FloatModel.of(checkpoint, trust_remote_code=trust_remote_code)

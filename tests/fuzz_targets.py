@@ -27,6 +27,7 @@ from fuzz_checkpoints import (
 )
 from fuzz_damage import as_json, damaged_bytes, damaged_json, damaged_text
 from fuzz_folders import check_folder, folder_cases
+from fuzz_reports import check_report, report_cases
 from fuzz_texts import (
     PIPELINE,
     RECIPE,
@@ -52,7 +53,7 @@ class Target:
     examples: int
 
 
-# Together more than 20,000 cases in about a minute on one core; tests/test_fuzz.py holds the table to that.
+# Together more than 20,000 cases in little more than a minute on one core; tests/test_fuzz.py holds the table to that.
 TARGETS: dict[str, Target] = {
     "safetensors": Target(weights(), check_weights, 4500),
     "index": Target(index_cases(), check_index, 1500),
@@ -68,4 +69,7 @@ TARGETS: dict[str, Target] = {
     "stages": Target(stage_cases(), check_stage, 800),
     "samples": Target(sample_cases(), check_samples, 1500),
     "folders": Target(folder_cases(), check_folder, 300),
+    "reports": Target(report_cases("report"), check_report, 200),
+    "verifications": Target(report_cases("verification"), check_report, 100),
+    "timings": Target(report_cases("timings"), check_report, 100),
 }

@@ -85,7 +85,7 @@ def preflight(*, samples: Sequence[dict[str, Tensor]] | None = None, **given: An
     calibration = calibrate_on(samples, options, model.module)
     memory = needed_memory(model, calibration.samples, options.memory_budget)
     short: list[str] = []
-    require_memory(memory, model.checkpoint.weight_files(), short.extend)
+    require_memory(memory, model.checkpoint.files, short.extend)
     tokens = sum(sample["input_ids"].numel() for sample in calibration.samples)
     patches = sum(len(sample["pixel_values"]) for sample in calibration.samples if "pixel_values" in sample)
     sites = planned_sites(model, passes)

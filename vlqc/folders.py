@@ -124,7 +124,7 @@ def model_faults(folder: Path, flag: str = "--model_path") -> list[Fault]:
 
 def dump_faults(flag: str, folder: Path, *, model: Path | None, save: Path | None = None) -> list[Fault]:
     """What keeps `folder` from taking a dump of a compilation of `model` into `save`."""
-    what, fix = f"{flag} {folder}", "name another folder"
+    what, fix = f"{flag} {folder}", "name a folder elsewhere"
     if folder.exists() and not folder.is_dir():
         return [Fault(what, why="it is a file", fix=fix)]
     if save is not None and _within(folder.resolve(), save.resolve()):

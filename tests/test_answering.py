@@ -269,3 +269,14 @@ def test_values_complete() -> None:
         code = "from vlqc.cli import main; main()"
         ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=asked, check=False)
         assert set(ended.stdout.split()) == wanted, ended.stderr
+
+
+def test_an_interruption_while_processes_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches Ctrl-C before all processes have come that ends with another code than later, or without a word."""
+
+    def waiting() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vlqc.answering.joined", waiting)
+    ended = run("compile", "--plan")
+    assert (ended.exit_code, ended.stdout, ended.stderr) == (130, "", "interrupted\n")

@@ -227,3 +227,12 @@ def test_observations_do_not_depend_on_who_has_the_samples(size: int, tokens: in
 
     one = observed(World())
     assert everywhere(size, observed) == [one] * size
+
+
+def test_a_port_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches minutes of waiting for what can never answer."""
+    place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "99999"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="65535 is the last one"), joined():
+        pass

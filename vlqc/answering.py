@@ -160,6 +160,9 @@ def together(command: Callable[..., None]) -> Callable[..., None]:
         except UserError as error:  # the processes do not find each other
             print_error(error, as_json=bool(given.get("as_json")))
             raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt as error:  # they were still waiting for each other
+            _print_interrupted(error, as_json=bool(given.get("as_json")))
+            raise typer.Exit(INTERRUPTED) from None
 
     return run
 

@@ -22,7 +22,7 @@ from vlqc.command_help import BARE, EXAMPLES, GUIDE
 from vlqc.command_options import with_options
 from vlqc.completion import one_pass
 from vlqc.errors import Fault, UserError, printable
-from vlqc.looking_commands import diff_command, dump_command, look_until, run_pass_command
+from vlqc.looking_commands import compile_until, diff_command, dump_command, run_pass_command
 from vlqc.option_values import Refused, read_bool
 from vlqc.options import PANELS, Options
 from vlqc.standard_streams import guard
@@ -114,7 +114,7 @@ def compile_command(
         why = "one says what a whole compilation would do, the other begins one"
         raise UserError(Fault("--plan with --stop_after", why=why, fix="leave out one of them"))
     if stop_after is not None:
-        look_until(stop_after, answer, **options)
+        compile_until(stop_after, answer, **options)
         return
     # Before anything heavy is imported.
     (Options.without_saving if plan else Options.from_user)(**options)

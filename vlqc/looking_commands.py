@@ -18,7 +18,7 @@ from vlqc.options import Options, extra_of
 FORMATS: list[str] = extra_of(Options.model_fields["dump_formats"])["values"]
 
 
-def look_until(stop_after: str, answer: Answer, **options: Any) -> None:
+def compile_until(stop_after: str, answer: Answer, **options: Any) -> None:
     """`vlqc compile --stop_after`."""
     from vlqc.dumps.looking import look_until
     from vlqc.progress import Progress, TerminalProgress

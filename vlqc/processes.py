@@ -31,6 +31,7 @@ T = TypeVar("T")
 
 ARRIVAL = datetime.timedelta(minutes=5)  # until all processes have started
 A_MOMENT = 0.2  # seconds
+LAST_PORT = 65535
 # Between two meetings: more than any one task of a stage, or the first process's last checks of the result, takes. It
 # is for machines that fall silent; a process that ends is noticed at once.
 SILENCE = datetime.timedelta(hours=1)
@@ -273,12 +274,14 @@ def _reach_first_process() -> None:
     by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
     if not address or not port.isdecimal() or (os.environ.get("RANK") == "0" and not by_torchrun):
         return
+    if len(port) > 5 or int(port) > LAST_PORT:
+        raise RuntimeError(f"MASTER_PORT is {port[:20]}; {LAST_PORT} is the last one")
     until = time.monotonic() + ARRIVAL.total_seconds()
     while True:
         try:
             socket.create_connection((address, int(port)), timeout=A_MOMENT * 10).close()
             return
-        except (OSError, OverflowError) as error:
+        except OSError as error:
             if time.monotonic() > until:
                 raise RuntimeError(f"nobody answers at {address}:{port}: {error}") from error
             time.sleep(A_MOMENT)

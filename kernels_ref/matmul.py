@@ -4,7 +4,7 @@ import functools
 
 import torch
 
-from vlqc.kernels_ref.group import group_size_of
+from vlqc.kernels_ref.int4_groups import group_size_of
 from vlqc.kernels_ref.quantize import ROWS_PER_CHUNK
 
 INT32_MAX = 2**31 - 1

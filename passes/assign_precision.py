@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import ClassVar, Literal
 
-from vlqc.engines import Scheme, fused_group, legal_schemes, parse_target, rules_for, stays_float_by_seed
-from vlqc.ir import Site, Stage
-from vlqc.pipeline import Pass, require
+from vlqc.ir.stage import Site, Stage
+from vlqc.pipeline.registry import Pass, require
+from vlqc.targets.engines import Scheme, fused_group, legal_schemes, parse_target, rules_for, stays_float_by_seed
 
 ROWS_PER_INT4 = 8  # the int4 operator takes outputs in eights
 

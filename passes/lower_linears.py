@@ -6,13 +6,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vlqc.engines import Scheme
 from vlqc.errors import Fault, UserError
-from vlqc.ir import Site, Stage, row_weights
-from vlqc.kernels_ref.linear import DynamicQuantLinear, GroupQuantLinear, QuantLinear, StaticQuantLinear
+from vlqc.ir.stage import Site, Stage, row_weights
+from vlqc.kernels_ref.quant_linear import DynamicQuantLinear, GroupQuantLinear, QuantLinear, StaticQuantLinear
 from vlqc.kernels_ref.quantize import dequantize_per_tensor, quantize_per_tensor
 from vlqc.passes.quantize_weights import emitted_bias
-from vlqc.pipeline import Pass
+from vlqc.pipeline.registry import Pass
+from vlqc.targets.engines import Scheme
 
 ROWS_AT_ONCE = 512  # of observed inputs, and of weights: bounds the temporaries
 

@@ -7,12 +7,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from vlqc.engines import Scheme, group_faults, legal_schemes, parse_target, rules_for
-from vlqc.ir import Sensitivity, Site, Stage
-from vlqc.ir import noise_to_signal as noise_to_signal
+from vlqc.ir.stage import Sensitivity, Site, Stage
+from vlqc.ir.stage import noise_to_signal as noise_to_signal
 from vlqc.passes.lower_linears import lower
 from vlqc.passes.quantize_weights import quantized
-from vlqc.pipeline import Pass
+from vlqc.pipeline.registry import Pass
+from vlqc.targets.engines import Scheme, group_faults, legal_schemes, parse_target, rules_for
 
 # What a group may fall back to from the scheme that it was assigned.
 FALLBACKS = {

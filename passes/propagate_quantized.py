@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from vlqc.ir import Stage
-from vlqc.pipeline import Pass
+from vlqc.ir.stage import Stage
+from vlqc.pipeline.registry import Pass
 
 
 @dataclass(frozen=True)

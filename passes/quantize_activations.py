@@ -8,8 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vlqc.engines import Scheme
-from vlqc.ir import InputQuantization, Observation, Site, Stage
+from vlqc.ir.stage import InputQuantization, Observation, Site, Stage
 from vlqc.kernels_ref.quantize import (
     INT8_MAX,
     INT8_MIN,
@@ -18,9 +17,10 @@ from vlqc.kernels_ref.quantize import (
     dequantize_per_tensor,
     quantize_per_tensor,
 )
-from vlqc.passes.error_model import representative_rows
+from vlqc.passes.algorithms.error_model import representative_rows
 from vlqc.passes.insert_observers import observed
-from vlqc.pipeline import Pass
+from vlqc.pipeline.registry import Pass
+from vlqc.targets.engines import Scheme
 
 ROWS_JUDGED = 512  # kept rows on which two ranges are compared
 BINS = 2048  # as in PyTorch's HistogramObserver

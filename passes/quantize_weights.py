@@ -10,16 +10,16 @@ from typing import ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from vlqc.engines import Scheme
 from vlqc.errors import Fault, UserError
-from vlqc.ir import Site, Stage, WeightQuantization
-from vlqc.kernels_ref.group import quantize_weight_per_group_absmax
+from vlqc.ir.stage import Site, Stage, WeightQuantization
+from vlqc.kernels_ref.int4_groups import quantize_weight_per_group_absmax
 from vlqc.kernels_ref.matmul import smallest_weight_scale_for_bias
 from vlqc.kernels_ref.quantize import quantize_weight_per_channel_absmax
-from vlqc.passes.clip_search import GroupGrid, RowGrid, importance_of
-from vlqc.passes.gptq import compensated, single_threads
+from vlqc.passes.algorithms.gptq import compensated, single_threads
+from vlqc.passes.algorithms.weight_clipping import GroupGrid, RowGrid, importance_of
 from vlqc.passes.insert_observers import observed
-from vlqc.pipeline import Pass
+from vlqc.pipeline.registry import Pass
+from vlqc.targets.engines import Scheme
 
 T = TypeVar("T")
 GROUPS_AT_ONCE = 2  # each with a Gram matrix in memory

@@ -11,14 +11,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from vlqc.engines import Scheme
-from vlqc.ir import Edge, Stage
+from vlqc.ir.stage import Edge, Stage
 from vlqc.kernels_ref.norm import ShiftedNorm
-from vlqc.passes import folding
-from vlqc.passes.edge_search import SearchedEdge, find_stage_edges, per_channel, searched_edges
+from vlqc.passes.algorithms import folding
+from vlqc.passes.algorithms.smoothing_search import SearchedEdge, find_stage_edges, per_channel, searched_edges
 from vlqc.passes.insert_observers import observed
 from vlqc.passes.smooth_m2 import range_candidates
-from vlqc.pipeline import Pass
+from vlqc.pipeline.registry import Pass
+from vlqc.targets.engines import Scheme
 
 CANDIDATES = 32  # ranges under which a shift is judged: it has to help beside smoothing, not instead of it
 

@@ -15,11 +15,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vlqc.ir import Stage
-from vlqc.passes import folding
-from vlqc.passes.edge_search import SearchedEdge, find_stage_edges, searched_edges
-from vlqc.passes.error_model import Rounding, WeightMethod
-from vlqc.pipeline import Pass, require
+from vlqc.ir.stage import Stage
+from vlqc.passes.algorithms import folding
+from vlqc.passes.algorithms.error_model import Rounding, WeightMethod
+from vlqc.passes.algorithms.smoothing_search import SearchedEdge, find_stage_edges, searched_edges
+from vlqc.pipeline.registry import Pass, require
 
 SMALLEST_RANGE = 1e-3  # of the largest value: channels that differ by more are not worth more
 FLOORS = (0.0, 0.5, 0.75, 1.0, 1.25)  # exponents of the scales that balance each channel's noise: 0 leaves them at one

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from vlqc.ir import Stage
-from vlqc.passes import folding
-from vlqc.pipeline import Pass
+from vlqc.ir.stage import Stage
+from vlqc.passes.algorithms import folding
+from vlqc.pipeline.registry import Pass
 
 ATTENTION = torch.nn.functional.scaled_dot_product_attention
 PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # those that may be given by position

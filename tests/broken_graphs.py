@@ -7,7 +7,7 @@ import torch
 from little_stage import traced
 from torch import fx
 
-from vlqc.ir import Stage
+from vlqc.ir.stage import Stage
 
 QKV, GATE, UP, DOWN = (f"visual.blocks.0.{name}" for name in ("attn.qkv", "mlp.gate", "mlp.up", "mlp.down"))
 

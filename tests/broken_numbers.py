@@ -9,8 +9,8 @@ import torch
 from broken_graphs import DOWN, GATE, QKV, UP
 from torch import Tensor, nn
 
-from vlqc.engines import Scheme
-from vlqc.ir import InputQuantization, Stage, WeightQuantization
+from vlqc.ir.stage import InputQuantization, Stage, WeightQuantization
+from vlqc.targets.engines import Scheme
 
 
 def weight_of(stage: Stage, name: str) -> WeightQuantization:

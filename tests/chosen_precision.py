@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from vlqc.engines import Scheme
-from vlqc.ir import Site
+from vlqc.ir.stage import Site
 from vlqc.passes.assign_precision import AssignPrecision, Decision
+from vlqc.targets.engines import Scheme
 
 S, D, G, F = Scheme.W8A8, Scheme.W8A8_DYNAMIC, Scheme.W4A8_DYNAMIC, Scheme.FLOAT
 # Every linear of the model: by the seed's list these stay float ...

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from vlqc.passes.error_model import CLIPPED_SHARES, Arithmetic, Reader
+from vlqc.passes.algorithms.error_model import CLIPPED_SHARES, Arithmetic, Reader
 
 ROWS, INPUTS, OUTPUTS, GROUP = 400, 24, 16, 8
 STATIC, PER_TOKEN, IN_GROUPS = Arithmetic(), Arithmetic(per_token=True), Arithmetic(True, 7, GROUP)

@@ -5,8 +5,10 @@ import torch
 from little_stage import PREFIX, Attention
 from torch import Tensor, nn
 
-from vlqc.ir import Call, Stage
-from vlqc.pass_manager import PassManager
+from vlqc.frontend.stage_builder import find_sites
+from vlqc.frontend.tracing import record
+from vlqc.ir.printer import print_stage
+from vlqc.ir.stage import Call, Stage
 from vlqc.passes.assign_precision import AssignPrecision
 from vlqc.passes.insert_observers import InsertObservers
 from vlqc.passes.lower_linears import LowerLinears
@@ -16,10 +18,8 @@ from vlqc.passes.quantize_weights import QuantizeWeights
 from vlqc.passes.shift_norms import ShiftNorms
 from vlqc.passes.smooth_m2 import SmoothM2
 from vlqc.passes.smooth_m4 import SmoothM4
-from vlqc.pipeline import Pass
-from vlqc.printer import print_stage
-from vlqc.stages import find_sites
-from vlqc.trace import record
+from vlqc.pipeline.manager import PassManager
+from vlqc.pipeline.registry import Pass
 
 PASSES: tuple[Pass, ...] = (
     InsertObservers(tokens=8),
@@ -113,6 +113,6 @@ def text_after(name: str) -> str:
     stage = exact_stage(LANGUAGE if name == "shift-norms" else PREFIX)
     with pytest.MonkeyPatch.context() as monkeypatch:
         # Some processors would multiply rounded inputs, and the text would depend on the machine.
-        monkeypatch.setattr("vlqc.bfloat16_linears.multiplies_bfloat16", lambda device: False)
+        monkeypatch.setattr("vlqc.ir.bfloat16_linears.multiplies_bfloat16", lambda device: False)
         PassManager(passes[: [step.name for step in passes].index(name) + 1]).run(stage)
     return print_stage(stage)

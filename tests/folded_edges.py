@@ -6,7 +6,7 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from vlqc.ir import Call, Edge
+from vlqc.ir.stage import Call, Edge
 
 INPUT = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 CALL = Call(0, (INPUT,), {})

@@ -14,9 +14,9 @@ from fuzz_verdict import demand, strict
 from hypothesis import strategies as st
 from PIL import Image
 
-from vlqc.calibration_sources import LINE_KEYS, list_requests
-from vlqc.pictures import BadPicture, read_picture
-from vlqc.samples import checked_samples
+from vlqc.frontend.calibration.images import BadPicture, read_picture
+from vlqc.frontend.calibration.samples import checked_samples
+from vlqc.frontend.calibration.sources import LINE_KEYS, list_requests
 
 # ---- calibration data ------------------------------------------------------------------------------------------------
 

@@ -15,13 +15,13 @@ from fuzz_verdict import demand, strict
 from hypothesis import strategies as st
 from PIL import Image
 
-from vlqc.checkpoint import Checkpoint
-from vlqc.checkpoint_files import INDEX
-from vlqc.model import FloatModel
-from vlqc.model_inputs import ModelInputs
-from vlqc.pictures import BadPicture
-from vlqc.samples import checked_samples
-from vlqc.verify.folder import read_header
+from vlqc.frontend.calibration.images import BadPicture
+from vlqc.frontend.calibration.processor import ModelInputs
+from vlqc.frontend.calibration.samples import checked_samples
+from vlqc.frontend.checkpoint.checkpoint import Checkpoint
+from vlqc.frontend.checkpoint.files import INDEX
+from vlqc.frontend.streamed_model import FloatModel
+from vlqc.verify.folder.reader import read_header
 
 # ---- safetensors -----------------------------------------------------------------------------------------------------
 

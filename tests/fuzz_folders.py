@@ -11,8 +11,8 @@ from fuzz_damage import as_json, damaged_json, values
 from fuzz_verdict import demand
 from hypothesis import strategies as st
 
-from vlqc.runtime import read_description
 from vlqc.verify import verify_folder
+from vlqc.verify.loader import read_description
 
 WEIGHTS_FILE = "quant_model_weight_w8a8.safetensors"
 

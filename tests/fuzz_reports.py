@@ -11,8 +11,8 @@ from fuzz_verdict import demand
 from hypothesis import strategies as st
 from report_pages import VERIFIED
 
-from vlqc.report import report_text
-from vlqc.report.facts import FILE
+from vlqc.reporting.html import report_text
+from vlqc.reporting.html.schema import FILE
 
 
 @cache

@@ -10,12 +10,12 @@ from fuzz_damage import damaged_text, values
 from fuzz_verdict import demand
 from hypothesis import strategies as st
 
-from vlqc.option_values import read_value
-from vlqc.options import Options, extra_of
-from vlqc.parser import parse_stage
-from vlqc.pipeline import REGISTRY, load_pass, parse_pipeline, pipeline_text, print_pipeline
-from vlqc.printer import print_stage
-from vlqc.recipe import read_recipe
+from vlqc.ir.parser import parse_stage
+from vlqc.ir.printer import print_stage
+from vlqc.options.option_values import read_value
+from vlqc.options.options import Options, extra_of
+from vlqc.options.recipe import read_recipe
+from vlqc.pipeline.registry import REGISTRY, load_pass, parse_pipeline, pipeline_text, print_pipeline
 
 GOLDENS = Path(__file__).parent / "goldens"
 

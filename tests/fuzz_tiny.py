@@ -5,8 +5,8 @@ from pathlib import Path
 
 from torch import nn
 
-from vlqc.checkpoint import Checkpoint
-from vlqc.model import FloatModel
+from vlqc.frontend.checkpoint.checkpoint import Checkpoint
+from vlqc.frontend.streamed_model import FloatModel
 
 TINY = Path(__file__).parent.parent / "tools" / "tiny_vl"
 

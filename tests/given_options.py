@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from vlqc.errors import UserError
-from vlqc.options import Options
+from vlqc.options.options import Options
 
 W4A8 = {"w_bit": 4, "is_dynamic": True, "is_lowbit": True, "open_outlier": False, "act_method": 1}
 

@@ -11,7 +11,7 @@ from resume_runs import QUICK, SAMPLES
 from torch import Tensor
 
 import vlqc
-from vlqc.ir import Stage
+from vlqc.ir.stage import Stage
 
 STAGES = ["visual.blocks.0", "visual.blocks.1", "visual.merger", "model.layers.0", "model.layers.1"]
 

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from vlqc.engines import Scheme
-from vlqc.flow import find_edges
-from vlqc.ir import (
+from vlqc.frontend.tracing import record
+from vlqc.ir.scale_propagation import find_edges
+from vlqc.ir.stage import (
     Call,
     ChannelRange,
     InputQuantization,
@@ -15,7 +15,7 @@ from vlqc.ir import (
     WeightQuantization,
     observe,
 )
-from vlqc.trace import record
+from vlqc.targets.engines import Scheme
 
 PREFIX = "visual.blocks.0."
 GROUPS = {"norm1": ["attn.qkv"], "reshape_1": ["attn.proj"], "norm2": ["mlp.gate", "mlp.up"], "mul": ["mlp.down"]}

@@ -6,8 +6,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-from vlqc.report.facts import SHARES, Facts, InputFacts, SiteFacts, StageFacts, rounded
-from vlqc.report.timings import PassTime, StageTime, Timings
+from vlqc.reporting.html.schema import SHARES, Facts, InputFacts, SiteFacts, StageFacts, rounded
+from vlqc.reporting.html.timings import PassTime, StageTime, Timings
 
 LANGUAGE = {
     "q_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),

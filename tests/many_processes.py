@@ -16,7 +16,7 @@ import tiny
 from torch import Tensor
 
 from vlqc.errors import UserError
-from vlqc.ir import Stage
+from vlqc.ir.stage import Stage
 
 PICTURE, TEXT, TWO, LARGE = tiny.mixed_samples()
 # The samples of each case, and its options.
@@ -59,7 +59,7 @@ def compile_all(checkpoint: Path, folder: Path) -> None:
 
 def command_line(checkpoint: Path, result: Path, *more: str) -> None:
     """Ends the process."""
-    from vlqc.cli import main
+    from vlqc.cli.commands import main
 
     pictures = str(Path(__file__).parent / "photos")
     paths = ["--model_path", str(checkpoint), "--save_directory", str(result), "--calib_images", pictures]

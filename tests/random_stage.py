@@ -6,19 +6,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vlqc.engines import Scheme
-from vlqc.ir import Call, Site, Stage, first_tensor
-from vlqc.pass_manager import PassManager
-from vlqc.passes import folding
+from vlqc.frontend.stage_builder import find_sites
+from vlqc.frontend.tracing import record
+from vlqc.ir.stage import Call, Site, Stage, first_tensor
+from vlqc.passes.algorithms import folding
+from vlqc.passes.algorithms.error_model import Reader, arithmetic_of
 from vlqc.passes.assign_precision import AssignPrecision
-from vlqc.passes.error_model import Reader, arithmetic_of
 from vlqc.passes.insert_observers import InsertObservers
 from vlqc.passes.lower_linears import LowerLinears
 from vlqc.passes.quantize_activations import QuantizeActivations
 from vlqc.passes.quantize_weights import QuantizeWeights
-from vlqc.pipeline import Pass
-from vlqc.stages import find_sites
-from vlqc.trace import record
+from vlqc.pipeline.manager import PassManager
+from vlqc.pipeline.registry import Pass
+from vlqc.targets.engines import Scheme
 
 NAME = "model.layers.0"
 HIDDEN, HEADS, KEY_VALUE_HEADS, WIDE = 32, 4, 2, 48

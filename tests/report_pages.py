@@ -8,9 +8,9 @@ from typing import Any
 
 import made_up_report
 
-from vlqc.report import report_text
-from vlqc.report.facts import Facts
-from vlqc.verify.report import LOCATED
+from vlqc.reporting.html import report_text
+from vlqc.reporting.html.schema import Facts
+from vlqc.verify.findings import LOCATED
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 ROWS = [

@@ -28,47 +28,47 @@ CASES: dict[str, dict[str, Any]] = {
     "mindie": QUICK | {"mindie_format": True, "anti_method": "m4"},
 }
 GIB = 300_000  # bytes of a weight file, where there are several
-APPEND = "vlqc.journal_lines:JournalWriter.append"
+APPEND = "vlqc.emit.resume.journal_file:JournalWriter.append"
 # (case, what is done at that moment, the function, its how manieth call, before | after | half: of what it writes)
 MOMENTS = [
     ("plain", "calibrating", "vlqc.compiler:calibrate_on", 1, "before"),
-    ("plain", "calibrated", "vlqc.journal:facts_of", 1, "after"),
+    ("plain", "calibrated", "vlqc.emit.resume.journal:facts_of", 1, "after"),
     ("plain", "first line of the journal", APPEND, 1, "half"),
-    ("plain", "tensors outside stages", "vlqc.emit.shards:ShardWriter._write", 2, "half"),
-    ("plain", "tracing the first stage", "vlqc.stages:record", 1, "before"),
-    ("plain", "tracing the merger", "vlqc.stages:record", 3, "after"),
-    ("plain", "passes over the last stage", "vlqc.pass_manager:PassManager.run", 5, "before"),
-    ("plain", "a tensor of the second stage", "vlqc.emit.shards:ShardWriter._write", 40, "half"),
-    ("plain", "outputs of the first stage", "vlqc.kept_outputs:OutputsWriter._write", 1, "half"),
-    ("plain", "outputs of the fourth stage", "vlqc.kept_outputs:OutputsWriter._write", 5, "half"),
-    ("plain", "sync of weights", "vlqc.emit.shards:ShardWriter.sync", 3, "before"),
-    ("plain", "sync of outputs", "vlqc.journal:sync", 5, "before"),
+    ("plain", "tensors outside stages", "vlqc.emit.shard_writer:ShardWriter._write", 2, "half"),
+    ("plain", "tracing the first stage", "vlqc.frontend.stage_builder:record", 1, "before"),
+    ("plain", "tracing the merger", "vlqc.frontend.stage_builder:record", 3, "after"),
+    ("plain", "passes over the last stage", "vlqc.pipeline.manager:PassManager.run", 5, "before"),
+    ("plain", "a tensor of the second stage", "vlqc.emit.shard_writer:ShardWriter._write", 40, "half"),
+    ("plain", "outputs of the first stage", "vlqc.emit.resume.stage_outputs:OutputsWriter._write", 1, "half"),
+    ("plain", "outputs of the fourth stage", "vlqc.emit.resume.stage_outputs:OutputsWriter._write", 5, "half"),
+    ("plain", "sync of weights", "vlqc.emit.shard_writer:ShardWriter.sync", 3, "before"),
+    ("plain", "sync of outputs", "vlqc.emit.resume.journal:sync", 5, "before"),
     ("plain", "line of the third stage", APPEND, 4, "half"),
     ("plain", "line of the fourth stage", APPEND, 5, "after"),
     ("plain", "line of the last stage", APPEND, 6, "after"),
-    ("plain", "rest of the source", "vlqc.emit.vllm_ascend:FolderEmitter.copy_rest", 1, "after"),
-    ("plain", "header of the weight file", "vlqc.emit.shards:ShardWriter._finish", 1, "before"),
-    ("plain", "description", "vlqc.emit.vllm_ascend:_write_json", 1, "before"),
-    ("plain", "config", "vlqc.emit.vllm_ascend:_write_json", 2, "after"),
-    ("plain", "copies of the source's files", "vlqc.emit.vllm_ascend:shutil.copyfile", 3, "before"),
+    ("plain", "rest of the source", "vlqc.targets.vllm_ascend:FolderEmitter.copy_rest", 1, "after"),
+    ("plain", "header of the weight file", "vlqc.emit.shard_writer:ShardWriter._finish", 1, "before"),
+    ("plain", "description", "vlqc.targets.vllm_ascend:_write_json", 1, "before"),
+    ("plain", "config", "vlqc.targets.vllm_ascend:_write_json", 2, "after"),
+    ("plain", "copies of the source's files", "vlqc.targets.vllm_ascend:shutil.copyfile", 3, "before"),
     ("plain", "verification", "vlqc.compiler:require_sound", 1, "before"),
-    ("plain", "manifest", "vlqc.journal:write_manifest", 1, "before"),
+    ("plain", "manifest", "vlqc.emit.resume.journal:write_manifest", 1, "before"),
     ("plain", "last line of the journal", APPEND, 7, "half"),
-    ("plain", "just before the rename", "vlqc.emit.folder:WorkFolder.publish", 1, "before"),
-    ("plain", "just after the rename", "vlqc.emit.folder:WorkFolder.publish", 1, "after"),
-    ("plain", "clearing up", "vlqc.emit.folder:WorkFolder.remove", 1, "before"),
-    ("overwrite", "just before the exchange", "vlqc.emit.folder:exchange", 1, "before"),
-    ("overwrite", "just after the exchange", "vlqc.emit.folder:exchange", 1, "after"),
-    ("shards", "a full weight file", "vlqc.emit.shards:ShardWriter._finish", 2, "after"),
-    ("shards", "names of the weight files", "vlqc.emit.shards:Path.rename", 2, "before"),
-    ("shards", "index", "vlqc.emit.shards:ShardWriter.close", 1, "after"),
-    ("search", "a stage that waits", "vlqc.emit.spool:Spool.put", 3, "after"),
+    ("plain", "just before the rename", "vlqc.emit.atomic_folder:WorkFolder.publish", 1, "before"),
+    ("plain", "just after the rename", "vlqc.emit.atomic_folder:WorkFolder.publish", 1, "after"),
+    ("plain", "clearing up", "vlqc.emit.atomic_folder:WorkFolder.remove", 1, "before"),
+    ("overwrite", "just before the exchange", "vlqc.emit.atomic_folder:exchange", 1, "before"),
+    ("overwrite", "just after the exchange", "vlqc.emit.atomic_folder:exchange", 1, "after"),
+    ("shards", "a full weight file", "vlqc.emit.shard_writer:ShardWriter._finish", 2, "after"),
+    ("shards", "names of the weight files", "vlqc.emit.shard_writer:Path.rename", 2, "before"),
+    ("shards", "index", "vlqc.emit.shard_writer:ShardWriter.close", 1, "after"),
+    ("search", "a stage that waits", "vlqc.emit.deferred_stages:Spool.put", 3, "after"),
     ("search", "line of a stage that waits", APPEND, 4, "after"),
-    ("search", "the decision", "vlqc.emit.vllm_ascend:cheapest", 1, "after"),
+    ("search", "the decision", "vlqc.targets.vllm_ascend:cheapest", 1, "after"),
     ("search", "line of a stage that waited", APPEND, 9, "half"),
-    ("search", "end of a stage that waited", "vlqc.emit.spool:Spool.drop", 2, "before"),
-    ("search", "weights of stages that waited", "vlqc.emit.shards:ShardWriter._write", 150, "half"),
-    ("mindie", "a tensor of a late stage", "vlqc.emit.shards:ShardWriter._write", 90, "half"),
+    ("search", "end of a stage that waited", "vlqc.emit.deferred_stages:Spool.drop", 2, "before"),
+    ("search", "weights of stages that waited", "vlqc.emit.shard_writer:ShardWriter._write", 150, "half"),
+    ("mindie", "a tensor of a late stage", "vlqc.emit.shard_writer:ShardWriter._write", 90, "half"),
     ("mindie", "line of the second stage", APPEND, 3, "after"),
 ]  # fmt: skip
 
@@ -134,18 +134,18 @@ def child(work: Callable[[], None]) -> int:
 def compile_case(case: str, checkpoint: Path, target: Path, traced: Path, **more: Any) -> None:
     """Writes the names of the stages that it runs."""
     import vlqc
-    import vlqc.emit.vllm_ascend
-    import vlqc.stages
+    import vlqc.frontend.stage_builder
+    import vlqc.targets.vllm_ascend
 
-    vlqc.emit.vllm_ascend.GIB = GIB
-    record = vlqc.stages.record
+    vlqc.targets.vllm_ascend.GIB = GIB
+    record = vlqc.frontend.stage_builder.record
 
     def noted(module: Any, call: Any, name: str) -> Any:
         with traced.open("a") as file:
             file.write(f"{name}\n")
         return record(module, call, name)
 
-    vlqc.stages.record = noted  # type: ignore[assignment]
+    vlqc.frontend.stage_builder.record = noted  # type: ignore[assignment]
     vlqc.compile(model_path=checkpoint, save_directory=target, samples=SAMPLES, **(CASES[case] | more))
 
 
@@ -155,7 +155,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 def finished_stages(target: Path) -> list[str]:
     """Names in the journal beside it."""
-    from vlqc.journal_lines import read_lines
+    from vlqc.emit.resume.journal_file import read_lines
 
     found = [path for path in target.parent.glob(".*.partial-*/journal.jsonl")]
     return [record["name"] for path in found for record in read_lines(path)[0] if record["kind"] == "stage"]

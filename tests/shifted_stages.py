@@ -3,7 +3,7 @@
 import torch
 from random_stage import decoder
 
-from vlqc.ir import Stage
+from vlqc.ir.stage import Stage
 from vlqc.kernels_ref.norm import ShiftedNorm
 
 NORMS = {"input_layernorm": ("q", "k", "v"), "post_attention_layernorm": ("gate", "up")}

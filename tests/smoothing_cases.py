@@ -5,15 +5,16 @@ import torch
 from random_stage import HIDDEN, Decoder, staged, through
 from torch import Tensor, nn
 
-from vlqc.engines import Scheme
-from vlqc.flow import find_edges
-from vlqc.ir import Call, Edge, Stage
-from vlqc.passes import edge_search, folding
-from vlqc.passes.edge_search import SearchedEdge, find_stage_edges, searched_edges
-from vlqc.passes.folding import Fold
+from vlqc.ir.scale_propagation import find_edges
+from vlqc.ir.stage import Call, Edge, Stage
+from vlqc.passes.algorithms import folding
+from vlqc.passes.algorithms import smoothing_search as edge_search
+from vlqc.passes.algorithms.folding import Fold
+from vlqc.passes.algorithms.smoothing_search import SearchedEdge, find_stage_edges, searched_edges
 from vlqc.passes.insert_observers import InsertObservers
 from vlqc.passes.smooth_m2 import SmoothM2
 from vlqc.passes.smooth_m4 import SmoothM4
+from vlqc.targets.engines import Scheme
 
 BOTH = pytest.mark.parametrize("smooth", [SmoothM2(), SmoothM4()], ids=["m2", "m4"])
 PRODUCERS = ["input_layernorm", "self_attn.v_proj", "post_attention_layernorm", "mlp.up_proj"]

@@ -15,11 +15,11 @@ from tiny import TINY
 from typer.testing import CliRunner
 
 import vlqc
-from vlqc.answering import OUR_FAULT
-from vlqc.cli import app
+from vlqc.cli.commands import app
+from vlqc.cli.output import OUR_FAULT
 from vlqc.errors import Fault, InternalError, UserError
-from vlqc.json_files import json_text
-from vlqc.pipeline import REGISTRY
+from vlqc.files import json_text
+from vlqc.pipeline.registry import REGISTRY
 
 ROOT = Path(__file__).parents[1]
 
@@ -123,9 +123,9 @@ def test_how_it_ends(
         raise raised
 
     raised.__notes__ = ["how to go on"]
-    stand_in = types.ModuleType("vlqc.inspection")
+    stand_in = types.ModuleType("vlqc.reporting.checkpoint_summary")
     stand_in.__dict__["inspect_folder"] = inspect_folder
-    monkeypatch.setitem(sys.modules, "vlqc.inspection", stand_in)
+    monkeypatch.setitem(sys.modules, "vlqc.reporting.checkpoint_summary", stand_in)
     ended = run("inspect", "x", "--json")
     told = strict(ended.stdout)
     assert (ended.exit_code, told["error"], told["exit_code"], told["notes"]) == (code, kind, code, ["how to go on"])
@@ -146,9 +146,9 @@ def test_whose_fault_it_is(monkeypatch: pytest.MonkeyPatch, words: tuple[str, ..
         def inspect_folder(folder: Path, error: Exception = error) -> None:
             raise error
 
-        stand_in = types.ModuleType("vlqc.inspection")
+        stand_in = types.ModuleType("vlqc.reporting.checkpoint_summary")
         stand_in.__dict__["inspect_folder"] = inspect_folder
-        monkeypatch.setitem(sys.modules, "vlqc.inspection", stand_in)
+        monkeypatch.setitem(sys.modules, "vlqc.reporting.checkpoint_summary", stand_in)
         ended = run("inspect", "x", *words)
         assert ended.exit_code == 70 and fix in ended.stderr and "ZeroDivisionError" in ended.stderr
         assert ("a fault of vlqc" in ended.output) == (fix == OUR_FAULT)
@@ -169,8 +169,8 @@ def inspect_folder(folder):
         raise made from error
 
 from vlqc.errors import Fault, UserError
-sys.modules["vlqc.inspection"] = types.SimpleNamespace(inspect_folder=inspect_folder)
-from vlqc.cli import main
+sys.modules["vlqc.reporting.checkpoint_summary"] = types.SimpleNamespace(inspect_folder=inspect_folder)
+from vlqc.cli.commands import main
 main()
 """
 
@@ -189,7 +189,7 @@ def test_an_interruption_that_became_another_error(tmp_path: Path, signal: str, 
 
 HANDLERS = """
 import signal
-from vlqc.answering import end_as_if_interrupted
+from vlqc.cli.output import end_as_if_interrupted
 {first}
 before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 end_as_if_interrupted()
@@ -247,7 +247,9 @@ def test_help_teaches() -> None:
 
 def test_all_passes_complete_at_once() -> None:
     """Catches a pass that a shell does not complete, and completion that takes seconds, as loading torch does."""
-    code = "import sys; from vlqc.completion import one_pass; print(*one_pass('')); assert 'torch' not in sys.modules"
+    code = (
+        "import sys; from vlqc.cli.completion import one_pass; print(*one_pass('')); assert 'torch' not in sys.modules"
+    )
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0 and set(REGISTRY) <= set(ended.stdout.split()), ended.stderr
 
@@ -266,7 +268,7 @@ def test_values_complete() -> None:
         ("vlqc run-pass BUNDLE smooth", {"smooth-m2", "smooth-m4"}),
     ):
         asked = {**environment, "COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1)}
-        code = "from vlqc.cli import main; main()"
+        code = "from vlqc.cli.commands import main; main()"
         ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=asked, check=False)
         assert set(ended.stdout.split()) == wanted, ended.stderr
 
@@ -277,6 +279,6 @@ def test_an_interruption_while_processes_wait_for_each_other(monkeypatch: pytest
     def waiting() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vlqc.answering.joined", waiting)
+    monkeypatch.setattr("vlqc.cli.output.joined", waiting)
     ended = run("compile", "--plan")
     assert (ended.exit_code, ended.stdout, ended.stderr) == (130, "", "interrupted\n")

@@ -9,10 +9,10 @@ from exact_stage import text_after
 from random_stage import decoder, staged, through
 from torch import Tensor, nn
 
-from vlqc.engines import Scheme, assignment_faults
-from vlqc.ir import Call, Site, Stage
+from vlqc.ir.printer import print_stage
+from vlqc.ir.stage import Call, Site, Stage
 from vlqc.passes.assign_precision import AssignPrecision, Decision, kind_of
-from vlqc.printer import print_stage
+from vlqc.targets.engines import Scheme, assignment_faults
 
 
 def test_golden(golden: Callable[[str, str], None]) -> None:

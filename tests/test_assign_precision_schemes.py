@@ -6,9 +6,9 @@ import pytest
 from chosen_precision import FLOAT_BY_SEED, GROUPS, QUANTIZED_BY_SEED, SEEDS, D, F, G, S, choose, members_with
 from random_stage import decoder, through
 
-from vlqc.engines import Scheme, assignment_faults
-from vlqc.ir import Site
+from vlqc.ir.stage import Site
 from vlqc.passes.assign_precision import AssignPrecision, Decision
+from vlqc.targets.engines import Scheme, assignment_faults
 
 # Kinds of layers as the engines tell them apart, by one group of each; stated from the engines' own rules:
 # what W8A8, W8A8_DYNAMIC and W4A8_DYNAMIC become there with `fallback=none` and a group size that divides everything.

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from vlqc.cli import app
+from vlqc.cli.commands import app
 
 ROOT = Path(__file__).parents[1]
 TINY = Path(tiny_task.__file__).parent / "tiny_vl"

@@ -21,7 +21,7 @@ from make_outlier_checkpoint import Shape, config_of
 from rich.console import Console
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from vlqc.options import Options
+from vlqc.options.options import Options
 
 
 @pytest.mark.parametrize("scheme", [*bench.SCHEMES, *bench.OURS_ONLY])

@@ -12,8 +12,8 @@ from make_outlier_checkpoint import Shape
 from scale_bounds import Rates, work_of
 from scale_checkpoint import Case, checkpoint_bytes, make, samples_of
 
-from vlqc.checkpoint import Checkpoint
-from vlqc.model import FloatModel
+from vlqc.frontend.checkpoint.checkpoint import Checkpoint
+from vlqc.frontend.streamed_model import FloatModel
 
 LITTLE = Shape(3, 64, 96, 4, 2, 9, 32, 48, 4, 256)
 

@@ -9,10 +9,10 @@ import transformers
 from calibration_files import BOS, END, MEAN, PAD, START, STD, TINY, UNKNOWN, lines, picture
 from PIL import Image
 
-from vlqc.calibration import load_samples
-from vlqc.calibration_sources import PROMPT
 from vlqc.errors import UserError
-from vlqc.pictures import load_process_vision_info
+from vlqc.frontend.calibration.dataset import load_samples
+from vlqc.frontend.calibration.images import load_process_vision_info
+from vlqc.frontend.calibration.sources import PROMPT
 
 
 def patches_by_hand(path: Path) -> np.ndarray:

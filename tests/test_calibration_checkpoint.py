@@ -9,9 +9,9 @@ import torch
 from calibration_files import END, PAD, START, TINY, lines, model_without, picture
 from transformers import dynamic_module_utils
 
-from vlqc.calibration import load_samples
 from vlqc.errors import UserError
-from vlqc.model_inputs import ModelInputs
+from vlqc.frontend.calibration.dataset import load_samples
+from vlqc.frontend.calibration.processor import ModelInputs
 
 
 def test_checkpoint_without_tokenizer_or_settings(tmp_path: Path) -> None:

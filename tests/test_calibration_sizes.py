@@ -9,9 +9,9 @@ import torch
 from calibration_files import MEAN, PAD, STD, TINY, lines, picture
 from PIL import Image
 
-from vlqc.calibration import load_samples
-from vlqc.calibration_sources import PROMPT
 from vlqc.errors import UserError
+from vlqc.frontend.calibration.dataset import load_samples
+from vlqc.frontend.calibration.sources import PROMPT
 
 
 def length_of(sample: dict[str, torch.Tensor]) -> int:

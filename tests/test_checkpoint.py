@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from written_checkpoints import LAYOUTS, NEW_NAMES, TENSORS, fault_of, indexed_beside_a_stale_file, write
 
-from vlqc.checkpoint import Checkpoint, original_name
+from vlqc.frontend.checkpoint.checkpoint import Checkpoint, original_name
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

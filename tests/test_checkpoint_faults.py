@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 from written_checkpoints import fault_of, indexed, write
 
-from vlqc.checkpoint import Checkpoint
-from vlqc.checkpoint_files import INDEX
 from vlqc.errors import UserError
+from vlqc.frontend.checkpoint.checkpoint import Checkpoint
+from vlqc.frontend.checkpoint.files import INDEX
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:

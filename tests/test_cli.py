@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from vlqc.cli import app
+from vlqc.cli.commands import app
 from vlqc.errors import Fault, InternalError, UserError
-from vlqc.options import PANELS, Options
-from vlqc.progress import Progress
-from vlqc.result import Result
+from vlqc.options.options import PANELS, Options
+from vlqc.reporting.progress import Progress
+from vlqc.reporting.summary import Result
 
 ROOT = Path(__file__).parents[1]
 
@@ -81,7 +81,7 @@ def in_process(*arguments: str, **environment: str) -> subprocess.CompletedProce
 def test_help_loads_nothing_heavy() -> None:
     """Catches an import that makes `vlqc --help` wait for torch."""
     code = (
-        "import sys; from vlqc.cli import app\n"
+        "import sys; from vlqc.cli.commands import app\n"
         "try: app(['compile', '--help'])\nexcept SystemExit as ended: assert not ended.code\n"
         "heavy = {'torch', 'transformers', 'numpy', 'PIL'} & set(sys.modules)\n"
         "assert not heavy, heavy"
@@ -250,9 +250,9 @@ def test_inspect_of_nothing(tmp_path: Path) -> None:
 
 def test_passes_explain_needs_no_folders(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches `--explain` that asks for folders, ignores the options, or breaks the text over lines."""
-    stand_in = types.ModuleType("vlqc.pipeline")
+    stand_in = types.ModuleType("vlqc.pipeline.registry")
     stand_in.__dict__["pipeline_text"] = lambda options: f"{'long,' * 60}method={options.act_method}"
-    monkeypatch.setitem(sys.modules, "vlqc.pipeline", stand_in)
+    monkeypatch.setitem(sys.modules, "vlqc.pipeline.registry", stand_in)
     ended = run("passes", "--explain", "--act_method", "1")
     assert ended.exit_code == 0, ended.output
     assert ended.stdout == f"{'long,' * 60}method=1\n"

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from given_options import W4A8, faults_of, two_folders
 
-from vlqc import engine_advice
-from vlqc.options import Options
+from vlqc.options.options import Options
+from vlqc.targets.target import advice as engine_advice
 
 CHOICES: dict[str, list[Any]] = {
     "w_bit": [8, 4], "is_dynamic": [False, True], "is_lowbit": [False, True], "open_outlier": [True, False],

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import vlqc
-from vlqc.checkpoint import Checkpoint, original_name
-from vlqc.ir import Stage
-from vlqc.model import FloatModel, build
+from vlqc.frontend.checkpoint.checkpoint import Checkpoint, original_name
+from vlqc.frontend.streamed_model import FloatModel, build
+from vlqc.ir.stage import Stage
 
 TINY = Path(tiny_task.__file__).parent / "tiny_vl"
 EVALUATED = 64  # pictures, 8 answers each: half a point is 2.6 answers

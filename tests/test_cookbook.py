@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 import vlqc
-from vlqc.engines import Scheme
-from vlqc.ir import Call, Stage
-from vlqc.pass_manager import PassManager
+from vlqc.frontend.stage_builder import find_sites
+from vlqc.frontend.tracing import record
+from vlqc.ir.stage import Call, Stage
 from vlqc.passes.assign_precision import AssignPrecision
 from vlqc.passes.insert_observers import InsertObservers
-from vlqc.stages import find_sites
-from vlqc.trace import record
+from vlqc.pipeline.manager import PassManager
+from vlqc.targets.engines import Scheme
 
 PAGE = Path(vlqc.__file__).parent / "docs" / "cookbook.md"
 OTHERS = "quantize-activations,quantize-weights{method=round},lower-linears"

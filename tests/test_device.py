@@ -7,8 +7,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from vlqc.device import resolve_device
 from vlqc.errors import UserError
+from vlqc.frontend.device import resolve_device
 
 
 def refusal(device_type: str) -> tuple[str, str, str]:

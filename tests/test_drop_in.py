@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from vlqc.engines import Scheme
-from vlqc.options import Options
-from vlqc.result import Result
+from vlqc.options.options import Options
+from vlqc.reporting.summary import Result
+from vlqc.targets.engines import Scheme
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "tools" / "quant_qwen2_5vl.py"

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import vlqc
-from vlqc.cli import app
-from vlqc.dumps.changes import changes
-from vlqc.dumps.comparison import compare
+from vlqc.cli.commands import app
 from vlqc.errors import UserError
+from vlqc.reporting.dumps.comparison import compare
+from vlqc.reporting.dumps.diff import changes
 
 LOWERED = (GOLDENS / "after-lower-linears.vlqc").read_text(encoding="utf-8")
 DIGESTS = [found.start() for found in re.finditer(r"digest=", LOWERED)]

@@ -10,10 +10,10 @@ from tiny import TINY
 from typer.testing import CliRunner
 
 import vlqc
-from vlqc.cli import app
-from vlqc.dumps import Dumper
-from vlqc.dumps.looking import look_until, trace
+from vlqc.cli.commands import app
 from vlqc.errors import UserError
+from vlqc.reporting.dumps.trace_only import look_until, trace
+from vlqc.reporting.dumps.writer import Dumper
 
 PHOTO = Path(__file__).parent / "photos" / "chelsea.jpg"
 

@@ -16,15 +16,15 @@ from tiny import TINY
 from typer.testing import CliRunner
 
 import vlqc
-from vlqc.cli import app
-from vlqc.dumps import Dumper
-from vlqc.dumps.bundle_reading import read_bundle
-from vlqc.dumps.looking import look_until, trace
-from vlqc.dumps.run_pass import run_pass
+from vlqc.cli.commands import app
 from vlqc.errors import UserError
-from vlqc.ir import Stage
-from vlqc.options import Options
-from vlqc.pipeline import parse_pipeline, pipeline_text, print_pipeline
+from vlqc.ir.stage import Stage
+from vlqc.options.options import Options
+from vlqc.pipeline.registry import parse_pipeline, pipeline_text, print_pipeline
+from vlqc.reporting.dumps.bundle_reading import read_bundle
+from vlqc.reporting.dumps.replay import run_pass
+from vlqc.reporting.dumps.trace_only import look_until, trace
+from vlqc.reporting.dumps.writer import Dumper
 
 CHOSEN = ("visual.blocks.1", "visual.merger", "model.layers.1")
 SHIFTED: dict[str, Any] = {"shift": True, "target": "vllm-ascend"}

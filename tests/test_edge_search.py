@@ -7,16 +7,22 @@ from random_stage import EVERY_LINEAR, HIDDEN, SCHEMES, columns_of_value, decode
 from smoothing_cases import BOTH, PRODUCERS, Forked, of_random_weights
 from torch import Tensor, nn
 
-from vlqc.engines import Scheme
 from vlqc.errors import UserError
-from vlqc.ir import Edge
+from vlqc.ir.stage import Edge
+from vlqc.passes.algorithms.error_model import WEIGHT_NOISE, Arithmetic, Reader, Rounding
+from vlqc.passes.algorithms.smoothing_search import (
+    SearchedEdge,
+    find_stage_edges,
+    per_channel,
+    quantized_consumers,
+    searched_edges,
+)
 from vlqc.passes.assign_precision import AssignPrecision
-from vlqc.passes.edge_search import SearchedEdge, find_stage_edges, per_channel, quantized_consumers, searched_edges
-from vlqc.passes.error_model import WEIGHT_NOISE, Arithmetic, Reader, Rounding
 from vlqc.passes.insert_observers import InsertObservers
 from vlqc.passes.smooth_m2 import SmoothM2
 from vlqc.passes.smooth_m4 import SmoothM4
-from vlqc.pipeline import Pass
+from vlqc.pipeline.registry import Pass
+from vlqc.targets.engines import Scheme
 
 pytestmark = pytest.mark.usefixtures("float32_runs")  # the same numbers on every processor
 

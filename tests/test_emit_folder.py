@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 
-from vlqc.emit.folder import InUse, WorkFolder, exchange, require_space, restore_replaced, unwritable, work_folders
+from vlqc.emit.atomic_folder import (
+    InUse,
+    WorkFolder,
+    exchange,
+    require_space,
+    restore_replaced,
+    unwritable,
+    work_folders,
+)
 from vlqc.errors import UserError
 
 
@@ -41,7 +49,7 @@ def write(target: Path, *, overwrite: bool = False, text: str = "new") -> None:
 
 def cannot_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
     """A system that knows no exchange of two folders at once."""
-    monkeypatch.setattr("vlqc.emit.folder.ctypes.CDLL", lambda *unused, **unused_too: object())
+    monkeypatch.setattr("vlqc.emit.atomic_folder.ctypes.CDLL", lambda *unused, **unused_too: object())
 
 
 def test_it_appears_at_the_end(tmp_path: Path) -> None:
@@ -226,7 +234,7 @@ def test_a_disk_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     def refuse(*unused: Any) -> None:
         raise OSError(errno.ENOLCK, "no locks")
 
-    monkeypatch.setattr("vlqc.emit.folder.fcntl.flock", refuse)
+    monkeypatch.setattr("vlqc.emit.atomic_folder.fcntl.flock", refuse)
     with working(tmp_path / "out") as work:
         assert not work.locks
         work.publish(False)

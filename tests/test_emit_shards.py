@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
 
-from vlqc.emit.shards import ALIGNMENT, ENTRY_BYTES, LENGTH_FIELD, ShardWriter
+from vlqc.emit.shard_writer import ALIGNMENT, ENTRY_BYTES, LENGTH_FIELD, ShardWriter
 from vlqc.errors import InternalError
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8)

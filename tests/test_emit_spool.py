@@ -1,4 +1,4 @@
-"""vlqc.emit.spool: stages that wait on disk come back as if their schemes had been chosen at once."""
+"""vlqc.emit.deferred_stages: stages that wait on disk come back as if their schemes had been chosen at once."""
 
 import gc
 import itertools
@@ -11,18 +11,18 @@ from random_stage import decoder, staged, through
 from tiny import float_model
 from torch import nn
 
-from vlqc.emit import ascend
-from vlqc.emit.ascend import Entry, stage_entries
-from vlqc.emit.spool import Spool, expected_bytes
-from vlqc.engines import Scheme
-from vlqc.ir import Call, Stage
+from vlqc.emit.deferred_stages import Spool, expected_bytes
+from vlqc.ir.stage import Call, Stage
 from vlqc.passes.assign_precision import AssignPrecision
 from vlqc.passes.insert_observers import InsertObservers
 from vlqc.passes.lower_linears import LowerLinears
 from vlqc.passes.measure_sensitivity import MeasureSensitivity
 from vlqc.passes.quantize_activations import QuantizeActivations
 from vlqc.passes.quantize_weights import QuantizeWeights
-from vlqc.precision_search import Plan
+from vlqc.pipeline.precision_search import Plan
+from vlqc.targets.engines import Scheme
+from vlqc.targets.layout import Entry, stage_entries
+from vlqc.targets.target import layout as ascend
 
 STATIC, DYNAMIC, FLOAT = Scheme.W8A8, Scheme.W8A8_DYNAMIC, Scheme.FLOAT
 PIPELINE = QuantizeActivations(), QuantizeWeights(), MeasureSensitivity(target="vllm-ascend"), LowerLinears()

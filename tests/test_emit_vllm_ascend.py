@@ -13,13 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vlqc.checkpoint import Checkpoint
-from vlqc.emit.ascend import Entry, emitted_dtype, expected_bytes, float_entry, header_bytes, stage_entries
-from vlqc.emit.vllm_ascend import FolderEmitter
-from vlqc.engines import Scheme
 from vlqc.errors import InternalError, UserError
-from vlqc.options import Options
+from vlqc.frontend.checkpoint.checkpoint import Checkpoint
+from vlqc.options.options import Options
 from vlqc.passes.lower_linears import LowerLinears
+from vlqc.targets.engines import Scheme
+from vlqc.targets.layout import Entry, emitted_dtype, expected_bytes, float_entry, header_bytes, stage_entries
+from vlqc.targets.vllm_ascend import FolderEmitter
 
 QKV, LAYER = "visual.blocks.0.attn.qkv", "model.layers.0.self_attn.q_proj"
 

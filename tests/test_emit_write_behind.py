@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import vlqc
-from vlqc.emit.shards import ShardWriter
-from vlqc.emit.write_behind import WriteBehind
+from vlqc.emit.background_writer import WriteBehind
+from vlqc.emit.shard_writer import ShardWriter
 from vlqc.errors import InternalError, UserError
 
 TINY = Path(tiny_task.__file__).parent / "tiny_vl"

@@ -6,8 +6,8 @@ import shlex
 import pytest
 from seed_schemes import DYNAMIC, W4A8, W8A8
 
-from vlqc.engine_advice import cannot_load, engine_notes, serve_commands
-from vlqc.engines import Scheme
+from vlqc.targets.advice import cannot_load, engine_notes, serve_commands
+from vlqc.targets.engines import Scheme
 
 SOME, FROM_016 = "vLLM Ascend 0.16 to 0.26.0rc", "vLLM Ascend 0.16 and later"
 NEVER_IN_MINDIE = "no version of MindIE loads W4A8_DYNAMIC for vision-language models"

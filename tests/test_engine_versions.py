@@ -3,8 +3,8 @@
 import pytest
 from seed_schemes import DYNAMIC, W4A8, W8A8, seed_assignment
 
-from vlqc.engine_versions import loads
-from vlqc.engines import Scheme
+from vlqc.targets.engines import Scheme
+from vlqc.targets.versions import loads
 
 
 def described(schemes: dict[str, Scheme]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""vlqc.engines: the table of what each engine accepts."""
+"""vlqc.targets.engines: the table of what each engine accepts."""
 
 import subprocess
 import sys
@@ -6,9 +6,8 @@ import sys
 import pytest
 from seed_schemes import DYNAMIC, FLOAT, W4A8, W8A8, seed_assignment
 
-from vlqc import engines
-from vlqc.engine_table import SEED_FLOAT, TABLE
-from vlqc.engines import (
+from vlqc.errors import UserError
+from vlqc.targets.engines import (
     Scheme,
     Target,
     assignment_faults,
@@ -18,8 +17,8 @@ from vlqc.engines import (
     rules_for,
     runs_anywhere,
 )
-from vlqc.errors import UserError
-from vlqc.targets import Version
+from vlqc.targets.rules import SEED_FLOAT, TABLE
+from vlqc.targets.target import Version, engines
 
 LAYER = "model.layers.3"
 BLOCK = "visual.blocks.0"
@@ -217,5 +216,5 @@ def test_the_table_is_in_order() -> None:
 
 def test_no_torch_is_imported() -> None:
     """Catches an import that makes the option checks (before anything is loaded) wait for torch."""
-    code = "import sys, vlqc.engines; print('torch' in sys.modules)"
+    code = "import sys, vlqc.targets.engines; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"

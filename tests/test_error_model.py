@@ -23,9 +23,8 @@ from errors_by_numpy import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlqc.engines import Scheme
-from vlqc.ir import Site
-from vlqc.passes.error_model import (
+from vlqc.ir.stage import Site
+from vlqc.passes.algorithms.error_model import (
     EXTREMES,
     STRATA,
     WEIGHT_NOISE,
@@ -37,6 +36,7 @@ from vlqc.passes.error_model import (
     in_strata,
     representative_rows,
 )
+from vlqc.targets.engines import Scheme
 
 # ---- expected --------------------------------------------------------------------------------------------------------
 

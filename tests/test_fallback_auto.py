@@ -12,10 +12,10 @@ from naive_w8a8 import load_float, logits, signal_to_noise
 from torch import Tensor
 
 import vlqc
-from vlqc.engine_versions import layer_schemes
-from vlqc.engines import Scheme, group_faults
-from vlqc.report.facts import FILE
-from vlqc.result import Result
+from vlqc.reporting.html.schema import FILE
+from vlqc.reporting.summary import Result
+from vlqc.targets.engines import Scheme, group_faults
+from vlqc.targets.versions import layer_schemes
 
 FOUR_BITS = {"w_bit": 4, "is_lowbit": True, "is_dynamic": True, "open_outlier": False}
 Sample = dict[str, Tensor]

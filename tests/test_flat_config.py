@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from vlqc.flat_config import flat, rotary
+from vlqc.families.flat_config import flat, rotary
 
 # The language model's keys of Qwen2.5-VL-7B, as the first release wrote them beside the rest ...
 LANGUAGE = {

@@ -9,9 +9,9 @@ from folded_edges import CALL, assert_holds
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vlqc.flow import find_edges, scales_its_channels
-from vlqc.ir import Edge
-from vlqc.trace import record
+from vlqc.frontend.tracing import record
+from vlqc.ir.scale_propagation import find_edges, scales_its_channels
+from vlqc.ir.stage import Edge
 
 
 class Made(nn.Module):

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vlqc.flow import find_edges
-from vlqc.trace import record
+from vlqc.frontend.tracing import record
+from vlqc.ir.scale_propagation import find_edges
 
 SIZE = 8
 

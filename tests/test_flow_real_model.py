@@ -11,9 +11,9 @@ from folded_edges import assert_holds
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from vlqc.flow import find_edges
-from vlqc.ir import Call
-from vlqc.trace import record
+from vlqc.frontend.tracing import record
+from vlqc.ir.scale_propagation import find_edges
+from vlqc.ir.stage import Call
 
 
 def known_edges() -> dict[str, dict[str, dict[int, int]]]:

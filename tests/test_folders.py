@@ -1,4 +1,4 @@
-"""vlqc.folders: the model folder, the save folder and what else is written or read, apart from each other."""
+"""vlqc.options.paths: the model folder, the save folder and what else is written or read, apart from each other."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from given_options import faults_of, two_folders
 
-from vlqc.options import Options
+from vlqc.options.options import Options
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_a_mount_point(
     """Catches hours of work for a folder that no rename can replace; through a link, too."""
     (tmp_path / "disk").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "disk")
-    monkeypatch.setattr("vlqc.folders.os.path.ismount", lambda path: Path(path) == tmp_path / "disk")
+    monkeypatch.setattr("vlqc.options.paths.os.path.ismount", lambda path: Path(path) == tmp_path / "disk")
     for save in ("disk", "link"):
         (fault,) = faults_of(**{**folders, "save_directory": tmp_path / save, "overwrite": overwrite})
         assert "it is a mount point" in fault and "name a folder inside it" in fault

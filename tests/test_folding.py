@@ -10,12 +10,12 @@ from random_stage import HIDDEN, WIDE, decoder, in_float64, observed, outputs
 from torch import nn
 
 from vlqc.errors import InternalError
-from vlqc.flow import find_edges
-from vlqc.ir import Edge, Stage
+from vlqc.ir.printer import print_stage
+from vlqc.ir.scale_propagation import find_edges
+from vlqc.ir.stage import Edge, Stage
 from vlqc.kernels_ref.norm import ShiftedNorm
-from vlqc.passes import folding
-from vlqc.passes.folding import Fold, apply, difference, per_column, representable
-from vlqc.printer import print_stage
+from vlqc.passes.algorithms import folding
+from vlqc.passes.algorithms.folding import Fold, apply, difference, per_column, representable
 
 
 def random_scale(channels: int, seed: int) -> torch.Tensor:

@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vlqc.kernels_ref.group import quantize_weight_per_group_absmax
+from vlqc.kernels_ref.int4_groups import quantize_weight_per_group_absmax
 from vlqc.kernels_ref.quantize import quantize_weight_per_channel_absmax
-from vlqc.passes import gptq, input_gram
-from vlqc.passes.clip_search import GroupGrid, RowGrid, best_steps, importance_of
-from vlqc.passes.gptq import columns_in_order, compensated
-from vlqc.passes.input_gram import chosen_shrinkage, gram_of
+from vlqc.passes.algorithms import gptq
+from vlqc.passes.algorithms import hessian as input_gram
+from vlqc.passes.algorithms.gptq import columns_in_order, compensated
+from vlqc.passes.algorithms.hessian import chosen_shrinkage, gram_of
+from vlqc.passes.algorithms.weight_clipping import GroupGrid, RowGrid, best_steps, importance_of
 
 DTYPE = torch.bfloat16
 ROWS_AND_WIDTH = [(1024, 4096), (96, 4096), (1024, 128), (96, 128)]  # rows, above and below K; columns per block

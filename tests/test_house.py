@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import vlqc
-from vlqc.pipeline import REGISTRY, load_pass
+from vlqc.pipeline.registry import REGISTRY, load_pass
 
 ROOT = Path(__file__).parent.parent
 LINKED = ("passes", "kernels_ref")
@@ -77,7 +77,7 @@ def test_passes_are_named_in_the_registry_only() -> None:
     words = set(REGISTRY) | {load_pass(name).__name__ for name in REGISTRY}
     spelt = re.compile(rf"(?<![\w-])({'|'.join(sorted(words))})(?![\w-])|vlqc\.passes\b")
     for path in python_files("vlqc"):
-        if path.relative_to(ROOT).as_posix() != "vlqc/pipeline.py":
+        if path.relative_to(ROOT).as_posix() != "vlqc/pipeline/registry.py":
             assert not spelt.search(path.read_text(encoding="utf-8")), path
             assert not any(within(name, ("vlqc.passes",)) for name in imports(path)), path
 
@@ -245,7 +245,9 @@ def test_the_wheel_holds_the_tree(wheel: Path) -> None:
     packed = {re.sub(r"(/__init__)?\.py$", "", name) for name in names if name.endswith(".py")}
     assert packed == expected
     others = [name for name in names if not name.endswith(".py") and ".dist-info/" not in name]
-    templates = [path.relative_to(ROOT).as_posix() for path in (ROOT / "vlqc" / "report" / "templates").iterdir()]
+    templates = [
+        path.relative_to(ROOT).as_posix() for path in (ROOT / "vlqc" / "reporting" / "html" / "templates").iterdir()
+    ]
     pages = [path.relative_to(ROOT).as_posix() for path in (ROOT / "vlqc" / "docs").iterdir()]
     assert sorted(others) == sorted(["vlqc/py.typed", *templates, *pages]) and len(templates) == 4
     assert "vlqc/docs/cookbook.md" in pages
@@ -261,7 +263,7 @@ def test_the_wheel_works_without_the_links(wheel: Path, tmp_path: Path) -> None:
     wanted = [module.replace("/", ".") for module in modules if not module.endswith("__main__")]
     code = (
         f"import importlib; found = [importlib.import_module(name) for name in {wanted!r}]\n"
-        "from vlqc.pipeline import REGISTRY, load_pass\n"
+        "from vlqc.pipeline.registry import REGISTRY, load_pass\n"
         "print(len([load_pass(name) for name in REGISTRY]))\n"
         "print(*{module.__file__ for module in found}, sep='\\n')"
     )

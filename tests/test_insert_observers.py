@@ -13,10 +13,10 @@ from random_stage import EVERY_LINEAR, decoder, outputs, staged, through
 from torch import Tensor, nn
 
 from vlqc.errors import UserError
-from vlqc.ir import MODALITIES, Call, Observation, Stage, observe
+from vlqc.ir.printer import print_stage
+from vlqc.ir.stage import MODALITIES, Call, Observation, Stage, observe
 from vlqc.passes.insert_observers import InsertObservers, add_rows, shared_out
 from vlqc.passes.quantize_activations import QuantizeActivations
-from vlqc.printer import print_stage
 
 pytestmark = pytest.mark.usefixtures("float32_runs")  # the same numbers on every processor
 

@@ -1,4 +1,4 @@
-"""vlqc.inspection: counts and sizes against folders written here, tensor by tensor."""
+"""vlqc.reporting.checkpoint_summary: counts and sizes against folders written here, tensor by tensor."""
 
 import io
 import json
@@ -10,7 +10,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from vlqc.errors import UserError
-from vlqc.inspection import inspect_folder
+from vlqc.reporting.checkpoint_summary import inspect_folder
 
 FLOAT = {
     "visual.patch_embed.proj.weight": torch.zeros(8, 3, 2, 4, 4),

@@ -8,11 +8,11 @@ from broken_graphs import BROKEN_GRAPHS, QKV, UP, observer_is_read
 from broken_numbers import BROKEN_NUMBERS, first, mixed_group, nan_weight, set_groups, weight_of, wrong_kept_bound
 from little_stage import decided, lowered, traced
 
-from vlqc.engines import Scheme
-from vlqc.invariants import check
-from vlqc.ir import Edge, Stage
-from vlqc.parser import parse_stage
-from vlqc.printer import print_stage
+from vlqc.ir.parser import parse_stage
+from vlqc.ir.printer import print_stage
+from vlqc.ir.stage import Edge, Stage
+from vlqc.ir.verifier import check
+from vlqc.targets.engines import Scheme
 
 
 @pytest.mark.parametrize("make", [traced, decided, lowered])

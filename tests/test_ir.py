@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlqc.ir import (
+from vlqc.ir.stage import (
     WEIGHT_PARTS,
     WeightQuantization,
     absmax,
@@ -16,7 +16,7 @@ from vlqc.ir import (
     observe,
     summarize,
 )
-from vlqc.tensor_facts import fingerprints
+from vlqc.ir.tensor_digest import fingerprints
 
 BYTES = st.binary(min_size=1, max_size=200)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from vlqc.journal_lines import DamagedJournal, JournalWriter, read_lines
+from vlqc.emit.resume.journal_file import DamagedJournal, JournalWriter, read_lines
 
 RECORDS: list[dict[str, Any]] = [
     {"kind": "begin", "text": "ein\nZeichen ä"},

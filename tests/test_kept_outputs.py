@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from vlqc.kept_outputs import CannotBeKept, OutputsWriter, read_value, stand_in
+from vlqc.emit.resume.stage_outputs import CannotBeKept, OutputsWriter, read_value, stand_in
 
 CPU = torch.device("cpu")
 GRID = torch.arange(60, dtype=torch.float32).reshape(3, 4, 5)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from vlqc.kernels_ref.group import (
+from vlqc.kernels_ref.int4_groups import (
     SMALLEST_SCALE_SECOND,
     group_size_of,
     int4_fault,

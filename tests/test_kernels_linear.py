@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kernel_inputs import sample
 
 from vlqc.kernels_ref.deq_scale import decode_deq_scale
-from vlqc.kernels_ref.linear import StaticQuantLinear
+from vlqc.kernels_ref.quant_linear import StaticQuantLinear
 from vlqc.kernels_ref.quantize import activation_scale_and_offset, quantize_weight_per_channel_absmax
 
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kernel_inputs import sample
 
-from vlqc.kernels_ref.group import quantize_weight_per_group_absmax
-from vlqc.kernels_ref.linear import DynamicQuantLinear, GroupQuantLinear, QuantLinear
+from vlqc.kernels_ref.int4_groups import quantize_weight_per_group_absmax
+from vlqc.kernels_ref.quant_linear import DynamicQuantLinear, GroupQuantLinear, QuantLinear
 from vlqc.kernels_ref.quantize import quantize_weight_per_channel_absmax
 
 SCHEMES: list[type[QuantLinear]] = [DynamicQuantLinear, GroupQuantLinear]

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
-from vlqc.flow import scales_its_channels
+from vlqc.frontend.tracing import is_leaf
+from vlqc.ir.scale_propagation import scales_its_channels
 from vlqc.kernels_ref.norm import ShiftedNorm, rms_norm
-from vlqc.trace import is_leaf
 
 
 def double(tensor: torch.Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:

@@ -4,8 +4,8 @@ import pytest
 import tiny
 
 from vlqc.errors import UserError
-from vlqc.layer_globs import check_globs, check_layers
-from vlqc.options import Options
+from vlqc.options.options import Options
+from vlqc.pipeline.layer_selection import check_globs, check_layers
 
 LAYERS = [
     "visual.blocks.0.attn.qkv",

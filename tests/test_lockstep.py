@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vlqc.errors import InternalError, UserError
-from vlqc.lockstep import Lockstep, row_modality
+from vlqc.frontend.sequential import Lockstep, row_modality
 
 RUN_ANYTHING = pytest.mark.every_transformers
 

@@ -12,17 +12,17 @@ from hypothesis import strategies as st
 from random_stage import decibels, decoder, integers, observed, outputs, quantized, site, through
 from torch import Tensor, nn
 
-from vlqc.engines import Scheme
 from vlqc.errors import UserError
-from vlqc.invariants import check
-from vlqc.ir import Site, Stage
-from vlqc.kernels_ref.linear import DynamicQuantLinear, GroupQuantLinear, StaticQuantLinear
+from vlqc.ir.stage import Site, Stage
+from vlqc.ir.verifier import check
 from vlqc.kernels_ref.matmul import CORRECTION_STEP
+from vlqc.kernels_ref.quant_linear import DynamicQuantLinear, GroupQuantLinear, StaticQuantLinear
 from vlqc.passes.assign_precision import AssignPrecision
 from vlqc.passes.insert_observers import InsertObservers
 from vlqc.passes.lower_linears import LowerLinears
 from vlqc.passes.quantize_activations import QuantizeActivations
 from vlqc.passes.quantize_weights import QuantizeWeights
+from vlqc.targets.engines import Scheme
 
 
 def linear_at(stage: Stage, target: str) -> nn.Linear:

@@ -8,9 +8,8 @@ import torch
 from random_stage import GROUP_SIZE, NAME, decoder, outputs, site, through
 from torch import Tensor, nn
 
-from vlqc.engines import Scheme, fused_group, legal_schemes
 from vlqc.errors import UserError
-from vlqc.ir import Stage, fingerprint
+from vlqc.ir.stage import Stage, fingerprint
 from vlqc.passes.assign_precision import AssignPrecision
 from vlqc.passes.insert_observers import InsertObservers
 from vlqc.passes.lower_linears import LowerLinears
@@ -18,7 +17,8 @@ from vlqc.passes.measure_sensitivity import MeasureSensitivity, noise_to_signal
 from vlqc.passes.quantize_activations import QuantizeActivations
 from vlqc.passes.quantize_weights import QuantizeWeights
 from vlqc.passes.shift_norms import ShiftNorms
-from vlqc.pipeline import Pass, check_order, parse_pipeline
+from vlqc.pipeline.registry import Pass, check_order, parse_pipeline
+from vlqc.targets.engines import Scheme, fused_group, legal_schemes
 
 STATIC, DYNAMIC, INT4, FLOAT = Scheme.W8A8, Scheme.W8A8_DYNAMIC, Scheme.W4A8_DYNAMIC, Scheme.FLOAT
 FREE = "vllm-ascend"

@@ -9,7 +9,7 @@ import tiny
 import torch
 
 import vlqc
-from vlqc.memory_need import GIB, OBSERVED_BYTES, needed_memory, ran_out, require_memory
+from vlqc.frontend.memory import GIB, OBSERVED_BYTES, needed_memory, ran_out, require_memory
 from vlqc.passes.quantize_weights import QuantizeWeights
 
 PHOTOS = Path(__file__).parent / "photos"
@@ -31,14 +31,14 @@ def test_the_estimate_by_hand() -> None:
 LIMITED = """
 import resource
 from pathlib import Path
-import vlqc.cli, vlqc.journal
-asked = vlqc.journal.needed_memory
+import vlqc.cli.commands, vlqc.emit.resume.journal
+asked = vlqc.emit.resume.journal.needed_memory
 def limited(*given):
     needed, used = asked(*given), Path("/proc/self/status").read_text().split("VmSize:")[1].split()[0]
     resource.setrlimit(resource.RLIMIT_AS, (int(used) * 1024 + needed // 2, -1))
     return needed
-vlqc.journal.needed_memory = limited
-vlqc.cli.main()
+vlqc.emit.resume.journal.needed_memory = limited
+vlqc.cli.commands.main()
 """
 
 
@@ -54,7 +54,7 @@ def test_too_small_a_limit_is_told_at_once(tmp_path: Path) -> None:
 def test_a_machine_that_is_full_just_now_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a refusal where other programs may end in time, and silence where the system will kill the run."""
     told: list[str] = []
-    monkeypatch.setattr("vlqc.memory_need._available", lambda: 2 * GIB)
+    monkeypatch.setattr("vlqc.frontend.memory._available", lambda: 2 * GIB)
     require_memory(GIB, [], told.extend)
     assert not told
     require_memory(3 * GIB, [], told.extend)

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vlqc.checkpoint import Checkpoint
 from vlqc.errors import UserError
-from vlqc.model import FloatModel, build, find_stages, model_inputs, parameters_on_meta
+from vlqc.frontend.checkpoint.checkpoint import Checkpoint
+from vlqc.frontend.streamed_model import FloatModel, build, find_stages, model_inputs, parameters_on_meta
 
 OUTSIDE = ["lm_head.weight", "model.embed_tokens.weight", "model.norm.weight", "visual.patch_embed.proj.weight"]
 

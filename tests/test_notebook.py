@@ -1,4 +1,4 @@
-"""vlqc.notebook: one line that is replaced in place, and a result that is a table."""
+"""vlqc.reporting.notebook: one line that is replaced in place, and a result that is a table."""
 
 import sys
 import types
@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-import vlqc.progress
-from vlqc.notebook import NotebookProgress
-from vlqc.progress import Progress, TerminalProgress, heard
-from vlqc.result import Result
+import vlqc.reporting.progress
+from vlqc.reporting.notebook import NotebookProgress
+from vlqc.reporting.progress import Progress, TerminalProgress, heard
+from vlqc.reporting.summary import Result
 from vlqc.verify import Report
 
 
@@ -100,7 +100,7 @@ def test_who_hears(cell: Cell, monkeypatch: pytest.MonkeyPatch) -> None:
     mine = TerminalProgress(Console(stderr=True))
     assert heard(mine, first=True) is mine and type(heard(mine, first=False)) is Progress
     assert type(heard(None, first=True)) is Progress
-    monkeypatch.setattr(vlqc.progress, "Console", lambda: types.SimpleNamespace(is_jupyter=True))
+    monkeypatch.setattr(vlqc.reporting.progress, "Console", lambda: types.SimpleNamespace(is_jupyter=True))
     assert isinstance(heard(None, first=True), NotebookProgress)
     assert heard(mine, first=True) is mine and type(heard(None, first=False)) is Progress
 

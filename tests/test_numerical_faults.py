@@ -16,9 +16,9 @@ from tiny import damaged, made_up
 from torch import Tensor
 
 import vlqc
-from vlqc.emit.ascend import float_entry
 from vlqc.errors import UserError
-from vlqc.passes.input_gram import blocks_of
+from vlqc.passes.algorithms.hessian import blocks_of
+from vlqc.targets.layout import float_entry
 from vlqc.verify import Report
 
 IMAGE, START, END = 45, 43, 44

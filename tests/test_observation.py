@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from little_stage import observation
 from torch import Tensor
 
-from vlqc.observation import MASSIVE, MASSIVE_SHARE, ChannelRange, Observation, classes, row_weights
+from vlqc.ir.observation import MASSIVE, MASSIVE_SHARE, ChannelRange, Observation, classes, row_weights
 
 
 def kinds(*numbers: int) -> Tensor:

@@ -16,21 +16,21 @@ from tiny import TINY
 from torch import Tensor, fx, nn
 
 import vlqc
-from vlqc.dumps.bundle_reading import read_bundle
-from vlqc.dumps.files import State
-from vlqc.dumps.looking import look_until
-from vlqc.engines import Scheme
 from vlqc.errors import UserError
-from vlqc.ir import Call, Stage
-from vlqc.kernels_ref.group import quantize_weight_per_group_absmax
-from vlqc.kernels_ref.linear import DynamicQuantLinear, GroupQuantLinear, StaticQuantLinear
+from vlqc.frontend.tracing import input_tensors, record
+from vlqc.ir.stage import Call, Stage
+from vlqc.kernels_ref.int4_groups import quantize_weight_per_group_absmax
 from vlqc.kernels_ref.norm import ShiftedNorm
+from vlqc.kernels_ref.quant_linear import DynamicQuantLinear, GroupQuantLinear, StaticQuantLinear
 from vlqc.kernels_ref.quantize import activation_scale_and_offset, quantize_weight_per_channel_absmax
-from vlqc.onnx_dump import write_onnx
-from vlqc.onnx_dump.builder import IR_VERSION, OPSET, Builder
-from vlqc.onnx_dump.export import export
-from vlqc.onnx_dump.modules import export_module
-from vlqc.trace import input_tensors, record
+from vlqc.reporting.dumps.bundle_reading import read_bundle
+from vlqc.reporting.dumps.files import State
+from vlqc.reporting.dumps.trace_only import look_until
+from vlqc.reporting.onnx import write_onnx
+from vlqc.reporting.onnx.builder import IR_VERSION, OPSET, Builder
+from vlqc.reporting.onnx.export import export
+from vlqc.reporting.onnx.modules import export_module
+from vlqc.targets.engines import Scheme
 
 TOLERANCE = 1e-5  # of the output's RMS, largest deviation; 3e-6 was seen: float32 sums in another order
 # RMS of the deviation, as a share of the output's, behind integers: such a difference moves a value across a rounding
@@ -282,7 +282,7 @@ def test_what_depends_on_integers_is_constant() -> None:
 
 def test_large_stages_keep_their_tensors_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a model of more than 2 GiB, which protobuf cannot hold, and data of an earlier one below the new."""
-    monkeypatch.setattr("vlqc.onnx_dump.LARGEST_FILE", 100)
+    monkeypatch.setattr("vlqc.reporting.onnx.LARGEST_FILE", 100)
     stage = stage_of(nn.Sequential(nn.Linear(64, 64), nn.ReLU()), drawn(9, 3, 64))
     write_onnx(stage, tmp_path / "x", State())
     size = (tmp_path / "x.onnx.data").stat().st_size

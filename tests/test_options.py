@@ -1,4 +1,4 @@
-"""vlqc.options: names and defaults that command lines rely on, and one clear answer to every slip."""
+"""vlqc.options.options: names and defaults that command lines rely on, and one clear answer to every slip."""
 
 from pathlib import Path
 from typing import Any
@@ -8,9 +8,9 @@ from given_options import W4A8, faults_of, two_folders
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlqc.engines import Scheme
 from vlqc.errors import UserError
-from vlqc.options import PANELS, Options, extra_of
+from vlqc.options.options import PANELS, Options, extra_of
+from vlqc.targets.engines import Scheme
 
 # The reference script's parameters: a command line written for it has to work unchanged.
 SEED_DEFAULTS = {

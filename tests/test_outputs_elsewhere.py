@@ -9,9 +9,9 @@ from tiny import TINY
 from typer.testing import CliRunner
 
 import vlqc
-from vlqc.cli import app
+from vlqc.cli.commands import app
 from vlqc.errors import UserError
-from vlqc.folders import output_faults
+from vlqc.options.paths import output_faults
 
 
 @pytest.fixture(scope="module")

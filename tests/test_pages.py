@@ -11,12 +11,12 @@ import pytest
 from typer.main import get_command
 
 import vlqc
-from vlqc.cli import app
-from vlqc.option_values import extra_of
-from vlqc.options import Options
-from vlqc.pipeline import REGISTRY
-from vlqc.preflight import preflight
-from vlqc.recipe import read_recipe
+from vlqc.cli.commands import app
+from vlqc.options.option_values import extra_of
+from vlqc.options.options import Options
+from vlqc.options.recipe import read_recipe
+from vlqc.pipeline.registry import REGISTRY
+from vlqc.reporting.plan import preflight
 
 DOCS = Path(vlqc.__file__).parent / "docs"
 ROOT = Path(__file__).parents[1]

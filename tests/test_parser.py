@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from little_stage import decided, lowered, traced
 from torch import fx
 
-from vlqc.engines import Scheme
 from vlqc.errors import UserError
-from vlqc.ir import InputQuantization, Stage, WeightQuantization, summarize
-from vlqc.notation import Unknown, literal
-from vlqc.parser import parse_stage
-from vlqc.printer import print_stage
+from vlqc.ir.parser import parse_stage
+from vlqc.ir.printer import print_stage
+from vlqc.ir.stage import InputQuantization, Stage, WeightQuantization, summarize
+from vlqc.ir.syntax import Unknown, literal
+from vlqc.targets.engines import Scheme
 
 GOLDENS = sorted((Path(__file__).parent / "goldens").glob("**/*.vlqc"))
 DECIDED = print_stage(decided())

@@ -8,13 +8,13 @@ import pytest
 import torch
 from little_stage import Lowered, decided, traced
 
-from vlqc.engines import Scheme
 from vlqc.errors import InternalError
-from vlqc.ir import TOLERANCE, Stage, difference
-from vlqc.parser import parse_stage
-from vlqc.pass_manager import PassManager
-from vlqc.pipeline import Pass
-from vlqc.printer import print_stage
+from vlqc.ir.parser import parse_stage
+from vlqc.ir.printer import print_stage
+from vlqc.ir.stage import TOLERANCE, Stage, difference
+from vlqc.pipeline.manager import PassManager
+from vlqc.pipeline.registry import Pass
+from vlqc.targets.engines import Scheme
 
 
 def pass_of(kind: str, work: Any, name: str = "made-up") -> Pass:

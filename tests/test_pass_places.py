@@ -12,13 +12,13 @@ from tiny import TINY
 from typer.testing import CliRunner
 
 import vlqc
-from vlqc.cli import app
+from vlqc.cli.commands import app
+from vlqc.cli.pass_listing import describe_passes
+from vlqc.emit.resume.fingerprint import sources_of
 from vlqc.errors import InternalError, UserError
-from vlqc.fingerprint import sources_of
-from vlqc.pass_manager import PassManager
-from vlqc.pass_places import _offered
-from vlqc.pass_table import describe_passes
-from vlqc.pipeline import check_order, load_pass, parse_pipeline, print_pipeline
+from vlqc.pipeline.manager import PassManager
+from vlqc.pipeline.plugins import _offered
+from vlqc.pipeline.registry import check_order, load_pass, parse_pipeline, print_pipeline
 
 PASSES = """
 from dataclasses import dataclass

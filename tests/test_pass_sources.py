@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from vlqc.fingerprint import differences, sources_of
-from vlqc.pipeline import load_pass
+from vlqc.emit.resume.fingerprint import differences, sources_of
+from vlqc.pipeline.registry import load_pass
 
 HELPED = """
 from dataclasses import dataclass

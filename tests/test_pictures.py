@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlqc.pictures import BadPicture, is_picture, read_picture
+from vlqc.frontend.calibration.images import BadPicture, is_picture, read_picture
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 # White in the modes that TIFF files come in. LAB stores a and b with 128 for none.
@@ -103,7 +103,7 @@ def test_decompression_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_more_pixels_than_anybody_looks_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches gigabytes of memory for a picture that is made smaller anyway, and a limit that is one pixel off."""
-    monkeypatch.setattr("vlqc.pictures.MOST_PIXELS", 110)
+    monkeypatch.setattr("vlqc.frontend.calibration.images.MOST_PIXELS", 110)
     for height in (11, 12):
         Image.new("L", (10, height)).save(tmp_path / f"{height}.png")
     assert read_picture(tmp_path / "11.png").size == (10, 11)
@@ -122,7 +122,7 @@ def test_torchvision_stand_in_leaves_no_trace() -> None:
     code = (
         "import sys, importlib.util as u\n"
         "real = u.find_spec('torchvision') is not None\n"
-        "from vlqc.pictures import load_process_vision_info as load\n"
+        "from vlqc.frontend.calibration.images import load_process_vision_info as load\n"
         "assert callable(load()) and callable(load())\n"
         "assert real or not [name for name in sys.modules if name.split('.')[0] == 'torchvision']\n"
         "assert (u.find_spec('torchvision') is not None) == real\n"

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlqc.errors import UserError
-from vlqc.ir import Stage
-from vlqc.options import Options
-from vlqc.pipeline import REGISTRY, Pass, check_order, load_pass, parse_pipeline, pipeline_text, print_pipeline
+from vlqc.ir.stage import Stage
+from vlqc.options.options import Options
+from vlqc.pipeline.registry import REGISTRY, Pass, check_order, load_pass, parse_pipeline, pipeline_text, print_pipeline
 
 # ---- text ------------------------------------------------------------------------------------------------------------
 
@@ -293,5 +293,5 @@ def test_the_table_imports_nothing_until_asked(monkeypatch: pytest.MonkeyPatch) 
         return module
 
     monkeypatch.setitem(REGISTRY, "thing", "not_installed.anywhere:Thing")
-    monkeypatch.setattr("vlqc.pass_places.importlib.import_module", fake)
+    monkeypatch.setattr("vlqc.pipeline.plugins.importlib.import_module", fake)
     assert asked == [] and load_pass("thing") is EveryOption and asked == ["not_installed.anywhere"]

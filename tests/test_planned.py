@@ -12,9 +12,9 @@ from interrupted_runs import small
 
 import vlqc
 from vlqc.errors import UserError
-from vlqc.memory_need import spilled_bytes
-from vlqc.preflight import preflight
-from vlqc.spilling import Spilling
+from vlqc.frontend.activation_offload import Spilling
+from vlqc.frontend.memory import spilled_bytes
+from vlqc.reporting.plan import preflight
 
 QUICK: dict[str, Any] = {"weight_method": "round", "anti_method": "none", "act_method": 1}
 FOUR_BITS = {"w_bit": 4, "is_dynamic": True, "is_lowbit": True, "open_outlier": False}
@@ -73,7 +73,7 @@ def test_what_is_spilled_counts(checkpoint: Path, tmp_path: Path, monkeypatch: p
         most[0] = max(most[0], sum(alive.values()))
 
     monkeypatch.setattr(Spilling, "_admit", admitted)
-    monkeypatch.setattr("vlqc.spilling.SMALLEST", 1)
+    monkeypatch.setattr("vlqc.frontend.activation_offload.SMALLEST", 1)
     vlqc.compile(**given, **QUICK, memory_budget=0)
     pixels = sum(sample["pixel_values"].nbytes for sample in SAMPLES)
     assert 0 < most[0] <= 2 * (spilled_bytes(model, SAMPLES, 0) + pixels)

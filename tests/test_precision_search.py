@@ -1,4 +1,4 @@
-"""vlqc.precision_search: the schemes it chooses, against all there are to choose from."""
+"""vlqc.pipeline.precision_search: the schemes it chooses, against all there are to choose from."""
 
 import itertools
 import math
@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlqc.engines import Scheme, group_faults
-from vlqc.precision_search import FACTOR, Choice, Group, Plan, cheapest, decibels, extra_cost, noise_of
+from vlqc.pipeline.precision_search import FACTOR, Choice, Group, Plan, cheapest, decibels, extra_cost, noise_of
+from vlqc.targets.engines import Scheme, group_faults
 
 STATIC, DYNAMIC, INT4, FLOAT = Scheme.W8A8, Scheme.W8A8_DYNAMIC, Scheme.W4A8_DYNAMIC, Scheme.FLOAT
 LAYERS = [  # by group, of a model of two blocks in each tower

@@ -9,9 +9,9 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import vlqc
-from vlqc.cli import app
+from vlqc.cli.commands import app
 from vlqc.errors import UserError
-from vlqc.preflight import preflight
+from vlqc.reporting.plan import preflight
 
 TINY = Path(tiny_task.__file__).parent / "tiny_vl"
 FOUR_BITS = {"w_bit": 4, "is_dynamic": True, "is_lowbit": True, "open_outlier": False}
@@ -96,7 +96,7 @@ def test_memory_that_is_not_allowed(
 ) -> None:
     """Catches a plan that is silent about what the run refuses at once, or notes."""
     given = {"model_path": TINY, "save_directory": tmp_path / "out", "samples": samples}
-    monkeypatch.setattr("vlqc.memory_need._available", lambda: 1)
+    monkeypatch.setattr("vlqc.frontend.memory._available", lambda: 1)
     assert any("GiB are free" in note for note in preflight(**given).notes)
     monkeypatch.setattr("resource.getrlimit", lambda kind: (1 << 20, 1 << 20))
     with pytest.raises(UserError, match="not enough memory is allowed"):

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from little_stage import decided, lowered, traced
 from torch import fx, nn
 
-from vlqc.engines import Scheme
-from vlqc.ir import EdgeSummary, InputQuantization, Site, Stage, WeightQuantization
-from vlqc.notation import find_function, function_name, literal, quote
-from vlqc.parser import parse_stage
-from vlqc.printer import print_stage
+from vlqc.ir.parser import parse_stage
+from vlqc.ir.printer import print_stage
+from vlqc.ir.stage import EdgeSummary, InputQuantization, Site, Stage, WeightQuantization
+from vlqc.ir.syntax import find_function, function_name, literal, quote
+from vlqc.targets.engines import Scheme
 
 STATES: dict[str, Callable[[], Stage]] = {"traced": traced, "decided": decided, "lowered": lowered}
 

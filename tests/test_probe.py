@@ -7,11 +7,11 @@ import tiny
 import torch
 from torch import Tensor
 
-from vlqc.ir import Stage
-from vlqc.lockstep import Lockstep, Stop
-from vlqc.probe import BEHIND, FIRST, HEIGHT, NEAREST, PROBE, PROBE_ROWS, WIDTH, probe_sample
-from vlqc.samples import checked_samples
-from vlqc.stages import live_stage
+from vlqc.frontend.calibration.probe import BEHIND, FIRST, HEIGHT, NEAREST, PROBE, PROBE_ROWS, WIDTH, probe_sample
+from vlqc.frontend.calibration.samples import checked_samples
+from vlqc.frontend.sequential import Lockstep, Stop
+from vlqc.frontend.stage_builder import live_stage
+from vlqc.ir.stage import Stage
 
 IMAGE, MERGE = 60, 2
 CONFIG = SimpleNamespace(image_token_id=IMAGE, vision_config=SimpleNamespace(spatial_merge_size=MERGE))

@@ -1,4 +1,4 @@
-"""vlqc.progress: plain lines where nobody watches, a bar where somebody does, times and sizes in words."""
+"""vlqc.reporting.progress: plain lines where nobody watches, a bar where somebody does, times and sizes in words."""
 
 import io
 import re
@@ -6,7 +6,7 @@ import re
 import pytest
 from rich.console import Console
 
-from vlqc.progress import Progress, TerminalProgress, duration, readable_bytes
+from vlqc.reporting.progress import Progress, TerminalProgress, duration, readable_bytes
 
 
 def report(progress: Progress, advance: object = None) -> None:

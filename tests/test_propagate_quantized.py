@@ -8,16 +8,16 @@ from exact_stage import text_after
 from random_stage import EVERYWHERE, decoder, through
 from torch import Tensor
 
-from vlqc.engines import Scheme
 from vlqc.errors import UserError
-from vlqc.ir import Stage, first_tensor
+from vlqc.ir.printer import print_stage
+from vlqc.ir.stage import Stage, first_tensor
 from vlqc.passes.insert_observers import InsertObservers
 from vlqc.passes.lower_linears import LowerLinears
 from vlqc.passes.propagate_quantized import PropagateQuantized
 from vlqc.passes.quantize_activations import QuantizeActivations
 from vlqc.passes.quantize_weights import QuantizeWeights
-from vlqc.pipeline import Pass, check_order
-from vlqc.printer import print_stage
+from vlqc.pipeline.registry import Pass, check_order
+from vlqc.targets.engines import Scheme
 
 pytestmark = pytest.mark.usefixtures("float32_runs")  # the same numbers on every processor
 

@@ -10,12 +10,12 @@ from exact_stage import text_after
 from random_stage import decoder, observed, staged, through
 from ranges_by_numpy import DTYPES, limits, numpy_rounded, observation, rows_of
 
-from vlqc.engines import Scheme
-from vlqc.ir import Call, InputQuantization, Stage
+from vlqc.ir.stage import Call, InputQuantization, Stage
 from vlqc.kernels_ref.quantize import activation_scale_and_offset
 from vlqc.passes.assign_precision import AssignPrecision
 from vlqc.passes.insert_observers import InsertObservers
 from vlqc.passes.quantize_activations import QuantizeActivations, output_error
+from vlqc.targets.engines import Scheme
 
 pytestmark = pytest.mark.usefixtures("float32_runs")  # the same numbers on every processor
 

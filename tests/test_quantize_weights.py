@@ -9,16 +9,16 @@ import torch
 from exact_stage import text_after
 from random_stage import DTYPES, EVERYWHERE, GROUP_SIZE, SCHEMES, decoder, observed, quantized, site, through
 
-from vlqc.engines import Scheme
 from vlqc.errors import Fault, UserError
-from vlqc.ir import Site, Stage, WeightQuantization
-from vlqc.kernels_ref.linear import StaticQuantLinear
+from vlqc.ir.stage import Site, Stage, WeightQuantization
+from vlqc.kernels_ref.quant_linear import StaticQuantLinear
 from vlqc.passes import quantize_weights
 from vlqc.passes.assign_precision import AssignPrecision
 from vlqc.passes.insert_observers import InsertObservers
 from vlqc.passes.lower_linears import LowerLinears
 from vlqc.passes.quantize_activations import QuantizeActivations
 from vlqc.passes.quantize_weights import QuantizeWeights, emitted_bias
+from vlqc.targets.engines import Scheme
 
 Method = Literal["auto", "round", "clip", "gptq"]
 

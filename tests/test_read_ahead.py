@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import vlqc
-from vlqc.checkpoint import Checkpoint
-from vlqc.checkpoint_files import spans_of
-from vlqc.read_ahead import BUFFER_BYTES, ReadAhead, Span
+from vlqc.frontend.checkpoint.checkpoint import Checkpoint
+from vlqc.frontend.checkpoint.files import spans_of
+from vlqc.frontend.checkpoint.prefetch import BUFFER_BYTES, ReadAhead, Span
 
 
 class Disk:

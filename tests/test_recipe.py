@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from vlqc.cli import app
+from vlqc.cli.commands import app
 from vlqc.errors import UserError
-from vlqc.options import Options
-from vlqc.recipe import read_recipe
+from vlqc.options.options import Options
+from vlqc.options.recipe import read_recipe
 
 Write = Callable[[str], Path]
 

@@ -1,4 +1,4 @@
-"""vlqc.report.charts and .towers: drawings lie where their numbers say."""
+"""vlqc.reporting.html.charts and .towers: drawings lie where their numbers say."""
 
 import re
 
@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlqc.report.charts import Chart, Tick, layer_ticks, linear_axis, logarithmic_axis, magnitude
-from vlqc.report.overview import channel_charts, depth_charts, range_charts, scale_charts, time_chart
-from vlqc.report.towers import folded, outlier_factor, peak, reader_of, towers, typical, worst
+from vlqc.reporting.html.charts import Chart, Tick, layer_ticks, linear_axis, logarithmic_axis, magnitude
+from vlqc.reporting.html.overview import channel_charts, depth_charts, range_charts, scale_charts, time_chart
+from vlqc.reporting.html.towers import folded, outlier_factor, peak, reader_of, towers, typical, worst
 
 values = st.lists(st.none() | st.floats(0, 1e30), min_size=1, max_size=40)
 

@@ -1,4 +1,4 @@
-"""vlqc.report.gathering and .facts: what is told of a compilation is what happened in it, nothing of the machine."""
+"""vlqc.reporting.html.collector and .schema: they say what happened, and nothing of the machine."""
 
 import filecmp
 import json
@@ -16,16 +16,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import vlqc
-from vlqc.checkpoint import Checkpoint, original_name
 from vlqc.errors import UserError
-from vlqc.observation import ChannelRange
-from vlqc.options import Options
-from vlqc.report.facts import FILE, SHARES, Facts, InputFacts, StageFacts, read_facts
-from vlqc.report.gathering import Gathering, curve, smoothing_scales
-from vlqc.report.reproduce import command, shell_text, without_places
-from vlqc.report.timings import Timings
-from vlqc.result import Result
-from vlqc.tally import Tally
+from vlqc.frontend.checkpoint.checkpoint import Checkpoint, original_name
+from vlqc.ir.observation import ChannelRange
+from vlqc.options.options import Options
+from vlqc.reporting.html.collector import Gathering, curve, smoothing_scales
+from vlqc.reporting.html.command_line import command, shell_text, without_places
+from vlqc.reporting.html.schema import FILE, SHARES, Facts, InputFacts, StageFacts, read_facts
+from vlqc.reporting.html.timings import Timings
+from vlqc.reporting.summary import Result
+from vlqc.reporting.tally import Tally
 
 SAMPLES = tiny.mixed_samples()
 

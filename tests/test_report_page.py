@@ -1,4 +1,4 @@
-"""vlqc.report: one page that holds everything, loads nothing, and lets nobody write HTML into it.
+"""vlqc.reporting.html: one page that holds everything, loads nothing, and lets nobody write HTML into it.
 
 How it looks is for eyes: tools/browse_report.py opens it in a real browser, which pip cannot install.
 """
@@ -18,9 +18,9 @@ import made_up_report
 import pytest
 from report_pages import VERIFIED, Page, page_of
 
-from vlqc.report import report_text
-from vlqc.report.facts import Facts
-from vlqc.verify.report import LOCATED
+from vlqc.reporting.html import report_text
+from vlqc.reporting.html.schema import Facts
+from vlqc.verify.findings import LOCATED
 
 ROOT = Path(__file__).parent.parent
 NASTY = "</script><script>alert(1)</script><img src=x onerror=\"alert('2')\">&{{ 7*7 }}\u2028"
@@ -101,7 +101,8 @@ def test_the_same_page_again(facts: Facts, text: str, tmp_path: Path) -> None:
     """Catches dates, paths and hash order in the page: made by another process, in another place."""
     page_of(tmp_path / "Some-Model-W8A8", facts)
     code = (
-        "from pathlib import Path; import sys; from vlqc.report import write_report; at = Path(sys.argv[1]); given = "
+        "from pathlib import Path; import sys; from vlqc.reporting.html import write_report; at = Path(sys.argv[1]); "
+        "given = "
         "{'timings': at / 'timings.json', 'verification': at / 'verify.json'}; "
         "write_report(at / 'Some-Model-W8A8', at / 'x.html', **given)"
     )

@@ -1,4 +1,4 @@
-"""vlqc.report: files that are no report, or not of this compilation, and the command that says so."""
+"""vlqc.reporting.html: files that are no report, or not of this compilation, and the command that says so."""
 
 import json
 import os
@@ -9,11 +9,11 @@ import made_up_report
 import pytest
 from typer.testing import CliRunner
 
-from vlqc.cli import app
+from vlqc.cli.commands import app
 from vlqc.errors import UserError
-from vlqc.report import report_text, write_report
-from vlqc.report.facts import FILE, LARGEST, rounded
-from vlqc.verify.report import LOCATED
+from vlqc.reporting.html import report_text, write_report
+from vlqc.reporting.html.schema import FILE, LARGEST, rounded
+from vlqc.verify.findings import LOCATED
 
 
 def curve_of(content: dict[str, Any]) -> dict[str, Any]:

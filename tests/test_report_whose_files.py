@@ -9,10 +9,10 @@ from interrupted_runs import compile_into, failing, small
 from report_pages import Page
 from typer.testing import CliRunner
 
-from vlqc.cli import app
+from vlqc.cli.commands import app
 from vlqc.errors import UserError
-from vlqc.report import report_text
-from vlqc.report.timings import Timings
+from vlqc.reporting.html import report_text
+from vlqc.reporting.html.timings import Timings
 
 
 def verified(folder: Path, file: Path) -> Path:

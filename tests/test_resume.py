@@ -14,12 +14,12 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import vlqc
-from vlqc.cli import app
-from vlqc.emit.folder import WorkFolder
-from vlqc.emit.shards import ShardWriter
+from vlqc.cli.commands import app
+from vlqc.emit.atomic_folder import WorkFolder
+from vlqc.emit.resume.journal import Journal
+from vlqc.emit.shard_writer import ShardWriter
 from vlqc.errors import InternalError, UserError
-from vlqc.ir import Stage
-from vlqc.journal import Journal
+from vlqc.ir.stage import Stage
 
 PHOTOS = Path(__file__).parent / "photos"
 
@@ -110,10 +110,10 @@ def test_a_full_disk(
 ) -> None:
     """Catches a traceback, half a result, and a run that has to start anew once there is room."""
     owners: dict[str, tuple[str, int]] = {
-        "weights": ("vlqc.emit.shards.ShardWriter._write", 60),
-        "outputs": ("vlqc.kept_outputs.OutputsWriter._write", 5),
-        "journal": ("vlqc.journal_lines.os.fsync", 16),  # 1 for the first line, 5 per stage
-        "manifest": ("vlqc.journal.write_manifest", 1),
+        "weights": ("vlqc.emit.shard_writer.ShardWriter._write", 60),
+        "outputs": ("vlqc.emit.resume.stage_outputs.OutputsWriter._write", 5),
+        "journal": ("vlqc.emit.resume.journal_file.os.fsync", 16),  # 1 for the first line, 5 per stage
+        "manifest": ("vlqc.emit.resume.journal.write_manifest", 1),
     }
     name, call = owners[place]
     module, _, path = name.rpartition(".")
@@ -259,12 +259,12 @@ def test_outputs_of_an_unknown_kind_give_up(
     checkpoint: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches a stage of somebody's own code that breaks the run because its outputs cannot be kept."""
-    from vlqc.kept_outputs import CannotBeKept
+    from vlqc.emit.resume.stage_outputs import CannotBeKept
 
     def cannot(self: object, value: object) -> None:
         raise CannotBeKept("Thing")
 
-    monkeypatch.setattr("vlqc.kept_outputs.OutputsWriter.add", cannot)
+    monkeypatch.setattr("vlqc.emit.resume.stage_outputs.OutputsWriter.add", cannot)
     with failing(STAGES[3], KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
         compile_into(tmp_path / "out", checkpoint)
     assert list(tmp_path.iterdir()) == []

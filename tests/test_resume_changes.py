@@ -14,8 +14,8 @@ from interrupted_runs import compile_into, compiled, content, interrupted, left,
 from resume_runs import QUICK, SAMPLES
 from safetensors.torch import load_file, save_file
 
+from vlqc.emit.resume.fingerprint import _arithmetic, facts_of
 from vlqc.errors import UserError
-from vlqc.fingerprint import _arithmetic, facts_of
 
 ROOT = Path(__file__).parents[1]
 SEARCH = QUICK | {"fallback": "auto", "max_float_groups": 2, "target": "vllm-ascend"}
@@ -87,7 +87,7 @@ def test_another_library_or_machine_is_named(
 ) -> None:
     """Catches a fact that is not compared: another version or another number of threads may round differently."""
     interrupted(tmp_path / "out", checkpoint)
-    monkeypatch.setattr("vlqc.journal.facts_of", lambda *given: facts_of(*given) | {fact: "another"})
+    monkeypatch.setattr("vlqc.emit.resume.journal.facts_of", lambda *given: facts_of(*given) | {fact: "another"})
     with pytest.raises(UserError, match=rf"why: {fact}: .* then, another now\n"):
         compile_into(tmp_path / "out", checkpoint, resume=True)
 
@@ -103,7 +103,7 @@ def test_another_arithmetic_is_named(checkpoint: Path, tmp_path: Path, monkeypat
 
 def test_the_same_arithmetic_is_known_again() -> None:
     """Catches a digest that depends on the moment, the process or the caller's random numbers: no run would go on."""
-    code = "import torch; torch.set_num_threads(int(input())); import vlqc.fingerprint as f; print(f._arithmetic())"
+    code = "import torch; torch.set_num_threads(int(input()))\nfrom vlqc.emit.resume import fingerprint as f\nprint(f._arithmetic())"
     threads = f"{torch.get_num_threads()}\n"
     before = torch.get_rng_state()
     here = [_arithmetic() for _ in range(3)]

@@ -14,9 +14,9 @@ from torch import Tensor
 
 import vlqc
 from vlqc.errors import UserError
-from vlqc.kernels_ref.linear import StaticQuantLinear
+from vlqc.kernels_ref.quant_linear import StaticQuantLinear
 from vlqc.kernels_ref.quantize import quantize_weight_per_channel_absmax
-from vlqc.runtime import load
+from vlqc.verify.loader import load
 
 QUANTIZED = ("visual.blocks.1.mlp.gate_proj", "model.layers.2.self_attn.o_proj")
 INPUT_SCALE, INPUT_OFFSET = 0.0625, 3.0

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vlqc.errors import UserError
-from vlqc.samples import checked_samples, without_copies, without_padding
+from vlqc.frontend.calibration.samples import checked_samples, without_copies, without_padding
 
 Sample = dict[str, Any]
 

@@ -49,7 +49,7 @@ def test_parts_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     """Catches part_file_size that loses tensors at the seam: the same tensors in several files as in one."""
     source = make_source(tmp_path / "float", "bfloat16", False, seed=0)
     measure(source, tmp_path / "one", "W8A8 m2", "default")
-    monkeypatch.setattr("vlqc.emit.vllm_ascend.GIB", 2**20)
+    monkeypatch.setattr("vlqc.targets.vllm_ascend.GIB", 2**20)
     vlqc.compile(
         model_path=source.folder, save_directory=tmp_path / "parts", samples=source.calibration, part_file_size=3
     )

@@ -24,13 +24,13 @@ from typer.testing import CliRunner
 from written_tensors import safetensors_bytes
 
 import vlqc
-from vlqc.calibration import load_samples
-from vlqc.calibration_sources import list_requests
-from vlqc.checkpoint import Checkpoint
-from vlqc.cli import app
+from vlqc.cli.commands import app
 from vlqc.errors import UserError
-from vlqc.inspection import inspect_folder
-from vlqc.pictures import BadPicture, read_picture
+from vlqc.frontend.calibration.dataset import load_samples
+from vlqc.frontend.calibration.images import BadPicture, read_picture
+from vlqc.frontend.calibration.sources import list_requests
+from vlqc.frontend.checkpoint.checkpoint import Checkpoint
+from vlqc.reporting.checkpoint_summary import inspect_folder
 from vlqc.verify import verify_folder
 
 ROOT = Path(__file__).parent.parent
@@ -179,7 +179,7 @@ def watch(event, given):
             written.append(os.path.realpath(given[0]))
     elif event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect"):
         written.append(event)
-import torch, vlqc, transformers, vlqc.compiler, vlqc.verify, vlqc.runtime
+import torch, vlqc, transformers, vlqc.compiler, vlqc.verify, vlqc.verify.loader
 from PIL import Image; Image.init()
 sys.addaudithook(watch)
 os.umask(0)

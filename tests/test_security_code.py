@@ -13,11 +13,11 @@ from fuzz_tiny import TINY
 from strangers_files import edit, photo
 
 import vlqc
-from vlqc.calibration import load_samples
-from vlqc.checkpoint import Checkpoint
 from vlqc.errors import UserError
-from vlqc.inspection import inspect_folder
-from vlqc.pictures import BadPicture, read_picture
+from vlqc.frontend.calibration.dataset import load_samples
+from vlqc.frontend.calibration.images import BadPicture, read_picture
+from vlqc.frontend.checkpoint.checkpoint import Checkpoint
+from vlqc.reporting.checkpoint_summary import inspect_folder
 from vlqc.verify import verify_folder
 
 ROOT = Path(__file__).parent.parent

@@ -11,10 +11,10 @@ from resume_runs import QUICK
 from torch import Tensor
 
 import vlqc
-from vlqc.calibration import calibrate_on
-from vlqc.lockstep import Lockstep
-from vlqc.options import Options
-from vlqc.samples import by_pictures
+from vlqc.frontend.calibration.dataset import calibrate_on
+from vlqc.frontend.calibration.samples import by_pictures
+from vlqc.frontend.sequential import Lockstep
+from vlqc.options.options import Options
 
 ONE, TEXT, TWO, LARGE = tiny.mixed_samples()
 AGAIN, THIRD = tiny.asked_again(ONE, 9, 12, 31), tiny.asked_again(ONE, 40)

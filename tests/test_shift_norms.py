@@ -9,9 +9,9 @@ from random_stage import DTYPES, HIDDEN, NAME, decibels, in_float64, integers, o
 from shifted_stages import NORMS, one_sided, shifted
 from torch import Tensor, nn
 
-from vlqc.engines import Scheme
-from vlqc.ir import Call, Stage
-from vlqc.kernels_ref.linear import StaticQuantLinear
+from vlqc.ir.printer import print_stage
+from vlqc.ir.stage import Call, Stage
+from vlqc.kernels_ref.quant_linear import StaticQuantLinear
 from vlqc.passes.assign_precision import AssignPrecision
 from vlqc.passes.insert_observers import InsertObservers
 from vlqc.passes.lower_linears import LowerLinears
@@ -19,7 +19,7 @@ from vlqc.passes.quantize_activations import QuantizeActivations
 from vlqc.passes.quantize_weights import QuantizeWeights
 from vlqc.passes.shift_norms import ShiftNorms
 from vlqc.passes.smooth_m4 import SmoothM4
-from vlqc.printer import print_stage
+from vlqc.targets.engines import Scheme
 
 pytestmark = pytest.mark.usefixtures("float32_runs")  # the same numbers on every processor
 

@@ -26,10 +26,10 @@ from random_stage import (
 from smoothing_cases import PRODUCERS, only, rounds_of, searched
 from torch import Tensor, nn
 
-from vlqc.engines import Scheme
-from vlqc.ir import Call
+from vlqc.ir.stage import Call
 from vlqc.passes.smooth_m4 import NEAR_DEAD, STEPS, SmoothM4, closed_form
-from vlqc.pipeline import parse_pipeline
+from vlqc.pipeline.registry import parse_pipeline
+from vlqc.targets.engines import Scheme
 
 pytestmark = pytest.mark.usefixtures("float32_runs")  # the same numbers on every processor
 

@@ -8,12 +8,12 @@ from random_stage import DEAD, HIDDEN, NAME, SCHEMES, Decoder, decoder, folds_of
 from smoothing_cases import PRODUCERS, only, rounds_of, searched
 from torch import Tensor, nn
 
-from vlqc.engines import Scheme
-from vlqc.flow import find_edges
-from vlqc.ir import Call, Edge
-from vlqc.passes import edge_search
+from vlqc.ir.scale_propagation import find_edges
+from vlqc.ir.stage import Call, Edge
+from vlqc.passes.algorithms import smoothing_search as edge_search
 from vlqc.passes.insert_observers import InsertObservers
 from vlqc.passes.smooth_m4 import SETTLED, SmoothM4, closed_form
+from vlqc.targets.engines import Scheme
 
 pytestmark = pytest.mark.usefixtures("float32_runs")  # the same numbers on every processor
 

@@ -21,11 +21,11 @@ from random_stage import (
 from smoothing_cases import BOTH, Forked, of_random_weights
 from torch import Tensor, nn
 
-from vlqc.engines import Scheme
+from vlqc.ir.printer import print_stage
 from vlqc.passes.assign_precision import AssignPrecision
 from vlqc.passes.insert_observers import InsertObservers
-from vlqc.pipeline import Pass
-from vlqc.printer import print_stage
+from vlqc.pipeline.registry import Pass
+from vlqc.targets.engines import Scheme
 
 pytestmark = pytest.mark.usefixtures("float32_runs")  # the same numbers on every processor
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import vlqc
 from vlqc.errors import UserError
-from vlqc.spilling import GIB, SMALLEST, Spilling
+from vlqc.frontend.activation_offload import GIB, SMALLEST, Spilling
 
 TINY = Path(tiny_task.__file__).parent / "tiny_vl"
 
@@ -103,7 +103,7 @@ def test_a_full_disk_is_an_error_of_the_user(tmp_path: Path, monkeypatch: pytest
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.posix_fallocate", full)
-    monkeypatch.setattr("vlqc.spilling.SMALLEST", 1)
+    monkeypatch.setattr("vlqc.frontend.activation_offload.SMALLEST", 1)
     with pytest.raises(UserError, match=r"No space left"):
         samples = tiny_task.samples(2, seed=3)
         vlqc.compile(model_path=TINY, save_directory=tmp_path / "out", samples=samples, memory_budget=0)

@@ -24,16 +24,16 @@ from windowed_stage import (
     split,
 )
 
-from vlqc.flow import find_edges
-from vlqc.ir import Call, Stage
-from vlqc.lockstep import Lockstep
-from vlqc.parser import parse_stage
-from vlqc.pass_manager import PassManager
+from vlqc.frontend.sequential import Lockstep
+from vlqc.frontend.stage_builder import live_stage
+from vlqc.ir.parser import parse_stage
+from vlqc.ir.printer import print_stage
+from vlqc.ir.scale_propagation import find_edges
+from vlqc.ir.stage import Call, Stage
 from vlqc.passes import split_window_attention as tested
 from vlqc.passes.insert_observers import InsertObservers
 from vlqc.passes.split_window_attention import ATTENTION, SplitWindowAttention
-from vlqc.printer import print_stage
-from vlqc.stages import live_stage
+from vlqc.pipeline.manager import PassManager
 
 # ---- the text --------------------------------------------------------------------------------------------------------
 

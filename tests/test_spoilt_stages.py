@@ -7,10 +7,10 @@ from typing import ClassVar, Literal
 import tiny
 
 import vlqc
-from vlqc.ir import Stage
-from vlqc.options import Options
-from vlqc.pipeline import Pass, parse_pipeline, pipeline_text
-from vlqc.report.facts import read_facts
+from vlqc.ir.stage import Stage
+from vlqc.options.options import Options
+from vlqc.pipeline.registry import Pass, parse_pipeline, pipeline_text
+from vlqc.reporting.html.schema import read_facts
 
 STAGE = "model.layers.2"
 

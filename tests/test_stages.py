@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from vlqc.errors import UserError
-from vlqc.ir import Call, Observation, Visit, WeightQuantization
-from vlqc.lockstep import Lockstep, Stop
-from vlqc.model import FloatModel
-from vlqc.probe import PROBE_ROWS, choose_probe
-from vlqc.stages import live_stage
+from vlqc.frontend.calibration.probe import PROBE_ROWS, choose_probe
+from vlqc.frontend.sequential import Lockstep, Stop
+from vlqc.frontend.stage_builder import live_stage
+from vlqc.frontend.streamed_model import FloatModel
+from vlqc.ir.stage import Call, Observation, Visit, WeightQuantization
 
 
 def at_each_stage(work: Callable[[FloatModel, Stop], None]) -> FloatModel:

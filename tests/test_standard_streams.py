@@ -1,4 +1,4 @@
-"""vlqc.standard_streams: full disks and refusing devices behind what a command prints and writes."""
+"""vlqc.cli.standard_streams: full disks and refusing devices behind what a command prints and writes."""
 
 import errno
 import os
@@ -13,11 +13,11 @@ from safetensors import SafetensorError
 from typer.testing import CliRunner
 
 import vlqc
-from vlqc import dumps
-from vlqc.answering import write_file
-from vlqc.cli import app
+from vlqc.cli.commands import app
+from vlqc.cli.output import write_file
 from vlqc.errors import UserError
-from vlqc.ir import Stage
+from vlqc.ir.stage import Stage
+from vlqc.reporting.dumps import writer as dumps
 
 ROOT = Path(__file__).parents[1]
 TEXT = 'stage "a.0" part=vision dtype=bfloat16 {\n  %x = input("x") : float32[2]\n  return (%x,)\n}\n'

@@ -9,8 +9,8 @@ from tiny import TINY
 from typer.testing import CliRunner
 
 import vlqc
-from vlqc.cli import app
-from vlqc.dumps.looking import look_until
+from vlqc.cli.commands import app
+from vlqc.reporting.dumps.trace_only import look_until
 
 
 def told(*words: str) -> tuple[int, str, str]:

@@ -1,11 +1,11 @@
-"""vlqc.targets: the text of a target, and the order of versions."""
+"""vlqc.targets.target: the text of a target, and the order of versions."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vlqc.errors import UserError
-from vlqc.targets import Version, parse_target
+from vlqc.targets.target import Version, parse_target
 
 # oldest first; every release's candidates come before it
 ORDER = ["0.9", "0.10.2rc1", "0.10.2rc2", "0.10.2", "0.11.0rc1", "0.11", "0.11.0.post1", "0.16", "0.17.0rc1", "0.18"]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlqc.token_budget import MOST_ELONGATED, grid_within, share_budget
+from vlqc.frontend.calibration.image_budget import MOST_ELONGATED, grid_within, share_budget
 
 TOKENS = st.lists(st.integers(4, 400), min_size=1, max_size=6)
 

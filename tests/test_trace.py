@@ -10,8 +10,8 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 from vlqc.errors import UserError
-from vlqc.ir import Call
-from vlqc.trace import input_tensors, record
+from vlqc.frontend.tracing import input_tensors, record
+from vlqc.ir.stage import Call
 
 
 class Replay(fx.Interpreter):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlqc.untouched import Untouched
+from vlqc.ir.tensor_cache import Untouched
 
 
 @pytest.fixture

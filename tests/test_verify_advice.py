@@ -16,11 +16,11 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import vlqc
-from vlqc.cli import app
+from vlqc.cli.commands import app
 from vlqc.errors import UserError
-from vlqc.options import Options
+from vlqc.options.options import Options
 from vlqc.verify import verify_folder
-from vlqc.verify.report import LOCATED
+from vlqc.verify.findings import LOCATED
 
 # ---- advice ----------------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from written_tensors import rounded, stored
 
 from vlqc.errors import UserError
 from vlqc.verify import verify_folder
-from vlqc.verify.folder import round_to
+from vlqc.verify.folder.reader import round_to
 
 Array = npt.NDArray[np.float32]
 

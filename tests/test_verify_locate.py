@@ -18,10 +18,9 @@ from naive_w8a8 import load_float
 from torch import nn
 
 import vlqc
-from vlqc.model import model_inputs
-from vlqc.runtime import load
+from vlqc.frontend.streamed_model import model_inputs
 from vlqc.verify import Report, verify_folder
-from vlqc.verify.locate_stage import (
+from vlqc.verify.attribution.stage_pair import (
     Change,
     FolderStages,
     agreed_scales,
@@ -29,8 +28,9 @@ from vlqc.verify.locate_stage import (
     float_in_stored,
     stored_in_float,
 )
-from vlqc.verify.locate_variants import choose_samples
-from vlqc.verify.report import LOCATED
+from vlqc.verify.attribution.variants import choose_samples
+from vlqc.verify.findings import LOCATED
+from vlqc.verify.loader import load
 
 
 def rows_of(report: Report) -> dict[str, dict[str, Any]]:

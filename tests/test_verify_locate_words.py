@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from vlqc.verify.report import LOCATED, Report
+from vlqc.verify.findings import LOCATED, Report
 
 GROUP = "model.layers.27.self_attn.q_proj, k_proj, v_proj"
 ADVICE = "keep it in float: --exclude model.layers.27.self_attn.q_proj --exclude model.layers.27.self_attn.k_proj"

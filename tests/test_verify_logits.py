@@ -12,9 +12,9 @@ from rich.console import Console
 from written_tensors import stored
 
 from vlqc.errors import UserError
-from vlqc.model import model_inputs
-from vlqc.runtime import load
+from vlqc.frontend.streamed_model import model_inputs
 from vlqc.verify import Report, verify_folder
+from vlqc.verify.loader import load
 
 STAGES = ["visual.blocks.0", "visual.merger", "model.layers.0", "model.layers.1"]
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from vlqc.emit.manifest import write_manifest
-from vlqc.verify.manifest import check_manifest
-from vlqc.verify.report import Report
+from vlqc.verify.findings import Report
+from vlqc.verify.folder.manifest import check_manifest
 
 
 @pytest.fixture

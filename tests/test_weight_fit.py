@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vlqc.passes.clip_search import GroupGrid, RowGrid, importance_of
-from vlqc.passes.gptq import compensated
-from vlqc.verify.folder import read_header
-from vlqc.verify.integers import StoredIntegers
-from vlqc.verify.weight_fit import SIGMAS, fit_columns, fit_rows, misfits
-from vlqc.verify.weight_pair import Scales, WeightPair
+from vlqc.passes.algorithms.gptq import compensated
+from vlqc.passes.algorithms.weight_clipping import GroupGrid, RowGrid, importance_of
+from vlqc.verify.float_match.scale_fit import SIGMAS, fit_columns, fit_rows, misfits
+from vlqc.verify.float_match.weight_pair import Scales, WeightPair
+from vlqc.verify.folder.reader import read_header
+from vlqc.verify.numbers.integers import StoredIntegers
 
 ROWS, COLUMNS = 192, 256
 SCHEMES = pytest.mark.parametrize("group_size", [None, 64, 256])

@@ -6,7 +6,7 @@ import pytest
 from tiny import TINY
 from typer.testing import CliRunner
 
-from vlqc.cli import app
+from vlqc.cli.commands import app
 from vlqc.errors import counted
 
 TIMINGS = '{"format": "vlqc timings 1", "seconds": 1.0}'
@@ -45,7 +45,7 @@ def test_faults_in_the_users_words(
 
 def test_one_is_not_many() -> None:
     """Catches "1 things changed"."""
-    from vlqc.dumps.run_pass import Rerun
+    from vlqc.reporting.dumps.replay import Rerun
 
     assert [counted(number, "stage") for number in (0, 1, 2)] == ["0 stages", "1 stage", "2 stages"]
     assert [*Rerun("", {"a": ["b"]}, (), {}).lines()][-1] == "1 thing changed"

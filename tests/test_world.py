@@ -1,4 +1,4 @@
-"""vlqc.world and what rests on it: several processes are threads here, which meet as processes do."""
+"""vlqc.frontend.distributed and what rests on it: several processes are threads here, which meet as processes do."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -12,11 +12,11 @@ from random_stage import decoder
 from torch import Tensor
 
 from vlqc.errors import Fault, InternalError, UserError
-from vlqc.ir import Stage
+from vlqc.frontend.distributed import World, balanced, here, joined, share_of
+from vlqc.frontend.processes import Processes, _error_of, _Packed, _Received, _report
+from vlqc.ir.printer import print_stage
+from vlqc.ir.stage import Stage
 from vlqc.passes.insert_observers import InsertObservers
-from vlqc.printer import print_stage
-from vlqc.processes import Processes, _error_of, _Packed, _Received, _report
-from vlqc.world import World, balanced, here, joined, share_of
 
 T = TypeVar("T")
 

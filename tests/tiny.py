@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vlqc.checkpoint import Checkpoint
-from vlqc.ir import Call
-from vlqc.lockstep import Lockstep, Stop
-from vlqc.model import FloatModel, model_inputs
+from vlqc.frontend.checkpoint.checkpoint import Checkpoint
+from vlqc.frontend.sequential import Lockstep, Stop
+from vlqc.frontend.streamed_model import FloatModel, model_inputs
+from vlqc.ir.stage import Call
 
 TINY = Path(__file__).parent.parent / "tools" / "tiny_vl"
 PATCH_VALUES = 1176  # 3 colours x 2 frames x 14 x 14 pixels

@@ -11,11 +11,11 @@ from random_stage import staged
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from vlqc.ir import Call, Stage
-from vlqc.lockstep import Lockstep
+from vlqc.frontend.sequential import Lockstep
+from vlqc.frontend.stage_builder import live_stage
+from vlqc.ir.stage import Call, Stage
 from vlqc.passes import split_window_attention as tested
 from vlqc.passes.split_window_attention import ATTENTION, SplitWindowAttention
-from vlqc.stages import live_stage
 
 HEADS, DEPTH = 2, 8
 HIDDEN = HEADS * DEPTH

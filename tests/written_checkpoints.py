@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vlqc.checkpoint import Checkpoint
-from vlqc.checkpoint_files import INDEX
 from vlqc.errors import UserError
+from vlqc.frontend.checkpoint.checkpoint import Checkpoint
+from vlqc.frontend.checkpoint.files import INDEX
 
 TENSORS = {
     "lm_head.weight": torch.arange(20, dtype=torch.float32).reshape(5, 4),

@@ -14,7 +14,7 @@ from tiny_task import with_token_types
 from torch import Tensor, nn
 
 from vlqc.kernels_ref.deq_scale import decode_deq_scale
-from vlqc.kernels_ref.linear import GroupQuantLinear, QuantLinear, StaticQuantLinear
+from vlqc.kernels_ref.quant_linear import GroupQuantLinear, QuantLinear, StaticQuantLinear
 
 Samples = Sequence[dict[str, Tensor]]
 WEIGHT, FLOAT = ".weight", "FLOAT"

@@ -27,7 +27,7 @@ from rich.table import Table
 from scale_bounds import Rates, forget, measured_rates, work_of
 from scale_checkpoint import SIZES, Case, checkpoint_bytes, make, samples_of
 
-from vlqc.probe import HEIGHT, PROBE_ROWS, WIDTH
+from vlqc.frontend.calibration.probe import HEIGHT, PROBE_ROWS, WIDTH
 
 ROOT = Path(__file__).parent.parent
 RUNNER = ROOT / "tools" / "scale_runner.py"

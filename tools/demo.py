@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import vlqc
-from vlqc.tally import weight_bytes
+from vlqc.reporting.tally import weight_bytes
 
 TINY = Path(__file__).parent / "tiny_vl"
 CALIBRATION_PICTURES = 32

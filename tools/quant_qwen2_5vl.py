@@ -14,6 +14,6 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     if (CHECKOUT / "vlqc" / "cli.py").is_file():
         sys.path.insert(0, str(CHECKOUT))
-    from vlqc.cli import compile_main
+    from vlqc.cli.commands import compile_main
 
     compile_main(Path(__file__).name)

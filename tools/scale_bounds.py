@@ -14,10 +14,10 @@ import torch
 from scale_checkpoint import MERGE, Case, tensor_shapes
 from torch import Tensor
 
-from vlqc.ir import fingerprint
-from vlqc.passes.clip_search import SHARES_OF_8_BITS
-from vlqc.passes.error_model import ROWS_OF_INPUT, ROWS_OF_WEIGHT
-from vlqc.passes.input_gram import COLUMNS_PER_BLOCK
+from vlqc.ir.stage import fingerprint
+from vlqc.passes.algorithms.error_model import ROWS_OF_INPUT, ROWS_OF_WEIGHT
+from vlqc.passes.algorithms.hessian import COLUMNS_PER_BLOCK
+from vlqc.passes.algorithms.weight_clipping import SHARES_OF_8_BITS
 from vlqc.passes.insert_observers import InsertObservers
 from vlqc.passes.smooth_m2 import FLOORS, SmoothM2
 

@@ -90,30 +90,31 @@ class Phases:
 def watch_compiler(phases: Phases) -> None:
     """Puts the clock at every phase of a compilation."""
     import vlqc.compiler
-    import vlqc.emit.folder
-    import vlqc.pass_manager
-    import vlqc.stages
-    from vlqc.checkpoint import Checkpoint
+    import vlqc.emit.atomic_folder
+    import vlqc.frontend.stage_builder
+    import vlqc.pipeline.manager
     from vlqc.emit import FolderEmitter
-    from vlqc.ir import Stage
-    from vlqc.journal import Journal
-    from vlqc.lockstep import Lockstep
-    from vlqc.model import FloatModel
-    from vlqc.pass_manager import PassManager
-    from vlqc.passes import folding, insert_observers
-    from vlqc.pipeline import load_pass
-    from vlqc.report.gathering import Gathering
+    from vlqc.emit.resume.journal import Journal
+    from vlqc.frontend.checkpoint.checkpoint import Checkpoint
+    from vlqc.frontend.sequential import Lockstep
+    from vlqc.frontend.streamed_model import FloatModel
+    from vlqc.ir.stage import Stage
+    from vlqc.passes import insert_observers
+    from vlqc.passes.algorithms import folding
+    from vlqc.pipeline.manager import PassManager
+    from vlqc.pipeline.registry import load_pass
+    from vlqc.reporting.html.collector import Gathering
 
     phases.watch(FloatModel, "fill", "reading")
     phases.watch(Checkpoint, "rows", "reading")
     phases.watch(Checkpoint, "tensor", "reading")
     phases.watch(Lockstep, "_resume", "glue")
-    phases.watch(vlqc.stages, "record", "tracing")
+    phases.watch(vlqc.frontend.stage_builder, "record", "tracing")
     phases.watch(Stage, "run", "forward")
     phases.watch(insert_observers, "add_rows", "observing")
     phases.watch(Stage, "probe_rows", "proofs")
     phases.watch(folding, "apply", "folding")
-    phases.watch(vlqc.pass_manager, "check", "checks")
+    phases.watch(vlqc.pipeline.manager, "check", "checks")
     phases.watch(PassManager, "_evidence", "checks")
     for name, phase in (
         ("split-window-attention", "proofs"),
@@ -129,7 +130,7 @@ def watch_compiler(phases: Phases) -> None:
     for step in ("add_stage", "settle", "copy_rest", "finish"):
         phases.watch(FolderEmitter, step, "writing")
     phases.watch(vlqc.compiler, "require_sound", "verifying")
-    phases.watch(vlqc.emit.folder.WorkFolder, "publish", "publishing")
+    phases.watch(vlqc.emit.atomic_folder.WorkFolder, "publish", "publishing")
     phases.watch(Journal, "finished", "journal")
     phases.watch(Gathering, "traced", "report")
     phases.watch(Gathering, "finished", "report")
@@ -155,7 +156,7 @@ def main(arguments: list[str]) -> None:
     import torch
 
     import vlqc
-    from vlqc.progress import Progress
+    from vlqc.reporting.progress import Progress
 
     watch_compiler(phases)
     phases.imported()

@@ -23,7 +23,7 @@ from tiny_task import with_token_types
 from torch import Tensor, nn
 
 import vlqc
-from vlqc.engine_versions import loads
+from vlqc.targets.versions import loads
 
 LOW_BIT = {"w_bit": 4, "is_dynamic": True, "is_lowbit": True, "open_outlier": False}
 SCHEMES: dict[str, dict[str, Any]] = {

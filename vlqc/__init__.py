@@ -18,23 +18,23 @@ if TYPE_CHECKING:
     from vlqc.compiler import compile as compile
     from vlqc.errors import InternalError as InternalError
     from vlqc.errors import UserError as UserError
-    from vlqc.ir import Edge as Edge
-    from vlqc.ir import Observation as Observation
-    from vlqc.ir import Site as Site
-    from vlqc.ir import Stage as Stage
-    from vlqc.parser import parse_stage
+    from vlqc.ir.parser import parse_stage
+    from vlqc.ir.stage import Edge as Edge
+    from vlqc.ir.stage import Observation as Observation
+    from vlqc.ir.stage import Site as Site
+    from vlqc.ir.stage import Stage as Stage
 
     parse = parse_stage
-    from vlqc.pass_manager import PassManager as PassManager
-    from vlqc.pipeline import Pass as Pass
-    from vlqc.pipeline import parse_pipeline as parse_pipeline
-    from vlqc.pipeline import print_pipeline as print_pipeline
-    from vlqc.printer import print_stage as print_stage
-    from vlqc.progress import TerminalProgress as TerminalProgress
-    from vlqc.report import write_report as write_report
-    from vlqc.result import Result as Result
-    from vlqc.runtime import load as load
+    from vlqc.ir.printer import print_stage as print_stage
+    from vlqc.pipeline.manager import PassManager as PassManager
+    from vlqc.pipeline.registry import Pass as Pass
+    from vlqc.pipeline.registry import parse_pipeline as parse_pipeline
+    from vlqc.pipeline.registry import print_pipeline as print_pipeline
+    from vlqc.reporting.html import write_report as write_report
+    from vlqc.reporting.progress import TerminalProgress as TerminalProgress
+    from vlqc.reporting.summary import Result as Result
     from vlqc.verify import verify_folder as verify_folder
+    from vlqc.verify.loader import load as load
 
 # Asks PyTorch for memory in pages of 2 MiB, where the system has them: it then spends a third of the time on arithmetic
 # with large temporaries, whose first touch is what takes longest. Read once, when the first tensor is made.
@@ -44,20 +44,20 @@ _HOME = {
     "compile": "vlqc.compiler:compile",
     "InternalError": "vlqc.errors:InternalError",
     "UserError": "vlqc.errors:UserError",
-    "Edge": "vlqc.ir:Edge",
-    "Observation": "vlqc.ir:Observation",
-    "Site": "vlqc.ir:Site",
-    "Stage": "vlqc.ir:Stage",
-    "parse": "vlqc.parser:parse_stage",
-    "Pass": "vlqc.pipeline:Pass",
-    "PassManager": "vlqc.pass_manager:PassManager",
-    "parse_pipeline": "vlqc.pipeline:parse_pipeline",
-    "print_pipeline": "vlqc.pipeline:print_pipeline",
-    "print_stage": "vlqc.printer:print_stage",
-    "TerminalProgress": "vlqc.progress:TerminalProgress",
-    "write_report": "vlqc.report:write_report",
-    "Result": "vlqc.result:Result",
-    "load": "vlqc.runtime:load",
+    "Edge": "vlqc.ir.stage:Edge",
+    "Observation": "vlqc.ir.stage:Observation",
+    "Site": "vlqc.ir.stage:Site",
+    "Stage": "vlqc.ir.stage:Stage",
+    "parse": "vlqc.ir.parser:parse_stage",
+    "Pass": "vlqc.pipeline.registry:Pass",
+    "PassManager": "vlqc.pipeline.manager:PassManager",
+    "parse_pipeline": "vlqc.pipeline.registry:parse_pipeline",
+    "print_pipeline": "vlqc.pipeline.registry:print_pipeline",
+    "print_stage": "vlqc.ir.printer:print_stage",
+    "TerminalProgress": "vlqc.reporting.progress:TerminalProgress",
+    "write_report": "vlqc.reporting.html:write_report",
+    "Result": "vlqc.reporting.summary:Result",
+    "load": "vlqc.verify.loader:load",
     "verify_folder": "vlqc.verify:verify_folder",
 }
 __all__ = sorted(_HOME)

@@ -6,7 +6,7 @@ import sys
 def main() -> None:
     """Runs the command line. Whoever presses Ctrl-C while it is being loaded gets no traceback, either."""
     try:
-        from vlqc.cli import main as run
+        from vlqc.cli.commands import main as run
 
         run()
     except KeyboardInterrupt:

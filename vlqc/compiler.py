@@ -10,25 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlqc.calibration import Calibration, calibrate_on
-from vlqc.checkpoint import Checkpoint
-from vlqc.device import resolve_device
-from vlqc.dumps import Dumper, Onlookers, announcer
 from vlqc.emit import emitter_for
-from vlqc.journal import journaled
-from vlqc.layer_globs import check_layers
-from vlqc.lockstep import Lockstep
-from vlqc.model import FloatModel
-from vlqc.options import Options
-from vlqc.pipeline import Pass, PassManager, pipeline_of
-from vlqc.progress import Progress, heard
-from vlqc.result import Result
-from vlqc.samples import by_pictures, refuse_both
-from vlqc.spilling import Spilling
-from vlqc.stages import live_stage
-from vlqc.tally import Tally
+from vlqc.emit.resume.journal import journaled
+from vlqc.frontend.activation_offload import Spilling
+from vlqc.frontend.calibration.dataset import Calibration, calibrate_on
+from vlqc.frontend.calibration.samples import by_pictures, refuse_both
+from vlqc.frontend.checkpoint.checkpoint import Checkpoint
+from vlqc.frontend.device import resolve_device
+from vlqc.frontend.distributed import here, joined
+from vlqc.frontend.sequential import Lockstep
+from vlqc.frontend.stage_builder import live_stage
+from vlqc.frontend.streamed_model import FloatModel
+from vlqc.options.options import Options
+from vlqc.pipeline.layer_selection import check_layers
+from vlqc.pipeline.registry import Pass, PassManager, pipeline_of
+from vlqc.reporting.dumps.writer import Dumper, Onlookers, announcer
+from vlqc.reporting.progress import Progress, heard
+from vlqc.reporting.summary import Result
+from vlqc.reporting.tally import Tally
 from vlqc.verify import require_sound
-from vlqc.world import here, joined
 
 
 @torch.no_grad()

@@ -6,15 +6,15 @@ from typing import Any
 
 from torch import Tensor
 
-from vlqc.checkpoint import Checkpoint
-from vlqc.emit import spool
-from vlqc.emit.ascend import Entry
-from vlqc.emit.mindie import MindieEmitter
-from vlqc.emit.vllm_ascend import FolderEmitter
-from vlqc.ir import Stage
-from vlqc.model import FloatModel
-from vlqc.options import Options
-from vlqc.precision_search import Plan
+from vlqc.emit import deferred_stages as spool
+from vlqc.frontend.checkpoint.checkpoint import Checkpoint
+from vlqc.frontend.streamed_model import FloatModel
+from vlqc.ir.stage import Stage
+from vlqc.options.options import Options
+from vlqc.pipeline.precision_search import Plan
+from vlqc.targets.layout import Entry
+from vlqc.targets.mindie import MindieEmitter
+from vlqc.targets.vllm_ascend import FolderEmitter
 
 __all__ = ["FolderEmitter", "emitter_for", "kept_bytes", "waiting_bytes"]
 

@@ -7,15 +7,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlqc.engines import Target, parse_target
 from vlqc.errors import Fault, InternalError, UserError
-from vlqc.links import link_faults
-from vlqc.verify.arithmetic import check_arithmetic
-from vlqc.verify.files import check_side_files
-from vlqc.verify.manifest import check_manifest
-from vlqc.verify.report import Finding, Report
-from vlqc.verify.source import check_against_source
-from vlqc.verify.structure import check_structure
+from vlqc.frontend.checkpoint.links import link_faults
+from vlqc.targets.engines import Target, parse_target
+from vlqc.verify.findings import Finding, Report
+from vlqc.verify.float_match.compare import check_against_source
+from vlqc.verify.folder.contents import check_side_files
+from vlqc.verify.folder.manifest import check_manifest
+from vlqc.verify.numbers.arithmetic import check_arithmetic
+from vlqc.verify.structure.structure import check_structure
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,12 +71,12 @@ def verify_folder(
             from vlqc.verify.accuracy import STAGES, check_accuracy  # torch and transformers: only for this part
 
             if locate and samples is None and calib_images is not None:  # pictures are read once
-                from vlqc.calibration import load_samples
+                from vlqc.frontend.calibration.dataset import load_samples
 
                 samples = load_samples(model_path, calib_images, trust_remote_code=trust_remote_code).samples
             check_accuracy(folder, model_path, calib_images, samples, min_sqnr, report, trust_remote_code)
             if locate and samples is not None and report.examined.get(STAGES):
-                from vlqc.verify.locate import TOKENS, locate_drop
+                from vlqc.verify.attribution.ablation import TOKENS, locate_drop
 
                 locate_drop(content, model_path, samples, locate_tokens or TOKENS, report, progress, trust_remote_code)
         else:

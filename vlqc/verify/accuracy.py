@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlqc.calibration import load_samples
-from vlqc.checkpoint import Checkpoint
 from vlqc.errors import UserError
-from vlqc.ir import first_tensor
-from vlqc.lockstep import Lockstep, Stop
-from vlqc.model import FloatModel
-from vlqc.runtime import load
-from vlqc.samples import checked_samples
-from vlqc.verify.report import Report
+from vlqc.frontend.calibration.dataset import load_samples
+from vlqc.frontend.calibration.samples import checked_samples
+from vlqc.frontend.checkpoint.checkpoint import Checkpoint
+from vlqc.frontend.sequential import Lockstep, Stop
+from vlqc.frontend.streamed_model import FloatModel
+from vlqc.ir.stage import first_tensor
+from vlqc.verify.findings import Report
+from vlqc.verify.loader import load
 
 STAGES, LOGITS = "stage outputs", "logits"
 # Noise of half the signal's power. Eight bits without any smoothing, on weights with outliers made to break them,

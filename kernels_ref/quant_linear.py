@@ -1,0 +1,289 @@
+"""Quantized linear layers as modules: exactly the tensors of an emitted folder, run by the reference arithmetic."""
+
+from collections.abc import Callable, Mapping
+from typing import ClassVar, Self
+
+import torch
+
+from vlqc.kernels_ref.deq_scale import decode_deq_scale, encode_deq_scale
+from vlqc.kernels_ref.int4_groups import group_size_of, int4_fault
+from vlqc.kernels_ref.matmul import (
+    dynamic_quant_matmul,
+    group_quant_matmul,
+    quantized_bias,
+    static_quant_matmul,
+    weight_only_group_matmul,
+)
+from vlqc.kernels_ref.quantize import quantize_per_tensor, quantize_per_token
+
+Shape = tuple[int, ...]
+Dtypes = tuple[torch.dtype, ...]
+
+
+def rows_and_columns(weight: torch.Tensor) -> tuple[int, int]:
+    """N and K of a weight [N, K]; ValueError if it is no matrix."""
+    if weight.dim() != 2:
+        raise ValueError(f"weight must have shape [N, K], got {list(weight.shape)}")
+    return weight.shape[0], weight.shape[1]
+
+
+class QuantLinear(torch.nn.Module):
+    """What the schemes have in common: x [..., K] float -> [..., N] in x's dtype, and buffers that are stored tensors.
+
+    The buffers have the stored names, so `state_dict()` is what a folder holds for this layer. All schemes have
+
+        weight         int8 [N, K]
+        weight_scale   float [N, 1]
+        weight_offset  [N, 1]           zeros
+        bias           float [N] or None
+    """
+
+    scheme: ClassVar[str]
+
+    weight: torch.Tensor
+    weight_scale: torch.Tensor
+    weight_offset: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        weight_scale: torch.Tensor,
+        weight_offset: torch.Tensor,
+        bias: torch.Tensor | None,
+        others: Mapping[str, tuple[torch.Tensor, Shape, Dtypes | None]],
+        faults: tuple[str, ...] = (),
+    ) -> None:
+        """The stored tensors, kept as they are; `others` are the scheme's own, with their shapes and dtypes.
+
+        ValueError naming every tensor whose shape or dtype does not fit, and the faults that the scheme found.
+        """
+        super().__init__()
+        self.out_features, self.in_features = rows_and_columns(weight)
+        buffers: dict[str, tuple[torch.Tensor | None, Shape, Dtypes | None]] = {
+            "weight": (weight, (self.out_features, self.in_features), (torch.int8,)),
+            "weight_scale": (weight_scale, (self.out_features, 1), None),
+            "weight_offset": (weight_offset, (self.out_features, 1), None),
+            **others,
+            "bias": (bias, (self.out_features,), None),
+        }
+        found = list(faults)
+        for name, (tensor, shape, dtypes) in buffers.items():
+            self.register_buffer(name, tensor)
+            if tensor is None:
+                continue
+            if tensor.shape != shape:
+                found.append(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
+            if dtypes is not None and tensor.dtype not in dtypes:
+                found.append(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
+        if found:
+            raise ValueError("; ".join(found))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.multiply(x.reshape(-1, self.in_features))  # [M, N]
+        return y.reshape(*x.shape[:-1], self.out_features)  # [..., N]
+
+    def multiply(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[M, K] float -> [M, N] in the same dtype: the scheme's arithmetic."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """Only the device follows `.to(...)` and `.half()`: the buffers are stored facts, not values to be rounded."""
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]  # untyped in torch
+        return self
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"scheme={self.scheme}"
+        )
+
+
+class StaticQuantLinear(QuantLinear):
+    """A W8A8 linear, static: integers from one scale and offset for all inputs. Beside the buffers of all schemes:
+
+        input_scale    float [1]        a value of the checkpoint's dtype
+        input_offset   [1]              integral, -128..127
+        quant_bias     int32 [N]        bias and the input offset's correction, in steps of deq_scale
+        deq_scale      float32 or int64 [N]    input_scale * weight_scale, which is used only to make it
+
+    Engines want `bias` present and ignore its value, and so does this module: it is in quant_bias.
+
+    Given float32, everything but the integers is float32. Given bfloat16 or float16, the arithmetic is the device's:
+    that dtype around the integers, and for float16 the 19 bits of an int64 deq_scale that the hardware uses.
+    """
+
+    scheme = "W8A8"
+    corrected: bool = False  # whether quant_bias takes a mean error off
+
+    input_scale: torch.Tensor
+    input_offset: torch.Tensor
+    quant_bias: torch.Tensor
+    deq_scale: torch.Tensor
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        weight_scale: torch.Tensor,
+        weight_offset: torch.Tensor,
+        input_scale: torch.Tensor,
+        input_offset: torch.Tensor,
+        quant_bias: torch.Tensor,
+        deq_scale: torch.Tensor,
+        bias: torch.Tensor | None = None,
+    ) -> None:
+        """The stored tensors, kept as they are; ValueError naming every one whose shape or dtype does not fit."""
+        features, _ = rows_and_columns(weight)
+        others: dict[str, tuple[torch.Tensor, Shape, Dtypes | None]] = {
+            "input_scale": (input_scale, (1,), None),
+            "input_offset": (input_offset, (1,), None),
+            "quant_bias": (quant_bias, (features,), (torch.int32,)),
+            "deq_scale": (deq_scale, (features,), (torch.float32, torch.int64)),
+        }
+        super().__init__(weight, weight_scale, weight_offset, bias, others)
+
+    @classmethod
+    def from_float(
+        cls,
+        weight_q: torch.Tensor,
+        weight_scale: torch.Tensor,
+        input_scale: float,
+        input_offset: float,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+        mean_error: torch.Tensor | None = None,
+    ) -> Self:
+        """weight int8 [N, K], its scale [N, 1], the input's scale and offset, the float layer's bias [N] -> the layer.
+
+        `dtype` is the checkpoint's (bfloat16 or float16) and decides how deq_scale is stored; `input_scale` should
+        already be a value of it. deq_scale = input_scale * weight_scale in float32. mean_error float [N]: see
+        `quantized_bias`. ValueError if quant_bias overflows int32.
+        """
+        weight_scale = weight_scale.to(torch.float32)
+        stored_input_scale = torch.tensor([input_scale], dtype=torch.float32, device=weight_q.device)
+        deq_scale = (stored_input_scale * weight_scale).flatten()  # [N]
+        lowered = cls(
+            weight=weight_q,
+            weight_scale=weight_scale,
+            weight_offset=torch.zeros_like(weight_scale),
+            input_scale=stored_input_scale,
+            input_offset=torch.tensor([input_offset], dtype=torch.float32, device=weight_q.device),
+            quant_bias=quantized_bias(bias, deq_scale, input_offset, weight_q, mean_error),
+            deq_scale=encode_deq_scale(deq_scale, dtype),
+            bias=bias,
+        )
+        lowered.corrected = mean_error is not None
+        return lowered
+
+    def multiply(self, tokens: torch.Tensor) -> torch.Tensor:
+        xq = quantize_per_tensor(tokens, self.input_scale, self.input_offset)  # [M, K] int8
+        deq_scale = decode_deq_scale(self.deq_scale, truncate=tokens.dtype == torch.float16)  # [N]
+        return static_quant_matmul(xq, self.weight, self.quant_bias, deq_scale, tokens.dtype)
+
+
+class DynamicQuantLinear(QuantLinear):
+    """A W8A8_DYNAMIC linear: integers from a scale for each token. It has only the buffers of all schemes.
+
+    `weight_scale` should be a value of the checkpoint's dtype, in which engines read it. `bias` is added.
+    """
+
+    scheme = "W8A8_DYNAMIC"
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        weight_scale: torch.Tensor,
+        weight_offset: torch.Tensor,
+        bias: torch.Tensor | None = None,
+    ) -> None:
+        """The stored tensors, kept as they are; ValueError naming every one whose shape or dtype does not fit."""
+        super().__init__(weight, weight_scale, weight_offset, bias, {})
+
+    @classmethod
+    def from_float(cls, weight_q: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None) -> Self:
+        """weight int8 [N, K], its scale [N, 1] (a value of the checkpoint's dtype), the float bias [N] -> the layer."""
+        weight_scale = weight_scale.to(torch.float32)
+        return cls(weight_q, weight_scale, torch.zeros_like(weight_scale), bias)
+
+    def multiply(self, tokens: torch.Tensor) -> torch.Tensor:
+        xq, scale_per_token = quantize_per_token(tokens)  # [M, K] int8, [M, 1]
+        return dynamic_quant_matmul(xq, scale_per_token, self.weight, self.weight_scale, self.bias, tokens.dtype)
+
+
+class GroupQuantLinear(QuantLinear):
+    """A W4A8_DYNAMIC linear: 4-bit weights with scales for groups of columns. Beside the buffers of all schemes:
+
+        weight_scale_second   float [N, K/G]
+        weight_offset_second  [N, K/G]         zeros
+
+    `weight` is unpacked, -8..7, one value in each int8, as MindIE stores it; vLLM Ascend's folders have it packed
+    (`group.pack_int4`) and with a `scale_bias` (`group.scale_bias`), which can be computed from the rest.
+
+    As designed, and by default here, activations are int8 with a scale for each token, and `bias` is added. Set
+    `weight_only` for what vLLM Ascend runs in dense layers: float activations, and `bias` is ignored, as it is there.
+    """
+
+    scheme = "W4A8_DYNAMIC"
+    weight_only: bool = False
+
+    weight_scale_second: torch.Tensor
+    weight_offset_second: torch.Tensor
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        weight_scale: torch.Tensor,
+        weight_offset: torch.Tensor,
+        weight_scale_second: torch.Tensor,
+        weight_offset_second: torch.Tensor,
+        bias: torch.Tensor | None = None,
+    ) -> None:
+        """The stored tensors, kept as they are; ValueError naming every one whose shape, dtype or range is wrong."""
+        features, columns = rows_and_columns(weight)
+        groups = weight_scale_second.shape[-1] if weight_scale_second.dim() else 0
+        faults = [f"weight has wrong values: {fault}"] if (fault := int4_fault(weight)) else []
+        try:
+            group_size_of(columns, groups)
+        except ValueError as error:
+            faults.append(f"weight_scale_second does not fit: {error}")
+        shape = (features, groups)
+        others: dict[str, tuple[torch.Tensor, Shape, Dtypes | None]] = {
+            "weight_scale_second": (weight_scale_second, shape, None),
+            "weight_offset_second": (weight_offset_second, shape, None),
+        }
+        super().__init__(weight, weight_scale, weight_offset, bias, others, tuple(faults))
+
+    @classmethod
+    def from_float(
+        cls,
+        weight_q: torch.Tensor,
+        weight_scale: torch.Tensor,
+        weight_scale_second: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> Self:
+        """weight int8 [N, K] in -8..7, scales [N, 1] and [N, K/G], the float layer's bias [N] -> the layer.
+
+        Both scales should be values of the checkpoint's dtype, in which engines read them.
+        """
+        first, second = weight_scale.to(torch.float32), weight_scale_second.to(torch.float32)
+        return cls(weight_q, first, torch.zeros_like(first), second, torch.zeros_like(second), bias)
+
+    @property
+    def group_size(self) -> int:
+        return self.in_features // self.weight_scale_second.shape[1]
+
+    def multiply(self, tokens: torch.Tensor) -> torch.Tensor:
+        scales = self.weight_scale, self.weight_scale_second
+        if self.weight_only:
+            return weight_only_group_matmul(tokens, self.weight, *scales, tokens.dtype)
+        xq, scale_per_token = quantize_per_token(tokens)  # [M, K] int8, [M, 1]
+        return group_quant_matmul(xq, scale_per_token, self.weight, *scales, self.bias, tokens.dtype)
+
+    def extra_repr(self) -> str:
+        arithmetic = ", weight_only=True" if self.weight_only else ""
+        return f"{super().extra_repr()}, group_size={self.group_size}{arithmetic}"

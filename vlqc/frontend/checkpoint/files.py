@@ -1,0 +1,72 @@
+"""The files of a checkpoint folder: which hold weights, where in them a tensor lies, what config.json says."""
+
+from pathlib import Path
+from typing import Any
+
+from vlqc.errors import Fault, UserError
+from vlqc.files import json_value, read_json_object
+from vlqc.frontend.checkpoint.prefetch import Span
+
+INDEX = "model.safetensors.index.json"
+LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
+
+
+def times_of(path: Path) -> list[int]:
+    """Of a file: size, when its content changed and when anything about it did, number."""
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+
+
+def spans_of(path: Path) -> dict[str, Span]:
+    """Stored name -> where its bytes lie, from the header of a safetensors file. OSError or ValueError without one.
+
+    Names given twice are a fault: the library that reads tensors would take the last one without a word.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(path.stat().st_size, LONGEST_HEADER):
+            raise ValueError(f"it claims a header of {length} bytes: it is truncated, or no safetensors file")
+        header = json_value(file.read(length).decode())
+    try:
+        begin = 8 + length
+        offsets = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+        return {name: Span(path, begin + first, begin + last) for name, (first, last) in offsets.items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"its header is not of the format: {error!r}") from None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise UserError(Fault("no such checkpoint folder", str(folder), fix="give the folder that holds config.json"))
+    fix = "give the folder of a Hugging Face checkpoint"
+    none = UserError(Fault("the folder holds no config.json", str(folder), fix=fix))
+    return read_json_object(folder / "config.json", missing=lambda: none)
+
+
+def weight_files(folder: Path) -> list[str]:
+    """File names of the shards: those of the index if there is one, otherwise every *.safetensors."""
+    index = folder / INDEX
+    if not index.is_file():
+        files = sorted(path.name for path in folder.glob("*.safetensors") if path.is_file())
+        if not files:
+            fix = "convert the checkpoint to safetensors first; .bin files are not read because loading them runs code"
+            raise UserError(Fault("the folder holds no *.safetensors", str(folder), fix=fix))
+        return files
+    placed = read_json_object(index).get("weight_map")
+    if not isinstance(placed, dict) or not placed:
+        why = "it has no weight_map that says which file holds which tensor"
+        raise UserError(Fault("the index of weight files cannot be read", str(index), why, "copy it again"))
+    present = {path.name for path in folder.iterdir() if path.is_file()}  # asked of the system: a name may be unusable
+    faults = []
+    for file in sorted(set(map(str, placed.values()))):
+        if Path(file).name != file or file in ("", ".", ".."):
+            faults.append(
+                Fault(f"the index names {file!r}", str(index), "weight files must lie in the checkpoint's own folder")
+            )
+        elif file not in present:
+            faults.append(
+                Fault(f"weight file {file} is missing", str(folder), f"{INDEX} names it", "download it again")
+            )
+    if faults:
+        raise UserError(*faults)
+    return sorted(set(placed.values()))

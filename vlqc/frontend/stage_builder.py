@@ -1,0 +1,97 @@
+"""From a stop of the lockstep to a stage that passes can work on, and back to nothing."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, fx, nn
+
+from vlqc.errors import Fault, UserError
+from vlqc.frontend.calibration.probe import PROBE, choose_probe
+from vlqc.frontend.distributed import World
+from vlqc.frontend.sequential import Stop
+from vlqc.frontend.streamed_model import FloatModel
+from vlqc.frontend.tracing import record
+from vlqc.ir.stage import Call, Site, Stage, Visit
+from vlqc.targets.engines import part_of
+
+
+@contextmanager
+def live_stage(
+    model: FloatModel, stop: Stop, dtype: torch.dtype, read: Callable[[str], Tensor], world: World | None = None
+) -> Iterator[Stage]:
+    """Inside, the stage that all samples stand before: traced, with its weights in float32, sites found.
+
+    dtype: in which float tensors are to be emitted; read: checkpoint name -> tensor. Afterwards its weights are gone.
+    """
+    world = world or World()
+    calls = [call for call in stop.calls if call.sample != PROBE]
+    visits_by_process = list(world.in_turn([Visit.of(call) for call in calls]))
+    if not any(visits_by_process):
+        why = "what passes through it cannot be measured"
+        raise UserError(Fault(f"no calibration sample reaches {stop.name}", why=why, fix="add a sample with a picture"))
+    visits = [visit for of_one in visits_by_process for visit in of_one]
+    extra = next((call for call in stop.calls if call.sample == PROBE), None)
+    probe = extra or _probe(world, visits_by_process, visits[choose_probe([visit.rows for visit in visits])], calls)
+    before = [(module, dict(module._modules), dict(module._parameters)) for module in stop.module.modules()]
+    stage = None
+    try:
+        model.fill(stop.module, read)
+        model.read_ahead(stop.name)
+        graph = record(stop.module, probe, stop.name)
+        stage = Stage(
+            name=stop.name,
+            part=part_of(f"{stop.name}."),
+            dtype=dtype,
+            module=stop.module,
+            graph=graph,
+            sites=find_sites(stop.module, graph, lambda target: checkpoint_name(model, stop, target)),
+            calls=calls,
+            visits=visits,
+            probe=probe,
+            extra=extra,
+            world=world,
+            checkpoint_name=lambda target: checkpoint_name(model, stop, target),
+        )
+        yield stage
+    finally:
+        if stage is not None:
+            _forget(stage)
+        for module, modules, parameters in before:  # passes have put others in their places
+            module._modules.update(modules)
+            module._parameters.clear()
+            module._parameters.update(parameters)
+        model.empty(stop.module)
+
+
+def _forget(stage: Stage) -> None:
+    """Lets go of what passes found out: whoever still holds the stage, holds little."""
+    stage.calls, stage.probe, stage.extra, stage.outputs, stage.extra_outputs = (), None, None, [], []
+    stage.observations.clear()
+    stage.sensitivities.clear()
+    for site in stage.sites.values():
+        site.weight = None
+
+
+def checkpoint_name(model: FloatModel, stop: Stop, target: str) -> str:
+    """Path of a module or parameter in the stage -> its checkpoint name."""
+    return model.canonical(f"{model.path(stop.module)}.{target}.").removesuffix(".")
+
+
+def _probe(world: World, visits_by_process: list[list[Visit]], chosen: Visit, calls: list[Call]) -> Call:
+    """The call of the chosen visit, from the process that has its sample."""
+    owner = next(rank for rank, visits in enumerate(visits_by_process) if chosen in visits)
+    return world.of(owner, next((call for call in calls if call.sample == chosen.sample), None))
+
+
+def find_sites(module: nn.Module, graph: fx.Graph, name: Callable[[str], str]) -> dict[str, Site]:
+    """Every Linear that the graph calls, by checkpoint name, in the order of the graph."""
+    sites = {}
+    for node in graph.nodes:
+        if node.op == "call_module":
+            target = str(node.target)
+            linear = module.get_submodule(target)
+            if isinstance(linear, nn.Linear):
+                shape = (linear.out_features, linear.in_features)
+                sites[name(target)] = Site(name(target), target, node.all_input_nodes[0].name, shape)
+    return sites

@@ -1,0 +1,249 @@
+"""The text of a stage back into a stage: `print_stage(parse_stage(text)) == text` for every text that was printed.
+
+Nothing in the text is executed or imported (see `notation`). A parsed stage has a real `fx.Graph` but no
+module: `call_module` targets are checkpoint names, and tensors are the summaries that the text gives.
+"""
+
+import re
+from typing import Any
+
+import torch
+from torch import fx
+
+from vlqc.errors import Fault, UserError, near_miss
+from vlqc.ir.stage import (
+    WEIGHT_PARTS,
+    EdgeSummary,
+    InputQuantization,
+    MapSummary,
+    ObservationSummary,
+    Site,
+    Stage,
+    TensorSummary,
+)
+from vlqc.ir.syntax import STRING, Expression, unquote
+from vlqc.targets.engines import Scheme
+
+NUMBER = r"-?(?:inf|nan|\d[\w.+-]*)"
+DIGEST = r"[0-9a-f]{8}"
+SHAPE = r"(?:\d+(?:, \d+)*)?"
+TYPE_AT_END = re.compile(rf" : (\w+)\[({SHAPE})\](?: absmax=({NUMBER}) digest=({DIGEST}))?$")
+
+
+def parse_stage(text: str) -> Stage:
+    """Raises UserError with every line that cannot be read: its number, a caret under the place, what was expected."""
+    reader = _Reader()
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                reader.read(_Line(number, line))
+            except UserError as error:
+                reader.faults += error.faults
+    if not reader.faults and (reader.section or reader.stage is None):
+        expected = "}" if reader.section else 'stage "NAME" part=PART dtype=DTYPE {'
+        reader.faults.append(Fault(f"the text ends where {expected} is expected", where="end of the text"))
+    if reader.faults or reader.stage is None:
+        raise UserError(*reader.faults)
+    return reader.stage
+
+
+class _Line:
+    """One line with a place up to which it has been read; lines never continue."""
+
+    def __init__(self, number: int, text: str) -> None:
+        self.number, self.text = number, text
+        self.place = len(text) - len(text.lstrip())
+
+    def fault(self, what: str, place: int | None = None, fix: str = "") -> UserError:
+        place = self.place if place is None else min(place, len(self.text))
+        where = f"line {self.number}, column {place + 1}\n    {self.text}\n    {' ' * place}^"
+        return UserError(Fault(what, where, fix=fix))
+
+    def sees(self, pattern: str) -> bool:
+        return re.compile(pattern).match(self.text, self.place) is not None
+
+    def take(self, pattern: str, expected: str) -> re.Match[str]:
+        found = re.compile(pattern).match(self.text, self.place)
+        if found is None:
+            raise self.fault(f"expected {expected}")
+        self.place = found.end()
+        return found
+
+    def end(self) -> None:
+        if self.place < len(self.text.rstrip()):
+            raise self.fault("expected the end of the line")
+
+    def string(self, expected: str) -> str:
+        place = self.place
+        quoted = self.take(STRING, f'{expected} in "quotes"').group()
+        try:
+            return unquote(quoted)
+        except (SyntaxError, ValueError) as error:
+            raise self.fault(f"this string cannot be read: {error}", place) from None
+
+    def number_after(self, label: str) -> float:
+        self.take(re.escape(label), f"{label}NUMBER")
+        place = self.place
+        try:
+            return float(self.take(NUMBER, "a number").group())
+        except ValueError:
+            raise self.fault("expected a number", place) from None
+
+    def dtype(self) -> torch.dtype:
+        place = self.place
+        name = self.take(r"\w+", "a dtype such as float32").group()
+        found = getattr(torch, name, None)
+        if not isinstance(found, torch.dtype):
+            known = [word for word in dir(torch) if isinstance(getattr(torch, word), torch.dtype)]
+            raise self.fault("expected a dtype such as float32", place, near_miss(name, known))
+        return found
+
+    def digest(self) -> str:
+        return self.take(f" digest=({DIGEST})", "digest= and eight hexadecimal digits").group(1)
+
+    def summary(self) -> TensorSummary:
+        dtype = str(self.dtype()).removeprefix("torch.")
+        shape = _shape(self.take(rf"\[({SHAPE})\]", "a shape such as [32, 128]").group(1))
+        return TensorSummary(dtype, shape, self.number_after(" absmax="), self.digest())
+
+    def map(self) -> MapSummary:
+        used, total = self.take(r" (\d+) of (\d+)", "a count such as ' 3 of 4'").groups()
+        return MapSummary(int(used), int(total), self.digest())
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    return tuple(int(size) for size in text.split(", ") if size)
+
+
+class _Reader:
+    """Where in the text we are, and what has been read so far."""
+
+    def __init__(self) -> None:
+        self.stage: Stage | None = None
+        self.section = ""  # the open one
+        self.seen: set[str] = set()
+        self.nodes: dict[str, fx.Node] = {}
+        self.faults: list[Fault] = []
+
+    def read(self, line: _Line) -> None:
+        if not self.section:
+            self._open(line)
+        elif line.sees(r"\}\s*$"):
+            self.section = ""
+        elif self.stage is not None and self.section in self.seen:
+            getattr(self, f"_read_{self.section}")(self.stage, line)
+
+    def _open(self, line: _Line) -> None:
+        sections = ["tensors", "sites", "edges", "observations"] if self.seen else ["stage"]
+        place = line.place
+        word = line.take(r"\w*", "a section").group()
+        if word not in sections or word in self.seen:
+            wanted = [section for section in sections if section not in self.seen]
+            self.section = "?"  # its lines are passed over
+            raise line.fault(f"expected {' or '.join(wanted) or 'the end of the text'}", place, near_miss(word, wanted))
+        self.seen.add(word)
+        self.section = word
+        if word == "stage":
+            line.take(" ", "a space")
+            name = line.string("the name of the stage")
+            part = line.take(r" part=(\w+)", "part= and one of vision, merger, language").group(1)
+            line.take(" dtype=", "dtype=")
+            self.stage = Stage(name, part, line.dtype(), None, fx.Graph(), {})
+        line.take(r" \{", "{")
+        line.end()
+        if word == "edges" and self.stage is not None:
+            self.stage.summaries.edges = ()
+
+    def _read_stage(self, stage: Stage, line: _Line) -> None:
+        if line.sees("return "):
+            line.take("return ", "return")
+            stage.graph.create_node("output", "output", (self._expression(line, len(line.text)).value(),))
+            return
+        name = line.take(r"%(\w+) = ", "%NAME = ... or return ...").group(1)
+        if name in self.nodes:
+            raise line.fault(f"%{name} is defined twice", line.text.index("%"))
+        end_of_type = TYPE_AT_END.search(line.text)
+        try:
+            expression = self._expression(line, end_of_type.start() if end_of_type else len(line.text))
+            node = stage.graph.create_node(*expression.operation(), name=name)
+        except UserError:
+            self.nodes[name] = fx.Graph().placeholder(name)  # so that its users are not faulted as well
+            raise
+        self.nodes[name] = node
+        if node.name != name:
+            raise line.fault(f"a graph cannot name a node %{name}", line.text.index("%"), f"take %{node.name}")
+        if end_of_type:
+            line.place = end_of_type.start(1)
+            node.meta["dtype"], node.meta["shape"] = line.dtype(), _shape(end_of_type[2])
+            if end_of_type[3]:
+                line.place = end_of_type.start(1)
+                node.meta["summary"] = line.summary()
+
+    def _read_tensors(self, stage: Stage, line: _Line) -> None:
+        name = self._new(line, line.string("the name of a tensor"), stage.tensors)
+        line.take(" ", "a space")
+        stage.tensors[name] = line.summary()
+        line.end()
+
+    def _read_sites(self, stage: Stage, line: _Line) -> None:
+        name = self._new(line, line.string("the name of a site"), stage.sites)
+        outputs, inputs = line.take(r" \[(\d+), (\d+)\]", "a shape such as ' [384, 128]'").groups()
+        site = Site(name, name, line.take(r" from %(\w+)", "' from %NODE'").group(1), (int(outputs), int(inputs)))
+        stage.sites[name] = site
+        if line.sees(" scheme="):
+            line.take(" scheme=", "scheme=")
+            word = line.take(rf"(?:{'|'.join(sorted(Scheme, reverse=True))})\b", f"one of {', '.join(Scheme)}").group()
+            site.scheme = Scheme(word)
+        if line.sees(" group_size="):
+            site.group_size = int(line.take(r" group_size=(\d+)", "' group_size=' and a whole number").group(1))
+        if line.sees(r" gained_bias\b"):
+            line.take(" gained_bias", "gained_bias")
+            site.gained_bias = True
+        if line.sees(" reason="):
+            line.take(" reason=", "reason=")
+            site.reason = line.string("the reason")
+        if line.sees(r" input\("):
+            scale, offset = line.number_after(" input(scale="), line.number_after(", offset=")
+            line.take(r"\)", ")")
+            site.input = InputQuantization(scale, offset)
+        if line.sees(r" weight\("):
+            wanted = WEIGHT_PARTS if site.group_size is not None else WEIGHT_PARTS[:2]
+            stage.summaries.weights[name] = weight = []
+            for word in wanted:
+                line.take(rf" {word}\(", f"{word}(")
+                weight.append(line.summary())
+                line.take(r"\)", ")")
+        line.end()
+
+    def _read_edges(self, stage: Stage, line: _Line) -> None:
+        producer, usable = line.string("the name of a producer"), line.map()
+        line.take(" ->", "' ->'")
+        consumers: dict[str, MapSummary] = {}
+        while not consumers or line.sees(","):
+            line.take(", " if consumers else " ", "a space")
+            name = self._new(line, line.string("the name of a consumer"), consumers)
+            consumers[name] = line.map()
+        line.end()
+        stage.summaries.edges = (*(stage.summaries.edges or ()), EdgeSummary(producer, usable, consumers))
+
+    def _read_observations(self, stage: Stage, line: _Line) -> None:
+        observations = stage.summaries.observations
+        name = self._new(line, line.take(r"%(\w+)", "%NODE").group(1), observations)
+        channels = int(line.take(r" channels=(\d+)", "' channels=' and a whole number").group(1))
+        rows: dict[str, int] = {}
+        while line.sees(r" (?!kept=)\w+=\d+(?= )") and not line.sees(" min="):
+            modality, count = line.take(r" (\w+)=(\d+)", "rows of a modality").groups()
+            rows[modality] = int(count)
+        low, high = (line.number_after(" min="), line.number_after(" max=")) if rows else (None, None)
+        kept = int(line.take(r" kept=(\d+)", "' kept=' and a whole number").group(1))
+        observations[name] = ObservationSummary(channels, rows, low, high, kept, line.digest())
+        line.end()
+
+    def _expression(self, line: _Line, end: int) -> Expression:
+        start = line.place
+        return Expression(line.text[start:end], self.nodes, lambda what, at, fix: line.fault(what, start + at, fix))
+
+    def _new(self, line: _Line, name: str, known: dict[str, Any]) -> str:
+        if name in known:
+            raise line.fault(f"{name} appears twice")
+        return name

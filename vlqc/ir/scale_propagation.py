@@ -1,0 +1,227 @@
+"""Channel flow: who can absorb whose per-channel scale, computed from the recorded graph.
+
+For each producer (a norm or a Linear) an integer label tensor is pushed through the graph. A label i >= 0 says "this
+element is linear in channel i's scale", -1 says "does not depend on it". Layout operations are executed on the labels
+themselves, products with an independent tensor keep them, attention keeps those of its values; any other operation
+spoils the labels it touches. Labels that arrive at a Linear, one per column, are an edge together with its exact
+column-to-channel map: the grouped-query repeat, the v third of a fused qkv, and the 2x2 patches of the merger follow.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from vlqc.ir.stage import Edge
+
+LAYOUT = frozenset(
+    "view reshape transpose permute unbind chunk split split_with_sizes expand expand_as contiguous clone unsqueeze "
+    "squeeze flatten unflatten movedim swapaxes swapdims t __getitem__ getitem narrow select repeat repeat_interleave "
+    "tile detach view_as reshape_as index_select hsplit tensor_split getattr".split()
+)
+PASS_THROUGH = frozenset("to float double half bfloat16 type_as type neg __neg__ dropout alias".split())
+PRODUCT = frozenset("mul __mul__ __rmul__ multiply mul_ __imul__".split())
+QUOTIENT = frozenset("div __truediv__ true_divide divide div_ __itruediv__".split())
+SUM = frozenset("add __add__ __radd__ add_ __iadd__ sub __sub__".split())
+IN_PLACE = frozenset("mul_ __imul__ div_ __itruediv__ add_ __iadd__".split())
+LIKE_ANOTHER = frozenset("expand_as view_as reshape_as".split())  # take a tensor for its shape only
+MATRIX_PRODUCT = frozenset("matmul __matmul__ bmm".split())
+
+
+def find_edges(module: nn.Module, graph: fx.Graph) -> tuple[Edge, ...]:
+    """All foldable edges of a recorded stage, in graph order. Exact, but to be proven: see `passes` for the proof."""
+    called = [node.target for node in graph.nodes if node.op == "call_module"]
+    edges = []
+    for node in graph.nodes:
+        if node.op != "call_module" or called.count(node.target) != 1:
+            continue
+        producer, shape = module.get_submodule(str(node.target)), node.meta.get("shape")
+        if shape and (isinstance(producer, nn.Linear) or scales_its_channels(producer, shape[-1])):
+            edge = _Flow(module, graph, node, called).edge()
+            if edge is not None:
+                edges.append(edge)
+    return tuple(edges)
+
+
+def scales_its_channels(module: nn.Module, channels: int) -> bool:
+    """Whether a module has the shape of a norm: only a weight and perhaps a bias, one number per output channel."""
+    own = dict(module.named_parameters(recurse=False))
+    return "weight" in own and set(own) <= {"weight", "bias"} and all(p.shape == (channels,) for p in own.values())
+
+
+def _operands(node: fx.Node) -> tuple[Any, Any]:
+    """The two operands of an arithmetic operation, given by position or by name."""
+    left, right = [*node.args, *(node.kwargs[name] for name in ("input", "other", "mat2") if name in node.kwargs)][:2]
+    return left, right
+
+
+def _keeps_last(node: fx.Node, dimensions: int) -> bool:
+    """Whether an index that is data leaves the last dimension of a value with so many dimensions as it is."""
+    if node.target is torch.Tensor.index_select or node.target is torch.index_select:
+        dim = node.kwargs["dim"] if "dim" in node.kwargs else node.args[1]
+        return isinstance(dim, int) and dim % dimensions != dimensions - 1
+    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    taken = 0
+    for number, part in enumerate(index):
+        if part is Ellipsis and number + 1 < len(index):
+            return False
+        if isinstance(part, fx.Node) and part.meta["dtype"] == torch.bool:
+            taken += len(part.meta["shape"])
+        elif part is not None and part is not Ellipsis:
+            taken += 1
+    return taken < dimensions
+
+
+class _Flow:
+    """The labels of one producer on their way."""
+
+    def __init__(self, module: nn.Module, graph: fx.Graph, producer: fx.Node, called: list[Any]) -> None:
+        self.module, self.graph, self.producer, self.called = module, graph, producer, called
+        shape = producer.meta["shape"]
+        self.labels: dict[fx.Node, Any] = {producer: torch.arange(shape[-1], dtype=torch.int32).expand(shape)}
+        self.spoiled = torch.zeros(shape[-1], dtype=torch.bool)
+        self.arrived: dict[str, Tensor] = {}
+
+    def edge(self) -> Edge | None:
+        started = False
+        for node in self.graph.nodes:
+            if started and any(source in self.labels for source in node.all_input_nodes):
+                result = self._step(node)
+                if result is not None:
+                    self.labels[node] = result
+            started = started or node is self.producer
+        consumers, reached = {}, torch.zeros_like(self.spoiled)
+        for target, columns in self.arrived.items():
+            usable = (columns >= 0) & ~self.spoiled[columns.clamp(min=0)]
+            if usable.any():
+                consumers[target] = torch.where(usable, columns, -1)
+                reached[columns[usable]] = True
+        return Edge(str(self.producer.target), reached, consumers) if consumers else None
+
+    def _spoil(self, *values: Any) -> None:
+        for labels in tree_flatten(values)[0]:
+            if isinstance(labels, Tensor):
+                self.spoiled[labels[labels >= 0].long()] = True
+
+    def _of(self, value: Any) -> Any:
+        """Labels in place of nodes, all else as it is."""
+        return tree_map(lambda leaf: self.labels.get(leaf) if isinstance(leaf, fx.Node) else leaf, value)
+
+    def _labels(self, value: Any) -> Any:
+        return self.labels.get(value) if isinstance(value, fx.Node) else None
+
+    def _step(self, node: fx.Node) -> Any:
+        """The labels of a node's value, or None where nothing (or nothing good) arrives."""
+        sources = [source for source in node.all_input_nodes if source in self.labels]
+        if node.op == "call_module":
+            return self._enter_module(node, sources)
+        name = getattr(node.target, "__name__", str(node.target))
+        if node.op == "call_function" and name == "observe":
+            return None
+        for names, rule in self._rules:
+            if node.op == "call_function" and name in names and self._keeps_scales(node, name):
+                return rule(self, node, name)
+        self._spoil(*(self.labels[source] for source in sources))
+        return None
+
+    @staticmethod
+    def _same(rows: Tensor) -> bool:
+        return bool((rows == rows[..., :1, :]).all())
+
+    def _keeps_scales(self, node: fx.Node, name: str) -> bool:
+        """Whether an operation with a rule is used in none of the ways that round, reinterpret or leave by alias."""
+        if node.kwargs.get("rounding_mode") is not None or "out" in node.kwargs:
+            return False
+        if name in IN_PLACE and self._labels(node.args[0]) is None:  # views of the target would not show the labels
+            return False
+        reinterprets = name == "view" and any(isinstance(leaf, torch.dtype) for leaf in tree_flatten(node.args)[0])
+        return not reinterprets and node.meta.get("dtype", torch.float32).is_floating_point
+
+    def _enter_module(self, node: fx.Node, sources: list[fx.Node]) -> None:
+        target, labels = str(node.target), self.labels[sources[0]]
+        rows = labels.reshape(-1, labels.shape[-1])
+        linear = isinstance(self.module.get_submodule(target), nn.Linear)
+        if linear and self.called.count(target) == 1 and self._same(rows):
+            self.arrived[target] = rows[0].long()
+        else:
+            self._spoil(*(self.labels[source] for source in sources))
+
+    def _layout(self, node: fx.Node, name: str) -> Any:
+        first, *others = node.all_input_nodes
+        if name in LIKE_ANOTHER:
+            shape = node.meta["shape"]
+            return getattr(self.labels[first], name.removesuffix("_as"))(shape) if first in self.labels else None
+        if any(other not in self.labels for other in others) or first not in self.labels:
+            return self._gather(node, name)
+        args, kwargs = tree_map(
+            lambda leaf: leaf.contiguous() if isinstance(leaf, Tensor) else leaf, self._of((node.args, node.kwargs))
+        )
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
+
+    def _gather(self, node: fx.Node, name: str) -> Any:
+        """A choice by data may only be among equal rows: which it takes is not known, and channels may not move."""
+        first = node.all_input_nodes[0]
+        labels = self.labels.get(first)
+        if labels is not None and name in ("__getitem__", "index_select") and _keeps_last(node, labels.ndim):
+            rows = labels.reshape(-1, labels.shape[-1])
+            if self._same(rows):
+                return rows[0].expand(node.meta["shape"])
+        return self._spoil(*(self._labels(source) for source in node.all_input_nodes))
+
+    def _keep(self, node: fx.Node, name: str) -> Any:
+        return self.labels.get(node.all_input_nodes[0])
+
+    def _product(self, node: fx.Node, name: str) -> Any:
+        left, right = (self._labels(value) for value in _operands(node))
+        if (left is None) == (right is None) or (name in QUOTIENT and right is not None):
+            return self._spoil(left, right)
+        return (right if left is None else left).expand(node.meta["shape"])
+
+    def _sum(self, node: fx.Node, name: str) -> Any:
+        left, right = (self._labels(value) for value in _operands(node))
+        if left is not None and right is not None and left.shape == right.shape and bool((left == right).all()):
+            return left
+        return self._spoil(left, right)
+
+    def _attention(self, node: fx.Node, name: str) -> Any:
+        named = dict(zip(("query", "key", "value", "attn_mask"), node.args, strict=False)) | node.kwargs
+        self._spoil(*(self._labels(named.get(part)) for part in ("query", "key", "attn_mask")))
+        values = self._labels(named["value"])
+        if values is None or not self._same(values):
+            return self._spoil(values)
+        values = values[..., :1, :]
+        if named.get("enable_gqa"):
+            query = named["query"]
+            assert isinstance(query, fx.Node)
+            values = values.repeat_interleave(query.meta["shape"][-3] // values.shape[-3], -3)
+        return values.expand(node.meta["shape"])
+
+    def _matrix_product(self, node: fx.Node, name: str) -> Any:
+        left, right = (self._labels(value) for value in _operands(node))
+        self._spoil(left)  # its columns are summed over
+        if right is None or right.ndim < 2 or len(node.meta["shape"]) < 2 or not self._same(right):
+            return self._spoil(right)
+        return right[..., :1, :].expand(node.meta["shape"])
+
+    def _concatenate(self, node: fx.Node, name: str) -> Any:
+        given: list[Any] = list(node.args) or [node.kwargs["tensors"]]
+        parts, *dim = given
+        more: Any = {key: value for key, value in node.kwargs.items() if key != "tensors"}
+        labels = [
+            self.labels[part] if part in self.labels else torch.full(part.meta["shape"], -1, dtype=torch.int32)
+            for part in parts
+        ]
+        return torch.cat(labels, *dim, **more)
+
+    _rules: tuple[tuple[frozenset[str], Callable[["_Flow", fx.Node, str], Any]], ...] = (
+        (LAYOUT, _layout),
+        (PASS_THROUGH, _keep),
+        (PRODUCT | QUOTIENT, _product),
+        (SUM, _sum),
+        (frozenset({"scaled_dot_product_attention"}), _attention),
+        (MATRIX_PRODUCT, _matrix_product),
+        (frozenset({"cat"}), _concatenate),
+    )

@@ -1,0 +1,232 @@
+"""How functions, arguments and strings look in the text of a stage, in both directions.
+
+The notation is Python's, with `%name` for the value of a node. Reading goes through Python's `ast` and executes
+nothing; functions are looked up in `NAMESPACES`, never imported.
+"""
+
+import ast
+import builtins
+import math
+import operator
+import re
+import types
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.overrides import resolve_name
+
+import vlqc.ir.stage
+from vlqc.errors import UserError, near_miss
+
+STRING = r'"(?:[^"\\]|\\.)*"'
+
+# Where functions are known by name; the first that holds a function names it. Texts can name functions of these only.
+NAMESPACES: dict[str, Any] = {
+    "torch.Tensor": torch.Tensor,
+    "torch.nn.functional": torch.nn.functional,
+    "torch": torch,
+    "operator": operator,
+    "math": math,
+    "builtins": types.SimpleNamespace(getattr=builtins.getattr),
+    "vlqc.ir.stage": types.SimpleNamespace(observe=vlqc.ir.stage.observe),
+}
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """A function outside `NAMESPACES`, or a value without a notation: the text gives its name, and only that."""
+
+    name: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(f"{self.name} was parsed from text and cannot be called")
+
+
+# ---- printing -------------------------------------------------------------------------------------------------------
+
+
+def function_name(function: Any) -> str:
+    """`torch.Tensor.reshape`; for functions that no namespace holds `unknown("module.name")`."""
+    own = str(getattr(function, "__name__", ""))
+    for candidate in (*(f"{space}.{own}" for space in NAMESPACES), resolve_name(function) or ""):
+        if find_function(candidate) is function:
+            return candidate
+    return _print_unknown(function)
+
+
+def find_function(name: str) -> Callable[..., Any] | None:
+    """The function of that dotted name in `NAMESPACES`; None for anything else, classes and modules included."""
+    space, _, attribute = name.rpartition(".")
+    found = getattr(NAMESPACES.get(space), attribute, None) if space in NAMESPACES else None
+    return found if callable(found) and not isinstance(found, type) else None
+
+
+def literal(value: Any) -> str:
+    """Python notation of an argument; nodes as `%name`; floats so that they read back exactly."""
+    if isinstance(value, fx.Node):
+        return f"%{value.name}"
+    if value is None or value is Ellipsis or isinstance(value, bool):
+        return "..." if value is Ellipsis else str(value)
+    if isinstance(value, str):
+        return quote(str(value))
+    if isinstance(value, int):
+        return int.__repr__(value)
+    if isinstance(value, float):
+        return float.__repr__(value)
+    if isinstance(value, torch.dtype | torch.memory_format | torch.layout):
+        return str(value)
+    if isinstance(value, torch.device):
+        return f"torch.device({quote(str(value))})"
+    if isinstance(value, slice):
+        return f"slice({literal(value.start)}, {literal(value.stop)}, {literal(value.step)})"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(literal, value))}{',' if len(value) == 1 else ''})"
+    if isinstance(value, list):
+        return f"[{', '.join(map(literal, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{literal(key)}: {literal(held)}' for key, held in value.items())}}}"
+    return _print_unknown(value)
+
+
+def quote(text: str) -> str:
+    """Python notation of a string, always in double quotes and on one line."""
+    escaped = repr(text + '"')[1:-2]  # a string with a double quote is shown in single quotes
+    return '"' + escaped.replace("\\'", "'").replace('"', '\\"') + '"'
+
+
+def _print_unknown(value: Any) -> str:
+    if isinstance(value, Unknown):
+        return f"unknown({quote(value.name)})"
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"unknown({quote(f'{named.__module__}.{named.__qualname__}')})"
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def unquote(quoted: str) -> str:
+    """`quote` backwards. ValueError or SyntaxError if that is no string."""
+    return str(ast.literal_eval(_tree(quoted)))
+
+
+def _tree(source: str) -> ast.expr:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what Python only warns of, such as "\d" or 1if, is an error here
+        return ast.parse(source, mode="eval").body
+
+
+class Expression:
+    """One expression, read. fault: makes the error from (what is wrong, at which character, what to do)."""
+
+    def __init__(self, written: str, nodes: Mapping[str, fx.Node], fault: Callable[[str, int, str], UserError]) -> None:
+        self.nodes, self._fault = nodes, fault
+        self.marks: set[int] = set()  # places of `%`, which turn into `_`
+        self.source = re.sub(rf"({STRING})|%(?=[A-Za-z_])", self._mark, written)
+        try:
+            self.tree = _tree(self.source)
+        except SyntaxError as error:
+            raise fault(f"this is not an expression: {error.msg}", (error.offset or 1) - 1, "") from None
+        except (ValueError, RecursionError, MemoryError) as error:
+            raise fault(f"this is not an expression: {error or type(error).__name__}", 0, "") from None
+
+    def _mark(self, found: re.Match[str]) -> str:
+        if found[1] is None:
+            self.marks.add(found.start())
+        return found[1] or "_"
+
+    def fault(self, at: ast.AST, what: str, fix: str = "") -> UserError:
+        return self._fault(what, self._column(at), fix)
+
+    def _column(self, at: ast.AST) -> int:
+        offset = getattr(at, "col_offset", 0)  # in bytes
+        return len(self.source.encode()[:offset].decode())
+
+    def value(self) -> Any:
+        return self._literal(self.tree)
+
+    def operation(self) -> tuple[str, Any, tuple[Any, ...], dict[str, Any]]:
+        """op, target, args, kwargs as `fx.Graph.create_node` takes them."""
+        called = self.tree
+        if not isinstance(called, ast.Call):
+            raise self.fault(called, 'expected an operation, such as torch.relu(%x) or module("NAME")(%x)')
+        if isinstance(called.func, ast.Name) and called.func.id in ("input", "constant"):
+            return ("placeholder" if called.func.id == "input" else "get_attr"), self._one_string(called), (), {}
+        args = tuple(self._literal(argument) for argument in called.args)
+        kwargs: dict[str, Any] = {}
+        for keyword in called.keywords:
+            value = self._literal(keyword.value)
+            given = value if keyword.arg is None else {keyword.arg: value}
+            if not isinstance(given, dict) or not all(isinstance(key, str) and key not in kwargs for key in given):
+                raise self.fault(keyword, "expected NAME=VALUE, each name once")
+            kwargs |= given
+        return *self._callee(called.func), args, kwargs
+
+    def _callee(self, func: ast.expr) -> tuple[str, Any]:
+        if isinstance(func, ast.Call) and isinstance(func.func, ast.Name):
+            kinds: dict[str, tuple[str, Callable[[str], Any]]] = {
+                "module": ("call_module", str),
+                "method": ("call_method", str),
+                "unknown": ("call_function", Unknown),
+            }
+            if func.func.id in kinds:
+                op, make = kinds[func.func.id]
+                return op, make(self._one_string(func))
+        name = self._dotted(func)
+        if (found := find_function(name)) is None:
+            space, _, attribute = name.rpartition(".")
+            close = near_miss(attribute, dir(NAMESPACES[space])) if space in NAMESPACES else ""
+            fix = close or f'functions come from {", ".join(NAMESPACES)}; others are written unknown("NAME")'
+            raise self.fault(func, f"unknown function {name}", fix)
+        return "call_function", found
+
+    def _one_string(self, called: ast.Call) -> str:
+        match called:
+            case ast.Call(args=[ast.Constant(value=str(name))], keywords=[]):
+                return name
+        raise self.fault(called, "expected one string in parentheses")
+
+    def _dotted(self, tree: ast.expr) -> str:
+        try:
+            return ast.unparse(tree) if isinstance(tree, ast.Attribute | ast.Name) else "?"
+        except RecursionError:
+            return "?"
+
+    def _literal(self, tree: ast.expr) -> Any:
+        match tree:
+            case ast.Constant(value=None | bool() | int() | float() | str() as value):
+                return value
+            case ast.Constant(value=value) if value is Ellipsis:
+                return value
+            case ast.Name(id="inf" | "nan" as word):
+                return float(word)
+            case ast.Name(id=word) if self._column(tree) in self.marks:
+                if word[1:] not in self.nodes:
+                    raise self.fault(tree, f"%{word[1:]} is not defined above", near_miss(word[1:], self.nodes))
+                return self.nodes[word[1:]]
+            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant() | ast.Name() as operand):
+                if isinstance(value := self._literal(operand), int | float):
+                    return -value
+            case ast.Tuple(elts=elements):
+                return tuple(self._literal(element) for element in elements)
+            case ast.List(elts=elements):
+                return [self._literal(element) for element in elements]
+            case ast.Dict(keys=keys, values=values) if None not in keys:
+                with suppress(TypeError):  # a key that cannot be one
+                    return {self._literal(k): self._literal(v) for k, v in zip(keys, values, strict=True) if k}
+            case ast.Attribute():
+                value = getattr(torch, self._dotted(tree).removeprefix("torch."), None)
+                if isinstance(value, torch.dtype | torch.memory_format | torch.layout):
+                    return value
+            case ast.Call(func=ast.Name(id="slice"), args=[start, stop, step], keywords=[]):
+                return slice(self._literal(start), self._literal(stop), self._literal(step))
+            case ast.Call(func=ast.Name(id="unknown")):
+                return Unknown(self._one_string(tree))
+            case ast.Call(func=ast.Attribute() as func) if self._dotted(func) == "torch.device":
+                with suppress(RuntimeError):
+                    return torch.device(self._one_string(tree))
+        raise self.fault(tree, "expected a value: number, string, None, %NODE, slice, dtype, tuple, list or dict")

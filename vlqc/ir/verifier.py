@@ -1,0 +1,282 @@
+"""What must hold of a stage after every pass. All faults are found; each names the node, site or tensor it is about.
+
+All of it is cheap: weights are read once without temporaries, the rest is metadata. A stage that was parsed from text
+is checked as far as its text goes.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, fx, nn
+
+from vlqc.ir.stage import (
+    MODALITIES,
+    ChannelRange,
+    Edge,
+    Observation,
+    Site,
+    Stage,
+    WeightQuantization,
+    is_finite,
+    observe,
+)
+from vlqc.ir.tensor_cache import Untouched
+from vlqc.targets.engines import Scheme
+
+OPS = ("placeholder", "get_attr", "call_function", "call_module", "call_method", "output")
+
+
+def check(stage: Stage) -> list[str]:
+    """Every fault of a stage, in words; empty if it is valid."""
+    faults = [*_graph(stage), *_outputs(stage)]
+    modules = dict(stage.module.named_modules()) if stage.module is not None else {}
+    if stage.module is not None:
+        faults += [*_targets(stage, modules), *_finite(stage.module)]
+    faults += [fault for name, site in stage.sites.items() for fault in _site(stage, modules, name, site)]
+    faults += [*_unique(stage), *_groups(stage)]
+    faults += [fault for edge in stage.edges or () for fault in _edge(stage, modules, edge)]
+    faults += [fault for name, seen in stage.observations.items() for fault in _observation(stage, name, seen)]
+    return [f"{stage.name}: {fault}" for fault in faults]
+
+
+# ---- the graph -------------------------------------------------------------------------------------------------------
+
+
+def _graph(stage: Stage) -> Iterator[str]:
+    defined: set[fx.Node] = set()
+    nodes = list(stage.graph.nodes)
+    for node in nodes:
+        if node.op not in OPS or (node.op == "call_function" and not callable(node.target)):
+            yield f"%{node.name} has the unusable operation {node.op} {node.target}"
+        for used in node.all_input_nodes:
+            if used.graph is not stage.graph:
+                yield f"%{node.name} reads %{used.name}, which is a node of another graph"
+            elif used not in defined:
+                yield f"%{node.name} reads %{used.name} before it is defined"
+        if node.target is observe and node.users:
+            users = ", ".join(f"%{user.name}" for user in node.users)
+            yield f"%{node.name} is an observer but is read by {users}"
+        defined.add(node)
+    for name, count in Counter(node.name for node in nodes).items():
+        if count > 1:
+            yield f"{count} nodes are called %{name}"
+    if [node.op for node in nodes].count("output") != 1 or nodes[-1].op != "output":
+        yield "the graph does not end in exactly one output"
+
+
+def _targets(stage: Stage, modules: dict[str, nn.Module]) -> Iterator[str]:
+    at = {site.target for site in stage.sites.values()}
+    for node in stage.graph.nodes:
+        target = str(node.target)
+        if node.op == "call_module" and target not in modules:
+            yield f"%{node.name} calls {stage.checkpoint_name(target)}, which the module does not have"
+        elif node.op == "call_module" and isinstance(modules[target], nn.Linear) and target not in at:
+            yield f"%{node.name} calls the Linear {stage.checkpoint_name(target)}, which is no site"
+        elif node.op == "get_attr" and "constant" not in node.meta and not _has(stage.live, target):
+            yield f"%{node.name} reads {target}, which the module does not have"
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    owner, _, name = path.rpartition(".")
+    try:
+        return hasattr(module.get_submodule(owner), name)
+    except AttributeError:
+        return False
+
+
+def _outputs(stage: Stage) -> Iterator[str]:
+    if stage.outputs and len(stage.outputs) != len(stage.calls):
+        yield f"{len(stage.outputs)} outputs are kept of {len(stage.calls)} calls"
+
+
+def _finite(module: nn.Module) -> Iterator[str]:
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.is_floating_point() and not is_finite(tensor):
+            yield f"{name} has NaN or infinite values"
+
+
+# ---- sites -----------------------------------------------------------------------------------------------------------
+
+
+def _unique(stage: Stage) -> Iterator[str]:
+    for what in ("name", "target"):
+        for value, count in Counter(getattr(site, what) for site in stage.sites.values()).items():
+            if count > 1:
+                yield f"{count} sites have the {what} {value}"
+
+
+def _site(stage: Stage, modules: dict[str, nn.Module], key: str, site: Site) -> Iterator[str]:
+    outputs, inputs = site.shape
+    if key != site.name:
+        yield f"site {site.name} is listed as {key}"
+    calls = [node for node in stage.graph.nodes if node.op == "call_module" and node.target == site.target]
+    if not calls:
+        yield f"site {site.name} is not called by the graph"
+    for call in calls:
+        read = call.all_input_nodes[0] if call.all_input_nodes else None
+        if read is None or read.name != site.source:
+            yield f"site {site.name} reads %{read.name if read else '?'} in the graph, but its source is %{site.source}"
+        for node, size in ((call, outputs), (read, inputs)):
+            shape = node.meta.get("shape") if node is not None else None
+            if node is not None and shape is not None and (not shape or shape[-1] != size):
+                yield f"site {site.name} is [{outputs}, {inputs}], but %{node.name} has the shape {list(shape)}"
+    module = modules.get(site.target)
+    if isinstance(module, nn.Linear) and tuple(module.weight.shape) != site.shape:
+        yield f"site {site.name} is [{outputs}, {inputs}], but its weight is {list(module.weight.shape)}"
+    lowered = module is not None and not isinstance(module, nn.Linear)
+    if lowered and (site.weight is None or site.scheme in (None, Scheme.FLOAT)):
+        yield f"site {site.name} is lowered to {type(module).__name__} without a scheme and a quantized weight"
+    if lowered and site.scheme == Scheme.W8A8 and site.input is None:
+        yield f"site {site.name} is lowered as W8A8 without an input scale"
+    if site.scheme == Scheme.FLOAT and (site.weight is not None or site.input is not None):
+        yield f"site {site.name} is FLOAT but has quantization parameters"
+    if site.input is not None:
+        scale, offset = site.input.scale, site.input.offset
+        if not (math.isfinite(scale) and scale > 0):
+            yield f"site {site.name} has the input scale {scale}: it must be positive and finite"
+        if not (-128 <= offset <= 127 and offset == int(offset)):
+            yield f"site {site.name} has the input offset {offset}: it must be a whole number from -128 to 127"
+    if site.weight is not None:
+        yield from _quantized(site, site.weight)
+
+
+def _quantized(site: Site, weight: WeightQuantization) -> Iterator[str]:
+    integers, scale, group_scale = weight.integers, weight.scale, weight.group_scale
+    if integers.dtype != torch.int8 or tuple(integers.shape) != site.shape:
+        found = f"{integers.dtype} {list(integers.shape)}"
+        yield f"site {site.name} has integers {found}: int8 {list(site.shape)} is wanted"
+    elif integers.numel() and group_scale is None and int(integers.min()) == -128:
+        yield f"site {site.name} has the integer -128: symmetric weights end at -127"
+    elif integers.numel() and group_scale is not None and not -8 <= int(integers.min()) <= int(integers.max()) <= 7:
+        yield f"site {site.name} has integers beyond 4 bits: -8 to 7 are wanted"
+    if scale.dtype != torch.float32 or tuple(scale.shape) != (site.shape[0], 1):
+        yield f"site {site.name} has scales {scale.dtype} {list(scale.shape)}: float32 [{site.shape[0]}, 1] is wanted"
+    elif scale.numel() and not (is_finite(scale) and float(scale.min()) > 0):
+        yield f"site {site.name} has weight scales that are not positive and finite"
+    if (group_scale is None) != (site.group_size is None):
+        yield f"site {site.name} has group scales or a group size, but not both"
+    elif group_scale is not None and site.group_size is not None:
+        if site.group_size < 1 or site.shape[1] % site.group_size:
+            yield f"site {site.name} has {site.shape[1]} inputs, which groups of {site.group_size} do not divide"
+            return
+        wanted = (site.shape[0], site.shape[1] // site.group_size)
+        if group_scale.dtype != torch.float32 or tuple(group_scale.shape) != wanted:
+            found = f"{group_scale.dtype} {list(group_scale.shape)}"
+            yield f"site {site.name} has group scales {found}: float32 {list(wanted)} is wanted"
+        elif group_scale.numel() and not (is_finite(group_scale) and float(group_scale.min()) > 0):
+            yield f"site {site.name} has group scales that are not positive and finite"
+
+
+def _groups(stage: Stage) -> Iterator[str]:
+    for source, members in stage.groups().items():
+        if not any(node.name == source for node in stage.graph.nodes):
+            yield f"sites {_names(members)} read %{source}, which is no node"
+        if len({site.scheme for site in members}) > 1:
+            schemes = ", ".join(f"{site.name} {site.scheme}" for site in members)
+            yield f"the group that reads %{source} has several schemes: {schemes}"
+        if len({site.input for site in members}) > 1:
+            yield f"the group that reads %{source} has several input quantizations: {_names(members)}"
+
+
+def _names(sites: list[Site]) -> str:
+    return ", ".join(site.name for site in sites)
+
+
+# ---- edges and observations ------------------------------------------------------------------------------------------
+
+
+def _edge(stage: Stage, modules: dict[str, nn.Module], edge: Edge) -> Iterator[str]:
+    name = f"edge from {stage.checkpoint_name(edge.producer)}"
+    channels = edge.usable.numel()
+    produced = _channels(stage, edge.producer)
+    if produced is None:
+        yield f"{name}: the graph does not call it"
+    elif edge.usable.dtype != torch.bool or edge.usable.shape != (produced,):
+        yield f"{name}: usable is {edge.usable.dtype} {list(edge.usable.shape)}, bool [{produced}] is wanted"
+    if not edge.consumers:
+        yield f"{name}: it has no consumer"
+    inputs = {site.target: site.shape[1] for site in stage.sites.values()}
+    for target, columns in edge.consumers.items():
+        consumer = f"{name} to {stage.checkpoint_name(target)}"
+        if target not in inputs:
+            yield f"{consumer}: the consumer is no site"
+        elif columns.dtype != torch.int64 or columns.shape != (inputs[target],):
+            yield f"{consumer}: the map is {columns.dtype} {list(columns.shape)}, int64 [{inputs[target]}] is wanted"
+        if not columns.numel():
+            continue
+        if int(columns.min()) < -1 or int(columns.max()) >= channels:
+            yield f"{consumer}: columns refer to channels outside -1 to {channels - 1}"
+        elif not bool(edge.usable.flatten()[columns[columns >= 0].long()].all()):
+            yield f"{consumer}: columns refer to channels that are not usable"
+
+
+def _channels(stage: Stage, target: str) -> int | None:
+    """Last dimension of what a module returns in the graph; None if it is not called."""
+    shapes = [
+        node.meta.get("shape") for node in stage.graph.nodes if node.op == "call_module" and node.target == target
+    ]
+    return int(shapes[0][-1]) if shapes and shapes[0] else None
+
+
+def _observation(stage: Stage, name: str, seen: Observation) -> Iterator[str]:
+    where = f"observation of %{name}"
+    shapes = [node.meta.get("shape") for node in stage.graph.nodes if node.name == name]
+    if not shapes:
+        yield f"{where}: there is no such node"
+    elif shapes[0] is not None and (not shapes[0] or shapes[0][-1] != seen.channels):
+        yield f"{where}: it counts {seen.channels} channels, but the node has the shape {list(shapes[0])}"
+    for modality, span in seen.ranges.items():
+        yield from (f"{where}, {modality}: {fault}" for fault in _range(modality, span, seen.channels))
+    kept = seen.kept
+    if kept.numel() and (kept.dtype != torch.float32 or kept.shape[1:] != (seen.channels,)):
+        yield f"{where}: kept rows are {kept.dtype} {list(kept.shape)}, float32 [T, {seen.channels}] is wanted"
+        return
+    if len(kept) != len(seen.kept_modality):
+        yield f"{where}: {len(kept)} rows are kept, but {len(seen.kept_modality)} modalities"
+        return
+    for modality, (rows, low, high) in _KEPT(kept, seen.kept_modality).items():
+        known = seen.ranges.get(modality)
+        if rows > (known.rows if known else 0):
+            yield f"{where}, {modality}: {rows} rows are kept of {known.rows if known else 0}"
+        elif known is not None and not _within(known, low, high):
+            yield f"{where}, {modality}: kept rows lie outside its range"
+
+
+def _within(span: ChannelRange, low: Tensor, high: Tensor) -> bool:
+    fits = span.minimum.shape == span.maximum.shape == low.shape  # else that is told
+    return not fits or bool(((low >= span.minimum) & (high <= span.maximum)).all())
+
+
+def _kept_ranges(kept: Tensor, modality: Tensor) -> dict[str, tuple[int, Tensor, Tensor]]:
+    """Per modality that has kept rows [T, K]: how many, their minimum and their maximum [K]."""
+    of_each = {name: kept[modality == number] for number, name in enumerate(MODALITIES)}
+    # aminmax along a dimension is slower by an order of magnitude
+    return {name: (len(rows), rows.amin(0), rows.amax(0)) for name, rows in of_each.items() if len(rows)}
+
+
+_KEPT = Untouched(_kept_ranges)
+
+
+def _range(modality: str, span: ChannelRange, channels: int) -> Iterator[str]:
+    parts = {
+        "minimum": span.minimum,
+        "maximum": span.maximum,
+        "sum": span.sum,
+        "sum of squares": span.sum_of_squares,
+    }
+    if modality not in MODALITIES:
+        yield f"it is none of {', '.join(MODALITIES)}"
+    if span.rows < 1:
+        yield f"it counts {span.rows} rows: a modality that never appeared is left out"
+    for what, part in parts.items():
+        wanted = torch.float64 if what.startswith("sum") else torch.float32
+        if part.dtype != wanted or part.shape != (channels,):
+            yield f"{what} is {part.dtype} {list(part.shape)}, {wanted} [{channels}] is wanted"
+        elif not is_finite(part):
+            yield f"{what} has NaN or infinite values"
+    if span.minimum.shape == span.maximum.shape and bool((span.minimum > span.maximum).any()):
+        yield "the minimum is above the maximum"
+    if bool((span.sum_of_squares < 0).any()):
+        yield "the sum of squares is negative"

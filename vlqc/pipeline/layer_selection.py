@@ -1,0 +1,58 @@
+"""Patterns over checkpoint layer names: what --exclude and --include mean, checked before anything runs."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+from vlqc.errors import Fault, UserError, near_miss
+from vlqc.frontend.streamed_model import FloatModel
+from vlqc.options.options import Options
+from vlqc.targets.engines import Scheme, fused_group, group_faults, legal_schemes, stays_float_by_seed
+
+
+def check_layers(model: FloatModel, options: Options) -> None:
+    """UserError for patterns that match nothing, or leave what no engine loads."""
+    check_globs([*model.layers, *model.heads], exclude=options.exclude)
+    check_globs(model.layers, include=options.include)
+    check_globs(model.stages, what="stage", dump_stages=options.dump_stages)
+    check_plan(model.layers, options)
+
+
+def check_plan(layers: Iterable[str], options: Options) -> None:
+    """UserError where --exclude leaves a model that the target does not load, before hours of work.
+
+    An exclusion extends to its fused group, so only rules about whole parts of the model can be broken.
+    """
+    excluded = {
+        member
+        for layer in layers
+        if any(fnmatchcase(layer, pattern) for pattern in options.exclude)
+        for member in fused_group(layer)
+    }
+    if not excluded:
+        return
+    target, planned = options.engine_target, {}
+    for layer in layers:
+        included = any(fnmatchcase(layer, pattern) for pattern in options.include)
+        by_seed = options.fallback == "seed" and stays_float_by_seed(layer) and not included
+        stays = layer in excluded or by_seed
+        quantized = not stays and options.scheme in legal_schemes(target, layer)
+        planned[layer] = options.scheme if quantized else Scheme.FLOAT
+    if all(scheme == Scheme.FLOAT for scheme in planned.values()):
+        raise UserError(Fault("nothing would be quantized", "--exclude", "every layer stays float", "exclude less"))
+    if faults := group_faults(target, planned):
+        raise UserError(*(replace(fault, where=f"--exclude, for {target}") for fault in faults))
+
+
+def check_globs(layers: Iterable[str], what: str = "layer", **globs: tuple[str, ...]) -> None:
+    """UserError for every pattern that matches no layer (or stage); keyword names are the flags they came with."""
+    known = list(layers)
+    faults = []
+    for flag, patterns in globs.items():
+        for pattern in patterns:
+            if not any(fnmatchcase(layer, pattern) for layer in known):
+                named = f"{what}s are named like {known[0]}, {known[-1]}" if known else "the model has none"
+                fix = near_miss(pattern, known) or named
+                faults.append(Fault(f"--{flag} {pattern} matches no {what}", fix=fix))
+    if faults:
+        raise UserError(*faults)

@@ -1,0 +1,122 @@
+"""An emitted folder as a model that runs: the stored integers on the reference arithmetic, everything else as stored.
+
+This is how the accuracy of a folder is stated without the hardware. It reads only what the folder holds.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vlqc.errors import Fault, UserError, near_miss
+from vlqc.files import read_json_object
+from vlqc.frontend.checkpoint.checkpoint import Checkpoint, original_name
+from vlqc.frontend.streamed_model import build
+from vlqc.kernels_ref.int4_groups import unpack_int4
+from vlqc.kernels_ref.norm import ShiftedNorm
+from vlqc.kernels_ref.quant_linear import DynamicQuantLinear, GroupQuantLinear, QuantLinear, StaticQuantLinear
+from vlqc.targets.engines import Scheme
+
+DESCRIPTIONS = ("quant_model_description.json", "quant_model_description_*.json")
+MODULES: dict[Scheme, type[QuantLinear]] = {
+    Scheme.W8A8: StaticQuantLinear,
+    Scheme.W8A8_DYNAMIC: DynamicQuantLinear,
+    Scheme.W4A8_DYNAMIC: GroupQuantLinear,
+}
+WEIGHT = ("weight", "weight_scale", "weight_offset")
+COMPANIONS: dict[Scheme, tuple[str, ...]] = {
+    Scheme.W8A8: (*WEIGHT, "input_scale", "input_offset", "quant_bias", "deq_scale"),
+    Scheme.W8A8_DYNAMIC: WEIGHT,
+    Scheme.W4A8_DYNAMIC: (*WEIGHT, "weight_scale_second", "weight_offset_second"),
+}
+
+
+def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> nn.Module:
+    """The model in an emitted folder, in eval mode, with the forward signature of the float model.
+
+    dtype: of everything between the integer operators; float32 is how accuracy is stated, bfloat16 or float16 is what
+    the device does. trust_remote_code: run model code from the folder. Raises UserError, with all faults at once, for a
+    folder that is not complete.
+    """
+    folder = Path(folder)
+    checkpoint = Checkpoint(folder)
+    description = read_description(folder)
+    checkpoint.require_config()
+    model = build(folder, checkpoint.config, trust_remote_code=trust_remote_code)
+    loader = _Loader(checkpoint, description, dtype)
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    tied = bool(model.config.tie_word_embeddings)  # type: ignore[union-attr]
+    for path, module in list(model.named_modules()):
+        if not (tied and module is head):
+            loader.fill(model, path, module)
+    if loader.faults:
+        raise UserError(*loader.faults)
+    if tied:
+        head.weight = model.get_input_embeddings().weight  # type: ignore[operator]
+    return model
+
+
+def read_description(folder: Path) -> dict[str, str]:
+    """quant_model_description*.json: tensor name -> scheme word, and a few facts. UserError if there is none."""
+    found = sorted(path for pattern in DESCRIPTIONS for path in folder.glob(pattern))
+    if not found:
+        why = "there is no quant_model_description.json"
+        raise UserError(
+            Fault("the folder holds no compiled checkpoint", str(folder), why, "give a folder that vlqc wrote")
+        )
+    return read_json_object(found[0])
+
+
+class _Loader:
+    """Fills the modules of a model one after the other and gathers what is missing."""
+
+    def __init__(self, checkpoint: Checkpoint, description: dict[str, str], dtype: torch.dtype) -> None:
+        self.checkpoint, self.description, self.dtype = checkpoint, description, dtype
+        self.faults: list[Fault] = []
+
+    def fill(self, model: nn.Module, path: str, module: nn.Module) -> None:
+        name = original_name(path + ".").removesuffix(".")
+        mark = str(self.description.get(f"{name}.weight", Scheme.FLOAT))
+        if isinstance(module, nn.Linear) and mark != Scheme.FLOAT:
+            if mark not in MODULES:
+                why = near_miss(mark, map(str, MODULES)) or f"known are {', '.join(MODULES)}"
+                self.faults.append(Fault(f"{name} has the unknown scheme {mark}", str(self.checkpoint.folder), why))
+                return
+            self._lower(model, path, module, name, Scheme(mark))
+            return
+        for part, parameter in list(module.named_parameters(recurse=False)):
+            value = self._read(f"{name}.{part}", tuple(parameter.shape))
+            if value is not None:
+                filled = value.to(self.dtype, copy=True)
+                setattr(module, part, nn.Parameter(filled, requires_grad=False))
+        if f"{name}.bias" in self.checkpoint and [part for part, _ in module.named_parameters()] == ["weight"]:
+            bias = self._read(f"{name}.bias", tuple(module.get_parameter("weight").shape))
+            if bias is not None and not isinstance(module, nn.Linear):
+                model.set_submodule(path, ShiftedNorm(module, bias.to(self.dtype)))
+
+    def _lower(self, model: nn.Module, path: str, linear: nn.Linear, name: str, scheme: Scheme) -> None:
+        tensors = {part: self._read(f"{name}.{part}") for part in COMPANIONS[scheme]}
+        bias = None if linear.bias is None else self._read(f"{name}.bias")
+        if any(tensor is None for tensor in tensors.values()):
+            return
+        if f"{name}.scale_bias" in self.checkpoint and tensors["weight"] is not None:  # two weights in a byte
+            tensors["weight"] = unpack_int4(tensors["weight"])
+        try:
+            model.set_submodule(path, MODULES[scheme](**tensors, bias=bias))  # type: ignore[arg-type]
+        except ValueError as error:
+            self.faults.append(Fault(f"{name} cannot be run", str(self.checkpoint.folder), str(error)))
+
+    def _read(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor | None:
+        where = str(self.checkpoint.folder)
+        if name not in self.checkpoint:
+            self.faults.append(Fault(f"tensor {name} is missing", where, fix="run vlqc verify, then compile again"))
+            return None
+        if shape is not None and self.checkpoint.shape(name) != shape:
+            has = list(self.checkpoint.shape(name))
+            self.faults.append(Fault(f"tensor {name} has shape {has}", where, f"config.json implies {list(shape)}"))
+            return None
+        if shape is not None and not self.checkpoint.stored_dtype(name).is_floating_point:
+            why = "the description does not say how its integers are to be run"
+            self.faults.append(Fault(f"{name} holds integers but counts as FLOAT", where, why))
+            return None
+        return self.checkpoint.tensor(name)

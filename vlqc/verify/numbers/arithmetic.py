@@ -1,0 +1,254 @@
+"""The numbers of a compiled folder against each other: what can be recomputed is recomputed, exactly.
+
+From scales, offset, integers and the stored bias follow deq_scale and quant_bias; from integers and group scales
+follows scale_bias. So one wrong byte in a scale, an offset, deq_scale, quant_bias or scale_bias shows here, one in an
+int8 weight shows through quant_bias wherever input_offset is not 0, one in a packed 4-bit weight through scale_bias.
+Not visible without the float model: an int8 weight of a layer whose input_offset is 0 or whose scheme is W8A8_DYNAMIC,
+a 4-bit weight in MindIE's layout, a bias that is really added or that changes by less than half a step of deq_scale, a
+per-token scale that stays a value of its dtype, and float tensors, as long as they stay finite. Where the description
+says that mean errors were taken off, a quant_bias that is off by a multiple of CORRECTION_STEP is not visible either.
+"""
+
+import numpy as np
+
+from vlqc.kernels_ref.matmul import CORRECTION_STEP
+from vlqc.targets.engines import Scheme, fused_group
+from vlqc.verify.findings import Report, listed
+from vlqc.verify.folder.reader import FLOATS, Array, StoredTensor, round_to
+from vlqc.verify.numbers.groups import check_scale_bias
+from vlqc.verify.numbers.integers import INT8_MAX, RowSums, StoredIntegers, check_integers, row_sums
+from vlqc.verify.structure.configuration import CORRECTED
+from vlqc.verify.structure.expected import companions, consumers_of_norm
+from vlqc.verify.structure.structure import CompiledFolder
+
+HALF = {"BF16": 2.0**-8, "F16": 2.0**-11}  # largest relative error of rounding to that dtype, with a little room
+SIGMAS = 5.0  # of errors that add up at random; none of a million values is further off
+ROUNDING_NOISE = SIGMAS * 0.29  # of a rounded integer, in steps
+
+
+def check_arithmetic(folder: CompiledFolder, report: Report) -> None:
+    """Findings for every value that is not finite, out of range, or not what the other tensors make it."""
+    report.look("finite", 0)
+    for name, stored in folder.files.tensors.items():
+        if name in folder.sound and stored.dtype in FLOATS:
+            _check_finite(stored, report)
+    for layer, scheme in folder.schemes.items():
+        if scheme != Scheme.FLOAT:
+            _check_layer(folder, layer, scheme, report)
+    if folder.model:
+        for group in dict.fromkeys(fused_group(layer) for layer in folder.model.linears):
+            _check_group(folder, group, report)
+        for norm in folder.model.norms:
+            _check_shift(folder, norm, report)
+
+
+def _check_finite(stored: StoredTensor, report: Report) -> None:
+    report.look("finite")
+    bad = [(start, rows) for start, rows in stored.rows() if not np.isfinite(rows).all()]
+    if bad:
+        start, rows = bad[0]
+        where = np.argwhere(~np.isfinite(rows))[0]
+        index = [int(where[0]) + start, *map(int, where[1:])] if stored.shape else []
+        report.fault("finite", stored.name, f"NaN or Inf, first at {index}", "every output behind it becomes NaN")
+
+
+def _check_layer(folder: CompiledFolder, layer: str, scheme: Scheme, report: Report) -> None:
+    """One quantized Linear. Tensors that are missing or misshapen were reported already and end the check here."""
+    names = [companion.suffix for companion in companions(scheme, folder.form)]
+    stored = {name: folder.files.tensors[f"{layer}.{name}"] for name in names if f"{layer}.{name}" in folder.sound}
+    if "weight" not in stored or "weight_scale" not in stored:
+        return
+    scale = stored["weight_scale"].read().astype(np.float32)  # [N, 1]
+    integers = StoredIntegers.of(stored["weight"], scheme, folder.form)
+    rows = row_sums(integers)
+    report.look("scales")
+    for name in ("weight_scale", "weight_scale_second"):
+        if name in stored:
+            values = stored[name].read().astype(np.float32)
+            _check_positive(f"{layer}.{name}", values, report)
+            if scheme != Scheme.W8A8:  # of a static layer engines read deq_scale only
+                _check_representable(folder, f"{layer}.{name}", values, report)
+    for name in ("weight_offset", "weight_offset_second"):
+        if name in stored and (offsets := stored[name].read()).any():
+            channels = listed(np.flatnonzero(offsets.reshape(len(offsets), -1).any(axis=1)))
+            why = "weights are symmetric; engines subtract this offset or refuse it"
+            report.fault("scales", f"{layer}.{name}", f"not zero in channels {channels}", why, "compile again")
+    quant_bias = stored["quant_bias"].read().astype(np.int64) if "quant_bias" in stored else np.zeros(len(scale))
+    largest = scale.reshape(-1)
+    if "weight_scale_second" in stored:
+        scale = scale * stored["weight_scale_second"].read().astype(np.float32)  # [N, K/G]
+        largest = scale.max(axis=1)
+    exact_scales = stored["weight_scale"].dtype == "F32"
+    check_integers(layer, integers, rows, largest, quant_bias, exact_scales, report)
+    if len(stored) < len(names):
+        return
+    if scheme == Scheme.W8A8:
+        _check_static(folder, layer, stored, scale.reshape(-1), quant_bias, rows, report)
+    elif "scale_bias" in stored:
+        check_scale_bias(stored["scale_bias"], integers, scale, report)
+
+
+def _check_positive(name: str, scale: Array, report: Report) -> None:
+    bad = np.flatnonzero(~(np.isfinite(scale) & (scale > 0)).reshape(len(scale), -1).all(axis=1))
+    if bad.size:
+        report.fault("scales", name, f"not a positive finite number in channels {listed(bad)}", "", "compile again")
+
+
+def _check_representable(folder: CompiledFolder, name: str, values: Array, report: Report) -> None:
+    other = np.isfinite(values) & (round_to(folder.glue, values) != values)
+    bad = np.flatnonzero(other.reshape(len(values), -1).any(axis=1))
+    if bad.size:
+        what = f"no {folder.glue} values in channels {listed(bad)}"
+        why = "engines read it in the float dtype, so the weights would be multiplied by another scale"
+        report.fault("scales", name, what, why, "compile again")
+
+
+def _check_static(
+    folder: CompiledFolder,
+    layer: str,
+    stored: dict[str, StoredTensor],
+    weight_scale: Array,
+    quant_bias: Array,
+    rows: RowSums,
+    report: Report,
+) -> None:
+    input_scale = stored["input_scale"].read().astype(np.float32)  # [1]
+    offset = float(stored["input_offset"].read()[0])
+    _check_positive(f"{layer}.input_scale", input_scale, report)
+    if round_to(folder.glue, input_scale)[0] != input_scale[0]:
+        why = (
+            "engines read it in the float dtype: activations would be quantized by another scale than deq_scale assumes"
+        )
+        report.fault("scales", f"{layer}.input_scale", f"{input_scale[0]!r} is no {folder.glue} value", why)
+    if not offset.is_integer() or not -128 <= offset <= INT8_MAX:
+        why = "the offset is an int8 value"
+        report.fault("scales", f"{layer}.input_offset", f"{offset!r} is not a whole number in -128..127", why)
+        return
+    deq_scale = _decoded(stored["deq_scale"], report)
+    report.look("deq_scale", len(deq_scale))
+    _check_positive(stored["deq_scale"].name, deq_scale, report)
+    with np.errstate(all="ignore"):
+        product = input_scale * weight_scale  # float32 [N]
+        # The reference tool multiplies scales that it stores in the float dtype in that dtype.
+        tolerated = deq_scale == product
+        if stored["weight_scale"].dtype != "F32":
+            tolerated |= deq_scale == round_to(folder.glue, product)
+    wrong = np.flatnonzero(~tolerated)
+    if wrong.size:
+        first = wrong[0]
+        what = (
+            f"channels {listed(wrong)}: stored {deq_scale[first]!r}, input_scale * weight_scale is {product[first]!r}"
+        )
+        why = "engines read deq_scale only: the channel's output has the wrong size"
+        report.fault("deq_scale", stored["deq_scale"].name, what, why, "compile again")
+    _check_quant_bias(folder, layer, weight_scale, deq_scale, quant_bias, offset, rows, report)
+
+
+def _decoded(stored: StoredTensor, report: Report) -> Array:
+    """deq_scale as stored -> float32 [N]; int64 holds the float32's bits in its low half and zeros in its high half."""
+    values = stored.read()
+    if stored.dtype != "I64":
+        return values
+    wide = np.flatnonzero((values < 0) | (values > 0xFFFFFFFF))
+    if wide.size:
+        what = f"channels {listed(wide)} have bits above the float32"
+        report.fault("deq_scale", stored.name, what, "the int64 holds a zero-extended float32")
+    return (values & 0xFFFFFFFF).astype(np.uint32).view(np.float32)
+
+
+def _check_quant_bias(
+    folder: CompiledFolder,
+    layer: str,
+    weight_scale: Array,
+    deq_scale: Array,
+    quant_bias: Array,
+    offset: float,
+    rows: RowSums,
+    report: Report,
+) -> None:
+    """quant_bias = round(bias / deq_scale - offset * sum_k W): int64 sums and float64, one rounding.
+
+    Where the description says so, a mean error may have been taken off: in whole CORRECTION_STEPs, and no more than a
+    row's root sum of squares.
+    Behind a norm with a bias the layer's bias takes that back. A layer without one has it in quant_bias alone: then it
+    is recomputed from the integers, which are the float weights up to their rounding.
+    """
+    report.look("quant_bias", len(quant_bias))
+    shift = shift_in_front_of(folder, layer)
+    slack: Array = np.zeros(len(deq_scale))
+    if f"{layer}.bias" in folder.sound:
+        bias = folder.files.tensors[f"{layer}.bias"].read().astype(np.float64)
+        if shift is not None:
+            slack = np.abs(bias) * HALF[folder.glue]  # quant_bias may come of the value before it was stored
+    elif shift is not None:
+        integers = StoredIntegers.of(folder.files.tensors[f"{layer}.weight"], Scheme.W8A8, folder.form)
+        parts = [part.astype(np.float64) for _, part in integers.rows()]
+        bias = -weight_scale * np.concatenate([part @ shift for part in parts])
+        # The float weights lie about the integers, and the shift about its stored value.
+        squares = np.concatenate([part**2 @ (shift * HALF[folder.glue]) ** 2 for part in parts])
+        slack = weight_scale * np.sqrt((ROUNDING_NOISE * np.linalg.norm(shift)) ** 2 + SIGMAS**2 * squares)
+    else:
+        bias = np.zeros(len(deq_scale))
+    with np.errstate(all="ignore"):
+        steps, slack = bias / deq_scale.astype(np.float64), slack / deq_scale.astype(np.float64)  # [N]
+    exact = steps - offset * rows.total
+    whole = np.floor(np.sqrt(rows.squares) / CORRECTION_STEP)
+    if folder.files.description.get(CORRECTED) != CORRECTION_STEP:
+        whole = np.zeros_like(whole)
+    corrected = CORRECTION_STEP * np.clip(np.rint((quant_bias - exact) / CORRECTION_STEP), -whole, whole)
+    error = np.abs(quant_bias - exact - corrected)
+    # Half a step is the rounding itself; the rest is what a division in float32 may move.
+    allowed = 0.5 + np.abs(steps) * 2.0**-23 + slack
+    if folder.files.tensors[f"{layer}.weight_scale"].dtype != "F32":
+        # The reference tool divides, multiplies and adds in the float dtype.
+        allowed = 0.5 + (np.abs(steps) + np.abs(exact)) * HALF[folder.glue] + slack
+    wrong = np.flatnonzero(~(error <= allowed))
+    if wrong.size:
+        first = wrong[0]
+        what = f"channels {listed(wrong)}: stored {int(quant_bias[first])}, recomputed {exact[first]:.6g}"
+        why = (
+            "bias / deq_scale - input_offset * (sum of the channel's integers) gives another number: "
+            "quant_bias, weight, input_offset or bias is damaged"
+        )
+        report.fault("quant_bias", f"{layer}.quant_bias", what, why, "compile again")
+
+
+def shift_in_front_of(folder: CompiledFolder, layer: str) -> Array | None:
+    """The bias of the norm in front of a Linear as its input channels see it, float64 [K]; None without one."""
+    if folder.model is None:
+        return None
+    norm = next((norm for norm in folder.model.norms if layer in consumers_of_norm(norm)), None)
+    if norm is None or f"{norm}.bias" not in folder.sound:
+        return None
+    bias = folder.files.tensors[f"{norm}.bias"].read().astype(np.float64)
+    return np.tile(bias, folder.model.linears[layer].inputs // len(bias))  # the merger reads 2 x 2 patches at once
+
+
+def _check_shift(folder: CompiledFolder, norm: str, report: Report) -> None:
+    """A norm's bias (a folded shift) is undone behind it: every reader has a bias, or a quant_bias, for that."""
+    name = f"{norm}.bias"
+    if folder.model is None or name not in folder.sound or not folder.files.tensors[name].read().any():
+        return
+    report.look("shifts")
+    for layer in consumers_of_norm(norm):
+        linear = folder.model.linears.get(layer)
+        if linear and not linear.bias and folder.schemes.get(layer) != Scheme.W8A8:
+            what = f"{layer} reads a shifted input and has no bias that takes the shift back"
+            report.fault("shifts", name, what, "the model computes something else", "compile again without the shift")
+
+
+def _check_group(folder: CompiledFolder, group: tuple[str, ...], report: Report) -> None:
+    """All static members of a fused group share input_scale and input_offset."""
+    static = [layer for layer in group if folder.schemes.get(layer) == Scheme.W8A8]
+    report.look("groups")
+    for suffix in ("input_scale", "input_offset"):
+        names = [name for layer in static if (name := f"{layer}.{suffix}") in folder.sound]
+        values = {name: float(folder.files.tensors[name].read()[0]) for name in names}
+        if len(set(values.values())) > 1:
+            report.fault(
+                "groups",
+                names[0],
+                "; ".join(f"{name.split('.')[-2]} has {suffix} {value!r}" for name, value in values.items()),
+                "the group is one product: vLLM Ascend keeps the last member's value, MindIE refuses a difference",
+                "compile again",
+            )

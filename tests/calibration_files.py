@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-TINY = Path(__file__).parents[1] / "tools" / "tiny_vl"
+TINY = Path(__file__).parents[1] / "tools" / "demo" / "tiny_vl"
 BOS, START, END, PAD, UNKNOWN = 1, 3, 4, 5, 63  # the tiny tokenizer's numbers
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 

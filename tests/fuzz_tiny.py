@@ -8,7 +8,7 @@ from torch import nn
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.streamed_model import FloatModel
 
-TINY = Path(__file__).parent.parent / "tools" / "tiny_vl"
+TINY = Path(__file__).parent.parent / "tools" / "demo" / "tiny_vl"
 
 
 @cache

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-import make_outlier_checkpoint
 import torch
 from torch import Tensor, nn
 
+from tools.checkpoints import outlier_checkpoint as make_outlier_checkpoint
 from vlqc.verify import Report, verify_folder
 
 IMAGE = 45  # of compiled_folder's model

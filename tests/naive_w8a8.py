@@ -7,9 +7,10 @@ import copy
 import re
 
 import torch
-from tiny_task import with_token_types
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration
+
+from tools.demo.tiny_task import with_token_types
 
 LEFT_FLOAT = re.compile(r"lm_head|merger\.mlp|down_proj")
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_task
 from compiled_folder import make_content
 from tiny import TINY
 from typer.testing import CliRunner
 
 import vlqc
+from tools.demo import tiny_task
 from vlqc.cli.commands import app
 from vlqc.cli.output import OUR_FAULT
 from vlqc.errors import Fault, InternalError, UserError

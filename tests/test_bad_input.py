@@ -13,11 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny_task
 import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from tools.demo import tiny_task
 from vlqc.cli.commands import app
 
 ROOT = Path(__file__).parents[1]

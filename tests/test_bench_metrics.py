@@ -4,7 +4,6 @@ import json
 import math
 from pathlib import Path
 
-import bench_metrics as metrics
 import numpy as np
 import pytest
 import torch

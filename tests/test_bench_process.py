@@ -3,7 +3,8 @@
 import sys
 
 import pytest
-from bench_process import CommandFailed, measured
+
+from tools.bench.process import CommandFailed, measured
 
 MIB = 2**20
 

@@ -8,19 +8,16 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import bench_reference as bench
 import pytest
-import reference_cases
-import reference_environment
-import reference_runner
-import reference_table
 import torch
-from bench_metrics import Agreement
-from bench_process import Usage
-from make_outlier_checkpoint import Shape, config_of
 from rich.console import Console
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from tools.bench import reference as bench
+from tools.bench import reference_cases, reference_environment, reference_runner, reference_table
+from tools.bench.metrics import Agreement
+from tools.bench.process import Usage
+from tools.checkpoints.outlier_checkpoint import Shape, config_of
 from vlqc.options.options import Options
 
 

@@ -4,14 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-import bench_scale
 import pytest
-import scale_checkpoint
 import torch
-from make_outlier_checkpoint import Shape
-from scale_bounds import Rates, work_of
-from scale_checkpoint import Case, checkpoint_bytes, make, samples_of
 
+from tools.bench import scale as bench_scale
+from tools.bench import scale_checkpoint
+from tools.bench.scale_bounds import Rates, work_of
+from tools.bench.scale_checkpoint import Case, checkpoint_bytes, make, samples_of
+from tools.checkpoints.outlier_checkpoint import Shape
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.streamed_model import FloatModel
 

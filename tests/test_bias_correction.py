@@ -4,14 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
-import plant_outliers
 import pytest
-import tiny_task
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import vlqc
+from tools.demo import plant_outliers, tiny_task
 from vlqc.kernels_ref.matmul import CORRECTION_STEP
 from vlqc.verify import verify_folder
 

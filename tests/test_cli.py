@@ -261,7 +261,7 @@ def test_passes_explain_needs_no_folders(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_inspect_writes_what_it_shows(tmp_path: Path) -> None:
     """Catches an inspection that prints but does not write, or the other way round."""
-    ended = run("inspect", str(ROOT / "tools" / "tiny_vl"), "--json_file", str(tmp_path / "found.json"))
+    ended = run("inspect", str(ROOT / "tools" / "demo" / "tiny_vl"), "--json_file", str(tmp_path / "found.json"))
     assert ended.exit_code == 0 and "language layers" in ended.stdout
     found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
     assert {row["part"] for row in found["rows"]} >= {"vision blocks", "merger", "language layers"}

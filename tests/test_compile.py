@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import plant_outliers
 import pytest
-import tiny_task
 import torch
 from naive_w8a8 import load_float, signal_to_noise
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import vlqc
+from tools.demo import plant_outliers, tiny_task
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint, original_name
 from vlqc.frontend.streamed_model import FloatModel, build
 from vlqc.ir.stage import Stage

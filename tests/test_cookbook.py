@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-import tiny_task
 import torch
 from torch import Tensor
 
 import vlqc
+from tools.demo import tiny_task
 from vlqc.frontend.stage_builder import find_sites
 from vlqc.frontend.tracing import record
 from vlqc.ir.stage import Call, Stage

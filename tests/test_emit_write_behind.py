@@ -5,11 +5,11 @@ import threading
 from pathlib import Path
 
 import pytest
-import tiny_task
 import torch
 from torch import Tensor
 
 import vlqc
+from tools.demo import tiny_task
 from vlqc.emit.background_writer import WriteBehind
 from vlqc.emit.shard_writer import ShardWriter
 from vlqc.errors import InternalError, UserError

@@ -4,14 +4,13 @@ import filecmp
 import json
 from pathlib import Path
 
-import plant_outliers
 import pytest
-import tiny_task
 import torch
 from naive_w8a8 import load_float, logits, signal_to_noise
 from torch import Tensor
 
 import vlqc
+from tools.demo import plant_outliers, tiny_task
 from vlqc.reporting.html.schema import FILE
 from vlqc.reporting.summary import Result
 from vlqc.targets.engines import Scheme, group_faults

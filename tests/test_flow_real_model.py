@@ -1,9 +1,8 @@
-"""Channel flow in the real model: against the list of tools/plant_outliers.py, and by folding every edge it claims."""
+"""Channel flow in the real model: against the list of tools/demo/plant_outliers.py, and by folding every edge it claims."""
 
 import copy
 from typing import Any
 
-import plant_outliers
 import pytest
 import tiny
 import torch
@@ -11,6 +10,7 @@ from folded_edges import assert_holds
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from tools.demo import plant_outliers
 from vlqc.frontend.tracing import record
 from vlqc.ir.scale_propagation import find_edges
 from vlqc.ir.stage import Call

@@ -4,10 +4,10 @@ import mmap
 import time
 from pathlib import Path
 
-import fuzz
 import pytest
 from fuzz_targets import TARGETS
 
+from tools import fuzz
 from vlqc.errors import Fault, UserError
 
 LEAST_CASES = 20_000

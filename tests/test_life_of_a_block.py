@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import tiny
-import tiny_task
 import torch
 
 import vlqc
+from tools.demo import tiny_task
 
 PAGE = Path(vlqc.__file__).parent / "docs" / "life_of_a_block.md"
 FENCE = re.compile(r"^```\w*$", re.MULTILINE)

@@ -3,12 +3,13 @@
 import json
 from pathlib import Path
 
-import make_outlier_checkpoint as maker
 import pytest
 import torch
 from naive_w8a8 import load_float, logits, quantized, signal_to_noise
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+
+from tools.checkpoints import outlier_checkpoint as maker
 
 SMALL = maker.Shape(
     layers=1,

@@ -2,10 +2,11 @@
 
 from types import SimpleNamespace
 
-import make_smol_vl as smol
 import pytest
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
+
+from tools.checkpoints import smol_vl as smol
 
 
 def characters(text: str) -> list[int]:

@@ -7,7 +7,6 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-import tiny_task
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +15,7 @@ from tiny import TINY
 from torch import Tensor, fx, nn
 
 import vlqc
+from tools.demo import tiny_task
 from vlqc.errors import UserError
 from vlqc.frontend.tracing import input_tensors, record
 from vlqc.ir.stage import Call, Stage

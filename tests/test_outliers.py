@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-import make_outlier_checkpoint
 import pytest
 from naive_w8a8 import load_float, logits, signal_to_noise
 
 import vlqc
+from tools.checkpoints import outlier_checkpoint as make_outlier_checkpoint
 
 NAIVE = (7.0, 13.0)  # dB without smoothing: what makes such a checkpoint worth smoothing
 # dB with six calibration samples, half a dB and more below what is reached; the reference tool has 27.4 to 29.1 with m2

@@ -4,11 +4,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny_task
 from tiny import TINY
 from typer.testing import CliRunner
 
 import vlqc
+from tools.demo import tiny_task
 from vlqc.cli.commands import app
 from vlqc.errors import UserError
 from vlqc.options.paths import output_faults

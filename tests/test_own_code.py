@@ -5,11 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny_task
 import torch
 from naive_w8a8 import load_float
 
 import vlqc
+from tools.demo import tiny_task
 
 TINY = Path(tiny_task.__file__).parent / "tiny_vl"
 CODE = """

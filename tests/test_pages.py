@@ -20,7 +20,7 @@ from vlqc.reporting.plan import preflight
 
 DOCS = Path(vlqc.__file__).parent / "docs"
 ROOT = Path(__file__).parents[1]
-TINY_VL = ROOT / "tools" / "tiny_vl"
+TINY_VL = ROOT / "tools" / "demo" / "tiny_vl"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 ELSEWHERE = {"--quantization", "--strict", "--nproc-per-node", "--update-golden"}  # of vLLM, MindIE, torchrun, pytest
 

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import tiny_task
 from tiny import TINY
 from typer.testing import CliRunner
 
 import vlqc
+from tools.demo import tiny_task
 from vlqc.cli.commands import app
 from vlqc.cli.pass_listing import describe_passes
 from vlqc.emit.resume.fingerprint import sources_of

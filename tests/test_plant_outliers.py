@@ -3,13 +3,14 @@
 import json
 from pathlib import Path
 
-import plant_outliers
 import pytest
-import tiny_task as task
 import torch
 from naive_w8a8 import load_float, logits, quantized
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from tools.demo import plant_outliers
+from tools.demo import tiny_task as task
 
 TINY = Path(task.__file__).parent / "tiny_vl"
 

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
-import tiny_task
 import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
 import vlqc
+from tools.demo import tiny_task
 from vlqc.cli.commands import app
 from vlqc.errors import UserError
 from vlqc.reporting.plan import preflight

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import tiny
-import tiny_task
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 import vlqc
+from tools.demo import tiny_task
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.checkpoint.files import spans_of
 from vlqc.frontend.checkpoint.prefetch import BUFFER_BYTES, ReadAhead, Span

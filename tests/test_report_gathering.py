@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-import tiny_task
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import vlqc
+from tools.demo import tiny_task
 from vlqc.errors import UserError
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint, original_name
 from vlqc.ir.observation import ChannelRange

@@ -3,15 +3,15 @@
 import json
 from pathlib import Path
 
-import make_outlier_checkpoint
 import pytest
-import scheme_table
 import torch
 from naive_w8a8 import signal_to_noise
 from safetensors.torch import load_file, save_file
-from scheme_table import LAYOUTS, SCHEMES, Source, make_source, measure
 
 import vlqc
+from tools.bench import scheme_table
+from tools.bench.scheme_table import LAYOUTS, SCHEMES, Source, make_source, measure
+from tools.checkpoints import outlier_checkpoint as make_outlier_checkpoint
 
 # dB of the logits on the one seed, over all layouts and dtypes; the reference tool's figures are far below.
 LEAST = {"W8A8 m2": 28, "W8A8 m4": 28, "W8A8_DYNAMIC m2": 32}

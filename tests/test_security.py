@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 from compiled_folder import make_content
-from fuzz import bounded
 from fuzz_tiny import TINY
 from rich.console import Console
 from strangers_files import edit, photo
@@ -24,6 +23,7 @@ from typer.testing import CliRunner
 from written_tensors import safetensors_bytes
 
 import vlqc
+from tools.fuzz import bounded
 from vlqc.cli.commands import app
 from vlqc.errors import UserError
 from vlqc.frontend.calibration.dataset import load_samples

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fuzz import bounded
 from fuzz_tiny import TINY
 from strangers_files import edit, photo
 
 import vlqc
+from tools.fuzz import bounded
 from vlqc.errors import UserError
 from vlqc.frontend.calibration.dataset import load_samples
 from vlqc.frontend.calibration.images import BadPicture, read_picture

@@ -6,10 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import make_outlier_checkpoint
 import pytest
 
 import vlqc
+from tools.checkpoints import outlier_checkpoint as make_outlier_checkpoint
 
 ROOT = Path(__file__).parents[1]
 PHOTOS = Path(__file__).parent / "photos"

@@ -6,11 +6,11 @@ import gc
 from pathlib import Path
 
 import pytest
-import tiny_task
 import torch
 from torch import Tensor
 
 import vlqc
+from tools.demo import tiny_task
 from vlqc.errors import UserError
 from vlqc.frontend.activation_offload import GIB, SMALLEST, Spilling
 

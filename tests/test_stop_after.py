@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_task
 from tiny import TINY
 from typer.testing import CliRunner
 
 import vlqc
+from tools.demo import tiny_task
 from vlqc.cli.commands import app
 from vlqc.reporting.dumps.trace_only import look_until
 

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_task as task
 import torch
 import transformers
 from naive_w8a8 import load_float
 from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+
+from tools.demo import tiny_task as task
 
 TINY = Path(task.__file__).parent / "tiny_vl"
 NEWER = int(transformers.__version__.split(".")[0]) >= 5

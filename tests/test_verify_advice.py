@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import compiled_folder
-import make_outlier_checkpoint
 import pytest
 from compiled_folder import make_content
 from located_folders import SAMPLES, SMALL, located
@@ -16,6 +15,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import vlqc
+from tools.checkpoints import outlier_checkpoint as make_outlier_checkpoint
 from vlqc.cli.commands import app
 from vlqc.errors import UserError
 from vlqc.options.options import Options

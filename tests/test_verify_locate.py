@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import make_outlier_checkpoint
 import numpy as np
 import pytest
 import torch
@@ -18,6 +17,7 @@ from naive_w8a8 import load_float
 from torch import nn
 
 import vlqc
+from tools.checkpoints import outlier_checkpoint as make_outlier_checkpoint
 from vlqc.frontend.streamed_model import model_inputs
 from vlqc.verify import Report, verify_folder
 from vlqc.verify.attribution.stage_pair import (

@@ -1,4 +1,4 @@
-"""The trained tiny Qwen2.5-VL that ships in tools/tiny_vl, as tests use it: whole, stage by stage, and damaged."""
+"""The trained tiny Qwen2.5-VL that ships in tools/demo/tiny_vl, as tests use it: whole, stage by stage, and damaged."""
 
 import functools
 import json
@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tiny_task
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tools.demo import tiny_task
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.sequential import Lockstep, Stop
 from vlqc.frontend.streamed_model import FloatModel, model_inputs
 from vlqc.ir.stage import Call
 
-TINY = Path(__file__).parent.parent / "tools" / "tiny_vl"
+TINY = Path(__file__).parent.parent / "tools" / "demo" / "tiny_vl"
 PATCH_VALUES = 1176  # 3 colours x 2 frames x 14 x 14 pixels
 STAGES = [*(f"visual.blocks.{n}" for n in range(4)), "visual.merger", *(f"model.layers.{n}" for n in range(4))]
 

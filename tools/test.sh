@@ -2,7 +2,7 @@
 # Makes the environment and runs every check: style, types, all tests with the pinned transformers, and the tests of the
 # whole path once more with the newest one. Works from any folder. Arguments go to pytest (first run only).
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/ci/environment.sh"
 make_environment
 cd "$root"
 

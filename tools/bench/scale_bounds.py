@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from scale_checkpoint import MERGE, Case, tensor_shapes
 from torch import Tensor
 
+from tools.bench.scale_checkpoint import MERGE, Case, tensor_shapes
 from vlqc.ir.stage import fingerprint
 from vlqc.passes.algorithms.error_model import ROWS_OF_INPUT, ROWS_OF_WEIGHT
 from vlqc.passes.algorithms.hessian import COLUMNS_PER_BLOCK

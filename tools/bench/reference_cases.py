@@ -1,22 +1,22 @@
-"""The checkpoints of `tools/bench_reference.py`, each with calibration inputs and other, unseen ones to evaluate on."""
+"""The checkpoints of `tools/bench/reference.py`, each with calibration inputs and other, unseen ones to evaluate on."""
 
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import make_outlier_checkpoint as outliers
-import make_smol_vl as smol
-import plant_outliers
-import tiny_task
 from torch import Tensor, nn
+
+from tools.checkpoints import outlier_checkpoint as outliers
+from tools.checkpoints import smol_vl as smol
+from tools.demo import plant_outliers, tiny_task
 
 Samples = list[dict[str, Tensor]]
 
 # Calibration and evaluation never share a seed, a split or a text.
 CALIBRATION_SEED, EVALUATION_SEED = 100, 900
 SAMPLES, UNSEEN = 30, 12  # both tools advise 30 pictures
-TINY, TINY_ALPHA = Path(__file__).parent / "tiny_vl", 128.0
+TINY, TINY_ALPHA = Path(__file__).parents[1] / "demo" / "tiny_vl", 128.0
 TINY_CALIBRATION, TINY_UNSEEN, TINY_ANSWERED = 32, 64, 256  # pictures; the last ones for the accuracy
 SMOL_CALIBRATION, SMOL_UNSEEN, SMOL_LENGTH = 18, 16, 256  # pieces of text and their tokens
 SMOL_PICTURES = (0, 9)  # the calibration pieces that follow a picture

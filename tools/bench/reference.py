@@ -1,6 +1,6 @@
 """msModelSlim 26.1.0 and vlqc side by side: the same checkpoint, inputs, sites and evaluator; accuracy and cost.
 
-    python tools/bench_reference.py --checkpoint {outliers,tiny,smol,large} [--schemes static-m2-act1,...]
+    python -m tools.bench.reference --checkpoint {outliers,tiny,smol,large} [--schemes static-m2-act1,...]
         [--seeds 0,1,2,3,4] [--shapes standard,deep,dead] [--json FILE] [--reference_env .reference] [--threads 1]
         [--option NAME=VALUE ...]
 
@@ -30,18 +30,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import bench_metrics as metrics
-import reference_cases as cases
 import torch
-from bench_process import CommandFailed, Usage, measured
-from reference_environment import reference_python
-from reference_table import show
 from torch import Tensor, nn
 
 import vlqc
+from tools.bench import reference_cases as cases
+from tools.bench.process import CommandFailed, Usage, measured
+from tools.bench.reference_environment import reference_python
+from tools.bench.reference_table import show
 
-ROOT = Path(__file__).parent.parent
-RUNNER = ROOT / "tools" / "reference_runner.py"
+ROOT = Path(__file__).parents[2]
+RUNNER = ROOT / "tools" / "bench" / "reference_runner.py"
 REFERENCE, OURS = SIDES = ("msModelSlim", "vlqc")
 FLOOR = "plain 8-bit weights"
 

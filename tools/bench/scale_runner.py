@@ -1,6 +1,6 @@
 """One compilation that is watched: how long each phase took, how much memory it needed, what it read and wrote.
 
-    python tools/scale_runner.py MODEL SAVE SAMPLES RESULT [NAME=VALUE ...]
+    python -m tools.bench.scale_runner MODEL SAVE SAMPLES RESULT [NAME=VALUE ...]
 
 Time counts for the innermost phase that is running. Memory is the resident set of the whole process, looked at every
 few milliseconds, and the kernel's own highest mark.

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tiny_task import with_token_types
 from torch import Tensor, nn
 
+from tools.demo.tiny_task import with_token_types
 from vlqc.kernels_ref.deq_scale import decode_deq_scale
 from vlqc.kernels_ref.quant_linear import GroupQuantLinear, QuantLinear, StaticQuantLinear
 

@@ -1,4 +1,4 @@
-"""The task of the tiny checkpoint `tools/tiny_vl`: questions about pictures of coloured digits.
+"""The task of the tiny checkpoint `tools/demo/tiny_vl`: questions about pictures of coloured digits.
 
 A picture is 56 x 112 pixels: 2 x 4 cells of 28 x 28, one merged image token of Qwen2.5-VL per cell. Each cell shows one
 of ten digits in one of eight colours on a noisy background; no digit and no colour occurs twice. A sequence names every
@@ -6,7 +6,7 @@ cell once, by colour or by digit, and answers with the other of the two: "red 7 
 Pillow's own font; nothing is downloaded. The "train" and the "test" split use different renderings of the digits (size,
 place, angle).
 
-    python tools/tiny_task.py FOLDER        # accuracy of a float checkpoint on the test split, in percent
+    python -m tools.demo.tiny_task FOLDER        # accuracy of a float checkpoint on the test split, in percent
 """
 
 import functools
@@ -39,7 +39,7 @@ COLOURS = {
     "white": (240, 240, 240),
 }
 
-# Token ids of tools/tiny_vl/tokenizer.json.
+# Token ids of tools/demo/tiny_vl/tokenizer.json.
 PAD, BEGIN, END, VISION_START, VISION_END, IMAGE, VIDEO, VISION_PAD = range(8)
 FIRST_DIGIT, FIRST_COLOUR, VOCABULARY = 12, 22, 64
 WORDS = {FIRST_DIGIT + digit: str(digit) for digit in range(10)} | {

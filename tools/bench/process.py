@@ -4,7 +4,7 @@
 of the process that calls fork as the child's own: below a caller that has imported torch, nothing would ever seem to
 need less than torch does.
 
-    python tools/bench_process.py RESULT COMMAND...      # writes the figures as JSON to RESULT
+    python -m tools.bench.process RESULT COMMAND...      # writes the figures as JSON to RESULT
 """
 
 import json

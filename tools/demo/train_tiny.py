@@ -1,8 +1,8 @@
-"""Train the tiny checkpoint `tools/tiny_vl` from random weights: how it was made, for whoever wants a wider sibling.
+"""Train the tiny checkpoint `tools/demo/tiny_vl` from random weights: how it was made, for whoever wants a wider sibling.
 
-Needs transformers 4.49 and about 10 minutes on two CPU cores. Tokenizer and processor are those of `tools/tiny_vl`.
+Needs transformers 4.49 and about 10 minutes on two CPU cores. Tokenizer and processor are those of `tools/demo/tiny_vl`.
 
-    python tools/train_tiny.py TARGET [--steps 3000] [--minutes 10] [--batch 64] [--hidden 192] [--seed 0]
+    python -m tools.demo.train_tiny TARGET [--steps 3000] [--minutes 10] [--batch 64] [--hidden 192] [--seed 0]
 """
 
 import argparse
@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tiny_task as task
 import torch
 import torch.nn.functional as F
 import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl as modeling
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from tools.demo import tiny_task as task
 
 SIDE_FILES = (
     "chat_template.json",

@@ -10,9 +10,9 @@ What is planted, in both towers unless said otherwise:
   models does;
 - with `--dead SHARE`, channels that are zero on that share of every norm, of the value rows and of the up rows.
 
-The folder is complete: processor and tokenizer are those of `tools/tiny_vl`.
+The folder is complete: processor and tokenizer are those of `tools/demo/tiny_vl`.
 
-    python tools/make_outlier_checkpoint.py TARGET [--seed 0] [--dtype bfloat16] [--tied] [--dead 0] [--layers 2] ...
+    python -m tools.checkpoints.outlier_checkpoint TARGET [--seed 0] [--dtype bfloat16] [--tied] [--dead 0] [--layers 2] ...
 """
 
 import argparse
@@ -35,7 +35,7 @@ SIDE_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
 )
-MASSIVE_TOKEN, MASSIVE_VALUE = 1, 400.0  # <bos> of tools/tiny_vl: in every sequence
+MASSIVE_TOKEN, MASSIVE_VALUE = 1, 400.0  # <bos> of tools/demo/tiny_vl: in every sequence
 VISION_START, VISION_END, IMAGE, VIDEO, VISION_PAD = 3, 4, 5, 6, 7
 FIRST_WORD = 8
 MERGE, PATCH_VALUES = 2, 3 * 2 * 14 * 14
@@ -275,7 +275,7 @@ def make(
     for name, content in (("config.json", config), ("generation_config.json", generation)):
         (target / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     for name in SIDE_FILES:
-        shutil.copyfile(Path(__file__).parent / "tiny_vl" / name, target / name)
+        shutil.copyfile(Path(__file__).parents[1] / "demo" / "tiny_vl" / name, target / name)
     return config
 
 

@@ -1,8 +1,8 @@
 """Every scheme in every layout and dtype, tied and untied: compiled, verified, loaded back, compared.
 
-    python tools/scheme_table.py [--seed N] [--json FILE]      # prints a table of logit SQNR
+    python -m tools.bench.scheme_table [--seed N] [--json FILE]      # prints a table of logit SQNR
 
-The checkpoints are random with outliers of every kind (tools/make_outlier_checkpoint.py); calibration and evaluation
+The checkpoints are random with outliers of every kind (tools/checkpoints/outlier_checkpoint.py); calibration and evaluation
 inputs differ. "loads in" is what `vlqc verify` says; a combination that no engine version loads is still checked for
 structure and arithmetic.
 """
@@ -15,14 +15,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import make_outlier_checkpoint
 import torch
 from rich.console import Console
 from rich.table import Column, Table
-from tiny_task import with_token_types
 from torch import Tensor, nn
 
 import vlqc
+from tools.checkpoints import outlier_checkpoint as make_outlier_checkpoint
+from tools.demo.tiny_task import with_token_types
 from vlqc.targets.versions import loads
 
 LOW_BIT = {"w_bit": 4, "is_dynamic": True, "is_lowbit": True, "open_outlier": False}

@@ -1,6 +1,6 @@
 """Quantize one checkpoint with msModelSlim or with vlqc, in the environment whose Python runs this file.
 
-    python tools/reference_runner.py {msmodelslim,vlqc} MODEL SAMPLES SAVE OPTIONS
+    python -m tools.bench.reference_runner {msmodelslim,vlqc} MODEL SAMPLES SAVE OPTIONS
 
 MODEL: folder of the float checkpoint. SAMPLES: what `torch.save` wrote, a list of dicts of ready model inputs. SAVE:
 folder to write. OPTIONS: JSON object of vlqc's own option names (w_bit, anti_method, ...), which are those of

@@ -1,6 +1,6 @@
 """How long `vlqc compile` takes at the sizes of Qwen2.5-VL, beside what this machine could do at best; and its memory.
 
-    python tools/bench_scale.py --size {3B,7B,32B,72B} --folder FOLDER [--layers 2] [--vision_layers 2]
+    python -m tools.bench.scale --size {3B,7B,32B,72B} --folder FOLDER [--layers 2] [--vision_layers 2]
         [--samples 4] [--tokens 2048] [--threads 2] [--json FILE] [--keep] [--option NAME=VALUE ...]
 
 A checkpoint with the real shapes is written into FOLDER and compiled in a process of its own, on samples of so many
@@ -24,13 +24,13 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from scale_bounds import Rates, forget, measured_rates, work_of
-from scale_checkpoint import SIZES, Case, checkpoint_bytes, make, samples_of
 
+from tools.bench.scale_bounds import Rates, forget, measured_rates, work_of
+from tools.bench.scale_checkpoint import SIZES, Case, checkpoint_bytes, make, samples_of
 from vlqc.frontend.calibration.probe import HEIGHT, PROBE_ROWS, WIDTH
 
-ROOT = Path(__file__).parent.parent
-RUNNER = ROOT / "tools" / "scale_runner.py"
+ROOT = Path(__file__).parents[2]
+RUNNER = ROOT / "tools" / "bench" / "scale_runner.py"
 GIB = 1 << 30
 FEWEST_TOKENS = 32  # of a sample: a picture and some words
 SPARE = 1.1  # of the disk's room, beyond source and result
@@ -73,10 +73,9 @@ def extrapolated(figures: Mapping[str, Any], case: Case) -> dict[str, float]:
 def compiled(checkpoint: Path, save: Path, samples: Path, options: list[str], threads: int) -> dict[str, Any]:
     """What the runner found. SystemExit with the end of what it printed if it failed."""
     result = samples.with_name("figures.json")
-    path = os.pathsep.join([str(ROOT), str(RUNNER.parent)])
     ran = subprocess.run(
         [sys.executable, str(RUNNER), str(checkpoint), str(save), str(samples), str(result), *options],
-        env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": path},
+        env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

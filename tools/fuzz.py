@@ -80,9 +80,10 @@ def tried(check: Any, case: Any, folder: Path) -> bool:
 
 def run(name: str, examples: int, seed: int | None, folder: Path) -> Counter[bool]:
     """Tries cases of one target: how many were accepted, and how many refused. seed None: the same ones every time."""
-    from fuzz_targets import TARGETS
     from hypothesis import HealthCheck, given, settings
     from hypothesis import seed as seeded
+
+    from tests.support.fuzz.targets import TARGETS
 
     target = TARGETS[name]
     counts: Counter[bool] = Counter()
@@ -105,8 +106,8 @@ def run(name: str, examples: int, seed: int | None, folder: Path) -> Counter[boo
 
 
 def main() -> None:
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-    from fuzz_targets import TARGETS
+    sys.path.insert(0, str(ROOT))
+    from tests.support.fuzz.targets import TARGETS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", choices=list(TARGETS), action="append", help="all if left out")

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 import vlqc
+from tools.bench import metrics
 from tools.bench import reference_cases as cases
 from tools.bench.process import CommandFailed, Usage, measured
 from tools.bench.reference_environment import reference_python

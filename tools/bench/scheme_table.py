@@ -2,9 +2,9 @@
 
     python -m tools.bench.scheme_table [--seed N] [--json FILE]      # prints a table of logit SQNR
 
-The checkpoints are random with outliers of every kind (tools/checkpoints/outlier_checkpoint.py); calibration and evaluation
-inputs differ. "loads in" is what `vlqc verify` says; a combination that no engine version loads is still checked for
-structure and arithmetic.
+The checkpoints are random with outliers of every kind (tools/checkpoints/outlier_checkpoint.py); calibration and
+evaluation inputs differ. "loads in" is what `vlqc verify` says; a combination that no engine version loads is still
+checked for structure and arithmetic.
 """
 
 import argparse

@@ -12,7 +12,7 @@ What is planted, in both towers unless said otherwise:
 
 The folder is complete: processor and tokenizer are those of `tools/demo/tiny_vl`.
 
-    python -m tools.checkpoints.outlier_checkpoint TARGET [--seed 0] [--dtype bfloat16] [--tied] [--dead 0] [--layers 2] ...
+    python -m tools.checkpoints.outlier_checkpoint TARGET [--seed 0] [--dtype bfloat16] [--tied] [--dead 0] ...
 """
 
 import argparse

@@ -1,6 +1,7 @@
-"""Train the tiny checkpoint `tools/demo/tiny_vl` from random weights: how it was made, for whoever wants a wider sibling.
+"""Train the checkpoint `tools/demo/tiny_vl` from random weights, or a wider one.
 
-Needs transformers 4.49 and about 10 minutes on two CPU cores. Tokenizer and processor are those of `tools/demo/tiny_vl`.
+Needs transformers 4.49 and about 10 minutes on two CPU cores. Tokenizer and processor are
+copied from `tools/demo/tiny_vl`.
 
     python -m tools.demo.train_tiny TARGET [--steps 3000] [--minutes 10] [--batch 64] [--hidden 192] [--seed 0]
 """

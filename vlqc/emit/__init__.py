@@ -7,14 +7,14 @@ from typing import Any
 from torch import Tensor
 
 from vlqc.emit import deferred_stages as spool
+from vlqc.emit.folder_writer import FolderEmitter
+from vlqc.emit.mindie_writer import MindieEmitter
+from vlqc.emit.stage_tensors import Entry
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.streamed_model import FloatModel
 from vlqc.ir.stage import Stage
 from vlqc.options.options import Options
 from vlqc.pipeline.precision_search import Plan
-from vlqc.targets.layout import Entry
-from vlqc.targets.mindie import MindieEmitter
-from vlqc.targets.vllm_ascend import FolderEmitter
 
 __all__ = ["FolderEmitter", "emitter_for", "kept_bytes", "waiting_bytes"]
 

@@ -14,13 +14,13 @@ from typing import Any
 from safetensors import safe_open
 
 from vlqc.emit.shard_writer import ENTRY_BYTES, Damaged, ShardWriter, sync
+from vlqc.emit.stage_tensors import TENSORS_PER_LINEAR, Entry, emitted_dtype, module_entries
+from vlqc.emit.stage_tensors import expected_bytes as expected_bytes_without
 from vlqc.file_digest import file_digest
 from vlqc.frontend.streamed_model import FloatModel
 from vlqc.ir.stage import MODALITIES, Sensitivity, Stage
 from vlqc.pipeline.precision_search import Choice, Group, Plan
 from vlqc.targets.engines import VLLM_ASCEND, Scheme, legal_schemes
-from vlqc.targets.layout import TENSORS_PER_LINEAR, Entry, emitted_dtype, module_entries
-from vlqc.targets.layout import expected_bytes as expected_bytes_without
 
 IMAGE = MODALITIES.index("image")
 FOLDER = ".waiting"  # inside the work folder; nothing of it is left when the result appears

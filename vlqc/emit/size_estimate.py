@@ -6,13 +6,13 @@ from typing import Any
 from torch import Tensor
 
 from vlqc.emit import kept_bytes, waiting_bytes
+from vlqc.emit.stage_tensors import emitted_dtype, header_bytes
 from vlqc.frontend.memory import spilled_bytes
 from vlqc.frontend.streamed_model import FloatModel
 from vlqc.ir.stage import Site
 from vlqc.options.options import Options
 from vlqc.pipeline.registry import Pass
 from vlqc.targets.engines import Scheme, fused_group
-from vlqc.targets.layout import emitted_dtype, header_bytes
 
 
 def needed_room(

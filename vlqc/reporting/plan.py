@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vlqc.emit.atomic_folder import nearest_folder
 from vlqc.emit.size_estimate import needed_room, output_bytes, planned_sites
+from vlqc.emit.stage_tensors import emitted_dtype
 from vlqc.errors import printable
 from vlqc.frontend.calibration.dataset import calibrate_on
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
@@ -32,7 +33,6 @@ from vlqc.pipeline.registry import pipeline_of
 from vlqc.reporting.progress import duration, in_model_order, readable_bytes
 from vlqc.reporting.tally import foreseen
 from vlqc.targets.engines import ENGINE_TITLES, Scheme, group_faults, part_of
-from vlqc.targets.layout import emitted_dtype
 from vlqc.targets.versions import Span, span
 
 PROBE_SIDE = 1024  # of the square matrices that are multiplied

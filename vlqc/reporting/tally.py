@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from vlqc.emit.stage_tensors import emitted_dtype
 from vlqc.errors import Fault, UserError
 from vlqc.file_digest import file_digest
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
@@ -24,7 +25,6 @@ from vlqc.reporting.html.timings import Timings, installed, machine
 from vlqc.reporting.summary import Result
 from vlqc.targets.advice import cannot_load, engine_notes, serve_commands
 from vlqc.targets.engines import Scheme, part_of
-from vlqc.targets.layout import emitted_dtype
 from vlqc.targets.versions import loads
 from vlqc.verify import verify_unfinished
 from vlqc.verify.folder.contents import MANIFEST

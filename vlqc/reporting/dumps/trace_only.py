@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlqc.emit.stage_tensors import emitted_dtype
 from vlqc.errors import Fault, UserError
 from vlqc.frontend.calibration.dataset import Calibration, calibrate_on
 from vlqc.frontend.calibration.synthetic_sample import made_up_sample
@@ -24,7 +25,6 @@ from vlqc.pipeline.manager import PassManager
 from vlqc.pipeline.registry import Pass, needed_by_later_stages, pipeline_of
 from vlqc.reporting.dumps.writer import Dumper, announcer, require_pass
 from vlqc.reporting.progress import Progress
-from vlqc.targets.layout import emitted_dtype
 
 
 @dataclass(frozen=True)

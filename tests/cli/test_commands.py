@@ -1,0 +1,267 @@
+"""The command line: arguments, exit codes, and what goes to stdout and stderr. The work behind it is a stand-in."""
+
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from vlqc.cli.commands import app
+from vlqc.errors import Fault, InternalError, UserError
+from vlqc.options.options import PANELS, Options
+from vlqc.reporting.progress import Progress
+from vlqc.reporting.summary import Result
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[str]:
+    (tmp_path / "model").mkdir()
+    return ["--model_path", str(tmp_path / "model"), "--save_directory", str(tmp_path / "save")]
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Replaces the compiler: what it was called with; "raises": what it shall raise; "notes": what it shall say."""
+    seen: dict[str, Any] = {}
+
+    def compile(*, progress: Progress, **options: Any) -> Result:
+        if "raises" in seen:
+            raise seen["raises"]
+        seen.update(options)
+        notes = seen.pop("notes", ["a note"])
+        for note in notes:
+            progress.note(note)
+        counts = {("language", "W8A8"): 7, ("vision", "FLOAT"): 3}
+        return Result(
+            Path(options["save_directory"]), counts, 4096, 1024, 75.0, 3 << 20, notes, ["E 1.0"], ["serve it"]
+        )
+
+    stand_in = types.ModuleType("vlqc.compiler")
+    stand_in.__dict__["compile"] = compile
+    monkeypatch.setitem(sys.modules, "vlqc.compiler", stand_in)
+    return seen
+
+
+@pytest.fixture
+def verified(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Replaces verification: what it was called with, and under "ok" what it shall find."""
+    seen: dict[str, Any] = {"ok": True}
+
+    def verify_folder(folder: Path, **given: Any) -> Any:
+        seen.update(folder=folder, **given)
+        render = lambda console: console.print("the report")  # noqa: E731
+        return types.SimpleNamespace(ok=seen["ok"], render=render, described=lambda: {"ok": True})
+
+    stand_in = types.ModuleType("vlqc.verify")
+    stand_in.__dict__["verify_folder"] = verify_folder
+    monkeypatch.setitem(sys.modules, "vlqc.verify", stand_in)
+    return seen
+
+
+def run(*arguments: str, **environment: str) -> Any:
+    return CliRunner(env={"NO_COLOR": "1", "TERMINAL_WIDTH": "120", "COLUMNS": "120", **environment}).invoke(
+        app, arguments
+    )
+
+
+def in_process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A real run, as a user starts it."""
+    settings = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120", "PYTHONWARNINGS": "error", **environment}
+    command = [sys.executable, "-m", "vlqc", *arguments]
+    return subprocess.run(command, env=settings, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+
+
+def test_help_loads_nothing_heavy() -> None:
+    """Catches an import that makes `vlqc --help` wait for torch."""
+    code = (
+        "import sys; from vlqc.cli.commands import app\n"
+        "try: app(['compile', '--help'])\nexcept SystemExit as ended: assert not ended.code\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'PIL'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_real_process() -> None:
+    """Catches a broken `python -m vlqc`, and text of errors on stdout."""
+    ended = in_process("--help")
+    assert ended.returncode == 0 and "compile" in ended.stdout and not ended.stderr
+    ended = in_process("compile", "--w_bit", "5", "--model_path", "absent", "--save_directory", "new")
+    assert ended.returncode == 2 and not ended.stdout
+    assert "error: --w_bit 5" in ended.stderr and "error: --model_path absent" in ended.stderr
+    assert "Traceback" not in ended.stderr and "\x1b" not in ended.stderr
+
+
+def test_every_option_is_a_flag() -> None:
+    """Catches an option that the command line forgot, or one without its help text."""
+    shown = run("compile", "--help", COLUMNS="200", TERMINAL_WIDTH="200").stdout
+    for name, field in Options.model_fields.items():
+        assert f"--{name} " in shown
+        assert str(field.description).split(".")[0].split(":")[0] in " ".join(shown.split())
+
+
+def test_options_arrive(folders: list[str], compiled: dict[str, Any], tmp_path: Path) -> None:
+    """Catches a flag that gets lost or arrives under another name, underscored or dashed."""
+    ended = run(
+        "compile", *folders, "--w-bit", "8", "--act_method", "1", "--trust_remote_code", "True", "--skip-bad-images",
+        "--dump-ir", str(tmp_path / "dump"), "--open_outlier=False",
+    )  # fmt: skip
+    assert ended.exit_code == 0, ended.output
+    options = Options.from_user(**compiled)
+    assert (options.act_method, options.trust_remote_code, options.skip_bad_images) == (1, True, True)
+    assert (options.dump_ir, options.open_outlier, options.overwrite) == (tmp_path / "dump", False, False)
+
+
+def test_repeated_options_arrive(folders: list[str], compiled: dict[str, Any]) -> None:
+    """Catches a second pattern that replaces the first one, and an empty list where nothing was given."""
+    ended = run("compile", *folders, "--exclude", "*.o_proj", "--include=lm_head", "--exclude", "visual.*")
+    assert ended.exit_code == 0, ended.output
+    options = Options.from_user(**compiled)
+    assert (options.exclude, options.include) == (("*.o_proj", "visual.*"), ("lm_head",))
+    compiled.clear()
+    assert run("compile", *folders).exit_code == 0
+    assert not {"exclude", "include", "anti_alpha", "target", "max_tokens"} & set(compiled)
+
+
+def test_help_is_grouped() -> None:
+    """Catches one long list of options, or groups in the order in which the options came to be."""
+    shown = run("compile", "--help", COLUMNS="200", TERMINAL_WIDTH="200").stdout
+    places = [shown.index(f" {panel} ") for panel in PANELS]
+    assert places == sorted(places)
+    assert places[2] < shown.index("--exclude") < places[3] < shown.index("--strict_target") < places[4]
+
+
+def test_summary(folders: list[str], compiled: dict[str, Any]) -> None:
+    """Catches a summary that leaves out what became what, the sizes, the place, the serve command, or a note."""
+    shown = run("compile", *folders).stdout
+    for wanted in (
+        "language",
+        "W8A8",
+        "7",
+        "4.0 KiB -> 1.0 KiB (25%)",
+        "1:15",
+        "3.0 MiB",
+        folders[-1],
+        "E 1.0",
+        "serve it",
+    ):
+        assert wanted in shown
+    assert shown.count("a note") == 1
+
+
+def test_notes_are_told_once(folders: list[str], compiled: dict[str, Any]) -> None:
+    """Catches notes that appear live and again in the summary, and a warning that only comes when all is done."""
+    warning = "no version of E loads this\n  why: too old\n  what to do: give --target F"
+    compiled["notes"] = ["a note", warning]
+    ended = run("compile", *folders)
+    assert ended.exit_code == 0 and "a note" not in ended.stderr and ended.stdout.count("a note") == 1
+    assert ended.stderr.splitlines() == [
+        "warning: no version of E loads this",
+        "  why: too old",
+        "  what to do: give --target F",
+    ]
+    assert [line.split() for line in ended.stdout.splitlines() if "no version" in line] == [
+        ["warning", *"no version of E loads this".split()]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "words"),
+    [
+        (UserError(Fault("a [b] c", why="because"), "second"), 2, ["error: a [b] c", "why: because", "error: second"]),
+        (InternalError("a promise"), 70, ["a promise", "--dump_ir"]),
+        (KeyboardInterrupt(), 130, ["interrupted"]),
+        (ZeroDivisionError("oops"), 70, ["ZeroDivisionError: oops", "fault of vlqc"]),
+    ],
+)
+def test_exit_codes(
+    folders: list[str], compiled: dict[str, Any], raised: BaseException, code: int, words: list[str]
+) -> None:
+    """Catches a wrong exit code, a traceback for a user's fault, or text that is taken for colour markup."""
+    compiled["raises"] = raised
+    ended = run("compile", *folders)
+    assert ended.exit_code == code
+    assert all(word in ended.stderr for word in words) and not ended.stdout
+    assert ("Traceback" in ended.stderr) == isinstance(raised, ZeroDivisionError)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["compile", "--modl_path", "x"], ["--modl_path", "--model_path"]),
+        (["complie"], ["complie", "compile"]),
+        (["inspect"], ["FOLDER"]),
+        (["compile"], ["--model_path is missing", "--save_directory is missing"]),
+        (["compile", "stray"], ["stray"]),
+    ],
+)
+def test_usage_errors(arguments: list[str], words: list[str]) -> None:
+    """Catches a slip at the keyboard that is answered with another code than 2, or without the near miss."""
+    ended = run(*arguments)
+    assert ended.exit_code == 2
+    assert all(word in ended.stderr for word in words)
+
+
+def test_verify(verified: dict[str, Any], tmp_path: Path) -> None:
+    """Catches a failed verification that ends with 0, and arguments that do not reach it."""
+    report = tmp_path / "report.json"
+    ended = run("verify", "out", "--model-path", "float", "--calib_images", "pictures", "--json_file", str(report))
+    assert ended.exit_code == 0 and "the report" in ended.stdout
+    assert {name: verified[name] for name in verified if name != "ok"} == {
+        "folder": Path("out"), "model_path": Path("float"), "calib_images": Path("pictures"), "engine": None,
+        "min_sqnr": None, "trust_remote_code": False,
+    }  # fmt: skip
+    assert json.loads(report.read_text()) == {"ok": True}
+    verified["ok"] = False
+    report.unlink()
+    assert run("verify", "out", "--json_file", str(report)).exit_code == 1
+    assert report.exists()
+
+
+def test_verify_for_an_engine(verified: dict[str, Any]) -> None:
+    """Catches a bound or an engine that is not applied, and trust given or withheld by the wrong word."""
+    ended = run("verify", "out", "--engine", "mindie@2.2", "--min-sqnr", "28.5", "--trust_remote_code", "True")
+    assert ended.exit_code == 0, ended.output
+    assert (verified["engine"], verified["min_sqnr"], verified["trust_remote_code"]) == ("mindie@2.2", 28.5, True)
+    ended = run("verify", "out", "--trust_remote_code", "perhaps")
+    assert ended.exit_code == 2 and "--trust_remote_code perhaps" in ended.stderr
+
+
+def test_json_file_is_checked_first(verified: dict[str, Any], tmp_path: Path) -> None:
+    """Catches a long verification whose result cannot be written in the end."""
+    ended = run("verify", "out", "--json_file", str(tmp_path / "absent" / "report.json"))
+    assert ended.exit_code == 2 and "--json_file" in ended.stderr
+    assert "folder" not in verified
+
+
+def test_inspect_of_nothing(tmp_path: Path) -> None:
+    """Catches a traceback for a folder that does not exist."""
+    ended = run("inspect", str(tmp_path / "absent"))
+    assert ended.exit_code == 2 and str(tmp_path / "absent") in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_passes_explain_needs_no_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches `--explain` that asks for folders, ignores the options, or breaks the text over lines."""
+    stand_in = types.ModuleType("vlqc.pipeline.registry")
+    stand_in.__dict__["pipeline_text"] = lambda options: f"{'long,' * 60}method={options.act_method}"
+    monkeypatch.setitem(sys.modules, "vlqc.pipeline.registry", stand_in)
+    ended = run("passes", "--explain", "--act_method", "1")
+    assert ended.exit_code == 0, ended.output
+    assert ended.stdout == f"{'long,' * 60}method=1\n"
+    assert run("passes", "--explain", "--act_method", "9").exit_code == 2
+
+
+def test_inspect_writes_what_it_shows(tmp_path: Path) -> None:
+    """Catches an inspection that prints but does not write, or the other way round."""
+    ended = run("inspect", str(ROOT / "tools" / "demo" / "tiny_vl"), "--json_file", str(tmp_path / "found.json"))
+    assert ended.exit_code == 0 and "language layers" in ended.stdout
+    found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
+    assert {row["part"] for row in found["rows"]} >= {"vision blocks", "merger", "language layers"}

@@ -1,0 +1,51 @@
+"""What commands say when their options do not fit together: the option's own name, and a way out."""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.support.tiny import TINY
+from vlqc.cli.commands import app
+from vlqc.errors import counted
+
+TIMINGS = '{"format": "vlqc timings 1", "seconds": 1.0}'
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted", "unwanted"),
+    [
+        ("passes --fallback auto --min_sqnr 9", ["--fallback", "--min_sqnr", "add --explain"], "│"),
+        (f"dump {TINY} --stages visual.merger -q", ["--quiet", "--output DIR"], "visual"),
+        (f"dump {TINY} -o new --formats pdf", ["--formats pdf", "text, json, onnx or bundle"], "dump_formats"),
+        (f"dump {TINY} -o new --stages a,b", ["--stages 'a,b'"], "dump_stages"),
+        ("run-pass nowhere smooth-m3", ["unknown pass", "did you mean smooth-m"], "--pipeline"),
+        ("run-pass nowhere ,", ["error: ", "PASS"], "--pipeline"),
+        ("run-pass nowhere a:b:c", ["where: PASS"], "--pipeline"),
+        ("diff a.json a.json", ["a.json", "give the .vlqc"], "graph"),
+        ("report folder --verification t.json", ["it holds timings, which --timings takes"], "KeyError"),
+        ("report folder --verification a.json", ["it does not say 'ok'"], "KeyError"),
+    ],
+)
+def test_faults_in_the_users_words(
+    words: str, wanted: list[str], unwanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches options that are taken and ignored, and a fault that names what the command does not have."""
+    from tests.support import synthetic_report as made_up_report
+
+    monkeypatch.chdir(tmp_path)
+    made_up_report.folder(tmp_path / "folder", made_up_report.facts(layers=1, blocks=1))
+    (tmp_path / "t.json").write_text(TIMINGS)
+    (tmp_path / "a.json").write_text("{}")
+    ended = CliRunner(env={"NO_COLOR": "1", "COLUMNS": "200"}).invoke(app, words.split())
+    assert ended.exit_code == 2 and ended.stdout == "", ended.output
+    assert all(word in ended.stderr for word in wanted) and unwanted not in ended.stderr, ended.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_one_is_not_many() -> None:
+    """Catches "1 things changed"."""
+    from vlqc.reporting.dumps.replay import Rerun
+
+    assert [counted(number, "stage") for number in (0, 1, 2)] == ["0 stages", "1 stage", "2 stages"]
+    assert [*Rerun("", {"a": ["b"]}, (), {}).lines()][-1] == "1 thing changed"

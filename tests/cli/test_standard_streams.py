@@ -1,0 +1,78 @@
+"""vlqc.cli.standard_streams: full disks and refusing devices behind what a command prints and writes."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from typer.testing import CliRunner
+
+import vlqc
+from tests.support.compiled_folder import make_content
+from vlqc.cli.commands import app
+from vlqc.cli.output import write_file
+from vlqc.errors import UserError
+from vlqc.ir.stage import Stage
+from vlqc.reporting.dumps import writer as dumps
+
+ROOT = Path(__file__).parents[2]
+TEXT = 'stage "a.0" part=vision dtype=bfloat16 {\n  %x = input("x") : float32[2]\n  return (%x,)\n}\n'
+
+
+def run(redirected: str, *words: str) -> "subprocess.CompletedProcess[str]":
+    command = f'exec "$0" -m vlqc "$@" {redirected}'
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        ["sh", "-c", command, sys.executable, *words], capture_output=True, text=True, env=environment, check=False
+    )
+
+
+@pytest.mark.parametrize("words", [["--json"], [], ["--help"]])
+def test_a_result_that_cannot_be_printed(words: list[str], tmp_path: Path) -> None:
+    """Catches exit code 1, which means a damaged folder, or a traceback, for a sound folder and a full disk."""
+    ended = run("> /dev/full", "verify", str(make_content().write(tmp_path / "out")), *words)
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr
+    assert "the output cannot be written" in ended.stderr and "No space left" in ended.stderr
+
+
+def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
+    """Catches work that ends at the first word on stderr because nobody can keep it."""
+    folder = str(make_content().write(tmp_path / "out"))
+    for redirected in ("2> /dev/full", "2>&-"):
+        ended = run(redirected, "verify", folder)
+        assert ended.returncode == 0 and "sound" in ended.stdout
+        assert run(redirected, "verify", str(tmp_path / "nowhere")).returncode == 2
+
+
+def test_a_pipe_that_nobody_reads(tmp_path: Path) -> None:
+    """Catches an error for `vlqc ... | head`, which has all that it wanted."""
+    ended = run("| true", "passes", "--json")
+    assert ended.stderr == ""
+
+
+def test_files_that_are_none_or_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a command that waits for the other end of a pipe, and a traceback when the work is done."""
+    folder = str(make_content().write(tmp_path / "out"))
+    os.mkfifo(tmp_path / "pipe")
+    for file in (tmp_path / "pipe", "/dev/full"):
+        ended = CliRunner().invoke(app, ["verify", folder, "--json_file", str(file)])
+        assert ended.exit_code == 2 and "not an ordinary file" in ended.stderr
+    with pytest.raises(UserError, match="No space left"):
+        write_file("--json_file", Path("/dev/full"), "{}")
+
+
+@pytest.mark.parametrize("error", [SafetensorError("No space left"), OSError(errno.ENOSPC, "No space left")])
+def test_a_dump_that_does_not_fit(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a full disk that is called a fault of vlqc, in the words of any writer."""
+
+    def write(stage: Stage, path: Path, state: object) -> None:
+        raise error
+
+    monkeypatch.setattr(dumps, "_writer", lambda name: write)
+    stage = Stage("a.0", "vision", torch.bfloat16, None, vlqc.parse(TEXT).graph, {})
+    with pytest.raises(UserError, match="No space left"):
+        dumps.Dumper(tmp_path, formats=["bundle"]).traced(stage)

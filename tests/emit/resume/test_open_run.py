@@ -1,0 +1,176 @@
+"""What differs from the run that ended early, or was damaged since, is found before a run goes on from it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.support.interrupted_runs import compile_into, compiled, content, interrupted, left, small
+from tests.support.resume_runs import QUICK, SAMPLES
+from vlqc.emit.resume.fingerprint import _arithmetic, facts_of
+from vlqc.errors import UserError
+
+ROOT = Path(__file__).parents[3]
+SEARCH = QUICK | {"fallback": "auto", "max_float_groups": 2, "target": "vllm-ascend"}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def whole(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What an uninterrupted run writes."""
+    return compiled(tmp_path_factory.mktemp("whole") / "out", checkpoint)
+
+
+# ---- what differs ----------------------------------------------------------------------------------------------------
+
+
+def weights_changed(copy: Path, name: str) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    tensors[name].view(torch.int16).flatten()[0] += 1
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+
+
+def text_changed(copy: Path, name: str) -> None:
+    (copy / name).write_text((copy / name).read_text().rstrip() + "\n\n")
+
+
+CHANGES: dict[str, tuple[Callable[[Path], object], dict[str, Any], tuple[str, ...]]] = {
+    "an option": (lambda copy: None, {"act_method": 2}, ("--act_method: 1 then, 2 now", "pipeline: ")),
+    "the target": (lambda copy: None, {"target": "vllm-ascend"}, ("--target: None then, vllm-ascend now",)),
+    "a size": (lambda copy: None, {"part_file_size": 1}, ("--part_file_size: None then, 1 now",)),
+    "the samples": (lambda copy: None, {"samples": SAMPLES[:1]}, ("calibration samples: 2, ", "then, 1, ")),
+    "a pixel": (lambda copy: None, {"samples": [SAMPLES[0] | {"pixel_values": SAMPLES[0]["pixel_values"] + 1e-3},
+                                                SAMPLES[1]]}, ("calibration samples: 2, ", "then, 2, ")),
+    "config.json": (lambda copy: text_changed(copy, "config.json"), {}, ("config.json: ",)),
+    "a side file": (lambda copy: text_changed(copy, "tokenizer.json"), {}, ("file tokenizer.json: ",)),
+    "a new file": (lambda copy: (copy / "notes.txt").write_text("x"), {}, ("file notes.txt: nothing then",)),
+    "a finished weight": (lambda copy: weights_changed(copy, "visual.blocks.0.attn.qkv.bias"), {},
+                          ("visual.blocks.0.attn.qkv.bias has other values than it had then",)),
+    "an embedding": (lambda copy: weights_changed(copy, "model.embed_tokens.weight"), {}, ()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_differs_is_named(change: str, checkpoint: Path, tmp_path: Path) -> None:
+    """Catches a result made of two: whatever its bytes depend on has to be the same, or the run does not go on."""
+    damage, options, words = CHANGES[change]
+    copy = shutil.copytree(checkpoint, tmp_path / "model")
+    work = interrupted(tmp_path / "out", copy)
+    before = content(work / "outputs")
+    damage(copy)
+    if change == "an embedding":  # of a token that the samples hold
+        tensors = load_file(copy / "model.safetensors")
+        tensors["model.embed_tokens.weight"][int(SAMPLES[0]["input_ids"][0, 0])] += 1
+        save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+        words = ("rows of model.embed_tokens.weight for them: ",)
+    with pytest.raises(UserError, match="cannot be resumed") as caught:
+        compile_into(tmp_path / "out", copy, **({"resume": True} | options))
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert "--start_over" in str(caught.value)
+    assert left(tmp_path / "out") == [work] and content(work / "outputs") == before
+
+
+@pytest.mark.parametrize("fact", ["vlqc", "torch", "transformers", "safetensors", "numpy", "threads", "device"])
+def test_another_library_or_machine_is_named(
+    fact: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a fact that is not compared: another version or another number of threads may round differently."""
+    interrupted(tmp_path / "out", checkpoint)
+    monkeypatch.setattr("vlqc.emit.resume.journal.facts_of", lambda *given: facts_of(*given) | {fact: "another"})
+    with pytest.raises(UserError, match=rf"why: {fact}: .* then, another now\n"):
+        compile_into(tmp_path / "out", checkpoint, resume=True)
+
+
+def test_another_arithmetic_is_named(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches routines that round differently, by a setting or the environment, on a processor of the same name."""
+    interrupted(tmp_path / "out", checkpoint)
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    with pytest.raises(UserError, match="cannot be resumed") as caught:
+        compile_into(tmp_path / "out", checkpoint, resume=True)
+    assert "why: arithmetic of this machine: " in str(caught.value)
+
+
+def test_the_same_arithmetic_is_known_again() -> None:
+    """Catches a digest that depends on the moment, the process or the caller's random numbers: no run would go on."""
+    code = (
+        "import torch; torch.set_num_threads(int(input()))\n"
+        "from vlqc.emit.resume import fingerprint as f\nprint(f._arithmetic())"
+    )
+    threads = f"{torch.get_num_threads()}\n"
+    before = torch.get_rng_state()
+    here = [_arithmetic() for _ in range(3)]
+    command = [sys.executable, "-c", code]
+    there = subprocess.run(command, input=threads, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
+    assert [*here, there] == [there] * 4 and torch.equal(before, torch.get_rng_state())
+
+
+def test_what_does_not_matter_may_differ(checkpoint: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    """Catches a run that died of too little memory and cannot go on with less, or a checkpoint that was moved."""
+    interrupted(tmp_path / "out", checkpoint)
+    copy = shutil.copytree(
+        checkpoint, tmp_path / "moved"
+    )  # other times of its files: all finished weights are compared
+    compile_into(tmp_path / "out", copy, resume=True, memory_budget=0.0, overwrite=True, dump_ir=tmp_path / "dump")
+    assert content(tmp_path / "out") == whole
+
+
+# ---- what was damaged ------------------------------------------------------------------------------------------------
+
+
+def torn(work: Path, count: int) -> None:
+    path = work / "journal.jsonl"
+    path.write_bytes(path.read_bytes()[:-count])
+
+
+@pytest.mark.parametrize("lost", [1, 300])
+def test_a_torn_last_line_counts_as_never_written(
+    lost: int, checkpoint: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a power cut in the middle of a line that makes everything before it worthless."""
+    monkeypatch.setattr(Path, "unlink", lambda *unused, **unused_too: None)  # which comes after the line
+    work = interrupted(tmp_path / "out", checkpoint)
+    monkeypatch.undo()
+    torn(work, lost)
+    result = compile_into(tmp_path / "out", checkpoint, resume=True)
+    assert any("went on after 2 of 5" in note for note in result.notes) and content(tmp_path / "out") == whole
+
+
+def flipped(path: Path, at: float = 0.7) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[int(len(raw) * at)] ^= 1
+    path.write_bytes(bytes(raw))
+
+
+DAMAGES: dict[str, tuple[dict[str, Any], Callable[[Path], object], str]] = {
+    "a line": (QUICK, lambda work: flipped(work / "journal.jsonl", 0.3), "line"),
+    "a weight": (QUICK, lambda work: flipped(work / "result" / ".00000.partial"), "are not what was written"),
+    "a weight file gone": (QUICK, lambda work: (work / "result" / ".00000.partial").unlink(), "is missing"),
+    "a weight file cut": (QUICK, lambda work: os.truncate(work / "result" / ".00000.partial", 99_999), "not what was"),
+    "an output": (QUICK, lambda work: flipped(next((work / "outputs").iterdir())), "outputs/2 is not what was"),
+    "outputs gone": (QUICK, lambda work: shutil.rmtree(work / "outputs"), "outputs/2 is not what was"),
+    "what waits": (SEARCH, lambda work: flipped(work / "result" / ".waiting" / "1.safetensors"), "1.safetensors of"),
+    "what waits gone": (SEARCH, lambda work: next((work / "result" / ".waiting").glob("0*")).unlink(), "0.safe"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_found(damage: str, checkpoint: Path, tmp_path: Path) -> None:
+    """Catches a byte that changed on the disk since the interruption and would go into the result unseen."""
+    options, apply, words = DAMAGES[damage]
+    work = interrupted(tmp_path / "out", checkpoint, **options)
+    apply(work)
+    with pytest.raises(UserError, match="left is damaged") as caught:
+        compile_into(tmp_path / "out", checkpoint, **(options | {"resume": True}))
+    assert words in str(caught.value) and "--start_over" in str(caught.value)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,70 @@
+"""Hostile input in numbers: every target of the fuzzer, the same cases every time; and the fuzzer itself."""
+
+import mmap
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.fuzz.targets import TARGETS
+from tools import fuzz
+from vlqc.errors import Fault, UserError
+
+LEAST_CASES = 20_000
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_hostile_input_is_refused_or_used(name: str, tmp_path: Path) -> None:
+    """Catches a traceback, a hang, memory without bound, or a wrong thing taken for right, in any reader of files."""
+    counts = fuzz.run(name, TARGETS[name].examples, None, tmp_path)
+    print(f"{name}: {counts[True]} accepted, {counts[False]} refused")
+    assert counts.total() >= TARGETS[name].examples, "hypothesis tried fewer cases than are counted on"
+    assert counts[True] and counts[False], "a target that refuses all, or nothing, tests one half of it"
+
+
+def test_there_are_enough_cases() -> None:
+    """Catches a table of targets that shrinks until it proves nothing."""
+    assert sum(target.examples for target in TARGETS.values()) >= LEAST_CASES
+
+
+def hang(case: object, folder: Path) -> bool:
+    while True:
+        time.sleep(0.01)
+
+
+def eat(case: object, folder: Path) -> bool:
+    try:
+        bytearray(4 * fuzz.BYTES_PER_CASE)
+    except MemoryError as error:
+        raise UserError(Fault("it is too large")) from error
+    return True
+
+
+def map_much(case: object, folder: Path) -> bool:
+    mmap.mmap(-1, 4 * fuzz.BYTES_PER_CASE).close()
+    return True
+
+
+def test_the_fuzzer_sees_what_it_looks_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches bounds that do not bind, and messages that nobody looks at: then all targets would pass for ever."""
+    monkeypatch.setattr(fuzz.bounded.__wrapped__, "__defaults__", (0.2, fuzz.BYTES_PER_CASE))  # type: ignore[attr-defined]
+    with pytest.raises(fuzz.Hangs):
+        fuzz.tried(hang, None, tmp_path)
+    with pytest.raises(fuzz.Hungry):
+        fuzz.tried(eat, None, tmp_path)
+    with pytest.raises(OSError):
+        fuzz.tried(map_much, None, tmp_path)
+
+    def refuse(what: object, folder: Path) -> bool:
+        error = UserError(Fault("x"))
+        error.args = (what,)
+        raise error
+
+    for unprintable in ("\x1b[2J", "a\rb", ""):
+        with pytest.raises(AssertionError, match="cannot be shown"):
+            fuzz.tried(refuse, unprintable, tmp_path)
+    with pytest.raises(UnicodeEncodeError):
+        fuzz.tried(refuse, "\ud800", tmp_path)
+    assert fuzz.tried(refuse, "refused", tmp_path) is False
+    with pytest.raises(KeyError):
+        fuzz.tried(lambda case, folder: {}[case], "anything else", tmp_path)

@@ -1,0 +1,50 @@
+"""The command lines of the original script's page, run as written, with `cpu` in place of `npu`."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vlqc
+from tools.checkpoints import outlier_checkpoint as make_outlier_checkpoint
+
+ROOT = Path(__file__).parents[2]
+PHOTOS = Path(__file__).parents[1] / "photos"
+COMMON = "--w_bit 8 --a_bit 8 --device_type cpu --trust_remote_code True"
+LOW_BIT = "--w_bit 4 --a_bit 8 --act_method 1 --device_type cpu --trust_remote_code True --anti_method m4"
+LINES = {  # options as on the page: engine they are meant for, scheme
+    f"{COMMON} --anti_method m2 --mindie_format": ("mindie", "W8A8"),
+    f"{COMMON} --anti_method m2": ("vllm-ascend", "W8A8"),
+    f"{COMMON} --anti_method m4 --mindie_format": ("mindie", "W8A8"),
+    f"{COMMON} --anti_method m4": ("vllm-ascend", "W8A8"),
+    f"{LOW_BIT} --open_outlier False --is_dynamic True --is_lowbit True --group_size 256": (
+        "vllm-ascend",
+        "W4A8_DYNAMIC",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint") / "Qwen2.5-VL"
+    make_outlier_checkpoint.make(folder, seed=0)
+    return folder
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_line(checkpoint: Path, tmp_path: Path, line: str) -> None:
+    """Catches an existing command line that stops working, or writes what its engine does not load."""
+    engine, scheme = LINES[line]
+    folders = ["--model_path", checkpoint, "--calib_images", PHOTOS, "--save_directory", tmp_path / "out"]
+    command = [sys.executable, str(ROOT / "tools" / "quant_qwen2_5vl.py"), *map(str, folders), *line.split()]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    report = vlqc.verify_folder(tmp_path / "out", engine=engine)
+    assert report.findings == []
+    description = json.loads(next((tmp_path / "out").glob("quant_model_description*.json")).read_text())
+    assert description["model_quant_type"] == scheme
+    assert description["model.layers.0.mlp.gate_proj.weight"] == scheme

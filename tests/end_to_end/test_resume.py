@@ -1,0 +1,302 @@
+"""Runs that end early for other reasons than a kill, and go on, or not."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import greenlet
+import pytest
+from torch import Tensor
+from typer.testing import CliRunner
+
+import vlqc
+from tests.support.interrupted_runs import (
+    STAGES,
+    compile_into,
+    compiled,
+    content,
+    failing,
+    interrupted,
+    left,
+    small,
+    traced,
+)
+from vlqc.cli.commands import app
+from vlqc.emit.atomic_folder import WorkFolder
+from vlqc.emit.resume.journal import Journal
+from vlqc.emit.shard_writer import ShardWriter
+from vlqc.errors import InternalError, UserError
+from vlqc.ir.stage import Stage
+
+PHOTOS = Path(__file__).parents[1] / "photos"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def whole(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What an uninterrupted run writes."""
+    return compiled(tmp_path_factory.mktemp("whole") / "out", checkpoint)
+
+
+# ---- how a run can end -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.every_transformers
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_can_be_the_first_to_run_again(
+    stage: str, checkpoint: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches outputs that are needed again and were not kept, at the borders of vision, merger and language too."""
+    target = tmp_path / "out"
+    with failing(stage, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+        compile_into(target, checkpoint)
+    ran = traced(monkeypatch)
+    result = compile_into(target, checkpoint, resume=True)
+    finished = STAGES.index(stage)
+    assert [name for name in dict.fromkeys(ran) if name in STAGES] == STAGES[finished:]
+    assert content(target) == whole and left(target) == []
+    said = [note for note in result.notes if "which an interrupted run had finished" in note]
+    assert len(said) == (finished > 0) and all(f"{finished} of 5" in note for note in said)
+
+
+def test_a_run_can_be_interrupted_again_and_again(checkpoint: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    """Catches a journal that a second run does not carry on, and values that a second interruption loses."""
+    target = tmp_path / "out"
+    for number, stage in enumerate(STAGES[1:]):
+        with failing(stage, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt) as caught:
+            compile_into(target, checkpoint, resume=number > 0)
+        assert f"{number + 1} of 5 stages are finished" in caught.value.__notes__[0]
+    result = compile_into(target, checkpoint, resume=True)
+    assert content(target) == whole and left(target) == []
+    assert sum(result.counts.values()) == sum(compile_into(tmp_path / "again", checkpoint).counts.values())
+
+
+def test_an_error_before_any_stage_is_finished_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    """Catches rubbish beside the save folder after bad input."""
+    with failing(STAGES[0], UserError("no")), pytest.raises(UserError):
+        compile_into(tmp_path / "deep" / "out", checkpoint)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(InternalError("a promise"), InternalError), (MemoryError(), UserError), (UserError("a sample"), UserError)],
+)
+def test_any_error_keeps_what_is_finished(
+    error: Exception, told: type[Exception], checkpoint: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Catches hours of work that go with an error in the last stage."""
+    with failing(STAGES[4], error), pytest.raises(told) as caught:
+        compile_into(tmp_path / "out", checkpoint)
+    assert "4 of 5 stages are finished and kept in" in caught.value.__notes__[0]
+    compile_into(tmp_path / "out", checkpoint, resume=True)
+    assert content(tmp_path / "out") == whole
+
+
+def test_a_verdict_on_the_whole_result_leaves_nothing(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a folder kept to be resumed when going on can only lead to the same refusal."""
+
+    def refuse(folder: Path) -> None:
+        raise InternalError("not sound")
+
+    monkeypatch.setattr("vlqc.compiler.require_sound", refuse)
+    with pytest.raises(InternalError):
+        compile_into(tmp_path / "out", checkpoint)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["weights", "outputs", "journal", "manifest"])
+def test_a_full_disk(
+    place: str, checkpoint: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a traceback, half a result, and a run that has to start anew once there is room."""
+    owners: dict[str, tuple[str, int]] = {
+        "weights": ("vlqc.emit.shard_writer.ShardWriter._write", 60),
+        "outputs": ("vlqc.emit.resume.stage_outputs.OutputsWriter._write", 5),
+        "journal": ("vlqc.emit.resume.journal_file.os.fsync", 16),  # 1 for the first line, 5 per stage
+        "manifest": ("vlqc.emit.resume.journal.write_manifest", 1),
+    }
+    name, call = owners[place]
+    module, _, path = name.rpartition(".")
+    real, calls = _found(name), []
+
+    def full(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == call:
+            raise OSError(28, "No space left on device")
+        return real(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(name, full)
+        with pytest.raises(UserError, match="No space left on device") as caught:
+            compile_into(tmp_path / "out", checkpoint)
+    assert "stages are finished and kept in" in caught.value.__notes__[0], (module, path)
+    assert not (tmp_path / "out").exists()
+    compile_into(tmp_path / "out", checkpoint, resume=True)
+    assert content(tmp_path / "out") == whole and left(tmp_path / "out") == []
+
+
+def _found(name: str) -> Callable[..., Any]:
+    from _pytest.monkeypatch import derive_importpath
+
+    attribute, owner = derive_importpath(name, True)
+    found: Callable[..., Any] = getattr(owner, attribute)
+    return found
+
+
+def test_ctrl_c_on_the_command_line(checkpoint: Path, tmp_path: Path) -> None:
+    """Catches an interruption that says nothing of how to go on, or has another exit code."""
+    target = tmp_path / "out"
+    command = ["compile", "--model_path", str(checkpoint), "--save_directory", str(target), "--calib_images"]
+    command += [str(PHOTOS), "--max_tokens", "60", "--max_samples", "1", "--weight_method", "round"]
+    run, before = Stage.run, signal.getsignal(signal.SIGINT)
+
+    def pressed(stage: Stage, *watch: Any) -> None:
+        if stage.name == STAGES[2]:
+            os.kill(os.getpid(), signal.SIGINT)
+        run(stage, *watch)
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    Stage.run = pressed  # type: ignore[method-assign, assignment]
+    try:
+        ended = CliRunner().invoke(app, command)
+    finally:
+        Stage.run = run  # type: ignore[method-assign]
+        signal.signal(signal.SIGINT, before)
+    assert ended.exit_code == 130 and not target.exists()
+    assert "interrupted" in ended.stderr and "2 of 5 stages are finished and kept" in ended.stderr
+    refused = CliRunner().invoke(app, command)
+    assert refused.exit_code == 2 and "--resume" in refused.stderr and "--start_over" in refused.stderr
+    assert len(left(target)) == 1
+    went_on = CliRunner().invoke(app, [*command, "--resume"])
+    assert went_on.exit_code == 0 and "2 of 5 stages were finished before" in went_on.stderr
+    assert vlqc.verify_folder(target).ok and left(target) == []
+
+
+# ---- with or without something to go on with -------------------------------------------------------------------------
+
+
+def test_nothing_to_resume_is_a_new_run(checkpoint: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    """Catches a command that cannot be repeated in a loop, or that is silent about what it does."""
+    result = compile_into(tmp_path / "out", checkpoint, resume=True)
+    assert content(tmp_path / "out") == whole and any("there is nothing to go on with" in it for it in result.notes)
+
+
+def test_after_success_nothing_is_done_again(checkpoint: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    """Catches a finished result that a repeated command throws away, or hours of work before a refusal."""
+    compile_into(tmp_path / "out", checkpoint)
+    for _ in range(2):
+        with pytest.raises(UserError, match="not empty"):
+            compile_into(tmp_path / "out", checkpoint, resume=True)
+        (tmp_path / ".out.partial-left").mkdir(exist_ok=True)  # cleared up halfway
+    assert content(tmp_path / "out") == whole
+
+
+def test_a_repeated_command_does_not_lose_what_is_there(checkpoint: Path, tmp_path: Path) -> None:
+    """Catches a plain repeat that removes hours of work; to start anew has to be said."""
+    work = interrupted(tmp_path / "out", checkpoint)
+    for options in ({}, {"overwrite": True}, {"w_bit": 8, "is_dynamic": True}):
+        with pytest.raises(UserError, match="add --resume to go on from there, or --start_over"):
+            compile_into(tmp_path / "out", checkpoint, **options)
+    assert left(tmp_path / "out") == [work]
+    compile_into(tmp_path / "out", checkpoint, start_over=True)
+    assert left(tmp_path / "out") == [] and (tmp_path / "out").is_dir()
+
+
+def test_what_appeared_meanwhile_stays(checkpoint: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    """Catches a resumed run that replaces a folder which was not there when it began."""
+    interrupted(tmp_path / "out", checkpoint)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("mine")
+    with pytest.raises(UserError, match="something else has appeared there"):
+        compile_into(tmp_path / "out", checkpoint, resume=True)
+    assert content(tmp_path / "out") == {"mine": b"mine"} and len(left(tmp_path / "out")) == 1
+    compile_into(tmp_path / "out", checkpoint, resume=True, overwrite=True)
+    assert content(tmp_path / "out") == whole
+
+
+def test_two_runs_do_not_take_the_same_folder(checkpoint: Path, tmp_path: Path) -> None:
+    """Catches two commands with --resume that write into one work folder."""
+    work = interrupted(tmp_path / "out", checkpoint)
+    held = WorkFolder(tmp_path / "out", work)
+    with pytest.raises(UserError, match="another run is writing into its work folder"):
+        compile_into(tmp_path / "out", checkpoint, resume=True)
+    held.close()
+    compile_into(tmp_path / "out", checkpoint, resume=True)
+
+
+# ---- what cannot be kept, or is late ---------------------------------------------------------------------------------
+
+
+def test_outputs_that_were_not_kept_are_not_made_up(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a model whose own code reads an early stage again, and silently gets nonsense after an interruption."""
+    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as code
+
+    owner: Any = getattr(code, "Qwen2_5_VLTextModel", None) or code.Qwen2_5_VLModel
+    build = owner.__init__
+    first: dict[greenlet.greenlet, Tensor] = {}  # per suspended forward what entered its first layer
+
+    def remember(layer: Any, args: Any) -> None:
+        if greenlet.getcurrent().parent is not None:
+            first[greenlet.getcurrent()] = args[0]
+
+    def add(layer: Any, args: Any) -> Any:
+        return args[0] + first.get(greenlet.getcurrent(), 0), *args[1:]
+
+    def build_with_a_short_cut(self: Any, *args: Any, **given: Any) -> None:
+        build(self, *args, **given)
+        self.layers[0].register_forward_pre_hook(remember)
+        self.layers[1].register_forward_pre_hook(add)
+
+    monkeypatch.setattr(owner, "__init__", build_with_a_short_cut)
+    interrupted(tmp_path / "out", checkpoint, at=STAGES[4])
+    with pytest.raises(UserError, match="this model cannot be resumed here"):
+        compile_into(tmp_path / "out", checkpoint, resume=True)
+
+
+def test_outputs_of_an_unknown_kind_give_up(
+    checkpoint: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a stage of somebody's own code that breaks the run because its outputs cannot be kept."""
+    from vlqc.emit.resume.stage_outputs import CannotBeKept
+
+    def cannot(self: object, value: object) -> None:
+        raise CannotBeKept("Thing")
+
+    monkeypatch.setattr("vlqc.emit.resume.stage_outputs.OutputsWriter.add", cannot)
+    with failing(STAGES[3], KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+        compile_into(tmp_path / "out", checkpoint)
+    assert list(tmp_path.iterdir()) == []
+    result = compile_into(tmp_path / "out", checkpoint)
+    assert content(tmp_path / "out") == whole and any("returns a Thing" in note for note in result.notes)
+
+
+def test_a_slow_disk_changes_nothing(
+    checkpoint: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches what the thread that writes and the one that computes do to each other's files."""
+    mark, finished, held = ShardWriter.mark, Journal.finished, []
+
+    def slowly(writer: ShardWriter) -> dict[str, Any]:
+        time.sleep(0.3)
+        return mark(writer)
+
+    def noted(journal: Journal, stage: Stage) -> None:
+        finished(journal, stage)
+        held.append(journal.kept)
+
+    monkeypatch.setattr(ShardWriter, "mark", slowly)
+    monkeypatch.setattr(Journal, "finished", noted)
+    compile_into(tmp_path / "out", checkpoint)
+    assert content(tmp_path / "out") == whole and held[-1] < 4  # it did lag behind

@@ -1,0 +1,162 @@
+"""What the README promises of strangers' files: nothing of them runs."""
+
+import ast
+import pickle
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import vlqc
+from tests.support.foreign_files import edit, photo
+from tests.support.fuzz.tiny import TINY
+from tools.fuzz import bounded
+from vlqc.errors import UserError
+from vlqc.frontend.calibration.dataset import load_samples
+from vlqc.frontend.calibration.images import BadPicture, read_picture
+from vlqc.frontend.checkpoint.checkpoint import Checkpoint
+from vlqc.reporting.checkpoint_summary import inspect_folder
+from vlqc.verify import verify_folder
+
+ROOT = Path(__file__).parents[2]
+
+
+class Payload:
+    """Unpickled, it leaves a mark."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.mark,)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(TINY, tmp_path / "model"))
+
+
+LOADERS = {
+    "eval",
+    "exec",
+    "__import__",
+    "system",
+    "popen",
+    "Popen",
+    "run_path",
+    "loads",
+    "load",
+    "Unpickler",
+}
+HARMLESS = {"re.compile", "vlqc.load", "json.loads", "platform.system"}
+ALLOWED = {
+    ("tally.py", "loads"), ("__init__.py", "loads"), ("processes.py", "pickle.loads"),
+    ("processes.py", "pickle.Unpickler"), ("processes.py", "unpickler.load"), ("processes.py", "received.load"),
+    ("accuracy.py", "load"), ("model.py", "model.eval"), ("pictures.py", "opened.load"),
+}  # fmt: skip
+
+
+def test_no_other_door_for_code() -> None:
+    """Catches a call that runs what it reads: pickles, torch.load, eval, a shell. Those of processes.py are between the
+    processes of one run."""
+    found = set()
+    for path in [*(ROOT / "vlqc").rglob("*.py"), *(ROOT / "passes").glob("*.py"), *(ROOT / "kernels_ref").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                if called.rpartition(".")[2] in LOADERS and called not in HARMLESS:
+                    found.add((path.name, called))
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
+                assert not names & {"subprocess", "marshal", "shelve", "joblib", "dill"}, path
+                assert "yaml" not in names or path.name == "recipe.py", path
+                assert "pickle" not in names or path.name == "processes.py", path
+    assert found <= ALLOWED, found - ALLOWED
+
+
+def test_yaml_only_becomes_text() -> None:
+    """Catches a loader that makes objects of what a recipe says, be it one that is called safe: text is all it is."""
+    tree = ast.parse((ROOT / "vlqc" / "recipe.py").read_text(encoding="utf-8"))
+    used = {
+        node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "yaml"
+    }
+    nodes = {name for name in used if name.endswith(("Node", "Event"))} | {"YAMLError"}
+    assert used - nodes == {"parse", "compose", "BaseLoader"}
+
+
+def test_pickles_are_never_loaded(model: Path, tmp_path: Path) -> None:
+    """Catches the weights of older checkpoints, or any file beside them, being unpickled."""
+    mark = tmp_path / "ran"
+    for name in ("pytorch_model.bin", "model.pt", "model.pth", "training_args.bin", "vocab.pkl", "merges.pkl"):
+        (model / name).write_bytes(pickle.dumps(Payload(mark)))
+    out = tmp_path / "out"
+    vlqc.compile(model_path=model, save_directory=out, calib_images=photo(tmp_path), weight_method="round")
+    inspect_folder(model)
+    verify_folder(out, model_path=model)
+    (model / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"\.bin files are not read because loading them runs code"):
+        Checkpoint(model)
+    assert not mark.exists() and not list(out.glob("*.bin")) and not list(out.glob("*.pt*"))
+    pickle.loads(pickle.dumps(Payload(mark)))
+    assert mark.exists(), "the payload proves something only if it works"
+
+
+@pytest.mark.every_transformers
+@pytest.mark.parametrize("place", ["config.json", "preprocessor_config.json", "tokenizer_config.json"])
+def test_own_code_is_left_alone(model: Path, tmp_path: Path, place: str) -> None:
+    """Catches code beside the weights that runs without --trust_remote_code, from wherever it is announced."""
+    mark = tmp_path / "ran"
+    (model / "own.py").write_text(f"open({str(mark)!r}, 'w').close()\nraise SystemExit\n")
+    mapped = ("AutoConfig", "AutoModel", "AutoProcessor", "AutoImageProcessor", "AutoTokenizer", "AutoModelForCausalLM")
+    edit(model / place, auto_map={name: "own.Own" for name in mapped})
+    out = tmp_path / "out"
+    try:
+        vlqc.compile(model_path=model, save_directory=out, calib_images=photo(tmp_path), weight_method="round")
+    except UserError as error:
+        assert "--trust_remote_code" in str(error)
+    assert not mark.exists() and not (out / "own.py").exists()
+
+
+@pytest.mark.parametrize("name", ["TransfoXLTokenizer", "RagTokenizer", "BertJapaneseTokenizer", "os.system"])
+def test_tokenizers_of_other_models_are_not_loaded(model: Path, tmp_path: Path, name: str) -> None:
+    """Catches a tokenizer class picked by the checkpoint: some of them unpickle files or load what others wrote."""
+    edit(model / "tokenizer_config.json", tokenizer_class=name)
+    with pytest.raises(UserError, match=f"tokenizer_class is '{name}'"):
+        load_samples(model, photo(tmp_path))
+
+
+ESCAPES = (
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ cycler.__init__.__globals__.os.popen('touch ran').read() }}",
+    "{{ messages.append(1) }}{{ messages.__class__.__base__.__subclasses__() }}",
+    "{% include '/etc/passwd' %}",
+    "{% for a in range(10**9) %}{% endfor %}",
+)
+
+
+@pytest.mark.every_transformers
+@pytest.mark.parametrize("template", ESCAPES)
+def test_chat_templates_stay_in_their_sandbox(model: Path, tmp_path: Path, template: str) -> None:
+    """Catches a template, which is a program, that reaches Python's objects, files, or an endless loop of its own."""
+    (model / "chat_template.json").unlink()
+    (model / "chat_template.jinja").write_text(template)
+    with bounded(30.0), pytest.raises(UserError, match="chat template"):
+        load_samples(model, photo(tmp_path))
+    assert not Path("ran").exists()
+
+
+def test_pictures_start_no_other_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches PostScript named .jpg, which Pillow would hand to Ghostscript."""
+
+    def started(*given: object, **more: object) -> None:
+        raise AssertionError(f"started {given}")
+
+    for name in ("Popen", "run", "check_call", "check_output", "call"):
+        monkeypatch.setattr(subprocess, name, started)
+    (tmp_path / "a.jpg").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+    )
+    with pytest.raises(BadPicture, match="not a picture, or of an unknown format"):
+        read_picture(tmp_path / "a.jpg")

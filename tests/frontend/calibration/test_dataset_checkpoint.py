@@ -1,0 +1,112 @@
+"""What a checkpoint brings along for calibration: tokenizer, chat template, settings of the image processor."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import dynamic_module_utils
+
+from tests.support.calibration_files import END, PAD, START, TINY, lines, model_without, picture
+from vlqc.errors import UserError
+from vlqc.frontend.calibration.dataset import load_samples
+from vlqc.frontend.calibration.processor import ModelInputs
+
+
+def test_checkpoint_without_tokenizer_or_settings(tmp_path: Path) -> None:
+    """Catches a raw exception of transformers, or an attempt to use the network, for an incomplete checkpoint."""
+    path = picture(tmp_path / "a.png")
+    model = model_without(tmp_path, "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json")
+    with pytest.raises(UserError, match="has no tokenizer") as caught:
+        load_samples(model, path)
+    assert "samples=" in str(caught.value)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(TINY / name, model / name)
+    with pytest.raises(UserError, match=r"preprocessor_config\.json") as caught:
+        load_samples(model, path)
+    assert "samples=" in str(caught.value)
+    text_only = lines(tmp_path / "q.jsonl", {"prompt": "red"})
+    assert "no sample has a picture" in load_samples(model, text_only).notes[-1]
+    (model / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match=r"tokenizer in .* cannot be loaded"):
+        load_samples(model, path)
+
+
+def test_settings_of_newer_transformers(tmp_path: Path) -> None:
+    """Catches checkpoints whose picture settings lie in processor_config.json and give `size` instead of min_pixels."""
+    path = picture(tmp_path / "a.png", 280, 280)
+    model = model_without(tmp_path, "preprocessor_config.json")
+    settings = json.loads((TINY / "preprocessor_config.json").read_text())
+    kept = {name: value for name, value in settings.items() if name not in ("min_pixels", "max_pixels")}
+    small = {**kept, "size": {"shortest_edge": 3136, "longest_edge": 100 * 28 * 28 // 4}}
+    (model / "processor_config.json").write_text(json.dumps({"image_processor": small}))
+    (nested,) = load_samples(model, path).samples
+    assert nested["image_grid_thw"].tolist() == [[1, 10, 10]]
+    (model / "processor_config.json").unlink()
+    (model / "preprocessor_config.json").write_text(json.dumps(small))
+    (flat,) = load_samples(model, path).samples
+    assert torch.equal(nested["pixel_values"], flat["pixel_values"])
+
+
+def test_checkpoint_without_chat_template(tmp_path: Path) -> None:
+    """Catches a checkpoint that cannot be calibrated because it was saved without its template."""
+    model = model_without(tmp_path, "chat_template.json", "tokenizer_config.json")
+    config = json.loads((TINY / "tokenizer_config.json").read_text())
+    del config["chat_template"]
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    calibration = load_samples(model, picture(tmp_path / "a.png"))
+    assert calibration.samples[0]["input_ids"][0, :8].tolist() == [START, *[PAD] * 6, END]
+    assert "no chat template" in calibration.notes[0]
+
+
+def test_unmarked_turns_and_marked_ones(tmp_path: Path) -> None:
+    """Catches a fallback form that differs from Qwen2.5-VL's own where its turn tokens exist."""
+    inputs = ModelInputs(TINY)
+    inputs._template = None
+    assert inputs._in_chat_form(1, "Hi", None) == "<|vision_start|><|image_pad|><|vision_end|>Hi"
+    inputs._tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    assert inputs._in_chat_form(1, "Hi", None) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>Hi<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert inputs._in_chat_form(0, "Hi", "Ho").endswith("<|im_start|>assistant\nHo<|im_end|>\n")
+
+
+def test_tokenizer_of_another_model(tmp_path: Path) -> None:
+    """Catches image tokens that the model does not recognize: features and tokens would not match."""
+    model = model_without(tmp_path)
+    config = json.loads((TINY / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "image_token_id": 6}))
+    with pytest.raises(UserError, match=r"number 5 in the tokenizer and 6 in config\.json"):
+        load_samples(model, picture(tmp_path / "a.png"))
+
+
+def test_image_token_inside_a_prompt(tmp_path: Path) -> None:
+    """Catches a text that smuggles in image tokens for which there is no picture."""
+    source = lines(tmp_path / "q.jsonl", {"prompt": "what is <|image_pad|>"})
+    with pytest.raises(UserError, match="stands for a picture") as caught:
+        load_samples(TINY, source)
+    assert caught.value.faults[0].where == f"{source} line 1"
+
+
+def test_own_code_needs_trust(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches code from the checkpoint that runs (or a question at the keyboard) without --trust_remote_code."""
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model = model_without(tmp_path)
+    config = json.loads((TINY / "tokenizer_config.json").read_text())
+    config.update(auto_map={"AutoTokenizer": [None, "own.OwnTokenizer"]}, tokenizer_class="OwnTokenizer")
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    ran = tmp_path / "ran"
+    (model / "own.py").write_text(
+        f"from transformers import PreTrainedTokenizerFast\nopen({str(ran)!r}, 'w').close()\n"
+        "class OwnTokenizer(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    path = picture(tmp_path / "a.png")
+    try:
+        load_samples(model, path)  # 5.x goes on with the tokenizer class that config.json implies, 4.x gives up
+    except UserError as error:
+        assert "--trust_remote_code True" in str(error)
+    assert not ran.exists()
+    assert load_samples(model, path, trust_remote_code=True).samples
+    assert ran.exists()

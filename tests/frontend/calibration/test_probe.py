@@ -1,0 +1,107 @@
+"""The small sample that proofs run on: cut out of a large one, as a model input of its own."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support import tiny
+from vlqc.frontend.calibration.probe import BEHIND, FIRST, HEIGHT, NEAREST, PROBE, PROBE_ROWS, WIDTH, probe_sample
+from vlqc.frontend.calibration.samples import checked_samples
+from vlqc.frontend.sequential import Lockstep, Stop
+from vlqc.frontend.stage_builder import live_stage
+from vlqc.ir.stage import Stage
+
+IMAGE, MERGE = 60, 2
+CONFIG = SimpleNamespace(image_token_id=IMAGE, vision_config=SimpleNamespace(spatial_merge_size=MERGE))
+
+
+def picture(before: int, grids: list[tuple[int, int, int]], behind: int, padding: int = 0) -> dict[str, Tensor]:
+    """A sample whose patches hold their own frame, row, column; whose text tokens count from 1 on."""
+    ids = list(range(1, before + 1))
+    patches = []
+    for frames, height, width in grids:
+        ids += [IMAGE] * (frames * height * width // MERGE**2) + [50]
+        where = torch.cartesian_prod(*(torch.arange(size) for size in (frames, height, width)))
+        blocks = where.reshape(frames, height // MERGE, MERGE, width // MERGE, MERGE, 3).permute(0, 1, 3, 2, 4, 5)
+        patches.append(blocks.reshape(-1, 3).float())
+    ids += [70 + number for number in range(behind)]
+    mask = torch.tensor([[0] * padding + [1] * len(ids)])
+    return {
+        "input_ids": torch.tensor([[9] * padding + ids]),
+        "attention_mask": mask,
+        "pixel_values": torch.cat(patches),
+        "image_grid_thw": torch.tensor(grids),
+    }
+
+
+def test_a_corner_of_the_first_picture() -> None:
+    """Catches patches that are not those of the corner, or not in the order in which they are merged."""
+    probe = probe_sample([picture(3, [(1, 40, 30), (1, 4, 4)], 5)], CONFIG)
+    assert probe is not None
+    expected = picture(3, [(1, HEIGHT, WIDTH)], 0)
+    assert torch.equal(probe["pixel_values"], expected["pixel_values"])
+    assert probe["image_grid_thw"].tolist() == [[1, HEIGHT, WIDTH]]
+    assert probe["input_ids"].shape == probe["attention_mask"].shape and bool(probe["attention_mask"].all())
+
+
+@pytest.mark.parametrize("padding", [0, 4])
+def test_text_that_is_kept(padding: int) -> None:
+    """Catches padding that is kept, text of the wrong side, a lost first token, image tokens without a picture."""
+    few = probe_sample([picture(5, [(2, 24, 20)], 2, padding)], CONFIG)
+    many = probe_sample([picture(40, [(1, 24, 24)], 200, padding)], CONFIG)
+    assert few is not None and many is not None
+    tokens = HEIGHT * WIDTH // MERGE**2
+    assert few["input_ids"].tolist() == [[1, 2, 3, 4, 5, *[IMAGE] * tokens, 50, 70, 71]]
+    first, nearest = [*range(1, FIRST + 1)], [*range(41 - NEAREST, 41)]
+    behind = [50, *range(70, 70 + BEHIND - 1)]
+    assert many["input_ids"].tolist() == [[*first, *nearest, *[IMAGE] * tokens, *behind]]
+
+
+def test_the_text_behind_ends_before_the_next_picture() -> None:
+    """Catches image tokens in the probe for which it has no patches, and the mark that announces them."""
+    probe = probe_sample([picture(2, [(1, 24, 24), (1, 2, 2)], 30)], CONFIG)
+    assert probe is not None
+    assert int((probe["input_ids"] == IMAGE).sum()) == len(probe["pixel_values"]) // MERGE**2
+
+
+def test_none_where_none_is_needed() -> None:
+    """Catches a made-up sample where a real one would do, and one without a picture, which the vision tower lacks."""
+    small, large = picture(3, [(1, 16, 16)], 5), picture(3, [(1, 24, 24)], 5)
+    text = {key: large[key][:, :2] for key in ("input_ids", "attention_mask")}
+    assert len(large["pixel_values"]) > PROBE_ROWS
+    assert probe_sample([large, small], CONFIG) is None
+    assert probe_sample([text], CONFIG) is None
+    assert probe_sample([text, large], CONFIG) is not None
+
+
+@pytest.mark.every_transformers
+def test_every_stage_is_proven_on_it() -> None:
+    """Catches a probe that the model does not take, that counts as a calibration sample, that does not go on to the
+    next stage, or that is not what the proofs run on."""
+    model = tiny.float_model()
+    samples = checked_samples([tiny.made_up((24, 24))], model.module)
+    probe = probe_sample(samples, model.module.config)
+    assert probe is not None and checked_samples([probe], model.module)
+    seen: list[tuple[str, int]] = []
+
+    def look(stop: Stop, stage: Stage) -> None:
+        assert [call.sample for call in stop.calls] == [7, PROBE]
+        assert [call.sample for call in stage.calls] == [7] and stage.probe is stop.calls[-1]
+        stage.run()
+        assert len(stage.outputs) == 1 and len(stage.answers()) == 2
+        seen.append((stage.name, len(stage.probe_rows())))
+
+    with (
+        model.ready_outside(model.checkpoint.tensor),
+        Lockstep(model, samples, first=7, probe=probe) as lockstep,
+    ):
+        for stop in lockstep:
+            with live_stage(model, stop, torch.bfloat16, model.checkpoint.tensor) as stage:
+                look(stop, stage)
+                stop.outputs = stage.answers()
+    assert [name for name, _ in seen] == tiny.STAGES
+    patches, tokens = HEIGHT * WIDTH, probe["input_ids"].shape[1]
+    assert {rows for name, rows in seen if "blocks" in name} == {patches}
+    assert {rows for name, rows in seen if "layers" in name} == {tokens}

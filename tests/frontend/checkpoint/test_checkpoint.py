@@ -1,0 +1,130 @@
+"""Reading checkpoint folders: every layout gives the same tensors, and nothing else is touched."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.support.checkpoints import LAYOUTS, NEW_NAMES, TENSORS, fault_of, indexed_beside_a_stale_file, write
+from vlqc.frontend.checkpoint.checkpoint import Checkpoint, original_name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("names", ["old", "new"])
+def test_every_layout_gives_every_tensor_as_stored(tmp_path: Path, layout: Callable[..., None], names: str) -> None:
+    """Catches a shard that is not read, a stale file that is, a renamed tensor, a changed dtype, shape or value."""
+    stored = {NEW_NAMES[name] if names == "new" else name: tensor for name, tensor in TENSORS.items()}
+    checkpoint = Checkpoint(write(tmp_path, stored, layout))
+    assert checkpoint.names == sorted(TENSORS)
+    for name, tensor in TENSORS.items():
+        assert name in checkpoint
+        assert checkpoint.shape(name) == tuple(tensor.shape)
+        assert checkpoint.stored_dtype(name) == tensor.dtype
+        read = checkpoint.tensor(name)
+        assert read.dtype == tensor.dtype and torch.equal(read, tensor)
+
+
+@pytest.mark.parametrize(
+    ("name", "original"),
+    [
+        ("model.visual.merger.ln_q.weight", "visual.merger.ln_q.weight"),
+        ("visual.merger.ln_q.weight", "visual.merger.ln_q.weight"),
+        ("model.language_model.norm.weight", "model.norm.weight"),
+        ("model.norm.weight", "model.norm.weight"),
+        ("lm_head.weight", "lm_head.weight"),
+        ("model.visuals.weight", "model.visuals.weight"),
+    ],
+)
+def test_original_names(name: str, original: str) -> None:
+    """Catches a prefix that is cut where it is none, or not cut where it is."""
+    assert original_name(name) == original
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=30), st.booleans())
+def test_rows_are_gathered_exactly(indices: list[int], nested: bool) -> None:
+    """Catches rows in the wrong order, repeated rows that are lost, or another shape than that of the indices."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Checkpoint(write(Path(folder)))
+        wanted = torch.tensor([indices, indices[::-1]] if nested else indices)
+        rows = checkpoint.rows("model.embed_tokens.weight", wanted)
+    assert rows.dtype == torch.bfloat16
+    assert torch.equal(rows, TENSORS["model.embed_tokens.weight"][wanted])
+
+
+def test_dtype_is_that_of_most_elements(tmp_path: Path) -> None:
+    """Catches a vote per tensor: many little float32 norms do not make a bfloat16 checkpoint float32."""
+    norms = {f"norm{number}.weight": torch.ones(3) for number in range(5)}
+    checkpoint = Checkpoint(write(tmp_path, {"w": torch.ones(4, 8, dtype=torch.bfloat16), **norms}))
+    assert checkpoint.dtype == torch.bfloat16
+
+
+def test_bytes_are_those_of_the_weight_files(tmp_path: Path) -> None:
+    """Catches a size that forgets shards, or counts files that are not read."""
+    checkpoint = Checkpoint(write(tmp_path, layout=indexed_beside_a_stale_file))
+    assert checkpoint.bytes == sum(path.stat().st_size for path in tmp_path.glob("model-*-of-*.safetensors"))
+
+
+def test_side_files_are_what_an_engine_needs_beside_weights(tmp_path: Path) -> None:
+    """Catches copied weights, indices, code or folders, and a tokenizer that is left behind (as a link, too)."""
+    write(tmp_path)
+    wanted = [
+        "chat_template.jinja",
+        "generation_config.json",
+        "merges.txt",
+        "preprocessor_config.json",
+        "tokenizer.json",
+    ]
+    for name in [
+        *wanted,
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+        "old.pt",
+        "x.gguf",
+        ".hidden",
+        "code.py",
+    ]:
+        (tmp_path / name).write_text("x")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "blob").write_text("x")
+    (tmp_path / "vocab.json").symlink_to("cache/blob")
+    (tmp_path / "broken.txt").symlink_to("nowhere")
+    assert Checkpoint(tmp_path).side_files() == [*wanted, "vocab.json"]
+
+
+def test_a_cache_of_links_is_read(tmp_path: Path) -> None:
+    """Catches a reader that refuses the Hugging Face cache, whose snapshots are links into a folder of blobs."""
+    repository = tmp_path / "models--somebody--something"
+    real, snapshot = write(repository / "blobs"), repository / "snapshots" / "0a1b2c"
+    snapshot.mkdir(parents=True)
+    for path in real.iterdir():
+        (snapshot / path.name).symlink_to(Path("..") / ".." / "blobs" / path.name)
+    assert torch.equal(Checkpoint(snapshot).tensor("lm_head.weight"), TENSORS["lm_head.weight"])
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+@pytest.mark.parametrize("cache", [False, True])
+def test_a_link_out_of_the_folder_is_refused(tmp_path: Path, name: str, cache: bool) -> None:
+    """Catches a checkpoint that has a file of this machine read and copied, also one that looks like a cache."""
+    folder = write(tmp_path / "models--a" / "snapshots" / "0a1b2c" if cache else tmp_path / "model")
+    other = tmp_path / "models--b" / "blobs"
+    other.mkdir(parents=True)
+    (folder / name).touch()
+    (folder / name).rename(other / "secret")
+    (folder / name).symlink_to(other / "secret")
+    told = fault_of(folder)
+    assert f"{name} is a link out of the checkpoint folder" in told and str(other / "secret") in told
+
+
+def test_reading_cannot_write(tmp_path: Path) -> None:
+    """Catches a mapping that carries changes of a tensor into the user's checkpoint."""
+    before = (write(tmp_path) / "model.safetensors").read_bytes()
+    tensor = Checkpoint(tmp_path).tensor("lm_head.weight")
+    tensor.add_(1)
+    del tensor
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert torch.equal(Checkpoint(tmp_path).tensor("lm_head.weight"), TENSORS["lm_head.weight"])

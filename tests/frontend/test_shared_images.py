@@ -1,0 +1,90 @@
+"""A picture that several samples ask about is looked at once."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import vlqc
+from tests.support import tiny
+from tests.support.interrupted_runs import STAGES, content, failing, small
+from tests.support.resume_runs import QUICK
+from vlqc.frontend.calibration.dataset import calibrate_on
+from vlqc.frontend.calibration.samples import by_pictures
+from vlqc.frontend.sequential import Lockstep
+from vlqc.options.options import Options
+
+ONE, TEXT, TWO, LARGE = tiny.mixed_samples()
+AGAIN, THIRD = tiny.asked_again(ONE, 9, 12, 31), tiny.asked_again(ONE, 40)
+TWO_AGAIN = tiny.asked_again(TWO, 17, 18)
+
+
+def test_groups() -> None:
+    """Catches samples that are told apart by their words, text-only ones taken for equal, another order of groups."""
+    samples = [TEXT, ONE, TWO, AGAIN, TEXT, TWO_AGAIN, LARGE, THIRD]
+    numbers = {id(sample): number for number, sample in enumerate(samples)}
+    groups = [[numbers[id(sample)] for sample in group] for group in by_pictures(samples)]
+    assert groups == [[4], [1, 3, 7], [2, 5], [4], [6]]
+
+
+def test_one_pixel_makes_another_picture() -> None:
+    """Catches pictures that are compared by size alone."""
+    other = tiny.asked_again(ONE, 9)
+    other["pixel_values"][-1, -1] += 1e-3
+    turned = ONE | {"image_grid_thw": torch.tensor([[1, 8, 4]])}
+    assert len(by_pictures([ONE, other, turned])) == 3
+
+
+@pytest.mark.every_transformers
+def test_all_get_the_answers_of_the_first() -> None:
+    """Catches answers of another picture, text stages that are skipped, too, and an extra run in the vision tower."""
+    model, samples = tiny.float_model(), [TEXT, ONE, AGAIN, THIRD, LARGE, TWO, TWO_AGAIN]
+    with (
+        model.ready_outside(model.checkpoint.tensor, head=True),
+        Lockstep(model, samples, first=10, to_the_end=True, look_once=True) as lockstep,
+    ):
+        for stop in lockstep:
+            looked = [11, 14, 15] if "visual" in stop.name else list(range(10, 17))
+            assert [call.sample for call in stop.calls] == looked
+            tiny.answer(model, stop)
+    for sample, result in zip(samples, lockstep.results, strict=True):
+        assert torch.equal(result.logits, tiny.plain_logits(sample))
+
+
+def test_the_probe_looks_for_itself() -> None:
+    """Catches a probe that takes a sample's answers: nobody would run it through the vision tower."""
+    model = tiny.float_model()
+    with (
+        model.ready_outside(model.checkpoint.tensor),
+        Lockstep(model, [ONE], probe=tiny.asked_again(ONE, 9), look_once=True) as lockstep,
+    ):
+        for stop in lockstep:
+            assert [call.sample for call in stop.calls] == [0, -1]
+            tiny.answer(model, stop)
+
+
+def test_samples_with_the_same_picture_are_neighbours() -> None:
+    """Catches a compilation that looks twice because another sample stands between."""
+    options = Options.without_paths(model_path=tiny.TINY)
+    found = calibrate_on([ONE, TEXT, AGAIN], options, tiny.float_model().module)
+    assert [len(sample["input_ids"][0]) for sample in found.samples] == [
+        len(it["input_ids"][0]) for it in (ONE, AGAIN, TEXT)
+    ]
+
+
+@pytest.mark.parametrize("stage", STAGES[1:])
+def test_a_resumed_run_shares_as_well(stage: str, tmp_path: Path) -> None:
+    """Catches a sample that ran through no stage of its own yet and gets nothing, or NaN, when a run goes on."""
+    checkpoint = small(tmp_path / "checkpoint")
+    given: list[dict[str, Tensor]] = [ONE, TEXT, AGAIN, TWO]
+
+    def run(folder: Path, **more: Any) -> None:
+        vlqc.compile(model_path=checkpoint, save_directory=folder, samples=given, **(QUICK | more))
+
+    run(tmp_path / "whole")
+    with failing(stage, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out")
+    run(tmp_path / "out", resume=True)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")

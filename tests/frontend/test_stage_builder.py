@@ -1,0 +1,167 @@
+"""From a stop of the lockstep to a stage and back: sites and names, weights that come and go."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.support import tiny
+from vlqc.errors import UserError
+from vlqc.frontend.calibration.probe import PROBE_ROWS, choose_probe
+from vlqc.frontend.sequential import Lockstep, Stop
+from vlqc.frontend.stage_builder import live_stage
+from vlqc.frontend.streamed_model import FloatModel
+from vlqc.ir.stage import Call, Observation, Visit, WeightQuantization
+
+
+def at_each_stage(work: Callable[[FloatModel, Stop], None]) -> FloatModel:
+    model = tiny.float_model()
+    with model.ready_outside(model.checkpoint.tensor), Lockstep(model, [tiny.made_up((4, 4))]) as lockstep:
+        for stop in lockstep:
+            work(model, stop)
+            model.fill(stop.module, model.checkpoint.tensor)
+            with torch.no_grad():
+                stop.outputs = [stop.module(*call.args, **call.kwargs) for call in stop.calls]
+            model.empty(stop.module)
+    return model
+
+
+@pytest.mark.every_transformers
+def test_sites_are_all_linears_by_checkpoint_name() -> None:
+    """Catches a Linear that no pass would see, and names that engines do not know."""
+    found: dict[str, tuple[int, int]] = {}
+    parts = {}
+
+    def look(model: FloatModel, stop: Stop) -> None:
+        with live_stage(model, stop, torch.bfloat16, model.checkpoint.tensor) as stage:
+            parts[stage.name] = stage.part
+            for name, site in stage.sites.items():
+                assert name == site.name == stage.checkpoint_name(site.target)
+                assert stage.live.get_submodule(site.target) is stage.linear(site)
+                assert stage.node(site.source).meta["shape"][-1] == site.shape[1]
+                assert torch.equal(stage.linear(site).weight, model.checkpoint.tensor(f"{name}.weight"))
+                found[name] = site.shape
+
+    model = at_each_stage(look)
+    matrices = {name for name in model.checkpoint.names if len(model.checkpoint.shape(name)) == 2} - {
+        "lm_head.weight",
+        "model.embed_tokens.weight",
+    }
+    assert {f"{name}.weight" for name in found} == matrices
+    assert all(model.checkpoint.shape(f"{name}.weight") == shape for name, shape in found.items())
+    assert [parts[name] for name in tiny.STAGES] == ["vision"] * 4 + ["merger"] + ["language"] * 4
+
+
+@pytest.mark.every_transformers
+def test_nothing_of_a_stage_stays_behind() -> None:
+    """Catches memory that grows with every stage: float weights, or the integers that lowering put in their place."""
+
+    def lower(model: FloatModel, stop: Stop) -> None:
+        before = dict(stop.module.named_modules())
+        with live_stage(model, stop, torch.bfloat16, model.checkpoint.tensor) as stage:
+            assert not any(parameter.is_meta for parameter in stage.live.parameters())
+            for site in stage.sites.values():
+                stage.live.set_submodule(site.target, nn.Identity())
+            assert dict(stop.module.named_modules()) != before
+        assert dict(stop.module.named_modules()) == before
+        assert all(parameter.is_meta for parameter in model.module.get_submodule(model.path(stop.module)).parameters())
+
+    at_each_stage(lower)
+
+
+def test_who_still_holds_a_stage_holds_little() -> None:
+    """Catches the loop variable of the compiler: a stage's integers and kept rows would stay while the next is read."""
+    stages = []
+
+    def look(model: FloatModel, stop: Stop) -> None:
+        with live_stage(model, stop, torch.bfloat16, model.checkpoint.tensor) as stage:
+            stage.observations["%x"] = Observation(3)
+            stage.outputs = outputs = [torch.ones(2)]
+            for site in stage.sites.values():
+                site.weight = WeightQuantization(torch.ones(1, 1, dtype=torch.int8), torch.ones(1, 1))
+            stages.append(stage)
+        assert len(outputs) == 1  # they go on to the next stage
+
+    at_each_stage(look)
+    for stage in stages:
+        assert not (stage.observations or stage.outputs or stage.calls or stage.probe)
+        assert all(site.weight is None for site in stage.sites.values())
+
+
+@pytest.mark.every_transformers
+def test_nothing_stays_behind_after_an_error() -> None:
+    """Catches weights that stay in memory when a pass or the reading of a weight fails."""
+
+    def fail(model: FloatModel, stop: Stop) -> None:
+        with (
+            pytest.raises(ZeroDivisionError),
+            live_stage(model, stop, torch.bfloat16, model.checkpoint.tensor) as stage,
+        ):
+            stage.live.set_submodule(next(iter(stage.sites.values())).target, nn.Identity())
+            _ = 1 / 0
+
+        def broken(name: str) -> Tensor:
+            if name.endswith("bias"):
+                raise OSError("disk")
+            return model.checkpoint.tensor(name)
+
+        if any(name.endswith("bias") for name in model.parameters(stop.module)):
+            with pytest.raises(OSError, match="disk"), live_stage(model, stop, torch.bfloat16, broken):
+                pass
+        assert all(parameter.is_meta for parameter in stop.module.parameters())
+
+    at_each_stage(fail)
+
+
+@pytest.mark.every_transformers
+def test_a_stage_that_no_sample_reaches_is_named() -> None:
+    """Catches a traceback where only text was given: the vision tower cannot be calibrated."""
+    model = tiny.float_model()
+    with (
+        model.ready_outside(model.checkpoint.tensor),
+        Lockstep(model, [tiny.made_up()]) as lockstep,
+        pytest.raises(UserError, match=r"no calibration sample reaches visual\.blocks\.0"),
+    ):
+        for stop in lockstep:
+            with live_stage(model, stop, torch.bfloat16, model.checkpoint.tensor):
+                pass
+
+
+class OnlyReal(nn.Module):
+    """A block whose mask lies on the CPU whatever its input does: not to be recorded on meta tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.down(self.up(rows) * torch.ones(4))  # type: ignore[no-any-return]
+
+
+def test_a_block_that_needs_real_weights_to_be_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a fallback to real values that can never work, because the weights are filled in after it."""
+    block = OnlyReal()
+    stored = {name: parameter.detach().clone() for name, parameter in block.named_parameters()}
+    for name, parameter in list(block.named_parameters()):
+        owner, _, last = name.rpartition(".")
+        setattr(block.get_submodule(owner), last, nn.Parameter(parameter.to("meta"), requires_grad=False))
+    model = FloatModel.__new__(FloatModel)
+    model.module, model.canonical, model._path = block, lambda name: name.lstrip("."), {block: ""}
+    model.device = torch.device("cpu")
+    monkeypatch.setattr(model, "read_ahead", lambda name: None)  # there is no stage behind it
+    stop = Stop("block", block, [Call(0, (torch.ones(2, 4),), {})])
+    with live_stage(model, stop, torch.bfloat16, stored.__getitem__) as stage:
+        assert [site.target for site in stage.sites.values()] == ["up", "down"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "chosen"),
+    [([3, 9, 5], 1), ([3, PROBE_ROWS, PROBE_ROWS + 1], 1), ([PROBE_ROWS + 2, PROBE_ROWS + 1], 1), ([4, 4], 0)],
+)
+def test_probe_is_the_largest_that_is_quick(rows: list[int], chosen: int) -> None:
+    """Catches proofs that run on a huge picture, or on a sample too small to tell."""
+    calls = [Call(number, (torch.ones(1, count, 2),), {}) for number, count in enumerate(rows)]
+    assert choose_probe([Visit.of(call).rows for call in calls]) == chosen
+    named = [Call(number, (), {"hidden_states": torch.ones(count, 2)}) for number, count in enumerate(rows)]
+    assert choose_probe([Visit.of(call).rows for call in named]) == chosen

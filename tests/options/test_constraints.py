@@ -1,0 +1,195 @@
+"""Options that do or do not go together: every combination, and which flags a refusal names."""
+
+import functools
+import itertools
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.option_cases import W4A8, faults_of, two_folders
+from vlqc.options.options import Options
+from vlqc.targets import advice as engine_advice
+
+CHOICES: dict[str, list[Any]] = {
+    "w_bit": [8, 4], "is_dynamic": [False, True], "is_lowbit": [False, True], "open_outlier": [True, False],
+    "act_method": [2, 1, 3], "group_size": [64, 128, 256, 512], "anti_method": ["m2", "m4", "none"],
+    "mindie_format": [False, True], "target": [None, "vllm-ascend", "mindie@2.2", "both"],
+    "w4a8_scope": ["engine", "all"], "anti_alpha": [None, 0.5], "shift": [False, True], "strict_target": [False, True],
+}  # fmt: skip
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> dict[str, Any]:
+    return two_folders(tmp_path)
+
+
+def legal(
+    *, w_bit: int, is_dynamic: bool, is_lowbit: bool, open_outlier: bool, act_method: int, group_size: int,
+    anti_method: str, mindie_format: bool, target: str | None, w4a8_scope: str, anti_alpha: float | None, shift: bool,
+    strict_target: bool,
+) -> bool:  # fmt: skip
+    """The table of schemes, targets and methods, written out once more."""
+    match w_bit, is_dynamic, is_lowbit:
+        case 8, False, False:
+            scheme = "W8A8"
+        case 8, True, False:
+            scheme = "W8A8_DYNAMIC"
+        case 4, True, True if not open_outlier and act_method != 3:
+            scheme = "W4A8_DYNAMIC"
+        case _:
+            return False
+    if mindie_format and target not in (None, "mindie@2.2"):
+        return False
+    mindie = mindie_format or target == "mindie@2.2"
+    if target == "both" and scheme != "W8A8":
+        return False
+    if scheme == "W4A8_DYNAMIC":
+        if mindie and (group_size == 512 or strict_target):
+            return False
+        if w4a8_scope == "all" and strict_target:
+            return False
+    elif w4a8_scope == "all":
+        return False
+    if anti_alpha is not None and anti_method != "m4":
+        return False
+    return not (shift and (scheme != "W8A8" or anti_method == "none" or target == "both"))
+
+
+def flags_in(text: str) -> set[str]:
+    return set(re.findall(r"--(\w+)", text))
+
+
+@functools.cache
+def legal_combinations() -> frozenset[tuple[Any, ...]]:
+    """Values in the order of CHOICES."""
+    combinations = itertools.product(*CHOICES.values())
+    return frozenset(values for values in combinations if legal(**dict(zip(CHOICES, values, strict=True))))
+
+
+@functools.cache
+def legal_rests(named: frozenset[str]) -> frozenset[tuple[Any, ...]]:
+    """What the options that are not named may be, so that some values of the named ones make a legal combination."""
+    return frozenset(rest_of(values, named) for values in legal_combinations())
+
+
+def rest_of(values: tuple[Any, ...], named: frozenset[str]) -> tuple[Any, ...]:
+    return tuple(value for name, value in zip(CHOICES, values, strict=True) if name not in named)
+
+
+def test_every_combination(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an illegal combination that is compiled, a legal one that is refused, and a refusal that does not name
+    the flags to change: with them alone the combination must become legal."""
+    monkeypatch.setattr(
+        engine_advice, "cannot_load", functools.cache(engine_advice.cannot_load)
+    )  # asked thousands of times
+    counted = {True: 0, False: 0}
+    for values in itertools.product(*CHOICES.values()):
+        chosen = dict(zip(CHOICES, values, strict=True))
+        _, faults = Options._checked({"model_path": ".", "save_directory": ".", **chosen})
+        assert (values in legal_combinations()) == (not faults), (chosen, faults)
+        named = frozenset(flag for fault in faults for flag in flags_in(fault.fix))
+        assert named <= set(CHOICES) and (not faults or rest_of(values, named) in legal_rests(named)), (chosen, faults)
+        counted[not faults] += 1
+    assert counted[True] + counted[False] == 2**9 * 3**2 * 4**2 and min(counted.values()) > 1000
+
+
+@pytest.mark.parametrize("chosen", [{}, {"is_dynamic": True}, W4A8])
+@pytest.mark.parametrize(("name", "value"), [("a_bit", 4), ("w_bit", 16), ("group_size", 32), ("act_method", 0)])
+def test_no_combination_allows_another_value(
+    folders: dict[str, Any], chosen: dict[str, Any], name: str, value: int
+) -> None:
+    """Catches a value that no scheme knows and that passes beside the right flags."""
+    (fault,) = faults_of(**folders, **{**chosen, name: value})
+    assert f"--{name}" in fault
+
+
+@pytest.mark.parametrize(
+    ("chosen", "flags"),
+    [
+        ({"w_bit": 4}, ["--is_dynamic True", "--is_lowbit True", "--open_outlier False", "--w_bit 8"]),
+        ({**W4A8, "is_lowbit": False}, ["--is_lowbit True"]),
+        ({**W4A8, "act_method": 3}, ["--act_method 1"]),
+        ({"is_lowbit": True}, ["--is_lowbit False", "--w_bit 4"]),
+        ({"mindie_format": True, "target": "both"}, ["--mindie_format", "--target"]),
+        ({"mindie_format": True, "target": "vllm-ascend@0.18"}, ["--mindie_format", "--target"]),
+        ({**W4A8, "mindie_format": True, "group_size": 512}, ["--group_size 256"]),
+        ({**W4A8, "target": "mindie@2.2", "group_size": 512}, ["--group_size 256"]),
+        ({"is_dynamic": True, "target": "both"}, ["--target vllm-ascend", "--is_dynamic False"]),
+        ({"anti_alpha": 0.5}, ["--anti_alpha", "--anti_method m4"]),
+        ({"shift": True, "anti_method": "none"}, ["--shift", "--anti_method m2"]),
+        ({"shift": True, "is_dynamic": True}, ["--shift", "--is_dynamic False"]),
+        ({"w4a8_scope": "all"}, ["--w4a8_scope", "--w_bit 4"]),
+        ({**W4A8, "target": "mindie", "strict_target": True}, ["--strict_target", "--target", "--w_bit"]),
+        ({"exclude": ["*.o_proj"], "include": ["lm_head", "*.o_proj"]}, ["--exclude", "--include"]),
+    ],
+)
+def test_refused_combinations_name_the_flags_to_change(
+    folders: dict[str, Any], chosen: dict[str, Any], flags: list[str]
+) -> None:
+    """Catches a refusal that leaves the user to guess which flag to change."""
+    (fault,) = faults_of(**folders, **chosen)
+    assert all(flag in fault.split("what to do:")[1] for flag in flags)
+
+
+@pytest.mark.parametrize("fallback", ["seed", "none", "auto"])
+@pytest.mark.parametrize("min_sqnr", [None, 0, 30.5])
+@pytest.mark.parametrize("max_float_groups", [None, 0, 4])
+def test_a_search_has_one_target(
+    folders: dict[str, Any], fallback: str, min_sqnr: float | None, max_float_groups: int | None
+) -> None:
+    """Catches a search without an end, one with two, and a target that is silently forgotten as nobody searches.
+
+    Every refusal names all flags that were given, zeros too, and what it advises is accepted.
+    """
+    given = {"min_sqnr": min_sqnr, "max_float_groups": max_float_groups}
+    flags = [f"--{name} {value}" for name, value in given.items() if value is not None]
+    chosen = {**folders, "fallback": fallback, **given}
+    if len(flags) == (1 if fallback == "auto" else 0):
+        options = Options.from_user(**chosen)
+        assert (options.fallback, options.min_sqnr, options.max_float_groups) == (fallback, min_sqnr, max_float_groups)
+        return
+    (fault,) = faults_of(**chosen)
+    first, fix = fault.split("\n")[0], fault.split("what to do:")[1]
+    assert all(flag in first for flag in (f"--fallback {fallback}", *flags))
+    if fallback == "auto":
+        assert "--min_sqnr" in fix and "--max_float_groups" in fix
+        Options.from_user(**{**chosen, "min_sqnr": 30, "max_float_groups": None})
+    else:
+        assert "--fallback auto" in fix
+        assert len(flags) == 2 or Options.from_user(**{**chosen, "fallback": "auto"})
+
+
+def test_a_target_that_cannot_be_read_has_no_echo(folders: dict[str, Any]) -> None:
+    """Catches a search called aimless because its target was misspelt: one mistake, one answer."""
+    (fault,) = faults_of(**folders, fallback="auto", min_sqnr="many")
+    assert fault.startswith("--min_sqnr many")
+    (fault,) = faults_of(**folders, fallback="atuo", min_sqnr=30)
+    assert fault.startswith("--fallback atuo")
+
+
+def test_all_combinations_at_once(folders: dict[str, Any]) -> None:
+    """Catches answers one at a time, and rules that echo a value which could not be read."""
+    faults = faults_of(
+        **folders, is_lowbit=True, mindie_format=True, target="both", anti_alpha=1, w4a8_scope="all",
+        fallback="none", min_sqnr=20, max_float_groups=3,
+    )  # fmt: skip
+    assert [fault.split("\n")[0] for fault in faults] == [
+        "--is_lowbit True",
+        "--mindie_format with --target both",
+        "--anti_alpha 1 with --anti_method m2",
+        "--w4a8_scope all with --w_bit 8",
+        "--min_sqnr 20 with --max_float_groups 3 with --fallback none",
+    ]
+    faults = faults_of(**folders, w_bit=5, is_lowbit=True, w4a8_scope="all", anti_alpha=1)
+    assert [fault.split("\n")[0] for fault in faults] == ["--w_bit 5", "--anti_alpha 1 with --anti_method m2"]
+
+
+def test_strict_target_knows_versions(folders: dict[str, Any]) -> None:
+    """Catches --strict_target that refuses what loads, lets pass what does not, or judges an exclusion unseen."""
+    strict = {**folders, **W4A8, "strict_target": True}
+    assert Options.from_user(**strict, target="vllm-ascend@0.18").strict_target
+    (fault,) = faults_of(**strict, target="vllm-ascend@0.27")
+    assert "0.27" in fault and "W4A8_DYNAMIC" in fault
+    assert Options.from_user(**strict, w4a8_scope="all", exclude=["visual.*", "*.[qkv]_proj"]).exclude

@@ -1,0 +1,185 @@
+"""vlqc.options.options: names and defaults that command lines rely on, and one clear answer to every slip."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.support.option_cases import W4A8, faults_of, two_folders
+from vlqc.errors import UserError
+from vlqc.options.options import PANELS, Options, extra_of
+from vlqc.targets.engines import Scheme
+
+# The reference script's parameters: a command line written for it has to work unchanged.
+SEED_DEFAULTS = {
+    "calib_images": Path("../calibImages"), "part_file_size": None, "w_bit": 8, "a_bit": 8, "device_type": "cpu",
+    "trust_remote_code": False, "anti_method": "m2", "act_method": 2, "open_outlier": True, "is_dynamic": False,
+    "is_lowbit": False, "group_size": 64, "mindie_format": False,
+}  # fmt: skip
+OUR_DEFAULTS = {
+    "target": None, "strict_target": False, "anti_alpha": None, "shift": False, "modality_balance": True,
+    "weight_method": "auto", "propagate": "float", "fallback": "seed", "min_sqnr": None, "max_float_groups": None,
+    "exclude": (), "include": (), "w4a8_scope": "engine", "max_samples": None, "memory_budget": None,
+    "seed": 0, "max_tokens": None, "overwrite": False, "skip_bad_images": False, "dump_ir": None, "pipeline": None,
+    "timings": None, "resume": False, "start_over": False, "dump_stages": (), "dump_formats": "text",
+    "print_after": None,
+}  # fmt: skip
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> dict[str, Any]:
+    return two_folders(tmp_path)
+
+
+def test_names_and_defaults(folders: dict[str, Any]) -> None:
+    """Catches a renamed option or a changed default: old command lines would break or mean something else."""
+    options = Options.from_user(**folders)
+    assert {name: getattr(options, name) for name in SEED_DEFAULTS} == SEED_DEFAULTS
+    assert {name: getattr(options, name) for name in OUR_DEFAULTS} == OUR_DEFAULTS
+    assert set(Options.model_fields) == {*folders, *SEED_DEFAULTS, *OUR_DEFAULTS}
+    assert options.scheme is Scheme.W8A8 and options.engine_target == "both"
+
+
+def test_every_option_has_help_and_a_panel() -> None:
+    """Catches an option that --help cannot explain."""
+    assert all(field.description and extra_of(field)["panel"] in PANELS for field in Options.model_fields.values())
+
+
+def test_text_reads_like_values(folders: dict[str, Any]) -> None:
+    """Catches text from a command line being taken for something else than the value it spells."""
+    text = {"w-bit": "8", "act_method": "1", "part-file-size": "4", "anti_method": "none", "open_outlier": "False"}
+    from_text = Options.from_user(**{name: str(path) for name, path in folders.items()}, **text)
+    values = {"w_bit": 8, "act_method": 1, "part_file_size": 4, "anti_method": "none", "open_outlier": False}
+    assert from_text == Options.from_user(**folders, **values)
+    assert Options.from_user(**folders, part_file_size="None").part_file_size is None
+    text = {"anti-method": "m4", "anti_alpha": "0.75", "max-samples": "30", "seed": "0", "max_tokens": "none"}
+    values = {"anti_method": "m4", "anti_alpha": 0.75, "max_samples": 30}
+    assert Options.from_user(**folders, **text) == Options.from_user(**folders, **values)
+
+
+@pytest.mark.parametrize("word", ["True", "true", "1", "yes", "YES", True])
+def test_words_for_true(folders: dict[str, Any], word: object) -> None:
+    """Catches a spelling of True that is refused or taken for False."""
+    assert Options.from_user(**folders, trust_remote_code=word).trust_remote_code is True
+
+
+@pytest.mark.parametrize("word", ["False", "false", "0", "no", False])
+def test_words_for_false(folders: dict[str, Any], word: object) -> None:
+    """Catches the classic `bool("False")`."""
+    assert Options.from_user(**folders, open_outlier=word).open_outlier is False
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("w_bit", "7", "--w_bit is 4 or 8"),
+        ("w_bit", True, "--w_bit is 4 or 8"),
+        ("w_bit", 8.5, "--w_bit is 4 or 8"),
+        ("a_bit", 4, "--a_bit is 8"),
+        ("act_method", "histogram", "1, 2 or 3"),
+        ("group_size", 100, "64, 128, 256 or 512"),
+        ("anti_method", "m3", "did you mean m"),
+        ("device_type", "nppu", "did you mean npu"),
+        ("target", "mindi", "did you mean mindie"),
+        ("target", "vllm-ascend@new", "no version of vLLM Ascend"),
+        ("target", "both@2", "without a version"),
+        ("target", 2, "not text"),
+        ("w4a8_scope", "al", "did you mean all"),
+        ("modality_balance", "both", "neither True nor False"),
+        ("weight_method", "gtpq", "did you mean gptq"),
+        ("propagate", "quantised", "did you mean quantized"),
+        ("fallback", "atuo", "did you mean auto"),
+        ("min_sqnr", -1, "from 0 to 100"),
+        ("min_sqnr", 101, "from 0 to 100"),
+        ("min_sqnr", "inf", "from 0 to 100"),
+        ("max_float_groups", -1, "0 or more"),
+        ("max_float_groups", 2.5, "0 or more"),
+        ("anti_alpha", 1.5, "from 0 to 1"),
+        ("anti_alpha", "nan", "from 0 to 1"),
+        ("anti_alpha", True, "from 0 to 1"),
+        ("max_samples", 0, "above 0"),
+        ("max_tokens", "many", "above 0"),
+        ("seed", -1, "0 or more"),
+        ("part_file_size", 0, "above 0"),
+        ("part_file_size", "-1", "above 0"),
+        ("part_file_size", "4.5", "above 0"),
+        ("is_dynamic", "maybe", "neither True nor False"),
+        ("dump_ir", "", "not the name"),
+        ("calib_images", 3, "not the name"),
+        ("pipeline", 3, "not text"),
+    ],
+)
+def test_one_bad_value(folders: dict[str, Any], name: str, value: object, words: str) -> None:
+    """Catches a bad value that passes, or an answer that names neither the flag nor what is allowed."""
+    (fault,) = faults_of(**folders, **{name: value})
+    assert f"--{name}" in fault and words in fault
+
+
+def test_all_faults_at_once(tmp_path: Path) -> None:
+    """Catches answers one at a time, which make the user run the command again and again."""
+    faults = faults_of(modl_path="x", w_bit=5, is_lowbit="what", save_directory=tmp_path / "a" / "b", part_file_size=0)
+    assert [fault.split("\n")[0] for fault in faults] == [
+        "there is no option --modl_path",
+        "--model_path is missing",
+        "--part_file_size 0",
+        "--w_bit 5",
+        "--is_lowbit what",
+    ]
+    assert "did you mean --model_path" in faults[0]
+
+
+def test_bad_values_do_not_hide_bad_paths(tmp_path: Path) -> None:
+    """Catches path rules that only run once the values are right."""
+    faults = faults_of(model_path=tmp_path / "absent", save_directory=tmp_path / "save", w_bit=5)
+    assert len(faults) == 2 and "no such folder" in faults[1]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "scheme", "target"),
+    [
+        ({}, Scheme.W8A8, "both"),
+        ({"is_dynamic": True}, Scheme.W8A8_DYNAMIC, "vllm-ascend"),
+        (W4A8, Scheme.W4A8_DYNAMIC, "vllm-ascend"),
+        ({"mindie_format": True}, Scheme.W8A8, "mindie"),
+        ({"is_dynamic": True, "mindie_format": True}, Scheme.W8A8_DYNAMIC, "mindie"),
+        ({**W4A8, "target": "vLLM-Ascend@0.18"}, Scheme.W4A8_DYNAMIC, "vllm-ascend@0.18"),
+        ({"target": "mindie@2.2", "mindie_format": True}, Scheme.W8A8, "mindie@2.2"),
+    ],
+)
+def test_scheme_and_target(folders: dict[str, Any], chosen: dict[str, Any], scheme: Scheme, target: str) -> None:
+    """Catches flags that select another scheme or engine than the table says."""
+    options = Options.from_user(**folders, **chosen)
+    assert (options.scheme, options.engine_target) == (scheme, target)
+
+
+def test_patterns(folders: dict[str, Any]) -> None:
+    """Catches one pattern that is taken for its letters, lost order, and patterns that no pipeline text could carry."""
+    assert Options.from_user(**folders, exclude="*.o_proj").exclude == ("*.o_proj",)
+    several = ["b*", "a?", "b*", "[qk]"]
+    assert Options.from_user(**folders, include=several).include == ("b*", "a?", "[qk]")
+    assert Options.from_user(**folders, include=()).include == ()
+    for bad in ("a,b", "a;b", "a b", "{a}", ""):
+        (fault,) = faults_of(**folders, exclude=["fine", bad])
+        assert "--exclude" in fault.split("what to do")[0] and repr(bad) in fault
+    (fault,) = faults_of(**folders, include=[3])
+    assert "list of patterns" in fault
+
+
+def test_without_paths() -> None:
+    """Catches `passes --explain` asking for folders that it does not need."""
+    assert Options.without_paths(act_method="1").act_method == 1
+    with pytest.raises(UserError):
+        Options.without_paths(act_method="9")
+
+
+@given(
+    st.dictionaries(st.sampled_from([*Options.model_fields, "x"]), st.text() | st.integers() | st.none(), max_size=6)
+)
+def test_nothing_but_a_user_error(given_options: dict[str, Any]) -> None:
+    """Catches any input for which pydantic or the file system raises something raw."""
+    try:
+        Options.from_user(**given_options)
+    except UserError as error:
+        assert error.faults

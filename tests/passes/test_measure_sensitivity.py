@@ -1,0 +1,185 @@
+"""measure-sensitivity: each group's noise in every scheme, against stages in which only that group is quantized."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.support.random_stage import GROUP_SIZE, NAME, decoder, outputs, site, through
+from vlqc.errors import UserError
+from vlqc.ir.stage import Stage, fingerprint
+from vlqc.passes.assign_precision import AssignPrecision
+from vlqc.passes.insert_observers import InsertObservers
+from vlqc.passes.lower_linears import LowerLinears
+from vlqc.passes.measure_sensitivity import MeasureSensitivity, noise_to_signal
+from vlqc.passes.quantize_activations import QuantizeActivations
+from vlqc.passes.quantize_weights import QuantizeWeights
+from vlqc.passes.shift_norms import ShiftNorms
+from vlqc.pipeline.registry import Pass, check_order, parse_pipeline
+from vlqc.targets.engines import Scheme, fused_group, legal_schemes
+
+STATIC, DYNAMIC, INT4, FLOAT = Scheme.W8A8, Scheme.W8A8_DYNAMIC, Scheme.W4A8_DYNAMIC, Scheme.FLOAT
+FREE = "vllm-ascend"
+
+
+def measured(scheme: Scheme, target: str = FREE, *between: Pass, **options: object) -> Stage:
+    """A decoder layer with outliers, its groups in one scheme where the target runs that, and measured."""
+    assign = AssignPrecision(str(scheme), GROUP_SIZE, target, fallback="none", **options)  # type: ignore[arg-type]
+    integers = QuantizeActivations(), QuantizeWeights()
+    stage = decoder(outliers=True)
+    return through(stage, InsertObservers(), assign, *between, *integers, MeasureSensitivity(target=target))
+
+
+def only(group: tuple[str, ...], scheme: Scheme) -> Stage:
+    """The same layer with one group quantized, in a scheme, and lowered."""
+    others = tuple(name for name in decoder().sites if name not in group)
+    assign = AssignPrecision(str(scheme), GROUP_SIZE, FREE, fallback="none", exclude=others)  # type: ignore[arg-type]
+    stage = through(decoder(outliers=True), InsertObservers(), assign)
+    return through(stage, QuantizeActivations(), QuantizeWeights(), LowerLinears())
+
+
+def rows(stage: Stage) -> Tensor:
+    """float64 [rows, K]: what the stage returns for the probe, without padding; the probe is its last call."""
+    stage.calls = stage.calls[-1:]
+    return outputs(stage)
+
+
+def relative(other: Tensor, reference: Tensor) -> float:
+    """The mean over tokens of the noise's power relative to the token's own, by NumPy."""
+    one, two = np.asarray(other), np.asarray(reference)
+    return float(np.mean(np.sum((one - two) ** 2, axis=1) / np.sum(two**2, axis=1)))
+
+
+@pytest.mark.parametrize("assigned", [STATIC, DYNAMIC, INT4])
+def test_noise_of_one_group_at_a_time(assigned: Scheme) -> None:
+    """Catches noise of another group, of another scheme, of padding, or relative to the wrong thing."""
+    stage = measured(assigned)
+    reference = rows(decoder(outliers=True))
+    assert len(stage.sensitivities) == 4
+    for found in stage.sensitivities:
+        assert found.assigned == stage.sites[found.sites[0]].scheme
+        for scheme in set(found.noise) - {FLOAT}:
+            alone = only(found.sites, scheme)
+            assert {it for it, one in alone.sites.items() if one.scheme == scheme} == set(found.sites)
+            assert found.noise[scheme] == pytest.approx(relative(rows(alone), reference), rel=1e-3)
+
+
+def test_a_float_is_rounded_too() -> None:
+    """Catches a promise of no noise: smoothed weights are emitted in 16 bits."""
+    stage = through(decoder(outliers=True, dtype=torch.bfloat16), InsertObservers())
+    for target in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
+        stage.live.get_parameter(f"{target}.weight").mul_(1.0009)  # no value of bfloat16 any more
+    stage = through(
+        stage,
+        AssignPrecision(target=FREE),
+        QuantizeActivations(),
+        QuantizeWeights(),
+        MeasureSensitivity(target=FREE),
+    )
+    attention = next(found for found in stage.sensitivities if f"{NAME}.self_attn.q_proj" in found.sites)
+    output = next(found for found in stage.sensitivities if f"{NAME}.self_attn.o_proj" in found.sites)
+    assert 0 < attention.noise[FLOAT] < attention.noise[STATIC] / 10
+    assert output.noise[FLOAT] == 0  # its weight is one of bfloat16 as it stands
+
+
+@pytest.mark.parametrize(
+    ("assigned", "target", "wanted"),
+    [
+        (STATIC, "vllm-ascend", [STATIC, DYNAMIC, FLOAT]),
+        (STATIC, "vllm-ascend@0.10.2rc2", [STATIC, FLOAT]),
+        (STATIC, "mindie", [STATIC, FLOAT]),
+        (STATIC, "both", [STATIC, FLOAT]),
+        (DYNAMIC, "vllm-ascend", [DYNAMIC, FLOAT]),
+        (DYNAMIC, "mindie", [DYNAMIC, FLOAT]),
+        (INT4, "vllm-ascend", [INT4, DYNAMIC, FLOAT]),
+    ],
+)
+def test_only_what_the_target_runs(assigned: Scheme, target: str, wanted: list[Scheme]) -> None:
+    """Catches a scheme that the engine does not load there, or not beside the others, and a lost choice."""
+    for found in measured(assigned, target).sensitivities:
+        expected = wanted if found.assigned == assigned else [DYNAMIC, FLOAT]  # of biased linears beside 4 bits
+        assert list(found.noise) == list(found.modules) == expected
+        assert all(scheme in legal_schemes(target, name) for name in found.sites for scheme in found.noise)
+        assert {member for name in found.sites for member in fused_group(name)} == set(found.sites)
+
+
+def test_float16_has_no_dynamic_scheme() -> None:
+    """Catches a choice that the engine runs in bfloat16 only."""
+    stage = through(
+        decoder(dtype=torch.float16), InsertObservers(), AssignPrecision(target=FREE), QuantizeActivations()
+    )
+    stage = through(stage, QuantizeWeights(), MeasureSensitivity(target=FREE))
+    assert [list(found.noise) for found in stage.sensitivities] == [[STATIC, FLOAT]] * 3
+
+
+def test_a_shifted_norm_keeps_its_readers_static() -> None:
+    """Catches a group taken out of static W8A8 behind a norm bias, which engines then silently drop."""
+    shifted = measured(STATIC, FREE, ShiftNorms())
+    biased = {name for name, _ in shifted.live.named_buffers() if name.endswith("norm.bias")}
+    biased |= {name for name, _ in shifted.live.named_parameters() if name.endswith("norm.bias")}
+    assert biased, "nothing was shifted: this test is about nothing"
+    for found in shifted.sensitivities:
+        behind = any(found.source in name.replace(".", "_") for name in biased)
+        assert list(found.noise) == ([STATIC] if behind else [STATIC, DYNAMIC, FLOAT])
+
+
+def test_excluded_groups_are_left_alone() -> None:
+    """Catches a group that the user keeps in float and that the search would quantize or count."""
+    stage = measured(STATIC, FREE, exclude=("*.down_proj",))
+    assert all("down_proj" not in name for found in stage.sensitivities for name in found.sites)
+    assert len(stage.sensitivities) == 3
+
+
+def test_nothing_is_changed() -> None:
+    """Catches a module left swapped, a weight or a decision changed, float Linears that are copies."""
+    stage = decoder(outliers=True)
+    through(stage, InsertObservers(), AssignPrecision(target=FREE), QuantizeActivations(), QuantizeWeights())
+    modules, facts = dict(stage.live.named_modules()), [replace(it) for it in stage.sites.values()]
+    prints = {name: fingerprint(it) for name, it in stage.live.named_parameters()}
+    assert MeasureSensitivity(target=FREE).run(stage) is False
+    assert dict(stage.live.named_modules()) == modules and list(stage.sites.values()) == facts
+    assert prints == {name: fingerprint(it) for name, it in stage.live.named_parameters()}
+    for found in stage.sensitivities:
+        assert found.modules[FLOAT] == {
+            stage.sites[name].target: stage.linear(stage.sites[name]) for name in found.sites
+        }
+        assert all(not isinstance(it, nn.Linear) for it in found.modules[found.assigned].values())
+
+
+def test_the_modules_are_those_that_lowering_makes() -> None:
+    """Catches a module kept for the emitter that differs from what the scheme means elsewhere."""
+    stage = measured(STATIC)
+    for found in stage.sensitivities:
+        for scheme in (STATIC, DYNAMIC):
+            alone = only(found.sites, scheme)
+            for name in found.sites:
+                target = stage.sites[name].target
+                wanted = dict(alone.live.get_submodule(target).named_buffers())
+                kept = dict(found.modules[scheme][target].named_buffers())
+                assert wanted.keys() == kept.keys()
+                assert all(torch.equal(wanted[part], kept[part]) for part in wanted)
+
+
+def test_a_large_token_does_not_hide_the_others() -> None:
+    """Catches noise relative to the whole output, in which one massive token's energy would drown all other tokens."""
+    reference = torch.ones(4, 8)
+    reference[0] *= 1000
+    other = reference.clone()
+    other[1, 0] += 0.4  # of one ordinary token: 0.16 / 8 of its power
+    assert noise_to_signal(reference, other) == pytest.approx(0.16 / 8 / 4, rel=1e-5)
+    reference[3] = other[3] = 0.0
+    other[3, 0] += 1e-3  # an empty token: not infinitely wrong
+    assert noise_to_signal(reference, other) == pytest.approx(0.16 / 8 / 4, rel=1e-3)
+
+
+def test_before_lowering() -> None:
+    """Catches an order in which there are no float weights any more, found in the middle of the first stage."""
+    begin = "insert-observers,assign-precision,quantize-activations,quantize-weights,"
+    check_order(parse_pipeline(begin + "measure-sensitivity,lower-linears"), search=True)
+    with pytest.raises(UserError, match="stands after lower-linears"):
+        check_order(parse_pipeline(begin + "lower-linears,measure-sensitivity"))
+    with pytest.raises(UserError, match="lacks measure-sensitivity"):
+        check_order(parse_pipeline(begin + "lower-linears"), search=True)
+    assert site(decoder(), "mlp.down_proj").scheme is None

@@ -1,0 +1,309 @@
+"""quantize-weights: against NumPy, and biases that have to fit into int32."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support.exact_stage import text_after
+from tests.support.random_stage import (
+    DTYPES,
+    EVERYWHERE,
+    GROUP_SIZE,
+    SCHEMES,
+    decoder,
+    observed,
+    quantized,
+    site,
+    through,
+)
+from vlqc.errors import Fault, UserError
+from vlqc.ir.stage import Site, Stage, WeightQuantization
+from vlqc.kernels_ref.quant_linear import StaticQuantLinear
+from vlqc.passes import quantize_weights
+from vlqc.passes.assign_precision import AssignPrecision
+from vlqc.passes.insert_observers import InsertObservers
+from vlqc.passes.lower_linears import LowerLinears
+from vlqc.passes.quantize_activations import QuantizeActivations
+from vlqc.passes.quantize_weights import QuantizeWeights, emitted_bias
+from vlqc.targets.engines import Scheme
+
+Method = Literal["auto", "round", "clip", "gptq"]
+
+
+def test_golden(golden: Callable[[str, str], None]) -> None:
+    """Any change of the integers or scales of the exact stage shows here as text."""
+    golden("after-quantize-weights.vlqc", text_after("quantize-weights"))
+
+
+@pytest.mark.parametrize("outliers", [False, True])
+def test_against_numpy(outliers: bool) -> None:
+    """A scale per tensor, per column or rounded to bfloat16; integers cut instead of rounded; -128 used."""
+    stage = through(observed(decoder(outliers=outliers)), QuantizeActivations(), QuantizeWeights(method="round"))
+    for it in stage.sites.values():
+        assert it.weight is not None
+        weight = stage.linear(it).weight.numpy()
+        scale = np.abs(weight).max(1, keepdims=True) / np.float32(127)
+        assert it.weight.integers.dtype == torch.int8 and it.weight.scale.dtype == torch.float32
+        np.testing.assert_array_equal(it.weight.scale, scale)
+        np.testing.assert_array_equal(it.weight.integers, np.clip(np.rint(weight / scale), -127, 127))
+        assert np.abs(weight - it.weight.integers.numpy() * it.weight.scale.numpy()).max() <= 0.5001 * scale.max()
+
+
+@pytest.mark.parametrize("method", ["round", "clip", "gptq"])
+@pytest.mark.parametrize("scheme", [Scheme.W8A8, Scheme.W4A8_DYNAMIC])
+def test_is_an_analysis(method: Method, scheme: Scheme) -> None:
+    """A float weight overwritten before it is lowered: passes that come between would see the rounded one."""
+    stage = through(observed(decoder(), scheme), QuantizeActivations())
+    known = {path: parameter.clone() for path, parameter in stage.live.named_parameters()}
+    through(stage, QuantizeWeights(method=method))
+    assert all(torch.equal(parameter, known[path]) for path, parameter in stage.live.named_parameters())
+
+
+def test_float_sites_stay_without() -> None:
+    """Integers for a site that is emitted in float, or a quantized site left out."""
+    stage = through(decoder(), InsertObservers(), AssignPrecision(), QuantizeActivations(), QuantizeWeights())
+    assert [it.target for it in stage.sites.values() if it.weight is None] == ["mlp.down_proj"]
+    assert all(it.weight is not None for it in quantized(stage)) and len(quantized(stage)) == 6
+    assert QuantizeWeights().run(decoder()) is False  # nobody has decided anything
+
+
+@pytest.mark.parametrize("method", ["round", "clip", "gptq"])
+@pytest.mark.parametrize("bias", [300.0, 257.2])  # 257.2 is no value of bfloat16: it is stored as 258
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_bias_of_a_zero_row_fits(bias: float, dtype: torch.dtype, method: Method) -> None:
+    """A row of zeros with a bias: its own scale is so fine that the bias, as stored, overflows int32 in its steps."""
+    stage = observed(decoder(dtype=dtype))
+    for path in ("weight", "bias"):
+        stage.live.get_parameter(f"self_attn.v_proj.{path}")[4] = 0 if path == "weight" else bias
+    stage.live.get_parameter("self_attn.v_proj.weight")[5] *= 1e-9
+    stage.live.get_parameter("self_attn.v_proj.bias")[5] = -bias
+    through(stage, QuantizeActivations(), QuantizeWeights(method=method), LowerLinears())
+    lowered = stage.live.get_submodule("self_attn.v_proj")
+    assert isinstance(lowered, StaticQuantLinear)
+    rows = stage.calls[0].args[0]
+    stored = torch.tensor(bias).to(dtype).item()
+    torch.testing.assert_close(lowered(rows)[..., 4], torch.full(rows.shape[:-1], stored), rtol=1e-6, atol=0)
+    torch.testing.assert_close(lowered(rows)[..., 5], torch.full(rows.shape[:-1], -stored), rtol=1e-6, atol=0)
+
+
+def test_tiny_input_scale_keeps_biases() -> None:
+    """An input that was always zero has a tiny scale: every bias counted in its steps would overflow."""
+    stage = decoder()
+    for call in stage.calls:
+        call.args[0].zero_()
+    through(observed(stage), QuantizeActivations(), QuantizeWeights(), LowerLinears())
+    bias = decoder().live.get_parameter("self_attn.q_proj.bias")
+    got = stage.live.get_submodule("self_attn.q_proj")(stage.calls[0].args[0])[0, 0]
+    torch.testing.assert_close(got, bias, rtol=1e-4, atol=1e-6)
+
+
+def test_second_run_tells_the_truth() -> None:
+    """A pass that always claims a change is refused as a lie; one changed weight has to be noticed."""
+    stage = through(observed(decoder()), QuantizeActivations(), QuantizeWeights())
+    assert QuantizeWeights().run(stage) is False
+    stage.live.get_parameter("mlp.up_proj.weight")[3, 3] += 0.5
+    assert QuantizeWeights().run(stage) is True
+    assert site(stage, "mlp.up_proj").scheme == Scheme.W8A8
+
+
+# ---- per token and in groups -----------------------------------------------------------------------------------------
+
+
+@DTYPES
+def test_dynamic_scales_are_values_of_the_dtype(dtype: torch.dtype) -> None:
+    """Integers that belong to another scale than the stored one: engines read a W8A8_DYNAMIC scale in the dtype."""
+    stage = through(observed(decoder(dtype=dtype, outliers=True), Scheme.W8A8_DYNAMIC), QuantizeWeights(method="round"))
+    for it in stage.sites.values():
+        assert it.weight is not None and it.weight.group_scale is None and it.input is None
+        weight, scale = stage.linear(it).weight.double().numpy(), it.weight.scale.double().numpy()
+        assert (
+            torch.equal(it.weight.scale, it.weight.scale.to(dtype).float()) and it.weight.scale.dtype == torch.float32
+        )
+        absmax = np.abs(weight).max(1, keepdims=True)
+        assert (scale >= absmax / 127 * (1 - 1e-6)).all() and (scale <= absmax / 127 * (1 + 2.0**-7)).all()
+        np.testing.assert_array_equal(it.weight.integers, np.rint(weight / scale))
+        assert (np.abs(weight - it.weight.integers.numpy() * scale) <= 0.5001 * scale).all()
+
+
+@DTYPES
+def test_groups_against_their_bound(dtype: torch.dtype) -> None:
+    """A scale per row instead of per group, groups along the wrong side, integers beyond 4 bits, more than half a step.
+
+    Steps are bounded from above by what covers a group: its largest weight at 7, so at most a bit more than absmax / 7.
+    """
+    stage = through(observed(decoder(dtype=dtype, outliers=True), Scheme.W4A8_DYNAMIC), QuantizeWeights(method="round"))
+    for it in stage.sites.values():
+        assert it.weight is not None and it.weight.group_scale is not None and it.group_size == GROUP_SIZE
+        rows, columns = it.shape
+        assert it.weight.scale.shape == (rows, 1) and it.weight.group_scale.shape == (rows, columns // GROUP_SIZE)
+        for scale in (it.weight.scale, it.weight.group_scale):
+            assert (
+                scale.dtype == torch.float32 and torch.equal(scale, scale.to(dtype).float()) and float(scale.min()) > 0
+            )
+        integers = it.weight.integers.numpy().astype(np.float64)
+        assert integers.min() >= -8 and integers.max() <= 7 and np.abs(integers).max() >= 7
+        weight = stage.linear(it).weight.double().numpy()
+        groups = weight.reshape(rows, -1, GROUP_SIZE)
+        step = (it.weight.scale.double() * it.weight.group_scale.double()).numpy()
+        error = np.abs(groups - integers.reshape(groups.shape) * step[:, :, None])
+        assert (error <= 0.5 * step[:, :, None] * (1 + 1e-5)).all()
+        assert (step <= np.abs(groups).max(2) / 7 * (1 + 2.0**-6)).all()
+        np.testing.assert_array_equal(
+            integers, np.clip(np.rint(groups / step[:, :, None]), -8, 7).reshape(weight.shape)
+        )
+
+
+def test_groups_without_a_size() -> None:
+    """A pipeline that sets the scheme by itself: a sentence about the site, not a TypeError in the arithmetic."""
+    stage = through(observed(decoder(), Scheme.W4A8_DYNAMIC))
+    site(stage, "self_attn.o_proj").group_size = None
+    with pytest.raises(UserError, match=r"self_attn\.o_proj has no group size"):
+        QuantizeWeights().run(stage)
+
+
+@pytest.mark.parametrize("scheme", [Scheme.W8A8_DYNAMIC, Scheme.W4A8_DYNAMIC])
+def test_second_run_of_other_schemes(scheme: Scheme) -> None:
+    """A comparison that looks at integers only: a changed scale of any level has to be noticed."""
+    stage = through(observed(decoder(), scheme), QuantizeWeights())
+    assert QuantizeWeights().run(stage) is False
+    for number in range(len(rounded_parts(stage))):
+        it = site(stage, "mlp.up_proj")
+        assert it.weight is not None
+        parts = [part.clone() for part in it.weight.tensors()]
+        parts[number] += 1
+        it.weight = WeightQuantization(*parts)
+        assert QuantizeWeights().run(stage) is True and QuantizeWeights().run(stage) is False
+
+
+def rounded_parts(stage: Stage) -> list[torch.Tensor]:
+    weight = site(stage, "mlp.up_proj").weight
+    assert weight is not None
+    return weight.tensors()
+
+
+def test_bias_as_it_is_stored() -> None:
+    """A bias that a pass added is stored nowhere but in quant_bias: rounding it to bfloat16 would only lose."""
+    stage = observed(decoder())
+    it = site(stage, "self_attn.q_proj")
+    stage.linear(it).bias.fill_(1.003)
+    stored = emitted_bias(stage, it)
+    assert stored is not None and torch.equal(stored, torch.ones(32))
+    it.gained_bias = True
+    exact = emitted_bias(stage, it)
+    assert exact is not None and torch.equal(exact, torch.full((32,), 1.003))
+    assert emitted_bias(stage, site(stage, "self_attn.o_proj")) is None
+
+
+# ---- better than the nearest -----------------------------------------------------------------------------------------
+
+
+@SCHEMES
+@pytest.mark.parametrize("method", ["clip", "gptq"])
+@DTYPES
+def test_scales_and_integers_of_every_method(scheme: Scheme, method: Method, dtype: torch.dtype) -> None:
+    """Scales that engines would round again, integers beyond their bits, or the shapes of another scheme."""
+    stage = observed(decoder(dtype=dtype, outliers=True), scheme)
+    stage.live.get_parameter("mlp.up_proj.weight")[7] = 0
+    through(stage, QuantizeActivations(), QuantizeWeights(method=method))
+    for it in stage.sites.values():
+        assert it.weight is not None and (it.weight.group_scale is None) == (scheme != Scheme.W4A8_DYNAMIC)
+        low, high = (-8, 7) if scheme == Scheme.W4A8_DYNAMIC else (-127, 127)
+        assert it.weight.integers.dtype == torch.int8 and it.weight.integers.shape == it.shape
+        assert int(it.weight.integers.min()) >= low and int(it.weight.integers.max()) <= high
+        for scale in it.weight.tensors()[1:]:
+            assert scale.dtype == torch.float32 and bool((scale > 0).all()) and bool(scale.isfinite().all())
+            assert scheme == Scheme.W8A8 or torch.equal(scale, scale.to(dtype).float())
+        assert it.weight.group_scale is None or float(it.weight.group_scale.max()) <= 17
+    empty = site(stage, "mlp.up_proj").weight
+    assert empty is not None and not bool(empty.integers[7].any())
+
+
+@SCHEMES
+def test_methods_lower_the_error_of_the_outputs(scheme: Scheme) -> None:
+    """A method that is named but not run, or one that makes the outputs worse on the rows it was fitted to.
+
+    Behind the norms these random inputs do not go along with each other: there gptq can only leave it at clipping.
+    """
+    noise, behind_attention = [], []
+    for method in ("round", "clip", "gptq"):
+        stage = through(observed(decoder(outliers=True, samples=12), scheme), QuantizeActivations())
+        through(stage, QuantizeWeights(method=method))
+        noise.append(sum(output_noise(stage, it) for it in stage.sites.values()))
+        behind_attention.append(output_noise(stage, site(stage, "self_attn.o_proj")))
+    assert noise[2] < 0.95 * noise[1] < 0.93 * noise[0]
+    assert behind_attention[2] < 0.7 * behind_attention[1]
+
+
+def output_noise(stage: Stage, it: Site) -> float:
+    """What the weight's error adds to the outputs, relative to them, on the observed rows."""
+    assert it.weight is not None
+    scale = it.weight.scale if it.weight.group_scale is None else it.weight.scale * it.weight.group_scale
+    weight, seen = stage.linear(it).weight.double(), stage.observations[it.source]
+    stored = it.weight.integers.double() * scale.double().repeat_interleave(it.shape[1] // scale.shape[1], 1)
+    rows = seen.kept.double() * seen.row_weight().sqrt()[:, None]
+    return float((rows @ (weight - stored).T).square().sum() / (rows @ weight.T).square().sum())
+
+
+def test_automatic_is_gptq() -> None:
+    """A default that quietly rounds to the nearest where statistics are there."""
+    stages = [through(observed(decoder(), Scheme.W4A8_DYNAMIC), QuantizeWeights(method=it)) for it in ("auto", "gptq")]
+    for one, other in zip(*(stage.sites.values() for stage in stages), strict=True):
+        assert one.weight is not None and other.weight is not None
+        assert all(torch.equal(*pair) for pair in zip(one.weight.tensors(), other.weight.tensors(), strict=True))
+
+
+@pytest.mark.parametrize("scheme", [Scheme.W8A8_DYNAMIC, Scheme.W4A8_DYNAMIC])
+def test_without_observations(scheme: Scheme) -> None:
+    """Methods that need statistics in a pipeline without any: a KeyError, or a refusal of those that need none."""
+    for method in ("clip", "gptq"):
+        stage = through(decoder(), EVERYWHERE[scheme])
+        with pytest.raises(UserError, match="put insert-observers before it"):
+            QuantizeWeights(method=method).run(stage)
+    plain = through(decoder(), EVERYWHERE[scheme], QuantizeWeights(method="round"))
+    through(stage, QuantizeWeights())
+    for one, other in zip(plain.sites.values(), stage.sites.values(), strict=True):
+        assert one.weight is not None and other.weight is not None
+        assert all(torch.equal(*pair) for pair in zip(one.weight.tensors(), other.weight.tensors(), strict=True))
+
+
+@pytest.mark.parametrize("method", ["round", "clip", "gptq"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_groups_side_by_side_are_what_they_are_alone(method: Method, threads: int) -> None:
+    """Weights that land at another site, or that depend on how many groups are worked on; threads that stay taken."""
+    stage = through(observed(decoder()), QuantizeActivations())
+    alone = {
+        it.target: new
+        for source, members in stage.groups().items()
+        if (sites := [it for it in members if it.scheme not in (None, Scheme.FLOAT)])
+        for it, new in zip(sites, quantize_weights.quantized(stage, source, sites, method), strict=True)
+    }
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        through(stage, QuantizeWeights(method=method))
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    for it in quantized(stage):
+        assert it.weight is not None
+        assert all(map(torch.equal, it.weight.tensors(), alone[it.target].tensors()))
+
+
+def test_an_error_in_any_group_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that is lost in another thread, or that leaves arithmetic on one thread for good."""
+    stage = through(observed(decoder()), QuantizeActivations())
+    real, last = quantize_weights.quantized, list(stage.groups())[-2]
+
+    def fails(stage: Stage, source: str, *rest: Any) -> Any:
+        if source == last:
+            raise UserError(Fault("no"))
+        return real(stage, source, *rest)
+
+    monkeypatch.setattr(quantize_weights, "quantized", fails)
+    threads = torch.get_num_threads()
+    with pytest.raises(UserError, match="no"):
+        QuantizeWeights().run(stage)
+    assert torch.get_num_threads() == threads

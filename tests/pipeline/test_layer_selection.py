@@ -1,0 +1,75 @@
+"""layer_globs: patterns of --exclude and --include that match nothing are faults, with what was probably meant."""
+
+import pytest
+
+from tests.support import tiny
+from vlqc.errors import UserError
+from vlqc.options.options import Options
+from vlqc.pipeline.layer_selection import check_globs, check_layers
+
+LAYERS = [
+    "visual.blocks.0.attn.qkv",
+    "visual.merger.mlp.0",
+    "model.layers.0.self_attn.q_proj",
+    "model.layers.0.mlp.down_proj",
+    "lm_head",
+]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["*", "lm_head", "visual.*", "*.down_proj", "model.layers.[0-3].mlp.*", "*q_proj", "visual.merger.mlp.?"],
+)
+def test_patterns_that_match(pattern: str) -> None:
+    """A pattern refused although it names layers: wildcards, classes and whole names all do."""
+    check_globs(iter(LAYERS), exclude=(pattern,))
+    check_globs(LAYERS, exclude=(pattern, pattern), include=(pattern,))
+
+
+def test_nothing_given() -> None:
+    """A fault where there is no pattern."""
+    check_globs(LAYERS, exclude=(), include=())
+    check_globs([])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "fix"),
+    [
+        ("lm_haed", "did you mean lm_head?"),
+        ("model.layers.0.mlp.downproj", "model.layers.0.mlp.down_proj"),
+        ("LM_HEAD", "layers are named like visual.blocks.0.attn.qkv, lm_head"),  # letters' cases count
+        ("x", "layers are named like visual.blocks.0.attn.qkv, lm_head"),
+        ("model.layers.0.mlp.down_proj.weight", "did you mean model.layers.0.mlp.down_proj"),  # a tensor, no layer
+    ],
+)
+def test_patterns_that_match_nothing(pattern: str, fix: str) -> None:
+    """An exclusion that silently does nothing: its layer would be quantized against the user's word."""
+    with pytest.raises(UserError) as caught:
+        check_globs(LAYERS, include=(pattern,))
+    (fault,) = caught.value.faults
+    assert fault.what == f"--include {pattern} matches no layer" and fix in fault.fix
+    assert caught.value.exit_code == 2
+
+
+def test_all_faults_at_once() -> None:
+    """A run per wrong pattern; the flag that each came with must be named."""
+    with pytest.raises(UserError) as caught:
+        check_globs(LAYERS, exclude=("a.*", "visual.*", "b.*"), include=("c.*",))
+    assert [fault.what.split(" matches")[0] for fault in caught.value.faults] == [
+        "--exclude a.*",
+        "--exclude b.*",
+        "--include c.*",
+    ]
+
+
+def test_a_model_without_layers() -> None:
+    """An index into an empty list instead of a sentence."""
+    with pytest.raises(UserError, match="matches no layer"):
+        check_globs([], exclude=("*",))
+
+
+def test_nothing_that_is_left() -> None:
+    """Catches hours of calibration for a copy of the source."""
+    options = Options.from_user(model_path=tiny.TINY, save_directory="out", exclude=["*"])
+    with pytest.raises(UserError, match="nothing would be quantized"):
+        check_layers(tiny.float_model(), options)

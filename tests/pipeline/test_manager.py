@@ -1,0 +1,202 @@
+"""The manager that runs passes and holds them to their word."""
+
+import typing
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.small_stage import Lowered, decided, traced
+from vlqc.errors import InternalError
+from vlqc.ir.parser import parse_stage
+from vlqc.ir.printer import print_stage
+from vlqc.ir.stage import TOLERANCE, Stage, difference
+from vlqc.pipeline.manager import PassManager
+from vlqc.pipeline.registry import Pass
+from vlqc.targets.engines import Scheme
+
+
+def pass_of(kind: str, work: Any, name: str = "made-up") -> Pass:
+    """A third-party pass: a frozen dataclass that derives from Pass and defines run, nothing else."""
+    body = {"name": name, "kind": kind, "summary": "", "run": lambda self, stage: work(stage)}
+    made = type("MadeUp", (Pass,), body)
+    step: Pass = typing.cast(Any, dataclass(frozen=True)(made))()
+    return step
+
+
+def scale_weight(stage: Stage) -> bool:
+    stage.live.get_parameter("mlp.up.weight").mul_(2)
+    stage.live.get_parameter("mlp.down.weight").div_(2)
+    return True
+
+
+def decide(stage: Stage) -> bool:
+    for site in stage.sites.values():
+        site.scheme, site.reason = Scheme.FLOAT, "by request"
+    return True
+
+
+def test_third_party_passes_run() -> None:
+    """The public API: a subclass of Pass, run by PassManager, seen by its callbacks and timed."""
+    seen: list[Any] = []
+    manager = PassManager(
+        [pass_of("analysis", decide, "decide"), pass_of("rewrite", scale_weight, "scale")],
+        before=lambda stage, coming: seen.append(("before", coming.name)),
+        after=lambda stage, number, done: seen.append((number, done.name, "by request" in print_stage(stage))),
+    )
+    manager.run(traced())
+    assert seen == [("before", "decide"), (0, "decide", True), ("before", "scale"), (1, "scale", True)]
+    assert set(manager.seconds) == {"decide", "scale"}
+
+
+def test_a_pass_without_run_says_so() -> None:
+    """Forgetting run must not look like a pass that changed nothing."""
+    with pytest.raises(TypeError, match="define run"):
+        PassManager([Pass()]).run(traced())
+
+
+def test_an_analysis_must_not_change_weights() -> None:
+    """An observer that altered what it observes, named with the weight, even if it owns up to a change."""
+    for says in (True, False):
+        step = pass_of("analysis", lambda stage, says=says: scale_weight(stage) and says)
+        with pytest.raises(
+            InternalError, match=r"is an analysis but changed mlp\.down\.weight, mlp\.up\.weight of visual\.blocks\.0"
+        ):
+            PassManager([step]).run(traced())
+
+
+CHANGES: dict[str, Any] = {
+    "a weight": scale_weight,
+    "a weight behind autograd's back": lambda stage: stage.live.get_parameter("norm1.bias").data[3].add_(2**-20),
+    "a buffer": lambda stage: stage.live.get_buffer("position").add_(2**-20),
+    "a module": lambda stage: stage.live.register_buffer("new", torch.zeros(1)),
+    "a scheme": decide,
+    "a reason": lambda stage: setattr(stage.sites["visual.blocks.0.mlp.down"], "reason", "else"),
+    "edges": lambda stage: setattr(stage, "edges", ()),
+    "an argument in the graph": lambda stage: setattr(
+        stage.node("reshape"), "args", (stage.node("attn_qkv"), 2, -1, 2, 2)
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_rewrite_that_hides_a_change(change: str) -> None:
+    """Whoever skips work because "nothing changed" would go on with stale text or statistics."""
+
+    def work(stage: Stage) -> bool:
+        CHANGES[change](stage)
+        return False
+
+    with pytest.raises(InternalError, match=r"made-up changed something but says it did not, in visual\.blocks\.0"):
+        PassManager([pass_of("rewrite", work)]).run(traced())
+    PassManager([pass_of("rewrite", lambda stage: work(stage) or True)]).run(traced())
+
+
+def spoil(stage: Stage) -> bool:
+    for site in stage.sites.values():
+        stage.linear(site).weight.mul_(1.5)
+    return True
+
+
+def test_a_rewrite_must_not_change_what_the_stage_computes() -> None:
+    """A formula that is wrong would be quantized without a word, and the model would be another one."""
+    words = r"made-up is a rewrite but changed what visual\.blocks\.0 computes[\s\S]*look at tests.pipeline.test_manager:MadeUp"
+    for work in (spoil, lambda stage: stage.live.get_parameter("mlp.down.bias").fill_(torch.inf).numel() > 0):
+        with pytest.raises(InternalError, match=words if work is spoil else "made-up"):
+            PassManager([pass_of("rewrite", work)]).run(traced())
+    PassManager([pass_of("rewrite", spoil)], verify=False).run(traced())
+
+
+def test_a_rewrite_may_lower() -> None:
+    """Modules that run integers change the output: a lowering of one's own must not be taken for a wrong formula."""
+
+    def lower(stage: Stage) -> bool:
+        for site in stage.sites.values():
+            if site.weight is not None:
+                site.weight.scale.mul_(1.5)
+                stage.live.set_submodule(site.target, Lowered(stage.linear(site), site))
+        return True
+
+    stage = decided()
+    before = stage.run_probe()
+    steps = [pass_of("rewrite", lower, "lower"), pass_of("rewrite", lambda stage: False, "behind-it")]
+    PassManager(steps).run(stage)
+    assert difference(before, stage.run_probe()) > TOLERANCE
+
+
+def test_only_a_strangers_rewrite_costs_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vlqc's rewrites prove themselves: a second proof of each would only take time."""
+    ran: list[str] = []
+    run_probe = Stage.run_probe
+    monkeypatch.setattr(Stage, "run_probe", lambda stage: (ran.append(stage.name), run_probe(stage))[1])
+    own = pass_of("rewrite", scale_weight)
+    monkeypatch.setattr(type(own), "__module__", "vlqc.passes.made_up")
+    PassManager([own, pass_of("analysis", lambda stage: False)]).run(traced())
+    assert ran == []
+    PassManager([pass_of("rewrite", scale_weight)]).run(traced())
+    assert len(ran) == 2
+
+
+def test_a_pass_without_a_return() -> None:
+    """The commonest slip of a new pass must not read as a hidden change: it says what came back, and what should."""
+    for returned in (None, 1):
+        step = pass_of("analysis", lambda stage, returned=returned: decide(stage) and returned)
+        with pytest.raises(InternalError, match=rf"run returned {returned}, .*; return True or False") as caught:
+            PassManager([step]).run(traced())
+        (fault,) = caught.value.faults
+        assert (
+            "\n" not in fault.what
+            and fault.fix == "look at tests.pipeline.test_manager:MadeUp, which does not come with vlqc"
+        )
+
+
+@pytest.mark.parametrize("kind", ["analysis", "rewrite"])
+def test_a_pass_that_claims_a_change(kind: str) -> None:
+    """A pass that always says True makes every loop that runs until nothing changes endless."""
+    PassManager([pass_of(kind, lambda stage: False)]).run(decided())
+    with pytest.raises(InternalError, match="says it changed something but did not") as caught:
+        PassManager([pass_of(kind, lambda stage: True)]).run(decided())
+    assert caught.value.exit_code == 70
+
+
+def test_the_second_pass_is_held_to_what_the_first_left() -> None:
+    """The evidence is carried from pass to pass: the change of the first must not be blamed on the second."""
+    first = pass_of("rewrite", scale_weight)
+    PassManager([first, pass_of("analysis", lambda stage: False)]).run(traced())
+    with pytest.raises(InternalError, match="liar"):
+        PassManager([first, pass_of("analysis", lambda stage: True, "liar")]).run(traced())
+
+
+def test_an_invalid_stage_is_refused_with_all_its_faults() -> None:
+    """A broken stage must stop at the pass that broke it, with every fault and the text of the stage."""
+
+    def work(stage: Stage) -> bool:
+        decide(stage)
+        stage.sites["visual.blocks.0.mlp.up"].scheme = None
+        stage.live.get_parameter("norm2.weight").fill_(torch.nan)
+        return True
+
+    with pytest.raises(InternalError) as caught:
+        PassManager([pass_of("rewrite", work)]).run(traced())
+    message = str(caught.value)
+    assert "visual.blocks.0 is not valid after made-up" in message
+    assert "several schemes" in message and "norm2.weight has NaN" in message
+    assert '\nstage "visual.blocks.0" part=vision' in message
+
+
+def test_without_verify_nothing_is_checked() -> None:
+    """Verification reads every weight; who turns it off pays nothing, and is told nothing."""
+    after: list[int] = []
+    step = pass_of("analysis", scale_weight)
+    PassManager([step], verify=False, after=lambda stage, number, done: after.append(number)).run(traced())
+    assert after == [0]
+
+
+def test_passes_that_only_decide_run_on_parsed_stages() -> None:
+    """A dump can be tried against another assignment without its weights."""
+    stage = parse_stage(print_stage(traced()))
+    PassManager([pass_of("analysis", decide)]).run(stage)
+    assert print_stage(stage).count('scheme=FLOAT reason="by request"') == 5
+    with pytest.raises(InternalError, match="did not"):
+        PassManager([pass_of("analysis", decide)]).run(stage)

@@ -1,0 +1,310 @@
+"""Dumps of every stage after every pass: which files appear, what they say, and that a bundle can be run again."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+import vlqc
+from tests.support.tiny import TINY
+from tools.demo import tiny_task
+from vlqc.cli.commands import app
+from vlqc.errors import UserError
+from vlqc.ir.stage import Stage
+from vlqc.options.options import Options
+from vlqc.pipeline.registry import parse_pipeline, pipeline_text, print_pipeline
+from vlqc.reporting.dumps.bundle_reading import read_bundle
+from vlqc.reporting.dumps.replay import run_pass
+from vlqc.reporting.dumps.trace_only import look_until, trace
+from vlqc.reporting.dumps.writer import Dumper
+
+CHOSEN = ("visual.blocks.1", "visual.merger", "model.layers.1")
+SHIFTED: dict[str, Any] = {"shift": True, "target": "vllm-ascend"}
+W4A8: dict[str, Any] = {
+    "w_bit": 4, "is_dynamic": True, "is_lowbit": True, "open_outlier": False, "act_method": 1, "w4a8_scope": "all",
+    "propagate": "quantized", "weight_method": "round",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def dump(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three stages of the tiny model in three formats, of a compilation with every kind of rewrite."""
+    folder = tmp_path_factory.mktemp("dump")
+    vlqc.compile(
+        model_path=TINY, save_directory=folder / "out", samples=tiny_task.samples(3, seed=1), dump_ir=folder / "ir",
+        dump_stages=CHOSEN, dump_formats="text,json,bundle", **SHIFTED,
+    )  # fmt: skip
+    return folder / "ir"
+
+
+def steps_of(**options: Any) -> list[str]:
+    return [print_pipeline([step]) for step in parse_pipeline(pipeline_text(Options.without_paths(**options)))]
+
+
+def test_chosen_stages_in_chosen_formats(dump: Path) -> None:
+    """Catches a stage, a state or a format that is missing, and files of stages that nobody asked for."""
+    names = ["00-traced", *(f"{n:02}-after-{step.partition('{')[0]}" for n, step in enumerate(steps_of(**SHIFTED), 1))]
+    assert sorted(path.name for path in dump.iterdir()) == sorted(CHOSEN)
+    for stage in dump.iterdir():
+        wanted = {f"{name}.{suffix}" for name in names for suffix in ("vlqc", "json", "bundle")}
+        assert {path.name for path in stage.iterdir()} == wanted
+
+
+def test_json_says_what_the_text_says(dump: Path) -> None:
+    """Catches JSON that leaves out or renames what a program would look for, and numbers that differ from the text."""
+    path = dump / "model.layers.1" / "08-after-lower-linears"
+    said, stage = json.loads(path.with_suffix(".json").read_text()), vlqc.parse(path.with_suffix(".vlqc").read_text())
+    assert (said["stage"], said["part"], said["dtype"]) == ("model.layers.1", "language", "bfloat16")
+    assert [node["name"] for node in said["nodes"]] == [node.name for node in stage.graph.nodes]
+    shaped = {node["name"]: (tuple(node["shape"]), node["dtype"]) for node in said["nodes"] if "shape" in node}
+    assert shaped["hidden_states"][1] == "float32"
+    site, known = said["sites"]["model.layers.1.self_attn.q_proj"], stage.sites["model.layers.1.self_attn.q_proj"]
+    assert known.input is not None
+    assert site["input"] == {"scale": known.input.scale, "offset": known.input.offset} and site["scheme"] == "W8A8"
+    assert site["weight"]["weight"]["dtype"] == "int8"
+    assert said["tensors"].keys() == stage.tensors.keys() and len(said["observations"]) == 4 == len(said["edges"])
+
+
+@pytest.mark.every_transformers
+@pytest.mark.parametrize("stage", CHOSEN)
+def test_every_pass_runs_again_to_the_same_text(dump: Path, stage: str) -> None:
+    """Catches anything that a bundle forgets or rounds: the pass would do something else than it did before."""
+    bundles, texts = sorted((dump / stage).glob("*.bundle")), sorted((dump / stage).glob("*.vlqc"))
+    for number, step in enumerate(steps_of(**SHIFTED)):
+        assert run_pass(bundles[number], step).text == texts[number + 1].read_text(), step
+
+
+def test_groups_of_four_bits_run_again(tmp_path: Path) -> None:
+    """Catches bundles that lose group scales or lowered modules, and samples that are not those of the compilation."""
+    vlqc.compile(
+        model_path=TINY, save_directory=tmp_path / "out", samples=tiny_task.samples(2, seed=1), dump_ir=tmp_path / "ir",
+        dump_stages="model.layers.0", dump_formats="text,bundle", **W4A8,
+    )  # fmt: skip
+    folder = tmp_path / "ir" / "model.layers.0"
+    bundles, texts = sorted(folder.glob("*.bundle")), sorted(folder.glob("*.vlqc"))
+    for number, step in enumerate(steps_of(**W4A8)):
+        if number != 1:  # which the other test has seen
+            assert run_pass(bundles[number], step).text == texts[number + 1].read_text(), step
+    lowered = read_bundle(bundles[-1])
+    assert lowered.is_lowered(lowered.sites["model.layers.0.mlp.up_proj"]) and lowered.run_probe().isfinite().all()
+
+
+def test_unchanged_tensors_are_stored_once(dump: Path) -> None:
+    """Catches a dump that writes all weights after every pass, also after those that only measure."""
+    sizes: dict[str, set[int]] = {}
+    for file in (dump / "model.layers.1").glob("*.bundle/*.safetensors"):
+        sizes.setdefault(file.name, set()).add(file.stat().st_ino)
+    assert len(sizes["inputs.safetensors"]) == 2  # with all samples, with the probe alone
+    assert len(sizes["weights.safetensors"]) == 5  # traced; shifted; smoothed; quantized; lowered
+    assert len(sizes["observations.safetensors"]) == 4  # none; filled; shifted; smoothed
+
+
+def test_an_earlier_dump_goes_and_nothing_else(dump: Path, tmp_path: Path) -> None:
+    """Catches states of two runs side by side, and a file of the user's that is swept away with them."""
+    shutil.copytree(dump / "visual.merger", tmp_path / "visual.merger")
+    (tmp_path / "visual.merger" / "my notes.txt").write_text("mine")
+    trace(TINY, Dumper(tmp_path, stages=["visual.merger"], formats=["json"], overwrite=True))
+    assert sorted(path.name for path in (tmp_path / "visual.merger").iterdir()) == ["00-traced.json", "my notes.txt"]
+
+
+# ---- bundles of strangers --------------------------------------------------------------------------------------------
+
+
+def other_value(folder: Path) -> None:
+    tensors = load_file(folder / "weights.safetensors")
+    tensors["module/self_attn.o_proj.weight"][3, 4] += 1
+    save_file(tensors, folder / "weights.safetensors", {})
+
+
+def edit(**keys: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / "bundle.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
+
+    return change
+
+
+def enter(**given: object) -> Callable[[Path], None]:
+    """Other keyword arguments for the probe; first: for its first one without a keyword."""
+
+    def change(folder: Path) -> None:
+        path = folder / "bundle.json"
+        said = json.loads(path.read_text())
+        probe = said["calls"][said["probe"]] if isinstance(said["probe"], int) else said["probe"]
+        if "first" in given:
+            probe["args"]["tuple"][0] = given["first"]
+        probe["kwargs"]["dict"].update({name: it for name, it in given.items() if name != "first"})
+        path.write_text(json.dumps(said))
+
+    return change
+
+
+def link(folder: Path) -> None:
+    (folder / "graph.vlqc").unlink()
+    (folder / "graph.vlqc").symlink_to("/etc/hostname")
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "other values": (other_value, "tells of|invalid|NaN|size"),
+    "a module of any class": (edit(replaced=[{"path": "mlp", "kind": "os.system"}]), "no pass makes"),
+    "another stage": (edit(stage="model.layers.77"), "has no module"),
+    "unknown facts": (edit(run="rm -rf"), "run"),
+    "not JSON": (lambda folder: (folder / "bundle.json").write_text("{"), "bundle.json cannot be read"),
+    "no tensors": (lambda folder: (folder / "inputs.safetensors").write_bytes(b""), "cannot be used"),
+    "a link": (link, "link out of"),
+    "no such file": (lambda folder: (folder / "observations.safetensors").unlink(), "cannot be used"),
+    "a million blocks": (
+        lambda folder: (folder / "config.json").write_text(
+            json.dumps({**json.loads((folder / "config.json").read_text()), "num_hidden_layers": 10**6})
+        ),
+        "num_hidden_layers",
+    ),
+    "a probe that is no tensor": (enter(first=True), "cannot be used"),
+    "a probe without positions": (enter(position_embeddings=None), "cannot be used"),
+    "a mask that is no tensor": (enter(attention_mask=True), "cannot be used"),
+    "no text": (lambda folder: (folder / "graph.vlqc").write_text("stage"), "graph.vlqc"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_bundles_are_refused(dump: Path, tmp_path: Path, kind: str) -> None:
+    """Catches a traceback, or a pass that runs on something else than the text says, for a bundle from elsewhere."""
+    damage, told = DAMAGE[kind]
+    folder = tmp_path / "some.bundle"
+    shutil.copytree(dump / "model.layers.1" / "03-after-assign-precision.bundle", folder)
+    damage(folder)
+    with pytest.raises(UserError, match=told):
+        run_pass(folder, "smooth-m2")
+
+
+@pytest.fixture(scope="module")
+def merger(dump: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of its own, to be damaged."""
+    folder = tmp_path_factory.mktemp("bundles") / "some.bundle"
+    return Path(shutil.copytree(dump / "visual.merger" / "01-after-split-window-attention.bundle", folder))
+
+
+@settings(max_examples=60)
+@given(st.sampled_from(["bundle.json", "graph.vlqc", "config.json"]), st.data())
+def test_any_damage_is_refused_or_harmless(merger: Path, name: str, data: st.DataObject) -> None:
+    """Catches a traceback for a text that was edited by hand or cut off, and a stage that differs from its text."""
+    text = (merger / name).read_text()
+    at, length = data.draw(st.integers(0, len(text) - 1)), data.draw(st.sampled_from([1, 2, 10, len(text)]))
+    other = (
+        text[:at] + data.draw(st.sampled_from(["", "0", "-1", "[]", "null", '"', "%x", "9" * 12])) + text[at + length :]
+    )
+    try:
+        (merger / name).write_text(other)
+        stage = read_bundle(merger)
+        assert vlqc.print_stage(stage) == vlqc.print_stage(vlqc.parse((merger / "graph.vlqc").read_text()))
+    except UserError:
+        pass
+    finally:
+        (merger / name).write_text(text)
+
+
+def test_a_probe_is_no_calibration(dump: Path) -> None:
+    """Catches observations of one sample that pass for those of all."""
+    with pytest.raises(UserError, match="holds the probe alone"):
+        run_pass(dump / "model.layers.1" / "03-after-assign-precision.bundle", "insert-observers")
+
+
+# ---- commands --------------------------------------------------------------------------------------------------------
+
+
+def told(*words: str) -> tuple[int, str, str]:
+    ran = CliRunner().invoke(app, list(words))
+    return ran.exit_code, ran.stdout, ran.stderr
+
+
+def test_run_pass_says_what_changed(dump: Path, tmp_path: Path) -> None:
+    """Catches a command that runs the pass and keeps the outcome to itself, and a text that cannot be saved."""
+    bundle = str(dump / "model.layers.1" / "05-after-smooth-m2.bundle")
+    code, out, err = told("run-pass", bundle, "quantize-activations{method=minmax}", "-o", str(tmp_path / "t.vlqc"))
+    assert (code, err) == (0, "")
+    assert "model.layers.1.self_attn.q_proj\n  input: none -> scale 0.0" in out and "things changed" in out
+    code, text, err = told("run-pass", bundle, "quantize-activations{method=minmax}", "--text")
+    assert text == (tmp_path / "t.vlqc").read_text() == vlqc.print_stage(vlqc.parse(text))
+    assert told("run-pass", str(tmp_path), "smooth-m2")[0] == 2
+    assert told("run-pass", bundle, "smoothm2")[0] == 2
+    assert told("run-pass", bundle, "quantize-activations", "-o", str(tmp_path / "none" / "t.vlqc"))[0] == 2
+
+
+def test_dump_prints_what_a_compilation_traces(dump: Path, tmp_path: Path) -> None:
+    """Catches a trace that differs from the compiler's in anything but the lengths, or that runs a pass."""
+    code, out, err = told("dump", str(TINY), "--stages", "model.layers.1")
+    assert code == 0, err
+    stage, traced = vlqc.parse(out), vlqc.parse((dump / "model.layers.1" / "00-traced.vlqc").read_text())
+    assert stage.tensors == traced.tensors and list(stage.sites) == list(traced.sites)
+    assert [(it.op, it.name) for it in stage.graph.nodes] == [(it.op, it.name) for it in traced.graph.nodes]
+    assert stage.edges is None and not stage.summaries.observations
+    assert told("dump", str(TINY), "--formats", "json")[0] == 2
+    assert "matches no stage" in told("dump", str(TINY), "--stages", "nothing")[2]
+    assert "only reads" in told("dump", str(TINY), "-o", str(TINY / "dump"))[2] and not (TINY / "dump").exists()
+    (tmp_path / "file").touch()
+    assert "it is a file" in told("dump", str(TINY), "-o", str(tmp_path / "file"))[2]
+
+
+def test_dump_traces_on_pictures(tmp_path: Path) -> None:
+    """Catches a --calib_images that is taken and not looked at."""
+    photo = Path(__file__).parents[2] / "photos" / "chelsea.jpg"
+    words = ("dump", str(TINY), "--stages", "visual.merger", "-o", str(tmp_path))
+    assert told(*words, "--calib_images", str(photo))[0] == 0
+    real = (tmp_path / "visual.merger" / "00-traced.vlqc").read_text()
+    assert told(*words, "--overwrite")[0] == 0
+    assert (tmp_path / "visual.merger" / "00-traced.vlqc").read_text() != real
+
+
+def test_stop_after_ends_there(dump: Path, tmp_path: Path) -> None:
+    """Catches a save folder that appears all the same, one that is replaced, and a state that is not the
+    compilation's."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "kept").touch()
+    looked = look_until(
+        "smooth-m2", model_path=TINY, save_directory=tmp_path / "out", samples=tiny_task.samples(3, seed=1),
+        dump_ir=tmp_path / "ir", dump_stages=CHOSEN[:2], **SHIFTED,
+    )  # fmt: skip
+    assert looked.stages == CHOSEN[:2] and looked.of == 9
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ir", "out"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["kept"]
+    for name in CHOSEN[:2]:
+        files = sorted((tmp_path / "ir" / name).iterdir())
+        assert files[-1].name == "05-after-smooth-m2.vlqc"
+        assert all(file.read_text() == (dump / name / file.name).read_text() for file in files)
+
+
+def test_print_after_shows_one_state_of_the_chosen_stages() -> None:
+    """Catches texts of every pass and stage on the terminal, where one was asked for."""
+    stages = {name: Stage(name, "vision", torch.bfloat16, None, vlqc.parse(TEXT).graph, {}) for name in ("a.0", "a.1")}
+    shown: list[str] = []
+    dumper = Dumper(None, stages=["a.1"], print_after="smooth-m2", show=shown.append)
+    for stage in stages.values():
+        for number, step in enumerate(parse_pipeline("smooth-m4,smooth-m2")):
+            dumper.after(stage, number, step)
+    assert shown == [f"; a.1 after smooth-m2\n{vlqc.print_stage(stages['a.1'])}"]
+
+
+TEXT = 'stage "a.0" part=vision dtype=bfloat16 {\n  %x = input("x") : float32[2]\n  return (%x,)\n}\n'
+
+
+@pytest.mark.parametrize(
+    ("given", "fault"),
+    [
+        ({"dump_stages": ["a"]}, "--dump_ir FOLDER or --print_after"),
+        ({"dump_formats": "json"}, "no folder to dump into"),
+        ({"dump_formats": "jsn", "dump_ir": "d"}, "did you mean json"),
+        ({"dump_formats": "", "dump_ir": "d"}, "text, json, onnx or bundle"),
+    ],
+)
+def test_choices_without_a_dump_are_refused(given: dict[str, Any], fault: str) -> None:
+    """Catches an option that is taken and then ignored, hours before the user finds no dump."""
+    with pytest.raises(UserError, match=fault):
+        Options.without_paths(**given)

@@ -1,0 +1,103 @@
+"""preflight: what --plan says, against what a compilation with the same options does."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+import vlqc
+from tools.demo import tiny_task
+from vlqc.cli.commands import app
+from vlqc.errors import UserError
+from vlqc.reporting.plan import preflight
+
+TINY = Path(tiny_task.__file__).parent / "tiny_vl"
+FOUR_BITS = {"w_bit": 4, "is_dynamic": True, "is_lowbit": True, "open_outlier": False}
+
+
+@pytest.fixture(scope="module")
+def samples() -> list[dict[str, Tensor]]:
+    return tiny_task.samples(2, seed=1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"mindie_format": True}, {"is_dynamic": True}, FOUR_BITS, {**FOUR_BITS, "mindie_format": True}],
+    ids=["static", "mindie", "dynamic", "four bits", "four bits, mindie"],
+)
+def test_plan_is_what_comes_out(tmp_path: Path, samples: list[dict[str, Tensor]], options: dict[str, object]) -> None:
+    """Catches schemes, engines or sizes that the plan derives in another way than the compilation.
+
+    The header of a file is bounded in the plan, not known: 5 % of so small a model.
+    """
+    given = {"model_path": TINY, "save_directory": tmp_path / "out", "samples": samples, **options}
+    plan = preflight(**given)
+    assert not (tmp_path / "out").exists()
+    result = vlqc.compile(weight_method="round", **given)
+    assert plan.counts == result.counts
+    assert plan.engines == result.engines
+    assert plan.bytes_before == result.bytes_before
+    assert plan.bytes_after == pytest.approx(result.bytes_after, rel=0.05)
+    assert plan.tokens == sum(sample["input_ids"].numel() for sample in samples)
+    assert plan.patches == sum(len(sample["pixel_values"]) for sample in samples)
+
+
+def test_more_data_takes_longer(samples: list[dict[str, Tensor]], tmp_path: Path) -> None:
+    """Catches an estimate that does not look at the data: ten thousand times the tokens must show on any machine."""
+    given = {"model_path": TINY, "save_directory": tmp_path / "out"}
+    mask = torch.ones(1, 20000, dtype=torch.long)
+    long = [{"input_ids": torch.full((1, 20000), 9 + number), "attention_mask": mask} for number in range(20)]
+    few, many = preflight(samples=samples, **given), preflight(samples=[*samples, *long], **given)
+    assert many.tokens == few.tokens + 400_000
+    assert many.seconds > few.seconds > 0 and many.memory >= few.memory > 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"exclude": ["nowhere.*"]}, {"pipeline": "lower-linears"}, {"device_type": "npu"}, {"samples": []}],
+    ids=["no such layer", "order of passes", "no such device", "no samples"],
+)
+def test_what_the_run_refuses_is_refused(
+    samples: list[dict[str, Tensor]], tmp_path: Path, options: dict[str, object]
+) -> None:
+    """Catches a plan for something that the compilation would refuse at once."""
+    given = {"model_path": TINY, "save_directory": tmp_path / "out", "samples": samples, **options}
+    with pytest.raises(UserError) as planned:
+        preflight(**given)
+    with pytest.raises(UserError) as run:
+        vlqc.compile(**given)
+    assert str(planned.value) == str(run.value)
+
+
+def test_command(tmp_path: Path) -> None:
+    """Catches a --plan that compiles, or that leaves out what a person wants to know."""
+    save, photos = tmp_path / "out", Path(__file__).parents[1] / "photos"
+    ended = CliRunner().invoke(
+        app,
+        ["compile", "--plan", "--model_path", str(TINY), "--calib_images", str(photos), "--save_directory", str(save)],
+    )
+    assert ended.exit_code == 0, ended.output
+    assert not save.exists()
+    for word in ("W8A8", "FLOAT", "size", "memory", "time", "disk", "loads in", "MindIE", "vLLM Ascend"):
+        assert word in ended.output
+
+
+def test_one_plan_or_one_look(tmp_path: Path) -> None:
+    """Catches a plan that begins to compile because of another option."""
+    places = ["--model_path", str(TINY), "--calib_images", str(TINY), "--save_directory", str(tmp_path / "out")]
+    ended = CliRunner().invoke(app, ["compile", *places, "--plan", "--stop_after", "smooth-m2"])
+    assert ended.exit_code == 2 and "--plan with --stop_after" in ended.stderr
+
+
+def test_memory_that_is_not_allowed(
+    samples: list[dict[str, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a plan that is silent about what the run refuses at once, or notes."""
+    given = {"model_path": TINY, "save_directory": tmp_path / "out", "samples": samples}
+    monkeypatch.setattr("vlqc.frontend.memory._available", lambda: 1)
+    assert any("GiB are free" in note for note in preflight(**given).notes)
+    monkeypatch.setattr("resource.getrlimit", lambda kind: (1 << 20, 1 << 20))
+    with pytest.raises(UserError, match="not enough memory is allowed"):
+        preflight(**given)

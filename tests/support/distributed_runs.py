@@ -1,0 +1,108 @@
+"""What each process runs in tests of several: `torchrun ... many_processes.py CHECKPOINT FOLDER [RANK STAGE | resume]`.
+
+Compiles every case through the Python API, and last some photographs by command line. With RANK and STAGE that command
+line alone, in which the process of that number is killed when that stage comes; with the word, it goes on from there.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tests.support import tiny
+from vlqc.errors import UserError
+from vlqc.ir.stage import Stage
+
+PICTURE, TEXT, TWO, LARGE = tiny.mixed_samples()
+# The samples of each case, and its options.
+CASES: dict[str, tuple[list[dict[str, Tensor]], dict[str, Any]]] = {
+    "static": ([PICTURE, TEXT, TWO, LARGE], {}),
+    "text first": (
+        # No picture for the first processes, one that is asked about twice for the last.
+        [TEXT, tiny.made_up(words=4, seed=5), PICTURE, tiny.asked_again(PICTURE, 9, 12, 31)],
+        {"anti_method": "none", "act_method": 1, "weight_method": "round"},
+    ),
+    "refused": ([PICTURE, TEXT, TWO], {}),  # see `refuse`
+    "four bits": (
+        [TWO, TEXT],  # fewer than three processes
+        {
+            "w_bit": 4, "is_dynamic": True, "is_lowbit": True, "open_outlier": False, "anti_method": "m4",
+            "propagate": "quantized",
+        },
+    ),
+    "searched": (
+        [TEXT, PICTURE, TWO],
+        {"fallback": "auto", "max_float_groups": 2, "target": "vllm-ascend", "weight_method": "clip"},
+    ),
+}  # fmt: skip
+
+
+def compile_all(checkpoint: Path, folder: Path) -> None:
+    """Every case, with the text of every stage after every pass beside it; of one that fails the error, per process."""
+    import vlqc
+
+    for name, (samples, options) in CASES.items():
+        dump = folder / f"{name} ir"
+        try:
+            with before("visual.merger", refuse if name == "refused" else lambda stage: None):
+                vlqc.compile(
+                    model_path=checkpoint, save_directory=folder / name, samples=samples, dump_ir=dump, **options
+                )
+        except UserError as error:
+            (folder / f"{name} error {os.environ.get('RANK', '')}").write_text(str(error), encoding="utf-8")
+
+
+def command_line(checkpoint: Path, result: Path, *more: str) -> None:
+    """Ends the process."""
+    from vlqc.cli.commands import main
+
+    pictures = str(Path(__file__).parents[1] / "photos")
+    paths = ["--model_path", str(checkpoint), "--save_directory", str(result), "--calib_images", pictures]
+    sys.argv = ["vlqc", "compile", *paths, "--max_tokens", "60", "--max_samples", "3", *more]
+    main()
+
+
+@contextmanager
+def before(name: str, happens: Callable[[Stage], None]) -> Iterator[None]:
+    """Inside, that happens each time a stage of this name is about to run its samples."""
+    run = Stage.run
+
+    def changed(stage: Stage, *watch: Any) -> None:
+        if stage.name == name:
+            happens(stage)
+        run(stage, *watch)
+
+    Stage.run = changed  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Stage.run = run  # type: ignore[method-assign]
+
+
+def refuse(stage: Stage) -> None:
+    """An error on one process only: the one that has sample 2."""
+    if any(call.sample == 2 for call in stage.calls):
+        raise UserError("sample 2 cannot be used")
+
+
+def lose(rank: str) -> Callable[[Stage], None]:
+    def kill(stage: Stage) -> None:
+        if os.environ["RANK"] == rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return kill
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 5:
+        with before(sys.argv[4], lose(sys.argv[3])):
+            command_line(Path(sys.argv[1]), Path(sys.argv[2]) / "photos")
+    if len(sys.argv) == 4:
+        command_line(Path(sys.argv[1]), Path(sys.argv[2]) / "photos", "--resume")
+    compile_all(Path(sys.argv[1]), Path(sys.argv[2]))
+    command_line(Path(sys.argv[1]), Path(sys.argv[2]) / "photos")

@@ -1,0 +1,170 @@
+"""Calibration data of strangers: JSON lines, pictures, ready samples."""
+
+import io
+import math
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from PIL import Image
+
+from tests.support.fuzz.damage import as_json, damaged_bytes, damaged_json, values
+from tests.support.fuzz.tiny import tiny_module
+from tests.support.fuzz.verdict import demand, strict
+from vlqc.frontend.calibration.images import BadPicture, read_picture
+from vlqc.frontend.calibration.samples import checked_samples
+from vlqc.frontend.calibration.sources import LINE_KEYS, list_requests
+
+# ---- calibration data ------------------------------------------------------------------------------------------------
+
+LINE = {"image": ["a.png", "b/c.png"], "prompt": "What is this?", "response": "A cat."}
+
+
+def line_cases() -> st.SearchStrategy[bytes]:
+    one = st.one_of(
+        damaged_json(LINE, names=(*LINE_KEYS, "video", "images", "")).map(as_json),
+        st.tuples(st.sampled_from((*LINE_KEYS, "x")), values()).map(lambda it: as_json({**LINE, it[0]: it[1]})),
+        damaged_bytes(as_json(LINE)),
+        values().map(as_json),
+    )
+    return st.lists(one, min_size=1, max_size=3).map(b"\n".join)
+
+
+def check_lines(case: bytes, folder: Path) -> bool:
+    """Every request comes from a line that is strict JSON, has known keys of the right types, and UTF-8 names."""
+    source = folder / "lines.jsonl"
+    source.write_bytes(case)
+    requests = list_requests(source)
+    lines = [line for line in case.decode("utf-8-sig").split("\n") if line.strip()]
+    demand(len(lines) == len(requests), "lines were lost")
+    for line, request in zip(lines, requests, strict=True):
+        given = strict(line.encode())
+        demand(set(given) <= set(LINE_KEYS), f"unknown key in {given}")
+        demand(isinstance(request.prompt, str) and isinstance(request.response, str | None), "texts that are none")
+        for text in (request.prompt, request.response or "", *map(str, request.pictures)):
+            text.encode()
+        for path in request.pictures[:1]:
+            try:
+                read_picture(path)
+            except BadPicture:
+                continue
+    return True
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+
+@cache
+def picture_files() -> dict[str, bytes]:
+    """Small pictures of every kind that people have, as files, by ending and kind."""
+    random = np.random.default_rng(1)
+    colour = Image.fromarray(random.integers(0, 256, (13, 17, 3), dtype=np.uint8))
+    clear = Image.fromarray(random.integers(0, 256, (9, 9, 4), dtype=np.uint8))
+    deep = Image.fromarray(random.integers(0, 65536, (8, 5)).astype(np.uint16))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    made: dict[str, tuple[Image.Image, str, dict[str, Any]]] = {
+        "png": (colour, "PNG", {}),
+        "png 1x1": (colour.crop((0, 0, 1, 1)), "PNG", {}),
+        "png 16 bits": (deep, "PNG", {}),
+        "png rgba": (clear, "PNG", {}),
+        "png palette": (clear.quantize(8), "PNG", {}),
+        "png wide": (colour.resize((3000, 1)), "PNG", {}),
+        "jpg": (colour, "JPEG", {}),
+        "jpg cmyk": (colour.convert("CMYK"), "JPEG", {}),
+        "jpg turned": (colour, "JPEG", {"exif": turned}),
+        "jpg progressive": (colour, "JPEG", {"progressive": True}),
+        "gif moving": (colour, "GIF", {"save_all": True, "append_images": [colour.rotate(90)]}),
+        "webp": (clear, "WEBP", {"lossless": True}),
+        "webp moving": (colour, "WEBP", {"save_all": True, "append_images": [colour.rotate(90)]}),
+        "bmp": (colour, "BMP", {}),
+        "tif": (colour, "TIFF", {}),
+        "tif lzw": (colour, "TIFF", {"compression": "tiff_lzw"}),
+        "tif cmyk": (colour.convert("CMYK"), "TIFF", {}),
+        "tif float": (colour.convert("F"), "TIFF", {}),
+    }
+    files = {}
+    for kind, (image, form, more) in made.items():
+        file = io.BytesIO()
+        image.save(file, form, **more)
+        files[kind] = file.getvalue()
+    return files
+
+
+def picture_cases() -> st.SearchStrategy[tuple[str, bytes]]:
+    def of(kind: str, content: bytes) -> st.SearchStrategy[tuple[str, bytes]]:
+        whole = st.sampled_from(("png", "jpg", "gif", "bmp", "webp", "tif", "tiff")).map(lambda it: (it, content))
+        damaged = damaged_bytes(content).map(lambda it: (kind.partition(" ")[0], it))
+        return st.one_of(damaged, damaged, damaged, whole)
+
+    return st.one_of(*(of(kind, content) for kind, content in picture_files().items()))
+
+
+def check_picture(case: tuple[str, bytes], folder: Path) -> bool:
+    """A picture is read whole, as 8-bit RGB, or refused."""
+    ending, content = case
+    path = folder / f"x.{ending}"
+    path.write_bytes(content)
+    try:
+        read = read_picture(path)
+    except BadPicture as refused:
+        demand(str(refused).strip() != "", "refused without a reason")
+        return False
+    with Image.open(io.BytesIO(content)) as opened:
+        demand(sorted(read.size) == sorted(opened.size), f"{read.size} of {opened.size}")
+    demand(read.mode == "RGB" and np.asarray(read).dtype == np.uint8, f"mode {read.mode}")
+    return True
+
+
+# ---- ready samples ---------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def sample_cases(draw: st.DrawFn) -> Any:
+    """A right sample with one to three tensors of other dtypes, shapes or values, or none at all."""
+    sample: dict[Any, Any] = {
+        "input_ids": torch.tensor([[1, 3, 5, 5, 4, 9]]),
+        "attention_mask": torch.ones(1, 6, dtype=torch.int64),
+        "pixel_values": torch.zeros(8, 1176),
+        "image_grid_thw": torch.tensor([[1, 2, 4]]),
+    }
+    dtypes = (torch.int64, torch.float32, torch.float16, torch.bool, torch.int8, torch.complex64, torch.bfloat16)
+    for _ in range(draw(st.integers(1, 3))):
+        name = draw(st.sampled_from(list(sample) or ["input_ids"]))
+        what = draw(st.sampled_from(("dtype", "shape", "value", "other", "remove", "rename", "number")))
+        held = sample.get(name)
+        if what == "remove":
+            sample.pop(name, None)
+        elif what == "rename":
+            sample[draw(st.sampled_from(("pixel_values_videos", "x", 3, None)))] = sample.pop(name, None)
+        elif what == "other" or not isinstance(held, torch.Tensor):
+            sample[name] = draw(values())
+        elif what == "dtype":
+            sample[name] = held.to(draw(st.sampled_from(dtypes)))
+        elif what == "shape":
+            sample[name] = torch.zeros(draw(st.lists(st.integers(0, 4), max_size=4)), dtype=held.dtype)
+        elif held.numel() and held.dtype == torch.int64:
+            changed = held.clone().flatten()
+            changed[draw(st.integers(0, held.numel() - 1))] = draw(
+                st.sampled_from((-1, 0, 2, 5, 63, 64, 2**31, 2**62, 2**62 + 2, -(2**63)))
+            )
+            sample[name] = changed.reshape(held.shape)
+        elif held.numel() and held.dtype.is_floating_point:
+            sample[name] = held + draw(st.sampled_from((math.nan, math.inf, 1e30, -1e30, 1e-42)))
+    return draw(st.sampled_from(([sample], [sample], [sample], [], [3], sample, [sample, None])))
+
+
+def check_samples(case: Any, folder: Path) -> bool:
+    """Samples that pass have what the model's forward takes."""
+    (sample,) = checked_samples(case, tiny_module())
+    ids = sample["input_ids"]
+    demand(ids.dtype == torch.int64 and ids.ndim == 2 and 0 <= int(ids.min()) <= int(ids.max()) < 64, "input_ids")
+    if "pixel_values" in sample:
+        pixels = sample["pixel_values"]
+        demand(pixels.is_floating_point() and bool((pixels.abs() <= 1e4).all()), "pixel_values")
+        demand(int((ids == 5).sum()) * 4 == len(pixels), "image tokens do not fit")
+    demand(all(isinstance(key, str) for key in sample), "a key that is no text")
+    return True

@@ -1,0 +1,145 @@
+"""Texts that users type or keep: values of options, pipelines, stages."""
+
+import dataclasses
+import math
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hypothesis import strategies as st
+
+from tests.support.fuzz.damage import damaged_text, values
+from tests.support.fuzz.verdict import demand
+from vlqc.ir.parser import parse_stage
+from vlqc.ir.printer import print_stage
+from vlqc.options.option_values import read_value
+from vlqc.options.options import Options, extra_of
+from vlqc.options.recipe import read_recipe
+from vlqc.pipeline.registry import REGISTRY, load_pass, parse_pipeline, pipeline_text, print_pipeline
+
+GOLDENS = Path(__file__).parents[2] / "goldens"
+
+
+def option_cases() -> st.SearchStrategy[dict[str, Any]]:
+    """Up to four options with values of every kind, mostly text, as a command line gives them."""
+    allowed = [(name, value) for name, field in Options.model_fields.items() for value in extra_of(field)["values"]]
+    words = st.sampled_from(
+        (
+            "True",
+            "false",
+            "none",
+            "1e400",
+            "-0",
+            "0.5",
+            "64",
+            "256",
+            "mindie@2.2",
+            "both@1",
+            "vllm-ascend@9.9.9.9rc",
+            "*",
+        )
+    )
+    given = st.one_of(
+        st.tuples(st.sampled_from(list(Options.model_fields)), st.one_of(words, st.text(max_size=8), values())),
+        st.sampled_from(allowed).map(lambda it: (it[0], str(it[1]))),
+        st.tuples(st.text(max_size=12), st.text(max_size=3)),
+    )
+    return st.lists(given, min_size=1, max_size=4).map(dict)
+
+
+def check_options(case: dict[str, Any], folder: Path) -> bool:
+    """What is accepted is of the option's type and among its values, and says the same when it is given again."""
+    options = Options.without_paths(**case)
+    for name, field in Options.model_fields.items():
+        value, extra = getattr(options, name), extra_of(field)
+        if extra["values"] and value is not None:
+            demand(value in extra["values"], f"{name} is {value!r}")
+        if isinstance(value, float):
+            demand(math.isfinite(value) and extra["least"] <= value <= extra["most"], f"{name} is {value!r}")
+        if type(value) is int and not extra["values"]:
+            demand(extra.get("least", 1) <= value < 10**18, f"{name} is {value!r}")
+    again = Options.without_paths(**{name: getattr(options, name) for name in Options.model_fields})
+    demand(again == options, "reads otherwise when given again")
+    print_pipeline(parse_pipeline(pipeline_text(options)))
+    return True
+
+
+PIPELINE = (
+    "insert-observers{tokens=4096,balance=false},assign-precision{scheme=W8A8,fallback=seed,exclude=a.*;b},"
+    "smooth-m4{alpha=0.5},quantize-activations{method=histogram},quantize-weights{method=gptq},lower-linears"
+)
+
+
+@cache
+def pass_words() -> tuple[str, ...]:
+    fields = {option.name for name in REGISTRY for option in dataclasses.fields(load_pass(name))}
+    return (*REGISTRY, *sorted(fields), "{", "}", ",", "=", "=None", "{}", "=1e400", "=nan", "=-1", "=0", "true", "{{")
+
+
+def check_pipeline(case: str, folder: Path) -> bool:
+    """What is accepted prints to a text that means the same. Without module:Class, which imports what it names."""
+    passes = parse_pipeline(case.replace(":", ""))
+    text = print_pipeline(passes)
+    text.encode()
+    demand(parse_pipeline(text) == passes, f"{text!r} reads otherwise")
+    return True
+
+
+RECIPE = """# a recipe
+w_bit: 8
+act_method: '1'
+anti-method: m4
+exclude: ["visual.*", '*.o_proj']
+include:
+  - lm_head
+max_samples: 010
+memory_budget: 1.5
+pipeline: >-
+  insert-observers,
+  lower-linears
+overwrite: yes
+target: ~
+"""
+RECIPE_WORDS = tuple("!!python/name:os.system !!int &a *a <<: --- ?  - { [ | > yes 0o7 :".split(" "))
+
+
+def check_recipe(case: str, folder: Path) -> bool:
+    """What is accepted is options that give the same when given again, and names no code."""
+    file = folder / "recipe.yaml"
+    file.write_bytes(case.encode(errors="surrogatepass"))
+    read = read_recipe(file, Options.model_fields)
+    for name, value in read.items():
+        demand(read_value(name, Options.model_fields[name], value) == value, f"{name} is {value!r}")
+    demand(":" not in (read.get("pipeline") or "").partition("{")[0], "a pipeline names code")
+    demand(read.get("trust_remote_code") is not True, "it trusts code")
+    return True
+
+
+@cache
+def stage_texts() -> list[str]:
+    return [path.read_text(encoding="utf-8") for path in sorted(GOLDENS.glob("*.vlqc"))]
+
+
+def stage_cases() -> st.SearchStrategy[str]:
+    """Goldens, a few lines of each left out and the rest damaged; short ones more often: they cost less."""
+    words = (" absmax=", " digest=", "float32", "%", " : ", "torch.", 'module("', "edges {", "}", "kept=", "channels=")
+
+    def shortened(text: str) -> st.SearchStrategy[str]:
+        lines = text.split("\n")
+
+        def cut(place: tuple[int, int]) -> str:
+            return "\n".join(lines[: place[0]] + lines[place[0] + place[1] :])
+
+        return st.tuples(st.integers(1, len(lines)), st.integers(0, 3)).map(cut)
+
+    small = sorted(stage_texts(), key=len)[:3]
+    return st.sampled_from(small).flatmap(
+        lambda text: st.one_of(damaged_text(text, most=2, words=words), shortened(text))
+    )
+
+
+def check_stage(case: str, folder: Path) -> bool:
+    """What is accepted prints to a text that reads back as itself."""
+    printed = print_stage(parse_stage(case))
+    demand(print_stage(parse_stage(printed)) == printed, "does not read back")
+    return True

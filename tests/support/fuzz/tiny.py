@@ -1,0 +1,16 @@
+"""The tiny checkpoint and its model, as the targets of the fuzzer share them. Not to be changed."""
+
+from functools import cache
+from pathlib import Path
+
+from torch import nn
+
+from vlqc.frontend.checkpoint.checkpoint import Checkpoint
+from vlqc.frontend.streamed_model import FloatModel
+
+TINY = Path(__file__).parents[3] / "tools" / "demo" / "tiny_vl"
+
+
+@cache
+def tiny_module() -> nn.Module:
+    return FloatModel.of(Checkpoint(TINY)).module

@@ -1,0 +1,89 @@
+"""Runs over a small checkpoint that end early, and what they leave."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+import vlqc
+from tests.support import tiny
+from tests.support.resume_runs import QUICK, SAMPLES
+from vlqc.ir.stage import Stage
+
+STAGES = ["visual.blocks.0", "visual.blocks.1", "visual.merger", "model.layers.0", "model.layers.1"]
+
+
+def small(folder: Path) -> Path:
+    """The tiny checkpoint with two blocks of its vision tower, and two layers of its language model: five stages."""
+
+    def drop(tensors: dict[str, Tensor]) -> None:
+        for name in list(tensors):
+            block, _, number = ".".join(name.split(".")[:3]).rpartition(".")
+            if number.isdecimal() and int(number) >= {"visual.blocks": 2, "model.layers": 2}.get(block, 99):
+                del tensors[name]
+
+    def change(config: dict[str, Any]) -> None:
+        config["num_hidden_layers"] = 2
+        config["vision_config"] |= {"depth": 2, "fullatt_block_indexes": [1]}
+
+    return tiny.damaged(folder, tensors=drop, config=change)
+
+
+def compile_into(folder: Path, checkpoint: Path, samples: list[dict[str, Tensor]] = SAMPLES, **options: Any) -> Any:
+    return vlqc.compile(model_path=checkpoint, save_directory=folder, samples=samples, **(QUICK | options))
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def compiled(folder: Path, checkpoint: Path) -> dict[str, bytes]:
+    """What an uninterrupted run writes."""
+    compile_into(folder, checkpoint)
+    return content(folder)
+
+
+def left(target: Path) -> list[Path]:
+    return sorted(target.parent.glob(".*.partial-*"))
+
+
+@contextmanager
+def failing(stage: str, error: BaseException) -> Iterator[None]:
+    """Inside, what happens when this stage is about to run its samples."""
+    run = Stage.run
+
+    def changed(self: Stage, *watch: Any) -> None:
+        if self.name == stage:
+            raise error
+        run(self, *watch)
+
+    Stage.run = changed  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        Stage.run = run  # type: ignore[method-assign]
+
+
+def interrupted(save: Path, checkpoint: Path, at: str = STAGES[3], **options: Any) -> Path:
+    """A run that was interrupted at a stage; its work folder."""
+    with failing(at, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+        compile_into(save, checkpoint, **options)
+    (work,) = left(save)
+    assert not save.exists()
+    return work
+
+
+def traced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the stages that are run from now on."""
+    names: list[str] = []
+    run = Stage.run
+
+    def noted(stage: Stage, *watch: Any) -> None:
+        names.append(stage.name)
+        run(stage, *watch)
+
+    monkeypatch.setattr(Stage, "run", noted)
+    return names

@@ -1,0 +1,285 @@
+"""The rules of the house: who may import whom, what files are called, what is packaged, what the API promises."""
+
+import ast
+import importlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import vlqc
+from vlqc.pipeline.registry import REGISTRY, load_pass
+
+ROOT = Path(__file__).parents[1]
+LINKED = ("passes", "kernels_ref")
+FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "base", "core", "misc"}
+
+
+def python_files(folder: str) -> list[Path]:
+    """All below a folder of the project, except what is reached through the two links."""
+    links = {ROOT / "vlqc" / name for name in LINKED}
+    return [path for path in sorted((ROOT / folder).rglob("*.py")) if not links & set(path.parents)]
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(("vlqc", *parts) if parts[0] in LINKED else parts).removesuffix(".__init__")
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Modules that a file imports anywhere, inside functions, too; `from a import b` gives a.b."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{path.name}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def within(name: str, allowed: tuple[str, ...]) -> bool:
+    return any(name == one or name.startswith(f"{one}.") for one in allowed)
+
+
+def is_standard(name: str) -> bool:
+    return name.partition(".")[0] in sys.stdlib_module_names
+
+
+# ---- who may import whom ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", python_files("kernels_ref"), ids=lambda path: path.stem)
+def test_reference_arithmetic_stands_alone(path: Path) -> None:
+    """Catches reference arithmetic that borrows from the compiler it is to judge."""
+    for name in imports(path):
+        assert is_standard(name) or within(name, ("torch", "numpy", "vlqc.kernels_ref")), name
+
+
+PASSES_MAY_USE = ("ir", "pipeline", "flow", "engines", "errors", "kernels_ref", "passes")
+
+
+@pytest.mark.parametrize("path", python_files("passes"), ids=lambda path: path.stem)
+def test_passes_see_only_the_stage(path: Path) -> None:
+    """Catches a pass that reaches for the checkpoint, the emitter, the options or the model."""
+    allowed = ("torch", "numpy", *(f"vlqc.{name}" for name in PASSES_MAY_USE))
+    for name in imports(path):
+        assert is_standard(name) or within(name, allowed), name
+
+
+def test_passes_are_named_in_the_registry_only() -> None:
+    """Catches a compiler that treats some pass specially: then no other order of passes would work."""
+    words = set(REGISTRY) | {load_pass(name).__name__ for name in REGISTRY}
+    spelt = re.compile(rf"(?<![\w-])({'|'.join(sorted(words))})(?![\w-])|vlqc\.passes\b")
+    for path in python_files("vlqc"):
+        if path.relative_to(ROOT).as_posix() != "vlqc/pipeline/registry.py":
+            assert not spelt.search(path.read_text(encoding="utf-8")), path
+            assert not any(within(name, ("vlqc.passes",)) for name in imports(path)), path
+
+
+def test_importing_vlqc_costs_nothing() -> None:
+    """Catches `vlqc --help` that takes seconds because torch or transformers is loaded for it."""
+    code = "import sys, vlqc; print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
+
+
+# ---- names and sizes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_one_name_one_file_one_test_file(name: str) -> None:
+    """Catches a pass that cannot be found by its name, or that has no tests of its own."""
+    stem = name.replace("-", "_")
+    assert REGISTRY[name].startswith(f"vlqc.passes.{stem}:")
+    assert load_pass(name).name == name
+    assert (ROOT / "passes" / f"{stem}.py").is_file()
+    assert (ROOT / "tests" / "passes" / f"test_{stem}.py").is_file()
+
+
+def test_the_program_is_one_screen() -> None:
+    """Catches a compiler that grows cases: it names no scheme, no engine, no model, and fits on one screen."""
+    text = (ROOT / "vlqc" / "compiler.py").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 90
+    named = re.findall(r"(?i)w8a8|w4a8|int8|int4|ascend|mindie|vllm|\bnpu\b|qwen|llava|visual|lm_head", text)
+    assert named == []
+
+
+LONGEST = 330  # lines
+
+
+@pytest.mark.parametrize("folder", ["vlqc", "passes", "kernels_ref", "tools", "tests"])
+def test_files_can_be_read_in_one_go(folder: str) -> None:
+    """Catches a file that has grown until nobody reads it as a whole."""
+    lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in python_files(folder)}
+    assert {name: lines for name, lines in lengths.items() if lines > LONGEST} == {}
+
+
+def test_no_file_is_called_after_nothing() -> None:
+    """Catches a drawer for odds and ends: a file's name says what is in it."""
+    for folder in ("vlqc", *LINKED, "tests", "tools"):
+        for path in python_files(folder):
+            parts = set(path.relative_to(ROOT).with_suffix("").parts)
+            assert not parts & FORBIDDEN_NAMES, path
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_the_links_are_links(name: str) -> None:
+    """Catches a copy of a folder where a link belongs: one of the two would be edited, the other one run."""
+    link = ROOT / "vlqc" / name
+    assert link.is_symlink() and os.readlink(link) == f"../{name}"
+    assert importlib.import_module(f"vlqc.{name}").__name__ == f"vlqc.{name}"
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_a_second_copy_under_another_name_is_refused(name: str) -> None:
+    """Catches `import passes` beside `import vlqc.passes`: two classes of every pass, equal in name only."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / name / "__init__.py")
+    assert spec and spec.loader
+    with pytest.raises(ImportError, match=rf"vlqc\.{name}"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def test_every_test_says_what_it_would_catch() -> None:
+    """Catches a test without a reason, and one that is skipped."""
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        text = path.read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                assert ast.get_docstring(node), f"{path.name}: {node.name}"
+        if path.name != Path(__file__).name:
+            assert not re.search(r"pytest\.(mark\.)?(skip|xfail|importorskip)", text), path.name
+
+
+def project_files() -> list[Path]:
+    """What belongs to the project: what git tracks or would track."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if listed.returncode == 0:
+        return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+    hidden = re.compile(r"^(\.(?!ci$)|__pycache__$|build$|dist$)|\.egg-info$")
+    return [
+        path
+        for path in ROOT.rglob("*")
+        if path.is_file() and not any(hidden.search(part) for part in path.relative_to(ROOT).parts[:-1])
+    ]
+
+
+def test_no_path_of_somebodys_machine() -> None:
+    """Catches a file that only works, or only makes sense, where it was written."""
+    machine = re.compile(rb"(?<![\w.>*/-])/(work|root|Users|home|tmp/w)/\w")
+    files = project_files()
+    assert ROOT / "vlqc" / "compiler.py" in files
+    for path in files:
+        found = machine.search(path.read_bytes())
+        assert not found, f"{path}: {found.group() if found else ''}"
+
+
+# ---- the API ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.every_transformers
+@pytest.mark.parametrize("name", vlqc.__all__)
+def test_every_public_name_resolves(name: str) -> None:
+    """Catches a promised name that is not there (any more)."""
+    assert getattr(vlqc, name) is not None
+    assert f"{name}" in (vlqc.__doc__ or "") or isinstance(getattr(vlqc, name), type)
+
+
+def test_type_checkers_see_the_same_names() -> None:
+    """Catches a public name that only exists at run time, or only for type checkers, or comes from elsewhere."""
+    tree = ast.parse((ROOT / "vlqc" / "__init__.py").read_text(encoding="utf-8"))
+    seen: dict[str, str] = {}
+    for node in (node for block in tree.body if isinstance(block, ast.If) for node in block.body):
+        if isinstance(node, ast.ImportFrom):
+            seen |= {alias.asname or alias.name: f"{node.module}:{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Name):  # its public name differs
+            (target,) = node.targets
+            seen[ast.unparse(target)] = seen.pop(node.value.id)
+    assert seen == vlqc._HOME
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    """Catches a KeyError, which would break `hasattr` and `from vlqc import ...`."""
+    assert not hasattr(vlqc, "nonsense")
+
+
+# ---- the package -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel of the project, built from a copy of it in which the two links are absent."""
+    copy, out = tmp_path_factory.mktemp("project") / "vlqc", tmp_path_factory.mktemp("wheel")
+    copy.mkdir()
+    ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
+    for name in ("vlqc", *LINKED):
+        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=ignore)
+    for name in LINKED:
+        (copy / "vlqc" / name).unlink()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy / name)
+    build = f"from setuptools import build_meta; build_meta.build_wheel({str(out)!r})"
+    ran = subprocess.run([sys.executable, "-c", build], cwd=copy, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    (built,) = out.glob("vlqc-*.whl")
+    return built
+
+
+def test_the_wheel_holds_the_tree(wheel: Path) -> None:
+    """Catches a new folder that is not listed as a package, a file too many, a licence or entry point that is lost."""
+    expected = {module_of(path).replace(".", "/") for folder in ("vlqc", *LINKED) for path in python_files(folder)}
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        entry = next(name for name in names if name.endswith("entry_points.txt"))
+        assert "vlqc = vlqc.__main__:main" in archive.read(entry).decode()
+    packed = {re.sub(r"(/__init__)?\.py$", "", name) for name in names if name.endswith(".py")}
+    assert packed == expected
+    others = [name for name in names if not name.endswith(".py") and ".dist-info/" not in name]
+    templates = [
+        path.relative_to(ROOT).as_posix() for path in (ROOT / "vlqc" / "reporting" / "html" / "templates").iterdir()
+    ]
+    pages = [path.relative_to(ROOT).as_posix() for path in (ROOT / "vlqc" / "docs").iterdir()]
+    assert sorted(others) == sorted(["vlqc/py.typed", *templates, *pages]) and len(templates) == 4
+    assert "vlqc/docs/cookbook.md" in pages
+    assert any(name.endswith("LICENSE") for name in names)
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"vlqc"}, "a generic name would collide"
+
+
+def test_the_wheel_works_without_the_links(wheel: Path, tmp_path: Path) -> None:
+    """Catches passes or kernels that are found only where the links are: every module of the wheel is imported."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+        modules = [re.sub(r"(/__init__)?\.py$", "", name) for name in archive.namelist() if name.endswith(".py")]
+    wanted = [module.replace("/", ".") for module in modules if not module.endswith("__main__")]
+    code = (
+        f"import importlib; found = [importlib.import_module(name) for name in {wanted!r}]\n"
+        "from vlqc.pipeline.registry import REGISTRY, load_pass\n"
+        "print(len([load_pass(name) for name in REGISTRY]))\n"
+        "print(*{module.__file__ for module in found}, sep='\\n')"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    count, *files = ran.stdout.split()
+    assert int(count) == len(REGISTRY)
+    assert len(files) == len(wanted) and all(file.startswith(str(tmp_path)) for file in files)
+
+
+def test_the_readme_is_finished() -> None:
+    """Catches placeholders, and Python examples that do not even compile."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "<!--" not in text
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        compile(block.replace("samples=[...]", "samples=[]"), "README.md", "exec")

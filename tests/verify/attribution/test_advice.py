@@ -1,0 +1,143 @@
+"""vlqc verify --locate: what is advised, that it helps, and how it is shown."""
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from torch import Tensor
+from typer.testing import CliRunner
+
+import vlqc
+from tests.support import compiled_folder
+from tests.support.ablation_folders import SAMPLES, SMALL, located
+from tests.support.compiled_folder import make_content
+from tools.checkpoints import outlier_checkpoint as make_outlier_checkpoint
+from vlqc.cli.commands import app
+from vlqc.errors import UserError
+from vlqc.options.options import Options
+from vlqc.verify import verify_folder
+from vlqc.verify.findings import LOCATED
+
+# ---- advice ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_clipped_group_is_first_in_both_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a ranking by anything else than the error made, and clipping that is neither measured nor named."""
+    plain, bad = compiled_folder.input_range, "model.layers.0.mlp."
+    monkeypatch.setattr(
+        compiled_folder, "input_range", lambda layer: (0.003, 0) if layer.startswith(bad) else plain(layer)
+    )
+    content = make_content()
+    source, folder = content.write_source(tmp_path / "float"), content.write(tmp_path / "out")
+    report = located(folder, source, SAMPLES)
+    first = report.facts[LOCATED][0]
+    assert (first["group"], first["gain rank"]) == ("model.layers.0.mlp.{gate,up}_proj", 1)
+    advice = report.advice[0]
+    assert "of its image inputs lie outside the stored range" in advice.why and first["inputs %"] > 90
+    assert "--calib_images with more or other pictures" in advice.fix
+    monkeypatch.undo()  # the range as it should be
+    better = verify_folder(make_content().write(tmp_path / "better"), model_path=source, samples=SAMPLES)
+    assert better.facts["logits against float"]["SQNR dB"] > report.facts["logits against float"]["SQNR dB"] + 3
+
+
+def options_in(fix: str) -> list[dict[str, str]]:
+    """ "--a b --c d: effect; --e f (words): effect" -> the options of each piece of advice."""
+    found = []
+    for piece in fix.split("; "):
+        words = shlex.split(re.sub(r"\(.*?\)|(?<=--calib_images )[^:]*", "", piece.partition(": ")[0]))
+        found.append(dict(zip((word.removeprefix("--") for word in words[::2]), [*words[1::2], ""], strict=False)))
+    return found
+
+
+@pytest.fixture
+def outliers(tmp_path: Path) -> Callable[..., tuple[Path, list[dict[str, Tensor]]]]:
+    """compiled(**options) -> the folder of a checkpoint with outliers, and other samples than those of calibration."""
+    config = make_outlier_checkpoint.make(tmp_path / "float", seed=3, shape=SMALL)
+    calibration = make_outlier_checkpoint.random_samples(config, 4, seed=1)
+
+    def compiled(pixels: float = 1.0, **options: Any) -> tuple[Path, list[dict[str, Tensor]]]:
+        others = make_outlier_checkpoint.random_samples(config, 3, seed=2)
+        given = [one | {"pixel_values": pixels * one["pixel_values"]} for one in calibration]
+        if "calib_images" in options:  # more pictures, like those of the comparison
+            given += others
+        options.pop("calib_images", None)
+        folder = tmp_path / "out"
+        vlqc.compile(model_path=tmp_path / "float", save_directory=folder, samples=given, overwrite=True, **options)
+        return folder, others
+
+    return compiled
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"anti_method": "none"}, "anti_method"),
+        ({"w_bit": "4", "is_lowbit": "True", "is_dynamic": "True", "open_outlier": "False"}, "w_bit"),
+        ({"anti_method": "m4", "anti_alpha": "0.1"}, "is_dynamic"),
+    ],
+)
+def test_what_is_advised_helps(
+    tmp_path: Path, outliers: Callable[..., tuple[Path, list[dict[str, Tensor]]]], options: dict[str, str], named: str
+) -> None:
+    """Catches advice that does not help, options that do not exist, and gains that are not what an exclusion gives."""
+    folder, samples = outliers(**options)
+    report = located(folder, tmp_path / "float", samples, locate_tokens=10_000)
+    before = report.facts["logits against float"]["SQNR dB"]
+    assert len(report.advice) == 3
+    for advice in report.advice:
+        assert set().union(*options_in(advice.fix)) <= Options.model_fields.keys(), advice.fix
+    tried = options_in(report.advice[0].fix)
+    assert any(named in one for one in tried)
+    assert "exclude" in tried[-1]
+    for one in tried:
+        folder, _ = outliers(**(options | one))
+        after = verify_folder(folder, model_path=tmp_path / "float", samples=samples)
+        gain = after.facts["logits against float"]["SQNR dB"] - before
+        assert gain > 0.2, one
+        if "exclude" in one:
+            assert gain == pytest.approx(report.facts[LOCATED][0]["gain dB"], abs=0.5)
+
+
+def test_pictures_unlike_those_of_calibration_are_noticed(
+    tmp_path: Path, outliers: Callable[..., tuple[Path, list[dict[str, Tensor]]]]
+) -> None:
+    """Catches ranges that were calibrated on other pictures than these, and advice that does not say so."""
+    folder, samples = outliers(pixels=0.001, include="visual.*")
+    report = located(folder, tmp_path / "float", samples)
+    clipped = [advice for advice in report.advice if "outside the stored range" in advice.why]
+    assert clipped and clipped[0].where.startswith("visual.") and "--calib_images" in clipped[0].fix
+    folder, _ = outliers(include="visual.*")
+    after = verify_folder(folder, model_path=tmp_path / "float", samples=samples)
+    assert after.facts["logits against float"]["SQNR dB"] > report.facts["logits against float"]["SQNR dB"] + 1
+
+
+# ---- the user's side -------------------------------------------------------------------------------------------------
+
+
+def test_it_is_shown_and_repeatable(tmp_path: Path) -> None:
+    """Catches figures that are in the JSON only, advice that fails a folder, and results that change."""
+    content = make_content()
+    source, folder = content.write_source(tmp_path / "float"), content.write(tmp_path / "out")
+    report = located(folder, source, SAMPLES)
+    console = Console(width=160, record=True, file=(tmp_path / "screen").open("w"))
+    report.render(console)
+    shown = console.export_text()
+    assert report.ok and "advice [locate] 1. " in shown and "what to do: " in shown
+    assert "model.layers.0.self_attn.{q,k,v}_proj" in shown and "gain rank" in shown
+    assert report.to_json() == located(folder, source, SAMPLES).to_json()
+
+
+def test_options_that_do_not_go_together(tmp_path: Path) -> None:
+    """Catches a comparison with nothing, a silent option, and a traceback in their place."""
+    with pytest.raises(UserError, match=r"--locate needs the float checkpoint[\s\S]*--locate needs pictures"):
+        verify_folder(tmp_path, locate=True)
+    with pytest.raises(UserError, match="means nothing without --locate"):
+        verify_folder(tmp_path, locate_tokens=5)
+    with pytest.raises(UserError, match="--locate_tokens is 0"):
+        verify_folder(tmp_path, model_path=tmp_path, samples=SAMPLES, locate=True, locate_tokens=0)
+    ended = CliRunner().invoke(app, ["verify", str(tmp_path), "--locate", "--locate_tokens", "9"])
+    assert ended.exit_code == 2 and "--locate needs the float checkpoint" in ended.stderr

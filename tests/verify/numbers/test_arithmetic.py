@@ -1,0 +1,277 @@
+"""vlqc.verify, the numbers of a folder: recomputed from each other, and held against the float checkpoint."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.support.compiled_folder import Content, make_content
+from tests.support.damaged_folder import LAYER, PROJ, UP, integers, set_integers, texts
+from tests.support.tensors import rounded, stored
+from vlqc.errors import UserError
+from vlqc.verify import verify_folder
+from vlqc.verify.folder.reader import round_to
+
+Array = npt.NDArray[np.float32]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("smooth", [False, True])
+def test_a_correct_folder_agrees_with_its_source(tmp_path: Path, dtype: str, smooth: bool) -> None:
+    """Catches a comparison that mistakes smoothing, or rounding to the folder's dtype, for damage."""
+    content = make_content(dtype=dtype, smooth=smooth)
+    report = verify_folder(content.write(tmp_path / "out"), model_path=content.write_source(tmp_path / "float"))
+    assert texts(report) == ""
+    assert report.examined["float weights"] == len(content.source)
+    assert 40 < report.facts["weights furthest from float"][0]["SQNR dB"] < 48  # eight bits of normal weights
+
+
+# ---- rules that no single byte breaks --------------------------------------------------------------------------------
+
+
+def row(number: int, value: object) -> Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int64]]:
+    def change(values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        values = values.copy()
+        values[number] = value
+        return values
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (row(4, 0), "dead channels 4"),
+        (row(6, 127), "saturated channels 6"),
+        (row(7, np.where(np.arange(32) % 2, -127, 127)), "saturated channels 7"),
+        (row(8, np.arange(-128, -96)), "-128 in channels 8"),
+    ],
+)
+def test_channels_that_make_no_sense_are_named(
+    tmp_path: Path, change: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int64]], expected: str
+) -> None:
+    """Catches a dead or clipped channel passed over because scales and sums still fit."""
+    content = make_content()
+    set_integers(content, PROJ, change(integers(content, PROJ)))
+    report = verify_folder(content.write(tmp_path / "out"))
+    warned = [f"[{it.check}] {it.where}: {it.what}" for it in report.warnings]
+    named = f"[integers] {PROJ}.weight: {expected}"
+    assert named in texts(report) or named in warned
+
+
+def test_a_poorly_used_range_is_a_warning(tmp_path: Path) -> None:
+    """Catches exit code 1 for a folder that loads and is merely coarse, and silence about it."""
+    content = make_content()
+    set_integers(content, PROJ, integers(content, PROJ) // 2)
+    report = verify_folder(content.write(tmp_path / "out"))
+    assert report.ok
+    assert "do not use their range: the largest integer is 63" in report.warnings[0].what
+
+
+def test_a_channel_of_zero_float_weights_is_no_fault(tmp_path: Path) -> None:
+    """Catches a pruned channel (zero weights, scale at its floor) called dead."""
+    content = make_content()
+    scale = np.frombuffer(content.tensors[f"{PROJ}.weight_scale"].data, np.float32).copy().reshape(-1, 1)
+    bias = np.frombuffer(content.tensors[f"{PROJ}.bias"].data, np.uint16).copy()
+    scale[4], bias[4] = 2.0**-23, 0
+    content.tensors[f"{PROJ}.weight_scale"] = stored(scale, "F32")
+    content.tensors[f"{PROJ}.bias"].data = bias.tobytes()
+    input_scale = np.frombuffer(content.tensors[f"{PROJ}.input_scale"].data, np.float32)
+    content.tensors[f"{PROJ}.deq_scale"] = stored((input_scale * scale).reshape(-1), "F32")
+    quant_bias = np.frombuffer(content.tensors[f"{PROJ}.quant_bias"].data, np.int32).copy()
+    quant_bias[4] = 0
+    content.tensors[f"{PROJ}.quant_bias"] = stored(quant_bias, "I32")
+    set_integers(content, PROJ, row(4, 0)(integers(content, PROJ)))
+    report = verify_folder(content.write(tmp_path / "out"))
+    assert texts(report) == ""
+    assert "channels 4 have no weights" in report.warnings[0].what
+
+
+def test_members_of_a_group_share_their_input_scale(tmp_path: Path) -> None:
+    """Catches a group whose members are consistent each, but not with each other: engines keep one scale for all."""
+    content = make_content()
+    other = make_content()
+    layer = f"{LAYER}.self_attn.k_proj"
+    scale = rounded(np.array([0.5], np.float32), "BF16")
+    weight_scale = np.frombuffer(other.tensors[f"{layer}.weight_scale"].data, np.float32)
+    deq_scale = scale * weight_scale
+    bits = np.frombuffer(other.tensors[f"{layer}.bias"].data, np.uint16).astype(np.uint32) << 16
+    sums = integers(other, layer).sum(axis=1)
+    content.tensors[f"{layer}.input_scale"] = stored(scale, "F32")
+    content.tensors[f"{layer}.deq_scale"] = stored(deq_scale, "F32")
+    exact = bits.view(np.float32).astype(np.float64) / deq_scale.astype(np.float64) + 7 * sums
+    content.tensors[f"{layer}.quant_bias"] = stored(np.rint(exact), "I32")
+    report = verify_folder(content.write(tmp_path / "out"))
+    assert [finding.check for finding in report.findings] == ["groups"]
+    assert "k_proj has input_scale 0.5" in texts(report)
+
+
+@pytest.mark.parametrize("value", [0.5, 128.0, -129.0, np.nan])
+def test_an_offset_that_is_no_int8(tmp_path: Path, value: float) -> None:
+    """Catches an offset that engines would round or wrap."""
+    content = make_content()
+    content.tensors[f"{PROJ}.input_offset"] = stored(np.array([value]), "F32")
+    assert f"[scales] {PROJ}.input_offset" in texts(verify_folder(content.write(tmp_path / "out")))
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, np.inf, np.nan])
+def test_scales_are_positive_and_finite(tmp_path: Path, value: float) -> None:
+    """Catches a scale that turns a channel into zeros, its negative, or NaN."""
+    content = make_content()
+    scale = np.frombuffer(content.tensors[f"{PROJ}.weight_scale"].data, np.float32).copy()
+    scale[2] = value
+    content.tensors[f"{PROJ}.weight_scale"] = stored(scale.reshape(-1, 1), "F32")
+    assert f"[scales] {PROJ}.weight_scale: not a positive finite number in channels 2" in texts(
+        verify_folder(content.write(tmp_path / "out"))
+    )
+
+
+def test_nan_in_a_float_tensor_is_located(tmp_path: Path) -> None:
+    """Catches a NaN that no load and no shape check would notice."""
+    content = make_content()
+    values = np.zeros((48, 64), np.float32)
+    values[40, 3] = np.nan
+    content.tensors["model.embed_tokens.weight"] = stored(values, "F32")
+    bits = (values.view(np.uint32) >> 16).astype(np.uint16)
+    content.tensors["model.embed_tokens.weight"].dtype = "BF16"
+    content.tensors["model.embed_tokens.weight"].data = bits.tobytes()
+    assert "[finite] model.embed_tokens.weight: NaN or Inf, first at [40, 3]" in texts(
+        verify_folder(content.write(tmp_path / "out"))
+    )
+
+
+def test_a_folder_of_the_reference_tool_passes(tmp_path: Path) -> None:
+    """Catches exit code 1 for scales stored and multiplied in bfloat16, which engines load."""
+    content = make_content(smooth=False)
+    for name in [name for name in content.tensors if name.endswith(".deq_scale")]:
+        layer = name.removesuffix(".deq_scale")
+        scale = np.frombuffer(content.tensors[f"{layer}.weight_scale"].data, np.float32).reshape(-1, 1)
+        input_scale = np.frombuffer(content.tensors[f"{layer}.input_scale"].data, np.float32)
+        offset = np.frombuffer(content.tensors[f"{layer}.input_offset"].data, np.float32)
+        coarse = rounded(scale, "BF16")
+        deq_scale = rounded(coarse * input_scale, "BF16").reshape(-1)
+        bias = content.tensors.get(f"{layer}.bias")
+        values = np.zeros(len(deq_scale), np.float32)
+        if bias:
+            values = (np.frombuffer(bias.data, np.uint16).astype(np.uint32) << 16).view(np.float32)
+        steps = rounded(values / deq_scale, "BF16") - offset * integers(content, layer).sum(axis=1)
+        content.tensors[name] = stored(deq_scale, "F32")
+        content.tensors[f"{layer}.weight_scale"] = stored(coarse, "BF16")
+        content.tensors[f"{layer}.weight_offset"] = stored(np.zeros(coarse.shape), "I64")
+        content.tensors[f"{layer}.input_scale"] = stored(input_scale, "BF16")
+        content.tensors[f"{layer}.input_offset"] = stored(offset, "BF16")
+        content.tensors[f"{layer}.quant_bias"] = stored(np.rint(steps), "I32")
+    assert texts(verify_folder(content.write(tmp_path / "out"))) == ""
+
+
+# ---- against the float checkpoint ------------------------------------------------------------------------------------
+
+
+def scale_stored(content: Content, name: str, factor: Array) -> None:
+    tensor = content.tensors[name]
+    bits = np.frombuffer(tensor.data, np.uint16).astype(np.uint32) << 16
+    content.tensors[name] = stored(bits.view(np.float32).reshape(tensor.shape) * factor, "BF16")
+
+
+def test_a_fold_that_does_not_cancel_is_named(tmp_path: Path) -> None:
+    """Catches smoothing folded into the norm but not into its consumers, or into the wrong channel of a consumer."""
+    source = make_content().write_source(tmp_path / "float")
+    factor = np.ones(64, np.float32)
+    factor[[3, 9]] = 1.25
+    content = make_content()
+    scale_stored(content, f"{LAYER}.post_attention_layernorm.weight", factor)
+    report = verify_folder(content.write(tmp_path / "norm"), model_path=source)
+    assert f"{LAYER}.post_attention_layernorm.weight: channels 3, 9: stored" in texts(report)
+    content = make_content()
+    factor = np.ones(96, np.float32)
+    factor[[3, 9]] = 1.25
+    scale_stored(content, f"{LAYER}.mlp.down_proj.weight", factor)
+    report = verify_folder(content.write(tmp_path / "down"), model_path=source)
+    assert f"{LAYER}.mlp.down_proj.weight: channels 3, 9: columns are scaled by" in texts(report)
+    content = make_content()
+    content.tensors[f"{UP}.weight"] = stored(np.roll(integers(content, UP), 1, axis=1), "I8")
+    report = verify_folder(content.write(tmp_path / "rolled"), model_path=source)
+    assert f"[float weights] {UP}.weight: SQNR against the float weight is" in texts(report)
+
+
+def test_better_rounding_than_the_nearest_is_no_damage(tmp_path: Path) -> None:
+    """Catches a comparison that only accepts plain rounding: methods may move many weights by one step."""
+    content = make_content()
+    values = integers(content, PROJ)
+    moved = np.clip(values + np.random.default_rng(0).integers(-1, 2, values.shape), -126, 126)
+    set_integers(content, PROJ, np.where(np.abs(values) == 127, values, moved))
+    source = content.write_source(tmp_path / "float")
+    assert texts(verify_folder(content.write(tmp_path / "out"), model_path=source)) == ""
+    content.tensors[f"{PROJ}.weight"].flip(100, 0x40)
+    report = verify_folder(content.write(tmp_path / "damaged"), model_path=source)
+    assert f"{PROJ}.weight: 1 of 1024 weights do not follow from the float weight, first at [3, 4]" in texts(report)
+
+
+def test_clipped_weights_are_no_damage(tmp_path: Path) -> None:
+    """Catches a clipping method's largest weights, stored as +-127, called wrong."""
+    content = make_content(smooth=False)
+    bits = np.frombuffer(content.source[f"{PROJ}.weight"].data, np.uint16).astype(np.uint32) << 16
+    weight = bits.view(np.float32).reshape(32, 32)
+    scale = np.abs(weight).max(axis=1, keepdims=True) * np.float32(0.8 / 127)
+    set_integers(content, PROJ, np.clip(np.rint(weight / scale), -127, 127).astype(np.int64))
+    content.tensors[f"{PROJ}.weight_scale"] = stored(scale, "F32")
+    input_scale = np.frombuffer(content.tensors[f"{PROJ}.input_scale"].data, np.float32)
+    deq_scale = (input_scale * scale).reshape(-1)
+    bias = (np.frombuffer(content.tensors[f"{PROJ}.bias"].data, np.uint16).astype(np.uint32) << 16).view(np.float32)
+    content.tensors[f"{PROJ}.deq_scale"] = stored(deq_scale, "F32")
+    content.tensors[f"{PROJ}.quant_bias"] = stored(np.rint(bias.astype(np.float64) / deq_scale), "I32")
+    source = content.write_source(tmp_path / "float")
+    assert texts(verify_folder(content.write(tmp_path / "out"), model_path=source)) == ""
+
+
+def test_another_models_checkpoint_is_noticed(tmp_path: Path) -> None:
+    """Catches a comparison that passes because it compared nothing."""
+    content = make_content()
+    folder = content.write(tmp_path / "out")
+    del content.source["model.layers.1.mlp.down_proj.weight"]
+    content.source["lm_head.weight"].shape = [64, 48]
+    report = verify_folder(folder, model_path=content.write_source(tmp_path / "float"))
+    assert "model.layers.1.mlp.down_proj.weight: the float checkpoint has no such tensor here" in texts(report)
+    assert "lm_head.weight: the float checkpoint has BF16 [64, 48] here" in texts(report)
+
+
+def test_newer_names_in_the_float_checkpoint_are_read(tmp_path: Path) -> None:
+    """Catches a source saved by newer transformers reported as missing every tensor."""
+    content = make_content()
+    renamed = {}
+    for name, tensor in content.source.items():
+        new = f"model.{name}" if name.startswith("visual.") else name.replace("model.", "model.language_model.", 1)
+        renamed[new if not name.startswith("lm_head") else name] = tensor
+    content.source = renamed
+    report = verify_folder(content.write(tmp_path / "out"), model_path=content.write_source(tmp_path / "float"))
+    assert texts(report) == ""
+
+
+def test_a_damaged_float_checkpoint_is_the_users_mistake(tmp_path: Path) -> None:
+    """Catches a broken source blamed on the compiled folder."""
+    content = make_content()
+    source = content.write_source(tmp_path / "float")
+    (source / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes()[:-10])
+    with pytest.raises(UserError, match="truncated"):
+        verify_folder(content.write(tmp_path / "out"), model_path=source)
+
+
+@given(st.floats(width=32, allow_nan=False, allow_infinity=False))
+def test_rounding_to_the_folders_dtype(value: float) -> None:
+    """Catches a rounding that is not to nearest even, by the distance to the neighbouring representable values."""
+    exact = np.array([value], np.float32)
+    nearest = round_to("BF16", exact)
+    bits = nearest.view(np.uint32)
+    assert bits[0] & 0xFFFF == 0
+    if np.isfinite(nearest[0]):
+        step = abs(float(np.array([bits[0] + 0x10000], np.uint32).view(np.float32)[0]) - float(nearest[0]))
+        if np.isfinite(step):
+            assert abs(float(nearest[0]) - value) <= step / 2
+            tie = abs(float(nearest[0]) - value) == step / 2 and step > 0
+            assert not tie or bits[0] & 0x10000 == 0
+    with np.errstate(over="ignore"):
+        assert np.array_equal(round_to("F16", exact), exact.astype(np.float16).astype(np.float32))

@@ -1,0 +1,168 @@
+"""vlqc.verify, the outputs: every stage and the logits of a folder against those of the float checkpoint."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from rich.console import Console
+
+from tests.support.compiled_folder import Content, make_content
+from tests.support.tensors import stored
+from vlqc.errors import UserError
+from vlqc.frontend.streamed_model import model_inputs
+from vlqc.verify import Report, verify_folder
+from vlqc.verify.loader import load
+
+STAGES = ["visual.blocks.0", "visual.merger", "model.layers.0", "model.layers.1"]
+
+
+def sample(seed: int, *, picture: bool = True, padding: int = 0) -> dict[str, torch.Tensor]:
+    """One picture of 8 x 8 patches (16 image tokens) and some text, or text alone; padding tokens in front."""
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randint(0, 40, (6,), generator=generator)
+    image = torch.tensor([43, *[45] * 16, 44]) if picture else torch.tensor([], dtype=torch.long)
+    ids = torch.cat([torch.zeros(padding, dtype=torch.long), image, text])[None]
+    mask = torch.ones_like(ids)
+    mask[:, :padding] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if picture:
+        inputs["pixel_values"] = torch.randn(64, 1176, generator=generator)
+        inputs["image_grid_thw"] = torch.tensor([[1, 8, 8]])
+    return inputs
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return make_content().write_source(tmp_path / "float")
+
+
+def verify(content: Content, folder: Path, source: Path, **options: float) -> Report:
+    return verify_folder(content.write(folder), model_path=source, samples=[sample(1), sample(2)], **options)
+
+
+def whole_logits(source: Path, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    dtype = {"dtype" if transformers.__version__ >= "5" else "torch_dtype": torch.float32}
+    model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(source, **dtype).eval()
+    with torch.no_grad():
+        return model(**model_inputs(model, given)).logits[0]
+
+
+def test_figures_are_those_of_two_plain_forwards(tmp_path: Path, source: Path) -> None:
+    """Catches logits made from other hidden states, tokens or heads than the models' own, or padding counted in."""
+    samples = [sample(1), sample(2, picture=False), sample(3, padding=3)]
+    folder = make_content().write(tmp_path / "out")
+    report = verify_folder(folder, model_path=source, samples=samples)
+    quantized = load(folder)
+    pairs = []
+    for given in samples:
+        kept = given["attention_mask"][0].bool()
+        with torch.no_grad():
+            other = quantized(**model_inputs(quantized, given)).logits[0]
+        pairs.append((whole_logits(source, given)[kept].double().numpy(), other[kept].double().numpy()))
+    for (reference, other), figures in zip(pairs, report.facts["logits per sample"], strict=True):
+        check_figures(figures, reference, other)
+    reference, other = (np.concatenate(side) for side in zip(*pairs, strict=True))
+    check_figures(report.facts["logits against float"], reference, other)
+    assert report.ok
+    assert report.examined["logits"] == 3
+
+
+def check_figures(figures: dict[str, float], reference: np.ndarray, other: np.ndarray) -> None:
+    """The definitions once more, in NumPy."""
+    noise = other - reference
+    assert figures["SQNR dB"] == pytest.approx(10 * math.log10((reference**2).sum() / (noise**2).sum()), abs=0.02)
+    cosine = (reference * other).sum() / np.sqrt((reference**2).sum() * (other**2).sum())
+    assert figures["cosine"] == pytest.approx(cosine, abs=1e-5)
+    p, q = (np.exp(x) / np.exp(x).sum(axis=1, keepdims=True) for x in (reference, other))
+    assert figures["KL"] == pytest.approx((p * np.log(p / q)).sum(axis=1).mean(), abs=1e-5)
+    assert figures["top-1 agreement"] == pytest.approx((p.argmax(1) == q.argmax(1)).mean(), abs=1e-4)
+    assert figures["tokens"] == len(reference)
+
+
+def test_every_stage_has_a_figure(tmp_path: Path, source: Path) -> None:
+    """Catches a stage left out, or both sides being the same model (infinite SQNR)."""
+    report = verify(make_content(), tmp_path / "out", source)
+    assert [row["stage"] for row in report.facts["stages against float"]] == STAGES
+    assert all(20 < row["SQNR dB"] < 100 for row in report.facts["stages against float"])
+    assert report.examined["stage outputs"] == 2 * len(STAGES)
+
+
+def test_a_stages_figure_is_its_own(tmp_path: Path, source: Path) -> None:
+    """Catches stages fed with their quantized predecessors' outputs: damage in one would show in all behind it."""
+    good = verify(make_content(), tmp_path / "good", source).facts["stages against float"]
+    content = make_content()
+    name = "model.layers.0.mlp.down_proj.weight"
+    content.tensors[name] = stored(np.zeros((64, 96)), "BF16")
+    bad = verify(content, tmp_path / "bad", source).facts["stages against float"]
+    changed = [row["stage"] for row, before in zip(bad, good, strict=True) if row != before]
+    assert changed == ["model.layers.0"]
+
+
+def test_a_broken_stage_is_a_fault(tmp_path: Path, source: Path) -> None:
+    """Catches a stage of pure noise passed as a mere figure."""
+    content = make_content()
+    name = "visual.merger.mlp.2.weight"
+    content.tensors[name] = stored(np.random.default_rng(1).standard_normal((64, 128)), "BF16")
+    report = verify(content, tmp_path / "out", source)
+    faults = [finding for finding in report.findings if finding.check == "stage outputs"]
+    assert [finding.where for finding in faults] == ["visual.merger"]
+    assert "SQNR against the float stage is" in faults[0].what
+
+
+def test_min_sqnr_makes_the_figure_a_verdict(tmp_path: Path, source: Path) -> None:
+    """Catches a threshold that never fails, or fails without being asked for."""
+    folder = make_content().write(tmp_path / "out")
+    options = {"model_path": source, "samples": [sample(1)]}
+    figure = verify_folder(folder, **options).facts["logits against float"]["SQNR dB"]
+    assert verify_folder(folder, **options, min_sqnr=figure - 0.1).ok
+    report = verify_folder(folder, **options, min_sqnr=figure + 0.1)
+    assert [finding.check for finding in report.findings] == ["logits"]
+
+
+def test_infinite_outputs_are_a_fault(tmp_path: Path, source: Path) -> None:
+    """Catches NaN that averages and comparisons would swallow, and JSON that is none because of it."""
+    content = make_content()
+    content.tensors["model.norm.weight"] = stored(np.full(64, 3e38), "BF16")
+    content.tensors["model.layers.1.mlp.down_proj.weight"] = stored(np.full((64, 96), 3e38), "BF16")
+    report = verify(content, tmp_path / "out", source)
+    found = {(finding.check, finding.where) for finding in report.findings}
+    assert {("stage outputs", "model.layers.1"), ("logits", "sample 0"), ("logits", "sample 1")} <= found
+    assert "Infinity" not in report.to_json()
+    assert ": NaN" not in report.to_json()
+
+
+def test_a_folder_that_cannot_be_run_is_reported_not_raised(tmp_path: Path, source: Path) -> None:
+    """Catches a traceback, or an error about the caller's input, when the folder itself is damaged."""
+    content = make_content()
+    content.tensors.pop("model.norm.weight")
+    report = verify(content, tmp_path / "missing", source)
+    assert "not run" in [finding.what for finding in report.warnings]
+    content = make_content()
+    content.tensors["model.norm.weight"].data = b"\xc0\x7f" * 64  # NaN
+    report = verify(content, tmp_path / "nan", source)
+    assert {"finite", "stage outputs"} <= {finding.check for finding in report.findings}
+
+
+def test_unusable_samples_are_the_users_mistake(tmp_path: Path, source: Path) -> None:
+    """Catches a report about a folder when the inputs were wrong."""
+    folder = make_content().write(tmp_path / "out")
+    with pytest.raises(UserError, match="no calibration sample"):
+        verify_folder(folder, model_path=source, samples=[])
+    with pytest.raises(UserError, match="min_sqnr"):
+        verify_folder(folder, model_path=source, min_sqnr=20)
+
+
+def test_the_figures_are_shown(tmp_path: Path, source: Path) -> None:
+    """Catches figures that are in the JSON only."""
+    report = verify(make_content(), tmp_path / "out", source)
+    console = Console(width=160, record=True, file=(tmp_path / "screen").open("w"))
+    report.render(console)
+    shown = console.export_text()
+    assert "stages against float" in shown
+    assert "top-1 agreement" in shown
+    assert (
+        report.to_json() == verify_folder(tmp_path / "out", model_path=source, samples=[sample(1), sample(2)]).to_json()
+    )

@@ -53,7 +53,7 @@ def quantize_weight_per_group_absmax(
     for start in range(0, rows, ROWS_PER_CHUNK):
         rows_here = slice(start, start + ROWS_PER_CHUNK)
         chunk = weight[rows_here].to(torch.float32).reshape(-1, groups, group_size)  # [64, K/G, G]
-        step = covering_step(chunk)  # [64, K/G]
+        step = covering_scale(chunk)  # [64, K/G]
         first = first_scale(step.amax(dim=1, keepdim=True))  # [64, 1]
         second = second_scale(step / first, scale_dtype)  # [64, K/G]
         q4[rows_here] = quantize_weight_per_group(chunk.flatten(1), first, second)
@@ -75,7 +75,7 @@ def quantize_weight_per_group(
     return q4
 
 
-def covering_step(group: torch.Tensor) -> torch.Tensor:
+def covering_scale(group: torch.Tensor) -> torch.Tensor:
     """float32 [..., G] -> [...]: the finest steps of 4 bits with which no weight of a group errs by more than half."""
     return torch.maximum(group.amax(dim=-1) / (INT4_MAX + 0.5), group.amin(dim=-1) / (INT4_MIN - 0.5))
 

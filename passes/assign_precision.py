@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from vlqc.ir.stage import Site, Stage
 from vlqc.pipeline.registry import Pass, require
-from vlqc.targets.engines import Scheme, fused_group, legal_schemes, parse_target, rules_for, stays_float_by_seed
+from vlqc.targets.engines import Scheme, fused_group, legal_schemes, parse_target, rules_for, stays_float_in_reference
 
 ROWS_PER_INT4 = 8  # the int4 operator takes outputs in eights
 
@@ -92,7 +92,7 @@ class AssignPrecision(Pass):
                     return Decision(Scheme.FLOAT, f"excluded by {pattern}", note if others else "")
         if self.fallback == "seed" and not any(_matches(site.name, self.include) for site in members):
             for site in members:
-                if stays_float_by_seed(site.name):
+                if stays_float_in_reference(site.name):
                     return Decision(Scheme.FLOAT, "kept in float by the seed's exclusions")
         return None
 

@@ -42,7 +42,7 @@ class InsertObservers(Pass):
         before, inserted = dict(stage.observations), False
         watch: dict[str, Callable[[Tensor, Call], None]] = {}
         parts_of: dict[str, list[_Part]] = {}
-        visits = stage.all_visits()
+        sample_shapes = stage.all_sample_shapes()
         for source, members in stage.groups().items():
             node = stage.node(source)
             if not any(user.target is observe for user in node.users):
@@ -51,11 +51,13 @@ class InsertObservers(Pass):
                 inserted = True
             channels = members[0].shape[1]
             budget = max(1, min(self.tokens, self.megabytes * 2**20 // (4 * channels)))
-            planned = planned_shares([visit.of_modality for visit in visits], budget)
-            shares_of = {visit.sample: shares for visit, shares in zip(visits, planned, strict=True)}
+            planned = planned_shares([visit.of_modality for visit in sample_shapes], budget)
+            shares_of = {visit.sample: shares for visit, shares in zip(sample_shapes, planned, strict=True)}
             parts_of[source] = []
             where = f"{stage.name}, %{source}"
-            watch[members[0].target] = _filler(parts_of[source], shares_of, members[0].name, where, stage.world.first)
+            watch[members[0].target] = _filler(
+                parts_of[source], shares_of, members[0].name, where, stage.process_group.first
+            )
         stage.run(watch)
         for call, output in zip(stage.calls, stage.outputs, strict=True):
             _require_usable(first_tensor(output), f"the output of {stage.name}", stage.name, call.sample)
@@ -64,8 +66,10 @@ class InsertObservers(Pass):
             mine = [part.with_energy(energies) for part in parts_of.pop(source)]
             # In the order of the samples, whichever process had them: sums come out the same to the last bit. What
             # later passes derive (Gram matrices, histograms) they take from the kept rows: nothing larger travels.
-            parts = [part for parts in stage.world.in_turn(mine) for part in parts]
-            stage.observations[source] = _joined(Observation(members[0].shape[1], balance=self.balance), parts, visits)
+            parts = [part for parts in stage.process_group.all_gather(mine) for part in parts]
+            stage.observations[source] = _joined(
+                Observation(members[0].shape[1], balance=self.balance), parts, sample_shapes
+            )
         now = stage.observations
         return inserted or any(_marks(before.get(source)) != _marks(seen) for source, seen in now.items())
 
@@ -157,13 +161,13 @@ def _require_usable(value: Tensor, what: str, where: str, sample: int) -> None:
     raise UserError(Fault(f"{what} {found} in sample {sample}", where, why, fix))
 
 
-def _joined(whole: Observation, parts: Sequence[_Part], visits: Sequence[object]) -> Observation:
+def _joined(whole: Observation, parts: Sequence[_Part], sample_shapes: Sequence[object]) -> Observation:
     """`whole`, so far empty, with all samples' parts in their order; energies only where all rows have one."""
     for part in parts:
         _add_ranges(whole, part.seen)
     whole.kept = torch.cat([torch.empty(0, whole.channels), *(part.seen.kept for part in parts)])
     whole.kept_modality = torch.cat([whole.kept_modality, *(part.seen.kept_modality for part in parts)])
-    if len(parts) == len(visits) and all(part.matches for part in parts):
+    if len(parts) == len(sample_shapes) and all(part.matches for part in parts):
         whole.kept_energy = torch.cat([whole.kept_energy, *(part.seen.kept_energy for part in parts)])
     whole.samples = len(parts)
     return whole

@@ -67,7 +67,7 @@ def lower(stage: Stage, site: Site, correct_bias: bool = False) -> QuantLinear:
         )
     except ValueError as error:  # a bias that overflows: weights were rounded before the input's scale was known
         raise UserError(Fault(f"{site.name} cannot be lowered", stage.name, str(error), fix)) from error
-    if site.gained_bias:
+    if site.added_bias:
         lowered.bias = None  # it is in quant_bias; engines know no bias of this layer
     return lowered
 

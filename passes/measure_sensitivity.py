@@ -91,7 +91,7 @@ def behind_biased_norm(stage: Stage, members: list[Site]) -> bool:
     """Whether a pass gave the norm before a group a bias: engines add that in front of static W8A8 linears only."""
     node = stage.node(members[0].source)
     if node.op != "call_module":
-        return any(site.gained_bias for site in members)
+        return any(site.added_bias for site in members)
     producer = stage.live.get_submodule(str(node.target))
     has_bias = any(name == "bias" for name, _ in (*producer.named_parameters(), *producer.named_buffers()))
     return has_bias and not isinstance(producer, nn.Linear)

@@ -51,7 +51,7 @@ class QuantizeActivations(Pass):
         changed = False
         groups = {source: it for source, it in stage.groups().items() if it[0].scheme == Scheme.W8A8}
         tasks = [partial(self._choose, stage, source, members) for source, members in groups.items()]
-        for members, quantization in zip(groups.values(), stage.world.share_out(tasks), strict=True):
+        for members, quantization in zip(groups.values(), stage.process_group.parallel_map(tasks), strict=True):
             for site in members:
                 changed |= site.input != quantization
                 site.input = quantization

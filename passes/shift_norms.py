@@ -112,7 +112,7 @@ def shift(stage: Stage, edge: Edge, middle: Tensor) -> bool:
         stage.notes.append(f"the shift of {stage.checkpoint_name(edge.producer)} changes the output and was left out")
         return False
     for target in edge.consumers:
-        stage.site_at(target).gained_bias = biases[target] is None
+        stage.site_at(target).added_bias = biases[target] is None
     by_source = {stage.site_at(target).source: columns for target, columns in by_column.items()}
     for source, columns in by_source.items():
         stage.observations[source] = stage.observations[source].shifted(columns)

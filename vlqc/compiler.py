@@ -12,27 +12,27 @@ from torch import Tensor
 
 from vlqc.emit import emitter_for
 from vlqc.emit.resume.journal import journaled
-from vlqc.frontend.activation_offload import Spilling
+from vlqc.frontend.activation_offload import ActivationOffload
 from vlqc.frontend.calibration.dataset import Calibration, calibrate_on
 from vlqc.frontend.calibration.samples import by_pictures, refuse_both
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.device import resolve_device
-from vlqc.frontend.distributed import here, joined
-from vlqc.frontend.sequential import Lockstep
-from vlqc.frontend.stage_builder import live_stage
-from vlqc.frontend.streamed_model import FloatModel
+from vlqc.frontend.distributed import current_process_group, init_distributed
+from vlqc.frontend.sequential import SequentialForward
+from vlqc.frontend.stage_builder import materialized_stage
+from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.options.options import Options
 from vlqc.pipeline.layer_selection import check_layers
 from vlqc.pipeline.registry import Pass, PassManager, pipeline_of
-from vlqc.reporting.dumps.writer import Dumper, Onlookers, announcer
-from vlqc.reporting.progress import Progress, heard
+from vlqc.reporting.dumps.writer import Dumper, PassCallbacks, progress_callback
+from vlqc.reporting.progress import Progress, resolve_progress
 from vlqc.reporting.summary import Result
-from vlqc.reporting.tally import Tally
+from vlqc.reporting.tally import CompilationSummary
 from vlqc.verify import require_sound
 
 
 @torch.no_grad()
-@joined()
+@init_distributed()
 def compile(
     *,
     samples: Sequence[dict[str, Tensor]] | None = None,
@@ -46,39 +46,41 @@ def compile(
     options build. UserError for unusable input.
     """
     refuse_both(samples=samples, passes=passes, **given)
-    options, world = Options.from_user(**given), here()
-    show = heard(progress, first=world.first)
+    options, process_group = Options.from_user(**given), current_process_group()
+    show = resolve_progress(progress, first=process_group.first)
     pipeline = pipeline_of(options, passes)
     checkpoint = Checkpoint(options.model_path)
-    tally = Tally(options, checkpoint, show.note)
-    onlookers = Onlookers(Dumper.of(options, pipeline, active=world.first), tally.gathering)
-    manager = PassManager(pipeline, before=announcer(show.step), after=onlookers.after)
-    device, trust = world.place(resolve_device(options.device_type)), options.trust_remote_code
-    model = world.after_first(lambda: FloatModel.of(checkpoint, trust_remote_code=trust, device=device))
+    tally = CompilationSummary(options, checkpoint, show.note)
+    onlookers = PassCallbacks(Dumper.of(options, pipeline, active=process_group.first), tally.gathering)
+    manager = PassManager(pipeline, before=progress_callback(show.step), after=onlookers.after)
+    device, trust = process_group.local_device(resolve_device(options.device_type)), options.trust_remote_code
+    model = process_group.rank0_first(lambda: StreamedModel.of(checkpoint, trust_remote_code=trust, device=device))
     tally.note_unknown(model.unknown_tensors())
     check_layers(model, options)
-    calibration = calibrate_on(samples, options, model.module) if world.first else Calibration([])
+    calibration = calibrate_on(samples, options, model.module) if process_group.first else Calibration([])
     tally.note(calibration.notes)
-    begin, mine = world.dealt(by_pictures(calibration.samples))  # each process has its own; the first one writes
-    probe = world.of(0, calibration.probe)
-    with journaled(options, pipeline, model, calibration.samples, tally, world) as journal:
+    begin, mine = process_group.scatter(
+        by_pictures(calibration.samples)
+    )  # each process has its own; the first one writes
+    probe = process_group.broadcast(0, calibration.probe)
+    with journaled(options, pipeline, model, calibration.samples, tally, process_group) as journal:
         emitter = emitter_for(options, journal.result, checkpoint, writes=journal.writes)
-        spilling = Spilling(journal.folder, options.memory_budget)
-        known = journal.restore(emitter, checkpoint, range(begin, begin + len(mine)), spilling.settle)
+        offload = ActivationOffload(journal.folder, options.memory_budget)
+        known = journal.restore(emitter, checkpoint, range(begin, begin + len(mine)), offload.settle)
         show.begin(len(model.stages), len(mine), done=len(known.stages))
-        lockstep = Lockstep(model, mine, first=begin, probe=probe, known=known, look_once=True)
+        lockstep = SequentialForward(model, mine, first=begin, probe=probe, known=known, share_images=True)
         with model.ready_outside(emitter.copy), lockstep:
             for number, stop in enumerate(lockstep, len(known.stages)):
                 show.stage(number, stop.name)
-                with live_stage(model, stop, emitter.dtype, checkpoint.tensor, world) as stage:
-                    stage.on_sample, stage.settle = show.sample, spilling.settle
+                with materialized_stage(model, stop, emitter.dtype, checkpoint.tensor, process_group) as stage:
+                    stage.on_sample, stage.settle = show.sample, offload.settle
                     onlookers.traced(stage)
                     manager.run(stage)
                     emitter.add_stage(stage)
                     stop.outputs = stage.answers()
                     journal.finished(stage)
                 show.stage_done(number)
-        if world.first:
+        if process_group.first:
             tally.settle(emitter.settle())
             emitter.copy_rest(model.outside())
             emitter.finish()
@@ -86,4 +88,4 @@ def compile(
             require_sound(journal.result)
             tally.require_loaded(journal.result)
     show.finish()
-    return world.of_first(lambda: tally.result(manager.seconds))
+    return process_group.broadcast_from_rank0(lambda: tally.result(manager.seconds))

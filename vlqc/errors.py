@@ -1,22 +1,8 @@
 """What can go wrong, in two kinds: the user's input (exit code 2) and our own mistakes (exit code 70)."""
 
-import difflib
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-
-def printable(text: str) -> str:
-    """The text as a terminal can show it: what would move the cursor, hide or recolour is written out, as \\x1b.
-
-    Names come from files of strangers: without this one of them could overwrite the lines that tell of it.
-    """
-    shown = (each if each.isprintable() or each in "\n\t" else _written_out(each) for each in text)
-    return "".join(shown)
-
-
-def _written_out(letter: str) -> str:
-    number = ord(letter)
-    return f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}" if number < 65536 else f"\\U{number:08x}"
+from vlqc.formatting import escape_control_chars
 
 
 @dataclass(frozen=True)
@@ -33,7 +19,7 @@ class Fault:
         for label, text in (("where", self.where), ("why", self.why), ("what to do", self.fix)):
             if text:
                 lines.append(f"  {label}: {text}")
-        return printable("\n".join(lines))
+        return escape_control_chars("\n".join(lines))
 
 
 FOREIGN = ", which does not come with vlqc"
@@ -79,14 +65,3 @@ class InternalError(VlqcError):
         fix: str = "this is a fault of vlqc; report it with the last bundle of --dump_ir DIR --dump_formats bundle",
     ) -> None:
         super().__init__(Fault(message, fix=fix))
-
-
-def counted(number: int, what: str) -> str:
-    """1, "stage" -> "1 stage"; 2, "stage" -> "2 stages"."""
-    return f"{number} {what}" + ("" if number == 1 else "s")
-
-
-def near_miss(given: str, known: Iterable[str]) -> str:
-    """A sentence naming the closest known words, or an empty string."""
-    close = difflib.get_close_matches(given, list(known), n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(close)}?" if close else ""

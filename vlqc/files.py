@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vlqc.errors import Fault, UserError, printable
+from vlqc.errors import Fault, UserError
+from vlqc.formatting import escape_control_chars
 
 LARGEST_FILE = 64 * 2**20  # bytes; the index of the largest checkpoint takes less than one of these 64 parts
 REPAIR = "copy the file from its origin again"
@@ -69,7 +70,7 @@ def _no_number(word: str) -> Any:
 
 def json_text(value: Any) -> str:
     """A value -> JSON that any reader takes and any terminal shows; numbers that are none (NaN, infinity) are null."""
-    return printable(json.dumps(_strict(value), indent=2, ensure_ascii=False, allow_nan=False)) + "\n"
+    return escape_control_chars(json.dumps(_strict(value), indent=2, ensure_ascii=False, allow_nan=False)) + "\n"
 
 
 def _strict(value: Any) -> Any:

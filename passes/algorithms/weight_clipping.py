@@ -13,7 +13,7 @@ from vlqc.kernels_ref.int4_groups import (
     INT4_MAX,
     INT4_MIN,
     SMALLEST_SCALE_SECOND,
-    covering_step,
+    covering_scale,
     first_scale,
     quantize_weight_per_group,
     second_scale,
@@ -34,7 +34,7 @@ def importance_of(second_moment: Tensor) -> Tensor:
     return known.clamp(min=FAINT * mean) if mean > 0 else torch.ones_like(known)
 
 
-def best_steps(
+def search_scales(
     values: Tensor,
     importance: Tensor,
     covering: Tensor,
@@ -94,7 +94,7 @@ class RowGrid:
                 return round_up(torch.maximum(step, self.floor[rows][here]), self.scale_dtype).float()
 
             values = target.contiguous()
-            best = best_steps(values, importance, covering, self.limits, SHARES_OF_8_BITS, representable)
+            best = search_scales(values, importance, covering, self.limits, SHARES_OF_8_BITS, representable)
             self.scale[rows, 0] = best
         return self.scale[rows, 0]
 
@@ -119,7 +119,7 @@ class GroupGrid:
     def __init__(self, weight: Tensor, importance: Tensor, group_size: int, scale_dtype: torch.dtype) -> None:
         self.weight, self.importance = weight.detach().float().cpu(), importance
         self.group_size, self.scale_dtype = group_size, scale_dtype
-        covering = torch.stack([covering_step(part) for part in torch.split(self.weight, group_size, 1)], 1)
+        covering = torch.stack([covering_scale(part) for part in torch.split(self.weight, group_size, 1)], 1)
         self.first = first_scale(ROOM * covering.amax(1, keepdim=True))
         self.second = torch.full_like(covering, SMALLEST_SCALE_SECOND)
 
@@ -129,7 +129,7 @@ class GroupGrid:
         def representable(step: Tensor, here: slice) -> Tensor:
             return second_scale(step / first[here], self.scale_dtype) * first[here]
 
-        step = best_steps(values, importance, covering_step(values), self.limits, SHARES_OF_4_BITS, representable)
+        step = search_scales(values, importance, covering_scale(values), self.limits, SHARES_OF_4_BITS, representable)
         self.second[rows, group] = step / first
         return step
 

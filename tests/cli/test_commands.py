@@ -43,9 +43,9 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             Path(options["save_directory"]), counts, 4096, 1024, 75.0, 3 << 20, notes, ["E 1.0"], ["serve it"]
         )
 
-    stand_in = types.ModuleType("vlqc.compiler")
-    stand_in.__dict__["compile"] = compile
-    monkeypatch.setitem(sys.modules, "vlqc.compiler", stand_in)
+    placeholder = types.ModuleType("vlqc.compiler")
+    placeholder.__dict__["compile"] = compile
+    monkeypatch.setitem(sys.modules, "vlqc.compiler", placeholder)
     return seen
 
 
@@ -59,9 +59,9 @@ def verified(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         render = lambda console: console.print("the report")  # noqa: E731
         return types.SimpleNamespace(ok=seen["ok"], render=render, described=lambda: {"ok": True})
 
-    stand_in = types.ModuleType("vlqc.verify")
-    stand_in.__dict__["verify_folder"] = verify_folder
-    monkeypatch.setitem(sys.modules, "vlqc.verify", stand_in)
+    placeholder = types.ModuleType("vlqc.verify")
+    placeholder.__dict__["verify_folder"] = verify_folder
+    monkeypatch.setitem(sys.modules, "vlqc.verify", placeholder)
     return seen
 
 
@@ -250,9 +250,9 @@ def test_inspect_of_nothing(tmp_path: Path) -> None:
 
 def test_passes_explain_needs_no_folders(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches `--explain` that asks for folders, ignores the options, or breaks the text over lines."""
-    stand_in = types.ModuleType("vlqc.pipeline.registry")
-    stand_in.__dict__["pipeline_text"] = lambda options: f"{'long,' * 60}method={options.act_method}"
-    monkeypatch.setitem(sys.modules, "vlqc.pipeline.registry", stand_in)
+    placeholder = types.ModuleType("vlqc.pipeline.registry")
+    placeholder.__dict__["pipeline_text"] = lambda options: f"{'long,' * 60}method={options.act_method}"
+    monkeypatch.setitem(sys.modules, "vlqc.pipeline.registry", placeholder)
     ended = run("passes", "--explain", "--act_method", "1")
     assert ended.exit_code == 0, ended.output
     assert ended.stdout == f"{'long,' * 60}method=1\n"

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from tests.support.tiny import TINY
 from vlqc.cli.commands import app
-from vlqc.errors import counted
+from vlqc.formatting import pluralize
 
 TIMINGS = '{"format": "vlqc timings 1", "seconds": 1.0}'
 
@@ -47,5 +47,5 @@ def test_one_is_not_many() -> None:
     """Catches "1 things changed"."""
     from vlqc.reporting.dumps.replay import Rerun
 
-    assert [counted(number, "stage") for number in (0, 1, 2)] == ["0 stages", "1 stage", "2 stages"]
+    assert [pluralize(number, "stage") for number in (0, 1, 2)] == ["0 stages", "1 stage", "2 stages"]
     assert [*Rerun("", {"a": ["b"]}, (), {}).lines()][-1] == "1 thing changed"

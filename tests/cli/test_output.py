@@ -123,9 +123,9 @@ def test_how_it_ends(
         raise raised
 
     raised.__notes__ = ["how to go on"]
-    stand_in = types.ModuleType("vlqc.reporting.checkpoint_summary")
-    stand_in.__dict__["inspect_folder"] = inspect_folder
-    monkeypatch.setitem(sys.modules, "vlqc.reporting.checkpoint_summary", stand_in)
+    placeholder = types.ModuleType("vlqc.reporting.checkpoint_summary")
+    placeholder.__dict__["inspect_folder"] = inspect_folder
+    monkeypatch.setitem(sys.modules, "vlqc.reporting.checkpoint_summary", placeholder)
     ended = run("inspect", "x", "--json")
     told = strict(ended.stdout)
     assert (ended.exit_code, told["error"], told["exit_code"], told["notes"]) == (code, kind, code, ["how to go on"])
@@ -146,9 +146,9 @@ def test_whose_fault_it_is(monkeypatch: pytest.MonkeyPatch, words: tuple[str, ..
         def inspect_folder(folder: Path, error: Exception = error) -> None:
             raise error
 
-        stand_in = types.ModuleType("vlqc.reporting.checkpoint_summary")
-        stand_in.__dict__["inspect_folder"] = inspect_folder
-        monkeypatch.setitem(sys.modules, "vlqc.reporting.checkpoint_summary", stand_in)
+        placeholder = types.ModuleType("vlqc.reporting.checkpoint_summary")
+        placeholder.__dict__["inspect_folder"] = inspect_folder
+        monkeypatch.setitem(sys.modules, "vlqc.reporting.checkpoint_summary", placeholder)
         ended = run("inspect", "x", *words)
         assert ended.exit_code == 70 and fix in ended.stderr and "ZeroDivisionError" in ended.stderr
         assert ("a fault of vlqc" in ended.output) == (fix == OUR_FAULT)
@@ -279,6 +279,6 @@ def test_an_interruption_while_processes_wait_for_each_other(monkeypatch: pytest
     def waiting() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vlqc.cli.output.joined", waiting)
+    monkeypatch.setattr("vlqc.cli.output.init_distributed", waiting)
     ended = run("compile", "--plan")
     assert (ended.exit_code, ended.stdout, ended.stderr) == (130, "", "interrupted\n")

@@ -10,7 +10,7 @@ import vlqc
 from tests.support.tiny import TINY
 from tools.demo import tiny_task
 from vlqc.cli.commands import app
-from vlqc.reporting.dumps.trace_only import look_until
+from vlqc.reporting.dumps.trace_only import run_until
 
 
 def told(*words: str) -> tuple[int, str, str]:
@@ -26,7 +26,7 @@ def test_stop_after_sees_the_compilations_stages(tmp_path: Path, given: dict[str
         "weight_method": "round", "dump_stages": ["model.layers.1", "model.layers.3"], **given,
     }  # fmt: skip
     vlqc.compile(dump_ir=tmp_path / "whole", **given)
-    look_until("smooth-m2", dump_ir=tmp_path / "cut", **given)
+    run_until("smooth-m2", dump_ir=tmp_path / "cut", **given)
     for name in given["dump_stages"]:
         files = sorted((tmp_path / "cut" / name).iterdir())
         assert files[-1].name == "04-after-smooth-m2.vlqc"

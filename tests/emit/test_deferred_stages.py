@@ -12,7 +12,7 @@ from torch import nn
 from tests.support.random_stage import decoder, staged, through
 from tests.support.tiny import float_model
 from vlqc.emit import stage_tensors as ascend
-from vlqc.emit.deferred_stages import Spool, expected_bytes
+from vlqc.emit.deferred_stages import DeferredStages, expected_bytes
 from vlqc.emit.stage_tensors import Entry, stage_entries
 from vlqc.ir.stage import Call, Stage
 from vlqc.passes.assign_precision import AssignPrecision
@@ -34,11 +34,11 @@ def compiled(seed: int = 0, **options: object) -> Stage:
     return through(decoder(seed), InsertObservers(), assign, *PIPELINE)
 
 
-def put(spool: Spool, stage: Stage) -> None:
+def put(spool: DeferredStages, stage: Stage) -> None:
     spool.put(stage, stage_entries(stage, packed=True), packed=True)
 
 
-def plan(spool: Spool, *schemes: Scheme) -> Plan:
+def plan(spool: DeferredStages, *schemes: Scheme) -> Plan:
     return Plan(tuple(spool.groups()), schemes, None, 0.0)
 
 
@@ -53,7 +53,7 @@ def test_what_comes_back_was_chosen(tmp_path: Path, schemes: tuple[Scheme, ...])
 
     The reference is the same layer with its groups quantized one by one: no smoothing joins them here.
     """
-    spool = Spool(tmp_path / "waiting")
+    spool = DeferredStages(tmp_path / "waiting")
     put(spool, compiled())
     chosen = (*schemes, STATIC)
     entries = list(spool.take(plan(spool, *chosen)))
@@ -71,7 +71,7 @@ def test_what_comes_back_was_chosen(tmp_path: Path, schemes: tuple[Scheme, ...])
 
 def test_without_a_change_nothing_changes(tmp_path: Path) -> None:
     """Catches another order of tensors than without a search: the same choice should give the same file."""
-    spool = Spool(tmp_path / "waiting")
+    spool = DeferredStages(tmp_path / "waiting")
     stage = compiled()
     put(spool, stage)
     entries = list(spool.take(plan(spool, *[STATIC] * 4)))
@@ -80,7 +80,7 @@ def test_without_a_change_nothing_changes(tmp_path: Path) -> None:
 
 def test_stages_in_order_and_then_gone(tmp_path: Path) -> None:
     """Catches files that stay until the end, where the result needs the room, or that stay in the result."""
-    spool, folder = Spool(tmp_path / "waiting"), tmp_path / "waiting"
+    spool, folder = DeferredStages(tmp_path / "waiting"), tmp_path / "waiting"
     wanted = []
     for seed in range(3):
         stage = compiled(seed)
@@ -99,7 +99,7 @@ def test_stages_in_order_and_then_gone(tmp_path: Path) -> None:
 
 def test_bytes_are_those_of_the_tensors(tmp_path: Path) -> None:
     """Catches a cost that forgets scales, counts all choices, or takes int4 for int8."""
-    spool = Spool(tmp_path / "waiting")
+    spool = DeferredStages(tmp_path / "waiting")
     put(spool, compiled())
     for number, group in enumerate(spool.groups()):
         assert set(group.choices) == {STATIC, DYNAMIC, FLOAT}
@@ -114,7 +114,7 @@ def test_bytes_are_those_of_the_tensors(tmp_path: Path) -> None:
 
 def test_a_stage_is_forgotten(tmp_path: Path) -> None:
     """Catches modules that are kept until the decision: the whole model would be in memory."""
-    spool, stage = Spool(tmp_path / "waiting"), compiled()
+    spool, stage = DeferredStages(tmp_path / "waiting"), compiled()
     put(spool, stage)
     kept = [weakref.ref(it) for found in stage.sensitivities for of in found.modules.values() for it in of.values()]
     del stage
@@ -143,7 +143,7 @@ def test_vision_noise_counts_for_its_tokens(tmp_path: Path) -> None:
         return through(stage, MeasureSensitivity(target="vllm-ascend"))
 
     stages = [tower("visual"), tower("model")]
-    spool = Spool(tmp_path / "waiting")
+    spool = DeferredStages(tmp_path / "waiting")
     for stage in stages:
         spool.put(stage, [], packed=True)
     found = [found.noise[STATIC] for stage in stages for found in stage.sensitivities]
@@ -155,7 +155,7 @@ def test_vision_noise_counts_for_its_tokens(tmp_path: Path) -> None:
 def test_room_for_what_waits(tmp_path: Path) -> None:
     """Catches a run that fills the disk after hours: what waits is more than the result."""
     model = float_model()
-    spool = Spool(tmp_path / "waiting")
+    spool = DeferredStages(tmp_path / "waiting")
     put(spool, compiled())
     shapes = [it.shape for it in decoder().sites.values()]
     on_disk = sum(path.stat().st_size for path in (tmp_path / "waiting").iterdir())

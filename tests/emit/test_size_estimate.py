@@ -12,7 +12,7 @@ import vlqc
 from tests.support import tiny
 from tests.support.interrupted_runs import small
 from vlqc.errors import UserError
-from vlqc.frontend.activation_offload import Spilling
+from vlqc.frontend.activation_offload import ActivationOffload
 from vlqc.frontend.memory import spilled_bytes
 from vlqc.reporting.plan import preflight
 
@@ -64,15 +64,15 @@ def test_what_is_spilled_counts(checkpoint: Path, tmp_path: Path, monkeypatch: p
 
     held: dict[int, int] = {}
     most = [0]
-    admit = Spilling._admit
+    admit = ActivationOffload._admit
 
-    def admitted(self: Spilling, tensor: torch.Tensor, bound: int) -> None:
+    def admitted(self: ActivationOffload, tensor: torch.Tensor, bound: int) -> None:
         admit(self, tensor, bound)
         held[id(tensor)] = tensor.nbytes
         alive = {key: size for key, size in held.items() if key in self._known}
         most[0] = max(most[0], sum(alive.values()))
 
-    monkeypatch.setattr(Spilling, "_admit", admitted)
+    monkeypatch.setattr(ActivationOffload, "_admit", admitted)
     monkeypatch.setattr("vlqc.frontend.activation_offload.SMALLEST", 1)
     vlqc.compile(**given, **QUICK, memory_budget=0)
     pixels = sum(sample["pixel_values"].nbytes for sample in SAMPLES)

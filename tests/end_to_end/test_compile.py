@@ -17,7 +17,7 @@ import vlqc
 from tests.support.naive_w8a8 import load_float, signal_to_noise
 from tools.demo import plant_outliers, tiny_task
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint, original_name
-from vlqc.frontend.streamed_model import FloatModel, build
+from vlqc.frontend.streamed_model import StreamedModel, build
 from vlqc.ir.stage import Stage
 
 TINY = Path(tiny_task.__file__).parent / "tiny_vl"
@@ -144,14 +144,14 @@ def test_one_forward_one_read_one_stage(
     reads: Counter[str] = Counter()
     forwards: Counter[tuple[str, int]] = Counter()
     alive: list[set[str]] = []
-    models: list[FloatModel] = []
-    read, make, run = Checkpoint.tensor, FloatModel.of, Stage.run
+    models: list[StreamedModel] = []
+    read, make, run = Checkpoint.tensor, StreamedModel.of, Stage.run
 
     def counted_read(self: Checkpoint, name: str) -> Tensor:
         reads[name] += self.folder == planted
         return read(self, name)
 
-    def watched_make(*args: Any, **kwargs: Any) -> FloatModel:
+    def watched_make(*args: Any, **kwargs: Any) -> StreamedModel:
         models.append(make(*args, **kwargs))
         return models[0]
 
@@ -168,7 +168,7 @@ def test_one_forward_one_read_one_stage(
         run(self, *args)
 
     monkeypatch.setattr(Checkpoint, "tensor", counted_read)
-    monkeypatch.setattr(FloatModel, "of", watched_make)
+    monkeypatch.setattr(StreamedModel, "of", watched_make)
     monkeypatch.setattr(Stage, "run", watched_run)
     vlqc.compile(model_path=planted, save_directory=tmp_path / "out", samples=samples)
 
@@ -188,12 +188,12 @@ def test_names_do_not_matter(
 ) -> None:
     """Catches anything found by what a module is called instead of by what it does: same edges, same integers."""
 
-    def renamed(checkpoint: Checkpoint, **kwargs: Any) -> FloatModel:
+    def renamed(checkpoint: Checkpoint, **kwargs: Any) -> StreamedModel:
         module = build(checkpoint.folder, checkpoint.config)
         names = rename_children(module)
-        return FloatModel(module, checkpoint, lambda path: original_name(names(path)))
+        return StreamedModel(module, checkpoint, lambda path: original_name(names(path)))
 
-    monkeypatch.setattr(FloatModel, "of", renamed)
+    monkeypatch.setattr(StreamedModel, "of", renamed)
     vlqc.compile(model_path=planted, save_directory=tmp_path / "renamed", samples=samples, dump_ir=tmp_path / "dump")
     names = sorted(path.name for path in compiled.iterdir())
     assert filecmp.cmpfiles(compiled, tmp_path / "renamed", names, shallow=False) == (names, [], [])

@@ -46,9 +46,9 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         seen.update(options)
         return Result(Path(options["save_directory"]), {}, 4, 1, 1.0, 1)
 
-    stand_in = types.ModuleType("vlqc.compiler")
-    stand_in.__dict__["compile"] = compile
-    monkeypatch.setitem(sys.modules, "vlqc.compiler", stand_in)
+    placeholder = types.ModuleType("vlqc.compiler")
+    placeholder.__dict__["compile"] = compile
+    monkeypatch.setitem(sys.modules, "vlqc.compiler", placeholder)
     return seen
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 import vlqc
 from tools.demo import tiny_task
 from vlqc.errors import UserError
-from vlqc.frontend.activation_offload import GIB, SMALLEST, Spilling
+from vlqc.frontend.activation_offload import GIB, SMALLEST, ActivationOffload
 
 TINY = Path(tiny_task.__file__).parent / "tiny_vl"
 
@@ -31,22 +31,22 @@ def test_values_stay_for_everyone_who_holds_them(tmp_path: Path) -> None:
     """Catches a tensor that is replaced: the model's own code would go on with the one in memory, or an empty one."""
     held = [rows(2, seed) for seed in range(3)]
     frame, before = {"kept": held[1]}, [it.clone() for it in held]
-    spilling = Spilling(tmp_path, in_memory(2))
-    spilling.settle((held[0],), {"x": held[1]}, [held[2]])
-    spilling.settle(held)
+    offload = ActivationOffload(tmp_path, in_memory(2))
+    offload.settle((held[0],), {"x": held[1]}, [held[2]])
+    offload.settle(held)
     assert frame["kept"] is held[1]
     assert all(torch.equal(one, other) for one, other in zip(held, before, strict=True))
-    assert spilling.spilled == 2 * 2 * SMALLEST and spilling.resident == 2 * SMALLEST
+    assert offload.spilled == 2 * 2 * SMALLEST and offload.resident == 2 * SMALLEST
 
 
 def test_what_is_changed_in_its_file_stays_changed(tmp_path: Path) -> None:
     """Catches pages that are given back before they were written: in-place additions to the stream would be lost."""
     held = rows(3)
     expected = held + 1
-    spilling = Spilling(tmp_path, 0.0)
-    spilling.settle(held)
+    offload = ActivationOffload(tmp_path, 0.0)
+    offload.settle(held)
     held.add_(1)
-    spilling.settle(held)
+    offload.settle(held)
     assert torch.equal(held, expected)
 
 
@@ -55,25 +55,25 @@ def test_every_dtype_and_stride(tmp_path: Path, dtype: torch.dtype) -> None:
     """Catches a mask or a transposed tensor that comes back as something else."""
     held = (rows(16).T > 0).to(dtype)
     before = held.clone()
-    Spilling(tmp_path, 0.0).settle(held)
+    ActivationOffload(tmp_path, 0.0).settle(held)
     assert torch.equal(held, before) and held.dtype == dtype
 
 
 def test_room_comes_back_when_tensors_die(tmp_path: Path) -> None:
     """Catches a budget that fills up once and for all: from some stage on everything would lie on the disk."""
-    spilling = Spilling(tmp_path, in_memory(4))
+    offload = ActivationOffload(tmp_path, in_memory(4))
     for seed in range(5):
         held = rows(4, seed)
-        spilling.settle(held)
+        offload.settle(held)
         del held
         gc.collect()
-    assert spilling.spilled == 0 and spilling.resident == 0
+    assert offload.spilled == 0 and offload.resident == 0
 
 
 def test_no_file_has_a_name(tmp_path: Path) -> None:
     """Catches leftovers of a run that was killed, and spilled tensors that would be published with the result."""
     held = rows(2)
-    Spilling(tmp_path, 0.0).settle(held)
+    ActivationOffload(tmp_path, 0.0).settle(held)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -81,8 +81,8 @@ def test_without_a_budget_nothing_is_touched(tmp_path: Path) -> None:
     """Catches files where nobody asked for them, and tiny tensors that would each cost a file."""
     held, small = rows(2), torch.ones(3)
     address = held.data_ptr()
-    Spilling(tmp_path / "none", None).settle(held, small)
-    Spilling(tmp_path / "none", 0.0).settle(small)
+    ActivationOffload(tmp_path / "none", None).settle(held, small)
+    ActivationOffload(tmp_path / "none", 0.0).settle(small)
     assert held.data_ptr() == address
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tests.support.random_stage import decoder
 from vlqc.errors import Fault, InternalError, UserError
-from vlqc.frontend.distributed import World, balanced, here, joined, share_of
-from vlqc.frontend.processes import Processes, _error_of, _Packed, _Received, _report
+from vlqc.frontend.distributed import ProcessGroup, balance_load, current_process_group, init_distributed, share_of
+from vlqc.frontend.processes import TorchProcessGroup, _error_of, _Packed, _Received, _report
 from vlqc.ir.printer import print_stage
 from vlqc.ir.stage import Stage
 from vlqc.passes.insert_observers import InsertObservers
@@ -21,13 +21,13 @@ from vlqc.passes.insert_observers import InsertObservers
 T = TypeVar("T")
 
 
-class Meeting(World):
+class Meeting(ProcessGroup):
     """One of several threads, each of which takes part in every `of`; what is sent is packed as between processes."""
 
     def __init__(self, rank: int, size: int, barrier: threading.Barrier, table: list[Any]) -> None:
         self.rank, self.size, self._barrier, self._table = rank, size, barrier, table
 
-    def of(self, owner: int, value: T | None) -> T:
+    def broadcast(self, owner: int, value: T | None) -> T:
         if self.rank == owner:
             self._table[:] = [_Packed(value)]
         self._barrier.wait()
@@ -46,7 +46,7 @@ def received(packed: _Packed) -> Any:
     return made
 
 
-def everywhere(size: int, program: Callable[[World], T]) -> list[T]:
+def everywhere(size: int, program: Callable[[ProcessGroup], T]) -> list[T]:
     """What a program returns on each of so many processes."""
     barrier, table, results = threading.Barrier(size, timeout=60), list[Any](), dict[int, T]()
 
@@ -79,7 +79,7 @@ def test_shares_are_neighbours_in_order(total: int, size: int) -> None:
 @given(costs=st.lists(st.integers(1, 1000), max_size=30), size=st.integers(1, 8))
 def test_balanced(costs: list[int], size: int) -> None:
     """Catches a process that does all the work: longest first is at most 4/3 of the best, which no bound undercuts."""
-    owners = balanced(costs, size)
+    owners = balance_load(costs, size)
     load = [sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(size)]
     assert sum(load) == sum(costs)
     bound = max([sum(costs) / size, *costs, *([sum(sorted(costs)[-size - 1 :][:2])] if len(costs) > size else [])])
@@ -92,12 +92,12 @@ def test_tasks_are_done_once_each(size: int, costs: Sequence[float] | None) -> N
     """Catches a result at the wrong place, and a task that two processes do, or all of them."""
     done: list[int] = []
 
-    def program(world: World) -> list[Tensor]:
+    def program(process_group: ProcessGroup) -> list[Tensor]:
         def task(number: int) -> Tensor:
             done.append(number)
             return torch.full((2,), float(number))
 
-        return world.share_out((lambda number=number: task(number) for number in range(4)), costs)
+        return process_group.parallel_map((lambda number=number: task(number) for number in range(4)), costs)
 
     for results in everywhere(size, program):
         assert [result.tolist() for result in results] == [[number] * 2 for number in range(4)]
@@ -108,12 +108,12 @@ def test_tasks_are_done_once_each(size: int, costs: Sequence[float] | None) -> N
 def test_items_are_dealt_in_order(size: int) -> None:
     """Catches samples in another order, groups torn apart, numbers from nought on every process; few samples, too."""
 
-    def program(world: World) -> tuple[int, list[str]]:
-        return world.dealt(["a", "bcd", "e", "fg", "h"] if world.first else [])
+    def program(process_group: ProcessGroup) -> tuple[int, list[str]]:
+        return process_group.scatter(["a", "bcd", "e", "fg", "h"] if process_group.first else [])
 
-    dealt = everywhere(size, program)
-    assert "".join(item for _, items in dealt for item in items) == "abcdefgh"
-    for begin, items in dealt:
+    scatter = everywhere(size, program)
+    assert "".join(item for _, items in scatter for item in items) == "abcdefgh"
+    for begin, items in scatter:
         assert items == list("abcdefgh")[begin : begin + len(items)]
         assert all(("".join(items).count(group) or not set(group) & set(items)) for group in ("bcd", "fg"))
 
@@ -121,7 +121,7 @@ def test_items_are_dealt_in_order(size: int) -> None:
 def test_the_first_one_goes_first() -> None:
     """Catches several processes that fill a cache of all of them at the same time."""
     order: list[int] = []
-    everywhere(4, lambda world: world.after_first(lambda: order.append(world.rank)))
+    everywhere(4, lambda process_group: process_group.rank0_first(lambda: order.append(process_group.rank)))
     assert order[0] == 0 and sorted(order) == [0, 1, 2, 3]
 
 
@@ -173,10 +173,16 @@ def test_alone_without_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
         if size:
             monkeypatch.setenv("RANK", "0")
             monkeypatch.setenv("WORLD_SIZE", size)
-        with joined() as world:
-            assert (world.rank, world.size, world.first) == (0, 1, True) and here() is world
-            assert world.of_first(lambda: "made") == "made" and list(world.in_turn(7)) == [7]
-            assert world.tells(UserError("bad"))
+        with init_distributed() as process_group:
+            assert (process_group.rank, process_group.size, process_group.first) == (
+                0,
+                1,
+                True,
+            ) and current_process_group() is process_group
+            assert process_group.broadcast_from_rank0(lambda: "made") == "made" and list(
+                process_group.all_gather(7)
+            ) == [7]
+            assert process_group.should_report(UserError("bad"))
 
 
 def test_a_broken_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,28 +191,28 @@ def test_a_broken_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for rank, said in (("9" * 20, "RANK is '9999"), ("2", "RANK is 2, WORLD_SIZE 2")):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "2")
-        with pytest.raises(UserError, match=said), joined():
+        with pytest.raises(UserError, match=said), init_distributed():
             pass
     monkeypatch.setenv("RANK", "x")
-    with pytest.raises(UserError, match="RANK is 'x'"), joined():
+    with pytest.raises(UserError, match="RANK is 'x'"), init_distributed():
         pass
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(UserError, match="torchrun"), joined():
+    with pytest.raises(UserError, match="torchrun"), init_distributed():
         pass
-    assert here().size == 1
+    assert current_process_group().size == 1
 
 
 def test_too_few_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches two processes on one device, or an index that the device's library refuses with a traceback."""
-    process = Processes.__new__(Processes)
+    process = TorchProcessGroup.__new__(TorchProcessGroup)
     process.rank, process.size = 1, 2
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match="too few devices"):
-        process.place(torch.device("cuda"))
-    assert process.place(torch.device("cpu")) == torch.device("cpu")
+        process.local_device(torch.device("cuda"))
+    assert process.local_device(torch.device("cpu")) == torch.device("cpu")
 
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
@@ -217,15 +223,19 @@ def test_too_few_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_observations_do_not_depend_on_who_has_the_samples(size: int, tokens: int) -> None:
     """Catches a budget per process, sums in another order, and statistics of one process only."""
 
-    def observed(world: World) -> str:
+    def observed(process_group: ProcessGroup) -> str:
         stage: Stage = decoder()
-        visits = stage.all_visits()
-        share = share_of(len(stage.calls), world.rank, world.size)
-        stage.calls, stage.visits, stage.world = [stage.calls[number] for number in share], visits, world
+        sample_shapes = stage.all_sample_shapes()
+        share = share_of(len(stage.calls), process_group.rank, process_group.size)
+        stage.calls, stage.sample_shapes, stage.process_group = (
+            [stage.calls[number] for number in share],
+            sample_shapes,
+            process_group,
+        )
         InsertObservers(tokens=tokens).run(stage)
         return print_stage(stage)
 
-    one = observed(World())
+    one = observed(ProcessGroup())
     assert everywhere(size, observed) == [one] * size
 
 
@@ -234,5 +244,5 @@ def test_a_port_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "99999"}
     for name, value in place.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="65535 is the last one"), joined():
+    with pytest.raises(UserError, match="65535 is the last one"), init_distributed():
         pass

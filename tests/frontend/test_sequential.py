@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tests.support import tiny
 from vlqc.errors import InternalError, UserError
-from vlqc.frontend.sequential import Lockstep, row_modality
+from vlqc.frontend.sequential import SequentialForward, row_modality
 
 RUN_ANYTHING = pytest.mark.every_transformers
 
@@ -18,7 +18,10 @@ RUN_ANYTHING = pytest.mark.every_transformers
 def test_logits_are_bit_equal_with_an_ordinary_forward() -> None:
     """Catches any glue between stages that is skipped, repeated, or run for the wrong sample: mixed kinds and sizes."""
     model, samples = tiny.float_model(), tiny.mixed_samples()
-    with model.ready_outside(model.checkpoint.tensor, head=True), Lockstep(model, samples, to_the_end=True) as lockstep:
+    with (
+        model.ready_outside(model.checkpoint.tensor, head=True),
+        SequentialForward(model, samples, to_the_end=True) as lockstep,
+    ):
         names = []
         for stop in lockstep:
             names.append(stop.name)
@@ -32,7 +35,7 @@ def test_logits_are_bit_equal_with_an_ordinary_forward() -> None:
 def test_text_only_samples_skip_the_vision_tower() -> None:
     """Catches a sample without a picture that waits in the vision tower, or is counted there."""
     model, samples = tiny.float_model(), tiny.mixed_samples()
-    with model.ready_outside(model.checkpoint.tensor), Lockstep(model, samples) as lockstep:
+    with model.ready_outside(model.checkpoint.tensor), SequentialForward(model, samples) as lockstep:
         for stop in lockstep:
             assert [call.sample for call in stop.calls] == ([0, 2, 3] if "visual" in stop.name else [0, 1, 2, 3])
             tiny.answer(model, stop)
@@ -49,7 +52,7 @@ def test_the_head_never_runs_without_to_the_end() -> None:
     for to_the_end in (False, True):
         with (
             model.ready_outside(model.checkpoint.tensor, head=True),
-            Lockstep(model, [tiny.made_up()], to_the_end=to_the_end) as lockstep,
+            SequentialForward(model, [tiny.made_up()], to_the_end=to_the_end) as lockstep,
         ):
             for stop in lockstep:
                 tiny.answer(model, stop)
@@ -67,7 +70,7 @@ def test_everything_is_put_back_after_an_error(stage: str, held: bool) -> None:
     with (
         pytest.raises(ZeroDivisionError),
         model.ready_outside(model.checkpoint.tensor),
-        Lockstep(model, tiny.mixed_samples()) as lockstep,
+        SequentialForward(model, tiny.mixed_samples()) as lockstep,
     ):
         stops = iter(lockstep)
         for stop in stops if held else lockstep:
@@ -86,7 +89,7 @@ def test_everything_is_put_back_after_an_error(stage: str, held: bool) -> None:
 def test_a_stage_runs_itself_while_it_is_due() -> None:
     """Catches a door that stays shut for the stage at hand, or that opens for another."""
     model = tiny.float_model()
-    with model.ready_outside(model.checkpoint.tensor), Lockstep(model, [tiny.made_up((4, 4))]) as lockstep:
+    with model.ready_outside(model.checkpoint.tensor), SequentialForward(model, [tiny.made_up((4, 4))]) as lockstep:
         for stop in lockstep:
             shut = {name for name, stage in model.stages.items() if "forward" in stage.__dict__}
             assert shut == set(tiny.STAGES) - {stop.name}
@@ -99,7 +102,7 @@ def test_a_missing_answer_is_an_internal_error(given: int) -> None:
     """Catches a sample that goes on with another sample's output because an answer was forgotten."""
     model = tiny.float_model()
     samples = [tiny.made_up((4, 4), seed=number) for number in range(2)]
-    with model.ready_outside(model.checkpoint.tensor), Lockstep(model, samples) as lockstep:
+    with model.ready_outside(model.checkpoint.tensor), SequentialForward(model, samples) as lockstep:
         stops = iter(lockstep)
         stop = next(stops)
         tiny.answer(model, stop)
@@ -117,7 +120,7 @@ def test_an_error_in_the_models_own_code_comes_through() -> None:
     with (
         model.ready_outside(model.checkpoint.tensor),
         pytest.raises(UserError, match=r"cannot be run on a sample[\s\S]*RuntimeError: shape"),
-        Lockstep(model, [tiny.made_up(), sample]) as lockstep,
+        SequentialForward(model, [tiny.made_up(), sample]) as lockstep,
     ):
         for stop in lockstep:
             tiny.answer(model, stop)
@@ -138,7 +141,7 @@ def test_modality_of_rows() -> None:
 def test_calls_say_which_rows_are_pictures() -> None:
     """Catches a modality on picture patches, or none on the tokens of the prompt."""
     model, sample = tiny.float_model(), tiny.made_up((4, 4), words=2)
-    with model.ready_outside(model.checkpoint.tensor), Lockstep(model, [sample]) as lockstep:
+    with model.ready_outside(model.checkpoint.tensor), SequentialForward(model, [sample]) as lockstep:
         for stop in lockstep:
             (call,) = stop.calls
             if "visual" in stop.name:
@@ -169,7 +172,7 @@ class Towers(nn.Module):
 
 
 class Minimal:
-    """Of FloatModel what Lockstep uses."""
+    """Of StreamedModel what SequentialForward uses."""
 
     def __init__(self, module: Towers) -> None:
         self.module = module
@@ -185,9 +188,9 @@ class Minimal:
         return next(name for name, other in self.stages.items() if other is stage)
 
 
-def lockstep_of(order: list[int], *, to_the_end: bool = True) -> Lockstep:
+def lockstep_of(order: list[int], *, to_the_end: bool = True) -> SequentialForward:
     samples = [{"input_ids": torch.tensor([[1, number]])} for number in range(2)]
-    return Lockstep(Minimal(Towers(order)), samples, to_the_end=to_the_end)  # type: ignore[arg-type]
+    return SequentialForward(Minimal(Towers(order)), samples, to_the_end=to_the_end)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2], [0, 2], [1], []])

@@ -13,7 +13,7 @@ from tests.support.interrupted_runs import STAGES, content, failing, small
 from tests.support.resume_runs import QUICK
 from vlqc.frontend.calibration.dataset import calibrate_on
 from vlqc.frontend.calibration.samples import by_pictures
-from vlqc.frontend.sequential import Lockstep
+from vlqc.frontend.sequential import SequentialForward
 from vlqc.options.options import Options
 
 ONE, TEXT, TWO, LARGE = tiny.mixed_samples()
@@ -43,7 +43,7 @@ def test_all_get_the_answers_of_the_first() -> None:
     model, samples = tiny.float_model(), [TEXT, ONE, AGAIN, THIRD, LARGE, TWO, TWO_AGAIN]
     with (
         model.ready_outside(model.checkpoint.tensor, head=True),
-        Lockstep(model, samples, first=10, to_the_end=True, look_once=True) as lockstep,
+        SequentialForward(model, samples, first=10, to_the_end=True, share_images=True) as lockstep,
     ):
         for stop in lockstep:
             looked = [11, 14, 15] if "visual" in stop.name else list(range(10, 17))
@@ -58,7 +58,7 @@ def test_the_probe_looks_for_itself() -> None:
     model = tiny.float_model()
     with (
         model.ready_outside(model.checkpoint.tensor),
-        Lockstep(model, [ONE], probe=tiny.asked_again(ONE, 9), look_once=True) as lockstep,
+        SequentialForward(model, [ONE], probe=tiny.asked_again(ONE, 9), share_images=True) as lockstep,
     ):
         for stop in lockstep:
             assert [call.sample for call in stop.calls] == [0, -1]

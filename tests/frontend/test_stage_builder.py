@@ -9,15 +9,15 @@ from torch import Tensor, nn
 from tests.support import tiny
 from vlqc.errors import UserError
 from vlqc.frontend.calibration.probe import PROBE_ROWS, choose_probe
-from vlqc.frontend.sequential import Lockstep, Stop
-from vlqc.frontend.stage_builder import live_stage
-from vlqc.frontend.streamed_model import FloatModel
-from vlqc.ir.stage import Call, Observation, Visit, WeightQuantization
+from vlqc.frontend.sequential import SequentialForward, Stop
+from vlqc.frontend.stage_builder import materialized_stage
+from vlqc.frontend.streamed_model import StreamedModel
+from vlqc.ir.stage import Call, Observation, SampleShape, WeightQuantization
 
 
-def at_each_stage(work: Callable[[FloatModel, Stop], None]) -> FloatModel:
+def at_each_stage(work: Callable[[StreamedModel, Stop], None]) -> StreamedModel:
     model = tiny.float_model()
-    with model.ready_outside(model.checkpoint.tensor), Lockstep(model, [tiny.made_up((4, 4))]) as lockstep:
+    with model.ready_outside(model.checkpoint.tensor), SequentialForward(model, [tiny.made_up((4, 4))]) as lockstep:
         for stop in lockstep:
             work(model, stop)
             model.fill(stop.module, model.checkpoint.tensor)
@@ -33,8 +33,8 @@ def test_sites_are_all_linears_by_checkpoint_name() -> None:
     found: dict[str, tuple[int, int]] = {}
     parts = {}
 
-    def look(model: FloatModel, stop: Stop) -> None:
-        with live_stage(model, stop, torch.bfloat16, model.checkpoint.tensor) as stage:
+    def look(model: StreamedModel, stop: Stop) -> None:
+        with materialized_stage(model, stop, torch.bfloat16, model.checkpoint.tensor) as stage:
             parts[stage.name] = stage.part
             for name, site in stage.sites.items():
                 assert name == site.name == stage.checkpoint_name(site.target)
@@ -57,9 +57,9 @@ def test_sites_are_all_linears_by_checkpoint_name() -> None:
 def test_nothing_of_a_stage_stays_behind() -> None:
     """Catches memory that grows with every stage: float weights, or the integers that lowering put in their place."""
 
-    def lower(model: FloatModel, stop: Stop) -> None:
+    def lower(model: StreamedModel, stop: Stop) -> None:
         before = dict(stop.module.named_modules())
-        with live_stage(model, stop, torch.bfloat16, model.checkpoint.tensor) as stage:
+        with materialized_stage(model, stop, torch.bfloat16, model.checkpoint.tensor) as stage:
             assert not any(parameter.is_meta for parameter in stage.live.parameters())
             for site in stage.sites.values():
                 stage.live.set_submodule(site.target, nn.Identity())
@@ -74,8 +74,8 @@ def test_who_still_holds_a_stage_holds_little() -> None:
     """Catches the loop variable of the compiler: a stage's integers and kept rows would stay while the next is read."""
     stages = []
 
-    def look(model: FloatModel, stop: Stop) -> None:
-        with live_stage(model, stop, torch.bfloat16, model.checkpoint.tensor) as stage:
+    def look(model: StreamedModel, stop: Stop) -> None:
+        with materialized_stage(model, stop, torch.bfloat16, model.checkpoint.tensor) as stage:
             stage.observations["%x"] = Observation(3)
             stage.outputs = outputs = [torch.ones(2)]
             for site in stage.sites.values():
@@ -93,10 +93,10 @@ def test_who_still_holds_a_stage_holds_little() -> None:
 def test_nothing_stays_behind_after_an_error() -> None:
     """Catches weights that stay in memory when a pass or the reading of a weight fails."""
 
-    def fail(model: FloatModel, stop: Stop) -> None:
+    def fail(model: StreamedModel, stop: Stop) -> None:
         with (
             pytest.raises(ZeroDivisionError),
-            live_stage(model, stop, torch.bfloat16, model.checkpoint.tensor) as stage,
+            materialized_stage(model, stop, torch.bfloat16, model.checkpoint.tensor) as stage,
         ):
             stage.live.set_submodule(next(iter(stage.sites.values())).target, nn.Identity())
             _ = 1 / 0
@@ -107,7 +107,7 @@ def test_nothing_stays_behind_after_an_error() -> None:
             return model.checkpoint.tensor(name)
 
         if any(name.endswith("bias") for name in model.parameters(stop.module)):
-            with pytest.raises(OSError, match="disk"), live_stage(model, stop, torch.bfloat16, broken):
+            with pytest.raises(OSError, match="disk"), materialized_stage(model, stop, torch.bfloat16, broken):
                 pass
         assert all(parameter.is_meta for parameter in stop.module.parameters())
 
@@ -120,11 +120,11 @@ def test_a_stage_that_no_sample_reaches_is_named() -> None:
     model = tiny.float_model()
     with (
         model.ready_outside(model.checkpoint.tensor),
-        Lockstep(model, [tiny.made_up()]) as lockstep,
+        SequentialForward(model, [tiny.made_up()]) as lockstep,
         pytest.raises(UserError, match=r"no calibration sample reaches visual\.blocks\.0"),
     ):
         for stop in lockstep:
-            with live_stage(model, stop, torch.bfloat16, model.checkpoint.tensor):
+            with materialized_stage(model, stop, torch.bfloat16, model.checkpoint.tensor):
                 pass
 
 
@@ -146,12 +146,12 @@ def test_a_block_that_needs_real_weights_to_be_traced(monkeypatch: pytest.Monkey
     for name, parameter in list(block.named_parameters()):
         owner, _, last = name.rpartition(".")
         setattr(block.get_submodule(owner), last, nn.Parameter(parameter.to("meta"), requires_grad=False))
-    model = FloatModel.__new__(FloatModel)
+    model = StreamedModel.__new__(StreamedModel)
     model.module, model.canonical, model._path = block, lambda name: name.lstrip("."), {block: ""}
     model.device = torch.device("cpu")
     monkeypatch.setattr(model, "read_ahead", lambda name: None)  # there is no stage behind it
     stop = Stop("block", block, [Call(0, (torch.ones(2, 4),), {})])
-    with live_stage(model, stop, torch.bfloat16, stored.__getitem__) as stage:
+    with materialized_stage(model, stop, torch.bfloat16, stored.__getitem__) as stage:
         assert [site.target for site in stage.sites.values()] == ["up", "down"]
 
 
@@ -162,6 +162,6 @@ def test_a_block_that_needs_real_weights_to_be_traced(monkeypatch: pytest.Monkey
 def test_probe_is_the_largest_that_is_quick(rows: list[int], chosen: int) -> None:
     """Catches proofs that run on a huge picture, or on a sample too small to tell."""
     calls = [Call(number, (torch.ones(1, count, 2),), {}) for number, count in enumerate(rows)]
-    assert choose_probe([Visit.of(call).rows for call in calls]) == chosen
+    assert choose_probe([SampleShape.of(call).rows for call in calls]) == chosen
     named = [Call(number, (), {"hidden_states": torch.ones(count, 2)}) for number, count in enumerate(rows)]
-    assert choose_probe([Visit.of(call).rows for call in named]) == chosen
+    assert choose_probe([SampleShape.of(call).rows for call in named]) == chosen

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tests.support import tiny
 from vlqc.errors import UserError
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
-from vlqc.frontend.streamed_model import FloatModel, build, find_stages, model_inputs, parameters_on_meta
+from vlqc.frontend.streamed_model import StreamedModel, build, find_stages, model_inputs, parameters_on_meta
 
 OUTSIDE = ["lm_head.weight", "model.embed_tokens.weight", "model.norm.weight", "visual.patch_embed.proj.weight"]
 
@@ -212,7 +212,7 @@ def test_a_model_without_blocks_cannot_be_compiled(tmp_path: Path) -> None:
             return self.head
 
     with pytest.raises(UserError, match="cannot be traced"):
-        FloatModel(Bare(), Checkpoint(tiny.TINY))
+        StreamedModel(Bare(), Checkpoint(tiny.TINY))
 
 
 @pytest.mark.every_transformers

@@ -61,7 +61,7 @@ def test_facts_survive() -> None:
 def in_groups() -> Stage:
     """The decided stage with gate and up in 4-bit groups, and a qkv that gained a bias."""
     stage = decided()
-    stage.sites["visual.blocks.0.attn.qkv"].gained_bias = True
+    stage.sites["visual.blocks.0.attn.qkv"].added_bias = True
     for name in ("gate", "up"):
         site = stage.sites[f"visual.blocks.0.mlp.{name}"]
         assert site.weight is not None
@@ -77,8 +77,8 @@ def test_groups_and_gained_biases_survive() -> None:
     parsed = parse_stage(text)
     assert print_stage(parsed) == text
     up, qkv = parsed.sites["visual.blocks.0.mlp.up"], parsed.sites["visual.blocks.0.attn.qkv"]
-    assert (up.scheme, up.group_size, up.gained_bias, up.reason) == (Scheme.W4A8_DYNAMIC, 2, False, "by request")
-    assert (qkv.scheme, qkv.group_size, qkv.gained_bias) == (Scheme.W8A8, None, True)
+    assert (up.scheme, up.group_size, up.added_bias, up.reason) == (Scheme.W4A8_DYNAMIC, 2, False, "by request")
+    assert (qkv.scheme, qkv.group_size, qkv.added_bias) == (Scheme.W8A8, None, True)
     weight = stage.sites[up.name].weight
     assert weight is not None
     assert parsed.summaries.weights[up.name] == [summarize(part) for part in weight.tensors()]
@@ -87,7 +87,7 @@ def test_groups_and_gained_biases_survive() -> None:
 
 GROUP_FAULTS = [
     ("group_size=2", "group_size=two", "expected ' group_size=' and a whole number", " group_size=two"),
-    (" gained_bias", " gained_biases", "expected the end of the line", " gained_biases"),
+    (" added_bias", " gained_biases", "expected the end of the line", " gained_biases"),
     (" group_scale(", " group_scales(", "expected group_scale(", " group_scales("),
     ("scheme=W4A8_DYNAMIC group_size=2", "scheme=W4A8_DYNAMIC", "expected the end of the line", " group_scale("),
 ]

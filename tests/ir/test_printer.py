@@ -69,7 +69,7 @@ def test_every_fact_of_a_site_shows() -> None:
     changes: dict[str, Callable[[Site], None]] = {
         "scheme": lambda site: setattr(site, "scheme", Scheme.W8A8_DYNAMIC),
         "group_size": lambda site: setattr(site, "group_size", 64),
-        "gained_bias": lambda site: setattr(site, "gained_bias", True),
+        "added_bias": lambda site: setattr(site, "added_bias", True),
         "reason": lambda site: setattr(site, "reason", "else"),
         "input": lambda site: setattr(site, "input", InputQuantization(0.5, 0.0)),
         "integers": lambda site: set_part(site, 0),

@@ -1,4 +1,4 @@
-"""Untouched: what is remembered of tensors, and when it is not."""
+"""TensorCache: what is remembered of tensors, and when it is not."""
 
 import gc
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlqc.ir.tensor_cache import Untouched
+from vlqc.ir.tensor_cache import TensorCache
 
 
 @pytest.fixture
@@ -15,15 +15,15 @@ def asked() -> list[float]:
 
 
 @pytest.fixture
-def total(asked: list[float]) -> Untouched[float]:
+def total(asked: list[float]) -> TensorCache[float]:
     def function(*tensors: Tensor) -> float:
         asked.append(sum(float(tensor.sum()) for tensor in tensors))
         return asked[-1]
 
-    return Untouched(function)
+    return TensorCache(function)
 
 
-def test_not_asked_twice(total: Untouched[float], asked: list[float]) -> None:
+def test_not_asked_twice(total: TensorCache[float], asked: list[float]) -> None:
     """Catches a memory that remembers nothing, or confuses the order or the number of tensors."""
     one, two = torch.ones(3), torch.full((2,), 5.0)
     assert [total(one, two), total(one, two), total(two), total(one)] == [13.0, 13.0, 10.0, 3.0]
@@ -31,7 +31,7 @@ def test_not_asked_twice(total: Untouched[float], asked: list[float]) -> None:
 
 
 @torch.no_grad()
-def test_asked_again_after_a_change(total: Untouched[float]) -> None:
+def test_asked_again_after_a_change(total: TensorCache[float]) -> None:
     """Catches stale answers: after writing in place, through a view, or to other values under the same object."""
     tensor = torch.nn.Parameter(torch.ones(4))
     assert total(tensor) == 4
@@ -43,7 +43,7 @@ def test_asked_again_after_a_change(total: Untouched[float]) -> None:
     assert total(tensor) == 12
 
 
-def test_nothing_is_kept_of_what_is_gone(total: Untouched[float], asked: list[float]) -> None:
+def test_nothing_is_kept_of_what_is_gone(total: TensorCache[float], asked: list[float]) -> None:
     """Catches memory that grows with every stage, and an answer about a tensor that lay where a new one lies now."""
     for value in range(50):
         tensor = torch.full((1 << 12,), float(value))
@@ -54,7 +54,7 @@ def test_nothing_is_kept_of_what_is_gone(total: Untouched[float], asked: list[fl
 
 
 @torch.no_grad()
-def test_a_changed_tensor_is_kept_once(total: Untouched[float]) -> None:
+def test_a_changed_tensor_is_kept_once(total: TensorCache[float]) -> None:
     """Catches a memory that keeps an answer for every state that a tensor once had."""
     tensor = torch.ones(4)
     for factor in (1, 2, 3):

@@ -225,7 +225,7 @@ def test_gained_bias_is_not_stored() -> None:
     linear = linear_at(stage, "mlp.up_proj")
     rows = stage.observations[it.source].kept
     linear.bias = nn.Parameter(torch.linspace(-40, 40, 48), requires_grad=False)
-    it.gained_bias, expected = True, linear(rows)
+    it.added_bias, expected = True, linear(rows)
     integers(stage)
     module = stage.live.get_submodule("mlp.up_proj")
     assert isinstance(module, StaticQuantLinear) and module.bias is None and "bias" not in module.state_dict()

@@ -191,7 +191,7 @@ def test_bias_as_it_is_stored() -> None:
     stage.linear(it).bias.fill_(1.003)
     stored = emitted_bias(stage, it)
     assert stored is not None and torch.equal(stored, torch.ones(32))
-    it.gained_bias = True
+    it.added_bias = True
     exact = emitted_bias(stage, it)
     assert exact is not None and torch.equal(exact, torch.full((32,), 1.003))
     assert emitted_bias(stage, site(stage, "self_attn.o_proj")) is None

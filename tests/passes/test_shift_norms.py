@@ -48,7 +48,7 @@ def test_both_norms_of_a_static_layer() -> None:
     """A norm overlooked: with every linear static W8A8, both have only such consumers."""
     stage = through(observed(one_sided()), ShiftNorms())
     assert shifted(stage) == set(NORMS) and not stage.notes
-    assert {it.target for it in stage.sites.values() if it.gained_bias} == {"mlp.gate_proj", "mlp.up_proj"}
+    assert {it.target for it in stage.sites.values() if it.added_bias} == {"mlp.gate_proj", "mlp.up_proj"}
 
 
 @pytest.mark.parametrize("scheme", [Scheme.FLOAT, Scheme.W8A8_DYNAMIC, Scheme.W4A8_DYNAMIC, None])
@@ -165,7 +165,7 @@ def test_consumers_at_two_nodes(scheme: Scheme) -> None:
     expected, ranges = block(rows), dict(stage.observations)
     through(stage, ShiftNorms())
     assert shifted(stage) == ({"norm"} if scheme == Scheme.W8A8 else set())
-    assert site(stage, "direct").gained_bias == (scheme == Scheme.W8A8) and not site(stage, "paired").gained_bias
+    assert site(stage, "direct").added_bias == (scheme == Scheme.W8A8) and not site(stage, "paired").added_bias
     for before, after in zip(expected, block(rows), strict=True):
         torch.testing.assert_close(after, before, rtol=0, atol=1e-4)
     for source, seen in stage.observations.items():
@@ -195,7 +195,7 @@ def test_a_failing_proof_puts_everything_back() -> None:
     assert stage.live.get_submodule("norm") is norm and stage.linear(site(stage, "linear")).bias is None
     assert {path for path, _ in stage.live.named_parameters()} == set(before)
     assert all(torch.equal(parameter, before[path]) for path, parameter in stage.live.named_parameters())
-    assert torch.equal(outputs(stage), reference) and not site(stage, "linear").gained_bias
+    assert torch.equal(outputs(stage), reference) and not site(stage, "linear").added_bias
     assert all(stage.observations[source] is seen for source, seen in observations.items())
     text = print_stage(stage)
     assert ShiftNorms().run(stage) is False and print_stage(stage) == text
@@ -234,7 +234,7 @@ def test_ranges_are_centred_and_smaller() -> None:
 def test_emitted_modules(dtype: torch.dtype) -> None:
     """A bias stored for a layer of which engines know none, one that is lost, or rounded although nobody stores it."""
     stage = through(observed(one_sided(dtype)), ShiftNorms(), SmoothM4())
-    exact = {it.target: stage.linear(it).bias.double().clone() for it in stage.sites.values() if it.gained_bias}
+    exact = {it.target: stage.linear(it).bias.double().clone() for it in stage.sites.values() if it.added_bias}
     stored = stage.linear(site(stage, "self_attn.q_proj")).bias.to(dtype).float()
     through(stage, QuantizeActivations(), QuantizeWeights(), LowerLinears(correct_bias=False))
     assert set(exact) == {"mlp.gate_proj", "mlp.up_proj"}

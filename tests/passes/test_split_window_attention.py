@@ -24,8 +24,8 @@ from tests.support.windowed_stage import (
     scores_of,
     split,
 )
-from vlqc.frontend.sequential import Lockstep
-from vlqc.frontend.stage_builder import live_stage
+from vlqc.frontend.sequential import SequentialForward
+from vlqc.frontend.stage_builder import materialized_stage
 from vlqc.ir.parser import parse_stage
 from vlqc.ir.printer import print_stage
 from vlqc.ir.scale_propagation import find_edges
@@ -260,9 +260,9 @@ def test_stand_ins_are_gone_with_the_stage() -> None:
     model = tiny.float_model()
     before = dict(model.module.named_modules())
     read = model.checkpoint.tensor
-    with torch.no_grad(), model.ready_outside(read), Lockstep(model, [tiny.made_up((8, 8))]) as lockstep:
+    with torch.no_grad(), model.ready_outside(read), SequentialForward(model, [tiny.made_up((8, 8))]) as lockstep:
         for stop in lockstep:
-            with live_stage(model, stop, torch.bfloat16, read) as stage:
+            with materialized_stage(model, stop, torch.bfloat16, read) as stage:
                 SplitWindowAttention().run(stage)
                 stage.run()
                 stop.outputs = stage.outputs

@@ -10,7 +10,7 @@ from rich.console import Console
 
 import vlqc.reporting.progress
 from vlqc.reporting.notebook import NotebookProgress
-from vlqc.reporting.progress import Progress, TerminalProgress, heard
+from vlqc.reporting.progress import Progress, TerminalProgress, resolve_progress
 from vlqc.reporting.summary import Result
 from vlqc.verify import Report
 
@@ -98,11 +98,11 @@ def test_goes_on_after_an_interruption(cell: Cell) -> None:
 def test_who_hears(cell: Cell, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a script that prints unasked, a notebook without progress, and other processes than the first talking."""
     mine = TerminalProgress(Console(stderr=True))
-    assert heard(mine, first=True) is mine and type(heard(mine, first=False)) is Progress
-    assert type(heard(None, first=True)) is Progress
+    assert resolve_progress(mine, first=True) is mine and type(resolve_progress(mine, first=False)) is Progress
+    assert type(resolve_progress(None, first=True)) is Progress
     monkeypatch.setattr(vlqc.reporting.progress, "Console", lambda: types.SimpleNamespace(is_jupyter=True))
-    assert isinstance(heard(None, first=True), NotebookProgress)
-    assert heard(mine, first=True) is mine and type(heard(None, first=False)) is Progress
+    assert isinstance(resolve_progress(None, first=True), NotebookProgress)
+    assert resolve_progress(mine, first=True) is mine and type(resolve_progress(None, first=False)) is Progress
 
 
 def test_the_result_is_a_table() -> None:

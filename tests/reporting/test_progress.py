@@ -6,7 +6,8 @@ import re
 import pytest
 from rich.console import Console
 
-from vlqc.reporting.progress import Progress, TerminalProgress, duration, readable_bytes
+from vlqc.formatting import format_bytes, format_duration
+from vlqc.reporting.progress import Progress, TerminalProgress
 
 
 def report(progress: Progress, advance: object = None) -> None:
@@ -94,7 +95,7 @@ def test_silence() -> None:
 )
 def test_durations(seconds: float, words: str) -> None:
     """Catches minutes shown as hours."""
-    assert duration(seconds) == words
+    assert format_duration(seconds) == words
 
 
 @pytest.mark.parametrize(
@@ -102,4 +103,4 @@ def test_durations(seconds: float, words: str) -> None:
 )
 def test_sizes(count: int, words: str) -> None:
     """Catches a size in the wrong unit."""
-    assert readable_bytes(count) == words
+    assert format_bytes(count) == words

@@ -5,7 +5,7 @@ from vlqc.targets.engines import Scheme
 FLOAT, W8A8, DYNAMIC, W4A8 = Scheme.FLOAT, Scheme.W8A8, Scheme.W8A8_DYNAMIC, Scheme.W4A8_DYNAMIC
 
 
-def seed_assignment(blocks: int = 2) -> dict[str, Scheme]:
+def reference_assignment(blocks: int = 2) -> dict[str, Scheme]:
     schemes = {
         "lm_head": FLOAT,
         "model.embed_tokens": FLOAT,

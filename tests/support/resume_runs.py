@@ -32,7 +32,7 @@ APPEND = "vlqc.emit.resume.journal_file:JournalWriter.append"
 # (case, what is done at that moment, the function, its how manieth call, before | after | half: of what it writes)
 MOMENTS = [
     ("plain", "calibrating", "vlqc.compiler:calibrate_on", 1, "before"),
-    ("plain", "calibrated", "vlqc.emit.resume.journal:facts_of", 1, "after"),
+    ("plain", "calibrated", "vlqc.emit.resume.journal:run_fingerprint", 1, "after"),
     ("plain", "first line of the journal", APPEND, 1, "half"),
     ("plain", "tensors outside stages", "vlqc.emit.shard_writer:ShardWriter._write", 2, "half"),
     ("plain", "tracing the first stage", "vlqc.frontend.stage_builder:record", 1, "before"),
@@ -62,11 +62,11 @@ MOMENTS = [
     ("shards", "a full weight file", "vlqc.emit.shard_writer:ShardWriter._finish", 2, "after"),
     ("shards", "names of the weight files", "vlqc.emit.shard_writer:Path.rename", 2, "before"),
     ("shards", "index", "vlqc.emit.shard_writer:ShardWriter.close", 1, "after"),
-    ("search", "a stage that waits", "vlqc.emit.deferred_stages:Spool.put", 3, "after"),
+    ("search", "a stage that waits", "vlqc.emit.deferred_stages:DeferredStages.put", 3, "after"),
     ("search", "line of a stage that waits", APPEND, 4, "after"),
     ("search", "the decision", "vlqc.emit.folder_writer:cheapest", 1, "after"),
     ("search", "line of a stage that waited", APPEND, 9, "half"),
-    ("search", "end of a stage that waited", "vlqc.emit.deferred_stages:Spool.drop", 2, "before"),
+    ("search", "end of a stage that waited", "vlqc.emit.deferred_stages:DeferredStages.drop", 2, "before"),
     ("search", "weights of stages that waited", "vlqc.emit.shard_writer:ShardWriter._write", 150, "half"),
     ("mindie", "a tensor of a late stage", "vlqc.emit.shard_writer:ShardWriter._write", 90, "half"),
     ("mindie", "line of the second stage", APPEND, 3, "after"),

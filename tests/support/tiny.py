@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from tools.demo import tiny_task
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
-from vlqc.frontend.sequential import Lockstep, Stop
-from vlqc.frontend.streamed_model import FloatModel, model_inputs
+from vlqc.frontend.sequential import SequentialForward, Stop
+from vlqc.frontend.streamed_model import StreamedModel, model_inputs
 from vlqc.ir.stage import Call
 
 TINY = Path(__file__).parents[2] / "tools" / "demo" / "tiny_vl"
@@ -63,9 +63,9 @@ def plain_logits(sample: dict[str, Tensor], model: nn.Module | None = None) -> T
     return logits
 
 
-def float_model(folder: Path = TINY) -> FloatModel:
+def float_model(folder: Path = TINY) -> StreamedModel:
     """A new model without weights."""
-    return FloatModel.of(Checkpoint(folder))
+    return StreamedModel.of(Checkpoint(folder))
 
 
 def made_up(*grids: tuple[int, int], words: int = 6, seed: int = 0) -> dict[str, Tensor]:
@@ -102,7 +102,7 @@ def mixed_samples() -> list[dict[str, Tensor]]:
     ]
 
 
-def answer(model: FloatModel, stop: Stop) -> None:
+def answer(model: StreamedModel, stop: Stop) -> None:
     """What a compiler that changes nothing answers: the float stage's outputs, its weights in memory only now."""
     model.fill(stop.module, model.checkpoint.tensor)
     with torch.no_grad():
@@ -126,7 +126,7 @@ def lived() -> dict[str, Lived]:
     """Every stage of the tiny model by name, as the sample with the larger picture met it. Not to be changed."""
     model, stages = float_model(), {}
     read = model.checkpoint.tensor
-    with torch.no_grad(), model.ready_outside(read), Lockstep(model, [mixed_samples()[3]]) as lockstep:
+    with torch.no_grad(), model.ready_outside(read), SequentialForward(model, [mixed_samples()[3]]) as lockstep:
         for stop in lockstep:
             model.fill(stop.module, read)
             (call,) = stop.calls

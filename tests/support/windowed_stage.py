@@ -11,8 +11,8 @@ from torch.overrides import TorchFunctionMode
 
 from tests.support import tiny
 from tests.support.random_stage import staged
-from vlqc.frontend.sequential import Lockstep
-from vlqc.frontend.stage_builder import live_stage
+from vlqc.frontend.sequential import SequentialForward
+from vlqc.frontend.stage_builder import materialized_stage
 from vlqc.ir.stage import Call, Stage
 from vlqc.passes import split_window_attention as tested
 from vlqc.passes.split_window_attention import ATTENTION, SplitWindowAttention
@@ -113,13 +113,13 @@ def real_stages(*samples: dict[str, Tensor]) -> Iterator[Iterator[Stage]]:
     model = tiny.float_model()
     read = model.checkpoint.tensor
 
-    def stages(lockstep: Lockstep) -> Iterator[Stage]:
+    def stages(lockstep: SequentialForward) -> Iterator[Stage]:
         for stop in lockstep:
-            with live_stage(model, stop, torch.bfloat16, read) as stage:
+            with materialized_stage(model, stop, torch.bfloat16, read) as stage:
                 yield stage
                 stop.outputs = stage.outputs
 
-    with torch.no_grad(), model.ready_outside(read), Lockstep(model, samples) as lockstep:
+    with torch.no_grad(), model.ready_outside(read), SequentialForward(model, samples) as lockstep:
         yield stages(lockstep)
 
 

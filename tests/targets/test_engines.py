@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.support.reference_schemes import DYNAMIC, FLOAT, W4A8, W8A8, seed_assignment
+from tests.support.reference_schemes import DYNAMIC, FLOAT, W4A8, W8A8, reference_assignment
 from vlqc.errors import UserError
 from vlqc.targets import engines
 from vlqc.targets.engines import (
@@ -18,7 +18,7 @@ from vlqc.targets.engines import (
     rules_for,
     runs_anywhere,
 )
-from vlqc.targets.rules import SEED_FLOAT, TABLE
+from vlqc.targets.rules import REFERENCE_FLOAT, TABLE
 from vlqc.targets.target import Version
 
 LAYER = "model.layers.3"
@@ -148,7 +148,7 @@ def test_parts(name: str, part: str) -> None:
 def test_seed_exclusions() -> None:
     """Catches an exclusion of the reference script lost, or one too many."""
     layers = [layer for layer, _, _ in LEGAL if not layer.startswith("unheard")]
-    floats = [layer for layer in layers if engines.stays_float_by_seed(layer)]
+    floats = [layer for layer in layers if engines.stays_float_in_reference(layer)]
     assert floats == [
         f"{LAYER}.mlp.down_proj",
         f"{BLOCK}.mlp.down_proj",
@@ -161,7 +161,7 @@ def test_seed_exclusions() -> None:
 
 def test_the_seed_assignment_is_legal_in_both_engines() -> None:
     """Catches a table that refuses the very folder both engines are known to load."""
-    assert assignment_faults("both", seed_assignment()) == []
+    assert assignment_faults("both", reference_assignment()) == []
 
 
 # what is changed -> targets that must refuse it
@@ -185,13 +185,13 @@ ILLEGAL = [
 def test_illegal_assignments(change: dict[str, Scheme], refusing: set[str]) -> None:
     """Catches a rule of one engine not applied, or applied to the other engine."""
     targets = {"vllm-ascend", "mindie", "both"}
-    schemes = seed_assignment() | change
+    schemes = reference_assignment() | change
     assert {target for target in targets if assignment_faults(target, schemes)} == refusing
 
 
 def test_a_float_vision_tower_is_legal_in_mindie() -> None:
     """Catches the qkv-in-every-block rule applied to a tower that is float as a whole."""
-    schemes = {name: FLOAT if name.startswith("visual.") else DYNAMIC for name in seed_assignment()}
+    schemes = {name: FLOAT if name.startswith("visual.") else DYNAMIC for name in reference_assignment()}
     schemes |= {"lm_head": FLOAT, "model.embed_tokens": FLOAT}
     assert assignment_faults("mindie", schemes) == []
 
@@ -199,7 +199,9 @@ def test_a_float_vision_tower_is_legal_in_mindie() -> None:
 def test_mindie_runs_one_scheme_beside_float() -> None:
     """Catches static and per-token layers in one MindIE folder, whose one `quantize` key cannot name both, and a float
     member of a per-token group, which only static groups may have."""
-    dynamic = {name: DYNAMIC if "proj" in name and name.startswith("model") else FLOAT for name in seed_assignment()}
+    dynamic = {
+        name: DYNAMIC if "proj" in name and name.startswith("model") else FLOAT for name in reference_assignment()
+    }
     assert assignment_faults("mindie", dynamic) == []
     faults = assignment_faults("mindie", dynamic | {"model.layers.0.self_attn.o_proj": W8A8})
     assert ["o_proj is W8A8 while" in fault.what for fault in faults] == [True]
@@ -210,7 +212,7 @@ def test_mindie_runs_one_scheme_beside_float() -> None:
 
 def test_the_table_is_in_order() -> None:
     """Catches a new line whose end lies before its beginning, or whose version is none."""
-    assert len(SEED_FLOAT) == 6
+    assert len(REFERENCE_FLOAT) == 6
     for rule in TABLE:
         assert Version.parse(rule.since) < Version.parse(rule.until or "9999")
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.support.reference_schemes import DYNAMIC, W4A8, W8A8, seed_assignment
+from tests.support.reference_schemes import DYNAMIC, W4A8, W8A8, reference_assignment
 from vlqc.targets.engines import Scheme
 from vlqc.targets.versions import loads
 
@@ -38,11 +38,11 @@ VLLM, MINDIE = "vLLM Ascend 0.10.2rc2 and later", "MindIE 2.2.RC1 and later"
 )
 def test_which_engines_load_a_folder(change: dict[str, Scheme], config: dict[str, object], expected: list[str]) -> None:
     """Catches a promise to the user that an engine version would break."""
-    assert loads(described(seed_assignment() | change), "bfloat16", config) == expected
+    assert loads(described(reference_assignment() | change), "bfloat16", config) == expected
 
 
 def test_per_token_schemes_need_bfloat16() -> None:
     """Catches a float16 per-token folder announced as loadable."""
-    description = described(seed_assignment() | {"model.layers.0.mlp.down_proj": DYNAMIC})
+    description = described(reference_assignment() | {"model.layers.0.mlp.down_proj": DYNAMIC})
     assert loads(description, "float16", QUANTIZED) == []
-    assert loads(described(seed_assignment()), "float16", QUANTIZED) == [VLLM, MINDIE]
+    assert loads(described(reference_assignment()), "float16", QUANTIZED) == [VLLM, MINDIE]

@@ -13,7 +13,7 @@ from tools.bench.scale_bounds import Rates, work_of
 from tools.bench.scale_checkpoint import Case, checkpoint_bytes, make, samples_of
 from tools.checkpoints.outlier_checkpoint import Shape
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
-from vlqc.frontend.streamed_model import FloatModel
+from vlqc.frontend.streamed_model import StreamedModel
 
 LITTLE = Shape(3, 64, 96, 4, 2, 9, 32, 48, 4, 256)
 
@@ -31,7 +31,7 @@ def test_the_folder_is_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     case = Case.of("7B", layers=2)
     size = make(tmp_path, case)
     checkpoint = Checkpoint(tmp_path)
-    model = FloatModel.of(checkpoint)
+    model = StreamedModel.of(checkpoint)
     assert not model.unknown_tensors() and len(list(tmp_path.glob("*.safetensors"))) > 2
     assert [name for name in model.stages if name.startswith("model")] == ["model.layers.0", "model.layers.1"]
     assert size == checkpoint_bytes(case) == sum(checkpoint.tensor(name).nbytes for name in checkpoint.names)

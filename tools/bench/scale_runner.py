@@ -96,19 +96,19 @@ def watch_compiler(phases: Phases) -> None:
     from vlqc.emit import FolderEmitter
     from vlqc.emit.resume.journal import Journal
     from vlqc.frontend.checkpoint.checkpoint import Checkpoint
-    from vlqc.frontend.sequential import Lockstep
-    from vlqc.frontend.streamed_model import FloatModel
+    from vlqc.frontend.sequential import SequentialForward
+    from vlqc.frontend.streamed_model import StreamedModel
     from vlqc.ir.stage import Stage
     from vlqc.passes import insert_observers
     from vlqc.passes.algorithms import folding
     from vlqc.pipeline.manager import PassManager
     from vlqc.pipeline.registry import load_pass
-    from vlqc.reporting.html.collector import Gathering
+    from vlqc.reporting.html.collector import StageMetrics
 
-    phases.watch(FloatModel, "fill", "reading")
+    phases.watch(StreamedModel, "fill", "reading")
     phases.watch(Checkpoint, "rows", "reading")
     phases.watch(Checkpoint, "tensor", "reading")
-    phases.watch(Lockstep, "_resume", "glue")
+    phases.watch(SequentialForward, "_resume", "glue")
     phases.watch(vlqc.frontend.stage_builder, "record", "tracing")
     phases.watch(Stage, "run", "forward")
     phases.watch(insert_observers, "add_rows", "observing")
@@ -132,8 +132,8 @@ def watch_compiler(phases: Phases) -> None:
     phases.watch(vlqc.compiler, "require_sound", "verifying")
     phases.watch(vlqc.emit.atomic_folder.WorkFolder, "publish", "publishing")
     phases.watch(Journal, "finished", "journal")
-    phases.watch(Gathering, "traced", "report")
-    phases.watch(Gathering, "finished", "report")
+    phases.watch(StageMetrics, "traced", "report")
+    phases.watch(StageMetrics, "finished", "report")
 
 
 def kernel_figures() -> dict[str, int]:

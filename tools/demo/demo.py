@@ -3,8 +3,8 @@
     python -m tools.demo.demo FOLDER       # everything is written below FOLDER, which is made anew
 
 The tiny Qwen2.5-VL of tools/demo/tiny_vl reads coloured digits in pictures. Outliers are planted into it without
-changing what it computes, as large models have them: 2 % of the channels of every edge in both towers, times 128.
-Then the `vlqc` command compiles it with pictures and questions of its own task, and the written folders are loaded back.
+changing what it computes: 2 % of the channels of every edge in both towers, times 128.
+Then `vlqc compile` runs on pictures and questions of its own task, and the written folders are loaded back.
 """
 
 import shlex

@@ -23,8 +23,9 @@ from vlqc.cli.output import (
 )
 from vlqc.cli.parameters import with_options
 from vlqc.cli.standard_streams import guard
-from vlqc.errors import Fault, UserError, printable
-from vlqc.frontend.distributed import here
+from vlqc.errors import Fault, UserError
+from vlqc.formatting import escape_control_chars
+from vlqc.frontend.distributed import current_process_group
 from vlqc.options.option_values import Refused, read_bool
 from vlqc.options.options import PANELS, Options
 
@@ -122,7 +123,7 @@ def compile_command(
         from vlqc.reporting.plan import preflight, render
 
         planned = preflight(**options)
-        if not here().first:
+        if not current_process_group().first:
             return
         answer.give(planned.described(), lambda console: render(planned, console))
         return
@@ -135,7 +136,7 @@ def compile_command(
         result = compile(progress=progress, **options)
     finally:
         progress.finish()
-    if here().first:
+    if current_process_group().first:
         answer.give(result.described(), lambda console: print_summary(result, console))
 
 
@@ -272,7 +273,7 @@ def report_command(
 
     write_report(folder, output, timings=timings, verification=verification)
     told = {"folder": str(folder), "page": str(output), "bytes": output.stat().st_size}
-    line = Text(printable(f"the report is in {output}"))
+    line = Text(escape_control_chars(f"the report is in {output}"))
     answer.give(told, lambda console: console.print(line, soft_wrap=True))
 
 

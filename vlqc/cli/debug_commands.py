@@ -12,7 +12,8 @@ from rich.text import Text
 from vlqc.cli.command_help import BARE
 from vlqc.cli.completion import one_pass, several_of
 from vlqc.cli.output import FAILED, Answer, answering, check_file, stderr, write_file
-from vlqc.errors import Fault, UserError, printable
+from vlqc.errors import Fault, UserError
+from vlqc.formatting import escape_control_chars
 from vlqc.options.options import Options, extra_of
 
 FORMATS: list[str] = extra_of(Options.model_fields["dump_formats"])["values"]
@@ -20,12 +21,12 @@ FORMATS: list[str] = extra_of(Options.model_fields["dump_formats"])["values"]
 
 def compile_until(stop_after: str, answer: Answer, **options: Any) -> None:
     """`vlqc compile --stop_after`."""
-    from vlqc.reporting.dumps.trace_only import look_until
+    from vlqc.reporting.dumps.trace_only import run_until
     from vlqc.reporting.progress import Progress, TerminalProgress
 
     progress = Progress() if answer.quiet else TerminalProgress(stderr())
     try:
-        looked = look_until(stop_after, progress=progress, **options)
+        looked = run_until(stop_after, progress=progress, **options)
     finally:
         progress.finish()
     told = f"stopped after {stop_after} on {len(looked.stages)} of {looked.of} stages; no save folder was written"
@@ -154,4 +155,4 @@ def _in_words_of_dump(fault: Fault) -> Fault:
 
 def _print_lines(lines: Iterable[str], console: Console) -> None:
     for line in lines:
-        console.print(Text(printable(line)), soft_wrap=True)
+        console.print(Text(escape_control_chars(line)), soft_wrap=True)

@@ -26,7 +26,7 @@ from vlqc.cli.command_help import BARE
 from vlqc.cli.standard_streams import Unwritable
 from vlqc.errors import Fault, UserError, VlqcError, foreign_notes
 from vlqc.files import json_text
-from vlqc.frontend.distributed import here, joined
+from vlqc.frontend.distributed import current_process_group, init_distributed
 from vlqc.options.paths import output_faults
 
 FAILED, USER, INTERNAL, INTERRUPTED = 1, 2, 70, 130
@@ -129,7 +129,7 @@ def answering(command: Callable[..., None]) -> Callable[..., None]:
         except (typer.Exit, typer.Abort, BrokenPipeError):
             raise
         except (Exception, KeyboardInterrupt) as error:
-            told = here().tells(error)
+            told = current_process_group().should_report(error)
             if _signals or isinstance(error, KeyboardInterrupt):
                 code = INTERRUPTED
                 if told:
@@ -155,7 +155,7 @@ def together(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(*args: Any, **given: Any) -> None:
         try:
-            with joined():
+            with init_distributed():
                 command(*args, **given)
         except UserError as error:  # the processes do not find each other
             print_error(error, as_json=bool(given.get("as_json")))

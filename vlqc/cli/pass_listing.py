@@ -6,7 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from vlqc.errors import UserError, printable
+from vlqc.errors import UserError
+from vlqc.formatting import escape_control_chars
 from vlqc.pipeline.registry import REGISTRY, Pass, load_pass, offered_passes
 from vlqc.pipeline.spec import print_value
 
@@ -23,11 +24,11 @@ def print_passes(console: Console) -> None:
         try:
             step = load_pass(name)
         except UserError as error:
-            told = printable(f"  cannot be used: {error.faults[0].what}{origin}")
+            told = escape_control_chars(f"  cannot be used: {error.faults[0].what}{origin}")
             console.print(Text.assemble((f"{name:<{width}}", "bold"), (told, "bold red")), soft_wrap=True)
             continue
         line = f"  {step.kind:<8}  {step.summary}{origin}"
-        console.print(Text.assemble((f"{name:<{width}}", "bold"), printable(line)), soft_wrap=True)
+        console.print(Text.assemble((f"{name:<{width}}", "bold"), escape_control_chars(line)), soft_wrap=True)
         if options := options_of(step):
             shown = ", ".join(f"{option}={default}" for option, default in options.items())
             console.print(Text(f"{'':<{width}}  options: {shown}"), soft_wrap=True)

@@ -11,7 +11,7 @@ from vlqc.emit.folder_writer import FolderEmitter
 from vlqc.emit.mindie_writer import MindieEmitter
 from vlqc.emit.stage_tensors import Entry
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
-from vlqc.frontend.streamed_model import FloatModel
+from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.stage import Stage
 from vlqc.options.options import Options
 from vlqc.pipeline.precision_search import Plan
@@ -52,12 +52,12 @@ class NoEmitter(FolderEmitter):
         pass
 
 
-def waiting_bytes(model: FloatModel) -> int:
+def waiting_bytes(model: StreamedModel) -> int:
     """About how much room a result takes whose schemes are chosen last, with all that waits until then."""
     return spool.expected_bytes(model)
 
 
-def kept_bytes(model: FloatModel, samples: Sequence[Mapping[str, Tensor]]) -> int:
+def kept_bytes(model: StreamedModel, samples: Sequence[Mapping[str, Tensor]]) -> int:
     """Of the outputs of a stage for all samples, float32, twice: one set goes when the next one is complete."""
     config = model.checkpoint.config
     tokens = sum(sample["input_ids"].numel() for sample in samples)

@@ -17,7 +17,7 @@ from vlqc.emit.shard_writer import ENTRY_BYTES, Damaged, ShardWriter, sync
 from vlqc.emit.stage_tensors import TENSORS_PER_LINEAR, Entry, emitted_dtype, module_entries
 from vlqc.emit.stage_tensors import expected_bytes as expected_bytes_without
 from vlqc.file_digest import file_digest
-from vlqc.frontend.streamed_model import FloatModel
+from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.stage import MODALITIES, Sensitivity, Stage
 from vlqc.pipeline.precision_search import Choice, Group, Plan
 from vlqc.targets.engines import VLLM_ASCEND, Scheme, legal_schemes
@@ -40,7 +40,7 @@ class Line:
 
 
 @dataclass
-class Spool:
+class DeferredStages:
     """Holds stages back: `put` each of them, decide about `groups`, then `take` what the plan chose, once.
 
     folder: made by the first `put`; `remove` ends all.
@@ -182,8 +182,8 @@ class Spool:
     def _count_tokens(self, stage: Stage) -> None:
         """How many tokens there are, and how many are of pictures: the same in every stage that reads text."""
         if any(call.modality is not None for call in stage.calls) and not self._tokens:
-            self._tokens = sum(sum(visit.of_modality) for visit in stage.all_visits())
-            self._image_tokens = sum(visit.of_modality[IMAGE] for visit in stage.all_visits())
+            self._tokens = sum(sum(visit.of_modality) for visit in stage.all_sample_shapes())
+            self._image_tokens = sum(visit.of_modality[IMAGE] for visit in stage.all_sample_shapes())
 
 
 def _by_scheme(values: dict[str, Any]) -> dict[Scheme, Any]:
@@ -196,7 +196,7 @@ def _header_bytes(stage: Stage) -> int:
     return 1024 + (len(stage.live.state_dict()) * 2 + of_choices) * (ENTRY_BYTES + 16)
 
 
-def expected_bytes(model: FloatModel) -> int:
+def expected_bytes(model: StreamedModel) -> int:
     """About how much room a result takes while its stages wait: that of the result, and every other choice beside it.
 
     The choices are a float, and int8 with scales of another kind.

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from vlqc.emit.background_writer import WriteBehind
-from vlqc.emit.deferred_stages import FOLDER, Spool
+from vlqc.emit.deferred_stages import FOLDER, DeferredStages
 from vlqc.emit.manifest import MANIFEST
 from vlqc.emit.shard_writer import ShardWriter
 from vlqc.emit.stage_tensors import Entry, emitted_dtype, float_entry, header_bytes, stage_entries
@@ -49,7 +49,7 @@ class FolderEmitter:
         limit = None if options.part_file_size is None else options.part_file_size * GIB
         self._writer = ShardWriter(folder, header_bytes=header_bytes(checkpoint), limit=limit, marked=True)
         self._shards = WriteBehind(self._writer)
-        self._spool = Spool(folder / FOLDER) if options.fallback == "auto" else None
+        self._spool = DeferredStages(folder / FOLDER) if options.fallback == "auto" else None
         self._marked = 0  # how many of `marks` were part of a `mark`
         # Is told, with the number of the stage, that what waited is emitted, and that its file can go then.
         self.taken: Callable[[int, Callable[[], None]], None] = lambda number, drop: drop()
@@ -70,7 +70,7 @@ class FolderEmitter:
         self.add(spool.take(plan, lambda number: self.taken(number, lambda: spool.drop(number))))
         return plan if plan.groups else None
 
-    def plan(self, spool: Spool) -> Plan:
+    def plan(self, spool: DeferredStages) -> Plan:
         return cheapest(
             spool.groups(),
             target=self.options.engine_target,

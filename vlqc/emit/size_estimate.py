@@ -8,7 +8,7 @@ from torch import Tensor
 from vlqc.emit import kept_bytes, waiting_bytes
 from vlqc.emit.stage_tensors import emitted_dtype, header_bytes
 from vlqc.frontend.memory import spilled_bytes
-from vlqc.frontend.streamed_model import FloatModel
+from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.stage import Site
 from vlqc.options.options import Options
 from vlqc.pipeline.registry import Pass
@@ -16,19 +16,19 @@ from vlqc.targets.engines import Scheme, fused_group
 
 
 def needed_room(
-    model: FloatModel, options: Options, passes: Sequence[Pass], samples: Sequence[Mapping[str, Tensor]]
+    model: StreamedModel, options: Options, passes: Sequence[Pass], samples: Sequence[Mapping[str, Tensor]]
 ) -> int:
     """Bytes that a compilation takes on the disk of the save folder, where most lies there.
 
     The result, while it is made; what is kept to go on from; what samples hold beyond --memory_budget.
     """
-    result = output_bytes(model, planned_sites(model, passes), packed=not options.mindie_layout)
+    result = output_bytes(model, predict_schemes(model, passes), packed=not options.mindie_layout)
     if options.fallback == "auto":
         result = max(result, waiting_bytes(model))
     return result + kept_bytes(model, samples) + spilled_bytes(model, samples, options.memory_budget)
 
 
-def planned_sites(model: FloatModel, passes: Sequence[Pass]) -> dict[str, Site]:
+def predict_schemes(model: StreamedModel, passes: Sequence[Pass]) -> dict[str, Site]:
     """Every Linear of the stages by name, with the scheme that one of these passes would give it."""
     assign: Any = next((step for step in passes if hasattr(step, "choose")), None)
     sites, layers = {}, set(model.layers)
@@ -47,7 +47,7 @@ def planned_sites(model: FloatModel, passes: Sequence[Pass]) -> dict[str, Site]:
     return sites
 
 
-def output_bytes(model: FloatModel, sites: dict[str, Site], *, packed: bool) -> int:
+def output_bytes(model: StreamedModel, sites: dict[str, Site], *, packed: bool) -> int:
     """Of all tensors of the result. packed: two 4-bit weights per byte, with the correction that this needs."""
     wide = emitted_dtype(model.checkpoint.dtype).itemsize
     total = header_bytes(model.checkpoint)

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from vlqc.emit.shard_writer import ENTRY_BYTES
 from vlqc.errors import Fault, UserError
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
-from vlqc.frontend.streamed_model import FloatModel
+from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.stage import Stage
 from vlqc.kernels_ref.int4_groups import pack_int4, scale_bias
 from vlqc.kernels_ref.quant_linear import GroupQuantLinear
-from vlqc.targets.engines import VLLM_ASCEND, Scheme, legal_schemes, stays_float_by_seed
+from vlqc.targets.engines import VLLM_ASCEND, Scheme, legal_schemes, stays_float_in_reference
 
 TENSORS_PER_LINEAR = 8  # the most that one Linear becomes: weight, bias and six companions
 ROW_PARALLEL = ("o_proj", "down_proj", "proj")  # linears that tensor parallelism cuts along their inputs
@@ -84,11 +84,11 @@ def header_bytes(checkpoint: Checkpoint) -> int:
     return 1024 + sum((len(name.encode()) + 24 + ENTRY_BYTES) * TENSORS_PER_LINEAR for name in checkpoint.names)
 
 
-def expected_bytes(model: FloatModel) -> int:
+def expected_bytes(model: StreamedModel) -> int:
     """About how much room the result takes: a byte per weight of what is quantized by default, floats as emitted."""
     checkpoint, total = model.checkpoint, header_bytes(model.checkpoint)
     for name, parameter in model.parameters(model.module).items():
         layer = name.removesuffix(".weight")
-        quantized = len(legal_schemes(VLLM_ASCEND, layer)) > 1 and not stays_float_by_seed(layer)
+        quantized = len(legal_schemes(VLLM_ASCEND, layer)) > 1 and not stays_float_in_reference(layer)
         total += parameter.numel() * (1 if quantized else emitted_dtype(checkpoint.dtype).itemsize)
     return total

@@ -19,7 +19,7 @@ GIB = 1 << 30
 SMALLEST = 1 << 16  # bytes: smaller tensors are not worth a file
 
 
-class Spilling:
+class ActivationOffload:
     """Counts tensors while they live, and moves into files those that would exceed the budget.
 
     folder: on the disk that is to hold them; files have no name there, so that nothing is left whatever happens;

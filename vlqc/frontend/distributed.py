@@ -22,8 +22,8 @@ T = TypeVar("T")
 DIGITS = 9  # of a number of processes
 
 
-class World:
-    """This process alone, number 0 of 1. `processes.Processes` is one of several; everything else rests on its `of`."""
+class ProcessGroup:
+    """A single process: rank 0 of 1. `processes.TorchProcessGroup` overrides `broadcast`, on which all else rests."""
 
     rank = 0
     size = 1
@@ -33,60 +33,60 @@ class World:
         """Whether this is the process that reports and writes."""
         return self.rank == 0
 
-    def of(self, owner: int, value: T | None) -> T:
+    def broadcast(self, owner: int, value: T | None) -> T:
         """What process number `owner` gives as `value`, on every process; on its owner it is the very same object."""
         return value  # type: ignore[return-value]
 
-    def in_turn(self, mine: T) -> Iterator[T]:
+    def all_gather(self, mine: T) -> Iterator[T]:
         """What every process gives, by its number, one at a time: no process holds all of them at once."""
         for owner in range(self.size):
-            yield self.of(owner, mine if owner == self.rank else None)
+            yield self.broadcast(owner, mine if owner == self.rank else None)
 
-    def of_first(self, make: Callable[[], T]) -> T:
+    def broadcast_from_rank0(self, make: Callable[[], T]) -> T:
         """What the first process makes."""
-        return self.of(0, make() if self.first else None)
+        return self.broadcast(0, make() if self.first else None)
 
-    def after_first(self, make: Callable[[], T]) -> T:
+    def rank0_first(self, make: Callable[[], T]) -> T:
         """What each process makes for itself, the others once the first one has: it may fill a cache that all use."""
         made = make() if self.first else None
-        self.of(0, None)
+        self.broadcast(0, None)
         return made if self.first else make()  # type: ignore[return-value]
 
-    def dealt(self, groups: Sequence[Sequence[T]]) -> tuple[int, list[T]]:
+    def scatter(self, groups: Sequence[Sequence[T]]) -> tuple[int, list[T]]:
         """The first process's items, shared out in their order: (number of the first one here, those that are here).
 
         The items of one group stay together.
         """
-        sizes: list[int] = self.of(0, [len(group) for group in groups])
+        sizes: list[int] = self.broadcast(0, [len(group) for group in groups])
         share, here = share_of(len(sizes), self.rank, self.size), []
         for number, size in enumerate(sizes):
             for place in range(size):
-                item = self.of(0, groups[number][place] if self.first else None)
+                item = self.broadcast(0, groups[number][place] if self.first else None)
                 if number in share:
                     here.append(item)
         return sum(sizes[: share.start]), here
 
-    def share_out(self, tasks: Iterable[Callable[[], T]], costs: Sequence[float] | None = None) -> list[T]:
+    def parallel_map(self, tasks: Iterable[Callable[[], T]], costs: Sequence[float] | None = None) -> list[T]:
         """What every task returns, in their order; each is done by one process.
 
         costs: of each task, in any unit, to give all processes as much to do; without, they take turns, and tasks are
         asked for one at a time. Tasks must not change anything, as they do so on one process only.
         """
-        owners = None if costs is None else balanced(costs, self.size)
+        owners = None if costs is None else balance_load(costs, self.size)
         done: list[T | None] = []
         for number, task in enumerate(tasks):
             owner = number % self.size if owners is None else owners[number]
             done.append(task() if owner == self.rank else None)
         return [
-            self.of(number % self.size if owners is None else owners[number], result)
+            self.broadcast(number % self.size if owners is None else owners[number], result)
             for number, result in enumerate(done)
         ]
 
-    def place(self, device: "torch.device") -> "torch.device":
+    def local_device(self, device: "torch.device") -> "torch.device":
         """The device of this process, of all those of a kind on its machine."""
         return device
 
-    def tells(self, error: BaseException) -> bool:
+    def should_report(self, error: BaseException) -> bool:
         """Whether this process is to tell the user of an error that ends it. All others end, too, and tell nothing.
 
         To be asked before the process ends.
@@ -94,16 +94,16 @@ class World:
         return True
 
 
-_here = World()
+_here = ProcessGroup()
 
 
-def here() -> World:
+def current_process_group() -> ProcessGroup:
     """The world that is joined now; outside of `joined` this process alone."""
     return _here
 
 
 @contextmanager
-def joined() -> Iterator[World]:
+def init_distributed() -> Iterator[ProcessGroup]:
     """Inside, the processes that torchrun started (RANK and WORLD_SIZE are set); else this one alone. May be nested.
 
     An error that leaves it ends all processes. Inside, SIGTERM, by which torchrun ends the others when one is lost,
@@ -118,20 +118,20 @@ def joined() -> Iterator[World]:
         fix = "start the processes with torchrun, or unset RANK and WORLD_SIZE"
         raise UserError(Fault(f"RANK is {rank}, WORLD_SIZE {size}", "the environment", "processes count from 0", fix))
 
-    from vlqc.frontend.processes import Processes
+    from vlqc.frontend.processes import TorchProcessGroup
 
-    world = Processes(rank, size)
+    process_group = TorchProcessGroup(rank, size)
     in_main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, world.stop) if in_main_thread else None
-    _here = world
+    before = signal.signal(signal.SIGTERM, process_group.stop) if in_main_thread else None
+    _here = process_group
     try:
-        yield world
+        yield process_group
     except BaseException as error:
-        world.tells(error)
+        process_group.should_report(error)
         raise
     finally:
-        _here = World()
-        world.close()
+        _here = ProcessGroup()
+        process_group.close()
         if in_main_thread:
             signal.signal(signal.SIGTERM, before)
 
@@ -149,7 +149,7 @@ def share_of(total: int, rank: int, size: int) -> range:
     return range(-(-total * rank // size), -(-total * (rank + 1) // size))
 
 
-def balanced(costs: Sequence[Any], size: int) -> list[int]:
+def balance_load(costs: Sequence[Any], size: int) -> list[int]:
     """Which of `size` processes does each task: the costliest first, each by whoever has least to do so far."""
     load, owners = [0] * size, [0] * len(costs)
     for number in sorted(range(len(costs)), key=lambda number: -costs[number]):

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from vlqc.errors import Fault, UserError
-from vlqc.frontend.streamed_model import FloatModel
+from vlqc.frontend.streamed_model import StreamedModel
 
 GIB = 1 << 30
 STAGE_BYTES = 9  # per weight of the largest stage: float32, its integers, temporaries; measured at 3B to 72B
@@ -24,7 +24,7 @@ CONTROL_GROUP = (  # (limit, used), of the two versions
 UNLIMITED = 1 << 60  # control groups write such numbers for "no limit"
 
 
-def needed_memory(model: FloatModel, samples: Sequence[Mapping[str, Tensor]], budget: float | None = None) -> int:
+def needed_memory(model: StreamedModel, samples: Sequence[Mapping[str, Tensor]], budget: float | None = None) -> int:
     """Bytes beyond what the process holds before the first stage; an estimate that rather says too much.
 
     budget: GiB of tensors between stages that stay in memory (--memory_budget), None for all.
@@ -32,12 +32,12 @@ def needed_memory(model: FloatModel, samples: Sequence[Mapping[str, Tensor]], bu
     return largest_stage(model) * STAGE_BYTES + OBSERVED_BYTES + _held(model, samples, budget)
 
 
-def spilled_bytes(model: FloatModel, samples: Sequence[Mapping[str, Tensor]], budget: float | None) -> int:
+def spilled_bytes(model: StreamedModel, samples: Sequence[Mapping[str, Tensor]], budget: float | None) -> int:
     """Bytes of tensors between stages that lie on the disk, for a budget as in `needed_memory`."""
     return _held(model, samples, None) - _held(model, samples, budget)
 
 
-def largest_stage(model: FloatModel) -> int:
+def largest_stage(model: StreamedModel) -> int:
     """How many weights it has."""
     return max(sum(it.numel() for it in model.parameters(stage).values()) for stage in model.stages.values())
 
@@ -66,7 +66,7 @@ def ran_out(error: BaseException) -> bool:
     )
 
 
-def _held(model: FloatModel, samples: Sequence[Mapping[str, Tensor]], budget: float | None) -> int:
+def _held(model: StreamedModel, samples: Sequence[Mapping[str, Tensor]], budget: float | None) -> int:
     """Bytes of tensors that all samples hold: as patches in the vision tower, later as tokens."""
     pixels = [sample["pixel_values"] for sample in samples if "pixel_values" in sample]
     widths = [_width(model, text=text) for text in (True, False)]
@@ -78,7 +78,7 @@ def _held(model: FloatModel, samples: Sequence[Mapping[str, Tensor]], budget: fl
     return held + sum(it.numel() * it.element_size() for it in pixels)
 
 
-def _width(model: FloatModel, *, text: bool) -> int:
+def _width(model: StreamedModel, *, text: bool) -> int:
     """Channels of what passes between stages: what the norms of the first stage of that kind have."""
     stages = [stage for stage in model.stages.values() if model.reads_text(stage) == text]
     norms = [it for stage in stages[:1] for it in stage.modules() if not isinstance(it, nn.Linear)]

@@ -24,7 +24,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from vlqc.errors import Fault, InternalError, UserError, VlqcError, foreign_notes
-from vlqc.frontend.distributed import World
+from vlqc.frontend.distributed import ProcessGroup
 from vlqc.ir.tensor_layout import bytes_of, laid_out, offset_of
 
 T = TypeVar("T")
@@ -42,7 +42,7 @@ class ProcessLost(UserError):
     """Another process of the run ended without saying why."""
 
 
-class Processes(World):
+class TorchProcessGroup(ProcessGroup):
     """Process number `rank` of `size`. Made by `world.joined`, which also closes it."""
 
     def __init__(self, rank: int, size: int) -> None:
@@ -67,7 +67,7 @@ class Processes(World):
         with contextlib.suppress(RuntimeError):  # of a connection that is broken already
             dist.destroy_process_group()
 
-    def place(self, device: torch.device) -> torch.device:
+    def local_device(self, device: torch.device) -> torch.device:
         if device.type == "cpu":
             return device
         index, backend = int(os.environ.get("LOCAL_RANK", self.rank)), getattr(torch, device.type)
@@ -75,13 +75,13 @@ class Processes(World):
             why = f"this process is number {index} on its machine, from 0, and {backend.device_count()} are visible"
             fix = "start as many processes as there are devices, and see ASCEND_RT_VISIBLE_DEVICES"
             raise UserError(Fault(f"too few devices of kind {device.type}", f"process {self.rank}", why, fix))
-        self.of(0, None)  # none goes on alone to what follows
+        self.broadcast(0, None)  # none goes on alone to what follows
         backend.set_device(index)
         self._device = torch.device(device.type, index)
         self._device_group = dist.new_group(backend=LIBRARIES[device.type], timeout=SILENCE)
         return self._device
 
-    def of(self, owner: int, value: T | None) -> T:
+    def broadcast(self, owner: int, value: T | None) -> T:
         packed = _Packed(value) if owner == self.rank else None
         size = 0 if packed is None else len(packed.skeleton)
         sizes = self._meet(owner, size)
@@ -96,7 +96,7 @@ class Processes(World):
             self._send(owner, tensor)
         return made
 
-    def tells(self, error: BaseException) -> bool:
+    def should_report(self, error: BaseException) -> bool:
         if not self._over:
             with contextlib.suppress(VlqcError):  # another one's error, or that another one is gone
                 self._meet(-1, 0, error)
@@ -226,11 +226,11 @@ def _error_of(report: bytes, rank: int) -> VlqcError:
     return InternalError(f"process {rank} ended: {what}", *fix)
 
 
-def _lost(why: str, world: Processes) -> ProcessLost:
-    what = f"another of the {world.size} processes of this run has ended, or does not answer any more"
+def _lost(why: str, process_group: TorchProcessGroup) -> ProcessLost:
+    what = f"another of the {process_group.size} processes of this run has ended, or does not answer any more"
     fix = "see what it said itself; one that says nothing was killed, usually because memory ran out. "
     fix += "If a stage was finished, the same command with --resume goes on from there"
-    return ProcessLost(Fault(what, f"process {world.rank}", why, fix))
+    return ProcessLost(Fault(what, f"process {process_group.rank}", why, fix))
 
 
 def _one_line(error: BaseException) -> str:

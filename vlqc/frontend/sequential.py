@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from vlqc.emit.resume.stage_outputs import stand_in
+from vlqc.emit.resume.stage_outputs import placeholder
 from vlqc.errors import Fault, InternalError, UserError, VlqcError
 from vlqc.frontend.calibration.probe import PROBE
 from vlqc.frontend.calibration.samples import same_pictures
 from vlqc.frontend.memory import ran_out
-from vlqc.frontend.streamed_model import FloatModel
+from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.stage import Call
 
 
@@ -54,7 +54,7 @@ class Answers:
         again, and if it were, that would show, as the floats are NaN. asked: the sample that ran through it."""
         if self.values.get(sample, ("", None))[0] == stage:
             return self.values.pop(sample)[1]
-        return stand_in(self.described[stage][asked], self.device)
+        return placeholder(self.described[stage][asked], self.device)
 
     def share(self, sample: int, asked: int) -> None:
         """Lets a sample that ran through no stage of its own yet have what another one got."""
@@ -72,10 +72,10 @@ class _Suspended:
     result: Any = None
 
 
-class Lockstep:
+class SequentialForward:
     """Advances all samples one stage at a time.
 
-        with Lockstep(model, samples) as lockstep:
+        with SequentialForward(model, samples) as lockstep:
             for stop in lockstep:
                 stop.outputs = [stop.module(*call.args, **call.kwargs) for call in stop.calls]
 
@@ -83,33 +83,33 @@ class Lockstep:
     iteration ends at the last stage and nothing behind it (final norm, output head) ever runs; with it, `results`
     holds what `model(**inputs)` returned per sample. first: number of the first sample, where others are elsewhere;
     probe: one more, the last of all, whose number is PROBE.
-    known: answers for stages that are finished; no sample stops there. look_once: of neighbours with the same pictures
-    only the first stops in the vision tower; the others get its answers.
+    known: answers for stages that are finished; no sample stops there. share_images: of neighbours with the same
+    pictures only the first stops in the vision tower; the others get its answers.
     """
 
     def __init__(
         self,
-        model: FloatModel,
+        model: StreamedModel,
         samples: Sequence[dict[str, Tensor]],
         *,
         to_the_end: bool = False,
         first: int = 0,
         probe: dict[str, Tensor] | None = None,
         known: Answers | None = None,
-        look_once: bool = False,
+        share_images: bool = False,
     ) -> None:
         self.model = model
         self.samples = [*samples, *([] if probe is None else [probe])]
         self.numbers = [*range(first, first + len(samples)), *([] if probe is None else [PROBE])]
         self.to_the_end = to_the_end
         self.known = known or Answers()
-        self._looker = _lookers(self.samples, len(samples) if look_once else 0)
+        self._looker = _lookers(self.samples, len(samples) if share_images else 0)
         self.results: list[Any] = []
         self._suspended: list[_Suspended] = []
         for number, looker in enumerate(self._looker):
             self.known.share(self.numbers[number], self.numbers[looker])
 
-    def __enter__(self) -> "Lockstep":
+    def __enter__(self) -> "SequentialForward":
         compiler = greenlet.getcurrent()
 
         def door(stage: nn.Module) -> Any:

@@ -8,31 +8,37 @@ from torch import Tensor, fx, nn
 
 from vlqc.errors import Fault, UserError
 from vlqc.frontend.calibration.probe import PROBE, choose_probe
-from vlqc.frontend.distributed import World
+from vlqc.frontend.distributed import ProcessGroup
 from vlqc.frontend.sequential import Stop
-from vlqc.frontend.streamed_model import FloatModel
+from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.frontend.tracing import record
-from vlqc.ir.stage import Call, Site, Stage, Visit
+from vlqc.ir.stage import Call, SampleShape, Site, Stage
 from vlqc.targets.engines import part_of
 
 
 @contextmanager
-def live_stage(
-    model: FloatModel, stop: Stop, dtype: torch.dtype, read: Callable[[str], Tensor], world: World | None = None
+def materialized_stage(
+    model: StreamedModel,
+    stop: Stop,
+    dtype: torch.dtype,
+    read: Callable[[str], Tensor],
+    process_group: ProcessGroup | None = None,
 ) -> Iterator[Stage]:
     """Inside, the stage that all samples stand before: traced, with its weights in float32, sites found.
 
     dtype: in which float tensors are to be emitted; read: checkpoint name -> tensor. Afterwards its weights are gone.
     """
-    world = world or World()
+    process_group = process_group or ProcessGroup()
     calls = [call for call in stop.calls if call.sample != PROBE]
-    visits_by_process = list(world.in_turn([Visit.of(call) for call in calls]))
-    if not any(visits_by_process):
+    shapes_by_process = list(process_group.all_gather([SampleShape.of(call) for call in calls]))
+    if not any(shapes_by_process):
         why = "what passes through it cannot be measured"
         raise UserError(Fault(f"no calibration sample reaches {stop.name}", why=why, fix="add a sample with a picture"))
-    visits = [visit for of_one in visits_by_process for visit in of_one]
+    sample_shapes = [visit for of_one in shapes_by_process for visit in of_one]
     extra = next((call for call in stop.calls if call.sample == PROBE), None)
-    probe = extra or _probe(world, visits_by_process, visits[choose_probe([visit.rows for visit in visits])], calls)
+    probe = extra or _probe(
+        process_group, shapes_by_process, sample_shapes[choose_probe([visit.rows for visit in sample_shapes])], calls
+    )
     before = [(module, dict(module._modules), dict(module._parameters)) for module in stop.module.modules()]
     stage = None
     try:
@@ -47,10 +53,10 @@ def live_stage(
             graph=graph,
             sites=find_sites(stop.module, graph, lambda target: checkpoint_name(model, stop, target)),
             calls=calls,
-            visits=visits,
+            sample_shapes=sample_shapes,
             probe=probe,
             extra=extra,
-            world=world,
+            process_group=process_group,
             checkpoint_name=lambda target: checkpoint_name(model, stop, target),
         )
         yield stage
@@ -66,22 +72,24 @@ def live_stage(
 
 def _forget(stage: Stage) -> None:
     """Lets go of what passes found out: whoever still holds the stage, holds little."""
-    stage.calls, stage.probe, stage.extra, stage.outputs, stage.extra_outputs = (), None, None, [], []
+    stage.calls, stage.probe, stage.extra, stage.outputs, stage.probe_outputs = (), None, None, [], []
     stage.observations.clear()
     stage.sensitivities.clear()
     for site in stage.sites.values():
         site.weight = None
 
 
-def checkpoint_name(model: FloatModel, stop: Stop, target: str) -> str:
+def checkpoint_name(model: StreamedModel, stop: Stop, target: str) -> str:
     """Path of a module or parameter in the stage -> its checkpoint name."""
     return model.canonical(f"{model.path(stop.module)}.{target}.").removesuffix(".")
 
 
-def _probe(world: World, visits_by_process: list[list[Visit]], chosen: Visit, calls: list[Call]) -> Call:
+def _probe(
+    process_group: ProcessGroup, shapes_by_process: list[list[SampleShape]], chosen: SampleShape, calls: list[Call]
+) -> Call:
     """The call of the chosen visit, from the process that has its sample."""
-    owner = next(rank for rank, visits in enumerate(visits_by_process) if chosen in visits)
-    return world.of(owner, next((call for call in calls if call.sample == chosen.sample), None))
+    owner = next(rank for rank, sample_shapes in enumerate(shapes_by_process) if chosen in sample_shapes)
+    return process_group.broadcast(owner, next((call for call in calls if call.sample == chosen.sample), None))
 
 
 def find_sites(module: nn.Module, graph: fx.Graph, name: Callable[[str], str]) -> dict[str, Site]:

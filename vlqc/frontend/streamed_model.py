@@ -90,7 +90,7 @@ def _model_class(folder: Path, config: dict[str, Any], trust_remote_code: bool) 
     raise UserError(Fault("the architecture is not known", where, why))
 
 
-class FloatModel:
+class StreamedModel:
     """The model of a checkpoint, its stages in order, and how its modules are called there.
 
     stages: checkpoint name -> module, in the order in which they are registered, which is the order they run in;
@@ -124,7 +124,9 @@ class FloatModel:
         checkpoint.expect((name, tuple(parameter.shape)) for name, parameter in self.parameters(module).items())
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, *, trust_remote_code: bool = False, device: torch.device = CPU) -> "FloatModel":
+    def of(
+        cls, checkpoint: Checkpoint, *, trust_remote_code: bool = False, device: torch.device = CPU
+    ) -> "StreamedModel":
         """The model that a checkpoint's config.json describes. UserError if its tensors do not fit."""
         checkpoint.require_float()
         checkpoint.require_config()

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from vlqc.errors import Fault, UserError, near_miss
+from vlqc.errors import Fault, UserError
+from vlqc.formatting import did_you_mean
 from vlqc.ir.stage import (
     WEIGHT_PARTS,
     EdgeSummary,
@@ -95,7 +96,7 @@ class _Line:
         found = getattr(torch, name, None)
         if not isinstance(found, torch.dtype):
             known = [word for word in dir(torch) if isinstance(getattr(torch, word), torch.dtype)]
-            raise self.fault("expected a dtype such as float32", place, near_miss(name, known))
+            raise self.fault("expected a dtype such as float32", place, did_you_mean(name, known))
         return found
 
     def digest(self) -> str:
@@ -140,7 +141,9 @@ class _Reader:
         if word not in sections or word in self.seen:
             wanted = [section for section in sections if section not in self.seen]
             self.section = "?"  # its lines are passed over
-            raise line.fault(f"expected {' or '.join(wanted) or 'the end of the text'}", place, near_miss(word, wanted))
+            raise line.fault(
+                f"expected {' or '.join(wanted) or 'the end of the text'}", place, did_you_mean(word, wanted)
+            )
         self.seen.add(word)
         self.section = word
         if word == "stage":
@@ -196,9 +199,9 @@ class _Reader:
             site.scheme = Scheme(word)
         if line.sees(" group_size="):
             site.group_size = int(line.take(r" group_size=(\d+)", "' group_size=' and a whole number").group(1))
-        if line.sees(r" gained_bias\b"):
-            line.take(" gained_bias", "gained_bias")
-            site.gained_bias = True
+        if line.sees(r" added_bias\b"):
+            line.take(" added_bias", "added_bias")
+            site.added_bias = True
         if line.sees(" reason="):
             line.take(" reason=", "reason=")
             site.reason = line.string("the reason")

@@ -37,9 +37,9 @@ from vlqc.ir.stage import (
     summarize,
 )
 from vlqc.ir.syntax import function_name, literal, quote
-from vlqc.ir.tensor_cache import Untouched
+from vlqc.ir.tensor_cache import TensorCache
 
-_FINGERPRINT = Untouched(fingerprint)  # observations stay what they are over many passes
+_FINGERPRINT = TensorCache(fingerprint)  # observations stay what they are over many passes
 CALLEES = {"placeholder": "input", "get_attr": "constant", "call_method": "method"}  # fx's words and ours
 
 
@@ -124,8 +124,8 @@ def _print_site(stage: Stage, site: Site) -> str:
         line += f" scheme={site.scheme}"
     if site.group_size is not None:
         line += f" group_size={site.group_size}"
-    if site.gained_bias:
-        line += " gained_bias"
+    if site.added_bias:
+        line += " added_bias"
     if site.reason:
         line += f" reason={quote(site.reason)}"
     if site.input is not None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from vlqc.errors import Fault, UserError
-from vlqc.frontend.distributed import World
+from vlqc.frontend.distributed import ProcessGroup
 from vlqc.frontend.process_memory import return_memory
 from vlqc.ir.attention import FusedAttention
 from vlqc.ir.bfloat16_linears import bfloat16_linears
@@ -57,7 +57,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Visit:
+class SampleShape:
     """What every process knows of a call, wherever its sample is: rows of the stage's input, and of each modality."""
 
     sample: int
@@ -65,7 +65,7 @@ class Visit:
     of_modality: tuple[int, ...]
 
     @classmethod
-    def of(cls, call: Call) -> "Visit":
+    def of(cls, call: Call) -> "SampleShape":
         rows = first_tensor((*call.args, *call.kwargs.values())).shape[-2]
         if call.modality is None:
             return cls(call.sample, rows, tuple(rows * (name == "image") for name in MODALITIES))
@@ -103,7 +103,7 @@ class Site:
 
     name: checkpoint name without `.weight`; target: path in the stage's module tree; source: name of the graph node
     whose value is its input (members of a group share it); shape: (N outputs, K inputs); group_size: columns that share
-    a 4-bit weight's scale; gained_bias: whether a pass gave it a bias that the checkpoint's layer does not have.
+    a 4-bit weight's scale; added_bias: whether a pass gave it a bias that the checkpoint's layer does not have.
     """
 
     name: str
@@ -113,7 +113,7 @@ class Site:
     scheme: Scheme | None = None
     group_size: int | None = None
     reason: str = ""
-    gained_bias: bool = False
+    added_bias: bool = False
     input: InputQuantization | None = None
     weight: WeightQuantization | None = None
 
@@ -157,7 +157,7 @@ class Stage:
     graph: recorded once, specialised to the shapes of the traced call; nodes carry meta["shape"] and meta["dtype"];
     calls: how each sample of this process enters; outputs: what each returned, filled by `run`; visits: of all samples
     of all processes of the world, in their order; probe: the call that proofs run on, on all processes the same; extra:
-    the probe where it is none of the calls: `run` runs it behind them, into extra_outputs, and nobody observes it;
+    the probe where it is none of the calls: `run` runs it behind them, into probe_outputs, and nobody observes it;
     checkpoint_name: parameter or module path in the stage -> checkpoint name;
     sensitivities: of quantized groups, where they were measured; no part of the text;
     on_sample, settle: called by `run` after each sample: with how many are done, and with all that was in use;
@@ -174,7 +174,7 @@ class Stage:
     probe: Call | None = None
     extra: Call | None = None
     outputs: list[Any] = field(default_factory=list)
-    extra_outputs: list[Any] = field(default_factory=list)
+    probe_outputs: list[Any] = field(default_factory=list)
     observations: dict[str, Observation] = field(default_factory=dict)
     edges: tuple[Edge, ...] | None = None
     tensors: dict[str, TensorSummary] = field(default_factory=dict)
@@ -184,8 +184,8 @@ class Stage:
     notes: list[str] = field(default_factory=list)
     on_sample: Callable[[int], None] = lambda done: None
     settle: Callable[..., None] = lambda *held: None
-    world: World = field(default_factory=World)
-    visits: Sequence[Visit] | None = None
+    process_group: ProcessGroup = field(default_factory=ProcessGroup)
+    sample_shapes: Sequence[SampleShape] | None = None
 
     def __repr__(self) -> str:
         """One line: a notebook ends a cell with it; `print_stage` says the rest."""
@@ -198,8 +198,8 @@ class Stage:
             raise ValueError(f"stage {self.name} was parsed from text and has no weights")
         return self.module
 
-    def all_visits(self) -> Sequence[Visit]:
-        return [Visit.of(call) for call in self.calls] if self.visits is None else self.visits
+    def all_sample_shapes(self) -> Sequence[SampleShape]:
+        return [SampleShape.of(call) for call in self.calls] if self.sample_shapes is None else self.sample_shapes
 
     def groups(self) -> dict[str, list[Site]]:
         """Sites by the node they read: an engine's fused group shares one input."""
@@ -242,12 +242,12 @@ class Stage:
                 self.on_sample(done + 1)
             if self.extra is not None:
                 with FusedAttention():
-                    self.extra_outputs = [self.live(*self.extra.args, **self.extra.kwargs)]
+                    self.probe_outputs = [self.live(*self.extra.args, **self.extra.kwargs)]
         return_memory()
 
     def answers(self) -> list[Any]:
         """What all that stand before the stage are to go on with: the outputs, behind them that of an extra probe."""
-        return [*self.outputs, *self.extra_outputs]
+        return [*self.outputs, *self.probe_outputs]
 
     def run_probe(self) -> Tensor:
         """float32: the stage's first output tensor for the probe call, flattened."""

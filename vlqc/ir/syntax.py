@@ -21,7 +21,8 @@ from torch import fx
 from torch.overrides import resolve_name
 
 import vlqc.ir.stage
-from vlqc.errors import UserError, near_miss
+from vlqc.errors import UserError
+from vlqc.formatting import did_you_mean
 
 STRING = r'"(?:[^"\\]|\\.)*"'
 
@@ -179,7 +180,7 @@ class Expression:
         name = self._dotted(func)
         if (found := find_function(name)) is None:
             space, _, attribute = name.rpartition(".")
-            close = near_miss(attribute, dir(NAMESPACES[space])) if space in NAMESPACES else ""
+            close = did_you_mean(attribute, dir(NAMESPACES[space])) if space in NAMESPACES else ""
             fix = close or f'functions come from {", ".join(NAMESPACES)}; others are written unknown("NAME")'
             raise self.fault(func, f"unknown function {name}", fix)
         return "call_function", found
@@ -206,7 +207,7 @@ class Expression:
                 return float(word)
             case ast.Name(id=word) if self._column(tree) in self.marks:
                 if word[1:] not in self.nodes:
-                    raise self.fault(tree, f"%{word[1:]} is not defined above", near_miss(word[1:], self.nodes))
+                    raise self.fault(tree, f"%{word[1:]} is not defined above", did_you_mean(word[1:], self.nodes))
                 return self.nodes[word[1:]]
             case ast.UnaryOp(op=ast.USub(), operand=ast.Constant() | ast.Name() as operand):
                 if isinstance(value := self._literal(operand), int | float):

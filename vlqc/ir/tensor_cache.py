@@ -28,7 +28,7 @@ class Mark:
         return self.reference() is tensor and (self.place, self.version) == (tensor.data_ptr(), tensor._version)
 
 
-class Untouched(Generic[T]):
+class TensorCache(Generic[T]):
     """A function of tensors that is not asked twice about the same ones, as their marks tell.
 
     Nothing is kept of tensors that are gone.

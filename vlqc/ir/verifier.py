@@ -22,7 +22,7 @@ from vlqc.ir.stage import (
     is_finite,
     observe,
 )
-from vlqc.ir.tensor_cache import Untouched
+from vlqc.ir.tensor_cache import TensorCache
 from vlqc.targets.engines import Scheme
 
 OPS = ("placeholder", "get_attr", "call_function", "call_module", "call_method", "output")
@@ -256,7 +256,7 @@ def _kept_ranges(kept: Tensor, modality: Tensor) -> dict[str, tuple[int, Tensor,
     return {name: (len(rows), rows.amin(0), rows.amax(0)) for name, rows in of_each.items() if len(rows)}
 
 
-_KEPT = Untouched(_kept_ranges)
+_KEPT = TensorCache(_kept_ranges)
 
 
 def _range(modality: str, span: ChannelRange, channels: int) -> Iterator[str]:

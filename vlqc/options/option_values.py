@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from vlqc.errors import Fault, UserError, near_miss
+from vlqc.errors import Fault, UserError
+from vlqc.formatting import did_you_mean
 from vlqc.targets.target import parse_target
 
 TRUE_WORDS, FALSE_WORDS = ("true", "1", "yes"), ("false", "0", "no")
@@ -146,4 +147,6 @@ def _refused(name: str, value: object, why: str, fix: str = "") -> Refused:
 def _not_one_of(name: str, value: Any, allowed: list[Any]) -> Refused:
     words = [str(each) for each in allowed]
     choices = words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
-    return _refused(name, value, f"{flag_of(name)} is {choices}", near_miss(str(value), words) or f"choose {choices}")
+    return _refused(
+        name, value, f"{flag_of(name)} is {choices}", did_you_mean(str(value), words) or f"choose {choices}"
+    )

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
-from vlqc.errors import Fault, UserError, near_miss
+from vlqc.errors import Fault, UserError
+from vlqc.formatting import did_you_mean
 from vlqc.options.constraints import combination_faults
 from vlqc.options.option_values import FEWEST, Refused, extra_of, flag_of, read_value
 from vlqc.options.paths import path_faults
@@ -307,7 +308,7 @@ class Options(BaseModel):
 
 
 def _unknown(name: str, known: Mapping[str, FieldInfo]) -> Fault:
-    fix = near_miss(flag_of(name), map(flag_of, known)) or "vlqc compile --help lists the options"
+    fix = did_you_mean(flag_of(name), map(flag_of, known)) or "vlqc compile --help lists the options"
     return Fault(f"there is no option {flag_of(name)}", fix=fix)
 
 

@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 from typing import Protocol
 
-from vlqc.errors import Fault, near_miss
+from vlqc.errors import Fault
+from vlqc.formatting import did_you_mean
 
 
 class NamedFolders(Protocol):
@@ -136,7 +137,7 @@ def dump_faults(flag: str, folder: Path, *, model: Path | None, save: Path | Non
 
 def _neighbours(folder: Path) -> str:
     try:
-        return near_miss(folder.name, [each.name for each in folder.parent.iterdir() if each.is_dir()])
+        return did_you_mean(folder.name, [each.name for each in folder.parent.iterdir() if each.is_dir()])
     except OSError:  # the folder above is missing too, or may not be read
         return ""
 

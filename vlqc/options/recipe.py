@@ -21,7 +21,8 @@ from typing import Any
 import yaml
 from pydantic.fields import FieldInfo
 
-from vlqc.errors import Fault, UserError, near_miss
+from vlqc.errors import Fault, UserError
+from vlqc.formatting import did_you_mean
 from vlqc.options.option_values import Refused, extra_of, flag_of, read_bool, read_value
 from vlqc.pipeline.spec import names_in
 
@@ -103,7 +104,7 @@ def _entry(key: Any, node: Any, where: str, known: Mapping[str, FieldInfo]) -> t
     given = str(key.value)
     name = given.removeprefix("--").replace("-", "_")
     if name not in known:
-        fix = near_miss(name, known) or "vlqc compile --help lists the options"
+        fix = did_you_mean(name, known) or "vlqc compile --help lists the options"
         raise Refused(Fault(f"there is no option {given}", where, fix=fix))
     many = extra_of(known[name])["kind"] == "globs"
     try:

@@ -4,13 +4,14 @@ from collections.abc import Iterable
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
-from vlqc.errors import Fault, UserError, near_miss
-from vlqc.frontend.streamed_model import FloatModel
+from vlqc.errors import Fault, UserError
+from vlqc.formatting import did_you_mean
+from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.options.options import Options
-from vlqc.targets.engines import Scheme, fused_group, group_faults, legal_schemes, stays_float_by_seed
+from vlqc.targets.engines import Scheme, fused_group, group_faults, legal_schemes, stays_float_in_reference
 
 
-def check_layers(model: FloatModel, options: Options) -> None:
+def check_layers(model: StreamedModel, options: Options) -> None:
     """UserError for patterns that match nothing, or leave what no engine loads."""
     check_globs([*model.layers, *model.heads], exclude=options.exclude)
     check_globs(model.layers, include=options.include)
@@ -34,7 +35,7 @@ def check_plan(layers: Iterable[str], options: Options) -> None:
     target, planned = options.engine_target, {}
     for layer in layers:
         included = any(fnmatchcase(layer, pattern) for pattern in options.include)
-        by_seed = options.fallback == "seed" and stays_float_by_seed(layer) and not included
+        by_seed = options.fallback == "seed" and stays_float_in_reference(layer) and not included
         stays = layer in excluded or by_seed
         quantized = not stays and options.scheme in legal_schemes(target, layer)
         planned[layer] = options.scheme if quantized else Scheme.FLOAT
@@ -52,7 +53,7 @@ def check_globs(layers: Iterable[str], what: str = "layer", **globs: tuple[str, 
         for pattern in patterns:
             if not any(fnmatchcase(layer, pattern) for layer in known):
                 named = f"{what}s are named like {known[0]}, {known[-1]}" if known else "the model has none"
-                fix = near_miss(pattern, known) or named
+                fix = did_you_mean(pattern, known) or named
                 faults.append(Fault(f"--{flag} {pattern} matches no {what}", fix=fix))
     if faults:
         raise UserError(*faults)

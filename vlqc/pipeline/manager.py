@@ -14,7 +14,7 @@ from vlqc.ir.stage import TOLERANCE, Stage, difference
 from vlqc.ir.tensor_cache import Mark
 from vlqc.ir.tensor_digest import fingerprints
 from vlqc.ir.verifier import check
-from vlqc.pipeline.plugins import place_of
+from vlqc.pipeline.plugins import import_path
 
 
 @dataclass(frozen=True)
@@ -130,12 +130,12 @@ def _run(step: Pass, stage: Stage) -> bool:
         return step.run(stage)
     except Exception as error:
         if not isinstance(error, VlqcError) and not _is_own(step):
-            error.add_note(f"on stage {stage.name}: {look_at(place_of(type(step)))}")
+            error.add_note(f"on stage {stage.name}: {look_at(import_path(type(step)))}")
         raise
 
 
 def _broken(step: Pass, promise: str) -> InternalError:
-    return InternalError(promise) if _is_own(step) else InternalError(promise, look_at(place_of(type(step))))
+    return InternalError(promise) if _is_own(step) else InternalError(promise, look_at(import_path(type(step))))
 
 
 def _is_own(step: Pass) -> bool:

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from vlqc.errors import Fault, UserError, near_miss
+from vlqc.errors import Fault, UserError
+from vlqc.formatting import did_you_mean
 
 T = TypeVar("T")
 NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")  # of a pass
@@ -22,17 +23,17 @@ KINDS = ("analysis", "rewrite")
 HOW = "write module:Class, for example my_passes:Kurtosis for class Kurtosis in my_passes.py"
 
 
-def is_place(name: str) -> bool:
+def is_import_path(name: str) -> bool:
     """Whether a pipeline text names a class by where it lies, rather than a pass by its name."""
     return ":" in name
 
 
-def place_of(kind: type) -> str:
-    """A class -> "module:Class", under which `class_at` finds it."""
+def import_path(kind: type) -> str:
+    """A class -> "module:Class", under which `resolve_class` finds it."""
     return f"{kind.__module__}:{kind.__qualname__}"
 
 
-def class_at(place: str, wanted: type[T]) -> type[T]:
+def resolve_class(place: str, wanted: type[T]) -> type[T]:
     """ "module:Class" -> that subclass of `wanted`, its module imported. UserError says what is in the way.
 
     Modules in the working folder are found, too, after all that are installed.
@@ -44,7 +45,7 @@ def class_at(place: str, wanted: type[T]) -> type[T]:
     for part in path.split("."):
         if not hasattr(found, part):
             known = [name for name, value in vars(found).items() if _is_kind_of(value, wanted)]
-            fix = near_miss(part, known) or (f"it has {', '.join(known)}" if known else "")
+            fix = did_you_mean(part, known) or (f"it has {', '.join(known)}" if known else "")
             raise UserError(Fault(f"{module_name} has no {path}", place, fix=fix))
         found = getattr(found, part)
     if not isinstance(found, type) or not issubclass(found, wanted) or found is wanted:

@@ -13,12 +13,13 @@ from typing import Any
 
 from torch import nn
 
-from vlqc.errors import Fault, UserError, near_miss
+from vlqc.errors import Fault, UserError
+from vlqc.formatting import did_you_mean
 from vlqc.options.options import Options
 from vlqc.pipeline.manager import Pass as Pass
 from vlqc.pipeline.manager import PassManager as PassManager
 from vlqc.pipeline.manager import require as require
-from vlqc.pipeline.plugins import class_at, installed_places, is_place, place_of
+from vlqc.pipeline.plugins import import_path, installed_places, is_import_path, resolve_class
 from vlqc.pipeline.spec import parse_steps, print_steps
 
 REGISTRY: dict[str, str] = {
@@ -49,23 +50,23 @@ def load_pass(name: str) -> type[Pass]:
     UserError with near misses for an unknown name, and where a name would stand for two classes.
     """
     if name in REGISTRY:
-        return class_at(REGISTRY[name], Pass)
-    if is_place(name):
-        kind = class_at(name, Pass)
-        if kind.name in REGISTRY and REGISTRY[kind.name] != place_of(kind):
+        return resolve_class(REGISTRY[name], Pass)
+    if is_import_path(name):
+        kind = resolve_class(name, Pass)
+        if kind.name in REGISTRY and REGISTRY[kind.name] != import_path(kind):
             why = "a pass of vlqc has this name, and orders of passes go by names"
             raise UserError(Fault(f"{name} calls itself {kind.name}", "--pipeline", why, "give the class another name"))
         return kind
     offered = installed_places(ENTRY_POINTS)
     known = [*REGISTRY, *(each for each in offered if each not in REGISTRY)]
     if name not in offered:
-        fix = near_miss(name, known) or f"choose from {', '.join(known)}, or write module:Class"
+        fix = did_you_mean(name, known) or f"choose from {', '.join(known)}, or write module:Class"
         raise UserError(Fault(f"unknown pass {name!r}", fix=fix))
     if len(offered[name]) > 1:
         why = f"installed packages offer {' and '.join(offered[name])} under it"
         raise UserError(Fault(f"the name {name} is taken twice", "--pipeline", why, "write the one that is meant"))
     (place,) = offered[name]
-    kind = class_at(place, Pass)
+    kind = resolve_class(place, Pass)
     if kind.name != name:
         why = f"a package offers it as {name}, the class calls itself {kind.name}"
         raise UserError(Fault(f"{place} has two names", "--pipeline", why, f"write {place}"))
@@ -95,7 +96,7 @@ def check_order(passes: Sequence[Pass], *, search: bool = False) -> None:
     classes: dict[str, type[Pass]] = {}
     for step in passes:
         if classes.setdefault(step.name, type(step)) is not type(step):
-            why = f"{place_of(classes[step.name])} and {place_of(type(step))} call themselves so"
+            why = f"{import_path(classes[step.name])} and {import_path(type(step))} call themselves so"
             faults.append(Fault(f"two passes are named {step.name}", "--pipeline", why, "rename one of them"))
     for number, step in enumerate(passes):
         earlier = {each.name for each in passes[:number]}
@@ -140,10 +141,10 @@ def pipeline_text(options: Options) -> str:
         "exclude": options.exclude,
         "include": options.include,
     }
-    foreseen = {"clip": options.act_method != 1, "weights": options.weight_method}
+    target_warnings = {"clip": options.act_method != 1, "weights": options.weight_method}
     smoothing: dict[str, list[tuple[str, dict[str, Any]]]] = {
-        "m2": [("smooth-m2", foreseen)],
-        "m4": [("smooth-m4", {"alpha": options.anti_alpha, **foreseen})],
+        "m2": [("smooth-m2", target_warnings)],
+        "m4": [("smooth-m4", {"alpha": options.anti_alpha, **target_warnings})],
         "none": [],
     }
     shift: list[tuple[str, dict[str, Any]]] = [("shift-norms", {})] if options.shift else []
@@ -188,7 +189,7 @@ def parse_pipeline(text: str) -> list[Pass]:
 
 def _name_in_text(kind: type[Pass]) -> str:
     """What reads back as this class: its name where that leads to it, otherwise where it lies."""
-    place = place_of(kind)
+    place = import_path(kind)
     if REGISTRY.get(kind.name) == place or "<locals>" in place:  # what lies in a function nobody finds
         return kind.name
     return kind.name if installed_places(ENTRY_POINTS).get(kind.name) == [place] else place

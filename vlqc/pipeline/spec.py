@@ -10,7 +10,8 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from vlqc.errors import Fault, UserError, near_miss
+from vlqc.errors import Fault, UserError
+from vlqc.formatting import did_you_mean
 
 
 def print_steps(named: Sequence[tuple[str, Any]]) -> str:
@@ -78,7 +79,9 @@ def _parse_step(text: str, class_of: Callable[[str], type]) -> Any:
     for item in filter(None, (item.strip() for item in rest.removesuffix("}").split(","))):
         key, equals, value = (part.strip() for part in item.partition("="))
         if key not in known or not equals:
-            fix = near_miss(key, known) or (f"{name} takes {', '.join(known)}" if known else f"{name} takes no options")
+            fix = did_you_mean(key, known) or (
+                f"{name} takes {', '.join(known)}" if known else f"{name} takes no options"
+            )
             faults.append(Fault(f"{name} has no option {item!r}", where=text, fix=fix))
             continue
         if key in given:

@@ -11,10 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vlqc.errors import printable
 from vlqc.files import json_text, read_json_object
+from vlqc.formatting import escape_control_chars, format_bytes
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
-from vlqc.reporting.progress import readable_bytes
 
 PARTS = ("vision blocks", "merger", "vision, other", "language layers", "embeddings", "lm_head", "other")
 RANGED = ("input_scale", "input_offset", "weight_scale")
@@ -69,15 +68,15 @@ class Inspection:
 
     def render(self, console: Console) -> None:
         """Print facts, then a table of parts, then one of ranges if anything is quantized."""
-        console.print(Text(printable(self.folder), "bold"), soft_wrap=True)
+        console.print(Text(escape_control_chars(self.folder), "bold"), soft_wrap=True)
         for name, value in self.facts.items():
-            console.print(Text(printable(f"  {name}: {value}")), soft_wrap=True)
+            console.print(Text(escape_control_chars(f"  {name}: {value}")), soft_wrap=True)
         for name, size in self.files.items():
-            console.print(Text(f"  {printable(name)}: {readable_bytes(size)}"), soft_wrap=True)
+            console.print(Text(f"  {escape_control_chars(name)}: {format_bytes(size)}"), soft_wrap=True)
         parts = _table("What is in it", ("part", "scheme", "dtype"), ("linears", "tensors", "size"))
         for row in self.rows:
-            figures = (str(row.linears), str(row.tensors), readable_bytes(row.bytes))
-            parts.add_row(row.part, Text(printable(row.scheme)), ", ".join(row.dtypes), *figures)
+            figures = (str(row.linears), str(row.tensors), format_bytes(row.bytes))
+            parts.add_row(row.part, Text(escape_control_chars(row.scheme)), ", ".join(row.dtypes), *figures)
         console.print(parts)
         if self.ranges:
             ranges = _table("Ranges", ("part", "parameter"), ("values", "min", "median", "max"))

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from vlqc.errors import printable
-from vlqc.reporting.progress import Progress, duration, is_warning, print_summary
+from vlqc.formatting import escape_control_chars, format_duration
+from vlqc.reporting.progress import Progress, is_warning, print_summary
 
 if TYPE_CHECKING:
     from vlqc.reporting.summary import Result
@@ -52,11 +52,11 @@ class NotebookProgress(Progress):
 
     def note(self, text: str) -> None:
         if is_warning(text):
-            self._show(f"<b>warning:</b> {escape(printable(text))}".replace("\n", "<br>"))
+            self._show(f"<b>warning:</b> {escape(escape_control_chars(text))}".replace("\n", "<br>"))
 
     def finish(self) -> None:
         if self._handle is not None:
-            elapsed = duration(self._clock() - self._started)
+            elapsed = format_duration(self._clock() - self._started)
             self._handle.update(_html(f"{self._bar()} {self._done} of {self._stages} stages in {elapsed}"))
             self._handle = None
 
@@ -69,8 +69,8 @@ class NotebookProgress(Progress):
         left = ""
         if self._done > self._before:
             each = (self._clock() - self._started) / (self._done - self._before)
-            left = f", {duration(each * (self._stages - self._done))} left"
-        return f"{self._bar()} {self._done} of {self._stages} stages{left}: {escape(printable(what))}"
+            left = f", {format_duration(each * (self._stages - self._done))} left"
+        return f"{self._bar()} {self._done} of {self._stages} stages{left}: {escape(escape_control_chars(what))}"
 
     def _bar(self) -> str:
         return f'<progress value="{self._done}" max="{self._stages}">{self._done} of {self._stages}</progress>'

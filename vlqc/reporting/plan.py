@@ -17,21 +17,21 @@ from rich.text import Text
 from torch import Tensor
 
 from vlqc.emit.atomic_folder import nearest_folder
-from vlqc.emit.size_estimate import needed_room, output_bytes, planned_sites
+from vlqc.emit.size_estimate import needed_room, output_bytes, predict_schemes
 from vlqc.emit.stage_tensors import emitted_dtype
-from vlqc.errors import printable
+from vlqc.formatting import escape_control_chars, format_bytes, format_duration
 from vlqc.frontend.calibration.dataset import calibrate_on
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.device import resolve_device
 from vlqc.frontend.memory import needed_memory, require_memory
 from vlqc.frontend.process_memory import peak_memory
-from vlqc.frontend.streamed_model import FloatModel
+from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.stage import Site
 from vlqc.options.options import Options
 from vlqc.pipeline.layer_selection import check_layers
 from vlqc.pipeline.registry import pipeline_of
-from vlqc.reporting.progress import duration, in_model_order, readable_bytes
-from vlqc.reporting.tally import foreseen
+from vlqc.reporting.progress import in_model_order
+from vlqc.reporting.tally import target_warnings
 from vlqc.targets.engines import ENGINE_TITLES, Scheme, group_faults, part_of
 from vlqc.targets.versions import Span, span
 
@@ -80,7 +80,7 @@ def preflight(*, samples: Sequence[dict[str, Tensor]] | None = None, **given: An
     passes = pipeline_of(options)
     resolve_device(options.device_type)
     checkpoint = Checkpoint(options.model_path)
-    model = FloatModel.of(checkpoint, trust_remote_code=options.trust_remote_code)
+    model = StreamedModel.of(checkpoint, trust_remote_code=options.trust_remote_code)
     check_layers(model, options)
     calibration = calibrate_on(samples, options, model.module)
     memory = needed_memory(model, calibration.samples, options.memory_budget)
@@ -88,11 +88,11 @@ def preflight(*, samples: Sequence[dict[str, Tensor]] | None = None, **given: An
     require_memory(memory, model.checkpoint.files, short.extend)
     tokens = sum(sample["input_ids"].numel() for sample in calibration.samples)
     patches = sum(len(sample["pixel_values"]) for sample in calibration.samples if "pixel_values" in sample)
-    sites = planned_sites(model, passes)
+    sites = predict_schemes(model, passes)
     schemes = {name: site.scheme or Scheme.FLOAT for name, site in sites.items()}
     dtype = str(emitted_dtype(checkpoint.dtype)).removeprefix("torch.")
     notes = [
-        *foreseen(options, checkpoint.dtype),
+        *target_warnings(options, checkpoint.dtype),
         *calibration.notes,
         *short,
         *([BEFORE_SEARCH] if options.fallback == "auto" else []),
@@ -117,7 +117,7 @@ def preflight(*, samples: Sequence[dict[str, Tensor]] | None = None, **given: An
     )
 
 
-def expected_seconds(model: FloatModel, sites: dict[str, Site], tokens: int, patches: int, written: int) -> float:
+def expected_seconds(model: StreamedModel, sites: dict[str, Site], tokens: int, patches: int, written: int) -> float:
     """One forward of all samples, the rounding of all quantized weights, one read and one write of all bytes."""
     forward = rounding = 0.0
     for name, stage in model.stages.items():
@@ -173,14 +173,14 @@ def render(plan: Preflight, console: Console) -> None:
     console.print(table)
     lacking = " (not enough)" if plan.disk_free < plan.disk_needed else ""
     facts = [
-        ("size", f"{readable_bytes(plan.bytes_before)} -> {readable_bytes(plan.bytes_after)}"),
+        ("size", f"{format_bytes(plan.bytes_before)} -> {format_bytes(plan.bytes_after)}"),
         ("calibration", f"{plan.tokens} tokens, {plan.patches} picture patches"),
-        ("memory", f"about {readable_bytes(plan.memory)}"),
-        ("time", f"about {duration(plan.seconds)} on this machine as it is now"),
-        ("disk", f"{readable_bytes(plan.disk_needed)} of {readable_bytes(plan.disk_free)} free{lacking}"),
+        ("memory", f"about {format_bytes(plan.memory)}"),
+        ("time", f"about {format_duration(plan.seconds)} on this machine as it is now"),
+        ("disk", f"{format_bytes(plan.disk_needed)} of {format_bytes(plan.disk_free)} free{lacking}"),
         *(("loads in", engine) for engine in plan.engines),
         *(("why", f"{layer}: {reason}") for reason, layer in plan.reasons.items()),
         *(("note", note.split("\n")[0]) for note in plan.notes),
     ]
     for label, text in facts:
-        console.print(Text.assemble((f"{label:<12}", "bold"), printable(text)), soft_wrap=True)
+        console.print(Text.assemble((f"{label:<12}", "bold"), escape_control_chars(text)), soft_wrap=True)

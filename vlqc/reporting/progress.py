@@ -11,7 +11,7 @@ from rich.progress import Progress as Bar
 from rich.table import Column, Table
 from rich.text import Text
 
-from vlqc.errors import counted, printable
+from vlqc.formatting import escape_control_chars, format_bytes, format_duration, pluralize
 
 if TYPE_CHECKING:
     from vlqc.pipeline.registry import Pass
@@ -51,7 +51,7 @@ class Progress:
         """No more reports follow; also called after an error, possibly twice."""
 
 
-def heard(progress: Progress | None, *, first: bool) -> Progress:
+def resolve_progress(progress: Progress | None, *, first: bool) -> Progress:
     """Who hears of a compilation: the caller's progress, in a notebook a line in the cell, otherwise nobody.
 
     first: whether this is the process that reports.
@@ -95,7 +95,7 @@ class TerminalProgress(Progress):
             self._task = self._bar.add_task("starting", total=stages, completed=done, left="")
             self._bar.start()
         else:
-            self._line(f"{counted(stages, 'stage')}, {counted(samples, 'sample')}")
+            self._line(f"{pluralize(stages, 'stage')}, {pluralize(samples, 'sample')}")
             if done:
                 self._line(f"{done} of {stages} stages were finished before")
 
@@ -114,13 +114,13 @@ class TerminalProgress(Progress):
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, left=self._left(), refresh=True)
         elif self._done == self._stages or self._clock() - self._last_line >= QUIET_SECONDS:
-            elapsed = duration(self._clock() - self._started)
+            elapsed = format_duration(self._clock() - self._started)
             self._line(f"stage {self._done} of {self._stages} done ({self._name}), {elapsed} elapsed, {self._left()}")
 
     def note(self, text: str) -> None:
         """Warnings come at once, before hours of work; all else waits for the summary."""
         if is_warning(text):
-            first, *rest = printable(text).split("\n")
+            first, *rest = escape_control_chars(text).split("\n")
             self._console.print(Text.assemble(("warning: ", "bold yellow"), (first, "bold")), soft_wrap=True)
             for line in rest:
                 self._console.print(Text(f"  {line.strip()}"), soft_wrap=True)
@@ -143,7 +143,7 @@ class TerminalProgress(Progress):
         if self._done == self._before:
             return "time left unknown"
         remaining = (self._clock() - self._started) / (self._done - self._before) * (self._stages - self._done)
-        return f"{duration(remaining)} left"
+        return f"{format_duration(remaining)} left"
 
 
 def is_warning(note: str) -> bool:
@@ -161,9 +161,9 @@ def print_summary(result: "Result", console: Console) -> None:
     console.print(table)
     ratio = f" ({result.bytes_after / result.bytes_before:.0%})" if result.bytes_before else ""
     facts = [
-        ("size", f"{readable_bytes(result.bytes_before)} -> {readable_bytes(result.bytes_after)}{ratio}"),
-        ("time", duration(result.seconds)),
-        ("peak memory", readable_bytes(result.peak_memory_bytes)),
+        ("size", f"{format_bytes(result.bytes_before)} -> {format_bytes(result.bytes_after)}{ratio}"),
+        ("time", format_duration(result.seconds)),
+        ("peak memory", format_bytes(result.peak_memory_bytes)),
         ("output", str(result.folder)),
         *(("loads in", engine) for engine in result.engines),
         *(("serve", command) for command in result.serve),
@@ -176,7 +176,7 @@ def print_summary(result: "Result", console: Console) -> None:
         shown = "" if label == known and label not in ("note", "warning") else label
         style = "bold yellow" if label == "warning" else "bold"
         console.print(
-            Text.assemble((f"{shown:<12}", style), printable(text)), soft_wrap=True
+            Text.assemble((f"{shown:<12}", style), escape_control_chars(text)), soft_wrap=True
         )  # commands stay in one line
         known = label
 
@@ -184,21 +184,3 @@ def print_summary(result: "Result", console: Console) -> None:
 def in_model_order(part_and_scheme: tuple[str, str]) -> tuple[int, str, str]:
     part, scheme = part_and_scheme
     return (PARTS.index(part) if part in PARTS else len(PARTS), part, scheme)
-
-
-def duration(seconds: float) -> str:
-    """0.5 -> "0.5 s", 75 -> "1:15", 4000 -> "1:06:40"."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def readable_bytes(count: float) -> str:
-    """Bytes in units of 1024: "4.0 KiB", "11.1 MiB"."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"

@@ -12,13 +12,13 @@ from vlqc.emit.stage_tensors import emitted_dtype
 from vlqc.errors import Fault, UserError
 from vlqc.file_digest import file_digest
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
-from vlqc.frontend.distributed import here
+from vlqc.frontend.distributed import current_process_group
 from vlqc.frontend.process_memory import peak_memory
 from vlqc.ir.stage import Stage
 from vlqc.options.options import Options
 from vlqc.pipeline.precision_search import Plan
 from vlqc.pipeline.registry import Pass, pipeline_text, print_pipeline
-from vlqc.reporting.html.collector import Gathering
+from vlqc.reporting.html.collector import StageMetrics
 from vlqc.reporting.html.command_line import command, without_places
 from vlqc.reporting.html.schema import Facts, rounded
 from vlqc.reporting.html.timings import Timings, installed, machine
@@ -31,7 +31,7 @@ from vlqc.verify.folder.contents import MANIFEST
 from vlqc.verify.loader import read_description
 
 
-def foreseen(options: Options, dtype: torch.dtype) -> list[str]:
+def target_warnings(options: Options, dtype: torch.dtype) -> list[str]:
     """What the user should know before anything is compiled: which engines refuse the result, and what they expect.
 
     dtype: of the float checkpoint.
@@ -48,7 +48,7 @@ def foreseen(options: Options, dtype: torch.dtype) -> list[str]:
     return notes
 
 
-class Tally:
+class CompilationSummary:
     """Counts sites, gathers notes (each shown once, at once) and makes the result."""
 
     def __init__(self, options: Options, checkpoint: Checkpoint, show_note: Callable[[str], None]) -> None:
@@ -57,9 +57,9 @@ class Tally:
         self.notes: list[str] = []
         self._of_run: set[str] = set()
         self.plan: Plan | None = None
-        self.gathering = Gathering(active=here().first)
+        self.gathering = StageMetrics(active=current_process_group().first)
         self._started = time.perf_counter()
-        self.note(foreseen(options, checkpoint.dtype))
+        self.note(target_warnings(options, checkpoint.dtype))
 
     def note(self, notes: Iterable[str], *, of_run: bool = False) -> None:
         """of_run: they say something of this run alone, so the report in the folder has to go without them."""
@@ -77,7 +77,7 @@ class Tally:
         self.note(stage.notes)
         self.gathering.finished(stage)
         if self.options.fallback != "auto":  # which has the schemes yet to choose
-            self.note(self.gathering.spoilt())
+            self.note(self.gathering.low_sqnr_warning())
 
     def state(self) -> dict[str, Any]:
         """What was counted and noted so far, and the facts of the last stage, in JSON."""

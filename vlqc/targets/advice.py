@@ -4,7 +4,7 @@ import json
 import shlex
 from pathlib import Path
 
-from vlqc.targets.engines import engines_of, legal_schemes, listed, rules_for, stays_float_by_seed
+from vlqc.targets.engines import engines_of, legal_schemes, listed, rules_for, stays_float_in_reference
 from vlqc.targets.rules import (
     FAST_GROUP_SIZES,
     FLOAT_SINCE,
@@ -84,7 +84,7 @@ def serve_commands(target: str | Target, folder: str | Path) -> list[str]:
 
 def _typical(target: Target, scheme: Scheme, scope: str) -> dict[str, Scheme]:
     """What a compilation in `scheme` gives one layer of each kind outside the seed's exclusions."""
-    kinds = [k for k in (*VISION_QKV, *VISION_PROJ, *VISION_GATE_UP, *LANGUAGE) if not stays_float_by_seed(k)]
+    kinds = [k for k in (*VISION_QKV, *VISION_PROJ, *VISION_GATE_UP, *LANGUAGE) if not stays_float_in_reference(k)]
     rules = rules_for(target, scheme)
     if scope == "all" or rules is None:
         return dict.fromkeys(kinds, scheme)

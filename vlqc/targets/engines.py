@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from vlqc.errors import Fault
 from vlqc.targets.rules import (
     FUSED_GROUPS,
-    SEED_FLOAT,
+    REFERENCE_FLOAT,
     TABLE,
     VISION_QKV,
     Scheme,
@@ -32,7 +32,7 @@ __all__ = [
     "part_of",
     "rules_for",
     "runs_anywhere",
-    "stays_float_by_seed",
+    "stays_float_in_reference",
 ]
 
 
@@ -92,9 +92,9 @@ def part_of(layer: str) -> str:
     return "other"
 
 
-def stays_float_by_seed(layer: str) -> bool:
+def stays_float_in_reference(layer: str) -> bool:
     """Whether the reference script leaves this layer in float."""
-    return matches(layer, SEED_FLOAT)
+    return matches(layer, REFERENCE_FLOAT)
 
 
 # ---- a whole assignment ----------------------------------------------------------------------------------------------

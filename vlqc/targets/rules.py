@@ -46,7 +46,7 @@ FUSED_GROUPS = (
 )
 
 # What the reference quantization script of Qwen2.5-VL leaves in float: the default of `--fallback seed`.
-SEED_FLOAT: tuple[str, ...] = (
+REFERENCE_FLOAT: tuple[str, ...] = (
     "visual.patch_embed*",  # a convolution; engines run it in float
     "visual.blocks.*.mlp.down_proj",  # products of two activations: the widest ranges of a vision block
     "visual.merger.mlp.*",  # the one door from vision to language; two matrices in all

@@ -5,7 +5,8 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 
-from vlqc.errors import Fault, UserError, near_miss
+from vlqc.errors import Fault, UserError
+from vlqc.formatting import did_you_mean
 
 VLLM_ASCEND = "vllm-ascend"
 MINDIE = "mindie"
@@ -72,7 +73,7 @@ def parse_target(text: str, where: str = "--target") -> Target:
         if begins in EXAMPLES and VERSION.fullmatch(rest):
             fix = f"did you mean {begins}@{rest}?"
         else:
-            fix = near_miss(begins or name, known) or f"known are {', '.join(known)}"
+            fix = did_you_mean(begins or name, known) or f"known are {', '.join(known)}"
         raise UserError(Fault(f"unknown engine {name!r}", where, f"known are {', '.join(known)}", fix))
     if name == BOTH:
         if at:

@@ -18,8 +18,8 @@ from vlqc.errors import UserError
 from vlqc.frontend.calibration.dataset import load_samples
 from vlqc.frontend.calibration.samples import checked_samples
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
-from vlqc.frontend.sequential import Lockstep, Stop
-from vlqc.frontend.streamed_model import FloatModel
+from vlqc.frontend.sequential import SequentialForward, Stop
+from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.stage import first_tensor
 from vlqc.verify.findings import Report
 from vlqc.verify.loader import load
@@ -71,7 +71,7 @@ def check_accuracy(
     samples: as for `vlqc.compile`; calib_images is read when they are None.
     """
     checkpoint = Checkpoint(model_path)
-    model = FloatModel.of(checkpoint, trust_remote_code=trust_remote_code)
+    model = StreamedModel.of(checkpoint, trust_remote_code=trust_remote_code)
     if samples is None:
         if calib_images is None:
             raise ValueError("either calib_images or samples must be given")
@@ -88,7 +88,7 @@ def check_accuracy(
         with (
             logits_are_hidden(model.module),
             logits_are_hidden(quantized),
-            Lockstep(model, samples, to_the_end=True) as lockstep,
+            SequentialForward(model, samples, to_the_end=True) as lockstep,
         ):
             for stop in lockstep:
                 output, change = _run_stage(model, stop, quantized)
@@ -99,7 +99,7 @@ def check_accuracy(
         _check_logits(model.module, quantized, samples, hidden, others, min_sqnr, report)
 
 
-def _run_stage(model: FloatModel, stop: Stop, quantized: nn.Module) -> tuple[Noise, Noise]:
+def _run_stage(model: StreamedModel, stop: Stop, quantized: nn.Module) -> tuple[Noise, Noise]:
     """Answer the stop with the float stage's outputs -> noise of the quantized stage on the same inputs: of its output,
     and of what it adds to its input (empty where it changes the shape)."""
     other = quantized.get_submodule(model.path(stop.module))

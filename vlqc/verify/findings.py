@@ -10,8 +10,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from vlqc.errors import counted, printable
 from vlqc.files import json_text
+from vlqc.formatting import escape_control_chars, pluralize
 
 SHOWN_PER_CHECK = 20  # a folder that is wrong throughout would bury its first faults otherwise; the JSON has all
 WIDEST = 1 << 16  # columns: no table is wider
@@ -45,7 +45,7 @@ class Report:
 
     def __repr__(self) -> str:
         """One line: a notebook ends a cell with it, and `described()` would fill pages."""
-        found = f"{counted(len(self.findings), 'fault')}, {counted(len(self.warnings), 'warning')}"
+        found = f"{pluralize(len(self.findings), 'fault')}, {pluralize(len(self.warnings), 'warning')}"
         return f"<Report of {self.folder}: {'ok' if self.ok else 'FAIL'}, {found}>"
 
     @property
@@ -57,18 +57,18 @@ class Report:
         self.examined[check] = self.examined.get(check, 0) + count
 
     def fault(self, check: str, where: str, what: str, why: str = "", fix: str = "") -> None:
-        self.findings.append(Finding(check, *map(printable, (where, what, why, fix))))
+        self.findings.append(Finding(check, *map(escape_control_chars, (where, what, why, fix))))
         self.examined.setdefault(check, 0)
 
     def warn(self, check: str, where: str, what: str, why: str = "", fix: str = "") -> None:
-        self.warnings.append(Finding(check, *map(printable, (where, what, why, fix))))
+        self.warnings.append(Finding(check, *map(escape_control_chars, (where, what, why, fix))))
         self.examined.setdefault(check, 0)
 
     def described(self) -> dict[str, Any]:
         """The whole report as a value of JSON: the same folder gives the same."""
         content = {
             "ok": self.ok,
-            "folder": printable(self.folder),
+            "folder": escape_control_chars(self.folder),
             "engine": self.engine,
             "manifest": self.manifest or None,
             "checks": self._rows(),
@@ -86,7 +86,9 @@ class Report:
 
     def render(self, console: Console) -> None:
         """Print a table of the checks, the figures, then every fault and warning in full."""
-        heading = Text(f"{printable(self.folder)}, checked for {self.engine}", "table.title")  # as it is: no markup
+        heading = Text(
+            f"{escape_control_chars(self.folder)}, checked for {self.engine}", "table.title"
+        )  # as it is: no markup
         table = Table(title=heading, title_justify="left")
         for column in ("check", "result", "looked at", "faults", "warnings"):
             table.add_column(column, justify="left" if column in ("check", "result") else "right")
@@ -154,7 +156,7 @@ def _print_rows(console: Console, name: str, rows: list[dict[str, Any]]) -> None
 
 
 def _figure(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else printable(str(value))
+    return f"{value:.4g}" if isinstance(value, float) else escape_control_chars(str(value))
 
 
 def _print_findings(console: Console, title: str, style: str, findings: list[Finding]) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vlqc.errors import Fault, UserError, near_miss
+from vlqc.errors import Fault, UserError
 from vlqc.files import read_json_object
+from vlqc.formatting import did_you_mean
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint, original_name
 from vlqc.frontend.streamed_model import build
 from vlqc.kernels_ref.int4_groups import unpack_int4
@@ -79,7 +80,7 @@ class _Loader:
         mark = str(self.description.get(f"{name}.weight", Scheme.FLOAT))
         if isinstance(module, nn.Linear) and mark != Scheme.FLOAT:
             if mark not in MODULES:
-                why = near_miss(mark, map(str, MODULES)) or f"known are {', '.join(MODULES)}"
+                why = did_you_mean(mark, map(str, MODULES)) or f"known are {', '.join(MODULES)}"
                 self.faults.append(Fault(f"{name} has the unknown scheme {mark}", str(self.checkpoint.folder), why))
                 return
             self._lower(model, path, module, name, Scheme(mark))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.interrupted_runs import compile_into, compiled, content, interrupted, left, small
 from tests.support.resume_runs import QUICK, SAMPLES
-from vlqc.emit.resume.fingerprint import _arithmetic, facts_of
+from vlqc.emit.resume.fingerprint import _arithmetic, run_fingerprint
 from vlqc.errors import UserError
 
 ROOT = Path(__file__).parents[3]
@@ -87,7 +87,9 @@ def test_another_library_or_machine_is_named(
 ) -> None:
     """Catches a fact that is not compared: another version or another number of threads may round differently."""
     interrupted(tmp_path / "out", checkpoint)
-    monkeypatch.setattr("vlqc.emit.resume.journal.facts_of", lambda *given: facts_of(*given) | {fact: "another"})
+    monkeypatch.setattr(
+        "vlqc.emit.resume.journal.run_fingerprint", lambda *given: run_fingerprint(*given) | {fact: "another"}
+    )
     with pytest.raises(UserError, match=rf"why: {fact}: .* then, another now\n"):
         compile_into(tmp_path / "out", checkpoint, resume=True)
 

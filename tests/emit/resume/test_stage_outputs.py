@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from vlqc.emit.resume.stage_outputs import CannotBeKept, OutputsWriter, read_value, stand_in
+from vlqc.emit.resume.stage_outputs import CannotBeKept, OutputsWriter, placeholder, read_value
 
 CPU = torch.device("cpu")
 GRID = torch.arange(60, dtype=torch.float32).reshape(3, 4, 5)
@@ -44,13 +44,13 @@ def test_values_come_back(tmp_path: Path) -> None:
     writer.close()
     for value, description in zip(VALUES, described, strict=True):
         same(value, read_value(tmp_path / "file", description, CPU))
-        same(value, stand_in(description, CPU), layout=False)
+        same(value, placeholder(description, CPU), layout=False)
 
 
 def test_a_stand_in_shows(tmp_path: Path) -> None:
     """Catches zeros in place of what nobody kept: they would pass for values."""
     writer = OutputsWriter(tmp_path / "file")
-    assert bool(stand_in(writer.add((GRID, 1)), CPU)[0].isnan().all())
+    assert bool(placeholder(writer.add((GRID, 1)), CPU)[0].isnan().all())
 
 
 @pytest.mark.parametrize("value", [object(), {1: GRID}, (GRID, {3}), torch.zeros(2, dtype=torch.complex64)])

@@ -9,8 +9,8 @@ from torch import Tensor
 from tests.support import tiny
 from vlqc.frontend.calibration.probe import BEHIND, FIRST, HEIGHT, NEAREST, PROBE, PROBE_ROWS, WIDTH, probe_sample
 from vlqc.frontend.calibration.samples import checked_samples
-from vlqc.frontend.sequential import Lockstep, Stop
-from vlqc.frontend.stage_builder import live_stage
+from vlqc.frontend.sequential import SequentialForward, Stop
+from vlqc.frontend.stage_builder import materialized_stage
 from vlqc.ir.stage import Stage
 
 IMAGE, MERGE = 60, 2
@@ -95,10 +95,10 @@ def test_every_stage_is_proven_on_it() -> None:
 
     with (
         model.ready_outside(model.checkpoint.tensor),
-        Lockstep(model, samples, first=7, probe=probe) as lockstep,
+        SequentialForward(model, samples, first=7, probe=probe) as lockstep,
     ):
         for stop in lockstep:
-            with live_stage(model, stop, torch.bfloat16, model.checkpoint.tensor) as stage:
+            with materialized_stage(model, stop, torch.bfloat16, model.checkpoint.tensor) as stage:
                 look(stop, stage)
                 stop.outputs = stage.answers()
     assert [name for name, _ in seen] == tiny.STAGES

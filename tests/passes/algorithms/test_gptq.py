@@ -18,7 +18,7 @@ from vlqc.passes.algorithms import gptq
 from vlqc.passes.algorithms import hessian as input_gram
 from vlqc.passes.algorithms.gptq import columns_in_order, compensated
 from vlqc.passes.algorithms.hessian import chosen_shrinkage, gram_of
-from vlqc.passes.algorithms.weight_clipping import GroupGrid, RowGrid, best_steps, importance_of
+from vlqc.passes.algorithms.weight_clipping import GroupGrid, RowGrid, importance_of, search_scales
 
 DTYPE = torch.bfloat16
 ROWS_AND_WIDTH = [(1024, 4096), (96, 4096), (1024, 128), (96, 128)]  # rows, above and below K; columns per block
@@ -239,7 +239,7 @@ def test_best_steps_against_every_candidate() -> None:
     generator = torch.Generator().manual_seed(0)
     values, importance = torch.randn(300, 700, generator=generator), torch.rand(700, generator=generator)
     shares, covering = (1.0, 0.8, 0.6, 0.4), values.abs().amax(1) / 7
-    found = best_steps(values, importance, covering, (-8, 7), shares, lambda step, rows: step + rows.start * 1e-9)
+    found = search_scales(values, importance, covering, (-8, 7), shares, lambda step, rows: step + rows.start * 1e-9)
     exact, weights = values.double().numpy(), importance.double().numpy()
     errors = []
     for share in shares:

@@ -12,7 +12,7 @@ from tests.support.tiny import TINY
 from tools.demo import tiny_task
 from vlqc.cli.commands import app
 from vlqc.errors import UserError
-from vlqc.reporting.dumps.trace_only import look_until, trace
+from vlqc.reporting.dumps.trace_only import run_until, trace
 from vlqc.reporting.dumps.writer import Dumper
 
 PHOTO = Path(__file__).parents[2] / "photos" / "chelsea.jpg"
@@ -30,7 +30,7 @@ def content(folder: Path) -> dict[str, bytes]:
 @pytest.fixture
 def dump(tmp_path: Path) -> Path:
     """Two states of one stage."""
-    look_until(
+    run_until(
         "split-window-attention", model_path=TINY, samples=tiny_task.samples(1), dump_ir=tmp_path / "ir",
         dump_stages="visual.merger", dump_formats="text,bundle",
     )  # fmt: skip
@@ -46,7 +46,7 @@ def test_a_dump_of_the_same_stages_stays(dump: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--dump_ir .*\n.*dump of visual.merger"):
         vlqc.compile(**given, dump_ir=dump)
     with pytest.raises(UserError, match="it holds a dump of"):
-        look_until("smooth-m2", **given, dump_ir=dump)
+        run_until("smooth-m2", **given, dump_ir=dump)
     assert content(dump) == before and not (tmp_path / "out").exists()
 
 

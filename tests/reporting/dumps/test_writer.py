@@ -23,7 +23,7 @@ from vlqc.options.options import Options
 from vlqc.pipeline.registry import parse_pipeline, pipeline_text, print_pipeline
 from vlqc.reporting.dumps.bundle_reading import read_bundle
 from vlqc.reporting.dumps.replay import run_pass
-from vlqc.reporting.dumps.trace_only import look_until, trace
+from vlqc.reporting.dumps.trace_only import run_until, trace
 from vlqc.reporting.dumps.writer import Dumper
 
 CHOSEN = ("visual.blocks.1", "visual.merger", "model.layers.1")
@@ -268,7 +268,7 @@ def test_stop_after_ends_there(dump: Path, tmp_path: Path) -> None:
     compilation's."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "kept").touch()
-    looked = look_until(
+    looked = run_until(
         "smooth-m2", model_path=TINY, save_directory=tmp_path / "out", samples=tiny_task.samples(3, seed=1),
         dump_ir=tmp_path / "ir", dump_stages=CHOSEN[:2], **SHIFTED,
     )  # fmt: skip

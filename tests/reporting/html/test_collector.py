@@ -20,12 +20,12 @@ from vlqc.errors import UserError
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint, original_name
 from vlqc.ir.observation import ChannelRange
 from vlqc.options.options import Options
-from vlqc.reporting.html.collector import Gathering, curve, smoothing_scales
+from vlqc.reporting.html.collector import StageMetrics, curve, smoothing_scales
 from vlqc.reporting.html.command_line import command, shell_text, without_places
 from vlqc.reporting.html.schema import FILE, SHARES, Facts, InputFacts, StageFacts, read_facts
 from vlqc.reporting.html.timings import Timings
 from vlqc.reporting.summary import Result
-from vlqc.reporting.tally import Tally
+from vlqc.reporting.tally import CompilationSummary
 
 SAMPLES = tiny.mixed_samples()
 
@@ -211,10 +211,10 @@ def test_stages_survive_a_journal(made: tuple[Result, Facts, Path]) -> None:
     """Catches facts that come back changed after an interruption: the folder would not have the same bytes."""
     kept = []
     for stage in made[1].stages:
-        before = Gathering()
+        before = StageMetrics()
         before.stages = [stage]
         kept.append(json.loads(json.dumps(before.last())))
-    after = Gathering()
+    after = StageMetrics()
     after.restore(kept)
     assert tuple(after.stages) == made[1].stages
 
@@ -225,7 +225,7 @@ def test_notes_of_a_run_stay_out_of_the_folder(tmp_path: Path) -> None:
     for notes in ([], ["went on after 3 of 9 stages"]):
         options = Options.without_paths(model_path=tiny.TINY)
         shown: list[str] = []
-        tally = Tally(options, Checkpoint(tiny.TINY), shown.append)
+        tally = CompilationSummary(options, Checkpoint(tiny.TINY), shown.append)
         tally.note(["for everybody"])
         tally.note(notes, of_run=True)
         assert shown[-1] == ([*notes, "for everybody"])[0] and tally.notes == shown

@@ -25,7 +25,7 @@ from vlqc.kernels_ref.quant_linear import DynamicQuantLinear, GroupQuantLinear, 
 from vlqc.kernels_ref.quantize import activation_scale_and_offset, quantize_weight_per_channel_absmax
 from vlqc.reporting.dumps.bundle_reading import read_bundle
 from vlqc.reporting.dumps.files import State
-from vlqc.reporting.dumps.trace_only import look_until
+from vlqc.reporting.dumps.trace_only import run_until
 from vlqc.reporting.onnx import write_onnx
 from vlqc.reporting.onnx.builder import IR_VERSION, OPSET, Builder
 from vlqc.reporting.onnx.export import export
@@ -79,7 +79,7 @@ def of_probe(stage: Stage) -> dict[str, Tensor]:
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_onnxruntime_agrees_with_the_stage(tmp_path: Path, scheme: Scheme) -> None:
     """Catches any operation or layer whose ONNX form computes something else, as traced and lowered."""
-    look_until(
+    run_until(
         "lower-linears", model_path=TINY, save_directory=tmp_path / "out", samples=tiny_task.samples(2, seed=1),
         dump_ir=tmp_path / "ir", dump_stages=STAGES, dump_formats="onnx,bundle", **SCHEMES[scheme],
     )  # fmt: skip

@@ -20,7 +20,7 @@ from vlqc.frontend.calibration.processor import ModelInputs
 from vlqc.frontend.calibration.samples import checked_samples
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.checkpoint.files import INDEX
-from vlqc.frontend.streamed_model import FloatModel
+from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.verify.folder.reader import read_header
 
 # ---- safetensors -----------------------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ def check_config(case: Any, folder: Path) -> bool:
         shutil.copy(TINY / "model.safetensors", folder)
     (folder / "config.json").write_bytes(as_json(case))
     checkpoint = Checkpoint(folder)
-    model = FloatModel.of(checkpoint)
+    model = StreamedModel.of(checkpoint)
     found: Any = model.module.config
     text = getattr(found, "text_config", found)
     for name in IDS:

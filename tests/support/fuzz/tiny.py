@@ -6,11 +6,11 @@ from pathlib import Path
 from torch import nn
 
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
-from vlqc.frontend.streamed_model import FloatModel
+from vlqc.frontend.streamed_model import StreamedModel
 
 TINY = Path(__file__).parents[3] / "tools" / "demo" / "tiny_vl"
 
 
 @cache
 def tiny_module() -> nn.Module:
-    return FloatModel.of(Checkpoint(TINY)).module
+    return StreamedModel.of(Checkpoint(TINY)).module

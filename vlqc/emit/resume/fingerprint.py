@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from vlqc.file_digest import file_digest
 from vlqc.frontend.checkpoint.checkpoint import digest_of
-from vlqc.frontend.streamed_model import FloatModel
+from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.options.options import Options
 from vlqc.options.options import flag_of as flag
 
@@ -35,7 +35,9 @@ NOTHING = "nothing"
 NAMED = 6  # differences that an error lists
 
 
-def facts_of(options: Options, pipeline: str, model: FloatModel, samples: Sequence[Mapping[str, Tensor]]) -> Facts:
+def run_fingerprint(
+    options: Options, pipeline: str, model: StreamedModel, samples: Sequence[Mapping[str, Tensor]]
+) -> Facts:
     """Everything that a result depends on but the values of the weights, which are compared as they are read."""
     checkpoint = model.checkpoint
     facts = {"vlqc": f"{_version('vlqc')}, sources {_sources()}", "python": platform.python_version()}

@@ -17,9 +17,9 @@ from torch import Tensor
 from vlqc.emit import FolderEmitter
 from vlqc.emit.atomic_folder import DISK_FAULTS, JOURNAL, OUTPUTS, nearest_folder, restore_replaced, unwritable
 from vlqc.emit.manifest import MANIFEST, write_manifest
-from vlqc.emit.resume.fingerprint import facts_of, sources_of
+from vlqc.emit.resume.fingerprint import run_fingerprint, sources_of
 from vlqc.emit.resume.journal_file import JournalWriter, Record
-from vlqc.emit.resume.open_run import Work, take_up
+from vlqc.emit.resume.open_run import Work, open_or_resume
 from vlqc.emit.resume.stage_outputs import CannotBeKept, OutputsWriter, read_value
 from vlqc.emit.shard_writer import Damaged, sync
 from vlqc.emit.size_estimate import needed_room
@@ -27,24 +27,24 @@ from vlqc.errors import Fault, UserError, VlqcError
 from vlqc.file_digest import file_digest
 from vlqc.frontend.calibration.probe import PROBE
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
-from vlqc.frontend.distributed import World
+from vlqc.frontend.distributed import ProcessGroup
 from vlqc.frontend.memory import GIB, needed_memory, ran_out, require_memory
 from vlqc.frontend.sequential import Answers
-from vlqc.frontend.streamed_model import FloatModel
+from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.stage import Stage
 from vlqc.options.options import Options
 from vlqc.pipeline.registry import Pass, print_pipeline
-from vlqc.reporting.tally import Tally
+from vlqc.reporting.tally import CompilationSummary
 
 
 @contextmanager
 def journaled(
     options: Options,
     pipeline: Sequence[Pass],
-    model: FloatModel,
+    model: StreamedModel,
     samples: Sequence[Mapping[str, Tensor]],
-    tally: Tally,
-    world: World,
+    tally: CompilationSummary,
+    process_group: ProcessGroup,
 ) -> Iterator["Journal"]:
     """Inside, a run that keeps a journal: a new one, or with --resume one that was interrupted and had the same input.
 
@@ -53,14 +53,14 @@ def journaled(
     """
     room = needed_memory(model, samples, options.memory_budget)
     require_memory(room, model.checkpoint.files, lambda told: tally.note(told, of_run=True))
-    if not world.first:
-        yield Journal(model, world, None, tally)
+    if not process_group.first:
+        yield Journal(model, process_group, None, tally)
         return
     restore_replaced(options.save_directory)
-    facts = facts_of(options, print_pipeline(pipeline), model, samples) | sources_of(map(type, pipeline))
+    facts = run_fingerprint(options, print_pipeline(pipeline), model, samples) | sources_of(map(type, pipeline))
     needed = needed_room(model, options, pipeline, samples)
-    work = take_up(options, facts, needed, lambda told: tally.note([told], of_run=True))
-    journal = Journal(model, world, work, tally)
+    work = open_or_resume(options, facts, needed, lambda told: tally.note([told], of_run=True))
+    journal = Journal(model, process_group, work, tally)
     keep = True
     try:
         yield journal
@@ -99,11 +99,13 @@ class Journal:
     are finished and on the disk; complete: whether all are finished; writes: whether there is anything left to write.
     """
 
-    def __init__(self, model: FloatModel, world: World, work: Work | None, tally: Tally) -> None:
-        self.stages, self._device, self.world, self._work, self._tally = (
+    def __init__(
+        self, model: StreamedModel, process_group: ProcessGroup, work: Work | None, tally: CompilationSummary
+    ) -> None:
+        self.stages, self._device, self.process_group, self._work, self._tally = (
             list(model.stages),
             model.device,
-            world,
+            process_group,
             work,
             tally,
         )
@@ -140,15 +142,15 @@ class Journal:
         samples: numbers of those of this process; settle: is shown what was read for each of them.
         """
         self._emitter, self._checkpoint = emitter, checkpoint
-        if self.world.first:
+        if self.process_group.first:
             checkpoint.digests = {}
             emitter.taken = self._taken
-        names, descriptions, latest = self.world.of_first(self._restored)
+        names, descriptions, latest = self.process_group.broadcast_from_rank0(self._restored)
         self._names = list(names)
         values = {}
         for sample, number in sorted(latest.items()):
             read = partial(read_value, self._outputs(number), descriptions[names[number]][sample], self._device)
-            value = self.world.of_first(read)
+            value = self.process_group.broadcast_from_rank0(read)
             if sample in samples or sample == PROBE:
                 values[sample] = names[number], value
                 settle(value)
@@ -188,7 +190,7 @@ class Journal:
     def finished(self, stage: Stage) -> None:
         """A stage was emitted: it counts, and soon it is on the disk, too. OSError if that is full."""
         self._tally.count(stage)
-        if self._gave_up and self.world.size == 1:
+        if self._gave_up and self.process_group.size == 1:
             return
         number = len(self._names)
         self._names.append(stage.name)
@@ -227,18 +229,18 @@ class Journal:
             writer = OutputsWriter(path) if self.writes and not self._gave_up else None
             if writer is not None:
                 stack.callback(writer.close)
-            for owner in range(self.world.size):
-                mine = owner == self.world.rank
-                for number in range(self.world.of(owner, len(stage.calls) if mine else None)):
+            for owner in range(self.process_group.size):
+                mine = owner == self.process_group.rank
+                for number in range(self.process_group.broadcast(owner, len(stage.calls) if mine else None)):
                     given = (stage.calls[number].sample, stage.outputs[number]) if mine else None
-                    sample, value = self.world.of(owner, given)
+                    sample, value = self.process_group.broadcast(owner, given)
                     try:
                         if writer is not None and trouble is None:
                             described[str(sample)] = writer.add(value)
                     except CannotBeKept as error:  # the other processes go on sending
                         trouble = error
             if writer is not None and trouble is None and stage.extra is not None:
-                described[str(PROBE)] = writer.add(stage.extra_outputs[0])
+                described[str(PROBE)] = writer.add(stage.probe_outputs[0])
         if trouble is not None:
             raise trouble
         return described

@@ -45,7 +45,7 @@ class Work:
         return self.folder.target if self.published else self.folder.result
 
 
-def take_up(options: Options, facts: Facts, needed: int, tell: Callable[[str], None]) -> Work:
+def open_or_resume(options: Options, facts: Facts, needed: int, tell: Callable[[str], None]) -> Work:
     """The work folder to go on with, else a new one. UserError as the table says, or where `needed` bytes lack.
 
     tell: hears what the user should know.

@@ -58,7 +58,7 @@ def rebuilt(description: Any, fill: Callable[[Tensor, int], None], device: torch
     return tuple(values) if kind == "tuple" else values
 
 
-def stand_in(description: Any, device: torch.device) -> Any:
+def placeholder(description: Any, device: torch.device) -> Any:
     """A value of that form in place of one that nobody reads: its floats are NaN, so that whoever did would show."""
 
     def unknown(tensor: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlqc.errors import Fault, UserError, counted
+from vlqc.errors import Fault, UserError
+from vlqc.formatting import pluralize
 from vlqc.frontend.calibration.image_budget import share_budget
 from vlqc.frontend.calibration.images import BadPicture, is_video, read_picture
 from vlqc.frontend.calibration.probe import probe_sample
@@ -45,7 +46,7 @@ def calibrate_on(given: Sequence[dict[str, torch.Tensor]] | None, options: Optio
     samples = [without_padding(it, config.image_token_id) for it in checked_samples(loaded.samples, model)]
     unique = without_copies(samples)
     copies = len(samples) - len(unique)
-    notes = [f"{counted(copies, 'sample')} left out: the same as others"] if copies else []
+    notes = [f"{pluralize(copies, 'sample')} left out: the same as others"] if copies else []
     in_order = [sample for group in by_pictures(unique) for sample in group]
     return Calibration(in_order, loaded.notes + notes, probe_sample(in_order, config))
 
@@ -185,19 +186,19 @@ def _too_long(request: Request, text: int, pictures: int, max_tokens: int) -> Fa
 
 def _left_out(source: Path) -> list[str]:
     videos = sum(is_video(path) for path in source.iterdir()) if source.is_dir() else 0
-    return [f"left out of {source}: {counted(videos, 'video')}, which vlqc does not support"] if videos else []
+    return [f"left out of {source}: {pluralize(videos, 'video')}, which vlqc does not support"] if videos else []
 
 
 def _made_smaller(samples: list[_Sample], max_tokens: int | None) -> list[str]:
     smaller, all_of_them = sum(each.smaller for each in samples), sum(each.pictures for each in samples)
     if not smaller:
         return []
-    return [f"{smaller} of {counted(all_of_them, 'picture')} made smaller to keep samples within {max_tokens} tokens"]
+    return [f"{smaller} of {pluralize(all_of_them, 'picture')} made smaller to keep samples within {max_tokens} tokens"]
 
 
 def _advice(pictures: int) -> list[str]:
     if pictures == 0:
         return ["no sample has a picture: the vision tower sees nothing to calibrate on"]
     if pictures < ADVISED_PICTURES:
-        return [f"{counted(pictures, 'calibration picture')}: {ADVISED_PICTURES} varied ones are advised"]
+        return [f"{pluralize(pictures, 'calibration picture')}: {ADVISED_PICTURES} varied ones are advised"]
     return []

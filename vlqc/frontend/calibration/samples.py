@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlqc.errors import Fault, UserError, near_miss
+from vlqc.errors import Fault, UserError
+from vlqc.formatting import did_you_mean
 
 REQUIRED = ("input_ids", "attention_mask")
 PICTURE = ("pixel_values", "image_grid_thw")
@@ -96,7 +97,7 @@ def _faults(where: str, sample: dict[str, Tensor], model: nn.Module) -> list[Fau
             faults.append(Fault("videos are not supported", where, fix="calibrate with pictures"))
         elif key not in (*REQUIRED, *PICTURE, "mm_token_type_ids"):
             known = (*REQUIRED, *PICTURE)
-            fix = near_miss(str(key), known) or f"a sample has {', '.join(known)}"
+            fix = did_you_mean(str(key), known) or f"a sample has {', '.join(known)}"
             faults.append(Fault(f"unknown model input {key!r}", where, fix=fix))
     missing = [key for key in REQUIRED if not isinstance(sample.get(key), Tensor)]
     if any(key in sample for key in PICTURE):

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlqc.errors import Fault, UserError, near_miss
+from vlqc.errors import Fault, UserError
 from vlqc.files import json_value
+from vlqc.formatting import did_you_mean
 from vlqc.frontend.calibration.images import PICTURE_ENDINGS, is_picture, is_video
 
 PROMPT = "Please describe this picture in detail."
@@ -105,7 +106,7 @@ def _faults_of(given: dict[str, Any]) -> Iterator[str]:
         if "video" in key:
             yield NO_VIDEOS
         elif key not in LINE_KEYS:
-            yield " ".join(filter(None, [f"unknown key {key!r}", near_miss(key, LINE_KEYS)]))
+            yield " ".join(filter(None, [f"unknown key {key!r}", did_you_mean(key, LINE_KEYS)]))
     for key in ("prompt", "response"):
         if not isinstance(given.get(key, ""), str | None if key == "response" else str):
             yield f"{key!r} is not text"

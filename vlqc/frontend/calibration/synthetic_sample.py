@@ -9,7 +9,7 @@ WORDS = 8  # tokens of text on either side of the picture
 WINDOWS = (1, 1.5)  # height and width of the picture in windows of the vision tower's attention: one whole, one cut
 
 
-def made_up_sample(config: Any, seed: int = 0) -> dict[str, Tensor]:
+def synthetic_sample(config: Any, seed: int = 0) -> dict[str, Tensor]:
     """The model's config -> model inputs as `calibration.Calibration` has them: text, a picture of noise, text."""
     vision = config.vision_config
     merge, patch = vision.spatial_merge_size, vision.patch_size

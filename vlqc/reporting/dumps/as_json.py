@@ -65,7 +65,7 @@ def _site(stage: Stage, site: Site) -> dict[str, Any]:
         "shape": list(site.shape),
         "scheme": None if site.scheme is None else str(site.scheme),
         "group_size": site.group_size,
-        "gained_bias": site.gained_bias,
+        "added_bias": site.added_bias,
         "reason": site.reason,
         "input": None if site.input is None else asdict(site.input),
         "weight": weight and {word: asdict(it) for word, it in zip(WEIGHT_PARTS, weight, strict=False)},

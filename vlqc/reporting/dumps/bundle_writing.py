@@ -15,7 +15,7 @@ from vlqc.emit.resume.stage_outputs import CannotBeKept, described
 from vlqc.errors import Fault, UserError
 from vlqc.ir.printer import print_stage
 from vlqc.ir.stage import WEIGHT_PARTS, Call, Stage, digest, exact_bfloat16, fingerprint
-from vlqc.ir.tensor_cache import Untouched
+from vlqc.ir.tensor_cache import TensorCache
 from vlqc.ir.tensor_layout import span
 from vlqc.kernels_ref.norm import ShiftedNorm
 from vlqc.kernels_ref.quant_linear import GroupQuantLinear, QuantLinear, StaticQuantLinear
@@ -24,7 +24,7 @@ from vlqc.reporting.dumps import bundle_facts as facts
 from vlqc.reporting.dumps.files import State, with_suffix, write_or_link
 
 PACKAGES = ("vlqc", "torch", "transformers", "numpy")
-_FINGERPRINT = Untouched(fingerprint)
+_FINGERPRINT = TensorCache(fingerprint)
 
 
 def write_bundle(stage: Stage, path: Path, state: State) -> None:
@@ -133,7 +133,7 @@ class _Entered:
     def __init__(self, stage: Stage) -> None:
         self.tensors: dict[str, Tensor] = {}
         self._number: dict[int, int] = {}
-        self.before_run = not stage.outputs and stage.world.size == 1
+        self.before_run = not stage.outputs and stage.process_group.size == 1
         self.calls = [self._call(stage.name, call) for call in stage.calls] if self.before_run else []
         among = [number for number, call in enumerate(stage.calls) if call is stage.probe]
         self.probe: int | facts.Entered | None = None

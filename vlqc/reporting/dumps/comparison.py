@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vlqc.errors import Fault, UserError, counted
+from vlqc.errors import Fault, UserError
+from vlqc.formatting import pluralize
 from vlqc.ir.parser import parse_stage
 from vlqc.ir.stage import Stage
 from vlqc.reporting.dumps.diff import Changes, changes
@@ -56,8 +57,8 @@ class Comparison:
                 yield f"  {about}"
                 yield from (f"    {sentence}" for sentence in sentences)
             if state.repeated:
-                yield f"  and {counted(state.repeated, 'difference')} of an earlier state of this stage"
-        yield f"{counted(self.same, 'state')} alike, {len(self.states)} not"
+                yield f"  and {pluralize(state.repeated, 'difference')} of an earlier state of this stage"
+        yield f"{pluralize(self.same, 'state')} alike, {len(self.states)} not"
 
 
 def compare(first: Path, second: Path) -> Comparison:

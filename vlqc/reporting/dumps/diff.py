@@ -96,8 +96,8 @@ def _site(before: Site, after: Site) -> Iterator[str]:
         old, new = of(before), of(after)
         if old != new:
             yield f"{word}: {_word(old)} -> {_word(new)}"
-    if before.gained_bias != after.gained_bias:
-        yield "it gained a bias" if after.gained_bias else "it no longer gains a bias"
+    if before.added_bias != after.added_bias:
+        yield "it gained a bias" if after.added_bias else "it no longer gains a bias"
     if before.input is None or after.input is None:
         if before.input != after.input:
             yield f"input: {_input(before)} -> {_input(after)}"

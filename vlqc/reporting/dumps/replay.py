@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from vlqc.errors import Fault, UserError, counted
+from vlqc.errors import Fault, UserError
+from vlqc.formatting import pluralize
 from vlqc.ir.parser import parse_stage
 from vlqc.ir.printer import print_stage
 from vlqc.pipeline.manager import PassManager
@@ -30,7 +31,7 @@ class Rerun:
         for about, sentences in self.found.items():
             yield "\n  ".join([about, *sentences])
         yield from (f"note: {note}" for note in self.notes)
-        yield f"{counted(len(self.found), 'thing')} changed" if self.found else "nothing changed"
+        yield f"{pluralize(len(self.found), 'thing')} changed" if self.found else "nothing changed"
 
     def described(self) -> dict[str, Any]:
         """As a value of JSON."""

@@ -11,24 +11,24 @@ from torch import Tensor
 from vlqc.emit.stage_tensors import emitted_dtype
 from vlqc.errors import Fault, UserError
 from vlqc.frontend.calibration.dataset import Calibration, calibrate_on
-from vlqc.frontend.calibration.synthetic_sample import made_up_sample
+from vlqc.frontend.calibration.synthetic_sample import synthetic_sample
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.device import resolve_device
-from vlqc.frontend.distributed import here
-from vlqc.frontend.sequential import Lockstep
-from vlqc.frontend.stage_builder import live_stage
-from vlqc.frontend.streamed_model import FloatModel
+from vlqc.frontend.distributed import current_process_group
+from vlqc.frontend.sequential import SequentialForward
+from vlqc.frontend.stage_builder import materialized_stage
+from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.options.options import Options
 from vlqc.options.paths import dump_faults
 from vlqc.pipeline.layer_selection import check_globs, check_layers
 from vlqc.pipeline.manager import PassManager
 from vlqc.pipeline.registry import Pass, needed_by_later_stages, pipeline_of
-from vlqc.reporting.dumps.writer import Dumper, announcer, require_pass
+from vlqc.reporting.dumps.writer import Dumper, progress_callback, require_pass
 from vlqc.reporting.progress import Progress
 
 
 @dataclass(frozen=True)
-class Looked:
+class TraceResult:
     """stages: names of those that were looked at; of: how many the model has; folder: of the dump, if one was made."""
 
     stages: tuple[str, ...]
@@ -49,7 +49,7 @@ def trace(
     calib_images: Path | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
-) -> Looked:
+) -> TraceResult:
     """Every stage that the dumper wants, as traced; no pass runs. Without samples or pictures noise is looked at.
 
     One stage's weights are in memory at a time. UserError as from a compilation.
@@ -57,11 +57,11 @@ def trace(
     if faults := dump_faults("--output", dumper.folder, model=model_path) if dumper.folder is not None else []:
         raise UserError(*faults)
     checkpoint = Checkpoint(model_path)
-    model = FloatModel.of(checkpoint, trust_remote_code=trust_remote_code)
+    model = StreamedModel.of(checkpoint, trust_remote_code=trust_remote_code)
     check_globs(model.stages, what="stage", stages=dumper.stages)
     config: Any = model.module.config
     if samples is None and calib_images is None:
-        samples = [made_up_sample(config)]
+        samples = [synthetic_sample(config)]
     # Only the model's folder and the pictures are read of them; nothing is saved.
     paths = {} if calib_images is None else {"calib_images": calib_images}
     options = Options.without_paths(model_path=model_path, trust_remote_code=trust_remote_code, **paths)
@@ -70,13 +70,13 @@ def trace(
 
 
 @torch.no_grad()
-def look_until(
+def run_until(
     stop_after: str,
     *,
     samples: Sequence[dict[str, Tensor]] | None = None,
     progress: Progress | None = None,
     **given: Any,
-) -> Looked:
+) -> TraceResult:
     """The passes of a compilation up to and with `stop_after`, on every stage that its dump wants; no folder appears.
 
     given: as `vlqc.compile` takes it. Behind the last stage that is wanted nothing runs, and on those that are not
@@ -84,7 +84,7 @@ def look_until(
     to dump into, the texts are printed.
     UserError as from a compilation.
     """
-    if here().size > 1:
+    if current_process_group().size > 1:
         fix = "leave torchrun out"
         raise UserError(Fault(f"--stop_after {stop_after}", why="stages are looked at by one process", fix=fix))
     if given.get("dump_ir") is None:
@@ -96,30 +96,30 @@ def look_until(
     dumper = Dumper.of(options, pipeline, active=True)
     checkpoint = Checkpoint(options.model_path)
     device, trust = resolve_device(options.device_type), options.trust_remote_code
-    model = FloatModel.of(checkpoint, trust_remote_code=trust, device=device)
+    model = StreamedModel.of(checkpoint, trust_remote_code=trust, device=device)
     check_layers(model, options)
     calibration = calibrate_on(samples, options, model.module)
     return _look(model, calibration, pipeline, last + 1, dumper, progress or Progress())
 
 
 def _look(
-    model: FloatModel, calibration: Calibration, pipeline: Sequence[Pass], count: int, dumper: Dumper, show: Progress
-) -> Looked:
+    model: StreamedModel, calibration: Calibration, pipeline: Sequence[Pass], count: int, dumper: Dumper, show: Progress
+) -> TraceResult:
     """count: of passes that are looked at; of the others those run that decide what later stages are given."""
     checkpoint = model.checkpoint
     dtype = emitted_dtype(checkpoint.dtype)
     wanted = [name for name in model.stages if dumper.wants(name)]
-    before = announcer(show.step)
+    before = progress_callback(show.step)
     needed = needed_by_later_stages(pipeline)
     manager = PassManager(pipeline[:count], before=before, after=dumper.after)
     rest, elsewhere = PassManager(needed[count:], before=before), PassManager(needed, before=before)
     show.begin(len(wanted), len(calibration.samples))
-    lockstep = Lockstep(model, calibration.samples, probe=calibration.probe, look_once=True)
+    lockstep = SequentialForward(model, calibration.samples, probe=calibration.probe, share_images=True)
     looked: list[str] = []
     with model.ready_outside(checkpoint.tensor), lockstep:
         for stop in lockstep:
             show.stage(len(looked), stop.name)
-            with live_stage(model, stop, dtype, checkpoint.tensor) as stage:
+            with materialized_stage(model, stop, dtype, checkpoint.tensor) as stage:
                 stage.on_sample = show.sample
                 if dumper.wants(stage.name):
                     dumper.traced(stage)
@@ -133,4 +133,4 @@ def _look(
                     stage.run()
                 stop.outputs = stage.answers()
     show.finish()
-    return Looked(tuple(looked), len(model.stages), dumper.folder)
+    return TraceResult(tuple(looked), len(model.stages), dumper.folder)

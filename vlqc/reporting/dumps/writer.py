@@ -9,7 +9,8 @@ from typing import Protocol
 
 from safetensors import SafetensorError
 
-from vlqc.errors import Fault, UserError, near_miss
+from vlqc.errors import Fault, UserError
+from vlqc.formatting import did_you_mean
 from vlqc.ir.printer import print_stage
 from vlqc.ir.stage import Stage
 from vlqc.options.options import Options
@@ -111,7 +112,7 @@ class Dumper:
 
 
 def _to_stderr(text: str) -> None:
-    """Looked up when it is used: a progress bar takes stderr's place while it is shown."""
+    """TraceResult up when it is used: a progress bar takes stderr's place while it is shown."""
     sys.stderr.write(text)
 
 
@@ -125,21 +126,21 @@ def require_pass(flag: str, name: str | None, passes: Sequence[Pass]) -> None:
     """UserError if a pass is named that the pipeline does not run."""
     names = [step.name for step in passes]
     if name is not None and name not in names:
-        fix = near_miss(name, names) or f"name one of {', '.join(names)}"
+        fix = did_you_mean(name, names) or f"name one of {', '.join(names)}"
         raise UserError(Fault(f"{flag} {name}", why="the pipeline has no such pass", fix=fix))
 
 
-class Onlooker(Protocol):
+class PassCallback(Protocol):
     """What wants to see every stage: as traced, and after every pass."""
 
     def traced(self, stage: Stage) -> None: ...
     def after(self, stage: Stage, number: int, done: Pass) -> None: ...
 
 
-class Onlookers:
+class PassCallbacks:
     """Several of them as one, in this order."""
 
-    def __init__(self, *onlookers: Onlooker) -> None:
+    def __init__(self, *onlookers: PassCallback) -> None:
         self._onlookers = onlookers
 
     def traced(self, stage: Stage) -> None:
@@ -151,6 +152,6 @@ class Onlookers:
             onlooker.after(stage, number, done)
 
 
-def announcer(show: Callable[[str], None]) -> Callable[[Stage, Pass], None]:
+def progress_callback(show: Callable[[str], None]) -> Callable[[Stage, Pass], None]:
     """What a PassManager calls before each pass, telling `show` its name."""
     return lambda stage, coming: show(coming.name)

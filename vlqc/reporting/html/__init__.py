@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from vlqc.errors import Fault, UserError, printable
+from vlqc.errors import Fault, UserError
 from vlqc.file_digest import file_digest
+from vlqc.formatting import escape_control_chars
 from vlqc.options.paths import output_faults
 from vlqc.reporting.html.page import Made, render
 from vlqc.reporting.html.schema import FILE, Facts, read_facts
@@ -83,7 +84,7 @@ def made_of(content: FolderFiles, facts: Facts) -> Made:
     if not content.description or not content.config:
         fix = "`vlqc verify` says what is wrong with it"
         raise UserError(Fault("the folder is not whole", str(content.path), f"beside {FILE} files are missing", fix))
-    name = printable(content.path.resolve().name)  # which may be no UTF-8
+    name = escape_control_chars(content.path.resolve().name)  # which may be no UTF-8
     return Made(
         name=name,
         kind=_kind(content.config),

@@ -26,7 +26,7 @@ LEAST_SQNR = 10.0  # dB: a tenth of the output's power is noise
 SAME = 1e-3  # a scale that near to one is none: ranges are float32 numbers divided by float32 numbers
 
 
-class Gathering:
+class StageMetrics:
     """Facts of finished stages, in order, and what they took. Without `active` it keeps nothing: another process does.
 
     `traced` comes when a stage has its graph, `after` after each pass, `finished` when all have run.
@@ -64,13 +64,13 @@ class Gathering:
         """Before the stage is forgotten."""
         if not self.active:
             return
-        visits = stage.all_visits()
-        rows = {name: sum(visit.of_modality[number] for visit in visits) for number, name in enumerate(NAMES)}
+        sample_shapes = stage.all_sample_shapes()
+        rows = {name: sum(visit.of_modality[number] for visit in sample_shapes) for number, name in enumerate(NAMES)}
         self.stages.append(
             StageFacts(
                 name=stage.name,
                 part=stage.part,
-                samples=len(visits),
+                samples=len(sample_shapes),
                 rows={name: count for name, count in rows.items() if count},
                 sqnr=self._measured(stage),
                 sites=tuple(map(site_facts, stage.sites.values())),
@@ -84,7 +84,7 @@ class Gathering:
         self._reference, self._seen = torch.empty(0, 0), {}
         self.stage_times.append(StageTime(name=stage.name, seconds=time.perf_counter() - self._began))
 
-    def spoilt(self) -> list[str]:
+    def low_sqnr_warning(self) -> list[str]:
         """A sentence if the stage that finished last returns something else than the float stage does."""
         measured = self.stages[-1].sqnr if self.stages else {}
         if not measured or min(measured.values()) >= LEAST_SQNR:

@@ -9,6 +9,7 @@ from importlib.resources import files
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from vlqc.formatting import format_bytes, format_duration
 from vlqc.reporting.html.charts import Chart
 from vlqc.reporting.html.command_line import shell_text
 from vlqc.reporting.html.overview import channel_charts, depth_charts, range_charts, scale_charts, time_chart
@@ -16,7 +17,7 @@ from vlqc.reporting.html.schema import Facts, SiteFacts, StageFacts
 from vlqc.reporting.html.timings import Timings
 from vlqc.reporting.html.towers import Tower, label_of, role_of, towers, worst
 from vlqc.reporting.html.verification import Verification
-from vlqc.reporting.progress import duration, in_model_order, is_warning, readable_bytes
+from vlqc.reporting.progress import in_model_order, is_warning
 
 # Scheme -> class of its colour, letter that stands for it, name.
 SCHEMES = {
@@ -87,7 +88,7 @@ def render(made: Made, facts: Facts, timings: Timings | None, verification: Veri
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"bytes": readable_bytes, "duration": duration, "short_role": short_role}
+    environment.filters |= {"bytes": format_bytes, "duration": format_duration, "short_role": short_role}
     return environment.get_template("page.html").render(
         made=made,
         facts=facts,

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlqc.formatting import format_bytes, format_duration
 from vlqc.frontend.calibration.samples import checked_samples
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
-from vlqc.frontend.sequential import Lockstep, Stop, row_modality
-from vlqc.frontend.streamed_model import FloatModel
+from vlqc.frontend.sequential import SequentialForward, Stop, row_modality
+from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.stage import MODALITIES, Call, first_tensor, watching
-from vlqc.reporting.progress import duration, readable_bytes
 from vlqc.verify.accuracy import logits_are_hidden
 from vlqc.verify.attribution.group_error import Measured, SeenInput, measure
 from vlqc.verify.attribution.ranking import report_ranking
@@ -61,7 +61,7 @@ def locate_drop(
     if expected is None:
         raise ValueError("the folder must describe a model")
     checkpoint = Checkpoint(model_path)
-    model = FloatModel.of(checkpoint, trust_remote_code=trust_remote_code)
+    model = StreamedModel.of(checkpoint, trust_remote_code=trust_remote_code)
     samples = checked_samples(samples, model.module)
     numbers = choose_samples(samples, tokens)
     groups = find_groups(model, content.schemes)
@@ -82,7 +82,7 @@ class _Work:
 
     def __init__(
         self,
-        model: FloatModel,
+        model: StreamedModel,
         expected: ExpectedModel,
         groups: list[Group],
         samples: list[dict[str, Tensor]],
@@ -108,7 +108,7 @@ class _Work:
         text, image = (int((kinds == number).sum()) for number in range(len(MODALITIES)))
         width = self.model.embedding.get_parameter("weight").shape[1]
         held = sum(len(self.modality[run.sample]) for run in self.runs) * width * 4
-        work = f"{self.expected_stage_runs()} stage runs, {readable_bytes(held)} of hidden states"
+        work = f"{self.expected_stage_runs()} stage runs, {format_bytes(held)} of hidden states"
         return f"{text} text and {image} image tokens, {len(self.groups)} groups: {work}"
 
     def expected_stage_runs(self) -> int:
@@ -124,7 +124,7 @@ class _Work:
         all_runs = self.expected_stage_runs()
         with model.ready_outside(model.checkpoint.tensor), logits_are_hidden(model.module):
             given = [self.samples[run.sample] for run in self.runs]
-            with Lockstep(model, given, to_the_end=True) as lockstep:
+            with SequentialForward(model, given, to_the_end=True) as lockstep:
                 for number, stop in enumerate(lockstep):
                     model.fill(stop.module, model.checkpoint.tensor)
                     with folder.stage(model.path(stop.module)) as stored:
@@ -134,7 +134,9 @@ class _Work:
                         told = time.monotonic()
                         left = (told - started) * (all_runs / max(self.stage_runs, 1) - 1)
                         done = f"stage {number + 1} of {len(self.stages)}, {self.stage_runs} of {all_runs} stage runs"
-                        progress(f"{done}, {duration(told - started)} elapsed, about {duration(left)} left")
+                        progress(
+                            f"{done}, {format_duration(told - started)} elapsed, about {format_duration(left)} left"
+                        )
                 hidden = [result.logits[0].float() for result in lockstep.results]
         noise = self._noise(hidden)
         by_group = {
@@ -216,7 +218,7 @@ class _Work:
         return "pixel_values" in self.samples[sample] or self.model.reads_text(self.model.stages[stage])
 
 
-def head_gram(model: FloatModel) -> Tensor:
+def head_gram(model: StreamedModel) -> Tensor:
     """float64 [H, H]: the Gram matrix of the output head, by which the power of logits follows from hidden rows."""
     head: Any = model.module.get_output_embeddings()  # type: ignore[operator]
     name = f"{model.name(model.embedding if model.tied else head)}.weight"

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from vlqc.frontend.streamed_model import FloatModel
+from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.stage import MODALITIES
 from vlqc.targets.engines import Scheme, fused_group
 from vlqc.verify.attribution.group_error import Measured
@@ -102,7 +102,7 @@ def choose_samples(samples: Sequence[dict[str, Tensor]], tokens: int) -> list[in
     return sorted(chosen)
 
 
-def find_groups(model: FloatModel, schemes: Mapping[str, Scheme]) -> list[Group]:
+def find_groups(model: StreamedModel, schemes: Mapping[str, Scheme]) -> list[Group]:
     """The quantized layers, by what an engine fuses, in the order of the model."""
     groups: dict[tuple[str, ...], Group] = {}
     stages = list(model.stages)

@@ -1,0 +1,47 @@
+"""Text for people: numbers with units, plurals, suggestions, and untrusted names made safe to print."""
+
+import difflib
+from collections.abc import Iterable
+
+
+def pluralize(number: int, what: str) -> str:
+    """1, "stage" -> "1 stage"; 2, "stage" -> "2 stages"."""
+    return f"{number} {what}" + ("" if number == 1 else "s")
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """A sentence naming the closest known words, or an empty string."""
+    close = difflib.get_close_matches(given, list(known), n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else ""
+
+
+def escape_control_chars(text: str) -> str:
+    """The text as a terminal can show it: what would move the cursor, hide or recolour is written out, as \\x1b.
+
+    File and tensor names are untrusted: otherwise a crafted name could hide an error message with escape sequences.
+    """
+    shown = (each if each.isprintable() or each in "\n\t" else _escape(each) for each in text)
+    return "".join(shown)
+
+
+def _escape(letter: str) -> str:
+    number = ord(letter)
+    return f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}" if number < 65536 else f"\\U{number:08x}"
+
+
+def format_duration(seconds: float) -> str:
+    """0.5 -> "0.5 s", 75 -> "1:15", 4000 -> "1:06:40"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def format_bytes(count: float) -> str:
+    """Bytes in units of 1024: "4.0 KiB", "11.1 MiB"."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"

@@ -12,7 +12,7 @@ from pathlib import Path
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 if __name__ == "__main__":
-    if (CHECKOUT / "vlqc" / "cli.py").is_file():
+    if (CHECKOUT / "vlqc" / "cli" / "commands.py").is_file():
         sys.path.insert(0, str(CHECKOUT))
     from vlqc.cli.commands import compile_main
 

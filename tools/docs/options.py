@@ -16,8 +16,8 @@ HEAD = """# Options
 *Printed by `python -m tools.docs.options` from the options table `vlqc/options/options.py`; do not edit.*
 
 In the name of an option, underscore and dash are the same: `--model_path`, `--model-path`. Boolean options take
-`True` or `False` (also `true`, `false`, `1`, `0`, `yes`, `no`); flags take no value. Options that take a GLOB can be repeated.
-`vlqc.compile` takes the options of `vlqc compile` as keyword arguments, and a recipe takes them as YAML keys.
+`True` or `False` (also `true`, `false`, `1`, `0`, `yes`, `no`); flags take no value. Options that take a GLOB can be
+repeated. `vlqc.compile` takes the options of `vlqc compile` as keyword arguments, and a recipe takes them as YAML keys.
 """
 OF_EVERY_COMMAND = {"--json", "--json_file", "--quiet", "--help"}
 

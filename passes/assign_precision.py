@@ -1,7 +1,7 @@
-"""assign-precision: which scheme each group of sites gets, decided against the engines' table."""
+"""assign-precision: choose one scheme per group of linear layers, within what the target engine accepts."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import ClassVar, Literal
 
@@ -9,17 +9,21 @@ from vlqc.ir.stage import Site, Stage
 from vlqc.pipeline.registry import Pass, require
 from vlqc.targets.engines import Scheme, fused_group, legal_schemes, parse_target, rules_for, stays_float_in_reference
 
-ROWS_PER_INT4 = 8  # the int4 operator takes outputs in eights
+INT4_ROW_MULTIPLE = 8  # the int4 matmul operator requires a multiple of 8 output features
 
 
 @dataclass(frozen=True)
 class AssignPrecision(Pass):
-    """Gives every site its scheme, uniformly per group.
+    """Sets `scheme`, `group_size` and `reason` of every site; sites that share an input get the same scheme.
 
-    scheme: what groups get that no rule keeps from it; group_size: of 4-bit weights; target: whose rules hold; scope:
-    `engine` gives 4-bit weights only where the target runs them, `all` everywhere; fallback: `seed` leaves the
-    reference script's exclusions in float, `none` only what an engine refuses; exclude and include: layers that stay
-    float, and layers that are quantized in spite of the seed's exclusions (globs; exclude wins).
+    scheme: the default scheme of all groups.
+    group_size: number of input columns that share a scale in 4-bit weights.
+    target: engine or engines whose rules apply.
+    scope: `engine` uses 4-bit weights only in layers where the target runs them, `all` in every layer.
+    fallback: `reference` leaves the layers that the reference script excludes in float (alias: `seed`), `none` only
+        those that the engine cannot run quantized.
+    exclude: globs of layers that stay float.
+    include: globs of layers that are quantized in spite of the reference exclusions; `exclude` takes precedence.
     """
 
     name: ClassVar[str] = "assign-precision"
@@ -31,7 +35,7 @@ class AssignPrecision(Pass):
     group_size: int = 64
     target: str = "both"
     scope: Literal["engine", "all"] = "engine"
-    fallback: Literal["seed", "none"] = "seed"
+    fallback: Literal["reference", "none"] = field(default="reference", metadata={"aliases": {"seed": "reference"}})
     exclude: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
 
@@ -53,71 +57,71 @@ class AssignPrecision(Pass):
         return changed
 
     def choose(self, members: list[Site]) -> "Decision":
-        """Sites that share an input -> their one scheme, why it is not the wanted one, and what to tell the user.
+        """Returns the common scheme of sites that share an input, with the reason if it is not the default scheme.
 
-        A member that the engine fuses with linears outside this list makes the group float: scales would differ.
+        The group is FLOAT if the engine fuses a member with a layer outside the list: their scales would differ.
         """
-        kept = self._kept_float(members)
-        if kept is not None:
-            return kept
+        excluded = self._excluded(members)
+        if excluded is not None:
+            return excluded
         names = {site.name for site in members}
         missing = sorted({other for name in names for other in fused_group(name)} - names)
         if missing:
             reason = f"the engine fuses it with {', '.join(missing)}, which reads another input"
-            return Decision(Scheme.FLOAT, reason, f"{kind_of(members[0].name)} stays float: {reason}")
+            return Decision(Scheme.FLOAT, reason, f"{layer_pattern(members[0].name)} stays float: {reason}")
         wanted = Scheme(self.scheme)
         choices: list[Scheme] = [wanted, Scheme.W8A8_DYNAMIC] if wanted == Scheme.W4A8_DYNAMIC else [wanted]
         rules = rules_for(self.target, wanted)
         if self.scope == "engine" and rules is not None:
             choices = [scheme for scheme in choices if all(scheme in legal_schemes(rules, name) for name in names)]
-        obstacle = self._obstacle_to_groups(members) if Scheme.W4A8_DYNAMIC in choices else ""
-        if obstacle:
+        misfit = self._int4_misfit(members) if Scheme.W4A8_DYNAMIC in choices else ""
+        if misfit:
             choices.remove(Scheme.W4A8_DYNAMIC)
         scheme = choices[0] if choices else Scheme.FLOAT
-        if obstacle:
-            return Decision(scheme, obstacle, f"{kind_of(members[0].name)} is {scheme}: {obstacle}")
+        if misfit:
+            return Decision(scheme, misfit, f"{layer_pattern(members[0].name)} is {scheme}: {misfit}")
         if scheme == wanted:
             return Decision(wanted)
         reason = f"{wanted} is not accepted here by {self.target}"
         return Decision(scheme, reason, f"{wanted} only where {self.target} runs it; elsewhere {scheme}")
 
-    def _kept_float(self, members: list[Site]) -> "Decision | None":
-        """FLOAT by the user's or the seed's word for any member, or None."""
+    def _excluded(self, members: list[Site]) -> "Decision | None":
+        """Returns FLOAT if the user's globs or the reference script exclude any member, else None."""
         for site in members:
             for pattern in self.exclude:
                 if fnmatchcase(site.name, pattern):
-                    others = [kind_of(other.name) for other in members if not _matches(other.name, self.exclude)]
+                    others = [layer_pattern(other.name) for other in members if not _matches(other.name, self.exclude)]
                     stay = "stay" if len(others) > 1 else "stays"
-                    note = f"{', '.join(others)} {stay} float with {kind_of(site.name)}, which --exclude names"
+                    note = f"{', '.join(others)} {stay} float with {layer_pattern(site.name)}, which --exclude names"
                     return Decision(Scheme.FLOAT, f"excluded by {pattern}", note if others else "")
-        if self.fallback == "seed" and not any(_matches(site.name, self.include) for site in members):
+        if self.fallback == "reference" and not any(_matches(site.name, self.include) for site in members):
             for site in members:
                 if stays_float_in_reference(site.name):
-                    return Decision(Scheme.FLOAT, "kept in float by the seed's exclusions")
+                    return Decision(Scheme.FLOAT, "kept in float by the reference exclusions")
         return None
 
-    def _obstacle_to_groups(self, members: list[Site]) -> str:
-        """Why 4-bit groups cannot be stored for these sites, or an empty string."""
+    def _int4_misfit(self, members: list[Site]) -> str:
+        """Returns why the weights cannot be stored as 4-bit groups, or an empty string."""
         for site in members:
             outputs, inputs = site.shape
             if inputs % self.group_size:
                 return f"its {inputs} inputs are no multiple of the group of {self.group_size}"
-            if outputs % ROWS_PER_INT4:
-                return f"its {outputs} outputs are no multiple of {ROWS_PER_INT4}"
+            if outputs % INT4_ROW_MULTIPLE:
+                return f"its {outputs} outputs are no multiple of {INT4_ROW_MULTIPLE}"
         return ""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """scheme; reason, shown in the IR where it is not the wanted scheme; note, shown to the user once."""
+    """scheme: of a group; reason: printed in the IR if it is not the default scheme; note: message for the user."""
 
     scheme: Scheme
     reason: str = ""
     note: str = ""
 
 
-def kind_of(layer: str) -> str:
-    """model.layers.3.mlp.up_proj -> model.layers.*.mlp.up_proj: what is said of one is said of all of its kind."""
+def layer_pattern(layer: str) -> str:
+    """Replaces block numbers by `*`: model.layers.3.mlp.up_proj -> model.layers.*.mlp.up_proj."""
     return re.sub(r"\.\d+\.", ".*.", layer)
 
 

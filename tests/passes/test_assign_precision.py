@@ -1,4 +1,4 @@
-"""assign-precision: the seed's exclusions, uniform groups, and nothing that an engine refuses."""
+"""assign-precision: the reference exclusions, uniform groups, and nothing that an engine refuses."""
 
 from collections.abc import Callable
 
@@ -6,12 +6,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.support.chosen_precision import FLOAT_BY_SEED, GROUPS, QUANTIZED_BY_SEED, SEEDS, F, S, choose, members_with
+from tests.support.chosen_precision import (
+    FLOAT_IN_REFERENCE,
+    GROUPS,
+    QUANTIZED_IN_REFERENCE,
+    REFERENCE_REASON,
+    F,
+    S,
+    choose,
+    members_with,
+)
 from tests.support.exact_stage import text_after
 from tests.support.random_stage import decoder, staged, through
 from vlqc.ir.printer import print_stage
 from vlqc.ir.stage import Call, Site, Stage
-from vlqc.passes.assign_precision import AssignPrecision, Decision, kind_of
+from vlqc.passes.assign_precision import AssignPrecision, Decision, layer_pattern
+from vlqc.pipeline.registry import parse_pipeline, print_pipeline
 from vlqc.targets.engines import Scheme, assignment_faults
 
 
@@ -21,11 +31,11 @@ def test_golden(golden: Callable[[str, str], None]) -> None:
 
 
 @pytest.mark.parametrize("target", ["vllm-ascend", "mindie", "both"])
-def test_seed_exclusions(target: str) -> None:
+def test_reference_exclusions(target: str) -> None:
     """A layer that the reference script keeps in float quantized by default, or one that it quantizes left out."""
-    for name in FLOAT_BY_SEED:
-        assert choose(members_with(name), target=target) == Decision(Scheme.FLOAT, SEEDS), name
-    for name in QUANTIZED_BY_SEED:
+    for name in FLOAT_IN_REFERENCE:
+        assert choose(members_with(name), target=target) == Decision(Scheme.FLOAT, REFERENCE_REASON), name
+    for name in QUANTIZED_IN_REFERENCE:
         assert choose(members_with(name), target=target) == Decision(Scheme.W8A8), name
 
 
@@ -41,7 +51,7 @@ def test_seed_exclusions(target: str) -> None:
         ("model.layers.27.self_attn.gate", "both", True),  # a layer that no table knows
     ],
 )
-def test_without_the_seed_only_engines_decide(name: str, target: str, refused: bool) -> None:
+def test_without_the_reference_only_engines_decide(name: str, target: str, refused: bool) -> None:
     """A scheme that an engine of the target refuses, or fear of one that it accepts."""
     decision = choose(members_with(name), fallback="none", target=target)
     if refused:
@@ -51,7 +61,7 @@ def test_without_the_seed_only_engines_decide(name: str, target: str, refused: b
         assert decision == Decision(Scheme.W8A8)
 
 
-@pytest.mark.parametrize("fallback", ["seed", "none"])
+@pytest.mark.parametrize("fallback", ["reference", "none"])
 @pytest.mark.parametrize("target", ["vllm-ascend", "mindie", "both"])
 def test_engines_accept_what_comes_out(fallback: str, target: str) -> None:
     """A group with two schemes or a refused one: checked by the engine table's own rule for finished assignments."""
@@ -61,7 +71,7 @@ def test_engines_accept_what_comes_out(fallback: str, target: str) -> None:
     assert assignment_faults(target, schemes) == []
     assert all(len({(site.scheme, site.reason) for site in members}) == 1 for members in stage.groups().values())
     floats = {name for name, scheme in schemes.items() if scheme == Scheme.FLOAT}
-    assert floats == ({"model.layers.0.mlp.down_proj"} if fallback == "seed" else set())
+    assert floats == ({"model.layers.0.mlp.down_proj"} if fallback == "reference" else set())
 
 
 class Unequal(nn.Module):
@@ -117,10 +127,10 @@ def test_exclude_takes_the_whole_group_and_says_so() -> None:
     assert choose(members, exclude=("*.Q_PROJ",)) == Decision(S)  # checkpoint names are what they are
 
 
-def test_include_overrides_the_seed_but_no_engine() -> None:
+def test_include_overrides_the_reference_but_no_engine() -> None:
     """A layer that the user wants quantized left in float, or one quantized that the engine builds in float."""
     down, merger = members_with("model.layers.27.mlp.down_proj"), members_with("visual.merger.mlp.0")
-    assert choose(down) == choose(down, include=("visual.*",)) == Decision(F, SEEDS)
+    assert choose(down) == choose(down, include=("visual.*",)) == Decision(F, REFERENCE_REASON)
     assert choose(down, include=("*.mlp.down_proj",)) == Decision(S)
     assert choose(merger, include=("visual.merger.*",)) == Decision(S)
     vision_down = members_with("visual.blocks.3.mlp.down_proj")
@@ -147,16 +157,16 @@ def test_globs_reach_a_stage() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layer", "kind"),
+    ("layer", "pattern"),
     [
         ("model.layers.13.mlp.up_proj", "model.layers.*.mlp.up_proj"),
-        ("visual.merger.mlp.2", "visual.merger.mlp.2"),  # the second of two, not one of many
+        ("visual.merger.mlp.2", "visual.merger.mlp.2"),  # a position in a Sequential, no block number
         ("lm_head", "lm_head"),
     ],
 )
-def test_kind_of(layer: str, kind: str) -> None:
+def test_layer_pattern(layer: str, pattern: str) -> None:
     """A note per layer instead of per kind: 28 sentences that say the same."""
-    assert kind_of(layer) == kind
+    assert layer_pattern(layer) == pattern
 
 
 # ---- the pass --------------------------------------------------------------------------------------------------------
@@ -175,3 +185,10 @@ def test_everything_float_on_request() -> None:
     """`scheme=FLOAT` has to reach every site."""
     stage = through(decoder(), AssignPrecision(scheme="FLOAT", fallback="none"))
     assert {site.scheme for site in stage.sites.values()} == {Scheme.FLOAT}
+
+
+def test_seed_is_an_alias_of_reference() -> None:
+    """Catches pipeline texts of earlier versions that are refused, and an alias that is printed."""
+    parsed = parse_pipeline("assign-precision{fallback=seed}")
+    assert parsed == [AssignPrecision(fallback="reference")]
+    assert print_pipeline(parsed) == "assign-precision"

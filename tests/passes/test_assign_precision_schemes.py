@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 
 from tests.support.chosen_precision import (
-    FLOAT_BY_SEED,
+    FLOAT_IN_REFERENCE,
     GROUPS,
-    QUANTIZED_BY_SEED,
-    SEEDS,
+    QUANTIZED_IN_REFERENCE,
+    REFERENCE_REASON,
     D,
     F,
     G,
@@ -80,16 +80,18 @@ def test_every_scheme_for_every_target(target: str, wanted: Scheme) -> None:
         note = f"{wanted} only where {target} runs it; elsewhere {decision.scheme}"
         assert decision.note == (note if decision.scheme != wanted else "")
         assert bool(decision.reason) == (decision.scheme != wanted)
-        by_seed = choose(members_with(layer), **options)  # the seed keeps more in float, and never less
-        assert by_seed == (Decision(F, SEEDS) if layer in FLOAT_BY_SEED else decision), kind
+        by_reference = choose(
+            members_with(layer), **options
+        )  # the reference script keeps more in float, and never less
+        assert by_reference == (Decision(F, REFERENCE_REASON) if layer in FLOAT_IN_REFERENCE else decision), kind
         assert choose(members_with(layer), fallback="none", scope="all", **options) == Decision(wanted)
         assert choose(members_with(layer), scheme="FLOAT", fallback="none", target=target) == Decision(F)
 
 
-def test_w4a8_of_the_seed_for_vllm_ascend() -> None:
+def test_w4a8_of_the_reference_for_vllm_ascend() -> None:
     """The mix that loads: 4 bits for o, gate and up only; q, k, v (biases!) and vision per token; one note about it."""
     notes = set()
-    for name in QUANTIZED_BY_SEED:
+    for name in QUANTIZED_IN_REFERENCE:
         decision = choose(members_with(name), scheme="W4A8_DYNAMIC", target="vllm-ascend")
         four_bits = name.startswith("model.") and not name.endswith(("q_proj", "k_proj", "v_proj"))
         assert decision.scheme == (G if four_bits else D), name
@@ -142,7 +144,7 @@ def test_an_obstacle_is_no_way_around_the_engine() -> None:
 
 @pytest.mark.parametrize("scheme", ["W8A8", "W8A8_DYNAMIC", "W4A8_DYNAMIC"])
 @pytest.mark.parametrize("target", ["vllm-ascend", "mindie", "both"])
-@pytest.mark.parametrize("fallback", ["seed", "none"])
+@pytest.mark.parametrize("fallback", ["reference", "none"])
 def test_what_is_assigned_can_be_loaded(scheme: str, target: str, fallback: str) -> None:
     """A group with two schemes, or one beside another that the engine refuses: the table's own check of the whole."""
     step = AssignPrecision(scheme=scheme, target=target, fallback=fallback, group_size=16)  # type: ignore[arg-type]

@@ -7,8 +7,8 @@ from vlqc.passes.assign_precision import AssignPrecision, Decision
 from vlqc.targets.engines import Scheme
 
 S, D, G, F = Scheme.W8A8, Scheme.W8A8_DYNAMIC, Scheme.W4A8_DYNAMIC, Scheme.FLOAT
-# Every linear of the model: by the seed's list these stay float ...
-FLOAT_BY_SEED = (
+# Every linear of the model: in the reference script these stay float ...
+FLOAT_IN_REFERENCE = (
     "visual.blocks.3.mlp.down_proj",
     "visual.merger.mlp.0",
     "visual.merger.mlp.2",
@@ -16,7 +16,7 @@ FLOAT_BY_SEED = (
     "lm_head",
 )
 # ... and these do not.
-QUANTIZED_BY_SEED = (
+QUANTIZED_IN_REFERENCE = (
     "visual.blocks.3.attn.qkv",
     "visual.blocks.3.attn.proj",
     "visual.blocks.3.mlp.gate_proj",
@@ -30,7 +30,7 @@ GROUPS = (
     ("model.layers.27.mlp.gate_proj", "model.layers.27.mlp.up_proj"),
     ("visual.blocks.3.mlp.gate_proj", "visual.blocks.3.mlp.up_proj"),
 )
-SEEDS = "kept in float by the seed's exclusions"
+REFERENCE_REASON = "kept in float by the reference exclusions"
 
 
 def members_with(name: str, shape: tuple[int, int] = (64, 256)) -> list[Site]:

@@ -78,7 +78,7 @@ def _stage(name: str, part: str, groups: dict[str, tuple[str, ...]], number: int
         names = tuple(f"{name}.{member}" for member in members)
         scheme, reason, size = "W8A8", "", None
         if role in ("down", "down_proj") and chance.random() < 0.8:
-            scheme, reason = "FLOAT", "kept in float by the seed's exclusions"
+            scheme, reason = "FLOAT", "kept in float by the reference exclusions"
         elif part == "language" and role != "q_proj":
             scheme, size = "W4A8_DYNAMIC", 64
         elif part == "language":

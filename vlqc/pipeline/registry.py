@@ -2,7 +2,7 @@
 
 A pipeline text is a comma-separated list of pass names, each with its options in braces, as in MLIR:
 
-    insert-observers{tokens=4096},assign-precision{fallback=seed},smooth-m2,quantize-activations{method=histogram}
+    insert-observers{tokens=4096},assign-precision{fallback=none},smooth-m2,quantize-activations{method=histogram}
 
 A name is one of the table below, one that an installed package offers, or `module:Class`.
 """
@@ -137,7 +137,7 @@ def pipeline_text(options: Options) -> str:
         "group_size": options.group_size,
         "target": options.engine_target,
         "scope": options.w4a8_scope,
-        "fallback": "seed" if options.fallback == "seed" else "none",
+        "fallback": "none" if options.fallback in ("none", "auto") else "reference",
         "exclude": options.exclude,
         "include": options.include,
     }

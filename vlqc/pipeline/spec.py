@@ -74,6 +74,7 @@ def _parse_step(text: str, class_of: Callable[[str], type]) -> Any:
         raise UserError(Fault(f"{name}: options must end with }}", where=text, fix="write name{option=value,...}"))
     types_of = _types_of(kind, text)
     known = [option.name for option in dataclasses.fields(kind)]
+    aliases = {option.name: option.metadata.get("aliases", {}) for option in dataclasses.fields(kind)}
     given: dict[str, Any] = {}
     faults = []
     for item in filter(None, (item.strip() for item in rest.removesuffix("}").split(","))):
@@ -87,7 +88,7 @@ def _parse_step(text: str, class_of: Callable[[str], type]) -> Any:
         if key in given:
             faults.append(Fault(f"{name}: {key} is given twice", where=text))
         try:
-            given[key] = _parse_value(value, types_of[key])
+            given[key] = _parse_value(aliases[key].get(value, value), types_of[key])
         except ValueError as error:
             faults.append(Fault(f"{name}: {key}={value} cannot be used", where=text, why=str(error)))
     required = [option.name for option in dataclasses.fields(kind) if _is_required(option) and option.name not in given]

@@ -65,7 +65,7 @@ def check_options(case: dict[str, Any], folder: Path) -> bool:
 
 
 PIPELINE = (
-    "insert-observers{tokens=4096,balance=false},assign-precision{scheme=W8A8,fallback=seed,exclude=a.*;b},"
+    "insert-observers{tokens=4096,balance=false},assign-precision{scheme=W8A8,fallback=reference,exclude=a.*;b},"
     "smooth-m4{alpha=0.5},quantize-activations{method=histogram},quantize-weights{method=gptq},lower-linears"
 )
 

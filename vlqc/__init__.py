@@ -2,7 +2,7 @@
 
     vlqc.compile(model_path=..., save_directory=..., calib_images=... | samples=[...])  -> Result
     vlqc.load(folder)                                                                  -> nn.Module
-    vlqc.verify_folder(folder)                                                         -> Report
+    vlqc.verify_folder(folder)                                                         -> VerificationResult
     vlqc.write_report(folder, "page.html")                                             one page about a folder
 
 and, to look inside or to build other pipelines: Pass, PassManager, parse_pipeline, print_pipeline, Stage, Site, Edge,

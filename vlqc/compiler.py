@@ -28,7 +28,7 @@ from vlqc.reporting.dumps.writer import Dumper, PassCallbacks, progress_callback
 from vlqc.reporting.progress import Progress, resolve_progress
 from vlqc.reporting.summary import Result
 from vlqc.reporting.tally import CompilationSummary
-from vlqc.verify import require_sound
+from vlqc.verify import require_valid
 
 
 @torch.no_grad()
@@ -85,7 +85,7 @@ def compile(
             emitter.copy_rest(model.outside())
             emitter.finish()
             tally.write_facts(journal.result, pipeline, ready_samples=samples is not None)
-            require_sound(journal.result)
+            require_valid(journal.result)
             tally.require_loaded(journal.result)
     show.finish()
     return process_group.broadcast_from_rank0(lambda: tally.result(manager.seconds))

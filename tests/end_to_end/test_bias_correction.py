@@ -60,7 +60,7 @@ def test_declared_and_sound(folders: dict[bool, Path], planted: Path) -> None:
     assert bool(moved.any()) and not bool((moved % CORRECTION_STEP).any())
     for folder in folders.values():
         report = verify_folder(folder, model_path=planted)
-        assert report.ok and not report.warnings, report.findings
+        assert report.ok and not report.warnings, report.faults
 
 
 def moved(folder: Path, target: Path, steps: int) -> tuple[Path, str]:
@@ -81,7 +81,7 @@ def test_the_same_without_a_word_is_damage(folders: dict[bool, Path], steps: int
     """Catches a `verify` that accepts what looks like a correction in a folder that does not speak of any."""
     damaged, name = moved(folders[False], tmp_path / "damaged", steps)
     report = verify_folder(damaged)
-    assert not report.ok and any(name in str(finding) for finding in report.findings)
+    assert not report.ok and any(name in str(finding) for finding in report.faults)
 
 
 def test_a_correction_that_is_not_whole_is_damage(folders: dict[bool, Path], tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from tests.support.tiny import damaged, made_up
 from vlqc.emit.stage_tensors import float_entry
 from vlqc.errors import UserError
 from vlqc.passes.algorithms.hessian import blocks_of
-from vlqc.verify import Report
+from vlqc.verify.findings import VerificationResult
 
 IMAGE, START, END = 45, 43, 44
 Change = Callable[[dict[str, Tensor]], Any]
@@ -56,15 +56,15 @@ def one_token() -> dict[str, Tensor]:
     return {"input_ids": torch.tensor([[7]]), "attention_mask": torch.ones(1, 1, dtype=torch.int64)}
 
 
-def compiled(model: Path, out: Path, *samples: dict[str, Tensor], **options: Any) -> Report:
+def compiled(model: Path, out: Path, *samples: dict[str, Tensor], **options: Any) -> VerificationResult:
     given = list(samples) or [picture(), picture(1)]
     vlqc.compile(model_path=model, save_directory=out, samples=given, **options)
     return vlqc.verify_folder(out, model_path=model, samples=given)
 
 
-def faults_of(report: Report) -> str:
+def faults_of(report: VerificationResult) -> str:
     """All but those of fits to the float weights: matrices of 32 columns are too small for these."""
-    found = [finding for finding in report.findings if finding.check != "float weights"]
+    found = [finding for finding in report.faults if finding.check != "float weights"]
     return "\n".join(f"{finding.where}: {finding.what}" for finding in found)
 
 
@@ -249,7 +249,7 @@ def test_the_edge_of_numbers_follows_from_the_float_weights(tmp_path: Path, chan
     model = damaged(tmp_path / "model", tensors=change)
     samples = [made_up((4, 8), seed=1), made_up(words=9, seed=2)]
     report = compiled(model, tmp_path / "out", *samples, weight_method="round")
-    assert [f"{finding.where}: {finding.what}" for finding in report.findings] == []
+    assert [f"{finding.where}: {finding.what}" for finding in report.faults] == []
 
 
 def test_a_sample_of_one_token(tmp_path: Path) -> None:

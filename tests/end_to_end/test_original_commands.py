@@ -44,7 +44,7 @@ def test_line(checkpoint: Path, tmp_path: Path, line: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     report = vlqc.verify_folder(tmp_path / "out", engine=engine)
-    assert report.findings == []
+    assert report.faults == []
     description = json.loads(next((tmp_path / "out").glob("quant_model_description*.json")).read_text())
     assert description["model_quant_type"] == scheme
     assert description["model.layers.0.mlp.gate_proj.weight"] == scheme

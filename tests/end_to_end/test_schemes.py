@@ -103,7 +103,7 @@ def test_shift(tmp_path: Path, options: dict[str, object]) -> None:
     source = make_source(tmp_path / "float", "bfloat16", False, seed=0)
     save = tmp_path / "out"
     vlqc.compile(model_path=source.folder, save_directory=save, samples=source.calibration, shift=True, **options)
-    assert vlqc.verify_folder(save, model_path=source.folder).findings == []
+    assert vlqc.verify_folder(save, model_path=source.folder).faults == []
     tensors = load_file(save / "quant_model_weight_w8a8.safetensors")
     for norm in ("input_layernorm", "post_attention_layernorm"):
         assert bool(tensors[f"model.layers.0.{norm}.bias"].any())
@@ -174,7 +174,7 @@ def test_unsmoothed_groups_follow_from_the_float_weights(tmp_path: Path, group_s
     source = make_source(tmp_path / "float", "bfloat16", False, seed=0)
     options = {**scheme_table.LOW_BIT, "group_size": group_size, "anti_method": "none", "w4a8_scope": "all"}
     vlqc.compile(model_path=source.folder, save_directory=tmp_path / "out", samples=source.calibration[:1], **options)
-    assert vlqc.verify_folder(tmp_path / "out", model_path=source.folder).findings == []
+    assert vlqc.verify_folder(tmp_path / "out", model_path=source.folder).faults == []
 
 
 def test_smoothing_all_into_the_weights(tmp_path: Path) -> None:

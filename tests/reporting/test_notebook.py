@@ -12,7 +12,7 @@ import vlqc.reporting.progress
 from vlqc.reporting.notebook import NotebookProgress
 from vlqc.reporting.progress import Progress, TerminalProgress, resolve_progress
 from vlqc.reporting.summary import Result
-from vlqc.verify import Report
+from vlqc.verify.findings import VerificationResult
 
 
 class Cell:
@@ -40,10 +40,10 @@ class Cell:
 
 def test_values_of_a_cell_are_one_line() -> None:
     """Catches a cell that ends with a report or a stage, and shows pages of fields."""
-    report = Report("out", facts={"a": [1] * 1000})
-    assert repr(report) == "<Report of out: ok, 0 faults, 0 warnings>"
-    report.fault("files", "out", "one is missing")
-    assert repr(report) == "<Report of out: FAIL, 1 fault, 0 warnings>"
+    report = VerificationResult("out", facts={"a": [1] * 1000})
+    assert repr(report) == "<VerificationResult of out: ok, 0 faults, 0 warnings>"
+    report.add_fault("files", "out", "one is missing")
+    assert repr(report) == "<VerificationResult of out: FAIL, 1 fault, 0 warnings>"
     text = 'stage "a.0" part=vision dtype=bfloat16 {\n  %x = input("x") : float32[2]\n  return (%x,)\n}\n'
     assert repr(vlqc.parse(text)) == "<Stage a.0: 2 nodes, 0 sites>"
 

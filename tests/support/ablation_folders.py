@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from tools.checkpoints import outlier_checkpoint as make_outlier_checkpoint
-from vlqc.verify import Report, verify_folder
+from vlqc.verify import verify_folder
+from vlqc.verify.findings import VerificationResult
 
 IMAGE = 45  # of compiled_folder's model
 SMALL = make_outlier_checkpoint.Shape(
@@ -34,7 +35,7 @@ def sample(seed: int, *, picture: bool = True, padding: int = 0, words: int = 6)
 SAMPLES = [sample(1), sample(2, picture=False, words=9), sample(3, padding=3)]
 
 
-def located(folder: Path, source: Path, samples: list[dict[str, Tensor]], **options: Any) -> Report:
+def located(folder: Path, source: Path, samples: list[dict[str, Tensor]], **options: Any) -> VerificationResult:
     return verify_folder(folder, model_path=source, samples=samples, locate=True, **options)
 
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from tests.support.compiled_folder import Content
 from tests.support.tensors import stored
-from vlqc.verify import Report
+from vlqc.verify.findings import VerificationResult
 
 Change = Callable[[Content], object]
 
@@ -21,12 +21,12 @@ QKV = f"{BLOCK}.attn.qkv"
 PROJ = f"{BLOCK}.attn.proj"  # its input_offset is 0
 
 
-def texts(report: Report) -> str:
-    return "\n".join(f"[{finding.check}] {finding.where}: {finding.what}" for finding in report.findings)
+def texts(result: VerificationResult) -> str:
+    return "\n".join(f"[{finding.check}] {finding.where}: {finding.what}" for finding in result.faults)
 
 
-def named(report: Report, layer: str) -> bool:
-    return any(layer in finding.where for finding in report.findings)
+def named(result: VerificationResult, layer: str) -> bool:
+    return any(layer in finding.where for finding in result.faults)
 
 
 def rename(content: Content, old: str, new: str) -> None:

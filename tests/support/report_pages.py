@@ -9,7 +9,7 @@ from typing import Any
 from tests.support import synthetic_report as made_up_report
 from vlqc.reporting.html import report_text
 from vlqc.reporting.html.schema import Facts
-from vlqc.verify.findings import LOCATED
+from vlqc.verify.findings import RANKING
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 ROWS = [
@@ -26,7 +26,7 @@ VERIFIED: dict[str, Any] = {
     "ok": True,
     "engine": "vllm-ascend",
     "facts": {
-        LOCATED: ROWS,
+        RANKING: ROWS,
         "logits against float": {"SQNR dB": 33.25, "top-1 %": 98.0},
         "in the table": "share: of it",
     },

@@ -13,7 +13,8 @@ from tests.support.compiled_folder import Content, make_content
 from tests.support.tensors import stored
 from vlqc.errors import UserError
 from vlqc.frontend.streamed_model import model_inputs
-from vlqc.verify import Report, verify_folder
+from vlqc.verify import verify_folder
+from vlqc.verify.findings import VerificationResult
 from vlqc.verify.loader import load
 
 STAGES = ["visual.blocks.0", "visual.merger", "model.layers.0", "model.layers.1"]
@@ -39,7 +40,7 @@ def source(tmp_path: Path) -> Path:
     return make_content().write_source(tmp_path / "float")
 
 
-def verify(content: Content, folder: Path, source: Path, **options: float) -> Report:
+def verify(content: Content, folder: Path, source: Path, **options: float) -> VerificationResult:
     return verify_folder(content.write(folder), model_path=source, samples=[sample(1), sample(2)], **options)
 
 
@@ -54,7 +55,7 @@ def test_figures_are_those_of_two_plain_forwards(tmp_path: Path, source: Path) -
     """Catches logits made from other hidden states, tokens or heads than the models' own, or padding counted in."""
     samples = [sample(1), sample(2, picture=False), sample(3, padding=3)]
     folder = make_content().write(tmp_path / "out")
-    report = verify_folder(folder, model_path=source, samples=samples)
+    result = verify_folder(folder, model_path=source, samples=samples)
     quantized = load(folder)
     pairs = []
     for given in samples:
@@ -62,12 +63,12 @@ def test_figures_are_those_of_two_plain_forwards(tmp_path: Path, source: Path) -
         with torch.no_grad():
             other = quantized(**model_inputs(quantized, given)).logits[0]
         pairs.append((whole_logits(source, given)[kept].double().numpy(), other[kept].double().numpy()))
-    for (reference, other), figures in zip(pairs, report.facts["logits per sample"], strict=True):
+    for (reference, other), figures in zip(pairs, result.facts["logits per sample"], strict=True):
         check_figures(figures, reference, other)
     reference, other = (np.concatenate(side) for side in zip(*pairs, strict=True))
-    check_figures(report.facts["logits against float"], reference, other)
-    assert report.ok
-    assert report.examined["logits"] == 3
+    check_figures(result.facts["logits against float"], reference, other)
+    assert result.ok
+    assert result.examined["logits"] == 3
 
 
 def check_figures(figures: dict[str, float], reference: np.ndarray, other: np.ndarray) -> None:
@@ -84,10 +85,10 @@ def check_figures(figures: dict[str, float], reference: np.ndarray, other: np.nd
 
 def test_every_stage_has_a_figure(tmp_path: Path, source: Path) -> None:
     """Catches a stage left out, or both sides being the same model (infinite SQNR)."""
-    report = verify(make_content(), tmp_path / "out", source)
-    assert [row["stage"] for row in report.facts["stages against float"]] == STAGES
-    assert all(20 < row["SQNR dB"] < 100 for row in report.facts["stages against float"])
-    assert report.examined["stage outputs"] == 2 * len(STAGES)
+    result = verify(make_content(), tmp_path / "out", source)
+    assert [row["stage"] for row in result.facts["stages against float"]] == STAGES
+    assert all(20 < row["SQNR dB"] < 100 for row in result.facts["stages against float"])
+    assert result.examined["stage outputs"] == 2 * len(STAGES)
 
 
 def test_a_stages_figure_is_its_own(tmp_path: Path, source: Path) -> None:
@@ -106,8 +107,8 @@ def test_a_broken_stage_is_a_fault(tmp_path: Path, source: Path) -> None:
     content = make_content()
     name = "visual.merger.mlp.2.weight"
     content.tensors[name] = stored(np.random.default_rng(1).standard_normal((64, 128)), "BF16")
-    report = verify(content, tmp_path / "out", source)
-    faults = [finding for finding in report.findings if finding.check == "stage outputs"]
+    result = verify(content, tmp_path / "out", source)
+    faults = [finding for finding in result.faults if finding.check == "stage outputs"]
     assert [finding.where for finding in faults] == ["visual.merger"]
     assert "SQNR against the float stage is" in faults[0].what
 
@@ -118,8 +119,8 @@ def test_min_sqnr_makes_the_figure_a_verdict(tmp_path: Path, source: Path) -> No
     options = {"model_path": source, "samples": [sample(1)]}
     figure = verify_folder(folder, **options).facts["logits against float"]["SQNR dB"]
     assert verify_folder(folder, **options, min_sqnr=figure - 0.1).ok
-    report = verify_folder(folder, **options, min_sqnr=figure + 0.1)
-    assert [finding.check for finding in report.findings] == ["logits"]
+    result = verify_folder(folder, **options, min_sqnr=figure + 0.1)
+    assert [finding.check for finding in result.faults] == ["logits"]
 
 
 def test_infinite_outputs_are_a_fault(tmp_path: Path, source: Path) -> None:
@@ -127,23 +128,23 @@ def test_infinite_outputs_are_a_fault(tmp_path: Path, source: Path) -> None:
     content = make_content()
     content.tensors["model.norm.weight"] = stored(np.full(64, 3e38), "BF16")
     content.tensors["model.layers.1.mlp.down_proj.weight"] = stored(np.full((64, 96), 3e38), "BF16")
-    report = verify(content, tmp_path / "out", source)
-    found = {(finding.check, finding.where) for finding in report.findings}
+    result = verify(content, tmp_path / "out", source)
+    found = {(finding.check, finding.where) for finding in result.faults}
     assert {("stage outputs", "model.layers.1"), ("logits", "sample 0"), ("logits", "sample 1")} <= found
-    assert "Infinity" not in report.to_json()
-    assert ": NaN" not in report.to_json()
+    assert "Infinity" not in result.to_json()
+    assert ": NaN" not in result.to_json()
 
 
 def test_a_folder_that_cannot_be_run_is_reported_not_raised(tmp_path: Path, source: Path) -> None:
     """Catches a traceback, or an error about the caller's input, when the folder itself is damaged."""
     content = make_content()
     content.tensors.pop("model.norm.weight")
-    report = verify(content, tmp_path / "missing", source)
-    assert "not run" in [finding.what for finding in report.warnings]
+    result = verify(content, tmp_path / "missing", source)
+    assert "not run" in [finding.what for finding in result.warnings]
     content = make_content()
     content.tensors["model.norm.weight"].data = b"\xc0\x7f" * 64  # NaN
-    report = verify(content, tmp_path / "nan", source)
-    assert {"finite", "stage outputs"} <= {finding.check for finding in report.findings}
+    result = verify(content, tmp_path / "nan", source)
+    assert {"finite", "stage outputs"} <= {finding.check for finding in result.faults}
 
 
 def test_unusable_samples_are_the_users_mistake(tmp_path: Path, source: Path) -> None:
@@ -157,12 +158,12 @@ def test_unusable_samples_are_the_users_mistake(tmp_path: Path, source: Path) ->
 
 def test_the_figures_are_shown(tmp_path: Path, source: Path) -> None:
     """Catches figures that are in the JSON only."""
-    report = verify(make_content(), tmp_path / "out", source)
+    result = verify(make_content(), tmp_path / "out", source)
     console = Console(width=160, record=True, file=(tmp_path / "screen").open("w"))
-    report.render(console)
+    result.render(console)
     shown = console.export_text()
     assert "stages against float" in shown
     assert "top-1 agreement" in shown
     assert (
-        report.to_json() == verify_folder(tmp_path / "out", model_path=source, samples=[sample(1), sample(2)]).to_json()
+        result.to_json() == verify_folder(tmp_path / "out", model_path=source, samples=[sample(1), sample(2)]).to_json()
     )

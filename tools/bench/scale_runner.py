@@ -129,7 +129,7 @@ def watch_compiler(phases: Phases) -> None:
         phases.watch(load_pass(name), "run", phase)
     for step in ("add_stage", "settle", "copy_rest", "finish"):
         phases.watch(FolderEmitter, step, "writing")
-    phases.watch(vlqc.compiler, "require_sound", "verifying")
+    phases.watch(vlqc.compiler, "require_valid", "verifying")
     phases.watch(vlqc.emit.atomic_folder.WorkFolder, "publish", "publishing")
     phases.watch(Journal, "finished", "journal")
     phases.watch(StageMetrics, "traced", "report")

@@ -84,7 +84,7 @@ def measure(source: Source, save: Path, scheme: str, layout: str) -> Row:
     sqnr = float(10 * torch.log10(source.logits.square().sum() / noise))
     description = json.loads(next(save.glob("quant_model_description*.json")).read_text(encoding="utf-8"))
     config = json.loads((save / "config.json").read_text(encoding="utf-8"))
-    faults = tuple(f"{finding.where}: {finding.what}" for finding in report.findings)
+    faults = tuple(f"{finding.where}: {finding.what}" for finding in report.faults)
     engines = tuple(loads(description, config["torch_dtype"], config))
     return Row(scheme, layout, source.dtype, source.tied, sqnr, faults, engines)
 

@@ -238,7 +238,7 @@ def verify_command(
         trust_remote_code=_bool("trust_remote_code", trust_remote_code),
         **located,
     )
-    answer.give(report.described(), report.render)
+    answer.give(report.to_dict(), report.render)
     if not report.ok:
         if answer.quiet and not answer.as_json:
             report.render(stderr())

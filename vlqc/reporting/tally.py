@@ -131,7 +131,7 @@ class CompilationSummary:
             return
         report = verify_unfinished(folder, self.options.engine_target)
         if not report.ok:
-            why = "; ".join(dict.fromkeys(finding.what for finding in report.findings))
+            why = "; ".join(dict.fromkeys(finding.what for finding in report.faults))
             fix = "name another --target, change the scheme, or leave --strict_target out"
             raise UserError(
                 Fault(f"{self.options.engine_target} does not load the result", "--strict_target", why, fix)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from vlqc.errors import Fault, InternalError, UserError
 from vlqc.frontend.checkpoint.links import link_faults
 from vlqc.targets.engines import Target, parse_target
-from vlqc.verify.findings import Finding, Report
+from vlqc.verify.findings import VerificationResult
 from vlqc.verify.float_match.compare import check_against_source
 from vlqc.verify.folder.contents import check_side_files
 from vlqc.verify.folder.manifest import check_manifest
@@ -20,7 +20,7 @@ from vlqc.verify.structure.structure import check_structure
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Finding", "Report", "require_sound", "verify_folder", "verify_unfinished"]
+__all__ = ["require_valid", "verify_folder", "verify_unfinished"]
 
 
 def verify_folder(
@@ -35,7 +35,7 @@ def verify_folder(
     locate: bool = False,
     locate_tokens: int | None = None,
     progress: Callable[[str], None] | None = None,
-) -> Report:
+) -> VerificationResult:
     """Compiled folder -> what is wrong with it, and figures. UserError only for input that is no such folder.
 
     engine: "vllm-ascend", "mindie@2.2", "both": a fault if it does not load the folder. None: the folder's own claim
@@ -57,31 +57,31 @@ def verify_folder(
         raise UserError(Fault("there is no float checkpoint to compare with", "--model_path", why, "add --model_path"))
     if min_sqnr is not None and not inputs:
         raise UserError(Fault("--min_sqnr needs pictures", "--calib_images", fix="add --calib_images"))
-    report = Report(str(folder))
+    result = VerificationResult(str(folder))
     if model_path is not None and model_path.is_dir() and (faults := link_faults(model_path)):
         raise UserError(*faults)
-    content = check_structure(folder, target, report)
-    check_side_files(content.files, report)  # not of an unfinished folder: they are the user's, not vlqc's work
-    check_manifest(folder, report)
-    check_arithmetic(content, report)
+    content = check_structure(folder, target, result)
+    check_side_files(content.files, result)  # not of an unfinished folder: they are the user's, not vlqc's work
+    check_manifest(folder, result)
+    check_arithmetic(content, result)
     if model_path is not None:
-        check_against_source(content, model_path, report)
+        check_against_source(content, model_path, result)
     if model_path is not None and inputs:
-        if _can_run(content.sound, report):
+        if _can_run(content.sound, result):
             from vlqc.verify.accuracy import STAGES, check_accuracy  # torch and transformers: only for this part
 
             if locate and samples is None and calib_images is not None:  # pictures are read once
                 from vlqc.frontend.calibration.dataset import load_samples
 
                 samples = load_samples(model_path, calib_images, trust_remote_code=trust_remote_code).samples
-            check_accuracy(folder, model_path, calib_images, samples, min_sqnr, report, trust_remote_code)
-            if locate and samples is not None and report.examined.get(STAGES):
+            check_accuracy(folder, model_path, calib_images, samples, min_sqnr, result, trust_remote_code)
+            if locate and samples is not None and result.examined.get(STAGES):
                 from vlqc.verify.attribution.ablation import TOKENS, locate_drop
 
-                locate_drop(content, model_path, samples, locate_tokens or TOKENS, report, progress, trust_remote_code)
+                locate_drop(content, model_path, samples, locate_tokens or TOKENS, result, progress, trust_remote_code)
         else:
-            report.warn("stage outputs", str(folder), "not run", "the tensors above are missing or misshapen")
-    return report
+            result.add_warning("stage outputs", str(folder), "not run", "the tensors above are missing or misshapen")
+    return result
 
 
 def _check_locate(locate: bool, tokens: int | None, has_model: bool, has_inputs: bool) -> None:
@@ -101,27 +101,27 @@ def _check_locate(locate: bool, tokens: int | None, has_model: bool, has_inputs:
         raise UserError(*faults)
 
 
-def _can_run(sound: object, report: Report) -> bool:
+def _can_run(sound: object, result: VerificationResult) -> bool:
     """Whether the folder holds every tensor that a run needs; damaged numbers may run, missing ones cannot."""
     blocking = ("files", "config", "description", "tensors")
-    return bool(sound) and not any(finding.check in blocking for finding in report.findings)
+    return bool(sound) and not any(finding.check in blocking for finding in result.faults)
 
 
-def verify_unfinished(folder: Path, engine: str | Target | None = None) -> Report:
+def verify_unfinished(folder: Path, engine: str | Target | None = None) -> VerificationResult:
     """As `verify_folder`, of a folder that has no list of its files yet: the list is written last."""
-    report = Report(str(folder))
-    content = check_structure(folder, parse_target(engine, "--engine") if isinstance(engine, str) else engine, report)
-    check_manifest(folder, report, finished=False)
-    check_arithmetic(content, report)
-    return report
+    result = VerificationResult(str(folder))
+    content = check_structure(folder, parse_target(engine, "--engine") if isinstance(engine, str) else engine, result)
+    check_manifest(folder, result, finished=False)
+    check_arithmetic(content, result)
+    return result
 
 
-def require_sound(folder: Path, engine: str | Target | None = None) -> None:
+def require_valid(folder: Path, engine: str | Target | None = None) -> None:
     """InternalError with every fault of a folder that vlqc has just written, before it appears to the user.
 
     engine: as for `verify_folder`; None where the user was told that no version loads the result.
     """
-    report = verify_unfinished(folder, engine)
-    if not report.ok:
-        faults = "\n".join(f"  {finding.where}: {finding.what}" for finding in report.findings)
+    result = verify_unfinished(folder, engine)
+    if not result.ok:
+        faults = "\n".join(f"  {finding.where}: {finding.what}" for finding in result.faults)
         raise InternalError(f"the folder that was just written is not sound:\n{faults}")

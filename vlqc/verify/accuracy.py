@@ -21,7 +21,7 @@ from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.sequential import SequentialForward, Stop
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.stage import first_tensor
-from vlqc.verify.findings import Report
+from vlqc.verify.findings import VerificationResult
 from vlqc.verify.loader import load
 
 STAGES, LOGITS = "stage outputs", "logits"
@@ -63,7 +63,7 @@ def check_accuracy(
     calib_images: Path | None,
     samples: Sequence[dict[str, Tensor]] | None,
     min_sqnr: float | None,
-    report: Report,
+    result: VerificationResult,
     trust_remote_code: bool = False,
 ) -> None:
     """Figures of stages and logits into the report; findings for NaN, Inf and broken stages. UserError: unusable input.
@@ -81,7 +81,7 @@ def check_accuracy(
         quantized = load(folder, dtype=torch.float32, trust_remote_code=trust_remote_code)
     except UserError as error:  # the folder's fault, not the caller's
         for fault in error.faults:
-            report.fault(STAGES, fault.where, f"the folder cannot be run: {fault.what}", fault.why)
+            result.add_fault(STAGES, fault.where, f"the folder cannot be run: {fault.what}", fault.why)
         return
     stages: list[dict[str, Any]] = []
     with model.ready_outside(checkpoint.tensor, head=True):
@@ -92,11 +92,11 @@ def check_accuracy(
         ):
             for stop in lockstep:
                 output, change = _run_stage(model, stop, quantized)
-                _report_stage(stop.name, output, change, len(stop.calls), stages, report)
+                _report_stage(stop.name, output, change, len(stop.calls), stages, result)
             hidden = [_logits_of(result) for result in lockstep.results]
             others = [_logits_of(quantized(**model.inputs(sample))) for sample in samples]
-        report.facts["stages against float"] = stages
-        _check_logits(model.module, quantized, samples, hidden, others, min_sqnr, report)
+        result.facts["stages against float"] = stages
+        _check_logits(model.module, quantized, samples, hidden, others, min_sqnr, result)
 
 
 def _run_stage(model: StreamedModel, stop: Stop, quantized: nn.Module) -> tuple[Noise, Noise]:
@@ -118,20 +118,20 @@ def _run_stage(model: StreamedModel, stop: Stop, quantized: nn.Module) -> tuple[
 
 
 def _report_stage(
-    name: str, output: Noise, change: Noise, calls: int, stages: list[dict[str, Any]], report: Report
+    name: str, output: Noise, change: Noise, calls: int, stages: list[dict[str, Any]], result: VerificationResult
 ) -> None:
-    report.look(STAGES, calls)
+    result.add_examined(STAGES, calls)
     figures = {"stage": name, "SQNR dB": round(output.sqnr, 2)}
     # What a block adds to its input: the input itself, equal on both sides, would flatter the figure.
     figures["of its change dB"] = round(change.sqnr, 2) if change.signal else "-"
     stages.append(figures)
     if not output.finite:
-        report.fault(
+        result.add_fault(
             STAGES, name, "its output holds NaN or Inf", "on inputs of the float model", "see the faults above"
         )
     elif output.sqnr < BROKEN_SQNR:
         why = f"its noise has more than half of the signal's power (below {BROKEN_SQNR:g} dB): no rounding does that"
-        report.fault(STAGES, name, f"SQNR against the float stage is {output.sqnr:.2f} dB", why, "compile again")
+        result.add_fault(STAGES, name, f"SQNR against the float stage is {output.sqnr:.2f} dB", why, "compile again")
 
 
 # ---- logits ----------------------------------------------------------------------------------------------------------
@@ -201,13 +201,13 @@ def _check_logits(
     hidden: list[Tensor],
     others: list[Tensor],
     min_sqnr: float | None,
-    report: Report,
+    result: VerificationResult,
 ) -> None:
     heads = [one.get_output_embeddings() for one in (model, quantized)]  # type: ignore[operator]
     whole = Agreement()
     rows = []
     for number, sample in enumerate(samples):
-        report.look(LOGITS)
+        result.add_examined(LOGITS)
         kept = sample["attention_mask"][0].bool()
         one = Agreement()
         tokens = kept.nonzero().flatten()
@@ -217,9 +217,9 @@ def _check_logits(
         whole.merge(one)
         rows.append({"sample": number, **one.figures()})
         if not math.isfinite(one.noise):
-            report.fault(LOGITS, f"sample {number}", "the logits hold NaN or Inf", "", "see the faults above")
-    report.facts["logits against float"] = whole.figures()
-    report.facts["logits per sample"] = rows
+            result.add_fault(LOGITS, f"sample {number}", "the logits hold NaN or Inf", "", "see the faults above")
+    result.facts["logits against float"] = whole.figures()
+    result.facts["logits per sample"] = rows
     sqnr = Noise(whole.signal, whole.noise).sqnr
     if min_sqnr is not None and sqnr < min_sqnr:
-        report.fault(LOGITS, "all samples", f"SQNR is {sqnr:.2f} dB, {min_sqnr:g} dB are asked for")
+        result.add_fault(LOGITS, "all samples", f"SQNR is {sqnr:.2f} dB, {min_sqnr:g} dB are asked for")

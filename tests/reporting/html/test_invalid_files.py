@@ -13,7 +13,7 @@ from vlqc.cli.commands import app
 from vlqc.errors import UserError
 from vlqc.reporting.html import report_text, write_report
 from vlqc.reporting.html.schema import FILE, LARGEST, rounded
-from vlqc.verify.findings import LOCATED
+from vlqc.verify.findings import RANKING
 
 
 def curve_of(content: dict[str, Any]) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def test_a_verification_of_impossible_numbers_is_refused(share: str, tmp_path: P
     """Catches a traceback for a number that no float holds, and for half a character, which no page holds."""
     folder = made_up_report.folder(tmp_path / "out", made_up_report.facts(layers=1, blocks=1))
     told = f'{{"ok": true, "engine": "x", "facts": {{"error by group": [{{"group": "a", "share %": {share}}}]}}}}'
-    (tmp_path / "verify.json").write_text(told.replace("error by group", LOCATED), encoding="utf-8")
+    (tmp_path / "verify.json").write_text(told.replace("error by group", RANKING), encoding="utf-8")
     with pytest.raises(UserError, match="no verification"):
         report_text(folder, verification=tmp_path / "verify.json")
 

@@ -20,7 +20,7 @@ from tests.support import synthetic_report as made_up_report
 from tests.support.report_pages import VERIFIED, Page, page_of
 from vlqc.reporting.html import report_text
 from vlqc.reporting.html.schema import Facts
-from vlqc.verify.findings import LOCATED
+from vlqc.verify.findings import RANKING
 
 ROOT = Path(__file__).parents[3]
 NASTY = "</script><script>alert(1)</script><img src=x onerror=\"alert('2')\">&{{ 7*7 }}\u2028"
@@ -78,7 +78,7 @@ def test_names_and_notes_cannot_become_html(tmp_path: Path) -> None:
         stage |= {"name": renamed, "part": NASTY}
     verified = json.loads(json.dumps(VERIFIED).replace("down_proj is loud", "NASTY").replace("share: of it", "NASTY"))
     verified |= {"engine": NASTY}
-    verified["facts"][LOCATED][0]["group"] = NASTY
+    verified["facts"][RANKING][0]["group"] = NASTY
     verified["facts"]["logits against float"][NASTY] = NASTY
     verified["advice"][0] |= {"what": NASTY, "why": NASTY, "fix": NASTY}
     nasty = Facts.model_validate_json(json.dumps(content))

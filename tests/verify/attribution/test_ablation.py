@@ -19,7 +19,7 @@ from tests.support.compiled_folder import make_content
 from tests.support.naive_w8a8 import load_float
 from tools.checkpoints import outlier_checkpoint as make_outlier_checkpoint
 from vlqc.frontend.streamed_model import model_inputs
-from vlqc.verify import Report, verify_folder
+from vlqc.verify import verify_folder
 from vlqc.verify.attribution.stage_pair import (
     Change,
     FolderStages,
@@ -29,12 +29,12 @@ from vlqc.verify.attribution.stage_pair import (
     stored_in_float,
 )
 from vlqc.verify.attribution.variants import choose_samples
-from vlqc.verify.findings import LOCATED
+from vlqc.verify.findings import RANKING, VerificationResult
 from vlqc.verify.loader import load
 
 
-def rows_of(report: Report) -> dict[str, dict[str, Any]]:
-    return {row["group"]: row for row in report.facts[LOCATED]}
+def rows_of(result: VerificationResult) -> dict[str, dict[str, Any]]:
+    return {row["group"]: row for row in result.facts[RANKING]}
 
 
 def layers_of(group: str) -> list[str]:
@@ -65,11 +65,11 @@ def test_figures_are_those_of_whole_models(tmp_path: Path) -> None:
     """Catches variants that start at the wrong stage, take the wrong base's outputs, or mix up text and image rows."""
     content = make_content(smooth=False)
     source, folder = content.write_source(tmp_path / "float"), content.write(tmp_path / "out")
-    report = located(folder, source, SAMPLES)
+    result = located(folder, source, SAMPLES)
     whole, quantized = load_float(source), load(folder)
     reference, image = plain_logits(whole)
     everything = decibels(reference, plain_logits(quantized)[0])
-    rows = rows_of(report)
+    rows = rows_of(result)
     assert len(rows) == 3 * 3
     for group, row in rows.items():
         alone, without = copy.deepcopy(whole), copy.deepcopy(quantized)
@@ -86,16 +86,16 @@ def test_figures_are_those_of_whole_models(tmp_path: Path) -> None:
     shares = [row["share %"] for row in rows.values()]
     assert shares == sorted(shares, reverse=True)
     assert sorted(row["gain rank"] for row in rows.values()) == list(range(1, 10))
-    assert report.facts["located"]["all quantized dB"] == pytest.approx(everything, abs=0.02)
+    assert result.facts["located"]["all quantized dB"] == pytest.approx(everything, abs=0.02)
 
 
 def test_smoothed_groups_are_taken_out_of_their_scales(tmp_path: Path) -> None:
     """Catches a quantized layer that is fed the float model's input as it is, or one whose output keeps its scales."""
     content = make_content()
     source, folder = content.write_source(tmp_path / "float"), content.write(tmp_path / "out")
-    report = located(folder, source, SAMPLES)
+    result = located(folder, source, SAMPLES)
     # What remains is the rounding of float tensors to bfloat16, about 50 dB, and scales fitted from small matrices.
-    assert report.facts["located"]["without the groups' rounding dB"] > 45
+    assert result.facts["located"]["without the groups' rounding dB"] > 45
     whole, quantized = load_float(source), load(folder)
     reference, _ = plain_logits(whole)
     for index in range(2):
@@ -106,7 +106,7 @@ def test_smoothed_groups_are_taken_out_of_their_scales(tmp_path: Path) -> None:
         ):  # a fold's producer and consumers, and down_proj behind up_proj
             path = path_in(whole, f"{block}.{part}")
             whole.set_submodule(path, copy.deepcopy(quantized.get_submodule(path)))
-        row = rows_of(report)[f"{block}.mlp.{{gate,up}}_proj"]
+        row = rows_of(result)[f"{block}.mlp.{{gate,up}}_proj"]
         assert row["alone dB"] == pytest.approx(decibels(reference, plain_logits(whole)[0]), abs=0.3)
         whole = load_float(source)
 

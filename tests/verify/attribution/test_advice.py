@@ -20,7 +20,7 @@ from vlqc.cli.commands import app
 from vlqc.errors import UserError
 from vlqc.options.options import Options
 from vlqc.verify import verify_folder
-from vlqc.verify.findings import LOCATED
+from vlqc.verify.findings import RANKING
 
 # ---- advice ----------------------------------------------------------------------------------------------------------
 
@@ -33,15 +33,15 @@ def test_a_clipped_group_is_first_in_both_ways(tmp_path: Path, monkeypatch: pyte
     )
     content = make_content()
     source, folder = content.write_source(tmp_path / "float"), content.write(tmp_path / "out")
-    report = located(folder, source, SAMPLES)
-    first = report.facts[LOCATED][0]
+    result = located(folder, source, SAMPLES)
+    first = result.facts[RANKING][0]
     assert (first["group"], first["gain rank"]) == ("model.layers.0.mlp.{gate,up}_proj", 1)
-    advice = report.advice[0]
+    advice = result.advice[0]
     assert "of its image inputs lie outside the stored range" in advice.why and first["inputs %"] > 90
     assert "--calib_images with more or other pictures" in advice.fix
     monkeypatch.undo()  # the range as it should be
     better = verify_folder(make_content().write(tmp_path / "better"), model_path=source, samples=SAMPLES)
-    assert better.facts["logits against float"]["SQNR dB"] > report.facts["logits against float"]["SQNR dB"] + 3
+    assert better.facts["logits against float"]["SQNR dB"] > result.facts["logits against float"]["SQNR dB"] + 3
 
 
 def options_in(fix: str) -> list[dict[str, str]]:
@@ -85,12 +85,12 @@ def test_what_is_advised_helps(
 ) -> None:
     """Catches advice that does not help, options that do not exist, and gains that are not what an exclusion gives."""
     folder, samples = outliers(**options)
-    report = located(folder, tmp_path / "float", samples, locate_tokens=10_000)
-    before = report.facts["logits against float"]["SQNR dB"]
-    assert len(report.advice) == 3
-    for advice in report.advice:
+    result = located(folder, tmp_path / "float", samples, locate_tokens=10_000)
+    before = result.facts["logits against float"]["SQNR dB"]
+    assert len(result.advice) == 3
+    for advice in result.advice:
         assert set().union(*options_in(advice.fix)) <= Options.model_fields.keys(), advice.fix
-    tried = options_in(report.advice[0].fix)
+    tried = options_in(result.advice[0].fix)
     assert any(named in one for one in tried)
     assert "exclude" in tried[-1]
     for one in tried:
@@ -99,7 +99,7 @@ def test_what_is_advised_helps(
         gain = after.facts["logits against float"]["SQNR dB"] - before
         assert gain > 0.2, one
         if "exclude" in one:
-            assert gain == pytest.approx(report.facts[LOCATED][0]["gain dB"], abs=0.5)
+            assert gain == pytest.approx(result.facts[RANKING][0]["gain dB"], abs=0.5)
 
 
 def test_pictures_unlike_those_of_calibration_are_noticed(
@@ -107,12 +107,12 @@ def test_pictures_unlike_those_of_calibration_are_noticed(
 ) -> None:
     """Catches ranges that were calibrated on other pictures than these, and advice that does not say so."""
     folder, samples = outliers(pixels=0.001, include="visual.*")
-    report = located(folder, tmp_path / "float", samples)
-    clipped = [advice for advice in report.advice if "outside the stored range" in advice.why]
+    result = located(folder, tmp_path / "float", samples)
+    clipped = [advice for advice in result.advice if "outside the stored range" in advice.why]
     assert clipped and clipped[0].where.startswith("visual.") and "--calib_images" in clipped[0].fix
     folder, _ = outliers(include="visual.*")
     after = verify_folder(folder, model_path=tmp_path / "float", samples=samples)
-    assert after.facts["logits against float"]["SQNR dB"] > report.facts["logits against float"]["SQNR dB"] + 1
+    assert after.facts["logits against float"]["SQNR dB"] > result.facts["logits against float"]["SQNR dB"] + 1
 
 
 # ---- the user's side -------------------------------------------------------------------------------------------------
@@ -122,13 +122,13 @@ def test_it_is_shown_and_repeatable(tmp_path: Path) -> None:
     """Catches figures that are in the JSON only, advice that fails a folder, and results that change."""
     content = make_content()
     source, folder = content.write_source(tmp_path / "float"), content.write(tmp_path / "out")
-    report = located(folder, source, SAMPLES)
+    result = located(folder, source, SAMPLES)
     console = Console(width=160, record=True, file=(tmp_path / "screen").open("w"))
-    report.render(console)
+    result.render(console)
     shown = console.export_text()
-    assert report.ok and "advice [locate] 1. " in shown and "what to do: " in shown
+    assert result.ok and "advice [locate] 1. " in shown and "what to do: " in shown
     assert "model.layers.0.self_attn.{q,k,v}_proj" in shown and "gain rank" in shown
-    assert report.to_json() == located(folder, source, SAMPLES).to_json()
+    assert result.to_json() == located(folder, source, SAMPLES).to_json()
 
 
 def test_options_that_do_not_go_together(tmp_path: Path) -> None:

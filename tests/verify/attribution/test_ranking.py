@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from vlqc.verify.findings import LOCATED, Report
+from vlqc.verify.findings import RANKING, VerificationResult
 
 GROUP = "model.layers.27.self_attn.q_proj, k_proj, v_proj"
 ADVICE = "keep it in float: --exclude model.layers.27.self_attn.q_proj --exclude model.layers.27.self_attn.k_proj"
@@ -14,10 +14,10 @@ ROW: dict[str, Any] = {"group": GROUP, "scheme": "W8A8", "share": 0.4321, "weigh
 
 
 def printed(width: int, row: dict[str, Any]) -> list[str]:
-    report = Report("out", facts={LOCATED: [row] * 2})
-    report.fault("finite", "model.norm.weight", "w" * 90, fix=ADVICE)
+    result = VerificationResult("out", facts={RANKING: [row] * 2})
+    result.add_fault("finite", "model.norm.weight", "w" * 90, fix=ADVICE)
     written = io.StringIO()
-    report.render(Console(file=written, width=width))
+    result.render(Console(file=written, width=width))
     return written.getvalue().splitlines()
 
 

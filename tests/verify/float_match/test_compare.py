@@ -52,16 +52,16 @@ def damaged(kind: str, dtype: str = "bfloat16") -> tuple[Content, str]:
 def test_one_wrong_byte_is_named_with_the_float_model(tmp_path: Path, kind: str) -> None:
     """Catches a kind of tensor that is never held against the float checkpoint."""
     content, name = damaged(kind)
-    report = verify_folder(content.write(tmp_path / "out"), model_path=content.write_source(tmp_path / "float"))
-    assert named(report, name.rpartition(".")[0]), texts(report)
+    result = verify_folder(content.write(tmp_path / "out"), model_path=content.write_source(tmp_path / "float"))
+    assert named(result, name.rpartition(".")[0]), texts(result)
 
 
 @pytest.mark.parametrize("kind", WRONG_BYTES)
 def test_one_wrong_byte_is_named_by_the_folder_alone_where_it_can_be(tmp_path: Path, kind: str) -> None:
     """Catches arithmetic that stopped recomputing, and a claim to see what the folder alone cannot show."""
     content, name = damaged(kind)
-    report = verify_folder(content.write(tmp_path / "out"))
-    assert named(report, name.rpartition(".")[0]) == WRONG_BYTES[kind][-1], texts(report)
+    result = verify_folder(content.write(tmp_path / "out"))
+    assert named(result, name.rpartition(".")[0]) == WRONG_BYTES[kind][-1], texts(result)
 
 
 def test_a_wrong_byte_in_the_int64_form_of_deq_scale(tmp_path: Path) -> None:
@@ -69,8 +69,8 @@ def test_a_wrong_byte_in_the_int64_form_of_deq_scale(tmp_path: Path) -> None:
     for byte in (0, 3, 4, 7):
         content = make_content(dtype="float16")
         content.tensors[f"{Q}.deq_scale"].flip(8 * 9 + byte, 0x02)
-        report = verify_folder(content.write(tmp_path / f"out{byte}"))
-        assert any(finding.check == "deq_scale" and f"{Q}.deq_scale" == finding.where for finding in report.findings)
+        result = verify_folder(content.write(tmp_path / f"out{byte}"))
+        assert any(finding.check == "deq_scale" and f"{Q}.deq_scale" == finding.where for finding in result.faults)
 
 
 O = f"{LAYER}.self_attn.o_proj"  # noqa: E741
@@ -127,10 +127,10 @@ def test_one_wrong_byte_of_every_scheme(tmp_path: Path, kind: str) -> None:
     if content.mindie and f"{name}.module" in content.tensors:
         content.tensors[f"{name}.module"] = content.tensors[name]
     folder = content.write(tmp_path / "out")
-    report = verify_folder(folder)
-    assert named(report, where) == alone, texts(report)
-    report = verify_folder(folder, model_path=content.write_source(tmp_path / "float"))
-    assert named(report, where), texts(report)
+    result = verify_folder(folder)
+    assert named(result, where) == alone, texts(result)
+    result = verify_folder(folder, model_path=content.write_source(tmp_path / "float"))
+    assert named(result, where), texts(result)
 
 
 def test_swapped_nibbles_are_named(tmp_path: Path) -> None:
@@ -138,9 +138,9 @@ def test_swapped_nibbles_are_named(tmp_path: Path) -> None:
     content = make_content(scheme="W4A8_DYNAMIC")
     tensor = content.tensors[f"{O}.weight"]
     tensor.data = bytes((byte & 15) << 4 | byte >> 4 for byte in tensor.data)
-    report = verify_folder(content.write(tmp_path / "out"), model_path=content.write_source(tmp_path / "float"))
-    assert {finding.check for finding in report.findings} == {"scale_bias", "float weights"}
-    assert f"[float weights] {O}.weight: SQNR against the float weight is" in texts(report)
+    result = verify_folder(content.write(tmp_path / "out"), model_path=content.write_source(tmp_path / "float"))
+    assert {finding.check for finding in result.faults} == {"scale_bias", "float weights"}
+    assert f"[float weights] {O}.weight: SQNR against the float weight is" in texts(result)
 
 
 def test_groups_of_another_size_are_named(tmp_path: Path) -> None:
@@ -160,8 +160,8 @@ def test_better_rounding_of_4_bits_is_no_damage(tmp_path: Path) -> None:
     source = content.write_source(tmp_path / "float")
     assert texts(verify_folder(content.write(tmp_path / "out"), model_path=source)) == ""
     set_integers(content, O, integers(content, O)[::-1])
-    report = verify_folder(content.write(tmp_path / "reversed"), model_path=source)
-    assert f"{O}.weight: SQNR against the float weight is" in texts(report)
+    result = verify_folder(content.write(tmp_path / "reversed"), model_path=source)
+    assert f"{O}.weight: SQNR against the float weight is" in texts(result)
 
 
 def test_a_shift_that_nothing_takes_back(tmp_path: Path) -> None:
@@ -171,8 +171,8 @@ def test_a_shift_that_nothing_takes_back(tmp_path: Path) -> None:
     content.description[f"{NORM}.bias"] = "FLOAT"
     content.tensors["model.norm.bias"] = stored(np.ones(64), "BF16")
     content.description["model.norm.bias"] = "FLOAT"
-    report = verify_folder(content.write(tmp_path / "out"))
-    assert [(finding.check, finding.where) for finding in report.findings] == [
+    result = verify_folder(content.write(tmp_path / "out"))
+    assert [(finding.check, finding.where) for finding in result.faults] == [
         ("shifts", f"{NORM}.bias"),
         ("shifts", f"{NORM}.bias"),
         ("shifts", "model.norm.bias"),
@@ -192,8 +192,8 @@ def test_a_float16_weight_among_subnormal_numbers(tmp_path: Path) -> None:
     content.tensors[f"{UP}.weight_scale"] = stored(up / np.float32(0.7), "F32")
     deq_scale = (input_scale * (up / np.float32(0.7))).reshape(-1)
     content.tensors[f"{UP}.deq_scale"] = stored(deq_scale.view(np.uint32).astype(np.int64), "I64")
-    report = verify_folder(content.write(tmp_path / "out"), model_path=content.write_source(tmp_path / "float"))
-    assert texts(report) == ""
+    result = verify_folder(content.write(tmp_path / "out"), model_path=content.write_source(tmp_path / "float"))
+    assert texts(result) == ""
     content.tensors[f"{DOWN}.weight"].flip(2 * 1000, 0x40)
-    report = verify_folder(content.write(tmp_path / "bad"), model_path=content.write_source(tmp_path / "float2"))
-    assert f"[float weights] {DOWN}.weight: 1 of 6144" in texts(report)
+    result = verify_folder(content.write(tmp_path / "bad"), model_path=content.write_source(tmp_path / "float2"))
+    assert f"[float weights] {DOWN}.weight: 1 of 6144" in texts(result)

@@ -18,7 +18,7 @@ from tests.support.compiled_folder import make_content
 from tests.support.damaged_folder import Q, edit, edit_header, texts
 from tests.support.tensors import safetensors_bytes, stored
 from vlqc.errors import InternalError, UserError
-from vlqc.verify import require_sound, verify_folder
+from vlqc.verify import require_valid, verify_folder
 from vlqc.verify.float_match.weight_pair import Scales
 
 WEIGHTS = "quant_model_weight_w8a8.safetensors"
@@ -97,9 +97,9 @@ def test_damaged_files_are_named(tmp_path: Path, damage: str) -> None:
     change, check, named = FILE_DAMAGES[damage]
     folder = make_content().write(tmp_path / "out")
     change(folder)
-    report = verify_folder(folder)
-    assert any(finding.check == check and named in f"{finding.where} {finding.what}" for finding in report.findings), (
-        texts(report)
+    result = verify_folder(folder)
+    assert any(finding.check == check and named in f"{finding.where} {finding.what}" for finding in result.faults), (
+        texts(result)
     )
 
 
@@ -153,9 +153,9 @@ def test_no_bytes_make_it_raise(tmp_path: Path, position: int, junk: bytes, cut:
     whole = safetensors_bytes(make_content().tensors, {"format": "pt"})
     end = whole[position + len(junk) :] if not cut else b""
     (folder / WEIGHTS).write_bytes(whole[:position] + junk + end)
-    report = verify_folder(folder)
-    assert report.examined["files"] > 0
-    assert not cut or not report.ok
+    result = verify_folder(folder)
+    assert result.examined["files"] > 0
+    assert not cut or not result.ok
 
 
 def test_a_list_of_files_beyond_memory(tmp_path: Path) -> None:
@@ -184,9 +184,9 @@ def test_missing_side_files_are_warnings(tmp_path: Path) -> None:
     """Catches exit code 1 for a folder made from ready tensors, whose model has no tokenizer."""
     content = make_content()
     content.side_files = False
-    report = verify_folder(content.write(tmp_path / "out"))
-    assert report.ok
-    assert [finding.where for finding in report.warnings] == [
+    result = verify_folder(content.write(tmp_path / "out"))
+    assert result.ok
+    assert [finding.where for finding in result.warnings] == [
         "a tokenizer",
         "tokenizer_config.json",
         "preprocessor_config.json",
@@ -229,14 +229,14 @@ def test_the_report_reads_and_repeats(tmp_path: Path) -> None:
     content = make_content()
     content.tensors.pop(f"{Q}.quant_bias")
     folder = content.write(tmp_path / "out")
-    report = verify_folder(folder)
-    assert report.to_json() == verify_folder(folder).to_json()
-    read = json.loads(report.to_json())
+    result = verify_folder(folder)
+    assert result.to_json() == verify_folder(folder).to_json()
+    read = json.loads(result.to_json())
     assert read["ok"] is False
     assert read["faults"][0]["where"] == Q
     assert {"check": "tensors", "examined": 141, "faults": 1, "warnings": 0} in read["checks"]
     console = Console(width=200, record=True, quiet=False, file=(tmp_path / "screen").open("w"))
-    report.render(console)
+    result.render(console)
     shown = console.export_text()
     assert "FAIL" in shown
     assert f"missing: {Q}.quant_bias" in shown
@@ -249,22 +249,22 @@ def test_many_faults_are_shortened_on_screen_only(tmp_path: Path) -> None:
     for name in [name for name in content.tensors if name.endswith(".weight_offset")]:
         content.tensors[name] = stored(np.ones(content.tensors[name].shape), "F32")
     content.tensors |= {f"stray.{number}": stored(np.ones(1), "F32") for number in range(30)}
-    report = verify_folder(content.write(tmp_path / "out"))
+    result = verify_folder(content.write(tmp_path / "out"))
     console = Console(width=200, record=True, file=(tmp_path / "screen").open("w"))
-    report.render(console)
+    result.render(console)
     shown = console.export_text()
     assert "and 10 more in [tensors]" in shown
     assert "weight_offset" in shown
-    assert sum(finding.check == "tensors" for finding in report.findings) == 30
+    assert sum(finding.check == "tensors" for finding in result.faults) == 30
 
 
 def test_require_sound(tmp_path: Path) -> None:
     """Catches a compiler that hands over a folder in which it could have found the fault itself."""
     content = make_content()
-    require_sound(content.write(tmp_path / "good"))
+    require_valid(content.write(tmp_path / "good"))
     content.tensors.pop("model.norm.weight")
     with pytest.raises(InternalError, match=r"model\.norm"):
-        require_sound(content.write(tmp_path / "bad"))
+        require_valid(content.write(tmp_path / "bad"))
 
 
 def test_the_proof_is_independent_of_what_it_proves() -> None:

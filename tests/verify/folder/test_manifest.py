@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from vlqc.emit.manifest import write_manifest
-from vlqc.verify.findings import Report
+from vlqc.verify.findings import VerificationResult
 from vlqc.verify.folder.manifest import check_manifest
 
 
@@ -23,9 +23,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def faults(folder: Path) -> list[str]:
-    report = Report(str(folder))
-    check_manifest(folder, report)
-    return [finding.what for finding in report.findings]
+    result = VerificationResult(str(folder))
+    check_manifest(folder, result)
+    return [finding.what for finding in result.faults]
 
 
 def manifest(folder: Path) -> dict[str, Any]:
@@ -112,9 +112,9 @@ def test_damage_is_found_and_named(folder: Path, damage: str) -> None:
 def test_a_folder_without_a_list_is_fine(folder: Path) -> None:
     """Catches a folder of another tool that fails for lacking a file it never had."""
     (folder / "MANIFEST.json").unlink()
-    report = Report(str(folder))
-    check_manifest(folder, report)
-    assert report.ok and "no MANIFEST.json" in report.facts["manifest"]
+    result = VerificationResult(str(folder))
+    check_manifest(folder, result)
+    assert result.ok and "no MANIFEST.json" in result.facts["manifest"]
 
 
 def test_a_link_out_of_the_folder(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -24,10 +24,10 @@ Array = npt.NDArray[np.float32]
 def test_a_correct_folder_agrees_with_its_source(tmp_path: Path, dtype: str, smooth: bool) -> None:
     """Catches a comparison that mistakes smoothing, or rounding to the folder's dtype, for damage."""
     content = make_content(dtype=dtype, smooth=smooth)
-    report = verify_folder(content.write(tmp_path / "out"), model_path=content.write_source(tmp_path / "float"))
-    assert texts(report) == ""
-    assert report.examined["float weights"] == len(content.source)
-    assert 40 < report.facts["weights furthest from float"][0]["SQNR dB"] < 48  # eight bits of normal weights
+    result = verify_folder(content.write(tmp_path / "out"), model_path=content.write_source(tmp_path / "float"))
+    assert texts(result) == ""
+    assert result.examined["float weights"] == len(content.source)
+    assert 40 < result.facts["weights furthest from float"][0]["SQNR dB"] < 48  # eight bits of normal weights
 
 
 # ---- rules that no single byte breaks --------------------------------------------------------------------------------
@@ -57,19 +57,19 @@ def test_channels_that_make_no_sense_are_named(
     """Catches a dead or clipped channel passed over because scales and sums still fit."""
     content = make_content()
     set_integers(content, PROJ, change(integers(content, PROJ)))
-    report = verify_folder(content.write(tmp_path / "out"))
-    warned = [f"[{it.check}] {it.where}: {it.what}" for it in report.warnings]
+    result = verify_folder(content.write(tmp_path / "out"))
+    warned = [f"[{it.check}] {it.where}: {it.what}" for it in result.warnings]
     named = f"[integers] {PROJ}.weight: {expected}"
-    assert named in texts(report) or named in warned
+    assert named in texts(result) or named in warned
 
 
 def test_a_poorly_used_range_is_a_warning(tmp_path: Path) -> None:
     """Catches exit code 1 for a folder that loads and is merely coarse, and silence about it."""
     content = make_content()
     set_integers(content, PROJ, integers(content, PROJ) // 2)
-    report = verify_folder(content.write(tmp_path / "out"))
-    assert report.ok
-    assert "do not use their range: the largest integer is 63" in report.warnings[0].what
+    result = verify_folder(content.write(tmp_path / "out"))
+    assert result.ok
+    assert "do not use their range: the largest integer is 63" in result.warnings[0].what
 
 
 def test_a_channel_of_zero_float_weights_is_no_fault(tmp_path: Path) -> None:
@@ -86,9 +86,9 @@ def test_a_channel_of_zero_float_weights_is_no_fault(tmp_path: Path) -> None:
     quant_bias[4] = 0
     content.tensors[f"{PROJ}.quant_bias"] = stored(quant_bias, "I32")
     set_integers(content, PROJ, row(4, 0)(integers(content, PROJ)))
-    report = verify_folder(content.write(tmp_path / "out"))
-    assert texts(report) == ""
-    assert "channels 4 have no weights" in report.warnings[0].what
+    result = verify_folder(content.write(tmp_path / "out"))
+    assert texts(result) == ""
+    assert "channels 4 have no weights" in result.warnings[0].what
 
 
 def test_members_of_a_group_share_their_input_scale(tmp_path: Path) -> None:
@@ -105,9 +105,9 @@ def test_members_of_a_group_share_their_input_scale(tmp_path: Path) -> None:
     content.tensors[f"{layer}.deq_scale"] = stored(deq_scale, "F32")
     exact = bits.view(np.float32).astype(np.float64) / deq_scale.astype(np.float64) + 7 * sums
     content.tensors[f"{layer}.quant_bias"] = stored(np.rint(exact), "I32")
-    report = verify_folder(content.write(tmp_path / "out"))
-    assert [finding.check for finding in report.findings] == ["groups"]
-    assert "k_proj has input_scale 0.5" in texts(report)
+    result = verify_folder(content.write(tmp_path / "out"))
+    assert [finding.check for finding in result.faults] == ["groups"]
+    assert "k_proj has input_scale 0.5" in texts(result)
 
 
 @pytest.mark.parametrize("value", [0.5, 128.0, -129.0, np.nan])
@@ -184,18 +184,18 @@ def test_a_fold_that_does_not_cancel_is_named(tmp_path: Path) -> None:
     factor[[3, 9]] = 1.25
     content = make_content()
     scale_stored(content, f"{LAYER}.post_attention_layernorm.weight", factor)
-    report = verify_folder(content.write(tmp_path / "norm"), model_path=source)
-    assert f"{LAYER}.post_attention_layernorm.weight: channels 3, 9: stored" in texts(report)
+    result = verify_folder(content.write(tmp_path / "norm"), model_path=source)
+    assert f"{LAYER}.post_attention_layernorm.weight: channels 3, 9: stored" in texts(result)
     content = make_content()
     factor = np.ones(96, np.float32)
     factor[[3, 9]] = 1.25
     scale_stored(content, f"{LAYER}.mlp.down_proj.weight", factor)
-    report = verify_folder(content.write(tmp_path / "down"), model_path=source)
-    assert f"{LAYER}.mlp.down_proj.weight: channels 3, 9: columns are scaled by" in texts(report)
+    result = verify_folder(content.write(tmp_path / "down"), model_path=source)
+    assert f"{LAYER}.mlp.down_proj.weight: channels 3, 9: columns are scaled by" in texts(result)
     content = make_content()
     content.tensors[f"{UP}.weight"] = stored(np.roll(integers(content, UP), 1, axis=1), "I8")
-    report = verify_folder(content.write(tmp_path / "rolled"), model_path=source)
-    assert f"[float weights] {UP}.weight: SQNR against the float weight is" in texts(report)
+    result = verify_folder(content.write(tmp_path / "rolled"), model_path=source)
+    assert f"[float weights] {UP}.weight: SQNR against the float weight is" in texts(result)
 
 
 def test_better_rounding_than_the_nearest_is_no_damage(tmp_path: Path) -> None:
@@ -207,8 +207,8 @@ def test_better_rounding_than_the_nearest_is_no_damage(tmp_path: Path) -> None:
     source = content.write_source(tmp_path / "float")
     assert texts(verify_folder(content.write(tmp_path / "out"), model_path=source)) == ""
     content.tensors[f"{PROJ}.weight"].flip(100, 0x40)
-    report = verify_folder(content.write(tmp_path / "damaged"), model_path=source)
-    assert f"{PROJ}.weight: 1 of 1024 weights do not follow from the float weight, first at [3, 4]" in texts(report)
+    result = verify_folder(content.write(tmp_path / "damaged"), model_path=source)
+    assert f"{PROJ}.weight: 1 of 1024 weights do not follow from the float weight, first at [3, 4]" in texts(result)
 
 
 def test_clipped_weights_are_no_damage(tmp_path: Path) -> None:
@@ -234,9 +234,9 @@ def test_another_models_checkpoint_is_noticed(tmp_path: Path) -> None:
     folder = content.write(tmp_path / "out")
     del content.source["model.layers.1.mlp.down_proj.weight"]
     content.source["lm_head.weight"].shape = [64, 48]
-    report = verify_folder(folder, model_path=content.write_source(tmp_path / "float"))
-    assert "model.layers.1.mlp.down_proj.weight: the float checkpoint has no such tensor here" in texts(report)
-    assert "lm_head.weight: the float checkpoint has BF16 [64, 48] here" in texts(report)
+    result = verify_folder(folder, model_path=content.write_source(tmp_path / "float"))
+    assert "model.layers.1.mlp.down_proj.weight: the float checkpoint has no such tensor here" in texts(result)
+    assert "lm_head.weight: the float checkpoint has BF16 [64, 48] here" in texts(result)
 
 
 def test_newer_names_in_the_float_checkpoint_are_read(tmp_path: Path) -> None:
@@ -247,8 +247,8 @@ def test_newer_names_in_the_float_checkpoint_are_read(tmp_path: Path) -> None:
         new = f"model.{name}" if name.startswith("visual.") else name.replace("model.", "model.language_model.", 1)
         renamed[new if not name.startswith("lm_head") else name] = tensor
     content.source = renamed
-    report = verify_folder(content.write(tmp_path / "out"), model_path=content.write_source(tmp_path / "float"))
-    assert texts(report) == ""
+    result = verify_folder(content.write(tmp_path / "out"), model_path=content.write_source(tmp_path / "float"))
+    assert texts(result) == ""
 
 
 def test_a_damaged_float_checkpoint_is_the_users_mistake(tmp_path: Path) -> None:

@@ -37,13 +37,13 @@ def test_every_correct_folder_passes(
     """Catches any rule that refuses a right scheme, layout or dtype, and a wrong promise of who loads it."""
     content = make_content(dtype=dtype, tied=tied, **options)
     folder, source = content.write(tmp_path / "out"), content.write_source(tmp_path / "float")
-    report = verify_folder(folder, model_path=source)
-    assert texts(report) == ""
+    result = verify_folder(folder, model_path=source)
+    assert texts(result) == ""
     loads_in = in_bfloat16 if dtype == "bfloat16" else in_float16
-    assert report.facts["loads in"] == loads_in
-    assert [warning.what for warning in report.warnings] == (["no version loads it"] if loads_in == NONE else [])
-    assert report.examined["float weights"] == len(content.source)
-    assert report.facts.get("group size") == (64 if options.get("scheme") == "W4A8_DYNAMIC" else None)
+    assert result.facts["loads in"] == loads_in
+    assert [warning.what for warning in result.warnings] == (["no version loads it"] if loads_in == NONE else [])
+    assert result.examined["float weights"] == len(content.source)
+    assert result.facts.get("group size") == (64 if options.get("scheme") == "W4A8_DYNAMIC" else None)
 
 
 @pytest.mark.parametrize(
@@ -67,19 +67,19 @@ def test_a_named_engine_must_load_the_folder(
     tmp_path: Path, options: dict[str, Any], engine: str, expected: str
 ) -> None:
     """Catches exit code 0 for a folder that the very engine which the user named refuses, and the other way round."""
-    report = verify_folder(make_content(**options).write(tmp_path / "out"), engine=engine)
-    assert (expected in texts(report)) if expected else (texts(report) == "")
-    assert report.engine == engine
+    result = verify_folder(make_content(**options).write(tmp_path / "out"), engine=engine)
+    assert (expected in texts(result)) if expected else (texts(result) == "")
+    assert result.engine == engine
 
 
 def test_what_no_version_loads_has_no_further_rules(tmp_path: Path) -> None:
     """Catches faults about MindIE's vision tower in a folder of 4 bits, where a layer's inputs made no whole groups: it
     is W8A8_DYNAMIC there, and no version loads the folder anyway."""
     content = make_content(scheme="W4A8_DYNAMIC", mindie=True, wide={"hidden_size": 96}, group_size=64)
-    report = verify_folder(content.write(tmp_path / "out"))
-    assert texts(report) == ""
-    assert report.facts["layers per scheme"]["W8A8_DYNAMIC"] > 0
-    assert [warning.what for warning in report.warnings] == ["no version loads it"]
+    result = verify_folder(content.write(tmp_path / "out"))
+    assert texts(result) == ""
+    assert result.facts["layers per scheme"]["W8A8_DYNAMIC"] > 0
+    assert [warning.what for warning in result.warnings] == ["no version loads it"]
 
 
 def test_lm_head_in_integers_is_never_right(tmp_path: Path) -> None:
@@ -93,9 +93,9 @@ def test_lm_head_in_integers_is_never_right(tmp_path: Path) -> None:
 
 def test_a_slow_group_size_is_a_warning(tmp_path: Path) -> None:
     """Catches silence about groups for which the engine's kernels are not written."""
-    report = verify_folder(make_content(scheme="W4A8_DYNAMIC", group_size=32).write(tmp_path / "out"))
-    assert report.ok
-    assert [warning.what for warning in report.warnings] == ["group_size is 32"]
+    result = verify_folder(make_content(scheme="W4A8_DYNAMIC", group_size=32).write(tmp_path / "out"))
+    assert result.ok
+    assert [warning.what for warning in result.warnings] == ["group_size is 32"]
 
 
 GROUP_DAMAGES: dict[str, tuple[Change, str, str]] = {
@@ -145,20 +145,20 @@ def test_damaged_groups_are_named(tmp_path: Path, damage: str) -> None:
     change, check, named = GROUP_DAMAGES[damage]
     content = make_content(scheme="W4A8_DYNAMIC")
     change(content)
-    report = verify_folder(content.write(tmp_path / "out"))
-    assert any(finding.check == check and named in f"{finding.where} {finding.what}" for finding in report.findings), (
-        texts(report)
+    result = verify_folder(content.write(tmp_path / "out"))
+    assert any(finding.check == check and named in f"{finding.where} {finding.what}" for finding in result.faults), (
+        texts(result)
     )
 
 
 def test_outputs_that_the_int4_operator_does_not_take(tmp_path: Path) -> None:
     """Catches 4-bit layers whose outputs are no multiple of eight."""
     folder = make_content(scheme="W4A8_DYNAMIC", wide={"intermediate_size": 180}).write(tmp_path / "out")
-    report = verify_folder(folder)
-    assert {finding.where for finding in report.findings} == {
+    result = verify_folder(folder)
+    assert {finding.where for finding in result.faults} == {
         f"model.layers.{index}.mlp.{name}_proj" for index in range(2) for name in ("gate", "up")
     }
-    assert report.facts["loads in"] == NONE
+    assert result.facts["loads in"] == NONE
 
 
 LAYOUT_DAMAGES: dict[str, tuple[dict[str, Any], Callable[[Path], object], str]] = {
@@ -201,9 +201,9 @@ def test_permissions_of_a_folder_for_both_are_a_warning(tmp_path: Path) -> None:
     """Catches exit code 1 for a mode that only one of the two engines minds, and that a copy changes anyway."""
     folder = make_content(both=True).write(tmp_path / "out")
     (folder / "config.json").chmod(0o666)
-    report = verify_folder(folder)
-    assert report.ok
-    assert [warning.where for warning in report.warnings] == ["config.json"]
+    result = verify_folder(folder)
+    assert result.ok
+    assert [warning.where for warning in result.warnings] == ["config.json"]
 
 
 def test_4_bits_beyond_4_bits(tmp_path: Path) -> None:

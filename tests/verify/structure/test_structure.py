@@ -18,12 +18,12 @@ def test_a_correct_folder_passes(tmp_path: Path, dtype: str, tied: bool, both: b
     """Catches any rule that refuses what both engines load."""
     content = make_content(dtype=dtype, tied=tied, both=both)
     content.parts = parts
-    report = verify_folder(content.write(tmp_path / "out"))
-    assert (texts(report), report.ok, report.warnings) == ("", True, [])
+    result = verify_folder(content.write(tmp_path / "out"))
+    assert (texts(result), result.ok, result.warnings) == ("", True, [])
     engines = ["vLLM Ascend 0.10.2rc2 and later", "MindIE 2.2.RC1 and later"]
-    assert report.facts["loads in"] == engines[: 2 if both else 1]
-    assert report.engine == ("both" if both else "vllm-ascend")
-    assert report.examined["tensors"] == len(content.tensors)
+    assert result.facts["loads in"] == engines[: 2 if both else 1]
+    assert result.engine == ("both" if both else "vllm-ascend")
+    assert result.examined["tensors"] == len(content.tensors)
 
 
 # ---- damage to the content: what is done -> the check that must fail, and what it must name ----------------------
@@ -110,9 +110,9 @@ def test_damaged_content_is_named(tmp_path: Path, damage: str) -> None:
     change, check, named = CONTENT_DAMAGES[damage]
     content = make_content()
     change(content)
-    report = verify_folder(content.write(tmp_path / "out"))
-    assert any(finding.check == check and named in f"{finding.where} {finding.what}" for finding in report.findings), (
-        texts(report)
+    result = verify_folder(content.write(tmp_path / "out"))
+    assert any(finding.check == check and named in f"{finding.where} {finding.what}" for finding in result.faults), (
+        texts(result)
     )
 
 
@@ -144,9 +144,9 @@ def test_a_norm_bias_must_be_one_that_vllm_ascend_applies(tmp_path: Path) -> Non
     """Catches a folded shift that vLLM Ascend drops silently because no description key contains norm.bias."""
     content = make_content()
     add(content, "visual.blocks.0.norm1.bias", np.zeros(32), "BF16")
-    report = verify_folder(content.write(tmp_path / "vision"))
-    assert texts(report) == "[engine rules] visual.blocks.0.norm1.bias: this bias would be dropped"
-    assert report.facts["loads in"] == ["no known engine version"]
+    result = verify_folder(content.write(tmp_path / "vision"))
+    assert texts(result) == "[engine rules] visual.blocks.0.norm1.bias: this bias would be dropped"
+    assert result.facts["loads in"] == ["no known engine version"]
     add(content, f"{INPUT_NORM}.bias", np.zeros(64), "BF16")
     assert verify_folder(content.write(tmp_path / "both")).ok
 
@@ -195,5 +195,5 @@ def test_one_folder_for_both_has_no_norm_bias(tmp_path: Path) -> None:
     assert f"{INPUT_NORM}.module.weight is missing" in texts(verify_folder(folder))
     assert texts(verify_folder(folder, engine="vllm-ascend")) == ""
     add(content, f"{INPUT_NORM}.module.bias", np.zeros(64), "BF16")
-    report = verify_folder(content.write(tmp_path / "repeated"), engine="vllm-ascend")
-    assert f"{INPUT_NORM}.module.bias: this tensor does not belong to the model" in texts(report)
+    result = verify_folder(content.write(tmp_path / "repeated"), engine="vllm-ascend")
+    assert f"{INPUT_NORM}.module.bias: this tensor does not belong to the model" in texts(result)

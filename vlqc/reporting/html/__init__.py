@@ -12,7 +12,7 @@ from vlqc.reporting.html.timings import Timings
 from vlqc.reporting.html.verification import read_verification
 from vlqc.targets.advice import serve_commands
 from vlqc.targets.versions import loads
-from vlqc.verify.findings import Report
+from vlqc.verify.findings import VerificationResult
 from vlqc.verify.folder.contents import MANIFEST, FolderFiles, open_folder
 
 __all__ = ["report_text", "write_report"]
@@ -49,7 +49,7 @@ def write_report(
 def report_text(folder: Path, *, timings: str | Path | None = None, verification: str | Path | None = None) -> str:
     """The page: the same text for the same files, wherever they lie."""
     facts = read_facts(folder)
-    content = open_folder(folder, Report(str(folder)))
+    content = open_folder(folder, VerificationResult(str(folder)))
     times = None if timings is None else timings_of(Path(timings), facts)
     verified = None if verification is None else read_verification(Path(verification))
     for path, told in ((timings, times), (verification, verified)):

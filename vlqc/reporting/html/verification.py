@@ -6,7 +6,7 @@ from typing import Any
 
 from vlqc.errors import Fault, UserError
 from vlqc.files import json_value, ordinary_bytes
-from vlqc.verify.findings import LOCATED
+from vlqc.verify.findings import RANKING
 
 LOGITS = "logits against float"
 SHARE = "share %"
@@ -54,7 +54,7 @@ def _read(content: dict[str, Any]) -> Verification:
     if lacking := [key for key in ("ok", "engine", "facts") if key not in content]:
         raise ValueError(f"it does not say {lacking[0]!r}")
     facts = content["facts"]
-    rows = facts.get(LOCATED)
+    rows = facts.get(RANKING)
     return Verification(
         ok=content["ok"] is True,
         engine=str(content["engine"]),

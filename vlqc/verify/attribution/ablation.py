@@ -33,7 +33,7 @@ from vlqc.verify.attribution.variants import (
     choose_samples,
     find_groups,
 )
-from vlqc.verify.findings import Report
+from vlqc.verify.findings import VerificationResult
 from vlqc.verify.structure.expected import ExpectedModel
 from vlqc.verify.structure.structure import CompiledFolder
 
@@ -49,7 +49,7 @@ def locate_drop(
     model_path: Path,
     samples: Sequence[dict[str, Tensor]],
     tokens: int,
-    report: Report,
+    result: VerificationResult,
     progress: Callable[[str], None] | None = None,
     trust_remote_code: bool = False,
 ) -> None:
@@ -66,15 +66,15 @@ def locate_drop(
     numbers = choose_samples(samples, tokens)
     groups = find_groups(model, content.schemes)
     if not groups:
-        report.facts["located"] = "nothing in this folder is quantized"
+        result.facts["located"] = "nothing in this folder is quantized"
         return
     work = _Work(model, expected, groups, [samples[number] for number in numbers], DTYPES[content.glue])
     plan = work.plan()
     if progress is not None:
         progress(plan)
     located = work.run(FolderStages(content.files.path, trust_remote_code=trust_remote_code), progress)
-    report.facts["located on"] = f"{len(numbers)} of {len(samples)} samples; {plan}"
-    report_ranking(located, content, report)
+    result.facts["located on"] = f"{len(numbers)} of {len(samples)} samples; {plan}"
+    report_ranking(located, content, result)
 
 
 class _Work:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from vlqc.targets.engines import VLLM_ASCEND as WIDEST  # the engine that runs most schemes
 from vlqc.targets.engines import Scheme, Target, fused_group, group_faults, legal_schemes, parse_target
 from vlqc.verify.attribution.group_error import EIGHT_BITS, PER_TOKEN, SMALL_GROUPS, SMOOTHED, TIGHTER, WIDER, Measured
-from vlqc.verify.findings import Finding, Report
+from vlqc.verify.findings import Finding, VerificationResult
 
 LOCATE = "locate"
 WORTH = 0.5  # dB by which a group's own error has to fall for an option to be named
@@ -18,7 +18,7 @@ OUTLIERS = 8.0  # times the median channel: what smoothing should have made smal
 
 
 def advise(
-    report: Report,
+    result: VerificationResult,
     rank: int,
     row: Mapping[str, object],
     layers: Sequence[str],
@@ -34,9 +34,9 @@ def advise(
         f"{rank}. {row['group']} ({scheme}): {row['share %']} % of the logits' error; in float the logits gain "
         f"{row['gain dB']} dB"
     )
-    options = _measured_options(layers, scheme, parse_target(report.engine), found)
-    options.append(_exclusion(row, layers, schemes, parse_target(report.engine)))
-    report.advice.append(Finding(LOCATE, str(row["group"]), what, "; ".join(_facts(found, scheme)), "; ".join(options)))
+    options = _measured_options(layers, scheme, parse_target(result.engine), found)
+    options.append(_exclusion(row, layers, schemes, parse_target(result.engine)))
+    result.advice.append(Finding(LOCATE, str(row["group"]), what, "; ".join(_facts(found, scheme)), "; ".join(options)))
 
 
 def _facts(found: Measured, scheme: Scheme) -> list[str]:

@@ -7,7 +7,7 @@ from vlqc.ir.stage import MODALITIES
 from vlqc.verify.accuracy import Noise
 from vlqc.verify.attribution.advice import LOCATE, advise
 from vlqc.verify.attribution.variants import Group, Located, ModalityNoise
-from vlqc.verify.findings import LOCATED, Report
+from vlqc.verify.findings import RANKING, VerificationResult
 from vlqc.verify.structure.structure import CompiledFolder
 
 ADVISED = 3  # groups that something is said about
@@ -15,35 +15,35 @@ INTERACTION = (0.8, 1.25)  # sum of the single groups' noise over the whole nois
 MIB = 1 << 20
 
 
-def report_ranking(located: Located, content: CompiledFolder, report: Report) -> None:
+def report_ranking(located: Located, content: CompiledFolder, result: VerificationResult) -> None:
     """Facts and advice into the report. Groups are ranked by the error that each makes alone."""
     signal, whole, groups = located.signal, located.whole, located.groups
     ranked = sorted(groups, key=lambda group: -groups[group].alone.total)  # stable: equal ones in the model's order
     by_gain = sorted(groups, key=lambda group: groups[group].without.total)
     alone = sum(noise.alone.total for noise in groups.values())
-    report.look(LOCATE, len(groups))
-    report.facts["located"] = {
+    result.add_examined(LOCATE, len(groups))
+    result.facts["located"] = {
         "all quantized dB": _sqnr(signal.total, whole.total),
         **_by_modality(signal, whole),
         "without the groups' rounding dB": _sqnr(signal.total, located.folded.total),
         "sum of shares %": _share(alone, whole.total),
     }
     if whole.total > 0 and not INTERACTION[0] <= alone / whole.total <= INTERACTION[1]:
-        report.facts["interaction"] = (
+        result.facts["interaction"] = (
             f"one by one the groups make {_share(alone, whole.total)} % of the error that they make together: errors "
             f"{'add to' if alone < whole.total else 'cancel'} each other, so trust gains in float more than shares"
         )
-    report.facts["in the table"] = (
+    result.facts["in the table"] = (
         "alone, text, image: logits of the float model with only this group quantized; share: of the folder's error; "
         "gain: of the folder's logits with only this group float; inputs: share of its own error that is not its "
         "weights'; MiB: what float would add"
     )
     rows = {group: _row(group, located, content) for group in ranked}
-    report.facts[LOCATED] = [row | {"gain rank": by_gain.index(group) + 1} for group, row in rows.items()]
+    result.facts[RANKING] = [row | {"gain rank": by_gain.index(group) + 1} for group, row in rows.items()]
     for rank, group in enumerate(ranked[:ADVISED], 1):
         measured = groups[group].measured
         if measured is not None and groups[group].alone.total > 0:
-            advise(report, rank, rows[group], group.layers, content.schemes, measured)
+            advise(result, rank, rows[group], group.layers, content.schemes, measured)
 
 
 def _row(group: Group, located: Located, content: CompiledFolder) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from vlqc.errors import Fault, UserError
 from vlqc.targets.engines import Scheme
-from vlqc.verify.findings import Report, listed
+from vlqc.verify.findings import VerificationResult, format_list
 from vlqc.verify.float_match.scale_fit import NOISE, fit_columns, fit_rows, misfits
 from vlqc.verify.float_match.weight_pair import SIGMAS, ULP, Scales, WeightPair
 from vlqc.verify.folder.reader import FLOATS, Array, StoredTensor, read_header, read_json, round_to
@@ -27,12 +27,12 @@ INDEX = "model.safetensors.index.json"
 STEP_AT_ZERO = {"BF16": 2.0**-133, "F16": 2.0**-24}  # how far the smallest numbers are from each other
 
 
-def check_against_source(folder: CompiledFolder, model_path: Path, report: Report) -> None:
+def check_against_source(folder: CompiledFolder, model_path: Path, result: VerificationResult) -> None:
     """Findings for every tensor that does not follow from the float checkpoint. UserError: that is no checkpoint."""
     if folder.model is None or not folder.sizes_are_stored:
         return
     with np.errstate(all="ignore"):  # damaged values are reported, not warned about
-        _Comparison(folder, folder.model, open_source(model_path), report).run()
+        _Comparison(folder, folder.model, open_source(model_path), result).run()
 
 
 def open_source(model_path: Path) -> dict[str, StoredTensor]:
@@ -65,9 +65,9 @@ class _Comparison:
     """One folder, one source; each method compares one kind of thing and reports."""
 
     def __init__(
-        self, folder: CompiledFolder, model: ExpectedModel, source: dict[str, StoredTensor], report: Report
+        self, folder: CompiledFolder, model: ExpectedModel, source: dict[str, StoredTensor], result: VerificationResult
     ) -> None:
-        self.folder, self.model, self.source, self.report = folder, model, source, report
+        self.folder, self.model, self.source, self.result = folder, model, source, result
         self.sqnr: dict[str, float] = {}
         self.compared: set[str] = set()
 
@@ -82,7 +82,7 @@ class _Comparison:
         if "lm_head" in self.model.linears:
             self.same("lm_head.weight")
         worst = sorted(self.sqnr.items(), key=lambda item: item[1])[:5]
-        self.report.facts["weights furthest from float"] = [
+        self.result.facts["weights furthest from float"] = [
             {"layer": layer, "SQNR dB": round(value, 2)} for layer, value in worst
         ]
 
@@ -139,9 +139,11 @@ class _Comparison:
             return None  # reported as missing or misshapen already
         if source is None or source.shape != (shape or stored.shape) or source.dtype not in FLOATS:
             has = f"{source.dtype} {list(source.shape)}" if source else "no such tensor"
-            self.report.fault(CHECK, name, f"the float checkpoint has {has} here", "", "is it the right checkpoint?")
+            self.result.add_fault(
+                CHECK, name, f"the float checkpoint has {has} here", "", "is it the right checkpoint?"
+            )
             return None
-        self.report.look(CHECK, int(name not in self.compared))
+        self.result.add_examined(CHECK, int(name not in self.compared))
         self.compared.add(name)
         return source, stored
 
@@ -175,7 +177,9 @@ class _Comparison:
             count += len(wrong)
         if count:
             why = "nothing may change this tensor but its dtype"
-            self.report.fault(CHECK, name, f"{count} values differ from the float checkpoint, first at {first}", why)
+            self.result.add_fault(
+                CHECK, name, f"{count} values differ from the float checkpoint, first at {first}", why
+            )
 
     def columns_behind(self, norm: str, parts: list[tuple[str, int | None]]) -> Scales:
         """Fit the input scales of a norm's consumers and hold the stored norm to them: norm * columns = source."""
@@ -194,11 +198,11 @@ class _Comparison:
         if wrong.size:
             first = int(wrong[0])
             what = (
-                f"channels {listed(np.unique(wrong))}: stored {stored[first]:.6g}, but the columns of "
-                f"{listed(consumers_of_norm(norm))} took {source[first] / columns.values[first]:.6g} for granted"
+                f"channels {format_list(np.unique(wrong))}: stored {stored[first]:.6g}, but the columns of "
+                f"{format_list(consumers_of_norm(norm))} took {source[first] / columns.values[first]:.6g} for granted"
             )
             why = "norm and consumers must cancel, or the model computes something else"
-            self.report.fault(CHECK, f"{norm}.weight", what, why)
+            self.result.add_fault(CHECK, f"{norm}.weight", what, why)
         return columns
 
     def rows_of(self, layer: str, begin: int, columns: Scales) -> Scales:
@@ -216,11 +220,11 @@ class _Comparison:
         if wrong.size:
             first = int(wrong[0])
             what = (
-                f"channels {listed(wrong)}: columns are scaled by {columns.values[first]:.6g}, "
+                f"channels {format_list(wrong)}: columns are scaled by {columns.values[first]:.6g}, "
                 f"the rows of {producer_layer} by {producer[first]:.6g}"
             )
             why = "the two must cancel, or the model computes something else"
-            self.report.fault(CHECK, f"{layer}.weight", what, why)
+            self.result.add_fault(CHECK, f"{layer}.weight", what, why)
         self.weight(layer, None, columns)
 
     def weight(self, layer: str, rows: Scales | None, columns: Scales, *, exact: bool = False) -> None:
@@ -245,16 +249,18 @@ class _Comparison:
         count, first = (found.gross, found.first_gross) if found.other_rounding else (found.count, found.first)
         if found.sqnr < BROKEN_WEIGHTS[pair.bits]:
             what = f"SQNR against the float weight is {found.sqnr:.1f} dB"
-            self.report.fault(CHECK, name, what, "this is not the float checkpoint's matrix", "is it the right one?")
+            self.result.add_fault(
+                CHECK, name, what, "this is not the float checkpoint's matrix", "is it the right one?"
+            )
         elif count:
             what = f"{count} of {found.total} weights do not follow from the float weight, first at {list(first or ())}"
             why = "they are further from it than rounding and the layer's channel scales explain"
-            self.report.fault(CHECK, name, what, why, "copy the folder again, or compile again")
+            self.result.add_fault(CHECK, name, what, why, "copy the folder again, or compile again")
         elif found.scaled:
             row, group, factor = found.scaled[0]
             where = f"row {row}" if pair.scale is None or pair.scale.shape[1] == 1 else f"group {group} of row {row}"
             what = f"{where} is {factor:.4g} times what its scale says ({len(found.scaled)} in all)"
-            self.report.fault(CHECK, name, what, "weight or weight_scale is damaged", "compile again")
+            self.result.add_fault(CHECK, name, what, "weight or weight_scale is damaged", "compile again")
 
     def bias(self, layer: str, rows: Scales | None) -> None:
         """A bias takes its rows' scales."""
@@ -310,5 +316,7 @@ class _Comparison:
         wrong = np.flatnonzero((distance != 0) & ~(distance <= allowed))
         if wrong.size:
             first = int(wrong[0])
-            what = f"channels {listed(wrong)}: stored {stored[first]:.6g}, the float layer has {expected[first]:.6g}"
-            self.report.fault(CHECK, name, what, why)
+            what = (
+                f"channels {format_list(wrong)}: stored {stored[first]:.6g}, the float layer has {expected[first]:.6g}"
+            )
+            self.result.add_fault(CHECK, name, what, why)

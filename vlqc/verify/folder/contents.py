@@ -8,7 +8,7 @@ from typing import Any
 
 from vlqc.errors import Fault, UserError
 from vlqc.targets.engines import MINDIE, VLLM_ASCEND
-from vlqc.verify.findings import Report, listed
+from vlqc.verify.findings import VerificationResult, format_list
 from vlqc.verify.folder.reader import StoredTensor, json_in, read_header, read_json
 
 WEIGHT_FILE = re.compile(r"quant_model_weight_(?P<type>.+?)(-(?P<number>\d{5})-of-(?P<total>\d{5}))?\.safetensors")
@@ -38,7 +38,7 @@ class FolderFiles:
     config: dict[str, Any] = field(default_factory=dict)
 
 
-def open_folder(path: Path, report: Report) -> FolderFiles:
+def open_folder(path: Path, result: VerificationResult) -> FolderFiles:
     """Folder -> what is in it, with a finding for every file that cannot be read. UserError: not a compiled folder."""
     names = _names(path)
     mindie = sorted(name for name in names if MINDIE_DESCRIPTION.fullmatch(name))
@@ -59,16 +59,16 @@ def open_folder(path: Path, report: Report) -> FolderFiles:
     if mindie and folder.layout == MINDIE:
         folder.description_name = mindie[0]
     for check, name in (("description", folder.description_name), ("config", "config.json")):
-        report.look(check)
+        result.add_examined(check)
         content, trouble = read_json(path / name) if name in names else (None, "is missing")
         if content is None:
-            report.fault(check, name, f"{name} {trouble}", "engines read it before anything else", "compile again")
+            result.add_fault(check, name, f"{name} {trouble}", "engines read it before anything else", "compile again")
         elif check == "config":
             folder.config = content
         else:
             folder.description = content
     for file in folder.weights:
-        _open_weights(file, folder.tensors, report)
+        _open_weights(file, folder.tensors, result)
     return folder
 
 
@@ -80,13 +80,13 @@ def _names(path: Path) -> list[str]:
         raise UserError(Fault(f"cannot read the folder {path}", str(path), reason, "give an existing folder")) from None
 
 
-def _open_weights(file: Path, tensors: dict[str, StoredTensor], report: Report) -> None:
+def _open_weights(file: Path, tensors: dict[str, StoredTensor], result: VerificationResult) -> None:
     found, metadata, troubles = read_header(file)
-    report.look("files")
+    result.add_examined("files")
     for trouble in troubles:
-        report.fault("files", file.name, trouble, "the file is damaged", "copy the folder again, or compile again")
+        result.add_fault("files", file.name, trouble, "the file is damaged", "copy the folder again, or compile again")
     if not troubles and metadata.get("format") != "pt":
-        report.fault(
+        result.add_fault(
             "files",
             file.name,
             f'its metadata says format {metadata.get("format")!r}, not "pt"',
@@ -94,7 +94,7 @@ def _open_weights(file: Path, tensors: dict[str, StoredTensor], report: Report) 
         )
     for name, tensor in found.items():
         if name in tensors:
-            report.fault(
+            result.add_fault(
                 "files",
                 file.name,
                 f"tensor {name!r} is also in {tensors[name].file.name}",
@@ -103,15 +103,15 @@ def _open_weights(file: Path, tensors: dict[str, StoredTensor], report: Report) 
         tensors[name] = tensor
 
 
-def check_files(folder: FolderFiles, type_name: str, report: Report) -> None:
+def check_files(folder: FolderFiles, type_name: str, result: VerificationResult) -> None:
     """Names of weight files against the folder's type (lower case, e.g. "w8a8"), stray files, index, side files."""
     names = _names(folder.path)
-    report.look("files", len(names))
+    result.add_examined("files", len(names))
     known = {file.name for file in folder.weights}
     for name in names:
         stray_index = name.endswith(".safetensors.index.json") and name != _index_name(type_name)
         if (name.endswith(".safetensors") and name not in known) or stray_index:
-            report.fault(
+            result.add_fault(
                 "files",
                 name,
                 f"{name} does not belong here",
@@ -120,17 +120,19 @@ def check_files(folder: FolderFiles, type_name: str, report: Report) -> None:
                 "remove it",
             )
     if not folder.weights:
-        report.fault("files", str(folder.path), "there is no quant_model_weight_*.safetensors", "", "compile again")
+        result.add_fault("files", str(folder.path), "there is no quant_model_weight_*.safetensors", "", "compile again")
     for name in sorted(known):
         match = WEIGHT_FILE.fullmatch(name)
         if match and match["type"] != type_name:
             expected = name.replace(match["type"], type_name, 1)
-            report.fault("files", name, f"a folder of type {type_name} names this file {expected}", "", "compile again")
-    _check_numbers(sorted(known), report)
-    _check_index(folder, type_name, report)
+            result.add_fault(
+                "files", name, f"a folder of type {type_name} names this file {expected}", "", "compile again"
+            )
+    _check_numbers(sorted(known), result)
+    _check_index(folder, type_name, result)
     for title, choices in SIDE_FILES:
         if not any(choice in names for choice in choices):
-            report.warn(
+            result.add_warning(
                 "files",
                 title,
                 f"{title} is missing",
@@ -139,19 +141,19 @@ def check_files(folder: FolderFiles, type_name: str, report: Report) -> None:
             )
 
 
-def check_side_files(folder: FolderFiles, report: Report) -> None:
+def check_side_files(folder: FolderFiles, result: VerificationResult) -> None:
     """Every other JSON file of a folder: engines read them when they start, long after it was copied."""
     for name in _names(folder.path):
         ours = name in (MANIFEST, "config.json", folder.description_name) or name.endswith(".safetensors.index.json")
         if not name.endswith(".json") or ours:  # those are looked at, each in its check
             continue
-        report.look("files")
+        result.add_examined("files")
         if trouble := json_in(folder.path / name)[1]:
             why, fix = "what serves the folder could not read it either", "copy it from the float checkpoint"
-            report.fault("files", name, f"{name} {trouble}", why, fix)
+            result.add_fault("files", name, f"{name} {trouble}", why, fix)
 
 
-def _check_numbers(names: list[str], report: Report) -> None:
+def _check_numbers(names: list[str], result: VerificationResult) -> None:
     """-0000i-of-0000K: all of one K, numbers 1 to K complete; no unnumbered file beside them."""
     matches = [match for name in names if (match := WEIGHT_FILE.fullmatch(name))]
     numbered = [match for match in matches if match["number"]]
@@ -159,13 +161,13 @@ def _check_numbers(names: list[str], report: Report) -> None:
     totals = {int(match["total"]) for match in numbered}
     numbers = [int(match["number"]) for match in numbered]
     if len(unnumbered) > 1 or (unnumbered and numbered) or len(totals) > 1:
-        report.fault("files", listed(names), "these weight files do not belong together", "", "compile again")
+        result.add_fault("files", format_list(names), "these weight files do not belong together", "", "compile again")
     elif totals and numbers != list(range(1, max(totals) + 1)):
         missing = sorted(set(range(1, max(totals) + 1)) - set(numbers))
-        report.fault(
+        result.add_fault(
             "files",
-            listed(names),
-            f"weight files {listed(missing)} of {max(totals)} are missing",
+            format_list(names),
+            f"weight files {format_list(missing)} of {max(totals)} are missing",
             "vLLM Ascend does not notice: the layers in them would stay uninitialised",
             "copy the folder again",
         )
@@ -175,31 +177,31 @@ def _index_name(type_name: str) -> str:
     return f"quant_model_weight_{type_name}.safetensors.index.json"
 
 
-def _check_index(folder: FolderFiles, type_name: str, report: Report) -> None:
+def _check_index(folder: FolderFiles, type_name: str, result: VerificationResult) -> None:
     name = _index_name(type_name)
     if not (folder.path / name).exists():
         if len(folder.weights) > 1:
-            report.fault("index", name, f"{name} is missing", "several weight files need an index", "compile again")
+            result.add_fault("index", name, f"{name} is missing", "several weight files need an index", "compile again")
         return
     content, trouble = read_json(folder.path / name)
     if content is None:
-        report.fault("index", name, f"{name} {trouble}")
+        result.add_fault("index", name, f"{name} {trouble}")
         return
     placed = content.get("weight_map")
     if not isinstance(placed, Mapping):
-        report.fault("index", name, "it has no weight_map")
+        result.add_fault("index", name, "it has no weight_map")
         return
-    report.look("index", len(placed))
+    result.add_examined("index", len(placed))
     for tensor in sorted(folder.tensors.keys() | placed.keys()):
         stored = folder.tensors.get(tensor)
         if stored is None:
-            report.fault("index", name, f"it lists {tensor!r}, which no file contains")
+            result.add_fault("index", name, f"it lists {tensor!r}, which no file contains")
         elif tensor not in placed:
-            report.fault("index", name, f"it does not list {tensor!r}, which is in {stored.file.name}")
+            result.add_fault("index", name, f"it does not list {tensor!r}, which is in {stored.file.name}")
         elif placed[tensor] != stored.file.name:
-            report.fault("index", name, f"it places {tensor!r} in {placed[tensor]!r}; it is in {stored.file.name}")
+            result.add_fault("index", name, f"it places {tensor!r} in {placed[tensor]!r}; it is in {stored.file.name}")
     metadata = content.get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, Mapping) else None
     size = sum(tensor.nbytes for tensor in folder.tensors.values())
     if total != size:
-        report.fault("index", name, f"metadata.total_size is {total!r}; the tensors take {size} bytes")
+        result.add_fault("index", name, f"metadata.total_size is {total!r}; the tensors take {size} bytes")

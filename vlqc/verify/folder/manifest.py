@@ -9,7 +9,7 @@ from typing import Any
 
 from vlqc.file_digest import file_digest
 from vlqc.frontend.checkpoint.links import link_faults
-from vlqc.verify.findings import Report
+from vlqc.verify.findings import VerificationResult
 from vlqc.verify.folder.contents import MANIFEST
 from vlqc.verify.folder.reader import read_json
 
@@ -20,41 +20,43 @@ THREADS = 4
 AGAIN = "copy the folder again, or compile again"
 
 
-def check_manifest(folder: Path, report: Report, *, finished: bool = True) -> None:
+def check_manifest(folder: Path, result: VerificationResult, *, finished: bool = True) -> None:
     """Faults of a folder against its list of files. One without a list, from another tool, gets a note.
 
     finished: whether the folder stands at its place: the list is written last.
     """
     for fault in link_faults(folder):
-        report.fault(CHECK, Path(fault.where).name, fault.what.replace("checkpoint", "compiled"), fault.why, fault.fix)
+        result.add_fault(
+            CHECK, Path(fault.where).name, fault.what.replace("checkpoint", "compiled"), fault.why, fault.fix
+        )
     if finished and (folder / FACTS).is_file() and not (folder / MANIFEST).exists():
         why = f"vlqc has written this folder ({FACTS} says so), with a list of its files"
-        report.fault(CHECK, MANIFEST, f"{MANIFEST} is missing", why, AGAIN)
+        result.add_fault(CHECK, MANIFEST, f"{MANIFEST} is missing", why, AGAIN)
         return
     if not (folder / MANIFEST).is_file():
-        report.facts[CHECK] = f"no {MANIFEST}: nothing tells whether files changed since they were written"
+        result.facts[CHECK] = f"no {MANIFEST}: nothing tells whether files changed since they were written"
         return
-    listed = _listed(folder, report)
+    listed = _listed(folder, result)
     if listed is None:
         return
-    report.manifest = file_digest(folder / MANIFEST)
-    report.look(CHECK, len(listed))
+    result.manifest = file_digest(folder / MANIFEST)
+    result.add_examined(CHECK, len(listed))
     there = {path.name for path in folder.iterdir()} - {MANIFEST}
     for name in sorted(there - listed.keys()):
         why = "it was not there when the folder was written"
-        report.fault(CHECK, name, f"{name} is not in {MANIFEST}", why, "remove it")
+        result.add_fault(CHECK, name, f"{name} is not in {MANIFEST}", why, "remove it")
     for name in sorted(listed.keys() - there):
-        report.fault(CHECK, name, f"{name} is missing", f"{MANIFEST} lists it", AGAIN)
+        result.add_fault(CHECK, name, f"{name} is missing", f"{MANIFEST} lists it", AGAIN)
     names = sorted(listed.keys() & there)
     with ThreadPoolExecutor(THREADS) as pool:
         for name, trouble in zip(
             names, pool.map(lambda name: _trouble(folder / name, *listed[name]), names), strict=True
         ):
             if trouble:
-                report.fault(CHECK, name, f"{name} {trouble}", "its bytes are not those that were written", AGAIN)
+                result.add_fault(CHECK, name, f"{name} {trouble}", "its bytes are not those that were written", AGAIN)
 
 
-def _listed(folder: Path, report: Report) -> dict[str, tuple[int, str]] | None:
+def _listed(folder: Path, result: VerificationResult) -> dict[str, tuple[int, str]] | None:
     """File name -> (size, SHA-256); None, and a fault, if the list is damaged."""
     content, trouble = read_json(folder / MANIFEST)
     files: Any = None if content is None else content.get("files")
@@ -65,7 +67,7 @@ def _listed(folder: Path, report: Report) -> dict[str, tuple[int, str]] | None:
             if name in ("", ".", "..", MANIFEST) or "/" in name or "\\" in name or not _is_entry(entry):
                 trouble = f"is damaged at {name!r}"
     if trouble:
-        report.fault(CHECK, MANIFEST, f"{MANIFEST} {trouble}", "no file can be compared with it", AGAIN)
+        result.add_fault(CHECK, MANIFEST, f"{MANIFEST} {trouble}", "no file can be compared with it", AGAIN)
         return None
     return {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
 

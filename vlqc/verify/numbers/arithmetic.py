@@ -13,7 +13,7 @@ import numpy as np
 
 from vlqc.kernels_ref.matmul import CORRECTION_STEP
 from vlqc.targets.engines import Scheme, fused_group
-from vlqc.verify.findings import Report, listed
+from vlqc.verify.findings import VerificationResult, format_list
 from vlqc.verify.folder.reader import FLOATS, Array, StoredTensor, round_to
 from vlqc.verify.numbers.groups import check_scale_bias
 from vlqc.verify.numbers.integers import INT8_MAX, RowSums, StoredIntegers, check_integers, row_sums
@@ -26,33 +26,33 @@ SIGMAS = 5.0  # of errors that add up at random; none of a million values is fur
 ROUNDING_NOISE = SIGMAS * 0.29  # of a rounded integer, in steps
 
 
-def check_arithmetic(folder: CompiledFolder, report: Report) -> None:
+def check_arithmetic(folder: CompiledFolder, result: VerificationResult) -> None:
     """Findings for every value that is not finite, out of range, or not what the other tensors make it."""
-    report.look("finite", 0)
+    result.add_examined("finite", 0)
     for name, stored in folder.files.tensors.items():
         if name in folder.sound and stored.dtype in FLOATS:
-            _check_finite(stored, report)
+            _check_finite(stored, result)
     for layer, scheme in folder.schemes.items():
         if scheme != Scheme.FLOAT:
-            _check_layer(folder, layer, scheme, report)
+            _check_layer(folder, layer, scheme, result)
     if folder.model:
         for group in dict.fromkeys(fused_group(layer) for layer in folder.model.linears):
-            _check_group(folder, group, report)
+            _check_group(folder, group, result)
         for norm in folder.model.norms:
-            _check_shift(folder, norm, report)
+            _check_shift(folder, norm, result)
 
 
-def _check_finite(stored: StoredTensor, report: Report) -> None:
-    report.look("finite")
+def _check_finite(stored: StoredTensor, result: VerificationResult) -> None:
+    result.add_examined("finite")
     bad = [(start, rows) for start, rows in stored.rows() if not np.isfinite(rows).all()]
     if bad:
         start, rows = bad[0]
         where = np.argwhere(~np.isfinite(rows))[0]
         index = [int(where[0]) + start, *map(int, where[1:])] if stored.shape else []
-        report.fault("finite", stored.name, f"NaN or Inf, first at {index}", "every output behind it becomes NaN")
+        result.add_fault("finite", stored.name, f"NaN or Inf, first at {index}", "every output behind it becomes NaN")
 
 
-def _check_layer(folder: CompiledFolder, layer: str, scheme: Scheme, report: Report) -> None:
+def _check_layer(folder: CompiledFolder, layer: str, scheme: Scheme, result: VerificationResult) -> None:
     """One quantized Linear. Tensors that are missing or misshapen were reported already and end the check here."""
     names = [companion.suffix for companion in companions(scheme, folder.form)]
     stored = {name: folder.files.tensors[f"{layer}.{name}"] for name in names if f"{layer}.{name}" in folder.sound}
@@ -61,46 +61,48 @@ def _check_layer(folder: CompiledFolder, layer: str, scheme: Scheme, report: Rep
     scale = stored["weight_scale"].read().astype(np.float32)  # [N, 1]
     integers = StoredIntegers.of(stored["weight"], scheme, folder.form)
     rows = row_sums(integers)
-    report.look("scales")
+    result.add_examined("scales")
     for name in ("weight_scale", "weight_scale_second"):
         if name in stored:
             values = stored[name].read().astype(np.float32)
-            _check_positive(f"{layer}.{name}", values, report)
+            _check_positive(f"{layer}.{name}", values, result)
             if scheme != Scheme.W8A8:  # of a static layer engines read deq_scale only
-                _check_representable(folder, f"{layer}.{name}", values, report)
+                _check_representable(folder, f"{layer}.{name}", values, result)
     for name in ("weight_offset", "weight_offset_second"):
         if name in stored and (offsets := stored[name].read()).any():
-            channels = listed(np.flatnonzero(offsets.reshape(len(offsets), -1).any(axis=1)))
+            channels = format_list(np.flatnonzero(offsets.reshape(len(offsets), -1).any(axis=1)))
             why = "weights are symmetric; engines subtract this offset or refuse it"
-            report.fault("scales", f"{layer}.{name}", f"not zero in channels {channels}", why, "compile again")
+            result.add_fault("scales", f"{layer}.{name}", f"not zero in channels {channels}", why, "compile again")
     quant_bias = stored["quant_bias"].read().astype(np.int64) if "quant_bias" in stored else np.zeros(len(scale))
     largest = scale.reshape(-1)
     if "weight_scale_second" in stored:
         scale = scale * stored["weight_scale_second"].read().astype(np.float32)  # [N, K/G]
         largest = scale.max(axis=1)
     exact_scales = stored["weight_scale"].dtype == "F32"
-    check_integers(layer, integers, rows, largest, quant_bias, exact_scales, report)
+    check_integers(layer, integers, rows, largest, quant_bias, exact_scales, result)
     if len(stored) < len(names):
         return
     if scheme == Scheme.W8A8:
-        _check_static(folder, layer, stored, scale.reshape(-1), quant_bias, rows, report)
+        _check_static(folder, layer, stored, scale.reshape(-1), quant_bias, rows, result)
     elif "scale_bias" in stored:
-        check_scale_bias(stored["scale_bias"], integers, scale, report)
+        check_scale_bias(stored["scale_bias"], integers, scale, result)
 
 
-def _check_positive(name: str, scale: Array, report: Report) -> None:
+def _check_positive(name: str, scale: Array, result: VerificationResult) -> None:
     bad = np.flatnonzero(~(np.isfinite(scale) & (scale > 0)).reshape(len(scale), -1).all(axis=1))
     if bad.size:
-        report.fault("scales", name, f"not a positive finite number in channels {listed(bad)}", "", "compile again")
+        result.add_fault(
+            "scales", name, f"not a positive finite number in channels {format_list(bad)}", "", "compile again"
+        )
 
 
-def _check_representable(folder: CompiledFolder, name: str, values: Array, report: Report) -> None:
+def _check_representable(folder: CompiledFolder, name: str, values: Array, result: VerificationResult) -> None:
     other = np.isfinite(values) & (round_to(folder.glue, values) != values)
     bad = np.flatnonzero(other.reshape(len(values), -1).any(axis=1))
     if bad.size:
-        what = f"no {folder.glue} values in channels {listed(bad)}"
+        what = f"no {folder.glue} values in channels {format_list(bad)}"
         why = "engines read it in the float dtype, so the weights would be multiplied by another scale"
-        report.fault("scales", name, what, why, "compile again")
+        result.add_fault("scales", name, what, why, "compile again")
 
 
 def _check_static(
@@ -110,23 +112,23 @@ def _check_static(
     weight_scale: Array,
     quant_bias: Array,
     rows: RowSums,
-    report: Report,
+    result: VerificationResult,
 ) -> None:
     input_scale = stored["input_scale"].read().astype(np.float32)  # [1]
     offset = float(stored["input_offset"].read()[0])
-    _check_positive(f"{layer}.input_scale", input_scale, report)
+    _check_positive(f"{layer}.input_scale", input_scale, result)
     if round_to(folder.glue, input_scale)[0] != input_scale[0]:
         why = (
             "engines read it in the float dtype: activations would be quantized by another scale than deq_scale assumes"
         )
-        report.fault("scales", f"{layer}.input_scale", f"{input_scale[0]!r} is no {folder.glue} value", why)
+        result.add_fault("scales", f"{layer}.input_scale", f"{input_scale[0]!r} is no {folder.glue} value", why)
     if not offset.is_integer() or not -128 <= offset <= INT8_MAX:
         why = "the offset is an int8 value"
-        report.fault("scales", f"{layer}.input_offset", f"{offset!r} is not a whole number in -128..127", why)
+        result.add_fault("scales", f"{layer}.input_offset", f"{offset!r} is not a whole number in -128..127", why)
         return
-    deq_scale = _decoded(stored["deq_scale"], report)
-    report.look("deq_scale", len(deq_scale))
-    _check_positive(stored["deq_scale"].name, deq_scale, report)
+    deq_scale = _decoded(stored["deq_scale"], result)
+    result.add_examined("deq_scale", len(deq_scale))
+    _check_positive(stored["deq_scale"].name, deq_scale, result)
     with np.errstate(all="ignore"):
         product = input_scale * weight_scale  # float32 [N]
         # The reference tool multiplies scales that it stores in the float dtype in that dtype.
@@ -136,23 +138,22 @@ def _check_static(
     wrong = np.flatnonzero(~tolerated)
     if wrong.size:
         first = wrong[0]
-        what = (
-            f"channels {listed(wrong)}: stored {deq_scale[first]!r}, input_scale * weight_scale is {product[first]!r}"
-        )
+        values = f"stored {deq_scale[first]!r}, input_scale * weight_scale is {product[first]!r}"
+        what = f"channels {format_list(wrong)}: {values}"
         why = "engines read deq_scale only: the channel's output has the wrong size"
-        report.fault("deq_scale", stored["deq_scale"].name, what, why, "compile again")
-    _check_quant_bias(folder, layer, weight_scale, deq_scale, quant_bias, offset, rows, report)
+        result.add_fault("deq_scale", stored["deq_scale"].name, what, why, "compile again")
+    _check_quant_bias(folder, layer, weight_scale, deq_scale, quant_bias, offset, rows, result)
 
 
-def _decoded(stored: StoredTensor, report: Report) -> Array:
+def _decoded(stored: StoredTensor, result: VerificationResult) -> Array:
     """deq_scale as stored -> float32 [N]; int64 holds the float32's bits in its low half and zeros in its high half."""
     values = stored.read()
     if stored.dtype != "I64":
         return values
     wide = np.flatnonzero((values < 0) | (values > 0xFFFFFFFF))
     if wide.size:
-        what = f"channels {listed(wide)} have bits above the float32"
-        report.fault("deq_scale", stored.name, what, "the int64 holds a zero-extended float32")
+        what = f"channels {format_list(wide)} have bits above the float32"
+        result.add_fault("deq_scale", stored.name, what, "the int64 holds a zero-extended float32")
     return (values & 0xFFFFFFFF).astype(np.uint32).view(np.float32)
 
 
@@ -164,7 +165,7 @@ def _check_quant_bias(
     quant_bias: Array,
     offset: float,
     rows: RowSums,
-    report: Report,
+    result: VerificationResult,
 ) -> None:
     """quant_bias = round(bias / deq_scale - offset * sum_k W): int64 sums and float64, one rounding.
 
@@ -173,7 +174,7 @@ def _check_quant_bias(
     Behind a norm with a bias the layer's bias takes that back. A layer without one has it in quant_bias alone: then it
     is recomputed from the integers, which are the float weights up to their rounding.
     """
-    report.look("quant_bias", len(quant_bias))
+    result.add_examined("quant_bias", len(quant_bias))
     shift = shift_in_front_of(folder, layer)
     slack: Array = np.zeros(len(deq_scale))
     if f"{layer}.bias" in folder.sound:
@@ -205,12 +206,12 @@ def _check_quant_bias(
     wrong = np.flatnonzero(~(error <= allowed))
     if wrong.size:
         first = wrong[0]
-        what = f"channels {listed(wrong)}: stored {int(quant_bias[first])}, recomputed {exact[first]:.6g}"
+        what = f"channels {format_list(wrong)}: stored {int(quant_bias[first])}, recomputed {exact[first]:.6g}"
         why = (
             "bias / deq_scale - input_offset * (sum of the channel's integers) gives another number: "
             "quant_bias, weight, input_offset or bias is damaged"
         )
-        report.fault("quant_bias", f"{layer}.quant_bias", what, why, "compile again")
+        result.add_fault("quant_bias", f"{layer}.quant_bias", what, why, "compile again")
 
 
 def shift_in_front_of(folder: CompiledFolder, layer: str) -> Array | None:
@@ -224,28 +225,30 @@ def shift_in_front_of(folder: CompiledFolder, layer: str) -> Array | None:
     return np.tile(bias, folder.model.linears[layer].inputs // len(bias))  # the merger reads 2 x 2 patches at once
 
 
-def _check_shift(folder: CompiledFolder, norm: str, report: Report) -> None:
+def _check_shift(folder: CompiledFolder, norm: str, result: VerificationResult) -> None:
     """A norm's bias (a folded shift) is undone behind it: every reader has a bias, or a quant_bias, for that."""
     name = f"{norm}.bias"
     if folder.model is None or name not in folder.sound or not folder.files.tensors[name].read().any():
         return
-    report.look("shifts")
+    result.add_examined("shifts")
     for layer in consumers_of_norm(norm):
         linear = folder.model.linears.get(layer)
         if linear and not linear.bias and folder.schemes.get(layer) != Scheme.W8A8:
             what = f"{layer} reads a shifted input and has no bias that takes the shift back"
-            report.fault("shifts", name, what, "the model computes something else", "compile again without the shift")
+            result.add_fault(
+                "shifts", name, what, "the model computes something else", "compile again without the shift"
+            )
 
 
-def _check_group(folder: CompiledFolder, group: tuple[str, ...], report: Report) -> None:
+def _check_group(folder: CompiledFolder, group: tuple[str, ...], result: VerificationResult) -> None:
     """All static members of a fused group share input_scale and input_offset."""
     static = [layer for layer in group if folder.schemes.get(layer) == Scheme.W8A8]
-    report.look("groups")
+    result.add_examined("groups")
     for suffix in ("input_scale", "input_offset"):
         names = [name for layer in static if (name := f"{layer}.{suffix}") in folder.sound]
         values = {name: float(folder.files.tensors[name].read()[0]) for name in names}
         if len(set(values.values())) > 1:
-            report.fault(
+            result.add_fault(
                 "groups",
                 names[0],
                 "; ".join(f"{name.split('.')[-2]} has {suffix} {value!r}" for name, value in values.items()),

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from vlqc.verify.findings import Report, listed
+from vlqc.verify.findings import VerificationResult, format_list
 from vlqc.verify.folder.reader import Array, StoredTensor
 from vlqc.verify.numbers.integers import StoredIntegers
 
@@ -10,14 +10,16 @@ HALF_RANGE = 8  # the operator reads an activation's low half as signed, 8 too l
 FLOAT32_SUM = 1e-6  # of the sum of absolute values: what adding up in float32 may lose
 
 
-def check_scale_bias(scale_bias: StoredTensor, integers: StoredIntegers, scale: Array, report: Report) -> None:
+def check_scale_bias(
+    scale_bias: StoredTensor, integers: StoredIntegers, scale: Array, result: VerificationResult
+) -> None:
     """scale_bias [N, P] = 8 * the sum of each P-th of a row's weights. scale: float32 [N, K/G], of one step."""
     found = scale_bias.read().astype(np.float64)
     parts, columns = found.shape[1], integers.shape[1]
-    report.look("scale_bias", len(found))
+    result.add_examined("scale_bias", len(found))
     if columns % parts:
         what = f"{columns} inputs cannot be cut into {parts} parts"
-        report.fault("scale_bias", scale_bias.name, what, "each part has its own sum")
+        result.add_fault("scale_bias", scale_bias.name, what, "each part has its own sum")
         return
     wrong: list[int] = []
     first = ""
@@ -33,6 +35,6 @@ def check_scale_bias(scale_bias: StoredTensor, integers: StoredIntegers, scale: 
             first = f"stored {found[start + row, part]:.6g}, recomputed {sums[row, part]:.6g}"
         wrong += [int(row) + start for row in np.unique(bad[:, 0])]
     if wrong:
-        what = f"channels {listed(wrong)}: {first}"
+        what = f"channels {format_list(wrong)}: {first}"
         why = "8 * (sum of the channel's weights) gives another number: scale_bias, weight or a scale is damaged"
-        report.fault("scale_bias", scale_bias.name, what, why, "compile again")
+        result.add_fault("scale_bias", scale_bias.name, what, why, "compile again")

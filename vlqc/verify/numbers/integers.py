@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlqc.targets.engines import Scheme
-from vlqc.verify.findings import Report, listed
+from vlqc.verify.findings import VerificationResult, format_list
 from vlqc.verify.folder.reader import Array, StoredTensor
 from vlqc.verify.structure.expected import Form
 
@@ -95,11 +95,17 @@ def row_sums(integers: StoredIntegers) -> RowSums:
 
 
 def check_integers(
-    layer: str, integers: StoredIntegers, rows: RowSums, scale: Array, quant_bias: Array, exact: bool, report: Report
+    layer: str,
+    integers: StoredIntegers,
+    rows: RowSums,
+    scale: Array,
+    quant_bias: Array,
+    exact: bool,
+    result: VerificationResult,
 ) -> None:
     """Dead, clipped and poorly used rows. scale: the largest of each row [N]; quant_bias: [N], zeros without one;
     exact: scales in float32, as vlqc writes them, so that -128 cannot occur."""
-    report.look("integers", len(rows.total))
+    result.add_examined("integers", len(rows.total))
     where, (low, high) = f"{layer}.weight", integers.limits
     live = rows.absmax > 0
     usual = float(np.median(scale[live])) if live.any() else 0.0
@@ -109,27 +115,32 @@ def check_integers(
     dead = np.flatnonzero(~live & ~at_floor)
     if dead.size:
         why = "every integer of the channel is 0, yet its scale says that its weights were not: its output is lost"
-        report.fault("integers", where, f"dead channels {listed(dead)}", why, "compile again")
+        result.add_fault("integers", where, f"dead channels {format_list(dead)}", why, "compile again")
     empty = np.flatnonzero(~live & at_floor)
     if empty.size:
-        report.warn("integers", where, f"channels {listed(empty)} have no weights", "the scale says so too")
+        result.add_warning("integers", where, f"channels {format_list(empty)} have no weights", "the scale says so too")
     share = SATURATED_SHARE[integers.bits]
     full = np.flatnonzero((rows.at_limit >= SATURATED_COUNT) & (rows.at_limit > share * integers.shape[1]))
     if full.size:
         # No fault by itself: smoothing that evens out the columns (alpha 0) brings many weights to the same size.
         why = f"more than {share:.0%} of the channel's integers are at +-{high}: its scale may be too small"
-        report.warn("integers", where, f"saturated channels {listed(full)}", why, "compare with --model_path")
+        result.add_warning(
+            "integers", where, f"saturated channels {format_list(full)}", why, "compare with --model_path"
+        )
     beyond = np.flatnonzero(((rows.lowest < low) & (exact or integers.bits == 4)) | (rows.highest > high))
     if beyond.size:
         found = f"{rows.lowest[beyond].min()} to {rows.highest[beyond].max()}"
-        what = f"-128 in channels {listed(beyond)}" if integers.bits == 8 else f"{found} in channels {listed(beyond)}"
+        what = (
+            f"-128 in channels {format_list(beyond)}"
+            if integers.bits == 8
+            else f"{found} in channels {format_list(beyond)}"
+        )
         why = "symmetric weights end at -127" if integers.bits == 8 else "4 bits hold -8 to 7"
-        report.fault("integers", where, what, why, "compile again")
+        result.add_fault("integers", where, what, why, "compile again")
     wanted = USED * high  # a search for the range, or errors handed on to later columns, may leave out the last few
     poor = np.flatnonzero(live & (rows.absmax < wanted))
     if poor.size:
         worst = int(rows.absmax[poor].min())
-        what = (
-            f"channels {listed(poor)} do not use their range: the largest integer is {worst} where {high} is possible"
-        )
-        report.warn("integers", where, what, "the scale is larger than needed")
+        extent = f"the largest integer is {worst} where {high} is possible"
+        what = f"channels {format_list(poor)} do not use their range: {extent}"
+        result.add_warning("integers", where, what, "the scale is larger than needed")

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from vlqc.targets.engines import MINDIE, VLLM_ASCEND, Scheme, Target
 from vlqc.targets.rules import FAST_GROUP_SIZES, MINDIE_GROUP_SIZES
 from vlqc.targets.versions import folder_type
-from vlqc.verify.findings import Report, listed
+from vlqc.verify.findings import VerificationResult, format_list
 from vlqc.verify.folder.contents import FolderFiles
 from vlqc.verify.structure.expected import DTYPE_CODES, ExpectedModel, expected_model, is_tied
 
@@ -17,13 +17,13 @@ DESCRIPTION_VERSION = "1.0.0"  # by which vLLM Ascend knows packed 4-bit weights
 # ---- config.json -----------------------------------------------------------------------------------------------------
 
 
-def check_dtype(files: FolderFiles, report: Report) -> str:
+def check_dtype(files: FolderFiles, result: VerificationResult) -> str:
     """torch_dtype -> dtype code; a wrong one is reported and the embedding's dtype taken instead."""
     name = files.config.get("torch_dtype", files.config.get("dtype"))
     if isinstance(name, str) and name in DTYPE_CODES:
         return DTYPE_CODES[name]
     if files.config:
-        report.fault(
+        result.add_fault(
             "config",
             "config.json",
             f"torch_dtype is {name!r}",
@@ -34,13 +34,13 @@ def check_dtype(files: FolderFiles, report: Report) -> str:
     return "F16" if embedding and embedding.dtype == "F16" else "BF16"
 
 
-def check_model(files: FolderFiles, report: Report) -> ExpectedModel | None:
+def check_model(files: FolderFiles, result: VerificationResult) -> ExpectedModel | None:
     """The model that config.json describes; None, reported, when it describes none."""
     if not files.config:
         return None
     model = expected_model(files.config)
     if isinstance(model, str):
-        report.fault(
+        result.add_fault(
             "config", "config.json", model, "the expected tensors follow from it", "restore the source's values"
         )
         return None
@@ -48,14 +48,14 @@ def check_model(files: FolderFiles, report: Report) -> ExpectedModel | None:
 
 
 def check_config(
-    files: FolderFiles, target: Target, type_name: str, schemes: Mapping[str, Scheme], report: Report
+    files: FolderFiles, target: Target, type_name: str, schemes: Mapping[str, Scheme], result: VerificationResult
 ) -> None:
     """The keys by which each engine of the target knows that, and how, the folder is quantized."""
     config = files.config
     if not config:
         return
     if VLLM_ASCEND in target.engines and "quantization_config" in config:
-        report.fault(
+        result.add_fault(
             "config",
             "config.json",
             "it contains quantization_config",
@@ -63,7 +63,7 @@ def check_config(
             "remove the key",
         )
     if is_tied(config) and "lm_head.weight" in files.tensors:
-        report.fault(
+        result.add_fault(
             "config",
             "config.json",
             "tie_word_embeddings is true, yet lm_head.weight is stored",
@@ -71,13 +71,15 @@ def check_config(
             "store the embedding only",
         )
     if MINDIE in target.engines:
-        _check_mindie_keys(files, type_name, schemes, report)
+        _check_mindie_keys(files, type_name, schemes, result)
 
 
-def _check_mindie_keys(files: FolderFiles, type_name: str, schemes: Mapping[str, Scheme], report: Report) -> None:
+def _check_mindie_keys(
+    files: FolderFiles, type_name: str, schemes: Mapping[str, Scheme], result: VerificationResult
+) -> None:
     config = files.config
     if "text_config" in config:
-        report.fault("config", "config.json", "it is nested (text_config)", "MindIE reads a flat config only")
+        result.add_fault("config", "config.json", "it is nested (text_config)", "MindIE reads a flat config only")
     vision_config = config.get("vision_config")
     vision_word = vision_config.get("quantize") if isinstance(vision_config, Mapping) else None
     vision = {scheme for layer, scheme in schemes.items() if layer.startswith("visual.")} - {Scheme.FLOAT}
@@ -86,7 +88,7 @@ def _check_mindie_keys(files: FolderFiles, type_name: str, schemes: Mapping[str,
         wanted["vision_config.quantize"] = vision_word  # no version has a word for it; the engine rules say so
     for key, found in (("quantize", config.get("quantize")), ("vision_config.quantize", vision_word)):
         if found != wanted[key]:
-            report.fault(
+            result.add_fault(
                 "config",
                 "config.json",
                 f"{key} is {found!r} instead of {wanted[key]!r}",
@@ -95,21 +97,21 @@ def _check_mindie_keys(files: FolderFiles, type_name: str, schemes: Mapping[str,
             )
     options = config.get("quantization_config")
     if isinstance(options, Mapping) and options.get("group_size", 0) not in MINDIE_GROUP_SIZES:
-        report.fault(
+        result.add_fault(
             "config",
             "config.json",
             f"quantization_config.group_size is {options['group_size']!r}",
-            f"MindIE accepts {listed(MINDIE_GROUP_SIZES)}",
+            f"MindIE accepts {format_list(MINDIE_GROUP_SIZES)}",
         )
     elif files.layout == MINDIE and not isinstance(options, Mapping):
         why = "MindIE's layout carries the quantization's options, the group size among them, in it"
-        report.fault("config", "config.json", "quantization_config is missing", why, "compile again")
+        result.add_fault("config", "config.json", "quantization_config is missing", why, "compile again")
 
 
 # ---- quant_model_description*.json -----------------------------------------------------------------------------------
 
 
-def check_description_keys(files: FolderFiles, schemes: Mapping[str, Scheme], report: Report) -> str:
+def check_description_keys(files: FolderFiles, schemes: Mapping[str, Scheme], result: VerificationResult) -> str:
     """version, model_quant_type, strange keys -> the folder's type by its schemes (model_quant_type without any)."""
     description, where = files.description, files.description_name
     scheme = folder_type(schemes.values())
@@ -117,27 +119,27 @@ def check_description_keys(files: FolderFiles, schemes: Mapping[str, Scheme], re
     if not description:
         return scheme
     if scheme == Scheme.FLOAT and isinstance(claimed, str):
-        report.warn("description", where, "no layer is quantized")
+        result.add_warning("description", where, "no layer is quantized")
         return claimed
     wanted = {"model_quant_type": str(scheme)}
     if files.layout == MINDIE:
         expected = f"quant_model_description_{scheme.lower()}.json"
         if where != expected:
-            report.fault("description", where, f"a folder of type {scheme} names this file {expected}")
+            result.add_fault("description", where, f"a folder of type {scheme} names this file {expected}")
     else:
         wanted["version"] = DESCRIPTION_VERSION
     for key, word in wanted.items():
         if description.get(key) != word:
-            report.fault("description", where, f"{key} is {description.get(key)!r} instead of {word!r}")
+            result.add_fault("description", where, f"{key} is {description.get(key)!r} instead of {word!r}")
     for key, value in description.items():
         if isinstance(value, dict | list):
-            report.fault("description", where, f"{key!r} is not a plain value", "engines read a flat object")
+            result.add_fault("description", where, f"{key!r} is not a plain value", "engines read a flat object")
         elif key not in DESCRIPTION_KEYS and "." not in key:
-            report.warn("description", where, f"unknown key {key!r}")
+            result.add_warning("description", where, f"unknown key {key!r}")
     return scheme
 
 
-def group_size(files: FolderFiles, schemes: Mapping[str, Scheme], report: Report) -> int:
+def group_size(files: FolderFiles, schemes: Mapping[str, Scheme], result: VerificationResult) -> int:
     """How many inputs share a scale, by what the engine reads, else by the tensors; 0 without W4A8_DYNAMIC."""
     layer = next((layer for layer, scheme in schemes.items() if scheme == Scheme.W4A8_DYNAMIC), None)
     if layer is None:
@@ -155,9 +157,11 @@ def group_size(files: FolderFiles, schemes: Mapping[str, Scheme], report: Report
     if type(value) is not int or value < 1:
         check = "config" if files.layout == MINDIE else "description"
         why = "engines shape the group scales by it"
-        report.fault(check, where, f"{key} is {value!r}", why, f"set it to {stored}" if stored else "compile again")
+        result.add_fault(check, where, f"{key} is {value!r}", why, f"set it to {stored}" if stored else "compile again")
         return stored
     if files.layout != MINDIE and value not in (*FAST_GROUP_SIZES, *MINDIE_GROUP_SIZES):
         sizes = " or ".join(map(str, FAST_GROUP_SIZES))
-        report.warn("engine rules", where, f"group_size is {value}", f"vLLM Ascend's int4 kernels prefer {sizes}")
+        result.add_warning(
+            "engine rules", where, f"group_size is {value}", f"vLLM Ascend's int4 kernels prefer {sizes}"
+        )
     return value

@@ -20,7 +20,7 @@ from vlqc.targets.engines import (
 )
 from vlqc.targets.rules import INT4_ROWS
 from vlqc.targets.versions import loading_span, span
-from vlqc.verify.findings import Report, listed
+from vlqc.verify.findings import VerificationResult, format_list
 from vlqc.verify.folder.contents import FolderFiles
 from vlqc.verify.structure.expected import ExpectedModel, consumers_of_norm
 
@@ -35,7 +35,7 @@ def check_engine_rules(
     dtype: str,
     *,
     named: bool,
-    report: Report,
+    result: VerificationResult,
 ) -> list[str]:
     """Findings for what the target's engines refuse or drop -> the versions of all engines that load the folder.
 
@@ -43,7 +43,7 @@ def check_engine_rules(
     another engine runs the folder, or if no layer of that kind is ever quantized; and if none runs it, a warning says
     so: such a folder can be compiled, and its form and numbers can be right.
     """
-    report.look(CHECK, len(schemes))
+    result.add_examined(CHECK, len(schemes))
     versions = {engine: span(engine, schemes, dtype) for engine in ENGINE_TITLES}
     broken = {engine: _norm_faults(files, model, schemes, engine) for engine in ENGINE_TITLES} if model else {}
     broken.setdefault(VLLM_ASCEND, []).extend(_int4_faults(model, schemes))
@@ -57,20 +57,20 @@ def check_engine_rules(
             found, title = versions[engine], target.title(engine)
             if found is None:
                 why = layers[0].why if layers else ""
-                report.fault(CHECK, str(files.path), f"no version of {ENGINE_TITLES[engine]} loads it", why)
+                result.add_fault(CHECK, str(files.path), f"no version of {ENGINE_TITLES[engine]} loads it", why)
             elif target.version and not found.covers(target.version):
-                report.fault(CHECK, str(files.path), f"{title} does not load it", f"{found} do")
+                result.add_fault(CHECK, str(files.path), f"{title} does not load it", f"{found} do")
         faults = layers + group_faults(target, schemes)
     else:
         first = next((fault for fault in layers), None)
         why = f"{first.what}: {first.why}" if first else ""
-        report.warn(CHECK, str(files.path), "no version loads it", why)
+        result.add_warning(CHECK, str(files.path), "no version loads it", why)
         faults = [fault for fault in layers if _is_never_quantized(fault.where)] + mixed_group_faults(target, schemes)
     for engine in target.engines:
         faults += broken.get(engine, [])
     for fault in faults:
-        report.fault(CHECK, fault.where, fault.what, fault.why, fault.fix)
-    _check_permissions(files, target, report)
+        result.add_fault(CHECK, fault.where, fault.what, fault.why, fault.fix)
+    _check_permissions(files, target, result)
     loaded = (loading_span(engine, schemes, dtype, files.config) for engine in ENGINE_TITLES if not broken.get(engine))
     return [str(each) for each in loaded if each is not None]
 
@@ -144,13 +144,13 @@ def _module_faults(files: FolderFiles, norm: str, biased: bool) -> list[Fault]:
 # ---- permissions -----------------------------------------------------------------------------------------------------
 
 
-def _check_permissions(files: FolderFiles, target: Target, report: Report) -> None:
+def _check_permissions(files: FolderFiles, target: Target, result: VerificationResult) -> None:
     """MindIE checks modes and paths before it reads. Both change with the place, so most are warnings."""
     if MINDIE not in target.engines:
         return
     if not re.fullmatch(r"[0-9a-zA-Z_./-]+", real := str(files.path.resolve())):
-        report.warn(CHECK, real, "MindIE accepts paths of letters, digits and _ . / - only")
+        result.add_warning(CHECK, real, "MindIE accepts paths of letters, digits and _ . / - only")
     writable = [path.name for path in (files.path, *sorted(files.path.iterdir())) if path.stat().st_mode & stat.S_IWOTH]
     if writable:
-        finding = report.fault if files.layout == MINDIE else report.warn
-        finding(CHECK, listed(writable), "everybody may write it; MindIE refuses that", "", "chmod o-w")
+        finding = result.add_fault if files.layout == MINDIE else result.add_warning
+        finding(CHECK, format_list(writable), "everybody may write it; MindIE refuses that", "", "chmod o-w")

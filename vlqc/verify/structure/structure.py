@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlqc.targets.engines import BOTH, MINDIE, VLLM_ASCEND, Scheme, Target, parse_target
-from vlqc.verify.findings import Report, listed
+from vlqc.verify.findings import VerificationResult, format_list
 from vlqc.verify.folder.contents import FolderFiles, check_files, open_folder
 from vlqc.verify.structure.configuration import (
     check_config,
@@ -58,22 +58,22 @@ class CompiledFolder:
         )
 
 
-def check_structure(path: Path, target: Target | None, report: Report) -> CompiledFolder:
+def check_structure(path: Path, target: Target | None, result: VerificationResult) -> CompiledFolder:
     """Folder and the engines it is for (None: what it claims to be for) -> what the folder holds."""
-    files = open_folder(path, report)
+    files = open_folder(path, result)
     claimed = target or parse_target(_claimed_engine(files))
-    report.engine = str(claimed)
-    glue = check_dtype(files, report)
-    model = check_model(files, report)
-    schemes = _schemes(files, model, report) if model else {}
-    type_name = check_description_keys(files, schemes, report).lower()
-    form = Form(glue, packed=files.layout != MINDIE, group_size=group_size(files, schemes, report))
-    check_files(files, type_name, report)
-    check_config(files, claimed, type_name, schemes, report)
-    sound = _check_tensors(files, model, schemes, form, report) if model else {}
+    result.engine = str(claimed)
+    glue = check_dtype(files, result)
+    model = check_model(files, result)
+    schemes = _schemes(files, model, result) if model else {}
+    type_name = check_description_keys(files, schemes, result).lower()
+    form = Form(glue, packed=files.layout != MINDIE, group_size=group_size(files, schemes, result))
+    check_files(files, type_name, result)
+    check_config(files, claimed, type_name, schemes, result)
+    sound = _check_tensors(files, model, schemes, form, result) if model else {}
     dtype = next(name for name, code in DTYPE_CODES.items() if code == glue)
-    loads_in = check_engine_rules(files, model, schemes, claimed, dtype, named=target is not None, report=report)
-    report.facts |= _facts(files, dtype, schemes, form) | {"loads in": loads_in or ["no known engine version"]}
+    loads_in = check_engine_rules(files, model, schemes, claimed, dtype, named=target is not None, result=result)
+    result.facts |= _facts(files, dtype, schemes, form) | {"loads in": loads_in or ["no known engine version"]}
     return CompiledFolder(files, form, model, schemes, sound)
 
 
@@ -86,7 +86,7 @@ def _claimed_engine(files: FolderFiles) -> str:
 # ---- schemes ---------------------------------------------------------------------------------------------------------
 
 
-def _schemes(files: FolderFiles, model: ExpectedModel, report: Report) -> dict[str, Scheme]:
+def _schemes(files: FolderFiles, model: ExpectedModel, result: VerificationResult) -> dict[str, Scheme]:
     """Every Linear's scheme by its `.weight` entry; a missing or unknown word is reported, and the tensors decide."""
     schemes = {}
     for layer in model.embeddings_and_linears():
@@ -100,7 +100,7 @@ def _schemes(files: FolderFiles, model: ExpectedModel, report: Report) -> dict[s
             if word in tuple(Scheme):
                 why = "this version of vlqc cannot verify that scheme"
             if files.description:
-                report.fault("description", files.description_name, f"{layer}.weight {what}", why)
+                result.add_fault("description", files.description_name, f"{layer}.weight {what}", why)
         schemes[layer] = scheme
     return schemes
 
@@ -118,17 +118,17 @@ def _scheme_by_tensors(files: FolderFiles, layer: str) -> Scheme:
 
 
 def _check_tensors(
-    files: FolderFiles, model: ExpectedModel, schemes: Mapping[str, Scheme], form: Form, report: Report
+    files: FolderFiles, model: ExpectedModel, schemes: Mapping[str, Scheme], form: Form, result: VerificationResult
 ) -> dict[str, ExpectedTensor]:
     """Completeness, surplus, names, dtype, shape and description word of every tensor -> the ones that are sound."""
     expected = expected_tensors(model, schemes, form)
     allowed = {name: tensor for name, tensor in norm_biases(model, schemes, form).items() if name in files.tensors}
-    report.look("tensors", len(expected))
+    result.add_examined("tensors", len(expected))
     renamed = [name for name in files.tensors if name.startswith(RENAMED)]
     if renamed:
-        report.fault(
+        result.add_fault(
             "tensors",
-            listed(renamed, 3),
+            format_list(renamed, 3),
             f"{len(renamed)} tensors carry names of newer transformers versions",
             "every engine version accepts the original names (visual.*, model.*), older ones accept nothing else",
             "compile again",
@@ -144,18 +144,18 @@ def _check_tensors(
         right_shape, right_dtype = stored.shape == wanted.shape, stored.dtype in wanted.dtypes
         if not right_shape:
             why = "engines refuse 0-dimensional scales" if not stored.shape else "it follows from config.json"
-            report.fault("tensors", name, f"shape {list(stored.shape)} instead of {list(wanted.shape)}", why)
+            result.add_fault("tensors", name, f"shape {list(stored.shape)} instead of {list(wanted.shape)}", why)
         if not right_dtype:
-            report.fault("tensors", name, f"dtype {stored.dtype} instead of {' or '.join(wanted.dtypes)}")
+            result.add_fault("tensors", name, f"dtype {stored.dtype} instead of {' or '.join(wanted.dtypes)}")
         if right_shape and right_dtype:
             sound[name] = wanted
         word = files.description.get(name)
         if files.description and word != wanted.word and not (name.endswith(".weight") and word is None):
-            report.fault("description", name, f"its word is {word!r} instead of {str(wanted.word)!r}")
+            result.add_fault("description", name, f"its word is {word!r} instead of {str(wanted.word)!r}")
     if renamed and len(missing) > len(expected) // 4:
         missing.clear()  # they are there, under the other names
     for layer, suffixes in missing.items():
-        report.fault(
+        result.add_fault(
             "tensors",
             layer,
             f"missing: {', '.join(f'{layer}.{suffix}' for suffix in suffixes)}",
@@ -163,10 +163,10 @@ def _check_tensors(
             "compile again",
         )
     for name in sorted(files.tensors.keys() - expected.keys() - allowed.keys() - set(renamed)):
-        report.fault("tensors", name, "this tensor does not belong to the model", "by config.json and its scheme")
+        result.add_fault("tensors", name, "this tensor does not belong to the model", "by config.json and its scheme")
     for name in sorted(name for name in files.description if "." in name):
         if name not in files.tensors and name not in expected:
-            report.fault("description", files.description_name, f"it lists {name!r}, which no file contains")
+            result.add_fault("description", files.description_name, f"it lists {name!r}, which no file contains")
     return sound
 
 

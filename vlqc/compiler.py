@@ -26,8 +26,7 @@ from vlqc.pipeline.layer_selection import check_layers
 from vlqc.pipeline.registry import Pass, PassManager, pipeline_of
 from vlqc.reporting.dumps.writer import Dumper, PassCallbacks, progress_callback
 from vlqc.reporting.progress import Progress, resolve_progress
-from vlqc.reporting.summary import Result
-from vlqc.reporting.tally import CompilationSummary
+from vlqc.reporting.summary import CompilationSummary, Result
 from vlqc.verify import require_valid
 
 
@@ -50,20 +49,20 @@ def compile(
     show = resolve_progress(progress, first=process_group.first)
     pipeline = pipeline_of(options, passes)
     checkpoint = Checkpoint(options.model_path)
-    tally = CompilationSummary(options, checkpoint, show.note)
-    onlookers = PassCallbacks(Dumper.of(options, pipeline, active=process_group.first), tally.gathering)
+    summary = CompilationSummary(options, checkpoint, show.note)
+    onlookers = PassCallbacks(Dumper.of(options, pipeline, active=process_group.first), summary.metrics)
     manager = PassManager(pipeline, before=progress_callback(show.step), after=onlookers.after)
     device, trust = process_group.local_device(resolve_device(options.device_type)), options.trust_remote_code
     model = process_group.rank0_first(lambda: StreamedModel.of(checkpoint, trust_remote_code=trust, device=device))
-    tally.note_unknown(model.unknown_tensors())
+    summary.note_unused_tensors(model.unknown_tensors())
     check_layers(model, options)
     calibration = calibrate_on(samples, options, model.module) if process_group.first else Calibration([])
-    tally.note(calibration.notes)
+    summary.add_notes(calibration.notes)
     begin, mine = process_group.scatter(
         by_pictures(calibration.samples)
     )  # each process has its own; the first one writes
     probe = process_group.broadcast(0, calibration.probe)
-    with journaled(options, pipeline, model, calibration.samples, tally, process_group) as journal:
+    with journaled(options, pipeline, model, calibration.samples, summary, process_group) as journal:
         emitter = emitter_for(options, journal.result, checkpoint, writes=journal.writes)
         offload = ActivationOffload(journal.folder, options.memory_budget)
         known = journal.restore(emitter, checkpoint, range(begin, begin + len(mine)), offload.settle)
@@ -81,11 +80,11 @@ def compile(
                     journal.finished(stage)
                 show.stage_done(number)
         if process_group.first:
-            tally.settle(emitter.settle())
+            summary.apply_search(emitter.settle())
             emitter.copy_rest(model.outside())
             emitter.finish()
-            tally.write_facts(journal.result, pipeline, ready_samples=samples is not None)
+            summary.write_report_data(journal.result, pipeline, ready_samples=samples is not None)
             require_valid(journal.result)
-            tally.require_loaded(journal.result)
+            summary.require_loadable(journal.result)
     show.finish()
-    return process_group.broadcast_from_rank0(lambda: tally.result(manager.seconds))
+    return process_group.broadcast_from_rank0(lambda: summary.result(manager.seconds))

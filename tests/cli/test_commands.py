@@ -57,7 +57,7 @@ def verified(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     def verify_folder(folder: Path, **given: Any) -> Any:
         seen.update(folder=folder, **given)
         render = lambda console: console.print("the report")  # noqa: E731
-        return types.SimpleNamespace(ok=seen["ok"], render=render, described=lambda: {"ok": True})
+        return types.SimpleNamespace(ok=seen["ok"], render=render, to_dict=lambda: {"ok": True})
 
     placeholder = types.ModuleType("vlqc.verify")
     placeholder.__dict__["verify_folder"] = verify_folder

@@ -16,7 +16,7 @@ from vlqc.options.option_values import extra_of
 from vlqc.options.options import Options
 from vlqc.options.recipe import read_recipe
 from vlqc.pipeline.registry import REGISTRY
-from vlqc.reporting.plan import preflight
+from vlqc.reporting.plan import plan_compilation
 
 DOCS = Path(vlqc.__file__).parent / "docs"
 ROOT = Path(__file__).parents[2]
@@ -162,7 +162,7 @@ def test_recipe_in_the_readme(page: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(re.sub(r"^    ", "", recipe, flags=re.MULTILINE), encoding="utf-8")
     options = read_recipe(tmp_path / "recipe.yaml", Options.model_fields)
     paths = {"model_path": TINY_VL, "calib_images": ROOT / "tests" / "photos", "save_directory": tmp_path / "int8"}
-    plan = preflight(**{**options, **paths})
+    plan = plan_compilation(**{**options, **paths})
     assert {f"excluded by {pattern}" for pattern in options["exclude"]} <= plan.reasons.keys()
 
 

@@ -14,7 +14,7 @@ from tests.support.interrupted_runs import small
 from vlqc.errors import UserError
 from vlqc.frontend.activation_offload import ActivationOffload
 from vlqc.frontend.memory import spilled_bytes
-from vlqc.reporting.plan import preflight
+from vlqc.reporting.plan import plan_compilation
 
 QUICK: dict[str, Any] = {"weight_method": "round", "anti_method": "none", "act_method": 1}
 FOUR_BITS = {"w_bit": 4, "is_dynamic": True, "is_lowbit": True, "open_outlier": False}
@@ -44,13 +44,13 @@ def test_the_plan_and_the_run_ask_for_the_same_room(
 ) -> None:
     """Catches a run that is refused although its plan says that it fits, and one that begins although it does not."""
     given = {"model_path": checkpoint, "save_directory": tmp_path / "out", "samples": SAMPLES, **QUICK, **options}
-    needed = preflight(**given).disk_needed
+    needed = plan_compilation(**given).disk_needed
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Disk(2 * needed, needed, needed - 1))
-    assert preflight(**given).described()["fits"] is False
+    assert plan_compilation(**given).to_dict()["fits"] is False
     with pytest.raises(UserError, match="not enough disk space"):
         vlqc.compile(**given)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Disk(2 * needed, needed, needed))
-    assert preflight(**given).described()["fits"] is True
+    assert plan_compilation(**given).to_dict()["fits"] is True
     vlqc.compile(**given)
 
 
@@ -59,7 +59,7 @@ def test_what_is_spilled_counts(checkpoint: Path, tmp_path: Path, monkeypatch: p
     model = tiny.float_model(checkpoint)
     assert spilled_bytes(model, SAMPLES, None) == 0 == spilled_bytes(model, SAMPLES, 1.0)
     given = {"model_path": checkpoint, "save_directory": tmp_path / "out", "samples": SAMPLES}
-    without, beyond = (preflight(**given, memory_budget=budget).disk_needed for budget in (None, 0))
+    without, beyond = (plan_compilation(**given, memory_budget=budget).disk_needed for budget in (None, 0))
     assert beyond - without == spilled_bytes(model, SAMPLES, 0) > 0
 
     held: dict[int, int] = {}

@@ -257,9 +257,8 @@ def test_result_tells_what_became_what(planted: Path, samples: list[Sample], tmp
     assert sum(count for (_, scheme), count in result.counts.items() if scheme == "W8A8") == len(quantized) == 40
     assert result.bytes_before == (planted / "model.safetensors").stat().st_size
     assert result.bytes_after == (tmp_path / "o" / "quant_model_weight_w8a8.safetensors").stat().st_size
-    assert result.notes == [
-        "the checkpoint is float32; engines run bfloat16, so its float tensors are emitted as bfloat16"
-    ]
+    (note,) = result.notes
+    assert "float32" in note and "bfloat16" in note
     assert next(iter(result.passes)) == "split-window-attention" and result.peak_memory_bytes > 2**26
 
 

@@ -71,7 +71,7 @@ def test_the_same_bytes(processes: int, checkpoint: Path, alone: Path, tmp_path:
     """
     done = ran(SCRIPT, checkpoint, tmp_path, processes=processes)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("What became what") == 1 and done.stderr.count("4 stages") == 1
+    assert done.stdout.count("Schemes") == 1 and done.stderr.count("4 stages") == 1
     errors = [name for name in files(tmp_path) if name.startswith("refused error")]
     told = {(tmp_path / name).read_text(encoding="utf-8") for name in errors}
     assert len(errors) == processes and len(told) == 1 and told == {"sample 2 cannot be used"}

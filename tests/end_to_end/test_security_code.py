@@ -52,7 +52,7 @@ LOADERS = {
 }
 HARMLESS = {"re.compile", "vlqc.load", "json.loads", "platform.system"}
 ALLOWED = {
-    ("tally.py", "loads"), ("__init__.py", "loads"), ("processes.py", "pickle.loads"),
+    ("summary.py", "loads"), ("__init__.py", "loads"), ("processes.py", "pickle.loads"),
     ("processes.py", "pickle.Unpickler"), ("processes.py", "unpickler.load"), ("processes.py", "received.load"),
     ("accuracy.py", "load"), ("model.py", "model.eval"), ("pictures.py", "opened.load"),
 }  # fmt: skip

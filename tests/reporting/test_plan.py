@@ -11,7 +11,7 @@ import vlqc
 from tools.demo import tiny_task
 from vlqc.cli.commands import app
 from vlqc.errors import UserError
-from vlqc.reporting.plan import preflight
+from vlqc.reporting.plan import plan_compilation
 
 TINY = Path(tiny_task.__file__).parent / "tiny_vl"
 FOUR_BITS = {"w_bit": 4, "is_dynamic": True, "is_lowbit": True, "open_outlier": False}
@@ -33,7 +33,7 @@ def test_plan_is_what_comes_out(tmp_path: Path, samples: list[dict[str, Tensor]]
     The header of a file is bounded in the plan, not known: 5 % of so small a model.
     """
     given = {"model_path": TINY, "save_directory": tmp_path / "out", "samples": samples, **options}
-    plan = preflight(**given)
+    plan = plan_compilation(**given)
     assert not (tmp_path / "out").exists()
     result = vlqc.compile(weight_method="round", **given)
     assert plan.counts == result.counts
@@ -49,7 +49,7 @@ def test_more_data_takes_longer(samples: list[dict[str, Tensor]], tmp_path: Path
     given = {"model_path": TINY, "save_directory": tmp_path / "out"}
     mask = torch.ones(1, 20000, dtype=torch.long)
     long = [{"input_ids": torch.full((1, 20000), 9 + number), "attention_mask": mask} for number in range(20)]
-    few, many = preflight(samples=samples, **given), preflight(samples=[*samples, *long], **given)
+    few, many = plan_compilation(samples=samples, **given), plan_compilation(samples=[*samples, *long], **given)
     assert many.tokens == few.tokens + 400_000
     assert many.seconds > few.seconds > 0 and many.memory >= few.memory > 0
 
@@ -65,7 +65,7 @@ def test_what_the_run_refuses_is_refused(
     """Catches a plan for something that the compilation would refuse at once."""
     given = {"model_path": TINY, "save_directory": tmp_path / "out", "samples": samples, **options}
     with pytest.raises(UserError) as planned:
-        preflight(**given)
+        plan_compilation(**given)
     with pytest.raises(UserError) as run:
         vlqc.compile(**given)
     assert str(planned.value) == str(run.value)
@@ -97,7 +97,7 @@ def test_memory_that_is_not_allowed(
     """Catches a plan that is silent about what the run refuses at once, or notes."""
     given = {"model_path": TINY, "save_directory": tmp_path / "out", "samples": samples}
     monkeypatch.setattr("vlqc.frontend.memory._available", lambda: 1)
-    assert any("GiB are free" in note for note in preflight(**given).notes)
+    assert any("GiB are free" in note for note in plan_compilation(**given).notes)
     monkeypatch.setattr("resource.getrlimit", lambda kind: (1 << 20, 1 << 20))
     with pytest.raises(UserError, match="not enough memory is allowed"):
-        preflight(**given)
+        plan_compilation(**given)

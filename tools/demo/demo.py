@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import vlqc
 from tools.demo import plant_outliers, tiny_task
-from vlqc.reporting.tally import weight_bytes
+from vlqc.reporting.summary import weight_bytes
 
 TINY = Path(__file__).parent / "tiny_vl"
 CALIBRATION_PICTURES = 32

@@ -120,16 +120,16 @@ def compile_command(
     # Before anything heavy is imported.
     (Options.without_saving if plan else Options.from_user)(**options)
     if plan:
-        from vlqc.reporting.plan import preflight, render
+        from vlqc.reporting.plan import plan_compilation
 
-        planned = preflight(**options)
+        planned = plan_compilation(**options)
         if not current_process_group().first:
             return
-        answer.give(planned.described(), lambda console: render(planned, console))
+        answer.give(planned.to_dict(), planned.render)
         return
 
     from vlqc.compiler import compile
-    from vlqc.reporting.progress import Progress, TerminalProgress, print_summary
+    from vlqc.reporting.progress import Progress, TerminalProgress
 
     progress = Progress() if answer.quiet else TerminalProgress(stderr())
     try:
@@ -137,7 +137,7 @@ def compile_command(
     finally:
         progress.finish()
     if current_process_group().first:
-        answer.give(result.described(), lambda console: print_summary(result, console))
+        answer.give(result.to_dict(), result.render)
 
 
 @app.command("inspect")
@@ -147,7 +147,7 @@ def inspect_command(folder: Folder, *, answer: Answer) -> None:
     from vlqc.reporting.checkpoint_summary import inspect_folder
 
     inspection = inspect_folder(folder)
-    answer.give(inspection.described(), inspection.render)
+    answer.give(inspection.to_dict(), inspection.render)
 
 
 @app.command("verify")

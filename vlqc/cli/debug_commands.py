@@ -31,7 +31,7 @@ def compile_until(stop_after: str, answer: Answer, **options: Any) -> None:
         progress.finish()
     told = f"stopped after {stop_after} on {len(looked.stages)} of {looked.of} stages; no save folder was written"
     where = "" if looked.folder is None else f"; the dump is in {looked.folder}"
-    described = {"stop_after": stop_after, **looked.described()}
+    described = {"stop_after": stop_after, **looked.to_dict()}
     answer.give(described, lambda _: stderr().print(Text(told + where), soft_wrap=True))
 
 
@@ -96,7 +96,7 @@ def dump_command(
         print_traced=output is None, show=show, overwrite=overwrite, flag="--output",
     )  # fmt: skip
     looked = trace(model, dumper, calib_images=calib_images, trust_remote_code=chosen.trust_remote_code)
-    described = {**looked.described(), "texts": dict(zip(looked.stages, texts, strict=False))}
+    described = {**looked.to_dict(), "texts": dict(zip(looked.stages, texts, strict=False))}
     answer.give(described, lambda _: None)
 
 
@@ -111,7 +111,7 @@ def diff_command(
     from vlqc.reporting.dumps.comparison import compare
 
     comparison = compare(first, second)
-    answer.give(comparison.described(), lambda console: _print_lines(comparison.lines(), console))
+    answer.give(comparison.to_dict(), lambda console: _print_lines(comparison.lines(), console))
     if comparison.differs:
         raise typer.Exit(FAILED)
 
@@ -142,9 +142,9 @@ def run_pass_command(
     if output is not None:
         write_file("--output", output, run.text)
     if text:
-        answer.give(run.described(), lambda _: typer.echo(run.text, nl=False))
+        answer.give(run.to_dict(), lambda _: typer.echo(run.text, nl=False))
     else:
-        answer.give(run.described(), lambda console: _print_lines(run.lines(), console))
+        answer.give(run.to_dict(), lambda console: _print_lines(run.lines(), console))
 
 
 def _in_words_of_dump(fault: Fault) -> Fault:

@@ -58,13 +58,13 @@ class Inspection:
     ranges: list[Range] = field(default_factory=list)
     files: dict[str, int] = field(default_factory=dict)  # name -> bytes, weight files
 
-    def described(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As a value of JSON: the same folder gives the same."""
         return asdict(self)
 
     def to_json(self) -> str:
         """As JSON text."""
-        return json_text(self.described())
+        return json_text(self.to_dict())
 
     def render(self, console: Console) -> None:
         """Print facts, then a table of parts, then one of ranges if anything is quantized."""

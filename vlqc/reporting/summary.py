@@ -1,22 +1,55 @@
-"""What a finished compilation tells its caller."""
+"""The result of a compilation, and the object that collects it while the stages are compiled."""
 
+import json
+import shlex
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlqc.pipeline.precision_search import GroupPrecision
+import torch
+from rich.console import Console, Group, RenderableType
+from rich.jupyter import JupyterMixin
+
+from vlqc.emit.stage_tensors import emitted_dtype
+from vlqc.errors import Fault, UserError
+from vlqc.file_digest import file_digest
+from vlqc.formatting import format_bytes, format_duration
+from vlqc.frontend.checkpoint.checkpoint import Checkpoint
+from vlqc.frontend.distributed import current_process_group
+from vlqc.frontend.process_memory import peak_memory
+from vlqc.ir.stage import Stage
+from vlqc.options.options import Options
+from vlqc.pipeline.precision_search import GroupPrecision, Plan
+from vlqc.pipeline.registry import Pass, pipeline_text, print_pipeline
+from vlqc.reporting.html.collector import StageMetrics
+from vlqc.reporting.html.command_line import command, without_places
+from vlqc.reporting.html.schema import Facts, rounded
+from vlqc.reporting.html.timings import Timings, installed, machine
+from vlqc.reporting.tables import is_warning, labelled_lines, layer_table
+from vlqc.targets.advice import cannot_load, engine_notes, serve_commands
+from vlqc.targets.engines import Scheme, part_of
+from vlqc.targets.versions import loads
+from vlqc.verify import verify_unfinished
+from vlqc.verify.folder.contents import MANIFEST
+from vlqc.verify.loader import read_description
 
 
 @dataclass
-class Result:
-    """A compiled folder and how it came about.
+class Result(JupyterMixin):
+    """A compiled folder and what the compilation did. A notebook shows it as a table.
 
-    counts: number of Linears by (part, scheme), part being "vision", "merger", "language" or "other".
-    bytes_before, bytes_after: sizes of all weight files. seconds: wall time.
+    folder: the save folder.
+    counts: number of linear layers by (part, scheme); part is "vision", "merger", "language" or "other".
+    bytes_before, bytes_after: size of all weight files of the float checkpoint and of the compiled folder.
+    seconds: wall time. peak_memory_bytes: largest resident set of this process.
+    notes: messages to the user; those of several lines are warnings.
+    engines: versions of inference engines that load the folder, as text. serve: one command or setting per engine.
     passes: seconds per pass, summed over stages.
-    precision, predicted_sqnr: of --fallback auto, what became of every group, and the SQNR of the logits in dB that its
-    noise adds up to; measured on calibration inputs, so unseen ones come out a little worse.
-    engines: what loads the folder, in words; serve: one command (or setting) per engine.
+    precision: with --fallback auto, the scheme that the search chose for every group of layers.
+    predicted_sqnr: with --fallback auto, SQNR of the logits in dB, predicted from the noise of all groups. It is
+    measured on calibration inputs, so other inputs come out slightly worse.
     """
 
     folder: Path
@@ -32,14 +65,208 @@ class Result:
     precision: list[GroupPrecision] = field(default_factory=list)
     predicted_sqnr: float | None = None
 
-    def described(self) -> dict[str, Any]:
-        """The same for JSON."""
-        counts = [{"part": part, "scheme": scheme, "linears": it} for (part, scheme), it in sorted(self.counts.items())]
+    def to_dict(self) -> dict[str, Any]:
+        """The result as JSON-compatible values."""
+        counts = [
+            {"part": part, "scheme": scheme, "linears": count} for (part, scheme), count in sorted(self.counts.items())
+        ]
         precision = [asdict(group) for group in self.precision]
         return {**vars(self), "folder": str(self.folder), "counts": counts, "precision": precision}
 
-    def _repr_mimebundle_(self, include: object = None, exclude: object = None, **how: object) -> dict[str, str]:
-        """As a notebook shows it: the summary that the command line prints."""
-        from vlqc.reporting.notebook import mime_bundle
+    def render(self, console: Console) -> None:
+        """Prints the summary."""
+        console.print(self, soft_wrap=True)  # commands stay on one line
 
-        return mime_bundle(self)
+    def __rich__(self) -> RenderableType:
+        ratio = f" ({self.bytes_after / self.bytes_before:.0%})" if self.bytes_before else ""
+        rows = [
+            ("size", f"{format_bytes(self.bytes_before)} -> {format_bytes(self.bytes_after)}{ratio}"),
+            ("time", format_duration(self.seconds)),
+            ("peak memory", format_bytes(self.peak_memory_bytes)),
+            ("output", str(self.folder)),
+            *(("loads in", engine) for engine in self.engines),
+            *(("serve", command) for command in self.serve),
+            ("report", f"vlqc report {shlex.quote(str(self.folder))}"),
+            *(("warning", note.split("\n")[0]) for note in self.notes if is_warning(note)),  # printed in full before
+            *(("note", note) for note in self.notes if not is_warning(note)),
+        ]
+        return Group(layer_table("Schemes", self.counts), *labelled_lines(rows))
+
+
+def target_warnings(options: Options, dtype: torch.dtype) -> list[str]:
+    """Notes on the chosen target: which engines refuse the result, and what they expect of it.
+
+    dtype: of the float checkpoint.
+    """
+    name = str(dtype).removeprefix("torch.")
+    target = (options.engine_target, options.scheme, name)
+    refusals = cannot_load(*target, scope=options.w4a8_scope)
+    why, fix = "the folder is written anyway", "see --target, --strict_target"
+    notes = [str(Fault(sentence, why=why, fix=fix)) for sentence in refusals]
+    others = engine_notes(*target, group_size=options.group_size, scope=options.w4a8_scope)
+    notes += [sentence for sentence in others if sentence not in refusals]
+    if dtype != emitted_dtype(dtype):
+        notes.append(f"the checkpoint is {name}; float tensors are emitted as bfloat16, the dtype that engines run")
+    return notes
+
+
+class CompilationSummary:
+    """Counts layers by scheme and collects notes and metrics during a compilation, then builds its `Result`.
+
+    show_note: callback for every new note. Each note is shown once, when it is added.
+    """
+
+    def __init__(self, options: Options, checkpoint: Checkpoint, show_note: Callable[[str], None]) -> None:
+        self.options, self.checkpoint, self._show_note = options, checkpoint, show_note
+        self.counts: dict[tuple[str, str], int] = {}
+        self.notes: list[str] = []
+        self._run_notes: set[str] = set()
+        self.search_result: Plan | None = None
+        self.metrics = StageMetrics(active=current_process_group().first)
+        self._started = time.perf_counter()
+        self.add_notes(target_warnings(options, checkpoint.dtype))
+
+    def add_notes(self, notes: Iterable[str], *, of_run: bool = False) -> None:
+        """of_run: the notes are on this run and not on its output, so the output folder must not contain them."""
+        for text in notes:
+            if text not in self.notes:
+                self.notes.append(text)
+                self._show_note(text)
+            if of_run:
+                self._run_notes.add(text)
+
+    def add_stage(self, stage: Stage) -> None:
+        """Adds a finished stage: its layers by scheme, its notes, and a warning if its SQNR is low."""
+        for site in stage.sites.values():
+            self._count(stage.part, site.scheme or Scheme.FLOAT)
+        self.add_notes(stage.notes)
+        self.metrics.finished(stage)
+        if self.options.fallback != "auto":  # the precision search chooses the schemes after the last stage
+            self.add_notes(self.metrics.low_sqnr_warning())
+
+    def state(self) -> dict[str, Any]:
+        """Counts and notes so far and the metrics of the last stage, as JSON-compatible values."""
+        notes = [note for note in self.notes if note not in self._run_notes]
+        counts = [[*key, count] for key, count in self.counts.items()]
+        return {"counts": counts, "notes": notes, "stage": self.metrics.last_stage()}
+
+    def restore(self, states: Sequence[dict[str, Any]]) -> None:
+        """Continues from the `state` of an interrupted run after each of its stages."""
+        self.counts = {(part, scheme): count for part, scheme, count in states[-1]["counts"]}
+        self.add_notes(states[-1]["notes"])
+        self.metrics.restore([state["stage"] for state in states])
+
+    def apply_search(self, search_result: Plan | None) -> None:
+        """Counts the schemes that the precision search chose; None: there was no search.
+
+        UserError if no layer is quantized: the output would be a copy of the float checkpoint.
+        """
+        if search_result is not None:
+            self._apply_search(search_result)
+        self._require_quantized()
+
+    def _apply_search(self, search_result: Plan) -> None:
+        self.search_result = search_result
+        self.metrics.apply_search(search_result)
+        for group, chosen in zip(search_result.groups, search_result.schemes, strict=True):
+            part, sites = part_of(group.name), len(group.sites)
+            for scheme, change in ((group.assigned, -sites), (chosen, sites)):
+                self.counts[part, str(scheme)] = self.counts.get((part, str(scheme)), 0) + change
+        self.counts = {key: count for key, count in self.counts.items() if count}
+        self.add_notes(search_result.notes())
+
+    def _require_quantized(self) -> None:
+        if all(scheme == Scheme.FLOAT for _, scheme in self.counts):
+            why = "no pass assigned a scheme to any layer, or every layer is excluded"
+            fix = "check --pipeline and --exclude"
+            if self.search_result is not None:
+                why = f"the precision search kept all layers in float, at {self.search_result.sqnr:.1f} dB"
+                fix = "set a lower --min_sqnr or a lower --max_float_groups"
+            raise UserError(Fault("no layer was quantized", why=why, fix=fix))
+
+    def note_unused_tensors(self, names: list[str]) -> None:
+        """names: of tensors in the checkpoint that the model does not have."""
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            self.add_notes([f"tensors that are not part of the model are omitted: {', '.join(names[:3])}{more}"])
+
+    def require_loadable(self, folder: Path) -> None:
+        """With --strict_target, UserError unless the target's engines load the finished folder."""
+        if not self.options.strict_target:
+            return
+        verification = verify_unfinished(folder, self.options.engine_target)
+        if not verification.ok:
+            what = f"{self.options.engine_target} does not load the result"
+            why = "; ".join(dict.fromkeys(finding.what for finding in verification.faults))
+            fix = "choose another --target, change the scheme, or omit --strict_target"
+            raise UserError(Fault(what, "--strict_target", why, fix))
+
+    def write_report_data(self, folder: Path, passes: Sequence[Pass], *, ready_samples: bool) -> None:
+        """Writes vlqc_report.json, from which `vlqc report` makes its page.
+
+        ready_samples: whether the samples were passed as tensors through Python.
+        """
+        text, options = print_pipeline(passes), self.options
+        Facts(
+            version=installed("vlqc"),
+            command=command(options, None if text == pipeline_text(options) else text, ready_samples=ready_samples),
+            ready_samples=ready_samples,
+            pipeline=text,
+            target=options.engine_target,
+            dtype="float16" if emitted_dtype(self.checkpoint.dtype) == torch.float16 else "bfloat16",
+            bytes_before=self.checkpoint.bytes,
+            heads=("lm_head",) if "lm_head.weight" in self.checkpoint else (),
+            notes=without_places([note for note in self.notes if note not in self._run_notes], options),
+            predicted=rounded(self.search_result.sqnr) if self.search_result else None,
+            stages=tuple(self.metrics.stages),
+        ).write(folder)
+
+    def _count(self, part: str, scheme: Scheme) -> None:
+        self.counts[part, str(scheme)] = self.counts.get((part, str(scheme)), 0) + 1
+
+    def result(self, passes: dict[str, float]) -> Result:
+        """The result, once the output folder is in place. Writes the file of --timings.
+
+        passes: seconds per pass.
+        """
+        folder = self.options.save_directory
+        if "lm_head.weight" in self.checkpoint:
+            self._count(part_of("lm_head"), Scheme.FLOAT)
+        description = read_description(folder)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        dtype = str(emitted_dtype(self.checkpoint.dtype)).removeprefix("torch.")
+        if self.options.timings is not None:
+            self._timings(passes).write(self.options.timings)
+        return Result(
+            folder=folder,
+            counts=self.counts,
+            bytes_before=self.checkpoint.bytes,
+            bytes_after=weight_bytes(folder),
+            seconds=time.perf_counter() - self._started,
+            peak_memory_bytes=peak_memory(),
+            notes=self.notes,
+            engines=loads(description, dtype, config),
+            serve=serve_commands(self.options.engine_target, folder.resolve()),
+            passes=passes,
+            precision=self.search_result.table() if self.search_result else [],
+            predicted_sqnr=self.search_result.sqnr if self.search_result else None,
+        )
+
+    def _timings(self, passes: dict[str, float]) -> Timings:
+        system, processors, versions = machine()
+        return Timings(
+            manifest=file_digest(self.options.save_directory / MANIFEST),
+            kept=self.metrics.restored_stages,
+            seconds=time.perf_counter() - self._started,
+            peak_bytes=peak_memory(),
+            passes=self.metrics.pass_times(passes),
+            stages=tuple(self.metrics.stage_times),
+            system=system,
+            processors=processors,
+            versions=versions,
+        )
+
+
+def weight_bytes(folder: Path) -> int:
+    """Size of all weight files of a checkpoint in bytes."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

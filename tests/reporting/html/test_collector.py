@@ -24,8 +24,7 @@ from vlqc.reporting.html.collector import StageMetrics, curve, smoothing_scales
 from vlqc.reporting.html.command_line import command, shell_text, without_places
 from vlqc.reporting.html.schema import FILE, SHARES, Facts, InputFacts, StageFacts, read_facts
 from vlqc.reporting.html.timings import Timings
-from vlqc.reporting.summary import Result
-from vlqc.reporting.tally import CompilationSummary
+from vlqc.reporting.summary import CompilationSummary, Result
 
 SAMPLES = tiny.mixed_samples()
 
@@ -213,7 +212,7 @@ def test_stages_survive_a_journal(made: tuple[Result, Facts, Path]) -> None:
     for stage in made[1].stages:
         before = StageMetrics()
         before.stages = [stage]
-        kept.append(json.loads(json.dumps(before.last())))
+        kept.append(json.loads(json.dumps(before.last_stage())))
     after = StageMetrics()
     after.restore(kept)
     assert tuple(after.stages) == made[1].stages
@@ -225,11 +224,11 @@ def test_notes_of_a_run_stay_out_of_the_folder(tmp_path: Path) -> None:
     for notes in ([], ["went on after 3 of 9 stages"]):
         options = Options.without_paths(model_path=tiny.TINY)
         shown: list[str] = []
-        tally = CompilationSummary(options, Checkpoint(tiny.TINY), shown.append)
-        tally.note(["for everybody"])
-        tally.note(notes, of_run=True)
-        assert shown[-1] == ([*notes, "for everybody"])[0] and tally.notes == shown
-        tally.write_facts(tmp_path, [], ready_samples=True)
+        summary = CompilationSummary(options, Checkpoint(tiny.TINY), shown.append)
+        summary.add_notes(["for everybody"])
+        summary.add_notes(notes, of_run=True)
+        assert shown[-1] == ([*notes, "for everybody"])[0] and summary.notes == shown
+        summary.write_report_data(tmp_path, [], ready_samples=True)
         facts.append((tmp_path / FILE).read_bytes())
     assert facts[0] == facts[1] and b"for everybody" in facts[0]
 

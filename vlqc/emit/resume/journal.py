@@ -34,7 +34,7 @@ from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.stage import Stage
 from vlqc.options.options import Options
 from vlqc.pipeline.registry import Pass, print_pipeline
-from vlqc.reporting.tally import CompilationSummary
+from vlqc.reporting.summary import CompilationSummary
 
 
 @contextmanager
@@ -43,7 +43,7 @@ def journaled(
     pipeline: Sequence[Pass],
     model: StreamedModel,
     samples: Sequence[Mapping[str, Tensor]],
-    tally: CompilationSummary,
+    summary: CompilationSummary,
     process_group: ProcessGroup,
 ) -> Iterator["Journal"]:
     """Inside, a run that keeps a journal: a new one, or with --resume one that was interrupted and had the same input.
@@ -52,15 +52,15 @@ def journaled(
     folder stays if a stage is finished; otherwise nothing does. UserError if the run cannot go on, or lacks room.
     """
     room = needed_memory(model, samples, options.memory_budget)
-    require_memory(room, model.checkpoint.files, lambda told: tally.note(told, of_run=True))
+    require_memory(room, model.checkpoint.files, lambda told: summary.add_notes(told, of_run=True))
     if not process_group.first:
-        yield Journal(model, process_group, None, tally)
+        yield Journal(model, process_group, None, summary)
         return
     restore_replaced(options.save_directory)
     facts = run_fingerprint(options, print_pipeline(pipeline), model, samples) | sources_of(map(type, pipeline))
     needed = needed_room(model, options, pipeline, samples)
-    work = open_or_resume(options, facts, needed, lambda told: tally.note([told], of_run=True))
-    journal = Journal(model, process_group, work, tally)
+    work = open_or_resume(options, facts, needed, lambda told: summary.add_notes([told], of_run=True))
+    journal = Journal(model, process_group, work, summary)
     keep = True
     try:
         yield journal
@@ -100,16 +100,16 @@ class Journal:
     """
 
     def __init__(
-        self, model: StreamedModel, process_group: ProcessGroup, work: Work | None, tally: CompilationSummary
+        self, model: StreamedModel, process_group: ProcessGroup, work: Work | None, summary: CompilationSummary
     ) -> None:
-        self.stages, self._device, self.process_group, self._work, self._tally = (
+        self.stages, self._device, self.process_group, self._work, self._summary = (
             list(model.stages),
             model.device,
             process_group,
             work,
-            tally,
+            summary,
         )
-        self.folder = work.folder.folder if work else nearest_folder(tally.options.save_directory)
+        self.folder = work.folder.folder if work else nearest_folder(summary.options.save_directory)
         self.result = work.result if work else self.folder
         self.writes = work is not None and not work.published
         self._records: list[Record] = work.stages if work else []
@@ -176,12 +176,12 @@ class Journal:
                 Fault("what the interrupted run has left is damaged", str(self.folder), str(error), fix)
             ) from error
         self._checkpoint.require_same([it["read"] for it in self._records], self._work.file_times)
-        self._tally.restore([record["tally"] for record in self._records])
+        self._summary.restore([record["tally"] for record in self._records])
         described = {
             str(record["name"]): {int(sample): it for sample, it in record["samples"].items()}
             for record in self._records
         }
-        self._tally.note(
+        self._summary.add_notes(
             [f"went on after {self.kept} of {len(self.stages)} stages, which an interrupted run had finished"],
             of_run=True,
         )
@@ -189,7 +189,7 @@ class Journal:
 
     def finished(self, stage: Stage) -> None:
         """A stage was emitted: it counts, and soon it is on the disk, too. OSError if that is full."""
-        self._tally.count(stage)
+        self._summary.add_stage(stage)
         if self._gave_up and self.process_group.size == 1:
             return
         number = len(self._names)
@@ -206,7 +206,7 @@ class Journal:
         self._latest |= dict.fromkeys(samples, number)
         needed = set(self._latest.values())  # what the main thread writes meanwhile is not looked at
         stale = [self._outputs(each) for each in range(number) if each not in needed]
-        record: Record = {"kind": "stage", "name": stage.name, "samples": samples, "tally": self._tally.state()}
+        record: Record = {"kind": "stage", "name": stage.name, "samples": samples, "tally": self._summary.state()}
         record["read"], self._checkpoint.digests = self._checkpoint.digests, {}
 
         def keep(emitted: dict[str, Any]) -> None:
@@ -249,7 +249,7 @@ class Journal:
         self._gave_up = True
         self._append({"kind": "gave up"})
         told = f"should this run be interrupted, it starts anew: {stage.name} returns a {error}"
-        self._tally.note([told], of_run=True)
+        self._summary.add_notes([told], of_run=True)
 
     def _taken(self, number: int, drop: Callable[[], None]) -> None:
         """Of a stage that waited, everything is emitted."""

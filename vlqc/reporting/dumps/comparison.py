@@ -42,7 +42,7 @@ class Comparison:
     def differs(self) -> bool:
         return bool(self.states)
 
-    def described(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As a value of JSON."""
         return {"states": [asdict(state) for state in self.states], "same": self.same}
 

@@ -33,7 +33,7 @@ class Rerun:
         yield from (f"note: {note}" for note in self.notes)
         yield f"{pluralize(len(self.found), 'thing')} changed" if self.found else "nothing changed"
 
-    def described(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As a value of JSON."""
         return {"changed": self.found, "notes": self.notes, "seconds": self.seconds, "text": self.text}
 

@@ -35,7 +35,7 @@ class TraceResult:
     of: int
     folder: Path | None
 
-    def described(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As a value of JSON."""
         return {"stages": list(self.stages), "of": self.of, "folder": self.folder and str(self.folder)}
 

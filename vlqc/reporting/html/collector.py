@@ -36,7 +36,7 @@ class StageMetrics:
         self.active = active
         self.stages: list[StageFacts] = []
         self.stage_times: list[StageTime] = []
-        self.kept = 0  # stages of which an interrupted run has told
+        self.restored_stages = 0  # stages of which an interrupted run has told
         self.raised: dict[str, int] = {}  # pass -> bytes by which it raised the peak of the process
         self._began = time.perf_counter()
         self._peak = peak_memory()
@@ -93,16 +93,16 @@ class StageMetrics:
         bound = f"below {LEAST_SQNR:.0f} dB more than a tenth of it is noise"
         return [f"quantization spoils {self.stages[-1].name}: the SQNR of its output is {figures}; {bound}"]
 
-    def last(self) -> dict[str, Any]:
+    def last_stage(self) -> dict[str, Any]:
         """Facts of the stage that finished last, in JSON: what a journal keeps of it."""
         return self.stages[-1].model_dump(mode="json")
 
     def restore(self, kept: Iterable[dict[str, Any]]) -> None:
-        """Goes on from what `last` told of each finished stage."""
+        """Goes on from what `last_stage` returned of each finished stage."""
         self.stages = [StageFacts.model_validate_json(json.dumps(stage)) for stage in kept]
-        self.kept = len(self.stages)
+        self.restored_stages = len(self.stages)
 
-    def settled(self, plan: Plan) -> None:
+    def apply_search(self, plan: Plan) -> None:
         """The precision search chose: sites get its schemes."""
         chosen = {
             name: (scheme, group.assigned, decibels(group.choices[scheme].noise))

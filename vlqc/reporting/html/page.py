@@ -17,7 +17,7 @@ from vlqc.reporting.html.schema import Facts, SiteFacts, StageFacts
 from vlqc.reporting.html.timings import Timings
 from vlqc.reporting.html.towers import Tower, label_of, role_of, towers, worst
 from vlqc.reporting.html.verification import Verification
-from vlqc.reporting.progress import in_model_order, is_warning
+from vlqc.reporting.tables import is_warning, part_order
 
 # Scheme -> class of its colour, letter that stands for it, name.
 SCHEMES = {
@@ -132,7 +132,7 @@ def scheme_shares(facts: Facts) -> list[Share]:
 def part_counts(facts: Facts) -> list[tuple[str, str, int]]:
     """(part, scheme, Linears) in the model's order."""
     counts = facts.counts()
-    return [(*key, counts[key]) for key in sorted(counts, key=in_model_order)]
+    return [(*key, counts[key]) for key in sorted(counts, key=part_order)]
 
 
 def precision_map(tower: Tower) -> Map:

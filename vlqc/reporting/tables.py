@@ -1,0 +1,48 @@
+"""Tables and labelled lines that the summary of a compilation, `--plan` and the report page have in common."""
+
+from collections.abc import Iterable, Mapping
+
+from rich.table import Table
+from rich.text import Text
+
+from vlqc.formatting import escape_control_chars
+
+PARTS = ("vision", "merger", "language", "other")
+LABEL_WIDTH = 12
+
+
+def part_order(part_and_scheme: tuple[str, str]) -> tuple[int, str, str]:
+    """Sort key of (part, scheme): parts in the order of the model's forward."""
+    part, scheme = part_and_scheme
+    return (PARTS.index(part) if part in PARTS else len(PARTS), part, scheme)
+
+
+def layer_table(title: str, counts: Mapping[tuple[str, str], int]) -> Table:
+    """counts: number of linear layers by (part, scheme)."""
+    table = Table(title=title, title_justify="left")
+    for column in ("part", "scheme", "linear layers"):
+        table.add_column(column, justify="right" if column == "linear layers" else "left")
+    for part, scheme in sorted(counts, key=part_order):
+        table.add_row(part, scheme, str(counts[part, scheme]))
+    return table
+
+
+def labelled_lines(rows: Iterable[tuple[str, str]]) -> list[Text]:
+    """(label, text) -> one line each, never wrapped, so that commands can be copied. Warnings are highlighted.
+
+    A label is shown on the first of several consecutive lines only, except on notes and warnings.
+    """
+    lines, previous = [], ""
+    for label, text in rows:
+        shown = "" if label == previous and label not in ("note", "warning") else label
+        style = "bold yellow" if label == "warning" else "bold"
+        line = Text(no_wrap=True, overflow="ignore")
+        line.append(f"{shown:<{LABEL_WIDTH}}", style).append(escape_control_chars(text))
+        lines.append(line)
+        previous = label
+    return lines
+
+
+def is_warning(note: str) -> bool:
+    """Whether a note is a warning: it has several lines, the first of which summarizes the others."""
+    return "\n" in note

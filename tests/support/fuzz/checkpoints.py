@@ -20,8 +20,8 @@ from vlqc.frontend.calibration.processor import ModelInputs
 from vlqc.frontend.calibration.samples import checked_samples
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.checkpoint.files import INDEX
+from vlqc.frontend.checkpoint.header import read_header
 from vlqc.frontend.streamed_model import StreamedModel
-from vlqc.verify.folder.reader import read_header
 
 # ---- safetensors -----------------------------------------------------------------------------------------------------
 
@@ -87,13 +87,13 @@ def weights(draw: st.DrawFn) -> bytes:
 
 
 def check_weights(case: bytes, folder: Path) -> bool:
-    """The compiler's reader refuses what verification's independent one finds a fault in, and reads the rest."""
+    """Weights that open as a checkpoint have a header without faults, all its tensors, and can be read."""
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(case)
-    tensors, _, faults = read_header(folder / "model.safetensors")
     checkpoint = Checkpoint(folder)
-    demand(not faults, f"accepted although {faults}")
-    demand(len(checkpoint.names) == len(tensors), "other tensors than in the header")
+    header = read_header(folder / "model.safetensors")
+    demand(not header.faults, f"accepted although {header.faults}")
+    demand(len(checkpoint.names) == len(header.tensors), "other tensors than in the header")
     for name in checkpoint.names:
         read = checkpoint.tensor(name)
         demand(tuple(read.shape) == checkpoint.shape(name), f"{name} has another shape than promised")

@@ -12,7 +12,7 @@ from vlqc.passes.algorithms.gptq import compensated
 from vlqc.passes.algorithms.weight_clipping import GroupGrid, RowGrid, importance_of
 from vlqc.verify.float_match.scale_fit import SIGMAS, fit_columns, fit_rows, misfits
 from vlqc.verify.float_match.weight_pair import Scales, WeightPair
-from vlqc.verify.folder.reader import read_header
+from vlqc.verify.folder.reader import read_tensors
 from vlqc.verify.numbers.integers import StoredIntegers
 
 ROWS, COLUMNS = 192, 256
@@ -39,7 +39,7 @@ def rounded(seed: int, group_size: int | None) -> tuple[Tensor, Tensor, Tensor]:
 
 def pair(folder: Path, weight: Tensor, integers: Tensor, steps: Tensor) -> WeightPair:
     save_file({"float": weight.contiguous(), "integers": integers.contiguous()}, folder / "tensors.safetensors")
-    tensors, _, troubles = read_header(folder / "tensors.safetensors")
+    tensors, _, troubles = read_tensors(folder / "tensors.safetensors")
     assert not troubles
     stored = StoredIntegers(tensors["integers"], 8 if steps.shape[1] == 1 and int(integers.max()) > 7 else 4)
     return WeightPair("layer", tensors["float"], stored, steps.numpy())

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from vlqc.file_digest import file_digest
 from vlqc.frontend.checkpoint.checkpoint import digest_of
+from vlqc.frontend.checkpoint.header import read_header_bytes
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.options.options import Options
 from vlqc.options.options import flag_of as flag
@@ -50,7 +51,8 @@ def run_fingerprint(
     facts["pipeline"] = pipeline
     facts["config.json"] = _short(file_digest(checkpoint.folder / "config.json"))
     for file in checkpoint.files:
-        facts[f"weight file {file.name}"] = f"{file.stat().st_size} bytes, header {_short(_header_digest(file))}"
+        header = hashlib.sha256(read_header_bytes(file)).hexdigest()
+        facts[f"weight file {file.name}"] = f"{file.stat().st_size} bytes, header {_short(header)}"
     for name in checkpoint.side_files(code=options.trust_remote_code):
         facts[f"file {name}"] = _short(file_digest(checkpoint.folder / name))
     facts["calibration samples"] = f"{len(samples)}, {_short(_samples_digest(samples))}"
@@ -114,12 +116,6 @@ def listed(found: Sequence[str]) -> str:
     """The first few of many differences, in one line."""
     more = f"; and {len(found) - NAMED} more" if len(found) > NAMED else ""
     return "; ".join(found[:NAMED]) + more
-
-
-def _header_digest(file: Path) -> str:
-    with file.open("rb") as opened:
-        length = opened.read(8)
-        return hashlib.sha256(length + opened.read(int.from_bytes(length, "little"))).hexdigest()
 
 
 def _samples_digest(samples: Sequence[Mapping[str, Tensor]]) -> str:

@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from vlqc.errors import Fault, UserError
-from vlqc.files import json_value, read_json_object
+from vlqc.files import read_json_object
+from vlqc.frontend.checkpoint.header import read_header
 from vlqc.frontend.checkpoint.prefetch import Span
 
 INDEX = "model.safetensors.index.json"
-LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
+FAULTS_SHOWN = 3  # of one header
 
 
 def times_of(path: Path) -> list[int]:
@@ -18,21 +19,11 @@ def times_of(path: Path) -> list[int]:
 
 
 def spans_of(path: Path) -> dict[str, Span]:
-    """Stored name -> where its bytes lie, from the header of a safetensors file. OSError or ValueError without one.
-
-    Names given twice are a fault: the library that reads tensors would take the last one without a word.
-    """
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > min(path.stat().st_size, LONGEST_HEADER):
-            raise ValueError(f"it claims a header of {length} bytes: it is truncated, or no safetensors file")
-        header = json_value(file.read(length).decode())
-    try:
-        begin = 8 + length
-        offsets = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
-        return {name: Span(path, begin + first, begin + last) for name, (first, last) in offsets.items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"its header is not of the format: {error!r}") from None
+    """safetensors file -> stored name -> byte range of its data. OSError or ValueError without a valid header."""
+    header = read_header(path)
+    if header.faults:
+        raise ValueError("; ".join(header.faults[:FAULTS_SHOWN]))
+    return {name: Span(path, entry.begin, entry.end) for name, entry in header.tensors.items()}
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from vlqc.targets.engines import Scheme
 from vlqc.verify.findings import VerificationResult, format_list
 from vlqc.verify.float_match.scale_fit import NOISE, fit_columns, fit_rows, misfits
 from vlqc.verify.float_match.weight_pair import SIGMAS, ULP, Scales, WeightPair
-from vlqc.verify.folder.reader import FLOATS, Array, StoredTensor, read_header, read_json, round_to
+from vlqc.verify.folder.reader import FLOATS, Array, StoredTensor, read_json_object, read_tensors, round_to
 from vlqc.verify.numbers.arithmetic import shift_in_front_of
 from vlqc.verify.numbers.integers import StoredIntegers, row_sums
 from vlqc.verify.structure.expected import ExpectedModel, consumers_of_norm
@@ -37,7 +37,7 @@ def check_against_source(folder: CompiledFolder, model_path: Path, result: Verif
 
 def open_source(model_path: Path) -> dict[str, StoredTensor]:
     """Float checkpoint folder -> its tensors under original names. UserError with everything that cannot be read."""
-    index, _ = read_json(model_path / INDEX)
+    index, _ = read_json_object(model_path / INDEX)
     listing = index.get("weight_map") if index else None
     if isinstance(listing, dict):
         files = [model_path / Path(str(name)).name for name in sorted(set(map(str, listing.values())))]
@@ -46,7 +46,7 @@ def open_source(model_path: Path) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     faults = [] if files else [Fault("the float checkpoint has no *.safetensors", str(model_path))]
     for file in files:
-        found, _, troubles = read_header(file)
+        found, _, troubles = read_tensors(file)
         faults += [Fault(trouble, str(file), fix="download the file again") for trouble in troubles]
         tensors |= {_original_name(name): tensor for name, tensor in found.items()}
     if faults:

@@ -9,7 +9,7 @@ from typing import Any
 from vlqc.errors import Fault, UserError
 from vlqc.targets.engines import MINDIE, VLLM_ASCEND
 from vlqc.verify.findings import VerificationResult, format_list
-from vlqc.verify.folder.reader import StoredTensor, json_in, read_header, read_json
+from vlqc.verify.folder.reader import StoredTensor, read_json, read_json_object, read_tensors
 
 WEIGHT_FILE = re.compile(r"quant_model_weight_(?P<type>.+?)(-(?P<number>\d{5})-of-(?P<total>\d{5}))?\.safetensors")
 MANIFEST = "MANIFEST.json"
@@ -60,7 +60,7 @@ def open_folder(path: Path, result: VerificationResult) -> FolderFiles:
         folder.description_name = mindie[0]
     for check, name in (("description", folder.description_name), ("config", "config.json")):
         result.add_examined(check)
-        content, trouble = read_json(path / name) if name in names else (None, "is missing")
+        content, trouble = read_json_object(path / name) if name in names else (None, "is missing")
         if content is None:
             result.add_fault(check, name, f"{name} {trouble}", "engines read it before anything else", "compile again")
         elif check == "config":
@@ -81,7 +81,7 @@ def _names(path: Path) -> list[str]:
 
 
 def _open_weights(file: Path, tensors: dict[str, StoredTensor], result: VerificationResult) -> None:
-    found, metadata, troubles = read_header(file)
+    found, metadata, troubles = read_tensors(file)
     result.add_examined("files")
     for trouble in troubles:
         result.add_fault("files", file.name, trouble, "the file is damaged", "copy the folder again, or compile again")
@@ -148,7 +148,7 @@ def check_side_files(folder: FolderFiles, result: VerificationResult) -> None:
         if not name.endswith(".json") or ours:  # those are looked at, each in its check
             continue
         result.add_examined("files")
-        if trouble := json_in(folder.path / name)[1]:
+        if trouble := read_json(folder.path / name)[1]:
             why, fix = "what serves the folder could not read it either", "copy it from the float checkpoint"
             result.add_fault("files", name, f"{name} {trouble}", why, fix)
 
@@ -183,7 +183,7 @@ def _check_index(folder: FolderFiles, type_name: str, result: VerificationResult
         if len(folder.weights) > 1:
             result.add_fault("index", name, f"{name} is missing", "several weight files need an index", "compile again")
         return
-    content, trouble = read_json(folder.path / name)
+    content, trouble = read_json_object(folder.path / name)
     if content is None:
         result.add_fault("index", name, f"{name} {trouble}")
         return

@@ -11,7 +11,7 @@ from vlqc.file_digest import file_digest
 from vlqc.frontend.checkpoint.links import link_faults
 from vlqc.verify.findings import VerificationResult
 from vlqc.verify.folder.contents import MANIFEST
-from vlqc.verify.folder.reader import read_json
+from vlqc.verify.folder.reader import read_json_object
 
 FACTS = "vlqc_report.json"
 CHECK = "manifest"
@@ -58,7 +58,7 @@ def check_manifest(folder: Path, result: VerificationResult, *, finished: bool =
 
 def _listed(folder: Path, result: VerificationResult) -> dict[str, tuple[int, str]] | None:
     """File name -> (size, SHA-256); None, and a fault, if the list is damaged."""
-    content, trouble = read_json(folder / MANIFEST)
+    content, trouble = read_json_object(folder / MANIFEST)
     files: Any = None if content is None else content.get("files")
     if content is not None and (content.get("manifest") != 1 or not isinstance(files, Mapping)):
         trouble = "has no list of files of a kind that is known"

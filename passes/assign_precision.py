@@ -5,9 +5,12 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import ClassVar, Literal
 
+from vlqc.families.qwen2_5_vl import fused_group, stays_float_in_reference
 from vlqc.ir.stage import Site, Stage
 from vlqc.pipeline.registry import Pass, require
-from vlqc.targets.engines import Scheme, fused_group, legal_schemes, parse_target, rules_for, stays_float_in_reference
+from vlqc.targets.rules import supported_schemes, target_supporting
+from vlqc.targets.schemes import Scheme
+from vlqc.targets.target import parse_target
 
 INT4_ROW_MULTIPLE = 8  # the int4 matmul operator requires a multiple of 8 output features
 
@@ -71,9 +74,9 @@ class AssignPrecision(Pass):
             return Decision(Scheme.FLOAT, reason, f"{layer_pattern(members[0].name)} stays float: {reason}")
         wanted = Scheme(self.scheme)
         choices: list[Scheme] = [wanted, Scheme.W8A8_DYNAMIC] if wanted == Scheme.W4A8_DYNAMIC else [wanted]
-        rules = rules_for(self.target, wanted)
+        rules = target_supporting(self.target, wanted)
         if self.scope == "engine" and rules is not None:
-            choices = [scheme for scheme in choices if all(scheme in legal_schemes(rules, name) for name in names)]
+            choices = [scheme for scheme in choices if all(scheme in supported_schemes(rules, name) for name in names)]
         misfit = self._int4_misfit(members) if Scheme.W4A8_DYNAMIC in choices else ""
         if misfit:
             choices.remove(Scheme.W4A8_DYNAMIC)

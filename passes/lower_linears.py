@@ -12,7 +12,7 @@ from vlqc.kernels_ref.quant_linear import DynamicQuantLinear, GroupQuantLinear, 
 from vlqc.kernels_ref.quantize import dequantize_per_tensor, quantize_per_tensor
 from vlqc.passes.quantize_weights import emitted_bias
 from vlqc.pipeline.registry import Pass
-from vlqc.targets.engines import Scheme
+from vlqc.targets.schemes import Scheme
 
 ROWS_AT_ONCE = 512  # of observed inputs, and of weights: bounds the temporaries
 

@@ -12,7 +12,9 @@ from vlqc.ir.stage import noise_to_signal as noise_to_signal
 from vlqc.passes.lower_linears import lower
 from vlqc.passes.quantize_weights import quantized
 from vlqc.pipeline.registry import Pass
-from vlqc.targets.engines import Scheme, group_faults, legal_schemes, parse_target, rules_for
+from vlqc.targets.rules import group_faults, supported_schemes, target_supporting
+from vlqc.targets.schemes import Scheme
+from vlqc.targets.target import parse_target
 
 # What a group may fall back to from the scheme that it was assigned.
 FALLBACKS = {
@@ -66,10 +68,10 @@ class MeasureSensitivity(Pass):
         assigned = members[0].scheme or Scheme.FLOAT
         if behind_biased_norm(stage, members):
             return [assigned]
-        rules, dtype = rules_for(self.target, assigned), str(stage.dtype).removeprefix("torch.")
+        rules, dtype = target_supporting(self.target, assigned), str(stage.dtype).removeprefix("torch.")
         choices = [assigned]
         for scheme in FALLBACKS[assigned]:
-            legal = rules is None or all(scheme in legal_schemes(rules, site.name, dtype) for site in members)
+            legal = rules is None or all(scheme in supported_schemes(rules, site.name, dtype) for site in members)
             beside = {"model.layers.0.mlp.down_proj": assigned, "model.layers.1.mlp.down_proj": scheme}
             if legal and (rules is None or not group_faults(rules, beside)):
                 choices.append(scheme)

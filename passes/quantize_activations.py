@@ -20,7 +20,7 @@ from vlqc.kernels_ref.quantize import (
 from vlqc.passes.algorithms.error_model import representative_rows
 from vlqc.passes.insert_observers import observed
 from vlqc.pipeline.registry import Pass
-from vlqc.targets.engines import Scheme
+from vlqc.targets.schemes import Scheme
 
 ROWS_JUDGED = 512  # kept rows on which two ranges are compared
 BINS = 2048  # as in PyTorch's HistogramObserver

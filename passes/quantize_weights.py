@@ -19,7 +19,7 @@ from vlqc.passes.algorithms.gptq import compensated, single_threads
 from vlqc.passes.algorithms.weight_clipping import GroupGrid, RowGrid, importance_of
 from vlqc.passes.insert_observers import observed
 from vlqc.pipeline.registry import Pass
-from vlqc.targets.engines import Scheme
+from vlqc.targets.schemes import Scheme
 
 T = TypeVar("T")
 GROUPS_AT_ONCE = 2  # each with a Gram matrix in memory

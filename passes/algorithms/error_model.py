@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vlqc.ir.stage import Site
 from vlqc.kernels_ref.quantize import INT8_MAX, INT8_STEPS, WEIGHT_INT8_MAX
-from vlqc.targets.engines import Scheme
+from vlqc.targets.schemes import Scheme
 
 ROWS_OF_WEIGHT = 512  # rows of W that a search looks at, evenly spread: bounds its cost, whatever the layer
 ROWS_OF_INPUT = 256  # the same for rows of x

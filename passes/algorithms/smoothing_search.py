@@ -17,7 +17,7 @@ from vlqc.passes.algorithms.error_model import (
     representative_rows,
 )
 from vlqc.passes.insert_observers import observed
-from vlqc.targets.engines import Scheme
+from vlqc.targets.schemes import Scheme
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from vlqc.ir.stage import Call, Stage
 from vlqc.passes.assign_precision import AssignPrecision
 from vlqc.passes.insert_observers import InsertObservers
 from vlqc.pipeline.manager import PassManager
-from vlqc.targets.engines import Scheme
+from vlqc.targets.schemes import Scheme
 
 PAGE = Path(vlqc.__file__).parent / "docs" / "cookbook.md"
 OTHERS = "quantize-activations,quantize-weights{method=round},lower-linears"

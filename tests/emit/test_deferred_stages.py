@@ -22,7 +22,7 @@ from vlqc.passes.measure_sensitivity import MeasureSensitivity
 from vlqc.passes.quantize_activations import QuantizeActivations
 from vlqc.passes.quantize_weights import QuantizeWeights
 from vlqc.pipeline.precision_search import Plan
-from vlqc.targets.engines import Scheme
+from vlqc.targets.schemes import Scheme
 
 STATIC, DYNAMIC, FLOAT = Scheme.W8A8, Scheme.W8A8_DYNAMIC, Scheme.FLOAT
 PIPELINE = QuantizeActivations(), QuantizeWeights(), MeasureSensitivity(target="vllm-ascend"), LowerLinears()

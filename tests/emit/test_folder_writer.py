@@ -19,7 +19,7 @@ from vlqc.errors import InternalError, UserError
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.options.options import Options
 from vlqc.passes.lower_linears import LowerLinears
-from vlqc.targets.engines import Scheme
+from vlqc.targets.schemes import Scheme
 
 QKV, LAYER = "visual.blocks.0.attn.qkv", "model.layers.0.self_attn.q_proj"
 

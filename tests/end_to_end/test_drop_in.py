@@ -13,7 +13,7 @@ import pytest
 
 from vlqc.options.options import Options
 from vlqc.reporting.summary import Result
-from vlqc.targets.engines import Scheme
+from vlqc.targets.schemes import Scheme
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tools" / "quant_qwen2_5vl.py"

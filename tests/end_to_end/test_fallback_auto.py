@@ -13,7 +13,8 @@ from tests.support.naive_w8a8 import load_float, logits, signal_to_noise
 from tools.demo import plant_outliers, tiny_task
 from vlqc.reporting.html.schema import FILE
 from vlqc.reporting.summary import Result
-from vlqc.targets.engines import Scheme, group_faults
+from vlqc.targets.rules import group_faults
+from vlqc.targets.schemes import Scheme
 from vlqc.targets.versions import layer_schemes
 
 FOUR_BITS = {"w_bit": 4, "is_lowbit": True, "is_dynamic": True, "open_outlier": False}

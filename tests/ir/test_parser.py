@@ -17,7 +17,7 @@ from vlqc.ir.parser import parse_stage
 from vlqc.ir.printer import print_stage
 from vlqc.ir.stage import InputQuantization, Stage, WeightQuantization, summarize
 from vlqc.ir.syntax import Unknown, literal
-from vlqc.targets.engines import Scheme
+from vlqc.targets.schemes import Scheme
 
 GOLDENS = sorted((Path(__file__).parents[1] / "goldens").glob("**/*.vlqc"))
 DECIDED = print_stage(decided())

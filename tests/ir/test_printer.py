@@ -16,7 +16,7 @@ from vlqc.ir.parser import parse_stage
 from vlqc.ir.printer import print_stage
 from vlqc.ir.stage import EdgeSummary, InputQuantization, Site, Stage, WeightQuantization
 from vlqc.ir.syntax import find_function, function_name, literal, quote
-from vlqc.targets.engines import Scheme
+from vlqc.targets.schemes import Scheme
 
 STATES: dict[str, Callable[[], Stage]] = {"traced": traced, "decided": decided, "lowered": lowered}
 

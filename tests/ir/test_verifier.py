@@ -20,7 +20,7 @@ from vlqc.ir.parser import parse_stage
 from vlqc.ir.printer import print_stage
 from vlqc.ir.stage import Edge, Stage
 from vlqc.ir.verifier import check
-from vlqc.targets.engines import Scheme
+from vlqc.targets.schemes import Scheme
 
 
 @pytest.mark.parametrize("make", [traced, decided, lowered])

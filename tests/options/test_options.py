@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.support.option_cases import W4A8, faults_of, two_folders
 from vlqc.errors import UserError
 from vlqc.options.options import PANELS, Options, extra_of
-from vlqc.targets.engines import Scheme
+from vlqc.targets.schemes import Scheme
 
 # The reference script's parameters: a command line written for it has to work unchanged.
 SEED_DEFAULTS = {

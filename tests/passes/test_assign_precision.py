@@ -22,7 +22,8 @@ from vlqc.ir.printer import print_stage
 from vlqc.ir.stage import Call, Site, Stage
 from vlqc.passes.assign_precision import AssignPrecision, Decision, layer_pattern
 from vlqc.pipeline.registry import parse_pipeline, print_pipeline
-from vlqc.targets.engines import Scheme, assignment_faults
+from vlqc.targets.rules import assignment_faults
+from vlqc.targets.schemes import Scheme
 
 
 def test_golden(golden: Callable[[str, str], None]) -> None:

@@ -19,7 +19,8 @@ from tests.support.chosen_precision import (
 from tests.support.random_stage import decoder, through
 from vlqc.ir.stage import Site
 from vlqc.passes.assign_precision import AssignPrecision, Decision
-from vlqc.targets.engines import Scheme, assignment_faults
+from vlqc.targets.rules import assignment_faults
+from vlqc.targets.schemes import Scheme
 
 # Kinds of layers as the engines tell them apart, by one group of each; stated from the engines' own rules:
 # what W8A8, W8A8_DYNAMIC and W4A8_DYNAMIC become there with `fallback=none` and a group size that divides everything.

@@ -22,7 +22,7 @@ from vlqc.passes.insert_observers import InsertObservers
 from vlqc.passes.lower_linears import LowerLinears
 from vlqc.passes.quantize_activations import QuantizeActivations
 from vlqc.passes.quantize_weights import QuantizeWeights
-from vlqc.targets.engines import Scheme
+from vlqc.targets.schemes import Scheme
 
 
 def linear_at(stage: Stage, target: str) -> nn.Linear:

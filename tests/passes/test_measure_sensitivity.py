@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tests.support.random_stage import GROUP_SIZE, NAME, decoder, outputs, site, through
 from vlqc.errors import UserError
+from vlqc.families.qwen2_5_vl import fused_group
 from vlqc.ir.stage import Stage, fingerprint
 from vlqc.passes.assign_precision import AssignPrecision
 from vlqc.passes.insert_observers import InsertObservers
@@ -18,7 +19,8 @@ from vlqc.passes.quantize_activations import QuantizeActivations
 from vlqc.passes.quantize_weights import QuantizeWeights
 from vlqc.passes.shift_norms import ShiftNorms
 from vlqc.pipeline.registry import Pass, check_order, parse_pipeline
-from vlqc.targets.engines import Scheme, fused_group, legal_schemes
+from vlqc.targets.rules import supported_schemes
+from vlqc.targets.schemes import Scheme
 
 STATIC, DYNAMIC, INT4, FLOAT = Scheme.W8A8, Scheme.W8A8_DYNAMIC, Scheme.W4A8_DYNAMIC, Scheme.FLOAT
 FREE = "vllm-ascend"
@@ -101,7 +103,7 @@ def test_only_what_the_target_runs(assigned: Scheme, target: str, wanted: list[S
     for found in measured(assigned, target).sensitivities:
         expected = wanted if found.assigned == assigned else [DYNAMIC, FLOAT]  # of biased linears beside 4 bits
         assert list(found.noise) == list(found.modules) == expected
-        assert all(scheme in legal_schemes(target, name) for name in found.sites for scheme in found.noise)
+        assert all(scheme in supported_schemes(target, name) for name in found.sites for scheme in found.noise)
         assert {member for name in found.sites for member in fused_group(name)} == set(found.sites)
 
 

@@ -17,7 +17,7 @@ from vlqc.passes.propagate_quantized import PropagateQuantized
 from vlqc.passes.quantize_activations import QuantizeActivations
 from vlqc.passes.quantize_weights import QuantizeWeights
 from vlqc.pipeline.registry import Pass, check_order
-from vlqc.targets.engines import Scheme
+from vlqc.targets.schemes import Scheme
 
 pytestmark = pytest.mark.usefixtures("float32_runs")  # the same numbers on every processor
 

@@ -15,7 +15,7 @@ from vlqc.kernels_ref.quantize import activation_scale_and_offset
 from vlqc.passes.assign_precision import AssignPrecision
 from vlqc.passes.insert_observers import InsertObservers
 from vlqc.passes.quantize_activations import QuantizeActivations, output_error
-from vlqc.targets.engines import Scheme
+from vlqc.targets.schemes import Scheme
 
 pytestmark = pytest.mark.usefixtures("float32_runs")  # the same numbers on every processor
 

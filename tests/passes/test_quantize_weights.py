@@ -28,7 +28,7 @@ from vlqc.passes.insert_observers import InsertObservers
 from vlqc.passes.lower_linears import LowerLinears
 from vlqc.passes.quantize_activations import QuantizeActivations
 from vlqc.passes.quantize_weights import QuantizeWeights, emitted_bias
-from vlqc.targets.engines import Scheme
+from vlqc.targets.schemes import Scheme
 
 Method = Literal["auto", "round", "clip", "gptq"]
 

@@ -31,7 +31,7 @@ from vlqc.passes.quantize_activations import QuantizeActivations
 from vlqc.passes.quantize_weights import QuantizeWeights
 from vlqc.passes.shift_norms import ShiftNorms
 from vlqc.passes.smooth_m4 import SmoothM4
-from vlqc.targets.engines import Scheme
+from vlqc.targets.schemes import Scheme
 
 pytestmark = pytest.mark.usefixtures("float32_runs")  # the same numbers on every processor
 

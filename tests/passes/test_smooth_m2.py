@@ -27,7 +27,7 @@ from tests.support.random_stage import (
 )
 from vlqc.passes.algorithms.smoothing_search import find_stage_edges, searched_edges
 from vlqc.passes.smooth_m2 import FLOORS, SMALLEST_RANGE, SmoothM2, candidates_of, range_candidates
-from vlqc.targets.engines import Scheme
+from vlqc.targets.schemes import Scheme
 
 pytestmark = pytest.mark.usefixtures("float32_runs")  # the same numbers on every processor
 

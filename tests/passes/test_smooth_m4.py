@@ -29,7 +29,7 @@ from tests.support.smoothing_cases import PRODUCERS, only, rounds_of, searched
 from vlqc.ir.stage import Call
 from vlqc.passes.smooth_m4 import NEAR_DEAD, STEPS, SmoothM4, closed_form
 from vlqc.pipeline.registry import parse_pipeline
-from vlqc.targets.engines import Scheme
+from vlqc.targets.schemes import Scheme
 
 pytestmark = pytest.mark.usefixtures("float32_runs")  # the same numbers on every processor
 

@@ -26,7 +26,7 @@ from vlqc.ir.stage import Call, Edge
 from vlqc.passes.algorithms import smoothing_search as edge_search
 from vlqc.passes.insert_observers import InsertObservers
 from vlqc.passes.smooth_m4 import SETTLED, SmoothM4, closed_form
-from vlqc.targets.engines import Scheme
+from vlqc.targets.schemes import Scheme
 
 pytestmark = pytest.mark.usefixtures("float32_runs")  # the same numbers on every processor
 

@@ -25,7 +25,7 @@ from vlqc.ir.printer import print_stage
 from vlqc.passes.assign_precision import AssignPrecision
 from vlqc.passes.insert_observers import InsertObservers
 from vlqc.pipeline.registry import Pass
-from vlqc.targets.engines import Scheme
+from vlqc.targets.schemes import Scheme
 
 pytestmark = pytest.mark.usefixtures("float32_runs")  # the same numbers on every processor
 

@@ -14,7 +14,7 @@ from vlqc.ir.printer import print_stage
 from vlqc.ir.stage import TOLERANCE, Stage, difference
 from vlqc.pipeline.manager import PassManager
 from vlqc.pipeline.registry import Pass
-from vlqc.targets.engines import Scheme
+from vlqc.targets.schemes import Scheme
 
 
 def pass_of(kind: str, work: Any, name: str = "made-up") -> Pass:

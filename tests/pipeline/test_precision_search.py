@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlqc.pipeline.precision_search import FACTOR, Choice, Group, Plan, cheapest, decibels, extra_cost, noise_of
-from vlqc.targets.engines import Scheme, group_faults
+from vlqc.targets.rules import group_faults
+from vlqc.targets.schemes import Scheme
 
 STATIC, DYNAMIC, INT4, FLOAT = Scheme.W8A8, Scheme.W8A8_DYNAMIC, Scheme.W4A8_DYNAMIC, Scheme.FLOAT
 LAYERS = [  # by group, of a model of two blocks in each tower

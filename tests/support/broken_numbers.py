@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tests.support.broken_graphs import DOWN, GATE, QKV, UP
 from vlqc.ir.stage import InputQuantization, Stage, WeightQuantization
-from vlqc.targets.engines import Scheme
+from vlqc.targets.schemes import Scheme
 
 
 def weight_of(stage: Stage, name: str) -> WeightQuantization:

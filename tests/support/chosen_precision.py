@@ -4,7 +4,7 @@ from typing import Any
 
 from vlqc.ir.stage import Site
 from vlqc.passes.assign_precision import AssignPrecision, Decision
-from vlqc.targets.engines import Scheme
+from vlqc.targets.schemes import Scheme
 
 S, D, G, F = Scheme.W8A8, Scheme.W8A8_DYNAMIC, Scheme.W4A8_DYNAMIC, Scheme.FLOAT
 # Every linear of the model: in the reference script these stay float ...

@@ -18,7 +18,7 @@ from vlqc.passes.quantize_activations import QuantizeActivations
 from vlqc.passes.quantize_weights import QuantizeWeights
 from vlqc.pipeline.manager import PassManager
 from vlqc.pipeline.registry import Pass
-from vlqc.targets.engines import Scheme
+from vlqc.targets.schemes import Scheme
 
 NAME = "model.layers.0"
 HIDDEN, HEADS, KEY_VALUE_HEADS, WIDE = 32, 4, 2, 48

@@ -1,6 +1,6 @@
 """The schemes of a small model as the reference script assigns them."""
 
-from vlqc.targets.engines import Scheme
+from vlqc.targets.schemes import Scheme
 
 FLOAT, W8A8, DYNAMIC, W4A8 = Scheme.FLOAT, Scheme.W8A8, Scheme.W8A8_DYNAMIC, Scheme.W4A8_DYNAMIC
 

@@ -15,7 +15,7 @@ from vlqc.ir.stage import (
     WeightQuantization,
     observe,
 )
-from vlqc.targets.engines import Scheme
+from vlqc.targets.schemes import Scheme
 
 PREFIX = "visual.blocks.0."
 GROUPS = {"norm1": ["attn.qkv"], "reshape_1": ["attn.proj"], "norm2": ["mlp.gate", "mlp.up"], "mul": ["mlp.down"]}

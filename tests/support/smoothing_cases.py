@@ -14,7 +14,7 @@ from vlqc.passes.algorithms.smoothing_search import SearchedEdge, find_stage_edg
 from vlqc.passes.insert_observers import InsertObservers
 from vlqc.passes.smooth_m2 import SmoothM2
 from vlqc.passes.smooth_m4 import SmoothM4
-from vlqc.targets.engines import Scheme
+from vlqc.targets.schemes import Scheme
 
 BOTH = pytest.mark.parametrize("smooth", [SmoothM2(), SmoothM4()], ids=["m2", "m4"])
 PRODUCERS = ["input_layernorm", "self_attn.v_proj", "post_attention_layernorm", "mlp.up_proj"]

@@ -1,4 +1,4 @@
-"""What the user is told of engines: what cannot be loaded, by which versions, and how to serve a folder."""
+"""vlqc.targets.advice: which versions do not load a result, their limits, and how to serve a folder."""
 
 import json
 import shlex
@@ -6,13 +6,13 @@ import shlex
 import pytest
 
 from tests.support.reference_schemes import DYNAMIC, W4A8, W8A8
-from vlqc.targets.advice import cannot_load, engine_notes, serve_commands
-from vlqc.targets.engines import Scheme
+from vlqc.targets.advice import engine_notes, incompatibilities, serve_commands
+from vlqc.targets.schemes import Scheme
 
-SOME, FROM_016 = "vLLM Ascend 0.16 to 0.26.0rc", "vLLM Ascend 0.16 and later"
+SOME, FROM_016 = "vLLM Ascend 0.16 and later, before 0.26", "vLLM Ascend 0.16 and later"
 NEVER_IN_MINDIE = "no version of MindIE loads W4A8_DYNAMIC for vision-language models"
-# target, scheme, dtype, group size, scope -> why an engine of the target cannot load it; what else is to be said
-TOLD: list[tuple[str, Scheme, str, int | None, str, list[str], list[str]]] = [
+# target, scheme, dtype, group size, scope, incompatibilities, further notes
+NOTES: list[tuple[str, Scheme, str, int | None, str, list[str], list[str]]] = [
     ("both", W8A8, "bfloat16", None, "engine", [], []),
     ("vllm-ascend", W8A8, "float16", None, "engine", [], []),
     ("vllm-ascend@0.10", W8A8, "bfloat16", None, "engine", ["vLLM Ascend 0.10 does not load W8A8"], []),
@@ -23,7 +23,7 @@ TOLD: list[tuple[str, Scheme, str, int | None, str, list[str], list[str]]] = [
     # In 0.15 the vision tower stays float, and the rest loads.
     ("vllm-ascend@0.15", DYNAMIC, "bfloat16", None, "engine", [], []),
     ("mindie", DYNAMIC, "float16", None, "engine", [], ["the vision tower stays float"]),
-    ("vllm-ascend", W4A8, "bfloat16", 64, "engine", [], [f"{SOME} load W4A8_DYNAMIC, later versions do not"]),
+    ("vllm-ascend", W4A8, "bfloat16", 64, "engine", [], [f"{SOME} load W4A8_DYNAMIC, other versions do not"]),
     ("vllm-ascend@0.18", W4A8, "bfloat16", 128, "engine", [], []),
     ("vllm-ascend@0.18", W4A8, "bfloat16", 256, "engine", [], ["group_size 256: vLLM Ascend's int4 kernels prefer 64"]),
     ("vllm-ascend@0.18", W4A8, "bfloat16", 512, "engine", [], ["group_size 512: vLLM Ascend's int4 kernels are"]),
@@ -35,17 +35,17 @@ TOLD: list[tuple[str, Scheme, str, int | None, str, list[str], list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("target", "scheme", "dtype", "group_size", "scope", "refusals", "notes"), TOLD)
-def test_what_the_user_is_told(
+@pytest.mark.parametrize(("target", "scheme", "dtype", "group_size", "scope", "refusals", "notes"), NOTES)
+def test_notes(
     target: str, scheme: Scheme, dtype: str, group_size: int | None, scope: str, refusals: list[str], notes: list[str]
 ) -> None:
-    """Catches silence about a folder that will not load, and a refusal of one that will."""
-    refused = cannot_load(target, scheme, dtype, scope)
-    told = engine_notes(target, scheme, dtype, group_size, scope)
-    assert told[: len(refused)] == refused
-    for expected, found in ((refusals, refused), (notes, told[len(refused) :])):
-        assert len(found) == len(expected)
-        assert all(text in sentence for text, sentence in zip(expected, found, strict=True)), found
+    """Catches a missing note about a folder that does not load, and a note about one that does."""
+    incompatible = incompatibilities(target, scheme, dtype, scope)
+    actual = engine_notes(target, scheme, dtype, group_size, scope)
+    assert actual[: len(incompatible)] == incompatible
+    for expected, sentences in ((refusals, incompatible), (notes, actual[len(incompatible) :])):
+        assert len(sentences) == len(expected)
+        assert all(text in sentence for text, sentence in zip(expected, sentences, strict=True)), sentences
 
 
 def test_serve_commands() -> None:

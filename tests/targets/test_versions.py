@@ -3,8 +3,8 @@
 import pytest
 
 from tests.support.reference_schemes import DYNAMIC, W4A8, W8A8, reference_assignment
-from vlqc.targets.engines import Scheme
-from vlqc.targets.versions import loads
+from vlqc.targets.schemes import Scheme
+from vlqc.targets.versions import loading_engines
 
 
 def described(schemes: dict[str, Scheme]) -> dict[str, str]:
@@ -28,21 +28,21 @@ VLLM, MINDIE = "vLLM Ascend 0.10.2rc2 and later", "MindIE 2.2.RC1 and later"
         ({"lm_head": W8A8}, QUANTIZED, []),
         ({"model.layers.0.mlp.down_proj": DYNAMIC}, QUANTIZED, ["vLLM Ascend 0.11 and later"]),
         ({"visual.merger.mlp.0": DYNAMIC}, QUANTIZED, ["vLLM Ascend 0.16 and later"]),
-        ({"model.layers.0.mlp.down_proj": W4A8}, QUANTIZED, ["vLLM Ascend 0.11 to 0.26.0rc"]),
+        ({"model.layers.0.mlp.down_proj": W4A8}, QUANTIZED, ["vLLM Ascend 0.11 and later, before 0.26"]),
         (
             {"model.layers.0.mlp.down_proj": W4A8, "visual.merger.mlp.0": DYNAMIC},
             QUANTIZED,
-            ["vLLM Ascend 0.16 to 0.26.0rc"],
+            ["vLLM Ascend 0.16 and later, before 0.26"],
         ),
     ],
 )
 def test_which_engines_load_a_folder(change: dict[str, Scheme], config: dict[str, object], expected: list[str]) -> None:
     """Catches a promise to the user that an engine version would break."""
-    assert loads(described(reference_assignment() | change), "bfloat16", config) == expected
+    assert loading_engines(described(reference_assignment() | change), "bfloat16", config) == expected
 
 
 def test_per_token_schemes_need_bfloat16() -> None:
     """Catches a float16 per-token folder announced as loadable."""
     description = described(reference_assignment() | {"model.layers.0.mlp.down_proj": DYNAMIC})
-    assert loads(description, "float16", QUANTIZED) == []
-    assert loads(described(reference_assignment()), "float16", QUANTIZED) == [VLLM, MINDIE]
+    assert loading_engines(description, "float16", QUANTIZED) == []
+    assert loading_engines(described(reference_assignment()), "float16", QUANTIZED) == [VLLM, MINDIE]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import vlqc
 from tools.checkpoints import outlier_checkpoint as make_outlier_checkpoint
 from tools.demo.tiny_task import with_token_types
-from vlqc.targets.versions import loads
+from vlqc.targets.versions import loading_engines
 
 LOW_BIT = {"w_bit": 4, "is_dynamic": True, "is_lowbit": True, "open_outlier": False}
 SCHEMES: dict[str, dict[str, Any]] = {
@@ -85,7 +85,7 @@ def measure(source: Source, save: Path, scheme: str, layout: str) -> Row:
     description = json.loads(next(save.glob("quant_model_description*.json")).read_text(encoding="utf-8"))
     config = json.loads((save / "config.json").read_text(encoding="utf-8"))
     faults = tuple(f"{finding.where}: {finding.what}" for finding in report.faults)
-    engines = tuple(loads(description, config["torch_dtype"], config))
+    engines = tuple(loading_engines(description, config["torch_dtype"], config))
     return Row(scheme, layout, source.dtype, source.tied, sqnr, faults, engines)
 
 

@@ -20,7 +20,9 @@ from vlqc.file_digest import file_digest
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.stage import MODALITIES, Sensitivity, Stage
 from vlqc.pipeline.precision_search import Choice, Group, Plan
-from vlqc.targets.engines import VLLM_ASCEND, Scheme, legal_schemes
+from vlqc.targets.rules import supported_schemes
+from vlqc.targets.schemes import Scheme
+from vlqc.targets.vllm_ascend import VLLM_ASCEND
 
 IMAGE = MODALITIES.index("image")
 FOLDER = ".waiting"  # inside the work folder; nothing of it is left when the result appears
@@ -205,6 +207,6 @@ def expected_bytes(model: StreamedModel) -> int:
     waiting = sum(
         parameter.numel() * each
         for name, parameter in model.parameters(model.module).items()
-        if len(legal_schemes(VLLM_ASCEND, name.removesuffix(".weight"))) > 1
+        if len(supported_schemes(VLLM_ASCEND, name.removesuffix(".weight"))) > 1
     )
     return expected_bytes_without(model) + waiting

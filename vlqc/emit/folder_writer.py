@@ -16,13 +16,13 @@ from vlqc.emit.deferred_stages import FOLDER, DeferredStages
 from vlqc.emit.manifest import MANIFEST
 from vlqc.emit.shard_writer import ShardWriter
 from vlqc.emit.stage_tensors import Entry, emitted_dtype, float_entry, header_bytes, stage_entries
+from vlqc.families.qwen2_5_vl import model_part
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.ir.stage import Stage
 from vlqc.kernels_ref.matmul import CORRECTION_STEP
 from vlqc.options.options import Options
 from vlqc.pipeline.precision_search import Plan, cheapest
-from vlqc.targets.engines import Scheme, part_of
-from vlqc.targets.rules import NAMING_ORDER
+from vlqc.targets.schemes import NAMING_ORDER, Scheme
 
 DESCRIPTION_VERSION = "1.0.0"
 CORRECTED = "quant_bias_correction"  # in the description: of so many steps are the mean errors that were taken off
@@ -184,7 +184,7 @@ class FolderEmitter:
     def _add_mindie_keys(self, config: dict[str, Any]) -> None:
         """By which MindIE finds the quantization of the language model and of the vision tower."""
         config["quantize"] = self.quant_type.lower()
-        quantized = {part_of(name) for name, mark in self.marks.items() if mark != Scheme.FLOAT}
+        quantized = {model_part(name) for name, mark in self.marks.items() if mark != Scheme.FLOAT}
         config["vision_config"].pop("quantize", None)
         if quantized & {"vision", "merger"}:
             config["vision_config"]["quantize"] = self.quant_type.lower()

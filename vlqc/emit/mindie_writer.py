@@ -6,7 +6,7 @@ from typing import Any
 from vlqc.emit.folder_writer import FolderEmitter
 from vlqc.emit.stage_tensors import Entry
 from vlqc.ir.stage import Stage
-from vlqc.targets.engines import Scheme
+from vlqc.targets.schemes import Scheme
 
 GROUP_SIZES = (64, 128, 256)  # what MindIE accepts beside 0, which stands for none
 

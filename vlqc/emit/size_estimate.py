@@ -7,12 +7,13 @@ from torch import Tensor
 
 from vlqc.emit import kept_bytes, waiting_bytes
 from vlqc.emit.stage_tensors import emitted_dtype, header_bytes
+from vlqc.families.qwen2_5_vl import fused_group
 from vlqc.frontend.memory import spilled_bytes
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.stage import Site
 from vlqc.options.options import Options
 from vlqc.pipeline.registry import Pass
-from vlqc.targets.engines import Scheme, fused_group
+from vlqc.targets.schemes import Scheme
 
 
 def needed_room(

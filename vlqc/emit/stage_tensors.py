@@ -8,12 +8,15 @@ from torch import Tensor, nn
 
 from vlqc.emit.shard_writer import ENTRY_BYTES
 from vlqc.errors import Fault, UserError
+from vlqc.families.qwen2_5_vl import stays_float_in_reference
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.stage import Stage
 from vlqc.kernels_ref.int4_groups import pack_int4, scale_bias
 from vlqc.kernels_ref.quant_linear import GroupQuantLinear
-from vlqc.targets.engines import VLLM_ASCEND, Scheme, legal_schemes, stays_float_in_reference
+from vlqc.targets.rules import supported_schemes
+from vlqc.targets.schemes import Scheme
+from vlqc.targets.vllm_ascend import VLLM_ASCEND
 
 TENSORS_PER_LINEAR = 8  # the most that one Linear becomes: weight, bias and six companions
 ROW_PARALLEL = ("o_proj", "down_proj", "proj")  # linears that tensor parallelism cuts along their inputs
@@ -89,6 +92,6 @@ def expected_bytes(model: StreamedModel) -> int:
     checkpoint, total = model.checkpoint, header_bytes(model.checkpoint)
     for name, parameter in model.parameters(model.module).items():
         layer = name.removesuffix(".weight")
-        quantized = len(legal_schemes(VLLM_ASCEND, layer)) > 1 and not stays_float_in_reference(layer)
+        quantized = len(supported_schemes(VLLM_ASCEND, layer)) > 1 and not stays_float_in_reference(layer)
         total += parameter.numel() * (1 if quantized else emitted_dtype(checkpoint.dtype).itemsize)
     return total

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from vlqc.errors import Fault, UserError
+from vlqc.families.qwen2_5_vl import model_part
 from vlqc.frontend.calibration.probe import PROBE, choose_probe
 from vlqc.frontend.distributed import ProcessGroup
 from vlqc.frontend.sequential import Stop
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.frontend.tracing import record
 from vlqc.ir.stage import Call, SampleShape, Site, Stage
-from vlqc.targets.engines import part_of
 
 
 @contextmanager
@@ -47,7 +47,7 @@ def materialized_stage(
         graph = record(stop.module, probe, stop.name)
         stage = Stage(
             name=stop.name,
-            part=part_of(f"{stop.name}."),
+            part=model_part(f"{stop.name}."),
             dtype=dtype,
             module=stop.module,
             graph=graph,

@@ -23,7 +23,7 @@ from vlqc.ir.stage import (
     TensorSummary,
 )
 from vlqc.ir.syntax import STRING, Expression, unquote
-from vlqc.targets.engines import Scheme
+from vlqc.targets.schemes import Scheme
 
 NUMBER = r"-?(?:inf|nan|\d[\w.+-]*)"
 DIGEST = r"[0-9a-f]{8}"

@@ -37,7 +37,7 @@ from vlqc.ir.tensor_digest import difference as difference
 from vlqc.ir.tensor_digest import digest as digest
 from vlqc.ir.tensor_digest import fingerprint as fingerprint
 from vlqc.ir.tensor_digest import is_finite as is_finite
-from vlqc.targets.engines import Scheme
+from vlqc.targets.schemes import Scheme
 
 WEIGHT_PARTS = ("weight", "scale", "group_scale")  # what the text calls the tensors of a WeightQuantization
 

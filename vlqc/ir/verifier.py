@@ -23,7 +23,7 @@ from vlqc.ir.stage import (
     observe,
 )
 from vlqc.ir.tensor_cache import TensorCache
-from vlqc.targets.engines import Scheme
+from vlqc.targets.schemes import Scheme
 
 OPS = ("placeholder", "get_attr", "call_function", "call_module", "call_method", "output")
 

@@ -114,9 +114,9 @@ def _strict(options: "Options") -> Iterator[Fault]:
     """What can be known of a target before the checkpoint is read, and without --exclude, which may make up for it."""
     if not options.strict_target or options.exclude:
         return
-    from vlqc.targets.advice import cannot_load
+    from vlqc.targets.advice import incompatibilities
 
-    for sentence in cannot_load(options.engine_target, options.scheme, scope=options.w4a8_scope):
+    for sentence in incompatibilities(options.engine_target, options.scheme, scope=options.w4a8_scope):
         fix = "leave out --strict_target, or choose another --target or scheme (--w_bit, --is_dynamic, --w4a8_scope)"
         yield Fault(f"--strict_target with {options.scheme} for {options.engine_target}", why=sentence, fix=fix)
 

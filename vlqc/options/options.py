@@ -18,7 +18,7 @@ from vlqc.options.option_values import FEWEST, Refused, extra_of, flag_of, read_
 from vlqc.options.paths import path_faults
 
 if TYPE_CHECKING:
-    from vlqc.targets.engines import Scheme
+    from vlqc.targets.schemes import Scheme
 
 __all__ = ["PANELS", "Options", "extra_of", "flag_of"]
 
@@ -222,7 +222,7 @@ class Options(BaseModel):
     @property
     def scheme(self) -> "Scheme":
         """The quantization scheme that the flags select (a legal combination, `from_user` has seen to it)."""
-        from vlqc.targets.engines import Scheme
+        from vlqc.targets.schemes import Scheme
 
         if self.w_bit == 4:
             return Scheme.W4A8_DYNAMIC

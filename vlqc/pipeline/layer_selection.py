@@ -5,10 +5,12 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from vlqc.errors import Fault, UserError
+from vlqc.families.qwen2_5_vl import fused_group, stays_float_in_reference
 from vlqc.formatting import did_you_mean
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.options.options import Options
-from vlqc.targets.engines import Scheme, fused_group, group_faults, legal_schemes, stays_float_in_reference
+from vlqc.targets.rules import group_faults, supported_schemes
+from vlqc.targets.schemes import Scheme
 
 
 def check_layers(model: StreamedModel, options: Options) -> None:
@@ -37,7 +39,7 @@ def check_plan(layers: Iterable[str], options: Options) -> None:
         included = any(fnmatchcase(layer, pattern) for pattern in options.include)
         by_seed = options.fallback == "seed" and stays_float_in_reference(layer) and not included
         stays = layer in excluded or by_seed
-        quantized = not stays and options.scheme in legal_schemes(target, layer)
+        quantized = not stays and options.scheme in supported_schemes(target, layer)
         planned[layer] = options.scheme if quantized else Scheme.FLOAT
     if all(scheme == Scheme.FLOAT for scheme in planned.values()):
         raise UserError(Fault("nothing would be quantized", "--exclude", "every layer stays float", "exclude less"))

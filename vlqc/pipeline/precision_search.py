@@ -8,8 +8,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from vlqc.families.qwen2_5_vl import model_part
 from vlqc.options.option_values import flag_of
-from vlqc.targets.engines import Scheme, Target, group_faults, part_of
+from vlqc.targets.rules import group_faults
+from vlqc.targets.schemes import Scheme
+from vlqc.targets.target import Target
 
 PER_TOKEN_COST = 0.1  # of its bytes: what a scale per token, made at run time, costs a group that had a stored one
 NAMED = 3  # groups that a note names
@@ -87,7 +90,7 @@ class Plan:
             share = choice.noise / total if total else 0.0
             sqnr = decibels(choice.noise)
             rows.append(
-                GroupPrecision(group.sites, part_of(group.name), group.assigned, scheme, sqnr, share, choice.bytes)
+                GroupPrecision(group.sites, model_part(group.name), group.assigned, scheme, sqnr, share, choice.bytes)
             )
         return rows
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from vlqc.emit.atomic_folder import nearest_folder
 from vlqc.emit.size_estimate import needed_room, output_bytes, predict_schemes
 from vlqc.emit.stage_tensors import emitted_dtype
+from vlqc.families.qwen2_5_vl import model_part
 from vlqc.formatting import format_bytes, format_duration, pluralize
 from vlqc.frontend.calibration.dataset import calibrate_on
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
@@ -30,8 +31,10 @@ from vlqc.pipeline.layer_selection import check_layers
 from vlqc.pipeline.registry import pipeline_of
 from vlqc.reporting.summary import target_warnings
 from vlqc.reporting.tables import labelled_lines, layer_table
-from vlqc.targets.engines import ENGINE_TITLES, Scheme, group_faults, part_of
-from vlqc.targets.versions import Span, span
+from vlqc.targets.rules import group_faults
+from vlqc.targets.schemes import Scheme
+from vlqc.targets.target import ENGINES
+from vlqc.targets.versions import VersionRange, supporting_versions
 
 PROBE_SIDE = 1024  # rows and columns of the matrices that are multiplied to measure speed
 PROBE_BYTES = 64 * 2**20  # read to measure the disk; the page cache counts, because the compilation profits from it too
@@ -118,7 +121,7 @@ def plan_compilation(*, samples: Sequence[dict[str, Tensor]] | None = None, **us
     ]
     counts: dict[tuple[str, str], int] = {}
     for name, scheme in (schemes | dict.fromkeys(model.heads, Scheme.FLOAT)).items():
-        counts[part_of(name), str(scheme)] = counts.get((part_of(name), str(scheme)), 0) + 1
+        counts[model_part(name), str(scheme)] = counts.get((model_part(name), str(scheme)), 0) + 1
     after = output_bytes(model, sites, packed=not options.mindie_layout)
     return CompilationPlan(
         counts=counts,
@@ -133,7 +136,7 @@ def plan_compilation(*, samples: Sequence[dict[str, Tensor]] | None = None, **us
         disk_free=shutil.disk_usage(nearest_folder(options.save_directory)).free,
         engines=[
             str(versions)
-            for engine in ENGINE_TITLES
+            for engine in ENGINES
             if (versions := loadable_versions(engine, schemes, dtype, options)) is not None
         ],
         notes=list(dict.fromkeys(notes)),
@@ -147,7 +150,7 @@ def estimate_seconds(model: StreamedModel, sites: dict[str, Site], tokens: int, 
     """
     forward_flops = rounding_flops = 0.0
     for name, stage in model.stages.items():
-        rows = tokens if model.reads_text(stage) else patches // (4 if part_of(f"{name}.") == "merger" else 1)
+        rows = tokens if model.reads_text(stage) else patches // (4 if model_part(f"{name}.") == "merger" else 1)
         forward_flops += 2.0 * rows * sum(tensor.numel() for tensor in model.parameters(stage).values())
     for site in sites.values():
         if site.scheme not in (None, Scheme.FLOAT):
@@ -181,12 +184,12 @@ def calls_per_second(function: Callable[[], object]) -> float:
     return calls / (time.perf_counter() - started)
 
 
-def loadable_versions(engine: str, schemes: dict[str, Scheme], dtype: str, options: Options) -> Span | None:
+def loadable_versions(engine: Engine, schemes: dict[str, Scheme], dtype: str, options: Options) -> VersionRange | None:
     """Versions of an engine that load the result; None if none does or the layout is that of the other engine.
 
     schemes: by layer; dtype: of the emitted float tensors.
     """
     target_engine = options.engine_target.partition("@")[0]
-    if target_engine not in ("both", engine) or group_faults(engine, schemes):
+    if target_engine not in ("both", engine.name) or group_faults(engine, schemes):
         return None
-    return span(engine, schemes, dtype)
+    return supporting_versions(engine, schemes, dtype)

@@ -14,6 +14,7 @@ from rich.jupyter import JupyterMixin
 
 from vlqc.emit.stage_tensors import emitted_dtype
 from vlqc.errors import Fault, UserError
+from vlqc.families.qwen2_5_vl import model_part
 from vlqc.file_digest import file_digest
 from vlqc.formatting import format_bytes, format_duration
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
@@ -28,9 +29,9 @@ from vlqc.reporting.html.command_line import command, without_places
 from vlqc.reporting.html.schema import Facts, rounded
 from vlqc.reporting.html.timings import Timings, installed, machine
 from vlqc.reporting.tables import is_warning, labelled_lines, layer_table
-from vlqc.targets.advice import cannot_load, engine_notes, serve_commands
-from vlqc.targets.engines import Scheme, part_of
-from vlqc.targets.versions import loads
+from vlqc.targets.advice import engine_notes, incompatibilities, serve_commands
+from vlqc.targets.schemes import Scheme
+from vlqc.targets.versions import loading_engines
 from vlqc.verify import verify_unfinished
 from vlqc.verify.folder.contents import MANIFEST
 from vlqc.verify.loader import read_description
@@ -100,7 +101,7 @@ def target_warnings(options: Options, dtype: torch.dtype) -> list[str]:
     """
     name = str(dtype).removeprefix("torch.")
     target = (options.engine_target, options.scheme, name)
-    refusals = cannot_load(*target, scope=options.w4a8_scope)
+    refusals = incompatibilities(*target, scope=options.w4a8_scope)
     why, fix = "the folder is written anyway", "see --target, --strict_target"
     notes = [str(Fault(sentence, why=why, fix=fix)) for sentence in refusals]
     others = engine_notes(*target, group_size=options.group_size, scope=options.w4a8_scope)
@@ -169,7 +170,7 @@ class CompilationSummary:
         self.search_result = search_result
         self.metrics.apply_search(search_result)
         for group, chosen in zip(search_result.groups, search_result.schemes, strict=True):
-            part, sites = part_of(group.name), len(group.sites)
+            part, sites = model_part(group.name), len(group.sites)
             for scheme, change in ((group.assigned, -sites), (chosen, sites)):
                 self.counts[part, str(scheme)] = self.counts.get((part, str(scheme)), 0) + change
         self.counts = {key: count for key, count in self.counts.items() if count}
@@ -231,7 +232,7 @@ class CompilationSummary:
         """
         folder = self.options.save_directory
         if "lm_head.weight" in self.checkpoint:
-            self._count(part_of("lm_head"), Scheme.FLOAT)
+            self._count(model_part("lm_head"), Scheme.FLOAT)
         description = read_description(folder)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         dtype = str(emitted_dtype(self.checkpoint.dtype)).removeprefix("torch.")
@@ -245,7 +246,7 @@ class CompilationSummary:
             seconds=time.perf_counter() - self._started,
             peak_memory_bytes=peak_memory(),
             notes=self.notes,
-            engines=loads(description, dtype, config),
+            engines=loading_engines(description, dtype, config),
             serve=serve_commands(self.options.engine_target, folder.resolve()),
             passes=passes,
             precision=self.search_result.table() if self.search_result else [],

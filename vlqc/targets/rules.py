@@ -1,106 +1,87 @@
-"""The table of what each engine runs, as data: which scheme on which layer, from which version to which.
+"""What the engines of a target accept: schemes for one layer, and an assignment of schemes to all layers.
 
-Layers are named as in the checkpoint (`model.layers.0.self_attn.q_proj`). Sources: the vLLM Ascend and MindIE loaders'
-own rules for Qwen2.5-VL. To teach vlqc a new scheme or version, add a line to `TABLE`.
+A target is a `Target`, its text (`vllm-ascend`, `vllm-ascend@0.18`, `mindie@2.2`, `both`) or one engine. Without a
+version it stands for any version of the engine. dtype: of the float tensors, "bfloat16" or "float16"; None stands for
+either. The rules themselves are in the engines' files.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from enum import StrEnum
-from fnmatch import fnmatchcase
+from collections.abc import Mapping
 
-from vlqc.targets.target import MINDIE, VLLM_ASCEND, Version
+from vlqc.errors import Fault
+from vlqc.families.qwen2_5_vl import fused_group
+from vlqc.targets.engine import join_or
+from vlqc.targets.schemes import Scheme
+from vlqc.targets.target import Target, TargetLike, as_target
 
-
-class Scheme(StrEnum):
-    """How one Linear is stored and run; the values are the words of quant_model_description.json."""
-
-    FLOAT = "FLOAT"
-    W8A8 = "W8A8"  # int8 weight per output channel, int8 activation per tensor with stored scale and offset
-    W8A8_DYNAMIC = "W8A8_DYNAMIC"  # int8 weight per output channel, int8 activation per token
-    W4A8_DYNAMIC = "W4A8_DYNAMIC"  # int4 weight per group, int8 activation per token
+# ---- one layer -------------------------------------------------------------------------------------------------------
 
 
-# ---- the layers of Qwen2.5-VL, by the rules they share ---------------------------------------------------------------
+def supported_schemes(target: TargetLike, layer: str, dtype: str | None = None) -> frozenset[Scheme]:
+    """Checkpoint layer name -> schemes that every engine of the target runs, in its version or in some version.
 
-VISION_QKV = ("visual.blocks.*.attn.qkv",)
-VISION_PROJ = ("visual.blocks.*.attn.proj",)
-VISION_GATE_UP = ("visual.blocks.*.mlp.gate_proj", "visual.blocks.*.mlp.up_proj")
-VISION_DOWN = ("visual.blocks.*.mlp.down_proj",)
-MERGER = ("visual.merger.mlp.0", "visual.merger.mlp.2")
-LANGUAGE_QKV = tuple(f"model.layers.*.self_attn.{member}_proj" for member in "qkv")
-LANGUAGE_WITHOUT_BIAS = (
-    "model.layers.*.self_attn.o_proj",
-    "model.layers.*.mlp.gate_proj",
-    "model.layers.*.mlp.up_proj",
-    "model.layers.*.mlp.down_proj",
-)
-VISION = VISION_QKV + VISION_PROJ + VISION_GATE_UP + VISION_DOWN
-LANGUAGE = LANGUAGE_QKV + LANGUAGE_WITHOUT_BIAS
-
-# Engines multiply the members of a group as one matrix: one input, one scheme, one input scale.
-FUSED_GROUPS = (
-    LANGUAGE_QKV,
-    ("model.layers.*.mlp.gate_proj", "model.layers.*.mlp.up_proj"),
-    VISION_GATE_UP,
-)
-
-# What the reference quantization script of Qwen2.5-VL leaves in float: the default of `--fallback seed`.
-REFERENCE_FLOAT: tuple[str, ...] = (
-    "visual.patch_embed*",  # a convolution; engines run it in float
-    "visual.blocks.*.mlp.down_proj",  # products of two activations: the widest ranges of a vision block
-    "visual.merger.mlp.*",  # the one door from vision to language; two matrices in all
-    "model.embed_tokens",  # a table, not a matrix product
-    "model.layers.*.mlp.down_proj",  # holds the massive activations of a language model
-    "lm_head",  # engines run it in float
-)
+    lm_head, embeddings, norms, the patch embedding and layers without a rule: FLOAT only.
+    """
+    target = as_target(target)
+    per_engine = (engine.supported_schemes(layer, target.parsed_version, dtype) for engine in target.engines)
+    return frozenset(set.intersection(*per_engine))
 
 
-# ---- the table -------------------------------------------------------------------------------------------------------
+def supports_scheme(target: TargetLike, scheme: Scheme, dtype: str | None = None) -> bool:
+    """Whether every engine of the target runs the scheme on at least one layer."""
+    target = as_target(target)
+    return scheme == Scheme.FLOAT or all(
+        any(rule.scheme == scheme and rule.applies(target.parsed_version, dtype) for rule in engine.rules)
+        for engine in target.engines
+    )
 
 
-@dataclass(frozen=True)
-class Rule:
-    """`engine` runs `layers` in `scheme` from version `since` to version `until` (None: no known end)."""
-
-    engine: str
-    scheme: Scheme
-    layers: tuple[str, ...]
-    since: str
-    until: str | None = None
-    dtypes: tuple[str, ...] = ("bfloat16", "float16")
-
-    def holds(self, engine: str, version: Version | None, dtype: str | None) -> bool:
-        """Whether the rule is one of this engine's version (None: of any) and dtype (None: any)."""
-        if self.engine != engine or (dtype is not None and dtype not in self.dtypes):
-            return False
-        until = self.until is None or version is None or version <= Version.parse(self.until)
-        return until and (version is None or Version.parse(self.since) <= version)
+def target_supporting(target: TargetLike, scheme: Scheme) -> Target | None:
+    """The target whose rules apply to a compilation in `scheme`: the given one if its version runs the scheme at all,
+    else its engines in any version; None if no version runs the scheme."""
+    target = as_target(target)
+    choices = (target, Target(target.engines))
+    return next((choice for choice in choices if supports_scheme(choice, scheme)), None)
 
 
-ONLY_BFLOAT16 = ("bfloat16",)
-
-TABLE: tuple[Rule, ...] = (
-    Rule(VLLM_ASCEND, Scheme.W8A8, VISION + MERGER + LANGUAGE, since="0.10.2rc2"),
-    Rule(VLLM_ASCEND, Scheme.W8A8_DYNAMIC, LANGUAGE, since="0.11", dtypes=ONLY_BFLOAT16),
-    # The vision tower hands 3-D inputs to its layers; the per-token operator takes them from 0.16 on.
-    Rule(VLLM_ASCEND, Scheme.W8A8_DYNAMIC, VISION + MERGER, since="0.16", dtypes=ONLY_BFLOAT16),
-    # The int4 operator ignores a bias, and q/k/v of Qwen2.5-VL have one; it takes 2-D inputs only, so never vision.
-    Rule(VLLM_ASCEND, Scheme.W4A8_DYNAMIC, LANGUAGE_WITHOUT_BIAS, since="0.11", until="0.26.0rc"),
-    # MindIE keeps the vision down_proj in float. See also `_vision_tower_faults`.
-    Rule(MINDIE, Scheme.W8A8, VISION_QKV + VISION_PROJ + VISION_GATE_UP + MERGER + LANGUAGE, since="2.2.RC1"),
-    Rule(MINDIE, Scheme.W8A8_DYNAMIC, LANGUAGE, since="2.2.RC1"),
-    # MindIE has no line for W4A8_DYNAMIC: no version of it runs that in a vision-language model.
-)
-FLOAT_SINCE = {VLLM_ASCEND: "0.10.2rc2", MINDIE: "2.2.RC1"}  # float layers load wherever a quantized folder loads
-
-# A folder of several schemes is named after the first of these that occurs in it.
-NAMING_ORDER = (Scheme.W4A8_DYNAMIC, Scheme.W8A8, Scheme.W8A8_DYNAMIC)
-INT4_ROWS = 8  # vLLM Ascend's int4 operator takes outputs in eights
-FAST_GROUP_SIZES = (64, 128)  # what its kernels are written for
-MINDIE_GROUP_SIZES = (0, 64, 128, 256)  # what MindIE's config reader accepts
+# ---- all layers ------------------------------------------------------------------------------------------------------
 
 
-def matches(layer: str, patterns: Iterable[str]) -> bool:
-    """Whether a layer's checkpoint name is meant by one of the patterns."""
-    return any(fnmatchcase(layer, pattern) for pattern in patterns)
+def layer_faults(target: TargetLike, schemes: Mapping[str, Scheme], dtype: str | None = None) -> list[Fault]:
+    """Scheme per checkpoint layer name -> every layer whose scheme an engine of the target does not run there."""
+    target = as_target(target)
+    faults = []
+    for layer, scheme in schemes.items():
+        for engine in target.engines:
+            supported = engine.supported_schemes(layer, target.parsed_version, dtype)
+            if scheme not in supported:
+                why = f"{target.title(engine)} runs it in {join_or(sorted(supported))} only"
+                if scheme in engine.supported_schemes(layer, target.parsed_version, None):
+                    why += f" when the model is {dtype}"
+                faults.append(Fault(f"{layer} is {scheme}", layer, why, f"compile with --exclude {layer}"))
+    return faults
+
+
+def group_faults(target: TargetLike, schemes: Mapping[str, Scheme]) -> list[Fault]:
+    """Scheme per checkpoint layer name -> combinations of schemes that an engine of the target does not run."""
+    target = as_target(target)
+    of_engines = [fault for engine in target.engines for fault in engine.group_faults(schemes)]
+    return mixed_group_faults(target, schemes) + of_engines
+
+
+def mixed_group_faults(target: TargetLike, schemes: Mapping[str, Scheme]) -> list[Fault]:
+    """Scheme per checkpoint layer name -> fused groups whose members have several schemes."""
+    target = as_target(target)
+    faults = []
+    for group in dict.fromkeys(fused_group(layer) for layer in schemes):
+        members = {layer: schemes[layer] for layer in group if layer in schemes}
+        if len(set(members.values())) > 1 and not all(engine.runs_unfused(members) for engine in target.engines):
+            mixed = ", ".join(f"{layer.rpartition('.')[2]} {scheme}" for layer, scheme in members.items())
+            why = "engines multiply the members as one matrix, so all need the same scheme"
+            fix = "give the whole group one scheme"
+            faults.append(Fault(f"one fused group has several schemes: {mixed}", group[0], why, fix))
+    return faults
+
+
+def assignment_faults(target: TargetLike, schemes: Mapping[str, Scheme], dtype: str | None = None) -> list[Fault]:
+    """Scheme per checkpoint layer name -> everything an engine of the target would refuse or compute wrongly."""
+    return layer_faults(target, schemes, dtype) + group_faults(target, schemes)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from vlqc.errors import Fault, InternalError, UserError
 from vlqc.frontend.checkpoint.links import link_faults
-from vlqc.targets.engines import Target, parse_target
+from vlqc.targets.target import Target, parse_target
 from vlqc.verify.findings import VerificationResult
 from vlqc.verify.float_match.compare import check_against_source
 from vlqc.verify.folder.contents import check_side_files

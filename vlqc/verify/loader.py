@@ -16,7 +16,7 @@ from vlqc.frontend.streamed_model import build
 from vlqc.kernels_ref.int4_groups import unpack_int4
 from vlqc.kernels_ref.norm import ShiftedNorm
 from vlqc.kernels_ref.quant_linear import DynamicQuantLinear, GroupQuantLinear, QuantLinear, StaticQuantLinear
-from vlqc.targets.engines import Scheme
+from vlqc.targets.schemes import Scheme
 
 DESCRIPTIONS = ("quant_model_description.json", "quant_model_description_*.json")
 MODULES: dict[Scheme, type[QuantLinear]] = {

@@ -36,7 +36,7 @@ from vlqc.passes.algorithms.error_model import (
     in_strata,
     representative_rows,
 )
-from vlqc.targets.engines import Scheme
+from vlqc.targets.schemes import Scheme
 
 # ---- expected --------------------------------------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ from vlqc.reporting.onnx import write_onnx
 from vlqc.reporting.onnx.builder import IR_VERSION, OPSET, Builder
 from vlqc.reporting.onnx.export import export
 from vlqc.reporting.onnx.modules import export_module
-from vlqc.targets.engines import Scheme
+from vlqc.targets.schemes import Scheme
 
 TOLERANCE = 1e-5  # of the output's RMS, largest deviation; 3e-6 was seen: float32 sums in another order
 # RMS of the deviation, as a share of the output's, behind integers: such a difference moves a value across a rounding

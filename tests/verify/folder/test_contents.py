@@ -290,7 +290,7 @@ def test_the_proof_is_independent_of_what_it_proves() -> None:
                 waiting += [node.module, *(f"{node.module}.{name.name}" for name in node.names)]
     assert {
         "vlqc.verify.structure.structure",
-        "vlqc.targets.engines",
+        "vlqc.targets.rules",
         "vlqc.frontend.sequential",
         "vlqc.verify.loader",
     } <= seen

@@ -22,7 +22,7 @@ CORRECT: list[tuple[dict[str, Any], list[str], list[str]]] = [
     ({"mindie": True, "shift": True}, ["MindIE 2.2.RC1 and later"], ["MindIE 2.2.RC1 and later"]),
     ({"scheme": "W8A8_DYNAMIC"}, ["vLLM Ascend 0.16 and later"], NONE),
     ({"scheme": "W8A8_DYNAMIC", "mindie": True}, ["MindIE 2.2.RC1 and later"], ["MindIE 2.2.RC1 and later"]),
-    (W4A8, ["vLLM Ascend 0.16 to 0.26.0rc"], NONE),
+    (W4A8, ["vLLM Ascend 0.16 and later, before 0.26"], NONE),
     (W4A8 | {"scope": ALL}, NONE, NONE),
     (W4A8 | {"mindie": True}, NONE, NONE),
 ]

@@ -11,7 +11,7 @@ from vlqc.reporting.html.schema import FILE, Facts, read_facts
 from vlqc.reporting.html.timings import Timings
 from vlqc.reporting.html.verification import read_verification
 from vlqc.targets.advice import serve_commands
-from vlqc.targets.versions import loads
+from vlqc.targets.versions import loading_engines
 from vlqc.verify.findings import VerificationResult
 from vlqc.verify.folder.contents import MANIFEST, FolderFiles, open_folder
 
@@ -88,7 +88,7 @@ def made_of(content: FolderFiles, facts: Facts) -> Made:
     return Made(
         name=name,
         kind=_kind(content.config),
-        engines=loads(content.description, facts.dtype, content.config),
+        engines=loading_engines(content.description, facts.dtype, content.config),
         serve=serve_commands(facts.target, name),
         bytes=sum(path.stat().st_size for path in content.weights),
     )

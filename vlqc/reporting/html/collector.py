@@ -19,7 +19,7 @@ from vlqc.pipeline.precision_search import Plan, decibels
 from vlqc.pipeline.registry import Pass
 from vlqc.reporting.html.schema import SHARES, InputFacts, Modality, SiteFacts, StageFacts, rounded
 from vlqc.reporting.html.timings import PassTime, StageTime
-from vlqc.targets.engines import Scheme
+from vlqc.targets.schemes import Scheme
 
 NAMES: tuple[Modality, ...] = ("text", "image")
 LEAST_SQNR = 10.0  # dB: a tenth of the output's power is noise

@@ -3,8 +3,11 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from vlqc.targets.engines import VLLM_ASCEND as WIDEST  # the engine that runs most schemes
-from vlqc.targets.engines import Scheme, Target, fused_group, group_faults, legal_schemes, parse_target
+from vlqc.families.qwen2_5_vl import fused_group
+from vlqc.targets.rules import group_faults, supported_schemes
+from vlqc.targets.schemes import Scheme
+from vlqc.targets.target import Target, parse_target
+from vlqc.targets.vllm_ascend import VLLM_ASCEND as WIDEST
 from vlqc.verify.attribution.group_error import EIGHT_BITS, PER_TOKEN, SMALL_GROUPS, SMOOTHED, TIGHTER, WIDER, Measured
 from vlqc.verify.findings import Finding, VerificationResult
 
@@ -86,9 +89,9 @@ def _measured_options(layers: Sequence[str], scheme: Scheme, target: Target, fou
 
 def _for_target(option: str, scheme: Scheme, layers: Sequence[str], target: Target) -> str:
     """The option, with another target where the folder's own does not run these layers so; empty where none does."""
-    if scheme in legal_schemes(target, layers[0]):
+    if scheme in supported_schemes(target, layers[0]):
         return option
-    return f"{option} --target {WIDEST}" if scheme in legal_schemes(WIDEST, layers[0]) else ""
+    return f"{option} --target {WIDEST}" if scheme in supported_schemes(WIDEST, layers[0]) else ""
 
 
 def _exclusion(row: Mapping[str, object], layers: Sequence[str], schemes: Mapping[str, Scheme], target: Target) -> str:

@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from vlqc.families.qwen2_5_vl import fused_group
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.stage import MODALITIES
-from vlqc.targets.engines import Scheme, fused_group
+from vlqc.targets.schemes import Scheme
 from vlqc.verify.attribution.group_error import Measured
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from vlqc.errors import Fault, UserError
-from vlqc.targets.engines import Scheme
+from vlqc.targets.schemes import Scheme
 from vlqc.verify.findings import VerificationResult, format_list
 from vlqc.verify.float_match.scale_fit import NOISE, fit_columns, fit_rows, misfits
 from vlqc.verify.float_match.weight_pair import SIGMAS, ULP, Scales, WeightPair

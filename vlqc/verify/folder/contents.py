@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from vlqc.errors import Fault, UserError
-from vlqc.targets.engines import MINDIE, VLLM_ASCEND
+from vlqc.targets.engine import Engine
+from vlqc.targets.mindie import MINDIE
+from vlqc.targets.vllm_ascend import VLLM_ASCEND
 from vlqc.verify.findings import VerificationResult, format_list
 from vlqc.verify.folder.reader import StoredTensor, read_json, read_json_object, read_tensors
 
@@ -30,7 +32,7 @@ class FolderFiles:
     """What was read of a folder. A file that cannot be read is reported and its content left empty."""
 
     path: Path
-    layout: str  # "vllm-ascend" or "mindie": whose description file it has
+    layout: Engine  # whose description file it has
     weights: list[Path] = field(default_factory=list)
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
     description: dict[str, Any] = field(default_factory=dict)

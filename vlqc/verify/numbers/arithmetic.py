@@ -11,8 +11,9 @@ says that mean errors were taken off, a quant_bias that is off by a multiple of 
 
 import numpy as np
 
+from vlqc.families.qwen2_5_vl import fused_group
 from vlqc.kernels_ref.matmul import CORRECTION_STEP
-from vlqc.targets.engines import Scheme, fused_group
+from vlqc.targets.schemes import Scheme
 from vlqc.verify.findings import VerificationResult, format_list
 from vlqc.verify.folder.reader import FLOATS, Array, StoredTensor, round_to
 from vlqc.verify.numbers.groups import check_scale_bias

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vlqc.targets.engines import Scheme
+from vlqc.targets.schemes import Scheme
 from vlqc.verify.findings import VerificationResult, format_list
 from vlqc.verify.folder.reader import Array, StoredTensor
 from vlqc.verify.structure.expected import Form

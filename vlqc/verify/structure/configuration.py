@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 
-from vlqc.targets.engines import MINDIE, VLLM_ASCEND, Scheme, Target
-from vlqc.targets.rules import FAST_GROUP_SIZES, MINDIE_GROUP_SIZES
-from vlqc.targets.versions import folder_type
+from vlqc.targets.mindie import MINDIE
+from vlqc.targets.schemes import Scheme, quant_type
+from vlqc.targets.target import Target
+from vlqc.targets.vllm_ascend import FAST_GROUP_SIZES, VLLM_ASCEND
 from vlqc.verify.findings import VerificationResult, format_list
 from vlqc.verify.folder.contents import FolderFiles
 from vlqc.verify.structure.expected import DTYPE_CODES, ExpectedModel, expected_model, is_tied
@@ -96,12 +97,12 @@ def _check_mindie_keys(
                 f"set {key}" if wanted[key] else f"remove {key}",
             )
     options = config.get("quantization_config")
-    if isinstance(options, Mapping) and options.get("group_size", 0) not in MINDIE_GROUP_SIZES:
+    if isinstance(options, Mapping) and options.get("group_size", 0) not in MINDIE.group_sizes:
         result.add_fault(
             "config",
             "config.json",
             f"quantization_config.group_size is {options['group_size']!r}",
-            f"MindIE accepts {format_list(MINDIE_GROUP_SIZES)}",
+            f"MindIE accepts {format_list(MINDIE.group_sizes)}",
         )
     elif files.layout == MINDIE and not isinstance(options, Mapping):
         why = "MindIE's layout carries the quantization's options, the group size among them, in it"
@@ -114,7 +115,7 @@ def _check_mindie_keys(
 def check_description_keys(files: FolderFiles, schemes: Mapping[str, Scheme], result: VerificationResult) -> str:
     """version, model_quant_type, strange keys -> the folder's type by its schemes (model_quant_type without any)."""
     description, where = files.description, files.description_name
-    scheme = folder_type(schemes.values())
+    scheme = quant_type(schemes.values())
     claimed = description.get("model_quant_type")
     if not description:
         return scheme
@@ -159,7 +160,7 @@ def group_size(files: FolderFiles, schemes: Mapping[str, Scheme], result: Verifi
         why = "engines shape the group scales by it"
         result.add_fault(check, where, f"{key} is {value!r}", why, f"set it to {stored}" if stored else "compile again")
         return stored
-    if files.layout != MINDIE and value not in (*FAST_GROUP_SIZES, *MINDIE_GROUP_SIZES):
+    if files.layout != MINDIE and value not in (*FAST_GROUP_SIZES, *MINDIE.group_sizes):
         sizes = " or ".join(map(str, FAST_GROUP_SIZES))
         result.add_warning(
             "engine rules", where, f"group_size is {value}", f"vLLM Ascend's int4 kernels prefer {sizes}"

@@ -7,19 +7,13 @@ from collections.abc import Mapping
 import numpy as np
 
 from vlqc.errors import Fault
-from vlqc.targets.engines import (
-    ENGINE_TITLES,
-    MINDIE,
-    VLLM_ASCEND,
-    Scheme,
-    Target,
-    group_faults,
-    layer_faults,
-    legal_schemes,
-    mixed_group_faults,
-)
-from vlqc.targets.rules import INT4_ROWS
-from vlqc.targets.versions import loading_span, span
+from vlqc.targets.engine import Engine
+from vlqc.targets.mindie import MINDIE
+from vlqc.targets.rules import group_faults, layer_faults, mixed_group_faults, supported_schemes
+from vlqc.targets.schemes import Scheme
+from vlqc.targets.target import ENGINES, Target
+from vlqc.targets.versions import loading_versions, supporting_versions
+from vlqc.targets.vllm_ascend import INT4_OUTPUTS, VLLM_ASCEND
 from vlqc.verify.findings import VerificationResult, format_list
 from vlqc.verify.folder.contents import FolderFiles
 from vlqc.verify.structure.expected import ExpectedModel, consumers_of_norm
@@ -44,8 +38,8 @@ def check_engine_rules(
     so: such a folder can be compiled, and its form and numbers can be right.
     """
     result.add_examined(CHECK, len(schemes))
-    versions = {engine: span(engine, schemes, dtype) for engine in ENGINE_TITLES}
-    broken = {engine: _norm_faults(files, model, schemes, engine) for engine in ENGINE_TITLES} if model else {}
+    versions = {engine: supporting_versions(engine, schemes, dtype) for engine in ENGINES}
+    broken = {engine: _norm_faults(files, model, schemes, engine) for engine in ENGINES} if model else {}
     broken.setdefault(VLLM_ASCEND, []).extend(_int4_faults(model, schemes))
     if files.layout == MINDIE:
         why = "it reads quant_model_description.json only"
@@ -57,8 +51,8 @@ def check_engine_rules(
             found, title = versions[engine], target.title(engine)
             if found is None:
                 why = layers[0].why if layers else ""
-                result.add_fault(CHECK, str(files.path), f"no version of {ENGINE_TITLES[engine]} loads it", why)
-            elif target.version and not found.covers(target.version):
+                result.add_fault(CHECK, str(files.path), f"no version of {engine.title} loads it", why)
+            elif target.version and target.version not in found:
                 result.add_fault(CHECK, str(files.path), f"{title} does not load it", f"{found} do")
         faults = layers + group_faults(target, schemes)
     else:
@@ -71,12 +65,12 @@ def check_engine_rules(
     for fault in faults:
         result.add_fault(CHECK, fault.where, fault.what, fault.why, fault.fix)
     _check_permissions(files, target, result)
-    loaded = (loading_span(engine, schemes, dtype, files.config) for engine in ENGINE_TITLES if not broken.get(engine))
+    loaded = (loading_versions(engine, schemes, dtype, files.config) for engine in ENGINES if not broken.get(engine))
     return [str(each) for each in loaded if each is not None]
 
 
 def _is_never_quantized(layer: str) -> bool:
-    return all(legal_schemes(engine, layer) == {Scheme.FLOAT} for engine in ENGINE_TITLES)
+    return all(supported_schemes(engine, layer) == {Scheme.FLOAT} for engine in ENGINES)
 
 
 def _by_kind(faults: list[Fault]) -> list[Fault]:
@@ -97,16 +91,18 @@ def _int4_faults(model: ExpectedModel | None, schemes: Mapping[str, Scheme]) -> 
     """vLLM Ascend's int4 operator takes outputs in eights."""
     int4 = [layer for layer, scheme in schemes.items() if scheme == Scheme.W4A8_DYNAMIC]
     return [
-        Fault(f"{model.linears[layer].outputs} outputs in 4 bits", layer, f"vLLM Ascend takes them in {INT4_ROWS}s")
+        Fault(f"{model.linears[layer].outputs} outputs in 4 bits", layer, f"vLLM Ascend takes them in {INT4_OUTPUTS}s")
         for layer in int4
-        if model and layer in model.linears and model.linears[layer].outputs % INT4_ROWS
+        if model and layer in model.linears and model.linears[layer].outputs % INT4_OUTPUTS
     ]
 
 
 # ---- norm biases -----------------------------------------------------------------------------------------------------
 
 
-def _norm_faults(files: FolderFiles, model: ExpectedModel, schemes: Mapping[str, Scheme], engine: str) -> list[Fault]:
+def _norm_faults(
+    files: FolderFiles, model: ExpectedModel, schemes: Mapping[str, Scheme], engine: Engine
+) -> list[Fault]:
     """A norm bias (a folded shift) must be one that the engine applies."""
     biased = [norm for norm in model.norms if f"{norm}.bias" in files.tensors]
     if engine == VLLM_ASCEND:

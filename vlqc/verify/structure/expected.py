@@ -4,8 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vlqc.targets.engines import Scheme
-from vlqc.targets.versions import folder_type
+from vlqc.targets.schemes import Scheme, quant_type
 
 Shape = tuple[int, ...]
 
@@ -262,7 +261,7 @@ def norm_biases(model: ExpectedModel, schemes: Mapping[str, Scheme], form: Form)
     weight and bias of such a norm once more under `X.module`, marked with the folder's type."""
     tensors = {f"{norm}.bias": ExpectedTensor((form.glue,), (n,), Scheme.FLOAT) for norm, n in model.norms.items()}
     if not form.packed:
-        word = folder_type(schemes.values())
+        word = quant_type(schemes.values())
         for norm, n in model.norms.items():
             for suffix in ("weight", "bias"):
                 tensors[f"{norm}.module.{suffix}"] = ExpectedTensor((form.glue,), (n,), word)

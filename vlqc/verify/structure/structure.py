@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlqc.targets.engines import BOTH, MINDIE, VLLM_ASCEND, Scheme, Target, parse_target
+from vlqc.targets.mindie import MINDIE
+from vlqc.targets.schemes import Scheme
+from vlqc.targets.target import BOTH, Target, as_target
+from vlqc.targets.vllm_ascend import VLLM_ASCEND
 from vlqc.verify.findings import VerificationResult, format_list
 from vlqc.verify.folder.contents import FolderFiles, check_files, open_folder
 from vlqc.verify.structure.configuration import (
@@ -61,13 +64,13 @@ class CompiledFolder:
 def check_structure(path: Path, target: Target | None, result: VerificationResult) -> CompiledFolder:
     """Folder and the engines it is for (None: what it claims to be for) -> what the folder holds."""
     files = open_folder(path, result)
-    claimed = target or parse_target(_claimed_engine(files))
+    claimed = target or _claimed_target(files)
     result.engine = str(claimed)
     glue = check_dtype(files, result)
     model = check_model(files, result)
     schemes = _schemes(files, model, result) if model else {}
     type_name = check_description_keys(files, schemes, result).lower()
-    form = Form(glue, packed=files.layout != MINDIE, group_size=group_size(files, schemes, result))
+    form = Form(glue, packed=files.layout.packs_int4, group_size=group_size(files, schemes, result))
     check_files(files, type_name, result)
     check_config(files, claimed, type_name, schemes, result)
     sound = _check_tensors(files, model, schemes, form, result) if model else {}
@@ -77,10 +80,10 @@ def check_structure(path: Path, target: Target | None, result: VerificationResul
     return CompiledFolder(files, form, model, schemes, sound)
 
 
-def _claimed_engine(files: FolderFiles) -> str:
+def _claimed_target(files: FolderFiles) -> Target:
     if files.layout == MINDIE:
-        return MINDIE
-    return BOTH if "quantize" in files.config else VLLM_ASCEND
+        return as_target(MINDIE)
+    return as_target(BOTH if "quantize" in files.config else VLLM_ASCEND)
 
 
 # ---- schemes ---------------------------------------------------------------------------------------------------------
@@ -173,7 +176,7 @@ def _check_tensors(
 def _facts(files: FolderFiles, dtype: str, schemes: Mapping[str, Scheme], form: Form) -> dict[str, Any]:
     counts = {str(scheme): list(schemes.values()).count(scheme) for scheme in sorted(set(schemes.values()))}
     facts: dict[str, Any] = {
-        "layout": files.layout,
+        "layout": files.layout.name,
         "tensors": len(files.tensors),
         "bytes": sum(tensor.nbytes for tensor in files.tensors.values()),
         "float dtype": dtype,

@@ -1,25 +1,19 @@
-"""vlqc.targets.engines: the table of what each engine accepts."""
+"""vlqc.targets.rules and the engines' own rules: which schemes each engine runs on which layer."""
 
 import subprocess
 import sys
 
 import pytest
+from packaging.version import Version
 
 from tests.support.reference_schemes import DYNAMIC, FLOAT, W4A8, W8A8, reference_assignment
 from vlqc.errors import UserError
-from vlqc.targets import engines
-from vlqc.targets.engines import (
-    Scheme,
-    Target,
-    assignment_faults,
-    fused_group,
-    legal_schemes,
-    part_of,
-    rules_for,
-    runs_anywhere,
-)
-from vlqc.targets.rules import REFERENCE_FLOAT, TABLE
-from vlqc.targets.target import Version
+from vlqc.families.qwen2_5_vl import REFERENCE_FLOAT, fused_group, model_part, stays_float_in_reference
+from vlqc.targets.mindie import MINDIE
+from vlqc.targets.rules import assignment_faults, supported_schemes, supports_scheme, target_supporting
+from vlqc.targets.schemes import Scheme
+from vlqc.targets.target import ENGINES, Target
+from vlqc.targets.vllm_ascend import VLLM_ASCEND
 
 LAYER = "model.layers.3"
 BLOCK = "visual.blocks.0"
@@ -37,7 +31,7 @@ BLOCK = "visual.blocks.0"
     ],
 )
 def test_fused_groups(layer: str, members: list[str]) -> None:
-    """Catches a group split or mixed across blocks, which engines load as silent garbage."""
+    """Catches a group that is split or mixed across blocks, which engines load without an error and compute wrongly."""
     prefix = ".".join(layer.split(".")[:3])
     assert fused_group(layer) == tuple(f"{prefix}.{member}" for member in members)
 
@@ -48,8 +42,8 @@ def test_a_layer_outside_every_group_stands_alone(layer: str) -> None:
     assert fused_group(layer) == (layer,)
 
 
-# One line per row of the engines' own tables: layer, legal in vLLM Ascend, legal in MindIE.
-LEGAL = [
+# layer, schemes that vLLM Ascend runs, schemes that MindIE runs
+SUPPORTED = [
     (f"{LAYER}.self_attn.q_proj", {FLOAT, W8A8, DYNAMIC}, {FLOAT, W8A8, DYNAMIC}),
     (f"{LAYER}.self_attn.o_proj", {FLOAT, W8A8, DYNAMIC, W4A8}, {FLOAT, W8A8, DYNAMIC}),
     (f"{LAYER}.mlp.gate_proj", {FLOAT, W8A8, DYNAMIC, W4A8}, {FLOAT, W8A8, DYNAMIC}),
@@ -63,25 +57,25 @@ LEGAL = [
     ("model.embed_tokens", {FLOAT}, {FLOAT}),
     (f"{LAYER}.input_layernorm", {FLOAT}, {FLOAT}),
     ("lm_head", {FLOAT}, {FLOAT}),
-    ("unheard.of", {FLOAT}, {FLOAT}),
+    ("some.other.layer", {FLOAT}, {FLOAT}),
 ]
 
 
-@pytest.mark.parametrize(("layer", "vllm_ascend", "mindie"), LEGAL)
-def test_legal_schemes(layer: str, vllm_ascend: set[Scheme], mindie: set[Scheme]) -> None:
+@pytest.mark.parametrize(("layer", "vllm_ascend", "mindie"), SUPPORTED)
+def test_supported_schemes(layer: str, vllm_ascend: set[Scheme], mindie: set[Scheme]) -> None:
     """Catches a scheme offered where an engine refuses it, and `both` being anything but the intersection."""
-    assert legal_schemes("vllm-ascend", layer) == vllm_ascend
-    assert legal_schemes("mindie", layer) == mindie
-    assert legal_schemes("both", layer) == vllm_ascend & mindie
+    assert supported_schemes("vllm-ascend", layer) == vllm_ascend
+    assert supported_schemes("mindie", layer) == mindie
+    assert supported_schemes("both", layer) == vllm_ascend & mindie
 
 
 def test_an_unknown_target_is_refused() -> None:
-    """Catches a misspelt target answered with an empty, and therefore permissive, set of rules."""
+    """Catches a misspelt target that is treated as one without rules, and so without limits."""
     with pytest.raises(UserError, match="vllm-ascend, mindie, both"):
-        legal_schemes("vllm", "lm_head")
+        supported_schemes("vllm", "lm_head")
 
 
-# The lines of the engines' tables at the versions about their ends: target, layer, legal in bfloat16, legal in float16.
+# versions at the ends of the rules: target, layer, schemes in bfloat16, schemes in float16
 O_PROJ, QKV = f"{LAYER}.self_attn.o_proj", f"{BLOCK}.attn.qkv"
 VERSIONED = [
     ("vllm-ascend@0.10.2rc1", O_PROJ, {FLOAT}, {FLOAT}),
@@ -94,6 +88,7 @@ VERSIONED = [
     ("vllm-ascend@0.16.0", QKV, {FLOAT, W8A8, DYNAMIC}, {FLOAT, W8A8}),
     ("vllm-ascend@0.18", O_PROJ, {FLOAT, W8A8, DYNAMIC, W4A8}, {FLOAT, W8A8, W4A8}),
     ("vllm-ascend@0.26.0rc2", O_PROJ, {FLOAT, W8A8, DYNAMIC, W4A8}, {FLOAT, W8A8, W4A8}),
+    ("vllm-ascend@0.26.0.dev1", O_PROJ, {FLOAT, W8A8, DYNAMIC, W4A8}, {FLOAT, W8A8, W4A8}),
     ("vllm-ascend@0.26", O_PROJ, {FLOAT, W8A8, DYNAMIC}, {FLOAT, W8A8}),
     ("vllm-ascend@1.0", O_PROJ, {FLOAT, W8A8, DYNAMIC}, {FLOAT, W8A8}),
     ("mindie@2.1", O_PROJ, {FLOAT}, {FLOAT}),
@@ -104,29 +99,29 @@ VERSIONED = [
 
 
 @pytest.mark.parametrize(("target", "layer", "bfloat16", "float16"), VERSIONED)
-def test_legal_schemes_of_a_version(target: str, layer: str, bfloat16: set[Scheme], float16: set[Scheme]) -> None:
-    """Catches an end of a span of versions that is off by one, and a dtype that is not asked."""
-    assert legal_schemes(target, layer, "bfloat16") == bfloat16
-    assert legal_schemes(target, layer, "float16") == float16
-    assert legal_schemes(target, layer) == bfloat16 | float16
+def test_supported_schemes_of_a_version(target: str, layer: str, bfloat16: set[Scheme], float16: set[Scheme]) -> None:
+    """Catches an end of a version range that is off by one, and an ignored dtype."""
+    assert supported_schemes(target, layer, "bfloat16") == bfloat16
+    assert supported_schemes(target, layer, "float16") == float16
+    assert supported_schemes(target, layer) == bfloat16 | float16
 
 
 @pytest.mark.parametrize(
     ("target", "scheme", "runs", "rules"),
     [
-        ("vllm-ascend", W4A8, True, Target(("vllm-ascend",))),
-        ("vllm-ascend@0.18", W4A8, True, Target(("vllm-ascend",), "0.18")),
-        ("vllm-ascend@0.27", W4A8, False, Target(("vllm-ascend",))),
+        ("vllm-ascend", W4A8, True, Target((VLLM_ASCEND,))),
+        ("vllm-ascend@0.18", W4A8, True, Target((VLLM_ASCEND,), "0.18")),
+        ("vllm-ascend@0.27", W4A8, False, Target((VLLM_ASCEND,))),
         ("mindie", W4A8, False, None),
         ("both", W4A8, False, None),
-        ("both", W8A8, True, Target(("vllm-ascend", "mindie"))),
-        ("mindie@2.1", FLOAT, True, Target(("mindie",), "2.1")),
+        ("both", W8A8, True, Target((VLLM_ASCEND, MINDIE))),
+        ("mindie@2.1", FLOAT, True, Target((MINDIE,), "2.1")),
     ],
 )
-def test_by_whose_rules(target: str, scheme: Scheme, runs: bool, rules: Target | None) -> None:
-    """Catches a scheme spread over layers that no version runs it on, because the named version runs it nowhere."""
-    assert runs_anywhere(target, scheme) == runs
-    assert rules_for(target, scheme) == rules
+def test_target_supporting(target: str, scheme: Scheme, runs: bool, rules: Target | None) -> None:
+    """Catches a scheme given to layers that no version runs in it, because the named version does not run it at all."""
+    assert supports_scheme(target, scheme) == runs
+    assert target_supporting(target, scheme) == rules
 
 
 @pytest.mark.parametrize(
@@ -142,13 +137,13 @@ def test_by_whose_rules(target: str, scheme: Scheme, runs: bool, rules: Target |
 )
 def test_parts(name: str, part: str) -> None:
     """Catches the merger counted as vision, or lm_head as language, in the summaries."""
-    assert part_of(name) == part
+    assert model_part(name) == part
 
 
-def test_seed_exclusions() -> None:
+def test_reference_exclusions() -> None:
     """Catches an exclusion of the reference script lost, or one too many."""
-    layers = [layer for layer, _, _ in LEGAL if not layer.startswith("unheard")]
-    floats = [layer for layer in layers if engines.stays_float_in_reference(layer)]
+    layers = [layer for layer, _, _ in SUPPORTED if not layer.startswith("some.")]
+    floats = [layer for layer in layers if stays_float_in_reference(layer)]
     assert floats == [
         f"{LAYER}.mlp.down_proj",
         f"{BLOCK}.mlp.down_proj",
@@ -159,8 +154,8 @@ def test_seed_exclusions() -> None:
     ]
 
 
-def test_the_seed_assignment_is_legal_in_both_engines() -> None:
-    """Catches a table that refuses the very folder both engines are known to load."""
+def test_the_reference_assignment_is_legal_in_both_engines() -> None:
+    """Catches rules that refuse the reference folder, which both engines load."""
     assert assignment_faults("both", reference_assignment()) == []
 
 
@@ -197,8 +192,8 @@ def test_a_float_vision_tower_is_legal_in_mindie() -> None:
 
 
 def test_mindie_runs_one_scheme_beside_float() -> None:
-    """Catches static and per-token layers in one MindIE folder, whose one `quantize` key cannot name both, and a float
-    member of a per-token group, which only static groups may have."""
+    """Catches static and per-token layers in one MindIE folder, whose single `quantize` key cannot name both; and a
+    float member in a per-token group, which only static groups may have."""
     dynamic = {
         name: DYNAMIC if "proj" in name and name.startswith("model") else FLOAT for name in reference_assignment()
     }
@@ -210,14 +205,15 @@ def test_mindie_runs_one_scheme_beside_float() -> None:
     assert assignment_faults("vllm-ascend", dynamic | {"model.layers.0.self_attn.o_proj": W8A8}) == []
 
 
-def test_the_table_is_in_order() -> None:
-    """Catches a new line whose end lies before its beginning, or whose version is none."""
+def test_versions_of_rules_are_in_order() -> None:
+    """Catches a new rule whose end lies before its beginning, or with an invalid version."""
     assert len(REFERENCE_FLOAT) == 6
-    for rule in TABLE:
-        assert Version.parse(rule.since) < Version.parse(rule.until or "9999")
+    for engine in ENGINES:
+        for rule in engine.rules:
+            assert Version(engine.since) <= Version(rule.since) < Version(rule.before or "9999")
 
 
 def test_no_torch_is_imported() -> None:
     """Catches an import that makes the option checks (before anything is loaded) wait for torch."""
-    code = "import sys, vlqc.targets.engines; print('torch' in sys.modules)"
+    code = "import sys, vlqc.targets.rules; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"

@@ -31,6 +31,7 @@ from vlqc.pipeline.layer_selection import check_layers
 from vlqc.pipeline.registry import pipeline_of
 from vlqc.reporting.summary import target_warnings
 from vlqc.reporting.tables import labelled_lines, layer_table
+from vlqc.targets.engine import Engine
 from vlqc.targets.rules import group_faults
 from vlqc.targets.schemes import Scheme
 from vlqc.targets.target import ENGINES

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from vlqc.families.qwen2_5_vl import fused_group, stays_float_in_reference
 from vlqc.ir.stage import Site, Stage
-from vlqc.pipeline.registry import Pass, require
+from vlqc.pipeline.pass_api import Pass, require
 from vlqc.targets.rules import supported_schemes, target_supporting
 from vlqc.targets.schemes import Scheme
 from vlqc.targets.target import parse_target

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlqc.errors import Fault, UserError
 from vlqc.ir.stage import MODALITIES, Call, ChannelRange, Observation, Stage, digest, first_tensor, observe
-from vlqc.pipeline.registry import Pass, require
+from vlqc.pipeline.pass_api import Pass, require
 
 IMAGE = MODALITIES.index("image")
 LARGEST = 1e15  # of any activation: float32 holds sums of squares of such values; real ones end near 1e5

@@ -11,7 +11,7 @@ from vlqc.ir.stage import Site, Stage, row_weights
 from vlqc.kernels_ref.quant_linear import DynamicQuantLinear, GroupQuantLinear, QuantLinear, StaticQuantLinear
 from vlqc.kernels_ref.quantize import dequantize_per_tensor, quantize_per_tensor
 from vlqc.passes.quantize_weights import emitted_bias
-from vlqc.pipeline.registry import Pass
+from vlqc.pipeline.pass_api import Pass
 from vlqc.targets.schemes import Scheme
 
 ROWS_AT_ONCE = 512  # of observed inputs, and of weights: bounds the temporaries

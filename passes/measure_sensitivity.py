@@ -11,7 +11,7 @@ from vlqc.ir.stage import Sensitivity, Site, Stage
 from vlqc.ir.stage import noise_to_signal as noise_to_signal
 from vlqc.passes.lower_linears import lower
 from vlqc.passes.quantize_weights import quantized
-from vlqc.pipeline.registry import Pass
+from vlqc.pipeline.pass_api import Pass
 from vlqc.targets.rules import group_faults, supported_schemes, target_supporting
 from vlqc.targets.schemes import Scheme
 from vlqc.targets.target import parse_target

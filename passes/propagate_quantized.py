@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from vlqc.ir.stage import Stage
-from vlqc.pipeline.registry import Pass
+from vlqc.pipeline.pass_api import Pass
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from vlqc.kernels_ref.quantize import (
 )
 from vlqc.passes.algorithms.error_model import representative_rows
 from vlqc.passes.insert_observers import observed
-from vlqc.pipeline.registry import Pass
+from vlqc.pipeline.pass_api import Pass
 from vlqc.targets.schemes import Scheme
 
 ROWS_JUDGED = 512  # kept rows on which two ranges are compared

@@ -18,7 +18,7 @@ from vlqc.kernels_ref.quantize import quantize_weight_per_channel_absmax
 from vlqc.passes.algorithms.gptq import compensated, single_threads
 from vlqc.passes.algorithms.weight_clipping import GroupGrid, RowGrid, importance_of
 from vlqc.passes.insert_observers import observed
-from vlqc.pipeline.registry import Pass
+from vlqc.pipeline.pass_api import Pass
 from vlqc.targets.schemes import Scheme
 
 T = TypeVar("T")

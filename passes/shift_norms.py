@@ -17,7 +17,7 @@ from vlqc.passes.algorithms import folding
 from vlqc.passes.algorithms.smoothing_search import SearchedEdge, find_stage_edges, per_channel, searched_edges
 from vlqc.passes.insert_observers import observed
 from vlqc.passes.smooth_m2 import range_candidates
-from vlqc.pipeline.registry import Pass
+from vlqc.pipeline.pass_api import Pass
 from vlqc.targets.schemes import Scheme
 
 CANDIDATES = 32  # ranges under which a shift is judged: it has to help beside smoothing, not instead of it

@@ -19,7 +19,7 @@ from vlqc.ir.stage import Stage
 from vlqc.passes.algorithms import folding
 from vlqc.passes.algorithms.error_model import Rounding, WeightMethod
 from vlqc.passes.algorithms.smoothing_search import SearchedEdge, find_stage_edges, searched_edges
-from vlqc.pipeline.registry import Pass, require
+from vlqc.pipeline.pass_api import Pass, require
 
 SMALLEST_RANGE = 1e-3  # of the largest value: channels that differ by more are not worth more
 FLOORS = (0.0, 0.5, 0.75, 1.0, 1.25)  # exponents of the scales that balance each channel's noise: 0 leaves them at one

@@ -16,7 +16,7 @@ from vlqc.ir.stage import Stage
 from vlqc.passes.algorithms import folding
 from vlqc.passes.algorithms.error_model import Rounding, WeightMethod
 from vlqc.passes.algorithms.smoothing_search import SearchedEdge, find_stage_edges, searched_edges
-from vlqc.pipeline.registry import Pass, require
+from vlqc.pipeline.pass_api import Pass, require
 
 NEAR_DEAD = 1e-3  # of the largest channel: smaller ones are treated as if they were that large
 STEPS = 20  # of alpha between 0 and 1

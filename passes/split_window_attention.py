@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from vlqc.ir.stage import Stage
 from vlqc.passes.algorithms import folding
-from vlqc.pipeline.registry import Pass
+from vlqc.pipeline.pass_api import Pass
 
 ATTENTION = torch.nn.functional.scaled_dot_product_attention
 PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # those that may be given by position

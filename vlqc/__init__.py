@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     parse = parse_stage
     from vlqc.ir.printer import print_stage as print_stage
     from vlqc.pipeline.manager import PassManager as PassManager
-    from vlqc.pipeline.registry import Pass as Pass
+    from vlqc.pipeline.pass_api import Pass as Pass
     from vlqc.pipeline.registry import parse_pipeline as parse_pipeline
     from vlqc.pipeline.registry import print_pipeline as print_pipeline
     from vlqc.reporting.html import write_report as write_report
@@ -49,7 +49,7 @@ _HOME = {
     "Site": "vlqc.ir.stage:Site",
     "Stage": "vlqc.ir.stage:Stage",
     "parse": "vlqc.ir.parser:parse_stage",
-    "Pass": "vlqc.pipeline.registry:Pass",
+    "Pass": "vlqc.pipeline.pass_api:Pass",
     "PassManager": "vlqc.pipeline.manager:PassManager",
     "parse_pipeline": "vlqc.pipeline.registry:parse_pipeline",
     "print_pipeline": "vlqc.pipeline.registry:print_pipeline",

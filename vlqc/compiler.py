@@ -23,7 +23,9 @@ from vlqc.frontend.stage_builder import materialized_stage
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.options.options import Options
 from vlqc.pipeline.layer_selection import check_layers
-from vlqc.pipeline.registry import Pass, PassManager, pipeline_of
+from vlqc.pipeline.manager import PassManager
+from vlqc.pipeline.pass_api import Pass
+from vlqc.pipeline.presets import build_pipeline
 from vlqc.reporting.dumps.writer import Dumper, PassCallbacks, progress_callback
 from vlqc.reporting.progress import Progress, resolve_progress
 from vlqc.reporting.summary import CompilationSummary, Result
@@ -47,7 +49,7 @@ def compile(
     refuse_both(samples=samples, passes=passes, **given)
     options, process_group = Options.from_user(**given), current_process_group()
     show = resolve_progress(progress, first=process_group.first)
-    pipeline = pipeline_of(options, passes)
+    pipeline = build_pipeline(options, passes)
     checkpoint = Checkpoint(options.model_path)
     summary = CompilationSummary(options, checkpoint, show.note)
     onlookers = PassCallbacks(Dumper.of(options, pipeline, active=process_group.first), summary.metrics)

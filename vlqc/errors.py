@@ -22,17 +22,17 @@ class Fault:
         return escape_control_chars("\n".join(lines))
 
 
-FOREIGN = ", which does not come with vlqc"
+THIRD_PARTY = ", which is not part of vlqc"
 
 
-def look_at(place: str) -> str:
-    """What to do about a fault of somebody else's code. place: as module:Class."""
-    return f"look at {place}{FOREIGN}"
+def third_party_fix(import_path: str) -> str:
+    """`Fault.fix` for an error in third-party code. import_path: as module:Class."""
+    return f"check {import_path}{THIRD_PARTY}"
 
 
-def foreign_notes(error: BaseException) -> list[str]:
-    """Notes on an error that say whose code it comes from, where it is not vlqc's."""
-    return [note for note in getattr(error, "__notes__", ()) if note.endswith(FOREIGN)]
+def third_party_notes(error: BaseException) -> list[str]:
+    """Those notes of an error that attribute it to third-party code."""
+    return [note for note in getattr(error, "__notes__", ()) if note.endswith(THIRD_PARTY)]
 
 
 class VlqcError(Exception):

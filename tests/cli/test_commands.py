@@ -250,9 +250,9 @@ def test_inspect_of_nothing(tmp_path: Path) -> None:
 
 def test_passes_explain_needs_no_folders(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches `--explain` that asks for folders, ignores the options, or breaks the text over lines."""
-    placeholder = types.ModuleType("vlqc.pipeline.registry")
+    placeholder = types.ModuleType("vlqc.pipeline.presets")
     placeholder.__dict__["pipeline_text"] = lambda options: f"{'long,' * 60}method={options.act_method}"
-    monkeypatch.setitem(sys.modules, "vlqc.pipeline.registry", placeholder)
+    monkeypatch.setitem(sys.modules, "vlqc.pipeline.presets", placeholder)
     ended = run("passes", "--explain", "--act_method", "1")
     assert ended.exit_code == 0, ended.output
     assert ended.stdout == f"{'long,' * 60}method=1\n"

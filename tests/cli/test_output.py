@@ -138,7 +138,7 @@ def test_how_it_ends(
 @pytest.mark.parametrize("words", [(), ("--json",)])
 def test_whose_fault_it_is(monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]) -> None:
     """Catches a stranger's broken pass that users are asked to report to vlqc, and one of ours that they are not."""
-    blamed = "on stage a: look at odd:Boom, which does not come with vlqc"
+    blamed = "on stage a: look at odd:Boom, which is not part of vlqc"
     for notes, fix in ((["how to go on"], OUR_FAULT), ([blamed, "how to go on"], blamed)):
         error = ZeroDivisionError("oops")
         error.__notes__ = notes

@@ -8,7 +8,9 @@ import vlqc
 from tests.support import tiny
 from vlqc.ir.stage import Stage
 from vlqc.options.options import Options
-from vlqc.pipeline.registry import Pass, parse_pipeline, pipeline_text
+from vlqc.pipeline.pass_api import Pass
+from vlqc.pipeline.presets import pipeline_text
+from vlqc.pipeline.registry import parse_pipeline
 from vlqc.reporting.html.schema import read_facts
 
 STAGE = "model.layers.2"

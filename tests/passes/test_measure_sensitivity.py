@@ -18,7 +18,9 @@ from vlqc.passes.measure_sensitivity import MeasureSensitivity, noise_to_signal
 from vlqc.passes.quantize_activations import QuantizeActivations
 from vlqc.passes.quantize_weights import QuantizeWeights
 from vlqc.passes.shift_norms import ShiftNorms
-from vlqc.pipeline.registry import Pass, check_order, parse_pipeline
+from vlqc.pipeline.ordering import check_order
+from vlqc.pipeline.pass_api import Pass
+from vlqc.pipeline.registry import parse_pipeline
 from vlqc.targets.rules import supported_schemes
 from vlqc.targets.schemes import Scheme
 
@@ -179,9 +181,9 @@ def test_a_large_token_does_not_hide_the_others() -> None:
 def test_before_lowering() -> None:
     """Catches an order in which there are no float weights any more, found in the middle of the first stage."""
     begin = "insert-observers,assign-precision,quantize-activations,quantize-weights,"
-    check_order(parse_pipeline(begin + "measure-sensitivity,lower-linears"), search=True)
-    with pytest.raises(UserError, match="stands after lower-linears"):
+    check_order(parse_pipeline(begin + "measure-sensitivity,lower-linears"), precision_search=True)
+    with pytest.raises(UserError, match="comes after lower-linears"):
         check_order(parse_pipeline(begin + "lower-linears,measure-sensitivity"))
     with pytest.raises(UserError, match="lacks measure-sensitivity"):
-        check_order(parse_pipeline(begin + "lower-linears"), search=True)
+        check_order(parse_pipeline(begin + "lower-linears"), precision_search=True)
     assert site(decoder(), "mlp.down_proj").scheme is None

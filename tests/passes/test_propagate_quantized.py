@@ -16,7 +16,8 @@ from vlqc.passes.lower_linears import LowerLinears
 from vlqc.passes.propagate_quantized import PropagateQuantized
 from vlqc.passes.quantize_activations import QuantizeActivations
 from vlqc.passes.quantize_weights import QuantizeWeights
-from vlqc.pipeline.registry import Pass, check_order
+from vlqc.pipeline.ordering import check_order
+from vlqc.pipeline.pass_api import Pass
 from vlqc.targets.schemes import Scheme
 
 pytestmark = pytest.mark.usefixtures("float32_runs")  # the same numbers on every processor

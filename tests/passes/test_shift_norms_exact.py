@@ -11,7 +11,7 @@ from vlqc.passes.insert_observers import InsertObservers
 from vlqc.passes.shift_norms import ShiftNorms
 from vlqc.passes.smooth_m2 import SmoothM2
 from vlqc.passes.smooth_m4 import SmoothM4
-from vlqc.pipeline.registry import Pass
+from vlqc.pipeline.pass_api import Pass
 
 pytestmark = pytest.mark.usefixtures("float32_runs")  # the same numbers on every processor
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from tests.support.small_stage import Lowered, decided, traced
-from vlqc.errors import InternalError
+from vlqc.errors import InternalError, third_party_fix
 from vlqc.ir.parser import parse_stage
 from vlqc.ir.printer import print_stage
 from vlqc.ir.stage import TOLERANCE, Stage, difference
 from vlqc.pipeline.manager import PassManager
-from vlqc.pipeline.registry import Pass
+from vlqc.pipeline.pass_api import Pass
 from vlqc.targets.schemes import Scheme
 
 
@@ -52,7 +52,7 @@ def test_third_party_passes_run() -> None:
 
 def test_a_pass_without_run_says_so() -> None:
     """Forgetting run must not look like a pass that changed nothing."""
-    with pytest.raises(TypeError, match="define run"):
+    with pytest.raises(TypeError, match="does not implement run"):
         PassManager([Pass()]).run(traced())
 
 
@@ -101,7 +101,7 @@ def spoil(stage: Stage) -> bool:
 
 def test_a_rewrite_must_not_change_what_the_stage_computes() -> None:
     """A formula that is wrong would be quantized without a word, and the model would be another one."""
-    words = r"changed what visual\.blocks\.0 computes[\s\S]*look at tests.pipeline.test_manager:MadeUp"
+    words = r"changed what visual\.blocks\.0 computes[\s\S]*check tests.pipeline.test_manager:MadeUp"
     for work in (spoil, lambda stage: stage.live.get_parameter("mlp.down.bias").fill_(torch.inf).numel() > 0):
         with pytest.raises(InternalError, match=words if work is spoil else "made-up"):
             PassManager([pass_of("rewrite", work)]).run(traced())
@@ -145,10 +145,7 @@ def test_a_pass_without_a_return() -> None:
         with pytest.raises(InternalError, match=rf"run returned {returned}, .*; return True or False") as caught:
             PassManager([step]).run(traced())
         (fault,) = caught.value.faults
-        assert (
-            "\n" not in fault.what
-            and fault.fix == "look at tests.pipeline.test_manager:MadeUp, which does not come with vlqc"
-        )
+        assert "\n" not in fault.what and fault.fix == third_party_fix("tests.pipeline.test_manager:MadeUp")
 
 
 @pytest.mark.parametrize("kind", ["analysis", "rewrite"])

@@ -19,7 +19,7 @@ from vlqc.passes.shift_norms import ShiftNorms
 from vlqc.passes.smooth_m2 import SmoothM2
 from vlqc.passes.smooth_m4 import SmoothM4
 from vlqc.pipeline.manager import PassManager
-from vlqc.pipeline.registry import Pass
+from vlqc.pipeline.pass_api import Pass
 
 PASSES: tuple[Pass, ...] = (
     InsertObservers(tokens=8),

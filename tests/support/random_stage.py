@@ -17,7 +17,7 @@ from vlqc.passes.lower_linears import LowerLinears
 from vlqc.passes.quantize_activations import QuantizeActivations
 from vlqc.passes.quantize_weights import QuantizeWeights
 from vlqc.pipeline.manager import PassManager
-from vlqc.pipeline.registry import Pass
+from vlqc.pipeline.pass_api import Pass
 from vlqc.targets.schemes import Scheme
 
 NAME = "model.layers.0"

@@ -291,7 +291,7 @@ def passes_command(
     """List the passes with their options, or explain which of them a compilation runs."""
     if explain:
         checked = Options.without_paths(**options)
-        from vlqc.pipeline.registry import pipeline_text
+        from vlqc.pipeline.presets import pipeline_text
 
         text = pipeline_text(checked)
         answer.give({"pipeline": text}, lambda console: typer.echo(text))

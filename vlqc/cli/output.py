@@ -24,7 +24,7 @@ from typer.core import TyperGroup
 
 from vlqc.cli.command_help import BARE
 from vlqc.cli.standard_streams import Unwritable
-from vlqc.errors import Fault, UserError, VlqcError, foreign_notes
+from vlqc.errors import Fault, UserError, VlqcError, third_party_notes
 from vlqc.files import json_text
 from vlqc.frontend.distributed import current_process_group, init_distributed
 from vlqc.options.paths import output_faults
@@ -237,7 +237,7 @@ def _print_interrupted(error: BaseException, *, as_json: bool) -> None:
 
 def _print_unforeseen(error: BaseException, *, as_json: bool) -> None:
     traceback.print_exception(error)  # with the notes
-    others = foreign_notes(error)
+    others = third_party_notes(error)
     if not others:
         stderr().print(OUR_FAULT)
     if as_json:

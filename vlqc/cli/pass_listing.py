@@ -8,7 +8,8 @@ from rich.text import Text
 
 from vlqc.errors import UserError
 from vlqc.formatting import escape_control_chars
-from vlqc.pipeline.registry import REGISTRY, Pass, load_pass, offered_passes
+from vlqc.pipeline.pass_api import Pass
+from vlqc.pipeline.registry import REGISTRY, load_pass, plugin_passes
 from vlqc.pipeline.spec import print_value
 
 
@@ -17,7 +18,7 @@ def print_passes(console: Console) -> None:
 
     Those of installed packages follow, each with its class; one that cannot be loaded says why.
     """
-    offered = {name: places for name, places in offered_passes().items() if name not in REGISTRY}
+    offered = {name: places for name, places in plugin_passes().items() if name not in REGISTRY}
     width = max(map(len, [*REGISTRY, *offered]))
     for name in [*REGISTRY, *offered]:
         origin = "" if name in REGISTRY else f"  ({' and '.join(offered[name])})"
@@ -38,7 +39,7 @@ def describe_passes() -> list[dict[str, Any]]:
     """The same in JSON: name, class, kind, summary, passes it stands after and before, options with their defaults."""
     described: list[dict[str, Any]] = []
     own = {name: [place] for name, place in REGISTRY.items()}
-    for name, places in (own | offered_passes() | own).items():
+    for name, places in (own | plugin_passes() | own).items():
         try:
             step = load_pass(name)
         except UserError as error:

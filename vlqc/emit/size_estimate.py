@@ -12,7 +12,7 @@ from vlqc.frontend.memory import spilled_bytes
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.stage import Site
 from vlqc.options.options import Options
-from vlqc.pipeline.registry import Pass
+from vlqc.pipeline.pass_api import Pass
 from vlqc.targets.schemes import Scheme
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from vlqc.errors import Fault, InternalError, UserError, VlqcError, foreign_notes
+from vlqc.errors import Fault, InternalError, UserError, VlqcError, third_party_notes
 from vlqc.frontend.distributed import ProcessGroup
 from vlqc.ir.tensor_layout import bytes_of, laid_out, offset_of
 
@@ -215,7 +215,7 @@ def _report(error: BaseException) -> tuple[str, Any]:
         return "faults", error.faults
     if isinstance(error, InternalError):
         return "broken", [(fault.what, fault.fix) for fault in error.faults]
-    return "broken", [(f"{type(error).__name__}: {error}", *foreign_notes(error))]
+    return "broken", [(f"{type(error).__name__}: {error}", *third_party_notes(error))]
 
 
 def _error_of(report: bytes, rank: int) -> VlqcError:

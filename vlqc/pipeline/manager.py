@@ -3,37 +3,18 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-from vlqc.errors import InternalError, VlqcError, look_at
+from vlqc.errors import InternalError, VlqcError, third_party_fix
 from vlqc.frontend.process_memory import return_memory
 from vlqc.ir.printer import print_stage
 from vlqc.ir.stage import TOLERANCE, Stage, difference
 from vlqc.ir.tensor_cache import Mark
 from vlqc.ir.tensor_digest import fingerprints
 from vlqc.ir.verifier import check
+from vlqc.pipeline.pass_api import Pass
 from vlqc.pipeline.plugins import import_path
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One step over one stage. Subclasses are frozen dataclasses whose fields are their options.
-
-    name: kebab-case; kind: an analysis measures and decides, a rewrite changes weights, modules or the graph;
-    summary: one line for `vlqc passes`; after: passes that must have run; before: passes that must not have.
-    """
-
-    name: ClassVar[str]
-    kind: ClassVar[Literal["analysis", "rewrite"]]
-    summary: ClassVar[str]
-    after: ClassVar[tuple[str, ...]] = ()
-    before: ClassVar[tuple[str, ...]] = ()
-
-    def run(self, stage: Stage) -> bool:
-        """Works on `stage` in place; whether anything changed."""
-        raise TypeError(f"{type(self).__name__} does not say what it does: define run(stage) -> bool")
 
 
 @dataclass
@@ -130,12 +111,12 @@ def _run(step: Pass, stage: Stage) -> bool:
         return step.run(stage)
     except Exception as error:
         if not isinstance(error, VlqcError) and not _is_own(step):
-            error.add_note(f"on stage {stage.name}: {look_at(import_path(type(step)))}")
+            error.add_note(f"on stage {stage.name}: {third_party_fix(import_path(type(step)))}")
         raise
 
 
 def _broken(step: Pass, promise: str) -> InternalError:
-    return InternalError(promise) if _is_own(step) else InternalError(promise, look_at(import_path(type(step))))
+    return InternalError(promise) if _is_own(step) else InternalError(promise, third_party_fix(import_path(type(step))))
 
 
 def _is_own(step: Pass) -> bool:
@@ -153,9 +134,3 @@ class _Evidence:
     def stands_for(self, name: str, tensor: Tensor) -> bool:
         """Whether the tensor of this name was the same one, and nothing was written to it since."""
         return name in self.marks and self.marks[name].is_of(tensor)
-
-
-def require(holds: bool, what: str) -> None:
-    """For a pass's __post_init__: ValueError unless it holds; a pipeline text makes that a fault of the user's."""
-    if not holds:
-        raise ValueError(what)

@@ -1,26 +1,25 @@
-"""Where passes are found; a pipeline of them as text and back; in which order they may stand; what options build.
+"""The table of pass names, and the text form of a pipeline.
 
 A pipeline text is a comma-separated list of pass names, each with its options in braces, as in MLIR:
 
     insert-observers{tokens=4096},assign-precision{fallback=none},smooth-m2,quantize-activations{method=histogram}
 
-A name is one of the table below, one that an installed package offers, or `module:Class`.
+A name is a key of REGISTRY, an entry point of an installed package, or `module:Class`. Importing this module does not
+import torch: classes of passes are imported when they are used.
 """
 
-import importlib
+import pkgutil
 from collections.abc import Sequence
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from vlqc.errors import Fault, UserError
 from vlqc.formatting import did_you_mean
-from vlqc.options.options import Options
-from vlqc.pipeline.manager import Pass as Pass
-from vlqc.pipeline.manager import PassManager as PassManager
-from vlqc.pipeline.manager import require as require
-from vlqc.pipeline.plugins import import_path, installed_places, is_import_path, resolve_class
-from vlqc.pipeline.spec import parse_steps, print_steps
+from vlqc.pipeline.pass_api import Pass
+from vlqc.pipeline.plugins import entry_points, import_path, is_import_path, resolve_class
+from vlqc.pipeline.spec import parse_spec, print_spec
+
+if TYPE_CHECKING:
+    from torch import nn
 
 REGISTRY: dict[str, str] = {
     "split-window-attention": "vlqc.passes.split_window_attention:SplitWindowAttention",
@@ -35,161 +34,79 @@ REGISTRY: dict[str, str] = {
     "lower-linears": "vlqc.passes.lower_linears:LowerLinears",
     "propagate-quantized": "vlqc.passes.propagate_quantized:PropagateQuantized",
 }
+ENTRY_POINTS = "vlqc.passes"  # entry point group in which installed packages register passes
 
-# Modules that a pass wraps around the model's own, by the name of their class; made of (the module).
+# Modules that passes wrap around modules of the model, by class name; each is constructed with the wrapped module.
 WRAPPERS: dict[str, str] = {"Windowed": "vlqc.passes.split_window_attention:Windowed"}
-ENTRY_POINTS = "vlqc.passes"  # the group in which installed packages offer passes of theirs
-RUNNERS = ("insert-observers",)  # passes that run a stage's samples
-HANDING_ON = (*RUNNERS, "propagate-quantized")  # passes that decide what later stages are given
-MEASURING = "measure-sensitivity"  # what a precision search goes by
 
 
 def load_pass(name: str) -> type[Pass]:
-    """The class of a pass: of a name of the table, of one that an installed package offers, or of `module:Class`.
+    """Imports the class of a pass.
 
-    UserError with near misses for an unknown name, and where a name would stand for two classes.
+    Args:
+        name: a key of REGISTRY, an entry point of an installed package, or `module:Class`.
+
+    Raises:
+        UserError: unknown name (with the closest known ones), or one that two classes claim.
     """
     if name in REGISTRY:
         return resolve_class(REGISTRY[name], Pass)
     if is_import_path(name):
-        kind = resolve_class(name, Pass)
-        if kind.name in REGISTRY and REGISTRY[kind.name] != import_path(kind):
-            why = "a pass of vlqc has this name, and orders of passes go by names"
-            raise UserError(Fault(f"{name} calls itself {kind.name}", "--pipeline", why, "give the class another name"))
-        return kind
-    offered = installed_places(ENTRY_POINTS)
-    known = [*REGISTRY, *(each for each in offered if each not in REGISTRY)]
-    if name not in offered:
+        cls = resolve_class(name, Pass)
+        if cls.name in REGISTRY and REGISTRY[cls.name] != import_path(cls):
+            why = f"{cls.name} is the name of a pass of vlqc, and the order of passes is checked by name"
+            raise UserError(Fault(f"the name of {name} is {cls.name}", "--pipeline", why, "rename the class's `name`"))
+        return cls
+    plugins = plugin_passes()
+    if name not in plugins:
+        known = [*REGISTRY, *(plugin for plugin in plugins if plugin not in REGISTRY)]
         fix = did_you_mean(name, known) or f"choose from {', '.join(known)}, or write module:Class"
         raise UserError(Fault(f"unknown pass {name!r}", fix=fix))
-    if len(offered[name]) > 1:
-        why = f"installed packages offer {' and '.join(offered[name])} under it"
-        raise UserError(Fault(f"the name {name} is taken twice", "--pipeline", why, "write the one that is meant"))
-    (place,) = offered[name]
-    kind = resolve_class(place, Pass)
-    if kind.name != name:
-        why = f"a package offers it as {name}, the class calls itself {kind.name}"
-        raise UserError(Fault(f"{place} has two names", "--pipeline", why, f"write {place}"))
-    return kind
+    if len(plugins[name]) > 1:
+        why = f"installed packages register {' and '.join(plugins[name])} under this name"
+        raise UserError(Fault(f"ambiguous pass {name!r}", "--pipeline", why, "write the import path of one of them"))
+    (path,) = plugins[name]
+    cls = resolve_class(path, Pass)
+    if cls.name != name:
+        why = f"its entry point is {name}, its class attribute `name` is {cls.name}"
+        raise UserError(Fault(f"{path} has two names", "--pipeline", why, f"write {path}"))
+    return cls
 
 
-def offered_passes() -> dict[str, list[str]]:
-    """Passes of installed packages: name -> "module:Class" of all that want it. Nothing is imported."""
-    return installed_places(ENTRY_POINTS)
+def plugin_passes() -> dict[str, list[str]]:
+    """Name -> import paths of the passes that installed packages register. Imports none of them."""
+    return entry_points(ENTRY_POINTS)
 
 
-def load_wrapper(kind: str) -> type[nn.Module]:
-    """The class of a module that some pass wraps around others; ValueError for an unknown name."""
-    if kind not in WRAPPERS:
-        raise ValueError(f"no pass makes a module of the kind {kind}")
-    module, _, attribute = WRAPPERS[kind].partition(":")
-    loaded: type[nn.Module] = getattr(importlib.import_module(module), attribute)
-    return loaded
-
-
-def check_order(passes: Sequence[Pass], *, search: bool = False) -> None:
-    """UserError if a pass stands before one that it needs, or after one that takes away what it works on.
-
-    search: whether a precision search follows, which goes by what a pass has to measure.
-    """
-    faults = []
-    classes: dict[str, type[Pass]] = {}
-    for step in passes:
-        if classes.setdefault(step.name, type(step)) is not type(step):
-            why = f"{import_path(classes[step.name])} and {import_path(type(step))} call themselves so"
-            faults.append(Fault(f"two passes are named {step.name}", "--pipeline", why, "rename one of them"))
-    for number, step in enumerate(passes):
-        earlier = {each.name for each in passes[:number]}
-        for name in (name for name in step.after if name not in earlier):
-            faults.append(Fault(f"{step.name} needs {name} before it", "--pipeline", fix=f"put {name} before it"))
-        for name in (name for name in step.before if name in earlier):
-            why = f"after {name} there is nothing left for it to work on"
-            faults.append(Fault(f"{step.name} stands after {name}", "--pipeline", why, f"put it before {name}"))
-    if not any(step.name in RUNNERS for step in passes):
-        why = "it runs the samples through each stage, and the next stage needs what they become"
-        faults.append(Fault(f"the pipeline lacks {RUNNERS[0]}", "--pipeline", why, f"let it start with {RUNNERS[0]}"))
-    if search and not any(step.name == MEASURING for step in passes):
-        fix = f"put {MEASURING} before lower-linears, or leave out --fallback auto"
-        faults.append(Fault(f"the pipeline lacks {MEASURING}", "--pipeline", "--fallback auto goes by it", fix))
-    if faults:
-        raise UserError(*faults)
-
-
-def needed_by_later_stages(passes: Sequence[Pass]) -> list[Pass]:
-    """The passes up to the last one that decides what a stage hands on; a stage nobody looks at needs no others."""
-    last = max((number for number, step in enumerate(passes) if step.name in HANDING_ON), default=-1)
-    return list(passes[: last + 1])
-
-
-def pipeline_of(options: Options, passes: Sequence[Pass] | None = None) -> list[Pass]:
-    """The passes of a compilation: those given, else those that its options ask for. UserError as `check_order`."""
-    pipeline = list(passes) if passes is not None else parse_pipeline(pipeline_text(options))
-    check_order(pipeline, search=options.fallback == "auto")
-    return pipeline
-
-
-def pipeline_text(options: Options) -> str:
-    """The pipeline that the user's options ask for, in normal form: options at their default are left out."""
-    if options.pipeline is not None:
-        return print_pipeline(parse_pipeline(options.pipeline))
-    choose = {
-        "scheme": str(options.scheme),
-        "group_size": options.group_size,
-        "target": options.engine_target,
-        "scope": options.w4a8_scope,
-        "fallback": "none" if options.fallback in ("none", "auto") else "reference",
-        "exclude": options.exclude,
-        "include": options.include,
-    }
-    target_warnings = {"clip": options.act_method != 1, "weights": options.weight_method}
-    smoothing: dict[str, list[tuple[str, dict[str, Any]]]] = {
-        "m2": [("smooth-m2", target_warnings)],
-        "m4": [("smooth-m4", {"alpha": options.anti_alpha, **target_warnings})],
-        "none": [],
-    }
-    shift: list[tuple[str, dict[str, Any]]] = [("shift-norms", {})] if options.shift else []
-    onward: list[tuple[str, dict[str, Any]]] = [("propagate-quantized", {})] if options.propagate == "quantized" else []
-    measure: list[tuple[str, dict[str, Any]]] = (
-        [(MEASURING, {"target": options.engine_target, "method": options.weight_method})]
-        if options.fallback == "auto"
-        else []
-    )
-    method = {1: "minmax", 2: "histogram", 3: "automatic"}[options.act_method]
-    named: list[tuple[str, dict[str, Any]]] = [
-        ("split-window-attention", {}),
-        ("insert-observers", {"balance": options.modality_balance}),
-        ("assign-precision", choose),
-        *shift,
-        *smoothing[options.anti_method],
-        ("quantize-activations", {"method": method}),
-        ("quantize-weights", {"method": options.weight_method}),
-        *measure,
-        ("lower-linears", {}),
-        *onward,
-    ]
-    return print_pipeline([load_pass(name)(**given) for name, given in named])
-
-
-def print_pipeline(passes: Sequence[Pass]) -> str:
-    """The text of a pipeline; options that have their default are left out."""
-    return print_steps([(_name_in_text(type(step)), step) for step in passes])
+def load_wrapper(name: str) -> "type[nn.Module]":
+    """The class of a wrapper module by its name. Raises ValueError for an unknown name."""
+    if name not in WRAPPERS:
+        raise ValueError(f"unknown wrapper module {name!r}")
+    cls: type[nn.Module] = pkgutil.resolve_name(WRAPPERS[name])
+    return cls
 
 
 def parse_pipeline(text: str) -> list[Pass]:
-    """`print_pipeline` backwards. UserError with every fault of the text at once.
+    """Parses a pipeline text. `module:Class` imports that module, so pass trusted text only.
 
-    `module:Class` imports that module: hand over nobody's text but the user's own.
+    Raises:
+        UserError: with every fault of the text, not only the first.
     """
-    passes: list[Pass] = parse_steps(text, load_pass)
+    passes: list[Pass] = parse_spec(text, load_pass)
     if not passes:
         fix = f"name passes from {', '.join(REGISTRY)}"
         raise UserError(Fault("the pipeline is empty", where="--pipeline", fix=fix))
     return passes
 
 
-def _name_in_text(kind: type[Pass]) -> str:
-    """What reads back as this class: its name where that leads to it, otherwise where it lies."""
-    place = import_path(kind)
-    if REGISTRY.get(kind.name) == place or "<locals>" in place:  # what lies in a function nobody finds
-        return kind.name
-    return kind.name if installed_places(ENTRY_POINTS).get(kind.name) == [place] else place
+def print_pipeline(passes: Sequence[Pass]) -> str:
+    """The text of a pipeline, without the options that have their default. `parse_pipeline` reads it back."""
+    return print_spec([(_name_in_text(type(step)), step) for step in passes])
+
+
+def _name_in_text(cls: type[Pass]) -> str:
+    """The name of the pass where `load_pass` maps it to this class, else the import path of the class."""
+    path = import_path(cls)
+    if REGISTRY.get(cls.name) == path or "<locals>" in path:  # a class defined in a function has no import path
+        return cls.name
+    return cls.name if plugin_passes().get(cls.name) == [path] else path

@@ -28,7 +28,7 @@ from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.stage import Site
 from vlqc.options.options import Options
 from vlqc.pipeline.layer_selection import check_layers
-from vlqc.pipeline.registry import pipeline_of
+from vlqc.pipeline.presets import build_pipeline
 from vlqc.reporting.summary import target_warnings
 from vlqc.reporting.tables import labelled_lines, layer_table
 from vlqc.targets.engine import Engine
@@ -100,7 +100,7 @@ def plan_compilation(*, samples: Sequence[dict[str, Tensor]] | None = None, **us
     Without save_directory, disk_free is that of the current folder. UserError for unusable input, as from `compile`.
     """
     options = Options.without_saving(**user_options)
-    passes = pipeline_of(options)
+    passes = build_pipeline(options)
     resolve_device(options.device_type)
     checkpoint = Checkpoint(options.model_path)
     model = StreamedModel.of(checkpoint, trust_remote_code=options.trust_remote_code)

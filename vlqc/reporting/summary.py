@@ -22,8 +22,10 @@ from vlqc.frontend.distributed import current_process_group
 from vlqc.frontend.process_memory import peak_memory
 from vlqc.ir.stage import Stage
 from vlqc.options.options import Options
+from vlqc.pipeline.pass_api import Pass
 from vlqc.pipeline.precision_search import GroupPrecision, Plan
-from vlqc.pipeline.registry import Pass, pipeline_text, print_pipeline
+from vlqc.pipeline.presets import pipeline_text
+from vlqc.pipeline.registry import print_pipeline
 from vlqc.reporting.html.collector import StageMetrics
 from vlqc.reporting.html.command_line import command, without_places
 from vlqc.reporting.html.schema import Facts, rounded

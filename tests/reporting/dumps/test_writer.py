@@ -20,7 +20,8 @@ from vlqc.cli.commands import app
 from vlqc.errors import UserError
 from vlqc.ir.stage import Stage
 from vlqc.options.options import Options
-from vlqc.pipeline.registry import parse_pipeline, pipeline_text, print_pipeline
+from vlqc.pipeline.presets import pipeline_text
+from vlqc.pipeline.registry import parse_pipeline, print_pipeline
 from vlqc.reporting.dumps.bundle_reading import read_bundle
 from vlqc.reporting.dumps.replay import run_pass
 from vlqc.reporting.dumps.trace_only import run_until, trace
@@ -154,7 +155,7 @@ def link(folder: Path) -> None:
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "other values": (other_value, "tells of|invalid|NaN|size"),
-    "a module of any class": (edit(replaced=[{"path": "mlp", "kind": "os.system"}]), "no pass makes"),
+    "a module of any class": (edit(replaced=[{"path": "mlp", "kind": "os.system"}]), "os.system"),
     "another stage": (edit(stage="model.layers.77"), "has no module"),
     "unknown facts": (edit(run="rm -rf"), "run"),
     "not JSON": (lambda folder: (folder / "bundle.json").write_text("{"), "bundle.json cannot be read"),
@@ -213,7 +214,7 @@ def test_any_damage_is_refused_or_harmless(merger: Path, name: str, data: st.Dat
 
 def test_a_probe_is_no_calibration(dump: Path) -> None:
     """Catches observations of one sample that pass for those of all."""
-    with pytest.raises(UserError, match="holds the probe alone"):
+    with pytest.raises(UserError, match="contains the probe only"):
         run_pass(dump / "model.layers.1" / "03-after-assign-precision.bundle", "insert-observers")
 
 

@@ -15,7 +15,8 @@ from vlqc.ir.printer import print_stage
 from vlqc.options.option_values import read_value
 from vlqc.options.options import Options, extra_of
 from vlqc.options.recipe import read_recipe
-from vlqc.pipeline.registry import REGISTRY, load_pass, parse_pipeline, pipeline_text, print_pipeline
+from vlqc.pipeline.presets import pipeline_text
+from vlqc.pipeline.registry import REGISTRY, load_pass, parse_pipeline, print_pipeline
 
 GOLDENS = Path(__file__).parents[2] / "goldens"
 

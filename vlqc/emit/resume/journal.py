@@ -33,7 +33,8 @@ from vlqc.frontend.sequential import Answers
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.stage import Stage
 from vlqc.options.options import Options
-from vlqc.pipeline.registry import Pass, print_pipeline
+from vlqc.pipeline.pass_api import Pass
+from vlqc.pipeline.registry import print_pipeline
 from vlqc.reporting.summary import CompilationSummary
 
 

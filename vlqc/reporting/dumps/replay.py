@@ -12,7 +12,9 @@ from vlqc.formatting import pluralize
 from vlqc.ir.parser import parse_stage
 from vlqc.ir.printer import print_stage
 from vlqc.pipeline.manager import PassManager
-from vlqc.pipeline.registry import RUNNERS, Pass, parse_pipeline
+from vlqc.pipeline.ordering import CALIBRATION
+from vlqc.pipeline.pass_api import Pass
+from vlqc.pipeline.registry import parse_pipeline
 from vlqc.reporting.dumps.bundle_reading import read_bundle
 from vlqc.reporting.dumps.diff import Changes, changes
 
@@ -56,11 +58,10 @@ def run_pass(bundle: Path, pipeline: str) -> Rerun:
     """
     passes = _parsed(pipeline)
     stage = read_bundle(bundle)
-    runners = [step.name for step in passes if step.name in RUNNERS]
-    if runners and not stage.calls:
-        why = f"{runners[0]} runs all samples through the stage, and this bundle holds the probe alone"
-        fix = f"take the bundle from before {runners[0]}, of a compilation in one process"
-        raise UserError(Fault(f"{runners[0]} cannot be run", str(bundle), why, fix))
+    if not stage.calls and any(step.name == CALIBRATION for step in passes):
+        why = "it runs all calibration samples through the stage, but the bundle contains the probe only"
+        fix = f"use a bundle from before {CALIBRATION}, of a compilation in one process"
+        raise UserError(Fault(f"{CALIBRATION} cannot be run", str(bundle), why, fix))
     before = print_stage(stage)
     manager = PassManager(passes)
     manager.run(stage)

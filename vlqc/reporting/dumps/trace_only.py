@@ -22,7 +22,9 @@ from vlqc.options.options import Options
 from vlqc.options.paths import dump_faults
 from vlqc.pipeline.layer_selection import check_globs, check_layers
 from vlqc.pipeline.manager import PassManager
-from vlqc.pipeline.registry import Pass, needed_by_later_stages, pipeline_of
+from vlqc.pipeline.ordering import passes_for_stage_outputs
+from vlqc.pipeline.pass_api import Pass
+from vlqc.pipeline.presets import build_pipeline
 from vlqc.reporting.dumps.writer import Dumper, progress_callback, require_pass
 from vlqc.reporting.progress import Progress
 
@@ -90,7 +92,7 @@ def run_until(
     if given.get("dump_ir") is None:
         given.setdefault("print_after", stop_after)
     options = Options.without_saving(occupied=True, **given)  # the save folder stays as it is, whatever is in it
-    pipeline = pipeline_of(options)
+    pipeline = build_pipeline(options)
     require_pass("--stop_after", stop_after, pipeline)
     last = max(number for number, step in enumerate(pipeline) if step.name == stop_after)
     dumper = Dumper.of(options, pipeline, active=True)
@@ -110,7 +112,7 @@ def _look(
     dtype = emitted_dtype(checkpoint.dtype)
     wanted = [name for name in model.stages if dumper.wants(name)]
     before = progress_callback(show.step)
-    needed = needed_by_later_stages(pipeline)
+    needed = passes_for_stage_outputs(pipeline)
     manager = PassManager(pipeline[:count], before=before, after=dumper.after)
     rest, elsewhere = PassManager(needed[count:], before=before), PassManager(needed, before=before)
     show.begin(len(wanted), len(calibration.samples))

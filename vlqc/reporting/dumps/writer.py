@@ -14,7 +14,7 @@ from vlqc.formatting import did_you_mean
 from vlqc.ir.printer import print_stage
 from vlqc.ir.stage import Stage
 from vlqc.options.options import Options
-from vlqc.pipeline.registry import Pass
+from vlqc.pipeline.pass_api import Pass
 from vlqc.reporting.dumps.files import State, dumped, folder_name, remove_dumped
 
 # Format -> what writes it, as module:function(stage, path without suffix, state). Loaded where asked for.

@@ -15,8 +15,8 @@ from torch import Tensor
 from vlqc.frontend.process_memory import peak_memory
 from vlqc.ir.stage import MODALITIES, Observation, Site, Stage, noise_to_signal
 from vlqc.kernels_ref.quantize import INT8_MAX, INT8_MIN
+from vlqc.pipeline.pass_api import Pass
 from vlqc.pipeline.precision_search import Plan, decibels
-from vlqc.pipeline.registry import Pass
 from vlqc.reporting.html.schema import SHARES, InputFacts, Modality, SiteFacts, StageFacts, rounded
 from vlqc.reporting.html.timings import PassTime, StageTime
 from vlqc.targets.schemes import Scheme

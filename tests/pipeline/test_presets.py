@@ -1,0 +1,88 @@
+"""pipeline_text: the pipeline that options select."""
+
+from typing import Any
+
+import pytest
+
+from vlqc.options.options import Options
+from vlqc.pipeline.ordering import check_order
+from vlqc.pipeline.presets import pipeline_text
+from vlqc.pipeline.registry import parse_pipeline, print_pipeline
+
+BEGIN, END = "insert-observers,assign-precision,", "quantize-activations,quantize-weights,lower-linears"
+FOUR_BITS = {"w_bit": 4, "is_lowbit": True, "is_dynamic": True, "open_outlier": False}
+PRESETS: list[tuple[dict[str, Any], str]] = [
+    ({}, BEGIN + "smooth-m2," + END),
+    ({"anti_method": "m4"}, BEGIN + "smooth-m4," + END),
+    ({"anti_method": "m4", "anti_alpha": 0.5}, BEGIN + "smooth-m4{alpha=0.5}," + END),
+    ({"anti_method": "none"}, BEGIN + END),
+    (
+        {"shift": True},  # the engines store a norm's bias under different names, so for one of them
+        "insert-observers,assign-precision{target=vllm-ascend},shift-norms,smooth-m2," + END,
+    ),
+    (
+        {"shift": True, "mindie_format": True, "anti_method": "m4"},
+        "insert-observers,assign-precision{target=mindie},shift-norms,smooth-m4," + END,
+    ),
+    (
+        {"act_method": 1},  # min-max clips nothing, and smoothing has to know
+        BEGIN + "smooth-m2{clip=false}," + END.replace("activations", "activations{method=minmax}"),
+    ),
+    (
+        {"act_method": 1, "anti_method": "m4"},
+        BEGIN + "smooth-m4{clip=false}," + END.replace("activations", "activations{method=minmax}"),
+    ),
+    (
+        {"modality_balance": False},
+        BEGIN.replace("observers", "observers{balance=false}") + "smooth-m2," + END,
+    ),
+    (
+        {"weight_method": "clip"},
+        BEGIN + "smooth-m2{weights=clip}," + END.replace("weights", "weights{method=clip}"),
+    ),
+    (
+        {"weight_method": "round", "anti_method": "m4", "anti_alpha": 0.25},
+        BEGIN + "smooth-m4{alpha=0.25,weights=round}," + END.replace("weights", "weights{method=round}"),
+    ),
+    ({"propagate": "quantized"}, BEGIN + "smooth-m2," + END + ",propagate-quantized"),
+    ({"fallback": "none"}, BEGIN.replace("precision", "precision{fallback=none}") + "smooth-m2," + END),
+    (
+        {"fallback": "auto", "min_sqnr": 30},  # the search comes last, among all groups
+        BEGIN.replace("precision", "precision{fallback=none}")
+        + "smooth-m2,"
+        + END.replace("lower", "measure-sensitivity,lower"),
+    ),
+    ({"act_method": 3}, BEGIN + "smooth-m2," + END.replace("activations", "activations{method=automatic}")),
+    (
+        {"is_dynamic": True},
+        "insert-observers,assign-precision{scheme=W8A8_DYNAMIC,target=vllm-ascend},smooth-m2," + END,
+    ),
+    (
+        {"is_dynamic": True, "target": "MindIE@2.2"},
+        "insert-observers,assign-precision{scheme=W8A8_DYNAMIC,target=mindie@2.2},smooth-m2," + END,
+    ),
+    (
+        {**FOUR_BITS, "group_size": 256, "anti_method": "m4"},
+        "insert-observers,assign-precision{scheme=W4A8_DYNAMIC,group_size=256,target=vllm-ascend},smooth-m4," + END,
+    ),
+    (
+        {**FOUR_BITS, "w4a8_scope": "all"},
+        "insert-observers,assign-precision{scheme=W4A8_DYNAMIC,target=vllm-ascend,scope=all},smooth-m2," + END,
+    ),
+    ({"mindie_format": True}, "insert-observers,assign-precision{target=mindie},smooth-m2," + END),
+    (
+        {"exclude": ["*.o_proj", "visual.*"], "include": "*.down_proj"},
+        "insert-observers,assign-precision{exclude=*.o_proj;visual.*,include=*.down_proj},smooth-m2," + END,
+    ),
+    ({"pipeline": " insert-observers ,\n smooth-m4{ alpha = 0.50 }"}, "insert-observers,smooth-m4{alpha=0.5}"),
+]
+
+
+@pytest.mark.parametrize(("given", "text"), PRESETS, ids=[str(given) for given, _ in PRESETS])
+def test_presets(given: dict[str, Any], text: str) -> None:
+    """An option that reaches no pass, or the wrong one; passes in an order in which they cannot run."""
+    built = pipeline_text(Options.without_paths(**given))
+    assert built == ("" if "pipeline" in given else "split-window-attention,") + text
+    assert print_pipeline(parse_pipeline(built)) == built
+    if "pipeline" not in given:
+        check_order(parse_pipeline(built))

@@ -1,0 +1,40 @@
+"""The base class of all passes. Imports neither torch nor the rest of vlqc."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+if TYPE_CHECKING:
+    from vlqc.ir.stage import Stage
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One transformation of one stage. Subclasses are frozen dataclasses whose fields are the options of the pass.
+
+    Attributes:
+        name: kebab-case name in pipeline texts.
+        kind: an "analysis" measures and decides and leaves every tensor as it is; a "rewrite" changes weights, modules
+            or the graph.
+        summary: one line for `vlqc passes`.
+        after: names of passes that must run before this one.
+        before: names of passes that must not run before this one.
+    """
+
+    name: ClassVar[str]
+    kind: ClassVar[Literal["analysis", "rewrite"]]
+    summary: ClassVar[str]
+    after: ClassVar[tuple[str, ...]] = ()
+    before: ClassVar[tuple[str, ...]] = ()
+
+    def run(self, stage: "Stage") -> bool:
+        """Modifies `stage` in place. Returns whether anything changed."""
+        raise TypeError(f"{type(self).__name__} does not implement run(stage) -> bool")
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises ValueError(message) unless the condition holds.
+
+    For `__post_init__` of a pass: `parse_pipeline` reports the ValueError as a fault of the pipeline text.
+    """
+    if not condition:
+        raise ValueError(message)

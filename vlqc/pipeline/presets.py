@@ -1,0 +1,61 @@
+"""The pipeline that a compilation's options select."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from vlqc.options.options import Options
+from vlqc.pipeline.ordering import check_order
+from vlqc.pipeline.pass_api import Pass
+from vlqc.pipeline.registry import load_pass, parse_pipeline, print_pipeline
+
+ACTIVATION_METHODS = {1: "minmax", 2: "histogram", 3: "automatic"}  # of --act_method
+
+
+def build_pipeline(options: Options, passes: Sequence[Pass] | None = None) -> list[Pass]:
+    """The passes of a compilation: `passes` if provided, else those that the options select.
+
+    Raises:
+        UserError: see `check_order` and `parse_pipeline`.
+    """
+    pipeline = list(passes) if passes is not None else parse_pipeline(pipeline_text(options))
+    check_order(pipeline, precision_search=options.fallback == "auto")
+    return pipeline
+
+
+def pipeline_text(options: Options) -> str:
+    """The text of the pipeline that the options select, in normal form."""
+    if options.pipeline is not None:
+        return print_pipeline(parse_pipeline(options.pipeline))
+    return print_pipeline([load_pass(name)(**values) for name, values in _selected(options)])
+
+
+def _selected(options: Options) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name of a pass, its options)."""
+    yield "split-window-attention", {}
+    yield "insert-observers", {"balance": options.modality_balance}
+    yield (
+        "assign-precision",
+        {
+            "scheme": str(options.scheme),
+            "group_size": options.group_size,
+            "target": options.engine_target,
+            "scope": options.w4a8_scope,
+            "fallback": "none" if options.fallback in ("none", "auto") else "reference",
+            "exclude": options.exclude,
+            "include": options.include,
+        },
+    )
+    if options.shift:
+        yield "shift-norms", {}
+    smoothing = {"clip": options.act_method != 1, "weights": options.weight_method}  # what smoothing optimizes for
+    if options.anti_method == "m2":
+        yield "smooth-m2", smoothing
+    if options.anti_method == "m4":
+        yield "smooth-m4", {"alpha": options.anti_alpha, **smoothing}
+    yield "quantize-activations", {"method": ACTIVATION_METHODS[options.act_method]}
+    yield "quantize-weights", {"method": options.weight_method}
+    if options.fallback == "auto":
+        yield "measure-sensitivity", {"target": options.engine_target, "method": options.weight_method}
+    yield "lower-linears", {}
+    if options.propagate == "quantized":
+        yield "propagate-quantized", {}

@@ -18,7 +18,7 @@ TIMINGS = '{"format": "vlqc timings 1", "seconds": 1.0}'
         ("passes --fallback auto --min_sqnr 9", ["--fallback", "--min_sqnr", "add --explain"], "│"),
         (f"dump {TINY} --stages visual.merger -q", ["--quiet", "--output DIR"], "visual"),
         (f"dump {TINY} -o new --formats pdf", ["--formats pdf", "text, json, onnx or bundle"], "dump_formats"),
-        (f"dump {TINY} -o new --stages a,b", ["--stages 'a,b'"], "dump_stages"),
+        (f"dump {TINY} -o new --stages a,b", ["--stages a,b"], "dump_stages"),
         ("run-pass nowhere smooth-m3", ["unknown pass", "did you mean smooth-m"], "--pipeline"),
         ("run-pass nowhere ,", ["error: ", "PASS"], "--pipeline"),
         ("run-pass nowhere a:b:c", ["where: PASS"], "--pipeline"),

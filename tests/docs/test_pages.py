@@ -12,8 +12,7 @@ import pytest
 
 import vlqc
 from tools.docs import options as options_page
-from vlqc.options.option_values import extra_of
-from vlqc.options.options import Options
+from vlqc.options.options import Options, option_info
 from vlqc.options.recipe import read_recipe
 from vlqc.pipeline.registry import REGISTRY
 from vlqc.reporting.plan import plan_compilation
@@ -148,7 +147,7 @@ def test_values_in_the_table_of_options(page: Path) -> None:
     rows = re.findall(r"^\| `--(\w+)` \| (\S+) \| (.*) \|$", text(page), re.MULTILINE)
     checked = 0
     for name, default, meaning in rows:
-        if name in Options.model_fields and (values := list(map(str, extra_of(Options.model_fields[name])["values"]))):
+        if name in Options.model_fields and (values := option_info(name).choices):
             assert set(re.findall(r"`([\w.]+)`", meaning)) <= {*values}, name
             assert default == str(Options.model_fields[name].default), name
             checked += 1
@@ -160,7 +159,7 @@ def test_recipe_in_the_readme(page: Path, tmp_path: Path) -> None:
     """Catches an example recipe that vlqc refuses."""
     (recipe,) = re.findall(r"((?:    #.*\n)?    model_path: (?:.*\n    )+.*\n)", text(page))
     (tmp_path / "recipe.yaml").write_text(re.sub(r"^    ", "", recipe, flags=re.MULTILINE), encoding="utf-8")
-    options = read_recipe(tmp_path / "recipe.yaml", Options.model_fields)
+    options = {name: entry.value for name, entry in read_recipe(tmp_path / "recipe.yaml").items()}
     paths = {"model_path": TINY_VL, "calib_images": ROOT / "tests" / "photos", "save_directory": tmp_path / "int8"}
     plan = plan_compilation(**{**options, **paths})
     assert {f"excluded by {pattern}" for pattern in options["exclude"]} <= plan.reasons.keys()

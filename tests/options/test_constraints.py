@@ -82,7 +82,7 @@ def test_every_combination(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches an illegal combination that is compiled, a legal one that is refused, and a refusal that does not name
     the flags to change: with them alone the combination must become legal."""
     monkeypatch.setattr(
-        engine_advice, "cannot_load", functools.cache(engine_advice.cannot_load)
+        engine_advice, "incompatibilities", functools.cache(engine_advice.incompatibilities)
     )  # asked thousands of times
     counted = {True: 0, False: 0}
     for values in itertools.product(*CHOICES.values()):
@@ -133,7 +133,7 @@ def test_refused_combinations_name_the_flags_to_change(
     assert all(flag in fault.split("what to do:")[1] for flag in flags)
 
 
-@pytest.mark.parametrize("fallback", ["seed", "none", "auto"])
+@pytest.mark.parametrize("fallback", ["reference", "none", "auto"])
 @pytest.mark.parametrize("min_sqnr", [None, 0, 30.5])
 @pytest.mark.parametrize("max_float_groups", [None, 0, 4])
 def test_a_search_has_one_target(

@@ -9,18 +9,18 @@ from hypothesis import strategies as st
 
 from tests.support.option_cases import W4A8, faults_of, two_folders
 from vlqc.errors import UserError
-from vlqc.options.options import PANELS, Options, extra_of
+from vlqc.options.options import PANELS, Options, option_info
 from vlqc.targets.schemes import Scheme
 
 # The reference script's parameters: a command line written for it has to work unchanged.
-SEED_DEFAULTS = {
+REFERENCE_DEFAULTS = {
     "calib_images": Path("../calibImages"), "part_file_size": None, "w_bit": 8, "a_bit": 8, "device_type": "cpu",
     "trust_remote_code": False, "anti_method": "m2", "act_method": 2, "open_outlier": True, "is_dynamic": False,
     "is_lowbit": False, "group_size": 64, "mindie_format": False,
 }  # fmt: skip
 OUR_DEFAULTS = {
     "target": None, "strict_target": False, "anti_alpha": None, "shift": False, "modality_balance": True,
-    "weight_method": "auto", "propagate": "float", "fallback": "seed", "min_sqnr": None, "max_float_groups": None,
+    "weight_method": "auto", "propagate": "float", "fallback": "reference", "min_sqnr": None, "max_float_groups": None,
     "exclude": (), "include": (), "w4a8_scope": "engine", "max_samples": None, "memory_budget": None,
     "seed": 0, "max_tokens": None, "overwrite": False, "skip_bad_images": False, "dump_ir": None, "pipeline": None,
     "timings": None, "resume": False, "start_over": False, "dump_stages": (), "dump_formats": "text",
@@ -36,15 +36,29 @@ def folders(tmp_path: Path) -> dict[str, Any]:
 def test_names_and_defaults(folders: dict[str, Any]) -> None:
     """Catches a renamed option or a changed default: old command lines would break or mean something else."""
     options = Options.from_user(**folders)
-    assert {name: getattr(options, name) for name in SEED_DEFAULTS} == SEED_DEFAULTS
+    assert {name: getattr(options, name) for name in REFERENCE_DEFAULTS} == REFERENCE_DEFAULTS
     assert {name: getattr(options, name) for name in OUR_DEFAULTS} == OUR_DEFAULTS
-    assert set(Options.model_fields) == {*folders, *SEED_DEFAULTS, *OUR_DEFAULTS}
+    assert set(Options.model_fields) == {*folders, *REFERENCE_DEFAULTS, *OUR_DEFAULTS}
     assert options.scheme is Scheme.W8A8 and options.engine_target == "both"
 
 
 def test_every_option_has_help_and_a_panel() -> None:
-    """Catches an option that --help cannot explain."""
-    assert all(field.description and extra_of(field)["panel"] in PANELS for field in Options.model_fields.values())
+    """Catches an option without help text, panel or legal values, which help and documentation are generated from."""
+    described = [option_info(name) for name in Options.model_fields]
+    assert all(info.help.endswith(".") and info.legal and info.metavar for info in described)
+    assert all(info.panel in PANELS for info in described)
+
+
+def test_legal_values_in_words() -> None:
+    """Catches bounds or choices that the documentation states differently from what is checked."""
+    legal = {name: option_info(name).legal for name in ("a_bit", "group_size", "max_samples", "seed", "min_sqnr")}
+    assert legal == {
+        "a_bit": "8",
+        "group_size": "64, 128, 256 or 512",
+        "max_samples": "an integer >= 1",
+        "seed": "an integer >= 0",
+        "min_sqnr": "a number from 0 to 100",
+    }
 
 
 def test_text_reads_like_values(folders: dict[str, Any]) -> None:
@@ -74,41 +88,46 @@ def test_words_for_false(folders: dict[str, Any], word: object) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("w_bit", "7", "--w_bit is 4 or 8"),
-        ("w_bit", True, "--w_bit is 4 or 8"),
-        ("w_bit", 8.5, "--w_bit is 4 or 8"),
-        ("a_bit", 4, "--a_bit is 8"),
+        ("w_bit", "7", "4 or 8"),
+        ("w_bit", True, "4 or 8"),
+        ("w_bit", 8.5, "4 or 8"),
+        ("act_method", True, "1, 2 or 3"),
+        ("max_samples", True, "an integer >= 1"),
+        ("max_samples", 10**18, "an integer >= 1"),
+        ("max_samples", "9" * 5000, "an integer >= 1"),
+        ("a_bit", 4, "choose 8"),
         ("act_method", "histogram", "1, 2 or 3"),
         ("group_size", 100, "64, 128, 256 or 512"),
         ("anti_method", "m3", "did you mean m"),
         ("device_type", "nppu", "did you mean npu"),
         ("target", "mindi", "did you mean mindie"),
-        ("target", "vllm-ascend@new", "no version of vLLM Ascend"),
+        ("target", "vllm-ascend@new", "not a version of vLLM Ascend"),
         ("target", "both@2", "without a version"),
-        ("target", 2, "not text"),
+        ("target", 2, "vllm-ascend, mindie or both"),
         ("w4a8_scope", "al", "did you mean all"),
-        ("modality_balance", "both", "neither True nor False"),
+        ("modality_balance", "both", "True or False"),
         ("weight_method", "gtpq", "did you mean gptq"),
         ("propagate", "quantised", "did you mean quantized"),
         ("fallback", "atuo", "did you mean auto"),
         ("min_sqnr", -1, "from 0 to 100"),
         ("min_sqnr", 101, "from 0 to 100"),
         ("min_sqnr", "inf", "from 0 to 100"),
-        ("max_float_groups", -1, "0 or more"),
-        ("max_float_groups", 2.5, "0 or more"),
+        ("max_float_groups", -1, "an integer >= 0"),
+        ("max_float_groups", 2.5, "an integer >= 0"),
         ("anti_alpha", 1.5, "from 0 to 1"),
         ("anti_alpha", "nan", "from 0 to 1"),
         ("anti_alpha", True, "from 0 to 1"),
-        ("max_samples", 0, "above 0"),
-        ("max_tokens", "many", "above 0"),
-        ("seed", -1, "0 or more"),
-        ("part_file_size", 0, "above 0"),
-        ("part_file_size", "-1", "above 0"),
-        ("part_file_size", "4.5", "above 0"),
-        ("is_dynamic", "maybe", "neither True nor False"),
-        ("dump_ir", "", "not the name"),
-        ("calib_images", 3, "not the name"),
-        ("pipeline", 3, "not text"),
+        ("max_samples", 0, "an integer >= 1"),
+        ("max_tokens", "many", "an integer >= 1"),
+        ("seed", -1, "an integer >= 0"),
+        ("part_file_size", 0, "an integer >= 1"),
+        ("part_file_size", "-1", "an integer >= 1"),
+        ("part_file_size", "4.5", "an integer >= 1"),
+        ("is_dynamic", "maybe", "True or False"),
+        ("dump_ir", "", "path"),
+        ("calib_images", 3, "path"),
+        ("pipeline", 3, "text"),
+        ("dump_formats", "text,xml", "'xml'"),
     ],
 )
 def test_one_bad_value(folders: dict[str, Any], name: str, value: object, words: str) -> None:
@@ -164,7 +183,20 @@ def test_patterns(folders: dict[str, Any]) -> None:
         (fault,) = faults_of(**folders, exclude=["fine", bad])
         assert "--exclude" in fault.split("what to do")[0] and repr(bad) in fault
     (fault,) = faults_of(**folders, include=[3])
-    assert "list of patterns" in fault
+    assert "--include 3" in fault and "glob" in fault
+
+
+def test_seed_is_another_name_for_reference(folders: dict[str, Any]) -> None:
+    """Catches command lines of earlier versions that fail."""
+    assert Options.from_user(**folders, fallback="seed") == Options.from_user(**folders, fallback="reference")
+
+
+def test_checked_options_pass_through(folders: dict[str, Any]) -> None:
+    """Catches options that are checked twice, and values beside them that are silently ignored."""
+    options = Options.from_user(**folders)
+    assert Options.from_user(options=options) is options
+    (fault,) = faults_of(options=options, w_bit=4)
+    assert "w_bit" in fault
 
 
 def test_without_paths() -> None:

@@ -26,7 +26,6 @@ from vlqc.cli.standard_streams import guard
 from vlqc.errors import Fault, UserError
 from vlqc.formatting import escape_control_chars
 from vlqc.frontend.distributed import current_process_group
-from vlqc.options.option_values import Refused, read_bool
 from vlqc.options.options import PANELS, Options
 
 CONTEXT = {
@@ -235,7 +234,7 @@ def verify_command(
         model_path=model_path,
         calib_images=calib_images,
         min_sqnr=min_sqnr,
-        trust_remote_code=_bool("trust_remote_code", trust_remote_code),
+        trust_remote_code=Options.without_paths(trust_remote_code=trust_remote_code).trust_remote_code,
         **located,
     )
     answer.give(report.to_dict(), report.render)
@@ -307,13 +306,6 @@ def passes_command(
 app.command("dump")(dump_command)
 app.command("diff")(diff_command)
 app.command("run-pass")(run_pass_command)
-
-
-def _bool(name: str, word: str) -> bool:
-    try:
-        return read_bool(name, word)
-    except Refused as refused:
-        raise UserError(refused.fault) from refused
 
 
 def _print_progress(line: str) -> None:

@@ -14,9 +14,7 @@ from vlqc.cli.completion import one_pass, several_of
 from vlqc.cli.output import FAILED, Answer, answering, check_file, stderr, write_file
 from vlqc.errors import Fault, UserError
 from vlqc.formatting import escape_control_chars
-from vlqc.options.options import Options, extra_of
-
-FORMATS: list[str] = extra_of(Options.model_fields["dump_formats"])["values"]
+from vlqc.options.options import DUMP_FORMATS, Options
 
 
 def compile_until(stop_after: str, answer: Answer, **options: Any) -> None:
@@ -52,7 +50,7 @@ def dump_command(
             "--formats",
             metavar="LIST",
             help="What to write: text,json,onnx,bundle.",
-            autocompletion=several_of(FORMATS),
+            autocompletion=several_of(list(DUMP_FORMATS)),
         ),
     ] = "text",
     calib_images: Annotated[

@@ -9,8 +9,8 @@ import typer
 
 from vlqc.cli.command_help import BARE
 from vlqc.cli.completion import Completer, one_of, one_pass, several_of
-from vlqc.options.option_values import extra_of, flag_of
-from vlqc.options.options import PANELS, Options
+from vlqc.options.options import PANELS, OptionInfo, Options, option_info
+from vlqc.targets.target import NAMES
 
 RECIPE = typer.Option(
     "--recipe",
@@ -23,9 +23,7 @@ RECIPE = typer.Option(
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
     """Gives `command`, which takes **options, one parameter per field of Options. Only what was given arrives."""
     taken = [each for each in inspect.signature(command).parameters.values() if each.kind is not each.VAR_KEYWORD]
-    in_panels = sorted(
-        Options.model_fields, key=lambda name: PANELS.index(extra_of(Options.model_fields[name])["panel"])
-    )
+    in_panels = sorted(Options.model_fields, key=lambda name: PANELS.index(option_info(name).panel))
     recipe = inspect.Parameter(
         "recipe", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, RECIPE]
     )
@@ -59,39 +57,31 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def _parameter(name: str) -> inspect.Parameter:
     """A field of Options as typer sees it. Values stay text: Options reads them, so that all faults come at once."""
-    field = Options.model_fields[name]
-    extra = extra_of(field)
-    many = extra["kind"] == "globs"
+    field, info = Options.model_fields[name], option_info(name)
     default: Any = (
-        False if extra["flag"] else None if many or field.is_required() or field.default is None else str(field.default)
+        False
+        if info.is_flag
+        else None
+        if info.multiple or field.is_required() or field.default is None
+        else str(field.default)
     )
     option = typer.Option(
-        flag_of(name),
-        help=field.description,
-        rich_help_panel=extra["panel"],
-        metavar=BARE if extra["flag"] else _placeholder(field.annotation, extra),
-        autocompletion=_completer(field.annotation, extra),
+        info.flag,
+        help=info.help,
+        rich_help_panel=info.panel,
+        metavar=BARE if info.is_flag else info.metavar,
+        autocompletion=_completer(info),
     )
-    kind: Any = bool if extra["flag"] else list[str] | None if many else str | None
+    kind: Any = bool if info.is_flag else list[str] | None if info.multiple else str | None
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
 
 
-def _completer(annotation: object, extra: dict[str, Any]) -> Completer | None:
+def _completer(info: OptionInfo) -> Completer | None:
     """What a shell can complete."""
-    if extra["values"]:
-        return (several_of if extra["kind"] == "formats" else one_of)(list(map(str, extra["values"])))
-    if extra["kind"] == "target":
-        return one_of(["vllm-ascend", "mindie", "both"])
-    if extra["kind"] == "pass":
+    if info.choices:
+        return (several_of if info.comma_separated else one_of)(list(info.choices))
+    if info.metavar == "ENGINE":
+        return one_of(list(NAMES))
+    if info.metavar == "PASS":
         return one_pass
-    return one_of(["True", "False"]) if annotation is bool and not extra["flag"] else None
-
-
-def _placeholder(annotation: object, extra: dict[str, Any]) -> str:
-    """What stands for the value in the help."""
-    if extra["values"]:
-        return "|".join(map(str, extra["values"]))
-    if extra["kind"]:
-        return {"globs": "GLOB", "target": "ENGINE", "pass": "PASS"}[extra["kind"]]
-    words = {"bool": "True|False", "Path": "PATH", "int": "NUMBER", "float": "NUMBER"}
-    return next((word for part, word in words.items() if part in str(annotation)), "TEXT")
+    return one_of(["True", "False"]) if info.metavar == "True|False" and not info.is_flag else None

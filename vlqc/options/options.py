@@ -1,227 +1,322 @@
-"""Every option of `vlqc compile` in one place: name, default, allowed values and meaning.
+"""The options of `vlqc compile`: names, types, defaults, legal values and help texts.
 
-The command line is generated from this table, and the Python API goes through the same door (`Options.from_user`).
-Nothing heavy is imported here: `vlqc --help` has to answer at once.
+The command line, the documentation and recipes are generated from this table. The module imports neither torch nor
+transformers, so that `vlqc --help` is fast.
 """
 
+import functools
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
-from pydantic.fields import FieldInfo
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
 from vlqc.errors import Fault, UserError
 from vlqc.formatting import did_you_mean
 from vlqc.options.constraints import combination_faults
-from vlqc.options.option_values import FEWEST, Refused, extra_of, flag_of, read_value
 from vlqc.options.paths import path_faults
+from vlqc.options.recipe import read_recipe
+from vlqc.targets.target import parse_target
 
 if TYPE_CHECKING:
     from vlqc.targets.schemes import Scheme
 
-__all__ = ["PANELS", "Options", "extra_of", "flag_of"]
-
-
-def _option(default: Any, meaning: str, panel: str, values: tuple[Any, ...] = (), **extra: Any) -> Any:
-    """A field with its help text and help panel; values: all that are allowed (empty: any).
-
-    extra: flag=True for a bare flag; least, most: bounds of a number; kind: "target" for an engine with or without its
-    version, "globs" for patterns over layer names.
-    """
-    return Field(default, description=meaning, json_schema_extra={"panel": panel, "values": list(values), **extra})
-
-
 DATA, SCHEME, LAYERS, OUTPUT, RUNNING, DEBUGGING = PANELS = (
     "Model and calibration data",
     "Quantization",
-    "Which layers",
+    "Layer selection",
     "Output and engine",
-    "Running",
+    "Execution",
     "Debugging",
 )
+DUMP_FORMATS = ("text", "json", "onnx", "bundle")
+LARGEST_INTEGER = 10**18 - 1
+# Layer names contain none of these characters, and the pipeline syntax uses them as separators.
+NOT_IN_A_GLOB = re.compile(r"[\s,;{}]")
+
+
+class InvalidValue(ValueError):
+    """An illegal option value, with a reason and a suggestion."""
+
+    def __init__(self, why: str, fix: str = "") -> None:
+        self.why, self.fix = why, fix
+        super().__init__(why)
+
+
+def _integer(value: Any) -> Any:
+    """Decimal text -> int. Python's own conversion would also accept "1_0", 8.5 and True."""
+    if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d{1,18}\s*", value):
+        return int(value)
+    if type(value) is not int:
+        raise ValueError("not an integer")
+    return value
+
+
+def _number(value: Any) -> Any:
+    return float(value) if isinstance(value, str) else value
+
+
+def _path(value: Any) -> Path:
+    if not isinstance(value, str | Path) or not str(value).strip() or "\0" in str(value):
+        raise InvalidValue("not a path")
+    try:
+        return Path(value).expanduser()
+    except RuntimeError as error:
+        raise InvalidValue(f"the home folder in this path is unknown: {error}") from error
+
+
+def _none_word(value: Any) -> Any:
+    return None if isinstance(value, str) and value.lower() == "none" else value
+
+
+def _target(value: str) -> str:
+    """The normal form of a target: `MindIE@2.2` -> mindie@2.2."""
+    try:
+        return str(parse_target(value))
+    except UserError as error:
+        raise InvalidValue(error.faults[0].why, error.faults[0].fix) from error
+
+
+def _glob(pattern: str) -> str:
+    if not pattern or NOT_IN_A_GLOB.search(pattern):
+        fix = "give one pattern per option, for example 'visual.blocks.*.attn.proj' or '*.o_proj'"
+        raise InvalidValue(f"{pattern!r} is not a glob pattern of names", fix)
+    return pattern
+
+
+def _as_tuple(value: Any) -> Any:
+    return () if value is None else (value,) if isinstance(value, str) else value
+
+
+def _without_duplicates(patterns: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(patterns))
+
+
+def _formats(value: str) -> str:
+    """Formats separated by commas, without duplicates, in the order of the text."""
+    formats = list(dict.fromkeys(word.strip().lower() for word in value.split(",") if word.strip()))
+    for word in formats or [""]:
+        if word not in DUMP_FORMATS:
+            raise InvalidValue(f"unknown format {word!r}", did_you_mean(word, DUMP_FORMATS))
+    return ",".join(formats)
+
+
+def _fallback(value: Any) -> Any:
+    return "reference" if value == "seed" else value  # the name in earlier versions
+
+
+Integer = BeforeValidator(_integer)
+Number = BeforeValidator(_number)
+Bits = Annotated[Literal[4, 8], Integer]
+Count = Annotated[int, Field(ge=0, le=LARGEST_INTEGER), Integer]
+PositiveCount = Annotated[int, Field(ge=1, le=LARGEST_INTEGER), Integer]
+Fraction = Annotated[float, Field(ge=0, le=1, strict=True, allow_inf_nan=False), Number]
+Decibels = Annotated[float, Field(ge=0, le=100, strict=True, allow_inf_nan=False), Number]
+Gibibytes = Annotated[float, Field(ge=0, le=100_000, strict=True, allow_inf_nan=False), Number]
+OptionPath = Annotated[Path, BeforeValidator(_path)]
+Glob = Annotated[str, AfterValidator(_glob)]
+Globs = Annotated[tuple[Glob, ...], BeforeValidator(_as_tuple), AfterValidator(_without_duplicates)]
+NoneWord = BeforeValidator(_none_word)  # "None" on a command line and in a recipe
+
+
+def _option(default: Any, panel: str, description: str, **cli: Any) -> Any:
+    """A field of `Options`. cli: what its `OptionInfo` cannot derive from its type."""
+    return Field(default, description=description, json_schema_extra={"panel": panel, **cli})
 
 
 class Options(BaseModel):
-    """The options of one compilation, checked. Build it with `Options.from_user`, which raises UserError."""
+    """The checked options of one compilation. Build it with `Options.from_user`, which raises UserError."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    # The fifteen options that existing command lines use: names, defaults and values stay as they are.
-    model_path: Path = _option(..., "Folder of the float checkpoint (safetensors). Required.", DATA)
-    calib_images: Path = _option(
+    # The fifteen options of the original script: names, defaults and values must not change.
+    model_path: OptionPath = _option(
+        ..., DATA, "Folder of the float checkpoint: config.json, safetensors weights, tokenizer files."
+    )
+    calib_images: OptionPath = _option(
         Path("../calibImages"),
-        "Calibration pictures: a folder, one picture, or a .jsonl file of pictures and prompts. "
-        "30 COCO-like pictures are advised.",
         DATA,
+        "Calibration data: a folder of images, one image, or a .jsonl file with image paths and prompts. At least 30 "
+        "varied images are recommended.",
     )
-    save_directory: Path = _option(..., "Folder in which the quantized checkpoint appears. Required.", OUTPUT)
-    part_file_size: int | None = _option(
-        None, "Upper bound of one weight file, in units of 1024^3 bytes. None: one file.", OUTPUT
+    save_directory: OptionPath = _option(
+        ..., OUTPUT, "Output folder of the quantized checkpoint. Written only if the compilation succeeds."
     )
-    w_bit: int = _option(8, "Bits of a weight.", SCHEME, (4, 8))
-    a_bit: int = _option(8, "Bits of an activation.", SCHEME, (8,))
-    device_type: str = _option("cpu", "Where the arithmetic runs.", RUNNING, ("cpu", "npu", "cuda"))
-    trust_remote_code: bool = _option(False, "Allow model code from the checkpoint folder to run.", DATA)
-    anti_method: str = _option(
+    part_file_size: Annotated[PositiveCount | None, NoneWord] = _option(
+        None, OUTPUT, "Maximum size of one weight file, in GiB. None writes a single file."
+    )
+    w_bit: Bits = _option(8, SCHEME, "Number of bits per weight.")
+    a_bit: Annotated[Literal[8], Integer] = _option(8, SCHEME, "Number of bits per activation.")
+    device_type: Literal["cpu", "npu", "cuda"] = _option(
+        "cpu", RUNNING, "Device of the forward passes and the quantization arithmetic."
+    )
+    trust_remote_code: bool = _option(False, DATA, "Allow model code from the checkpoint folder to run.")
+    anti_method: Literal["m2", "m4", "none"] = _option(
         "m2",
-        "Outlier suppression: m2 searches scales, m4 computes them, none leaves outliers as they are.",
         SCHEME,
-        ("m2", "m4", "none"),
+        "Outlier suppression by smoothing scales: m2 searches the scales, m4 computes them in closed form "
+        "(SmoothQuant), none disables smoothing.",
     )
-    act_method: int = _option(2, "Static activation range: 1 min-max, 2 histogram, 3 automatic mix.", SCHEME, (1, 2, 3))
-    open_outlier: bool = _option(True, "Weight outlier split; means something with --is_lowbit True only.", SCHEME)
-    is_dynamic: bool = _option(False, "Quantize activations per token at run time instead of statically.", SCHEME)
-    is_lowbit: bool = _option(False, "Low-bit algorithm; 4-bit weights per group need it.", SCHEME)
-    group_size: int = _option(64, "How many 4-bit weights share a scale.", SCHEME, (64, 128, 256, 512))
-    mindie_format: bool = _option(False, "Write MindIE's layout instead of vLLM Ascend's.", OUTPUT, flag=True)
+    act_method: Annotated[Literal[1, 2, 3], Integer] = _option(
+        2,
+        SCHEME,
+        "Range of static activations: 1 uses the minimum and maximum, 2 a histogram search, 3 whichever of the two has "
+        "the smaller error in each group of layers.",
+    )
+    open_outlier: bool = _option(
+        True, SCHEME, "Split weight outliers. Must be False with --is_lowbit True and has no effect otherwise."
+    )
+    is_dynamic: bool = _option(
+        False, SCHEME, "Quantize activations per token at run time instead of with static scales."
+    )
+    is_lowbit: bool = _option(False, SCHEME, "Use the low-bit algorithm, which 4-bit weights require.")
+    group_size: Annotated[Literal[64, 128, 256, 512], Integer] = _option(
+        64, SCHEME, "Number of consecutive 4-bit weights in a row that share one scale."
+    )
+    mindie_format: bool = _option(
+        False, OUTPUT, "Write the folder layout of MindIE instead of that of vLLM Ascend.", is_flag=True
+    )
 
-    # vlqc's own.
-    target: str | None = _option(
+    # Options that the original script does not have.
+    target: Annotated[Annotated[str, AfterValidator(_target)] | None, NoneWord] = _option(
         None,
-        "Engine that is to load the result, if need be with its version: vllm-ascend, vllm-ascend@0.18, mindie@2.2, "
-        "both. Left out: both for static W8A8, vllm-ascend otherwise.",
         OUTPUT,
-        kind="target",
+        "Engine that loads the checkpoint: vllm-ascend, mindie or both; a version may follow, as in vllm-ascend@0.18 "
+        "or mindie@2.2. None selects both for static W8A8 and vllm-ascend for other schemes.",
+        metavar="ENGINE",
+        legal="vllm-ascend, mindie or both, or one engine with @version",
     )
     strict_target: bool = _option(
-        False, "Refuse what no version of the target loads, instead of warning.", OUTPUT, flag=True
+        False, OUTPUT, "Raise an error instead of a warning if no version of the target loads a layer.", is_flag=True
     )
-    anti_alpha: float | None = _option(
+    anti_alpha: Annotated[Fraction | None, NoneWord] = _option(
         None,
-        "Exponent of m4's scales, 0 to 1: how much of an outlier moves into the weights. None: chosen per edge.",
         SCHEME,
-        least=0,
-        most=1,
+        "Migration strength (SmoothQuant's alpha) of --anti_method m4: 0 leaves outliers in the activations, 1 moves "
+        "them into the weights. None selects the value per edge.",
     )
     shift: bool = _option(
         False,
-        "Also move the middle of every channel's range to zero, where the engine runs a norm with a bias.",
         SCHEME,
-        flag=True,
+        "Also shift the range of each channel so that it is centered at zero, where the engine runs a norm with a "
+        "bias.",
+        is_flag=True,
     )
     modality_balance: bool = _option(
         True,
-        "Errors in text and image tokens count the same, however many there are of each. False: every token counts "
-        "the same.",
         SCHEME,
+        "Weight the errors of text tokens and of image tokens equally, regardless of their numbers. False weights "
+        "every token equally.",
     )
-    weight_method: str = _option(
+    weight_method: Literal["auto", "round", "clip", "gptq"] = _option(
         "auto",
-        "How weights are rounded: round, to the nearest; clip, after a search for the range of every row or group; "
-        "gptq, with the error of each column made up for by those behind it. auto: gptq.",
         SCHEME,
-        ("auto", "round", "clip", "gptq"),
+        "Rounding of weights: round rounds to nearest; clip also searches the clipping range of each row or group; "
+        "gptq compensates the error of each column in the columns after it. auto selects gptq.",
     )
-    propagate: str = _option(
+    propagate: Literal["float", "quantized"] = _option(
         "float",
-        "What later stages are calibrated on: float, the outputs of the float stages before them; quantized, what "
-        "those return once they are quantized (a second run of every stage).",
         SCHEME,
-        ("float", "quantized"),
+        "Inputs on which later stages are calibrated: the outputs of the float stages, or those of the "
+        "quantized stages at the cost of a second forward pass per stage.",
     )
-    fallback: str = _option(
-        "seed",
-        "Which layers stay in float: seed, those that the original script left out; none, only what the engine "
-        "refuses; auto, the cheapest set of groups with which --min_sqnr or --max_float_groups is met.",
+    fallback: Annotated[Literal["reference", "none", "auto"], BeforeValidator(_fallback)] = _option(
+        "reference",
         LAYERS,
-        ("seed", "none", "auto"),
+        "Layers that stay in float: reference keeps those that the original script excludes (seed is another name for "
+        "it); none keeps only those that the engine cannot load quantized; auto keeps the cheapest set of groups that "
+        "satisfies --min_sqnr or --max_float_groups.",
     )
-    min_sqnr: float | None = _option(
+    min_sqnr: Annotated[Decibels | None, NoneWord] = _option(
         None,
-        "With --fallback auto: how far, in dB, the signal is to stand above the error of all quantized groups.",
         LAYERS,
-        least=0,
-        most=100,
+        "Minimum signal-to-quantization-noise ratio, in dB, that --fallback auto must reach over all quantized groups.",
     )
-    max_float_groups: int | None = _option(
+    max_float_groups: Annotated[Count | None, NoneWord] = _option(
         None,
-        "With --fallback auto: leave at most this many groups in float, those that cost most, "
-        "beside those that the engine or --exclude keeps there.",
         LAYERS,
-        least=0,
+        "Maximum number of groups that --fallback auto keeps in float, those with the largest error first. Groups that "
+        "the engine or --exclude keeps in float do not count.",
     )
-    exclude: tuple[str, ...] = _option(
-        (), "Leave these layers in float: a pattern over checkpoint names, as often as needed.", LAYERS, kind="globs"
+    exclude: Globs = _option(
+        (), LAYERS, "Keep these layers in float: a glob pattern of layer names. May be repeated.", metavar="GLOB"
     )
-    include: tuple[str, ...] = _option(
+    include: Globs = _option(
         (),
-        "Quantize these layers although they stay in float by default: a pattern over checkpoint names, as often as "
-        "needed.",
         LAYERS,
-        kind="globs",
+        "Quantize these layers although --fallback reference keeps them in float: a glob pattern of layer names. May "
+        "be repeated.",
+        metavar="GLOB",
     )
-    w4a8_scope: str = _option(
+    w4a8_scope: Literal["engine", "all"] = _option(
         "engine",
-        "Which layers get 4-bit weights: engine, those that an engine runs so; all, every quantized layer, as the "
-        "original script did.",
         LAYERS,
-        ("engine", "all"),
+        "Layers with 4-bit weights: engine selects those that the engine supports; all selects every quantized layer, "
+        "like the original script.",
     )
-    max_samples: int | None = _option(
-        None, "Calibrate on this many samples, chosen by --seed, where there are more.", DATA, least=FEWEST
+    max_samples: Annotated[PositiveCount | None, NoneWord] = _option(
+        None, DATA, "Maximum number of calibration samples, selected at random with --seed. None uses all of them."
     )
-    memory_budget: float | None = _option(
+    memory_budget: Annotated[Gibibytes | None, NoneWord] = _option(
         None,
-        "Most memory, in units of 1024^3 bytes, for what the samples become between two stages; what is beyond lies on "
-        "the disk of the save folder meanwhile. None: no bound.",
         RUNNING,
-        least=0,
-        most=100_000,
+        "Maximum size, in GiB, of the activations that are kept in memory between stages. The rest is offloaded to the "
+        "disk of the save folder. None keeps all of them in memory.",
     )
-    seed: int = _option(0, "Start of every random choice.", DATA, least=0)
-    max_tokens: int | None = _option(
-        None, "Most tokens of one sample; pictures are made smaller until they fit, nothing is cut.", DATA, least=FEWEST
+    seed: Count = _option(0, DATA, "Seed of the random numbers that select the samples of --max_samples.")
+    max_tokens: Annotated[PositiveCount | None, NoneWord] = _option(
+        None, DATA, "Maximum number of tokens per sample. Images are resized until it fits; nothing is truncated."
     )
-    overwrite: bool = _option(False, "Replace a save folder that is not empty, and older dumps.", OUTPUT, flag=True)
+    overwrite: bool = _option(
+        False, OUTPUT, "Replace a save folder that is not empty, and earlier dumps.", is_flag=True
+    )
     resume: bool = _option(
         False,
-        "Go on with an interrupted run of the same command, from the work folder that it has left beside the save "
-        "folder. Starts anew if there is none.",
         RUNNING,
-        flag=True,
+        "Resume an interrupted run of the same command from the work folder that it left beside the save folder. "
+        "Starts from the beginning if there is none.",
+        is_flag=True,
     )
     start_over: bool = _option(
-        False, "Throw away what an interrupted run has left, and start anew.", RUNNING, flag=True
+        False, RUNNING, "Delete the work folder of an interrupted run and start from the beginning.", is_flag=True
     )
-    skip_bad_images: bool = _option(False, "Go on without the pictures that cannot be read.", DATA, flag=True)
-    dump_ir: Path | None = _option(
-        None, "Write every stage, as traced and after every pass, into this folder.", DEBUGGING
+    skip_bad_images: bool = _option(
+        False, DATA, "Skip images that cannot be read instead of raising an error.", is_flag=True
     )
-    dump_stages: tuple[str, ...] = _option(
+    dump_ir: Annotated[OptionPath | None, NoneWord] = _option(
+        None, DEBUGGING, "Folder to which every stage is dumped, as traced and after each pass."
+    )
+    dump_stages: Globs = _option(
         (),
-        "Dump and print these stages only: a pattern such as 'model.layers.1*', as often as needed.",
         DEBUGGING,
-        kind="globs",
+        "Dump and print only these stages: a glob pattern such as 'model.layers.1*'. May be repeated.",
+        metavar="GLOB",
     )
-    dump_formats: str = _option(
+    dump_formats: Annotated[str, AfterValidator(_formats)] = _option(
         "text",
-        "What --dump_ir writes, separated by commas: text; json; onnx, which Netron opens; bundle, on which "
-        "`vlqc run-pass` runs a pass again.",
         DEBUGGING,
-        ("text", "json", "onnx", "bundle"),
-        kind="formats",
+        "Formats of --dump_ir, separated by commas: text, json, onnx (for Netron), bundle (the input of "
+        "`vlqc run-pass`).",
+        metavar="|".join(DUMP_FORMATS),
+        choices=list(DUMP_FORMATS),
+        comma_separated=True,
     )
-    print_after: str | None = _option(
-        None, "Print the text of every stage after this pass, on stderr.", DEBUGGING, kind="pass"
+    print_after: Annotated[str | None, NoneWord] = _option(
+        None, DEBUGGING, "Print the text of every stage to stderr after this pass.", metavar="PASS"
     )
-    timings: Path | None = _option(
-        None, "Write time and memory per pass into this file, for `vlqc report FOLDER --timings FILE`.", DEBUGGING
+    timings: Annotated[OptionPath | None, NoneWord] = _option(
+        None, DEBUGGING, "File for the time and memory of each pass, which `vlqc report --timings` displays."
     )
-    pipeline: str | None = _option(
-        None, "Run these passes instead of those that the options build (see: vlqc passes).", DEBUGGING
+    pipeline: Annotated[str | None, NoneWord] = _option(
+        None, DEBUGGING, "Passes to run instead of those that the other options select. `vlqc passes` lists them."
     )
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _read(cls, value: Any, info: ValidationInfo) -> Any:
-        """Text from a command line or a value from Python -> the field's type, or a fault that names the flag."""
-        name = str(info.field_name)
-        return read_value(name, cls.model_fields[name], value)
 
     @property
     def scheme(self) -> "Scheme":
-        """The quantization scheme that the flags select (a legal combination, `from_user` has seen to it)."""
+        """The quantization scheme that w_bit and is_dynamic select."""
         from vlqc.targets.schemes import Scheme
 
         if self.w_bit == 4:
@@ -230,13 +325,12 @@ class Options(BaseModel):
 
     @property
     def mindie_layout(self) -> bool:
-        """Whether the folder is for MindIE alone: by --mindie_format, or by a target that says so."""
+        """Whether the folder is written for MindIE only, because of --mindie_format or --target."""
         return self.engine_target.partition("@")[0] == "mindie"
 
     @property
     def engine_target(self) -> str:
-        """`target` with its default filled in: "vllm-ascend", "mindie" or "both", with "@version" where one was
-        given."""
+        """`target`, or its default: "vllm-ascend", "mindie" or "both", followed by "@version" if one is set."""
         if self.target is not None:
             return self.target
         if self.mindie_format:
@@ -244,78 +338,167 @@ class Options(BaseModel):
         return "both" if self.w_bit == 8 and not self.is_dynamic and not self.shift else "vllm-ascend"
 
     @classmethod
-    def from_user(cls, **given: Any) -> Self:
-        """Options by name (dashes or underscores) -> Options. UserError with every fault found, not only the first.
+    def from_user(cls, *, options: Self | None = None, **values: Any) -> Self:
+        """Checks option values and builds the options.
 
-        recipe: a YAML file with more of them; what is given beside it counts.
+        Args:
+            options: options that were checked before. Returned unchanged; no values may accompany them.
+            values: values by option name, with dashes or underscores, as text or as Python values. `recipe`: path of a
+                YAML file with further values; those passed as arguments take precedence.
+
+        Raises:
+            UserError: with every fault, not only the first.
         """
-        options, faults = cls._checked(given)
-        faults += path_faults(options)
+        if options is not None:
+            if values:
+                names = ", ".join(values)
+                raise UserError(Fault(f"options is passed together with {names}", fix="pass one of them"))
+            return options
+        checked, faults = cls._checked(*_merged(values))
+        faults += path_faults(checked)
+        if faults:
+            raise UserError(*faults)
+        return checked
+
+    @classmethod
+    def without_paths(cls, **values: Any) -> Self:
+        """Like `from_user`, but model_path and save_directory may be missing and no path is checked."""
+        named, origin = _merged(values)
+        options, faults = cls._checked({"model_path": ".", "save_directory": ".", **named}, origin)
         if faults:
             raise UserError(*faults)
         return options
 
     @classmethod
-    def without_paths(cls, **given: Any) -> Self:
-        """As `from_user`, but the two folders may be left out and no path is looked at: to explain a pipeline."""
-        options, faults = cls._checked({"model_path": ".", "save_directory": ".", **given})
-        if faults:
-            raise UserError(*faults)
-        return options
+    def without_saving(cls, *, occupied: bool = False, **values: Any) -> Self:
+        """Like `from_user`, for commands that write no save folder: save_directory may be missing.
 
-    @classmethod
-    def without_saving(cls, *, occupied: bool = False, **given: Any) -> Self:
-        """As `from_user`, for what writes no save folder: it may be left out, and lies in the current one then.
-
-        occupied: whether one that is given may hold anything.
+        occupied: whether a save folder that is named may contain files.
         """
-        named = cls._merged(given)
-        options, faults = cls._checked({"save_directory": "unnamed", **named})
-        ignored = {} if "save_directory" in named else {"save_directory": None}
-        faults += path_faults(options.model_copy(update=ignored | ({"overwrite": True} if occupied else {})))
+        named, origin = _merged(values)
+        options, faults = cls._checked({"save_directory": "unnamed", **named}, origin)
+        changes: dict[str, Any] = {} if "save_directory" in named else {"save_directory": None}
+        faults += path_faults(options.model_copy(update=changes | ({"overwrite": True} if occupied else {})))
         if faults:
             raise UserError(*faults)
         return options
 
     @classmethod
-    def _merged(cls, given: Mapping[str, Any]) -> dict[str, Any]:
-        """With underscores, and with what the recipe adds, if one is given."""
-        named = {name.replace("-", "_"): value for name, value in given.items()}
-        if (recipe := named.pop("recipe", None)) is not None:
-            from vlqc.options.recipe import read_recipe
+    def _checked(cls, values: Mapping[str, Any], origin: Mapping[str, str] | None = None) -> tuple[Self, list[Fault]]:
+        """Options and all faults except those of paths.
 
-            named = read_recipe(recipe, cls.model_fields) | named
-        return named
-
-    @classmethod
-    def _checked(cls, given: Mapping[str, Any]) -> tuple[Self, list[Fault]]:
-        """The options and every fault but those of paths. In place of a bad value stands its default, None for a
-        required one, so that what does not depend on it can still be checked."""
-        named = cls._merged(given)
-        faults = [_unknown(name, cls.model_fields) for name in named if name not in cls.model_fields]
-        values = {name: value for name, value in named.items() if name in cls.model_fields}
-        bad: set[str] = set()
+        Options with an illegal value get their default (None if they have none), so that all others can be checked.
+        origin: file and line of the values that come from a recipe.
+        """
+        origin = origin or {}
+        known = {name: value for name, value in values.items() if name in cls.model_fields}
+        faults = [_unknown_option(name, origin.get(name, "")) for name in values if name not in known]
         try:
-            options = cls(**values)
+            options, illegal = cls(**known), set[str]()
         except ValidationError as error:
-            for detail in error.errors():
-                name = str(detail["loc"][0])
-                bad.add(name)
-                faults.append(_fault_of(name, detail["type"], detail.get("ctx", {}).get("error"), detail["msg"]))
-            good = {name: read_value(name, cls.model_fields[name], values[name]) for name in values.keys() - bad}
-            options = cls.model_construct(**{"model_path": None, "save_directory": None, **good})
-        return options, faults + combination_faults(options, bad)
+            details = [(str(detail["loc"][0]), detail) for detail in error.errors()]
+            faults += [_fault_of(name, detail, origin.get(name, "")) for name, detail in details]
+            illegal = {name for name, _ in details}
+            legal = {name: value for name, value in known.items() if name not in illegal}
+            required = {name: "." for name in illegal if cls.model_fields[name].is_required()}
+            options = cls.model_validate(legal | required).model_copy(update=dict.fromkeys(required))
+        return options, faults + combination_faults(options, illegal)
 
 
-def _unknown(name: str, known: Mapping[str, FieldInfo]) -> Fault:
-    fix = did_you_mean(flag_of(name), map(flag_of, known)) or "vlqc compile --help lists the options"
-    return Fault(f"there is no option {flag_of(name)}", fix=fix)
+@dataclass(frozen=True)
+class OptionInfo:
+    """How an option appears on the command line and in the documentation.
+
+    legal: its legal values in words; choices: its legal values, if it is a choice between words or numbers;
+    is_flag: whether it takes no value; multiple: whether it may be repeated.
+    """
+
+    flag: str
+    panel: str
+    help: str
+    metavar: str
+    legal: str
+    choices: tuple[str, ...]
+    is_flag: bool
+    multiple: bool
+    comma_separated: bool
 
 
-def _fault_of(name: str, kind: str, raised: object, message: str) -> Fault:
-    """One entry of pydantic's error list -> a fault in our words."""
-    if isinstance(raised, Refused):
-        return raised.fault
-    if kind == "missing":
-        return Fault(f"{flag_of(name)} is missing", why="it has no default", fix=f"give {flag_of(name)} FOLDER")
-    return Fault(flag_of(name), why=message)
+def flag_of(name: str) -> str:
+    return f"--{name}"
+
+
+@functools.cache
+def option_info(name: str) -> OptionInfo:
+    """Describes the option of this name."""
+    schema = _schemas()[name]
+    kind = next((each for each in schema.get("anyOf", ()) if each["type"] != "null"), schema)
+    values = [kind["const"]] if "const" in kind else kind.get("enum", schema.get("choices", []))
+    choices = tuple(map(str, values))
+    return OptionInfo(
+        flag=flag_of(name),
+        panel=schema["panel"],
+        help=schema["description"],
+        metavar=schema.get("metavar") or "|".join(choices) or _metavar(kind),
+        legal=schema.get("legal") or _legal_values(kind, choices),
+        choices=choices,
+        is_flag=schema.get("is_flag", False),
+        multiple=kind["type"] == "array",
+        comma_separated=schema.get("comma_separated", False),
+    )
+
+
+@functools.cache
+def _schemas() -> dict[str, Any]:
+    """JSON schema of every option."""
+    return cast(dict[str, Any], Options.model_json_schema()["properties"])
+
+
+def _metavar(schema: Mapping[str, Any]) -> str:
+    if schema.get("format") == "path":
+        return "PATH"
+    return {"boolean": "True|False", "integer": "NUMBER", "number": "NUMBER"}.get(schema["type"], "TEXT")
+
+
+def _legal_values(schema: Mapping[str, Any], choices: tuple[str, ...]) -> str:
+    if choices:
+        return choices[0] if len(choices) == 1 else f"{', '.join(choices[:-1])} or {choices[-1]}"
+    if schema["type"] == "integer":
+        return f"an integer >= {schema['minimum']}"
+    if schema["type"] == "number":
+        return f"a number from {schema['minimum']:g} to {schema['maximum']:g}"
+    if schema["type"] == "array":
+        return "glob patterns"
+    if schema.get("format") == "path":
+        return "a path"
+    return {"boolean": "True or False"}.get(schema["type"], "text")
+
+
+def _merged(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Values by name with underscores, together with those of the recipe, and where the latter were read."""
+    named = {name.replace("-", "_"): value for name, value in values.items()}
+    if (recipe := named.pop("recipe", None)) is None:
+        return named, {}
+    entries = {name: entry for name, entry in read_recipe(recipe).items() if name not in named}
+    return (
+        {name: entry.value for name, entry in entries.items()} | named,
+        {name: entry.where for name, entry in entries.items()},
+    )
+
+
+def _unknown_option(name: str, where: str) -> Fault:
+    fix = did_you_mean(flag_of(name), map(flag_of, Options.model_fields)) or "see vlqc compile --help"
+    return Fault(f"there is no option {flag_of(name)}", where, fix=fix)
+
+
+def _fault_of(name: str, detail: ErrorDetails, where: str) -> Fault:
+    """An entry of pydantic's error list -> a fault that names the flag, the value and the legal values."""
+    info = option_info(name)
+    if detail["type"] == "missing":
+        return Fault(f"{info.flag} is missing", where, "it has no default", f"add {info.flag} FOLDER")
+    what = f"{info.flag} {detail['input']}"
+    raised = detail.get("ctx", {}).get("error")
+    if isinstance(raised, InvalidValue):
+        return Fault(what, where, raised.why, raised.fix or f"legal values: {info.legal}")
+    near = did_you_mean(str(detail["input"]), info.choices)
+    return Fault(what, where, f"legal values of {info.flag}: {info.legal}", near or f"choose {info.legal}")

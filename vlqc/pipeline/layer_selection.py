@@ -37,7 +37,7 @@ def check_plan(layers: Iterable[str], options: Options) -> None:
     target, planned = options.engine_target, {}
     for layer in layers:
         included = any(fnmatchcase(layer, pattern) for pattern in options.include)
-        by_seed = options.fallback == "seed" and stays_float_in_reference(layer) and not included
+        by_seed = options.fallback == "reference" and stays_float_in_reference(layer) and not included
         stays = layer in excluded or by_seed
         quantized = not stays and options.scheme in supported_schemes(target, layer)
         planned[layer] = options.scheme if quantized else Scheme.FLOAT

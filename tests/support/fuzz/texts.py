@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,7 @@ from tests.support.fuzz.damage import damaged_text, values
 from tests.support.fuzz.verdict import demand
 from vlqc.ir.parser import parse_stage
 from vlqc.ir.printer import print_stage
-from vlqc.options.option_values import read_value
-from vlqc.options.options import Options, extra_of
+from vlqc.options.options import Options, option_info
 from vlqc.options.recipe import read_recipe
 from vlqc.pipeline.presets import pipeline_text
 from vlqc.pipeline.registry import REGISTRY, load_pass, parse_pipeline, print_pipeline
@@ -23,7 +23,7 @@ GOLDENS = Path(__file__).parents[2] / "goldens"
 
 def option_cases() -> st.SearchStrategy[dict[str, Any]]:
     """Up to four options with values of every kind, mostly text, as a command line gives them."""
-    allowed = [(name, value) for name, field in Options.model_fields.items() for value in extra_of(field)["values"]]
+    allowed = [(name, value) for name in Options.model_fields for value in option_info(name).choices]
     words = st.sampled_from(
         (
             "True",
@@ -42,7 +42,7 @@ def option_cases() -> st.SearchStrategy[dict[str, Any]]:
     )
     given = st.one_of(
         st.tuples(st.sampled_from(list(Options.model_fields)), st.one_of(words, st.text(max_size=8), values())),
-        st.sampled_from(allowed).map(lambda it: (it[0], str(it[1]))),
+        st.sampled_from(allowed),
         st.tuples(st.text(max_size=12), st.text(max_size=3)),
     )
     return st.lists(given, min_size=1, max_size=4).map(dict)
@@ -51,14 +51,16 @@ def option_cases() -> st.SearchStrategy[dict[str, Any]]:
 def check_options(case: dict[str, Any], folder: Path) -> bool:
     """What is accepted is of the option's type and among its values, and says the same when it is given again."""
     options = Options.without_paths(**case)
-    for name, field in Options.model_fields.items():
-        value, extra = getattr(options, name), extra_of(field)
-        if extra["values"] and value is not None:
-            demand(value in extra["values"], f"{name} is {value!r}")
+    for name in Options.model_fields:
+        value, info = getattr(options, name), option_info(name)
+        if info.choices and value is not None:
+            words = str(value).split(",") if info.comma_separated else [str(value).partition("@")[0]]
+            demand(set(words) <= set(info.choices), f"{name} is {value!r}")
         if isinstance(value, float):
-            demand(math.isfinite(value) and extra["least"] <= value <= extra["most"], f"{name} is {value!r}")
-        if type(value) is int and not extra["values"]:
-            demand(extra.get("least", 1) <= value < 10**18, f"{name} is {value!r}")
+            least, most = map(float, re.findall(r"\d+", info.legal))
+            demand(math.isfinite(value) and least <= value <= most, f"{name} is {value!r}")
+        if type(value) is int and not info.choices:
+            demand(int(info.legal.rpartition(" ")[2]) <= value < 10**18, f"{name} is {value!r}")
     again = Options.without_paths(**{name: getattr(options, name) for name in Options.model_fields})
     demand(again == options, "reads otherwise when given again")
     print_pipeline(parse_pipeline(pipeline_text(options)))
@@ -108,11 +110,11 @@ def check_recipe(case: str, folder: Path) -> bool:
     """What is accepted is options that give the same when given again, and names no code."""
     file = folder / "recipe.yaml"
     file.write_bytes(case.encode(errors="surrogatepass"))
-    read = read_recipe(file, Options.model_fields)
-    for name, value in read.items():
-        demand(read_value(name, Options.model_fields[name], value) == value, f"{name} is {value!r}")
-    demand(":" not in (read.get("pipeline") or "").partition("{")[0], "a pipeline names code")
-    demand(read.get("trust_remote_code") is not True, "it trusts code")
+    texts = {name: entry.value for name, entry in read_recipe(file).items()}
+    options = Options.without_paths(recipe=file)
+    demand(options == Options.without_paths(**texts), "options read otherwise than as arguments")
+    demand(":" not in (options.pipeline or ""), "a pipeline names code")
+    demand(not options.trust_remote_code, "it trusts code")
     return True
 
 

@@ -20,8 +20,7 @@ from vlqc.file_digest import file_digest
 from vlqc.frontend.checkpoint.checkpoint import digest_of
 from vlqc.frontend.checkpoint.header import read_header_bytes
 from vlqc.frontend.streamed_model import StreamedModel
-from vlqc.options.options import Options
-from vlqc.options.options import flag_of as flag
+from vlqc.options.options import Options, flag_of
 
 Facts = dict[str, str]
 DIGITS = 16  # hexadecimal digits of a hash in a fact
@@ -47,7 +46,7 @@ def run_fingerprint(
     facts["device"] = _device(options.device_type)
     facts["arithmetic of this machine"] = _arithmetic()
     for name in sorted(Options.model_fields.keys() - IMMATERIAL):
-        facts[flag(name)] = str(getattr(options, name))
+        facts[flag_of(name)] = str(getattr(options, name))
     facts["pipeline"] = pipeline
     facts["config.json"] = _short(file_digest(checkpoint.folder / "config.json"))
     for file in checkpoint.files:

@@ -5,8 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlqc.options.option_values import extra_of, flag_of
-from vlqc.options.options import Options
+from vlqc.options.options import Options, flag_of, option_info
 
 PLACES = {"model_path": "MODEL_PATH", "calib_images": "PICTURES", "save_directory": "SAVE_DIRECTORY"}
 # What changes how a compilation runs, but no byte of what comes out.
@@ -29,7 +28,7 @@ def command(options: Options, pipeline: str | None, *, ready_samples: bool) -> t
         if name in PLACES:
             words += [flag_of(name), PLACES[name]]
         elif value != field.default:
-            words += _words(name, value, bare=extra_of(field)["flag"])
+            words += _words(name, value, bare=option_info(name).is_flag)
     return tuple(words)
 
 

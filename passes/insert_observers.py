@@ -56,7 +56,7 @@ class InsertObservers(Pass):
             parts_of[source] = []
             where = f"{stage.name}, %{source}"
             watch[members[0].target] = _filler(
-                parts_of[source], shares_of, members[0].name, where, stage.process_group.first
+                parts_of[source], shares_of, members[0].name, where, stage.process_group.is_rank0
             )
         stage.run(watch)
         for call, output in zip(stage.calls, stage.outputs, strict=True):

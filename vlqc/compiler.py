@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlqc.emit import emitter_for
-from vlqc.emit.resume.journal import journaled
+from vlqc.emit.resume.journal import open_journal
 from vlqc.frontend.activation_offload import ActivationOffload
 from vlqc.frontend.calibration.dataset import Calibration, calibrate_on
 from vlqc.frontend.calibration.samples import by_pictures, refuse_both
@@ -48,42 +48,51 @@ def compile(
     """
     refuse_both(samples=samples, passes=passes, **given)
     options, process_group = Options.from_user(**given), current_process_group()
-    show = resolve_progress(progress, first=process_group.first)
+    show = resolve_progress(progress, first=process_group.is_rank0)
     pipeline = build_pipeline(options, passes)
     checkpoint = Checkpoint(options.model_path)
     summary = CompilationSummary(options, checkpoint, show.note)
-    onlookers = PassCallbacks(Dumper.of(options, pipeline, active=process_group.first), summary.metrics)
+    onlookers = PassCallbacks(Dumper.of(options, pipeline, active=process_group.is_rank0), summary.metrics)
     manager = PassManager(pipeline, before=progress_callback(show.step), after=onlookers.after)
     device, trust = process_group.local_device(resolve_device(options.device_type)), options.trust_remote_code
-    model = process_group.rank0_first(lambda: StreamedModel.of(checkpoint, trust_remote_code=trust, device=device))
+    model = process_group.rank0_first(lambda: StreamedModel.open(checkpoint, trust_remote_code=trust, device=device))
     summary.note_unused_tensors(model.unknown_tensors())
     check_layers(model, options)
-    calibration = calibrate_on(samples, options, model.module) if process_group.first else Calibration([])
+    calibration = calibrate_on(samples, options, model.module) if process_group.is_rank0 else Calibration([])
     summary.add_notes(calibration.notes)
     begin, mine = process_group.scatter(
         by_pictures(calibration.samples)
     )  # each process has its own; the first one writes
     probe = process_group.broadcast(0, calibration.probe)
-    with journaled(options, pipeline, model, calibration.samples, summary, process_group) as journal:
+    with open_journal(
+        options,
+        pipeline,
+        model,
+        calibration.samples,
+        process_group,
+        lambda text: summary.add_notes([text], of_run=True),
+    ) as journal:
         emitter = emitter_for(options, journal.result, checkpoint, writes=journal.writes)
         offload = ActivationOffload(journal.folder, options.memory_budget)
-        known = journal.restore(emitter, checkpoint, range(begin, begin + len(mine)), offload.settle)
+        known = journal.restore(emitter, checkpoint, range(begin, begin + len(mine)), offload.offload)
+        summary.restore(journal.summary_states)
         show.begin(len(model.stages), len(mine), done=len(known.stages))
         lockstep = SequentialForward(model, mine, first=begin, probe=probe, known=known, share_images=True)
-        with model.ready_outside(emitter.copy), lockstep:
+        with model.non_stage_weights(emitter.copy), lockstep:
             for number, stop in enumerate(lockstep, len(known.stages)):
                 show.stage(number, stop.name)
                 with materialized_stage(model, stop, emitter.dtype, checkpoint.tensor, process_group) as stage:
-                    stage.on_sample, stage.settle = show.sample, offload.settle
+                    stage.on_sample, stage.settle = show.sample, offload.offload
                     onlookers.traced(stage)
                     manager.run(stage)
                     emitter.add_stage(stage)
                     stop.outputs = stage.answers()
-                    journal.finished(stage)
+                    summary.add_stage(stage)
+                    journal.record_stage(stage, summary.state)
                 show.stage_done(number)
-        if process_group.first:
+        if process_group.is_rank0:
             summary.apply_search(emitter.settle())
-            emitter.copy_rest(model.outside())
+            emitter.copy_rest(model.non_stage_parameters())
             emitter.finish()
             summary.write_report_data(journal.result, pipeline, ready_samples=samples is not None)
             require_valid(journal.result)

@@ -49,7 +49,7 @@ def stage_of(name: str) -> Stage:
     lived = tiny.lived()[name]
     model = tiny.float_model()
     module = next(it for path, it in model.module.named_modules() if path == lived.path)
-    model.fill(module, model.checkpoint.tensor)
+    model.materialize(module, model.checkpoint.tensor)
     call = Call(0, lived.call.args, lived.call.kwargs, lived.call.modality)
     graph = record(module, call, name)
 

@@ -13,7 +13,7 @@ from tests.support import tiny
 from tests.support.interrupted_runs import small
 from vlqc.errors import UserError
 from vlqc.frontend.activation_offload import ActivationOffload
-from vlqc.frontend.memory import spilled_bytes
+from vlqc.frontend.memory import offloaded_bytes
 from vlqc.reporting.plan import plan_compilation
 
 QUICK: dict[str, Any] = {"weight_method": "round", "anti_method": "none", "act_method": 1}
@@ -57,23 +57,23 @@ def test_the_plan_and_the_run_ask_for_the_same_room(
 def test_what_is_spilled_counts(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches room for tensors between stages that nobody asks for, or that is asked for where all stay in memory."""
     model = tiny.float_model(checkpoint)
-    assert spilled_bytes(model, SAMPLES, None) == 0 == spilled_bytes(model, SAMPLES, 1.0)
+    assert offloaded_bytes(model, SAMPLES, None) == 0 == offloaded_bytes(model, SAMPLES, 1.0)
     given = {"model_path": checkpoint, "save_directory": tmp_path / "out", "samples": SAMPLES}
     without, beyond = (plan_compilation(**given, memory_budget=budget).disk_needed for budget in (None, 0))
-    assert beyond - without == spilled_bytes(model, SAMPLES, 0) > 0
+    assert beyond - without == offloaded_bytes(model, SAMPLES, 0) > 0
 
     held: dict[int, int] = {}
     most = [0]
-    admit = ActivationOffload._admit
+    track = ActivationOffload._track
 
-    def admitted(self: ActivationOffload, tensor: torch.Tensor, bound: int) -> None:
-        admit(self, tensor, bound)
+    def tracked(self: ActivationOffload, tensor: torch.Tensor, bound: int) -> None:
+        track(self, tensor, bound)
         held[id(tensor)] = tensor.nbytes
-        alive = {key: size for key, size in held.items() if key in self._known}
+        alive = {key: size for key, size in held.items() if key in self._tracked}
         most[0] = max(most[0], sum(alive.values()))
 
-    monkeypatch.setattr(ActivationOffload, "_admit", admitted)
-    monkeypatch.setattr("vlqc.frontend.activation_offload.SMALLEST", 1)
+    monkeypatch.setattr(ActivationOffload, "_track", tracked)
+    monkeypatch.setattr("vlqc.frontend.activation_offload.MIN_BYTES", 1)
     vlqc.compile(**given, **QUICK, memory_budget=0)
     pixels = sum(sample["pixel_values"].nbytes for sample in SAMPLES)
-    assert 0 < most[0] <= 2 * (spilled_bytes(model, SAMPLES, 0) + pixels)
+    assert 0 < most[0] <= 2 * (offloaded_bytes(model, SAMPLES, 0) + pixels)

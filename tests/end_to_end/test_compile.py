@@ -145,7 +145,7 @@ def test_one_forward_one_read_one_stage(
     forwards: Counter[tuple[str, int]] = Counter()
     alive: list[set[str]] = []
     models: list[StreamedModel] = []
-    read, make, run = Checkpoint.tensor, StreamedModel.of, Stage.run
+    read, make, run = Checkpoint.tensor, StreamedModel.open, Stage.run
 
     def counted_read(self: Checkpoint, name: str) -> Tensor:
         reads[name] += self.folder == planted

@@ -90,7 +90,7 @@ def test_a_killed_process_ends_all(checkpoint: Path, alone: Path, tmp_path: Path
     done = ran(SCRIPT, checkpoint, killed, 1, "model.layers.0", processes=2)
     assert done.returncode != 0
     assert done.stderr.count("error: ") == 1 and "another of the 2 processes of this run has ended" in done.stderr
-    assert "3 of 4 stages are finished and kept" in done.stderr
+    assert "3 of 4 stages are finished" in done.stderr
     assert [path.name[:16] for path in killed.iterdir()] == [".photos.partial-"]
     for processes in (1, 2):  # another number of processes, and the same one
         copy = shutil.copytree(killed, tmp_path / f"{processes}")

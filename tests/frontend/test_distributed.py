@@ -109,7 +109,7 @@ def test_items_are_dealt_in_order(size: int) -> None:
     """Catches samples in another order, groups torn apart, numbers from nought on every process; few samples, too."""
 
     def program(process_group: ProcessGroup) -> tuple[int, list[str]]:
-        return process_group.scatter(["a", "bcd", "e", "fg", "h"] if process_group.first else [])
+        return process_group.scatter(["a", "bcd", "e", "fg", "h"] if process_group.is_rank0 else [])
 
     scatter = everywhere(size, program)
     assert "".join(item for _, items in scatter for item in items) == "abcdefgh"
@@ -174,7 +174,7 @@ def test_alone_without_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setenv("RANK", "0")
             monkeypatch.setenv("WORLD_SIZE", size)
         with init_distributed() as process_group:
-            assert (process_group.rank, process_group.size, process_group.first) == (
+            assert (process_group.rank, process_group.size, process_group.is_rank0) == (
                 0,
                 1,
                 True,

@@ -19,7 +19,7 @@ def test_logits_are_bit_equal_with_an_ordinary_forward() -> None:
     """Catches any glue between stages that is skipped, repeated, or run for the wrong sample: mixed kinds and sizes."""
     model, samples = tiny.float_model(), tiny.mixed_samples()
     with (
-        model.ready_outside(model.checkpoint.tensor, head=True),
+        model.non_stage_weights(model.checkpoint.tensor, head=True),
         SequentialForward(model, samples, to_the_end=True) as lockstep,
     ):
         names = []
@@ -35,7 +35,7 @@ def test_logits_are_bit_equal_with_an_ordinary_forward() -> None:
 def test_text_only_samples_skip_the_vision_tower() -> None:
     """Catches a sample without a picture that waits in the vision tower, or is counted there."""
     model, samples = tiny.float_model(), tiny.mixed_samples()
-    with model.ready_outside(model.checkpoint.tensor), SequentialForward(model, samples) as lockstep:
+    with model.non_stage_weights(model.checkpoint.tensor), SequentialForward(model, samples) as lockstep:
         for stop in lockstep:
             assert [call.sample for call in stop.calls] == ([0, 2, 3] if "visual" in stop.name else [0, 1, 2, 3])
             tiny.answer(model, stop)
@@ -51,7 +51,7 @@ def test_the_head_never_runs_without_to_the_end() -> None:
         module.register_forward_pre_hook(lambda *unused, name=name: ran.append(name))
     for to_the_end in (False, True):
         with (
-            model.ready_outside(model.checkpoint.tensor, head=True),
+            model.non_stage_weights(model.checkpoint.tensor, head=True),
             SequentialForward(model, [tiny.made_up()], to_the_end=to_the_end) as lockstep,
         ):
             for stop in lockstep:
@@ -69,7 +69,7 @@ def test_everything_is_put_back_after_an_error(stage: str, held: bool) -> None:
     suspended = []
     with (
         pytest.raises(ZeroDivisionError),
-        model.ready_outside(model.checkpoint.tensor),
+        model.non_stage_weights(model.checkpoint.tensor),
         SequentialForward(model, tiny.mixed_samples()) as lockstep,
     ):
         stops = iter(lockstep)
@@ -89,7 +89,10 @@ def test_everything_is_put_back_after_an_error(stage: str, held: bool) -> None:
 def test_a_stage_runs_itself_while_it_is_due() -> None:
     """Catches a door that stays shut for the stage at hand, or that opens for another."""
     model = tiny.float_model()
-    with model.ready_outside(model.checkpoint.tensor), SequentialForward(model, [tiny.made_up((4, 4))]) as lockstep:
+    with (
+        model.non_stage_weights(model.checkpoint.tensor),
+        SequentialForward(model, [tiny.made_up((4, 4))]) as lockstep,
+    ):
         for stop in lockstep:
             shut = {name for name, stage in model.stages.items() if "forward" in stage.__dict__}
             assert shut == set(tiny.STAGES) - {stop.name}
@@ -102,7 +105,7 @@ def test_a_missing_answer_is_an_internal_error(given: int) -> None:
     """Catches a sample that goes on with another sample's output because an answer was forgotten."""
     model = tiny.float_model()
     samples = [tiny.made_up((4, 4), seed=number) for number in range(2)]
-    with model.ready_outside(model.checkpoint.tensor), SequentialForward(model, samples) as lockstep:
+    with model.non_stage_weights(model.checkpoint.tensor), SequentialForward(model, samples) as lockstep:
         stops = iter(lockstep)
         stop = next(stops)
         tiny.answer(model, stop)
@@ -118,7 +121,7 @@ def test_an_error_in_the_models_own_code_comes_through() -> None:
     sample = tiny.made_up((4, 4))
     sample["pixel_values"] = sample["pixel_values"][:, :100]
     with (
-        model.ready_outside(model.checkpoint.tensor),
+        model.non_stage_weights(model.checkpoint.tensor),
         pytest.raises(UserError, match=r"cannot be run on a sample[\s\S]*RuntimeError: shape"),
         SequentialForward(model, [tiny.made_up(), sample]) as lockstep,
     ):
@@ -141,7 +144,7 @@ def test_modality_of_rows() -> None:
 def test_calls_say_which_rows_are_pictures() -> None:
     """Catches a modality on picture patches, or none on the tokens of the prompt."""
     model, sample = tiny.float_model(), tiny.made_up((4, 4), words=2)
-    with model.ready_outside(model.checkpoint.tensor), SequentialForward(model, [sample]) as lockstep:
+    with model.non_stage_weights(model.checkpoint.tensor), SequentialForward(model, [sample]) as lockstep:
         for stop in lockstep:
             (call,) = stop.calls
             if "visual" in stop.name:
@@ -181,7 +184,7 @@ class Minimal:
     def inputs(self, sample: dict[str, Tensor]) -> dict[str, Tensor]:
         return sample
 
-    def reads_text(self, stage: nn.Module) -> bool:
+    def is_language(self, stage: nn.Module) -> bool:
         return False
 
     def name(self, stage: nn.Module) -> str:

@@ -42,7 +42,7 @@ def test_all_get_the_answers_of_the_first() -> None:
     """Catches answers of another picture, text stages that are skipped, too, and an extra run in the vision tower."""
     model, samples = tiny.float_model(), [TEXT, ONE, AGAIN, THIRD, LARGE, TWO, TWO_AGAIN]
     with (
-        model.ready_outside(model.checkpoint.tensor, head=True),
+        model.non_stage_weights(model.checkpoint.tensor, head=True),
         SequentialForward(model, samples, first=10, to_the_end=True, share_images=True) as lockstep,
     ):
         for stop in lockstep:
@@ -57,7 +57,7 @@ def test_the_probe_looks_for_itself() -> None:
     """Catches a probe that takes a sample's answers: nobody would run it through the vision tower."""
     model = tiny.float_model()
     with (
-        model.ready_outside(model.checkpoint.tensor),
+        model.non_stage_weights(model.checkpoint.tensor),
         SequentialForward(model, [ONE], probe=tiny.asked_again(ONE, 9), share_images=True) as lockstep,
     ):
         for stop in lockstep:

@@ -17,13 +17,16 @@ from vlqc.ir.stage import Call, Observation, SampleShape, WeightQuantization
 
 def at_each_stage(work: Callable[[StreamedModel, Stop], None]) -> StreamedModel:
     model = tiny.float_model()
-    with model.ready_outside(model.checkpoint.tensor), SequentialForward(model, [tiny.made_up((4, 4))]) as lockstep:
+    with (
+        model.non_stage_weights(model.checkpoint.tensor),
+        SequentialForward(model, [tiny.made_up((4, 4))]) as lockstep,
+    ):
         for stop in lockstep:
             work(model, stop)
-            model.fill(stop.module, model.checkpoint.tensor)
+            model.materialize(stop.module, model.checkpoint.tensor)
             with torch.no_grad():
                 stop.outputs = [stop.module(*call.args, **call.kwargs) for call in stop.calls]
-            model.empty(stop.module)
+            model.to_meta(stop.module)
     return model
 
 
@@ -119,7 +122,7 @@ def test_a_stage_that_no_sample_reaches_is_named() -> None:
     """Catches a traceback where only text was given: the vision tower cannot be calibrated."""
     model = tiny.float_model()
     with (
-        model.ready_outside(model.checkpoint.tensor),
+        model.non_stage_weights(model.checkpoint.tensor),
         SequentialForward(model, [tiny.made_up()]) as lockstep,
         pytest.raises(UserError, match=r"no calibration sample reaches visual\.blocks\.0"),
     ):

@@ -43,7 +43,7 @@ def test_stages_are_blocks_merger_and_layers_in_running_order() -> None:
     """Catches a stage that is overlooked, invented, misnamed or out of order."""
     model = tiny.float_model()
     assert list(model.stages) == tiny.STAGES
-    assert [model.reads_text(stage) for stage in model.stages.values()] == [False] * 5 + [True] * 4
+    assert [model.is_language(stage) for stage in model.stages.values()] == [False] * 5 + [True] * 4
     assert [model.name(stage) for stage in model.stages.values()] == tiny.STAGES
 
 
@@ -53,7 +53,7 @@ def test_every_checkpoint_tensor_has_its_parameter() -> None:
     model = tiny.float_model()
     parameters = model.parameters(model.module)
     assert sorted(parameters) == model.checkpoint.names
-    assert model.outside() == OUTSIDE
+    assert model.non_stage_parameters() == OUTSIDE
 
 
 class Other(nn.Module):
@@ -85,17 +85,17 @@ def test_fill_and_empty() -> None:
     stage = model.stages["model.layers.1"]
     stored = load_file(tiny.TINY / "model.safetensors")
     cast = {name: tensor.to(torch.bfloat16) for name, tensor in stored.items()}
-    model.fill(stage, lambda name: cast[name])
+    model.materialize(stage, lambda name: cast[name])
     filled = model.parameters(stage)
     assert len(filled) == 12
     for name, parameter in filled.items():
         assert parameter.dtype == torch.float32 and not parameter.requires_grad
         assert torch.equal(parameter, cast[name].float())
-    model.fill(stage, lambda name: stored[name])
+    model.materialize(stage, lambda name: stored[name])
     model.parameters(stage)["model.layers.1.mlp.up_proj.weight"].zero_()
     assert stored["model.layers.1.mlp.up_proj.weight"].any(), "the source was written to"
     assert {parameter.device.type for parameter in model.module.parameters()} == {"cpu", "meta"}
-    model.empty(stage)
+    model.to_meta(stage)
     assert {parameter.device.type for parameter in model.module.parameters()} == {"meta"}
     assert {p.dtype for p in stage.parameters()} == {torch.float32}
 
@@ -111,7 +111,7 @@ def test_ready_outside_reads_what_runs_and_nothing_more(head: bool) -> None:
         return model.checkpoint.tensor(name)
 
     ids = torch.tensor([[3, 60, 3]])
-    with model.ready_outside(note, head=head):
+    with model.non_stage_weights(note, head=head):
         wanted = [name for name in OUTSIDE if "embed_tokens" not in name and (head or "lm_head" not in name)]
         assert sorted(read) == wanted
         real = {name for name, parameter in model.parameters(model.module).items() if not parameter.is_meta}
@@ -132,7 +132,7 @@ def test_ready_outside_leaves_nothing_after_an_error() -> None:
             raise OSError("disk")
         return model.checkpoint.tensor(name)
 
-    with pytest.raises(OSError, match="disk"), model.ready_outside(fail):
+    with pytest.raises(OSError, match="disk"), model.non_stage_weights(fail):
         pass
     assert {parameter.device.type for parameter in model.module.parameters()} == {"meta"}
 
@@ -144,9 +144,9 @@ def test_a_tied_head_is_not_expected_in_the_checkpoint(tmp_path: Path) -> None:
         tmp_path, tensors=lambda t: t.pop("lm_head.weight"), config=lambda c: c.update(tie_word_embeddings=True)
     )
     model = tiny.float_model(folder)
-    assert model.tied and "lm_head.weight" not in model.outside()
+    assert model.tied and "lm_head.weight" not in model.non_stage_parameters()
     table = model.checkpoint.tensor("model.embed_tokens.weight")
-    with model.ready_outside(model.checkpoint.tensor, head=True):
+    with model.non_stage_weights(model.checkpoint.tensor, head=True):
         head = model.module.get_output_embeddings()
         assert torch.equal(head.weight, table)
 

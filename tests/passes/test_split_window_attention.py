@@ -260,7 +260,11 @@ def test_stand_ins_are_gone_with_the_stage() -> None:
     model = tiny.float_model()
     before = dict(model.module.named_modules())
     read = model.checkpoint.tensor
-    with torch.no_grad(), model.ready_outside(read), SequentialForward(model, [tiny.made_up((8, 8))]) as lockstep:
+    with (
+        torch.no_grad(),
+        model.non_stage_weights(read),
+        SequentialForward(model, [tiny.made_up((8, 8))]) as lockstep,
+    ):
         for stop in lockstep:
             with materialized_stage(model, stop, torch.bfloat16, read) as stage:
                 SplitWindowAttention().run(stage)

@@ -14,7 +14,7 @@ from tests.support.tiny import TINY
 from tools.demo import tiny_task
 from vlqc.cli.commands import app
 from vlqc.cli.pass_listing import describe_passes
-from vlqc.emit.resume.fingerprint import sources_of
+from vlqc.emit.resume.fingerprint import source_digests
 from vlqc.errors import InternalError, UserError
 from vlqc.pipeline.manager import PassManager
 from vlqc.pipeline.ordering import check_order
@@ -207,10 +207,10 @@ def test_entry_points_that_cannot_be_used(folder: Path, monkeypatch: pytest.Monk
 def test_sources_are_facts_of_a_run(folder: Path) -> None:
     """Catches a run that goes on with other code than it began with."""
     passes = [type(step) for step in parse_pipeline("insert-observers,third_party:Good")]
-    before = sources_of(passes)
+    before = source_digests(passes)
     assert list(before) == ["source of third_party"]
     (folder / "third_party.py").write_text(PASSES + "\n")
-    assert sources_of(passes) != before
+    assert source_digests(passes) != before
 
 
 def test_no_file_names_code(folder: Path, tmp_path: Path) -> None:

@@ -96,8 +96,8 @@ def test_memory_that_is_not_allowed(
 ) -> None:
     """Catches a plan that is silent about what the run refuses at once, or notes."""
     given = {"model_path": TINY, "save_directory": tmp_path / "out", "samples": samples}
-    monkeypatch.setattr("vlqc.frontend.memory._available", lambda: 1)
-    assert any("GiB are free" in note for note in plan_compilation(**given).notes)
+    monkeypatch.setattr("vlqc.frontend.memory._available_memory", lambda: 1)
+    assert any("--memory_budget" in note for note in plan_compilation(**given).notes)
     monkeypatch.setattr("resource.getrlimit", lambda kind: (1 << 20, 1 << 20))
-    with pytest.raises(UserError, match="not enough memory is allowed"):
+    with pytest.raises(UserError, match="ulimit -v"):
         plan_compilation(**given)

@@ -65,7 +65,7 @@ def plain_logits(sample: dict[str, Tensor], model: nn.Module | None = None) -> T
 
 def float_model(folder: Path = TINY) -> StreamedModel:
     """A new model without weights."""
-    return StreamedModel.of(Checkpoint(folder))
+    return StreamedModel.open(Checkpoint(folder))
 
 
 def made_up(*grids: tuple[int, int], words: int = 6, seed: int = 0) -> dict[str, Tensor]:
@@ -104,10 +104,10 @@ def mixed_samples() -> list[dict[str, Tensor]]:
 
 def answer(model: StreamedModel, stop: Stop) -> None:
     """What a compiler that changes nothing answers: the float stage's outputs, its weights in memory only now."""
-    model.fill(stop.module, model.checkpoint.tensor)
+    model.materialize(stop.module, model.checkpoint.tensor)
     with torch.no_grad():
         stop.outputs = [stop.module(*call.args, **call.kwargs) for call in stop.calls]
-    model.empty(stop.module)
+    model.to_meta(stop.module)
 
 
 @dataclass(frozen=True)
@@ -126,9 +126,13 @@ def lived() -> dict[str, Lived]:
     """Every stage of the tiny model by name, as the sample with the larger picture met it. Not to be changed."""
     model, stages = float_model(), {}
     read = model.checkpoint.tensor
-    with torch.no_grad(), model.ready_outside(read), SequentialForward(model, [mixed_samples()[3]]) as lockstep:
+    with (
+        torch.no_grad(),
+        model.non_stage_weights(read),
+        SequentialForward(model, [mixed_samples()[3]]) as lockstep,
+    ):
         for stop in lockstep:
-            model.fill(stop.module, read)
+            model.materialize(stop.module, read)
             (call,) = stop.calls
             stop.outputs = [stop.module(*call.args, **call.kwargs)]
             stages[stop.name] = Lived(stop.name, stop.module, call, stop.outputs[0], model.path(stop.module))

@@ -119,7 +119,7 @@ def real_stages(*samples: dict[str, Tensor]) -> Iterator[Iterator[Stage]]:
                 yield stage
                 stop.outputs = stage.outputs
 
-    with torch.no_grad(), model.ready_outside(read), SequentialForward(model, samples) as lockstep:
+    with torch.no_grad(), model.non_stage_weights(read), SequentialForward(model, samples) as lockstep:
         yield stages(lockstep)
 
 

@@ -31,7 +31,7 @@ def test_the_folder_is_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     case = Case.of("7B", layers=2)
     size = make(tmp_path, case)
     checkpoint = Checkpoint(tmp_path)
-    model = StreamedModel.of(checkpoint)
+    model = StreamedModel.open(checkpoint)
     assert not model.unknown_tensors() and len(list(tmp_path.glob("*.safetensors"))) > 2
     assert [name for name in model.stages if name.startswith("model")] == ["model.layers.0", "model.layers.1"]
     assert size == checkpoint_bytes(case) == sum(checkpoint.tensor(name).nbytes for name in checkpoint.names)

@@ -105,7 +105,7 @@ def watch_compiler(phases: Phases) -> None:
     from vlqc.pipeline.registry import load_pass
     from vlqc.reporting.html.collector import StageMetrics
 
-    phases.watch(StreamedModel, "fill", "reading")
+    phases.watch(StreamedModel, "materialize", "reading")
     phases.watch(Checkpoint, "rows", "reading")
     phases.watch(Checkpoint, "tensor", "reading")
     phases.watch(SequentialForward, "_resume", "glue")
@@ -131,7 +131,7 @@ def watch_compiler(phases: Phases) -> None:
         phases.watch(FolderEmitter, step, "writing")
     phases.watch(vlqc.compiler, "require_valid", "verifying")
     phases.watch(vlqc.emit.atomic_folder.WorkFolder, "publish", "publishing")
-    phases.watch(Journal, "finished", "journal")
+    phases.watch(Journal, "record_stage", "journal")
     phases.watch(StageMetrics, "traced", "report")
     phases.watch(StageMetrics, "finished", "report")
 

@@ -122,7 +122,7 @@ def compile_command(
         from vlqc.reporting.plan import plan_compilation
 
         planned = plan_compilation(**options)
-        if not current_process_group().first:
+        if not current_process_group().is_rank0:
             return
         answer.give(planned.to_dict(), planned.render)
         return
@@ -135,7 +135,7 @@ def compile_command(
         result = compile(progress=progress, **options)
     finally:
         progress.finish()
-    if current_process_group().first:
+    if current_process_group().is_rank0:
         answer.give(result.to_dict(), result.render)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from vlqc.emit import kept_bytes, waiting_bytes
 from vlqc.emit.stage_tensors import emitted_dtype, header_bytes
 from vlqc.families.qwen2_5_vl import fused_group
-from vlqc.frontend.memory import spilled_bytes
+from vlqc.frontend.memory import offloaded_bytes
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.stage import Site
 from vlqc.options.options import Options
@@ -26,7 +26,7 @@ def needed_room(
     result = output_bytes(model, predict_schemes(model, passes), packed=not options.mindie_layout)
     if options.fallback == "auto":
         result = max(result, waiting_bytes(model))
-    return result + kept_bytes(model, samples) + spilled_bytes(model, samples, options.memory_budget)
+    return result + kept_bytes(model, samples) + offloaded_bytes(model, samples, options.memory_budget)
 
 
 def predict_schemes(model: StreamedModel, passes: Sequence[Pass]) -> dict[str, Site]:

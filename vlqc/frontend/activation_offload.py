@@ -1,7 +1,7 @@
-"""What the samples hold between two stages, within a bound of memory: what is beyond lies in files and is mapped.
+"""Keeps activations between stages within a memory budget; the rest is moved to memory-mapped files.
 
-The suspended forwards hold their tensors in local variables of the model's own code, out of reach. So a tensor is not
-replaced: its values move, under the same object, and whoever holds it reads them from the file when they are wanted.
+The suspended forwards hold their tensors in local variables of the model's code, which cannot be replaced. So the
+tensor object stays and only its data is moved: every reference then reads from the file.
 """
 
 import mmap
@@ -13,61 +13,62 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_leaves
 
 GIB = 1 << 30
-SMALLEST = 1 << 16  # bytes: smaller tensors are not worth a file
+MIN_BYTES = 1 << 16  # smaller tensors stay in memory
 
 
 class ActivationOffload:
-    """Counts tensors while they live, and moves into files those that would exceed the budget.
+    """Tracks live CPU tensors and moves those that exceed the budget into files.
 
-    folder: on the disk that is to hold them; files have no name there, so that nothing is left whatever happens;
-    budget: GiB of tensors on the CPU that may stay in memory, None for all.
+    folder: where the files are created. They are unlinked at once, so nothing is left after a crash.
+    budget: GiB of CPU tensors that may stay in memory; None for no limit.
+    resident, offloaded: bytes of live tracked tensors in memory, and bytes moved to files so far.
     """
 
     def __init__(self, folder: Path, budget: float | None) -> None:
         self.folder = folder
-        self.most = None if budget is None else int(budget * GIB)
-        self.resident = self.spilled = 0
-        self._known: dict[int, tuple[weakref.ref[Tensor], mmap.mmap | None]] = {}
+        self.max_resident = None if budget is None else int(budget * GIB)
+        self.resident = self.offloaded = 0
+        self._tracked: dict[int, tuple[weakref.ref[Tensor], mmap.mmap | None]] = {}
 
-    def settle(self, *held: Any) -> None:
-        """To be called when nobody works with these tensors for a while; they may be anywhere in tuples and dicts.
+    def offload(self, *values: Any) -> None:
+        """Tracks the tensors in nested values that are not used for a while, and moves data beyond the budget to disk.
 
-        OSError if the disk is full.
+        Raises OSError if the disk is full.
         """
-        if self.most is None:
+        if self.max_resident is None:
             return
-        for tensor in tree_flatten(held)[0]:
-            if isinstance(tensor, Tensor) and tensor.device.type == "cpu" and tensor.nbytes >= SMALLEST:
-                if id(tensor) not in self._known:
-                    self._admit(tensor, self.most)
-                mapped = self._known[id(tensor)][1]
-                if mapped is not None:
-                    mapped.madvise(mmap.MADV_DONTNEED)  # out of this process: the values stay in the file
+        for tensor in tree_leaves(values):
+            if isinstance(tensor, Tensor) and tensor.device.type == "cpu" and tensor.nbytes >= MIN_BYTES:
+                if id(tensor) not in self._tracked:
+                    self._track(tensor, self.max_resident)
+                mapping = self._tracked[id(tensor)][1]
+                if mapping is not None:
+                    mapping.madvise(mmap.MADV_DONTNEED)  # drops the pages; the file keeps the data
 
-    def _admit(self, tensor: Tensor, most: int) -> None:
+    def _track(self, tensor: Tensor, max_resident: int) -> None:
         key, size = id(tensor), tensor.nbytes
-        mapped = None
-        if self.resident + size > most:
-            mapped = self._mapping(size)
-            there = torch.frombuffer(mapped, dtype=tensor.dtype).view(tensor.shape)
-            there.copy_(tensor.detach())
-            tensor.data = there
-            self.spilled += size
+        mapping = None
+        if self.resident + size > max_resident:
+            mapping = self._map_file(size)
+            data = torch.frombuffer(mapping, dtype=tensor.dtype).view(tensor.shape)
+            data.copy_(tensor.detach())
+            tensor.data = data
+            self.offloaded += size
         else:
             self.resident += size
 
-        def forget(_: object) -> None:
-            self._known.pop(key, None)
-            if mapped is None:
+        def untrack(_: object) -> None:
+            self._tracked.pop(key, None)
+            if mapping is None:
                 self.resident -= size
 
-        self._known[key] = weakref.ref(tensor, forget), mapped
+        self._tracked[key] = weakref.ref(tensor, untrack), mapping
 
-    def _mapping(self, size: int) -> mmap.mmap:
-        """Zeros in a file without a name, whose room on the disk is certain."""
+    def _map_file(self, size: int) -> mmap.mmap:
+        """A mapping of an unnamed file. Its blocks are allocated, because a write to a full disk would raise SIGBUS."""
         with tempfile.TemporaryFile(dir=self.folder, buffering=0) as file:
             os.posix_fallocate(file.fileno(), 0, size)
             return mmap.mmap(file.fileno(), size)

@@ -29,7 +29,7 @@ class ProcessGroup:
     size = 1
 
     @property
-    def first(self) -> bool:
+    def is_rank0(self) -> bool:
         """Whether this is the process that reports and writes."""
         return self.rank == 0
 
@@ -44,13 +44,13 @@ class ProcessGroup:
 
     def broadcast_from_rank0(self, make: Callable[[], T]) -> T:
         """What the first process makes."""
-        return self.broadcast(0, make() if self.first else None)
+        return self.broadcast(0, make() if self.is_rank0 else None)
 
     def rank0_first(self, make: Callable[[], T]) -> T:
         """What each process makes for itself, the others once the first one has: it may fill a cache that all use."""
-        made = make() if self.first else None
+        made = make() if self.is_rank0 else None
         self.broadcast(0, None)
-        return made if self.first else make()  # type: ignore[return-value]
+        return made if self.is_rank0 else make()  # type: ignore[return-value]
 
     def scatter(self, groups: Sequence[Sequence[T]]) -> tuple[int, list[T]]:
         """The first process's items, shared out in their order: (number of the first one here, those that are here).
@@ -61,7 +61,7 @@ class ProcessGroup:
         share, here = share_of(len(sizes), self.rank, self.size), []
         for number, size in enumerate(sizes):
             for place in range(size):
-                item = self.broadcast(0, groups[number][place] if self.first else None)
+                item = self.broadcast(0, groups[number][place] if self.is_rank0 else None)
                 if number in share:
                     here.append(item)
         return sum(sizes[: share.start]), here

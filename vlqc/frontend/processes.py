@@ -25,7 +25,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from vlqc.errors import Fault, InternalError, UserError, VlqcError, third_party_notes
 from vlqc.frontend.distributed import ProcessGroup
-from vlqc.ir.tensor_layout import bytes_of, laid_out, offset_of
+from vlqc.ir.serialization import aligned_offset, empty_strided, raw_bytes
 
 T = TypeVar("T")
 
@@ -105,7 +105,7 @@ class TorchProcessGroup(ProcessGroup):
         try:
             return int(self._store.add("told", 1)) == 1
         except RuntimeError:  # torchrun itself is gone
-            return self._speaker == self.rank or self.first
+            return self._speaker == self.rank or self.is_rank0
 
     def stop(self, *signal: object) -> None:
         """What SIGTERM does: an error, once. A process that is on its way out already has to clean up undisturbed."""
@@ -177,8 +177,8 @@ class _Packed:
     def _set_aside(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return None
-        self.tensors.append(bytes_of(value))
-        layout = tuple(value.shape), value.stride(), offset_of(value)
+        self.tensors.append(raw_bytes(value))
+        layout = tuple(value.shape), value.stride(), aligned_offset(value)
         return str(value.dtype).removeprefix("torch."), *layout, value.device.type != "cpu"
 
 
@@ -197,7 +197,7 @@ class _Received:
     def _make(self, layout: Any) -> Tensor:
         dtype, shape, stride, offset, on_device = layout
         device = self._device if on_device else None
-        tensor, content = laid_out(getattr(torch, dtype), shape, stride, offset, device)
+        tensor, content = empty_strided(getattr(torch, dtype), shape, stride, offset, device)
         self.tensors.append(content)
         return tensor
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from vlqc.emit.resume.stage_outputs import placeholder
 from vlqc.errors import Fault, InternalError, UserError, VlqcError
 from vlqc.frontend.calibration.probe import PROBE
 from vlqc.frontend.calibration.samples import same_pictures
-from vlqc.frontend.memory import ran_out
+from vlqc.frontend.memory import is_out_of_memory
 from vlqc.frontend.streamed_model import StreamedModel
+from vlqc.ir.serialization import placeholder
 from vlqc.ir.stage import Call
 
 
@@ -178,13 +178,13 @@ class SequentialForward:
 
     def _asked(self, number: int, stage: nn.Module) -> int:
         """Which sample runs through a stage for this one: itself, or in the vision tower who looks at its pictures."""
-        return number if self.model.reads_text(stage) else self._looker[number]
+        return number if self.model.is_language(stage) else self._looker[number]
 
     def _call(self, number: int, stage: nn.Module) -> Call:
         one = self._suspended[number]
         if self.known.stages:
             self._require_known(self.model.name(stage), one)
-        return Call(self.numbers[number], one.args, one.kwargs, one.modality if self.model.reads_text(stage) else None)
+        return Call(self.numbers[number], one.args, one.kwargs, one.modality if self.model.is_language(stage) else None)
 
     @staticmethod
     def _require_known(stage: str, suspended: _Suspended) -> None:
@@ -204,7 +204,7 @@ class SequentialForward:
             except VlqcError:
                 raise
             except Exception as error:  # the model's own code between stages, which a config can break in any way
-                if ran_out(error):
+                if is_out_of_memory(error):
                     raise
                 why = f"{type(error).__name__}: {error}"
                 fix = "look at config.json and at the sample"

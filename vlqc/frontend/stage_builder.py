@@ -42,8 +42,8 @@ def materialized_stage(
     before = [(module, dict(module._modules), dict(module._parameters)) for module in stop.module.modules()]
     stage = None
     try:
-        model.fill(stop.module, read)
-        model.read_ahead(stop.name)
+        model.materialize(stop.module, read)
+        model.prefetch_after(stop.name)
         graph = record(stop.module, probe, stop.name)
         stage = Stage(
             name=stop.name,
@@ -67,7 +67,7 @@ def materialized_stage(
             module._modules.update(modules)
             module._parameters.clear()
             module._parameters.update(parameters)
-        model.empty(stop.module)
+        model.to_meta(stop.module)
 
 
 def _forget(stage: Stage) -> None:

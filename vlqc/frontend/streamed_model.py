@@ -14,7 +14,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from vlqc.errors import Fault, UserError
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint, original_name
-from vlqc.frontend.process_memory import return_memory
+from vlqc.ir.memory import release_unused_memory
 
 LAYER = re.compile(r"((?:model\.layers|visual\.blocks)\.\d+)\.")
 
@@ -124,7 +124,7 @@ class StreamedModel:
         checkpoint.expect((name, tuple(parameter.shape)) for name, parameter in self.parameters(module).items())
 
     @classmethod
-    def of(
+    def open(
         cls, checkpoint: Checkpoint, *, trust_remote_code: bool = False, device: torch.device = CPU
     ) -> "StreamedModel":
         """The model that a checkpoint's config.json describes. UserError if its tensors do not fit."""
@@ -150,7 +150,7 @@ class StreamedModel:
         """Name of a module in the module tree."""
         return self._path[module]
 
-    def reads_text(self, stage: nn.Module) -> bool:
+    def is_language(self, stage: nn.Module) -> bool:
         """Whether the rows of a stage are the tokens of the prompt (and not picture patches)."""
         return stage in self._language
 
@@ -177,7 +177,7 @@ class StreamedModel:
             raise UserError(Fault(what, str(self.checkpoint.folder), "a model cut short has other outputs", fix))
         return unknown
 
-    def outside(self) -> list[str]:
+    def non_stage_parameters(self) -> list[str]:
         """Checkpoint names of all parameters that belong to no stage, sorted."""
         inside = {name for stage in self.stages.values() for name in self.parameters(stage)}
         return sorted(set(self.parameters(self.module)) - inside)
@@ -186,26 +186,26 @@ class StreamedModel:
         """Path in the stage -> Linear."""
         return {path: child for path, child in stage.named_modules() if isinstance(child, nn.Linear)}
 
-    def fill(self, module: nn.Module, read: Callable[[str], Tensor]) -> None:
+    def materialize(self, module: nn.Module, read: Callable[[str], Tensor]) -> None:
         """Gives every parameter below `module` its real values, float32, in memory of its own."""
         for name, parameter in list(module.named_parameters()):
             value = read(self.canonical(f"{self._path[module]}.{name}"))
             _replace(module, name, value.to(self.device, torch.float32, copy=True).reshape(parameter.shape))
 
-    def read_ahead(self, name: str) -> None:
+    def prefetch_after(self, name: str) -> None:
         """Brings the weights behind a stage from the disk, in the background: those of the next one, or the rest."""
         names = list(self.stages)
         behind = names[names.index(name) + 1 :]
-        self.checkpoint.read_ahead(self.parameters(self.stages[behind[0]]) if behind else self.outside())
+        self.checkpoint.read_ahead(self.parameters(self.stages[behind[0]]) if behind else self.non_stage_parameters())
 
-    def empty(self, module: nn.Module) -> None:
+    def to_meta(self, module: nn.Module) -> None:
         """Forgets the values below `module`: its parameters and buffers that were put there go back to meta."""
         for name, parameter in list(module.named_parameters()):
             _replace(module, name, torch.empty_like(parameter, device="meta"))
-        return_memory()
+        release_unused_memory()
 
     @contextmanager
-    def ready_outside(self, read: Callable[[str], Tensor], *, head: bool = False) -> Iterator[None]:
+    def non_stage_weights(self, read: Callable[[str], Tensor], *, head: bool = False) -> Iterator[None]:
         """Inside, what lies outside the stages can run: embedding rows come from the file, the rest is filled.
 
         The output head is left on meta unless `head`: without a loss to compute nothing reads it.
@@ -223,12 +223,12 @@ class StreamedModel:
         try:
             for child in filled:
                 tied_head = child is self._head and self.tied
-                self.fill(child, (lambda _: read(embedding_name)) if tied_head else read)
+                self.materialize(child, (lambda _: read(embedding_name)) if tied_head else read)
             yield
         finally:
             self.embedding.forward = forward
             for child in filled:
-                self.empty(child)
+                self.to_meta(child)
 
     def inputs(self, sample: dict[str, Tensor]) -> dict[str, Any]:
         """The keyword arguments of the model's forward for one sample, in any transformers version."""

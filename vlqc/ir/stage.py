@@ -15,10 +15,10 @@ from torch import Tensor, fx, nn
 
 from vlqc.errors import Fault, UserError
 from vlqc.frontend.distributed import ProcessGroup
-from vlqc.frontend.process_memory import return_memory
 from vlqc.ir.attention import FusedAttention
 from vlqc.ir.bfloat16_linears import bfloat16_linears
 from vlqc.ir.bfloat16_linears import exact_bfloat16 as exact_bfloat16
+from vlqc.ir.memory import release_unused_memory
 from vlqc.ir.observation import FAINT as FAINT
 from vlqc.ir.observation import MODALITIES as MODALITIES
 from vlqc.ir.observation import ChannelRange as ChannelRange
@@ -238,12 +238,12 @@ class Stage:
                 with watching(self.live, watch or {}, call), FusedAttention():
                     self.outputs.append(self.live(*call.args, **call.kwargs))
                 self.settle(call.args, call.kwargs, self.outputs[-1])
-                return_memory()
+                release_unused_memory()
                 self.on_sample(done + 1)
             if self.extra is not None:
                 with FusedAttention():
                     self.probe_outputs = [self.live(*self.extra.args, **self.extra.kwargs)]
-        return_memory()
+        release_unused_memory()
 
     def answers(self) -> list[Any]:
         """What all that stand before the stage are to go on with: the outputs, behind them that of an extra probe."""

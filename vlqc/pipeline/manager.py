@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from vlqc.errors import InternalError, VlqcError, third_party_fix
-from vlqc.frontend.process_memory import return_memory
+from vlqc.ir.memory import release_unused_memory
 from vlqc.ir.printer import print_stage
 from vlqc.ir.stage import TOLERANCE, Stage, difference
 from vlqc.ir.tensor_cache import Mark
@@ -47,7 +47,7 @@ class PassManager:
                 known = self._hold_to_word(stage, step, changed, known)
                 _hold_to_output(stage, step, promised)
             self.after(stage, number, step)
-            return_memory()
+            release_unused_memory()
 
     def _evidence(self, stage: Stage, trusted: "_Evidence | None" = None) -> "_Evidence":
         """trusted: of before an analysis: tensors that PyTorch knows to be untouched since keep their digests."""

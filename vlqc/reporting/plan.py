@@ -22,8 +22,7 @@ from vlqc.formatting import format_bytes, format_duration, pluralize
 from vlqc.frontend.calibration.dataset import calibrate_on
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.device import resolve_device
-from vlqc.frontend.memory import needed_memory, require_memory
-from vlqc.frontend.process_memory import peak_memory
+from vlqc.frontend.memory import check_memory, estimate_memory, peak_memory
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.stage import Site
 from vlqc.options.options import Options
@@ -103,12 +102,12 @@ def plan_compilation(*, samples: Sequence[dict[str, Tensor]] | None = None, **us
     passes = build_pipeline(options)
     resolve_device(options.device_type)
     checkpoint = Checkpoint(options.model_path)
-    model = StreamedModel.of(checkpoint, trust_remote_code=options.trust_remote_code)
+    model = StreamedModel.open(checkpoint, trust_remote_code=options.trust_remote_code)
     check_layers(model, options)
     calibration = calibrate_on(samples, options, model.module)
-    memory = needed_memory(model, calibration.samples, options.memory_budget)
+    memory = estimate_memory(model, calibration.samples, options.memory_budget)
     memory_notes: list[str] = []
-    require_memory(memory, model.checkpoint.files, memory_notes.extend)
+    check_memory(memory, model.checkpoint.files, memory_notes.append)
     tokens = sum(sample["input_ids"].numel() for sample in calibration.samples)
     patches = sum(len(sample["pixel_values"]) for sample in calibration.samples if "pixel_values" in sample)
     sites = predict_schemes(model, passes)
@@ -151,7 +150,7 @@ def estimate_seconds(model: StreamedModel, sites: dict[str, Site], tokens: int, 
     """
     forward_flops = rounding_flops = 0.0
     for name, stage in model.stages.items():
-        rows = tokens if model.reads_text(stage) else patches // (4 if model_part(f"{name}.") == "merger" else 1)
+        rows = tokens if model.is_language(stage) else patches // (4 if model_part(f"{name}.") == "merger" else 1)
         forward_flops += 2.0 * rows * sum(tensor.numel() for tensor in model.parameters(stage).values())
     for site in sites.values():
         if site.scheme not in (None, Scheme.FLOAT):

@@ -19,7 +19,7 @@ from vlqc.file_digest import file_digest
 from vlqc.formatting import format_bytes, format_duration
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.distributed import current_process_group
-from vlqc.frontend.process_memory import peak_memory
+from vlqc.frontend.memory import peak_memory
 from vlqc.ir.stage import Stage
 from vlqc.options.options import Options
 from vlqc.pipeline.pass_api import Pass
@@ -125,7 +125,7 @@ class CompilationSummary:
         self.notes: list[str] = []
         self._run_notes: set[str] = set()
         self.search_result: Plan | None = None
-        self.metrics = StageMetrics(active=current_process_group().first)
+        self.metrics = StageMetrics(active=current_process_group().is_rank0)
         self._started = time.perf_counter()
         self.add_notes(target_warnings(options, checkpoint.dtype))
 
@@ -154,7 +154,9 @@ class CompilationSummary:
         return {"counts": counts, "notes": notes, "stage": self.metrics.last_stage()}
 
     def restore(self, states: Sequence[dict[str, Any]]) -> None:
-        """Continues from the `state` of an interrupted run after each of its stages."""
+        """Continues from the `state` of an interrupted run after each of its stages; nothing to do without any."""
+        if not states:
+            return
         self.counts = {(part, scheme): count for part, scheme, count in states[-1]["counts"]}
         self.add_notes(states[-1]["notes"])
         self.metrics.restore([state["stage"] for state in states])

@@ -71,7 +71,7 @@ def check_accuracy(
     samples: as for `vlqc.compile`; calib_images is read when they are None.
     """
     checkpoint = Checkpoint(model_path)
-    model = StreamedModel.of(checkpoint, trust_remote_code=trust_remote_code)
+    model = StreamedModel.open(checkpoint, trust_remote_code=trust_remote_code)
     if samples is None:
         if calib_images is None:
             raise ValueError("either calib_images or samples must be given")
@@ -84,7 +84,7 @@ def check_accuracy(
             result.add_fault(STAGES, fault.where, f"the folder cannot be run: {fault.what}", fault.why)
         return
     stages: list[dict[str, Any]] = []
-    with model.ready_outside(checkpoint.tensor, head=True):
+    with model.non_stage_weights(checkpoint.tensor, head=True):
         with (
             logits_are_hidden(model.module),
             logits_are_hidden(quantized),
@@ -104,7 +104,7 @@ def _run_stage(model: StreamedModel, stop: Stop, quantized: nn.Module) -> tuple[
     and of what it adds to its input (empty where it changes the shape)."""
     other = quantized.get_submodule(model.path(stop.module))
     output, change = Noise(), Noise()
-    model.fill(stop.module, model.checkpoint.tensor)
+    model.materialize(stop.module, model.checkpoint.tensor)
     for call in stop.calls:
         stop.outputs.append(stop.module(*call.args, **call.kwargs))
         entry = first_tensor((*call.args, *call.kwargs.values()))
@@ -113,7 +113,7 @@ def _run_stage(model: StreamedModel, stop: Stop, quantized: nn.Module) -> tuple[
         output.add(reference, result)
         if entry.shape == reference.shape:
             change.add(reference - entry, result - entry)
-    model.empty(stop.module)
+    model.to_meta(stop.module)
     return output, change
 
 

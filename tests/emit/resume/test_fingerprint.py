@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from vlqc.emit.resume.fingerprint import differences, sources_of
+from vlqc.emit.resume import fingerprint
+from vlqc.emit.resume.fingerprint import differences, source_digests
 from vlqc.pipeline.registry import load_pass
 
 HELPED = """
@@ -72,16 +73,16 @@ def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_every_file_that_counts(code: Path, module: str, counted: set[str]) -> None:
     """Catches a helper that may change between two halves of a result, and a library that may not for no reason."""
     kind = load_pass(f"{module}:Helped")
-    before = sources_of([kind])
+    before = source_digests([kind])
     assert set(before) == {f"source of {name}" for name in counted}
     changed = set()
     for name in FILES:
         path = code / name
         path.write_text(path.read_text() + "\n")
-        found = differences(before, sources_of([kind]))
+        found = differences(before, source_digests([kind]))
         changed |= {each.partition(":")[0] for each in found}
         path.write_text(path.read_text()[:-1])
-        assert len(found) <= 1 and sources_of([kind]) == before
+        assert len(found) <= 1 and source_digests([kind]) == before
     assert changed == set(before)
 
 
@@ -91,6 +92,17 @@ def test_the_script_itself_may_change(code: Path, monkeypatch: pytest.MonkeyPatc
     kind = load_pass("helped:Helped")
     monkeypatch.delitem(sys.modules, "unasked")
     monkeypatch.setitem(sys.modules, "__main__", script)
-    before = sources_of([kind])
+    before = source_digests([kind])
     (code / "work" / "unasked.py").write_text("resume = True\n")
-    assert sources_of([kind]) == before
+    assert source_digests([kind]) == before
+
+
+def test_own_sources_are_all_in_the_digest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a run that is resumed with other code of vlqc, because the digest leaves out some of its folders."""
+    files: list[Path] = []
+    monkeypatch.setattr(fingerprint, "file_digest", lambda path: files.append(path) or "")
+    fingerprint._vlqc_sources.__wrapped__()
+    root = Path(fingerprint.__file__).parents[2]
+    names = {path.relative_to(root).as_posix() for path in files}
+    expected = {"compiler.py", "emit/resume/journal.py", "passes/smooth_m2.py", "kernels_ref/matmul.py"}
+    assert expected | {"passes/algorithms/gptq.py"} <= names and len(names) == len(files)

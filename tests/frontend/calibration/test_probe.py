@@ -94,7 +94,7 @@ def test_every_stage_is_proven_on_it() -> None:
         seen.append((stage.name, len(stage.probe_rows())))
 
     with (
-        model.ready_outside(model.checkpoint.tensor),
+        model.non_stage_weights(model.checkpoint.tensor),
         SequentialForward(model, samples, first=7, probe=probe) as lockstep,
     ):
         for stop in lockstep:

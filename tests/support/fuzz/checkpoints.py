@@ -174,7 +174,7 @@ def check_config(case: Any, folder: Path) -> bool:
         shutil.copy(TINY / "model.safetensors", folder)
     (folder / "config.json").write_bytes(as_json(case))
     checkpoint = Checkpoint(folder)
-    model = StreamedModel.of(checkpoint)
+    model = StreamedModel.open(checkpoint)
     found: Any = model.module.config
     text = getattr(found, "text_config", found)
     for name in IDS:

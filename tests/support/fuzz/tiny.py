@@ -13,4 +13,4 @@ TINY = Path(__file__).parents[3] / "tools" / "demo" / "tiny_vl"
 
 @cache
 def tiny_module() -> nn.Module:
-    return StreamedModel.of(Checkpoint(TINY)).module
+    return StreamedModel.open(Checkpoint(TINY)).module

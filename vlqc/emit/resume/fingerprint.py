@@ -1,6 +1,6 @@
-"""What the bytes of a result depend on, in words: two runs with the same facts write the same result.
+"""Fingerprint of a run: everything that the bytes of the result depend on, as readable key-value pairs.
 
-A run that was interrupted is continued only if all of them are what they were.
+An interrupted run is resumed only if its fingerprint is the same.
 """
 
 import functools
@@ -16,126 +16,130 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+import vlqc
 from vlqc.file_digest import file_digest
 from vlqc.frontend.checkpoint.checkpoint import digest_of
 from vlqc.frontend.checkpoint.header import read_header_bytes
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.options.options import Options, flag_of
 
-Facts = dict[str, str]
-DIGITS = 16  # hexadecimal digits of a hash in a fact
+Fingerprint = dict[str, str]
+HASH_DIGITS = 16  # hexadecimal digits
 PACKAGES = ("torch", "transformers", "safetensors", "numpy")
-# Options that do not change what is written: where from and where to, and how it is run.
-IMMATERIAL = {
+# Options that do not change the emitted bytes.
+IGNORED_OPTIONS = {
     "model_path", "save_directory", "calib_images", "overwrite", "resume", "start_over", "memory_budget", "dump_ir",
     "strict_target", "pipeline", "timings", "dump_stages", "dump_formats", "print_after",
 }  # fmt: skip
-INSTALLED = {"site-packages", "dist-packages"}  # folders of what is no part of the user's own code
-NOTHING = "nothing"
-NAMED = 6  # differences that an error lists
+SITE_PACKAGES = {"site-packages", "dist-packages"}  # folders of installed packages
+MISSING = "missing"
+MAX_DIFFERENCES = 6  # listed in an error message
 
 
 def run_fingerprint(
     options: Options, pipeline: str, model: StreamedModel, samples: Sequence[Mapping[str, Tensor]]
-) -> Facts:
-    """Everything that a result depends on but the values of the weights, which are compared as they are read."""
+) -> Fingerprint:
+    """Fingerprint of a run, without the values of the weights, which are compared when they are read."""
     checkpoint = model.checkpoint
-    facts = {"vlqc": f"{_version('vlqc')}, sources {_sources()}", "python": platform.python_version()}
-    facts |= {package: _version(package) for package in PACKAGES}
-    facts["threads"] = str(torch.get_num_threads())
-    facts["device"] = _device(options.device_type)
-    facts["arithmetic of this machine"] = _arithmetic()
-    for name in sorted(Options.model_fields.keys() - IMMATERIAL):
-        facts[flag_of(name)] = str(getattr(options, name))
-    facts["pipeline"] = pipeline
-    facts["config.json"] = _short(file_digest(checkpoint.folder / "config.json"))
+    fingerprint = {"vlqc": f"{_version('vlqc')}, sources {_vlqc_sources()}", "python": platform.python_version()}
+    fingerprint |= {package: _version(package) for package in PACKAGES}
+    fingerprint["threads"] = str(torch.get_num_threads())
+    fingerprint["device"] = _device(options.device_type)
+    fingerprint["floating-point results"] = _numerics()
+    for name in sorted(Options.model_fields.keys() - IGNORED_OPTIONS):
+        fingerprint[flag_of(name)] = str(getattr(options, name))
+    fingerprint["pipeline"] = pipeline
+    fingerprint["config.json"] = _short(file_digest(checkpoint.folder / "config.json"))
     for file in checkpoint.files:
         header = hashlib.sha256(read_header_bytes(file)).hexdigest()
-        facts[f"weight file {file.name}"] = f"{file.stat().st_size} bytes, header {_short(header)}"
+        fingerprint[f"weight file {file.name}"] = f"{file.stat().st_size} bytes, header {_short(header)}"
     for name in checkpoint.side_files(code=options.trust_remote_code):
-        facts[f"file {name}"] = _short(file_digest(checkpoint.folder / name))
-    facts["calibration samples"] = f"{len(samples)}, {_short(_samples_digest(samples))}"
+        fingerprint[f"file {name}"] = _short(file_digest(checkpoint.folder / name))
+    fingerprint["calibration samples"] = f"{len(samples)}, {_short(_samples_digest(samples))}"
     if samples:
         ids = torch.unique(torch.cat([sample["input_ids"].flatten() for sample in samples]))
         embedding = f"{model.name(model.embedding)}.weight"
-        facts[f"rows of {embedding} for them"] = _short(digest_of(checkpoint.rows(embedding, ids)))
-    return facts
+        fingerprint[f"rows of {embedding} in use"] = _short(digest_of(checkpoint.rows(embedding, ids)))
+    return fingerprint
 
 
-def sources_of(classes: Iterable[type]) -> Facts:
-    """Of classes that do not come with vlqc: digests of the files they and their bases are written in, and of every
-    module loaded from beside or below them, where helpers of theirs lie; of an installed one, of its own package.
+def source_digests(classes: Iterable[type]) -> Fingerprint:
+    """Digests of the source files of classes from outside vlqc, of their bases, and of modules they may import.
+
+    The latter are all loaded modules below the folder of the class's top-level package; for a class from an installed
+    package, the modules of that package.
     """
     files: dict[str, Path] = {}
     for kind in classes:
-        for each in kind.__mro__:
-            files |= _files_of([each.__module__])
-        if _files_of([kind.__module__]):
-            files |= _files_of(_neighbours(kind.__module__))
+        for base in kind.__mro__:
+            files |= _source_files([base.__module__])
+        if _source_files([kind.__module__]):
+            files |= _source_files(_nearby_modules(kind.__module__))
     return {f"source of {name}": _short(file_digest(files[name])) for name in sorted(files)}
 
 
-def _neighbours(name: str) -> Iterator[str]:
-    """Modules that are loaded from the folder in which a module's top package lies, or from below it."""
+def _nearby_modules(name: str) -> Iterator[str]:
+    """Names of loaded modules whose files lie below the folder that contains a module's top-level package."""
     *packages, _ = name.split(".")
-    top, files = name.partition(".")[0], _files_of(sys.modules)
+    top_level, files = name.partition(".")[0], _source_files(sys.modules)
     folder = files[name].parents[files[name].stem == "__init__"]
     while packages and folder.name == packages.pop():
         folder = folder.parent
     for other, file in files.items():
-        if folder not in file.parents or other == "__main__":  # the script that starts a run may start it otherwise
+        if folder not in file.parents or other == "__main__":  # the calling script may differ, as in `resume=True`
             continue
-        within = file.relative_to(folder).parts
-        hidden = any(part.startswith(".") for part in within) or not INSTALLED.isdisjoint(within)
-        if other.partition(".")[0] == top or not (hidden or folder.name in INSTALLED):
+        parts = file.relative_to(folder).parts
+        excluded = any(part.startswith(".") for part in parts) or not SITE_PACKAGES.isdisjoint(parts)
+        if other.partition(".")[0] == top_level or not (excluded or folder.name in SITE_PACKAGES):
             yield other
 
 
-def _files_of(names: Iterable[str]) -> dict[str, Path]:
-    """Modules -> the files they were loaded from, of those that came neither with vlqc nor with Python."""
-    found = {}
+def _source_files(names: Iterable[str]) -> dict[str, Path]:
+    """Module name -> source file, without modules of vlqc and of the standard library."""
+    files = {}
     for name in list(names):
-        file = getattr(sys.modules.get(name), "__dict__", {}).get("__file__")  # some modules make up what they lack
-        foreign = name.partition(".")[0] not in {"vlqc", *sys.stdlib_module_names}
-        if foreign and isinstance(file, str) and os.path.isfile(file):
-            found[name] = Path(os.path.abspath(file))
-    return found
+        # Not getattr: some modules define a __getattr__ that imports on access.
+        file = getattr(sys.modules.get(name), "__dict__", {}).get("__file__")
+        external = name.partition(".")[0] not in {"vlqc", *sys.stdlib_module_names}
+        if external and isinstance(file, str) and os.path.isfile(file):
+            files[name] = Path(os.path.abspath(file))
+    return files
 
 
-def differences(then: Facts, now: Facts) -> list[str]:
-    """Every fact that is not what it was, in words."""
+def differences(before: Fingerprint, now: Fingerprint) -> list[str]:
+    """One line per key whose value differs."""
     return [
-        f"{name}: {then.get(name, NOTHING)} then, {now.get(name, NOTHING)} now"
-        for name in [*then, *(name for name in now if name not in then)]
-        if then.get(name) != now.get(name)
+        f"{key}: {before.get(key, MISSING)} before, {now.get(key, MISSING)} now"
+        for key in [*before, *(key for key in now if key not in before)]
+        if before.get(key) != now.get(key)
     ]
 
 
-def listed(found: Sequence[str]) -> str:
-    """The first few of many differences, in one line."""
-    more = f"; and {len(found) - NAMED} more" if len(found) > NAMED else ""
-    return "; ".join(found[:NAMED]) + more
+def abbreviate(lines: Sequence[str]) -> str:
+    """The first MAX_DIFFERENCES lines in one, and how many more there are."""
+    more = f"; and {len(lines) - MAX_DIFFERENCES} more" if len(lines) > MAX_DIFFERENCES else ""
+    return "; ".join(lines[:MAX_DIFFERENCES]) + more
 
 
 def _samples_digest(samples: Sequence[Mapping[str, Tensor]]) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for sample in samples:
         for key, tensor in sorted(sample.items()):
-            found.update(f"{key} {tensor.dtype} {list(tensor.shape)} {digest_of(tensor)}\n".encode())
-    return found.hexdigest()
+            digest.update(f"{key} {tensor.dtype} {list(tensor.shape)} {digest_of(tensor)}\n".encode())
+    return digest.hexdigest()
 
 
 @functools.cache
-def _sources() -> str:
-    """Of vlqc itself: between two versions with one number, too, nothing may have changed."""
-    here = Path(__file__).parent
-    found = hashlib.sha256()
-    for path in sorted(here.rglob("*.py")):
-        found.update(f"{path.relative_to(here)} {file_digest(path)}\n".encode())
-    for linked in ("passes", "kernels_ref"):  # links are not gone into
-        for path in sorted((here / linked).glob("*.py")):
-            found.update(f"{linked}/{path.name} {file_digest(path)}\n".encode())
-    return _short(found.hexdigest())
+def _vlqc_sources() -> str:
+    """Digest of vlqc's own source files: they may change without a new version number."""
+    root = Path(vlqc.__file__).parent
+    digest = hashlib.sha256()
+    files = set(root.rglob("*.py"))
+    for link in ("passes", "kernels_ref"):  # rglob does not follow links
+        files.update((root / link).rglob("*.py"))
+    for path in sorted(files):
+        digest.update(f"{path.relative_to(root)} {file_digest(path)}\n".encode())
+    return _short(digest.hexdigest())
 
 
 def _version(package: str) -> str:
@@ -145,38 +149,41 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _device(kind: str) -> str:
-    """What multiplies: another processor rounds differently."""
-    if kind == "cpu":
+def _device(device_type: str) -> str:
+    """Name of the processor or device that multiplies, because rounding depends on it."""
+    if device_type == "cpu":
         return f"cpu, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
-    return f"{kind}, {getattr(torch, kind).get_device_name()}"
+    return f"{device_type}, {getattr(torch, device_type).get_device_name()}"
 
 
-def _arithmetic() -> str:
-    """Digest of fixed products, a convolution and functions on the CPU: libraries choose their routines, and with
-    them how they round, by processor, environment and settings, some of which no name of a processor tells."""
-    found = hashlib.sha256()
-    rows, weight = _fractions(96, 1031), _fractions(515, 1031)  # larger than a block and no multiple of one
-    patches, kernels = _fractions(16, 3, 2, 14, 14), _fractions(80, 3, 2, 14, 14)
+def _numerics() -> str:
+    """Digest of the results of fixed matrix products, a convolution and functions on the CPU.
+
+    Libraries select their routines, and thus their rounding, by processor, environment variables and settings; the
+    name of the processor alone does not determine them.
+    """
+    digest = hashlib.sha256()
+    rows, weight = _uniform(96, 1031), _uniform(515, 1031)  # larger than a block of a routine, and not a multiple of it
+    patches, kernels = _uniform(16, 3, 2, 14, 14), _uniform(80, 3, 2, 14, 14)
     for dtype in (torch.float32, torch.bfloat16):
         left, right = rows.to(dtype), weight.to(dtype)
         for result in (
             functional.linear(left, right, right[:, 0].contiguous()),
-            functional.linear(left[:3], right),  # few rows take another way
+            functional.linear(left[:3], right),  # few rows: another routine
             functional.conv3d(patches.to(dtype), kernels.to(dtype), stride=(2, 14, 14)),
             functional.softmax(8 * left, dim=-1),
             functional.gelu(left),
             left.exp(),
         ):
-            found.update(digest_of(result).encode())
-    return _short(found.hexdigest())
+            digest.update(digest_of(result).encode())
+    return _short(digest.hexdigest())
 
 
-def _fractions(*shape: int) -> Tensor:
-    """float32 in [-0.5, 0.5), the same ones everywhere: with 24 bits each, so that products have to be rounded."""
+def _uniform(*shape: int) -> Tensor:
+    """float32 in [-0.5, 0.5), always the same; 24 significant bits each, so that every product has to be rounded."""
     generator = torch.Generator().manual_seed(0)
     return torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu") - 0.5
 
 
 def _short(digest: str) -> str:
-    return digest[:DIGITS]
+    return digest[:HASH_DIGITS]

@@ -1,8 +1,8 @@
-"""The journal of a run: what of it is finished, on the disk, so that the same command can go on after an interruption.
+"""Records which stages are finished on disk, so that an interrupted run can be resumed.
 
-It lies in the work folder, beside what becomes the result. Per finished stage a line says what was emitted and what is
-known for the end; beside it lie, per sample, the outputs of the last finished stage it passed through. A run that goes
-on starts the model's own code again and answers from there for the finished stages.
+The journal lies in the run folder, beside the result under construction. It has one record per finished stage: what was
+emitted, and what the end of the run needs to know. The outputs of a sample are kept for the last finished stage that it
+passed through; a resumed run starts the model's forwards again and returns them there in place of running the stages.
 """
 
 import contextlib
@@ -12,15 +12,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vlqc.emit import FolderEmitter
 from vlqc.emit.atomic_folder import DISK_FAULTS, JOURNAL, OUTPUTS, nearest_folder, restore_replaced, unwritable
 from vlqc.emit.manifest import MANIFEST, write_manifest
-from vlqc.emit.resume.fingerprint import run_fingerprint, sources_of
+from vlqc.emit.resume.fingerprint import run_fingerprint, source_digests
 from vlqc.emit.resume.journal_file import JournalWriter, Record
-from vlqc.emit.resume.open_run import Work, open_or_resume
-from vlqc.emit.resume.stage_outputs import CannotBeKept, OutputsWriter, read_value
+from vlqc.emit.resume.open_run import RunFolder, open_or_resume
+from vlqc.emit.resume.stage_outputs import OutputsWriter, read_output
 from vlqc.emit.shard_writer import Damaged, sync
 from vlqc.emit.size_estimate import needed_room
 from vlqc.errors import Fault, UserError, VlqcError
@@ -28,261 +29,277 @@ from vlqc.file_digest import file_digest
 from vlqc.frontend.calibration.probe import PROBE
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.distributed import ProcessGroup
-from vlqc.frontend.memory import GIB, needed_memory, ran_out, require_memory
+from vlqc.frontend.memory import GIB, check_memory, estimate_memory, is_out_of_memory
 from vlqc.frontend.sequential import Answers
 from vlqc.frontend.streamed_model import StreamedModel
+from vlqc.ir.serialization import NotSerializable
 from vlqc.ir.stage import Stage
 from vlqc.options.options import Options
 from vlqc.pipeline.pass_api import Pass
 from vlqc.pipeline.registry import print_pipeline
-from vlqc.reporting.summary import CompilationSummary
 
 
 @contextmanager
-def journaled(
+def open_journal(
     options: Options,
     pipeline: Sequence[Pass],
     model: StreamedModel,
     samples: Sequence[Mapping[str, Tensor]],
-    summary: CompilationSummary,
     process_group: ProcessGroup,
+    note: Callable[[str], None],
 ) -> Iterator["Journal"]:
-    """Inside, a run that keeps a journal: a new one, or with --resume one that was interrupted and had the same input.
+    """Opens the journal of a new run or, with --resume, of an interrupted run with the same inputs.
 
-    samples: all of them, on the first process. At the end the result appears at its place. After an error the work
-    folder stays if a stage is finished; otherwise nothing does. UserError if the run cannot go on, or lacks room.
+    On exit the result is renamed to save_directory. After an error the run folder is kept if a stage is finished, else
+    removed. Raises UserError if the run cannot be resumed, or lacks memory or disk space.
+
+    samples: all samples, on rank 0. note: callback for messages to the user.
     """
-    room = needed_memory(model, samples, options.memory_budget)
-    require_memory(room, model.checkpoint.files, lambda told: summary.add_notes(told, of_run=True))
-    if not process_group.first:
-        yield Journal(model, process_group, None, summary)
+    memory = estimate_memory(model, samples, options.memory_budget)
+    check_memory(memory, model.checkpoint.files, note)
+    stages = list(model.stages)
+    if not process_group.is_rank0:
+        yield Journal(stages, model.device, process_group, None, options.save_directory, note)
         return
     restore_replaced(options.save_directory)
-    facts = run_fingerprint(options, print_pipeline(pipeline), model, samples) | sources_of(map(type, pipeline))
-    needed = needed_room(model, options, pipeline, samples)
-    work = open_or_resume(options, facts, needed, lambda told: summary.add_notes([told], of_run=True))
-    journal = Journal(model, process_group, work, summary)
+    fingerprint = run_fingerprint(options, print_pipeline(pipeline), model, samples)
+    fingerprint |= source_digests(map(type, pipeline))
+    run = open_or_resume(options, fingerprint, needed_room(model, options, pipeline, samples), note)
+    journal = Journal(stages, model.device, process_group, run, options.save_directory, note)
     keep = True
     try:
         yield journal
         journal.publish(options.overwrite)
         keep = False
     except BaseException as error:
-        told = error
-        if isinstance(error, OSError) and (error.errno in DISK_FAULTS or journal.complete):
-            told = unwritable(options.save_directory, error)
-        elif ran_out(error):
-            why = f"it was estimated to need {room / GIB:.1f} GiB beyond what programs take; {error}"
-            fix = "give it more, bound what samples hold with --memory_budget, or calibrate on smaller pictures"
-            told = UserError(Fault("memory ran out", journal.at, why, fix))
-        journal.stop()
-        # An error of vlqc's own choice behind the last stage is a verdict: going on would lead to it again.
-        keep = journal.kept > 0 and not (journal.complete and isinstance(error, VlqcError))
+        reported = error
+        if isinstance(error, OSError) and (error.errno in DISK_FAULTS or journal.all_stages_finished):
+            reported = unwritable(options.save_directory, error)
+        elif is_out_of_memory(error):
+            why = f"the estimate was {memory / GIB:.1f} GiB on top of the loaded libraries; {error}"
+            fix = "provide more memory, lower --memory_budget, or calibrate on smaller images"
+            reported = UserError(Fault("out of memory", journal.current_stage, why, fix))
+        journal.close()
+        # An error that vlqc raises on purpose after the last stage is deterministic: resuming would only repeat it.
+        keep = journal.saved_stages > 0 and not (journal.all_stages_finished and isinstance(error, VlqcError))
         if keep and journal.restored:
-            told.add_note(
-                f"{journal.kept} of {len(journal.stages)} stages are finished and kept in {work.folder.folder}: "
-                "the same command with --resume goes on from there"
+            reported.add_note(
+                f"{journal.saved_stages} of {len(stages)} stages are finished and saved in {run.folder.folder}: "
+                "run the same command with --resume to continue"
             )
-        if told is error:
+        if reported is error:
             raise
-        raise told from error
+        raise reported from error
     finally:
-        journal.stop()
+        journal.close()
         if not keep:
-            work.folder.remove()
-        work.folder.close()
+            run.folder.remove()
+        run.folder.close()
 
 
 class Journal:
-    """Of a process that writes, with a work folder; the others take part in what all have to do.
+    """Journal of a run. Every process has one; only that of rank 0 writes.
 
-    folder: where there is room to work; result: the folder to write into; stages: names of all; kept: how many of them
-    are finished and on the disk; complete: whether all are finished; writes: whether there is anything left to write.
+    folder: a folder on the disk of the result, for temporary files; result: the folder to emit into; writes: whether
+    this process has anything to emit; saved_stages: number of stages whose record is on disk; restored: whether
+    `restore` has succeeded; summary_states: per restored stage the value of `summary_state` (see `record_stage`).
     """
 
     def __init__(
-        self, model: StreamedModel, process_group: ProcessGroup, work: Work | None, summary: CompilationSummary
+        self,
+        stages: Sequence[str],
+        device: torch.device,
+        process_group: ProcessGroup,
+        run: RunFolder | None,
+        save_directory: Path,
+        note: Callable[[str], None],
     ) -> None:
-        self.stages, self._device, self.process_group, self._work, self._summary = (
-            list(model.stages),
-            model.device,
+        self._stages, self._device, self._process_group, self._run, self._note = (
+            stages,
+            device,
             process_group,
-            work,
-            summary,
+            run,
+            note,
         )
-        self.folder = work.folder.folder if work else nearest_folder(summary.options.save_directory)
-        self.result = work.result if work else self.folder
-        self.writes = work is not None and not work.published
-        self._records: list[Record] = work.stages if work else []
-        self._names = [str(record["name"]) for record in self._records]
-        self.kept = len(self._names)
-        self._latest = {sample: number for number, it in enumerate(self._records) for sample in it["samples"]}
-        self._gave_up = False
-        self.restored = False  # whether what was left can be gone on with, as far as anybody looked
+        self.folder = run.folder.folder if run else nearest_folder(save_directory)
+        self.result = run.result if run else self.folder
+        self.writes = run is not None and not run.published
+        self._records: list[Record] = run.stages if run else []
+        self._finished = [str(record["name"]) for record in self._records]  # names of stages
+        self.saved_stages = len(self._records)
+        self.summary_states: list[Any] = [record["tally"] for record in self._records]
+        # Per sample, the number of the stage whose outputs are kept for it.
+        self._outputs_of = {sample: number for number, it in enumerate(self._records) for sample in it["samples"]}
+        self._disabled = False  # whether a stage returned something that cannot be saved
+        self.restored = False
         self._emitter: FolderEmitter | None = None
         self._checkpoint: Checkpoint | None = None
-        self._lines: JournalWriter | None = None
-        if work is not None and self.writes:
+        self._writer: JournalWriter | None = None
+        if run is not None and self.writes:
             (self.folder / OUTPUTS).mkdir(exist_ok=True)
-            self._lines = JournalWriter(self.folder / JOURNAL)
+            self._writer = JournalWriter(self.folder / JOURNAL)
 
     @property
-    def at(self) -> str:
-        """The stage that is being worked on, for messages."""
-        return "behind the last stage" if self.complete else self.stages[len(self._names)]
+    def current_stage(self) -> str:
+        """Name of the first stage that is not finished, for error messages."""
+        return "after the last stage" if self.all_stages_finished else self._stages[len(self._finished)]
 
     @property
-    def complete(self) -> bool:
-        return len(self._names) == len(self.stages)
+    def all_stages_finished(self) -> bool:
+        return len(self._finished) == len(self._stages)
 
     def restore(
-        self, emitter: FolderEmitter, checkpoint: Checkpoint, samples: range, settle: Callable[..., None]
+        self, emitter: FolderEmitter, checkpoint: Checkpoint, samples: range, offload: Callable[..., None]
     ) -> Answers:
-        """Brings everybody to where the interrupted run was; nothing to do in a new one. UserError for damage.
+        """Restores the state of the interrupted run on all processes; the result is empty in a new run.
 
-        samples: numbers of those of this process; settle: is shown what was read for each of them.
+        samples: numbers of the samples of this process; offload: called with the outputs restored for each of them.
+        Raises UserError if files of the interrupted run are damaged, or weights of the checkpoint have changed.
         """
         self._emitter, self._checkpoint = emitter, checkpoint
-        if self.process_group.first:
+        if self._process_group.is_rank0:
             checkpoint.digests = {}
-            emitter.taken = self._taken
-        names, descriptions, latest = self.process_group.broadcast_from_rank0(self._restored)
-        self._names = list(names)
+            emitter.taken = self._record_deferred
+        names, specs, outputs_of = self._process_group.broadcast_from_rank0(self._restore_rank0)
+        self._finished = list(names)
         values = {}
-        for sample, number in sorted(latest.items()):
-            read = partial(read_value, self._outputs(number), descriptions[names[number]][sample], self._device)
-            value = self.process_group.broadcast_from_rank0(read)
+        for sample, number in sorted(outputs_of.items()):
+            read = partial(read_output, self._outputs_path(number), specs[names[number]][sample], self._device)
+            value = self._process_group.broadcast_from_rank0(read)
             if sample in samples or sample == PROBE:
                 values[sample] = names[number], value
-                settle(value)
+                offload(value)
         self.restored = True
-        return Answers(names, descriptions, values, self._device)
+        return Answers(names, specs, values, self._device)
 
-    def _restored(self) -> tuple[list[str], dict[str, dict[int, Any]], dict[int, int]]:
-        """(finished stages, per stage and sample what it returned, per sample whose outputs are on the disk)."""
-        assert self._work is not None and self._emitter is not None and self._checkpoint is not None
+    def _restore_rank0(self) -> tuple[list[str], dict[str, dict[int, Any]], dict[int, int]]:
+        """(finished stages, stage -> sample -> spec of its outputs, sample -> number of the stage whose outputs are
+        kept)."""
+        assert self._run is not None and self._emitter is not None and self._checkpoint is not None
         if not self._records:
             return [], {}, {}
         try:
-            marks = [record["emitter"] for record in self._work.emitted]
-            self._emitter.restore(marks, {it["number"] for it in self._work.emitted if it["kind"] == "taken"})
-            latest = {} if self.complete else {int(sample): number for sample, number in self._latest.items()}
-            for number in set(latest.values()):
-                path = self._outputs(number)
+            emitted = [record["emitter"] for record in self._run.emitted]
+            self._emitter.restore(emitted, {it["number"] for it in self._run.emitted if it["kind"] == "taken"})
+            outputs_of = {} if self.all_stages_finished else {int(it): self._outputs_of[it] for it in self._outputs_of}
+            for number in set(outputs_of.values()):
+                path = self._outputs_path(number)
                 if not path.is_file() or file_digest(path) != self._records[number]["outputs"]:
-                    raise Damaged(f"{OUTPUTS}/{path.name} is not what was written")
+                    raise Damaged(f"checksum mismatch in {OUTPUTS}/{path.name}")
         except Damaged as error:
-            fix = "start anew with --start_over"
+            fix = "start again with --start_over"
             raise UserError(
-                Fault("what the interrupted run has left is damaged", str(self.folder), str(error), fix)
+                Fault("files of the interrupted run are damaged", str(self.folder), str(error), fix)
             ) from error
-        self._checkpoint.require_same([it["read"] for it in self._records], self._work.file_times)
-        self._summary.restore([record["tally"] for record in self._records])
-        described = {
-            str(record["name"]): {int(sample): it for sample, it in record["samples"].items()}
+        self._checkpoint.require_same([record["read"] for record in self._records], self._run.file_times)
+        specs = {
+            str(record["name"]): {int(sample): spec for sample, spec in record["samples"].items()}
             for record in self._records
         }
-        self._summary.add_notes(
-            [f"went on after {self.kept} of {len(self.stages)} stages, which an interrupted run had finished"],
-            of_run=True,
-        )
-        return self._names, described, latest
+        self._note(f"resuming an interrupted run: {self.saved_stages} of {len(self._stages)} stages are finished")
+        return self._finished, specs, outputs_of
 
-    def finished(self, stage: Stage) -> None:
-        """A stage was emitted: it counts, and soon it is on the disk, too. OSError if that is full."""
-        self._summary.add_stage(stage)
-        if self._gave_up and self.process_group.size == 1:
+    def record_stage(self, stage: Stage, summary_state: Callable[[], Any]) -> None:
+        """Records an emitted stage; the record is written in the background, once the emitted tensors are on disk.
+
+        summary_state: called on the process that writes, returns JSON; `summary_states` has it after a restart.
+        Raises OSError if the disk is full.
+        """
+        if self._disabled and self._process_group.size == 1:
             return
-        number = len(self._names)
-        self._names.append(stage.name)
-        path = self._outputs(number)
+        number = len(self._finished)
+        self._finished.append(stage.name)
+        path = self._outputs_path(number)
         try:
-            samples = {} if self.complete else self._write(path, stage)
-        except CannotBeKept as error:
-            self._give_up(stage, error)
+            samples = {} if self.all_stages_finished else self._write_outputs(path, stage)
+        except NotSerializable as error:
+            self._disable(stage, error)
             return
-        if self._emitter is None or not self.writes or self._gave_up:
+        if self._emitter is None or not self.writes or self._disabled:
             return
         assert self._checkpoint is not None
-        self._latest |= dict.fromkeys(samples, number)
-        needed = set(self._latest.values())  # what the main thread writes meanwhile is not looked at
-        stale = [self._outputs(each) for each in range(number) if each not in needed]
-        record: Record = {"kind": "stage", "name": stage.name, "samples": samples, "tally": self._summary.state()}
+        self._outputs_of |= dict.fromkeys(samples, number)
+        in_use = set(self._outputs_of.values())
+        # Listed now: the background thread must not see files that the main thread writes meanwhile.
+        stale = [self._outputs_path(earlier) for earlier in range(number) if earlier not in in_use]
+        record: Record = {"kind": "stage", "name": stage.name, "samples": samples, "tally": summary_state()}
         record["read"], self._checkpoint.digests = self._checkpoint.digests, {}
 
-        def keep(emitted: dict[str, Any]) -> None:
+        def write(emitted: dict[str, Any]) -> None:
             if samples:
                 sync(path)
                 sync(path.parent)
                 record["outputs"] = file_digest(path)
             self._append(record | {"emitter": emitted})
-            self.kept += 1
-            for each in stale:
-                each.unlink(missing_ok=True)
+            self.saved_stages += 1
+            for unused in stale:
+                unused.unlink(missing_ok=True)
 
-        self._emitter.mark(keep)
+        self._emitter.mark(write)
 
-    def _write(self, path: Path, stage: Stage) -> dict[str, Any]:
-        """Writes what the stage returned for all samples of all processes; per sample its description."""
-        described: dict[str, Any] = {}
-        trouble: CannotBeKept | None = None
+    def _write_outputs(self, path: Path, stage: Stage) -> dict[str, Any]:
+        """Writes the outputs of a stage for the samples of all processes; returns sample -> spec.
+
+        One sample is sent to rank 0 at a time. Raises NotSerializable.
+        """
+        specs: dict[str, Any] = {}
+        failure: NotSerializable | None = None
         with contextlib.ExitStack() as stack:
-            writer = OutputsWriter(path) if self.writes and not self._gave_up else None
+            writer = OutputsWriter(path) if self.writes and not self._disabled else None
             if writer is not None:
                 stack.callback(writer.close)
-            for owner in range(self.process_group.size):
-                mine = owner == self.process_group.rank
-                for number in range(self.process_group.broadcast(owner, len(stage.calls) if mine else None)):
-                    given = (stage.calls[number].sample, stage.outputs[number]) if mine else None
-                    sample, value = self.process_group.broadcast(owner, given)
+            for rank in range(self._process_group.size):
+                is_owner = rank == self._process_group.rank
+                for number in range(self._process_group.broadcast(rank, len(stage.calls) if is_owner else None)):
+                    output = (stage.calls[number].sample, stage.outputs[number]) if is_owner else None
+                    sample, value = self._process_group.broadcast(rank, output)
                     try:
-                        if writer is not None and trouble is None:
-                            described[str(sample)] = writer.add(value)
-                    except CannotBeKept as error:  # the other processes go on sending
-                        trouble = error
-            if writer is not None and trouble is None and stage.extra is not None:
-                described[str(PROBE)] = writer.add(stage.probe_outputs[0])
-        if trouble is not None:
-            raise trouble
-        return described
+                        if writer is not None and failure is None:
+                            specs[str(sample)] = writer.add(value)
+                    except NotSerializable as error:  # raised below: the other processes still send their outputs
+                        failure = error
+            if writer is not None and failure is None and stage.extra is not None:
+                specs[str(PROBE)] = writer.add(stage.probe_outputs[0])
+        if failure is not None:
+            raise failure
+        return specs
 
-    def _give_up(self, stage: Stage, error: CannotBeKept) -> None:
-        self._gave_up = True
+    def _disable(self, stage: Stage, error: NotSerializable) -> None:
+        self._disabled = True
         self._append({"kind": "gave up"})
-        told = f"should this run be interrupted, it starts anew: {stage.name} returns a {error}"
-        self._summary.add_notes([told], of_run=True)
+        self._note(f"this run cannot be resumed if interrupted: outputs of type {error} of {stage.name} are not saved")
 
-    def _taken(self, number: int, drop: Callable[[], None]) -> None:
-        """Of a stage that waited, everything is emitted."""
+    def _record_deferred(self, number: int, drop: Callable[[], None]) -> None:
+        """Records that all tensors of a deferred stage are emitted, then calls `drop`."""
 
-        def keep(emitted: dict[str, Any]) -> None:
+        def write(emitted: dict[str, Any]) -> None:
             self._append({"kind": "taken", "number": number, "emitter": emitted})
             drop()
 
         if self._emitter is not None:
-            self._emitter.mark(keep, stage=False)
+            self._emitter.mark(write, stage=False)
 
     def publish(self, overwrite: bool) -> None:
-        """The result is complete and sound: it gets its list of files, and then its place. OSError."""
-        if self._work is None or not self.writes:
+        """Writes the manifest of the verified result and renames the result to save_directory. Raises OSError."""
+        if self._run is None or not self.writes:
             return
         write_manifest(self.result)
         self._append({"kind": "complete", "manifest": file_digest(self.result / MANIFEST)})
-        self._work.folder.publish(overwrite)
+        self._run.folder.publish(overwrite)
 
-    def stop(self) -> None:
-        """Nothing is being written when this returns. May be called twice."""
+    def close(self) -> None:
+        """Waits for background writes. May be called more than once."""
         if self._emitter is not None:
             self._emitter.stop()
-        if self._lines is not None:
-            self._lines.close()
-            self._lines = None
-        if self._gave_up:
-            self.kept = 0
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        if self._disabled:
+            self.saved_stages = 0
 
     def _append(self, record: Record) -> None:
-        if self._lines is not None:
-            self._lines.append(record)
+        if self._writer is not None:
+            self._writer.append(record)
 
-    def _outputs(self, number: int) -> Path:
-        return self.folder / OUTPUTS / f"{number}"
+    def _outputs_path(self, stage: int) -> Path:
+        return self.folder / OUTPUTS / f"{stage}"

@@ -1,7 +1,6 @@
-"""The journal's file: one JSON object per line, each with a checksum that also covers every line before it.
+"""The journal file: one JSON object per line, each with a checksum that also covers all lines before it.
 
-A power cut can leave half of the last line, or a line of zeros: it counts as never written. A line that is wrong
-anywhere else is damage.
+A power failure can leave a partial last line, or one of zeros; it is ignored. Any other invalid line is damage.
 """
 
 import hashlib
@@ -11,58 +10,59 @@ from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
-CHECKSUM = 16  # hexadecimal digits at the start of each line
+CHECKSUM_DIGITS = 16  # hexadecimal, at the start of each line
 
 
 class DamagedJournal(Exception):
-    """A line that is wrong although others follow it."""
+    """An invalid line is followed by others."""
 
 
 def read_lines(path: Path) -> tuple[list[Record], int]:
-    """File -> (its records, how many bytes they take: what is behind them was never completed). DamagedJournal."""
+    """Returns the records of a journal file, and the number of bytes that they take. Raises DamagedJournal."""
     content = path.read_bytes()
     records: list[Record] = []
-    known, good = "", 0
-    while good < len(content):
-        line, newline, _ = content[good:].partition(b"\n")
-        record = _record(line, known) if newline else None
+    previous, valid_bytes = "", 0
+    while valid_bytes < len(content):
+        line, newline, _ = content[valid_bytes:].partition(b"\n")
+        record = _parse(line, previous) if newline else None
         if record is None:
-            if content[good + len(line) + 1 :].strip(b"\0\n"):
-                raise DamagedJournal(f"line {len(records) + 1} of {path.name} is not what was written")
+            if content[valid_bytes + len(line) + 1 :].strip(b"\0\n"):
+                raise DamagedJournal(f"checksum mismatch in line {len(records) + 1} of {path.name}")
             break
         records.append(record)
-        known = line[:CHECKSUM].decode("ascii")
-        good += len(line) + 1
-    return records, good
+        previous = line[:CHECKSUM_DIGITS].decode("ascii")
+        valid_bytes += len(line) + 1
+    return records, valid_bytes
 
 
-def _record(line: bytes, known: str) -> Record | None:
+def _parse(line: bytes, previous: str) -> Record | None:
     checksum, _, text = line.partition(b" ")
-    if checksum.decode("ascii", "replace") != _checksum(known, text):
+    if checksum.decode("ascii", "replace") != _checksum(previous, text):
         return None
     record: Record = json.loads(text)
     return record
 
 
-def _checksum(known: str, text: bytes) -> str:
-    return hashlib.sha256(known.encode() + text).hexdigest()[:CHECKSUM]
+def _checksum(previous: str, text: bytes) -> str:
+    """previous: checksum of the line before, so that no line can be removed or moved."""
+    return hashlib.sha256(previous.encode() + text).hexdigest()[:CHECKSUM_DIGITS]
 
 
 class JournalWriter:
-    """Appends lines, each of which is on the disk when `append` returns. What is torn at the end goes first."""
+    """Appends records to a journal file. An incomplete last line is truncated first."""
 
     def __init__(self, path: Path) -> None:
-        _, good = read_lines(path) if path.exists() else ([], 0)
+        _, valid_bytes = read_lines(path) if path.exists() else ([], 0)
         self._file = path.open("r+b" if path.exists() else "x+b", buffering=0)
-        self._file.truncate(good)
+        self._file.truncate(valid_bytes)
         self._file.seek(0)
-        written = self._file.read().splitlines()
-        self._known = written[-1][:CHECKSUM].decode("ascii") if written else ""
+        lines = self._file.read().splitlines()
+        self._previous = lines[-1][:CHECKSUM_DIGITS].decode("ascii") if lines else ""
 
     def append(self, record: Record) -> None:
-        """OSError if the disk is full; the file then ends with the line before."""
+        """Appends a record and syncs it to disk. If that raises OSError, the file is as before."""
         text = json.dumps(record, separators=(",", ":")).encode()
-        line = _checksum(self._known, text).encode() + b" " + text + b"\n"
+        line = _checksum(self._previous, text).encode() + b" " + text + b"\n"
         end = self._file.tell()
         try:
             rest = memoryview(line)
@@ -73,7 +73,7 @@ class JournalWriter:
             self._file.seek(end)
             self._file.truncate()
             raise
-        self._known = line[:CHECKSUM].decode("ascii")
+        self._previous = line[:CHECKSUM_DIGITS].decode("ascii")
 
     def close(self) -> None:
         self._file.close()

@@ -1,11 +1,11 @@
-"""Work folders of runs that were interrupted: which of them a command goes on with, and when it refuses.
+"""Finds the run folder of an interrupted run, and decides whether a command resumes it, refuses or starts a new run.
 
-| left by an interrupted run | as before | --resume | --start_over |
+| left by an interrupted run | default | --resume | --start_over |
 |---|---|---|---|
-| nothing, or no finished stage | starts | starts, and says so | starts |
-| finished stages | refuses, names both options | goes on, if the facts are the same; else names what differs | starts |
-| the result, at its place already | clears up, and starts | clears up; that was all | clears up, and starts |
-"""
+| nothing, or no finished stage | starts | starts, with a note | starts |
+| finished stages | error naming both options | resumes if the fingerprint is the same, else error naming the differences | starts |
+| the renamed result and a run folder | cleans up and starts | cleans up; nothing else to do | cleans up and starts |
+"""  # noqa: E501 - a table
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,26 +14,28 @@ from typing import Any
 
 from vlqc.emit.atomic_folder import JOURNAL, InUse, WorkFolder, bytes_in, require_space, work_folders
 from vlqc.emit.manifest import MANIFEST
-from vlqc.emit.resume.fingerprint import Facts, differences, listed
+from vlqc.emit.resume.fingerprint import Fingerprint, abbreviate, differences
 from vlqc.emit.resume.journal_file import DamagedJournal, JournalWriter, Record, read_lines
 from vlqc.errors import Fault, UserError
 from vlqc.file_digest import file_digest
+from vlqc.formatting import pluralize
 from vlqc.frontend.checkpoint.files import times_of
 from vlqc.options.options import Options
 
-VERSION = 1  # of what the journal says and how
+VERSION = 1  # of the journal format
 
 
 @dataclass
-class Work:
-    """A work folder and what its journal says.
+class RunFolder:
+    """A run folder and the content of its journal.
 
-    facts, file_times: as the run found them that began it; stages: the records of finished stages; emitted: those, and
-    what was emitted since, in their order; published: whether the result stands at its place.
+    fingerprint, file_times: as recorded when the run was started; stages: records of finished stages; emitted: those
+    and the records of deferred stages emitted since, in order; published: whether the result has been renamed to
+    save_directory; damage: why the journal cannot be used, if so.
     """
 
     folder: WorkFolder
-    facts: Facts
+    fingerprint: Fingerprint
     file_times: dict[str, list[int]]
     stages: list[Record]
     emitted: list[Record]
@@ -45,143 +47,156 @@ class Work:
         return self.folder.target if self.published else self.folder.result
 
 
-def open_or_resume(options: Options, facts: Facts, needed: int, tell: Callable[[str], None]) -> Work:
-    """The work folder to go on with, else a new one. UserError as the table says, or where `needed` bytes lack.
+def open_or_resume(
+    options: Options, fingerprint: Fingerprint, needed_bytes: int, note: Callable[[str], None]
+) -> RunFolder:
+    """The run folder to resume, or a new one.
 
-    tell: hears what the user should know.
+    note: callback for messages to the user. Raises UserError as in the table above, or if the disk has fewer than
+    `needed_bytes` free.
     """
     target = options.save_directory
-    found, busy = _left(target, drop_all=options.start_over)
-    for work in [it for it in found if it.published and not options.resume]:
-        _discard(work)
-        found.remove(work)
+    runs, busy = _existing_runs(target, remove_all=options.start_over)
+    for run in [run for run in runs if run.published and not options.resume]:
+        _discard(run)
+        runs.remove(run)
     try:
-        chosen = _choose(found, facts) if options.resume else None
-        if chosen is None and found:
-            raise _refused(found[0])
-        if chosen is None and busy and not options.resume and not options.overwrite:
-            why = "it would find the save folder full when it has come to its end"
-            fix = "wait for that run to end, or name another --save_directory"
-            raise UserError(Fault("another run is writing into this save folder", str(target), why, fix))
-        if chosen is None and options.resume and busy:
-            why = "another run is writing into its work folder at this moment"
-            raise UserError(Fault("there is nothing to resume yet", str(target), why, "wait for that run to end"))
-        taken = not options.overwrite and target.is_dir() and any(target.iterdir())
-        if taken and not (chosen and chosen.published):
-            why = "no interrupted run has left anything to go on with; it may have come to its end"
-            why = "something else has appeared there since the run was interrupted" if chosen else why
-            fix = "look at it with vlqc verify, or add --overwrite to replace it"
-            raise UserError(Fault("the save folder is not empty", str(target), why, fix))
+        resumed = _select(runs, fingerprint) if options.resume else None
+        if resumed is None:
+            _require_no_other_run(options, runs, busy=busy)
+        _require_free_target(options, resumed)
     except BaseException:
-        for work in found:
-            work.folder.close()
+        for run in runs:
+            run.folder.close()
         raise
-    for work in found:
-        if work is not chosen:
-            work.folder.close()
-    if chosen is not None:
-        require_space(target, 0 if chosen.published else needed - bytes_in(chosen.folder.folder))
-        return chosen
+    for run in runs:
+        if run is not resumed:
+            run.folder.close()
+    if resumed is not None:
+        require_space(target, 0 if resumed.published else needed_bytes - bytes_in(resumed.folder.folder))
+        return resumed
     if options.resume:
-        tell("--resume: there is nothing to go on with\nwhy: no interrupted run has left a finished stage here")
-    require_space(target, needed)
-    return _begun(options, facts)
+        note("--resume: nothing to resume, a new run is started\nwhy: no interrupted run with a finished stage exists")
+    require_space(target, needed_bytes)
+    return _new_run(options, fingerprint)
 
 
-def _begun(options: Options, facts: Facts) -> Work:
+def file_times(model: Path) -> dict[str, list[int]]:
+    """Weight file -> `times_of` it."""
+    return {path.name: times_of(path) for path in sorted(model.glob("*.safetensors"))}
+
+
+def _require_no_other_run(options: Options, runs: list[RunFolder], *, busy: bool) -> None:
+    """UserError for an interrupted run, or for a concurrent run that would conflict with a new one."""
+    where = str(options.save_directory)
+    if runs:
+        raise _interrupted_run_error(runs[0])
+    if busy and not options.resume and not options.overwrite:
+        why = "the output folder would not be empty when this run finishes"
+        fix = "wait for that run to end, or choose another --save_directory"
+        raise UserError(Fault("another run is writing to this output folder", where, why, fix))
+    if busy and options.resume:
+        why = "another run is using its run folder"
+        raise UserError(Fault("nothing to resume yet", where, why, "wait for that run to end"))
+
+
+def _require_free_target(options: Options, resumed: RunFolder | None) -> None:
+    target = options.save_directory
+    occupied = not options.overwrite and target.is_dir() and any(target.iterdir())
+    if occupied and not (resumed and resumed.published):
+        why = "there is no interrupted run to resume; it may have finished"
+        why = "it was created after the run was interrupted" if resumed else why
+        fix = "check it with `vlqc verify`, or add --overwrite to replace it"
+        raise UserError(Fault("output folder is not empty", str(target), why, fix))
+
+
+def _new_run(options: Options, fingerprint: Fingerprint) -> RunFolder:
     folder = WorkFolder(options.save_directory)
     try:
         times = file_times(options.model_path)
         writer = JournalWriter(folder.folder / JOURNAL)
-        writer.append({"kind": "begin", "journal": VERSION, "facts": facts, "file_times": times})
+        writer.append({"kind": "begin", "journal": VERSION, "facts": fingerprint, "file_times": times})
         writer.close()
     except BaseException:
         folder.remove()
         folder.close()
         raise
-    return Work(folder, facts, times, [], [])
+    return RunFolder(folder, fingerprint, times, [], [])
 
 
-def file_times(model: Path) -> dict[str, list[int]]:
-    """Per weight file `times_of`."""
-    return {path.name: times_of(path) for path in sorted(model.glob("*.safetensors"))}
-
-
-def _left(target: Path, *, drop_all: bool) -> tuple[list[Work], bool]:
-    """(what can be gone on with, the furthest first; whether another run is writing). All else goes."""
-    found, busy = [], False
+def _existing_runs(target: Path, *, remove_all: bool) -> tuple[list[RunFolder], bool]:
+    """(runs that can be resumed, the most advanced first; whether another run is active). Other folders are removed."""
+    runs, busy = [], False
     for path in work_folders(target):
         try:
             folder = WorkFolder(target, path)
         except (InUse, UserError):
             busy = True
             continue
-        work = _read(folder)
-        if work is not None and not drop_all:
-            found.append(work)
+        run = _read(folder)
+        if run is not None and not remove_all:
+            runs.append(run)
         elif folder.locks:
             folder.remove()
             folder.close()
-    return sorted(found, key=lambda work: (not work.published, -len(work.emitted), work.folder.folder)), busy
+    return sorted(runs, key=lambda run: (not run.published, -len(run.emitted), run.folder.folder)), busy
 
 
-def _read(folder: WorkFolder) -> Work | None:
-    """What the journal says; None if there is nothing to go on with."""
+def _read(folder: WorkFolder) -> RunFolder | None:
+    """Reads the journal of a run folder; None if there is nothing to resume."""
     path = folder.folder / JOURNAL
     if not path.is_file():
         return None
     try:
         records, _ = read_lines(path)
     except DamagedJournal as error:
-        return Work(folder, {}, {}, [], [{}], damage=str(error))
+        return RunFolder(folder, {}, {}, [], [{}], damage=str(error))
     kinds = [record["kind"] for record in records]
     if not records or "gave up" in kinds or "stage" not in kinds:
         return None
     begin, *rest = records
-    complete: dict[str, Any] = next((it for it in reversed(rest) if it["kind"] == "complete"), {})
+    complete: dict[str, Any] = next((record for record in reversed(rest) if record["kind"] == "complete"), {})
     manifest = folder.target / MANIFEST
-    there = bool(complete) and manifest.is_file() and file_digest(manifest) == complete["manifest"]
+    published = bool(complete) and manifest.is_file() and file_digest(manifest) == complete["manifest"]
     damage = "" if begin.get("journal") == VERSION else "it was written by another version of vlqc"
-    return Work(
+    return RunFolder(
         folder,
         begin["facts"],
         begin["file_times"],
-        [it for it in rest if it["kind"] == "stage"],
-        [it for it in rest if it["kind"] in ("stage", "taken")],
-        there,
+        [record for record in rest if record["kind"] == "stage"],
+        [record for record in rest if record["kind"] in ("stage", "taken")],
+        published,
         damage,
     )
 
 
-def _choose(found: list[Work], facts: Facts) -> Work | None:
-    """The one with the same facts; UserError if there are only others."""
-    for work in found:
-        if not work.damage and not differences(work.facts, facts):
-            return work
-    if not found:
+def _select(runs: list[RunFolder], fingerprint: Fingerprint) -> RunFolder | None:
+    """The first run with the same fingerprint, None if there are no runs. UserError if none of them matches."""
+    for run in runs:
+        if not run.damage and not differences(run.fingerprint, fingerprint):
+            return run
+    if not runs:
         return None
-    work, where = found[0], str(found[0].folder.folder)
-    if work.damage:
-        fix = "start anew with --start_over"
-        raise UserError(Fault("what the interrupted run has left is damaged", where, work.damage, fix))
-    fix = "run the command as it was, or start anew with --start_over"
+    run, where = runs[0], str(runs[0].folder.folder)
+    if run.damage:
+        fix = "start again with --start_over"
+        raise UserError(Fault("files of the interrupted run are damaged", where, run.damage, fix))
+    fix = "use the command of the interrupted run, or start again with --start_over"
     what = "the interrupted run cannot be resumed: this command would have another result"
-    raise UserError(Fault(what, where, listed(differences(work.facts, facts)), fix))
+    raise UserError(Fault(what, where, abbreviate(differences(run.fingerprint, fingerprint)), fix))
 
 
-def _refused(work: Work) -> UserError:
-    count = len(work.stages)
-    stages = "1 finished stage" if count == 1 else f"{count} finished stages"
+def _interrupted_run_error(run: RunFolder) -> UserError:
     return UserError(
         Fault(
-            "an interrupted run into this save folder has left its work",
-            str(work.folder.folder),
-            work.damage or f"it holds {stages}",
-            "add --resume to go on from there, or --start_over to throw it away and start anew",
+            "an interrupted run into this output folder exists",
+            str(run.folder.folder),
+            run.damage or f"it has {pluralize(len(run.stages), 'finished stage')}",
+            "add --resume to continue it, or --start_over to discard it and start again",
         )
     )
 
 
-def _discard(work: Work) -> None:
-    work.folder.remove()
-    work.folder.close()
+def _discard(run: RunFolder) -> None:
+    run.folder.remove()
+    run.folder.close()

@@ -46,7 +46,7 @@ class Observed(_Facts):
 
 
 class Entered(_Facts):
-    """One call. args, kwargs: described as `kept_outputs.described` does; modality: number of its tensor, or None."""
+    """One call. args, kwargs: as `ir.serialization.serialize` returns them; modality: number of its tensor, or None."""
 
     sample: int
     args: Any

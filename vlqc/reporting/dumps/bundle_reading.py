@@ -9,7 +9,6 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from vlqc.emit.resume.stage_outputs import rebuilt
 from vlqc.errors import Fault, UserError
 from vlqc.families.flat_config import flat
 from vlqc.files import json_value, read_json_object
@@ -18,6 +17,7 @@ from vlqc.frontend.checkpoint.config_schema import config_faults
 from vlqc.frontend.checkpoint.links import link_faults
 from vlqc.frontend.streamed_model import build
 from vlqc.ir.printer import print_stage
+from vlqc.ir.serialization import deserialize
 from vlqc.ir.stage import WEIGHT_PARTS, Call, ChannelRange, Edge, Observation, Stage, Summaries, WeightQuantization
 from vlqc.ir.verifier import check
 from vlqc.kernels_ref.norm import ShiftedNorm
@@ -204,7 +204,7 @@ def _enter(stage: Stage, said: facts.BundleFacts, tensors: Tensors) -> None:
         room.copy_(tensors[str(number)].view(torch.uint8))
 
     def entered(it: facts.Entered) -> Call:
-        args, kwargs = (rebuilt(value, fill, torch.device("cpu")) for value in (it.args, it.kwargs))
+        args, kwargs = (deserialize(value, fill, torch.device("cpu")) for value in (it.args, it.kwargs))
         if not isinstance(args, tuple) or not isinstance(kwargs, dict):
             raise ValueError("a call has arguments that are none")
         return Call(it.sample, args, kwargs, None if it.modality is None else tensors[str(it.modality)])

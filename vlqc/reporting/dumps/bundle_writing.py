@@ -11,12 +11,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vlqc.emit.resume.stage_outputs import CannotBeKept, described
 from vlqc.errors import Fault, UserError
 from vlqc.ir.printer import print_stage
+from vlqc.ir.serialization import NotSerializable, serialize, span
 from vlqc.ir.stage import WEIGHT_PARTS, Call, Stage, digest, exact_bfloat16, fingerprint
 from vlqc.ir.tensor_cache import TensorCache
-from vlqc.ir.tensor_layout import span
 from vlqc.kernels_ref.norm import ShiftedNorm
 from vlqc.kernels_ref.quant_linear import GroupQuantLinear, QuantLinear, StaticQuantLinear
 from vlqc.pipeline.registry import WRAPPERS
@@ -142,8 +141,8 @@ class _Entered:
 
     def _call(self, stage: str, call: Call) -> facts.Entered:
         try:
-            args, kwargs = described(call.args, self._keep), described(call.kwargs, self._keep)
-        except CannotBeKept as error:
+            args, kwargs = serialize(call.args, self._keep), serialize(call.kwargs, self._keep)
+        except NotSerializable as error:
             why = f"it is called with a {error}, which has no plain form"
             raise UserError(
                 Fault("a bundle cannot be written", stage, why, "leave bundle out of the formats")

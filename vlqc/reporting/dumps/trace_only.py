@@ -59,7 +59,7 @@ def trace(
     if faults := dump_faults("--output", dumper.folder, model=model_path) if dumper.folder is not None else []:
         raise UserError(*faults)
     checkpoint = Checkpoint(model_path)
-    model = StreamedModel.of(checkpoint, trust_remote_code=trust_remote_code)
+    model = StreamedModel.open(checkpoint, trust_remote_code=trust_remote_code)
     check_globs(model.stages, what="stage", stages=dumper.stages)
     config: Any = model.module.config
     if samples is None and calib_images is None:
@@ -98,7 +98,7 @@ def run_until(
     dumper = Dumper.of(options, pipeline, active=True)
     checkpoint = Checkpoint(options.model_path)
     device, trust = resolve_device(options.device_type), options.trust_remote_code
-    model = StreamedModel.of(checkpoint, trust_remote_code=trust, device=device)
+    model = StreamedModel.open(checkpoint, trust_remote_code=trust, device=device)
     check_layers(model, options)
     calibration = calibrate_on(samples, options, model.module)
     return _look(model, calibration, pipeline, last + 1, dumper, progress or Progress())
@@ -118,7 +118,7 @@ def _look(
     show.begin(len(wanted), len(calibration.samples))
     lockstep = SequentialForward(model, calibration.samples, probe=calibration.probe, share_images=True)
     looked: list[str] = []
-    with model.ready_outside(checkpoint.tensor), lockstep:
+    with model.non_stage_weights(checkpoint.tensor), lockstep:
         for stop in lockstep:
             show.stage(len(looked), stop.name)
             with materialized_stage(model, stop, dtype, checkpoint.tensor) as stage:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlqc.frontend.process_memory import peak_memory
+from vlqc.frontend.memory import peak_memory
 from vlqc.ir.stage import MODALITIES, Observation, Site, Stage, noise_to_signal
 from vlqc.kernels_ref.quantize import INT8_MAX, INT8_MIN
 from vlqc.pipeline.pass_api import Pass

@@ -61,7 +61,7 @@ def locate_drop(
     if expected is None:
         raise ValueError("the folder must describe a model")
     checkpoint = Checkpoint(model_path)
-    model = StreamedModel.of(checkpoint, trust_remote_code=trust_remote_code)
+    model = StreamedModel.open(checkpoint, trust_remote_code=trust_remote_code)
     samples = checked_samples(samples, model.module)
     numbers = choose_samples(samples, tokens)
     groups = find_groups(model, content.schemes)
@@ -122,14 +122,14 @@ class _Work:
         """Runs everything, one stage after the other."""
         model, told, started = self.model, time.monotonic(), time.monotonic()
         all_runs = self.expected_stage_runs()
-        with model.ready_outside(model.checkpoint.tensor), logits_are_hidden(model.module):
+        with model.non_stage_weights(model.checkpoint.tensor), logits_are_hidden(model.module):
             given = [self.samples[run.sample] for run in self.runs]
             with SequentialForward(model, given, to_the_end=True) as lockstep:
                 for number, stop in enumerate(lockstep):
-                    model.fill(stop.module, model.checkpoint.tensor)
+                    model.materialize(stop.module, model.checkpoint.tensor)
                     with folder.stage(model.path(stop.module)) as stored:
                         self._run_stage(number, stop, stored)
-                    model.empty(stop.module)
+                    model.to_meta(stop.module)
                     if progress is not None and time.monotonic() - told >= QUIET_SECONDS:
                         told = time.monotonic()
                         left = (told - started) * (all_runs / max(self.stage_runs, 1) - 1)
@@ -215,7 +215,7 @@ class _Work:
         return not variant.groups or any(self._visits(sample, group.stage) for group in variant.groups)
 
     def _visits(self, sample: int, stage: str) -> bool:
-        return "pixel_values" in self.samples[sample] or self.model.reads_text(self.model.stages[stage])
+        return "pixel_values" in self.samples[sample] or self.model.is_language(self.model.stages[stage])
 
 
 def head_gram(model: StreamedModel) -> Tensor:

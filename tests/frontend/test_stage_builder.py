@@ -152,7 +152,7 @@ def test_a_block_that_needs_real_weights_to_be_traced(monkeypatch: pytest.Monkey
     model = StreamedModel.__new__(StreamedModel)
     model.module, model.canonical, model._path = block, lambda name: name.lstrip("."), {block: ""}
     model.device = torch.device("cpu")
-    monkeypatch.setattr(model, "read_ahead", lambda name: None)  # there is no stage behind it
+    monkeypatch.setattr(model, "prefetch_after", lambda name: None)  # there is no stage behind it
     stop = Stop("block", block, [Call(0, (torch.ones(2, 4),), {})])
     with materialized_stage(model, stop, torch.bfloat16, stored.__getitem__) as stage:
         assert [site.target for site in stage.sites.values()] == ["up", "down"]

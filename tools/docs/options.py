@@ -3,7 +3,7 @@
 python -m tools.docs.options > vlqc/docs/options.md
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from typer.main import get_command
@@ -18,6 +18,37 @@ HEAD = """# Options
 In the name of an option, underscore and dash are the same: `--model_path`, `--model-path`. Boolean options take
 `True` or `False` (also `true`, `false`, `1`, `0`, `yes`, `no`); flags take no value. Options that take a GLOB can be
 repeated. `vlqc.compile` takes the options of `vlqc compile` as keyword arguments, and a recipe takes them as YAML keys.
+"""
+FOOT = """## Recipes
+
+A recipe is a YAML file with options of `vlqc compile`. Options on the command line take precedence; paths are
+relative to the working directory.
+
+    model_path: Qwen2.5-VL-7B-Instruct
+    calib_images: images
+    save_directory: Qwen2.5-VL-7B-W8A8
+    anti_method: m4
+    exclude: ["*.o_proj"]
+
+    vlqc compile --recipe w8a8.yaml --act_method 1
+
+A value is read as on the command line, not by YAML's rules for `no`, `010` or `1:30`. A recipe cannot make code run:
+tags, anchors, `trust_remote_code: True` and `module:Class` in `pipeline` are refused.
+
+## Output for scripts
+
+`--json` prints one JSON object on stdout, and `--json_file FILE` writes it to a file. After an error it has the keys
+`error` (`input`, `usage`, `internal` or `interrupted`), `exit_code`, `faults` (each with `what`, `where`, `why`,
+`fix`) and `notes`. Colors follow `NO_COLOR` and are off outside a terminal. `vlqc --install-completion` installs
+shell completion.
+
+| exit code | meaning |
+|---|---|
+| 0 | success |
+| 1 | a folder failed verification, or two dumps differ |
+| 2 | error in the input |
+| 70 | error in vlqc itself |
+| 130 | interrupted |
 """
 OF_EVERY_COMMAND = {"--json", "--json_file", "--quiet", "--help"}
 
@@ -34,12 +65,13 @@ def page() -> str:
     options = options_of(found["compile"])
     parts = [HEAD, "## `vlqc compile`\n"]
     for panel in PANELS:
-        parts.append(f"### {panel}\n\n{table(each for each in options if each.rich_help_panel == panel)}")
+        shown = [each for each in options if each.rich_help_panel == panel]
+        parts.append(f"### {panel}\n\n{table(shown, Options.model_fields)}")
     parts.append(f"## Options of every command\n\n{table(each for each in options if flag(each) in OF_EVERY_COMMAND)}")
     for name, command in found.items():
         if name not in ("", "compile"):
             parts.append(section(name, command))
-    return "\n".join(parts)
+    return "\n".join([*parts, FOOT])
 
 
 def section(name: str, command: Any) -> str:
@@ -63,21 +95,23 @@ def flag(option: Any) -> str:
     return "--" + max(option.opts, key=len).removeprefix("--").replace("-", "_")
 
 
-def table(options: Iterable[Any]) -> str:
-    return "".join(["| option | value | default | meaning |\n|---|---|---|---|\n", *map(row, options)])
+def table(options: Iterable[Any], fields: Mapping[str, Any] | None = None) -> str:
+    """fields: of Options, whose defaults the command line does not repeat."""
+    head = "| option | value | default | meaning |\n|---|---|---|---|\n"
+    return "".join([head, *(row(option, (fields or {}).get(flag(option)[2:])) for option in options)])
 
 
-def row(option: Any) -> str:
+def row(option: Any, field: Any = None) -> str:
     """One line of a table: names, values, default, meaning."""
     names = ", ".join(f"`{name}`" for name in (flag(option), *(name for name in option.opts if len(name) == 2)))
     metavar = (option.metavar or "").strip()
-    field = Options.model_fields.get(flag(option).removeprefix("--"))
-    default = option.default if field is None or field.is_required() else field.default
+    required = field is not None and field.is_required()
+    default = option.default if field is None else field.default
     if not metavar:
         values, shown = "flag", ""
     else:
         values, shown = f"`{metavar}`".replace("|", "\\|"), "" if default in (None, ()) else f"`{default}`"
-    return f"| {names} | {values} | {shown} | {option.help} |\n"
+    return f"| {names} | {values} | {'required' if required else shown} | {option.help} |\n"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The independent proof of a compiled folder: structure, arithmetic, and with the float checkpoint weights and outputs.
+"""Verifies a compiled folder: structure, arithmetic, and against the float checkpoint weights and outputs.
 
-Nothing here comes from the emitter or the passes, so a mistake made there is not repeated here.
+Nothing here is imported from `vlqc.emit` or the passes, so that a mistake made there is not repeated here.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,12 +15,14 @@ from vlqc.verify.float_match.compare import check_against_source
 from vlqc.verify.folder.contents import check_side_files
 from vlqc.verify.folder.manifest import check_manifest
 from vlqc.verify.numbers.arithmetic import check_arithmetic
-from vlqc.verify.structure.structure import check_structure
+from vlqc.verify.structure.structure import CompiledFolder, check_structure
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["require_valid", "verify_folder", "verify_unfinished"]
+
+NOT_RUNNABLE = ("files", "config", "description", "tensors")  # checks whose faults mean that tensors are missing
 
 
 def verify_folder(
@@ -36,79 +38,90 @@ def verify_folder(
     locate_tokens: int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> VerificationResult:
-    """Compiled folder -> what is wrong with it, and figures. UserError only for input that is no such folder.
+    """Verifies a compiled folder and returns faults, warnings and measured values.
 
-    engine: "vllm-ascend", "mindie@2.2", "both": a fault if it does not load the folder. None: the folder's own claim
-    holds, and that no version of any engine loads the folder is a warning.
-    model_path: the float checkpoint; every tensor is then held against it.
-    calib_images or samples (ready model inputs) with model_path: stages and logits are run side by side.
-    min_sqnr: dB of the logits against float below which the report fails; None: accuracy is a figure, not a verdict.
-    locate: also rank the layers by their share of the logits' error, on as many of the samples as have about
-    locate_tokens tokens together (256 if None), and advise; progress: is told from time to time how far that is.
+    engine: "vllm-ascend", "mindie@2.2" or "both"; a target that cannot load the folder is a fault. None: the target
+    that the folder is written for; if no version of any engine loads the folder, that is a warning.
+    model_path: the float checkpoint; every tensor is compared with it.
+    calib_images or samples (model inputs), with model_path: outputs of stages and logits are compared as well.
+    min_sqnr: least SQNR of the logits against the float model, in dB; below it the result has a fault.
+    trust_remote_code: run model code from the float checkpoint.
+    locate: also rank the layers by their share of the logits' error and give advice. locate_tokens: number of tokens to
+    measure on (256 if None), see `choose_samples`. progress: receives text about the progress of `locate`.
+
+    Raises UserError for unusable arguments and for a folder that is not a compiled one; any damage of a compiled folder
+    is a fault in the result.
     """
     folder = Path(folder)
     model_path = None if model_path is None else Path(model_path)
     calib_images = None if calib_images is None else Path(calib_images)
     target = parse_target(engine, "--engine") if isinstance(engine, str) else engine
-    inputs = calib_images is not None or samples is not None
-    _check_locate(locate, locate_tokens, model_path is not None, inputs)
-    if model_path is None and (inputs or min_sqnr is not None):
-        why = "outputs are compared with those of the float model"
-        raise UserError(Fault("there is no float checkpoint to compare with", "--model_path", why, "add --model_path"))
-    if min_sqnr is not None and not inputs:
-        raise UserError(Fault("--min_sqnr needs pictures", "--calib_images", fix="add --calib_images"))
+    has_inputs = calib_images is not None or samples is not None
+    _check_arguments(locate, locate_tokens, min_sqnr, model_path is not None, has_inputs)
     result = VerificationResult(str(folder))
     if model_path is not None and model_path.is_dir() and (faults := link_faults(model_path)):
         raise UserError(*faults)
     content = check_structure(folder, target, result)
-    check_side_files(content.files, result)  # not of an unfinished folder: they are the user's, not vlqc's work
+    check_side_files(content.files, result)  # not in verify_unfinished: these files are copies of the user's
     check_manifest(folder, result)
     check_arithmetic(content, result)
     if model_path is not None:
         check_against_source(content, model_path, result)
-    if model_path is not None and inputs:
-        if _can_run(content.sound, result):
-            from vlqc.verify.accuracy import STAGES, check_accuracy  # torch and transformers: only for this part
+    if model_path is not None and has_inputs:
+        if not _can_run(content, result):
+            why = "tensors are missing or have a wrong shape, see the faults"
+            result.add_warning("stage outputs", str(folder), "not run", why)
+            return result
+        from vlqc.verify.accuracy import STAGES, check_accuracy  # torch and transformers, needed only here
 
-            if locate and samples is None and calib_images is not None:  # pictures are read once
-                from vlqc.frontend.calibration.dataset import load_samples
+        if locate and samples is None and calib_images is not None:  # so that images are read once
+            from vlqc.frontend.calibration.dataset import load_samples
 
-                samples = load_samples(model_path, calib_images, trust_remote_code=trust_remote_code).samples
-            check_accuracy(folder, model_path, calib_images, samples, min_sqnr, result, trust_remote_code)
-            if locate and samples is not None and result.examined.get(STAGES):
-                from vlqc.verify.attribution.ablation import TOKENS, locate_drop
+            samples = load_samples(model_path, calib_images, trust_remote_code=trust_remote_code).samples
+        check_accuracy(folder, model_path, calib_images, samples, min_sqnr, result, trust_remote_code)
+        if locate and samples is not None and result.examined.get(STAGES):
+            from vlqc.verify.attribution.ablation import TOKENS, attribute_error
+            from vlqc.verify.attribution.ranking import add_ranking
 
-                locate_drop(content, model_path, samples, locate_tokens or TOKENS, result, progress, trust_remote_code)
-        else:
-            result.add_warning("stage outputs", str(folder), "not run", "the tensors above are missing or misshapen")
+            tokens = locate_tokens or TOKENS
+            attribution = attribute_error(content, model_path, samples, tokens, result, progress, trust_remote_code)
+            if attribution is not None:
+                add_ranking(attribution, content, result)
     return result
 
 
-def _check_locate(locate: bool, tokens: int | None, has_model: bool, has_inputs: bool) -> None:
-    """UserError for options that do not go together, all at once."""
+def _check_arguments(
+    locate: bool, tokens: int | None, min_sqnr: float | None, has_model: bool, has_inputs: bool
+) -> None:
+    """UserError with every option that lacks another one."""
     faults = []
     if locate and not has_model:
         why = "every layer is compared with its float weights"
-        faults.append(Fault("--locate needs the float checkpoint", "--model_path", why, "add --model_path"))
+        faults.append(Fault("--locate needs --model_path", "--locate", why, "add --model_path"))
     if locate and not has_inputs:
         why = "errors are measured on model inputs"
-        faults.append(Fault("--locate needs pictures", "--calib_images", why, "add --calib_images"))
+        faults.append(Fault("--locate needs --calib_images", "--locate", why, "add --calib_images"))
     if tokens is not None and not locate:
-        faults.append(Fault("--locate_tokens means nothing without --locate", "--locate_tokens", fix="add --locate"))
+        faults.append(Fault("--locate_tokens needs --locate", "--locate_tokens", fix="add --locate"))
     if tokens is not None and tokens < 1:
-        faults.append(Fault(f"--locate_tokens is {tokens}", "--locate_tokens", "at least 1 is wanted"))
+        faults.append(Fault(f"--locate_tokens is {tokens}", "--locate_tokens", "it must be at least 1"))
+    if min_sqnr is not None and not has_inputs:
+        why = "the SQNR is measured on model inputs"
+        faults.append(Fault("--min_sqnr needs --calib_images", "--min_sqnr", why, "add --calib_images"))
+    if not locate and not has_model and (has_inputs or min_sqnr is not None):
+        option, why = "--calib_images" if has_inputs else "--min_sqnr", "outputs are compared with the float model's"
+        faults.append(Fault(f"{option} needs --model_path", option, why, "add --model_path"))
     if faults:
         raise UserError(*faults)
 
 
-def _can_run(sound: object, result: VerificationResult) -> bool:
-    """Whether the folder holds every tensor that a run needs; damaged numbers may run, missing ones cannot."""
-    blocking = ("files", "config", "description", "tensors")
-    return bool(sound) and not any(finding.check in blocking for finding in result.faults)
+def _can_run(content: CompiledFolder, result: VerificationResult) -> bool:
+    """Whether the folder has all tensors with the right shapes; their values may be damaged."""
+    return bool(content.valid_tensors) and not any(fault.check in NOT_RUNNABLE for fault in result.faults)
 
 
 def verify_unfinished(folder: Path, engine: str | Target | None = None) -> VerificationResult:
-    """As `verify_folder`, of a folder that has no list of its files yet: the list is written last."""
+    """`verify_folder` for a folder that is still being written and has no MANIFEST.json yet."""
     result = VerificationResult(str(folder))
     content = check_structure(folder, parse_target(engine, "--engine") if isinstance(engine, str) else engine, result)
     check_manifest(folder, result, finished=False)
@@ -117,11 +130,11 @@ def verify_unfinished(folder: Path, engine: str | Target | None = None) -> Verif
 
 
 def require_valid(folder: Path, engine: str | Target | None = None) -> None:
-    """InternalError with every fault of a folder that vlqc has just written, before it appears to the user.
+    """InternalError with every fault of an unfinished folder that vlqc has written.
 
-    engine: as for `verify_folder`; None where the user was told that no version loads the result.
+    engine: as for `verify_folder`; None if the user was warned that no version loads the folder.
     """
     result = verify_unfinished(folder, engine)
     if not result.ok:
-        faults = "\n".join(f"  {finding.where}: {finding.what}" for finding in result.faults)
-        raise InternalError(f"the folder that was just written is not sound:\n{faults}")
+        faults = "\n".join(f"  {fault.where}: {fault.what}" for fault in result.faults)
+        raise InternalError(f"the compiled folder does not pass verification:\n{faults}")

@@ -1,6 +1,6 @@
-"""An emitted folder as a model that runs: the stored integers on the reference arithmetic, everything else as stored.
+"""Loads a compiled folder as a PyTorch model whose quantized layers run in the reference arithmetic.
 
-This is how the accuracy of a folder is stated without the hardware. It reads only what the folder holds.
+The accuracy of a folder is measured with it, without an NPU. Only the folder is read.
 """
 
 from pathlib import Path
@@ -33,18 +33,18 @@ COMPANIONS: dict[Scheme, tuple[str, ...]] = {
 
 
 def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> nn.Module:
-    """The model in an emitted folder, in eval mode, with the forward signature of the float model.
+    """The model of a compiled folder, in eval mode, with the forward signature of the float model.
 
-    dtype: of everything between the integer operators; float32 is how accuracy is stated, bfloat16 or float16 is what
-    the device does. trust_remote_code: run model code from the folder. Raises UserError, with all faults at once, for a
-    folder that is not complete.
+    dtype: of everything but the integer operators; float32 to measure accuracy, bfloat16 or float16 to compute as the
+    device does. trust_remote_code: run model code from the folder. Raises UserError, with all faults at once, for an
+    incomplete folder.
     """
     folder = Path(folder)
     checkpoint = Checkpoint(folder)
     description = read_description(folder)
     checkpoint.require_config()
     model = build(folder, checkpoint.config, trust_remote_code=trust_remote_code)
-    loader = _Loader(checkpoint, description, dtype)
+    loader = WeightLoader(checkpoint, description, dtype)
     head = model.get_output_embeddings()  # type: ignore[operator]
     tied = bool(model.config.tie_word_embeddings)  # type: ignore[union-attr]
     for path, module in list(model.named_modules()):
@@ -58,54 +58,55 @@ def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, trust_remote
 
 
 def read_description(folder: Path) -> dict[str, str]:
-    """quant_model_description*.json: tensor name -> scheme word, and a few facts. UserError if there is none."""
-    found = sorted(path for pattern in DESCRIPTIONS for path in folder.glob(pattern))
-    if not found:
-        why = "there is no quant_model_description.json"
-        raise UserError(
-            Fault("the folder holds no compiled checkpoint", str(folder), why, "give a folder that vlqc wrote")
-        )
-    return read_json_object(found[0])
+    """quant_model_description*.json: tensor name -> scheme, and keys of the whole folder. UserError without one."""
+    paths = sorted(path for pattern in DESCRIPTIONS for path in folder.glob(pattern))
+    if not paths:
+        why = "quant_model_description.json is missing"
+        raise UserError(Fault("not a compiled folder", str(folder), why, "pass a folder that vlqc compile wrote"))
+    return read_json_object(paths[0])
 
 
-class _Loader:
-    """Fills the modules of a model one after the other and gathers what is missing."""
+class WeightLoader:
+    """Loads the tensors of a compiled folder into the modules of a model and collects faults.
+
+    checkpoint, description: of the folder; dtype: of the float parameters; faults: of all modules filled so far.
+    """
 
     def __init__(self, checkpoint: Checkpoint, description: dict[str, str], dtype: torch.dtype) -> None:
         self.checkpoint, self.description, self.dtype = checkpoint, description, dtype
         self.faults: list[Fault] = []
 
     def fill(self, model: nn.Module, path: str, module: nn.Module) -> None:
+        """Loads the module at `path` of the model, without its children, or replaces a quantized linear layer."""
         name = original_name(path + ".").removesuffix(".")
-        mark = str(self.description.get(f"{name}.weight", Scheme.FLOAT))
-        if isinstance(module, nn.Linear) and mark != Scheme.FLOAT:
-            if mark not in MODULES:
-                why = did_you_mean(mark, map(str, MODULES)) or f"known are {', '.join(MODULES)}"
-                self.faults.append(Fault(f"{name} has the unknown scheme {mark}", str(self.checkpoint.folder), why))
+        scheme = str(self.description.get(f"{name}.weight", Scheme.FLOAT))
+        if isinstance(module, nn.Linear) and scheme != Scheme.FLOAT:
+            if scheme not in MODULES:
+                why = did_you_mean(scheme, map(str, MODULES)) or f"supported schemes: {', '.join(MODULES)}"
+                self.faults.append(Fault(f"{name} has the unknown scheme {scheme}", str(self.checkpoint.folder), why))
                 return
-            self._lower(model, path, module, name, Scheme(mark))
+            self._quantize(model, path, module, name, Scheme(scheme))
             return
         for part, parameter in list(module.named_parameters(recurse=False)):
             value = self._read(f"{name}.{part}", tuple(parameter.shape))
             if value is not None:
-                filled = value.to(self.dtype, copy=True)
-                setattr(module, part, nn.Parameter(filled, requires_grad=False))
+                setattr(module, part, nn.Parameter(value.to(self.dtype, copy=True), requires_grad=False))
         if f"{name}.bias" in self.checkpoint and [part for part, _ in module.named_parameters()] == ["weight"]:
             bias = self._read(f"{name}.bias", tuple(module.get_parameter("weight").shape))
             if bias is not None and not isinstance(module, nn.Linear):
                 model.set_submodule(path, ShiftedNorm(module, bias.to(self.dtype)))
 
-    def _lower(self, model: nn.Module, path: str, linear: nn.Linear, name: str, scheme: Scheme) -> None:
+    def _quantize(self, model: nn.Module, path: str, linear: nn.Linear, name: str, scheme: Scheme) -> None:
         tensors = {part: self._read(f"{name}.{part}") for part in COMPANIONS[scheme]}
         bias = None if linear.bias is None else self._read(f"{name}.bias")
         if any(tensor is None for tensor in tensors.values()):
             return
-        if f"{name}.scale_bias" in self.checkpoint and tensors["weight"] is not None:  # two weights in a byte
+        if f"{name}.scale_bias" in self.checkpoint and tensors["weight"] is not None:  # two 4-bit weights share a byte
             tensors["weight"] = unpack_int4(tensors["weight"])
         try:
             model.set_submodule(path, MODULES[scheme](**tensors, bias=bias))  # type: ignore[arg-type]
         except ValueError as error:
-            self.faults.append(Fault(f"{name} cannot be run", str(self.checkpoint.folder), str(error)))
+            self.faults.append(Fault(f"layer {name} cannot be loaded", str(self.checkpoint.folder), str(error)))
 
     def _read(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor | None:
         where = str(self.checkpoint.folder)
@@ -117,7 +118,7 @@ class _Loader:
             self.faults.append(Fault(f"tensor {name} has shape {has}", where, f"config.json implies {list(shape)}"))
             return None
         if shape is not None and not self.checkpoint.stored_dtype(name).is_floating_point:
-            why = "the description does not say how its integers are to be run"
-            self.faults.append(Fault(f"{name} holds integers but counts as FLOAT", where, why))
+            why = "the description gives no scheme for its integers"
+            self.faults.append(Fault(f"tensor {name} holds integers but is described as FLOAT", where, why))
             return None
         return self.checkpoint.tensor(name)

@@ -20,15 +20,15 @@ from tests.support.naive_w8a8 import load_float
 from tools.checkpoints import outlier_checkpoint as make_outlier_checkpoint
 from vlqc.frontend.streamed_model import model_inputs
 from vlqc.verify import verify_folder
+from vlqc.verify.attribution.ablation import choose_samples
 from vlqc.verify.attribution.stage_pair import (
-    Change,
+    EquivalentTransform,
     FolderStages,
-    agreed_scales,
-    fitted_scales,
+    combine_scales,
+    fit_scales,
     float_in_stored,
     stored_in_float,
 )
-from vlqc.verify.attribution.variants import choose_samples
 from vlqc.verify.findings import RANKING, VerificationResult
 from vlqc.verify.loader import load
 
@@ -144,11 +144,11 @@ def test_without_rounding_both_ways_are_exact(seed: int, shifted: bool) -> None:
     with torch.no_grad():
         folded.weight.copy_(rows[:, None] * linear.weight * columns)
         folded.bias.copy_(rows * linear.bias - (folded.weight @ shift if shift is not None else 0))
-    change = Change(columns, rows, shift)
+    transform = EquivalentTransform(columns, rows, shift)
     x = torch.randn(3, 6)
     entered = x / columns + (shift if shift is not None else 0)
-    torch.testing.assert_close(stored_in_float(folded, change)(x), linear(x), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(float_in_stored(linear, change)(entered), folded(entered), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(stored_in_float(folded, transform)(x), linear(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(float_in_stored(linear, transform)(entered), folded(entered), rtol=1e-4, atol=1e-5)
 
 
 @given(st.integers(0, 1000))
@@ -164,9 +164,9 @@ def test_scales_of_representable_weights_are_found_exactly(seed: int) -> None:
     inside = torch.ones(4, 40, dtype=torch.bool)
     inside[:, 0] = False
     stored[:, 0] = 0
-    rows = fitted_scales(producer, (stored, torch.full((4, 40), 0.5), inside), dim=1)
-    columns = fitted_scales(consumer, (behind, torch.ones(30, 8), torch.ones(30, 8, dtype=torch.bool)), dim=0)
-    torch.testing.assert_close(agreed_scales(rows, columns, channel), scale, rtol=1e-6, atol=0)
+    rows = fit_scales(producer, (stored, torch.full((4, 40), 0.5), inside), dim=1)
+    columns = fit_scales(consumer, (behind, torch.ones(30, 8), torch.ones(30, 8, dtype=torch.bool)), dim=0)
+    torch.testing.assert_close(combine_scales(rows, columns, channel), scale, rtol=1e-6, atol=0)
 
 
 def test_a_damaged_row_scale_is_no_smoothing() -> None:
@@ -175,12 +175,12 @@ def test_a_damaged_row_scale_is_no_smoothing() -> None:
     producer, consumer = torch.randn(4, 64, generator=random), torch.randn(32, 4, generator=random)
     whole = torch.ones((), dtype=torch.bool)
     wrong = producer * torch.tensor([1.0, 1.0, 3.0, 1.0])[:, None]
-    rows = fitted_scales(
+    rows = fit_scales(
         producer, (wrong + 0.01 * torch.randn(4, 64, generator=random), torch.ones(4, 64), whole.expand(4, 64)), 1
     )
     noisy = consumer * torch.tensor([1.0, 2.0, 1.0, 1.0]) + 0.01 * torch.randn(32, 4, generator=random)
-    columns = fitted_scales(consumer, (noisy, torch.ones(32, 4), whole.expand(32, 4)), 0)
-    assert agreed_scales(rows, columns, torch.arange(4))[2] == pytest.approx(1, abs=0.02)
+    columns = fit_scales(consumer, (noisy, torch.ones(32, 4), whole.expand(32, 4)), 0)
+    assert combine_scales(rows, columns, torch.arange(4))[2] == pytest.approx(1, abs=0.02)
 
 
 # ---- the work --------------------------------------------------------------------------------------------------------

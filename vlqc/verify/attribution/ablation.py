@@ -1,50 +1,117 @@
-"""Which layers a compiled folder loses its accuracy in: every group quantized alone, and every group float alone.
+"""Measures how much of the logits' error each group of layers causes, by two ablations per group.
 
-All variants are suspended forwards beside each other, two per group: the float model with only that group quantized,
-and the folder with only that group float. So every weight is read once, and one stage is in memory at a time. Up to its
-group's stage a variant is its base, whose outputs it is given; from there on it runs for itself.
+One variant is the float model with only that group quantized, the other the compiled folder with only that group float.
+All variants run side by side, stage by stage, so every weight is read once and one stage is in memory at a time. Before
+its group's stage a variant equals its base model and reuses the base's outputs; from there on it runs by itself.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vlqc.formatting import format_bytes, format_duration
+from vlqc.families.qwen2_5_vl import fused_group
+from vlqc.formatting import format_bytes, format_duration, pluralize
 from vlqc.frontend.calibration.samples import checked_samples
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.sequential import SequentialForward, Stop, row_modality
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.stage import MODALITIES, Call, first_tensor, watching
+from vlqc.targets.schemes import Scheme
 from vlqc.verify.accuracy import logits_are_hidden
-from vlqc.verify.attribution.group_error import Measured, SeenInput, measure
-from vlqc.verify.attribution.ranking import report_ranking
+from vlqc.verify.attribution.group_error import CapturedInput, GroupError, measure_group
 from vlqc.verify.attribution.stage_pair import FolderStages, StagePair
-from vlqc.verify.attribution.variants import (
-    Group,
-    GroupNoise,
-    Located,
-    ModalityNoise,
-    Run,
-    Variant,
-    choose_samples,
-    find_groups,
-)
 from vlqc.verify.findings import VerificationResult
 from vlqc.verify.structure.expected import ExpectedModel
 from vlqc.verify.structure.structure import CompiledFolder
 
 TOKENS = 256  # of all samples together
-HEAD_ROWS = 4096  # of the output head that are in memory at a time
-QUIET_SECONDS = 5.0  # between two lines of progress, at least
+HEAD_ROWS = 4096  # rows of the output head in memory at a time
+PROGRESS_SECONDS = 5.0  # least time between two progress messages
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
+@dataclass(frozen=True)
+class LayerGroup:
+    """Quantized layers of one stage that share an input and a scheme."""
+
+    stage: str
+    layers: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """`model.layers.3.mlp.{gate,up}_proj`; the layer's name where there is only one."""
+        if len(self.layers) == 1:
+            return self.layers[0]
+        parent = self.layers[0].rpartition(".")[0]
+        members = [layer.rpartition(".")[2] for layer in self.layers]
+        end = "_proj" if all(member.endswith("_proj") for member in members) else ""
+        return f"{parent}.{{{','.join(member.removesuffix(end) for member in members)}}}{end}"
+
+
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """The float model (or the folder, if `stored`) with some groups taken from the other one.
+
+    begin: index of the first stage in which it differs from its base model.
+    """
+
+    stored: bool
+    groups: tuple[LayerGroup, ...] = ()
+    begin: int = 0
+
+
+@dataclass(frozen=True)
+class VariantRun:
+    """One variant on one sample; sample: index into the chosen samples."""
+
+    variant: Variant
+    sample: int
+
+
+@dataclass
+class ModalityPower:
+    """Power of the logits, or of their error, per modality, summed over all samples."""
+
+    power: dict[str, float] = field(default_factory=lambda: dict.fromkeys(MODALITIES, 0.0))
+
+    def add(self, power: Tensor, modality: Tensor) -> None:
+        """power float64 [S], modality int8 [S]."""
+        for number, name in enumerate(MODALITIES):
+            self.power[name] += float(power[modality == number].sum())
+
+    @property
+    def total(self) -> float:
+        return sum(self.power.values())
+
+
+@dataclass(frozen=True)
+class GroupEffect:
+    """alone: error of the float model with only this group quantized; without: error of the folder with only this group
+    float; measured: the error at the group's own outputs, None where no sample reaches it."""
+
+    alone: ModalityPower
+    without: ModalityPower
+    measured: GroupError | None
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """signal: power of the float logits; error: of the folder's error; float_groups_error: of the error that remains if
+    all groups are float, which is that of folded and rounded float tensors; groups: in the order of the model."""
+
+    signal: ModalityPower
+    error: ModalityPower
+    float_groups_error: ModalityPower
+    groups: dict[LayerGroup, GroupEffect]
+
+
 @torch.no_grad()
-def locate_drop(
+def attribute_error(
     content: CompiledFolder,
     model_path: Path,
     samples: Sequence[dict[str, Tensor]],
@@ -52,10 +119,11 @@ def locate_drop(
     result: VerificationResult,
     progress: Callable[[str], None] | None = None,
     trust_remote_code: bool = False,
-) -> None:
-    """Ranking, figures and advice into the report. UserError: unusable input.
+) -> Attribution | None:
+    """Compiled folder and float checkpoint -> the effect of every group; None if nothing is quantized.
 
-    samples: as for `vlqc.compile`; tokens: see `choose_samples`; progress: is told the work to come and how far it is.
+    samples: as for `vlqc.compile`; tokens: see `choose_samples`; progress: receives the planned work and, every few
+    seconds, the progress. Raises UserError for unusable samples.
     """
     expected = content.model
     if expected is None:
@@ -67,24 +135,54 @@ def locate_drop(
     groups = find_groups(model, content.schemes)
     if not groups:
         result.facts["located"] = "nothing in this folder is quantized"
-        return
-    work = _Work(model, expected, groups, [samples[number] for number in numbers], DTYPES[content.glue])
-    plan = work.plan()
+        return None
+    ablation = _Ablation(model, expected, groups, [samples[number] for number in numbers], DTYPES[content.float_dtype])
+    plan = ablation.plan()
     if progress is not None:
         progress(plan)
-    located = work.run(FolderStages(content.files.path, trust_remote_code=trust_remote_code), progress)
-    result.facts["located on"] = f"{len(numbers)} of {len(samples)} samples; {plan}"
-    report_ranking(located, content, result)
+    attribution = ablation.run(FolderStages(content.files.path, trust_remote_code=trust_remote_code), progress)
+    result.facts["located on"] = f"{len(numbers)} of {pluralize(len(samples), 'sample')}; {plan}"
+    return attribution
 
 
-class _Work:
-    """All variants on all chosen samples, and what was measured on the way."""
+def choose_samples(samples: Sequence[dict[str, Tensor]], tokens: int) -> list[int]:
+    """Indices of the samples to use, ascending: always the shortest one with images and the shortest one without, then
+    the others from short to long as long as all together have at most `tokens` tokens."""
+    length = [int(sample["attention_mask"].sum()) for sample in samples]
+    order = sorted(range(len(samples)), key=lambda number: length[number])
+    chosen = [
+        next(number for number in order if ("pixel_values" in samples[number]) == has_image)
+        for has_image in (True, False)
+        if any(("pixel_values" in sample) == has_image for sample in samples)
+    ]
+    left = tokens - sum(length[number] for number in chosen)
+    for number in order:
+        if number not in chosen and length[number] <= left:
+            chosen.append(number)
+            left -= length[number]
+    return sorted(chosen)
+
+
+def find_groups(model: StreamedModel, schemes: Mapping[str, Scheme]) -> list[LayerGroup]:
+    """The quantized layers, grouped as engines fuse them, in the order of the model."""
+    groups: dict[tuple[str, ...], LayerGroup] = {}
+    stages = list(model.stages)
+    for layer in model.layers:
+        members = tuple(member for member in fused_group(layer) if schemes.get(member, Scheme.FLOAT) != Scheme.FLOAT)
+        if layer in members and members not in groups:
+            stage = next(stage for stage in stages if layer.startswith(f"{stage}."))
+            groups[members] = LayerGroup(stage, members)
+    return list(groups.values())
+
+
+class _Ablation:
+    """Runs all variants on all chosen samples and measures the groups' own errors on the way."""
 
     def __init__(
         self,
         model: StreamedModel,
         expected: ExpectedModel,
-        groups: list[Group],
+        groups: list[LayerGroup],
         samples: list[dict[str, Tensor]],
         dtype: torch.dtype,
     ) -> None:
@@ -92,24 +190,29 @@ class _Work:
         self.stages = list(model.stages)
         begin = {group: self.stages.index(group.stage) for group in groups}
         self.float, self.stored = Variant(stored=False), Variant(stored=True)
-        self.folded = Variant(True, tuple(groups), min(begin.values()))  # everything float, but in the folder's stages
+        self.float_groups = Variant(True, tuple(groups), min(begin.values()))  # all layers float, in folded stages
         self.only_quantized = {group: Variant(False, (group,), begin[group]) for group in groups}
         self.only_float = {group: Variant(True, (group,), begin[group]) for group in groups}
-        variants = [self.float, self.stored, self.folded]  # the first two answer for the others
+        variants = [self.float, self.stored, self.float_groups]  # base models first: the others reuse their outputs
         variants += [*self.only_quantized.values(), *self.only_float.values()]
-        self.runs = [Run(it, sample) for it in variants for sample in range(len(samples)) if self._differs(it, sample)]
+        self.runs = [
+            VariantRun(variant, sample)
+            for variant in variants
+            for sample in range(len(samples))
+            if self._differs(variant, sample)
+        ]
         self.modality = [row_modality(sample, model.module) for sample in samples]
-        self.measured: dict[Group, Measured] = {}
+        self.measured: dict[LayerGroup, GroupError] = {}
         self.stage_runs = 0
 
     def plan(self) -> str:
-        """How much will be done, in words."""
+        """The amount of work, for progress messages."""
         kinds = torch.cat(self.modality)
         text, image = (int((kinds == number).sum()) for number in range(len(MODALITIES)))
         width = self.model.embedding.get_parameter("weight").shape[1]
         held = sum(len(self.modality[run.sample]) for run in self.runs) * width * 4
         work = f"{self.expected_stage_runs()} stage runs, {format_bytes(held)} of hidden states"
-        return f"{text} text and {image} image tokens, {len(self.groups)} groups: {work}"
+        return f"{text} text and {image} image tokens, {pluralize(len(self.groups), 'group')}: {work}"
 
     def expected_stage_runs(self) -> int:
         return sum(
@@ -118,8 +221,8 @@ class _Work:
             for number, stage in enumerate(self.stages)
         )
 
-    def run(self, folder: FolderStages, progress: Callable[[str], None] | None) -> Located:
-        """Runs everything, one stage after the other."""
+    def run(self, folder: FolderStages, progress: Callable[[str], None] | None) -> Attribution:
+        """Runs all variants, one stage after the other."""
         model, told, started = self.model, time.monotonic(), time.monotonic()
         all_runs = self.expected_stage_runs()
         with model.non_stage_weights(model.checkpoint.tensor), logits_are_hidden(model.module):
@@ -130,7 +233,7 @@ class _Work:
                     with folder.stage(model.path(stop.module)) as stored:
                         self._run_stage(number, stop, stored)
                     model.to_meta(stop.module)
-                    if progress is not None and time.monotonic() - told >= QUIET_SECONDS:
+                    if progress is not None and time.monotonic() - told >= PROGRESS_SECONDS:
                         told = time.monotonic()
                         left = (told - started) * (all_runs / max(self.stage_runs, 1) - 1)
                         done = f"stage {number + 1} of {len(self.stages)}, {self.stage_runs} of {all_runs} stage runs"
@@ -138,20 +241,20 @@ class _Work:
                             f"{done}, {format_duration(told - started)} elapsed, about {format_duration(left)} left"
                         )
                 hidden = [result.logits[0].float() for result in lockstep.results]
-        noise = self._noise(hidden)
-        by_group = {
-            group: GroupNoise(
-                noise[self.only_quantized[group]], noise[self.only_float[group]], self.measured.get(group)
+        error = self._error_power(hidden)
+        effects = {
+            group: GroupEffect(
+                error[self.only_quantized[group]], error[self.only_float[group]], self.measured.get(group)
             )
             for group in self.groups
         }
-        return Located(noise[self.float], noise[self.stored], noise[self.folded], by_group)
+        return Attribution(error[self.float], error[self.stored], error[self.float_groups], effects)
 
     def _run_stage(self, number: int, stop: Stop, stored: nn.Module) -> None:
         pair = StagePair(stop.name, stop.module, stored, self.expected)
         here = {group for group in self.groups if group.stage == stop.name}
-        outputs: dict[tuple[bool, int], Any] = {}  # of the unchanged models, per sample
-        seen: dict[Group, list[SeenInput]] = {group: [] for group in here}
+        outputs: dict[tuple[bool, int], Any] = {}  # of the base models, by (stored, sample)
+        captured: dict[LayerGroup, list[CapturedInput]] = {group: [] for group in here}
         for call in stop.calls:
             run = self.runs[call.sample]
             variant = run.variant
@@ -162,56 +265,61 @@ class _Work:
             layers = [layer for group in variant.groups if group in here for layer in group.layers]
             self.stage_runs += 1
             if variant is self.float:
-                output = self._watched(pair, stage, call, seen)
+                output = self._run_and_capture(pair, stage, call, captured)
             else:
                 with pair.swapped(layers, in_stored=variant.stored):
                     output = stage(*call.args, **call.kwargs)
             if not variant.groups:
                 outputs[variant.stored, run.sample] = output
             stop.outputs.append(output)
-        for group, inputs in seen.items():
+        for group, inputs in captured.items():
             if inputs:
                 rows, modality, weight = (
-                    torch.cat([getattr(it, part) for it in inputs]) for part in ("rows", "modality", "weight")
+                    torch.cat([getattr(each, part) for each in inputs]) for part in ("rows", "modality", "weight")
                 )
-                self.measured[group] = measure(pair, group.layers, SeenInput(rows, modality, weight), self.dtype)
+                self.measured[group] = measure_group(
+                    pair, group.layers, CapturedInput(rows, modality, weight), self.dtype
+                )
 
-    def _watched(self, pair: StagePair, stage: nn.Module, call: Call, seen: dict[Group, list[SeenInput]]) -> Any:
-        """Runs the float stage and keeps what enters its groups."""
-        inputs: dict[Group, Tensor] = {}
+    def _run_and_capture(
+        self, pair: StagePair, stage: nn.Module, call: Call, captured: dict[LayerGroup, list[CapturedInput]]
+    ) -> Any:
+        """Runs the float stage and appends the input of each group to `captured`."""
+        inputs: dict[LayerGroup, Tensor] = {}
         paths = {module: path for path, module in stage.named_modules()}
 
-        def keep(group: Group) -> Callable[[Tensor, Call], None]:
+        def keep(group: LayerGroup) -> Callable[[Tensor, Call], None]:
             return lambda x, _: inputs.__setitem__(group, x.reshape(-1, x.shape[-1]).float())
 
-        watch = {paths[pair.linears[group.layers[0]]]: keep(group) for group in seen}
+        watch = {paths[pair.linears[group.layers[0]]]: keep(group) for group in captured}
         with watching(stage, watch, call):
             output = stage(*call.args, **call.kwargs)
-        made = first_tensor(output)
-        power = made.reshape(-1, made.shape[-1]).double().square().sum(dim=1)
+        hidden = first_tensor(output)
+        power = hidden.reshape(-1, hidden.shape[-1]).double().square().sum(dim=1)
         for group, rows in inputs.items():
             modality = call.modality if call.modality is not None else torch.ones(len(rows), dtype=torch.int8)
-            # Before the logits every token is normalised: an error counts by what its token carries.
+            # Every token is normalised before the logits, so its error counts relative to its power.
             weight = 1 / power.clamp(min=1e-30) if len(power) == len(rows) else torch.ones(len(rows)).double()
             real = modality >= 0
-            seen[group].append(SeenInput(rows[real], modality[real], weight[real]))
+            captured[group].append(CapturedInput(rows[real], modality[real], weight[real]))
         return output
 
-    def _noise(self, hidden: list[Tensor]) -> dict[Variant, ModalityNoise]:
-        """Final hidden rows [S, H] of every run -> the power of each variant's error, of the float model its own."""
+    def _error_power(self, hidden: list[Tensor]) -> dict[Variant, ModalityPower]:
+        """Final hidden rows [S, H] of every run -> power of each variant's logit error; of the float model, of its
+        logits."""
         gram = head_gram(self.model)
-        at = {(run.variant, run.sample): rows for run, rows in zip(self.runs, hidden, strict=True)}
-        noise = {variant: ModalityNoise() for variant, _ in at}
-        for variant, sums in noise.items():
+        rows_of = {(run.variant, run.sample): rows for run, rows in zip(self.runs, hidden, strict=True)}
+        power = {variant: ModalityPower() for variant, _ in rows_of}
+        for variant, sums in power.items():
             for sample, modality in enumerate(self.modality):
-                reference = at[self.float, sample]
-                unchanged = at[self.stored if variant.stored else self.float, sample]
-                error = at.get((variant, sample), unchanged) - reference
+                reference = rows_of[self.float, sample]
+                base = rows_of[self.stored if variant.stored else self.float, sample]
+                error = rows_of.get((variant, sample), base) - reference
                 sums.add(logit_power(reference if variant is self.float else error, gram), modality)
-        return noise
+        return power
 
     def _differs(self, variant: Variant, sample: int) -> bool:
-        """Whether a sample meets what a variant changes; text never meets the vision tower."""
+        """Whether a sample passes a stage that the variant changes; text alone does not pass the vision tower."""
         return not variant.groups or any(self._visits(sample, group.stage) for group in variant.groups)
 
     def _visits(self, sample: int, stage: str) -> bool:
@@ -219,7 +327,7 @@ class _Work:
 
 
 def head_gram(model: StreamedModel) -> Tensor:
-    """float64 [H, H]: the Gram matrix of the output head, by which the power of logits follows from hidden rows."""
+    """float64 [H, H]: the Gram matrix of the output head, which gives the power of logits from hidden rows."""
     head: Any = model.module.get_output_embeddings()  # type: ignore[operator]
     name = f"{model.name(model.embedding if model.tied else head)}.weight"
     gram = torch.zeros(head.in_features, head.in_features, dtype=torch.float64)

@@ -1,6 +1,6 @@
-"""Where a group's own error comes from: its weights or its inputs, and what would make it smaller, measured.
+"""Measures whether a group's error comes from its weights or its inputs, and how much other options would reduce it.
 
-Everything is measured at the outputs of the group's layers, on the inputs that they have in the float model.
+All errors are measured at the outputs of the group's layers, on their inputs in the float model.
 """
 
 from collections.abc import Sequence
@@ -22,45 +22,46 @@ from vlqc.kernels_ref.quantize import (
 )
 from vlqc.verify.attribution.stage_pair import StagePair, stored_bias, stored_weight, weight_steps
 
-NARROWER = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # of the range of the samples: what is tried in place of the stored range
-SMOOTHING = 0.5  # exponent of the closed-form smoothing that is tried
+NARROWER = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # shares of the samples' range that are tried as the input's range
+SMOOTHING = 0.5  # exponent of the closed-form smoothing (SmoothQuant's alpha) that is tried
 INT4_MAX = 7
-NEARLY = 0.01  # steps: what an uncertain scale between two Linears may move a weight
-SMALLER_GROUP = 64  # columns that share a 4-bit weight's scale at least
+NEAREST_TOLERANCE = 0.01  # steps by which an uncertain scale between two linear layers may move a weight
+SMALLEST_GROUP = 64  # columns that share a scale of 4-bit weights, at least
 PER_TOKEN, WIDER, TIGHTER, EIGHT_BITS, SMALL_GROUPS, SMOOTHED = (
     "per token", "wider range", "narrower range", "8-bit weights", "smaller groups", "smoothed"
 )  # fmt: skip
 
 
 @dataclass
-class Measured:
+class GroupError:
     """Noise power of a group's outputs, each row relative to the power of its stage's output in that row.
 
-    both: as stored; weights, inputs: with only the one side rounded; others: what the two sides together would be, by
-    what is changed; clipped: per modality (values outside the static range, all values); reach: the largest input over
-    the range's end; largest: largest channel of the stored input over the median one; plain: share of the integers that
-    are nearest to the float weight.
+    total: as stored; from_weights, from_inputs: with only that side rounded; alternatives: sum of both sides under
+    another option, by its name; clipped: per modality (values outside the static range, all values); overshoot: the
+    largest input over the end of the range; outlier_ratio: the largest channel of the stored input over the median one;
+    nearest_share: share of the integers that are the nearest to the float weight.
     """
 
-    both: float = 0.0
-    weights: float = 0.0
-    inputs: float = 0.0
-    others: dict[str, float] = field(default_factory=dict)
+    total: float = 0.0
+    from_weights: float = 0.0
+    from_inputs: float = 0.0
+    alternatives: dict[str, float] = field(default_factory=dict)
     clipped: dict[str, tuple[int, int]] = field(default_factory=dict)
-    reach: float = 0.0
-    largest: float = 0.0
-    plain: float = 0.0
+    overshoot: float = 0.0
+    outlier_ratio: float = 0.0
+    nearest_share: float = 0.0
 
     @property
     def input_share(self) -> float:
-        """Of the error, 0 to 1; 0.5 where there is none."""
-        return self.inputs / (self.inputs + self.weights) if self.inputs + self.weights > 0 else 0.5
+        """Share of the error that comes from the inputs, 0 to 1; 0.5 if there is no error."""
+        both = self.from_inputs + self.from_weights
+        return self.from_inputs / both if both > 0 else 0.5
 
 
 @dataclass(frozen=True)
-class SeenInput:
-    """What entered a group in the float model: rows float32 [T, K], modality int8 [T] as in `ir.MODALITIES`, and how
-    much a row's error counts, float64 [T]."""
+class CapturedInput:
+    """Input of a group in the float model: rows float32 [T, K], modality int8 [T] (index into `ir.MODALITIES`), and the
+    weight of each row's error, float64 [T]."""
 
     rows: Tensor
     modality: Tensor
@@ -72,111 +73,112 @@ class SeenInput:
 
 
 @torch.no_grad()
-def measure(pair: StagePair, layers: Sequence[str], seen: SeenInput, dtype: torch.dtype) -> Measured:
-    """layers: the members of one group, all quantized; dtype: the folder's, in which scales are stored."""
-    found = Measured()
-    entered = pair.changes[layers[0]].enter(seen.rows)
+def measure_group(pair: StagePair, layers: Sequence[str], captured: CapturedInput, dtype: torch.dtype) -> GroupError:
+    """layers: the members of one group, all quantized; dtype: the folder's float dtype, in which scales are stored."""
+    error = GroupError()
+    inputs = pair.transforms[layers[0]].input_to_stored(captured.rows)
     first = pair.stored[layers[0]]
     if isinstance(first, StaticQuantLinear):
-        _measure_range(found, first, entered, seen.modality)
-    size = entered.abs().amax(dim=0)
-    found.largest = float(size.amax() / size.median().clamp(min=torch.finfo(torch.float32).tiny))
-    smooth = _smoothing(pair, layers, seen.rows) if pair.smoothable(layers[0]) else None
+        _measure_range(error, first, inputs, captured.modality)
+    size = inputs.abs().amax(dim=0)
+    error.outlier_ratio = float(size.amax() / size.median().clamp(min=torch.finfo(torch.float32).tiny))
+    smooth = _smoothing_scale(pair, layers, captured.rows) if pair.smoothable(layers[0]) else None
     totals: dict[str, list[float]] = {}
     for layer in layers:
-        linear, stored, change = pair.linears[layer], pair.stored[layer], pair.changes[layer]
+        linear, stored, transform = pair.linears[layer], pair.stored[layer], pair.transforms[layer]
         assert isinstance(stored, QuantLinear)
-        exact = linear.forward(seen.rows)
+        exact = linear.forward(captured.rows)
 
-        def of_inputs(rounded: Tensor, linear: nn.Linear = linear, columns: Tensor = change.columns) -> float:
-            return seen.power(((rounded - entered) * columns) @ linear.weight.T)
+        def input_noise(rounded: Tensor, linear: nn.Linear = linear, columns: Tensor = transform.columns) -> float:
+            return captured.power(((rounded - inputs) * columns) @ linear.weight.T)
 
-        def of_weights(error: Tensor, inputs: Tensor, rows: Tensor | None = change.rows) -> float:
-            made = inputs @ error.T
-            return seen.power(made if rows is None else made / rows)
+        def weight_noise(difference: Tensor, inputs: Tensor, rows: Tensor | None = transform.rows) -> float:
+            output = inputs @ difference.T
+            return captured.power(output if rows is None else output / rows)
 
-        product = change.leave(entered @ stored_weight(stored).T + stored_bias(stored))
-        weights, inputs = seen.power(product - exact), of_inputs(_rounded(stored, entered))
-        found.both += seen.power(change.leave(stored.forward(entered)) - exact)
-        found.weights += weights
-        found.inputs += inputs
-        folded = linear.weight * change.columns * change.rows[:, None]
-        found.plain += _nearest(stored, folded) / len(layers)
-        centred = entered if change.shift is None else entered - change.shift
+        product = transform.output_from_stored(inputs @ stored_weight(stored).T + stored_bias(stored))
+        from_weights, from_inputs = captured.power(product - exact), input_noise(_rounded_input(stored, inputs))
+        error.total += captured.power(transform.output_from_stored(stored.forward(inputs)) - exact)
+        error.from_weights += from_weights
+        error.from_inputs += from_inputs
+        folded = linear.weight * transform.columns * transform.rows[:, None]
+        error.nearest_share += _nearest_share(stored, folded) / len(layers)
+        centred = inputs if transform.shift is None else inputs - transform.shift
         tried: dict[str, float] = {}
         if isinstance(stored, StaticQuantLinear):
-            tried[PER_TOKEN] = weights + of_inputs(_per_token(entered))
-            tried[WIDER] = weights + of_inputs(_static(entered, 1.0, dtype))
-            tried[TIGHTER] = weights + min(of_inputs(_static(entered, share, dtype)) for share in NARROWER)
+            tried[PER_TOKEN] = from_weights + input_noise(_per_token(inputs))
+            tried[WIDER] = from_weights + input_noise(_static(inputs, 1.0, dtype))
+            tried[TIGHTER] = from_weights + min(input_noise(_static(inputs, share, dtype)) for share in NARROWER)
         if isinstance(stored, GroupQuantLinear):
-            tried[EIGHT_BITS] = inputs + of_weights(_eight_bits(folded, dtype) - folded, centred)
-            if stored.group_size > SMALLER_GROUP:
-                tried[SMALL_GROUPS] = inputs + of_weights(_four_bits(folded, SMALLER_GROUP) - folded, centred)
+            tried[EIGHT_BITS] = from_inputs + weight_noise(_eight_bits(folded, dtype) - folded, centred)
+            if stored.group_size > SMALLEST_GROUP:
+                tried[SMALL_GROUPS] = from_inputs + weight_noise(_four_bits(folded, SMALLEST_GROUP) - folded, centred)
         if smooth is not None:
-            entering, weight = seen.rows / smooth, linear.weight * smooth
-            small = _like(stored, weight, dtype)
-            rounded = _static(entering, 1.0, dtype) if isinstance(stored, StaticQuantLinear) else _per_token(entering)
-            tried[SMOOTHED] = of_weights(small - weight, entering, None) + seen.power((rounded - entering) @ weight.T)
+            smoothed, weight = captured.rows / smooth, linear.weight * smooth
+            low_bit = _nearest_as(stored, weight, dtype)
+            rounded = _static(smoothed, 1.0, dtype) if isinstance(stored, StaticQuantLinear) else _per_token(smoothed)
+            of_inputs = captured.power((rounded - smoothed) @ weight.T)
+            tried[SMOOTHED] = weight_noise(low_bit - weight, smoothed, None) + of_inputs
         for name, noise in tried.items():
             totals.setdefault(name, []).append(noise)
-    found.others = {name: sum(noises) for name, noises in totals.items()}
-    return found
+    error.alternatives = {name: sum(noises) for name, noises in totals.items()}
+    return error
 
 
-def _measure_range(found: Measured, stored: StaticQuantLinear, entered: Tensor, modality: Tensor) -> None:
-    """How much of the input lies outside what its scale and offset reach, by more than the half step of rounding."""
+def _measure_range(error: GroupError, stored: StaticQuantLinear, inputs: Tensor, modality: Tensor) -> None:
+    """Counts the inputs that lie outside the static range by more than half a step."""
     scale, offset = float(stored.input_scale), float(stored.input_offset)
     low, high = (INT8_MIN - offset) * scale, (INT8_MAX - offset) * scale
-    outside = (entered < low - scale / 2) | (entered > high + scale / 2)
+    outside = (inputs < low - scale / 2) | (inputs > high + scale / 2)
     for number, name in enumerate(MODALITIES):
-        of_this = outside[modality == number]
-        if len(of_this):
-            found.clipped[name] = int(of_this.sum()), of_this.numel()
-    found.reach = max(_over(float(entered.min()), low), _over(float(entered.max()), high))
+        selected = outside[modality == number]
+        if len(selected):
+            error.clipped[name] = int(selected.sum()), selected.numel()
+    error.overshoot = max(_ratio(float(inputs.min()), low), _ratio(float(inputs.max()), high))
 
 
-def _nearest(stored: QuantLinear, folded: Tensor) -> float:
-    """The share of a stored layer's integers that are the nearest to the folded float weight [N, K]."""
-    off = (stored_weight(stored) - folded).abs() / weight_steps(stored)
-    return float((off <= 0.5 + NEARLY).float().mean())
+def _nearest_share(stored: QuantLinear, folded: Tensor) -> float:
+    """Share of a stored layer's integers that are the nearest to the folded float weight [N, K]."""
+    steps = (stored_weight(stored) - folded).abs() / weight_steps(stored)
+    return float((steps <= 0.5 + NEAREST_TOLERANCE).float().mean())
 
 
-def _over(end: float, limit: float) -> float:
-    """How many times the range's end an input is; 0 where the range does not reach to that side at all."""
-    return end / limit if limit != 0 and end / limit > 0 else 0.0
+def _ratio(value: float, limit: float) -> float:
+    """value / limit; 0 if the range has no extent on that side of zero."""
+    return value / limit if limit != 0 and value / limit > 0 else 0.0
 
 
-def _rounded(stored: QuantLinear, entered: Tensor) -> Tensor:
-    """The input as the stored layer's integers mean it."""
+def _rounded_input(stored: QuantLinear, inputs: Tensor) -> Tensor:
+    """The input as the stored layer quantizes it, dequantized to float32."""
     if isinstance(stored, StaticQuantLinear):
-        integers = quantize_per_tensor(entered, stored.input_scale, stored.input_offset)
+        integers = quantize_per_tensor(inputs, stored.input_scale, stored.input_offset)
         return dequantize_per_tensor(integers, stored.input_scale, stored.input_offset, torch.float32)
     if isinstance(stored, GroupQuantLinear) and stored.weight_only:
-        return entered
-    return _per_token(entered)
+        return inputs
+    return _per_token(inputs)
 
 
-def _per_token(entered: Tensor) -> Tensor:
-    integers, scale = quantize_per_token(entered)
+def _per_token(inputs: Tensor) -> Tensor:
+    integers, scale = quantize_per_token(inputs)
     return integers.float() * scale
 
 
-def _static(entered: Tensor, share: float, dtype: torch.dtype) -> Tensor:
-    """Rounded with one scale and offset for this share of the range of all rows."""
-    scale, offset = activation_scale_and_offset(float(entered.min()) * share, float(entered.max()) * share, dtype)
-    return dequantize_per_tensor(quantize_per_tensor(entered, scale, offset), scale, offset, torch.float32)
+def _static(inputs: Tensor, share: float, dtype: torch.dtype) -> Tensor:
+    """Quantized with one scale and offset that cover `share` of the range of all rows, dequantized."""
+    scale, offset = activation_scale_and_offset(float(inputs.min()) * share, float(inputs.max()) * share, dtype)
+    return dequantize_per_tensor(quantize_per_tensor(inputs, scale, offset), scale, offset, torch.float32)
 
 
-def _smoothing(pair: StagePair, layers: Sequence[str], rows: Tensor) -> Tensor:
-    """float32 [K]: what the inputs would be divided by so that inputs and weights share their outliers evenly."""
+def _smoothing_scale(pair: StagePair, layers: Sequence[str], rows: Tensor) -> Tensor:
+    """float32 [K]: divisor of the inputs by SmoothQuant's formula, alpha = SMOOTHING."""
     inputs = rows.abs().amax(dim=0)
     weights = torch.stack([pair.linears[layer].weight.abs().amax(dim=0) for layer in layers]).amax(dim=0)
     scale = inputs**SMOOTHING / weights ** (1 - SMOOTHING)
     return scale.where((inputs > 0) & (weights > 0), torch.ones(()))
 
 
-def _like(stored: QuantLinear, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight rounded plainly, with the bits and groups of a stored layer."""
+def _nearest_as(stored: QuantLinear, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight rounded to the nearest, with the bits and groups of a stored layer, dequantized."""
     if isinstance(stored, GroupQuantLinear):
         return _four_bits(weight, stored.group_size)
     return _eight_bits(weight, dtype)

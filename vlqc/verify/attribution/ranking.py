@@ -1,67 +1,92 @@
-"""The ranking of groups as tables and sentences of a report."""
+"""Ranks groups of layers by their share of the logits' error and suggests options for the first ones."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vlqc.families.qwen2_5_vl import fused_group
 from vlqc.ir.stage import MODALITIES
+from vlqc.targets.rules import group_faults, supported_schemes
+from vlqc.targets.schemes import Scheme
+from vlqc.targets.target import Target, parse_target
+from vlqc.targets.vllm_ascend import VLLM_ASCEND as WIDEST  # the engine that runs most schemes
 from vlqc.verify.accuracy import Noise
-from vlqc.verify.attribution.advice import LOCATE, advise
-from vlqc.verify.attribution.variants import Group, Located, ModalityNoise
-from vlqc.verify.findings import RANKING, VerificationResult
+from vlqc.verify.attribution.ablation import Attribution, LayerGroup, ModalityPower
+from vlqc.verify.attribution.group_error import (
+    EIGHT_BITS,
+    PER_TOKEN,
+    SMALL_GROUPS,
+    SMOOTHED,
+    TIGHTER,
+    WIDER,
+    GroupError,
+)
+from vlqc.verify.findings import RANKING, Finding, VerificationResult
 from vlqc.verify.structure.structure import CompiledFolder
 
-ADVISED = 3  # groups that something is said about
-INTERACTION = (0.8, 1.25)  # sum of the single groups' noise over the whole noise between which they just add up
+CHECK = "locate"
+ADVISED = 3  # groups that get advice
+INTERACTION = (0.8, 1.25)  # sum of the single groups' errors over the folder's error between which they are independent
 MIB = 1 << 20
 
+WORTH = 0.5  # dB by which a group's own error has to fall for an option to be suggested
+WORTH_UNSURE = 3.0  # dB; where the measurement only approximates what the option does
+ONE_SIDE = 0.6  # share of the error from which on inputs or weights count as its main cause
+PLAIN = 0.999  # share of nearest integers from which on a weight counts as rounded to the nearest
+CLIPPED = 1e-6  # share of an input's values outside its range from which on clipping is reported
+OUTLIERS = 8.0  # times the median channel: what smoothing should have made smaller
 
-def report_ranking(located: Located, content: CompiledFolder, result: VerificationResult) -> None:
-    """Facts and advice into the report. Groups are ranked by the error that each makes alone."""
-    signal, whole, groups = located.signal, located.whole, located.groups
-    ranked = sorted(groups, key=lambda group: -groups[group].alone.total)  # stable: equal ones in the model's order
+
+def add_ranking(attribution: Attribution, content: CompiledFolder, result: VerificationResult) -> None:
+    """Adds the ranking, its legend and the advice to the result. Groups are ordered by the error that each causes
+    alone; equal ones stay in the order of the model."""
+    signal, error, groups = attribution.signal, attribution.error, attribution.groups
+    ranked = sorted(groups, key=lambda group: -groups[group].alone.total)
     by_gain = sorted(groups, key=lambda group: groups[group].without.total)
-    alone = sum(noise.alone.total for noise in groups.values())
-    result.add_examined(LOCATE, len(groups))
+    alone = sum(effect.alone.total for effect in groups.values())
+    result.add_examined(CHECK, len(groups))
     result.facts["located"] = {
-        "all quantized dB": _sqnr(signal.total, whole.total),
-        **_by_modality(signal, whole),
-        "without the groups' rounding dB": _sqnr(signal.total, located.folded.total),
-        "sum of shares %": _share(alone, whole.total),
+        "all quantized dB": _sqnr(signal.total, error.total),
+        **_by_modality(signal, error),
+        "without the groups' rounding dB": _sqnr(signal.total, attribution.float_groups_error.total),
+        "sum of shares %": _percent(alone, error.total),
     }
-    if whole.total > 0 and not INTERACTION[0] <= alone / whole.total <= INTERACTION[1]:
+    if error.total > 0 and not INTERACTION[0] <= alone / error.total <= INTERACTION[1]:
+        effect = "add to" if alone < error.total else "cancel"
         result.facts["interaction"] = (
-            f"one by one the groups make {_share(alone, whole.total)} % of the error that they make together: errors "
-            f"{'add to' if alone < whole.total else 'cancel'} each other, so trust gains in float more than shares"
+            f"quantized one at a time, the groups cause {_percent(alone, error.total)} % of the folder's error: their "
+            f"errors {effect} each other, so rely on the gain more than on the share"
         )
     result.facts["in the table"] = (
-        "alone, text, image: logits of the float model with only this group quantized; share: of the folder's error; "
-        "gain: of the folder's logits with only this group float; inputs: share of its own error that is not its "
-        "weights'; MiB: what float would add"
+        "alone, text, image: SQNR of the logits of the float model with only this group quantized; share: part of the "
+        "folder's error that this causes; gain: of the folder's logits with only this group float; inputs: part of the "
+        "group's own error that comes from rounding its inputs, not its weights; MiB: what the folder grows by if the "
+        "group is float"
     )
-    rows = {group: _row(group, located, content) for group in ranked}
+    rows = {group: _row(group, attribution, content) for group in ranked}
     result.facts[RANKING] = [row | {"gain rank": by_gain.index(group) + 1} for group, row in rows.items()]
     for rank, group in enumerate(ranked[:ADVISED], 1):
         measured = groups[group].measured
         if measured is not None and groups[group].alone.total > 0:
-            advise(result, rank, rows[group], group.layers, content.schemes, measured)
+            _add_advice(result, rank, rows[group], group.layers, content.schemes, measured)
 
 
-def _row(group: Group, located: Located, content: CompiledFolder) -> dict[str, Any]:
-    signal, whole, noise = located.signal, located.whole, located.groups[group]
-    gain = _sqnr(signal.total, noise.without.total) - _sqnr(signal.total, whole.total)
+def _row(group: LayerGroup, attribution: Attribution, content: CompiledFolder) -> dict[str, Any]:
+    signal, error, effect = attribution.signal, attribution.error, attribution.groups[group]
+    gain = _sqnr(signal.total, effect.without.total) - _sqnr(signal.total, error.total)
     return {
         "group": group.name,
         "scheme": str(content.schemes[group.layers[0]]),
-        "alone dB": _sqnr(signal.total, noise.alone.total),
-        "share %": _share(noise.alone.total, whole.total),
+        "alone dB": _sqnr(signal.total, effect.alone.total),
+        "share %": _percent(effect.alone.total, error.total),
         "gain dB": round(gain, 2),
-        **_by_modality(signal, noise.alone),
-        "inputs %": round(100 * noise.measured.input_share) if noise.measured else "-",
+        **_by_modality(signal, effect.alone),
+        "inputs %": round(100 * effect.measured.input_share) if effect.measured else "-",
         "float MiB": round(_float_cost(group.layers, content) / MIB, 3),
     }
 
 
-def _by_modality(signal: ModalityNoise, noise: ModalityNoise) -> dict[str, Any]:
+def _by_modality(signal: ModalityPower, noise: ModalityPower) -> dict[str, Any]:
     """SQNR of the logits of text tokens and of image tokens; "-" where the samples have none."""
     return {
         f"{name} dB": _sqnr(signal.power[name], noise.power[name]) if signal.power[name] else "-" for name in MODALITIES
@@ -69,15 +94,15 @@ def _by_modality(signal: ModalityNoise, noise: ModalityNoise) -> dict[str, Any]:
 
 
 def _float_cost(layers: Sequence[str], content: CompiledFolder) -> int:
-    """Bytes by which the folder grows when these layers are float; a bias, where there is one, stays as it is."""
+    """Bytes by which the folder grows if these layers are float. A bias is float already."""
     if content.model is None:
         return 0
     cost = 0
     for layer in layers:
         linear = content.model.linears[layer]
         cost += 2 * linear.outputs * linear.inputs
-        mine = (tensor for name, tensor in content.files.tensors.items() if name.rpartition(".")[0] == layer)
-        cost -= sum(tensor.nbytes for tensor in mine if not tensor.name.endswith(".bias"))
+        tensors = (tensor for name, tensor in content.files.tensors.items() if name.rpartition(".")[0] == layer)
+        cost -= sum(tensor.nbytes for tensor in tensors if not tensor.name.endswith(".bias"))
     return cost
 
 
@@ -85,5 +110,96 @@ def _sqnr(signal: float, noise: float) -> float:
     return round(Noise(signal, noise).sqnr, 2)
 
 
-def _share(part: float, whole: float) -> float:
+def _percent(part: float, whole: float) -> float:
     return round(100 * part / whole, 1) if whole > 0 else 0.0
+
+
+# ---- advice ----------------------------------------------------------------------------------------------------------
+
+
+def _add_advice(
+    result: VerificationResult,
+    rank: int,
+    row: Mapping[str, object],
+    layers: Sequence[str],
+    schemes: Mapping[str, Scheme],
+    error: GroupError,
+) -> None:
+    """Adds one group's advice to the result: the causes of its error, and every option that the measurements support.
+
+    row: of the ranking; layers: the group's members; schemes: of every linear layer of the folder.
+    """
+    scheme = schemes[layers[0]]
+    what = (
+        f"{rank}. {row['group']} ({scheme}) causes {row['share %']} % of the logits' error; keeping it in float raises "
+        f"their SQNR by {row['gain dB']} dB"
+    )
+    options = _measured_options(layers, scheme, parse_target(result.engine), error)
+    options.append(_exclusion(row, layers, schemes, parse_target(result.engine)))
+    why, fix = "; ".join(_causes(error, scheme)), "; ".join(options)
+    result.advice.append(Finding(CHECK, str(row["group"]), what, why, fix))
+
+
+def _causes(error: GroupError, scheme: Scheme) -> list[str]:
+    share = error.input_share
+    if share >= ONE_SIDE:
+        causes = [f"{share:.0%} of its own error comes from rounding its inputs, {1 - share:.0%} from its weights"]
+    elif share <= 1 - ONE_SIDE:
+        causes = [f"{1 - share:.0%} of its own error comes from rounding its weights, {share:.0%} from its inputs"]
+    else:
+        causes = [f"its own error comes from rounding both its weights ({1 - share:.0%}) and its inputs ({share:.0%})"]
+    for modality, (count, total) in error.clipped.items():
+        if count > CLIPPED * total:
+            causes.append(f"{100 * count / total:.2g} % of its {modality} inputs lie outside the stored range")
+    if any(count for count, _ in error.clipped.values()) and error.overshoot > 1:
+        causes.append(f"the largest input is {error.overshoot:.3g} times the end of the range")
+    if error.nearest_share >= PLAIN and share <= 1 - ONE_SIDE:
+        causes.append("every weight is rounded to the nearest integer")
+    if error.outlier_ratio > OUTLIERS and scheme != Scheme.FLOAT:
+        causes.append(f"the largest channel of its input is {error.outlier_ratio:.3g} times the median channel")
+    return causes
+
+
+def _measured_options(layers: Sequence[str], scheme: Scheme, target: Target, error: GroupError) -> list[str]:
+    """Options that lower the group's own error by at least WORTH dB, the best first."""
+    own = error.from_inputs + error.from_weights
+    gains = {name: _decibels(own, noise) for name, noise in error.alternatives.items()}
+    if SMOOTHED in gains:  # measured with the range of these very samples, a gain that is not due to smoothing
+        gains[SMOOTHED] = _decibels(min(own, error.alternatives.get(WIDER, own)), error.alternatives[SMOOTHED])
+    clipped = any(count > CLIPPED * total for count, total in error.clipped.values())
+    options = {
+        PER_TOKEN: _for_target("--is_dynamic True", Scheme.W8A8_DYNAMIC, layers, target),
+        WIDER: "--calib_images with more or other images, like these" if clipped else "",
+        TIGHTER: "" if any(count for count, _ in error.clipped.values()) else "--act_method 2 (a narrower range)",
+        EIGHT_BITS: _for_target("--w_bit 8 --is_lowbit False --is_dynamic True", Scheme.W8A8_DYNAMIC, layers, target),
+        SMALL_GROUPS: "--group_size 64",
+        SMOOTHED: "--anti_method m4 --anti_alpha 0.5",
+    }
+    advice = [
+        f"{options[name]}: its own error {-gain:+.1f} dB"
+        for name, gain in sorted(gains.items(), key=lambda item: -item[1])
+        if gain >= (WORTH_UNSURE if name in (SMOOTHED, TIGHTER) else WORTH) and options[name]
+    ]
+    if error.input_share <= 1 - ONE_SIDE and error.nearest_share >= PLAIN:
+        advice.append("--weight_method gptq: its weights are rounded to the nearest integer")
+    return advice
+
+
+def _for_target(option: str, scheme: Scheme, layers: Sequence[str], target: Target) -> str:
+    """The option, with another target if the folder's own does not run these layers so; empty if none does."""
+    if scheme in supported_schemes(target, layers[0]):
+        return option
+    return f"{option} --target {WIDEST}" if scheme in supported_schemes(WIDEST, layers[0]) else ""
+
+
+def _exclusion(row: Mapping[str, object], layers: Sequence[str], schemes: Mapping[str, Scheme], target: Target) -> str:
+    """--exclude with its measured effect; the other members of the fused group follow the named one."""
+    planned = {**schemes, **{member: Scheme.FLOAT for member in fused_group(layers[0]) if member in schemes}}
+    other = f" --target {WIDEST}" if group_faults(target, planned) else ""
+    effect = f"SQNR of the logits {row['gain dB']:+} dB for {row['float MiB']} MiB more"
+    return f"--exclude {layers[0]}{other}: {effect}"
+
+
+def _decibels(before: float, after: float) -> float:
+    """By how much an error falls, in dB; 0 if either is 0."""
+    return 10 * math.log10(before / after) if before > 0 and after > 0 else 0.0

@@ -1,9 +1,9 @@
-"""One stage of the float model beside the same stage of a compiled folder, and how to run a layer of one in the other.
+"""Runs single layers of a compiled folder inside the float model and the other way round.
 
-Smoothing is an exact change of variables inside a stage: where the float layer computes y = W x + b, the stored layer
-reads x / columns + shift and its output is that of the float layer times rows, so its weight is about
-diag(rows) W diag(columns). Columns behind a norm and the shift follow from both norms' weights, exactly. Scales between
-two Linears are fitted from both matrices: nothing that the compiler recorded is believed.
+Smoothing is an equivalent transformation of a stage: where the float layer computes y = W x + b, the stored layer reads
+x / columns + shift and returns y * rows, so its weight is about diag(rows) W diag(columns). Columns behind a norm and
+the shift follow exactly from the weights of both norms. Scales between two linear layers are fitted from both matrices;
+nothing that the compiler recorded is used.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,7 +20,7 @@ from vlqc.frontend.streamed_model import build
 from vlqc.kernels_ref.deq_scale import decode_deq_scale
 from vlqc.kernels_ref.norm import ShiftedNorm
 from vlqc.kernels_ref.quant_linear import GroupQuantLinear, QuantLinear, StaticQuantLinear
-from vlqc.verify.loader import _Loader, read_description
+from vlqc.verify.loader import WeightLoader, read_description
 from vlqc.verify.structure.expected import ExpectedModel, consumers_of_norm
 
 # Producer -> consumer of a scale between two Linears, by their names in a block.
@@ -29,55 +29,55 @@ LINEAR_EDGES = (
     ("self_attn.v_proj", "self_attn.o_proj"),
     ("mlp.up_proj", "mlp.down_proj"),
 )
-EXACT = 1e-14  # relative variance of a scale that fits perfectly: float32 arithmetic knows no better
+EXACT = 1e-14  # relative variance of a scale that fits perfectly, the limit of float32 arithmetic
 SIGMAS = 5.0
-DAMAGE = 0.01  # producer and consumer that disagree by more than that, beyond their uncertainty, are no smoothing
-UNSMOOTHED = 4.0  # mean of ((scale - 1) / sigma)^2 below which an edge was not smoothed at all; noise alone gives 1
+DAMAGE = 0.01  # relative difference between producer and consumer, beyond SIGMAS, that smoothing cannot explain
+UNSMOOTHED = 4.0  # mean of ((scale - 1) / sigma)^2 below which an edge counts as not smoothed; noise alone gives 1
 
 
 @dataclass(frozen=True)
-class Change:
-    """Between a float layer and its stored one: columns float32 [K], rows float32 [N], shift float32 [K] or None."""
+class EquivalentTransform:
+    """From a float layer to its stored one: columns float32 [K], rows float32 [N], shift float32 [K] or None."""
 
     columns: Tensor
     rows: Tensor
     shift: Tensor | None = None
 
     @classmethod
-    def none(cls, linear: nn.Linear) -> "Change":
+    def identity(cls, linear: nn.Linear) -> "EquivalentTransform":
         return cls(torch.ones(linear.in_features), torch.ones(linear.out_features))
 
-    def enter(self, x: Tensor) -> Tensor:
+    def input_to_stored(self, x: Tensor) -> Tensor:
         """Input of the float layer -> input of the stored one, [..., K]."""
-        entered = x / self.columns
-        return entered if self.shift is None else entered + self.shift
+        scaled = x / self.columns
+        return scaled if self.shift is None else scaled + self.shift
 
-    def leave(self, y: Tensor) -> Tensor:
+    def output_from_stored(self, y: Tensor) -> Tensor:
         """Output of the stored layer -> output of the float one, [..., N]."""
         return y / self.rows
 
-    def enter_float(self, x: Tensor) -> Tensor:
+    def input_from_stored(self, x: Tensor) -> Tensor:
         """Input of the stored layer -> input of the float one, [..., K]."""
         return (x if self.shift is None else x - self.shift) * self.columns
 
-    def leave_float(self, y: Tensor) -> Tensor:
+    def output_to_stored(self, y: Tensor) -> Tensor:
         """Output of the float layer -> output of the stored one, [..., N]."""
         return y * self.rows
 
 
 class FolderStages:
-    """A compiled folder as a model without weights, of which one stage at a time can be filled."""
+    """The model of a compiled folder on the meta device, of which one stage at a time can be loaded."""
 
     def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
         checkpoint = Checkpoint(folder)
         self._model = build(folder, checkpoint.config, trust_remote_code=trust_remote_code)
-        self._loader = _Loader(checkpoint, read_description(folder), torch.float32)
+        self._loader = WeightLoader(checkpoint, read_description(folder), torch.float32)
 
     @contextmanager
     def stage(self, path: str) -> Iterator[nn.Module]:
-        """Inside, the stage at this path of the module tree runs as stored, in float32 around the integers.
+        """Context in which the stage at this module path holds the folder's tensors, float ones as float32.
 
-        UserError with every tensor that is missing or misshapen. Afterwards its tensors are gone.
+        Raises UserError with every tensor that is missing or has a wrong shape. The tensors are released afterwards.
         """
         stage = self._model.get_submodule(path)
         before = [(module, dict(module._modules), dict(module._parameters)) for module in stage.modules()]
@@ -88,15 +88,15 @@ class FolderStages:
                 raise UserError(*self._loader.faults)
             yield stage
         finally:
-            for module, modules, parameters in before:  # quantized layers have taken the places of Linears
+            for module, modules, parameters in before:  # puts linear layers back in place of quantized ones
                 module._modules.update(modules)
                 module._parameters.update(parameters)
 
 
 class StagePair:
-    """A float stage with its weights and the stored stage, both filled.
+    """A float stage and the stored stage, both with their weights.
 
-    linears: checkpoint name -> float Linear; stored: the module in its place; changes: what lies between the two.
+    linears: checkpoint name -> float linear layer; stored: -> the stored layer; transforms: -> from float to stored.
     """
 
     def __init__(self, name: str, float_stage: nn.Module, stored_stage: nn.Module, model: ExpectedModel) -> None:
@@ -107,79 +107,82 @@ class StagePair:
         columns: dict[str, Tensor] = {}
         for path, module in float_stage.named_modules():
             layer = _checkpoint_name(name, path)
-            beside = stored_stage.get_submodule(path)
+            counterpart = stored_stage.get_submodule(path)
             if isinstance(module, nn.Linear):
-                self.linears[layer], self.stored[layer] = module, beside
+                self.linears[layer], self.stored[layer] = module, counterpart
             elif [part for part, _ in module.named_parameters()] == ["weight"]:
-                scale, bias = _between_norms(module, beside)
+                scale, bias = _norm_transform(module, counterpart)
                 for consumer in consumers_of_norm(layer):
                     columns[consumer] = scale
                     if bias is not None:
                         shifts[consumer] = bias
-        self.changes = {layer: self._behind_norm(layer, columns, shifts) for layer in self.linears}
+        self.transforms = {layer: self._behind_norm(layer, columns, shifts) for layer in self.linears}
         for producer, consumer in LINEAR_EDGES:
             names = f"{name}.{producer}", f"{name}.{consumer}"
             if names[0] in self.linears and names[1] in self.linears:
                 self._between_linears(*names, model)
 
     def smoothable(self, layer: str) -> bool:
-        """Whether a scale can be moved between this layer's input and what is in front of it."""
-        return layer != f"{self.name}.mlp.2"  # behind an activation function that no scale passes
+        """Whether the producer of this layer's input can absorb a scale of it."""
+        return layer != f"{self.name}.mlp.2"  # its producer is an activation function
 
     @contextmanager
     def swapped(self, layers: Iterable[str], *, in_stored: bool) -> Iterator[None]:
-        """Inside, these layers of the float stage compute as stored; with in_stored: of the stored stage, as float."""
+        """Context in which these layers of the float stage (in_stored: of the stored stage) compute as in the other."""
         with ExitStack() as stack:
             for layer in layers:
-                linear, stored, change = self.linears[layer], self.stored[layer], self.changes[layer]
+                linear, stored, transform = self.linears[layer], self.stored[layer], self.transforms[layer]
                 if in_stored:
-                    stack.enter_context(answering(stored, float_in_stored(linear, change)))
+                    stack.enter_context(replaced_forward(stored, float_in_stored(linear, transform)))
                 else:
-                    stack.enter_context(answering(linear, stored_in_float(stored, change)))
+                    stack.enter_context(replaced_forward(linear, stored_in_float(stored, transform)))
             yield
 
-    def _behind_norm(self, layer: str, columns: Mapping[str, Tensor], shifts: Mapping[str, Tensor]) -> Change:
+    def _behind_norm(
+        self, layer: str, columns: Mapping[str, Tensor], shifts: Mapping[str, Tensor]
+    ) -> EquivalentTransform:
         linear = self.linears[layer]
-        change = Change.none(linear)
+        identity = EquivalentTransform.identity(linear)
         if layer not in columns:
-            return change
-        tiles = linear.in_features // len(columns[layer])  # the merger reads 2 x 2 patches at once
+            return identity
+        tiles = linear.in_features // len(columns[layer])  # a patch merger reads several tokens side by side
         shift = shifts[layer].repeat(tiles) if layer in shifts else None
-        return Change(columns[layer].repeat(tiles), change.rows, shift)
+        return EquivalentTransform(columns[layer].repeat(tiles), identity.rows, shift)
 
     def _between_linears(self, producer: str, consumer: str, model: ExpectedModel) -> None:
         above, below = self.linears[producer], self.linears[consumer]
-        channel = torch.arange(below.in_features)  # [K of the consumer], counted among the producer's last rows
+        channel = torch.arange(below.in_features)  # consumer's column -> row among the producer's last rows
         count = below.in_features
         if producer.endswith("v_proj"):  # grouped queries read each value head several times
             repeat, head = model.heads // model.kv_heads, above.out_features // model.kv_heads
             count = above.out_features
             channel = torch.arange(count).reshape(-1, head).repeat_interleave(repeat, dim=0).flatten()
         first = above.out_features - count
-        change = self.changes[producer]
-        kept = _weight(self.stored[producer], first)
-        rows = fitted_scales(above.weight[first:] * change.columns, kept, dim=1)
-        columns = fitted_scales(below.weight, _weight(self.stored[consumer]), dim=0)
-        scale = agreed_scales(rows, columns, channel)
-        self.changes[producer] = Change(change.columns, torch.cat([torch.ones(first), scale]), change.shift)
-        self.changes[consumer] = Change(1 / scale[channel], self.changes[consumer].rows)
+        transform = self.transforms[producer]
+        stored_rows = _weight_in_steps(self.stored[producer], first)
+        rows = fit_scales(above.weight[first:] * transform.columns, stored_rows, dim=1)
+        columns = fit_scales(below.weight, _weight_in_steps(self.stored[consumer]), dim=0)
+        scale = combine_scales(rows, columns, channel)
+        all_rows = torch.cat([torch.ones(first), scale])
+        self.transforms[producer] = EquivalentTransform(transform.columns, all_rows, transform.shift)
+        self.transforms[consumer] = EquivalentTransform(1 / scale[channel], self.transforms[consumer].rows)
 
 
-def stored_in_float(stored: nn.Module, change: Change) -> Callable[[Tensor], Tensor]:
-    """What a float layer's forward is replaced by, so that it computes as stored on the float stage's values."""
-    run = stored.forward  # bound now: the module may be swapped itself later
-    return lambda x: change.leave(run(change.enter(x)))
+def stored_in_float(stored: nn.Module, transform: EquivalentTransform) -> Callable[[Tensor], Tensor]:
+    """Forward for a float layer that computes the stored layer on the float stage's values."""
+    run = stored.forward  # bound now, because the module's forward may be replaced later
+    return lambda x: transform.output_from_stored(run(transform.input_to_stored(x)))
 
 
-def float_in_stored(linear: nn.Linear, change: Change) -> Callable[[Tensor], Tensor]:
-    """What a stored layer's forward is replaced by, so that it computes in float on the stored stage's values."""
+def float_in_stored(linear: nn.Linear, transform: EquivalentTransform) -> Callable[[Tensor], Tensor]:
+    """Forward for a stored layer that computes the float layer on the stored stage's values."""
     run = linear.forward
-    return lambda x: change.leave_float(run(change.enter_float(x)))
+    return lambda x: transform.output_to_stored(run(transform.input_from_stored(x)))
 
 
 @contextmanager
-def answering(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Inside, calls of the module are answered by `forward`."""
+def replaced_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Context in which the module's forward is `forward`."""
     module.forward = forward
     try:
         yield
@@ -188,14 +191,14 @@ def answering(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterato
 
 
 def stored_weight(module: nn.Module) -> Tensor:
-    """The matrix float32 [N, K] that a stored layer stands for."""
+    """The dequantized weight of a stored layer, float32 [N, K]."""
     if isinstance(module, QuantLinear):
         return module.weight.float() * weight_steps(module)
     return module.get_parameter("weight")
 
 
 def weight_steps(module: QuantLinear) -> Tensor:
-    """float32 [N, 1] or [N, K]: the size of a step of each weight."""
+    """Quantization step of each weight, float32 [N, 1] or [N, K]."""
     steps = module.weight_scale.float()
     if isinstance(module, GroupQuantLinear):
         steps = steps * module.weight_scale_second.float().repeat_interleave(module.group_size, dim=1)
@@ -203,7 +206,7 @@ def weight_steps(module: QuantLinear) -> Tensor:
 
 
 def stored_bias(module: QuantLinear) -> Tensor:
-    """What a stored layer adds to its matrix product in the end, float32 [N]."""
+    """The bias that a stored layer adds to its matrix product, float32 [N]."""
     if isinstance(module, StaticQuantLinear):
         sums = module.weight.sum(dim=1, dtype=torch.int64).double()
         added = module.quant_bias.double() + module.input_offset.double() * sums
@@ -215,16 +218,18 @@ def stored_bias(module: QuantLinear) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Fit:
-    """Scales float64 and their relative variance; infinite where nothing can be known."""
+class FittedScales:
+    """Scales float64 and their relative variance, which is infinite where the weights determine no scale."""
 
     scale: Tensor
     variance: Tensor
 
 
-def fitted_scales(source: Tensor, stored: tuple[Tensor, Tensor, Tensor], dim: int) -> Fit:
-    """source float [N, K]; stored: its values, steps and which are not clipped (all [N, K]) -> the factor of every row
-    (dim 1) or column (dim 0), by least squares in steps."""
+def fit_scales(source: Tensor, stored: tuple[Tensor, Tensor, Tensor], dim: int) -> FittedScales:
+    """Least squares in steps: the factor of every row (dim 1) or column (dim 0) from source to stored.
+
+    source: float [N, K]; stored: values, steps, and a mask of those that are not clipped, all [N, K].
+    """
     values, steps, inside = stored
     one, unknown = torch.ones((), dtype=torch.float64), torch.full((), torch.inf, dtype=torch.float64)
     x = torch.where(inside, source / steps, 0.0)
@@ -236,18 +241,20 @@ def fitted_scales(source: Tensor, stored: tuple[Tensor, Tensor, Tensor], dim: in
     count = inside.sum(dim).clamp(min=2)
     known &= scale > 0
     variance = misfit / (count - 1) / square / scale.square()
-    return Fit(scale.where(known, one), variance.clamp(min=EXACT).where(known, unknown))
+    return FittedScales(scale.where(known, one), variance.clamp(min=EXACT).where(known, unknown))
 
 
-def agreed_scales(rows: Fit, columns: Fit, channel: Tensor) -> Tensor:
-    """Row scales [C] of a producer, column scales [K] of its consumer, whose column k reads the producer's channel[k]
-    -> the scale float32 [C] that both can mean: columns are scaled by its reciprocal."""
+def combine_scales(rows: FittedScales, columns: FittedScales, channel: Tensor) -> Tensor:
+    """Weighted mean, float32 [C], of a producer's row scales [C] and the reciprocal column scales [K] of its consumer.
+
+    channel: int64 [K], the producer's row that each column of the consumer reads.
+    """
     weight = torch.zeros_like(rows.scale).index_add(0, channel, 1 / columns.variance)
     summed = torch.zeros_like(rows.scale).index_add(0, channel, 1 / columns.variance / columns.scale)
     below = summed / weight.clamp(min=torch.finfo(torch.float64).tiny)
     both = weight + 1 / rows.variance
     sigma = (1 / weight + rows.variance).sqrt()
-    # A whole row's scale may be damaged, columns have none of their own: where the two disagree, columns are right.
+    # The stored scale of a row may be damaged; columns have no stored scale. So where both disagree, columns count.
     disagree = (weight > 0) & ((rows.scale / below.where(weight > 0, rows.scale) - 1).abs() > DAMAGE + SIGMAS * sigma)
     mean = (summed + rows.scale / rows.variance) / both.clamp(min=torch.finfo(torch.float64).tiny)
     scale = torch.where(disagree, below, mean)
@@ -258,8 +265,8 @@ def agreed_scales(rows: Fit, columns: Fit, channel: Tensor) -> Tensor:
     return scale.float()
 
 
-def _weight(module: nn.Module, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Values, steps and which are inside their limits, all [n, K], of the rows from `first` on of a stored layer."""
+def _weight_in_steps(module: nn.Module, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows from `first` on of a stored layer: values, steps, and a mask of those that are not clipped, all [n, K]."""
     values = stored_weight(module)[first:]
     if not isinstance(module, QuantLinear):
         steps = values.abs().amax(dim=1, keepdim=True).clamp(min=1e-30).expand_as(values)
@@ -269,8 +276,8 @@ def _weight(module: nn.Module, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return values, weight_steps(module)[first:].expand_as(values), (integers > low) & (integers < high)
 
 
-def _between_norms(norm: nn.Module, stored: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """A float norm and its stored one -> the scale that its consumers' columns took [C], and the bias it gained."""
+def _norm_transform(norm: nn.Module, stored: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """A float norm and its stored one -> the column scales of its consumers [C], and the stored norm's bias."""
     before, after = norm.get_parameter("weight"), stored.get_parameter("weight")
     scale = before / after
     scale = scale.where((before != 0) & torch.isfinite(scale) & (scale != 0), torch.ones(()))

@@ -135,7 +135,7 @@ class _Comparison:
         shape: the one that the stored tensor stands for, where it is not its own.
         """
         source, stored = self.source.get(name), self.folder.files.tensors.get(name)
-        if name not in self.folder.sound or stored is None:
+        if name not in self.folder.valid_tensors or stored is None:
             return None  # reported as missing or misshapen already
         if source is None or source.shape != (shape or stored.shape) or source.dtype not in FLOATS:
             has = f"{source.dtype} {list(source.shape)}" if source else "no such tensor"
@@ -149,7 +149,7 @@ class _Comparison:
 
     def weight_pair(self, layer: str) -> WeightPair | None:
         stored, scheme = self.folder.files.tensors.get(f"{layer}.weight"), self.folder.schemes[layer]
-        if stored is None or f"{layer}.weight" not in self.folder.sound:
+        if stored is None or f"{layer}.weight" not in self.folder.valid_tensors:
             return None  # reported as missing or misshapen already
         integers = None if scheme == Scheme.FLOAT else StoredIntegers.of(stored, scheme, self.folder.form)
         pair = self.pair(f"{layer}.weight", integers.shape if integers else None)
@@ -157,7 +157,7 @@ class _Comparison:
             return WeightPair(layer, *pair, None) if pair else None
         scale = np.ones((1, 1), np.float32)
         for suffix in ("weight_scale", "weight_scale_second")[: 2 if scheme == Scheme.W4A8_DYNAMIC else 1]:
-            if f"{layer}.{suffix}" not in self.folder.sound:
+            if f"{layer}.{suffix}" not in self.folder.valid_tensors:
                 return None
             scale = scale * self.folder.files.tensors[f"{layer}.{suffix}"].read().astype(np.float32)
         if not (np.isfinite(scale) & (scale > 0)).all():
@@ -171,7 +171,7 @@ class _Comparison:
             return
         count, first = 0, None
         for (start, source), (_, stored) in zip(pair[0].rows(), pair[1].rows(), strict=True):
-            wrong = np.argwhere(round_to(self.folder.glue, source) != stored)
+            wrong = np.argwhere(round_to(self.folder.float_dtype, source) != stored)
             if len(wrong) and first is None:
                 first = [int(wrong[0][0]) + start, *map(int, wrong[0][1:])]
             count += len(wrong)
@@ -192,8 +192,10 @@ class _Comparison:
         source, stored = found[0].read().astype(np.float32), found[1].read().astype(np.float32)
         tiles = inputs // len(source)  # the merger lays 2 x 2 patches side by side: one norm channel, four columns
         expected, product = np.tile(source, tiles), np.tile(stored, tiles) * columns.values
-        allowed = np.abs(expected) * (2 * ULP[self.folder.glue] + SIGMAS * columns.sigma)
-        allowed += STEP_AT_ZERO[self.folder.glue] * columns.values  # the smallest numbers are as far apart as zero
+        allowed = np.abs(expected) * (2 * ULP[self.folder.float_dtype] + SIGMAS * columns.sigma)
+        allowed += (
+            STEP_AT_ZERO[self.folder.float_dtype] * columns.values
+        )  # the smallest numbers are as far apart as zero
         wrong = np.flatnonzero(np.isfinite(columns.sigma) & ~(np.abs(product - expected) <= allowed)) % len(source)
         if wrong.size:
             first = int(wrong[0])
@@ -270,8 +272,8 @@ class _Comparison:
         source, stored = pair[0].read().astype(np.float32), pair[1].read()
         scales = rows or Scales.ones(len(source))
         free = scales.sigma > 0  # rows that smoothing may scale
-        expected = np.where(free, source * scales.values, round_to(self.folder.glue, source))
-        allowed = np.where(free, np.abs(expected) * (ULP[self.folder.glue] + SIGMAS * scales.sigma), 0)
+        expected = np.where(free, source * scales.values, round_to(self.folder.float_dtype, source))
+        allowed = np.where(free, np.abs(expected) * (ULP[self.folder.float_dtype] + SIGMAS * scales.sigma), 0)
         why = "a bias changes with its rows' scales only"
         self.hold(f"{layer}.bias", stored, expected, allowed, why)
 
@@ -285,7 +287,7 @@ class _Comparison:
             return
         column = columns.values * shift  # [K]
         taken, uncertain, step = np.zeros(pair.rows), np.zeros(pair.rows), np.zeros(pair.rows)
-        unsure = np.where(np.isfinite(columns.sigma), columns.sigma, 0) + ULP[self.folder.glue]
+        unsure = np.where(np.isfinite(columns.sigma), columns.sigma, 0) + ULP[self.folder.float_dtype]
         for start, source in pair.source.rows():
             mine = slice(start, start + len(source))
             taken[mine] = source.astype(np.float64) @ column
@@ -297,12 +299,12 @@ class _Comparison:
         sigma = np.where(np.isfinite(rows.sigma), rows.sigma, 0)
         # W may be the float weight or its integers, which differ by their rounding.
         allowed = np.abs(rows.values) * uncertain + np.abs(expected) * sigma + NOISE * step * np.linalg.norm(shift)
-        allowed = SIGMAS * allowed + np.abs(expected) * ULP[self.folder.glue]
+        allowed = SIGMAS * allowed + np.abs(expected) * ULP[self.folder.float_dtype]
         why = "what a folded shift adds in front of the layer, the layer's bias takes back"
         if float_pair:
             self.hold(f"{layer}.bias", float_pair[1].read().astype(np.float64), expected, allowed, why)
         names = [f"{layer}.{suffix}" for suffix in ("quant_bias", "input_offset", "input_scale")]
-        if has_bias or pair.scale is None or not all(name in self.folder.sound for name in names):
+        if has_bias or pair.scale is None or not all(name in self.folder.valid_tensors for name in names):
             return  # the arithmetic holds quant_bias to a stored bias
         quant_bias, offset, input_scale = (tensors[name].read().astype(np.float64) for name in names)
         assert isinstance(pair.stored, StoredIntegers)

@@ -31,7 +31,7 @@ def check_arithmetic(folder: CompiledFolder, result: VerificationResult) -> None
     """Findings for every value that is not finite, out of range, or not what the other tensors make it."""
     result.add_examined("finite", 0)
     for name, stored in folder.files.tensors.items():
-        if name in folder.sound and stored.dtype in FLOATS:
+        if name in folder.valid_tensors and stored.dtype in FLOATS:
             _check_finite(stored, result)
     for layer, scheme in folder.schemes.items():
         if scheme != Scheme.FLOAT:
@@ -56,7 +56,9 @@ def _check_finite(stored: StoredTensor, result: VerificationResult) -> None:
 def _check_layer(folder: CompiledFolder, layer: str, scheme: Scheme, result: VerificationResult) -> None:
     """One quantized Linear. Tensors that are missing or misshapen were reported already and end the check here."""
     names = [companion.suffix for companion in companions(scheme, folder.form)]
-    stored = {name: folder.files.tensors[f"{layer}.{name}"] for name in names if f"{layer}.{name}" in folder.sound}
+    stored = {
+        name: folder.files.tensors[f"{layer}.{name}"] for name in names if f"{layer}.{name}" in folder.valid_tensors
+    }
     if "weight" not in stored or "weight_scale" not in stored:
         return
     scale = stored["weight_scale"].read().astype(np.float32)  # [N, 1]
@@ -98,10 +100,10 @@ def _check_positive(name: str, scale: Array, result: VerificationResult) -> None
 
 
 def _check_representable(folder: CompiledFolder, name: str, values: Array, result: VerificationResult) -> None:
-    other = np.isfinite(values) & (round_to(folder.glue, values) != values)
+    other = np.isfinite(values) & (round_to(folder.float_dtype, values) != values)
     bad = np.flatnonzero(other.reshape(len(values), -1).any(axis=1))
     if bad.size:
-        what = f"no {folder.glue} values in channels {format_list(bad)}"
+        what = f"no {folder.float_dtype} values in channels {format_list(bad)}"
         why = "engines read it in the float dtype, so the weights would be multiplied by another scale"
         result.add_fault("scales", name, what, why, "compile again")
 
@@ -118,11 +120,11 @@ def _check_static(
     input_scale = stored["input_scale"].read().astype(np.float32)  # [1]
     offset = float(stored["input_offset"].read()[0])
     _check_positive(f"{layer}.input_scale", input_scale, result)
-    if round_to(folder.glue, input_scale)[0] != input_scale[0]:
+    if round_to(folder.float_dtype, input_scale)[0] != input_scale[0]:
         why = (
             "engines read it in the float dtype: activations would be quantized by another scale than deq_scale assumes"
         )
-        result.add_fault("scales", f"{layer}.input_scale", f"{input_scale[0]!r} is no {folder.glue} value", why)
+        result.add_fault("scales", f"{layer}.input_scale", f"{input_scale[0]!r} is no {folder.float_dtype} value", why)
     if not offset.is_integer() or not -128 <= offset <= INT8_MAX:
         why = "the offset is an int8 value"
         result.add_fault("scales", f"{layer}.input_offset", f"{offset!r} is not a whole number in -128..127", why)
@@ -135,7 +137,7 @@ def _check_static(
         # The reference tool multiplies scales that it stores in the float dtype in that dtype.
         tolerated = deq_scale == product
         if stored["weight_scale"].dtype != "F32":
-            tolerated |= deq_scale == round_to(folder.glue, product)
+            tolerated |= deq_scale == round_to(folder.float_dtype, product)
     wrong = np.flatnonzero(~tolerated)
     if wrong.size:
         first = wrong[0]
@@ -178,16 +180,16 @@ def _check_quant_bias(
     result.add_examined("quant_bias", len(quant_bias))
     shift = shift_in_front_of(folder, layer)
     slack: Array = np.zeros(len(deq_scale))
-    if f"{layer}.bias" in folder.sound:
+    if f"{layer}.bias" in folder.valid_tensors:
         bias = folder.files.tensors[f"{layer}.bias"].read().astype(np.float64)
         if shift is not None:
-            slack = np.abs(bias) * HALF[folder.glue]  # quant_bias may come of the value before it was stored
+            slack = np.abs(bias) * HALF[folder.float_dtype]  # quant_bias may come of the value before it was stored
     elif shift is not None:
         integers = StoredIntegers.of(folder.files.tensors[f"{layer}.weight"], Scheme.W8A8, folder.form)
         parts = [part.astype(np.float64) for _, part in integers.rows()]
         bias = -weight_scale * np.concatenate([part @ shift for part in parts])
         # The float weights lie about the integers, and the shift about its stored value.
-        squares = np.concatenate([part**2 @ (shift * HALF[folder.glue]) ** 2 for part in parts])
+        squares = np.concatenate([part**2 @ (shift * HALF[folder.float_dtype]) ** 2 for part in parts])
         slack = weight_scale * np.sqrt((ROUNDING_NOISE * np.linalg.norm(shift)) ** 2 + SIGMAS**2 * squares)
     else:
         bias = np.zeros(len(deq_scale))
@@ -203,7 +205,7 @@ def _check_quant_bias(
     allowed = 0.5 + np.abs(steps) * 2.0**-23 + slack
     if folder.files.tensors[f"{layer}.weight_scale"].dtype != "F32":
         # The reference tool divides, multiplies and adds in the float dtype.
-        allowed = 0.5 + (np.abs(steps) + np.abs(exact)) * HALF[folder.glue] + slack
+        allowed = 0.5 + (np.abs(steps) + np.abs(exact)) * HALF[folder.float_dtype] + slack
     wrong = np.flatnonzero(~(error <= allowed))
     if wrong.size:
         first = wrong[0]
@@ -220,7 +222,7 @@ def shift_in_front_of(folder: CompiledFolder, layer: str) -> Array | None:
     if folder.model is None:
         return None
     norm = next((norm for norm in folder.model.norms if layer in consumers_of_norm(norm)), None)
-    if norm is None or f"{norm}.bias" not in folder.sound:
+    if norm is None or f"{norm}.bias" not in folder.valid_tensors:
         return None
     bias = folder.files.tensors[f"{norm}.bias"].read().astype(np.float64)
     return np.tile(bias, folder.model.linears[layer].inputs // len(bias))  # the merger reads 2 x 2 patches at once
@@ -229,7 +231,7 @@ def shift_in_front_of(folder: CompiledFolder, layer: str) -> Array | None:
 def _check_shift(folder: CompiledFolder, norm: str, result: VerificationResult) -> None:
     """A norm's bias (a folded shift) is undone behind it: every reader has a bias, or a quant_bias, for that."""
     name = f"{norm}.bias"
-    if folder.model is None or name not in folder.sound or not folder.files.tensors[name].read().any():
+    if folder.model is None or name not in folder.valid_tensors or not folder.files.tensors[name].read().any():
         return
     result.add_examined("shifts")
     for layer in consumers_of_norm(norm):
@@ -246,7 +248,7 @@ def _check_group(folder: CompiledFolder, group: tuple[str, ...], result: Verific
     static = [layer for layer in group if folder.schemes.get(layer) == Scheme.W8A8]
     result.add_examined("groups")
     for suffix in ("input_scale", "input_offset"):
-        names = [name for layer in static if (name := f"{layer}.{suffix}") in folder.sound]
+        names = [name for layer in static if (name := f"{layer}.{suffix}") in folder.valid_tensors]
         values = {name: float(folder.files.tensors[name].read()[0]) for name in names}
         if len(set(values.values())) > 1:
             result.add_fault(

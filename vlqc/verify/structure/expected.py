@@ -145,22 +145,22 @@ def _model(sizes: Mapping[str, int], head: int, *, tied: bool) -> ExpectedModel:
 
 # ---- the tensors of one Linear, by scheme ----------------------------------------------------------------------------
 
-GLUE = "GLUE"  # stands for the checkpoint's own dtype, BF16 or F16
+FLOAT_DTYPE = "FLOAT_DTYPE"  # stands for the checkpoint's own dtype, BF16 or F16
 DEQ_SCALE = "DEQ_SCALE"  # float32 in bfloat16 folders; int64 holding the float32 bits in float16 folders
-SCALE = ("F32", GLUE)
+SCALE = ("F32", FLOAT_DTYPE)
 ZEROS = (*SCALE, "I64")
 SCALE_BIAS_PARTS = 16  # a row-parallel layer has its scale_bias per sixteenth of its inputs
 
 
 @dataclass(frozen=True)
 class Form:
-    """On what a folder's dtypes and shapes depend besides the model.
+    """What determines a folder's dtypes and shapes besides the model.
 
-    glue: dtype code of the float tensors, "BF16" or "F16"; packed: whether two rows of 4 bits share their bytes and
-    come with a scale_bias (vLLM Ascend), or take a byte each (MindIE); group_size: of W4A8_DYNAMIC, 0 without it.
+    float_dtype: dtype code of the float tensors, "BF16" or "F16"; packed: whether two rows of 4-bit integers share
+    bytes and have a scale_bias (vLLM Ascend), or take a byte per value (MindIE); group_size: of W4A8_DYNAMIC, else 0.
     """
 
-    glue: str
+    float_dtype: str
     packed: bool = True
     group_size: int = 0
 
@@ -205,7 +205,7 @@ def _vector(linear: Linear, _: Form) -> Shape:
 
 PER_CHANNEL = (Companion("weight_scale", SCALE, _per_channel), Companion("weight_offset", ZEROS, _per_channel))
 COMPANIONS: dict[Scheme, tuple[Companion, ...]] = {
-    Scheme.FLOAT: (Companion("weight", (GLUE,), _matrix),),
+    Scheme.FLOAT: (Companion("weight", (FLOAT_DTYPE,), _matrix),),
     Scheme.W8A8_DYNAMIC: (Companion("weight", ("I8",), _matrix), *PER_CHANNEL),
     Scheme.W8A8: (
         Companion("weight", ("I8",), _matrix),
@@ -243,28 +243,30 @@ def companions(scheme: Scheme, form: Form) -> tuple[Companion, ...]:
 def expected_tensors(model: ExpectedModel, schemes: Mapping[str, Scheme], form: Form) -> dict[str, ExpectedTensor]:
     """Model, scheme per Linear (missing: FLOAT) and the folder's form -> every tensor that must exist."""
     tensors = {
-        name: ExpectedTensor((form.glue,), shape, Scheme.FLOAT)
+        name: ExpectedTensor((form.float_dtype,), shape, Scheme.FLOAT)
         for name, shape in (*model.others.items(), *((f"{layer}.weight", (n,)) for layer, n in model.norms.items()))
     }
     for layer, linear in model.linears.items():
         scheme = schemes.get(layer, Scheme.FLOAT)
         for companion in companions(scheme, form):
-            codes = tuple(dict.fromkeys(_codes(companion.dtypes, form.glue)))
+            codes = tuple(dict.fromkeys(_codes(companion.dtypes, form.float_dtype)))
             tensors[f"{layer}.{companion.suffix}"] = ExpectedTensor(codes, companion.shape(linear, form), scheme)
         if linear.bias:
-            tensors[f"{layer}.bias"] = ExpectedTensor((form.glue,), (linear.outputs,), Scheme.FLOAT)
+            tensors[f"{layer}.bias"] = ExpectedTensor((form.float_dtype,), (linear.outputs,), Scheme.FLOAT)
     return tensors
 
 
 def norm_biases(model: ExpectedModel, schemes: Mapping[str, Scheme], form: Form) -> dict[str, ExpectedTensor]:
     """The tensors that may exist besides: a bias per norm, which a folded shift leaves behind, and, in MindIE's layout,
     weight and bias of such a norm once more under `X.module`, marked with the folder's type."""
-    tensors = {f"{norm}.bias": ExpectedTensor((form.glue,), (n,), Scheme.FLOAT) for norm, n in model.norms.items()}
+    tensors = {
+        f"{norm}.bias": ExpectedTensor((form.float_dtype,), (n,), Scheme.FLOAT) for norm, n in model.norms.items()
+    }
     if not form.packed:
         word = quant_type(schemes.values())
         for norm, n in model.norms.items():
             for suffix in ("weight", "bias"):
-                tensors[f"{norm}.module.{suffix}"] = ExpectedTensor((form.glue,), (n,), word)
+                tensors[f"{norm}.module.{suffix}"] = ExpectedTensor((form.float_dtype,), (n,), word)
     return tensors
 
 
@@ -281,6 +283,6 @@ def consumers_of_norm(norm: str) -> tuple[str, ...]:
     return tuple(f"{parent}.{consumer}" for consumer in behind[name]) if name in behind else ("lm_head",)
 
 
-def _codes(dtypes: Iterable[str], glue: str) -> Iterable[str]:
-    deq_scale = "F32" if glue == "BF16" else "I64"
-    return ({GLUE: glue, DEQ_SCALE: deq_scale}.get(dtype, dtype) for dtype in dtypes)
+def _codes(dtypes: Iterable[str], float_dtype: str) -> Iterable[str]:
+    deq_scale = "F32" if float_dtype == "BF16" else "I64"
+    return ({FLOAT_DTYPE: float_dtype, DEQ_SCALE: deq_scale}.get(dtype, dtype) for dtype in dtypes)

@@ -44,12 +44,12 @@ class CompiledFolder:
     form: Form
     model: ExpectedModel | None
     schemes: dict[str, Scheme]  # every Linear of the model -> its scheme
-    sound: dict[str, ExpectedTensor]  # tensors that exist with the right dtype and shape
+    valid_tensors: dict[str, ExpectedTensor]  # tensors that exist with the right dtype and shape
 
     @property
-    def glue(self) -> str:
+    def float_dtype(self) -> str:
         """dtype code of the float tensors, "BF16" or "F16"."""
-        return self.form.glue
+        return self.form.float_dtype
 
     @property
     def sizes_are_stored(self) -> bool:
@@ -66,18 +66,18 @@ def check_structure(path: Path, target: Target | None, result: VerificationResul
     files = open_folder(path, result)
     claimed = target or _claimed_target(files)
     result.engine = str(claimed)
-    glue = check_dtype(files, result)
+    float_dtype = check_dtype(files, result)
     model = check_model(files, result)
     schemes = _schemes(files, model, result) if model else {}
     type_name = check_description_keys(files, schemes, result).lower()
-    form = Form(glue, packed=files.layout.packs_int4, group_size=group_size(files, schemes, result))
+    form = Form(float_dtype, packed=files.layout.packs_int4, group_size=group_size(files, schemes, result))
     check_files(files, type_name, result)
     check_config(files, claimed, type_name, schemes, result)
-    sound = _check_tensors(files, model, schemes, form, result) if model else {}
-    dtype = next(name for name, code in DTYPE_CODES.items() if code == glue)
+    valid = _check_tensors(files, model, schemes, form, result) if model else {}
+    dtype = next(name for name, code in DTYPE_CODES.items() if code == float_dtype)
     loads_in = check_engine_rules(files, model, schemes, claimed, dtype, named=target is not None, result=result)
     result.facts |= _facts(files, dtype, schemes, form) | {"loads in": loads_in or ["no known engine version"]}
-    return CompiledFolder(files, form, model, schemes, sound)
+    return CompiledFolder(files, form, model, schemes, valid)
 
 
 def _claimed_target(files: FolderFiles) -> Target:
@@ -123,7 +123,7 @@ def _scheme_by_tensors(files: FolderFiles, layer: str) -> Scheme:
 def _check_tensors(
     files: FolderFiles, model: ExpectedModel, schemes: Mapping[str, Scheme], form: Form, result: VerificationResult
 ) -> dict[str, ExpectedTensor]:
-    """Completeness, surplus, names, dtype, shape and description word of every tensor -> the ones that are sound."""
+    """Completeness, surplus, names, dtype, shape and description word of every tensor -> the valid ones."""
     expected = expected_tensors(model, schemes, form)
     allowed = {name: tensor for name, tensor in norm_biases(model, schemes, form).items() if name in files.tensors}
     result.add_examined("tensors", len(expected))
@@ -137,7 +137,7 @@ def _check_tensors(
             "compile again",
         )
     missing: dict[str, list[str]] = {}
-    sound = {}
+    valid = {}
     for name, wanted in (expected | allowed).items():
         stored = files.tensors.get(name)
         if stored is None:
@@ -151,7 +151,7 @@ def _check_tensors(
         if not right_dtype:
             result.add_fault("tensors", name, f"dtype {stored.dtype} instead of {' or '.join(wanted.dtypes)}")
         if right_shape and right_dtype:
-            sound[name] = wanted
+            valid[name] = wanted
         word = files.description.get(name)
         if files.description and word != wanted.word and not (name.endswith(".weight") and word is None):
             result.add_fault("description", name, f"its word is {word!r} instead of {str(wanted.word)!r}")
@@ -170,7 +170,7 @@ def _check_tensors(
     for name in sorted(name for name in files.description if "." in name):
         if name not in files.tensors and name not in expected:
             result.add_fault("description", files.description_name, f"it lists {name!r}, which no file contains")
-    return sound
+    return valid
 
 
 def _facts(files: FolderFiles, dtype: str, schemes: Mapping[str, Scheme], form: Form) -> dict[str, Any]:

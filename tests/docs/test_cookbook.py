@@ -136,7 +136,7 @@ def test_kurtosis_and_rule(cookbook: dict[str, ModuleType]) -> None:
     heavy = cookbook["heavy_tails"]
     assert heavy.kurtosis(torch.zeros(3, 3)) == 0.0
     stage = stage_of("model.layers.1")
-    run(stage, InsertObservers(), AssignPrecision(fallback="none"), heavy.Kurtosis(least=0.0))
+    run(stage, InsertObservers(), AssignPrecision(fallback="none"), heavy.Kurtosis(at_least=0.0))
     found = {source: moments(seen.kept) for source, seen in stage.observations.items()}
     wanted = {f"{site.name}: the kurtosis of its input is {found[site.source]:.0f}" for site in stage.sites.values()}
     assert set(stage.notes) == wanted and len(stage.notes) == 7
@@ -152,7 +152,7 @@ def test_kurtosis_and_rule(cookbook: dict[str, ModuleType]) -> None:
 def test_all_three_in_a_compilation(cookbook: dict[str, ModuleType], tmp_path: Path) -> None:
     """Catches an API that serves passes alone, but not in the text of a compilation's pipeline."""
     text = (
-        "split-window-attention,rotate_values:RotateValues,insert-observers,heavy_tails:Kurtosis{least=4.0},"
+        "split-window-attention,rotate_values:RotateValues,insert-observers,heavy_tails:Kurtosis{at_least=4.0},"
         f"assign-precision,heavy_tails:KeepHeavyTails{{bound=9.0}},{OTHERS}"
     )
     assert vlqc.print_pipeline(vlqc.parse_pipeline(text)) == text

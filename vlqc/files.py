@@ -4,6 +4,7 @@ Python's own reader takes NaN, and of a key that is given twice the last value: 
 may see something else there. So both are faults here.
 """
 
+import hashlib
 import json
 import stat
 from collections.abc import Callable
@@ -17,7 +18,7 @@ LARGEST_FILE = 64 * 2**20  # bytes; the index of the largest checkpoint takes le
 REPAIR = "copy the file from its origin again"
 
 
-def json_value(text: str) -> Any:
+def parse_json(text: str) -> Any:
     """Text -> what it says. ValueError with the reason for anything that is not strictly JSON."""
     try:
         read = json.loads(text, object_pairs_hook=_each_key_once, parse_constant=_no_number)
@@ -31,7 +32,7 @@ def json_value(text: str) -> Any:
     return read
 
 
-def ordinary_bytes(path: Path) -> bytes:
+def read_regular_file(path: Path) -> bytes:
     """All of an ordinary file. ValueError with the reason for anything else, and beyond LARGEST_FILE; OSError."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):  # a pipe or a device may never end
@@ -45,7 +46,7 @@ def read_json_object(path: Path, *, missing: Callable[[], UserError] | None = No
     """The object in a file. UserError for any other content; missing: what to raise where there is no such file."""
     what = f"{path.name} cannot be read"
     try:
-        read = json_value(ordinary_bytes(path).decode())
+        read = parse_json(read_regular_file(path).decode())
     except FileNotFoundError as error:
         raise (missing() if missing else UserError(Fault(what, str(path), str(error), REPAIR))) from None
     except (OSError, ValueError) as error:
@@ -68,7 +69,7 @@ def _no_number(word: str) -> Any:
     raise ValueError(f"{word} is no JSON number")
 
 
-def json_text(value: Any) -> str:
+def format_json(value: Any) -> str:
     """A value -> JSON that any reader takes and any terminal shows; numbers that are none (NaN, infinity) are null."""
     return escape_control_chars(json.dumps(_strict(value), indent=2, ensure_ascii=False, allow_nan=False)) + "\n"
 
@@ -81,3 +82,9 @@ def _strict(value: Any) -> Any:
     if isinstance(value, float):
         return value if abs(value) < float("inf") else None  # NaN is below nothing
     return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

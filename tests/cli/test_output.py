@@ -18,7 +18,7 @@ from tools.demo import tiny_task
 from vlqc.cli.commands import app
 from vlqc.cli.output import OUR_FAULT
 from vlqc.errors import Fault, InternalError, UserError
-from vlqc.files import json_text
+from vlqc.files import format_json
 from vlqc.pipeline.registry import REGISTRY
 
 ROOT = Path(__file__).parents[2]
@@ -229,7 +229,7 @@ def test_a_failed_verification(tmp_path: Path) -> None:
 def test_numbers_that_are_none() -> None:
     """Catches NaN and infinity, which are no JSON, and characters that rewrite the screen."""
     value = {"a": float("nan"), "b": [float("-inf"), 1.5, True, None], "c": "\x1b[2J\u202e", 1: Path("x")}
-    text = json_text(value)
+    text = format_json(value)
     assert strict(text) == {"a": None, "b": [None, 1.5, True, None], "c": "\x1b[2J\u202e", "1": "x"}
     assert text.isprintable() or all(letter.isprintable() or letter == "\n" for letter in text)
 

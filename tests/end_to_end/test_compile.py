@@ -16,7 +16,8 @@ from torch import Tensor, nn
 import vlqc
 from tests.support.naive_w8a8 import load_float, signal_to_noise
 from tools.demo import plant_outliers, tiny_task
-from vlqc.frontend.checkpoint.checkpoint import Checkpoint, original_name
+from vlqc.families.qwen2_5_vl import original_name
+from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.streamed_model import StreamedModel, build
 from vlqc.ir.stage import Stage
 

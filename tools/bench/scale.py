@@ -27,7 +27,7 @@ from rich.table import Table
 
 from tools.bench.scale_bounds import Rates, forget, measured_rates, work_of
 from tools.bench.scale_checkpoint import SIZES, Case, checkpoint_bytes, make, samples_of
-from vlqc.frontend.calibration.probe import HEIGHT, PROBE_ROWS, WIDTH
+from vlqc.frontend.calibration.probe import CROP_HEIGHT, CROP_WIDTH, PROBE_ROWS
 
 ROOT = Path(__file__).parents[2]
 RUNNER = ROOT / "tools" / "bench" / "scale_runner.py"
@@ -118,7 +118,7 @@ def figures_of(case: Case, folder: Path, arguments: argparse.Namespace) -> dict[
     written = sum(path.stat().st_size for path in save.iterdir())
     patches = int(inputs[0]["pixel_values"].shape[0])
     quantized = quantized_weights(save)
-    proof_rows = patches if patches <= PROBE_ROWS else HEIGHT * WIDTH
+    proof_rows = patches if patches <= PROBE_ROWS else CROP_HEIGHT * CROP_WIDTH
     work = work_of(case, arguments.samples, arguments.tokens, patches, written, proof_rows, quantized)
     return {
         "case": vars(case) | {"samples": arguments.samples, "tokens": arguments.tokens, "threads": arguments.threads},

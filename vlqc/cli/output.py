@@ -25,7 +25,7 @@ from typer.core import TyperGroup
 from vlqc.cli.command_help import BARE
 from vlqc.cli.standard_streams import Unwritable
 from vlqc.errors import Fault, UserError, VlqcError, third_party_notes
-from vlqc.files import json_text
+from vlqc.files import format_json
 from vlqc.frontend.distributed import current_process_group, init_distributed
 from vlqc.options.paths import output_faults
 
@@ -45,7 +45,7 @@ class Answer:
 
     def give(self, value: Any, render: Callable[[Console], None]) -> None:
         """A result. value: for JSON; render: the same as words, onto a console."""
-        text = json_text(value)
+        text = format_json(value)
         if self.json_file is not None:
             write_file("--json_file", self.json_file, text)
         if self.as_json:
@@ -251,7 +251,7 @@ def _failure(kind: str, code: int, faults: Sequence[Fault], error: BaseException
 
 
 def _echo_json(value: Any) -> None:
-    typer.echo(json_text(value), nl=False)
+    typer.echo(format_json(value), nl=False)
 
 
 def _print_notes(error: BaseException) -> None:

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from vlqc.emit.shard_writer import ENTRY_BYTES, Damaged, ShardWriter, sync
 from vlqc.emit.stage_tensors import TENSORS_PER_LINEAR, Entry, emitted_dtype, module_entries
 from vlqc.emit.stage_tensors import expected_bytes as expected_bytes_without
-from vlqc.file_digest import file_digest
+from vlqc.files import sha256_of
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.stage import MODALITIES, Sensitivity, Stage
 from vlqc.pipeline.precision_search import Choice, Group, Plan
@@ -125,12 +125,12 @@ class DeferredStages:
         """SHA-256 of a stage's file, which is on the disk when this returns."""
         sync(self._path(number))
         sync(self.folder)
-        return file_digest(self._path(number))
+        return sha256_of(self._path(number))
 
     def restore(self, marks: Iterable[tuple[dict[str, Any], str]], dropped: set[int]) -> None:
         """Goes on from marks and seals that another spool made in this folder. Damaged if a file is not as it was."""
         for number, (mark, seal) in enumerate(marks):
-            if number not in dropped and (not self._path(number).exists() or file_digest(self._path(number)) != seal):
+            if number not in dropped and (not self._path(number).exists() or sha256_of(self._path(number)) != seal):
                 raise Damaged(f"{self._path(number).name} of {self.folder.name} is not what was written")
             self._stages.append(
                 [

@@ -4,7 +4,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from vlqc.file_digest import file_digest
+from vlqc.files import sha256_of
 
 MANIFEST = "MANIFEST.json"
 VERSION = 1
@@ -19,7 +19,7 @@ def write_manifest(folder: Path) -> None:
     """
     paths = sorted(path for path in folder.iterdir() if path.name != MANIFEST)
     with ThreadPoolExecutor(THREADS) as pool:
-        digests = list(pool.map(file_digest, paths))
+        digests = list(pool.map(sha256_of, paths))
     files = {
         path.name: {"size": path.stat().st_size, "sha256": digest} for path, digest in zip(paths, digests, strict=True)
     }

@@ -1,4 +1,6 @@
-"""Qwen2.5-VL: its layers by checkpoint name, and which of them engines fuse, shard or leave in float."""
+"""Qwen2.5-VL: names, layers, config.json and model inputs."""
+
+from typing import Any
 
 from vlqc.families.layer_names import matches_any
 
@@ -67,3 +69,56 @@ def stays_float_in_reference(layer: str) -> bool:
 def is_row_parallel(layer: str) -> bool:
     """Whether tensor parallelism shards this Linear along its inputs."""
     return layer.rpartition(".")[2] in ROW_PARALLEL
+
+
+# ---- names -----------------------------------------------------------------------------------------------------------
+
+RENAMED_PREFIXES = {"model.visual.": "visual.", "model.language_model.": "model."}  # newer transformers: original
+
+
+def original_name(name: str) -> str:
+    """Name of a tensor or module in any transformers version -> its name in the first release, which engines expect."""
+    for new, original in RENAMED_PREFIXES.items():
+        if name.startswith(new):
+            return original + name.removeprefix(new)
+    return name
+
+
+# ---- config.json -----------------------------------------------------------------------------------------------------
+
+RENAMED_KEYS = {"dtype": "torch_dtype"}
+NOT_IN_THE_TOP_LEVEL = ("model_type", "dtype", "torch_dtype", "layer_types", "architectures")  # keys of text_config
+NOT_IN_VISION_CONFIG = ("dtype", "torch_dtype", "rope_parameters")
+
+
+def flatten_config(config: dict[str, Any]) -> dict[str, Any]:
+    """config.json of any transformers version -> the flat form of the first release, which engines expect.
+
+    Newer versions nest the keys of the language model in `text_config` and the rotary embedding in `rope_parameters`. A
+    flat config is returned unchanged.
+    """
+    text = config.get("text_config")
+    if not isinstance(text, dict):
+        return config
+    flat = {key: value for key, value in config.items() if key != "text_config"}
+    for key, value in text.items():
+        if key == "rope_parameters" and isinstance(value, dict):
+            flat |= original_rope(value)
+        elif key not in NOT_IN_THE_TOP_LEVEL:
+            flat.setdefault(key, value)
+    vision = flat.get("vision_config")
+    if isinstance(vision, dict):
+        flat["vision_config"] = {key: value for key, value in vision.items() if key not in NOT_IN_VISION_CONFIG}
+    return {RENAMED_KEYS.get(key, key): value for key, value in flat.items()}
+
+
+def original_rope(parameters: dict[str, Any]) -> dict[str, Any]:
+    """rope_parameters -> rope_theta and rope_scaling; multimodal sections have the type mrope unless scaled."""
+    scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
+    if "mrope_section" in scaling:
+        rope_type = scaling.setdefault("rope_type", "default")
+        scaling["type"] = "mrope" if rope_type == "default" else rope_type
+    rope: dict[str, Any] = {"rope_scaling": scaling}
+    if "rope_theta" in parameters:
+        rope["rope_theta"] = parameters["rope_theta"]
+    return rope

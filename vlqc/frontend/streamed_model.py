@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from vlqc.errors import Fault, UserError
-from vlqc.frontend.checkpoint.checkpoint import Checkpoint, original_name
+from vlqc.families.qwen2_5_vl import original_name
+from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.ir.memory import release_unused_memory
 
 LAYER = re.compile(r"((?:model\.layers|visual\.blocks)\.\d+)\.")

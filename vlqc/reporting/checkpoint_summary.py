@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vlqc.files import json_text, read_json_object
+from vlqc.files import format_json, read_json_object
 from vlqc.formatting import escape_control_chars, format_bytes
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 
@@ -64,7 +64,7 @@ class Inspection:
 
     def to_json(self) -> str:
         """As JSON text."""
-        return json_text(self.to_dict())
+        return format_json(self.to_dict())
 
     def render(self, console: Console) -> None:
         """Print facts, then a table of parts, then one of ranges if anything is quantized."""

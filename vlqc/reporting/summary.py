@@ -15,7 +15,7 @@ from rich.jupyter import JupyterMixin
 from vlqc.emit.stage_tensors import emitted_dtype
 from vlqc.errors import Fault, UserError
 from vlqc.families.qwen2_5_vl import model_part
-from vlqc.file_digest import file_digest
+from vlqc.files import sha256_of
 from vlqc.formatting import format_bytes, format_duration
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.distributed import current_process_group
@@ -260,7 +260,7 @@ class CompilationSummary:
     def _timings(self, passes: dict[str, float]) -> Timings:
         system, processors, versions = machine()
         return Timings(
-            manifest=file_digest(self.options.save_directory / MANIFEST),
+            manifest=sha256_of(self.options.save_directory / MANIFEST),
             kept=self.metrics.restored_stages,
             seconds=time.perf_counter() - self._started,
             peak_bytes=peak_memory(),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlqc.errors import Fault, InternalError, UserError
-from vlqc.frontend.checkpoint.links import link_faults
+from vlqc.frontend.checkpoint.files import link_faults
 from vlqc.targets.target import Target, parse_target
 from vlqc.verify.findings import VerificationResult
 from vlqc.verify.float_match.compare import check_against_source

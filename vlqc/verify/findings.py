@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from vlqc.files import json_text
+from vlqc.files import format_json
 from vlqc.formatting import escape_control_chars, pluralize
 
 SHOWN_PER_CHECK = 20  # findings printed per check, so that one kind of fault does not hide the others; the JSON has all
@@ -87,7 +87,7 @@ class VerificationResult:
 
     def to_json(self) -> str:
         """`to_dict` as JSON text."""
-        return json_text(self.to_dict())
+        return format_json(self.to_dict())
 
     def render(self, console: Console) -> None:
         """Print a table of the checks, the measured values, then every fault and warning in full."""

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from vlqc.errors import Fault, UserError
+from vlqc.families.qwen2_5_vl import original_name
 from vlqc.files import read_json_object
 from vlqc.formatting import did_you_mean
-from vlqc.frontend.checkpoint.checkpoint import Checkpoint, original_name
+from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.streamed_model import build
 from vlqc.kernels_ref.int4_groups import unpack_int4
 from vlqc.kernels_ref.norm import ShiftedNorm

@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 
 from tests.support import tiny
-from vlqc.frontend.calibration.probe import BEHIND, FIRST, HEIGHT, NEAREST, PROBE, PROBE_ROWS, WIDTH, probe_sample
+from vlqc.frontend.calibration.probe import (
+    AFTER,
+    CROP_HEIGHT,
+    CROP_WIDTH,
+    FIRST,
+    NEAREST,
+    PROBE,
+    PROBE_ROWS,
+    probe_sample,
+)
 from vlqc.frontend.calibration.samples import checked_samples
 from vlqc.frontend.sequential import SequentialForward, Stop
 from vlqc.frontend.stage_builder import materialized_stage
@@ -40,9 +49,9 @@ def test_a_corner_of_the_first_picture() -> None:
     """Catches patches that are not those of the corner, or not in the order in which they are merged."""
     probe = probe_sample([picture(3, [(1, 40, 30), (1, 4, 4)], 5)], CONFIG)
     assert probe is not None
-    expected = picture(3, [(1, HEIGHT, WIDTH)], 0)
+    expected = picture(3, [(1, CROP_HEIGHT, CROP_WIDTH)], 0)
     assert torch.equal(probe["pixel_values"], expected["pixel_values"])
-    assert probe["image_grid_thw"].tolist() == [[1, HEIGHT, WIDTH]]
+    assert probe["image_grid_thw"].tolist() == [[1, CROP_HEIGHT, CROP_WIDTH]]
     assert probe["input_ids"].shape == probe["attention_mask"].shape and bool(probe["attention_mask"].all())
 
 
@@ -52,10 +61,10 @@ def test_text_that_is_kept(padding: int) -> None:
     few = probe_sample([picture(5, [(2, 24, 20)], 2, padding)], CONFIG)
     many = probe_sample([picture(40, [(1, 24, 24)], 200, padding)], CONFIG)
     assert few is not None and many is not None
-    tokens = HEIGHT * WIDTH // MERGE**2
+    tokens = CROP_HEIGHT * CROP_WIDTH // MERGE**2
     assert few["input_ids"].tolist() == [[1, 2, 3, 4, 5, *[IMAGE] * tokens, 50, 70, 71]]
     first, nearest = [*range(1, FIRST + 1)], [*range(41 - NEAREST, 41)]
-    behind = [50, *range(70, 70 + BEHIND - 1)]
+    behind = [50, *range(70, 70 + AFTER - 1)]
     assert many["input_ids"].tolist() == [[*first, *nearest, *[IMAGE] * tokens, *behind]]
 
 
@@ -102,6 +111,6 @@ def test_every_stage_is_proven_on_it() -> None:
                 look(stop, stage)
                 stop.outputs = stage.answers()
     assert [name for name, _ in seen] == tiny.STAGES
-    patches, tokens = HEIGHT * WIDTH, probe["input_ids"].shape[1]
+    patches, tokens = CROP_HEIGHT * CROP_WIDTH, probe["input_ids"].shape[1]
     assert {rows for name, rows in seen if "blocks" in name} == {patches}
     assert {rows for name, rows in seen if "layers" in name} == {tokens}

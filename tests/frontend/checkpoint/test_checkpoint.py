@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.checkpoints import LAYOUTS, NEW_NAMES, TENSORS, fault_of, indexed_beside_a_stale_file, write
-from vlqc.frontend.checkpoint.checkpoint import Checkpoint, original_name
+from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -26,22 +26,6 @@ def test_every_layout_gives_every_tensor_as_stored(tmp_path: Path, layout: Calla
         assert checkpoint.stored_dtype(name) == tensor.dtype
         read = checkpoint.tensor(name)
         assert read.dtype == tensor.dtype and torch.equal(read, tensor)
-
-
-@pytest.mark.parametrize(
-    ("name", "original"),
-    [
-        ("model.visual.merger.ln_q.weight", "visual.merger.ln_q.weight"),
-        ("visual.merger.ln_q.weight", "visual.merger.ln_q.weight"),
-        ("model.language_model.norm.weight", "model.norm.weight"),
-        ("model.norm.weight", "model.norm.weight"),
-        ("lm_head.weight", "lm_head.weight"),
-        ("model.visuals.weight", "model.visuals.weight"),
-    ],
-)
-def test_original_names(name: str, original: str) -> None:
-    """Catches a prefix that is cut where it is none, or not cut where it is."""
-    assert original_name(name) == original
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=30), st.booleans())

@@ -17,7 +17,8 @@ import vlqc
 from tests.support import tiny
 from tools.demo import tiny_task
 from vlqc.errors import UserError
-from vlqc.frontend.checkpoint.checkpoint import Checkpoint, original_name
+from vlqc.families.qwen2_5_vl import original_name
+from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.ir.observation import ChannelRange
 from vlqc.options.options import Options
 from vlqc.reporting.html.collector import StageMetrics, curve, smoothing_scales

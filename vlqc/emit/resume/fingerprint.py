@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import vlqc
-from vlqc.file_digest import file_digest
+from vlqc.files import sha256_of
 from vlqc.frontend.checkpoint.checkpoint import digest_of
 from vlqc.frontend.checkpoint.header import read_header_bytes
 from vlqc.frontend.streamed_model import StreamedModel
@@ -49,12 +49,12 @@ def run_fingerprint(
     for name in sorted(Options.model_fields.keys() - IGNORED_OPTIONS):
         fingerprint[flag_of(name)] = str(getattr(options, name))
     fingerprint["pipeline"] = pipeline
-    fingerprint["config.json"] = _short(file_digest(checkpoint.folder / "config.json"))
+    fingerprint["config.json"] = _short(sha256_of(checkpoint.folder / "config.json"))
     for file in checkpoint.files:
         header = hashlib.sha256(read_header_bytes(file)).hexdigest()
         fingerprint[f"weight file {file.name}"] = f"{file.stat().st_size} bytes, header {_short(header)}"
     for name in checkpoint.side_files(code=options.trust_remote_code):
-        fingerprint[f"file {name}"] = _short(file_digest(checkpoint.folder / name))
+        fingerprint[f"file {name}"] = _short(sha256_of(checkpoint.folder / name))
     fingerprint["calibration samples"] = f"{len(samples)}, {_short(_samples_digest(samples))}"
     if samples:
         ids = torch.unique(torch.cat([sample["input_ids"].flatten() for sample in samples]))
@@ -75,7 +75,7 @@ def source_digests(classes: Iterable[type]) -> Fingerprint:
             files |= _source_files([base.__module__])
         if _source_files([kind.__module__]):
             files |= _source_files(_nearby_modules(kind.__module__))
-    return {f"source of {name}": _short(file_digest(files[name])) for name in sorted(files)}
+    return {f"source of {name}": _short(sha256_of(files[name])) for name in sorted(files)}
 
 
 def _nearby_modules(name: str) -> Iterator[str]:
@@ -138,7 +138,7 @@ def _vlqc_sources() -> str:
     for link in ("passes", "kernels_ref"):  # rglob does not follow links
         files.update((root / link).rglob("*.py"))
     for path in sorted(files):
-        digest.update(f"{path.relative_to(root)} {file_digest(path)}\n".encode())
+        digest.update(f"{path.relative_to(root)} {sha256_of(path)}\n".encode())
     return _short(digest.hexdigest())
 
 

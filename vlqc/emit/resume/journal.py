@@ -25,7 +25,7 @@ from vlqc.emit.resume.stage_outputs import OutputsWriter, read_output
 from vlqc.emit.shard_writer import Damaged, sync
 from vlqc.emit.size_estimate import needed_room
 from vlqc.errors import Fault, UserError, VlqcError
-from vlqc.file_digest import file_digest
+from vlqc.files import sha256_of
 from vlqc.frontend.calibration.probe import PROBE
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.distributed import ProcessGroup
@@ -184,7 +184,7 @@ class Journal:
             outputs_of = {} if self.all_stages_finished else {int(it): self._outputs_of[it] for it in self._outputs_of}
             for number in set(outputs_of.values()):
                 path = self._outputs_path(number)
-                if not path.is_file() or file_digest(path) != self._records[number]["outputs"]:
+                if not path.is_file() or sha256_of(path) != self._records[number]["outputs"]:
                     raise Damaged(f"checksum mismatch in {OUTPUTS}/{path.name}")
         except Damaged as error:
             fix = "start again with --start_over"
@@ -229,7 +229,7 @@ class Journal:
             if samples:
                 sync(path)
                 sync(path.parent)
-                record["outputs"] = file_digest(path)
+                record["outputs"] = sha256_of(path)
             self._append(record | {"emitter": emitted})
             self.saved_stages += 1
             for unused in stale:
@@ -284,7 +284,7 @@ class Journal:
         if self._run is None or not self.writes:
             return
         write_manifest(self.result)
-        self._append({"kind": "complete", "manifest": file_digest(self.result / MANIFEST)})
+        self._append({"kind": "complete", "manifest": sha256_of(self.result / MANIFEST)})
         self._run.folder.publish(overwrite)
 
     def close(self) -> None:

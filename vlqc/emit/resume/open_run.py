@@ -17,7 +17,7 @@ from vlqc.emit.manifest import MANIFEST
 from vlqc.emit.resume.fingerprint import Fingerprint, abbreviate, differences
 from vlqc.emit.resume.journal_file import DamagedJournal, JournalWriter, Record, read_lines
 from vlqc.errors import Fault, UserError
-from vlqc.file_digest import file_digest
+from vlqc.files import sha256_of
 from vlqc.formatting import pluralize
 from vlqc.frontend.checkpoint.files import times_of
 from vlqc.options.options import Options
@@ -157,7 +157,7 @@ def _read(folder: WorkFolder) -> RunFolder | None:
     begin, *rest = records
     complete: dict[str, Any] = next((record for record in reversed(rest) if record["kind"] == "complete"), {})
     manifest = folder.target / MANIFEST
-    published = bool(complete) and manifest.is_file() and file_digest(manifest) == complete["manifest"]
+    published = bool(complete) and manifest.is_file() and sha256_of(manifest) == complete["manifest"]
     damage = "" if begin.get("journal") == VERSION else "it was written by another version of vlqc"
     return RunFolder(
         folder,

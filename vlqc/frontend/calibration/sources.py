@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vlqc.errors import Fault, UserError
-from vlqc.files import json_value
+from vlqc.files import parse_json
 from vlqc.formatting import did_you_mean
 from vlqc.frontend.calibration.images import PICTURE_ENDINGS, is_picture, is_video
 
@@ -87,7 +87,7 @@ class _BadLine(Exception):
 def _request_of(line: str, folder: Path, where: str) -> Request:
     """One line of text -> Request; paths are relative to `folder`. Raises _BadLine with everything wrong in it."""
     try:
-        given = json_value(line)
+        given = parse_json(line)
     except ValueError as error:
         raise _BadLine(f"not JSON: {error}", f"write {EXAMPLE}") from error
     if not isinstance(given, dict):

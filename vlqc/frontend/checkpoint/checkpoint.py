@@ -15,10 +15,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vlqc.errors import Fault, UserError
-from vlqc.families.flat_config import flat
+from vlqc.families.qwen2_5_vl import flatten_config, original_name
 from vlqc.frontend.checkpoint.config_schema import config_faults
-from vlqc.frontend.checkpoint.files import read_config, spans_of, times_of, weight_files
-from vlqc.frontend.checkpoint.links import link_faults
+from vlqc.frontend.checkpoint.files import link_faults, read_config, spans_of, times_of, weight_files
 from vlqc.frontend.checkpoint.prefetch import ReadAhead, Span
 
 DTYPES = {
@@ -27,14 +26,6 @@ DTYPES = {
 }  # fmt: skip
 # Weight files of any kind, which an emitted folder replaces, and files that say where weights are.
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
-
-
-def original_name(name: str) -> str:
-    """A tensor or module name of any transformers version -> the name the first release gave it."""
-    for new, old in (("model.visual.", "visual."), ("model.language_model.", "model.")):
-        if name.startswith(new):
-            return old + name.removeprefix(new)
-    return name
 
 
 class Checkpoint:
@@ -49,7 +40,7 @@ class Checkpoint:
         if faults := link_faults(folder) if folder.is_dir() else []:
             raise UserError(*faults)
         self.source_config = read_config(folder)
-        self.config = flat(self.source_config)
+        self.config = flatten_config(self.source_config)
         self.digests: dict[str, str] | None = None  # where wanted: SHA-256 of what `tensor` read, by name
         self._open: dict[str, Any] = {}
         self._ahead = ReadAhead()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlqc.files import json_value
+from vlqc.files import parse_json
 
 LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
 LENGTH_BYTES = 8  # little-endian length of the JSON that follows
@@ -60,7 +60,7 @@ def read_header(path: Path) -> Header:
     The size of a tensor whose dtype is not in ITEM_SIZES is not checked.
     """
     raw = read_header_bytes(path)
-    header = json_value(raw[LENGTH_BYTES:].decode())
+    header = parse_json(raw[LENGTH_BYTES:].decode())
     if not isinstance(header, dict):
         raise ValueError("the header is not a JSON object")
     metadata = header.pop("__metadata__", {})

@@ -10,11 +10,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vlqc.errors import Fault, UserError
-from vlqc.families.flat_config import flat
-from vlqc.files import json_value, read_json_object
-from vlqc.frontend.checkpoint.checkpoint import original_name
+from vlqc.families.qwen2_5_vl import flatten_config, original_name
+from vlqc.files import parse_json, read_json_object
 from vlqc.frontend.checkpoint.config_schema import config_faults
-from vlqc.frontend.checkpoint.links import link_faults
+from vlqc.frontend.checkpoint.files import link_faults
 from vlqc.frontend.streamed_model import build
 from vlqc.ir.printer import print_stage
 from vlqc.ir.serialization import deserialize
@@ -85,7 +84,7 @@ def _tensors(path: Path) -> Tensors:
     """All tensors of a file, in memory of their own."""
     with safe_open(str(path), "pt") as opened:
         metadata = opened.metadata() or {}
-        halved = set(json_value(metadata.get(facts.HALVED, "[]")))
+        halved = set(parse_json(metadata.get(facts.HALVED, "[]")))
         read: Tensors = {}
         for name in opened.keys():  # noqa: SIM118 - safe_open is no mapping
             tensor = opened.get_tensor(name)
@@ -98,7 +97,7 @@ def _tensors(path: Path) -> Tensors:
 
 def _module(folder: Path, said: facts.BundleFacts, weights: Mapping[str, Tensor]) -> nn.Module:
     """The stage's module as the installed transformers has it, with what passes replaced, and all its tensors."""
-    config = flat(read_json_object(folder / facts.CONFIG))
+    config = flatten_config(read_json_object(folder / facts.CONFIG))
     if faults := config_faults(config, str(folder / facts.CONFIG), LARGEST_SIZE, MOST_TENSORS):
         raise UserError(*faults)
     whole = build(folder, config)

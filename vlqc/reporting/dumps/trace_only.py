@@ -11,7 +11,7 @@ from torch import Tensor
 from vlqc.emit.stage_tensors import emitted_dtype
 from vlqc.errors import Fault, UserError
 from vlqc.frontend.calibration.dataset import Calibration, calibrate_on
-from vlqc.frontend.calibration.synthetic_sample import synthetic_sample
+from vlqc.frontend.calibration.probe import synthetic_sample
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.device import resolve_device
 from vlqc.frontend.distributed import current_process_group

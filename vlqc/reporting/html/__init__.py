@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from vlqc.errors import Fault, UserError
-from vlqc.file_digest import file_digest
+from vlqc.files import sha256_of
 from vlqc.formatting import escape_control_chars
 from vlqc.options.paths import output_faults
 from vlqc.reporting.html.page import Made, render
@@ -61,7 +61,7 @@ def report_text(folder: Path, *, timings: str | Path | None = None, verification
 def _require_same(path: Path, manifest: str, folder: Path) -> None:
     """UserError for a file that speaks of another folder: `manifest` is the SHA-256 of that one's list of files."""
     listed = folder / MANIFEST
-    own = file_digest(listed) if listed.is_file() else ""
+    own = sha256_of(listed) if listed.is_file() else ""
     if manifest != own:
         has = f"that of {folder} has {own[:12]}" if own else f"{folder} has none"
         why = f"its folder's {MANIFEST} has SHA-256 {manifest[:12]}, {has}"

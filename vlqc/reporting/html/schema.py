@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from vlqc.errors import Fault, UserError
-from vlqc.files import ordinary_bytes
+from vlqc.files import read_regular_file
 
 FILE = "vlqc_report.json"
 LARGEST = 3.4e38  # of the magnitudes that a report tells of: about the largest float32
@@ -46,7 +46,7 @@ class Told(BaseModel):
         """UserError: unreadable, too large, or not what vlqc wrote."""
         fix = "copy the file again, or make it again"
         try:
-            return cls.model_validate_json(ordinary_bytes(path))
+            return cls.model_validate_json(read_regular_file(path))
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             where = ".".join(map(str, first["loc"]))

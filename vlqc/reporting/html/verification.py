@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vlqc.errors import Fault, UserError
-from vlqc.files import json_value, ordinary_bytes
+from vlqc.files import parse_json, read_regular_file
 from vlqc.verify.findings import RANKING
 
 LOGITS = "logits against float"
@@ -40,7 +40,7 @@ class Verification:
 def read_verification(path: Path) -> Verification:
     """UserError for a file that cannot be read, or that something else wrote."""
     try:
-        return _read(json_value(ordinary_bytes(path).decode()))
+        return _read(parse_json(read_regular_file(path).decode()))
     except OSError as error:
         raise UserError(Fault(f"{path.name} cannot be read", str(path), str(error), FIX)) from None
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from vlqc.errors import UserError
-from vlqc.frontend.checkpoint.checkpoint import Checkpoint, original_name
+from vlqc.families.qwen2_5_vl import original_name
+from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.streamed_model import build
 from vlqc.kernels_ref.deq_scale import decode_deq_scale
 from vlqc.kernels_ref.norm import ShiftedNorm

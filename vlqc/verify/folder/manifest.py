@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from vlqc.file_digest import file_digest
-from vlqc.frontend.checkpoint.links import link_faults
+from vlqc.files import sha256_of
+from vlqc.frontend.checkpoint.files import link_faults
 from vlqc.verify.findings import VerificationResult
 from vlqc.verify.folder.contents import MANIFEST
 from vlqc.verify.folder.reader import read_json_object
@@ -39,7 +39,7 @@ def check_manifest(folder: Path, result: VerificationResult, *, finished: bool =
     listed = _listed(folder, result)
     if listed is None:
         return
-    result.manifest = file_digest(folder / MANIFEST)
+    result.manifest = sha256_of(folder / MANIFEST)
     result.add_examined(CHECK, len(listed))
     there = {path.name for path in folder.iterdir()} - {MANIFEST}
     for name in sorted(there - listed.keys()):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vlqc.files import json_value, ordinary_bytes
+from vlqc.files import parse_json, read_regular_file
 from vlqc.frontend.checkpoint.header import read_header
 
 Array = npt.NDArray[Any]
@@ -111,7 +111,7 @@ def read_json(path: Path) -> tuple[Any, str]:
     if not path.is_file():
         return None, "is not an ordinary file"  # reading a pipe or a device may never end
     try:
-        return json_value(ordinary_bytes(path).decode()), ""
+        return parse_json(read_regular_file(path).decode()), ""
     except (OSError, ValueError) as error:
         return None, f"cannot be read as JSON: {error}"
 

@@ -1,11 +1,11 @@
-"""flat_config: configs of newer transformers versions in the flat form that engines read."""
+"""flatten_config: configs of newer transformers versions in the flat form that engines read."""
 
 import copy
 from typing import Any
 
 import pytest
 
-from vlqc.families.flat_config import flat, rotary
+from vlqc.families.qwen2_5_vl import flatten_config, original_name, original_rope
 
 # The language model's keys of Qwen2.5-VL-7B, as the first release wrote them beside the rest ...
 LANGUAGE = {
@@ -80,14 +80,14 @@ def test_nested_becomes_flat(rope: dict[str, Any]) -> None:
     """A key that is lost, left nested, or taken from the part instead of the whole (model_type, dtype)."""
     given = nested(**copy.deepcopy(rope))
     before = copy.deepcopy(given)
-    assert flat(given) == FLAT
+    assert flatten_config(given) == FLAT
     assert given == before  # the source's text is still needed as it was
 
 
 def test_flat_stays_as_it_is() -> None:
     """A config that the first release wrote, altered without need: its text is to be copied."""
-    assert flat(FLAT) is FLAT
-    assert flat(flat(nested(**JOINED))) == FLAT
+    assert flatten_config(FLAT) is FLAT
+    assert flatten_config(flatten_config(nested(**JOINED))) == FLAT
 
 
 def test_the_whole_wins_over_its_part() -> None:
@@ -95,7 +95,7 @@ def test_the_whole_wins_over_its_part() -> None:
     given = nested(**JOINED)
     given["tie_word_embeddings"] = True
     given["text_config"]["tie_word_embeddings"] = False
-    assert flat(given)["tie_word_embeddings"] is True
+    assert flatten_config(given)["tie_word_embeddings"] is True
 
 
 @pytest.mark.parametrize(
@@ -119,9 +119,25 @@ def test_the_whole_wins_over_its_part() -> None:
 def test_rotary(parameters: dict[str, Any], expected: dict[str, Any]) -> None:
     """A long-context scaling turned into the default one, sections lost, or a base that nobody gave."""
     known = copy.deepcopy(parameters)
-    assert rotary(parameters) == expected and parameters == known
+    assert original_rope(parameters) == expected and parameters == known
 
 
 def test_no_text_config_to_speak_of() -> None:
     """Another model's `text_config` that is no object must not stop the reader of a config."""
-    assert flat({"text_config": None, "dtype": "float16"}) == {"text_config": None, "dtype": "float16"}
+    assert flatten_config({"text_config": None, "dtype": "float16"}) == {"text_config": None, "dtype": "float16"}
+
+
+@pytest.mark.parametrize(
+    ("name", "original"),
+    [
+        ("model.visual.merger.ln_q.weight", "visual.merger.ln_q.weight"),
+        ("visual.merger.ln_q.weight", "visual.merger.ln_q.weight"),
+        ("model.language_model.norm.weight", "model.norm.weight"),
+        ("model.norm.weight", "model.norm.weight"),
+        ("lm_head.weight", "lm_head.weight"),
+        ("model.visuals.weight", "model.visuals.weight"),
+    ],
+)
+def test_original_names(name: str, original: str) -> None:
+    """Catches a prefix that is cut where it is none, or not cut where it is."""
+    assert original_name(name) == original

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlqc.emit import emitter_for
+from vlqc.emit.folder_writer import FolderWriter, committed_plan
 from vlqc.emit.resume.journal import open_journal
+from vlqc.emit.stage_tensors import emitted_dtype
 from vlqc.frontend.activation_offload import ActivationOffload
 from vlqc.frontend.calibration.dataset import Calibration, calibrate_on
 from vlqc.frontend.calibration.samples import by_pictures, refuse_both
@@ -72,28 +73,33 @@ def compile(
         process_group,
         lambda text: summary.add_notes([text], of_run=True),
     ) as journal:
-        emitter = emitter_for(options, journal.result, checkpoint, writes=journal.writes)
+        writer = FolderWriter(journal.result, checkpoint, options) if journal.writes else None
+        dtype = emitted_dtype(checkpoint.dtype)
         offload = ActivationOffload(journal.folder, options.memory_budget)
-        known = journal.restore(emitter, checkpoint, range(begin, begin + len(mine)), offload.offload)
+        known = journal.restore(writer, checkpoint, range(begin, begin + len(mine)), offload.offload)
         summary.restore(journal.summary_states)
         show.begin(len(model.stages), len(mine), done=len(known.stages))
         lockstep = SequentialForward(model, mine, first=begin, probe=probe, known=known, share_images=True)
-        with model.non_stage_weights(emitter.copy), lockstep:
+        with model.non_stage_weights(writer.copy if writer else checkpoint.tensor), lockstep:
             for number, stop in enumerate(lockstep, len(known.stages)):
                 show.stage(number, stop.name)
-                with materialized_stage(model, stop, emitter.dtype, checkpoint.tensor, process_group) as stage:
+                with materialized_stage(model, stop, dtype, checkpoint.tensor, process_group) as stage:
                     stage.on_sample, stage.settle = show.sample, offload.offload
                     onlookers.traced(stage)
                     manager.run(stage)
-                    emitter.add_stage(stage)
+                    if writer:
+                        writer.add_stage(stage)
                     stop.outputs = stage.answers()
                     summary.add_stage(stage)
                     journal.record_stage(stage, summary.state)
                 show.stage_done(number)
         if process_group.is_rank0:
-            summary.apply_search(emitter.settle())
-            emitter.copy_rest(model.non_stage_parameters())
-            emitter.finish()
+            if writer:
+                summary.apply_search(writer.resolve_schemes())
+                writer.copy_rest(model.non_stage_parameters())
+                writer.finish()
+            else:  # resumed after the result was complete
+                summary.apply_search(committed_plan(journal.result, options, journal.commits))
             summary.write_report_data(journal.result, pipeline, ready_samples=samples is not None)
             require_valid(journal.result)
             summary.require_loadable(journal.result)

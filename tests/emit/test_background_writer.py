@@ -10,7 +10,7 @@ from torch import Tensor
 
 import vlqc
 from tools.demo import tiny_task
-from vlqc.emit.background_writer import WriteBehind
+from vlqc.emit.background_writer import BackgroundWriter
 from vlqc.emit.shard_writer import ShardWriter
 from vlqc.errors import InternalError, UserError
 
@@ -22,15 +22,15 @@ def tensors() -> dict[str, Tensor]:
     return {f"t{count}": torch.randn(count, generator=random) for count in (1, 7, 64, 1000, 5)}
 
 
-@pytest.mark.parametrize("most_waiting", [0, 100, 1 << 20])
+@pytest.mark.parametrize("queue_bytes", [0, 100, 1 << 20])
 @pytest.mark.parametrize("limit", [None, 3000])
-def test_the_same_bytes_as_without(tmp_path: Path, most_waiting: int, limit: int | None) -> None:
+def test_the_same_bytes_as_without(tmp_path: Path, queue_bytes: int, limit: int | None) -> None:
     """Catches tensors out of order, left out at the end, or a queue that stands still when it is full."""
     plain, behind = tmp_path / "plain", tmp_path / "behind"
     for folder in (plain, behind):
         folder.mkdir()
     writer = ShardWriter(plain, header_bytes=2000, limit=limit)
-    thread = WriteBehind(ShardWriter(behind, header_bytes=2000, limit=limit), most_waiting)
+    thread = BackgroundWriter(ShardWriter(behind, header_bytes=2000, limit=limit), queue_bytes)
     for name, tensor in tensors().items():
         writer.add(name, tensor)
         thread.add(name, tensor)
@@ -51,7 +51,7 @@ class Full(ShardWriter):
 
 def test_an_error_comes_with_the_next_call(tmp_path: Path) -> None:
     """Catches a result that lacks what could not be written."""
-    thread = WriteBehind(Full(tmp_path, header_bytes=2000))
+    thread = BackgroundWriter(Full(tmp_path, header_bytes=2000))
     with pytest.raises(OSError, match="No space left"):
         for name, tensor in tensors().items():
             thread.add(name, tensor)
@@ -61,7 +61,7 @@ def test_an_error_comes_with_the_next_call(tmp_path: Path) -> None:
 
 def test_a_name_is_refused_at_once(tmp_path: Path) -> None:
     """Catches an error that appears only when some later stage is written."""
-    thread = WriteBehind(ShardWriter(tmp_path, header_bytes=2000))
+    thread = BackgroundWriter(ShardWriter(tmp_path, header_bytes=2000))
     thread.add("t", torch.ones(2))
     with pytest.raises(InternalError, match="t is written twice"):
         thread.add("t", torch.ones(2))
@@ -78,7 +78,7 @@ def test_no_more_waits_than_was_allowed(tmp_path: Path, monkeypatch: pytest.Monk
         add(name, tensor)
 
     monkeypatch.setattr(writer, "add", slow)
-    thread = WriteBehind(writer, most_waiting=100)
+    thread = BackgroundWriter(writer, queue_bytes=100)
     thread.add("first", torch.ones(20))
 
     def second() -> None:

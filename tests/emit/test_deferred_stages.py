@@ -1,4 +1,4 @@
-"""vlqc.emit.deferred_stages: stages that wait on disk come back as if their schemes had been chosen at once."""
+"""vlqc.emit.deferred_stages: deferred stages are read back as if their schemes had been chosen at once."""
 
 import gc
 import itertools
@@ -10,10 +10,8 @@ import torch
 from torch import nn
 
 from tests.support.random_stage import decoder, staged, through
-from tests.support.tiny import float_model
-from vlqc.emit import stage_tensors as ascend
-from vlqc.emit.deferred_stages import DeferredStages, expected_bytes
-from vlqc.emit.stage_tensors import Entry, stage_entries
+from vlqc.emit.deferred_stages import DeferredStages
+from vlqc.emit.stage_tensors import EmittedTensor, stage_tensors
 from vlqc.ir.stage import Call, Stage
 from vlqc.passes.assign_precision import AssignPrecision
 from vlqc.passes.insert_observers import InsertObservers
@@ -23,85 +21,93 @@ from vlqc.passes.quantize_activations import QuantizeActivations
 from vlqc.passes.quantize_weights import QuantizeWeights
 from vlqc.pipeline.precision_search import Plan
 from vlqc.targets.schemes import Scheme
+from vlqc.targets.vllm_ascend import VLLM_ASCEND
 
 STATIC, DYNAMIC, FLOAT = Scheme.W8A8, Scheme.W8A8_DYNAMIC, Scheme.FLOAT
 PIPELINE = QuantizeActivations(), QuantizeWeights(), MeasureSensitivity(target="vllm-ascend"), LowerLinears()
 
 
-def compiled(seed: int = 0, **options: object) -> Stage:
-    """A decoder layer as it comes to the emitter."""
+def lowered(seed: int = 0, **options: object) -> Stage:
+    """A decoder layer after all passes."""
     assign = AssignPrecision(target="vllm-ascend", fallback="none", **options)  # type: ignore[arg-type]
     return through(decoder(seed), InsertObservers(), assign, *PIPELINE)
 
 
-def put(spool: DeferredStages, stage: Stage) -> None:
-    spool.put(stage, stage_entries(stage, packed=True), packed=True)
+def tensors_of(stage: Stage) -> list[EmittedTensor]:
+    return list(stage_tensors(stage, VLLM_ASCEND, STATIC))
 
 
-def plan(spool: DeferredStages, *schemes: Scheme) -> Plan:
-    return Plan(tuple(spool.groups()), schemes, None, 0.0)
+def store(deferred: DeferredStages, stage: Stage) -> None:
+    deferred.store(stage, tensors_of(stage), packed=True)
 
 
-def of(entries: list[Entry]) -> list[tuple[str, Scheme, torch.dtype, list[object]]]:
-    """Entries as what can be compared."""
-    return [(it.name, it.mark, it.tensor.dtype, it.tensor.flatten().tolist()) for it in entries]
+def plan(deferred: DeferredStages, *schemes: Scheme) -> Plan:
+    return Plan(tuple(deferred.groups()), schemes, None, 0.0)
+
+
+def load(deferred: DeferredStages, *schemes: Scheme) -> list[EmittedTensor]:
+    return [emitted for _, tensors in deferred.load(plan(deferred, *schemes)) for emitted in tensors]
+
+
+def comparable(tensors: list[EmittedTensor]) -> list[tuple[str, Scheme, torch.dtype, list[object]]]:
+    return [(it.name, it.scheme, it.tensor.dtype, it.tensor.flatten().tolist()) for it in tensors]
 
 
 @pytest.mark.parametrize("schemes", list(itertools.product([STATIC, FLOAT], [DYNAMIC, FLOAT], [DYNAMIC, STATIC])))
-def test_what_comes_back_was_chosen(tmp_path: Path, schemes: tuple[Scheme, ...]) -> None:
-    """Catches tensors of another choice, another order, a rounded or lost tensor, whatever was chosen.
+def test_chosen_tensors_are_loaded(tmp_path: Path, schemes: tuple[Scheme, ...]) -> None:
+    """Catches tensors of another choice, another order, and a changed or lost tensor, for every choice.
 
     The reference is the same layer with its groups quantized one by one: no smoothing joins them here.
     """
-    spool = DeferredStages(tmp_path / "waiting")
-    put(spool, compiled())
+    deferred = DeferredStages(tmp_path / "waiting")
+    store(deferred, lowered())
     chosen = (*schemes, STATIC)
-    entries = list(spool.take(plan(spool, *chosen)))
-    wanted: dict[str, Entry] = {}
-    for group, scheme in zip(spool.groups(), chosen, strict=True):
+    tensors = load(deferred, *chosen)
+    expected: dict[str, EmittedTensor] = {}
+    for group, scheme in zip(deferred.groups(), chosen, strict=True):
         others = tuple(name for name in decoder().sites if name not in group.sites)
         assign = AssignPrecision(str(scheme), target="vllm-ascend", fallback="none", exclude=others)  # type: ignore[arg-type]
         alone = through(decoder(), InsertObservers(), assign, *PIPELINE)
-        for entry in stage_entries(alone, packed=True):
-            if entry.name.rpartition(".")[0] in group.sites or "norm" in entry.name:
-                wanted[entry.name] = entry
-    assert {it.name for it in entries} == set(wanted) and len(entries) == len(wanted)
-    assert of(entries) == of([wanted[it.name] for it in entries])
+        for emitted in tensors_of(alone):
+            if emitted.name.rpartition(".")[0] in group.sites or "norm" in emitted.name:
+                expected[emitted.name] = emitted
+    assert {it.name for it in tensors} == set(expected) and len(tensors) == len(expected)
+    assert comparable(tensors) == comparable([expected[it.name] for it in tensors])
 
 
 def test_without_a_change_nothing_changes(tmp_path: Path) -> None:
     """Catches another order of tensors than without a search: the same choice should give the same file."""
-    spool = DeferredStages(tmp_path / "waiting")
-    stage = compiled()
-    put(spool, stage)
-    entries = list(spool.take(plan(spool, *[STATIC] * 4)))
-    assert of(entries) == of(list(stage_entries(stage, packed=True)))
+    deferred = DeferredStages(tmp_path / "waiting")
+    stage = lowered()
+    store(deferred, stage)
+    assert comparable(load(deferred, *[STATIC] * 4)) == comparable(tensors_of(stage))
 
 
-def test_stages_in_order_and_then_gone(tmp_path: Path) -> None:
-    """Catches files that stay until the end, where the result needs the room, or that stay in the result."""
-    spool, folder = DeferredStages(tmp_path / "waiting"), tmp_path / "waiting"
-    wanted = []
+def test_files_are_discarded_in_order(tmp_path: Path) -> None:
+    """Catches files that are kept until the end, when the result needs the space, or that stay in the result."""
+    deferred, folder = DeferredStages(tmp_path / "waiting"), tmp_path / "waiting"
+    expected = []
     for seed in range(3):
-        stage = compiled(seed)
-        put(spool, stage)
-        wanted += of(list(stage_entries(stage, packed=True)))
+        stage = lowered(seed)
+        store(deferred, stage)
+        expected += comparable(tensors_of(stage))
     assert len(list(folder.iterdir())) == 3
-    taken, files = [], []
-    for entry in spool.take(plan(spool, *[STATIC] * 12)):
-        taken.append(entry)
+    loaded, files = [], []
+    for number, tensors in deferred.load(plan(deferred, *[STATIC] * 12)):
+        loaded += comparable(list(tensors))
         files.append(len(list(folder.iterdir())))
-    assert of(taken) == wanted
-    assert files == sorted(files, reverse=True) and files[0] == 3 and files[-1] == 1
-    spool.remove()
+        deferred.discard(number)
+    assert loaded == expected
+    assert files == [3, 2, 1]
+    deferred.remove()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_bytes_are_those_of_the_tensors(tmp_path: Path) -> None:
-    """Catches a cost that forgets scales, counts all choices, or takes int4 for int8."""
-    spool = DeferredStages(tmp_path / "waiting")
-    put(spool, compiled())
-    for number, group in enumerate(spool.groups()):
+    """Catches a cost without the scales, of all choices together, or of int8 in place of int4."""
+    deferred = DeferredStages(tmp_path / "waiting")
+    store(deferred, lowered())
+    for number, group in enumerate(deferred.groups()):
         assert set(group.choices) == {STATIC, DYNAMIC, FLOAT}
         weights = sum(decoder().sites[name].shape[0] * decoder().sites[name].shape[1] for name in group.sites)
         rows = sum(decoder().sites[name].shape[0] for name in group.sites)
@@ -112,18 +118,18 @@ def test_bytes_are_those_of_the_tensors(tmp_path: Path) -> None:
         assert group.choices[STATIC].bytes == weights + 16 * rows + 8 * len(group.sites) + biases
 
 
-def test_a_stage_is_forgotten(tmp_path: Path) -> None:
-    """Catches modules that are kept until the decision: the whole model would be in memory."""
-    spool, stage = DeferredStages(tmp_path / "waiting"), compiled()
-    put(spool, stage)
+def test_modules_of_a_stage_are_freed(tmp_path: Path) -> None:
+    """Catches modules that are kept until schemes are chosen: the whole model would be in memory."""
+    deferred, stage = DeferredStages(tmp_path / "waiting"), lowered()
+    store(deferred, stage)
     kept = [weakref.ref(it) for found in stage.sensitivities for of in found.modules.values() for it in of.values()]
     del stage
     gc.collect()
     assert kept and all(reference() is None for reference in kept)
 
 
-def test_vision_noise_counts_for_its_tokens(tmp_path: Path) -> None:
-    """Catches noise of the vision tower that is thought to reach text tokens: it would be spent on in vain."""
+def test_vision_noise_is_weighted_by_image_tokens(tmp_path: Path) -> None:
+    """Catches noise of the vision tower counted for text tokens, which it does not reach."""
 
     def tower(part: str) -> Stage:
         torch.manual_seed(0)
@@ -143,26 +149,10 @@ def test_vision_noise_counts_for_its_tokens(tmp_path: Path) -> None:
         return through(stage, MeasureSensitivity(target="vllm-ascend"))
 
     stages = [tower("visual"), tower("model")]
-    spool = DeferredStages(tmp_path / "waiting")
+    deferred = DeferredStages(tmp_path / "waiting")
     for stage in stages:
-        spool.put(stage, [], packed=True)
+        deferred.store(stage, [], packed=True)
     found = [found.noise[STATIC] for stage in stages for found in stage.sensitivities]
-    told = [group.choices[STATIC].noise for group in spool.groups()]
-    assert told[:2] == pytest.approx([2 / 5 * it for it in found[:2]])
-    assert told[2:] == found[2:]
-
-
-def test_room_for_what_waits(tmp_path: Path) -> None:
-    """Catches a run that fills the disk after hours: what waits is more than the result."""
-    model = float_model()
-    spool = DeferredStages(tmp_path / "waiting")
-    put(spool, compiled())
-    shapes = [it.shape for it in decoder().sites.values()]
-    on_disk = sum(path.stat().st_size for path in (tmp_path / "waiting").iterdir())
-    assert on_disk > 4 * sum(rows * columns for rows, columns in shapes)  # int8, int8 and a float of two bytes
-    quantizable = sum(
-        parameter.numel()
-        for name, parameter in model.parameters(model.module).items()
-        if name.endswith("proj.weight") or "qkv.weight" in name or "merger.mlp" in name
-    )
-    assert expected_bytes(model) - ascend.expected_bytes(model) >= 3 * 0.9 * quantizable
+    noises = [group.choices[STATIC].noise for group in deferred.groups()]
+    assert noises[:2] == pytest.approx([2 / 5 * it for it in found[:2]])
+    assert noises[2:] == found[2:]

@@ -1,7 +1,6 @@
-"""The vLLM Ascend folder: which tensors with which marks, what config.json becomes, what is copied beside."""
+"""vlqc.emit.folder_writer: tensors, description and config.json of a folder, and the copied side files."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +12,32 @@ from torch import Tensor
 
 from tests.support import small_stage as little_stage
 from tests.support import tiny
-from vlqc.emit.folder_writer import FolderEmitter
-from vlqc.emit.stage_tensors import Entry, emitted_dtype, expected_bytes, float_entry, header_bytes, stage_entries
+from vlqc.emit.folder_writer import FolderWriter
+from vlqc.emit.stage_tensors import EmittedTensor, emitted_dtype, float_tensor, header_bytes, stage_tensors
 from vlqc.errors import InternalError, UserError
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.options.options import Options
 from vlqc.passes.lower_linears import LowerLinears
 from vlqc.targets.schemes import Scheme
+from vlqc.targets.vllm_ascend import VLLM_ASCEND
 
 QKV, LAYER = "visual.blocks.0.attn.qkv", "model.layers.0.self_attn.q_proj"
 
 
 def emit(
     source: Path, folder: Path, *quantized: str, both: bool = True, part_file_size: int | None = None
-) -> FolderEmitter:
-    """The whole checkpoint; the layers named are marked as W8A8, with made-up integers."""
+) -> FolderWriter:
+    """Writes the whole checkpoint; the layers named become W8A8, with all integers 1."""
     folder.mkdir()
     checkpoint = Checkpoint(source)
     options = Options.without_paths(target="both" if both else "vllm-ascend", part_file_size=part_file_size)
-    emitter = FolderEmitter(folder, checkpoint, options)
+    writer = FolderWriter(folder, checkpoint, options)
     for layer in quantized:
         integers = torch.ones(checkpoint.shape(f"{layer}.weight"), dtype=torch.int8)
-        emitter.add([Entry(f"{layer}.weight", integers, Scheme.W8A8)])
-    emitter.copy_rest(checkpoint.names)
-    emitter.finish()
-    return emitter
+        writer.add([EmittedTensor(f"{layer}.weight", integers, Scheme.W8A8)])
+    writer.copy_rest(checkpoint.names)
+    writer.finish()
+    return writer
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -52,8 +52,8 @@ def json_in(path: Path) -> dict[str, Any]:
 # ---- the folder ------------------------------------------------------------------------------------------------------
 
 
-def test_every_tensor_is_there_once_with_its_mark(tmp_path: Path) -> None:
-    """Catches a tensor that is lost, a description that forgets one or names one too many, a value that changes."""
+def test_every_tensor_is_written_once_with_its_scheme(tmp_path: Path) -> None:
+    """Catches a lost tensor, a description with a missing or surplus entry, and a changed value."""
     emit(tiny.TINY, tmp_path / "out", QKV, LAYER)
     source, emitted = load_file(tiny.TINY / "model.safetensors"), weights(tmp_path / "out")
     description = json_in(tmp_path / "out" / "quant_model_description.json")
@@ -83,7 +83,7 @@ def test_file_names(tmp_path: Path) -> None:
 
 
 def test_side_files_are_copied_byte_for_byte(tmp_path: Path) -> None:
-    """Catches a tokenizer that is rewritten or left out: the engine would read other tokens."""
+    """Catches a tokenizer that is rewritten or left out: the engine would use other tokens."""
     emit(tiny.TINY, tmp_path / "out")
     for name in ("tokenizer.json", "chat_template.json", "preprocessor_config.json", "generation_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tiny.TINY / name).read_bytes()
@@ -100,14 +100,14 @@ def test_a_description_of_another_compilation_is_not_copied(tmp_path: Path) -> N
 
 
 def test_all_float_is_called_float(tmp_path: Path) -> None:
-    """Catches a folder without a quantized layer that an engine would try to run quantized."""
+    """Catches a folder without a quantized layer that an engine would run as quantized."""
     emit(tiny.TINY, tmp_path / "out")
     assert json_in(tmp_path / "out" / "quant_model_description.json")["model_quant_type"] == "FLOAT"
     assert "quantize" not in json_in(tmp_path / "out" / "config.json")
 
 
 def test_the_same_checkpoint_gives_the_same_bytes(tmp_path: Path) -> None:
-    """Catches dates, folder names or chance in any file."""
+    """Catches dates, folder names or random values in any file."""
     for run in ("first", "second"):
         emit(tiny.TINY, tmp_path / run, QKV, LAYER)
     files = [{path.name: path.read_bytes() for path in (tmp_path / run).iterdir()} for run in ("first", "second")]
@@ -115,13 +115,13 @@ def test_the_same_checkpoint_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_a_tensor_emitted_twice_is_an_internal_error(tmp_path: Path) -> None:
-    """Catches a stage that emits what was copied before."""
-    emitter = FolderEmitter(tmp_path, Checkpoint(tiny.TINY), Options.without_paths())
-    emitter.copy("lm_head.weight")
-    emitter.copy_rest(["lm_head.weight"])
-    emitter.copy("lm_head.weight")  # is read only
+    """Catches a stage that writes a tensor which was copied before."""
+    writer = FolderWriter(tmp_path, Checkpoint(tiny.TINY), Options.without_paths())
+    writer.copy("lm_head.weight")
+    writer.copy_rest(["lm_head.weight"])
+    writer.copy("lm_head.weight")  # is read only
     with pytest.raises(InternalError, match=r"lm_head\.weight is written twice"):
-        emitter.add([Entry("lm_head.weight", torch.zeros(1), Scheme.FLOAT)])
+        writer.add([EmittedTensor("lm_head.weight", torch.zeros(1), Scheme.FLOAT)])
 
 
 # ---- config.json -----------------------------------------------------------------------------------------------------
@@ -184,8 +184,8 @@ def test_the_source_is_not_touched(tmp_path: Path) -> None:
     """Catches a config that is edited in place: in memory or, through a link, on the disk."""
     source = tiny.damaged(tmp_path / "in")
     before = {path.name: path.read_bytes() for path in source.iterdir()}
-    emitter = emit(source, tmp_path / "out", QKV)
-    assert "quantize" not in emitter.checkpoint.config
+    writer = emit(source, tmp_path / "out", QKV)
+    assert "quantize" not in writer.checkpoint.config
     assert {path.name: path.read_bytes() for path in source.iterdir()} == before
 
 
@@ -209,50 +209,47 @@ def test_emitted_dtype(stored: torch.dtype, emitted: torch.dtype) -> None:
 def test_a_value_beyond_the_emitted_dtype_is_named() -> None:
     """Catches a weight that becomes Inf when it is stored."""
     large = torch.tensor([1.0, -70000.0])
-    assert float_entry("w", large, torch.bfloat16).tensor.isfinite().all()
+    assert float_tensor("w", large, torch.bfloat16).tensor.isfinite().all()
     with pytest.raises(UserError, match="w cannot be stored") as caught:
-        float_entry("w", large, torch.float16)
+        float_tensor("w", large, torch.float16)
     assert "70000" in str(caught.value) and "float16" in str(caught.value)
-    assert float_entry("empty", torch.empty(0), torch.float16).tensor.shape == (0,)
+    assert float_tensor("empty", torch.empty(0), torch.float16).tensor.shape == (0,)
 
 
-def test_entries_of_a_stage() -> None:
-    """Catches a companion that is left out, a float bias marked quantized, or a name under which no engine looks."""
+def test_tensors_of_a_stage() -> None:
+    """Catches a missing tensor, a float bias listed as quantized, and a name that no engine reads."""
     stage = little_stage.decided()
     LowerLinears().run(stage)
-    entries = {entry.name: entry for entry in stage_entries(stage, packed=True)}
-    companions = "weight weight_scale weight_offset input_scale input_offset quant_bias deq_scale".split()
+    tensors = {emitted.name: emitted for emitted in stage_tensors(stage, VLLM_ASCEND, Scheme.W8A8)}
+    suffixes = "weight weight_scale weight_offset input_scale input_offset quant_bias deq_scale".split()
     expected = {}
     for layer, bias in (("attn.qkv", True), ("attn.proj", True), ("mlp.gate", False), ("mlp.up", False)):
-        expected |= {f"visual.blocks.0.{layer}.{name}": Scheme.W8A8 for name in companions}
+        expected |= {f"visual.blocks.0.{layer}.{name}": Scheme.W8A8 for name in suffixes}
         expected |= {f"visual.blocks.0.{layer}.bias": Scheme.FLOAT} if bias else {}
     for layer in ("norm1", "norm2", "mlp.down"):
         expected |= {f"visual.blocks.0.{layer}.{name}": Scheme.FLOAT for name in ("weight", "bias")}
-    assert {name: entry.mark for name, entry in entries.items()} == expected
-    for name, entry in entries.items():
-        if entry.mark == Scheme.FLOAT:
-            assert entry.tensor.dtype == torch.bfloat16, name
-    assert entries["visual.blocks.0.attn.qkv.weight"].tensor.dtype == torch.int8
+    assert {name: emitted.scheme for name, emitted in tensors.items()} == expected
+    for name, emitted in tensors.items():
+        if emitted.scheme == Scheme.FLOAT:
+            assert emitted.tensor.dtype == torch.bfloat16, name
+    assert tensors["visual.blocks.0.attn.qkv.weight"].tensor.dtype == torch.int8
 
 
-def test_room_for_headers_and_results(tmp_path: Path) -> None:
-    """Catches a header that outgrows its room on real names, and a disk check that is far off."""
+def test_header_bytes() -> None:
+    """Catches a header that is longer than reserved, on real names."""
     model = tiny.float_model()
-    room = header_bytes(model.checkpoint)
+    reserved = header_bytes(model.checkpoint)
     names = []
     for name in model.checkpoint.names:
         layer = name.rpartition(".")[0]
-        companions = ("weight_scale", "weight_offset", "input_scale", "input_offset", "quant_bias", "deq_scale")
-        names += [name, *(f"{layer}.{part}" for part in companions)] if name.endswith("weight") else [name]
+        suffixes = ("weight_scale", "weight_offset", "input_scale", "input_offset", "quant_bias", "deq_scale")
+        names += [name, *(f"{layer}.{part}" for part in suffixes)] if name.endswith("weight") else [name]
     entry = {"dtype": "BF16", "shape": [100000, 100000], "data_offsets": [10**14, 10**14]}
-    assert len(json.dumps(dict.fromkeys(names, entry))) < room
-    emit(tiny.TINY, tmp_path / "out")
-    size = os.path.getsize(tmp_path / "out" / "quant_model_weight_float.safetensors")
-    assert 0.4 * size < expected_bytes(model) < size
+    assert len(json.dumps(dict.fromkeys(names, entry))) < reserved
 
 
 def test_metadata_is_what_loaders_want(tmp_path: Path) -> None:
-    """Catches a weight file that transformers refuses because it does not say that it is for PyTorch."""
+    """Catches a weight file without the metadata that transformers requires."""
     emit(tiny.TINY, tmp_path / "out")
     with safe_open(tmp_path / "out" / "quant_model_weight_float.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}

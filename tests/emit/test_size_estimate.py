@@ -1,4 +1,4 @@
-"""The room that a compilation asks for: the plan's figure and that of the real run, what is spilled included."""
+"""vlqc.emit.size_estimate: disk space of a compilation, in the plan and in the run, against what is written."""
 
 import shutil
 from collections import namedtuple
@@ -11,10 +11,15 @@ import torch
 import vlqc
 from tests.support import tiny
 from tests.support.interrupted_runs import small
+from vlqc.emit.folder_writer import FolderWriter
+from vlqc.emit.size_estimate import output_bytes, predict_schemes
 from vlqc.errors import UserError
 from vlqc.frontend.activation_offload import ActivationOffload
 from vlqc.frontend.memory import offloaded_bytes
+from vlqc.options.options import Options
+from vlqc.pipeline.presets import build_pipeline
 from vlqc.reporting.plan import plan_compilation
+from vlqc.targets.vllm_ascend import VLLM_ASCEND
 
 QUICK: dict[str, Any] = {"weight_method": "round", "anti_method": "none", "act_method": 1}
 FOUR_BITS = {"w_bit": 4, "is_dynamic": True, "is_lowbit": True, "open_outlier": False}
@@ -39,10 +44,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
     ids=lambda options: ", ".join(options) or "default",
 )
-def test_the_plan_and_the_run_ask_for_the_same_room(
+def test_plan_and_run_require_the_same_space(
     options: dict[str, Any], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a run that is refused although its plan says that it fits, and one that begins although it does not."""
+    """Catches a run that is refused although its plan fits, and one that starts although its plan does not."""
     given = {"model_path": checkpoint, "save_directory": tmp_path / "out", "samples": SAMPLES, **QUICK, **options}
     needed = plan_compilation(**given).disk_needed
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Disk(2 * needed, needed, needed - 1))
@@ -54,8 +59,8 @@ def test_the_plan_and_the_run_ask_for_the_same_room(
     vlqc.compile(**given)
 
 
-def test_what_is_spilled_counts(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches room for tensors between stages that nobody asks for, or that is asked for where all stay in memory."""
+def test_offloaded_activations_are_counted(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches offloaded tensors that are not counted, and space required where all tensors stay in memory."""
     model = tiny.float_model(checkpoint)
     assert offloaded_bytes(model, SAMPLES, None) == 0 == offloaded_bytes(model, SAMPLES, 1.0)
     given = {"model_path": checkpoint, "save_directory": tmp_path / "out", "samples": SAMPLES}
@@ -77,3 +82,46 @@ def test_what_is_spilled_counts(checkpoint: Path, tmp_path: Path, monkeypatch: p
     vlqc.compile(**given, **QUICK, memory_budget=0)
     pixels = sum(sample["pixel_values"].nbytes for sample in SAMPLES)
     assert 0 < most[0] <= 2 * (offloaded_bytes(model, SAMPLES, 0) + pixels)
+
+
+W4A8 = {**FOUR_BITS, "group_size": 64}
+SCHEMES: list[dict[str, Any]] = [{}, {"is_dynamic": True}, W4A8, {**W4A8, "w4a8_scope": "all"}, {"fallback": "none"}]
+
+
+@pytest.mark.parametrize("layout", [{}, {"mindie_format": True}], ids=["vllm-ascend", "mindie"])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_output_bytes_are_those_of_the_weight_files(
+    tmp_path: Path, scheme: dict[str, Any], layout: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Catches a tensor of a scheme that the estimate leaves out, or takes for another dtype or shape."""
+
+    def cast(tensors: dict[str, torch.Tensor]) -> None:
+        tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items()})
+
+    source = tiny.damaged(tmp_path / "float", tensors=cast)
+    given = {"model_path": source, "samples": SAMPLES[:1], **QUICK, **scheme, **layout}
+    estimate = plan_compilation(save_directory=tmp_path / "out", **given).bytes_after
+    vlqc.compile(save_directory=tmp_path / "out", **given)
+    assert estimate == sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+
+
+def test_alternatives_of_a_search_are_counted(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a run that fills the disk after hours: deferred stages take more than the result."""
+    options = Options.without_paths(fallback="auto", max_float_groups=2, target="vllm-ascend", **QUICK)
+    model = tiny.float_model(checkpoint)
+    sites = predict_schemes(model, build_pipeline(options))
+    estimate = output_bytes(model, sites, VLLM_ASCEND, with_alternatives=True)
+    on_disk = []
+
+    def measured(self: FolderWriter) -> None:
+        on_disk.append(sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file()))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FolderWriter, "resolve_schemes", measured)
+    given = {"model_path": checkpoint, "save_directory": tmp_path / "out", "samples": SAMPLES[:1], **QUICK}
+    with pytest.raises(KeyboardInterrupt):
+        vlqc.compile(fallback="auto", max_float_groups=2, target="vllm-ascend", **given)
+    assert 0.7 * estimate < on_disk[0] < 1.1 * estimate

@@ -16,7 +16,7 @@ from torch import Tensor
 import vlqc
 from tests.support.compiled_folder import make_content
 from tests.support.tiny import damaged, made_up
-from vlqc.emit.stage_tensors import float_entry
+from vlqc.emit.stage_tensors import float_tensor
 from vlqc.errors import UserError
 from vlqc.passes.algorithms.hessian import blocks_of
 from vlqc.verify.findings import VerificationResult
@@ -145,9 +145,9 @@ def test_a_norm_that_float16_cannot_hold(tmp_path: Path) -> None:
     """Catches Inf in an emitted tensor: a norm of a float32 checkpoint is fine there, and beyond float16."""
     for value in (65505.0 * 2, -1e6, math.inf):
         with pytest.raises(UserError, match=r"model\.norm\.weight cannot be stored") as caught:
-            float_entry("model.norm.weight", torch.tensor([1.0, value]), torch.float16)
+            float_tensor("model.norm.weight", torch.tensor([1.0, value]), torch.float16)
         assert "float16" in str(caught.value)
-    assert float(float_entry("x", torch.tensor([65504.0]), torch.float16).tensor) == 65504.0
+    assert float(float_tensor("x", torch.tensor([65504.0]), torch.float16).tensor) == 65504.0
 
 
 def test_a_fold_does_not_leave_float16(tmp_path: Path) -> None:

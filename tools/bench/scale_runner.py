@@ -93,7 +93,7 @@ def watch_compiler(phases: Phases) -> None:
     import vlqc.emit.atomic_folder
     import vlqc.frontend.stage_builder
     import vlqc.pipeline.manager
-    from vlqc.emit import FolderEmitter
+    from vlqc.emit.folder_writer import FolderWriter
     from vlqc.emit.resume.journal import Journal
     from vlqc.frontend.checkpoint.checkpoint import Checkpoint
     from vlqc.frontend.sequential import SequentialForward
@@ -127,8 +127,8 @@ def watch_compiler(phases: Phases) -> None:
         ("lower-linears", "lowering"),
     ):
         phases.watch(load_pass(name), "run", phase)
-    for step in ("add_stage", "settle", "copy_rest", "finish"):
-        phases.watch(FolderEmitter, step, "writing")
+    for step in ("add_stage", "resolve_schemes", "copy_rest", "finish"):
+        phases.watch(FolderWriter, step, "writing")
     phases.watch(vlqc.compiler, "require_valid", "verifying")
     phases.watch(vlqc.emit.atomic_folder.WorkFolder, "publish", "publishing")
     phases.watch(Journal, "record_stage", "journal")

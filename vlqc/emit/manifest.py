@@ -1,4 +1,4 @@
-"""MANIFEST.json: the size and the SHA-256 of every file of a compiled folder but itself."""
+"""MANIFEST.json: size and SHA-256 of every other file of a compiled folder."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -8,14 +8,14 @@ from vlqc.files import sha256_of
 
 MANIFEST = "MANIFEST.json"
 VERSION = 1
-THREADS = 4  # files are hashed beside each other: one thread takes about 1.8 GB/s
+THREADS = 4  # files hashed at the same time: one thread reaches about 1.8 GB/s
 
 
 def write_manifest(folder: Path) -> None:
-    """Writes it for a folder that is complete otherwise; the same files give the same bytes.
+    """Writes the manifest of a folder that is complete otherwise; the same files give the same bytes.
 
-    Files are read once more for it: the header of a weight file stands before its data and is written after them, so
-    that what goes through the writer is not in the order of the file.
+    Reads every file once more: the header of a weight file comes first but is written last, so it cannot be hashed
+    while it is written.
     """
     paths = sorted(path for path in folder.iterdir() if path.name != MANIFEST)
     with ThreadPoolExecutor(THREADS) as pool:

@@ -1,36 +1,41 @@
-"""What a compilation will write, before it writes: the scheme of every layer, and bytes on the disk."""
+"""What a compilation will write, estimated before it runs: the scheme of every layer, and bytes on the disk."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from vlqc.emit import kept_bytes, waiting_bytes
+from vlqc.emit.shard_writer import LENGTH_FIELD
 from vlqc.emit.stage_tensors import emitted_dtype, header_bytes
-from vlqc.families.qwen2_5_vl import fused_group
+from vlqc.families.qwen2_5_vl import fused_group, is_row_parallel
 from vlqc.frontend.memory import offloaded_bytes
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.stage import Site
 from vlqc.options.options import Options
 from vlqc.pipeline.pass_api import Pass
-from vlqc.targets.schemes import Scheme
+from vlqc.targets.engine import Engine
+from vlqc.targets.schemes import SPECS, LinearShape, Scheme, StorageFormat, linear_bytes
+from vlqc.targets.target import parse_target
 
 
-def needed_room(
+def required_disk_space(
     model: StreamedModel, options: Options, passes: Sequence[Pass], samples: Sequence[Mapping[str, Tensor]]
 ) -> int:
-    """Bytes that a compilation takes on the disk of the save folder, where most lies there.
+    """Bytes that a compilation needs on the disk of the save folder at one time.
 
-    The result, while it is made; what is kept to go on from; what samples hold beyond --memory_budget.
+    The sum of the result (under --fallback auto with the alternatives to choose from), the stage outputs kept for
+    --resume, and what samples hold beyond --memory_budget.
     """
-    result = output_bytes(model, predict_schemes(model, passes), packed=not options.mindie_layout)
-    if options.fallback == "auto":
-        result = max(result, waiting_bytes(model))
-    return result + kept_bytes(model, samples) + offloaded_bytes(model, samples, options.memory_budget)
+    layout = parse_target(options.engine_target).engines[0]
+    sites = predict_schemes(model, passes)
+    result = output_bytes(model, sites, layout, with_alternatives=options.fallback == "auto")
+    return result + stage_output_bytes(model, samples) + offloaded_bytes(model, samples, options.memory_budget)
 
 
 def predict_schemes(model: StreamedModel, passes: Sequence[Pass]) -> dict[str, Site]:
-    """Every Linear of the stages by name, with the scheme that one of these passes would give it."""
+    """Every Linear of the stages by checkpoint name, with the scheme that `assign-precision`, or another of these
+    passes with a `choose` method, will give it."""
     assign: Any = next((step for step in passes if hasattr(step, "choose")), None)
     sites, layers = {}, set(model.layers)
     for stage in model.stages.values():
@@ -44,26 +49,41 @@ def predict_schemes(model: StreamedModel, passes: Sequence[Pass]) -> dict[str, S
             decision = assign.choose(members)
             for member in members:
                 member.scheme, member.reason = decision.scheme, decision.reason
-                member.group_size = assign.group_size if decision.scheme == Scheme.W4A8_DYNAMIC else None
+                member.group_size = assign.group_size if SPECS[decision.scheme].grouped else None
     return sites
 
 
-def output_bytes(model: StreamedModel, sites: dict[str, Site], *, packed: bool) -> int:
-    """Of all tensors of the result. packed: two 4-bit weights per byte, with the correction that this needs."""
-    wide = emitted_dtype(model.checkpoint.dtype).itemsize
-    total = header_bytes(model.checkpoint)
+def output_bytes(
+    model: StreamedModel, sites: Mapping[str, Site], layout: Engine, *, with_alternatives: bool = False
+) -> int:
+    """Bytes of the weight file of the result, exact but for --part_file_size and --shift.
+
+    sites: from `predict_schemes`; with_alternatives: adds what `DeferredStages` stores besides, the tensors of every
+    other scheme that the precision search may choose for a Linear.
+    """
+    dtype = emitted_dtype(model.checkpoint.dtype)
+    code = "F16" if dtype == torch.float16 else "BF16"
+    total = LENGTH_FIELD + header_bytes(model.checkpoint)
     for name, parameter in model.parameters(model.module).items():
-        site = sites.get(name.removesuffix(".weight"))
-        if site is None or site.scheme in (None, Scheme.FLOAT):
-            total += parameter.numel() * wide
+        layer = name.removesuffix(".weight")
+        site = sites.get(layer)
+        scheme = (site.scheme if site else None) or Scheme.FLOAT
+        if site is None or scheme == Scheme.FLOAT:
+            total += parameter.numel() * dtype.itemsize
             continue
         outputs, inputs = site.shape
-        total += 8 * outputs  # scale and offset
-        if site.scheme == Scheme.W8A8:
-            total += inputs * outputs + (8 if wide == 2 else 12) * outputs + 8
-        elif site.scheme == Scheme.W8A8_DYNAMIC:
-            total += inputs * outputs
-        else:
-            groups = inputs // (site.group_size or inputs)
-            total += inputs * outputs // (2 if packed else 1) + 8 * groups * outputs + (4 * outputs if packed else 0)
+        linear = LinearShape(outputs, inputs, is_row_parallel(layer))
+        form = StorageFormat(code, layout.packs_int4, site.group_size or inputs)
+        stored = [scheme, *SPECS[scheme].alternatives] if with_alternatives else [scheme]
+        total += sum(linear_bytes(each, linear, form) for each in stored)
     return total
+
+
+def stage_output_bytes(model: StreamedModel, samples: Sequence[Mapping[str, Tensor]]) -> int:
+    """Bytes of the outputs of two stages for all samples, in float32: those of a stage are deleted once those of the
+    next are complete."""
+    config = model.checkpoint.config
+    tokens = sum(sample["input_ids"].numel() for sample in samples)
+    patches = sum(len(sample["pixel_values"]) for sample in samples if "pixel_values" in sample)
+    widths = int(config["hidden_size"]), int(config["vision_config"].get("hidden_size", 0))
+    return 2 * 4 * max(tokens * widths[0], patches * widths[1])

@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 from vlqc.emit.atomic_folder import nearest_folder
-from vlqc.emit.size_estimate import needed_room, output_bytes, predict_schemes
+from vlqc.emit.size_estimate import output_bytes, predict_schemes, required_disk_space
 from vlqc.emit.stage_tensors import emitted_dtype
 from vlqc.families.qwen2_5_vl import model_part
 from vlqc.formatting import format_bytes, format_duration, pluralize
@@ -33,7 +33,7 @@ from vlqc.reporting.tables import labelled_lines, layer_table
 from vlqc.targets.engine import Engine
 from vlqc.targets.rules import group_faults
 from vlqc.targets.schemes import Scheme
-from vlqc.targets.target import ENGINES
+from vlqc.targets.target import ENGINES, parse_target
 from vlqc.targets.versions import VersionRange, supporting_versions
 
 PROBE_SIDE = 1024  # rows and columns of the matrices that are multiplied to measure speed
@@ -122,7 +122,7 @@ def plan_compilation(*, samples: Sequence[dict[str, Tensor]] | None = None, **us
     counts: dict[tuple[str, str], int] = {}
     for name, scheme in (schemes | dict.fromkeys(model.heads, Scheme.FLOAT)).items():
         counts[model_part(name), str(scheme)] = counts.get((model_part(name), str(scheme)), 0) + 1
-    after = output_bytes(model, sites, packed=not options.mindie_layout)
+    after = output_bytes(model, sites, parse_target(options.engine_target).engines[0])
     return CompilationPlan(
         counts=counts,
         reasons={site.reason: name for name, site in reversed(sites.items()) if site.reason},
@@ -132,7 +132,7 @@ def plan_compilation(*, samples: Sequence[dict[str, Tensor]] | None = None, **us
         patches=patches,
         memory=peak_memory() + memory,
         seconds=estimate_seconds(model, sites, tokens, patches, after),
-        disk_needed=needed_room(model, options, passes, calibration.samples),
+        disk_needed=required_disk_space(model, options, passes, calibration.samples),
         disk_free=shutil.disk_usage(nearest_folder(options.save_directory)).free,
         engines=[
             str(versions)

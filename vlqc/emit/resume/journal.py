@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlqc.emit import FolderEmitter
 from vlqc.emit.atomic_folder import DISK_FAULTS, JOURNAL, OUTPUTS, nearest_folder, restore_replaced, unwritable
+from vlqc.emit.folder_writer import FolderWriter
 from vlqc.emit.manifest import MANIFEST, write_manifest
 from vlqc.emit.resume.fingerprint import run_fingerprint, source_digests
 from vlqc.emit.resume.journal_file import JournalWriter, Record
 from vlqc.emit.resume.open_run import RunFolder, open_or_resume
 from vlqc.emit.resume.stage_outputs import OutputsWriter, read_output
 from vlqc.emit.shard_writer import Damaged, sync
-from vlqc.emit.size_estimate import needed_room
+from vlqc.emit.size_estimate import required_disk_space
 from vlqc.errors import Fault, UserError, VlqcError
 from vlqc.files import sha256_of
 from vlqc.frontend.calibration.probe import PROBE
@@ -64,7 +64,7 @@ def open_journal(
     restore_replaced(options.save_directory)
     fingerprint = run_fingerprint(options, print_pipeline(pipeline), model, samples)
     fingerprint |= source_digests(map(type, pipeline))
-    run = open_or_resume(options, fingerprint, needed_room(model, options, pipeline, samples), note)
+    run = open_or_resume(options, fingerprint, required_disk_space(model, options, pipeline, samples), note)
     journal = Journal(stages, model.device, process_group, run, options.save_directory, note)
     keep = True
     try:
@@ -132,12 +132,17 @@ class Journal:
         self._outputs_of = {sample: number for number, it in enumerate(self._records) for sample in it["samples"]}
         self._disabled = False  # whether a stage returned something that cannot be saved
         self.restored = False
-        self._emitter: FolderEmitter | None = None
+        self._folder_writer: FolderWriter | None = None
         self._checkpoint: Checkpoint | None = None
         self._writer: JournalWriter | None = None
         if run is not None and self.writes:
             (self.folder / OUTPUTS).mkdir(exist_ok=True)
             self._writer = JournalWriter(self.folder / JOURNAL)
+
+    @property
+    def commits(self) -> list[dict[str, Any]]:
+        """The records of `FolderWriter.commit` of the interrupted run, in order."""
+        return [record["emitter"] for record in self._run.emitted] if self._run else []
 
     @property
     def current_stage(self) -> str:
@@ -149,17 +154,19 @@ class Journal:
         return len(self._finished) == len(self._stages)
 
     def restore(
-        self, emitter: FolderEmitter, checkpoint: Checkpoint, samples: range, offload: Callable[..., None]
+        self, writer: FolderWriter | None, checkpoint: Checkpoint, samples: range, offload: Callable[..., None]
     ) -> Answers:
         """Restores the state of the interrupted run on all processes; the result is empty in a new run.
 
-        samples: numbers of the samples of this process; offload: called with the outputs restored for each of them.
+        writer: of the process that `writes`; samples: numbers of the samples of this process; offload: called with the
+        outputs restored for each of them.
         Raises UserError if files of the interrupted run are damaged, or weights of the checkpoint have changed.
         """
-        self._emitter, self._checkpoint = emitter, checkpoint
+        self._folder_writer, self._checkpoint = writer, checkpoint
         if self._process_group.is_rank0:
             checkpoint.digests = {}
-            emitter.taken = self._record_deferred
+        if writer is not None:
+            writer.on_stage_written = self._record_deferred
         names, specs, outputs_of = self._process_group.broadcast_from_rank0(self._restore_rank0)
         self._finished = list(names)
         values = {}
@@ -175,12 +182,13 @@ class Journal:
     def _restore_rank0(self) -> tuple[list[str], dict[str, dict[int, Any]], dict[int, int]]:
         """(finished stages, stage -> sample -> spec of its outputs, sample -> number of the stage whose outputs are
         kept)."""
-        assert self._run is not None and self._emitter is not None and self._checkpoint is not None
+        assert self._run is not None and self._checkpoint is not None
         if not self._records:
             return [], {}, {}
         try:
-            emitted = [record["emitter"] for record in self._run.emitted]
-            self._emitter.restore(emitted, {it["number"] for it in self._run.emitted if it["kind"] == "taken"})
+            if self._folder_writer is not None:
+                written = {record["number"] for record in self._run.emitted if record["kind"] == "taken"}
+                self._folder_writer.restore(self.commits, written)
             outputs_of = {} if self.all_stages_finished else {int(it): self._outputs_of[it] for it in self._outputs_of}
             for number in set(outputs_of.values()):
                 path = self._outputs_path(number)
@@ -215,7 +223,7 @@ class Journal:
         except NotSerializable as error:
             self._disable(stage, error)
             return
-        if self._emitter is None or not self.writes or self._disabled:
+        if self._folder_writer is None or self._disabled:
             return
         assert self._checkpoint is not None
         self._outputs_of |= dict.fromkeys(samples, number)
@@ -235,7 +243,7 @@ class Journal:
             for unused in stale:
                 unused.unlink(missing_ok=True)
 
-        self._emitter.mark(write)
+        self._folder_writer.commit(write)
 
     def _write_outputs(self, path: Path, stage: Stage) -> dict[str, Any]:
         """Writes the outputs of a stage for the samples of all processes; returns sample -> spec.
@@ -269,15 +277,15 @@ class Journal:
         self._append({"kind": "gave up"})
         self._note(f"this run cannot be resumed if interrupted: outputs of type {error} of {stage.name} are not saved")
 
-    def _record_deferred(self, number: int, drop: Callable[[], None]) -> None:
-        """Records that all tensors of a deferred stage are emitted, then calls `drop`."""
+    def _record_deferred(self, number: int, discard: Callable[[], None]) -> None:
+        """Records that all tensors of a deferred stage are emitted, then calls `discard`."""
 
         def write(emitted: dict[str, Any]) -> None:
             self._append({"kind": "taken", "number": number, "emitter": emitted})
-            drop()
+            discard()
 
-        if self._emitter is not None:
-            self._emitter.mark(write, stage=False)
+        if self._folder_writer is not None:
+            self._folder_writer.commit(write, stage=False)
 
     def publish(self, overwrite: bool) -> None:
         """Writes the manifest of the verified result and renames the result to save_directory. Raises OSError."""
@@ -289,8 +297,8 @@ class Journal:
 
     def close(self) -> None:
         """Waits for background writes. May be called more than once."""
-        if self._emitter is not None:
-            self._emitter.stop()
+        if self._folder_writer is not None:
+            self._folder_writer.stop()
         if self._writer is not None:
             self._writer.close()
             self._writer = None

@@ -13,13 +13,13 @@ import numpy as np
 
 from vlqc.families.qwen2_5_vl import fused_group
 from vlqc.kernels_ref.matmul import CORRECTION_STEP
-from vlqc.targets.schemes import Scheme
+from vlqc.targets.schemes import Scheme, stored_tensors
 from vlqc.verify.findings import VerificationResult, format_list
 from vlqc.verify.folder.reader import FLOATS, Array, StoredTensor, round_to
 from vlqc.verify.numbers.groups import check_scale_bias
 from vlqc.verify.numbers.integers import INT8_MAX, RowSums, StoredIntegers, check_integers, row_sums
 from vlqc.verify.structure.configuration import CORRECTED
-from vlqc.verify.structure.expected import companions, consumers_of_norm
+from vlqc.verify.structure.expected import consumers_of_norm
 from vlqc.verify.structure.structure import CompiledFolder
 
 HALF = {"BF16": 2.0**-8, "F16": 2.0**-11}  # largest relative error of rounding to that dtype, with a little room
@@ -55,7 +55,7 @@ def _check_finite(stored: StoredTensor, result: VerificationResult) -> None:
 
 def _check_layer(folder: CompiledFolder, layer: str, scheme: Scheme, result: VerificationResult) -> None:
     """One quantized Linear. Tensors that are missing or misshapen were reported already and end the check here."""
-    names = [companion.suffix for companion in companions(scheme, folder.form)]
+    names = [spec.suffix for spec in stored_tensors(scheme, folder.form)]
     stored = {
         name: folder.files.tensors[f"{layer}.{name}"] for name in names if f"{layer}.{name}" in folder.valid_tensors
     }

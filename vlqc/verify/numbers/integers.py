@@ -5,10 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vlqc.targets.schemes import Scheme
+from vlqc.targets.schemes import Scheme, StorageFormat
 from vlqc.verify.findings import VerificationResult, format_list
 from vlqc.verify.folder.reader import Array, StoredTensor
-from vlqc.verify.structure.expected import Form
 
 INT8_MAX = 127
 INT32_MAX = 2**31 - 1
@@ -29,7 +28,7 @@ class StoredIntegers:
     packed: bool = False
 
     @classmethod
-    def of(cls, stored: StoredTensor, scheme: Scheme, form: Form) -> "StoredIntegers":
+    def of(cls, stored: StoredTensor, scheme: Scheme, form: StorageFormat) -> "StoredIntegers":
         if scheme == Scheme.W4A8_DYNAMIC:
             return cls(stored, 4, form.packed)
         return cls(stored, 8)

@@ -1,12 +1,10 @@
 """What a Qwen2.5-VL folder must contain, derived from config.json alone: every tensor, its shape, dtypes and scheme."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vlqc.targets.schemes import Scheme, quant_type
-
-Shape = tuple[int, ...]
+from vlqc.targets.schemes import SPECS, LinearShape, Scheme, Shape, StorageFormat, quant_type, stored_tensors
 
 # torch_dtype of config.json -> safetensors dtype code
 DTYPE_CODES = {"bfloat16": "BF16", "float16": "F16"}
@@ -34,13 +32,10 @@ VISION_DEFAULTS = {
 
 
 @dataclass(frozen=True)
-class Linear:
-    """One matrix of the model: `weight` is [outputs, inputs]. Engines cut a row-parallel one along its inputs."""
+class Linear(LinearShape):
+    """One matrix of the model; bias: whether it has one."""
 
-    outputs: int
-    inputs: int
-    bias: bool
-    row_parallel: bool = False
+    bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -143,87 +138,9 @@ def _model(sizes: Mapping[str, int], head: int, *, tied: bool) -> ExpectedModel:
     )
 
 
-# ---- the tensors of one Linear, by scheme ----------------------------------------------------------------------------
+# ---- the tensors of a folder -----------------------------------------------------------------------------------------
 
-FLOAT_DTYPE = "FLOAT_DTYPE"  # stands for the checkpoint's own dtype, BF16 or F16
-DEQ_SCALE = "DEQ_SCALE"  # float32 in bfloat16 folders; int64 holding the float32 bits in float16 folders
-SCALE = ("F32", FLOAT_DTYPE)
-ZEROS = (*SCALE, "I64")
-SCALE_BIAS_PARTS = 16  # a row-parallel layer has its scale_bias per sixteenth of its inputs
-
-
-@dataclass(frozen=True)
-class Form:
-    """What determines a folder's dtypes and shapes besides the model.
-
-    float_dtype: dtype code of the float tensors, "BF16" or "F16"; packed: whether two rows of 4-bit integers share
-    bytes and have a scale_bias (vLLM Ascend), or take a byte per value (MindIE); group_size: of W4A8_DYNAMIC, else 0.
-    """
-
-    float_dtype: str
-    packed: bool = True
-    group_size: int = 0
-
-
-@dataclass(frozen=True)
-class Companion:
-    """One tensor `<layer>.<suffix>` that a scheme requires; only_packed: not where 4 bits take a byte each."""
-
-    suffix: str
-    dtypes: tuple[str, ...]
-    shape: Callable[[Linear, Form], Shape]
-    only_packed: bool = False
-
-
-def _per_channel(linear: Linear, _: Form) -> Shape:
-    return (linear.outputs, 1)
-
-
-def _matrix(linear: Linear, _: Form) -> Shape:
-    return (linear.outputs, linear.inputs)
-
-
-def _nibbles(linear: Linear, form: Form) -> Shape:
-    return (linear.outputs // 2 if form.packed else linear.outputs, linear.inputs)
-
-
-def _per_group(linear: Linear, form: Form) -> Shape:
-    return (linear.outputs, linear.inputs // max(form.group_size, 1))
-
-
-def _parts(linear: Linear, _: Form) -> Shape:
-    return (linear.outputs, SCALE_BIAS_PARTS if linear.row_parallel else 1)
-
-
-def _one(_: Linear, __: Form) -> Shape:
-    return (1,)
-
-
-def _vector(linear: Linear, _: Form) -> Shape:
-    return (linear.outputs,)
-
-
-PER_CHANNEL = (Companion("weight_scale", SCALE, _per_channel), Companion("weight_offset", ZEROS, _per_channel))
-COMPANIONS: dict[Scheme, tuple[Companion, ...]] = {
-    Scheme.FLOAT: (Companion("weight", (FLOAT_DTYPE,), _matrix),),
-    Scheme.W8A8_DYNAMIC: (Companion("weight", ("I8",), _matrix), *PER_CHANNEL),
-    Scheme.W8A8: (
-        Companion("weight", ("I8",), _matrix),
-        *PER_CHANNEL,
-        Companion("input_scale", SCALE, _one),
-        Companion("input_offset", SCALE, _one),
-        Companion("quant_bias", ("I32",), _vector),
-        Companion("deq_scale", (DEQ_SCALE,), _vector),
-    ),
-    Scheme.W4A8_DYNAMIC: (
-        Companion("weight", ("I8",), _nibbles),
-        *PER_CHANNEL,
-        Companion("weight_scale_second", SCALE, _per_group),
-        Companion("weight_offset_second", ZEROS, _per_group),
-        Companion("scale_bias", ("F32",), _parts, only_packed=True),
-    ),
-}
-CHECKED_SCHEMES = tuple(COMPANIONS)
+CHECKED_SCHEMES = tuple(SPECS)
 
 
 @dataclass(frozen=True)
@@ -235,12 +152,9 @@ class ExpectedTensor:
     word: Scheme
 
 
-def companions(scheme: Scheme, form: Form) -> tuple[Companion, ...]:
-    """Scheme -> the tensors that a Linear of it needs in a folder of this form, its bias aside."""
-    return tuple(companion for companion in COMPANIONS[scheme] if form.packed or not companion.only_packed)
-
-
-def expected_tensors(model: ExpectedModel, schemes: Mapping[str, Scheme], form: Form) -> dict[str, ExpectedTensor]:
+def expected_tensors(
+    model: ExpectedModel, schemes: Mapping[str, Scheme], form: StorageFormat
+) -> dict[str, ExpectedTensor]:
     """Model, scheme per Linear (missing: FLOAT) and the folder's form -> every tensor that must exist."""
     tensors = {
         name: ExpectedTensor((form.float_dtype,), shape, Scheme.FLOAT)
@@ -248,15 +162,15 @@ def expected_tensors(model: ExpectedModel, schemes: Mapping[str, Scheme], form: 
     }
     for layer, linear in model.linears.items():
         scheme = schemes.get(layer, Scheme.FLOAT)
-        for companion in companions(scheme, form):
-            codes = tuple(dict.fromkeys(_codes(companion.dtypes, form.float_dtype)))
-            tensors[f"{layer}.{companion.suffix}"] = ExpectedTensor(codes, companion.shape(linear, form), scheme)
+        for spec in stored_tensors(scheme, form):
+            shape = spec.shape(linear, form)
+            tensors[f"{layer}.{spec.suffix}"] = ExpectedTensor(form.dtype_codes(spec.dtypes), shape, scheme)
         if linear.bias:
             tensors[f"{layer}.bias"] = ExpectedTensor((form.float_dtype,), (linear.outputs,), Scheme.FLOAT)
     return tensors
 
 
-def norm_biases(model: ExpectedModel, schemes: Mapping[str, Scheme], form: Form) -> dict[str, ExpectedTensor]:
+def norm_biases(model: ExpectedModel, schemes: Mapping[str, Scheme], form: StorageFormat) -> dict[str, ExpectedTensor]:
     """The tensors that may exist besides: a bias per norm, which a folded shift leaves behind, and, in MindIE's layout,
     weight and bias of such a norm once more under `X.module`, marked with the folder's type."""
     tensors = {
@@ -281,8 +195,3 @@ def consumers_of_norm(norm: str) -> tuple[str, ...]:
         "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
     }
     return tuple(f"{parent}.{consumer}" for consumer in behind[name]) if name in behind else ("lm_head",)
-
-
-def _codes(dtypes: Iterable[str], float_dtype: str) -> Iterable[str]:
-    deq_scale = "F32" if float_dtype == "BF16" else "I64"
-    return ({FLOAT_DTYPE: float_dtype, DEQ_SCALE: deq_scale}.get(dtype, dtype) for dtype in dtypes)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlqc.targets.mindie import MINDIE
-from vlqc.targets.schemes import Scheme
+from vlqc.targets.schemes import Scheme, StorageFormat
 from vlqc.targets.target import BOTH, Target, as_target
 from vlqc.targets.vllm_ascend import VLLM_ASCEND
 from vlqc.verify.findings import VerificationResult, format_list
@@ -27,7 +27,6 @@ from vlqc.verify.structure.expected import (
     DTYPE_CODES,
     ExpectedModel,
     ExpectedTensor,
-    Form,
     expected_tensors,
     norm_biases,
 )
@@ -41,7 +40,7 @@ class CompiledFolder:
     """A folder as the later checks need it. `model` is None when config.json does not describe one."""
 
     files: FolderFiles
-    form: Form
+    form: StorageFormat
     model: ExpectedModel | None
     schemes: dict[str, Scheme]  # every Linear of the model -> its scheme
     valid_tensors: dict[str, ExpectedTensor]  # tensors that exist with the right dtype and shape
@@ -70,7 +69,7 @@ def check_structure(path: Path, target: Target | None, result: VerificationResul
     model = check_model(files, result)
     schemes = _schemes(files, model, result) if model else {}
     type_name = check_description_keys(files, schemes, result).lower()
-    form = Form(float_dtype, packed=files.layout.packs_int4, group_size=group_size(files, schemes, result))
+    form = StorageFormat(float_dtype, packed=files.layout.packs_int4, group_size=group_size(files, schemes, result))
     check_files(files, type_name, result)
     check_config(files, claimed, type_name, schemes, result)
     valid = _check_tensors(files, model, schemes, form, result) if model else {}
@@ -121,7 +120,11 @@ def _scheme_by_tensors(files: FolderFiles, layer: str) -> Scheme:
 
 
 def _check_tensors(
-    files: FolderFiles, model: ExpectedModel, schemes: Mapping[str, Scheme], form: Form, result: VerificationResult
+    files: FolderFiles,
+    model: ExpectedModel,
+    schemes: Mapping[str, Scheme],
+    form: StorageFormat,
+    result: VerificationResult,
 ) -> dict[str, ExpectedTensor]:
     """Completeness, surplus, names, dtype, shape and description word of every tensor -> the valid ones."""
     expected = expected_tensors(model, schemes, form)
@@ -173,7 +176,7 @@ def _check_tensors(
     return valid
 
 
-def _facts(files: FolderFiles, dtype: str, schemes: Mapping[str, Scheme], form: Form) -> dict[str, Any]:
+def _facts(files: FolderFiles, dtype: str, schemes: Mapping[str, Scheme], form: StorageFormat) -> dict[str, Any]:
     counts = {str(scheme): list(schemes.values()).count(scheme) for scheme in sorted(set(schemes.values()))}
     facts: dict[str, Any] = {
         "layout": files.layout.name,

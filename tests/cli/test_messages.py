@@ -31,10 +31,10 @@ def test_faults_in_the_users_words(
     words: str, wanted: list[str], unwanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches options that are taken and ignored, and a fault that names what the command does not have."""
-    from tests.support import synthetic_report as made_up_report
+    from tests.support import synthetic_report
 
     monkeypatch.chdir(tmp_path)
-    made_up_report.folder(tmp_path / "folder", made_up_report.facts(layers=1, blocks=1))
+    synthetic_report.write_folder(tmp_path / "folder", synthetic_report.report_data(layers=1, blocks=1))
     (tmp_path / "t.json").write_text(TIMINGS)
     (tmp_path / "a.json").write_text("{}")
     ended = CliRunner(env={"NO_COLOR": "1", "COLUMNS": "200"}).invoke(app, words.split())

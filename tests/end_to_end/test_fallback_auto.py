@@ -11,7 +11,7 @@ from torch import Tensor
 import vlqc
 from tests.support.naive_w8a8 import load_float, logits, signal_to_noise
 from tools.demo import plant_outliers, tiny_task
-from vlqc.reporting.html.schema import FILE
+from vlqc.reporting.html.schema import DATA_FILE
 from vlqc.reporting.summary import Result
 from vlqc.targets.rules import group_faults
 from vlqc.targets.schemes import Scheme
@@ -100,7 +100,7 @@ def test_no_float_group_is_everything_quantized(planted: Path, samples: list[Sam
     assert schemes(tmp_path / "auto")["model.layers.3.mlp.down_proj"] == Scheme.W8A8
     given = {"model_path": planted, "samples": samples, "weight_method": "round", "target": "vllm-ascend"}
     vlqc.compile(save_directory=tmp_path / "none", fallback="none", **given)
-    names = sorted(path.name for path in (tmp_path / "none").iterdir() if path.name not in (FILE, "MANIFEST.json"))
+    names = sorted(path.name for path in (tmp_path / "none").iterdir() if path.name not in (DATA_FILE, "MANIFEST.json"))
     assert filecmp.cmpfiles(tmp_path / "auto", tmp_path / "none", names, shallow=False) == (names, [], [])
 
 

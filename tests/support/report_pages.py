@@ -1,4 +1,4 @@
-"""Pages of made-up reports, and a page taken apart."""
+"""Pages of synthetic report data, and an HTML parser that checks a page."""
 
 import json
 from collections import Counter
@@ -6,9 +6,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from tests.support import synthetic_report as made_up_report
+from tests.support import synthetic_report
 from vlqc.reporting.html import report_text
-from vlqc.reporting.html.schema import Facts
+from vlqc.reporting.html.schema import ReportData
 from vlqc.verify.findings import RANKING
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
@@ -31,13 +31,13 @@ VERIFIED: dict[str, Any] = {
         "in the table": "share: of it",
     },
     "advice": [
-        {"check": "locate", "where": "x", "what": "down_proj is loud", "why": "outliers", "fix": "--exclude 'it'"}
+        {"check": "locate", "where": "x", "what": "down_proj has outliers", "why": "outliers", "fix": "--exclude 'it'"}
     ],
 }
 
 
 class Page(HTMLParser):
-    """A page taken apart: every element with its attributes, every text, and what is not well formed."""
+    """A parsed page: all elements with their attributes, all texts, and faults of its structure."""
 
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -80,10 +80,10 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.texts).split())
 
 
-def page_of(folder: Path, facts: Facts, **given: Any) -> str:
-    """Of a made-up folder, with timings and a verification unless they are named otherwise."""
-    made_up_report.folder(folder, facts)
+def page_of(folder: Path, data: ReportData, **overrides: Any) -> str:
+    """The page of a synthetic folder. overrides: of the timings and the verification; None omits them."""
+    synthetic_report.write_folder(folder, data)
     timings, verification = folder.parent / "timings.json", folder.parent / "verify.json"
-    made_up_report.timings(facts).write(timings)
+    synthetic_report.timings(data).write(timings)
     verification.write_text(json.dumps(VERIFIED), encoding="utf-8")
-    return report_text(folder, **({"timings": timings, "verification": verification} | given))
+    return report_text(folder, **({"timings": timings, "verification": verification} | overrides))

@@ -1,4 +1,4 @@
-"""Facts of a model of any size without a compilation, as a report would find them in its folder."""
+"""Report data and timings of a model of any size, made without a compilation."""
 
 import json
 import math
@@ -6,8 +6,17 @@ import random
 from pathlib import Path
 from typing import Any
 
-from vlqc.reporting.html.schema import SHARES, Facts, InputFacts, SiteFacts, StageFacts, rounded
-from vlqc.reporting.html.timings import PassTime, StageTime, Timings
+from vlqc.reporting.html.schema import (
+    SHARES,
+    InputData,
+    PassTime,
+    ReportData,
+    SiteData,
+    StageData,
+    StageTime,
+    Timings,
+    rounded,
+)
 
 LANGUAGE = {
     "q_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -24,15 +33,15 @@ VISION = {
 MERGER: dict[str, tuple[str, ...]] = {"0": ("mlp.0",), "2": ("mlp.2",)}
 
 
-def facts(layers: int = 80, blocks: int = 32, **changes: Any) -> Facts:
-    """A language model and a vision tower of that many stages; changes: fields to be replaced."""
-    chance = random.Random(layers * 1000 + blocks)
-    stages = [_stage(f"visual.blocks.{n}", "vision", VISION, n, chance) for n in range(blocks)]
-    stages.append(_stage("visual.merger", "merger", MERGER, 0, chance))
-    stages += [_stage(f"model.layers.{n}", "language", LANGUAGE, n, chance) for n in range(layers)]
-    known: dict[str, Any] = {
+def report_data(layers: int = 80, blocks: int = 32, **changes: Any) -> ReportData:
+    """A model with that many decoder layers and vision blocks. changes: fields to replace."""
+    generator = random.Random(layers * 1000 + blocks)
+    stages = [_stage(f"visual.blocks.{n}", "vision", VISION, n, generator) for n in range(blocks)]
+    stages.append(_stage("visual.merger", "merger", MERGER, 0, generator))
+    stages += [_stage(f"model.layers.{n}", "language", LANGUAGE, n, generator) for n in range(layers)]
+    fields: dict[str, Any] = {
         "version": "0.1.0",
-        "command": ("vlqc", "compile", "--model_path", "MODEL_PATH", "--calib_images", "PICTURES", "--save_directory",
+        "command": ("vlqc", "compile", "--model_path", "MODEL_PATH", "--calib_images", "IMAGES", "--save_directory",
                     "SAVE_DIRECTORY", "--w_bit", "4", "--exclude", "visual.blocks.3.*"),
         "ready_samples": False,
         "pipeline": "insert-observers{tokens=4096},assign-precision{scheme=W4A8_DYNAMIC},lower-linears",
@@ -40,72 +49,74 @@ def facts(layers: int = 80, blocks: int = 32, **changes: Any) -> Facts:
         "dtype": "bfloat16",
         "bytes_before": 145_000_000_000,
         "heads": ("lm_head",),
-        "notes": ("skipped PICTURES/a.jpg: truncated", "no target loads it\nwhy: a reason\nwhat to do: wait"),
+        "notes": ("skipped IMAGES/a.jpg: truncated", "no engine loads it\nwhy: a reason\nwhat to do: wait"),
         "predicted": None,
         "stages": tuple(stages),
     }  # fmt: skip
-    return Facts(**(known | changes))
+    return ReportData(**(fields | changes))
 
 
-def folder(path: Path, told: Facts) -> Path:
-    """A folder with that report in it, and the least that a report reads beside it."""
+def write_folder(path: Path, data: ReportData) -> Path:
+    """A folder with this report data and the other files that the report reads."""
     path.mkdir(parents=True)
     config = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "num_hidden_layers": 80, "hidden_size": 8192}
     (path / "config.json").write_text(json.dumps(config | {"vision_config": {"depth": 32, "hidden_size": 1280}}))
-    description = {f"{site.name}.weight": site.scheme for stage in told.stages for site in stage.sites}
+    description = {f"{site.name}.weight": site.scheme for stage in data.stages for site in stage.sites}
     (path / "quant_model_description.json").write_text(json.dumps({"model_quant_type": "W8A8", **description}))
-    told.write(path)
+    data.write(path)
     return path
 
 
-def timings(told: Facts) -> Timings:
-    chance = random.Random(0)
-    passes = [(name.partition("{")[0], chance.uniform(1, 900)) for name in told.pipeline.split(",")]
+def timings(data: ReportData) -> Timings:
+    generator = random.Random(0)
+    passes = [(name.partition("{")[0], generator.uniform(1, 900)) for name in data.pipeline.split(",")]
     return Timings(
-        seconds=sum(took for _, took in passes) + 200,
+        seconds=sum(seconds for _, seconds in passes) + 200,
         peak_bytes=12 << 30,
-        passes=tuple(PassTime(name=name, seconds=took, raised_bytes=int(took) << 20) for name, took in passes),
-        stages=tuple(StageTime(name=stage.name, seconds=chance.uniform(10, 20)) for stage in told.stages),
+        passes=tuple(PassTime(name=name, seconds=sec, raised_bytes=int(sec) << 20) for name, sec in passes),
+        stages=tuple(StageTime(name=stage.name, seconds=generator.uniform(10, 20)) for stage in data.stages),
         system="Linux aarch64",
         processors=192,
         versions={"python": "3.11", "vlqc": "0.1.0"},
     )
 
 
-def _stage(name: str, part: str, groups: dict[str, tuple[str, ...]], number: int, chance: random.Random) -> StageFacts:
+def _stage(
+    name: str, part: str, groups: dict[str, tuple[str, ...]], number: int, generator: random.Random
+) -> StageData:
     sites, inputs = [], []
     for role, members in groups.items():
         names = tuple(f"{name}.{member}" for member in members)
         scheme, reason, size = "W8A8", "", None
-        if role in ("down", "down_proj") and chance.random() < 0.8:
-            scheme, reason = "FLOAT", "kept in float by the reference exclusions"
+        if role in ("down", "down_proj") and generator.random() < 0.8:
+            scheme, reason = "FLOAT", "excluded by --fallback reference"
         elif part == "language" and role != "q_proj":
             scheme, size = "W4A8_DYNAMIC", 64
         elif part == "language":
-            scheme, reason = "W8A8_DYNAMIC", "W4A8_DYNAMIC is not accepted here by vllm-ascend"
+            scheme, reason = "W8A8_DYNAMIC", "vllm-ascend does not accept W4A8_DYNAMIC here"
         low, high = (-3.5, 3.25) if scheme == "W8A8" else (None, None)
         sites += [
-            SiteFacts(name=it, shape=(8192, 8192), scheme=scheme, reason=reason, group_size=size, low=low, high=high)  # type: ignore[arg-type]
-            for it in names
+            SiteData(name=each, shape=(8192, 8192), scheme=scheme, reason=reason, group_size=size, low=low, high=high)  # type: ignore[arg-type]
+            for each in names
         ]
         modalities = ("text", "image") if part == "language" else ("image",)
-        height = chance.uniform(5, 40) * (30 if number % 29 == 11 else 1)
+        height = generator.uniform(5, 40) * (30 if number % 29 == 11 else 1)
         inputs.append(
-            InputFacts(
+            InputData(
                 sites=names,
                 channels=8192,
-                before={it: _curve(height * chance.uniform(0.4, 1), 1 + math.log(height)) for it in modalities},  # type: ignore[misc]
-                after={it: _curve(2.5 * chance.uniform(0.8, 1), 0.2 * math.log(height)) for it in modalities},  # type: ignore[misc]
+                before={each: _curve(height * generator.uniform(0.4, 1), 1 + math.log(height)) for each in modalities},  # type: ignore[misc]
+                after={each: _curve(2.5 * generator.uniform(0.8, 1), 0.2 * math.log(height)) for each in modalities},  # type: ignore[misc]
                 scales=_curve(height / 3, 3.0) if role not in ("down", "2") else None,
             )
         )
-    sqnr = {it: rounded(chance.gauss(38, 3)) for it in (("text", "image") if part == "language" else ("image",))}
+    sqnr = {each: rounded(generator.gauss(38, 3)) for each in (("text", "image") if part == "language" else ("image",))}
     rows = {"image": 40000} | ({"text": 9000} if part == "language" else {})
-    return StageFacts(
+    return StageData(
         name=name, part=part, samples=30, rows=rows, sqnr=sqnr, sites=tuple(sites), inputs=tuple(inputs)  # type: ignore[arg-type]
     )  # fmt: skip
 
 
 def _curve(largest: float, steepness: float) -> tuple[float, ...]:
-    """Magnitudes that fall off quickly at first, as those of channels with outliers do."""
+    """Magnitudes that decrease quickly at first, as with outlier channels."""
     return tuple(rounded(largest * math.exp(-steepness * share**0.3)) for share in SHARES)

@@ -27,9 +27,8 @@ from vlqc.pipeline.precision_search import GroupPrecision, Plan
 from vlqc.pipeline.presets import pipeline_text
 from vlqc.pipeline.registry import print_pipeline
 from vlqc.reporting.html.collector import StageMetrics
-from vlqc.reporting.html.command_line import command, without_places
-from vlqc.reporting.html.schema import Facts, rounded
-from vlqc.reporting.html.timings import Timings, installed, machine
+from vlqc.reporting.html.command_line import command, replace_paths
+from vlqc.reporting.html.schema import ReportData, Timings, installed_version, machine, rounded
 from vlqc.reporting.tables import is_warning, labelled_lines, layer_table
 from vlqc.targets.advice import engine_notes, incompatibilities, serve_commands
 from vlqc.targets.schemes import Scheme
@@ -212,8 +211,8 @@ class CompilationSummary:
         ready_samples: whether the samples were passed as tensors through Python.
         """
         text, options = print_pipeline(passes), self.options
-        Facts(
-            version=installed("vlqc"),
+        ReportData(
+            version=installed_version("vlqc"),
             command=command(options, None if text == pipeline_text(options) else text, ready_samples=ready_samples),
             ready_samples=ready_samples,
             pipeline=text,
@@ -221,7 +220,7 @@ class CompilationSummary:
             dtype="float16" if emitted_dtype(self.checkpoint.dtype) == torch.float16 else "bfloat16",
             bytes_before=self.checkpoint.bytes,
             heads=("lm_head",) if "lm_head.weight" in self.checkpoint else (),
-            notes=without_places([note for note in self.notes if note not in self._run_notes], options),
+            notes=replace_paths([note for note in self.notes if note not in self._run_notes], options),
             predicted=rounded(self.search_result.sqnr) if self.search_result else None,
             stages=tuple(self.metrics.stages),
         ).write(folder)

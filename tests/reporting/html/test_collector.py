@@ -22,16 +22,15 @@ from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.ir.observation import ChannelRange
 from vlqc.options.options import Options
 from vlqc.reporting.html.collector import StageMetrics, curve, smoothing_scales
-from vlqc.reporting.html.command_line import command, shell_text, without_places
-from vlqc.reporting.html.schema import FILE, SHARES, Facts, InputFacts, StageFacts, read_facts
-from vlqc.reporting.html.timings import Timings
+from vlqc.reporting.html.command_line import command, replace_paths, shell_text
+from vlqc.reporting.html.schema import DATA_FILE, SHARES, InputData, ReportData, StageData, Timings, read_report_data
 from vlqc.reporting.summary import CompilationSummary, Result
 
 SAMPLES = tiny.mixed_samples()
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Facts, Path]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, ReportData, Path]:
     """A compilation with its report and timings; the last layer's mlp stays float, one down_proj does not."""
     folder = tmp_path_factory.mktemp("report")
     result = vlqc.compile(
@@ -42,18 +41,18 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Facts, Path]
         include=["model.layers.0.mlp.down_proj"],
         timings=folder / "timings.json",
     )
-    return result, read_facts(folder / "out"), folder / "timings.json"
+    return result, read_report_data(folder / "out"), folder / "timings.json"
 
 
-def stage_of(facts: Facts, name: str) -> StageFacts:
+def stage_of(facts: ReportData, name: str) -> StageData:
     return next(stage for stage in facts.stages if stage.name == name)
 
 
-def input_of(facts: Facts, site: str) -> InputFacts:
+def input_of(facts: ReportData, site: str) -> InputData:
     return next(read for stage in facts.stages for read in stage.inputs if site in read.sites)
 
 
-def test_facts_are_those_of_the_result(made: tuple[Result, Facts, Path]) -> None:
+def test_facts_are_those_of_the_result(made: tuple[Result, ReportData, Path]) -> None:
     """Catches a report that counts, weighs or warns otherwise than the compilation itself."""
     result, facts, _ = made
     assert facts.counts() == result.counts
@@ -70,7 +69,7 @@ def test_facts_are_those_of_the_result(made: tuple[Result, Facts, Path]) -> None
     assert (stage_of(facts, "model.layers.1").samples, stage_of(facts, "visual.merger").samples) == (4, 3)
 
 
-def test_static_ranges_are_the_stored_ones(made: tuple[Result, Facts, Path]) -> None:
+def test_static_ranges_are_the_stored_ones(made: tuple[Result, ReportData, Path]) -> None:
     """Catches a range with the offset's sign turned, or of another site."""
     result, facts, _ = made
     stored = load_file(result.folder / "quant_model_weight_w8a8.safetensors")
@@ -84,7 +83,7 @@ def test_static_ranges_are_the_stored_ones(made: tuple[Result, Facts, Path]) -> 
 
 
 @torch.no_grad()
-def test_ranges_before_smoothing_are_those_of_the_float_model(made: tuple[Result, Facts, Path]) -> None:
+def test_ranges_before_smoothing_are_those_of_the_float_model(made: tuple[Result, ReportData, Path]) -> None:
     """Catches ranges taken after the fold, of the wrong modality, of some samples only, or of another node."""
     seen: dict[tuple[str, str], NDArray[np.float64]] = {}
     watched = ("model.layers.0.self_attn.q_proj", "model.layers.2.mlp.up_proj", "model.layers.1.self_attn.o_proj")
@@ -120,7 +119,7 @@ def test_ranges_before_smoothing_are_those_of_the_float_model(made: tuple[Result
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["visual.blocks.1", "model.layers.2"])
-def test_the_sqnr_of_a_stage_is_that_of_the_folder(name: str, made: tuple[Result, Facts, Path]) -> None:
+def test_the_sqnr_of_a_stage_is_that_of_the_folder(name: str, made: tuple[Result, ReportData, Path]) -> None:
     """Catches a signal that is already rounded, noise of another stage, padding or modalities mixed up.
 
     What the stage of the loaded folder returns for the very inputs of the float one is the reference.
@@ -141,7 +140,7 @@ def test_the_sqnr_of_a_stage_is_that_of_the_folder(name: str, made: tuple[Result
             assert told == pytest.approx(-10 * np.log10(relative.mean()), abs=0.3)
 
 
-def test_a_stage_in_float_has_no_sqnr(made: tuple[Result, Facts, Path]) -> None:
+def test_a_stage_in_float_has_no_sqnr(made: tuple[Result, ReportData, Path]) -> None:
     """Catches infinite decibels, which are no JSON."""
     assert stage_of(made[1], "visual.merger").sqnr == {}
 
@@ -173,7 +172,7 @@ def test_the_search_is_told(tmp_path: Path) -> None:
         act_method=1,
         weight_method="round",
     )
-    facts = read_facts(tmp_path / "out")
+    facts = read_report_data(tmp_path / "out")
     assert facts.counts() == result.counts
     assert facts.predicted == pytest.approx(result.predicted_sqnr, rel=1e-3)
     sites = {site.name: site for stage in facts.stages for site in stage.sites}
@@ -186,7 +185,7 @@ def test_the_search_is_told(tmp_path: Path) -> None:
             assert ("search" in sites[name].reason) == (row in moved) == (sites[name].low is None)
 
 
-def test_nothing_of_the_machine(made: tuple[Result, Facts, Path], tmp_path: Path) -> None:
+def test_nothing_of_the_machine(made: tuple[Result, ReportData, Path], tmp_path: Path) -> None:
     """Catches paths, times and hash order in the folder: another place and other running options, the same bytes."""
     result, facts, _ = made
     shutil.copytree(tiny.TINY, tmp_path / "elsewhere")
@@ -199,15 +198,15 @@ def test_nothing_of_the_machine(made: tuple[Result, Facts, Path], tmp_path: Path
         dump_ir=tmp_path / "dump",
         memory_budget=1,
     )
-    assert filecmp.cmp(result.folder / FILE, tmp_path / "out" / FILE, shallow=False)
-    assert str(tmp_path.parent) not in (result.folder / FILE).read_text()
+    assert filecmp.cmp(result.folder / DATA_FILE, tmp_path / "out" / DATA_FILE, shallow=False)
+    assert str(tmp_path.parent) not in (result.folder / DATA_FILE).read_text()
     assert facts.command == (
         *("vlqc", "compile", "--model_path", "MODEL_PATH", "--save_directory", "SAVE_DIRECTORY"),
         *("--exclude", "model.layers.3.mlp.*", "--include", "model.layers.0.mlp.down_proj"),
     )
 
 
-def test_stages_survive_a_journal(made: tuple[Result, Facts, Path]) -> None:
+def test_stages_survive_a_journal(made: tuple[Result, ReportData, Path]) -> None:
     """Catches facts that come back changed after an interruption: the folder would not have the same bytes."""
     kept = []
     for stage in made[1].stages:
@@ -230,11 +229,11 @@ def test_notes_of_a_run_stay_out_of_the_folder(tmp_path: Path) -> None:
         summary.add_notes(notes, of_run=True)
         assert shown[-1] == ([*notes, "for everybody"])[0] and summary.notes == shown
         summary.write_report_data(tmp_path, [], ready_samples=True)
-        facts.append((tmp_path / FILE).read_bytes())
+        facts.append((tmp_path / DATA_FILE).read_bytes())
     assert facts[0] == facts[1] and b"for everybody" in facts[0]
 
 
-def test_timings_add_up(made: tuple[Result, Facts, Path]) -> None:
+def test_timings_add_up(made: tuple[Result, ReportData, Path]) -> None:
     """Catches a pass or a stage without its time, and timings inside the folder."""
     result, facts, path = made
     timings = Timings.read(path)
@@ -278,7 +277,7 @@ def test_the_command_makes_the_same_options(given: dict[str, Any]) -> None:
         name = rest.pop(0).removeprefix("--")
         value = rest.pop(0) if rest and not rest[0].startswith("--") else True
         flags[name] = (*flags.get(name, ()), value) if name in ("exclude", "include") else value
-    places = {"model_path": "MODEL_PATH", "save_directory": "SAVE_DIRECTORY", "calib_images": "PICTURES"}
+    places = {"model_path": "MODEL_PATH", "save_directory": "SAVE_DIRECTORY", "calib_images": "IMAGES"}
     assert {name: flags.pop(name) for name in places} == places
     assert set(flags) == set(given)
     assert Options.without_paths(**flags) == options
@@ -294,5 +293,5 @@ def test_paths_become_placeholders(tmp_path: Path) -> None:
     """Catches a note that carries somebody's folders into a checkpoint."""
     folders = {name: tmp_path / name for name in ("model_path", "calib_images", "save_directory")}
     options = Options.without_paths(**folders)
-    told = without_places([f"skipped {tmp_path}/calib_images/a.jpg: bad", "a sentence."], options)
-    assert told == ("skipped PICTURES/a.jpg: bad", "a sentence.")
+    told = replace_paths([f"skipped {tmp_path}/calib_images/a.jpg: bad", "a sentence."], options)
+    assert told == ("skipped IMAGES/a.jpg: bad", "a sentence.")

@@ -1,4 +1,4 @@
-"""vlqc.reporting.html: files that are no report, or not of this compilation, and the command that says so."""
+"""vlqc.reporting.html: invalid files, files of another compilation, and the command line."""
 
 import json
 import os
@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from tests.support import synthetic_report as made_up_report
+from tests.support import synthetic_report
 from vlqc.cli.commands import app
 from vlqc.errors import UserError
 from vlqc.reporting.html import report_text, write_report
-from vlqc.reporting.html.schema import FILE, LARGEST, rounded
+from vlqc.reporting.html.schema import DATA_FILE, LARGEST, rounded
 from vlqc.verify.findings import RANKING
 
 
@@ -27,25 +27,25 @@ def input_of(content: dict[str, Any]) -> dict[str, Any]:
 
 
 DAMAGES: dict[str, Any] = {
-    "no JSON": lambda text: text[:-100],
-    "no text": lambda text: "\udcff",
+    "cut off": lambda text: text[:-100],
+    "not UTF-8": lambda text: "\udcff",
     "empty": lambda text: "",
-    "another thing": lambda text: "[1, 2]",
+    "a list": lambda text: "[1, 2]",
     "another version": lambda text: text.replace("vlqc report 1", "vlqc report 2"),
-    "a field too few": lambda text: text.replace('"pipeline"', '"pipelines"'),
-    "a number that is none": lambda text: text.replace('"bytes_before":145000000000', '"bytes_before":NaN'),
+    "a missing field": lambda text: text.replace('"pipeline"', '"pipelines"'),
+    "NaN": lambda text: text.replace('"bytes_before":145000000000', '"bytes_before":NaN'),
     "a negative count": lambda text: text.replace('"bytes_before":145000000000', '"bytes_before":-1'),
     "an unknown scheme": lambda text: text.replace('"scheme":"W8A8"', '"scheme":"W2A2"'),
     "a short curve": lambda text: edited(text, lambda it: curve_of(it)["image"].pop()),
     "an infinite curve": lambda text: edited(text, lambda it: curve_of(it)["image"].append(float("inf"))),
-    "a word as number": lambda text: edited(text, lambda it: curve_of(it).update(image=["x"] * 20)),
-    "an unknown modality": lambda text: edited(text, lambda it: curve_of(it).update(smell=curve_of(it)["image"])),
+    "a string as number": lambda text: edited(text, lambda it: curve_of(it).update(image=["x"] * 20)),
+    "an unknown modality": lambda text: edited(text, lambda it: curve_of(it).update(audio=curve_of(it)["image"])),
     "deep nesting": lambda text: "[" * 100_000,
-    "a count beyond any disk": lambda text: text.replace('"bytes_before":145000000000', f'"bytes_before":{10**400}'),
+    "a count above 2**63": lambda text: text.replace('"bytes_before":145000000000', f'"bytes_before":{10**400}'),
     "a curve beyond any float32": lambda text: edited(text, lambda it: curve_of(it).update(image=[1.7e308] * 20)),
     "scales beyond any float32": lambda text: edited(text, lambda it: input_of(it).update(scales=[1.7e308] * 20)),
-    "noise beyond measure": lambda text: edited(text, lambda it: it["stages"][0].update(sqnr={"image": -1e308})),
-    "an input that nothing reads": lambda text: edited(text, lambda it: input_of(it).update(sites=[])),
+    "an SQNR beyond any float32": lambda text: edited(text, lambda it: it["stages"][0].update(sqnr={"image": -1e308})),
+    "an input without sites": lambda text: edited(text, lambda it: input_of(it).update(sites=[])),
 }
 
 
@@ -56,14 +56,14 @@ def edited(text: str, change: Any) -> str:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_report_is_refused(damage: str, tmp_path: Path) -> None:
-    """Catches a traceback, a page of nonsense, or half a page for a file that is not as vlqc wrote it."""
-    folder = made_up_report.folder(tmp_path / "out", made_up_report.facts(layers=1, blocks=1))
-    told = (folder / FILE).read_text(encoding="utf-8")
-    changed = DAMAGES[damage](told)
-    assert changed != told
-    (folder / FILE).write_bytes(changed.encode("utf-8", "surrogateescape"))
-    with pytest.raises(UserError, match=f"{FILE} is damaged"):
+def test_invalid_report_data_is_refused(damage: str, tmp_path: Path) -> None:
+    """Catches a traceback or a page with wrong content for an invalid vlqc_report.json."""
+    folder = synthetic_report.write_folder(tmp_path / "out", synthetic_report.report_data(layers=1, blocks=1))
+    valid = (folder / DATA_FILE).read_text(encoding="utf-8")
+    changed = DAMAGES[damage](valid)
+    assert changed != valid
+    (folder / DATA_FILE).write_bytes(changed.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError, match=DATA_FILE):
         write_report(folder, tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
 
@@ -71,58 +71,58 @@ def test_a_damaged_report_is_refused(damage: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", ["", "[]", "{}", '{"facts": []}', "[" * 100_000, '{"ok": 1, "facts": {}, "engine": 0, "advice": [1]}']
 )
-def test_a_file_that_is_no_verification_is_refused(content: str, tmp_path: Path) -> None:
+def test_other_json_is_refused_as_verification(content: str, tmp_path: Path) -> None:
     """Catches a traceback for some other JSON file."""
-    folder = made_up_report.folder(tmp_path / "out", made_up_report.facts(layers=1, blocks=1))
+    folder = synthetic_report.write_folder(tmp_path / "out", synthetic_report.report_data(layers=1, blocks=1))
     (tmp_path / "verify.json").write_text(content, encoding="utf-8")
-    with pytest.raises(UserError, match="no verification"):
+    with pytest.raises(UserError, match=r"verify\.json"):
         report_text(folder, verification=tmp_path / "verify.json")
 
 
 @pytest.mark.parametrize("share", [str(10**400), "1e999", '"\\ud800"', "NaN"])
 def test_a_verification_of_impossible_numbers_is_refused(share: str, tmp_path: Path) -> None:
-    """Catches a traceback for a number that no float holds, and for half a character, which no page holds."""
-    folder = made_up_report.folder(tmp_path / "out", made_up_report.facts(layers=1, blocks=1))
-    told = f'{{"ok": true, "engine": "x", "facts": {{"error by group": [{{"group": "a", "share %": {share}}}]}}}}'
-    (tmp_path / "verify.json").write_text(told.replace("error by group", RANKING), encoding="utf-8")
-    with pytest.raises(UserError, match="no verification"):
+    """Catches a traceback for a number outside of float64, and for a lone surrogate."""
+    folder = synthetic_report.write_folder(tmp_path / "out", synthetic_report.report_data(layers=1, blocks=1))
+    content = f'{{"ok": true, "engine": "x", "facts": {{"error by group": [{{"group": "a", "share %": {share}}}]}}}}'
+    (tmp_path / "verify.json").write_text(content.replace("error by group", RANKING), encoding="utf-8")
+    with pytest.raises(UserError, match=r"verify\.json"):
         report_text(folder, verification=tmp_path / "verify.json")
 
 
-def test_the_largest_that_is_taken_has_a_page(tmp_path: Path) -> None:
-    """Catches a bound above what the charts can draw, or one below what vlqc itself writes."""
+def test_a_page_of_the_largest_values(tmp_path: Path) -> None:
+    """Catches a limit above what the charts can draw, or below what vlqc writes."""
     assert rounded(float("inf")) == LARGEST == rounded(1.7e308) == -rounded(-3.4028e38)
-    folder = made_up_report.folder(tmp_path / "out", made_up_report.facts(layers=2, blocks=1))
-    content = json.loads((folder / FILE).read_text())
+    folder = synthetic_report.write_folder(tmp_path / "out", synthetic_report.report_data(layers=2, blocks=1))
+    content = json.loads((folder / DATA_FILE).read_text())
     content["bytes_before"] = 2**63 - 1
     for stage in content["stages"]:
         stage["sqnr"] = {"image": -LARGEST, "text": LARGEST}
         for read in stage["inputs"]:
             read["scales"] = read["before"]["image"] = [LARGEST, *[1e-320] * 19]
-    (folder / FILE).write_text(json.dumps(content))
-    timings = json.loads(made_up_report.timings(made_up_report.facts(layers=2, blocks=1)).model_dump_json())
+    (folder / DATA_FILE).write_text(json.dumps(content))
+    timings = json.loads(synthetic_report.timings(synthetic_report.report_data(layers=2, blocks=1)).model_dump_json())
     for each in (*timings["stages"], *timings["passes"]):
         each["seconds"] = LARGEST
     (tmp_path / "t.json").write_text(json.dumps(timings))
     assert report_text(folder, timings=tmp_path / "t.json").startswith("<!DOCTYPE html>")
 
 
-def test_a_name_that_is_no_text(tmp_path: Path) -> None:
-    """Catches a traceback for a folder whose name is not UTF-8, as copies from other systems have them."""
+def test_a_folder_name_that_is_not_utf_8(tmp_path: Path) -> None:
+    """Catches a traceback for a folder name that is not UTF-8."""
     folder = tmp_path / os.fsdecode(b"caf\xe9")
-    made_up_report.folder(folder, made_up_report.facts(layers=1, blocks=1))
+    synthetic_report.write_folder(folder, synthetic_report.report_data(layers=1, blocks=1))
     assert run(folder, "--output", tmp_path / "page.html")[0] == 0
     assert "caf\\udce9" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("flag", ["--timings", "--verification"])
-def test_what_never_ends_is_not_read(flag: str, tmp_path: Path) -> None:
-    """Catches a report that waits for a pipe, or reads a device until the memory ends."""
-    folder = made_up_report.folder(tmp_path / "out", made_up_report.facts(layers=1, blocks=1))
+def test_devices_and_pipes_are_refused(flag: str, tmp_path: Path) -> None:
+    """Catches a command that waits for a pipe, or reads a device until memory is exhausted."""
+    folder = synthetic_report.write_folder(tmp_path / "out", synthetic_report.report_data(layers=1, blocks=1))
     os.mkfifo(tmp_path / "pipe")
     for endless in ("/dev/zero", tmp_path / "pipe"):
-        code, told = run(folder, "--output", tmp_path / "page.html", flag, endless)
-        assert code == 2 and "not an ordinary file" in told
+        code, output = run(folder, "--output", tmp_path / "page.html", flag, endless)
+        assert code == 2 and "not an ordinary file" in output
 
 
 def run(*arguments: object) -> tuple[int, str]:
@@ -131,18 +131,18 @@ def run(*arguments: object) -> tuple[int, str]:
 
 
 def test_timings_of_another_model_are_refused(tmp_path: Path) -> None:
-    """Catches times shown beside stages that they are not of."""
-    folder = made_up_report.folder(tmp_path / "out", made_up_report.facts(layers=1, blocks=1))
-    made_up_report.timings(made_up_report.facts(layers=2, blocks=1)).write(tmp_path / "t.json")
-    with pytest.raises(UserError, match="another compilation"):
+    """Catches times of another compilation on the page."""
+    folder = synthetic_report.write_folder(tmp_path / "out", synthetic_report.report_data(layers=1, blocks=1))
+    synthetic_report.timings(synthetic_report.report_data(layers=2, blocks=1)).write(tmp_path / "t.json")
+    with pytest.raises(UserError, match=r"t\.json"):
         report_text(folder, timings=tmp_path / "t.json")
 
 
 def test_the_command(tmp_path: Path) -> None:
-    """Catches a command that writes elsewhere than it says, or over a file that is no page."""
-    folder = made_up_report.folder(tmp_path / "out", made_up_report.facts(layers=1, blocks=1))
-    code, told = run(folder, "--output", tmp_path / "page.html")
-    assert code == 0 and str(tmp_path / "page.html") in told.replace("\n", "")
+    """Catches a command that writes to another path than it prints, or overwrites a file that is not a page."""
+    folder = synthetic_report.write_folder(tmp_path / "out", synthetic_report.report_data(layers=1, blocks=1))
+    code, output = run(folder, "--output", tmp_path / "page.html")
+    assert code == 0 and str(tmp_path / "page.html") in output.replace("\n", "")
     assert (tmp_path / "page.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     assert run(folder, "--output", tmp_path / "page.html")[0] == 0  # again, over itself
     config = (folder / "config.json").read_text()
@@ -154,7 +154,7 @@ def test_the_command(tmp_path: Path) -> None:
     "damage",
     [
         lambda folder: ["nowhere"],
-        lambda folder: (folder / FILE).unlink(),
+        lambda folder: (folder / DATA_FILE).unlink(),
         lambda folder: (folder / "config.json").unlink(),
         lambda folder: (folder / "quant_model_description.json").write_text("{"),
         lambda folder: [folder, "--timings", folder / "config.json"],
@@ -163,10 +163,10 @@ def test_the_command(tmp_path: Path) -> None:
         lambda folder: [folder, "--output", folder / "nowhere" / "page.html"],
     ],
 )
-def test_bad_input_is_answered(damage: Any, tmp_path: Path) -> None:
-    """Catches a traceback where something is missing, and an answer without a way out."""
-    folder = made_up_report.folder(tmp_path / "out", made_up_report.facts(layers=1, blocks=1))
-    given = damage(folder)
-    code, told = run(*(given if isinstance(given, list) else [folder, "--output", tmp_path / "page.html"]))
-    assert code == 2 and "error: " in told and "Traceback" not in told
+def test_bad_input(damage: Any, tmp_path: Path) -> None:
+    """Catches a traceback or a page in spite of missing or invalid files."""
+    folder = synthetic_report.write_folder(tmp_path / "out", synthetic_report.report_data(layers=1, blocks=1))
+    arguments = damage(folder)
+    code, output = run(*(arguments if isinstance(arguments, list) else [folder, "--output", tmp_path / "page.html"]))
+    assert code == 2 and "error: " in output and "Traceback" not in output
     assert not (tmp_path / "page.html").exists()

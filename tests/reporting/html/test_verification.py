@@ -1,4 +1,4 @@
-"""Whose timings and verification a report shows: those of its own folder, and of which part of an interrupted run."""
+"""Timings and verifications of another folder, of older versions, and of interrupted runs."""
 
 import hashlib
 import json
@@ -12,62 +12,64 @@ from tests.support.report_pages import Page
 from vlqc.cli.commands import app
 from vlqc.errors import UserError
 from vlqc.reporting.html import report_text
-from vlqc.reporting.html.timings import Timings
+from vlqc.reporting.html.schema import Timings
 
 
-def verified(folder: Path, file: Path) -> Path:
-    """What `vlqc verify --json_file` says of the folder, in the file."""
+def verify_into(folder: Path, file: Path) -> Path:
+    """Runs `vlqc verify --json_file`."""
     ended = CliRunner().invoke(app, ["verify", str(folder), "--json_file", str(file), "--quiet"])
     assert ended.exit_code == 0, ended.output
     return file
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two compiled folders, `first` and `second`, of one model, and what was told of each; `second` was interrupted."""
-    place = tmp_path_factory.mktemp("made")
-    checkpoint = small(place / "checkpoint")
-    compile_into(place / "first", checkpoint, timings=place / "first-t.json")
-    again = {"timings": place / "second-t.json", "anti_method": "m4"}
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two compiled folders of one model, `first` and `second`, with timings and verifications; `second` was resumed."""
+    root = tmp_path_factory.mktemp("folders")
+    checkpoint = small(root / "checkpoint")
+    compile_into(root / "first", checkpoint, timings=root / "first-t.json")
+    again = {"timings": root / "second-t.json", "anti_method": "m4"}
     with failing("model.layers.0", KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
-        compile_into(place / "second", checkpoint, **again)
-    compile_into(place / "second", checkpoint, **again, resume=True)
+        compile_into(root / "second", checkpoint, **again)
+    compile_into(root / "second", checkpoint, **again, resume=True)
     for name in ("first", "second"):
-        verified(place / name, place / f"{name}-v.json")
-    return place
+        verify_into(root / name, root / f"{name}-v.json")
+    return root
 
 
-def test_files_of_another_folder_are_refused(made: Path) -> None:
+def test_files_of_another_folder_are_refused(folders: Path) -> None:
     """Catches accuracy and times of one folder on the page of another, whose stages have the same names."""
-    own = report_text(made / "first", timings=made / "first-t.json", verification=made / "first-v.json")
-    assert "does not say which folder" not in own and "after the interruption" not in own
+    own = report_text(folders / "first", timings=folders / "first-t.json", verification=folders / "first-v.json")
+    assert "does not identify its folder" not in own and "interrupted" not in own
     for flag, name in (("timings", "second-t.json"), ("verification", "second-v.json")):
-        with pytest.raises(UserError, match="of another folder") as caught:
-            report_text(made / "first", **{flag: made / name})
+        with pytest.raises(UserError, match="belongs to another folder") as caught:
+            report_text(folders / "first", **{flag: folders / name})
         (fault,) = caught.value.faults
-        digests = [hashlib.sha256((made / it / "MANIFEST.json").read_bytes()).hexdigest() for it in ("first", "second")]
+        digests = [
+            hashlib.sha256((folders / each / "MANIFEST.json").read_bytes()).hexdigest() for each in ("first", "second")
+        ]
         assert all(digest[:12] in fault.why for digest in digests)
-        assert name in fault.what and str(made / "first") in fault.what and fault.fix
+        assert name in fault.what and str(folders / "first") in fault.what and fault.fix
 
 
-def test_older_files_get_a_note(made: Path, tmp_path: Path) -> None:
-    """Catches a page that hides that nothing ties a file to the folder, and older files that are refused."""
+def test_files_of_older_versions_get_a_note(folders: Path, tmp_path: Path) -> None:
+    """Catches files without a digest that are refused or shown without a note."""
     for name in ("first-t.json", "second-v.json"):
-        content = json.loads((made / name).read_text())
+        content = json.loads((folders / name).read_text())
         del content["manifest"]
         (tmp_path / name).write_text(json.dumps(content))
-    text = report_text(made / "first", timings=tmp_path / "first-t.json", verification=tmp_path / "second-v.json")
-    assert Page(text).text.count("does not say which folder it is of") == 2
+    text = report_text(folders / "first", timings=tmp_path / "first-t.json", verification=tmp_path / "second-v.json")
+    assert Page(text).text.count("does not identify its folder") == 2
 
 
-def test_times_of_a_run_that_went_on(made: Path) -> None:
-    """Catches times of the remaining stages that are shown as those of the whole compilation."""
-    assert (Timings.read(made / "first-t.json").kept, Timings.read(made / "second-t.json").kept) == (0, 3)
-    page = Page(report_text(made / "second", timings=made / "second-t.json")).text
-    assert "Times are of the 2 stages that ran after the interruption; 3 had been finished" in page
+def test_times_of_a_resumed_run(folders: Path) -> None:
+    """Catches times of the remaining stages that are shown as those of all stages."""
+    assert (Timings.read(folders / "first-t.json").kept, Timings.read(folders / "second-t.json").kept) == (0, 3)
+    page = Page(report_text(folders / "second", timings=folders / "second-t.json")).text
+    assert "interrupted after 3 stages" in page and "the 2 stages after" in page
     assert "whole compilation" not in page
 
 
-def test_a_verification_stays_deterministic(made: Path, tmp_path: Path) -> None:
-    """Catches a verification that says something else the second time."""
-    assert verified(made / "first", tmp_path / "v.json").read_bytes() == (made / "first-v.json").read_bytes()
+def test_a_verification_is_deterministic(folders: Path, tmp_path: Path) -> None:
+    """Catches a verification that differs between two runs."""
+    assert verify_into(folders / "first", tmp_path / "v.json").read_bytes() == (folders / "first-v.json").read_bytes()

@@ -1,4 +1,4 @@
-"""The report: one page of HTML about a compiled folder, from what the compilation left in it."""
+"""The report: one HTML page about a compiled folder."""
 
 from pathlib import Path
 
@@ -6,9 +6,8 @@ from vlqc.errors import Fault, UserError
 from vlqc.files import sha256_of
 from vlqc.formatting import escape_control_chars
 from vlqc.options.paths import output_faults
-from vlqc.reporting.html.page import Made, render
-from vlqc.reporting.html.schema import FILE, Facts, read_facts
-from vlqc.reporting.html.timings import Timings
+from vlqc.reporting.html.page import FolderInfo, render
+from vlqc.reporting.html.schema import DATA_FILE, ReportData, Timings, read_report_data
 from vlqc.reporting.html.verification import read_verification
 from vlqc.targets.advice import serve_commands
 from vlqc.targets.versions import loading_engines
@@ -17,7 +16,7 @@ from vlqc.verify.folder.contents import MANIFEST, FolderFiles, open_folder
 
 __all__ = ["report_text", "write_report"]
 
-PAGES = (".html", ".htm")
+PAGE_SUFFIXES = (".html", ".htm")
 
 
 def write_report(
@@ -27,80 +26,86 @@ def write_report(
     timings: str | Path | None = None,
     verification: str | Path | None = None,
 ) -> None:
-    """Writes the page about a compiled folder. UserError: it tells nothing, no page can be written, or a file is
-    damaged or of another folder.
+    """Writes the report page of a compiled folder.
 
-    timings: what `timings=` of a compilation wrote; verification: what `vlqc verify --locate --json_file` wrote.
+    Args:
+        folder: the save folder of a compilation.
+        output: the HTML file to write.
+        timings: the file that the compilation wrote with `timings=`.
+        verification: the file that `vlqc verify --locate --json_file` wrote.
+
+    Raises:
+        UserError: the folder has no vlqc_report.json, the page cannot be written, or a file is invalid or belongs to
+            another folder.
     """
     folder, output = Path(folder), Path(output)
-    if output.exists() and output.suffix.lower() not in PAGES:
-        why, fix = "a file of that name exists and is no page", "name a file that ends with .html"
-        raise UserError(Fault(f"--output {output} is not written", why=why, fix=fix))
-    if faults := output_faults(f"--output {output} is not written", output, "--output"):
+    what = f"cannot write --output {output}"
+    if output.exists() and output.suffix.lower() not in PAGE_SUFFIXES:
+        raise UserError(Fault(what, why="the file exists and is not an HTML page", fix="choose a name ending in .html"))
+    if faults := output_faults(what, output, "--output"):
         raise UserError(*faults)
     text = report_text(folder, timings=timings, verification=verification)
     try:
         output.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
-        fix = "name a file in an existing folder with --output"
-        raise UserError(Fault(f"the report cannot be written to {output}", why=str(error), fix=fix)) from None
+        raise UserError(Fault(what, why=str(error), fix="choose a file in an existing folder")) from None
 
 
 def report_text(folder: Path, *, timings: str | Path | None = None, verification: str | Path | None = None) -> str:
-    """The page: the same text for the same files, wherever they lie."""
-    facts = read_facts(folder)
-    content = open_folder(folder, VerificationResult(str(folder)))
-    times = None if timings is None else timings_of(Path(timings), facts)
+    """The HTML of the page. It depends on the content of the files only, not on their paths."""
+    data = read_report_data(folder)
+    files = open_folder(folder, VerificationResult(str(folder)))
+    times = None if timings is None else read_timings(Path(timings), data)
     verified = None if verification is None else read_verification(Path(verification))
-    for path, told in ((timings, times), (verification, verified)):
-        if path is not None and told is not None and told.manifest:
-            _require_same(Path(path), told.manifest, folder)
-    return render(made_of(content, facts), facts, times, verified)
+    for path, content in ((timings, times), (verification, verified)):
+        if path is not None and content is not None and content.manifest:
+            _require_same_folder(Path(path), content.manifest, folder)
+    return render(folder_info(files, data), data, times, verified)
 
 
-def _require_same(path: Path, manifest: str, folder: Path) -> None:
-    """UserError for a file that speaks of another folder: `manifest` is the SHA-256 of that one's list of files."""
-    listed = folder / MANIFEST
-    own = sha256_of(listed) if listed.is_file() else ""
-    if manifest != own:
-        has = f"that of {folder} has {own[:12]}" if own else f"{folder} has none"
-        why = f"its folder's {MANIFEST} has SHA-256 {manifest[:12]}, {has}"
-        fix = "give the file that was written for this folder"
-        raise UserError(Fault(f"{path.name} is of another folder than {folder}", str(path), why, fix))
-
-
-def timings_of(path: Path, facts: Facts) -> Timings:
-    """UserError for timings of another model."""
+def read_timings(path: Path, data: ReportData) -> Timings:
+    """UserError for timings of a model with other stages."""
     timings = Timings.read(path)
-    strange = {it.name for it in timings.stages} - {stage.name for stage in facts.stages}
-    if strange:
-        why, fix = f"the folder has no {sorted(strange)[0]}", "give the file that was written together with the folder"
-        raise UserError(Fault("the timings are of another compilation", str(path), why, fix))
+    unknown = {stage.name for stage in timings.stages} - {stage.name for stage in data.stages}
+    if unknown:
+        why, fix = f"the folder has no stage {min(unknown)}", "pass the timings of the compilation of this folder"
+        raise UserError(Fault("the timings belong to another compilation", str(path), why, fix))
     return timings
 
 
-def made_of(content: FolderFiles, facts: Facts) -> Made:
-    """What the folder itself says beside its report."""
-    if not content.description or not content.config:
-        fix = "`vlqc verify` says what is wrong with it"
-        raise UserError(Fault("the folder is not whole", str(content.path), f"beside {FILE} files are missing", fix))
-    name = escape_control_chars(content.path.resolve().name)  # which may be no UTF-8
-    return Made(
+def _require_same_folder(path: Path, manifest: str, folder: Path) -> None:
+    """UserError if a file belongs to another folder. manifest: SHA-256 of MANIFEST.json of the file's folder."""
+    own_manifest = folder / MANIFEST
+    own = sha256_of(own_manifest) if own_manifest.is_file() else ""
+    if manifest != own:
+        actual = f"that of {folder} has {own[:12]}" if own else f"{folder} has none"
+        why = f"the {MANIFEST} of its folder has SHA-256 {manifest[:12]}, {actual}"
+        fix = "pass the file that was written for this folder"
+        raise UserError(Fault(f"{path.name} belongs to another folder than {folder}", str(path), why, fix))
+
+
+def folder_info(files: FolderFiles, data: ReportData) -> FolderInfo:
+    """UserError if the description or config.json is missing or invalid."""
+    if not files.description or not files.config:
+        why, fix = f"other files than {DATA_FILE} are missing or invalid", "run `vlqc verify` on the folder"
+        raise UserError(Fault("the folder is incomplete", str(files.path), why, fix))
+    name = escape_control_chars(files.path.resolve().name)  # may not be UTF-8
+    return FolderInfo(
         name=name,
-        kind=_kind(content.config),
-        engines=loading_engines(content.description, facts.dtype, content.config),
-        serve=serve_commands(facts.target, name),
-        bytes=sum(path.stat().st_size for path in content.weights),
+        model=_model_title(files.config),
+        engines=loading_engines(files.description, data.dtype, files.config),
+        serve=serve_commands(data.target, name),
+        bytes=sum(path.stat().st_size for path in files.weights),
     )
 
 
-def _kind(config: dict[str, object]) -> str:
-    """Qwen2_5_VLForConditionalGeneration -> its first word, and how large the towers are."""
+def _model_title(config: dict[str, object]) -> str:
+    """Architecture and sizes: "Qwen2.5-VL · language: 28 layers of 3584 · vision: 32 layers of 1280"."""
     architectures = config.get("architectures")
     name = str(architectures[0]) if isinstance(architectures, list) and architectures else str(config.get("model_type"))
+    words = [name.removesuffix("ForConditionalGeneration").replace("_", " ").replace("Qwen2 5 VL", "Qwen2.5-VL")]
     vision = config.get("vision_config")
-    parts = [name.removesuffix("ForConditionalGeneration").replace("_", " ").replace("Qwen2 5 VL", "Qwen2.5-VL")]
-    for label, of, layers in (("language", config, "num_hidden_layers"), ("vision", vision, "depth")):
-        if isinstance(of, dict) and isinstance(of.get(layers), int):
-            parts.append(f"{label}: {of[layers]} layers of {of.get('hidden_size', '?')}")
-    return " · ".join(parts)
+    for label, part, key in (("language", config, "num_hidden_layers"), ("vision", vision, "depth")):
+        if isinstance(part, dict) and isinstance(part.get(key), int):
+            words.append(f"{label}: {part[key]} layers of {part.get('hidden_size', '?')}")
+    return " · ".join(words)

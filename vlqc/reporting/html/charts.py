@@ -1,171 +1,231 @@
-"""Numbers to drawings: what a template needs to draw a chart that stretches with the page.
-
-A drawing is 1000 wide and 100 high, y downwards, and is stretched to whatever room it gets; so it holds no text, and
-its lines keep their width. Labels stand beside it, at percentages.
-"""
+"""The charts of the report page: outliers, SQNR and time over the stages, ranges per input, smoothing scales."""
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import TypeVar
+from collections.abc import Sequence
+from itertools import accumulate
 
-WIDTH, HEIGHT = 1000, 100
-SMALLEST = 1e-6  # of a logarithmic axis: what is below it lies on it
-LONE = (-0.3, 0.3)  # of the distance between two places: how far what is alone reaches to either side
-ROOM = 1.25  # between the values and the ends of a logarithmic axis
-MOST_TICKS = 4
-BETWEEN = (1, 1.5, 2, 3, 5, 7)  # labels where there is at most one power
-DECADES = 5  # a logarithmic axis spans at most so many: what is smaller lies at its lower end
+from vlqc.reporting.html.schema import SHARES, InputData, Modality, StageData, Timings
+from vlqc.reporting.html.svg import (
+    HEIGHT,
+    WIDTH,
+    Chart,
+    SvgPath,
+    Tick,
+    layer_ticks,
+    linear_axis,
+    logarithmic_axis,
+    magnitude,
+)
+from vlqc.reporting.html.towers import (
+    MEDIAN,
+    Tower,
+    input_label,
+    largest_magnitude,
+    median_magnitude,
+    outlier_factor,
+)
 
-T = TypeVar("T")
-Points = Sequence[float | None]  # per position along x; None: nothing there
-
-
-@dataclass(frozen=True)
-class Tick:
-    """at: percent of the way along its axis, from the left or from below."""
-
-    at: float
-    text: str
-
-
-@dataclass(frozen=True)
-class Mark:
-    """One path of a drawing; kind: CSS classes."""
-
-    kind: str
-    path: str
+MODALITIES: tuple[Modality, ...] = ("text", "image")
+BAND_EDGES = (SHARES.index(0.9), SHARES.index(0.1))  # between them are 80 % of the channels
+MANY_STAGES = 50  # with more stages, dots are smaller
+SHARE_LABELS = {0.0: "max", 0.012: "1 %", 0.1: "10 %", 0.5: "50 %", 1.0: "min"}
 
 
-@dataclass
-class Chart:
-    """title: what is shown; told: the same in words, for those who do not see it; kind: CSS classes, "tall" for
-    a large one, "dense" for one with many dots; aside: a small line below the title."""
-
-    title: str
-    told: str
-    x_ticks: list[Tick] = field(default_factory=list)
-    y_ticks: list[Tick] = field(default_factory=list)
-    marks: list[Mark] = field(default_factory=list)
-    kind: str = ""
-    aside: str = ""
-
-    def band(self, kind: str, upper: Points, lower: Points, axis: "Axis") -> None:
-        """Filled between two lines, wherever both are."""
-        pairs = [None if high is None or low is None else (high, low) for high, low in zip(upper, lower, strict=True)]
-        for run in _runs(pairs):
-            if len(run) == 1:  # a lone place: nearly as wide as it is
-                run = [(run[0][0] + by, run[0][1]) for by in LONE]
-            there = [f"{_x(at, len(upper))} {axis.y(high)}" for at, (high, _) in run]
-            back = [f"{_x(at, len(upper))} {axis.y(low)}" for at, (_, low) in reversed(run)]
-            self.marks.append(Mark(f"band {kind}", f"M{'L'.join([*there, *back])}Z"))
-
-    def line(self, kind: str, values: Points, axis: "Axis") -> None:
-        """Through all values; broken where there is none."""
-        parts = []
-        for run in _runs(values):
-            if len(run) == 1:
-                run = [(run[0][0] + by, run[0][1]) for by in LONE]
-            parts.append(f"M{'L'.join(f'{_x(at, len(values))} {axis.y(value)}' for at, value in run)}")
-        if parts:
-            self.marks.append(Mark(f"line {kind}", "".join(parts)))
-
-    def dots(self, kind: str, values: Points, axis: "Axis") -> None:
-        """A dot per value: a line of no length with round ends stays round when the drawing is stretched."""
-        path = "".join(f"M{_x(at, len(values))} {axis.y(it)}h0" for at, it in enumerate(values) if it is not None)
-        if path:
-            self.marks.append(Mark(f"dots {kind}", path))
-
-    def ticks(self, axis: "Axis") -> None:
-        self.y_ticks = axis.ticks
-        grid = "".join(f"M0 {_short(HEIGHT - tick.at)}H{WIDTH}" for tick in axis.ticks)
-        self.marks.insert(0, Mark("grid", grid))
+def depth_charts(towers: Sequence[Tower]) -> list[Chart]:
+    """Two charts with one x axis over all stages: the outlier factor and the SQNR."""
+    stages = [stage for tower in towers for stage in tower.stages]
+    charts = [_outlier_chart(stages), _sqnr_chart(towers, stages)]
+    for chart in charts:
+        _separate_towers(chart, towers)
+    return charts
 
 
-@dataclass(frozen=True)
-class Axis:
-    """Values from low to high, upwards; logarithmic or not."""
-
-    low: float
-    high: float
-    logarithmic: bool
-    ticks: list[Tick]
-
-    def y(self, value: float) -> str:
-        return _short(HEIGHT - self.at(value))
-
-    def at(self, value: float) -> float:
-        """Percent of the height."""
-        low, high, value = (self._on_scale(it) for it in (self.low, self.high, value))
-        return max(0.0, min(100.0, (value - low) / (high - low) * 100))
-
-    def _on_scale(self, value: float) -> float:
-        return math.log10(max(value, SMALLEST)) if self.logarithmic else value
+def _outlier_chart(stages: Sequence[StageData]) -> Chart:
+    before, after = ([outlier_factor(stage, after=smoothed) for stage in stages] for smoothed in (False, True))
+    chart = Chart("Largest channel relative to the median channel", _describe_outliers(before, after), css="tall")
+    axis = logarithmic_axis([*before, *after, 1.0])
+    chart.ticks(axis)
+    for css, values in (("before", before), ("after", after)):
+        chart.band(css, values, [None if value is None else axis.low for value in values], axis)
+    for css, values in (("before", before), ("after", after)):
+        chart.line(css, values, axis)
+    chart.y_ticks = [Tick(tick.at, f"{tick.text}×") for tick in chart.y_ticks]
+    return chart
 
 
-def logarithmic_axis(values: Iterable[float | None], base: int = 10) -> Axis:
-    """Around all values with a little room, over DECADES at most; labels at powers of the base, about four of them.
-
-    Where powers are too few, there are labels between them.
-    """
-    known = [it for it in values if it is not None and it > SMALLEST] or [1.0]
-    high = max(known) * ROOM
-    low = max(min(known) / ROOM, high / 10**DECADES)
-    axis = Axis(low, high, True, [])
-    first, last = math.ceil(math.log(low, base) - 1e-9), math.floor(math.log(high, base) + 1e-9)
-    step = max(1, math.ceil((last - first + 1) / MOST_TICKS))
-    marks = [float(base) ** power for power in range(first, last + 1) if power % step == 0]
-    if len(marks) < 2:
-        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        marks = [it for it in (digit * 10.0**power for power in powers for digit in BETWEEN) if low <= it <= high]
-        marks = marks[:: math.ceil(len(marks) / MOST_TICKS)] if marks else [math.sqrt(low * high)]
-    axis.ticks.extend(Tick(round(axis.at(it), 2), magnitude(it)) for it in marks)
-    return axis
+def _sqnr_chart(towers: Sequence[Tower], stages: Sequence[StageData]) -> Chart:
+    chart = Chart("SQNR of each stage", _describe_sqnr(stages), x_ticks=_tower_ticks(towers))
+    chart.css = "tall dense" if len(stages) > MANY_STAGES else "tall"
+    values = {name: [stage.sqnr.get(name) for stage in stages] for name in MODALITIES}
+    axis = linear_axis([value for of_modality in values.values() for value in of_modality], 5)
+    chart.ticks(axis)
+    for name, of_modality in values.items():
+        for positions in _tower_positions(towers):  # lines do not connect towers
+            if len(positions) > 1:
+                inside = [value if index in positions else None for index, value in enumerate(of_modality)]
+                chart.line(f"sqnr {name}", inside, axis)
+        chart.dots(f"sqnr {name}", of_modality, axis)
+        if name == "image":  # hollow: a smaller dot in the colour of the background
+            chart.dots("hole", of_modality, axis)
+    chart.y_ticks = [Tick(tick.at, f"{tick.text} dB") for tick in chart.y_ticks]
+    return chart
 
 
-def linear_axis(values: Iterable[float | None], step: float, unit: str = "") -> Axis:
-    """Around all values, in multiples of `step` or of a multiple of it, of which about four get a label."""
-    known = [it for it in values if it is not None] or [0.0]
-    low, high = math.floor(min(known) / step) * step, math.ceil(max(known) / step) * step
-    high = max(high, low + step)
-    stride = step * max(1, math.ceil((high - low) / step / 4))
-    axis = Axis(low, high, False, [])
-    value = math.ceil(low / stride) * stride
-    while value <= high:
-        axis.ticks.append(Tick(round(axis.at(value), 2), f"{value:g}{unit}"))
-        value += stride
-    return axis
+def time_chart(towers: Sequence[Tower], timings: Timings) -> Chart:
+    """Seconds per stage. After an interruption only the stages of the last run have a value."""
+    seconds = {stage.name: stage.seconds for stage in timings.stages}
+    values = [seconds.get(stage.name) for tower in towers for stage in tower.stages]
+    longest = max(seconds, key=lambda name: seconds[name], default="")
+    description = f"The longest is {longest} with {seconds[longest]:.1f} s." if longest else "No stage was timed."
+    chart = Chart("Seconds per stage", description, x_ticks=_tower_ticks(towers))
+    step = 10.0 ** math.floor(math.log10(max([*seconds.values(), 0.01])))
+    axis = linear_axis([0.0, *values], step)
+    chart.ticks(axis)
+    chart.band("time", values, [None if value is None else 0.0 for value in values], axis)
+    chart.line("time", values, axis)
+    _separate_towers(chart, towers)
+    return chart
 
 
-def magnitude(value: float) -> str:
-    """0.001 -> "0.001", 1000 -> "1k", 2000000 -> "2M": short enough to stand beside an axis."""
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.3g}"
+def range_charts(tower: Tower) -> list[Chart]:
+    """One per input: the median and the largest channel over the layers, before and after smoothing."""
+    return [_range_chart(tower, label) for label in tower.input_labels]
 
 
-def layer_ticks(labels: Sequence[str], most: int = 6) -> list[Tick]:
-    """Of numbered places along x, a few at round numbers."""
-    count = len(labels)
-    step = next(it for it in (1, 2, 4, 5, 8, 10, 20, 25, 50, 100, count) if count / it <= most or it >= count)
-    return [Tick(round((at + 0.5) / count * 100, 2), labels[at]) for at in range(0, count, step)]
+def _range_chart(tower: Tower, label: str) -> Chart:
+    inputs = tower.inputs(label)
+    largest = {
+        after: [None if data is None else largest_magnitude(data, after=after) for data in inputs]
+        for after in (False, True)
+    }
+    medians = {
+        after: [None if data is None else median_magnitude(data, after=after) for data in inputs]
+        for after in (False, True)
+    }
+    axis = logarithmic_axis([*largest[False], *largest[True], *medians[False], *medians[True]])
+    description = _describe_ranges(label, largest[False], largest[True])
+    chart = Chart(label, description, x_ticks=layer_ticks(tower.labels))
+    chart.subtitle = "" if any(data and data.scales for data in inputs) else "not smoothed"
+    chart.ticks(axis)
+    chart.band("before", largest[False], medians[False], axis)
+    chart.band("after", largest[True], medians[True], axis)
+    limits = [_static_limit(stage, data) for stage, data in zip(tower.stages, inputs, strict=True)]
+    chart.line("reach", limits, axis)
+    for name in MODALITIES:
+        before = [None if data is None else data.before.get(name) for data in inputs]
+        after = [None if data is None else data.after.get(name) for data in inputs]
+        chart.line(f"before {name}", [None if curve is None else curve[0] for curve in before], axis)
+        chart.line(f"after {name}", [None if curve is None else curve[0] for curve in after], axis)
+    return chart
 
 
-def _runs(values: Sequence[T | None]) -> list[list[tuple[float, T]]]:
-    """Values with their places, cut where one is missing."""
-    found: list[list[tuple[float, T]]] = [[]]
-    for at, value in enumerate(values):
-        if value is None:
-            found.append([])
-        else:
-            found[-1].append((at, value))
-    return [run for run in found if run]
+def scale_charts(tower: Tower) -> list[Chart]:
+    """One per smoothed input: the smoothing scales of its channels, over the layers."""
+    charts = []
+    for label in tower.input_labels:
+        curves = [None if data is None else data.scales for data in tower.inputs(label)]
+        smoothed = [scales for scales in curves if scales]
+        if not smoothed:
+            continue
+        axis = logarithmic_axis([scale for scales in smoothed for scale in (scales[0], scales[-1])], base=2)
+        most = max(scales[0] for scales in smoothed)
+        chart = Chart(label, f"Smoothing divides channels of the input of {label} by up to {most:.3g}.")
+        chart.ticks(axis)
+        low, high = ([None if scales is None else scales[edge] for scales in curves] for edge in BAND_EDGES)
+        chart.band("scale", high, low, axis)
+        for css, index in (("scale outer", 0), ("scale", MEDIAN), ("scale outer", -1)):
+            chart.line(css, [None if scales is None else scales[index] for scales in curves], axis)
+        chart.x_ticks = layer_ticks(tower.labels)
+        charts.append(chart)
+    return charts
 
 
-def _x(at: float, count: int) -> str:
-    return _short((at + 0.5) / count * WIDTH)
+def channel_charts(stage: StageData) -> list[Chart]:
+    """One per input of a stage: the largest magnitude per channel, in descending order."""
+    return [_channel_chart(input_label(data, stage), data, stage) for data in stage.inputs]
 
 
-def _short(number: float) -> str:
-    return f"{number:.1f}".removesuffix(".0")
+def _channel_chart(label: str, data: InputData, stage: StageData) -> Chart:
+    before, after = (_format(largest_magnitude(data, after=smoothed)) for smoothed in (False, True))
+    description = f"Input of {label}: the largest channel has magnitude {before} before smoothing and {after} after."
+    chart = Chart(label, description, subtitle=f"{data.channels} channels{'' if data.scales else ', not smoothed'}")
+    axis = logarithmic_axis(
+        value for curves in (data.before, data.after) for curve in curves.values() for value in curve
+    )
+    chart.ticks(axis)
+    chart.line("reach", [_static_limit(stage, data)] * len(SHARES), axis)
+    for css, curves in (("before", data.before), ("after", data.after)):
+        for name, curve in curves.items():
+            chart.line(f"{css} {name}", curve, axis)
+    chart.x_ticks = [
+        Tick(round((SHARES.index(share) + 0.5) / len(SHARES) * 100, 2), text) for share, text in SHARE_LABELS.items()
+    ]
+    return chart
+
+
+def _static_limit(stage: StageData, data: InputData | None) -> float | None:
+    """Largest magnitude that the static int8 range of an input represents."""
+    readers = [site for site in stage.sites if data is not None and site.name in data.sites]
+    return max(
+        (max(abs(site.low), abs(site.high)) for site in readers if site.low is not None and site.high is not None),
+        default=None,
+    )
+
+
+# ---- the x axis over towers ------------------------------------------------------------------------------------------
+
+
+def _separate_towers(chart: Chart, towers: Sequence[Tower]) -> None:
+    """Adds thin vertical lines between towers."""
+    stages = sum(len(tower.stages) for tower in towers)
+    path = "".join(f"M{inside.start / stages * WIDTH:.1f} 0V{HEIGHT}" for inside in _tower_positions(towers)[1:])
+    if path:
+        chart.paths.insert(1, SvgPath("fence", path))
+
+
+def _tower_ticks(towers: Sequence[Tower]) -> list[Tick]:
+    """Titles of towers in the middle of their stages; a tower of one stage is too narrow for its title."""
+    positions = _tower_positions(towers)
+    return [
+        Tick(round((inside.start + inside.stop) / 2 / positions[-1].stop * 100, 2), tower.title)
+        for tower, inside in zip(towers, positions, strict=True)
+        if len(inside) > 1
+    ]
+
+
+def _tower_positions(towers: Sequence[Tower]) -> list[range]:
+    """Indices of each tower's stages among all stages."""
+    ends = list(accumulate(len(tower.stages) for tower in towers))
+    return [range(end - len(tower.stages), end) for tower, end in zip(towers, ends, strict=True)]
+
+
+# ---- descriptions for screen readers ---------------------------------------------------------------------------------
+
+
+def _describe_outliers(before: Sequence[float | None], after: Sequence[float | None]) -> str:
+    large, small = (max((value for value in values if value is not None), default=None) for values in (before, after))
+    if large is None or small is None:
+        return "No layer is quantized."
+    return (
+        f"The largest channel has up to {magnitude(large)} times the magnitude of the median channel before smoothing "
+        f"and up to {magnitude(small)} times after."
+    )
+
+
+def _describe_sqnr(stages: Sequence[StageData]) -> str:
+    measured = [(sqnr, stage.name) for stage in stages for sqnr in stage.sqnr.values()]
+    if not measured:
+        return "No stage was measured."
+    (low, worst), (high, best) = min(measured), max(measured)
+    return f"From {low:.1f} dB at {worst} to {high:.1f} dB at {best}."
+
+
+def _describe_ranges(label: str, before: Sequence[float | None], after: Sequence[float | None]) -> str:
+    large, small = (
+        _format(max((value for value in values if value is not None), default=None)) for values in (before, after)
+    )
+    return f"Input of {label}: the largest channel of any layer has {large} before smoothing and {small} after."
+
+
+def _format(value: float | None) -> str:
+    return "unknown" if value is None or not math.isfinite(value) else magnitude(value)

@@ -1,4 +1,4 @@
-"""The command that makes a folder again: what differs from the defaults, with placeholders for this machine's paths."""
+"""The command line that reproduces a folder: options that differ from their defaults, with placeholders for paths."""
 
 import shlex
 from collections.abc import Iterable, Sequence
@@ -7,33 +7,42 @@ from typing import Any
 
 from vlqc.options.options import Options, flag_of, option_info
 
-PLACES = {"model_path": "MODEL_PATH", "calib_images": "PICTURES", "save_directory": "SAVE_DIRECTORY"}
-# What changes how a compilation runs, but no byte of what comes out.
-WITHOUT_TRACE = {
+PLACEHOLDERS = {"model_path": "MODEL_PATH", "calib_images": "IMAGES", "save_directory": "SAVE_DIRECTORY"}
+# Options that do not change the output.
+WITHOUT_EFFECT = {
     "overwrite", "memory_budget", "strict_target", "dump_ir", "dump_stages", "dump_formats", "print_after", "timings",
     "resume", "start_over",
 }  # fmt: skip
 
 
 def command(options: Options, pipeline: str | None, *, ready_samples: bool) -> tuple[str, ...]:
-    """Words of a command line. pipeline: the text of passes that came through Python, None where options build them."""
-    given = {name: getattr(options, name) for name in Options.model_fields if name not in WITHOUT_TRACE}
+    """Words of the command line.
+
+    pipeline: text of passes that were passed through Python; None if the options determine them. ready_samples: whether
+    the samples were passed through Python, so that calib_images is unused.
+    """
+    values = {name: getattr(options, name) for name in Options.model_fields if name not in WITHOUT_EFFECT}
     if pipeline is not None:
-        given["pipeline"] = pipeline
+        values["pipeline"] = pipeline
     if ready_samples:
-        del given["calib_images"]
+        del values["calib_images"]
     words = ["vlqc", "compile"]
-    for name, value in given.items():
+    for name, value in values.items():
         field = Options.model_fields[name]
-        if name in PLACES:
-            words += [flag_of(name), PLACES[name]]
+        if name in PLACEHOLDERS:
+            words += [flag_of(name), PLACEHOLDERS[name]]
         elif value != field.default:
-            words += _words(name, value, bare=option_info(name).is_flag)
+            words += [flag_of(name)] if option_info(name).is_flag else _with_values(name, value)
     return tuple(words)
 
 
+def _with_values(name: str, value: Any) -> list[str]:
+    values = value if isinstance(value, tuple) else (value,)
+    return [word for each in values for word in (flag_of(name), str(each))]
+
+
 def shell_text(words: Sequence[str]) -> str:
-    """Command words -> text for a shell, one option a line."""
+    """Quoted for a shell, one option per line."""
     lines: list[str] = []
     line: list[str] = []
     for word in words:
@@ -44,24 +53,16 @@ def shell_text(words: Sequence[str]) -> str:
     return " \\\n    ".join([*lines, " ".join(line)])
 
 
-def without_places(texts: Iterable[str], options: Options) -> tuple[str, ...]:
-    """Texts in which the paths that the user named are placeholders: they say nothing on another machine."""
-    known = set[tuple[str, str]]()
-    for name, word in PLACES.items():
+def replace_paths(texts: Iterable[str], options: Options) -> tuple[str, ...]:
+    """Texts with placeholders in place of the user's paths, which would make the output depend on the machine."""
+    paths = set[tuple[str, str]]()
+    for name, placeholder in PLACEHOLDERS.items():
         path = Path(getattr(options, name))
-        known |= {
-            (str(form), word) for form in (path, path.absolute(), path.resolve()) if len(str(form)) > 2
-        }  # not "."
+        forms = map(str, (path, path.absolute(), path.resolve()))
+        paths |= {(form, placeholder) for form in forms if len(form) > 2}  # not "."
     replaced = []
     for text in texts:
-        for form, word in sorted(known, key=lambda it: (-len(it[0]), it)):
-            text = text.replace(form, word)
+        for form, placeholder in sorted(paths, key=lambda row: (-len(row[0]), row)):
+            text = text.replace(form, placeholder)
         replaced.append(text)
     return tuple(replaced)
-
-
-def _words(name: str, value: Any, *, bare: bool) -> list[str]:
-    if bare:
-        return [flag_of(name)]
-    values = value if isinstance(value, tuple) else (value,)
-    return [word for each in values for word in (flag_of(name), str(each))]

@@ -1,4 +1,4 @@
-"""One page of HTML out of what was gathered: it loads nothing, runs without scripts, and escapes every string."""
+"""Renders the report page: one HTML file that loads nothing, works without scripts and escapes every string."""
 
 import base64
 import hashlib
@@ -10,77 +10,78 @@ from importlib.resources import files
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from vlqc.formatting import format_bytes, format_duration
-from vlqc.reporting.html.charts import Chart
+from vlqc.reporting.html.charts import channel_charts, depth_charts, range_charts, scale_charts, time_chart
 from vlqc.reporting.html.command_line import shell_text
-from vlqc.reporting.html.overview import channel_charts, depth_charts, range_charts, scale_charts, time_chart
-from vlqc.reporting.html.schema import Facts, SiteFacts, StageFacts
-from vlqc.reporting.html.timings import Timings
-from vlqc.reporting.html.towers import Tower, label_of, role_of, towers, worst
+from vlqc.reporting.html.schema import ReportData, SiteData, Timings
+from vlqc.reporting.html.svg import Chart
+from vlqc.reporting.html.towers import Tower, group_stages, lowest_sqnr, site_role, stage_label
 from vlqc.reporting.html.verification import Verification
 from vlqc.reporting.tables import is_warning, part_order
 
-# Scheme -> class of its colour, letter that stands for it, name.
+# Scheme -> CSS class, letter in the precision map, title.
 SCHEMES = {
     "W8A8": ("static", "8", "W8A8, static"),
     "W8A8_DYNAMIC": ("dynamic", "d", "W8A8, dynamic per token"),
     "W4A8_DYNAMIC": ("four", "4", "W4A8, 4-bit weights per group"),
     "FLOAT": ("float", "f", "float"),
 }
-LOWEST = 5  # stages that the overview names
+LISTED_STAGES = 5  # stages in the table of the lowest SQNR
 
 
 @dataclass(frozen=True)
-class Made:
-    """What the folder itself says. name: of the folder; kind: the model in words; engines: that load it, in words;
-    serve: commands; bytes: of its weight files."""
+class FolderInfo:
+    """What the page takes from the folder itself.
+
+    name: of the folder. model: architecture and sizes. engines: versions of inference engines that load the folder.
+    serve: commands. bytes: size of the weight files.
+    """
 
     name: str
-    kind: str
+    model: str
     engines: Sequence[str]
     serve: Sequence[str]
     bytes: int
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One Linear in the precision map; told: everything about it."""
+class MapCell:
+    """One linear layer in the precision map. tooltip: scheme, reason and range."""
 
-    kind: str
+    css: str
     letter: str
-    told: str
+    tooltip: str
 
 
 @dataclass(frozen=True)
-class Row:
-    """One layer of the precision map; None: it has no Linear in that role."""
+class MapRow:
+    """One stage in the precision map; a cell is None where the stage has no layer with that role."""
 
     label: str
-    cells: list[Cell | None]
+    cells: list[MapCell | None]
 
 
 @dataclass(frozen=True)
-class Map:
+class PrecisionMap:
     title: str
     roles: list[str]
-    rows: list[Row]
+    rows: list[MapRow]
 
 
 @dataclass(frozen=True)
-class Share:
-    """A part of a whole: percent of it, and what it is."""
+class SchemeCount:
+    """Number of linear layers with a scheme, and their share of all layers in percent."""
 
-    kind: str
+    scheme: str
+    count: int
     percent: float
-    label: str
-    count: str
 
 
-def render(made: Made, facts: Facts, timings: Timings | None, verification: Verification | None) -> str:
-    """The page, the same text for the same arguments."""
-    every = towers(facts)
-    resources = files("vlqc.reporting.html") / "templates"
-    style = (resources / "style.css").read_text(encoding="utf-8")
-    script = (resources / "script.js").read_text(encoding="utf-8")
+def render(folder: FolderInfo, data: ReportData, timings: Timings | None, verification: Verification | None) -> str:
+    """The HTML text, which depends on the arguments only."""
+    towers = group_stages(data)
+    templates = files("vlqc.reporting.html") / "templates"
+    style = (templates / "style.css").read_text(encoding="utf-8")
+    script = (templates / "script.js").read_text(encoding="utf-8")
     environment = Environment(
         loader=PackageLoader("vlqc.reporting.html"),
         autoescape=True,
@@ -89,90 +90,80 @@ def render(made: Made, facts: Facts, timings: Timings | None, verification: Veri
         lstrip_blocks=True,
     )
     environment.filters |= {"bytes": format_bytes, "duration": format_duration, "short_role": short_role}
+    heads = ["FLOAT"] * len(data.heads)
+    measured = sorted((stage for stage in data.stages if stage.sqnr), key=lambda stage: min(stage.sqnr.values()))
     return environment.get_template("page.html").render(
-        made=made,
-        facts=facts,
+        folder=folder,
+        data=data,
         timings=timings,
         verification=verification,
         style=style,
         script=script,
         script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         schemes=SCHEMES,
-        shares=scheme_shares(facts),
-        parts=part_counts(facts),
-        warnings=[note.split("\n") for note in facts.notes if is_warning(note)],
-        notes=[note for note in facts.notes if not is_warning(note)],
-        worst=worst(facts.stages),
-        lowest=sorted((it for it in facts.stages if it.sqnr), key=lambda it: min(it.sqnr.values()))[:LOWEST],
-        depth=depth_charts(every),
-        maps=[precision_map(tower) for tower in every],
-        ranges=_titled(every, range_charts),
-        scales=_titled(every, scale_charts),
-        towers=every,
-        chips=scheme_chips,
-        role=role_of,
+        scheme_counts=count_schemes([*(site.scheme for stage in data.stages for site in stage.sites), *heads]),
+        part_counts=[(*key, count) for key, count in sorted(data.counts().items(), key=lambda row: part_order(row[0]))],
+        warnings=[note.split("\n") for note in data.notes if is_warning(note)],
+        notes=[note for note in data.notes if not is_warning(note)],
+        lowest=lowest_sqnr(data.stages),
+        lowest_stages=measured[:LISTED_STAGES],
+        depth_charts=depth_charts(towers),
+        maps=[precision_map(tower) for tower in towers],
+        range_charts=_by_tower(towers, range_charts),
+        scale_charts=_by_tower(towers, scale_charts),
+        towers=towers,
+        stage_schemes=lambda stage: count_schemes([site.scheme for site in stage.sites]),
+        site_role=site_role,
         channel_charts=channel_charts,
-        command=shell_text(facts.command),
-        steps=re.split(r",(?![^{]*\})", facts.pipeline),  # commas outside braces
-        samples=max((stage.samples for stage in facts.stages), default=0),
-        rows=next((stage.rows for stage in facts.stages if stage.part == "language"), {}),
-        pass_bars=pass_bars(timings) if timings else [],
-        stage_times=time_chart(every, timings) if timings else None,
+        command=shell_text(data.command),
+        passes=re.split(r",(?![^{]*\})", data.pipeline),  # at commas outside braces
+        samples=max((stage.samples for stage in data.stages), default=0),
+        tokens=next((stage.rows for stage in data.stages if stage.part == "language"), {}),
+        pass_times=pass_times(timings) if timings else [],
+        time_chart=time_chart(towers, timings) if timings else None,
     )
 
 
-def scheme_shares(facts: Facts) -> list[Share]:
-    """Of all Linears, by scheme, in the order of SCHEMES."""
-    counts = facts.counts()
-    total = sum(counts.values())
-    sums = {scheme: sum(it for (_, of), it in counts.items() if of == scheme) for scheme in SCHEMES}
-    return [Share(SCHEMES[it][0], 100 * n / total, SCHEMES[it][2], str(n)) for it, n in sums.items() if n]
+def count_schemes(layers: Sequence[str]) -> list[SchemeCount]:
+    """layers: scheme of each linear layer -> schemes that occur, in the order of SCHEMES."""
+    counts = {scheme: layers.count(scheme) for scheme in SCHEMES}
+    return [SchemeCount(scheme, count, 100 * count / len(layers)) for scheme, count in counts.items() if count]
 
 
-def part_counts(facts: Facts) -> list[tuple[str, str, int]]:
-    """(part, scheme, Linears) in the model's order."""
-    counts = facts.counts()
-    return [(*key, counts[key]) for key in sorted(counts, key=part_order)]
-
-
-def precision_map(tower: Tower) -> Map:
+def precision_map(tower: Tower) -> PrecisionMap:
     rows = []
     for stage in tower.stages:
         sites = (tower.site(stage, role) for role in tower.roles)
-        cells = [None if site is None else _cell(site) for site in sites]
-        rows.append(Row(label_of(stage.name), cells))
-    return Map(tower.title, tower.roles, rows)
+        rows.append(MapRow(stage_label(stage.name), [None if site is None else _map_cell(site) for site in sites]))
+    return PrecisionMap(tower.title, tower.roles, rows)
+
+
+def _map_cell(site: SiteData) -> MapCell:
+    css, letter, title = SCHEMES[site.scheme]
+    texts = [title + (f" of {site.group_size}" if site.group_size else "")]
+    if site.reason:
+        texts.append(site.reason)
+    if site.low is not None and site.high is not None:
+        texts.append(f"input range {site.low:.3g} to {site.high:.3g}")
+    if site.predicted is not None:
+        texts.append(f"predicted SQNR {site.predicted:.1f} dB if only its group is quantized")
+    return MapCell(css, letter, f"{site.name}: {'; '.join(texts)}")
 
 
 def short_role(role: str) -> str:
-    """self_attn.q_proj -> q_proj; mlp.0 -> mlp.0: a number alone says nothing."""
+    """self_attn.q_proj -> q_proj; mlp.0 stays, because "0" alone is not clear."""
     last = role.rpartition(".")[2]
     return role if last.isdigit() else last
 
 
-def scheme_chips(stage: StageFacts) -> list[Share]:
-    """Of the sites of one stage, by scheme."""
-    counts = {scheme: sum(site.scheme == scheme for site in stage.sites) for scheme in SCHEMES}
-    return [Share(SCHEMES[it][0], 0.0, it, str(count)) for it, count in counts.items() if count]
-
-
-def pass_bars(timings: Timings) -> list[tuple[str, float, float, int]]:
-    """(name, seconds, percent of the longest, bytes by which it raised the peak); at the end what no pass took."""
-    rest = max(0.0, timings.seconds - sum(it.seconds for it in timings.passes))
-    rows = [(it.name, it.seconds, it.raised_bytes) for it in timings.passes]
+def pass_times(timings: Timings) -> list[tuple[str, float, float, int]]:
+    """(pass, seconds, percent of the longest, bytes by which the peak memory grew); the last row is all other time."""
+    rest = max(0.0, timings.seconds - sum(step.seconds for step in timings.passes))
+    rows = [(step.name, step.seconds, step.raised_bytes) for step in timings.passes]
     rows.append(("reading, tracing, checking, writing", rest, 0))
     longest = max(seconds for _, seconds, _ in rows) or 1.0
     return [(name, seconds, 100 * seconds / longest, raised) for name, seconds, raised in rows]
 
 
-def _titled(every: Sequence[Tower], charts_of: Callable[[Tower], list[Chart]]) -> list[tuple[str, list[Chart]]]:
-    return [(tower.title, charts) for tower in every if (charts := charts_of(tower))]
-
-
-def _cell(site: SiteFacts) -> Cell:
-    kind, letter, title = SCHEMES[site.scheme]
-    facts = [title + (f" of {site.group_size}" if site.group_size else "")]
-    facts += [site.reason] if site.reason else []
-    facts += [f"input from {site.low:.3g} to {site.high:.3g}"] if site.low is not None and site.high is not None else []
-    facts += [f"predicted SQNR {site.predicted:.1f} dB on its own"] if site.predicted is not None else []
-    return Cell(kind, letter, f"{site.name}: {'; '.join(facts)}")
+def _by_tower(towers: Sequence[Tower], charts_of: Callable[[Tower], list[Chart]]) -> list[tuple[str, list[Chart]]]:
+    return [(tower.title, charts) for tower in towers if (charts := charts_of(tower))]

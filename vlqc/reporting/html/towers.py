@@ -1,72 +1,77 @@
-"""The stages of a model as a reader sees them: towers of layers, each with the same roles."""
+"""Stages grouped into towers (vision, merger, language) whose layers have the same roles, and figures per stage."""
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from vlqc.reporting.html.schema import LARGEST, SHARES, Facts, InputFacts, SiteFacts, StageFacts
+from vlqc.reporting.html.schema import LARGEST, SHARES, InputData, ReportData, SiteData, StageData
 
-MIDDLE = SHARES.index(0.5)
+MEDIAN = SHARES.index(0.5)
 TITLES = {"vision": "Vision tower", "merger": "Merger", "language": "Language model"}
 
 
 @dataclass
 class Tower:
-    """Consecutive stages of one kind. stem: what their names begin with; roles: of their sites, in order; readers: of
-    their inputs, each named after the sites that read it."""
+    """Consecutive stages whose names differ in their number only.
+
+    prefix: of the names of its stages. roles: names of linear layers within a stage. input_labels: one per activation
+    that linear layers read, made of the names of these layers.
+    """
 
     title: str
-    stem: str
-    stages: list[StageFacts] = field(default_factory=list)
+    prefix: str
+    stages: list[StageData] = field(default_factory=list)
 
     @property
     def labels(self) -> list[str]:
-        """Of the stages: their numbers, or what else their names end with."""
-        return [label_of(stage.name) for stage in self.stages]
+        """One per stage: its number, or the last part of its name."""
+        return [stage_label(stage.name) for stage in self.stages]
 
     @property
     def roles(self) -> list[str]:
-        return list(dict.fromkeys(role_of(site, stage) for stage in self.stages for site in stage.sites))
+        return list(dict.fromkeys(site_role(site, stage) for stage in self.stages for site in stage.sites))
 
     @property
-    def readers(self) -> list[str]:
-        return list(dict.fromkeys(reader_of(it, stage) for stage in self.stages for it in stage.inputs))
+    def input_labels(self) -> list[str]:
+        return list(dict.fromkeys(input_label(data, stage) for stage in self.stages for data in stage.inputs))
 
-    def site(self, stage: StageFacts, role: str) -> SiteFacts | None:
-        return next((site for site in stage.sites if role_of(site, stage) == role), None)
+    def site(self, stage: StageData, role: str) -> SiteData | None:
+        return next((site for site in stage.sites if site_role(site, stage) == role), None)
 
-    def inputs(self, reader: str) -> list[InputFacts | None]:
-        """One per stage."""
-        return [next((it for it in stage.inputs if reader_of(it, stage) == reader), None) for stage in self.stages]
-
-
-def towers(facts: Facts) -> list[Tower]:
-    """All stages, in the order of the model."""
-    found: list[Tower] = []
-    for stage in facts.stages:
-        stem = re.sub(r"\.?\d+$", "", stage.name)
-        if not found or found[-1].stem != stem:
-            found.append(Tower(TITLES.get(stage.part, stage.part), stem))
-        found[-1].stages.append(stage)
-    return found
+    def inputs(self, label: str) -> list[InputData | None]:
+        """The activation with this label, one per stage."""
+        return [
+            next((data for data in stage.inputs if input_label(data, stage) == label), None) for stage in self.stages
+        ]
 
 
-def label_of(stage: str) -> str:
+def group_stages(data: ReportData) -> list[Tower]:
+    """All stages in the order of the model."""
+    towers: list[Tower] = []
+    for stage in data.stages:
+        prefix = re.sub(r"\.?\d+$", "", stage.name)
+        if not towers or towers[-1].prefix != prefix:
+            towers.append(Tower(TITLES.get(stage.part, stage.part), prefix))
+        towers[-1].stages.append(stage)
+    return towers
+
+
+def stage_label(stage: str) -> str:
     """model.layers.12 -> 12; visual.merger -> merger"""
     return stage.rpartition(".")[2]
 
 
-def role_of(site: SiteFacts, stage: StageFacts) -> str:
+def site_role(site: SiteData, stage: StageData) -> str:
     """model.layers.3.self_attn.q_proj -> self_attn.q_proj"""
     return site.name.removeprefix(f"{stage.name}.")
 
 
-def reader_of(read: InputFacts, stage: StageFacts) -> str:
-    """Names of the sites that read an input, what they share written once: self_attn.{q,k,v}_proj"""
-    return folded([name.removeprefix(f"{stage.name}.") for name in read.sites])
+def input_label(data: InputData, stage: StageData) -> str:
+    """Names of the layers that read an activation, combined: self_attn.{q,k,v}_proj"""
+    return combine_names([name.removeprefix(f"{stage.name}.") for name in data.sites])
 
 
-def folded(names: Sequence[str]) -> str:
+def combine_names(names: Sequence[str]) -> str:
     """mlp.gate_proj, mlp.up_proj -> mlp.{gate,up}_proj"""
     if len(names) == 1:
         return names[0]
@@ -74,35 +79,35 @@ def folded(names: Sequence[str]) -> str:
     members = [name.rpartition(".")[2] for name in names]
     if len(parents) > 1:
         return ", ".join(names)
-    end = "_proj" if all(member.endswith("_proj") for member in members) else ""
+    suffix = "_proj" if all(member.endswith("_proj") for member in members) else ""
     parent = parents.pop()
-    return f"{parent}{'.' if parent else ''}{{{','.join(member.removesuffix(end) for member in members)}}}{end}"
+    return f"{parent}{'.' if parent else ''}{{{','.join(member.removesuffix(suffix) for member in members)}}}{suffix}"
 
 
-def peak(read: InputFacts, *, after: bool) -> float | None:
-    """The largest magnitude of any channel."""
-    curves = (read.after if after else read.before).values()
+def largest_magnitude(data: InputData, *, after: bool) -> float | None:
+    """Of any channel, before or after smoothing."""
+    curves = (data.after if after else data.before).values()
     return max((curve[0] for curve in curves), default=None)
 
 
-def typical(read: InputFacts, *, after: bool) -> float | None:
-    """The largest magnitude of the channel in the middle; of the modality where it is larger."""
-    curves = (read.after if after else read.before).values()
-    return max((curve[MIDDLE] for curve in curves), default=None)
+def median_magnitude(data: InputData, *, after: bool) -> float | None:
+    """Largest magnitude of the median channel; of the two modalities the larger one."""
+    curves = (data.after if after else data.before).values()
+    return max((curve[MEDIAN] for curve in curves), default=None)
 
 
-def outlier_factor(stage: StageFacts, *, after: bool) -> float | None:
-    """How many times the typical channel the largest one is, at the worst input of a quantized site; None: no such."""
+def outlier_factor(stage: StageData, *, after: bool) -> float | None:
+    """Largest magnitude over that of the median channel, at the worst input of a quantized layer; None without any."""
     quantized = {site.name for site in stage.sites if site.scheme != "FLOAT"}
     factors = []
-    for read in stage.inputs:
-        large, middle = peak(read, after=after), typical(read, after=after)
-        if quantized.intersection(read.sites) and large is not None and middle:
-            factors.append(max(1.0, min(large / middle, LARGEST)))
+    for data in stage.inputs:
+        largest, median = largest_magnitude(data, after=after), median_magnitude(data, after=after)
+        if quantized.intersection(data.sites) and largest is not None and median:
+            factors.append(max(1.0, min(largest / median, LARGEST)))
     return max(factors, default=None)
 
 
-def worst(stages: Sequence[StageFacts]) -> tuple[str, str, float] | None:
+def lowest_sqnr(stages: Sequence[StageData]) -> tuple[str, str, float] | None:
     """(stage, modality, dB) with the lowest measured SQNR."""
-    known = [(stage.name, modality, value) for stage in stages for modality, value in stage.sqnr.items()]
-    return min(known, key=lambda it: it[2], default=None)
+    measured = [(stage.name, modality, sqnr) for stage in stages for modality, sqnr in stage.sqnr.items()]
+    return min(measured, key=lambda row: row[2], default=None)

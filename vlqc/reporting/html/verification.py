@@ -1,4 +1,4 @@
-"""What `vlqc verify --json_file FILE` wrote, as far as the report shows it: logits, groups by their share, advice."""
+"""The file of `vlqc verify --json_file`, as far as the report page shows it: logits, error by group, advice."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,13 +9,14 @@ from vlqc.files import parse_json, read_regular_file
 from vlqc.verify.findings import RANKING
 
 LOGITS = "logits against float"
+LEGEND = "in the table"
 SHARE = "share %"
-FIX = "give the file that `vlqc verify FOLDER ... --locate --json_file FILE` wrote"
+FIX = "pass the file of `vlqc verify FOLDER ... --locate --json_file FILE`"
 
 
 @dataclass(frozen=True)
-class Table:
-    """columns; rows: text per cell; bars: percent of the longest per row, empty where nothing is compared."""
+class RankingTable:
+    """rows: text per cell; bars: share of the error per row, in percent of the largest share."""
 
     columns: list[str]
     rows: list[list[str]]
@@ -24,60 +25,63 @@ class Table:
 
 @dataclass(frozen=True)
 class Verification:
-    """ok: whether the folder passed; engine: whose rules were held; logits: (name, figure); located: the ranking, None
-    where it was not asked for; legend: what its columns mean; advice: (what, why, what to do); manifest: SHA-256 of the
-    folder's MANIFEST.json, empty where the file does not tell it."""
+    """A verification as the page shows it.
+
+    ok: whether no check found a fault. engine: whose rules were checked. logits: (name, value). ranking: groups of
+    layers by their share of the error, None without --locate. legend: meaning of the columns. advice: (what, why, fix).
+    manifest: SHA-256 of the folder's MANIFEST.json, empty in files of older versions.
+    """
 
     ok: bool
     engine: str
     logits: list[tuple[str, str]]
-    located: Table | None
+    ranking: RankingTable | None
     legend: str
     advice: list[tuple[str, str, str]]
     manifest: str = ""
 
 
 def read_verification(path: Path) -> Verification:
-    """UserError for a file that cannot be read, or that something else wrote."""
+    """UserError for a file that cannot be read or that `vlqc verify` did not write."""
     try:
-        return _read(parse_json(read_regular_file(path).decode()))
+        return _parse(parse_json(read_regular_file(path).decode()))
     except OSError as error:
-        raise UserError(Fault(f"{path.name} cannot be read", str(path), str(error), FIX)) from None
+        raise UserError(Fault(f"cannot read {path.name}", str(path), str(error), FIX)) from None
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         why = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
-        raise UserError(Fault(f"{path.name} is no verification", str(path), why, FIX)) from None
+        raise UserError(Fault(f"{path.name} is not a verification", str(path), why, FIX)) from None
 
 
-def _read(content: dict[str, Any]) -> Verification:
+def _parse(content: dict[str, Any]) -> Verification:
     if str(content.get("format", "")).startswith("vlqc timings"):
-        raise ValueError("it holds timings, which --timings takes")
-    if lacking := [key for key in ("ok", "engine", "facts") if key not in content]:
-        raise ValueError(f"it does not say {lacking[0]!r}")
+        raise ValueError("it is a file of timings, for --timings")
+    if missing := [key for key in ("ok", "engine", "facts") if key not in content]:
+        raise ValueError(f"key {missing[0]!r} is missing")
     facts = content["facts"]
     rows = facts.get(RANKING)
     return Verification(
         ok=content["ok"] is True,
         engine=str(content["engine"]),
-        logits=[(str(name), _figure(value, 6)) for name, value in facts.get(LOGITS, {}).items()],
-        located=_table(rows) if rows else None,
-        legend=str(facts.get("in the table", "")),
-        advice=[(str(it["what"]), str(it["why"]), str(it["fix"])) for it in content.get("advice", [])],
+        logits=[(str(name), _format(value, 6)) for name, value in facts.get(LOGITS, {}).items()],
+        ranking=_ranking(rows) if rows else None,
+        legend=str(facts.get(LEGEND, "")),
+        advice=[(str(row["what"]), str(row["why"]), str(row["fix"])) for row in content.get("advice", [])],
         manifest=str(content.get("manifest") or ""),
     )
 
 
-def _table(rows: list[dict[str, Any]]) -> Table:
+def _ranking(rows: list[dict[str, Any]]) -> RankingTable:
     first, *others = (str(name) for name in rows[0])
-    others.sort(key=lambda name: name != SHARE)  # what the ranking goes by stands where the narrowest screen shows it
+    others.sort(key=lambda name: name != SHARE)  # second column, so that narrow screens show it
     columns = [first, *others]
     shares = [float(row.get(SHARE, 0.0)) for row in rows]
-    longest = max(shares) or 1.0
-    return Table(
+    largest = max(shares) or 1.0
+    return RankingTable(
         columns,
-        [[_figure(row[name]) for name in columns] for row in rows],
-        [max(0.0, min(100.0, 100 * (it / longest))) for it in shares],
+        [[_format(row[name]) for name in columns] for row in rows],
+        [max(0.0, min(100.0, 100 * (share / largest))) for share in shares],
     )
 
 
-def _figure(value: Any, digits: int = 4) -> str:
+def _format(value: Any, digits: int = 4) -> str:
     return f"{value:.{digits}g}" if isinstance(value, float) else str(value)

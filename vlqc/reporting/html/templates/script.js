@@ -1,15 +1,15 @@
-// Everything on the page can be read without this: it adds a line that explains the cell in focus, and a copy button.
+// The page is complete without scripts. This one adds a line that describes the selected cell, and a copy button.
 (() => {
-  const told = document.getElementById("told");
-  told.hidden = false;
+  const selected = document.getElementById("selected");
+  selected.hidden = false;
   for (const map of document.querySelectorAll(".map")) {
     const rows = [...map.tBodies[0].rows].map((row) => [...row.cells].slice(1));
     const cells = rows.flat();
     let at = [0, 0];
     const show = (cell) => {
-      document.querySelectorAll(".map .picked").forEach((it) => it.classList.remove("picked"));
+      document.querySelectorAll(".map .picked").forEach((cell) => cell.classList.remove("picked"));
       cell.classList.add("picked");
-      told.textContent = cell.title;
+      selected.textContent = cell.title;
     };
     const move = (row, column, focus) => {
       const cell = rows[row] && rows[row][column];
@@ -21,17 +21,17 @@
     };
     cells.forEach((cell) => (cell.tabIndex = -1));
     if (cells.length) cells[0].tabIndex = 0;
-    const place = (cell) => [rows.findIndex((row) => row.includes(cell)), cell.cellIndex - 1];
+    const position = (cell) => [rows.findIndex((row) => row.includes(cell)), cell.cellIndex - 1];
     map.addEventListener("mouseover", (event) => event.target.matches("td") && show(event.target));
     map.addEventListener("focusin", (event) => event.target.matches("td") && show(event.target));
-    map.addEventListener("click", (event) => event.target.matches("td") && move(...place(event.target), true));
+    map.addEventListener("click", (event) => event.target.matches("td") && move(...position(event.target), true));
     map.addEventListener("keydown", (event) => {
       if (!event.target.matches("td")) return;
-      const turned = getComputedStyle(map).display === "grid";
+      const transposed = getComputedStyle(map).display === "grid";
       const step = { ArrowRight: [0, 1], ArrowLeft: [0, -1], ArrowDown: [1, 0], ArrowUp: [-1, 0] }[event.key];
       if (!step) return;
       event.preventDefault();
-      move(at[0] + step[turned ? 1 : 0], at[1] + step[turned ? 0 : 1], true);
+      move(at[0] + step[transposed ? 1 : 0], at[1] + step[transposed ? 0 : 1], true);
     });
   }
   const open = () => {

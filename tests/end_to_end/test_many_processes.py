@@ -1,4 +1,4 @@
-"""Several processes, as torchrun starts them, on a small checkpoint: the same bytes as one, and one end for all."""
+"""Several processes under torchrun: the same bytes as from one process, and an error on one ends all."""
 
 import filecmp
 import os
@@ -12,6 +12,8 @@ import pytest
 from torch import Tensor
 
 from tests.support import tiny
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tests" / "support" / "distributed_runs.py"
@@ -89,7 +91,7 @@ def test_a_killed_process_ends_all(checkpoint: Path, alone: Path, tmp_path: Path
     killed.mkdir()
     done = ran(SCRIPT, checkpoint, killed, 1, "model.layers.0", processes=2)
     assert done.returncode != 0
-    assert done.stderr.count("error: ") == 1 and "another of the 2 processes of this run has ended" in done.stderr
+    assert done.stderr.count("error: ") == 1 and "connection lost" in done.stderr
     assert "3 of 4 stages are finished" in done.stderr
     assert [path.name[:16] for path in killed.iterdir()] == [".photos.partial-"]
     for processes in (1, 2):  # another number of processes, and the same one
@@ -109,4 +111,4 @@ def test_a_bad_option_is_told_once(checkpoint: Path, tmp_path: Path) -> None:
     done = ran("-m", "vlqc", "compile", *options, processes=2)
     assert done.returncode != 0
     assert done.stderr.count("--w_bit is 4 or 8") == 1 and "(exitcode: 2)" in done.stderr
-    assert "process" not in done.stderr.split("choose 4 or 8")[0]
+    assert "rank" not in done.stderr.split("choose 4 or 8")[0]

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from vlqc.errors import Fault, UserError
 from vlqc.families.qwen2_5_vl import model_part
 from vlqc.frontend.calibration.probe import PROBE, choose_probe
-from vlqc.frontend.distributed import ProcessGroup
+from vlqc.frontend.process_group import ProcessGroup
 from vlqc.frontend.sequential import Stop
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.frontend.tracing import record

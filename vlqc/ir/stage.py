@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from vlqc.errors import Fault, UserError
-from vlqc.frontend.distributed import ProcessGroup
+from vlqc.frontend.process_group import ProcessGroup
 from vlqc.ir.attention import FusedAttention
 from vlqc.ir.bfloat16_linears import bfloat16_linears
 from vlqc.ir.bfloat16_linears import exact_bfloat16 as exact_bfloat16

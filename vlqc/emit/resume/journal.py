@@ -28,8 +28,8 @@ from vlqc.errors import Fault, UserError, VlqcError
 from vlqc.files import sha256_of
 from vlqc.frontend.calibration.probe import PROBE
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
-from vlqc.frontend.distributed import ProcessGroup
 from vlqc.frontend.memory import GIB, check_memory, estimate_memory, is_out_of_memory
+from vlqc.frontend.process_group import ProcessGroup
 from vlqc.frontend.sequential import Answers
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.serialization import NotSerializable

@@ -92,23 +92,22 @@ def test_a_killed_process_ends_all(checkpoint: Path, alone: Path, tmp_path: Path
     done = ran(SCRIPT, checkpoint, killed, 1, "model.layers.0", processes=2)
     assert done.returncode != 0
     assert done.stderr.count("error: ") == 1 and "connection lost" in done.stderr
-    assert "3 of 4 stages are finished" in done.stderr
+    assert "3 of 4" in done.stderr
     assert [path.name[:16] for path in killed.iterdir()] == [".photos.partial-"]
     for processes in (1, 2):  # another number of processes, and the same one
         copy = shutil.copytree(killed, tmp_path / f"{processes}")
         done = ran(SCRIPT, checkpoint, copy, "resume", processes=processes)
         assert done.returncode == 0, done.stderr
-        assert done.stderr.count("3 of 4 stages were finished before") == 1
+        assert done.stderr.count("3 of 4") == 1
         assert [path.name for path in copy.iterdir()] == ["photos"]
         made = files(alone / "photos")
         assert files(copy / "photos") == made
         assert filecmp.cmpfiles(alone / "photos", copy / "photos", made, shallow=False) == (made, [], [])
 
 
-def test_a_bad_option_is_told_once(checkpoint: Path, tmp_path: Path) -> None:
-    """Catches N copies of one error, and processes that wait for one that has ended already."""
+def test_an_invalid_option_is_reported_once(checkpoint: Path, tmp_path: Path) -> None:
+    """Catches one error message per rank, and ranks that wait for one that has ended already."""
     options = ["--model_path", checkpoint, "--save_directory", tmp_path / "out", "--w_bit", "5"]
     done = ran("-m", "vlqc", "compile", *options, processes=2)
     assert done.returncode != 0
-    assert done.stderr.count("--w_bit is 4 or 8") == 1 and "(exitcode: 2)" in done.stderr
-    assert "rank" not in done.stderr.split("choose 4 or 8")[0]
+    assert done.stderr.count("error: ") == done.stderr.count("error: --w_bit") == 1 and "(exitcode: 2)" in done.stderr

@@ -1,4 +1,4 @@
-"""What each process runs in tests of several: `torchrun ... many_processes.py CHECKPOINT FOLDER [RANK STAGE | resume]`.
+"""What each process runs in tests of several: `torchrun ... distributed_runs.py CHECKPOINT FOLDER [RANK STAGE | resume]`.
 
 Compiles every case through the Python API, and last some photographs by command line. With RANK and STAGE that command
 line alone, in which the process of that number is killed when that stage comes; with the word, it goes on from there.

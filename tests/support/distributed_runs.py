@@ -1,7 +1,7 @@
-"""What each process runs in tests of several: `torchrun ... distributed_runs.py CHECKPOINT FOLDER [RANK STAGE | resume]`.
+"""Program of each rank in tests of several processes: `torchrun ... distributed_runs.py CHECKPOINT FOLDER [...]`.
 
-Compiles every case through the Python API, and last some photographs by command line. With RANK and STAGE that command
-line alone, in which the process of that number is killed when that stage comes; with the word, it goes on from there.
+Compiles every case through the Python API, and at last images by command line. With the arguments RANK STAGE, only the
+command line runs, and that rank is killed when it reaches the stage; with `resume`, the command line resumes.
 """
 
 import os
@@ -18,16 +18,16 @@ from tests.support import tiny
 from vlqc.errors import UserError
 from vlqc.ir.stage import Stage
 
-PICTURE, TEXT, TWO, LARGE = tiny.mixed_samples()
+IMAGE, TEXT, TWO, LARGE = tiny.mixed_samples()
 # The samples of each case, and its options.
 CASES: dict[str, tuple[list[dict[str, Tensor]], dict[str, Any]]] = {
-    "static": ([PICTURE, TEXT, TWO, LARGE], {}),
+    "static": ([IMAGE, TEXT, TWO, LARGE], {}),
     "text first": (
-        # No picture for the first processes, one that is asked about twice for the last.
-        [TEXT, tiny.made_up(words=4, seed=5), PICTURE, tiny.asked_again(PICTURE, 9, 12, 31)],
+        # No image for the first ranks; one image with two prompts for the last.
+        [TEXT, tiny.made_up(words=4, seed=5), IMAGE, tiny.asked_again(IMAGE, 9, 12, 31)],
         {"anti_method": "none", "act_method": 1, "weight_method": "round"},
     ),
-    "refused": ([PICTURE, TEXT, TWO], {}),  # see `refuse`
+    "refused": ([IMAGE, TEXT, TWO], {}),  # see `refuse`
     "four bits": (
         [TWO, TEXT],  # fewer than three processes
         {
@@ -36,14 +36,14 @@ CASES: dict[str, tuple[list[dict[str, Tensor]], dict[str, Any]]] = {
         },
     ),
     "searched": (
-        [TEXT, PICTURE, TWO],
+        [TEXT, IMAGE, TWO],
         {"fallback": "auto", "max_float_groups": 2, "target": "vllm-ascend", "weight_method": "clip"},
     ),
 }  # fmt: skip
 
 
 def compile_all(checkpoint: Path, folder: Path) -> None:
-    """Every case, with the text of every stage after every pass beside it; of one that fails the error, per process."""
+    """Compiles every case with --dump_ir; writes the error of a case that fails, per rank."""
     import vlqc
 
     for name, (samples, options) in CASES.items():
@@ -58,23 +58,23 @@ def compile_all(checkpoint: Path, folder: Path) -> None:
 
 
 def command_line(checkpoint: Path, result: Path, *more: str) -> None:
-    """Ends the process."""
+    """Runs `vlqc compile`, which ends the process."""
     from vlqc.cli.commands import main
 
-    pictures = str(Path(__file__).parents[1] / "photos")
-    paths = ["--model_path", str(checkpoint), "--save_directory", str(result), "--calib_images", pictures]
+    images = str(Path(__file__).parents[1] / "photos")
+    paths = ["--model_path", str(checkpoint), "--save_directory", str(result), "--calib_images", images]
     sys.argv = ["vlqc", "compile", *paths, "--max_tokens", "60", "--max_samples", "3", *more]
     main()
 
 
 @contextmanager
-def before(name: str, happens: Callable[[Stage], None]) -> Iterator[None]:
-    """Inside, that happens each time a stage of this name is about to run its samples."""
+def before(name: str, action: Callable[[Stage], None]) -> Iterator[None]:
+    """Calls `action` each time a stage of this name is about to run its samples."""
     run = Stage.run
 
     def changed(stage: Stage, *watch: Any) -> None:
         if stage.name == name:
-            happens(stage)
+            action(stage)
         run(stage, *watch)
 
     Stage.run = changed  # type: ignore[method-assign]
@@ -85,12 +85,12 @@ def before(name: str, happens: Callable[[Stage], None]) -> Iterator[None]:
 
 
 def refuse(stage: Stage) -> None:
-    """An error on one process only: the one that has sample 2."""
+    """Raises an error on the rank that has sample 2."""
     if any(call.sample == 2 for call in stage.calls):
         raise UserError("sample 2 cannot be used")
 
 
-def lose(rank: str) -> Callable[[Stage], None]:
+def kill_rank(rank: str) -> Callable[[Stage], None]:
     def kill(stage: Stage) -> None:
         if os.environ["RANK"] == rank:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -100,7 +100,7 @@ def lose(rank: str) -> Callable[[Stage], None]:
 
 if __name__ == "__main__":
     if len(sys.argv) == 5:
-        with before(sys.argv[4], lose(sys.argv[3])):
+        with before(sys.argv[4], kill_rank(sys.argv[3])):
             command_line(Path(sys.argv[1]), Path(sys.argv[2]) / "photos")
     if len(sys.argv) == 4:
         command_line(Path(sys.argv[1]), Path(sys.argv[2]) / "photos", "--resume")

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 from tools.demo import tiny_task
 from vlqc.cli.commands import app

@@ -9,8 +9,8 @@ from typing import Any
 
 import greenlet
 import pytest
+from click.testing import CliRunner
 from torch import Tensor
-from typer.testing import CliRunner
 
 import vlqc
 from tests.support.interrupted_runs import (

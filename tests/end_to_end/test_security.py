@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from rich.console import Console
-from typer.testing import CliRunner
 
 import vlqc
 from tests.support.compiled_folder import make_content

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import Tensor
-from typer.testing import CliRunner
 
 import vlqc
 from tools.demo import tiny_task

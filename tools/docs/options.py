@@ -3,10 +3,9 @@
 python -m tools.docs.options > vlqc/docs/options.md
 """
 
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
-
-from typer.main import get_command
 
 from vlqc.cli.commands import app
 from vlqc.options.options import PANELS, Options
@@ -39,8 +38,8 @@ tags, anchors, `trust_remote_code: True` and `module:Class` in `pipeline` are re
 
 `--json` prints one JSON object on stdout, and `--json_file FILE` writes it to a file. After an error it has the keys
 `error` (`input`, `usage`, `internal` or `interrupted`), `exit_code`, `faults` (each with `what`, `where`, `why`,
-`fix`) and `notes`. Colors follow `NO_COLOR` and are off outside a terminal. `vlqc --install-completion` installs
-shell completion.
+`fix`) and `notes`. Colors follow `NO_COLOR` and are off outside a terminal. Shell completion:
+`eval "$(_VLQC_COMPLETE=bash_source vlqc)"` (also `zsh_source`, `fish_source`).
 
 | exit code | meaning |
 |---|---|
@@ -55,8 +54,7 @@ OF_EVERY_COMMAND = {"--json", "--json_file", "--quiet", "--help"}
 
 def commands() -> dict[str, Any]:
     """Command name -> click command; the group itself under the empty name."""
-    group: Any = get_command(app)
-    return {**group.commands, "": group}
+    return {**app.commands, "": app}
 
 
 def page() -> str:
@@ -65,7 +63,7 @@ def page() -> str:
     options = options_of(found["compile"])
     parts = [HEAD, "## `vlqc compile`\n"]
     for panel in PANELS:
-        shown = [each for each in options if each.rich_help_panel == panel]
+        shown = [each for each in options if each.panel == panel]
         parts.append(f"### {panel}\n\n{table(shown, Options.model_fields)}")
     parts.append(f"## Options of every command\n\n{table(each for each in options if flag(each) in OF_EVERY_COMMAND)}")
     for name, command in found.items():
@@ -79,7 +77,7 @@ def section(name: str, command: Any) -> str:
     arguments = [str(each.metavar or each.name) for each in command.params if each.param_type_name == "argument"]
     shared = {flag(each) for each in options_of(commands()["compile"])} if name == "passes" else OF_EVERY_COMMAND
     own = [each for each in options_of(command) if flag(each) not in shared]
-    text = f"## `{' '.join(['vlqc', name, *arguments])}`\n\n{command.help}\n"
+    text = f"## `{' '.join(['vlqc', name, *arguments])}`\n\n{inspect.cleandoc(command.help)}\n"
     if name == "passes":
         text += "\nWith `--explain`, it takes the options of `vlqc compile`.\n"
     return text + (f"\n{table(own)}" if own else "")

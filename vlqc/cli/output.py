@@ -1,199 +1,211 @@
-"""How a command ends: what goes to stdout and stderr, in words or as JSON, and the exit code.
+"""What a command prints, and how it exits: results and errors as text or JSON, exit codes, signals, broken streams.
 
-0: fine; 1: a folder failed verification; 2: something in the user's input; 70: a fault of vlqc; 130: interrupted.
-
-With --json stdout holds one JSON object and nothing else: the result, or `{"error": ...}` with the exit code and every
-fault as what, where, why and fix. Progress and warnings go to stderr as ever, with --quiet nothing but errors does.
+Exit codes are 0: success; 1: a folder failed verification, or two dumps differ; 2: invalid input; 70: a bug in vlqc;
+130: interrupted. With --json, stdout holds one JSON object: the result, or `{"error": ...}` with the exit code and the
+faults. Progress and warnings go to stderr.
 """
 
-import functools
-import inspect
+import contextlib
+import errno
+import io
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, NoReturn
 
-import typer
+import click
 from rich.console import Console
 from rich.text import Text
-from typer.core import TyperGroup
 
-from vlqc.cli.command_help import BARE
-from vlqc.cli.standard_streams import Unwritable
 from vlqc.errors import Fault, UserError, VlqcError, third_party_notes
 from vlqc.files import format_json
-from vlqc.frontend.distributed import current_process_group, init_distributed
+from vlqc.formatting import escape_control_chars
+from vlqc.frontend.distributed import init_distributed
 from vlqc.options.paths import output_faults
 
-FAILED, USER, INTERNAL, INTERRUPTED = 1, 2, 70, 130
-OUR_FAULT = "this is a fault of vlqc; please report it with the lines above"
-OUTPUT = "What this command prints"
-_signals: list[int] = []  # those that have come and are to end this program
+FAILED, INVALID_INPUT, INTERNAL, INTERRUPTED = 1, 2, 70, 130
+BUG = "this is a bug in vlqc; please report it with the traceback above"
+_signals: list[int] = []  # SIGINT and SIGTERM received so far
+
+# ---- results ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Answer:
-    """How a command gives its result: what its options --json, --json_file and --quiet say."""
+class CommandOutput:
+    """Where a command writes its result: the values of --json, --json_file and --quiet."""
 
     as_json: bool = False
     json_file: Path | None = None
     quiet: bool = False
 
-    def give(self, value: Any, render: Callable[[Console], None]) -> None:
-        """A result. value: for JSON; render: the same as words, onto a console."""
+    def write(self, value: Any, render: Callable[[Console], None]) -> None:
+        """Writes the result. value: for JSON; render: prints the same as text."""
         text = format_json(value)
         if self.json_file is not None:
             write_file("--json_file", self.json_file, text)
-        if self.as_json:
-            typer.echo(text, nl=False)
-        elif not self.quiet:
-            render(Console())
-
-
-ANSWER: dict[str, Any] = {
-    "as_json": Annotated[
-        bool,
-        typer.Option(
-            "--json",
-            metavar=BARE,
-            help="Print one JSON object on stdout and nothing else there.",
-            rich_help_panel=OUTPUT,
-        ),
-    ],
-    "json_file": Annotated[
-        Path | None,
-        typer.Option("--json_file", metavar="FILE", help="Also write that object into a file.", rich_help_panel=OUTPUT),
-    ],
-    "quiet": Annotated[
-        bool, typer.Option("--quiet", "-q", metavar=BARE, help="Print nothing but errors.", rich_help_panel=OUTPUT)
-    ],
-}
-
-
-class Commands(TyperGroup):
-    """The group of commands. With --json, what is wrong with the command line itself is told as JSON, too."""
-
-    def main(
-        self,
-        args: Sequence[str] | None = None,
-        prog_name: str | None = None,
-        complete_var: str | None = None,
-        standalone_mode: bool = True,
-        windows_expand_args: bool = True,
-        **extra: Any,
-    ) -> Any:
-        words = list(sys.argv[1:] if args is None else args)
-        as_json = standalone_mode and "--json" in words
         try:
-            ended = super().main(
-                words, prog_name, complete_var, standalone_mode and not as_json, windows_expand_args, **extra
-            )
-        except Exception as error:
-            if isinstance(error, Unwritable):  # --help, which no command tells
-                print_error(error)
-                sys.exit(USER)
-            message = getattr(error, "format_message", None)  # of the command line; commands tell of all else
-            if not as_json or message is None:
-                raise
-            fault = Fault(message(), fix="vlqc --help lists the commands, vlqc COMMAND --help their options")
-            _echo_json(_failure("usage", USER, [fault]))
-            sys.exit(USER)
-        if as_json:
-            sys.exit(ended if isinstance(ended, int) else 0)
-        return ended
-
-
-def answering(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives `command`, which takes an `answer`, the options that all commands have in its place.
-
-    What it raises becomes text on stderr, or JSON on stdout, and an exit code.
-    """
-    signature = inspect.signature(command)
-    own = [each for each in signature.parameters.values() if each.name != "answer"]
-    defaults = vars(Answer())
-    shared = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=kind)
-        for name, kind in ANSWER.items()
-    ]
-
-    @functools.wraps(command)
-    def answer(*args: Any, **given: Any) -> None:
-        how = Answer(**{name: given.pop(name) for name in ANSWER if name in given})
-        try:
-            check_file("--json_file", how.json_file)
-            command(*args, answer=how, **given)
-        except (typer.Exit, typer.Abort, BrokenPipeError):
+            if self.as_json:
+                click.echo(text, nl=False)
+            elif not self.quiet:
+                render(Console())
+        except BrokenPipeError:  # `vlqc ... | head`
             raise
-        except (Exception, KeyboardInterrupt) as error:
-            told = current_process_group().should_report(error)
-            if _signals or isinstance(error, KeyboardInterrupt):
-                code = INTERRUPTED
-                if told:
-                    _print_interrupted(error, as_json=how.as_json)
-            elif isinstance(error, VlqcError):
-                code = error.exit_code
-                if told:
-                    print_error(error, as_json=how.as_json and not isinstance(error, Unwritable))
-            else:
-                code = INTERNAL
-                if told:
-                    _print_unforeseen(error, as_json=how.as_json)
-            raise typer.Exit(code) from None
-
-    answer.__signature__ = signature.replace(parameters=[*own, *shared])  # type: ignore[attr-defined]
-    answer.__annotations__ = {each.name: each.annotation for each in (*own, *shared)}
-    return answer
+        except OSError as error:
+            fix = "free disk space or redirect stdout; files that options name are complete"
+            raise UserError(Fault("cannot write to stdout", why=str(error), fix=fix)) from error
 
 
-def together(command: Callable[..., None]) -> Callable[..., None]:
-    """Lets `command` run in all processes that torchrun started. Around everything: bad options, too, are told once."""
-
-    @functools.wraps(command)
-    def run(*args: Any, **given: Any) -> None:
-        try:
-            with init_distributed():
-                command(*args, **given)
-        except UserError as error:  # the processes do not find each other
-            print_error(error, as_json=bool(given.get("as_json")))
-            raise typer.Exit(error.exit_code) from None
-        except KeyboardInterrupt as error:  # they were still waiting for each other
-            _print_interrupted(error, as_json=bool(given.get("as_json")))
-            raise typer.Exit(INTERRUPTED) from None
-
-    return run
-
-
-def check_file(flag: str, file: Path | None) -> None:
-    """UserError for a file that cannot be written, or lies in a checkpoint: before the work, not after it."""
-    if file is not None and file.exists() and not file.is_dir() and not file.is_file():  # a pipe may never take it
-        fix = "name a file; --json prints on stdout" if flag == "--json_file" else "name a file"
-        raise UserError(Fault(f"{flag} {file} cannot be written", why="it is not an ordinary file", fix=fix))
-    if file is not None and (file.is_dir() or not file.parent.is_dir()):
-        why = "it is a folder" if file.is_dir() else f"there is no folder {file.parent}"
-        raise UserError(Fault(f"{flag} {file} cannot be written", why=why, fix="name a file in an existing folder"))
-    if file is not None and (faults := output_faults(f"{flag} {file} is not written", file)):
+def check_output_file(flag: str, path: Path | None) -> None:
+    """Raises UserError if the file cannot be written or is part of a checkpoint. Called before the work starts."""
+    if path is None:
+        return
+    what, fix = f"{flag} {path}: cannot write the file", "name a file in an existing folder"
+    if path.is_dir() or not path.parent.is_dir():
+        why = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise UserError(Fault(what, why=why, fix=fix))
+    if path.exists() and not path.is_file():  # nobody may ever read from a pipe
+        fix = "name a file, or use --json for JSON on stdout" if flag == "--json_file" else "name a file"
+        raise UserError(Fault(what, why="it is not a regular file", fix=fix))
+    if faults := output_faults(what, path):
         raise UserError(*faults)
 
 
-def write_file(flag: str, file: Path, text: str) -> None:
-    """UserError where it cannot be written although `check_file` found nothing: the disk is full, or not ours."""
+def write_file(flag: str, path: Path, text: str) -> None:
+    """Writes UTF-8. Raises UserError if that fails, for example on a full disk."""
     try:
-        file.write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UserError(Fault(f"{flag} {file} cannot be written", why=str(error), fix="name another file")) from None
+        raise UserError(
+            Fault(f"{flag} {path}: cannot write the file", why=str(error), fix="name another file")
+        ) from None
 
 
-def end_as_if_interrupted() -> None:
-    """Lets SIGTERM, which schedulers send, end a command as Ctrl-C does: what is finished is kept, and it says so.
+def print_lines(lines: Iterable[str], console: Console) -> None:
+    """Prints lines as they are: no markup, no wrapping, control characters escaped."""
+    for line in lines:
+        console.print(Text(escape_control_chars(line)), soft_wrap=True)
 
-    Either is remembered: code that was being imported may make another error of it. Where Ctrl-C is ignored, as in the
-    background of a script, it stays so. Not under torchrun, which ends the other processes by SIGTERM when one has told
-    what is wrong.
+
+def stderr() -> Console:
+    """A console on the current sys.stderr."""
+    return Console(stderr=True)
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+
+def run_and_exit(run: Callable[[], int | None], *, as_json: bool) -> NoReturn:
+    """Runs a command and exits. The only place that turns errors into messages and exit codes."""
+    try:
+        code = run() or 0
+    except (Exception, KeyboardInterrupt) as error:
+        code = _report(error, as_json=as_json)
+    sys.exit(code)
+
+
+@contextmanager
+def distributed_command() -> Iterator[None]:
+    """Runs a command in all processes that torchrun started; only one of them reports an error."""
+    with init_distributed() as process_group:
+        try:
+            yield
+        except (Exception, KeyboardInterrupt) as error:
+            if process_group.should_report(error):
+                raise
+            raise click.exceptions.Exit(_classify(error)[1]) from None
+
+
+def _classify(error: BaseException) -> tuple[str, int, Sequence[Fault]]:
+    """(kind of error in JSON, exit code, faults)."""
+    if _signals or isinstance(error, KeyboardInterrupt | click.Abort):
+        return "interrupted", INTERRUPTED, [Fault("interrupted")]
+    if isinstance(error, click.ClickException):
+        fix = "see vlqc --help for the commands and vlqc COMMAND --help for their options"
+        return "usage", INVALID_INPUT, [Fault(error.format_message(), fix=fix)]
+    if isinstance(error, VlqcError):
+        return ("input" if isinstance(error, UserError) else "internal"), error.exit_code, error.faults
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "input", INVALID_INPUT, [Fault(str(error), fix="free disk space or redirect the output")]
+    fix = ", ".join(third_party_notes(error)) or BUG
+    return "internal", INTERNAL, [Fault(f"{type(error).__name__}: {error}", fix=fix)]
+
+
+def _report(error: BaseException, *, as_json: bool) -> int:
+    """Prints an error as text on stderr, or as JSON on stdout. Returns the exit code."""
+    if isinstance(error, click.Abort):  # click raises it from KeyboardInterrupt
+        error = error.__cause__ or error
+    kind, code, faults = _classify(error)
+    notes: list[str] = list(getattr(error, "__notes__", ()))
+    unexpected = code == INTERNAL and not isinstance(error, VlqcError)
+    if unexpected:
+        traceback.print_exception(error)  # prints the notes, too
+        if faults[0].fix == BUG:
+            stderr().print(BUG)
+    faults_json = [asdict(fault) for fault in faults]
+    if as_json and _print_json({"error": kind, "exit_code": code, "faults": faults_json, "notes": notes}):
+        return code
+    if isinstance(error, click.ClickException):
+        error.show()
+    elif kind == "interrupted":
+        print_lines(["interrupted", *notes], stderr())
+    elif not unexpected:
+        for fault in faults:
+            _print_fault("error" if kind == "input" else "internal error", fault)
+        print_lines(notes, stderr())
+    return code
+
+
+def _print_fault(label: str, fault: Fault) -> None:
+    """The first line in bold where the terminal supports it."""
+    what, *details = str(fault).split("\n")
+    stderr().print(Text.assemble((f"{label}: ", "bold red"), (what, "bold")), soft_wrap=True)
+    print_lines(details, stderr())
+
+
+def _print_json(value: Any) -> bool:
+    """Whether stdout could be written."""
+    try:
+        click.echo(format_json(value), nl=False)
+    except OSError:
+        return False
+    return True
+
+
+# ---- the process -----------------------------------------------------------------------------------------------------
+
+
+class _LogStream(io.TextIOWrapper):
+    """stderr, whose failure (a full disk, a closed file) must not end the work: what cannot be written is dropped."""
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            super().flush()
+
+
+def prepare_process() -> None:
+    """Sets up the standard streams and the signals of a process that runs the command line.
+
+    Characters that a stream's encoding lacks are escaped. SIGTERM, which job schedulers send, raises KeyboardInterrupt,
+    as SIGINT does. Both are recorded, since code that runs during an import may turn KeyboardInterrupt into another
+    error. An ignored SIGINT (a background job) stays ignored. Under torchrun signals are left alone: it ends the other
+    processes by SIGTERM when one fails.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # None if it was closed before the start
+            stream.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stderr, io.TextIOWrapper):
+        encoding = sys.stderr.encoding
+        sys.stderr = _LogStream(sys.stderr.buffer, encoding, "backslashreplace", line_buffering=True)
 
     def interrupt(number: int, _: object) -> None:
         _signals.append(number)
@@ -204,57 +216,3 @@ def end_as_if_interrupted() -> None:
     signal.signal(signal.SIGTERM, interrupt)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupt)
-
-
-def stderr() -> Console:
-    return Console(stderr=True)
-
-
-def print_error(error: VlqcError, *, as_json: bool = False) -> None:
-    """The faults one below the other, what is wrong in bold where the terminal can."""
-    if as_json:
-        kind = "input" if isinstance(error, UserError) else "internal"
-        _echo_json(_failure(kind, error.exit_code, error.faults, error))
-        return
-    console = stderr()
-    if not isinstance(error, UserError):
-        console.print(Text(str(error)), soft_wrap=True)
-    for fault in error.faults if isinstance(error, UserError) else ():
-        head, *rest = str(fault).split("\n")
-        console.print(Text.assemble(("error: ", "bold red"), (head, "bold")), soft_wrap=True)
-        for line in rest:
-            console.print(Text(line), soft_wrap=True)
-    _print_notes(error)
-
-
-def _print_interrupted(error: BaseException, *, as_json: bool) -> None:
-    if as_json:
-        _echo_json(_failure("interrupted", INTERRUPTED, [Fault("interrupted")], error))
-        return
-    stderr().print("interrupted")
-    _print_notes(error)
-
-
-def _print_unforeseen(error: BaseException, *, as_json: bool) -> None:
-    traceback.print_exception(error)  # with the notes
-    others = third_party_notes(error)
-    if not others:
-        stderr().print(OUR_FAULT)
-    if as_json:
-        fault = Fault(f"{type(error).__name__}: {error}", fix=", ".join(others) or OUR_FAULT)
-        _echo_json(_failure("internal", INTERNAL, [fault], error))
-
-
-def _failure(kind: str, code: int, faults: Sequence[Fault], error: BaseException | None = None) -> dict[str, Any]:
-    notes = list(getattr(error, "__notes__", ()))
-    return {"error": kind, "exit_code": code, "faults": [asdict(fault) for fault in faults], "notes": notes}
-
-
-def _echo_json(value: Any) -> None:
-    typer.echo(format_json(value), nl=False)
-
-
-def _print_notes(error: BaseException) -> None:
-    """How to go on, where that is possible."""
-    for note in getattr(error, "__notes__", ()):
-        stderr().print(Text(note), soft_wrap=True)

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
 from tests.support.interrupted_runs import compile_into, failing, small
 from tests.support.report_pages import Page

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from rich.console import Console
 from torch import Tensor
-from typer.testing import CliRunner
 
 import vlqc
 from tests.support import compiled_folder

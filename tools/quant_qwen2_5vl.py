@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""The original script's command line, run by vlqc: its fifteen arguments, and those that `vlqc compile` adds.
+"""Drop-in replacement for msModelSlim's script of this name: its fifteen arguments and those of `vlqc compile`.
 
-    python quant_qwen2_5vl.py --model_path FLOAT --calib_images PICTURES --save_directory QUANTIZED --anti_method m4
+    python quant_qwen2_5vl.py --model_path FLOAT --calib_images IMAGES --save_directory QUANTIZED --anti_method m4
 
-Runs from a checkout, and as a copy anywhere else where vlqc is installed.
+Runs in a checkout, or as a copy anywhere if vlqc is installed.
 """
 
 import sys

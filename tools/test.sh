@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes the environment and runs every check: style, types, all tests with the pinned transformers, and the tests of the
-# whole path once more with the newest one. Works from any folder. Arguments go to pytest (first run only).
+# Creates the environment and runs all checks: style, types, all tests with the pinned transformers, and the tests marked
+# every_transformers with the newest transformers. Works from any folder. Arguments are passed to the first pytest run.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/ci/environment.sh"
 make_environment
@@ -13,14 +13,14 @@ say "Style: ruff"
 say "Types: mypy --strict"
 "$python" -m mypy
 
-# One worker per core, one thread each: two thread pools on the same cores only wait for each other.
+# One worker per core, with one thread each: thread pools that share cores slow each other down.
 export OMP_NUM_THREADS=1
 workers=(-n "$("$python" -c 'import os; print(min(4, len(os.sched_getaffinity(0))))')" --dist loadscope)
 
 say "Tests with transformers $("$python" -c 'import transformers; print(transformers.__version__)')"
 "$python" -m pytest "${workers[@]}" "$@"
 
-say "The whole path with transformers $(PYTHONPATH=$newest "$python" -c 'import transformers; print(transformers.__version__)')"
+say "End-to-end tests with transformers $(PYTHONPATH=$newest "$python" -c 'import transformers; print(transformers.__version__)')"
 PYTHONPATH=$newest "$python" -m pytest "${workers[@]}" -m every_transformers
 
 say "All checks passed"

@@ -48,12 +48,12 @@ def map_much(case: object, folder: Path) -> bool:
 def test_the_fuzzer_sees_what_it_looks_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches bounds that do not bind, and messages that nobody looks at: then all targets would pass for ever."""
     monkeypatch.setattr(fuzz.bounded.__wrapped__, "__defaults__", (0.2, fuzz.BYTES_PER_CASE))  # type: ignore[attr-defined]
-    with pytest.raises(fuzz.Hangs):
-        fuzz.tried(hang, None, tmp_path)
-    with pytest.raises(fuzz.Hungry):
-        fuzz.tried(eat, None, tmp_path)
+    with pytest.raises(fuzz.CaseTimeout):
+        fuzz.run_case(hang, None, tmp_path)
+    with pytest.raises(fuzz.CaseOutOfMemory):
+        fuzz.run_case(eat, None, tmp_path)
     with pytest.raises(OSError):
-        fuzz.tried(map_much, None, tmp_path)
+        fuzz.run_case(map_much, None, tmp_path)
 
     def refuse(what: object, folder: Path) -> bool:
         error = UserError(Fault("x"))
@@ -61,10 +61,10 @@ def test_the_fuzzer_sees_what_it_looks_for(tmp_path: Path, monkeypatch: pytest.M
         raise error
 
     for unprintable in ("\x1b[2J", "a\rb", ""):
-        with pytest.raises(AssertionError, match="cannot be shown"):
-            fuzz.tried(refuse, unprintable, tmp_path)
+        with pytest.raises(AssertionError, match="cannot be printed"):
+            fuzz.run_case(refuse, unprintable, tmp_path)
     with pytest.raises(UnicodeEncodeError):
-        fuzz.tried(refuse, "\ud800", tmp_path)
-    assert fuzz.tried(refuse, "refused", tmp_path) is False
+        fuzz.run_case(refuse, "\ud800", tmp_path)
+    assert fuzz.run_case(refuse, "refused", tmp_path) is False
     with pytest.raises(KeyError):
-        fuzz.tried(lambda case, folder: {}[case], "anything else", tmp_path)
+        fuzz.run_case(lambda case, folder: {}[case], "anything else", tmp_path)

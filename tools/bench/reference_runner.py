@@ -1,13 +1,12 @@
-"""Quantize one checkpoint with msModelSlim or with vlqc, in the environment whose Python runs this file.
+"""Quantizes a checkpoint with msModelSlim or vlqc, in the environment whose Python runs this file.
 
     python -m tools.bench.reference_runner {msmodelslim,vlqc} MODEL SAMPLES SAVE OPTIONS
 
-MODEL: folder of the float checkpoint. SAMPLES: what `torch.save` wrote, a list of dicts of ready model inputs. SAVE:
-folder to write. OPTIONS: JSON object of vlqc's own option names (w_bit, anti_method, ...), which are those of
-msModelSlim's example script for Qwen2.5-VL; what only vlqc has is ignored by the other side.
+MODEL: folder of the float checkpoint. SAMPLES: list of dicts of model inputs, written by `torch.save`. SAVE: folder to
+write. OPTIONS: JSON object of options of vlqc (w_bit, anti_method, ...), which has those of msModelSlim's example
+script for Qwen2.5-VL; msModelSlim ignores the others.
 
-Both sides load the same tensors here, so that what they are charged for differs in their own work alone. vlqc and
-msModelSlim cannot share an environment's versions, hence nothing is imported at the top but the standard library.
+vlqc and msModelSlim need different package versions, so only the standard library is imported at the top.
 """
 
 import json
@@ -16,7 +15,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-SIDES = ("msmodelslim", "vlqc")
 FORWARD_ORDER = (  # positional parameters of Qwen2_5_VLForConditionalGeneration.forward in transformers 4.49
     "input_ids",
     "attention_mask",
@@ -45,18 +43,18 @@ DEFAULTS = {  # of the example script
 }
 
 
-def left_float(config: dict[str, Any]) -> list[str]:
-    """The Linears that the example script excludes; lm_head is left out by msModelSlim itself."""
+def excluded_layers(config: dict[str, Any]) -> list[str]:
+    """Linear layers that the example script excludes; msModelSlim itself excludes lm_head."""
     names = ["visual.merger.mlp.0", "visual.merger.mlp.2"]
     names += [f"visual.blocks.{index}.mlp.down_proj" for index in range(config["vision_config"]["depth"])]
     return names + [f"model.layers.{index}.mlp.down_proj" for index in range(config["num_hidden_layers"])]
 
 
 def run_msmodelslim(model_path: Path, samples: list[dict[str, Any]], save: Path, options: dict[str, Any]) -> None:
-    """What the example script does from its `from_pretrained` on: smooth, calibrate, save.
+    """The steps of the example script from `from_pretrained`: smooth, calibrate, save.
 
-    anti_method "none" leaves the smoothing out. The inputs are passed by position, as there: only so does the m4 of
-    msModelSlim find the token ids, and only them.
+    anti_method "none" omits smoothing. Inputs are passed by position, as in the script: msModelSlim's m4 finds the
+    token ids by position.
     """
     from msmodelslim.pytorch.llm_ptq.anti_outlier import AntiOutlier, AntiOutlierConfig  # type: ignore[import-not-found]
     from msmodelslim.pytorch.llm_ptq.llm_ptq_tools import Calibrator, QuantConfig  # type: ignore[import-not-found]
@@ -73,7 +71,9 @@ def run_msmodelslim(model_path: Path, samples: list[dict[str, Any]], save: Path,
         bits = {name: settings[name] for name in ("w_bit", "a_bit")}
         smoothing = AntiOutlierConfig(**bits, anti_method=method, dev_type="cpu", dev_id=None)
         AntiOutlier(model, calib_data=calibration, cfg=smoothing).process()
-    quantizing = QuantConfig(**settings, disable_names=left_float(config), dev_type="cpu", dev_id=None, mm_tensor=False)
+    quantizing = QuantConfig(
+        **settings, disable_names=excluded_layers(config), dev_type="cpu", dev_id=None, mm_tensor=False
+    )
     calibrator = Calibrator(model, quantizing, calib_data=calibration, disable_level="L0")
     calibrator.run()
     calibrator.save(str(save), save_type=["ascendV1"])
@@ -90,12 +90,12 @@ def run_vlqc(model_path: Path, samples: list[dict[str, Any]], save: Path, option
 
 
 def main(arguments: list[str]) -> None:
-    """Run one side."""
-    side, model_path, samples, save, options = arguments
+    """Entry point."""
+    tool, model_path, samples, save, options = arguments
     import torch
 
     torch.set_grad_enabled(False)
-    run = {"msmodelslim": run_msmodelslim, "vlqc": run_vlqc}[side]
+    run = {"msmodelslim": run_msmodelslim, "vlqc": run_vlqc}[tool]
     run(Path(model_path), torch.load(samples), Path(save), json.loads(options))
 
 

@@ -1,6 +1,6 @@
-"""What this machine can do at best, and how much of it a compilation has to do: a bound for the time of each phase.
+"""Lower bounds for the time of each phase of a compilation: amounts of work divided by rates of the machine.
 
-Rates are measured with the threads that the compilation gets. Work is counted from the shapes alone.
+Rates are measured with the compilation's number of threads. Amounts of work are computed from the shapes.
 """
 
 import math
@@ -23,15 +23,18 @@ from vlqc.passes.smooth_m2 import FLOORS, SmoothM2
 
 BLOCK = 4 << 20
 CANDIDATES, CONFIRMED = 1 + len(FLOORS) * SmoothM2.candidates, 1 + SmoothM2.confirm
-SHRINKAGES = 3  # factorisations of a Gram matrix, about
-MOST_KEPT, KEPT_BYTES = InsertObservers.tokens, InsertObservers.megabytes << 20  # rows of an input for the searches
+FACTORIZATIONS = 3  # of a Hessian, on average
+MOST_KEPT, KEPT_BYTES = (
+    InsertObservers.tokens,
+    InsertObservers.megabytes << 20,
+)  # rows of an input that are kept for searches
 WINDOW = 64  # vision rows
 ROWS_AT_A_TIME = 64
 
 
 @dataclass(frozen=True)
 class Rates:
-    """read, write: bytes per second from and to the disk; products in FLOP/s, the rest in values per second."""
+    """read, write: bytes per second, disk; bfloat16, float32: FLOP/s, matrix products; others: values per second."""
 
     read: float
     write: float
@@ -42,15 +45,15 @@ class Rates:
     digest: float
 
 
-def measured_rates(folder: Path, weights: Path, most: int = 1 << 30) -> Rates:
-    """folder: on the disk that takes the result; weights: a file on the disk that holds the checkpoint."""
+def measured_rates(folder: Path, weights: Path, max_bytes: int = 1 << 30) -> Rates:
+    """folder: on the disk of the result; weights: a file on the disk of the checkpoint."""
     side = 3584
     rows, weight = torch.randn(512, side), torch.randn(side, side)
     half_rows, half = rows.bfloat16(), weight.bfloat16()
     work = 2 * rows.numel() * side
     return Rates(
-        _read_rate(weights, most),
-        _write_rate(folder, most // 2),
+        _read_rate(weights, max_bytes),
+        _write_rate(folder, max_bytes // 2),
         work / _seconds(lambda: half_rows @ half.T),
         work / _seconds(lambda: rows @ weight.T),
         weight.numel() / _seconds(lambda: _round(weight)),
@@ -60,29 +63,29 @@ def measured_rates(folder: Path, weights: Path, most: int = 1 << 30) -> Rates:
 
 
 def _round(weight: Tensor) -> None:
-    """The least that rounding takes: what is rounded stays in the cache, and nothing is stored."""
-    space = torch.empty(ROWS_AT_A_TIME, weight.shape[1])
+    """Rounds in place in the cache, without storing results."""
+    buffer = torch.empty(ROWS_AT_A_TIME, weight.shape[1])
     for part in weight.split(ROWS_AT_A_TIME):
-        torch.div(part, 0.01, out=space).round_().clamp_(-127, 127)
+        torch.div(part, 0.01, out=buffer).round_().clamp_(-127, 127)
 
 
 def _seconds(work: Callable[[], object], times: int = 3) -> float:
-    """The shortest of a few runs."""
+    """The shortest of several runs."""
     work()
-    took = []
+    durations = []
     for _ in range(times):
         started = time.perf_counter()
         work()
-        took.append(time.perf_counter() - started)
-    return min(took)
+        durations.append(time.perf_counter() - started)
+    return min(durations)
 
 
-def _read_rate(file: Path, most: int) -> float:
+def _read_rate(file: Path, max_bytes: int) -> float:
     buffer = memoryview(bytearray(BLOCK))
     handle = os.open(file, os.O_RDONLY)
     try:
-        size = min(most, file.stat().st_size)
-        os.posix_fadvise(handle, 0, size, os.POSIX_FADV_DONTNEED)  # out of the system's cache
+        size = min(max_bytes, file.stat().st_size)
+        os.posix_fadvise(handle, 0, size, os.POSIX_FADV_DONTNEED)  # drop from the page cache
         started = time.perf_counter()
         for position in range(0, size, BLOCK):
             os.preadv(handle, [buffer], position)
@@ -104,8 +107,8 @@ def _write_rate(folder: Path, size: int) -> float:
         path.unlink(missing_ok=True)
 
 
-def forget(folder: Path) -> None:
-    """Takes the weight files of a folder out of the system's cache of files: they will be read from the disk."""
+def drop_from_page_cache(folder: Path) -> None:
+    """Drops the weight files of a folder from the page cache."""
     for path in folder.glob("*.safetensors"):
         handle = os.open(path, os.O_RDONLY)
         os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -114,7 +117,7 @@ def forget(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Work:
-    """What must be done at least. *_flops: products; *_values: numbers touched once."""
+    """Minimal work. *_flops: matrix products; *_values: values read or written once."""
 
     read_bytes: int
     write_bytes: int
@@ -147,31 +150,31 @@ def work_of(
 ) -> Work:
     """tokens, patches: rows of one sample in the language model and in the vision tower; quantized: names of weights.
 
-    Layers that stay float are run and proven, but neither searched nor rounded.
+    Float layers take part in forwards and fold checks, but not in searches and rounding.
     """
     shapes = tensor_shapes(case)
     outside = ("model.embed_tokens", "lm_head", "visual.patch_embed")
-    linears = {name: it for name, it in shapes.items() if len(it) == 2 and not name.startswith(outside)}
+    linears = {name: shape for name, shape in shapes.items() if len(shape) == 2 and not name.startswith(outside)}
 
     def rows(name: str) -> int:
         if "merger" in name:
             return patches // MERGE**2
         return patches if name.startswith("visual") else tokens
 
-    chosen = {name: it for name, it in linears.items() if name in quantized}
-    values = sum(math.prod(it) for it in chosen.values())
-    forward = sum(2 * math.prod(it) * rows(name) * samples for name, it in linears.items())
-    proofs = sum(2 * 2 * math.prod(it) * min(rows(name), proof_rows) for name, it in linears.items())
-    shared = ("k_proj.weight", "v_proj.weight", "up_proj.weight")  # they read what another one reads
-    inputs = [it[1] for name, it in chosen.items() if not name.endswith(shared)]
+    chosen = {name: shape for name, shape in linears.items() if name in quantized}
+    values = sum(math.prod(shape) for shape in chosen.values())
+    forward = sum(2 * math.prod(shape) * rows(name) * samples for name, shape in linears.items())
+    proofs = sum(2 * 2 * math.prod(shape) * min(rows(name), proof_rows) for name, shape in linears.items())
+    shared = ("k_proj.weight", "v_proj.weight", "up_proj.weight")  # read the same input as another layer
+    inputs = [shape[1] for name, shape in chosen.items() if not name.endswith(shared)]
     weight_flops = 0.0
     for outputs, columns in chosen.values():
         weight_flops += outputs * columns * min(columns, COLUMNS_PER_BLOCK)
     for columns in inputs:
         width, kept = min(columns, COLUMNS_PER_BLOCK), min(MOST_KEPT, KEPT_BYTES // (4 * columns), samples * tokens)
-        weight_flops += columns / width * (width**2 * kept + (SHRINKAGES + 1) * width**3 / 3)
+        weight_flops += columns / width * (width**2 * kept + (FACTORIZATIONS + 1) * width**3 / 3)
     return Work(
-        read_bytes=2 * sum(math.prod(it) for it in shapes.values()),
+        read_bytes=2 * sum(math.prod(shape) for shape in shapes.values()),
         write_bytes=written,
         forward_flops=forward,
         attention_flops=_attention(case, samples, tokens, patches),
@@ -180,7 +183,7 @@ def work_of(
         search_flops=CONFIRMED * 4.0 * ROWS_OF_WEIGHT * ROWS_OF_INPUT * sum(inputs),
         weight_flops=weight_flops,
         weight_values=values,
-        stage_values=sum(math.prod(it) for it in linears.values()),
+        stage_values=sum(math.prod(shape) for shape in linears.values()),
     )
 
 

@@ -1,9 +1,9 @@
-"""Checkpoints with the real shapes of Qwen2.5-VL and random bf16 weights, written as fast as the disk takes them.
+"""Writes checkpoints with the real shapes of Qwen2.5-VL and random bf16 weights.
 
     python -m tools.bench.scale_checkpoint TARGET --size 7B [--layers 2] [--vision_layers 2]
 
-A few channels of every norm are 5 to 24 times larger: activations have outliers. Weights repeat themselves every 16
-million values: that changes neither the time nor the memory that anything takes.
+A few channels of every norm are 5 to 24 times larger, so that activations have outliers. Weights repeat every 16
+million values, which affects neither time nor memory.
 """
 
 import argparse
@@ -27,14 +27,14 @@ SIZES = {
 }
 TIED = {"3B"}
 SHARD_BYTES = 4 * 2**30
-POOL = (1 << 24) + 43  # a prime: no row of any width repeats within a matrix of usual size
+POOL = (1 << 24) + 43  # a prime, so that rows do not repeat within a matrix
 BYTES = 2  # of a bf16 weight
-FULL_EVERY = 8  # vision blocks: every eighth one attends to the whole picture
+FULL_EVERY = 8  # vision blocks: every eighth has full attention
 
 
 @dataclass(frozen=True)
 class Case:
-    """A size, and how many of its layers are made and run."""
+    """A model size and the number of layers to run."""
 
     size: str
     layers: int
@@ -42,7 +42,7 @@ class Case:
 
     @classmethod
     def of(cls, size: str, layers: int | None = None, vision_layers: int | None = None) -> "Case":
-        """None: all that the size has. ValueError for more than that, or none."""
+        """None: all layers of the size. Raises ValueError for other numbers of layers."""
         full = SIZES[size]
         case = cls(
             size,
@@ -66,14 +66,14 @@ class Case:
         return self.size in TIED
 
     @property
-    def whole_picture(self) -> list[int]:
-        """Numbers of the vision blocks that attend to the whole picture: at least one does."""
+    def full_attention_blocks(self) -> list[int]:
+        """Numbers of the vision blocks with full attention, at least one."""
         return list(range(FULL_EVERY - 1, self.vision_layers, FULL_EVERY)) or [self.vision_layers - 1]
 
     @property
     def config(self) -> dict[str, Any]:
         config = config_of(self.shape, "bfloat16", self.tied)
-        config["vision_config"]["fullatt_block_indexes"] = self.whole_picture
+        config["vision_config"]["fullatt_block_indexes"] = self.full_attention_blocks
         return config
 
 
@@ -125,7 +125,7 @@ def checkpoint_bytes(case: Case) -> int:
 
 
 class Numbers:
-    """Random bf16 values of any number, cut out of one pool."""
+    """Random bf16 values from one pool."""
 
     def __init__(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
@@ -138,7 +138,7 @@ class Numbers:
         return self._pool[exponent]
 
     def matrix(self, count: int, inputs: int, gain: float) -> Iterator[Tensor]:
-        """`count` values in pieces: normal, of about gain / sqrt(inputs)."""
+        """`count` normal values in pieces, with a standard deviation of about gain / sqrt(inputs)."""
         pool = self.pool(round(math.log2(gain / math.sqrt(inputs))))
         start = int(torch.randint(POOL, (1,), generator=self.generator))
         while count:
@@ -148,19 +148,19 @@ class Numbers:
 
     def norm(self, count: int) -> Tensor:
         weight = 1 + 0.1 * torch.randn(count, generator=self.generator)
-        chosen = torch.randperm(count, generator=self.generator)[: max(1, count // 100)]
-        weight[chosen] *= 5 + 19 * torch.rand(len(chosen), generator=self.generator)
+        outliers = torch.randperm(count, generator=self.generator)[: max(1, count // 100)]
+        weight[outliers] *= 5 + 19 * torch.rand(len(outliers), generator=self.generator)
         return weight.bfloat16()
 
     def of(self, name: str, shape: tuple[int, ...]) -> Iterator[Tensor]:
-        """The values of a tensor in pieces."""
+        """The values of a tensor, in pieces."""
         if len(shape) == 1:
             is_norm = "norm" in name or "ln_q" in name
             yield self.norm(shape[0]) if is_norm else self.pool(-4)[: shape[0]]
             return
-        into_stream = name.endswith(("o_proj.weight", "down_proj.weight", "attn.proj.weight"))
+        writes_residual = name.endswith(("o_proj.weight", "down_proj.weight", "attn.proj.weight"))
         inputs = 1 if "embed_tokens" in name else math.prod(shape[1:])
-        yield from self.matrix(math.prod(shape), inputs, 0.25 if into_stream else 1.0)
+        yield from self.matrix(math.prod(shape), inputs, 0.25 if writes_residual else 1.0)
 
 
 def make(target: Path, case: Case, seed: int = 0) -> int:
@@ -169,7 +169,7 @@ def make(target: Path, case: Case, seed: int = 0) -> int:
     numbers, shapes = Numbers(seed), tensor_shapes(case)
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     for name, shape in shapes.items():
-        filled = BYTES * sum(math.prod(it) for it in shards[-1].values())
+        filled = BYTES * sum(math.prod(each) for each in shards[-1].values())
         if shards[-1] and filled + BYTES * math.prod(shape) > SHARD_BYTES:
             shards.append({})
         shards[-1][name] = shape
@@ -200,14 +200,14 @@ def _write_shard(path: Path, content: Mapping[str, tuple[int, ...]], numbers: Nu
 
 
 def samples_of(config: Mapping[str, Any], count: int, tokens: int, seed: int = 0) -> list[dict[str, Tensor]]:
-    """`count` ready model inputs of `tokens` tokens each: words around one random picture of most of them."""
+    """`count` model inputs of `tokens` tokens each, most of them of one random image between words."""
     generator = torch.Generator().manual_seed(seed)
     side = max(1, math.isqrt(int(tokens * 0.95)) // 4 * 4)  # in tokens; windows are 4 x 4
-    picture = [VISION_START, *[IMAGE] * side**2, VISION_END]
+    image = [VISION_START, *[IMAGE] * side**2, VISION_END]
     samples = []
     for _ in range(count):
-        words = torch.randint(8, config["vocab_size"], (tokens - len(picture) - 1,), generator=generator).tolist()
-        ids = torch.tensor([[1, *words[: len(words) // 2], *picture, *words[len(words) // 2 :]]])
+        words = torch.randint(8, config["vocab_size"], (tokens - len(image) - 1,), generator=generator).tolist()
+        ids = torch.tensor([[1, *words[: len(words) // 2], *image, *words[len(words) // 2 :]]])
         samples.append(
             {
                 "input_ids": ids,

@@ -1,9 +1,9 @@
-"""One compilation that is watched: how long each phase took, how much memory it needed, what it read and wrote.
+"""Runs one compilation and measures time, memory and disk access per phase.
 
     python -m tools.bench.scale_runner MODEL SAVE SAMPLES RESULT [NAME=VALUE ...]
 
-Time counts for the innermost phase that is running. Memory is the resident set of the whole process, looked at every
-few milliseconds, and the kernel's own highest mark.
+Time is assigned to the innermost running phase. Memory is the resident set size of the process, sampled every 20 ms,
+and the kernel's high-water mark.
 """
 
 import functools
@@ -18,18 +18,18 @@ from typing import Any
 
 STARTED = time.perf_counter()
 OTHER, IMPORTS = "other", "imports"
-INTERVAL = 0.02  # seconds between two looks at the memory
+INTERVAL = 0.02  # seconds between two samples of the memory
 PAGE = 4096
 
 
 class Phases:
-    """Of each phase of one thread: its seconds, the CPU seconds of all threads meanwhile, the highest memory."""
+    """Per phase of one thread: seconds, CPU seconds of all threads, peak memory."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {IMPORTS: 0.0}
         self.cpu: dict[str, float] = {}
         self.peak: dict[str, int] = {}
-        self.of_stage: dict[str, dict[str, float]] = {}
+        self.per_stage: dict[str, dict[str, float]] = {}
         self.thread = threading.get_ident()
         self._stack = [IMPORTS]
         self._since, self._cpu_since = STARTED, 0.0
@@ -49,28 +49,28 @@ class Phases:
         self._stack.pop()
 
     def stage(self, name: str) -> None:
-        """A stage begins: what follows up to `stage_done` is its own."""
+        """Starts a stage: phases up to `stage_done` are counted for it."""
         self._switch()
-        self.of_stage[name] = {phase: -seconds for phase, seconds in self.seconds.items()}
+        self.per_stage[name] = {phase: -seconds for phase, seconds in self.seconds.items()}
 
     def stage_done(self) -> None:
         self._switch()
-        of_stage = list(self.of_stage.values())[-1]
+        stage = list(self.per_stage.values())[-1]
         for phase, seconds in self.seconds.items():
-            of_stage[phase] = of_stage.get(phase, 0.0) + seconds
+            stage[phase] = stage.get(phase, 0.0) + seconds
 
     def imported(self) -> None:
         self._switch()
         self._stack[0] = OTHER
 
-    def look(self) -> None:
-        """Notes the memory of this moment."""
+    def sample_memory(self) -> None:
+        """Updates the peak memory of the running phase."""
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
         name = self._stack[-1]
         self.peak[name] = max(self.peak.get(name, 0), resident)
 
     def watch(self, owner: Any, attribute: str, name: str) -> None:
-        """Everything that this function of a module or class does belongs to the phase `name`."""
+        """Assigns the time in this function of a module or class to the phase `name`."""
         function: Callable[..., Any] = getattr(owner, attribute)
 
         @functools.wraps(function)
@@ -88,7 +88,7 @@ class Phases:
 
 
 def watch_compiler(phases: Phases) -> None:
-    """Puts the clock at every phase of a compilation."""
+    """Wraps the functions of each phase of a compilation."""
     import vlqc.compiler
     import vlqc.emit.atomic_folder
     import vlqc.frontend.stage_builder
@@ -108,7 +108,7 @@ def watch_compiler(phases: Phases) -> None:
     phases.watch(StreamedModel, "materialize", "reading")
     phases.watch(Checkpoint, "rows", "reading")
     phases.watch(Checkpoint, "tensor", "reading")
-    phases.watch(SequentialForward, "_resume", "glue")
+    phases.watch(SequentialForward, "_resume", "model code")
     phases.watch(vlqc.frontend.stage_builder, "record", "tracing")
     phases.watch(Stage, "run", "forward")
     phases.watch(insert_observers, "add_rows", "observing")
@@ -136,23 +136,23 @@ def watch_compiler(phases: Phases) -> None:
     phases.watch(StageMetrics, "finished", "report")
 
 
-def kernel_figures() -> dict[str, int]:
-    """Bytes that this process had read from and written to disks, and asked for; its highest resident set."""
-    counted = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+def kernel_counters() -> dict[str, int]:
+    """Bytes read and written by this process, on disk and by system calls; peak resident set size."""
+    io = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    figures = {name: int(counted[name]) for name in ("rchar", "wchar", "read_bytes", "write_bytes")}
-    return figures | {"peak_bytes": int(status["VmHWM"].split()[0]) * 1024}
+    counters = {name: int(io[name]) for name in ("rchar", "wchar", "read_bytes", "write_bytes")}
+    return counters | {"peak_bytes": int(status["VmHWM"].split()[0]) * 1024}
 
 
 def main(arguments: list[str]) -> None:
     model, save, samples, result, *rest = arguments
     phases, done = Phases(), threading.Event()
 
-    def keep_looking() -> None:
+    def sample() -> None:
         while not done.wait(INTERVAL):
-            phases.look()
+            phases.sample_memory()
 
-    threading.Thread(target=keep_looking, daemon=True).start()
+    threading.Thread(target=sample, daemon=True).start()
     import torch
 
     import vlqc
@@ -169,20 +169,20 @@ def main(arguments: list[str]) -> None:
             phases.stage_done()
 
     options: dict[str, Any] = dict(option.split("=", 1) for option in rest)
-    given = torch.load(samples, weights_only=True)
-    vlqc.compile(model_path=model, save_directory=save, samples=given, overwrite=True, progress=Stages(), **options)
+    inputs = torch.load(samples, weights_only=True)
+    vlqc.compile(model_path=model, save_directory=save, samples=inputs, overwrite=True, progress=Stages(), **options)
     phases.enter("end")
     done.set()
-    figures = {
+    measured = {
         "seconds": time.perf_counter() - STARTED,
         "cpu_seconds": time.process_time(),
         "phases": phases.seconds,
         "phases_cpu": phases.cpu,
-        "stages": phases.of_stage,
+        "stages": phases.per_stage,
         "peaks": phases.peak,
-        "kernel": kernel_figures(),
+        "kernel": kernel_counters(),
     }
-    Path(result).write_text(json.dumps(figures, indent=2), encoding="utf-8")
+    Path(result).write_text(json.dumps(measured, indent=2), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""Every scheme in every layout and dtype, tied and untied: compiled, verified, loaded back, compared.
+"""Compiles, verifies, loads and evaluates every scheme in every layout and dtype, tied and untied.
 
     python -m tools.bench.scheme_table [--seed N] [--json FILE]      # prints a table of logit SQNR
 
-The checkpoints are random with outliers of every kind (tools/checkpoints/outlier_checkpoint.py); calibration and
-evaluation inputs differ. "loads in" is what `vlqc verify` says; a combination that no engine version loads is still
-checked for structure and arithmetic.
+The checkpoints are random, with outliers (tools/checkpoints/outlier_checkpoint.py); calibration and evaluation inputs
+differ. Structure and arithmetic are verified for combinations that no engine version loads, too.
 """
 
 import argparse
@@ -36,12 +35,12 @@ SCHEMES: dict[str, dict[str, Any]] = {
 LAYOUTS: dict[str, dict[str, Any]] = {"default": {}, "mindie": {"mindie_format": True}}
 DTYPES = ("bfloat16", "float16", "float32")
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-SAMPLES = 6  # for calibration, and as many others to compare on
+SAMPLES = 6  # for calibration, and 6 others for evaluation
 
 
 @dataclass(frozen=True)
 class Row:
-    """One combination: sqnr of the logits in dB; faults that verify found; engines that load the folder, in words."""
+    """One combination: logit SQNR in dB, faults of `vlqc verify`, engine versions that load the folder."""
 
     scheme: str
     layout: str
@@ -54,7 +53,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Source:
-    """A float checkpoint with its inputs and the logits that a compiled folder should give."""
+    """A float checkpoint, its calibration and evaluation inputs, and its logits for the latter."""
 
     folder: Path
     dtype: str
@@ -65,7 +64,7 @@ class Source:
 
 
 def make_source(folder: Path, dtype: str, tied: bool, seed: int) -> Source:
-    """Writes a checkpoint into `folder` and runs it in float32."""
+    """Writes a checkpoint to `folder` and runs it in float32."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     config = make_outlier_checkpoint.make(folder, seed=seed, dtype=dtype, tied=tied)
@@ -76,7 +75,7 @@ def make_source(folder: Path, dtype: str, tied: bool, seed: int) -> Source:
 
 
 def measure(source: Source, save: Path, scheme: str, layout: str) -> Row:
-    """Compiles `source` into `save`, verifies the folder, loads it back and compares logits."""
+    """Compiles `source` to `save`, verifies and loads the folder, and compares logits."""
     options = {**SCHEMES[scheme], **LAYOUTS[layout]}
     vlqc.compile(model_path=source.folder, save_directory=save, samples=source.calibration, overwrite=True, **options)
     report = vlqc.verify_folder(save, model_path=source.folder)
@@ -92,11 +91,11 @@ def measure(source: Source, save: Path, scheme: str, layout: str) -> Row:
 @torch.no_grad()
 def run(model: nn.Module, samples: list[dict[str, Tensor]]) -> Tensor:
     """Logits float64 [all tokens, vocabulary]."""
-    return torch.cat([model(**with_token_types(it), use_cache=False).logits[0].double() for it in samples])
+    return torch.cat([model(**with_token_types(sample), use_cache=False).logits[0].double() for sample in samples])
 
 
 def main() -> None:
-    """All combinations, one row each."""
+    """Entry point."""
     parser = argparse.ArgumentParser(description="A table of logit SQNR over schemes, layouts, dtypes and tying.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="also write the rows as JSON")
@@ -113,22 +112,22 @@ def main() -> None:
 
 
 def show(rows: list[Row], console: Console) -> None:
-    """dB of the logits: one line per scheme and layout, one column per dtype and tying; then who loads what."""
+    """Prints logit SQNR per scheme and layout (rows), dtype and tying (columns), then the engines that load them."""
     columns = list(dict.fromkeys((row.dtype, row.tied) for row in rows))
     titles = [f"{SHORT[dtype]}{chr(10) + 'tied' if tied else ''}" for dtype, tied in columns]
     table = Table(Column("scheme", no_wrap=True), "layout", *(Column(title, justify="right") for title in titles))
-    loaded: dict[str, list[str]] = {}
+    loading: dict[str, list[str]] = {}
     for scheme, layout in dict.fromkeys((row.scheme, row.layout) for row in rows):
         by_column = {(row.dtype, row.tied): row for row in rows if (row.scheme, row.layout) == (scheme, layout)}
         table.add_row(
-            scheme, layout, *(f"{by_column[it].sqnr:.1f}{'!' * bool(by_column[it].faults)}" for it in columns)
+            scheme, layout, *(f"{by_column[each].sqnr:.1f}{'!' * bool(by_column[each].faults)}" for each in columns)
         )
         for row in by_column.values():
             engines = "; ".join(row.loads_in) or "no version"
-            loaded.setdefault(engines, []).append(f"{scheme}, {layout}, {SHORT[row.dtype]}")
+            loading.setdefault(engines, []).append(f"{scheme}, {layout}, {SHORT[row.dtype]}")
     console.print(table)
-    for engines, combinations in loaded.items():
-        console.print(f"loads in {engines}:", highlight=False)
+    for engines, combinations in loading.items():
+        console.print(f"loaded by {engines}:", highlight=False)
         for combination in dict.fromkeys(combinations):
             console.print(f"    {combination}", highlight=False)
 

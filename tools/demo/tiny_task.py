@@ -1,10 +1,10 @@
-"""The task of the tiny checkpoint `tools/demo/tiny_vl`: questions about pictures of coloured digits.
+"""The task of the tiny checkpoint `tools/demo/tiny_vl`: questions about images of coloured digits.
 
-A picture is 56 x 112 pixels: 2 x 4 cells of 28 x 28, one merged image token of Qwen2.5-VL per cell. Each cell shows one
+An image is 56 x 112 pixels: 2 x 4 cells of 28 x 28, one merged image token of Qwen2.5-VL per cell. Each cell shows one
 of ten digits in one of eight colours on a noisy background; no digit and no colour occurs twice. A sequence names every
-cell once, by colour or by digit, and answers with the other of the two: "red 7 3 blue ...". Pictures are drawn with
-Pillow's own font; nothing is downloaded. The "train" and the "test" split use different renderings of the digits (size,
-place, angle).
+cell once, by colour or by digit, followed by the other of the two: "red 7 3 blue ...". Images are drawn with Pillow's
+default font; nothing is downloaded. The splits "train" and "test" use different renderings of the digits (size,
+position, angle).
 
     python -m tools.demo.tiny_task FOLDER        # accuracy of a float checkpoint on the test split, in percent
 """
@@ -26,7 +26,7 @@ FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
-ROWS, COLUMNS, CELL = 2, 4, 28  # cells of a picture; pixels of a cell's side
+ROWS, COLUMNS, CELL = 2, 4, 28  # cells of an image; side of a cell in pixels
 CELLS = ROWS * COLUMNS
 COLOURS = {
     "red": (220, 40, 40),
@@ -47,34 +47,34 @@ WORDS = {FIRST_DIGIT + digit: str(digit) for digit in range(10)} | {
 }
 HEAD = (BEGIN, VISION_START, *[IMAGE] * CELLS, VISION_END)
 
-# Of Qwen2VLImageProcessor (OpenAI CLIP's mean and standard deviation per colour channel).
+# Constants of Qwen2VLImageProcessor: OpenAI CLIP's mean and standard deviation per colour channel.
 PATCH, MERGE, FRAMES = 14, 2, 2
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 GRID = (1, ROWS * MERGE, COLUMNS * MERGE)  # frames, patches down, patches across
 
-DRAWN_TOGETHER = 32  # samples per draw: fixed, so that asking for more samples of a seed does not change the first ones
+BATCH = 32  # samples per draw; fixed, so that the first samples of a seed do not depend on how many are drawn
 EVALUATION_SEED = 12345
 ATLAS_SEEDS = {"train": 1, "test": 2}
 
 
 class Drawing(NamedTuple):
-    """Some pictures and what they show."""
+    """A batch of images and their content."""
 
-    pictures: npt.NDArray[np.uint8]  # [count, 56, 112, 3]
+    images: npt.NDArray[np.uint8]  # [count, 56, 112, 3]
     digits: IntArray  # [count, CELLS], 0..9
     colours: IntArray  # [count, CELLS], index into COLOURS
 
 
 @functools.cache
 def glyph_masks(split: str) -> FloatArray:
-    """Opacity 0..1 of 256 renderings per digit, [10, 256, CELL, CELL]; the split fixes their size, place and angle."""
+    """Opacity 0..1 of 256 renderings per digit, [10, 256, CELL, CELL]; size, position and angle depend on the split."""
     random = np.random.default_rng(ATLAS_SEEDS[split])
     masks = np.zeros((10, 256, CELL, CELL), np.float32)
     for digit in range(10):
         for rendering in range(256):
             font = ImageFont.load_default(int(random.integers(18, 26)))
-            canvas = Image.new("L", (2 * CELL, 2 * CELL), 0)  # twice the cell, so that turning cuts no corner
+            canvas = Image.new("L", (2 * CELL, 2 * CELL), 0)  # twice the cell, so that rotation cuts no corner
             centre = (float(CELL + random.integers(-3, 4)), float(CELL + random.integers(-3, 4)))
             ImageDraw.Draw(canvas).text(centre, str(digit), fill=255, font=font, anchor="mm")
             turned = canvas.rotate(float(random.uniform(-20, 20)), resample=Image.Resampling.BILINEAR)
@@ -84,7 +84,7 @@ def glyph_masks(split: str) -> FloatArray:
 
 
 def draw(count: int, random: np.random.Generator, split: str) -> Drawing:
-    """Draw `count` pictures; `random` decides what they show, `split` ("train" or "test") which renderings are used."""
+    """Draws `count` images: their content from `random`, the renderings from `split` ("train" or "test")."""
     masks = glyph_masks(split)
     digits = np.argsort(random.random((count, 10)), 1)[:, :CELLS]
     colours = np.argsort(random.random((count, len(COLOURS))), 1)[:, :CELLS]
@@ -95,13 +95,13 @@ def draw(count: int, random: np.random.Generator, split: str) -> Drawing:
     foreground = paint * random.uniform(0.8, 1.05, (count, CELLS, 1, 1, 1))
     cells = opacity * foreground + (1 - opacity) * background
     cells = cells.reshape(count, ROWS, COLUMNS, CELL, CELL, 3).transpose(0, 1, 3, 2, 4, 5)
-    pictures = np.clip(cells.reshape(count, ROWS * CELL, COLUMNS * CELL, 3), 0, 255).astype(np.uint8)
-    return Drawing(pictures, digits, colours)
+    images = np.clip(cells.reshape(count, ROWS * CELL, COLUMNS * CELL, 3), 0, 255).astype(np.uint8)
+    return Drawing(images, digits, colours)
 
 
 def write_sentences(drawing: Drawing, random: np.random.Generator) -> tuple[IntArray, BoolArray]:
-    """Token ids [count, length] of one sequence per picture, and [count, length] True where the token is an answer."""
-    count = len(drawing.pictures)
+    """Token ids [count, length] of one sequence per image, and a mask [count, length] of the answers."""
+    count = len(drawing.images)
     order = np.argsort(random.random((count, CELLS)), 1)
     digit = FIRST_DIGIT + np.take_along_axis(drawing.digits, order, 1)
     colour = FIRST_COLOUR + np.take_along_axis(drawing.colours, order, 1)
@@ -113,13 +113,13 @@ def write_sentences(drawing: Drawing, random: np.random.Generator) -> tuple[IntA
     return input_ids, is_answer
 
 
-def cut_patches(pictures: npt.NDArray[np.uint8]) -> FloatArray:
+def cut_patches(images: npt.NDArray[np.uint8]) -> FloatArray:
     """Normalised patches [count * 32, 3 * 2 * 14 * 14] as Qwen2VLImageProcessor orders them.
 
-    Merge block by merge block, a picture counting as two equal frames.
+    Merge block by merge block; an image counts as two equal frames.
     """
-    count = len(pictures)
-    normalised = (pictures.astype(np.float32) / 255 - MEAN) / DEVIATION
+    count = len(images)
+    normalised = (images.astype(np.float32) / 255 - MEAN) / DEVIATION
     blocks = normalised.transpose(0, 3, 1, 2).reshape(count, 3, ROWS, MERGE, PATCH, COLUMNS, MERGE, PATCH)
     blocks = blocks.transpose(0, 2, 5, 3, 6, 1, 4, 7)  # count, block row, block column, row, column, colour, y, x
     frames = np.repeat(blocks[..., None, :, :], FRAMES, axis=-3)
@@ -127,43 +127,43 @@ def cut_patches(pictures: npt.NDArray[np.uint8]) -> FloatArray:
 
 
 def drawn_batches(count: int, seed: int, split: str) -> Iterator[tuple[Drawing, IntArray, BoolArray]]:
-    """Drawings and their `write_sentences`, `count` in all: one random stream for every use of the task."""
+    """Drawings and their `write_sentences`, `count` samples in total, from one random stream per seed."""
     random = np.random.default_rng(seed)
-    for start in range(0, count, DRAWN_TOGETHER):
-        drawing = draw(DRAWN_TOGETHER, random, split)
+    for start in range(0, count, BATCH):
+        drawing = draw(BATCH, random, split)
         input_ids, is_answer = write_sentences(drawing, random)
-        kept = slice(0, min(DRAWN_TOGETHER, count - start))
-        drawing = Drawing(drawing.pictures[kept], drawing.digits[kept], drawing.colours[kept])
-        yield drawing, input_ids[kept], is_answer[kept]
+        rows = slice(0, min(BATCH, count - start))
+        drawing = Drawing(drawing.images[rows], drawing.digits[rows], drawing.colours[rows])
+        yield drawing, input_ids[rows], is_answer[rows]
 
 
-def model_inputs(pictures: npt.NDArray[np.uint8], input_ids: IntArray) -> dict[str, Tensor]:
-    """Inputs of a forward for pictures [count, 56, 112, 3] and ids [count, length]; see `with_token_types`."""
+def model_inputs(images: npt.NDArray[np.uint8], input_ids: IntArray) -> dict[str, Tensor]:
+    """Inputs of a forward for images [count, 56, 112, 3] and ids [count, length]; see `with_token_types`."""
     ids = torch.from_numpy(input_ids)
     return {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
-        "pixel_values": torch.from_numpy(cut_patches(pictures)),
-        "image_grid_thw": torch.tensor([GRID] * len(pictures)),
+        "pixel_values": torch.from_numpy(cut_patches(images)),
+        "image_grid_thw": torch.tensor([GRID] * len(images)),
     }
 
 
 def samples(count: int, seed: int = 0, split: str = "train") -> list[dict[str, Tensor]]:
-    """`count` ready model inputs of one picture each; see `with_token_types` for transformers 5.
+    """`count` model inputs of one image each; see `with_token_types` for transformers 5.
 
     input_ids and attention_mask int64 [1, 27], pixel_values float32 [32, 1176], image_grid_thw int64 [1, 3].
     """
     return [
-        model_inputs(drawing.pictures[index : index + 1], input_ids[index : index + 1])
+        model_inputs(drawing.images[index : index + 1], input_ids[index : index + 1])
         for drawing, input_ids, _ in drawn_batches(count, seed, split)
         for index in range(len(input_ids))
     ]
 
 
 def with_token_types(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inputs, with `mm_token_type_ids` where the installed transformers is 5 or newer.
+    """The inputs, with `mm_token_type_ids` if the installed transformers is 5 or newer.
 
-    Without them these versions give image tokens the positions of text, and say nothing.
+    Without them these versions silently give image tokens the positions of text tokens.
     """
     import transformers
 
@@ -174,7 +174,7 @@ def with_token_types(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def answers(model: nn.Module, count: int, seed: int, split: str) -> tuple[Tensor, Tensor]:
-    """Teacher-forced logits float32 [8 * count, 64] where an answer is due, and the right token ids [8 * count].
+    """Teacher-forced logits float32 [8 * count, 64] of the answers, and the expected token ids [8 * count].
 
     `model` takes a Qwen2.5-VL forward's keyword arguments and returns an object with `logits`.
     """
@@ -182,39 +182,39 @@ def answers(model: nn.Module, count: int, seed: int, split: str) -> tuple[Tensor
     dtype = parameter.dtype if parameter is not None and parameter.is_floating_point() else torch.float32
     logits, targets = [], []
     for drawing, input_ids, is_answer in drawn_batches(count, seed, split):
-        inputs = with_token_types(model_inputs(drawing.pictures, input_ids))
+        inputs = with_token_types(model_inputs(drawing.images, input_ids))
         inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
-        due = torch.from_numpy(is_answer)[:, 1:]  # the logits at t predict the token at t + 1
-        logits.append(model(**inputs, use_cache=False).logits[:, :-1][due].float())
-        targets.append(inputs["input_ids"][:, 1:][due])
+        mask = torch.from_numpy(is_answer)[:, 1:]  # the logits at t predict the token at t + 1
+        logits.append(model(**inputs, use_cache=False).logits[:, :-1][mask].float())
+        targets.append(inputs["input_ids"][:, 1:][mask])
     return torch.cat(logits), torch.cat(targets)
 
 
 def answer_logits(model: nn.Module, count: int = 64, seed: int = EVALUATION_SEED) -> Tensor:
-    """Logits float32 [8 * count, 64] of the answers on unseen renderings, to compare two models with."""
+    """Logits float32 [8 * count, 64] of the answers on unseen renderings."""
     return answers(model, count, seed, "test")[0]
 
 
 def accuracy(model: nn.Module, count: int = 256, seed: int = EVALUATION_SEED) -> float:
-    """Percent of teacher-forced answers that are right, over `count` pictures of unseen renderings."""
+    """Percentage of correct teacher-forced answers for `count` images of unseen renderings."""
     logits, targets = answers(model, count, seed, "test")
     return 100.0 * (logits.argmax(-1) == targets).float().mean().item()
 
 
 def write_calibration(folder: str | Path, count: int, seed: int = 0, split: str = "train") -> Path:
-    """Write the pictures of `samples(count, seed, split)` as PNG and their texts as `folder/calibration.jsonl`.
+    """Writes the images of `samples(count, seed, split)` as PNG and their texts as `folder/calibration.jsonl`.
 
-    Returns the path of the jsonl. One line per picture: {"image": file name relative to the jsonl, "prompt": the first
-    question, "response": the rest of the sequence}. Rendered by the checkpoint's chat template, prompt and response
-    together are the sample's token ids.
+    Returns the path of the JSON lines, one per image: {"image": file name relative to the jsonl, "prompt": the first
+    question, "response": the rest of the sequence}. The checkpoint's chat template
+    renders prompt and response to the token ids of the sample.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     lines: list[str] = []
     for drawing, input_ids, _ in drawn_batches(count, seed, split):
-        for picture, ids in zip(drawing.pictures, input_ids, strict=True):
+        for image, ids in zip(drawing.images, input_ids, strict=True):
             name = f"{len(lines) + 1:04d}.png"
-            Image.fromarray(picture).save(folder / name)
+            Image.fromarray(image).save(folder / name)
             prompt, *response = [WORDS[token] for token in ids[len(HEAD) :].tolist()]
             lines.append(json.dumps({"image": name, "prompt": prompt, "response": " ".join(response)}))
     path = folder / "calibration.jsonl"
@@ -223,12 +223,12 @@ def write_calibration(folder: str | Path, count: int, seed: int = 0, split: str 
 
 
 def main(arguments: list[str]) -> None:
-    """Print the accuracy of the float checkpoint in the folder that is the only argument."""
+    """Prints the accuracy of the float checkpoint in a folder."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     (folder,) = arguments
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder).float().eval()
-    print(f"{accuracy(model):.2f} % of the answers are right")
+    print(f"{accuracy(model):.2f} % of the answers are correct")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Train the checkpoint `tools/demo/tiny_vl` from random weights, or a wider one.
+"""Trains the checkpoint `tools/demo/tiny_vl` from random weights, or a wider one.
 
-Needs transformers 4.49 and about 10 minutes on two CPU cores. Tokenizer and processor are
-copied from `tools/demo/tiny_vl`.
+Requires transformers 4.49; takes 10 minutes on two CPU cores. Tokenizer and processor are copied from
+`tools/demo/tiny_vl`.
 
     python -m tools.demo.train_tiny TARGET [--steps 3000] [--minutes 10] [--batch 64] [--hidden 192] [--seed 0]
 """
@@ -30,13 +30,13 @@ SIDE_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
 )
-WARM_UP_STEPS, LAST_LEARNING_RATE = 100, 0.02  # the latter as a share of the highest
-NAMING_PART = 0.4  # of the training, in which each cell's image token must also name its digit and colour
+WARM_UP_STEPS, FINAL_LEARNING_RATE = 100, 0.02  # the latter relative to the maximum
+NAMING_PART = 0.4  # share of the training with `naming_loss`
 WEIGHT_DECAY = 0.05
 
 
 def configuration(hidden: int) -> Qwen2_5_VLConfig:
-    """The checkpoint's configuration; `hidden` is the language model's width, six heads of a multiple of 16."""
+    """Configuration of the checkpoint; `hidden`: width of the language model, six heads of a multiple of 16."""
     head = hidden // 6
     vision = dict(
         depth=4,
@@ -82,9 +82,9 @@ def attend_in_equal_windows(
     rotary_pos_emb: Tensor | None = None,
     position_embeddings: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Vision attention [patches, hidden] for windows that are all of one length, as they are in this task.
+    """Vision attention [patches, hidden] for windows of equal length, as in this task.
 
-    The model's own builds one mask over all pictures of the batch, which makes training several times slower.
+    The model's own attention builds one mask over all images of the batch, and is several times slower.
     """
     assert position_embeddings is not None
     patches, window = len(hidden_states), int(cu_seqlens[1] - cu_seqlens[0])
@@ -100,7 +100,7 @@ def attend_in_equal_windows(
 
 
 def naming_loss(logits: Tensor, drawing: task.Drawing) -> Tensor:
-    """Cross-entropy of naming each cell's digit and colour at its own image token; logits [batch, length, 64]."""
+    """Cross-entropy of predicting each cell's digit and colour at its image token; logits [batch, length, 64]."""
     cells = logits[:, 2 : 2 + task.CELLS].float()  # after <bos> and <|vision_start|>
     digits = cells[..., task.FIRST_DIGIT : task.FIRST_DIGIT + 10].flatten(0, 1)
     colours = cells[..., task.FIRST_COLOUR : task.FIRST_COLOUR + len(task.COLOURS)].flatten(0, 1)
@@ -117,7 +117,7 @@ def train(
     hidden: int = 192,
     seed: int = 0,
 ) -> Qwen2_5_VLForConditionalGeneration:
-    """A trained model in evaluation mode, after `steps` steps or `minutes` of processor time, whichever comes first."""
+    """A model in evaluation mode, trained for `steps` steps or `minutes` of processor time, whichever ends first."""
     torch.manual_seed(seed)
     random = np.random.default_rng(seed)
     modeling.Qwen2_5_VLVisionSdpaAttention.forward = attend_in_equal_windows
@@ -132,19 +132,19 @@ def train(
     started = time.process_time()
     for step in range(steps):
         progress = min(1.0, max(step / steps, (time.process_time() - started) / (60 * minutes)))
-        decay = (1 + math.cos(math.pi * progress)) / 2 * (1 - LAST_LEARNING_RATE) + LAST_LEARNING_RATE
+        decay = (1 + math.cos(math.pi * progress)) / 2 * (1 - FINAL_LEARNING_RATE) + FINAL_LEARNING_RATE
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min(1, (step + 1) / WARM_UP_STEPS) * decay
         drawing = task.draw(batch, random, "train")
         input_ids, is_answer = task.write_sentences(drawing, random)
-        inputs = task.model_inputs(drawing.pictures, input_ids)
+        inputs = task.model_inputs(drawing.images, input_ids)
         logits = model(**inputs, use_cache=False).logits
-        due = torch.from_numpy(is_answer)[:, 1:]
-        predicted, target = logits[:, :-1][due].float(), inputs["input_ids"][:, 1:][due]
+        mask = torch.from_numpy(is_answer)[:, 1:]
+        predicted, target = logits[:, :-1][mask].float(), inputs["input_ids"][:, 1:][mask]
         loss = F.cross_entropy(predicted, target)
-        right = (predicted.argmax(-1) == target).float().mean().item()
+        correct = (predicted.argmax(-1) == target).float().mean().item()
         if step % 25 == 0:
-            print(f"{100 * progress:.0f} % done: loss {loss.item():.3f}, {100 * right:.1f} % right", flush=True)
+            print(f"{100 * progress:.0f} % done: loss {loss.item():.3f}, {100 * correct:.1f} % correct", flush=True)
         if progress < NAMING_PART:
             loss = loss + (1 - progress / NAMING_PART) * naming_loss(logits, drawing)
         optimizer.zero_grad()
@@ -157,8 +157,8 @@ def train(
 
 
 def main() -> None:
-    """Parse the command line, train, save a complete folder and print its accuracy."""
-    parser = argparse.ArgumentParser(description="Train a tiny Qwen2.5-VL on pictures of coloured digits.")
+    """Entry point: trains, saves the checkpoint folder and prints its accuracy."""
+    parser = argparse.ArgumentParser(description="Train a tiny Qwen2.5-VL on images of coloured digits.")
     parser.add_argument("target", type=Path)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--minutes", type=float, default=10.0, help="processor time after which training ends")
@@ -171,7 +171,7 @@ def main() -> None:
     model.save_pretrained(options.target)
     for name in SIDE_FILES:
         shutil.copyfile(Path(__file__).parent / "tiny_vl" / name, options.target / name)
-    print(f"{options.target}: {task.accuracy(model):.2f} % right on unseen renderings")
+    print(f"{options.target}: {task.accuracy(model):.2f} % correct on unseen renderings")
 
 
 if __name__ == "__main__":

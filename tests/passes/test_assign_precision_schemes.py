@@ -18,7 +18,8 @@ from tests.support.chosen_precision import (
 )
 from tests.support.random_stage import decoder, through
 from vlqc.ir.stage import Site
-from vlqc.passes.assign_precision import AssignPrecision, Decision
+from vlqc.passes.assign_precision import AssignPrecision
+from vlqc.targets.precision import Decision
 from vlqc.targets.rules import assignment_faults
 from vlqc.targets.schemes import Scheme
 

@@ -3,7 +3,8 @@
 from typing import Any
 
 from vlqc.ir.stage import Site
-from vlqc.passes.assign_precision import AssignPrecision, Decision
+from vlqc.passes.assign_precision import AssignPrecision
+from vlqc.targets.precision import Decision
 from vlqc.targets.schemes import Scheme
 
 S, D, G, F = Scheme.W8A8, Scheme.W8A8_DYNAMIC, Scheme.W4A8_DYNAMIC, Scheme.FLOAT

@@ -1,49 +1,55 @@
-"""Patterns over checkpoint layer names: what --exclude and --include mean, checked before anything runs."""
+"""Checks the layer patterns of --exclude and --include before anything is computed."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from vlqc.errors import Fault, UserError
-from vlqc.families.qwen2_5_vl import fused_group, stays_float_in_reference
+from vlqc.families.layer_names import matches_any
+from vlqc.families.qwen2_5_vl import fused_group
 from vlqc.formatting import did_you_mean
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.options.options import Options
-from vlqc.targets.rules import group_faults, supported_schemes
+from vlqc.targets.precision import choose_scheme
+from vlqc.targets.rules import group_faults
 from vlqc.targets.schemes import Scheme
 
 
 def check_layers(model: StreamedModel, options: Options) -> None:
-    """UserError for patterns that match nothing, or leave what no engine loads."""
+    """UserError for patterns that match nothing, or exclude layers that an engine runs quantized only."""
     check_globs([*model.layers, *model.heads], exclude=options.exclude)
     check_globs(model.layers, include=options.include)
     check_globs(model.stages, what="stage", dump_stages=options.dump_stages)
-    check_plan(model.layers, options)
+    if any(matches_any(layer, options.exclude) for layer in model.layers):
+        shapes = {name.removesuffix(".weight"): tuple(it.shape) for name, it in model.parameters(model.module).items()}
+        check_exclusions({layer: shapes[layer] for layer in model.layers}, options)
 
 
-def check_plan(layers: Iterable[str], options: Options) -> None:
-    """UserError where --exclude leaves a model that the target does not load, before hours of work.
+def check_exclusions(layers: Mapping[str, Sequence[int] | None], options: Options) -> None:
+    """UserError where --exclude leaves schemes that the target does not load, before anything is computed.
 
     An exclusion extends to its fused group, so only rules about whole parts of the model can be broken.
+
+    layers: every Linear by checkpoint name, with its shape.
     """
-    excluded = {
-        member
-        for layer in layers
-        if any(fnmatchcase(layer, pattern) for pattern in options.exclude)
-        for member in fused_group(layer)
-    }
-    if not excluded:
-        return
-    target, planned = options.engine_target, {}
-    for layer in layers:
-        included = any(fnmatchcase(layer, pattern) for pattern in options.include)
-        by_seed = options.fallback == "reference" and stays_float_in_reference(layer) and not included
-        stays = layer in excluded or by_seed
-        quantized = not stays and options.scheme in supported_schemes(target, layer)
-        planned[layer] = options.scheme if quantized else Scheme.FLOAT
-    if all(scheme == Scheme.FLOAT for scheme in planned.values()):
+    target = options.engine_target
+    schemes: dict[str, Scheme] = {}
+    for group in dict.fromkeys(fused_group(layer) for layer in layers):
+        members = {layer: layers[layer] for layer in group if layer in layers}
+        decision = choose_scheme(
+            members,
+            scheme=options.scheme,
+            target=target,
+            group_size=options.group_size,
+            scope=options.w4a8_scope,
+            fallback=options.fallback,
+            exclude=options.exclude,
+            include=options.include,
+        )
+        schemes |= dict.fromkeys(members, decision.scheme)
+    if all(scheme == Scheme.FLOAT for scheme in schemes.values()):
         raise UserError(Fault("nothing would be quantized", "--exclude", "every layer stays float", "exclude less"))
-    if faults := group_faults(target, planned):
+    if faults := group_faults(target, schemes):
         raise UserError(*(replace(fault, where=f"--exclude, for {target}") for fault in faults))
 
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from vlqc.families.qwen2_5_vl import LANGUAGE, VISION_GATE_UP, VISION_PROJ, VISION_QKV, stays_float_in_reference
-from vlqc.targets.rules import supported_schemes, target_supporting
+from vlqc.families.qwen2_5_vl import LANGUAGE, MERGER, VISION, fused_group
+from vlqc.targets.precision import choose_scheme
 from vlqc.targets.schemes import Scheme
 from vlqc.targets.target import Target, TargetLike, as_target
 from vlqc.targets.versions import supporting_versions
@@ -18,12 +18,12 @@ def incompatibilities(target: TargetLike, scheme: Scheme, dtype: str = "bfloat16
     dtype = _emitted(dtype)
     sentences = []
     for engine in target.engines:
-        versions = supporting_versions(engine, _typical(target, scheme, scope), dtype)
+        versions = supporting_versions(engine, _default_schemes(target, scheme, scope), dtype)
         if versions is None:
             where = engine.unsupported_where(scheme)
-            if supporting_versions(engine, _typical(target, scheme, scope), "bfloat16"):
+            if supporting_versions(engine, _default_schemes(target, scheme, scope), "bfloat16"):
                 where = f" of a {dtype} model (bfloat16 only)"
-            elif supporting_versions(engine, _typical(target, scheme, "engine"), dtype):
+            elif supporting_versions(engine, _default_schemes(target, scheme, "engine"), dtype):
                 where = " on layers with a bias or in the vision tower"
             sentences.append(f"no version of {engine.title} loads {scheme}{where}")
         elif target.version and target.version not in versions:
@@ -42,7 +42,7 @@ def engine_notes(
     target = as_target(target)
     notes = incompatibilities(target, scheme, dtype, scope)
     for engine in target.engines:
-        versions = supporting_versions(engine, _typical(target, scheme, scope), _emitted(dtype))
+        versions = supporting_versions(engine, _default_schemes(target, scheme, scope), _emitted(dtype))
         if versions and versions.before and not target.version:
             notes.append(f"{versions} load {scheme}, other versions do not")
         elif versions and versions.since != engine.since and not target.version:
@@ -55,16 +55,14 @@ def serve_commands(target: TargetLike, folder: str | Path) -> list[str]:
     return [engine.serve_command(str(folder)) for engine in as_target(target).engines]
 
 
-def _typical(target: Target, scheme: Scheme, scope: str) -> dict[str, Scheme]:
-    """The schemes that a compilation in `scheme` gives to one layer of each kind that the reference quantizes."""
-    kinds = [k for k in (*VISION_QKV, *VISION_PROJ, *VISION_GATE_UP, *LANGUAGE) if not stays_float_in_reference(k)]
-    rules = target_supporting(target, scheme)
-    if scope == "all" or rules is None:
-        return dict.fromkeys(kinds, scheme)
-    choices = (scheme, Scheme.W8A8_DYNAMIC) if scheme == Scheme.W4A8_DYNAMIC else (scheme,)
-    return {
-        kind: next((each for each in choices if each in supported_schemes(rules, kind)), Scheme.FLOAT) for kind in kinds
-    }
+def _default_schemes(target: Target, scheme: Scheme, scope: str) -> dict[str, Scheme]:
+    """Layer pattern -> the scheme that a compilation in `scheme` gives these layers by default."""
+    schemes: dict[str, Scheme] = {}
+    for group in dict.fromkeys(fused_group(layer) for layer in VISION + MERGER + LANGUAGE):
+        layers = dict.fromkeys(group)
+        decision = choose_scheme(layers, scheme=scheme, target=target, scope=scope, fallback="reference")
+        schemes |= dict.fromkeys(group, decision.scheme)
+    return schemes
 
 
 def _emitted(dtype: str) -> str:

@@ -1,0 +1,95 @@
+"""Chooses the scheme of a group of layers that share an input, within what the target's engines run."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from vlqc.families.layer_names import layer_pattern, matches_any
+from vlqc.families.qwen2_5_vl import fused_group, stays_float_in_reference
+from vlqc.targets.rules import supported_schemes, target_supporting
+from vlqc.targets.schemes import SPECS, Scheme
+from vlqc.targets.target import TargetLike
+
+
+@dataclass(frozen=True)
+class Decision:
+    """scheme: of a group; reason: printed in the IR if it is not the default scheme; note: message for the user."""
+
+    scheme: Scheme
+    reason: str = ""
+    note: str = ""
+
+
+def choose_scheme(
+    layers: Mapping[str, Sequence[int] | None],
+    *,
+    scheme: Scheme,
+    target: TargetLike,
+    group_size: int = 64,
+    scope: str = "engine",
+    fallback: str = "none",
+    exclude: Sequence[str] = (),
+    include: Sequence[str] = (),
+) -> Decision:
+    """Returns the common scheme of layers that share an input, with the reason if it is not the default scheme.
+
+    The group is FLOAT if the engines fuse a member with a layer outside of it: their scales would differ.
+
+    layers: checkpoint name -> (outputs, inputs), or None if the shape does not matter. scheme: the default scheme.
+    target: engines whose rules apply; where the target's version does not run the scheme at all, those of the other
+    versions. scope: `engine` uses 4-bit weights only in layers where the target runs them, `all` in every layer.
+    fallback: `reference` leaves the layers that the reference script excludes in float, `none` only those that the
+    engine cannot run quantized. exclude: globs of layers that stay float. include: globs of layers that are quantized
+    in spite of the reference exclusions; `exclude` takes precedence.
+    """
+    excluded = _excluded(list(layers), fallback, exclude, include)
+    if excluded is not None:
+        return excluded
+    first = layer_pattern(next(iter(layers)))
+    missing = sorted({other for layer in layers for other in fused_group(layer)} - layers.keys())
+    if missing:
+        reason = f"the engine fuses it with {', '.join(missing)}, which reads another input"
+        return Decision(Scheme.FLOAT, reason, f"{first} stays float: {reason}")
+    substitute = SPECS[scheme].substitute
+    choices = [scheme] if substitute is None else [scheme, substitute]
+    rules = target_supporting(target, scheme)
+    if scope == "engine" and rules is not None:
+        choices = [each for each in choices if all(each in supported_schemes(rules, layer) for layer in layers)]
+    misfit = _misfit(layers, scheme, group_size) if scheme in choices else ""
+    if misfit:
+        choices.remove(scheme)
+    chosen = choices[0] if choices else Scheme.FLOAT
+    if misfit:
+        return Decision(chosen, misfit, f"{first} is {chosen}: {misfit}")
+    if chosen == scheme:
+        return Decision(scheme)
+    reason = f"{scheme} is not accepted here by {target}"
+    return Decision(chosen, reason, f"{scheme} only where {target} runs it; elsewhere {chosen}")
+
+
+def _excluded(layers: Sequence[str], fallback: str, exclude: Sequence[str], include: Sequence[str]) -> Decision | None:
+    """Returns FLOAT if the user's globs or the reference script exclude any member, else None."""
+    for layer in layers:
+        pattern = next((pattern for pattern in exclude if matches_any(layer, [pattern])), None)
+        if pattern is not None:
+            others = [layer_pattern(other) for other in layers if not matches_any(other, exclude)]
+            stay = "stay" if len(others) > 1 else "stays"
+            note = f"{', '.join(others)} {stay} float with {layer_pattern(layer)}, which --exclude names"
+            return Decision(Scheme.FLOAT, f"excluded by {pattern}", note if others else "")
+    included = any(matches_any(layer, include) for layer in layers)
+    if fallback == "reference" and not included and any(stays_float_in_reference(layer) for layer in layers):
+        return Decision(Scheme.FLOAT, "kept in float by the reference exclusions")
+    return None
+
+
+def _misfit(layers: Mapping[str, Sequence[int] | None], scheme: Scheme, group_size: int) -> str:
+    """Returns why the weights cannot be stored in groups, or an empty string."""
+    spec = SPECS[scheme]
+    for shape in layers.values():
+        if shape is None or not spec.grouped:
+            continue
+        outputs, inputs = shape
+        if inputs % group_size:
+            return f"its {inputs} inputs are no multiple of the group of {group_size}"
+        if outputs % spec.output_multiple:
+            return f"its {outputs} outputs are no multiple of {spec.output_multiple}"
+    return ""

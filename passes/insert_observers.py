@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from vlqc.errors import Fault, UserError
-from vlqc.ir.stage import MODALITIES, Call, ChannelRange, Observation, Stage, digest, first_tensor, observe
+from vlqc.ir.execution import Call, first_tensor
+from vlqc.ir.observation import MODALITIES, ChannelRange, Observation
+from vlqc.ir.stage import Stage, observe
+from vlqc.ir.tensor_digest import digest
 from vlqc.pipeline.pass_api import Pass, require
 
 IMAGE = MODALITIES.index("image")
@@ -42,7 +45,7 @@ class InsertObservers(Pass):
         before, inserted = dict(stage.observations), False
         watch: dict[str, Callable[[Tensor, Call], None]] = {}
         parts_of: dict[str, list[_Part]] = {}
-        sample_shapes = stage.all_sample_shapes()
+        sample_shapes = stage.execution.sample_shapes
         for source, members in stage.groups().items():
             node = stage.node(source)
             if not any(user.target is observe for user in node.users):
@@ -51,22 +54,25 @@ class InsertObservers(Pass):
                 inserted = True
             channels = members[0].shape[1]
             budget = max(1, min(self.tokens, self.megabytes * 2**20 // (4 * channels)))
-            planned = planned_shares([visit.of_modality for visit in sample_shapes], budget)
+            planned = planned_shares([visit.rows_per_modality for visit in sample_shapes], budget)
             shares_of = {visit.sample: shares for visit, shares in zip(sample_shapes, planned, strict=True)}
             parts_of[source] = []
             where = f"{stage.name}, %{source}"
             watch[members[0].target] = _filler(
-                parts_of[source], shares_of, members[0].name, where, stage.process_group.is_rank0
+                parts_of[source], shares_of, members[0].name, where, stage.execution.process_group.is_rank0
             )
-        stage.run(watch)
-        for call, output in zip(stage.calls, stage.outputs, strict=True):
+        stage.execution.forward(watch)
+        for call, output in zip(stage.execution.calls, stage.execution.outputs, strict=True):
             _require_usable(first_tensor(output), f"the output of {stage.name}", stage.name, call.sample)
-        energies = {call.sample: _energy(output) for call, output in zip(stage.calls, stage.outputs, strict=True)}
+        energies = {
+            call.sample: _energy(output)
+            for call, output in zip(stage.execution.calls, stage.execution.outputs, strict=True)
+        }
         for source, members in stage.groups().items():
             mine = [part.with_energy(energies) for part in parts_of.pop(source)]
             # In the order of the samples, whichever process had them: sums come out the same to the last bit. What
             # later passes derive (Gram matrices, histograms) they take from the kept rows: nothing larger travels.
-            parts = [part for parts in stage.process_group.all_gather(mine) for part in parts]
+            parts = [part for parts in stage.execution.process_group.all_gather(mine) for part in parts]
             stage.observations[source] = _joined(
                 Observation(members[0].shape[1], balance=self.balance), parts, sample_shapes
             )

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from vlqc.errors import Fault, UserError
-from vlqc.ir.stage import Site, Stage, row_weights
+from vlqc.ir.observation import row_weights
+from vlqc.ir.stage import Site, Stage
 from vlqc.kernels_ref.quant_linear import DynamicQuantLinear, GroupQuantLinear, QuantLinear, StaticQuantLinear
 from vlqc.kernels_ref.quantize import dequantize_per_tensor, quantize_per_tensor
 from vlqc.passes.quantize_weights import emitted_bias
@@ -37,7 +38,7 @@ class LowerLinears(Pass):
         sites = [site for site in stage.sites.values() if site.scheme not in (None, Scheme.FLOAT)]
         lowered = {site.target: lower(stage, site, self.correct_bias) for site in sites}
         for target, module in lowered.items():
-            stage.live.set_submodule(target, module)
+            stage.module.set_submodule(target, module)
         return bool(lowered)
 
 

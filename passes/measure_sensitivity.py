@@ -7,8 +7,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from vlqc.ir.observation import noise_to_signal as noise_to_signal
 from vlqc.ir.stage import Sensitivity, Site, Stage
-from vlqc.ir.stage import noise_to_signal as noise_to_signal
 from vlqc.passes.lower_linears import lower
 from vlqc.passes.quantize_weights import quantized
 from vlqc.pipeline.pass_api import Pass
@@ -94,7 +94,7 @@ def behind_biased_norm(stage: Stage, members: list[Site]) -> bool:
     node = stage.node(members[0].source)
     if node.op != "call_module":
         return any(site.added_bias for site in members)
-    producer = stage.live.get_submodule(str(node.target))
+    producer = stage.module.get_submodule(str(node.target))
     has_bias = any(name == "bias" for name, _ in (*producer.named_parameters(), *producer.named_buffers()))
     return has_bias and not isinstance(producer, nn.Linear)
 
@@ -104,15 +104,15 @@ def probe_rows(stage: Stage, modules: Mapping[str, nn.Module] | None = None) -> 
 
     modules: stand at their targets meanwhile, floats among them with weights as they are emitted.
     """
-    linears = {target: stage.live.get_submodule(target) for target in modules or {}}
+    linears = {target: stage.module.get_submodule(target) for target in modules or {}}
     try:
         for target, module in (modules or {}).items():
-            stage.live.set_submodule(target, _as_emitted(module, stage.dtype))
-        rows = stage.probe_rows()
+            stage.module.set_submodule(target, _as_emitted(module, stage.dtype))
+        rows = stage.execution.probe_output()
     finally:
         for target, linear in linears.items():
-            stage.live.set_submodule(target, linear)
-    modality = stage.probe.modality if stage.probe else None
+            stage.module.set_submodule(target, linear)
+    modality = stage.execution.probe.modality if stage.execution.probe else None
     return rows if modality is None or modality.numel() != len(rows) else rows[modality >= 0]
 
 

@@ -20,5 +20,5 @@ class PropagateQuantized(Pass):
     after: ClassVar[tuple[str, ...]] = ("insert-observers", "lower-linears")
 
     def run(self, stage: Stage) -> bool:
-        stage.run()
+        stage.execution.forward()
         return False

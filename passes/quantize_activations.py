@@ -8,7 +8,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vlqc.ir.stage import InputQuantization, Observation, Site, Stage
+from vlqc.ir.observation import Observation
+from vlqc.ir.stage import InputQuantization, Site, Stage
 from vlqc.kernels_ref.quantize import (
     INT8_MAX,
     INT8_MIN,
@@ -51,7 +52,9 @@ class QuantizeActivations(Pass):
         changed = False
         groups = {source: it for source, it in stage.groups().items() if it[0].scheme == Scheme.W8A8}
         tasks = [partial(self._choose, stage, source, members) for source, members in groups.items()]
-        for members, quantization in zip(groups.values(), stage.process_group.parallel_map(tasks), strict=True):
+        for members, quantization in zip(
+            groups.values(), stage.execution.process_group.parallel_map(tasks), strict=True
+        ):
             for site in members:
                 changed |= site.input != quantization
                 site.input = quantization

@@ -51,14 +51,14 @@ class QuantizeWeights(Pass):
             source: [site for site in members if site.scheme not in (None, Scheme.FLOAT)]
             for source, members in stage.groups().items()
         }
-        if stage.process_group.size > 1:  # the same, one by one: that gives more processes something to do
+        if stage.execution.process_group.size > 1:  # the same, one by one: that gives more processes something to do
             parts = [(source, [site]) for source, sites in groups.items() for site in sites]
         else:
             parts = [(source, sites) for source, sites in groups.items()]
         tasks = [partial(quantized, stage, source, sites, self.method) for source, sites in parts]
         costs = [sum(site.shape[0] * site.shape[1] ** 2 for site in sites) for _, sites in parts]
-        with _begun_early(tasks if stage.process_group.size == 1 else []) as begun:
-            results = stage.process_group.parallel_map(begun or tasks, costs)
+        with _begun_early(tasks if stage.execution.process_group.size == 1 else []) as begun:
+            results = stage.execution.process_group.parallel_map(begun or tasks, costs)
         for (_, sites), made in zip(parts, results, strict=True):
             for site, new in zip(sites, made, strict=True):
                 changed |= site.weight is None or not _same(site.weight, new)

@@ -83,7 +83,7 @@ def smallest_error(it: SearchedEdge) -> float:
 
 def may_shift(stage: Stage, edge: Edge) -> bool:
     """Whether the producer is a norm without a bias, all of whose channels go to static W8A8 linears only."""
-    producer = stage.live.get_submodule(edge.producer)
+    producer = stage.module.get_submodule(edge.producer)
     own = [name for name, _ in (*producer.named_parameters(), *producer.named_buffers())]
     is_plain_norm = not isinstance(producer, nn.Linear) and own == ["weight"]
     sites = [stage.site_at(target) for target in edge.consumers]
@@ -96,17 +96,17 @@ def shift(stage: Stage, edge: Edge, middle: Tensor) -> bool:
 
     Whether it was done: where the proof fails everything is put back, with a note.
     """
-    norm, before = stage.live.get_submodule(edge.producer), stage.run_probe()
+    norm, before = stage.module.get_submodule(edge.producer), stage.execution.probe_output().flatten()
     linears = {target: stage.linear(stage.site_at(target)) for target in edge.consumers}
     by_column = {target: folding.per_column(middle, channel, 0.0) for target, channel in edge.consumers.items()}
     biases = {target: linear.bias for target, linear in linears.items()}
-    stage.live.set_submodule(edge.producer, ShiftedNorm(norm, -middle.to(norm.get_parameter("weight").device)))
+    stage.module.set_submodule(edge.producer, ShiftedNorm(norm, -middle.to(norm.get_parameter("weight").device)))
     for target, linear in linears.items():
         undo = linear.weight @ by_column[target].to(linear.weight.device)
         known = biases[target]
         linear.bias = nn.Parameter(undo if known is None else known + undo, requires_grad=False)
-    if folding.difference(before, stage.run_probe()) > folding.TOLERANCE:
-        stage.live.set_submodule(edge.producer, norm)
+    if folding.difference(before, stage.execution.probe_output().flatten()) > folding.TOLERANCE:
+        stage.module.set_submodule(edge.producer, norm)
         for target, linear in linears.items():
             linear.bias = biases[target]
         stage.notes.append(f"the shift of {stage.checkpoint_name(edge.producer)} changes the output and was left out")

@@ -50,7 +50,7 @@ class SmoothM2(Pass):
     def run(self, stage: Stage) -> bool:
         changed = find_stage_edges(stage)
         edges = {edge.producer: edge for edge in stage.edges or ()}
-        found = stage.process_group.parallel_map(
+        found = stage.execution.process_group.parallel_map(
             partial(self._search, it, stage.dtype)
             for it in searched_edges(stage, self.name, Rounding(self.clip, self.weights))
         )

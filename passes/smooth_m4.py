@@ -54,7 +54,7 @@ class SmoothM4(Pass):
         changed = find_stage_edges(stage)
         edges = searched_edges(stage, self.name, Rounding(self.clip, self.weights)) if self.alpha is None else ()
         # alpha per producer where it is not the same for all; None: better left alone
-        chosen = dict(stage.process_group.parallel_map(partial(self._choose, it) for it in edges))
+        chosen = dict(stage.execution.process_group.parallel_map(partial(self._choose, it) for it in edges))
         folded: dict[str, Tensor] = {}  # per producer: the product of its scales so far
         for _ in range(self.rounds):
             folds = []

@@ -206,8 +206,8 @@ def _mask(windows: Sequence[int], device: torch.device) -> Tensor:
 
 def _tried(stage: Stage) -> tuple[list[_Call], Tensor]:
     """Every call of attention in the stage's run of its probe, and what the stage returned."""
-    with _running(stage.live) as running, _Trial(running) as trial:
-        return trial.calls, stage.run_probe()
+    with _running(stage.module) as running, _Trial(running) as trial:
+        return trial.calls, stage.execution.probe_output().flatten()
 
 
 @contextmanager
@@ -231,11 +231,11 @@ def _running(root: nn.Module) -> Iterator[list[str]]:
 
 def _swapped(stage: Stage, path: str, before: Tensor) -> bool:
     """Puts a `Windowed` in the place of a module. Whether the stage's output stayed: if not, all is as it was."""
-    whole = stage.live.get_submodule(path)
-    stage.live.set_submodule(path, Windowed(whole))
-    holds = folding.difference(before, stage.run_probe()) <= folding.TOLERANCE
+    whole = stage.module.get_submodule(path)
+    stage.module.set_submodule(path, Windowed(whole))
+    holds = folding.difference(before, stage.execution.probe_output().flatten()) <= folding.TOLERANCE
     if not holds:
-        stage.live.set_submodule(path, whole)
+        stage.module.set_submodule(path, whole)
     return holds
 
 

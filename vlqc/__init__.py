@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from vlqc.compiler import compile as compile
     from vlqc.errors import InternalError as InternalError
     from vlqc.errors import UserError as UserError
+    from vlqc.ir.observation import Observation as Observation
     from vlqc.ir.parser import parse_stage
     from vlqc.ir.stage import Edge as Edge
-    from vlqc.ir.stage import Observation as Observation
     from vlqc.ir.stage import Site as Site
     from vlqc.ir.stage import Stage as Stage
 

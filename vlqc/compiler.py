@@ -22,6 +22,7 @@ from vlqc.frontend.distributed import current_process_group, init_distributed
 from vlqc.frontend.sequential import SequentialForward
 from vlqc.frontend.stage_builder import materialized_stage
 from vlqc.frontend.streamed_model import StreamedModel
+from vlqc.ir.memory import release_unused_memory
 from vlqc.options.options import Options
 from vlqc.pipeline.layer_selection import check_layers
 from vlqc.pipeline.manager import PassManager
@@ -84,12 +85,18 @@ def compile(
             for number, stop in enumerate(lockstep, len(known.stages)):
                 show.stage(number, stop.name)
                 with materialized_stage(model, stop, dtype, checkpoint.tensor, process_group) as stage:
-                    stage.on_sample, stage.settle = show.sample, offload.offload
+
+                    def after_sample(done: int, *values: Any) -> None:
+                        offload.offload(*values)
+                        release_unused_memory()
+                        show.sample(done)
+
+                    stage.execution.after_sample = after_sample
                     onlookers.traced(stage)
                     manager.run(stage)
                     if writer:
                         writer.add_stage(stage)
-                    stop.outputs = stage.answers()
+                    stop.outputs = stage.execution.next_inputs()
                     summary.add_stage(stage)
                     journal.record_stage(stage, summary.state)
                 show.stage_done(number)

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from vlqc.errors import InternalError
-from vlqc.ir.stage import TOLERANCE as TOLERANCE
-from vlqc.ir.stage import Edge, Stage, exact_bfloat16
-from vlqc.ir.stage import difference as difference
+from vlqc.ir.execution import exact_bfloat16
+from vlqc.ir.stage import Edge, Stage
+from vlqc.ir.tensor_digest import TOLERANCE as TOLERANCE
+from vlqc.ir.tensor_digest import difference as difference
 from vlqc.kernels_ref.norm import ShiftedNorm
 
 
@@ -55,7 +56,7 @@ def apply(stage: Stage, folds: Sequence[Fold]) -> list[Fold]:
     """
     if not folds:
         return []
-    before = stage.run_probe()
+    before = stage.execution.probe_output().flatten()
     originals = [(parameter, _copy(parameter)) for parameter in _changed_by(stage, folds)]
     lost: dict[str, Tensor] = {}  # by producer: what its bias lost when it was rounded
 
@@ -66,7 +67,7 @@ def apply(stage: Stage, folds: Sequence[Fold]) -> list[Fold]:
     def holds(some: Sequence[Fold]) -> bool:
         for fold in some:
             lost[fold.edge.producer] = _fold(stage, fold)
-        return difference(before, stage.run_probe()) <= TOLERANCE
+        return difference(before, stage.execution.probe_output().flatten()) <= TOLERANCE
 
     proven = list(folds)
     if not holds(folds):
@@ -89,7 +90,7 @@ def apply(stage: Stage, folds: Sequence[Fold]) -> list[Fold]:
 def _changed_by(stage: Stage, folds: Sequence[Fold]) -> list[nn.Parameter]:
     """Every parameter that folding changes, once."""
     targets = dict.fromkeys(path for fold in folds for path in (fold.edge.producer, *fold.edge.consumers))
-    return [parameter for path in targets for parameter in stage.live.get_submodule(path).parameters(recurse=False)]
+    return [parameter for path in targets for parameter in stage.module.get_submodule(path).parameters(recurse=False)]
 
 
 def _copy(parameter: Tensor) -> Tensor:
@@ -101,13 +102,13 @@ def _copy(parameter: Tensor) -> Tensor:
 @torch.no_grad()
 def _fold(stage: Stage, fold: Fold) -> Tensor:
     """Changes the weights; float32 [C]: what the producer now adds too little, because its bias was rounded."""
-    producer = stage.live.get_submodule(fold.edge.producer)
+    producer = stage.module.get_submodule(fold.edge.producer)
     for parameter in producer.parameters(recurse=False):  # weight [C] or [C, K], bias [C]
         scale = fold.scale.to(parameter.device)
         divided = parameter / (scale if parameter.ndim == 1 else scale[:, None])
         parameter.copy_(divided if isinstance(producer, nn.Linear) else _snapped(divided, stage.dtype))
     for target in fold.edge.consumers:
-        weight = stage.live.get_submodule(target).get_parameter("weight")
+        weight = stage.module.get_submodule(target).get_parameter("weight")
         weight.mul_(fold.columns(target).to(weight.device))
     if isinstance(producer, ShiftedNorm):
         return _hand_over_rounding(stage, fold, producer)
@@ -120,7 +121,7 @@ def _hand_over_rounding(stage: Stage, fold: Fold, norm: ShiftedNorm) -> Tensor:
     lost = norm.bias - stored  # [C]
     norm.bias.copy_(stored)
     for target, channel in fold.edge.consumers.items():
-        linear = stage.live.get_submodule(target)
+        linear = stage.module.get_submodule(target)
         linear.get_parameter("bias").add_(linear.get_parameter("weight") @ per_column(lost, channel, 0.0))
     return lost.cpu()
 

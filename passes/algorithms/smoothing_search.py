@@ -77,7 +77,7 @@ class SearchedEdge:
 
 def find_stage_edges(stage: Stage) -> bool:
     """Fills stage.edges; whether the text of the stage changes by that."""
-    known, stage.edges = stage.edges, find_edges(stage.live, stage.graph)
+    known, stage.edges = stage.edges, find_edges(stage.module, stage.graph)
     return known is None or [_facts(edge) for edge in known] != [_facts(edge) for edge in stage.edges]
 
 
@@ -97,7 +97,7 @@ def searched_edges(stage: Stage, reader: str, rounding: Rounding = PLAIN) -> Ite
             _reader(stage, edge, [site for site in sites if site.source == source], reader, rounding)
             for source in sources
         )
-        yield SearchedEdge(edge, stage.live.get_submodule(edge.producer), sources, readers)
+        yield SearchedEdge(edge, stage.module.get_submodule(edge.producer), sources, readers)
 
 
 def quantized_consumers(stage: Stage, edge: Edge) -> list[Site]:

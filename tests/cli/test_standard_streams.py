@@ -16,6 +16,7 @@ from tests.support.compiled_folder import make_content
 from vlqc.cli.commands import app
 from vlqc.cli.output import write_file
 from vlqc.errors import UserError
+from vlqc.ir.snapshot import StageSnapshot
 from vlqc.ir.stage import Stage
 from vlqc.reporting.dumps import writer as dumps
 
@@ -73,6 +74,6 @@ def test_a_dump_that_does_not_fit(error: Exception, tmp_path: Path, monkeypatch:
         raise error
 
     monkeypatch.setattr(dumps, "_writer", lambda name: write)
-    stage = Stage("a.0", "vision", torch.bfloat16, None, vlqc.parse(TEXT).graph, {})
+    stage = StageSnapshot("a.0", "vision", torch.bfloat16, vlqc.parse(TEXT).graph)
     with pytest.raises(UserError, match="No space left"):
         dumps.Dumper(tmp_path, formats=["bundle"]).traced(stage)

@@ -16,9 +16,11 @@ from torch import Tensor
 import vlqc
 from tests.support import tiny
 from tools.demo import tiny_task
+from vlqc.frontend.process_group import ProcessGroup
 from vlqc.frontend.stage_builder import find_sites
 from vlqc.frontend.tracing import record
-from vlqc.ir.stage import Call, Stage
+from vlqc.ir.execution import Call, StageRun
+from vlqc.ir.stage import Stage
 from vlqc.passes.assign_precision import AssignPrecision
 from vlqc.passes.insert_observers import InsertObservers
 from vlqc.pipeline.manager import PassManager
@@ -58,7 +60,8 @@ def stage_of(name: str) -> Stage:
 
     part = "language" if name.startswith("model") else "vision"
     sites = find_sites(module, graph, canonical)
-    return Stage(name, part, torch.bfloat16, module, graph, sites, [call], probe=call, checkpoint_name=canonical)
+    execution = StageRun(module, ProcessGroup(), [call], call)
+    return Stage(name, part, torch.bfloat16, module, graph, sites, execution, checkpoint_name=canonical)
 
 
 def run(stage: Stage, *passes: Any) -> None:
@@ -95,12 +98,12 @@ def test_rotation(
 ) -> None:
     """Catches a rotation that is not undone, touches q or k, forgets the bias, or mistakes the grouped queries."""
     stage = stage_of(name)
-    maker, user = stage.live.get_submodule(producer), stage.live.get_submodule(reader)
+    maker, user = stage.module.get_submodule(producer), stage.module.get_submodule(reader)
     assert isinstance(maker, torch.nn.Linear) and isinstance(user, torch.nn.Linear)
     rows, bias, columns = (it.detach().double().numpy().copy() for it in (maker.weight, maker.bias, user.weight))
-    before = stage.run_probe()
+    before = stage.execution.probe_output().flatten()
     run(stage, cookbook["rotate_values"].RotateValues())
-    after = stage.run_probe()
+    after = stage.execution.probe_output().flatten()
     assert float((after - before).abs().max()) < 1e-4 * float(before.square().mean().sqrt()) + 1e-4 * float(
         before.abs().max()
     )
@@ -118,10 +121,10 @@ def test_a_rotation_that_does_not_hold_is_undone(
 ) -> None:
     """Catches an example that trusts its formula more than the probe."""
     stage = stage_of("model.layers.0")
-    weights = {name: it.clone() for name, it in stage.live.named_parameters()}
+    weights = {name: it.clone() for name, it in stage.module.named_parameters()}
     monkeypatch.setattr(cookbook["rotate_values"], "hadamard", lambda width: 1.5 * torch.eye(width))
     run(stage, cookbook["rotate_values"].RotateValues())
-    assert all(torch.equal(it, weights[name]) for name, it in stage.live.named_parameters())
+    assert all(torch.equal(it, weights[name]) for name, it in stage.module.named_parameters())
     assert stage.notes == ["rotating model.layers.0.self_attn.v_proj changes model.layers.0 and was left out"]
 
 

@@ -12,7 +12,8 @@ from torch import nn
 from tests.support.random_stage import decoder, staged, through
 from vlqc.emit.deferred_stages import DeferredStages
 from vlqc.emit.stage_tensors import EmittedTensor, stage_tensors
-from vlqc.ir.stage import Call, Stage
+from vlqc.ir.execution import Call
+from vlqc.ir.stage import Stage
 from vlqc.passes.assign_precision import AssignPrecision
 from vlqc.passes.insert_observers import InsertObservers
 from vlqc.passes.lower_linears import LowerLinears

@@ -19,6 +19,7 @@ from tools.demo import plant_outliers, tiny_task
 from vlqc.families.qwen2_5_vl import original_name
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.streamed_model import StreamedModel, build
+from vlqc.ir.execution import StageRun
 from vlqc.ir.stage import Stage
 
 TINY = Path(tiny_task.__file__).parent / "tiny_vl"
@@ -146,7 +147,7 @@ def test_one_forward_one_read_one_stage(
     forwards: Counter[tuple[str, int]] = Counter()
     alive: list[set[str]] = []
     models: list[StreamedModel] = []
-    read, make, run = Checkpoint.tensor, StreamedModel.open, Stage.run
+    read, make, run = Checkpoint.tensor, StreamedModel.open, StageRun.forward
 
     def counted_read(self: Checkpoint, name: str) -> Tensor:
         reads[name] += self.folder == planted
@@ -159,18 +160,18 @@ def test_one_forward_one_read_one_stage(
     def watch(stage: Stage) -> None:
         real = {name for name, parameter in models[0].parameters(models[0].module).items() if not parameter.is_meta}
         alive.append({name for name in real if not name.startswith(stage.name + ".")})
-        stage.live.register_forward_pre_hook(
+        stage.module.register_forward_pre_hook(
             lambda module, args, kwargs: forwards.update([(stage.name, id((*args, *kwargs.values())[0]))]),
             with_kwargs=True,
         )
 
-    def watched_run(self: Stage, *args: Any) -> None:
+    def watched_run(self: StageRun, *args: Any) -> None:
         watch(self)
         run(self, *args)
 
     monkeypatch.setattr(Checkpoint, "tensor", counted_read)
     monkeypatch.setattr(StreamedModel, "of", watched_make)
-    monkeypatch.setattr(Stage, "run", watched_run)
+    monkeypatch.setattr(StageRun, "forward", watched_run)
     vlqc.compile(model_path=planted, save_directory=tmp_path / "out", samples=samples)
 
     assert set(reads) == set(Checkpoint(planted).names) and set(reads.values()) == {1}

@@ -29,7 +29,7 @@ from vlqc.emit.atomic_folder import WorkFolder
 from vlqc.emit.resume.journal import Journal
 from vlqc.emit.shard_writer import ShardWriter
 from vlqc.errors import InternalError, UserError
-from vlqc.ir.stage import Stage
+from vlqc.ir.execution import StageRun
 
 PHOTOS = Path(__file__).parents[1] / "photos"
 
@@ -158,19 +158,19 @@ def test_ctrl_c_on_the_command_line(checkpoint: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
     command = ["compile", "--model_path", str(checkpoint), "--save_directory", str(target), "--calib_images"]
     command += [str(PHOTOS), "--max_tokens", "60", "--max_samples", "1", "--weight_method", "round"]
-    run, before = Stage.run, signal.getsignal(signal.SIGINT)
+    run, before = StageRun.forward, signal.getsignal(signal.SIGINT)
 
-    def pressed(stage: Stage, *watch: Any) -> None:
+    def pressed(stage: StageRun, *watch: Any) -> None:
         if stage.name == STAGES[2]:
             os.kill(os.getpid(), signal.SIGINT)
         run(stage, *watch)
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    Stage.run = pressed  # type: ignore[method-assign, assignment]
+    StageRun.forward = pressed  # type: ignore[method-assign, assignment]
     try:
         ended = CliRunner().invoke(app, command)
     finally:
-        Stage.run = run  # type: ignore[method-assign]
+        StageRun.forward = run  # type: ignore[method-assign]
         signal.signal(signal.SIGINT, before)
     assert ended.exit_code == 130 and not target.exists()
     assert "interrupted" in ended.stderr and "2 of 5 stages are finished" in ended.stderr

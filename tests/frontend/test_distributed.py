@@ -228,10 +228,10 @@ def test_observations_do_not_depend_on_the_number_of_ranks(size: int, tokens: in
 
     def observed(process_group: ProcessGroup) -> str:
         stage: Stage = decoder()
-        sample_shapes = stage.all_sample_shapes()
-        share = contiguous_share(len(stage.calls), process_group.rank, process_group.size)
-        stage.calls, stage.sample_shapes, stage.process_group = (
-            [stage.calls[number] for number in share],
+        sample_shapes = stage.execution.sample_shapes
+        share = contiguous_share(len(stage.execution.calls), process_group.rank, process_group.size)
+        stage.execution.calls, stage.execution.shapes, stage.execution.process_group = (
+            [stage.execution.calls[number] for number in share],
             sample_shapes,
             process_group,
         )

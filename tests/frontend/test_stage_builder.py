@@ -12,7 +12,9 @@ from vlqc.frontend.calibration.probe import PROBE_ROWS, choose_probe
 from vlqc.frontend.sequential import SequentialForward, Stop
 from vlqc.frontend.stage_builder import materialized_stage
 from vlqc.frontend.streamed_model import StreamedModel
-from vlqc.ir.stage import Call, Observation, SampleShape, WeightQuantization
+from vlqc.ir.execution import Call, SampleShape
+from vlqc.ir.observation import Observation
+from vlqc.ir.stage import WeightQuantization
 
 
 def at_each_stage(work: Callable[[StreamedModel, Stop], None]) -> StreamedModel:
@@ -41,7 +43,7 @@ def test_sites_are_all_linears_by_checkpoint_name() -> None:
             parts[stage.name] = stage.part
             for name, site in stage.sites.items():
                 assert name == site.name == stage.checkpoint_name(site.target)
-                assert stage.live.get_submodule(site.target) is stage.linear(site)
+                assert stage.module.get_submodule(site.target) is stage.linear(site)
                 assert stage.node(site.source).meta["shape"][-1] == site.shape[1]
                 assert torch.equal(stage.linear(site).weight, model.checkpoint.tensor(f"{name}.weight"))
                 found[name] = site.shape
@@ -63,9 +65,9 @@ def test_nothing_of_a_stage_stays_behind() -> None:
     def lower(model: StreamedModel, stop: Stop) -> None:
         before = dict(stop.module.named_modules())
         with materialized_stage(model, stop, torch.bfloat16, model.checkpoint.tensor) as stage:
-            assert not any(parameter.is_meta for parameter in stage.live.parameters())
+            assert not any(parameter.is_meta for parameter in stage.module.parameters())
             for site in stage.sites.values():
-                stage.live.set_submodule(site.target, nn.Identity())
+                stage.module.set_submodule(site.target, nn.Identity())
             assert dict(stop.module.named_modules()) != before
         assert dict(stop.module.named_modules()) == before
         assert all(parameter.is_meta for parameter in model.module.get_submodule(model.path(stop.module)).parameters())
@@ -80,7 +82,7 @@ def test_who_still_holds_a_stage_holds_little() -> None:
     def look(model: StreamedModel, stop: Stop) -> None:
         with materialized_stage(model, stop, torch.bfloat16, model.checkpoint.tensor) as stage:
             stage.observations["%x"] = Observation(3)
-            stage.outputs = outputs = [torch.ones(2)]
+            stage.execution.outputs = outputs = [torch.ones(2)]
             for site in stage.sites.values():
                 site.weight = WeightQuantization(torch.ones(1, 1, dtype=torch.int8), torch.ones(1, 1))
             stages.append(stage)
@@ -88,7 +90,7 @@ def test_who_still_holds_a_stage_holds_little() -> None:
 
     at_each_stage(look)
     for stage in stages:
-        assert not (stage.observations or stage.outputs or stage.calls or stage.probe)
+        assert not (stage.observations or stage.execution.outputs or stage.execution.calls or stage.execution.probe)
         assert all(site.weight is None for site in stage.sites.values())
 
 
@@ -101,7 +103,7 @@ def test_nothing_stays_behind_after_an_error() -> None:
             pytest.raises(ZeroDivisionError),
             materialized_stage(model, stop, torch.bfloat16, model.checkpoint.tensor) as stage,
         ):
-            stage.live.set_submodule(next(iter(stage.sites.values())).target, nn.Identity())
+            stage.module.set_submodule(next(iter(stage.sites.values())).target, nn.Identity())
             _ = 1 / 0
 
         def broken(name: str) -> Tensor:
@@ -165,6 +167,6 @@ def test_a_block_that_needs_real_weights_to_be_traced(monkeypatch: pytest.Monkey
 def test_probe_is_the_largest_that_is_quick(rows: list[int], chosen: int) -> None:
     """Catches proofs that run on a huge picture, or on a sample too small to tell."""
     calls = [Call(number, (torch.ones(1, count, 2),), {}) for number, count in enumerate(rows)]
-    assert choose_probe([SampleShape.of(call).rows for call in calls]) == chosen
+    assert choose_probe([SampleShape.from_call(call).rows for call in calls]) == chosen
     named = [Call(number, (), {"hidden_states": torch.ones(count, 2)}) for number, count in enumerate(rows)]
-    assert choose_probe([SampleShape.of(call).rows for call in named]) == chosen
+    assert choose_probe([SampleShape.from_call(call).rows for call in named]) == chosen

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 from tests.support import tiny
 from vlqc.errors import UserError
 from vlqc.frontend.tracing import input_tensors, record
-from vlqc.ir.stage import Call
+from vlqc.ir.execution import Call
 
 
 class Replay(fx.Interpreter):

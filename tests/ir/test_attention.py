@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention as attention
 
-from vlqc.ir.attention import FusedAttention
+from vlqc.ir.execution import FusedAttention
 
 HEADS, ROWS, DEPTH = 4, 37, 16
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from vlqc.ir.bfloat16_linears import bfloat16_linears, exact_bfloat16
+from vlqc.ir.execution import bfloat16_linears, exact_bfloat16
 
 
 @pytest.fixture(autouse=True)
 def with_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever the tests run: the arithmetic is the same without them, only slower."""
-    monkeypatch.setattr("vlqc.ir.bfloat16_linears.multiplies_bfloat16", lambda device: True)
+    monkeypatch.setattr("vlqc.ir.execution.multiplies_bfloat16", lambda device: True)
 
 
 def linear(exact: bool, bias: bool = True, seed: int = 0) -> nn.Linear:
@@ -72,7 +72,7 @@ def test_others_multiply_as_ever() -> None:
 
 def test_without_instructions_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a processor that emulates bfloat16, slower than float32."""
-    monkeypatch.setattr("vlqc.ir.bfloat16_linears.multiplies_bfloat16", lambda device: False)
+    monkeypatch.setattr("vlqc.ir.execution.multiplies_bfloat16", lambda device: False)
     made, rows = linear(True), torch.randn(3, 48)
     expected = made(rows)
     with bfloat16_linears(made):

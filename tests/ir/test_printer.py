@@ -14,7 +14,8 @@ from torch import fx, nn
 from tests.support.small_stage import decided, lowered, traced
 from vlqc.ir.parser import parse_stage
 from vlqc.ir.printer import print_stage
-from vlqc.ir.stage import EdgeSummary, InputQuantization, Site, Stage, WeightQuantization
+from vlqc.ir.snapshot import EdgeSummary, StageSnapshot
+from vlqc.ir.stage import InputQuantization, Site, Stage, WeightQuantization
 from vlqc.ir.syntax import find_function, function_name, literal, quote
 from vlqc.targets.schemes import Scheme
 
@@ -39,7 +40,7 @@ def test_every_weight_shows() -> None:
     """A rewrite of one value of one weight that left the text unchanged could not be seen in a dump."""
     stage = traced()
     before = print_stage(stage).splitlines()
-    for name, parameter in stage.live.named_parameters():
+    for name, parameter in stage.module.named_parameters():
         known = parameter.clone()
         parameter.view(-1)[-1] += 2**-20
         changed = [old for old, new in zip(before, print_stage(stage).splitlines(), strict=True) if old != new]
@@ -60,8 +61,8 @@ def test_no_edges_found_differs_from_not_looked() -> None:
     without = print_stage(stage)
     stage.edges = ()
     assert "edges {\n}\n" in print_stage(stage) and "edges" not in without
-    assert parse_stage(print_stage(stage)).summaries.edges == ()
-    assert parse_stage(without).summaries.edges is None
+    assert parse_stage(print_stage(stage)).edges == ()
+    assert parse_stage(without).edges is None
 
 
 def test_every_fact_of_a_site_shows() -> None:
@@ -139,7 +140,7 @@ def test_arguments_named_like_keywords() -> None:
     graph = fx.Graph()
     value = graph.placeholder("x")
     graph.call_function(torch.Tensor.random_, (value,), {"from": 0, "to": 4})
-    text = print_stage(Stage("s", "vision", torch.float16, None, graph, {}))
+    text = print_stage(StageSnapshot("s", "vision", torch.float16, graph))
     assert '%random_ = torch.Tensor.random_(%x, to=4, **{"from": 0})' in text
     parsed = parse_stage(text)
     assert dict(next(node for node in parsed.graph.nodes if node.op == "call_function").kwargs) == {"from": 0, "to": 4}
@@ -149,7 +150,7 @@ def test_edge_names_are_checkpoint_names() -> None:
     """Module paths of the installed transformers in the text would make dumps of two versions differ."""
     text = print_stage(decided())
     assert '  "visual.blocks.0.norm1" 4 of 4' in text
-    edges = parse_stage(text).summaries.edges
+    edges = parse_stage(text).edges
     assert edges is not None and all(isinstance(edge, EdgeSummary) for edge in edges)
     # Independently: of the 12 outputs of qkv only the last third, v, reaches proj linearly.
     qkv = next(edge for edge in edges if edge.producer.endswith("attn.qkv"))

@@ -12,8 +12,8 @@ from tests.support import tiny
 from tests.support.folded_edges import assert_holds
 from tools.demo import plant_outliers
 from vlqc.frontend.tracing import record
+from vlqc.ir.execution import Call
 from vlqc.ir.scale_propagation import find_edges
-from vlqc.ir.stage import Call
 
 
 def known_edges() -> dict[str, dict[str, dict[int, int]]]:

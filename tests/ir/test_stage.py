@@ -6,17 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlqc.ir.stage import (
-    WEIGHT_PARTS,
-    WeightQuantization,
-    absmax,
-    digest,
-    fingerprint,
-    first_tensor,
-    observe,
-    summarize,
-)
-from vlqc.ir.tensor_digest import fingerprints
+from vlqc.ir.execution import first_tensor
+from vlqc.ir.snapshot import WEIGHT_PARTS, summarize
+from vlqc.ir.stage import WeightQuantization, observe
+from vlqc.ir.tensor_digest import absmax, digest, fingerprint, fingerprints
 
 BYTES = st.binary(min_size=1, max_size=200)
 

@@ -19,8 +19,9 @@ from tests.support.chosen_precision import (
 from tests.support.exact_stage import text_after
 from tests.support.random_stage import decoder, staged, through
 from vlqc.families.layer_names import layer_pattern
+from vlqc.ir.execution import Call
 from vlqc.ir.printer import print_stage
-from vlqc.ir.stage import Call, Site, Stage
+from vlqc.ir.stage import Site, Stage
 from vlqc.passes.assign_precision import AssignPrecision
 from vlqc.pipeline.registry import parse_pipeline, print_pipeline
 from vlqc.targets.precision import Decision

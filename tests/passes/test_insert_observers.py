@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from tests.support.exact_stage import exact_stage, linears, text_after
 from tests.support.random_stage import EVERY_LINEAR, decoder, outputs, staged, through
 from vlqc.errors import UserError
+from vlqc.ir.execution import Call
+from vlqc.ir.observation import MODALITIES, Observation
 from vlqc.ir.printer import print_stage
-from vlqc.ir.stage import MODALITIES, Call, Observation, Stage, observe
+from vlqc.ir.stage import Stage, observe
 from vlqc.passes.insert_observers import InsertObservers, add_rows, shared_out
 from vlqc.passes.quantize_activations import QuantizeActivations
 
@@ -31,7 +33,7 @@ def inputs(stage: Stage) -> dict[str, list[np.ndarray]]:
     """By module path: what each Linear is given, call by call, float64 [rows, K], by plain hooks of its own."""
     seen: dict[str, list[np.ndarray]] = {}
     handles = []
-    for path, linear in linears(stage.live).items():
+    for path, linear in linears(stage.module).items():
         rows = seen.setdefault(path, [])
         handles.append(linear.register_forward_pre_hook(lambda _, args, rows=rows: rows.append(flat(args[0]))))
     outputs(stage)
@@ -56,9 +58,9 @@ def test_golden(golden: Callable[[str, str], None]) -> None:
 def test_golden_stage_is_exact() -> None:
     """The goldens of all passes hold on every machine only if nothing before the last linear was rounded."""
     stage = exact_stage()
-    for call in stage.calls:
+    for call in stage.execution.calls:
         results: list[list[Tensor]] = []
-        for block in (copy.deepcopy(stage.live), copy.deepcopy(stage.live).double()):
+        for block in (copy.deepcopy(stage.module), copy.deepcopy(stage.module).double()):
             values: list[Tensor] = []
             for path, linear in linears(block).items():
                 if path != "mlp.down_proj":
@@ -74,7 +76,7 @@ def test_statistics_count_every_row_but_padding(source: str) -> None:
     """A row left out, counted twice, of padding, or under the wrong modality; statistics of kept rows only."""
     stage = through(decoder(), InsertObservers(tokens=6))
     rows = np.concatenate(inputs(stage)[TARGETS[source]])
-    modality = np.concatenate([call.modality.numpy() for call in stage.calls if call.modality is not None])
+    modality = np.concatenate([call.modality.numpy() for call in stage.execution.calls if call.modality is not None])
     seen = stage.observations[source]
     assert seen.kept.shape[0] <= 6 < (modality == 0).sum() and (modality == -1).sum() == 3
     assert set(seen.ranges) == {"text", "image"}
@@ -124,11 +126,11 @@ def test_energy_of_kept_rows() -> None:
     A stage whose two last samples are nearly silent: their rows count for as much as those of the loud one.
     """
     stage = decoder()
-    for call in stage.calls[1:]:
+    for call in stage.execution.calls[1:]:
         call.args[0].mul_(2.0**-6)
     through(stage, InsertObservers(tokens=14))
     given = inputs(stage)
-    returned = [flat(stage.live(*call.args)[0]) for call in stage.calls]
+    returned = [flat(stage.module(*call.args)[0]) for call in stage.execution.calls]
     for source, target in TARGETS.items():
         seen, energies = stage.observations[source], []
         for row in seen.kept.double().numpy():
@@ -164,7 +166,7 @@ def test_rows_that_the_stage_merges() -> None:
     before, behind = stage.observations.values()
     assert before.kept.shape == (12, 4) and before.kept_energy.shape == (0,)
     assert before.row_weight().tolist() == [1 / 12] * 12
-    expected = torch.cat([stage.live(*call.args).double().square().mean(1) for call in calls])
+    expected = torch.cat([stage.module(*call.args).double().square().mean(1) for call in calls])
     np.testing.assert_allclose(behind.kept_energy, expected, rtol=1e-6)
 
 
@@ -250,11 +252,11 @@ def test_observations_are_deterministic() -> None:
 def test_one_forward_per_sample_and_its_outputs() -> None:
     """A second forward over the samples doubles the time of a compilation; a changed output spoils all later stages."""
     stage, ran = decoder(), []
-    stage.live.register_forward_hook(lambda *_: ran.append(1))
+    stage.module.register_forward_hook(lambda *_: ran.append(1))
     through(stage, InsertObservers())
-    assert len(ran) == len(stage.calls) == len(stage.outputs)
-    for call, (output,) in zip(stage.calls, stage.outputs, strict=True):
-        assert torch.equal(output, stage.live(*call.args)[0])
+    assert len(ran) == len(stage.execution.calls) == len(stage.execution.outputs)
+    for call, (output,) in zip(stage.execution.calls, stage.execution.outputs, strict=True):
+        assert torch.equal(output, stage.module(*call.args)[0])
 
 
 def test_group_members_share_an_observer() -> None:
@@ -278,7 +280,7 @@ def test_twice_observes_once() -> None:
     assert print_stage(stage) == text
     assert InsertObservers(tokens=5).run(stage) is True
     assert InsertObservers(tokens=5).run(stage) is False
-    stage.live.get_parameter("mlp.down_proj.weight")[0] *= 2  # no linear reads it, but the stage's output changes
+    stage.module.get_parameter("mlp.down_proj.weight")[0] *= 2  # no linear reads it, but the stage's output changes
     assert InsertObservers(tokens=5).run(stage) is True
 
 
@@ -287,12 +289,15 @@ def test_no_hooks_stay(fails: bool) -> None:
     """A hook that outlives the pass, above all after an error, would go on keeping rows."""
     stage = decoder()
     if fails:
-        stage.calls = [stage.calls[0], Call(1, (torch.ones(1, 4, 5),), {})]  # 5 channels instead of 32
+        stage.execution.calls = [
+            stage.execution.calls[0],
+            Call(1, (torch.ones(1, 4, 5),), {}),
+        ]  # 5 channels instead of 32
         with pytest.raises(RuntimeError):
             InsertObservers().run(stage)
     else:
         InsertObservers().run(stage)
-    assert hooks(stage.live) == 0
+    assert hooks(stage.module) == 0
 
 
 def test_rescaled_is_what_rescaled_rows_would_give() -> None:

@@ -26,7 +26,7 @@ from vlqc.targets.schemes import Scheme
 
 
 def linear_at(stage: Stage, target: str) -> nn.Linear:
-    module = stage.live.get_submodule(target)
+    module = stage.module.get_submodule(target)
     assert isinstance(module, nn.Linear)
     return module
 
@@ -41,19 +41,19 @@ def test_quantized_linears_are_swapped_and_others_stay() -> None:
     stage = through(decoder(), InsertObservers(), AssignPrecision(), QuantizeActivations(), QuantizeWeights())
     down = linear_at(stage, "mlp.down_proj")
     through(stage, LowerLinears())
-    assert stage.live.get_submodule("mlp.down_proj") is down
-    lowered = {path for path, module in stage.live.named_modules() if isinstance(module, StaticQuantLinear)}
+    assert stage.module.get_submodule("mlp.down_proj") is down
+    lowered = {path for path, module in stage.module.named_modules() if isinstance(module, StaticQuantLinear)}
     assert lowered == {it.target for it in quantized(stage)} and len(lowered) == 6
     called = {str(node.target) for node in stage.graph.nodes if node.op == "call_module"}
     assert lowered < called and check(stage) == []
-    assert not any(path.startswith("self_attn.q_proj") for path, _ in stage.live.named_parameters())
+    assert not any(path.startswith("self_attn.q_proj") for path, _ in stage.module.named_parameters())
 
 
 def test_stage_runs_the_integers() -> None:
     """A swap that the stage's forward does not see: other integers must give other outputs."""
     stage = integers(observed(decoder()))
     before = outputs(stage)
-    module = stage.live.get_submodule("mlp.up_proj")
+    module = stage.module.get_submodule("mlp.up_proj")
     assert isinstance(module, StaticQuantLinear)
     module.weight[0, 0] += 5
     assert not torch.equal(outputs(stage), before)
@@ -66,7 +66,7 @@ def test_stored_tensors(dtype: torch.dtype) -> None:
     biases = {it.name: stage.linear(it).bias for it in stage.sites.values()}
     integers(stage, correct_bias=False)
     for it in stage.sites.values():
-        module = stage.live.get_submodule(it.target)
+        module = stage.module.get_submodule(it.target)
         assert isinstance(module, StaticQuantLinear) and it.weight is not None and it.input is not None
         assert torch.equal(module.weight, it.weight.integers) and torch.equal(module.weight_scale, it.weight.scale)
         assert (module.input_scale.item(), module.input_offset.item()) == (it.input.scale, it.input.offset)
@@ -82,9 +82,9 @@ def test_stored_tensors(dtype: torch.dtype) -> None:
 def test_bias_is_used_as_it_is_stored() -> None:
     """quant_bias of the unrounded bias: whoever recomputes it from the emitted folder finds another number."""
     stage = observed(decoder())
-    stage.live.get_parameter("self_attn.q_proj.bias").fill_(1.003)  # stored in bfloat16 as 1
+    stage.module.get_parameter("self_attn.q_proj.bias").fill_(1.003)  # stored in bfloat16 as 1
     integers(stage, correct_bias=False)
-    module = stage.live.get_submodule("self_attn.q_proj")
+    module = stage.module.get_submodule("self_attn.q_proj")
     assert isinstance(module, StaticQuantLinear) and module.bias is not None
     assert torch.equal(module.bias, torch.ones(32))
     expected = (1 / module.deq_scale.double() - module.input_offset.double() * module.weight.double().sum(1)).round()
@@ -100,7 +100,7 @@ def test_mean_error_is_taken_off() -> None:
     plain, corrected = (integers(observed(decoder(outliers=True)), correct_bias=on) for on in (False, True))
     moved = 0
     for it in corrected.sites.values():
-        before, after = (stage.live.get_submodule(it.target) for stage in (plain, corrected))
+        before, after = (stage.module.get_submodule(it.target) for stage in (plain, corrected))
         assert isinstance(before, StaticQuantLinear) and isinstance(after, StaticQuantLinear) and it.input is not None
         taken = (before.quant_bias - after.quant_bias).double().numpy()
         assert not (taken % CORRECTION_STEP).any()
@@ -139,7 +139,7 @@ def test_output_is_within_the_analytic_bound(seed: int, outliers: bool) -> None:
         # Half a step of rounding; at the ends of the range the offset's rounding adds up to another half.
         bound = step_x * weight.abs().sum(1) + x.abs().sum(1, keepdim=True) * step_w.T / 2
         bound = bound + weight.shape[1] * step_x * step_w.T / 2 + step_x * step_w.T / 2
-        error = (stage.live.get_submodule(it.target)(x) - floats[it.target](x)).abs()
+        error = (stage.module.get_submodule(it.target)(x) - floats[it.target](x)).abs()
         assert bool((error <= bound * 1.0001 + 1e-5).all()), it.name
         assert error.max() > 0
 
@@ -152,7 +152,7 @@ def test_undecided_sites_are_an_error(missing: str) -> None:
     setattr(it, missing, None)
     with pytest.raises(UserError, match=r"mlp\.up_proj cannot be lowered"):
         LowerLinears().run(stage)
-    assert isinstance(stage.live.get_submodule("self_attn.q_proj"), nn.Linear)  # nothing is half done
+    assert isinstance(stage.module.get_submodule("self_attn.q_proj"), nn.Linear)  # nothing is half done
 
 
 def test_nothing_decided_changes_nothing() -> None:
@@ -166,7 +166,7 @@ def test_nothing_decided_changes_nothing() -> None:
 def test_inputs_of_any_shape() -> None:
     """A module that flattens its input and forgets the shape: blocks hand it [rows, K] and [1, rows, K]."""
     stage = integers(observed(decoder()))
-    module = stage.live.get_submodule("mlp.gate_proj")
+    module = stage.module.get_submodule("mlp.gate_proj")
     rows: Tensor = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(0))
     assert module(rows).shape == (1, 6, 48)
     assert torch.equal(module(rows)[0], module(rows[0]))
@@ -195,7 +195,7 @@ def test_other_schemes_run_their_integers(scheme: Scheme, dtype: torch.dtype) ->
     through(stage, QuantizeActivations(), QuantizeWeights(), LowerLinears())
     assert check(stage) == []
     for it in stage.sites.values():
-        module = stage.live.get_submodule(it.target)
+        module = stage.module.get_submodule(it.target)
         assert type(module) is KINDS[scheme] and it.weight is not None
         assert set(module.state_dict()) >= {"weight", "weight_scale", "weight_offset"}
         assert "input_scale" not in module.state_dict() and "quant_bias" not in module.state_dict()
@@ -227,10 +227,10 @@ def test_gained_bias_is_not_stored() -> None:
     linear.bias = nn.Parameter(torch.linspace(-40, 40, 48), requires_grad=False)
     it.added_bias, expected = True, linear(rows)
     integers(stage)
-    module = stage.live.get_submodule("mlp.up_proj")
+    module = stage.module.get_submodule("mlp.up_proj")
     assert isinstance(module, StaticQuantLinear) and module.bias is None and "bias" not in module.state_dict()
     assert (module(rows) - expected).abs().max() < 0.2 < float(expected.abs().max())
-    known = stage.live.get_submodule("self_attn.q_proj")
+    known = stage.module.get_submodule("self_attn.q_proj")
     assert isinstance(known, StaticQuantLinear) and known.bias is not None
 
 
@@ -257,4 +257,4 @@ def test_scheme_decides_not_what_is_there() -> None:
     for it in stage.sites.values():
         it.scheme = Scheme.W8A8_DYNAMIC
     LowerLinears().run(stage)
-    assert type(stage.live.get_submodule("mlp.up_proj")) is DynamicQuantLinear
+    assert type(stage.module.get_submodule("mlp.up_proj")) is DynamicQuantLinear

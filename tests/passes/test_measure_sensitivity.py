@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from tests.support.random_stage import GROUP_SIZE, NAME, decoder, outputs, site, through
 from vlqc.errors import UserError
 from vlqc.families.qwen2_5_vl import fused_group
-from vlqc.ir.stage import Stage, fingerprint
+from vlqc.ir.stage import Stage
+from vlqc.ir.tensor_digest import fingerprint
 from vlqc.passes.assign_precision import AssignPrecision
 from vlqc.passes.insert_observers import InsertObservers
 from vlqc.passes.lower_linears import LowerLinears
@@ -46,7 +47,7 @@ def only(group: tuple[str, ...], scheme: Scheme) -> Stage:
 
 def rows(stage: Stage) -> Tensor:
     """float64 [rows, K]: what the stage returns for the probe, without padding; the probe is its last call."""
-    stage.calls = stage.calls[-1:]
+    stage.execution.calls = stage.execution.calls[-1:]
     return outputs(stage)
 
 
@@ -74,7 +75,7 @@ def test_a_float_is_rounded_too() -> None:
     """Catches a promise of no noise: smoothed weights are emitted in 16 bits."""
     stage = through(decoder(outliers=True, dtype=torch.bfloat16), InsertObservers())
     for target in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
-        stage.live.get_parameter(f"{target}.weight").mul_(1.0009)  # no value of bfloat16 any more
+        stage.module.get_parameter(f"{target}.weight").mul_(1.0009)  # no value of bfloat16 any more
     stage = through(
         stage,
         AssignPrecision(target=FREE),
@@ -121,8 +122,8 @@ def test_float16_has_no_dynamic_scheme() -> None:
 def test_a_shifted_norm_keeps_its_readers_static() -> None:
     """Catches a group taken out of static W8A8 behind a norm bias, which engines then silently drop."""
     shifted = measured(STATIC, FREE, ShiftNorms())
-    biased = {name for name, _ in shifted.live.named_buffers() if name.endswith("norm.bias")}
-    biased |= {name for name, _ in shifted.live.named_parameters() if name.endswith("norm.bias")}
+    biased = {name for name, _ in shifted.module.named_buffers() if name.endswith("norm.bias")}
+    biased |= {name for name, _ in shifted.module.named_parameters() if name.endswith("norm.bias")}
     assert biased, "nothing was shifted: this test is about nothing"
     for found in shifted.sensitivities:
         behind = any(found.source in name.replace(".", "_") for name in biased)
@@ -140,11 +141,11 @@ def test_nothing_is_changed() -> None:
     """Catches a module left swapped, a weight or a decision changed, float Linears that are copies."""
     stage = decoder(outliers=True)
     through(stage, InsertObservers(), AssignPrecision(target=FREE), QuantizeActivations(), QuantizeWeights())
-    modules, facts = dict(stage.live.named_modules()), [replace(it) for it in stage.sites.values()]
-    prints = {name: fingerprint(it) for name, it in stage.live.named_parameters()}
+    modules, facts = dict(stage.module.named_modules()), [replace(it) for it in stage.sites.values()]
+    prints = {name: fingerprint(it) for name, it in stage.module.named_parameters()}
     assert MeasureSensitivity(target=FREE).run(stage) is False
-    assert dict(stage.live.named_modules()) == modules and list(stage.sites.values()) == facts
-    assert prints == {name: fingerprint(it) for name, it in stage.live.named_parameters()}
+    assert dict(stage.module.named_modules()) == modules and list(stage.sites.values()) == facts
+    assert prints == {name: fingerprint(it) for name, it in stage.module.named_parameters()}
     for found in stage.sensitivities:
         assert found.modules[FLOAT] == {
             stage.sites[name].target: stage.linear(stage.sites[name]) for name in found.sites
@@ -160,7 +161,7 @@ def test_the_modules_are_those_that_lowering_makes() -> None:
             alone = only(found.sites, scheme)
             for name in found.sites:
                 target = stage.sites[name].target
-                wanted = dict(alone.live.get_submodule(target).named_buffers())
+                wanted = dict(alone.module.get_submodule(target).named_buffers())
                 kept = dict(found.modules[scheme][target].named_buffers())
                 assert wanted.keys() == kept.keys()
                 assert all(torch.equal(wanted[part], kept[part]) for part in wanted)

@@ -9,8 +9,9 @@ from torch import Tensor
 from tests.support.exact_stage import text_after
 from tests.support.random_stage import EVERYWHERE, decoder, through
 from vlqc.errors import UserError
+from vlqc.ir.execution import first_tensor
 from vlqc.ir.printer import print_stage
-from vlqc.ir.stage import Stage, first_tensor
+from vlqc.ir.stage import Stage
 from vlqc.passes.insert_observers import InsertObservers
 from vlqc.passes.lower_linears import LowerLinears
 from vlqc.passes.propagate_quantized import PropagateQuantized
@@ -27,7 +28,7 @@ ALL = (QuantizeActivations(), QuantizeWeights(method="round"), LowerLinears())
 
 def returned(stage: Stage) -> list[Tensor]:
     """What the stage handed on, per sample."""
-    return [first_tensor(output).clone() for output in stage.outputs]
+    return [first_tensor(output).clone() for output in stage.execution.outputs]
 
 
 def lowered(scheme: Scheme = Scheme.W8A8, *behind: Pass) -> Stage:
@@ -44,9 +45,9 @@ def test_outputs_are_those_of_the_integers(scheme: Scheme) -> None:
     """Outputs of the float stage handed on once more, or of one sample for all of them."""
     before, after = returned(lowered(scheme)), returned(stage := lowered(scheme, PropagateQuantized()))
     original = decoder(outliers=True)
-    for call, float_output, output in zip(stage.calls, before, after, strict=True):
-        assert torch.equal(float_output, original.live(*call.args)[0])
-        assert torch.equal(output, first_tensor(stage.live(*call.args)))
+    for call, float_output, output in zip(stage.execution.calls, before, after, strict=True):
+        assert torch.equal(float_output, original.module(*call.args)[0])
+        assert torch.equal(output, first_tensor(stage.module(*call.args)))
         difference = float((output - float_output).norm() / float_output.norm())
         assert 1e-3 < difference < 1.5  # planted outliers that nothing tamed
 
@@ -56,13 +57,15 @@ def test_a_later_stage_is_calibrated_on_them() -> None:
     ranges = []
     for behind in ((), (PropagateQuantized(),)):
         first, second = lowered(Scheme.W8A8, *behind), decoder(1)
-        second.calls = [
+        second.execution.calls = [
             replace(call, args=(first_tensor(output),))
-            for call, output in zip(second.calls, first.outputs, strict=True)
+            for call, output in zip(second.execution.calls, first.execution.outputs, strict=True)
         ]
         through(second, InsertObservers())
-        rows = torch.cat([second.live.get_submodule("input_layernorm")(call.args[0])[0] for call in second.calls])
-        kinds = torch.cat([call.modality for call in second.calls if call.modality is not None])
+        rows = torch.cat(
+            [second.module.get_submodule("input_layernorm")(call.args[0])[0] for call in second.execution.calls]
+        )
+        kinds = torch.cat([call.modality for call in second.execution.calls if call.modality is not None])
         seen = second.observations["input_layernorm"]
         assert torch.equal(seen.maximum(), rows[kinds >= 0].amax(0))
         ranges.append(seen.maximum())
@@ -73,12 +76,12 @@ def test_one_run_and_no_trace() -> None:
     """A third run of every stage, hooks that stay, or observations replaced by what the integers see."""
     stage, ran = lowered(), []
     text, seen = print_stage(stage), {source: it.kept.clone() for source, it in stage.observations.items()}
-    handle = stage.live.register_forward_hook(lambda *_: ran.append(1))
+    handle = stage.module.register_forward_hook(lambda *_: ran.append(1))
     assert PropagateQuantized().run(stage) is False
     handle.remove()
-    assert len(ran) == len(stage.calls) == len(stage.outputs) and print_stage(stage) == text
+    assert len(ran) == len(stage.execution.calls) == len(stage.execution.outputs) and print_stage(stage) == text
     assert all(torch.equal(stage.observations[source].kept, rows) for source, rows in seen.items())
-    assert sum(len(child._forward_pre_hooks) + len(child._forward_hooks) for child in stage.live.modules()) == 0
+    assert sum(len(child._forward_pre_hooks) + len(child._forward_hooks) for child in stage.module.modules()) == 0
 
 
 def test_before_lowering_there_is_nothing_to_hand_on() -> None:

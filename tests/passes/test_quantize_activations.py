@@ -10,7 +10,8 @@ import torch
 from tests.support.exact_stage import text_after
 from tests.support.numpy_ranges import DTYPES, limits, numpy_rounded, observation, rows_of
 from tests.support.random_stage import decoder, observed, staged, through
-from vlqc.ir.stage import Call, InputQuantization, Stage
+from vlqc.ir.execution import Call
+from vlqc.ir.stage import InputQuantization, Stage
 from vlqc.kernels_ref.quantize import activation_scale_and_offset
 from vlqc.passes.assign_precision import AssignPrecision
 from vlqc.passes.insert_observers import InsertObservers
@@ -59,7 +60,7 @@ def test_all_members_of_a_group_have_their_say() -> None:
     for loud in (False, True):
         stage = observed(decoder())
         for part in "qkv":
-            weight = stage.live.get_parameter(f"self_attn.{part}_proj.weight")
+            weight = stage.module.get_parameter(f"self_attn.{part}_proj.weight")
             weight[:, 3] = 100.0 if loud and part == "v" else 0.0
         seen = stage.observations["input_layernorm"]
         seen.kept[:, 3] *= 30

@@ -57,9 +57,9 @@ def test_against_numpy(outliers: bool) -> None:
 def test_is_an_analysis(method: Method, scheme: Scheme) -> None:
     """A float weight overwritten before it is lowered: passes that come between would see the rounded one."""
     stage = through(observed(decoder(), scheme), QuantizeActivations())
-    known = {path: parameter.clone() for path, parameter in stage.live.named_parameters()}
+    known = {path: parameter.clone() for path, parameter in stage.module.named_parameters()}
     through(stage, QuantizeWeights(method=method))
-    assert all(torch.equal(parameter, known[path]) for path, parameter in stage.live.named_parameters())
+    assert all(torch.equal(parameter, known[path]) for path, parameter in stage.module.named_parameters())
 
 
 def test_float_sites_stay_without() -> None:
@@ -77,13 +77,13 @@ def test_bias_of_a_zero_row_fits(bias: float, dtype: torch.dtype, method: Method
     """A row of zeros with a bias: its own scale is so fine that the bias, as stored, overflows int32 in its steps."""
     stage = observed(decoder(dtype=dtype))
     for path in ("weight", "bias"):
-        stage.live.get_parameter(f"self_attn.v_proj.{path}")[4] = 0 if path == "weight" else bias
-    stage.live.get_parameter("self_attn.v_proj.weight")[5] *= 1e-9
-    stage.live.get_parameter("self_attn.v_proj.bias")[5] = -bias
+        stage.module.get_parameter(f"self_attn.v_proj.{path}")[4] = 0 if path == "weight" else bias
+    stage.module.get_parameter("self_attn.v_proj.weight")[5] *= 1e-9
+    stage.module.get_parameter("self_attn.v_proj.bias")[5] = -bias
     through(stage, QuantizeActivations(), QuantizeWeights(method=method), LowerLinears())
-    lowered = stage.live.get_submodule("self_attn.v_proj")
+    lowered = stage.module.get_submodule("self_attn.v_proj")
     assert isinstance(lowered, StaticQuantLinear)
-    rows = stage.calls[0].args[0]
+    rows = stage.execution.calls[0].args[0]
     stored = torch.tensor(bias).to(dtype).item()
     torch.testing.assert_close(lowered(rows)[..., 4], torch.full(rows.shape[:-1], stored), rtol=1e-6, atol=0)
     torch.testing.assert_close(lowered(rows)[..., 5], torch.full(rows.shape[:-1], -stored), rtol=1e-6, atol=0)
@@ -92,11 +92,11 @@ def test_bias_of_a_zero_row_fits(bias: float, dtype: torch.dtype, method: Method
 def test_tiny_input_scale_keeps_biases() -> None:
     """An input that was always zero has a tiny scale: every bias counted in its steps would overflow."""
     stage = decoder()
-    for call in stage.calls:
+    for call in stage.execution.calls:
         call.args[0].zero_()
     through(observed(stage), QuantizeActivations(), QuantizeWeights(), LowerLinears())
-    bias = decoder().live.get_parameter("self_attn.q_proj.bias")
-    got = stage.live.get_submodule("self_attn.q_proj")(stage.calls[0].args[0])[0, 0]
+    bias = decoder().module.get_parameter("self_attn.q_proj.bias")
+    got = stage.module.get_submodule("self_attn.q_proj")(stage.execution.calls[0].args[0])[0, 0]
     torch.testing.assert_close(got, bias, rtol=1e-4, atol=1e-6)
 
 
@@ -104,7 +104,7 @@ def test_second_run_tells_the_truth() -> None:
     """A pass that always claims a change is refused as a lie; one changed weight has to be noticed."""
     stage = through(observed(decoder()), QuantizeActivations(), QuantizeWeights())
     assert QuantizeWeights().run(stage) is False
-    stage.live.get_parameter("mlp.up_proj.weight")[3, 3] += 0.5
+    stage.module.get_parameter("mlp.up_proj.weight")[3, 3] += 0.5
     assert QuantizeWeights().run(stage) is True
     assert site(stage, "mlp.up_proj").scheme == Scheme.W8A8
 
@@ -206,7 +206,7 @@ def test_bias_as_it_is_stored() -> None:
 def test_scales_and_integers_of_every_method(scheme: Scheme, method: Method, dtype: torch.dtype) -> None:
     """Scales that engines would round again, integers beyond their bits, or the shapes of another scheme."""
     stage = observed(decoder(dtype=dtype, outliers=True), scheme)
-    stage.live.get_parameter("mlp.up_proj.weight")[7] = 0
+    stage.module.get_parameter("mlp.up_proj.weight")[7] = 0
     through(stage, QuantizeActivations(), QuantizeWeights(method=method))
     for it in stage.sites.values():
         assert it.weight is not None and (it.weight.group_scale is None) == (scheme != Scheme.W4A8_DYNAMIC)

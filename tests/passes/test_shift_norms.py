@@ -21,8 +21,9 @@ from tests.support.random_stage import (
     through,
 )
 from tests.support.shifted_stages import NORMS, one_sided, shifted
+from vlqc.ir.execution import Call
 from vlqc.ir.printer import print_stage
-from vlqc.ir.stage import Call, Stage
+from vlqc.ir.stage import Stage
 from vlqc.kernels_ref.quant_linear import StaticQuantLinear
 from vlqc.passes.assign_precision import AssignPrecision
 from vlqc.passes.insert_observers import InsertObservers
@@ -66,17 +67,17 @@ def test_one_other_consumer_keeps_the_norm(scheme: Scheme | None) -> None:
     again = observed(one_sided())
     for it in again.sites.values():
         it.scheme = scheme
-    before = {path: parameter.clone() for path, parameter in again.live.named_parameters()}
+    before = {path: parameter.clone() for path, parameter in again.module.named_parameters()}
     assert ShiftNorms().run(again) is True  # edges were found
     assert ShiftNorms().run(again) is False and shifted(again) == set()
-    assert all(torch.equal(parameter, before[path]) for path, parameter in again.live.named_parameters())
+    assert all(torch.equal(parameter, before[path]) for path, parameter in again.module.named_parameters())
 
 
 @pytest.mark.parametrize("name", ["visual.blocks.0", "visual.merger"])
 def test_vision_is_never_shifted(name: str) -> None:
     """vLLM Ascend looks for norm biases in the language model only."""
     language = one_sided()
-    stage = staged(language.live, list(language.calls), name=name)
+    stage = staged(language.module, list(language.execution.calls), name=name)
     through(stage, InsertObservers())
     for it in stage.sites.values():
         it.scheme = Scheme.W8A8
@@ -187,14 +188,14 @@ def test_columns_beside_the_norm_are_not_shifted() -> None:
 def test_a_failing_proof_puts_everything_back() -> None:
     """Channel flow follows scales, and a factor on the way multiplies the shift as well: noticed, undone and said."""
     stage = block_stage("factor")
-    norm, reference = stage.live.get_submodule("norm"), outputs(stage)
+    norm, reference = stage.module.get_submodule("norm"), outputs(stage)
     observations = dict(stage.observations)
-    before = {path: parameter.clone() for path, parameter in stage.live.named_parameters()}
+    before = {path: parameter.clone() for path, parameter in stage.module.named_parameters()}
     through(stage, ShiftNorms())
     assert stage.notes == [f"the shift of {NAME}.norm changes the output and was left out"]
-    assert stage.live.get_submodule("norm") is norm and stage.linear(site(stage, "linear")).bias is None
-    assert {path for path, _ in stage.live.named_parameters()} == set(before)
-    assert all(torch.equal(parameter, before[path]) for path, parameter in stage.live.named_parameters())
+    assert stage.module.get_submodule("norm") is norm and stage.linear(site(stage, "linear")).bias is None
+    assert {path for path, _ in stage.module.named_parameters()} == set(before)
+    assert all(torch.equal(parameter, before[path]) for path, parameter in stage.module.named_parameters())
     assert torch.equal(outputs(stage), reference) and not site(stage, "linear").added_bias
     assert all(stage.observations[source] is seen for source, seen in observations.items())
     text = print_stage(stage)
@@ -217,7 +218,7 @@ def test_ranges_are_centred_and_smaller() -> None:
     after = through(observed(one_sided()), ShiftNorms(), QuantizeActivations(method="minmax"))
     for norm in NORMS:
         seen = after.observations[norm]
-        bias = after.live.get_parameter(f"{norm}.bias")  # half a bit of bfloat16 is what its rounding may miss
+        bias = after.module.get_parameter(f"{norm}.bias")  # half a bit of bfloat16 is what its rounding may miss
         assert ((seen.maximum() + seen.minimum()).abs() <= 2**-7 * bias.abs() + 1e-5).all()
     scales = []
     for stage in (before, after):
@@ -239,16 +240,16 @@ def test_emitted_modules(dtype: torch.dtype) -> None:
     through(stage, QuantizeActivations(), QuantizeWeights(), LowerLinears(correct_bias=False))
     assert set(exact) == {"mlp.gate_proj", "mlp.up_proj"}
     for target, bias in exact.items():
-        module, it = stage.live.get_submodule(target), site(stage, target)
+        module, it = stage.module.get_submodule(target), site(stage, target)
         assert isinstance(module, StaticQuantLinear) and it.input is not None
-        assert module.bias is None and f"{target}.bias" not in stage.live.state_dict()
+        assert module.bias is None and f"{target}.bias" not in stage.module.state_dict()
         step = module.weight_scale.double().flatten() * it.input.scale
         recovered = (module.quant_bias.double() + it.input.offset * module.weight.double().sum(1)) * step
         assert ((recovered - bias).abs() <= 0.51 * step + 1e-6 * bias.abs()).all()
         assert not torch.equal(bias.float(), bias.to(dtype).float())
-    q_proj = stage.live.get_submodule("self_attn.q_proj")
+    q_proj = stage.module.get_submodule("self_attn.q_proj")
     assert isinstance(q_proj, StaticQuantLinear) and q_proj.bias is not None and torch.equal(q_proj.bias, stored)
-    assert {"input_layernorm.weight", "input_layernorm.bias"} <= set(stage.live.state_dict())
+    assert {"input_layernorm.weight", "input_layernorm.bias"} <= set(stage.module.state_dict())
 
 
 def test_seed_exclusions_do_not_stand_in_the_way() -> None:

@@ -26,7 +26,7 @@ def test_bias_by_hand(dtype: torch.dtype) -> None:
     through(stage, ShiftNorms())
     for norm, parts in NORMS.items():
         middle = ((rows[norm].amax(0) + rows[norm].amin(0)) / 2).to(dtype).float()
-        assert torch.equal(stage.live.get_parameter(f"{norm}.bias"), -middle) and middle.abs().max() > 3
+        assert torch.equal(stage.module.get_parameter(f"{norm}.bias"), -middle) and middle.abs().max() > 3
         for part in parts:
             target = f"mlp.{part}_proj" if part in ("gate", "up") else f"self_attn.{part}_proj"
             known = 0.0 if biases[target] is None else biases[target].double()
@@ -51,13 +51,13 @@ def test_output_is_unchanged(smooth: Pass | None, dtype: torch.dtype) -> None:
 def test_norms_stay_representable_under_smoothing(smooth: Pass, dtype: torch.dtype) -> None:
     """A norm's bias that was divided and is rounded only when it is emitted: nobody would undo what that changes."""
     stage = through(observed(one_sided(dtype, outliers=True)), ShiftNorms())
-    unsmoothed = {norm: stage.live.get_parameter(f"{norm}.bias").clone() for norm in NORMS}
+    unsmoothed = {norm: stage.module.get_parameter(f"{norm}.bias").clone() for norm in NORMS}
     through(stage, smooth)
     for norm in NORMS:
         for part in ("weight", "bias"):
-            parameter = stage.live.get_parameter(f"{norm}.{part}")
+            parameter = stage.module.get_parameter(f"{norm}.{part}")
             assert torch.equal(parameter, parameter.to(dtype).float())
-        assert not torch.equal(stage.live.get_parameter(f"{norm}.bias"), unsmoothed[norm])
+        assert not torch.equal(stage.module.get_parameter(f"{norm}.bias"), unsmoothed[norm])
 
 
 @pytest.mark.parametrize("smooth", [None, SmoothM2(), SmoothM4()], ids=["", "m2", "m4"])

@@ -97,7 +97,7 @@ def test_dead_channels_are_not_scaled(dead: str) -> None:
         assert folds["self_attn.v_proj"].scale[DEAD] == 1
     else:
         assert 0.99 <= folds["input_layernorm"].scale[DEAD] <= (4 if dead == "column" else 1.01)
-    assert all(bool(torch.isfinite(parameter).all()) for parameter in stage.live.parameters())
+    assert all(bool(torch.isfinite(parameter).all()) for parameter in stage.module.parameters())
     assert not stage.notes
 
 
@@ -123,7 +123,7 @@ def test_candidates_touch_only_what_reaches_beyond() -> None:
 def error_of_search(seed: int, count: int) -> float:
     """Of the linears behind a norm with three outliers that meet weights as large as all others."""
     stage = decoder(seed)
-    stage.live.get_parameter("post_attention_layernorm.weight")[:3] *= 64  # and no smaller columns behind it
+    stage.module.get_parameter("post_attention_layernorm.weight")[:3] *= 64  # and no smaller columns behind it
     stage = through(observed(stage), SmoothM2(candidates=count, clip=False, weights="round"))  # as it is measured here
     return group_errors(stage)["post_attention_layernorm"]
 
@@ -178,10 +178,10 @@ def test_scales_go_no_lower_than_the_lowest_floor(seed: int) -> None:
 def test_all_zero_channels_everywhere() -> None:
     """A stage whose samples are silent behind a norm: nothing to search, nothing folded, nothing divided by."""
     stage = decoder()
-    stage.live.get_parameter("input_layernorm.weight").zero_()
+    stage.module.get_parameter("input_layernorm.weight").zero_()
     folds = {fold.edge.producer for fold in folds_of(observed(stage), SmoothM2())}
     assert "input_layernorm" not in folds
-    assert all(bool(torch.isfinite(parameter).all()) for parameter in stage.live.parameters())
+    assert all(bool(torch.isfinite(parameter).all()) for parameter in stage.module.parameters())
 
 
 @pytest.mark.parametrize("size", [1e-3, 1e-6, 1e-9])
@@ -190,15 +190,15 @@ def test_near_dead_channels_do_not_explode(size: float, where: str) -> None:
     """A channel next to nothing scaled by the inverse of it: fourth roots keep its norm weight within 1e4 times."""
     stage = decoder()
     if where == "input":
-        for call in stage.calls:
+        for call in stage.execution.calls:
             call.args[0][..., DEAD] *= size
     else:
         for part in "qkv":
-            stage.live.get_parameter(f"self_attn.{part}_proj.weight")[:, DEAD] *= size
+            stage.module.get_parameter(f"self_attn.{part}_proj.weight")[:, DEAD] *= size
     reference = in_float64(stage)
-    before = stage.live.get_parameter("input_layernorm.weight").clone()
+    before = stage.module.get_parameter("input_layernorm.weight").clone()
     through(observed(stage), SmoothM2())
-    growth = (stage.live.get_parameter("input_layernorm.weight") / before).abs()
+    growth = (stage.module.get_parameter("input_layernorm.weight") / before).abs()
     assert float(growth.min()) > 1e-7 and float(growth.max()) < 1e7 and not stage.notes
     assert float((in_float64(stage) - reference).abs().max()) < 1e-5 * float(reference.abs().max())
 

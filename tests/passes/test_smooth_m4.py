@@ -26,7 +26,7 @@ from tests.support.random_stage import (
     through,
 )
 from tests.support.smoothing_cases import PRODUCERS, only, rounds_of, searched
-from vlqc.ir.stage import Call
+from vlqc.ir.execution import Call
 from vlqc.passes.smooth_m4 import NEAR_DEAD, STEPS, SmoothM4, closed_form
 from vlqc.pipeline.registry import parse_pipeline
 from vlqc.targets.schemes import Scheme
@@ -213,7 +213,7 @@ def test_chosen_alpha_beats_every_fixed_one(outliers: bool, scheme: Scheme) -> N
 def test_edges_have_alphas_of_their_own() -> None:
     """One alpha for all edges, as in the reference tool: where the weights hold the outliers another one is right."""
     stage = decoder(outliers=True)
-    stage.live.get_parameter("mlp.gate_proj.weight")[:, [1, 7]] *= 32
+    stage.module.get_parameter("mlp.gate_proj.weight")[:, [1, 7]] *= 32
     alphas = {producer: SmoothM4()._choose(it) for producer, it in searched(observed(stage)).items()}
     assert len(set(alphas.values())) > 1
 

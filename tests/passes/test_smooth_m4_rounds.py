@@ -21,8 +21,9 @@ from tests.support.random_stage import (
     through,
 )
 from tests.support.smoothing_cases import PRODUCERS, only, rounds_of, searched
+from vlqc.ir.execution import Call
 from vlqc.ir.scale_propagation import find_edges
-from vlqc.ir.stage import Call, Edge
+from vlqc.ir.stage import Edge
 from vlqc.passes.algorithms import smoothing_search as edge_search
 from vlqc.passes.insert_observers import InsertObservers
 from vlqc.passes.smooth_m4 import SETTLED, SmoothM4, closed_form
@@ -41,11 +42,11 @@ def test_one_edge_alone_is_done_in_one_round(
 ) -> None:
     """Scales that are derived from what they made themselves, and so grow round by round; near-dead channels would."""
     stage = decoder(outliers=True)
-    stage.live.get_parameter("input_layernorm.weight")[DEAD] *= 1e-5
-    stage.live.get_parameter("post_attention_layernorm.weight")[DEAD] *= 1e-5
-    stage.live.get_parameter("mlp.down_proj.weight")[:, 17] *= 1e-5
+    stage.module.get_parameter("input_layernorm.weight")[DEAD] *= 1e-5
+    stage.module.get_parameter("post_attention_layernorm.weight")[DEAD] *= 1e-5
+    stage.module.get_parameter("mlp.down_proj.weight")[:, 17] *= 1e-5
     for name in ("weight", "bias"):
-        stage.live.get_parameter(f"self_attn.v_proj.{name}")[6] *= 1e-5
+        stage.module.get_parameter(f"self_attn.v_proj.{name}")[6] *= 1e-5
     only(producer, monkeypatch)
     asked = rounds_of(observed(stage), SmoothM4(alpha=alpha, rounds=10))
     assert [[fold.edge.producer for fold in folds] for folds in asked] == [[producer], []]
@@ -92,7 +93,7 @@ def test_a_fold_that_fails_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(edge_search, "find_edges", find)
     stage = observed(decoder(outliers=True))
-    gate = stage.live.get_parameter("mlp.gate_proj.bias") if stage.linear(site(stage, "mlp.gate_proj")).bias else None
+    gate = stage.module.get_parameter("mlp.gate_proj.bias") if stage.linear(site(stage, "mlp.gate_proj")).bias else None
     asked = rounds_of(stage, SmoothM4(alpha=0.5, rounds=8))
     assert gate is None and len(stage.notes) == 1 and f"{NAME}.mlp.gate_proj" in stage.notes[0]
     assert asked[-1] == [] and sum(fold.edge is past_silu for folds in asked for fold in folds) == 1
@@ -110,7 +111,7 @@ def test_dead_channels_are_not_scaled(dead: str) -> None:
         if fold.edge.producer == ("self_attn.v_proj" if dead == "value" else "input_layernorm"):
             assert float(fold.scale[DEAD]) == pytest.approx(1, abs=2**-8)
             assert fold.scale.max() / fold.scale.min() > 8 or fold.scale.log().abs().max() < 1
-    assert all(bool(torch.isfinite(parameter).all()) for parameter in stage.live.parameters())
+    assert all(bool(torch.isfinite(parameter).all()) for parameter in stage.module.parameters())
     assert not stage.notes
 
 
@@ -118,9 +119,9 @@ def test_dead_channels_are_not_scaled(dead: str) -> None:
 def test_near_dead_norm_weight_does_not_explode(size: float) -> None:
     """The reference's formula lets a dead channel's norm weight grow 1e5 times; ours stays within 1e3, in any round."""
     stage = decoder()
-    block = stage.live
+    block = stage.module
     assert isinstance(block, Decoder)
-    for call in stage.calls:
+    for call in stage.execution.calls:
         call.args[0][..., DEAD] *= size
     before = block.input_layernorm.weight.clone()
     observed(stage)
@@ -138,10 +139,10 @@ def test_near_dead_weights_do_not_explode() -> None:
     """Columns that are nearly zero at alpha 0: their scale would be the inverse of nearly nothing."""
     stage = decoder()
     for part in "qkv":
-        stage.live.get_parameter(f"self_attn.{part}_proj.weight")[:, DEAD] *= 1e-8
-    before = stage.live.get_parameter("input_layernorm.weight").clone()
+        stage.module.get_parameter(f"self_attn.{part}_proj.weight")[:, DEAD] *= 1e-8
+    before = stage.module.get_parameter("input_layernorm.weight").clone()
     through(observed(stage), SmoothM4(alpha=0.0, rounds=20))
-    shrunk = (before / stage.live.get_parameter("input_layernorm.weight")).abs()
+    shrunk = (before / stage.module.get_parameter("input_layernorm.weight")).abs()
     assert 10 < float(shrunk[DEAD]) < 1000
 
 

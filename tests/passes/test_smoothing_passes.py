@@ -53,9 +53,9 @@ def test_norm_weights_fold_without_rounding(smooth: Pass, dtype: torch.dtype) ->
     original, stage = decoder(outliers=True, dtype=dtype), decoder(outliers=True, dtype=dtype)
     through(observed(stage), smooth)
     for norm in ("input_layernorm", "post_attention_layernorm"):
-        before, after = (it.live.get_submodule(norm).get_parameter("weight") for it in (original, stage))
+        before, after = (it.module.get_submodule(norm).get_parameter("weight") for it in (original, stage))
         assert torch.equal(after, after.to(dtype).float()) and (before / after).abs().max() > 16
-    pairs = [(it.live, "post_attention_layernorm.weight", "mlp.gate_proj.weight") for it in (original, stage)]
+    pairs = [(it.module, "post_attention_layernorm.weight", "mlp.gate_proj.weight") for it in (original, stage)]
     products = [live.get_parameter(norm).double() * live.get_parameter(reader).double() for live, norm, reader in pairs]
     assert ((products[0] - products[1]).abs() <= 4e-7 * products[0].abs()).all()
 
@@ -66,8 +66,8 @@ def test_grouped_queries_share_scales(smooth: Pass) -> None:
     original, stage = decoder(outliers=True), observed(decoder(outliers=True))
     (fold,) = (it for it in folds_of(stage, smooth) if it.edge.producer == "self_attn.v_proj")
     assert fold.scale.max() / fold.scale.min() > 16
-    before, after = (it.live.get_submodule("self_attn.o_proj").get_parameter("weight") for it in (original, stage))
-    biases = [it.live.get_submodule("self_attn.v_proj").get_parameter("bias") for it in (original, stage)]
+    before, after = (it.module.get_submodule("self_attn.o_proj").get_parameter("weight") for it in (original, stage))
+    biases = [it.module.get_submodule("self_attn.v_proj").get_parameter("bias") for it in (original, stage)]
     for row in range(KEY_VALUE_HEADS * HIDDEN // 4):
         for column in columns_of_value(row):
             assert torch.equal(after[:, column], before[:, column] * fold.scale[row])
@@ -102,10 +102,10 @@ def test_float_consumers_are_left_alone(smooth: Pass) -> None:
     """Weights moved about for nothing: linears that stay float have no error to lower."""
     stage = through(decoder(outliers=True), InsertObservers(), AssignPrecision(scheme="FLOAT"))
     # A float32 checkpoint: norm weights that are no values of bfloat16 would otherwise be taken for something to fold.
-    stage.live.get_submodule("input_layernorm").get_parameter("weight").mul_(1.0001)
-    known = {path: parameter.clone() for path, parameter in stage.live.named_parameters()}
+    stage.module.get_submodule("input_layernorm").get_parameter("weight").mul_(1.0001)
+    known = {path: parameter.clone() for path, parameter in stage.module.named_parameters()}
     through(stage, smooth)
-    assert all(torch.equal(parameter, known[path]) for path, parameter in stage.live.named_parameters())
+    assert all(torch.equal(parameter, known[path]) for path, parameter in stage.module.named_parameters())
     assert len(stage.edges or ()) == 4
 
 
@@ -138,12 +138,12 @@ def test_second_run_tells_the_truth(smooth: Pass) -> None:
 def test_all_zero_input(smooth: Pass) -> None:
     """Division by a range of zero where every sample is zero at a norm (a padded picture)."""
     stage = decoder()
-    for call in stage.calls:
+    for call in stage.execution.calls:
         call.args[0].zero_()
-    before = {path: parameter.clone() for path, parameter in stage.live.named_parameters()}
+    before = {path: parameter.clone() for path, parameter in stage.module.named_parameters()}
     through(observed(stage), smooth)
-    assert all(bool(torch.isfinite(parameter).all()) for parameter in stage.live.parameters())
-    assert torch.equal(stage.live.get_parameter("input_layernorm.weight"), before["input_layernorm.weight"])
+    assert all(bool(torch.isfinite(parameter).all()) for parameter in stage.module.parameters())
+    assert torch.equal(stage.module.get_parameter("input_layernorm.weight"), before["input_layernorm.weight"])
 
 
 # ---- unusual stages --------------------------------------------------------------------------------------------------

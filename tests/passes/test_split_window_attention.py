@@ -26,10 +26,11 @@ from tests.support.windowed_stage import (
 )
 from vlqc.frontend.sequential import SequentialForward
 from vlqc.frontend.stage_builder import materialized_stage
+from vlqc.ir.execution import Call
 from vlqc.ir.parser import parse_stage
 from vlqc.ir.printer import print_stage
 from vlqc.ir.scale_propagation import find_edges
-from vlqc.ir.stage import Call, Stage
+from vlqc.ir.stage import Stage
 from vlqc.passes import split_window_attention as tested
 from vlqc.passes.insert_observers import InsertObservers
 from vlqc.passes.split_window_attention import ATTENTION, SplitWindowAttention
@@ -47,7 +48,7 @@ def test_golden(golden: Callable[[str, str], None]) -> None:
 
 def test_channels_still_flow() -> None:
     """Catches a graph in which v is no longer seen to reach proj: its outliers could not be smoothed any more."""
-    before, after = (find_edges(stage.live, stage.graph) for stage in (exact_stage(), split(exact_stage())))
+    before, after = (find_edges(stage.module, stage.graph) for stage in (exact_stage(), split(exact_stage())))
     assert [edge.producer for edge in before] == [edge.producer for edge in after]
     for one, other in zip(before, after, strict=True):
         assert torch.equal(one.usable, other.usable) and one.consumers.keys() == other.consumers.keys()
@@ -65,12 +66,12 @@ def test_every_sample_keeps_its_outputs(kind: str) -> None:
     stage = block_stage(*SAMPLES, kind=kind)
     dense = scores_of(stage)
     assert dense == sum(sum(windows) ** 2 for windows in SAMPLES)
-    wanted, names = stage.outputs, [name for name, _ in stage.live.named_parameters()]
+    wanted, names = stage.execution.outputs, [name for name, _ in stage.module.named_parameters()]
     manager = PassManager([SplitWindowAttention()])
     manager.run(stage)
-    assert not stage.notes and [name for name, _ in stage.live.named_parameters()] == names
+    assert not stage.notes and [name for name, _ in stage.module.named_parameters()] == names
     assert scores_of(stage) == sum(length**2 for windows in SAMPLES for length in windows) < dense / 2
-    for one, other in zip(wanted, stage.outputs, strict=True):
+    for one, other in zip(wanted, stage.execution.outputs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
     manager.run(stage)  # a second time there is nothing left to split, and the manager holds the pass to that
 
@@ -78,26 +79,26 @@ def test_every_sample_keeps_its_outputs(kind: str) -> None:
 def test_a_sample_does_not_depend_on_the_others() -> None:
     """Catches windows of several samples in one batch: the same sample has to give the same bytes in any company."""
     together, wanted = split(block_stage(*SAMPLES)), []
-    together.run()
-    for call in together.calls:
+    together.execution.forward()
+    for call in together.execution.calls:
         alone = block_stage(*SAMPLES)
-        alone.calls = alone.calls[call.sample : call.sample + 1]
-        alone.probe = together.probe
-        split(alone).run()
-        wanted += alone.outputs
-    assert all(torch.equal(one, other) for one, other in zip(together.outputs, wanted, strict=True))
+        alone.execution.calls = alone.execution.calls[call.sample : call.sample + 1]
+        alone.execution.probe = together.execution.probe
+        split(alone).execution.forward()
+        wanted += alone.execution.outputs
+    assert all(torch.equal(one, other) for one, other in zip(together.execution.outputs, wanted, strict=True))
 
 
 def test_one_window_needs_no_mask() -> None:
     """Catches blocks with full attention that keep their mask, and several pictures that keep seeing each other's."""
     stage = block_stage([9], [5, 4], [3, 3, 3])
-    stage.run()
-    wanted = stage.outputs
+    stage.execution.forward()
+    wanted = stage.execution.outputs
     through(stage, SplitWindowAttention())
     with Counter() as counter:
-        stage.run()
+        stage.execution.forward()
     assert (counter.scores, counter.masks) == (81 + 25 + 16 + 27, 0)
-    for one, other in zip(wanted, stage.outputs, strict=True):
+    for one, other in zip(wanted, stage.execution.outputs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
@@ -109,16 +110,16 @@ def test_sites_observers_and_other_modules_see_nothing_of_it() -> None:
     assert stage.observations.keys() == plain.observations.keys()
     for source, seen in plain.observations.items():
         torch.testing.assert_close(stage.observations[source].maximum(), seen.maximum())
-    copied = copy.deepcopy(stage.live)
-    stage.live.set_submodule("attn.proj", nn.Identity())
-    stage.run()
-    replaced = stage.outputs[0]
-    plain.live.set_submodule("attn.proj", nn.Identity())
-    plain.run()
-    torch.testing.assert_close(replaced, plain.outputs[0])
-    call = stage.calls[0]
+    copied = copy.deepcopy(stage.module)
+    stage.module.set_submodule("attn.proj", nn.Identity())
+    stage.execution.forward()
+    replaced = stage.execution.outputs[0]
+    plain.module.set_submodule("attn.proj", nn.Identity())
+    plain.execution.forward()
+    torch.testing.assert_close(replaced, plain.execution.outputs[0])
+    call = stage.execution.calls[0]
     assert not torch.allclose(copied(*call.args, **call.kwargs), replaced)  # it has its own proj
-    assert stage.live.get_submodule("attn").kind == "bool"  # attributes are those of the module it stands for
+    assert stage.module.get_submodule("attn").kind == "bool"  # attributes are those of the module it stands for
 
 
 def test_a_linear_that_reads_attention_itself() -> None:
@@ -136,15 +137,15 @@ def test_a_linear_that_reads_attention_itself() -> None:
             return mixed.transpose(0, 1).reshape(rows.shape)
 
     plain = block_stage([3, 2])
-    plain.live.set_submodule("attn", PerHead().requires_grad_(False))
-    stage = through(staged(plain.live, list(plain.calls), name="visual.blocks.0"), SplitWindowAttention())
+    plain.module.set_submodule("attn", PerHead().requires_grad_(False))
+    stage = through(staged(plain.module, list(plain.execution.calls), name="visual.blocks.0"), SplitWindowAttention())
     assert stage.sites["visual.blocks.0.attn.per_head"].source == "cat"
 
 
 def test_no_hooks_stay() -> None:
     """Catches hooks of the proof that go on counting modules."""
     stage = split(block_stage([3, 2]))
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in stage.live.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in stage.module.modules())
 
 
 # ---- what stays as it is ---------------------------------------------------------------------------------------------
@@ -153,7 +154,7 @@ def test_no_hooks_stay() -> None:
 def unsplittable() -> dict[str, Stage]:
     """Stages in which there is nothing to split."""
     block = block_stage([3, 3], kind="causal")
-    attention = block_stage([3, 3]).live.get_submodule("attn")
+    attention = block_stage([3, 3]).module.get_submodule("attn")
     nameless = staged(attention, [Call(0, (torch.randn(6, HIDDEN), torch.tensor([3, 3])), {})])
     return {"text": decoder(), "another mask": block, "no module to stand for": nameless}
 
@@ -162,9 +163,9 @@ def unsplittable() -> dict[str, Stage]:
 def test_untouched(name: str) -> None:
     """Catches a stage without windows that is changed, or noted about."""
     stage = unsplittable()[name]
-    before, modules = print_stage(stage), dict(stage.live.named_modules())
+    before, modules = print_stage(stage), dict(stage.module.named_modules())
     assert not SplitWindowAttention().run(stage)
-    assert print_stage(stage) == before and dict(stage.live.named_modules()) == modules and not stage.notes
+    assert print_stage(stage) == before and dict(stage.module.named_modules()) == modules and not stage.notes
 
 
 def test_dropout_stays_random() -> None:
@@ -189,9 +190,9 @@ def test_attention_inside_a_leaf_is_left_alone() -> None:
             return nn.functional.scaled_dot_product_attention(rows[None], rows[None], rows[None])[0] * self.weight
 
     stage = block_stage([3, 3])
-    block = stage.live
+    block = stage.module
     block.set_submodule("norm", Leaf().requires_grad_(False))
-    assert not SplitWindowAttention().run(staged(block, list(stage.calls), name="visual.blocks.0"))
+    assert not SplitWindowAttention().run(staged(block, list(stage.execution.calls), name="visual.blocks.0"))
 
 
 # ---- the proof -------------------------------------------------------------------------------------------------------
@@ -205,21 +206,21 @@ def test_a_split_that_changes_the_output_is_left_out(probe: list[int], monkeypat
         return ATTENTION(query, key, value, **kwargs)
 
     stage = block_stage(probe)
-    before, attention = print_stage(stage), stage.live.get_submodule("attn")
+    before, attention = print_stage(stage), stage.module.get_submodule("attn")
     monkeypatch.setattr(tested, "windowed_attention", wrong)
     assert not SplitWindowAttention().run(stage)
-    assert print_stage(stage) == before and stage.live.get_submodule("attn") is attention
+    assert print_stage(stage) == before and stage.module.get_submodule("attn") is attention
     assert stage.notes == ["splitting the attention of visual.blocks.0.attn into windows changes its output; left out"]
 
 
 def test_the_stand_in_is_proven_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a module that runs otherwise under its stand-in, although attention alone came out right."""
     stage = block_stage([4, 3])
-    attention = stage.live.get_submodule("attn")
+    attention = stage.module.get_submodule("attn")
     plain = tested.Windowed.forward
     monkeypatch.setattr(tested.Windowed, "forward", lambda self, *args: plain(self, *args) * 1.001)
     assert not SplitWindowAttention().run(stage)
-    assert stage.live.get_submodule("attn") is attention and len(stage.notes) == 1
+    assert stage.module.get_submodule("attn") is attention and len(stage.notes) == 1
 
 
 # ---- the real model --------------------------------------------------------------------------------------------------
@@ -234,17 +235,17 @@ def test_the_real_model_computes_windows_only() -> None:
         for stage in stages:
             attention = [node for node in stage.graph.nodes if node.target is ATTENTION]
             masked = any(tested._named(node.args, node.kwargs).get("attn_mask") for node in attention)
-            stage.run()
-            wanted, modules = stage.outputs, dict(stage.live.named_modules())
+            stage.execution.forward()
+            wanted, modules = stage.execution.outputs, dict(stage.module.named_modules())
             assert SplitWindowAttention().run(stage) == (masked and stage.part == "vision") and not stage.notes
             if stage.name in per_block:
                 assert scores_of(stage) == sum(length**2 for length in [*per_block[stage.name], *([16])])
             else:
-                stage.run()
-            for one, other in zip(wanted, stage.outputs, strict=True):
+                stage.execution.forward()
+            for one, other in zip(wanted, stage.execution.outputs, strict=True):
                 for left, right in zip(tiny.tensors_of(one), tiny.tensors_of(other), strict=True):
                     torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
-    assert dict(stage.live.named_modules()) == modules
+    assert dict(stage.module.named_modules()) == modules
 
 
 def windows_on_grid(*grids: tuple[int, int]) -> list[int]:
@@ -268,6 +269,6 @@ def test_stand_ins_are_gone_with_the_stage() -> None:
         for stop in lockstep:
             with materialized_stage(model, stop, torch.bfloat16, read) as stage:
                 SplitWindowAttention().run(stage)
-                stage.run()
-                stop.outputs = stage.outputs
+                stage.execution.forward()
+                stop.outputs = stage.execution.outputs
     assert dict(model.module.named_modules()) == before

@@ -100,7 +100,7 @@ BROKEN_GRAPHS: list[tuple[Callable[[Stage], None], str]] = [
     (calls_what_is_not_there, "%norm2 calls visual.blocks.0.norm3, which the module does not have"),
     (reads_a_missing_constant, "%constant_0 reads constant_0, which the module does not have"),
     (linear_without_a_site, f"%mlp_down calls the Linear {DOWN}, which is no site"),
-    (lambda stage: stage.outputs.pop(), "2 outputs are kept of 3 calls"),
+    (lambda stage: stage.execution.outputs.pop(), "2 outputs are kept of 3 calls"),
     (site_under_a_wrong_key, f"site {DOWN} is listed as elsewhere"),
     (two_sites_of_one_name, f"2 sites have the name {DOWN}"),
     (two_sites_of_one_target, "2 sites have the target mlp.down"),

@@ -57,11 +57,11 @@ def first(tensor: Tensor, value: Any) -> Tensor:
 
 
 def lowered_without_a_weight(stage: Stage) -> None:
-    stage.live.set_submodule("mlp.down", nn.Identity())
+    stage.module.set_submodule("mlp.down", nn.Identity())
 
 
 def lowered_without_an_input_scale(stage: Stage) -> None:
-    stage.live.set_submodule("attn.qkv", nn.Identity())
+    stage.module.set_submodule("attn.qkv", nn.Identity())
     stage.sites[QKV].input = None
 
 
@@ -78,11 +78,11 @@ def group_with_two_scales(stage: Stage) -> None:
 
 
 def nan_weight(stage: Stage) -> None:
-    stage.live.get_parameter("attn.proj.weight")[1, 2] = math.nan
+    stage.module.get_parameter("attn.proj.weight")[1, 2] = math.nan
 
 
 def infinite_buffer(stage: Stage) -> None:
-    stage.live.get_buffer("position")[0, 0] = -math.inf
+    stage.module.get_buffer("position")[0, 0] = -math.inf
 
 
 def wrong_kept_bound(stage: Stage) -> None:

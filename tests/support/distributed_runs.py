@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tests.support import tiny
 from vlqc.errors import UserError
+from vlqc.ir.execution import StageRun
 from vlqc.ir.stage import Stage
 
 IMAGE, TEXT, TWO, LARGE = tiny.mixed_samples()
@@ -70,23 +71,23 @@ def command_line(checkpoint: Path, result: Path, *more: str) -> None:
 @contextmanager
 def before(name: str, action: Callable[[Stage], None]) -> Iterator[None]:
     """Calls `action` each time a stage of this name is about to run its samples."""
-    run = Stage.run
+    run = StageRun.forward
 
-    def changed(stage: Stage, *watch: Any) -> None:
+    def changed(stage: StageRun, *watch: Any) -> None:
         if stage.name == name:
             action(stage)
         run(stage, *watch)
 
-    Stage.run = changed  # type: ignore[method-assign]
+    StageRun.forward = changed  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Stage.run = run  # type: ignore[method-assign]
+        StageRun.forward = run  # type: ignore[method-assign]
 
 
 def refuse(stage: Stage) -> None:
     """Raises an error on the rank that has sample 2."""
-    if any(call.sample == 2 for call in stage.calls):
+    if any(call.sample == 2 for call in stage.execution.calls):
         raise UserError("sample 2 cannot be used")
 
 

@@ -5,10 +5,12 @@ import torch
 from torch import Tensor, nn
 
 from tests.support.small_stage import PREFIX, Attention
+from vlqc.frontend.process_group import ProcessGroup
 from vlqc.frontend.stage_builder import find_sites
 from vlqc.frontend.tracing import record
+from vlqc.ir.execution import Call, StageRun
 from vlqc.ir.printer import print_stage
-from vlqc.ir.stage import Call, Stage
+from vlqc.ir.stage import Stage
 from vlqc.passes.assign_precision import AssignPrecision
 from vlqc.passes.insert_observers import InsertObservers
 from vlqc.passes.lower_linears import LowerLinears
@@ -100,7 +102,8 @@ def exact_stage(prefix: str = PREFIX) -> Stage:
 
     graph = record(block, calls[0], name)
     sites = find_sites(block, graph, in_checkpoint)
-    return Stage(name, part, torch.bfloat16, block, graph, sites, calls, probe=calls[0], checkpoint_name=in_checkpoint)
+    execution = StageRun(block, ProcessGroup(), calls, calls[0])
+    return Stage(name, part, torch.bfloat16, block, graph, sites, execution, checkpoint_name=in_checkpoint)
 
 
 def linears(block: nn.Module) -> dict[str, nn.Linear]:
@@ -113,6 +116,6 @@ def text_after(name: str) -> str:
     stage = exact_stage(LANGUAGE if name == "shift-norms" else PREFIX)
     with pytest.MonkeyPatch.context() as monkeypatch:
         # Some processors would multiply rounded inputs, and the text would depend on the machine.
-        monkeypatch.setattr("vlqc.ir.bfloat16_linears.multiplies_bfloat16", lambda device: False)
+        monkeypatch.setattr("vlqc.ir.execution.multiplies_bfloat16", lambda device: False)
         PassManager(passes[: [step.name for step in passes].index(name) + 1]).run(stage)
     return print_stage(stage)

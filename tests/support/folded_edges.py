@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.support import tiny
-from vlqc.ir.stage import Call, Edge
+from vlqc.ir.execution import Call
+from vlqc.ir.stage import Edge
 
 INPUT = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 CALL = Call(0, (INPUT,), {})

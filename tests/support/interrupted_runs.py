@@ -11,7 +11,7 @@ from torch import Tensor
 import vlqc
 from tests.support import tiny
 from tests.support.resume_runs import QUICK, SAMPLES
-from vlqc.ir.stage import Stage
+from vlqc.ir.execution import StageRun
 
 STAGES = ["visual.blocks.0", "visual.blocks.1", "visual.merger", "model.layers.0", "model.layers.1"]
 
@@ -53,18 +53,18 @@ def left(target: Path) -> list[Path]:
 @contextmanager
 def failing(stage: str, error: BaseException) -> Iterator[None]:
     """Inside, what happens when this stage is about to run its samples."""
-    run = Stage.run
+    run = StageRun.forward
 
-    def changed(self: Stage, *watch: Any) -> None:
+    def changed(self: StageRun, *watch: Any) -> None:
         if self.name == stage:
             raise error
         run(self, *watch)
 
-    Stage.run = changed  # type: ignore[method-assign, assignment]
+    StageRun.forward = changed  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        Stage.run = run  # type: ignore[method-assign]
+        StageRun.forward = run  # type: ignore[method-assign]
 
 
 def interrupted(save: Path, checkpoint: Path, at: str = STAGES[3], **options: Any) -> Path:
@@ -79,11 +79,11 @@ def interrupted(save: Path, checkpoint: Path, at: str = STAGES[3], **options: An
 def traced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the stages that are run from now on."""
     names: list[str] = []
-    run = Stage.run
+    run = StageRun.forward
 
-    def noted(stage: Stage, *watch: Any) -> None:
+    def noted(stage: StageRun, *watch: Any) -> None:
         names.append(stage.name)
         run(stage, *watch)
 
-    monkeypatch.setattr(Stage, "run", noted)
+    monkeypatch.setattr(StageRun, "forward", noted)
     return names

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import torch
 
-from vlqc.ir.stage import Observation
+from vlqc.ir.observation import Observation
 from vlqc.passes.insert_observers import add_rows
 
 DTYPES = [torch.bfloat16, torch.float16]

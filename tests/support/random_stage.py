@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vlqc.frontend.process_group import ProcessGroup
 from vlqc.frontend.stage_builder import find_sites
 from vlqc.frontend.tracing import record
-from vlqc.ir.stage import Call, Site, Stage, first_tensor
+from vlqc.ir.execution import Call, StageRun, first_tensor
+from vlqc.ir.stage import Site, Stage
 from vlqc.passes.algorithms import folding
 from vlqc.passes.algorithms.error_model import Reader, arithmetic_of
 from vlqc.passes.assign_precision import AssignPrecision
@@ -143,14 +145,14 @@ def plant(block: Decoder) -> None:
 
 def kill(stage: Stage, what: str) -> None:
     """Makes channel DEAD of the first norm or of v dead: no weights that read it, none that make it, or no input."""
-    attention = stage.live.get_submodule("self_attn")
+    attention = stage.module.get_submodule("self_attn")
     if what == "column":
         for part in "qkv":
             attention.get_parameter(f"{part}_proj.weight")[:, DEAD] = 0
     elif what == "norm":
-        stage.live.get_parameter("input_layernorm.weight")[DEAD] = 0
+        stage.module.get_parameter("input_layernorm.weight")[DEAD] = 0
     elif what == "constant":
-        for call in stage.calls:
+        for call in stage.execution.calls:
             call.args[0][..., DEAD] = 0
     else:
         for name in ("weight", "bias"):
@@ -172,7 +174,8 @@ def staged(block: nn.Module, calls: list[Call], dtype: torch.dtype = torch.bfloa
 
     sites = find_sites(block, graph, checkpoint_name)
     part = "language" if name.startswith("model.") else "vision"
-    return Stage(name, part, dtype, block, graph, sites, calls, probe=calls[-1], checkpoint_name=checkpoint_name)
+    execution = StageRun(block, ProcessGroup(), calls, calls[-1])
+    return Stage(name, part, dtype, block, graph, sites, execution, checkpoint_name=checkpoint_name)
 
 
 def site(stage: Stage, target: str) -> Site:
@@ -199,16 +202,16 @@ def observed(stage: Stage, scheme: Scheme = Scheme.W8A8) -> Stage:
 def outputs(stage: Stage) -> Tensor:
     """float64 [rows, K]: what the stage returns for all rows of all calls but padding."""
     rows = []
-    for call in stage.calls:
-        output = first_tensor(stage.live(*call.args, **call.kwargs)).double().flatten(0, -2)
+    for call in stage.execution.calls:
+        output = first_tensor(stage.module(*call.args, **call.kwargs)).double().flatten(0, -2)
         rows.append(output if call.modality is None else output[call.modality >= 0])
     return torch.cat(rows)
 
 
 def in_float64(stage: Stage) -> Tensor:
     """float64 [rows, K]: what the stage returns for all rows, where rounding cannot hide a change."""
-    block = copy.deepcopy(stage.live).double()
-    return torch.cat([first_tensor(block(call.args[0].double())).flatten(0, -2) for call in stage.calls])
+    block = copy.deepcopy(stage.module).double()
+    return torch.cat([first_tensor(block(call.args[0].double())).flatten(0, -2) for call in stage.execution.calls])
 
 
 def group_errors(stage: Stage, like: Stage | None = None) -> dict[str, float]:
@@ -238,7 +241,7 @@ def group_errors(stage: Stage, like: Stage | None = None) -> dict[str, float]:
 
 
 def weight_of(stage: Stage, members: list[Site]) -> Tensor:
-    return torch.cat([stage.live.get_parameter(f"{member.target}.weight") for member in members])
+    return torch.cat([stage.module.get_parameter(f"{member.target}.weight") for member in members])
 
 
 def folds_of(stage: Stage, step: Pass) -> list[folding.Fold]:

@@ -3,18 +3,12 @@
 import torch
 from torch import Tensor, nn
 
+from vlqc.frontend.process_group import ProcessGroup
 from vlqc.frontend.tracing import record
+from vlqc.ir.execution import Call, StageRun
+from vlqc.ir.observation import ChannelRange, Observation
 from vlqc.ir.scale_propagation import find_edges
-from vlqc.ir.stage import (
-    Call,
-    ChannelRange,
-    InputQuantization,
-    Observation,
-    Site,
-    Stage,
-    WeightQuantization,
-    observe,
-)
+from vlqc.ir.stage import InputQuantization, Site, Stage, WeightQuantization, observe
 from vlqc.targets.schemes import Scheme
 
 PREFIX = "visual.blocks.0."
@@ -91,8 +85,7 @@ def traced() -> Stage:
         block,
         graph,
         sites,
-        calls,
-        probe=calls[0],
+        StageRun(block, ProcessGroup(), calls, calls[0]),
         checkpoint_name=lambda target: PREFIX + target,
     )
 
@@ -111,7 +104,7 @@ def observation(channels: int) -> Observation:
 def decided() -> Stage:
     """With everything that passes add: observers, edges, schemes, input and weight quantization, outputs."""
     stage = traced()
-    stage.edges = find_edges(stage.live, stage.graph)
+    stage.edges = find_edges(stage.module, stage.graph)
     for source, targets in GROUPS.items():
         node = stage.node(source)
         with stage.graph.inserting_after(node):
@@ -126,7 +119,7 @@ def decided() -> Stage:
             site.input = InputQuantization(0.03125, -3.0)
             weight = stage.linear(site).weight
             site.weight = WeightQuantization((weight * 64).to(torch.int8), torch.full((weight.shape[0], 1), 1 / 64))
-    stage.run()
+    stage.execution.forward()
     return stage
 
 
@@ -153,5 +146,5 @@ def lowered() -> Stage:
     stage = decided()
     for site in stage.sites.values():
         if site.weight is not None:
-            stage.live.set_submodule(site.target, Lowered(stage.linear(site), site))
+            stage.module.set_submodule(site.target, Lowered(stage.linear(site), site))
     return stage

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from tests.support.random_stage import HIDDEN, Decoder, staged, through
+from vlqc.ir.execution import Call
 from vlqc.ir.scale_propagation import find_edges
-from vlqc.ir.stage import Call, Edge, Stage
+from vlqc.ir.stage import Edge, Stage
 from vlqc.passes.algorithms import folding
 from vlqc.passes.algorithms import smoothing_search as edge_search
 from vlqc.passes.algorithms.folding import Fold

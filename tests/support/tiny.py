@@ -16,7 +16,7 @@ from tools.demo import tiny_task
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.sequential import SequentialForward, Stop
 from vlqc.frontend.streamed_model import StreamedModel, model_inputs
-from vlqc.ir.stage import Call
+from vlqc.ir.execution import Call
 
 TINY = Path(__file__).parents[2] / "tools" / "demo" / "tiny_vl"
 PATCH_VALUES = 1176  # 3 colours x 2 frames x 14 x 14 pixels

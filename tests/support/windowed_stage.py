@@ -13,7 +13,8 @@ from tests.support import tiny
 from tests.support.random_stage import staged
 from vlqc.frontend.sequential import SequentialForward
 from vlqc.frontend.stage_builder import materialized_stage
-from vlqc.ir.stage import Call, Stage
+from vlqc.ir.execution import Call
+from vlqc.ir.stage import Stage
 from vlqc.passes import split_window_attention as tested
 from vlqc.passes.split_window_attention import ATTENTION, SplitWindowAttention
 
@@ -78,7 +79,7 @@ def block_stage(*samples: list[int], kind: str = "bool", seed: int = 0) -> Stage
     block = Block(kind).requires_grad_(False).eval()
     calls = [Call(n, (torch.randn(sum(it), HIDDEN),), {"windows": torch.tensor(it)}) for n, it in enumerate(samples)]
     stage = staged(block, calls, name="visual.blocks.0")
-    stage.probe = calls[0]
+    stage.execution.probe = calls[0]
     return stage
 
 
@@ -103,7 +104,7 @@ class Counter(TorchFunctionMode):
 def scores_of(stage: Stage) -> int:
     counter = Counter()
     with counter:
-        stage.run()
+        stage.execution.forward()
     return counter.scores
 
 
@@ -117,7 +118,7 @@ def real_stages(*samples: dict[str, Tensor]) -> Iterator[Iterator[Stage]]:
         for stop in lockstep:
             with materialized_stage(model, stop, torch.bfloat16, read) as stage:
                 yield stage
-                stop.outputs = stage.outputs
+                stop.outputs = stage.execution.outputs
 
     with torch.no_grad(), model.non_stage_weights(read), SequentialForward(model, samples) as lockstep:
         yield stages(lockstep)

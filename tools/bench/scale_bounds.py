@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tools.bench.scale_checkpoint import MERGE, Case, tensor_shapes
-from vlqc.ir.stage import fingerprint
+from vlqc.ir.tensor_digest import fingerprint
 from vlqc.passes.algorithms.error_model import ROWS_OF_INPUT, ROWS_OF_WEIGHT
 from vlqc.passes.algorithms.hessian import COLUMNS_PER_BLOCK
 from vlqc.passes.algorithms.weight_clipping import SHARES_OF_8_BITS

@@ -16,7 +16,8 @@ from safetensors import safe_open
 from vlqc.emit.shard_writer import ENTRY_BYTES, Damaged, ShardWriter, sync
 from vlqc.emit.stage_tensors import TENSORS_PER_LINEAR, EmittedTensor, module_tensors
 from vlqc.files import sha256_of
-from vlqc.ir.stage import MODALITIES, Sensitivity, Stage
+from vlqc.ir.observation import MODALITIES
+from vlqc.ir.stage import Sensitivity, Stage
 from vlqc.pipeline.precision_search import Choice, Group, Plan
 from vlqc.targets.schemes import Scheme
 
@@ -195,9 +196,9 @@ class DeferredStages:
 
     def _count_tokens(self, stage: Stage) -> None:
         """Counts all tokens and those of images, in the first stage that reads text: they are the same in all."""
-        if any(call.modality is not None for call in stage.calls) and not self._tokens:
-            self._tokens = sum(sum(shape.of_modality) for shape in stage.all_sample_shapes())
-            self._image_tokens = sum(shape.of_modality[IMAGE] for shape in stage.all_sample_shapes())
+        if any(call.modality is not None for call in stage.execution.calls) and not self._tokens:
+            self._tokens = sum(sum(shape.rows_per_modality) for shape in stage.execution.sample_shapes)
+            self._image_tokens = sum(shape.rows_per_modality[IMAGE] for shape in stage.execution.sample_shapes)
 
 
 def _by_scheme(values: dict[str, Any]) -> dict[Scheme, Any]:
@@ -207,4 +208,4 @@ def _by_scheme(values: dict[str, Any]) -> dict[Scheme, Any]:
 def _header_bytes(stage: Stage) -> int:
     """An upper bound of the header of a stage's file, whose keys are numbers."""
     of_choices = sum(len(it.sites) * len(it.modules) for it in stage.sensitivities) * TENSORS_PER_LINEAR
-    return 1024 + (len(stage.live.state_dict()) * 2 + of_choices) * (ENTRY_BYTES + 16)
+    return 1024 + (len(stage.module.state_dict()) * 2 + of_choices) * (ENTRY_BYTES + 16)

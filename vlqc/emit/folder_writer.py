@@ -56,7 +56,7 @@ class FolderWriter:
 
     def add_stage(self, stage: Stage) -> None:
         """Writes or defers all tensors of a finished stage."""
-        self.corrected |= any(getattr(module, "corrected", False) for module in stage.live.modules())
+        self.corrected |= any(getattr(module, "corrected", False) for module in stage.module.modules())
         tensors = stage_tensors(stage, self.layout, self.options.scheme)
         if self._deferred is None:
             self.add(tensors)

@@ -54,7 +54,7 @@ def stage_tensors(stage: Stage, layout: Engine, scheme: Scheme) -> Iterator[Emit
         if site.scheme not in (None, Scheme.FLOAT) and not stage.is_lowered(site):
             fix = "let the pipeline end with the passes that quantize activations and weights and lower linears"
             raise UserError(Fault(f"{site.name} was assigned {site.scheme} but is still float", stage.name, fix=fix))
-    for path, module in stage.live.named_modules():
+    for path, module in stage.module.named_modules():
         yield from module_tensors(stage, path, module, packed=layout.packs_int4)
     if layout.norm_copies:
         yield from _norm_copies(stage, layout.norm_copies, scheme)
@@ -97,7 +97,7 @@ def _packed_int4(module: GroupQuantLinear, layer: str) -> dict[str, Tensor]:
 
 def _norm_copies(stage: Stage, submodule: str, scheme: Scheme) -> Iterator[EmittedTensor]:
     """Weight and bias of every norm with a bias once more, as `X.<submodule>.weight` and `X.<submodule>.bias`."""
-    for path, module in stage.live.named_modules():
+    for path, module in stage.module.named_modules():
         parameters = dict(module.named_parameters(recurse=False))
         if list(parameters) == ["weight", "bias"] and parameters["weight"].ndim == 1:
             for name, parameter in parameters.items():

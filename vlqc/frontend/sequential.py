@@ -19,8 +19,8 @@ from vlqc.frontend.calibration.probe import PROBE
 from vlqc.frontend.calibration.samples import same_pictures
 from vlqc.frontend.memory import is_out_of_memory
 from vlqc.frontend.streamed_model import StreamedModel
+from vlqc.ir.execution import Call
 from vlqc.ir.serialization import placeholder
-from vlqc.ir.stage import Call
 
 
 @dataclass

@@ -13,7 +13,8 @@ from vlqc.frontend.process_group import ProcessGroup
 from vlqc.frontend.sequential import Stop
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.frontend.tracing import record
-from vlqc.ir.stage import Call, SampleShape, Site, Stage
+from vlqc.ir.execution import Call, SampleShape, StageRun
+from vlqc.ir.stage import Site, Stage
 
 
 @contextmanager
@@ -30,13 +31,13 @@ def materialized_stage(
     """
     process_group = process_group or ProcessGroup()
     calls = [call for call in stop.calls if call.sample != PROBE]
-    shapes_by_process = list(process_group.all_gather([SampleShape.of(call) for call in calls]))
+    shapes_by_process = list(process_group.all_gather([SampleShape.from_call(call) for call in calls]))
     if not any(shapes_by_process):
         why = "what passes through it cannot be measured"
         raise UserError(Fault(f"no calibration sample reaches {stop.name}", why=why, fix="add a sample with a picture"))
     sample_shapes = [visit for of_one in shapes_by_process for visit in of_one]
-    extra = next((call for call in stop.calls if call.sample == PROBE), None)
-    probe = extra or _probe(
+    separate_probe = next((call for call in stop.calls if call.sample == PROBE), None)
+    probe = separate_probe or _probe(
         process_group, shapes_by_process, sample_shapes[choose_probe([visit.rows for visit in sample_shapes])], calls
     )
     before = [(module, dict(module._modules), dict(module._parameters)) for module in stop.module.modules()]
@@ -52,17 +53,21 @@ def materialized_stage(
             module=stop.module,
             graph=graph,
             sites=find_sites(stop.module, graph, lambda target: checkpoint_name(model, stop, target)),
-            calls=calls,
-            sample_shapes=sample_shapes,
-            probe=probe,
-            extra=extra,
-            process_group=process_group,
+            execution=StageRun(
+                module=stop.module,
+                process_group=process_group,
+                calls=calls,
+                probe=probe,
+                probe_is_separate=separate_probe is not None,
+                shapes=sample_shapes,
+                name=stop.name,
+            ),
             checkpoint_name=lambda target: checkpoint_name(model, stop, target),
         )
         yield stage
     finally:
         if stage is not None:
-            _forget(stage)
+            _release(stage)
         for module, modules, parameters in before:  # passes have put others in their places
             module._modules.update(modules)
             module._parameters.clear()
@@ -70,9 +75,9 @@ def materialized_stage(
         model.to_meta(stop.module)
 
 
-def _forget(stage: Stage) -> None:
-    """Lets go of what passes found out: whoever still holds the stage, holds little."""
-    stage.calls, stage.probe, stage.extra, stage.outputs, stage.probe_outputs = (), None, None, [], []
+def _release(stage: Stage) -> None:
+    """Drops results of passes, so that references to the stage hold little memory."""
+    stage.execution.release()
     stage.observations.clear()
     stage.sensitivities.clear()
     for site in stage.sites.values():

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from vlqc.errors import Fault, UserError
-from vlqc.ir.stage import Call
+from vlqc.ir.execution import Call
 
 
 def record(module: nn.Module, call: Call, name: str) -> fx.Graph:

@@ -1,7 +1,7 @@
-"""The text of a stage back into a stage: `print_stage(parse_stage(text)) == text` for every text that was printed.
+"""Parses the text of a stage into a snapshot: `print_stage(parse_stage(text)) == text` for every printed text.
 
-Nothing in the text is executed or imported (see `notation`). A parsed stage has a real `fx.Graph` but no
-module: `call_module` targets are checkpoint names, and tensors are the summaries that the text gives.
+Nothing in the text is executed or imported (see `syntax`). The snapshot has a real `fx.Graph` but no module: targets of
+`call_module` nodes are checkpoint names, and tensors are the summaries in the text.
 """
 
 import re
@@ -12,16 +12,8 @@ from torch import fx
 
 from vlqc.errors import Fault, UserError
 from vlqc.formatting import did_you_mean
-from vlqc.ir.stage import (
-    WEIGHT_PARTS,
-    EdgeSummary,
-    InputQuantization,
-    MapSummary,
-    ObservationSummary,
-    Site,
-    Stage,
-    TensorSummary,
-)
+from vlqc.ir.snapshot import WEIGHT_PARTS, EdgeSummary, MapSummary, ObservationSummary, StageSnapshot, TensorSummary
+from vlqc.ir.stage import InputQuantization, Site
 from vlqc.ir.syntax import STRING, Expression, unquote
 from vlqc.targets.schemes import Scheme
 
@@ -31,8 +23,8 @@ SHAPE = r"(?:\d+(?:, \d+)*)?"
 TYPE_AT_END = re.compile(rf" : (\w+)\[({SHAPE})\](?: absmax=({NUMBER}) digest=({DIGEST}))?$")
 
 
-def parse_stage(text: str) -> Stage:
-    """Raises UserError with every line that cannot be read: its number, a caret under the place, what was expected."""
+def parse_stage(text: str) -> StageSnapshot:
+    """UserError for every line that cannot be parsed, with its number, a caret and what was expected."""
     reader = _Reader()
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
@@ -120,7 +112,7 @@ class _Reader:
     """Where in the text we are, and what has been read so far."""
 
     def __init__(self) -> None:
-        self.stage: Stage | None = None
+        self.stage: StageSnapshot | None = None
         self.section = ""  # the open one
         self.seen: set[str] = set()
         self.nodes: dict[str, fx.Node] = {}
@@ -151,13 +143,13 @@ class _Reader:
             name = line.string("the name of the stage")
             part = line.take(r" part=(\w+)", "part= and one of vision, merger, language").group(1)
             line.take(" dtype=", "dtype=")
-            self.stage = Stage(name, part, line.dtype(), None, fx.Graph(), {})
+            self.stage = StageSnapshot(name, part, line.dtype(), fx.Graph())
         line.take(r" \{", "{")
         line.end()
         if word == "edges" and self.stage is not None:
-            self.stage.summaries.edges = ()
+            self.stage.edges = ()
 
-    def _read_stage(self, stage: Stage, line: _Line) -> None:
+    def _read_stage(self, stage: StageSnapshot, line: _Line) -> None:
         if line.sees("return "):
             line.take("return ", "return")
             stage.graph.create_node("output", "output", (self._expression(line, len(line.text)).value(),))
@@ -182,13 +174,13 @@ class _Reader:
                 line.place = end_of_type.start(1)
                 node.meta["summary"] = line.summary()
 
-    def _read_tensors(self, stage: Stage, line: _Line) -> None:
+    def _read_tensors(self, stage: StageSnapshot, line: _Line) -> None:
         name = self._new(line, line.string("the name of a tensor"), stage.tensors)
         line.take(" ", "a space")
         stage.tensors[name] = line.summary()
         line.end()
 
-    def _read_sites(self, stage: Stage, line: _Line) -> None:
+    def _read_sites(self, stage: StageSnapshot, line: _Line) -> None:
         name = self._new(line, line.string("the name of a site"), stage.sites)
         outputs, inputs = line.take(r" \[(\d+), (\d+)\]", "a shape such as ' [384, 128]'").groups()
         site = Site(name, name, line.take(r" from %(\w+)", "' from %NODE'").group(1), (int(outputs), int(inputs)))
@@ -211,14 +203,14 @@ class _Reader:
             site.input = InputQuantization(scale, offset)
         if line.sees(r" weight\("):
             wanted = WEIGHT_PARTS if site.group_size is not None else WEIGHT_PARTS[:2]
-            stage.summaries.weights[name] = weight = []
+            stage.weights[name] = weight = []
             for word in wanted:
                 line.take(rf" {word}\(", f"{word}(")
                 weight.append(line.summary())
                 line.take(r"\)", ")")
         line.end()
 
-    def _read_edges(self, stage: Stage, line: _Line) -> None:
+    def _read_edges(self, stage: StageSnapshot, line: _Line) -> None:
         producer, usable = line.string("the name of a producer"), line.map()
         line.take(" ->", "' ->'")
         consumers: dict[str, MapSummary] = {}
@@ -227,10 +219,10 @@ class _Reader:
             name = self._new(line, line.string("the name of a consumer"), consumers)
             consumers[name] = line.map()
         line.end()
-        stage.summaries.edges = (*(stage.summaries.edges or ()), EdgeSummary(producer, usable, consumers))
+        stage.edges = (*(stage.edges or ()), EdgeSummary(producer, usable, consumers))
 
-    def _read_observations(self, stage: Stage, line: _Line) -> None:
-        observations = stage.summaries.observations
+    def _read_observations(self, stage: StageSnapshot, line: _Line) -> None:
+        observations = stage.observations
         name = self._new(line, line.take(r"%(\w+)", "%NODE").group(1), observations)
         channels = int(line.take(r" channels=(\d+)", "' channels=' and a whole number").group(1))
         rows: dict[str, int] = {}

@@ -10,54 +10,47 @@
       "visual.blocks.0.norm1.weight" float32[128] absmax=1.25 digest=1a2b3c4d
     }
 
-The right side of an operation is a Python expression once `%` is taken away. Tensors appear as a summary with a digest,
-so that a pass that only changes weights shows. Names are checkpoint names. There are no addresses, times or dates.
-Sections `tensors`, `sites`, `edges` and `observations` follow in this order; those that have nothing to say are absent.
+The right side of an operation is a Python expression without its `%` signs. Tensors appear as a summary with a digest,
+so that a pass that changes only weights changes the text. Names are checkpoint names; addresses and times do not occur.
+The sections `tensors`, `sites`, `edges` and `observations` follow in this order; empty ones are left out.
 """
 
 import keyword
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, fx
 
-from vlqc.ir.stage import (
-    MODALITIES,
+from vlqc.ir.snapshot import (
     WEIGHT_PARTS,
-    Edge,
     EdgeSummary,
     MapSummary,
-    Observation,
     ObservationSummary,
-    Site,
-    Stage,
+    StageSnapshot,
     TensorSummary,
-    digest,
-    fingerprint,
+    snapshot,
     summarize,
 )
+from vlqc.ir.stage import Site, Stage
 from vlqc.ir.syntax import function_name, literal, quote
-from vlqc.ir.tensor_cache import TensorCache
 
-_FINGERPRINT = TensorCache(fingerprint)  # observations stay what they are over many passes
-CALLEES = {"placeholder": "input", "get_attr": "constant", "call_method": "method"}  # fx's words and ours
+CALLEES = {"placeholder": "input", "get_attr": "constant", "call_method": "method"}  # fx opcode -> keyword of the text
 
 
-def print_stage(stage: Stage, *, tensors: bool = True) -> str:
-    """The text of a stage. tensors=False leaves out the section of its weights (the rest of the text reads none)."""
-    dtype = str(stage.dtype).removeprefix("torch.")
-    lines = [f"stage {quote(stage.name)} part={stage.part} dtype={dtype} {{"]
-    lines += [f"  {print_node(stage, node)}" for node in stage.graph.nodes]
+def print_stage(stage: Stage | StageSnapshot, *, tensors: bool = True) -> str:
+    """The text of a stage. tensors=False leaves out the section of its parameters and buffers, and reads none."""
+    printed = snapshot(stage, tensors=tensors) if isinstance(stage, Stage) else stage
+    dtype = str(printed.dtype).removeprefix("torch.")
+    lines = [f"stage {quote(printed.name)} part={printed.part} dtype={dtype} {{"]
+    lines += [f"  {print_node(printed, node)}" for node in printed.graph.nodes]
     lines.append("}")
     if tensors:
-        lines += _section("tensors", [f"{quote(name)} {_print_summary(it)}" for name, it in _tensors(stage)])
-    lines += _section("sites", [_print_site(stage, site) for site in stage.sites.values()])
-    edges = stage.summaries.edges if stage.edges is None else [_summarize_edge(stage, edge) for edge in stage.edges]
-    if edges is not None:  # "none were found" differs from "nobody looked"
-        lines += ["edges {", *(f"  {_print_edge(edge)}" for edge in edges), "}"]
-    observations = {name: _summarize_observation(seen) for name, seen in stage.observations.items()}
-    observed = observations or stage.summaries.observations
-    lines += _section("observations", [_print_observation(name, seen) for name, seen in observed.items()])
+        named = printed.tensors.items()
+        lines += _section("tensors", [f"{quote(name)} {_print_summary(summary)}" for name, summary in named])
+    lines += _section("sites", [_print_site(printed, site) for site in printed.sites.values()])
+    if printed.edges is not None:  # an empty section says that no edge exists, a missing one that none was computed
+        lines += ["edges {", *(f"  {_print_edge(edge)}" for edge in printed.edges), "}"]
+    observations = printed.observations.items()
+    lines += _section("observations", [_print_observation(name, summary) for name, summary in observations])
     return "\n".join(lines) + "\n"
 
 
@@ -68,8 +61,8 @@ def _section(title: str, lines: list[str]) -> list[str]:
 # ---- operations ------------------------------------------------------------------------------------------------------
 
 
-def print_node(stage: Stage, node: fx.Node) -> str:
-    """One operation, as the text of its stage has it."""
+def print_node(stage: Stage | StageSnapshot, node: fx.Node) -> str:
+    """One operation of a stage as it appears in the text."""
     if node.op == "output":
         return f"return {literal(node.args[0])}"
     line = f"%{node.name} = {_print_callee(stage, node)}"
@@ -83,7 +76,7 @@ def print_node(stage: Stage, node: fx.Node) -> str:
     return line + (f" absmax={summary.absmax!r} digest={summary.digest}" if summary else "")
 
 
-def _print_callee(stage: Stage, node: fx.Node) -> str:
+def _print_callee(stage: Stage | StageSnapshot, node: fx.Node) -> str:
     if node.op == "call_function":
         return function_name(node.target)
     if node.op == "call_module":
@@ -103,22 +96,14 @@ def _print_type(dtype: torch.dtype | str, shape: tuple[int, ...]) -> str:
     return f"{str(dtype).removeprefix('torch.')}[{', '.join(map(str, shape))}]"
 
 
-# ---- tensors and facts -----------------------------------------------------------------------------------------------
-
-
-def _tensors(stage: Stage) -> Iterator[tuple[str, TensorSummary]]:
-    if stage.module is None:
-        yield from stage.tensors.items()
-        return
-    for path, tensor in (*stage.module.named_parameters(), *stage.module.named_buffers()):
-        yield stage.checkpoint_name(path), summarize(tensor)
+# ---- tensors, sites, edges, observations -----------------------------------------------------------------------------
 
 
 def _print_summary(summary: TensorSummary) -> str:
     return f"{_print_type(summary.dtype, summary.shape)} absmax={summary.absmax!r} digest={summary.digest}"
 
 
-def _print_site(stage: Stage, site: Site) -> str:
+def _print_site(stage: StageSnapshot, site: Site) -> str:
     line = f"{quote(site.name)} [{site.shape[0]}, {site.shape[1]}] from %{site.source}"
     if site.scheme is not None:
         line += f" scheme={site.scheme}"
@@ -130,25 +115,13 @@ def _print_site(stage: Stage, site: Site) -> str:
         line += f" reason={quote(site.reason)}"
     if site.input is not None:
         line += f" input(scale={float(site.input.scale)!r}, offset={float(site.input.offset)!r})"
-    weight = stage.summaries.weights.get(site.name, [])
-    if site.weight is not None:
-        weight = [summarize(tensor) for tensor in site.weight.tensors()]
-    for word, summary in zip(WEIGHT_PARTS, weight, strict=False):
-        line += f" {word}({_print_summary(summary)})"
+    for part, summary in zip(WEIGHT_PARTS, stage.weights.get(site.name, ()), strict=False):
+        line += f" {part}({_print_summary(summary)})"
     return line
 
 
-def _summarize_edge(stage: Stage, edge: Edge) -> EdgeSummary:
-    usable = MapSummary(int(edge.usable.sum()), edge.usable.numel(), digest(edge.usable))
-    consumers = {
-        stage.checkpoint_name(target): MapSummary(int((columns >= 0).sum()), columns.numel(), digest(columns))
-        for target, columns in edge.consumers.items()
-    }
-    return EdgeSummary(stage.checkpoint_name(edge.producer), usable, consumers)
-
-
 def _print_edge(edge: EdgeSummary) -> str:
-    consumers = [f"{quote(target)} {_print_map(it)}" for target, it in edge.consumers.items()]
+    consumers = [f"{quote(target)} {_print_map(columns)}" for target, columns in edge.consumers.items()]
     return f"{quote(edge.producer)} {_print_map(edge.usable)} -> {', '.join(consumers)}"
 
 
@@ -156,19 +129,9 @@ def _print_map(summary: MapSummary) -> str:
     return f"{summary.used} of {summary.total} digest={summary.digest}"
 
 
-def _summarize_observation(seen: Observation) -> ObservationSummary:
-    ranges = [(name, seen.ranges[name]) for name in MODALITIES if name in seen.ranges]
-    rows = {name: it.rows for name, it in ranges}
-    statistics = [part for _, it in ranges for part in (it.minimum, it.maximum, it.sum, it.sum_of_squares)]
-    low = min((float(it.minimum.min()) for _, it in ranges), default=None)
-    high = max((float(it.maximum.max()) for _, it in ranges), default=None)
-    marked = digest(*statistics, seen.kept, seen.kept_modality, seen.energy(), known=_FINGERPRINT)
-    return ObservationSummary(seen.channels, rows, low, high, seen.kept.shape[0], marked)
-
-
-def _print_observation(name: str, seen: ObservationSummary) -> str:
-    words = [f"%{name} channels={seen.channels}"]
-    words += [f"{modality}={rows}" for modality, rows in seen.rows.items()]
-    if seen.minimum is not None and seen.maximum is not None:
-        words.append(f"min={seen.minimum!r} max={seen.maximum!r}")
-    return " ".join([*words, f"kept={seen.kept} digest={seen.digest}"])
+def _print_observation(name: str, summary: ObservationSummary) -> str:
+    words = [f"%{name} channels={summary.channels}"]
+    words += [f"{modality}={rows}" for modality, rows in summary.rows.items()]
+    if summary.minimum is not None and summary.maximum is not None:
+        words.append(f"min={summary.minimum!r} max={summary.maximum!r}")
+    return " ".join([*words, f"kept={summary.kept} digest={summary.digest}"])

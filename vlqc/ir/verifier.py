@@ -11,40 +11,33 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, fx, nn
 
-from vlqc.ir.stage import (
-    MODALITIES,
-    ChannelRange,
-    Edge,
-    Observation,
-    Site,
-    Stage,
-    WeightQuantization,
-    is_finite,
-    observe,
-)
+from vlqc.ir.execution import StageRun
+from vlqc.ir.observation import MODALITIES, ChannelRange, Observation
+from vlqc.ir.snapshot import StageSnapshot
+from vlqc.ir.stage import Edge, Site, Stage, WeightQuantization, observe
 from vlqc.ir.tensor_cache import TensorCache
+from vlqc.ir.tensor_digest import is_finite
 from vlqc.targets.schemes import Scheme
 
 OPS = ("placeholder", "get_attr", "call_function", "call_module", "call_method", "output")
 
 
-def check(stage: Stage) -> list[str]:
-    """Every fault of a stage, in words; empty if it is valid."""
-    faults = [*_graph(stage), *_outputs(stage)]
-    modules = dict(stage.module.named_modules()) if stage.module is not None else {}
-    if stage.module is not None:
-        faults += [*_targets(stage, modules), *_finite(stage.module)]
+def check(stage: Stage | StageSnapshot) -> list[str]:
+    """Describes every violated invariant; empty if the stage is valid. A snapshot is checked without its tensors."""
+    modules = dict(stage.module.named_modules()) if isinstance(stage, Stage) else {}
+    faults = [*_graph(stage), *_unique(stage), *_groups(stage)]
     faults += [fault for name, site in stage.sites.items() for fault in _site(stage, modules, name, site)]
-    faults += [*_unique(stage), *_groups(stage)]
-    faults += [fault for edge in stage.edges or () for fault in _edge(stage, modules, edge)]
-    faults += [fault for name, seen in stage.observations.items() for fault in _observation(stage, name, seen)]
+    if isinstance(stage, Stage):
+        faults += [*_outputs(stage.execution), *_targets(stage, modules), *_finite(stage.module)]
+        faults += [fault for edge in stage.edges or () for fault in _edge(stage, edge)]
+        faults += [fault for name, seen in stage.observations.items() for fault in _observation(stage, name, seen)]
     return [f"{stage.name}: {fault}" for fault in faults]
 
 
 # ---- the graph -------------------------------------------------------------------------------------------------------
 
 
-def _graph(stage: Stage) -> Iterator[str]:
+def _graph(stage: Stage | StageSnapshot) -> Iterator[str]:
     defined: set[fx.Node] = set()
     nodes = list(stage.graph.nodes)
     for node in nodes:
@@ -74,7 +67,7 @@ def _targets(stage: Stage, modules: dict[str, nn.Module]) -> Iterator[str]:
             yield f"%{node.name} calls {stage.checkpoint_name(target)}, which the module does not have"
         elif node.op == "call_module" and isinstance(modules[target], nn.Linear) and target not in at:
             yield f"%{node.name} calls the Linear {stage.checkpoint_name(target)}, which is no site"
-        elif node.op == "get_attr" and "constant" not in node.meta and not _has(stage.live, target):
+        elif node.op == "get_attr" and "constant" not in node.meta and not _has(stage.module, target):
             yield f"%{node.name} reads {target}, which the module does not have"
 
 
@@ -86,9 +79,9 @@ def _has(module: nn.Module, path: str) -> bool:
         return False
 
 
-def _outputs(stage: Stage) -> Iterator[str]:
-    if stage.outputs and len(stage.outputs) != len(stage.calls):
-        yield f"{len(stage.outputs)} outputs are kept of {len(stage.calls)} calls"
+def _outputs(execution: StageRun) -> Iterator[str]:
+    if execution.outputs and len(execution.outputs) != len(execution.calls):
+        yield f"{len(execution.outputs)} outputs are kept of {len(execution.calls)} calls"
 
 
 def _finite(module: nn.Module) -> Iterator[str]:
@@ -100,14 +93,14 @@ def _finite(module: nn.Module) -> Iterator[str]:
 # ---- sites -----------------------------------------------------------------------------------------------------------
 
 
-def _unique(stage: Stage) -> Iterator[str]:
+def _unique(stage: Stage | StageSnapshot) -> Iterator[str]:
     for what in ("name", "target"):
         for value, count in Counter(getattr(site, what) for site in stage.sites.values()).items():
             if count > 1:
                 yield f"{count} sites have the {what} {value}"
 
 
-def _site(stage: Stage, modules: dict[str, nn.Module], key: str, site: Site) -> Iterator[str]:
+def _site(stage: Stage | StageSnapshot, modules: dict[str, nn.Module], key: str, site: Site) -> Iterator[str]:
     outputs, inputs = site.shape
     if key != site.name:
         yield f"site {site.name} is listed as {key}"
@@ -169,7 +162,7 @@ def _quantized(site: Site, weight: WeightQuantization) -> Iterator[str]:
             yield f"site {site.name} has group scales that are not positive and finite"
 
 
-def _groups(stage: Stage) -> Iterator[str]:
+def _groups(stage: Stage | StageSnapshot) -> Iterator[str]:
     for source, members in stage.groups().items():
         if not any(node.name == source for node in stage.graph.nodes):
             yield f"sites {_names(members)} read %{source}, which is no node"
@@ -187,7 +180,7 @@ def _names(sites: list[Site]) -> str:
 # ---- edges and observations ------------------------------------------------------------------------------------------
 
 
-def _edge(stage: Stage, modules: dict[str, nn.Module], edge: Edge) -> Iterator[str]:
+def _edge(stage: Stage, edge: Edge) -> Iterator[str]:
     name = f"edge from {stage.checkpoint_name(edge.producer)}"
     channels = edge.usable.numel()
     produced = _channels(stage, edge.producer)

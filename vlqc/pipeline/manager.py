@@ -4,14 +4,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlqc.errors import InternalError, VlqcError, third_party_fix
 from vlqc.ir.memory import release_unused_memory
 from vlqc.ir.printer import print_stage
-from vlqc.ir.stage import TOLERANCE, Stage, difference
+from vlqc.ir.stage import Stage
 from vlqc.ir.tensor_cache import Mark
-from vlqc.ir.tensor_digest import fingerprints
+from vlqc.ir.tensor_digest import TOLERANCE, difference, fingerprints
 from vlqc.ir.verifier import check
 from vlqc.pipeline.pass_api import Pass
 from vlqc.pipeline.plugins import import_path
@@ -53,8 +53,7 @@ class PassManager:
         """trusted: of before an analysis: tensors that PyTorch knows to be untouched since keep their digests."""
         if not self.verify:
             return _Evidence({}, "", {})
-        module = stage.module or nn.Module()
-        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        tensors = {**dict(stage.module.named_parameters()), **dict(stage.module.named_buffers())}
         marks = {name: Mark.of(it) for name, it in tensors.items()}
         known = (
             {}
@@ -84,14 +83,18 @@ class PassManager:
         vlqc's own rewrites prove themselves, fold by fold, and undo what does not hold.
         """
         wanted = self.verify and not _is_own(step) and step.kind == "rewrite"
-        return stage.run_probe() if wanted and stage.probe is not None and _is_float(stage) else None
+        return (
+            stage.execution.probe_output().flatten()
+            if wanted and stage.execution.probe is not None and _is_float(stage)
+            else None
+        )
 
 
 def _hold_to_output(stage: Stage, step: Pass, before: Tensor | None) -> None:
     """InternalError if a rewrite changed what the stage computes; one that lowers linears is there to do so."""
     if before is None or not _is_float(stage):
         return
-    after = stage.run_probe()
+    after = stage.execution.probe_output().flatten()
     found = difference(before, after) if after.shape == before.shape else float("inf")
     if found > TOLERANCE:
         raise _broken(

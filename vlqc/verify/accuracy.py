@@ -20,7 +20,7 @@ from vlqc.frontend.calibration.samples import checked_samples
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.sequential import SequentialForward, Stop
 from vlqc.frontend.streamed_model import StreamedModel
-from vlqc.ir.stage import first_tensor
+from vlqc.ir.execution import first_tensor
 from vlqc.verify.findings import VerificationResult
 from vlqc.verify.loader import load
 

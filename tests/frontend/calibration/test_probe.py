@@ -97,10 +97,10 @@ def test_every_stage_is_proven_on_it() -> None:
 
     def look(stop: Stop, stage: Stage) -> None:
         assert [call.sample for call in stop.calls] == [7, PROBE]
-        assert [call.sample for call in stage.calls] == [7] and stage.probe is stop.calls[-1]
-        stage.run()
-        assert len(stage.outputs) == 1 and len(stage.answers()) == 2
-        seen.append((stage.name, len(stage.probe_rows())))
+        assert [call.sample for call in stage.execution.calls] == [7] and stage.execution.probe is stop.calls[-1]
+        stage.execution.forward()
+        assert len(stage.execution.outputs) == 1 and len(stage.execution.next_inputs()) == 2
+        seen.append((stage.name, len(stage.execution.probe_output())))
 
     with (
         model.non_stage_weights(model.checkpoint.tensor),
@@ -109,7 +109,7 @@ def test_every_stage_is_proven_on_it() -> None:
         for stop in lockstep:
             with materialized_stage(model, stop, torch.bfloat16, model.checkpoint.tensor) as stage:
                 look(stop, stage)
-                stop.outputs = stage.answers()
+                stop.outputs = stage.execution.next_inputs()
     assert [name for name, _ in seen] == tiny.STAGES
     patches, tokens = CROP_HEIGHT * CROP_WIDTH, probe["input_ids"].shape[1]
     assert {rows for name, rows in seen if "blocks" in name} == {patches}

@@ -25,7 +25,7 @@ def random_scale(channels: int, seed: int) -> torch.Tensor:
 
 def folds(stage: Stage, seed: int) -> list[Fold]:
     """Random scales on every edge that channel flow finds; 1 where the edge is not usable."""
-    edges = find_edges(stage.live, stage.graph)
+    edges = find_edges(stage.module, stage.graph)
     return [
         Fold(edge, torch.where(edge.usable, random_scale(len(edge.usable), seed + number), 1.0))
         for number, edge in enumerate(edges)
@@ -53,7 +53,7 @@ def forgotten_consumer(stage: Stage) -> Fold:
 
 
 def weights(stage: Stage) -> dict[str, torch.Tensor]:
-    return {path: parameter.clone() for path, parameter in stage.live.named_parameters()}
+    return {path: parameter.clone() for path, parameter in stage.module.named_parameters()}
 
 
 @settings(deadline=None, max_examples=10)
@@ -107,7 +107,7 @@ def test_wrong_fold_is_undone(which: str) -> None:
     assert apply(stage, [wrong]) == []
     producer = stage.checkpoint_name(wrong.edge.producer)
     assert stage.notes == [f"the fold out of {producer} changes the output of {stage.name} and was left out"]
-    assert all(torch.equal(parameter, before[path]) for path, parameter in stage.live.named_parameters())
+    assert all(torch.equal(parameter, before[path]) for path, parameter in stage.module.named_parameters())
     assert torch.equal(outputs(stage), reference) and print_stage(stage) == text  # the text shows all observations
 
 
@@ -141,7 +141,7 @@ def test_folds_that_hold_only_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nothing_to_fold_runs_nothing() -> None:
     """A proof, and copies of all weights, where there is nothing to prove."""
     stage = decoder()
-    stage.probe = None
+    stage.execution.probe = None
     assert apply(stage, []) == []
 
 
@@ -225,7 +225,9 @@ def test_representable_scale_of_a_linear() -> None:
 def with_shifted_norm(stage: Stage) -> torch.Tensor:
     """Gives the first norm a bias by hand, without undoing it; returns it, values of bfloat16."""
     bias = (torch.arange(HIDDEN) / 3 - 4).to(torch.bfloat16).float()
-    stage.live.set_submodule("input_layernorm", ShiftedNorm(stage.live.get_submodule("input_layernorm"), bias.clone()))
+    stage.module.set_submodule(
+        "input_layernorm", ShiftedNorm(stage.module.get_submodule("input_layernorm"), bias.clone())
+    )
     return bias
 
 
@@ -238,7 +240,7 @@ def test_rounding_of_a_norm_bias_is_handed_over(seed: int) -> None:
     observed(stage)
     before, reference = weights(stage), in_float64(stage)
     fold = next(it for it in folds(stage, seed) if it.edge.producer == "input_layernorm")
-    scale = representable(stage.live.get_submodule("input_layernorm"), fold.edge.usable, fold.scale, torch.bfloat16)
+    scale = representable(stage.module.get_submodule("input_layernorm"), fold.edge.usable, fold.scale, torch.bfloat16)
     assert len(apply(stage, [Fold(fold.edge, scale)])) == 1 and not stage.notes
     after = weights(stage)
     stored = after["input_layernorm.bias"]
@@ -270,7 +272,7 @@ def test_wrong_fold_of_a_shifted_norm_is_undone() -> None:
     right = next(it for it in folds(stage, 1) if it.edge.producer == "input_layernorm")
     before, text = weights(stage), print_stage(stage)
     assert apply(stage, [permuted(right)]) == [] and len(stage.notes) == 1
-    assert all(torch.equal(parameter, before[path]) for path, parameter in stage.live.named_parameters())
+    assert all(torch.equal(parameter, before[path]) for path, parameter in stage.module.named_parameters())
     assert print_stage(stage) == text
 
 

@@ -45,7 +45,7 @@ def test_edges_against_hooks(scheme: Scheme) -> None:
     assert list(found) == PRODUCERS
     maps = {"self_attn.v_proj": [columns_of_value(row) for row in range(16)]}
     for producer, it in found.items():
-        assert it.producer is stage.live.get_submodule(producer) and len(it.readers) == 1
+        assert it.producer is stage.module.get_submodule(producer) and len(it.readers) == 1
         (source,) = it.sources
         rows = stage.observations[source].kept.abs().amax(0)  # all rows but padding: the budget is larger than they are
         weights = torch.cat([stage.linear(site(stage, target)).weight for target in it.edge.consumers]).abs().amax(0)

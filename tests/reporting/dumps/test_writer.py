@@ -18,7 +18,7 @@ from tests.support.tiny import TINY
 from tools.demo import tiny_task
 from vlqc.cli.commands import app
 from vlqc.errors import UserError
-from vlqc.ir.stage import Stage
+from vlqc.ir.snapshot import StageSnapshot
 from vlqc.options.options import Options
 from vlqc.pipeline.presets import pipeline_text
 from vlqc.pipeline.registry import parse_pipeline, print_pipeline
@@ -95,7 +95,10 @@ def test_groups_of_four_bits_run_again(tmp_path: Path) -> None:
         if number != 1:  # which the other test has seen
             assert run_pass(bundles[number], step).text == texts[number + 1].read_text(), step
     lowered = read_bundle(bundles[-1])
-    assert lowered.is_lowered(lowered.sites["model.layers.0.mlp.up_proj"]) and lowered.run_probe().isfinite().all()
+    assert (
+        lowered.is_lowered(lowered.sites["model.layers.0.mlp.up_proj"])
+        and lowered.execution.probe_output().isfinite().all()
+    )
 
 
 def test_unchanged_tensors_are_stored_once(dump: Path) -> None:
@@ -246,7 +249,7 @@ def test_dump_prints_what_a_compilation_traces(dump: Path, tmp_path: Path) -> No
     stage, traced = vlqc.parse(out), vlqc.parse((dump / "model.layers.1" / "00-traced.vlqc").read_text())
     assert stage.tensors == traced.tensors and list(stage.sites) == list(traced.sites)
     assert [(it.op, it.name) for it in stage.graph.nodes] == [(it.op, it.name) for it in traced.graph.nodes]
-    assert stage.edges is None and not stage.summaries.observations
+    assert stage.edges is None and not stage.observations
     assert told("dump", str(TINY), "--formats", "json")[0] == 2
     assert "matches no stage" in told("dump", str(TINY), "--stages", "nothing")[2]
     assert "only reads" in told("dump", str(TINY), "-o", str(TINY / "dump"))[2] and not (TINY / "dump").exists()
@@ -284,7 +287,7 @@ def test_stop_after_ends_there(dump: Path, tmp_path: Path) -> None:
 
 def test_print_after_shows_one_state_of_the_chosen_stages() -> None:
     """Catches texts of every pass and stage on the terminal, where one was asked for."""
-    stages = {name: Stage(name, "vision", torch.bfloat16, None, vlqc.parse(TEXT).graph, {}) for name in ("a.0", "a.1")}
+    stages = {name: StageSnapshot(name, "vision", torch.bfloat16, vlqc.parse(TEXT).graph) for name in ("a.0", "a.1")}
     shown: list[str] = []
     dumper = Dumper(None, stages=["a.1"], print_after="smooth-m2", show=shown.append)
     for stage in stages.values():

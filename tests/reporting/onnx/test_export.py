@@ -17,8 +17,10 @@ import vlqc
 from tests.support.tiny import TINY
 from tools.demo import tiny_task
 from vlqc.errors import UserError
+from vlqc.frontend.process_group import ProcessGroup
 from vlqc.frontend.tracing import input_tensors, record
-from vlqc.ir.stage import Call, Stage
+from vlqc.ir.execution import Call, StageRun
+from vlqc.ir.stage import Stage
 from vlqc.kernels_ref.int4_groups import quantize_weight_per_group_absmax
 from vlqc.kernels_ref.norm import ShiftedNorm
 from vlqc.kernels_ref.quant_linear import DynamicQuantLinear, GroupQuantLinear, StaticQuantLinear
@@ -71,8 +73,8 @@ def mean_deviation(reference: Tensor, other: np.ndarray[Any, Any]) -> float:
 
 
 def of_probe(stage: Stage) -> dict[str, Tensor]:
-    assert stage.probe is not None
-    return dict(input_tensors(stage.live, stage.probe.args, stage.probe.kwargs))
+    assert stage.execution.probe is not None
+    return dict(input_tensors(stage.module, stage.execution.probe.args, stage.execution.probe.kwargs))
 
 
 @pytest.mark.every_transformers
@@ -86,9 +88,12 @@ def test_onnxruntime_agrees_with_the_stage(tmp_path: Path, scheme: Scheme) -> No
     for name in STAGES:
         files = sorted((tmp_path / "ir" / name).glob("*.onnx"))
         stage = read_bundle(files[0].with_suffix(".bundle"))
-        assert deviation(stage.run_probe(), run(files[0], of_probe(stage))) <= TOLERANCE, name
+        assert deviation(stage.execution.probe_output().flatten(), run(files[0], of_probe(stage))) <= TOLERANCE, name
         stage = read_bundle(files[-1].with_suffix(".bundle"))
-        assert mean_deviation(stage.run_probe(), run(files[-1], of_probe(stage))) <= LOWERED_TOLERANCE, name
+        assert (
+            mean_deviation(stage.execution.probe_output().flatten(), run(files[-1], of_probe(stage)))
+            <= LOWERED_TOLERANCE
+        ), name
         onnxruntime.InferenceSession(str(files[-1]))  # its optimizer, too, takes the model
         model = onnx.load(files[-1])
         assert (model.opset_import[0].version, model.ir_version) == (OPSET, IR_VERSION)
@@ -227,7 +232,15 @@ FORMS = {
 
 def stage_of(module: nn.Module, x: Tensor) -> Stage:
     call = Call(0, (x,), {})
-    return Stage("a.0", "language", torch.bfloat16, module, record(module, call, "a.0"), {}, [call], call)
+    return Stage(
+        "a.0",
+        "language",
+        torch.bfloat16,
+        module,
+        record(module, call, "a.0"),
+        {},
+        StageRun(module, ProcessGroup(), [call], call),
+    )
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -236,7 +249,7 @@ def test_functions(form: str) -> None:
     stage = stage_of(Calls(FORMS[form]), drawn(6, 3, 4, 6))
     model = export(stage)
     onnx.checker.check_model(model, full_check=True)
-    assert deviation(stage.run_probe(), run(model, of_probe(stage))) <= TOLERANCE
+    assert deviation(stage.execution.probe_output().flatten(), run(model, of_probe(stage))) <= TOLERANCE
 
 
 def test_an_operation_without_a_rule_is_named(tmp_path: Path) -> None:
@@ -253,7 +266,15 @@ def test_nothing_is_called_that_is_not_listed(tmp_path: Path) -> None:
         'stage "a.0" part=vision dtype=bfloat16 {\n  %x = input("x") : float32[2]\n'
         f'  %load = torch.load("{tmp_path / "evil.pt"}", weights_only=False)\n  return (%x,)\n}}\n'
     ).graph
-    stage = Stage("a.0", "vision", torch.bfloat16, nn.Identity(), graph, {}, [], Call(0, (drawn(9, 2),), {}))
+    stage = Stage(
+        "a.0",
+        "vision",
+        torch.bfloat16,
+        nn.Identity(),
+        graph,
+        {},
+        StageRun(nn.Identity(), ProcessGroup(), [], Call(0, (drawn(9, 2),), {})),
+    )
     with pytest.raises(UserError, match=r"%load of a\.0 has no form in ONNX"):
         export(stage)
 
@@ -272,10 +293,10 @@ def test_what_depends_on_integers_is_constant() -> None:
             return x[: int(lengths.max())]
 
     call = Call(0, (drawn(8, 4, 2), torch.tensor([1, 3], dtype=torch.int32)), {})
-    stage = Stage("a.0", "vision", torch.bfloat16, Cut(), graph, {}, [call], call)
+    stage = Stage("a.0", "vision", torch.bfloat16, Cut(), graph, {}, StageRun(Cut(), ProcessGroup(), [call], call))
     assert [it.name for it in export(stage).graph.input] == ["x"]
-    assert deviation(stage.run_probe(), run(export(stage), of_probe(stage))) == 0
-    stage.probe = None
+    assert deviation(stage.execution.probe_output().flatten(), run(export(stage), of_probe(stage))) == 0
+    stage.execution.probe = None
     with pytest.raises(UserError, match="%lengths"):
         export(stage)
 
@@ -288,4 +309,4 @@ def test_large_stages_keep_their_tensors_beside(tmp_path: Path, monkeypatch: pyt
     size = (tmp_path / "x.onnx.data").stat().st_size
     write_onnx(stage, tmp_path / "x", State())
     assert size == (tmp_path / "x.onnx.data").stat().st_size >= 64 * 64 * 4
-    assert deviation(stage.run_probe(), run(tmp_path / "x.onnx", of_probe(stage))) <= TOLERANCE
+    assert deviation(stage.execution.probe_output().flatten(), run(tmp_path / "x.onnx", of_probe(stage))) <= TOLERANCE

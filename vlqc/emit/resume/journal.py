@@ -258,16 +258,20 @@ class Journal:
                 stack.callback(writer.close)
             for rank in range(self._process_group.size):
                 is_owner = rank == self._process_group.rank
-                for number in range(self._process_group.broadcast(rank, len(stage.calls) if is_owner else None)):
-                    output = (stage.calls[number].sample, stage.outputs[number]) if is_owner else None
+                for number in range(
+                    self._process_group.broadcast(rank, len(stage.execution.calls) if is_owner else None)
+                ):
+                    output = (
+                        (stage.execution.calls[number].sample, stage.execution.outputs[number]) if is_owner else None
+                    )
                     sample, value = self._process_group.broadcast(rank, output)
                     try:
                         if writer is not None and failure is None:
                             specs[str(sample)] = writer.add(value)
                     except NotSerializable as error:  # raised below: the other processes still send their outputs
                         failure = error
-            if writer is not None and failure is None and stage.extra is not None:
-                specs[str(PROBE)] = writer.add(stage.probe_outputs[0])
+            if writer is not None and failure is None and stage.execution.probe_is_separate:
+                specs[str(PROBE)] = writer.add(stage.execution.probe_outputs[0])
         if failure is not None:
             raise failure
         return specs

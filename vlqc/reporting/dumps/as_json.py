@@ -9,7 +9,8 @@ from torch import fx
 
 from vlqc.ir.parser import parse_stage
 from vlqc.ir.printer import CALLEES, print_stage
-from vlqc.ir.stage import WEIGHT_PARTS, Site, Stage
+from vlqc.ir.snapshot import WEIGHT_PARTS, StageSnapshot
+from vlqc.ir.stage import Site, Stage
 from vlqc.ir.syntax import function_name, literal
 from vlqc.reporting.dumps.files import State, with_suffix
 
@@ -19,13 +20,12 @@ def write_json(stage: Stage, path: Path, state: State) -> None:
     with_suffix(path, ".json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
 
 
-def describe(stage: Stage) -> dict[str, Any]:
+def describe(stage: StageSnapshot) -> dict[str, Any]:
     """A stage that was parsed from text -> plain data; numbers, lists and names are those of the text.
 
     nodes: name, operation, what it calls, arguments in the text's notation, shape and dtype; tensors, sites, edges,
     observations: by name. Numbers that JSON lacks (inf, nan) are words.
     """
-    facts = stage.summaries
     described = {
         "stage": stage.name,
         "part": stage.part,
@@ -33,8 +33,8 @@ def describe(stage: Stage) -> dict[str, Any]:
         "nodes": [_node(node) for node in stage.graph.nodes],
         "tensors": {name: asdict(summary) for name, summary in stage.tensors.items()},
         "sites": {name: _site(stage, site) for name, site in stage.sites.items()},
-        "edges": None if facts.edges is None else [asdict(edge) for edge in facts.edges],
-        "observations": {name: asdict(seen) for name, seen in facts.observations.items()},
+        "edges": None if stage.edges is None else [asdict(edge) for edge in stage.edges],
+        "observations": {name: asdict(seen) for name, seen in stage.observations.items()},
     }
     plain: dict[str, Any] = _finite(described)
     return plain
@@ -58,8 +58,8 @@ def _node(node: fx.Node) -> dict[str, Any]:
     return found
 
 
-def _site(stage: Stage, site: Site) -> dict[str, Any]:
-    weight = stage.summaries.weights.get(site.name)
+def _site(stage: StageSnapshot, site: Site) -> dict[str, Any]:
+    weight = stage.weights.get(site.name)
     return {
         "source": site.source,
         "shape": list(site.shape),

@@ -14,10 +14,14 @@ from vlqc.families.qwen2_5_vl import flatten_config, original_name
 from vlqc.files import parse_json, read_json_object
 from vlqc.frontend.checkpoint.config_schema import config_faults
 from vlqc.frontend.checkpoint.files import link_faults
+from vlqc.frontend.process_group import ProcessGroup
 from vlqc.frontend.streamed_model import build
+from vlqc.ir.execution import Call, StageRun
+from vlqc.ir.observation import ChannelRange, Observation
 from vlqc.ir.printer import print_stage
 from vlqc.ir.serialization import deserialize
-from vlqc.ir.stage import WEIGHT_PARTS, Call, ChannelRange, Edge, Observation, Stage, Summaries, WeightQuantization
+from vlqc.ir.snapshot import WEIGHT_PARTS, StageSnapshot
+from vlqc.ir.stage import Edge, Stage, WeightQuantization
 from vlqc.ir.verifier import check
 from vlqc.kernels_ref.norm import ShiftedNorm
 from vlqc.kernels_ref.quant_linear import DynamicQuantLinear, GroupQuantLinear, QuantLinear, StaticQuantLinear
@@ -47,17 +51,18 @@ def read_bundle(folder: Path) -> Stage:
         if faults := link_faults(folder):
             raise UserError(*faults)
         said = facts.BundleFacts.model_validate(read_json_object(folder / facts.FACTS))
-        stage = read_stage(folder / facts.GRAPH)
-        text = print_stage(stage)
+        parsed = read_stage(folder / facts.GRAPH)
+        text = print_stage(parsed)
         weights, statistics = _tensors(folder / facts.WEIGHTS), _tensors(folder / facts.OBSERVATIONS)
-        _revive(stage, said, _module(folder, said, weights), weights, statistics)
-        _enter(stage, said, _tensors(folder / facts.INPUTS))
+        module = _module(folder, said, weights)
+        execution = _execution(module, said, _tensors(folder / facts.INPUTS))
+        stage = _stage(parsed, said, module, execution, weights, statistics)
         if invalid := check(stage):
             raise ValueError("; ".join(invalid))
         if print_stage(stage) != text:
             raise ValueError(f"its tensors are not those that {facts.GRAPH} tells of")
-        if stage.probe is not None:
-            stage.probe_rows()  # whether it enters at all: arguments of strangers may be anything
+        if stage.execution.probe is not None:
+            stage.execution.probe_output()  # whether it enters at all: arguments of strangers may be anything
     return stage
 
 
@@ -144,18 +149,31 @@ def _replacement(it: facts.Replaced, before: nn.Module, values: Tensors) -> nn.M
 # ---- everything else -------------------------------------------------------------------------------------------------
 
 
-def _revive(
-    stage: Stage, said: facts.BundleFacts, module: nn.Module, weights: Mapping[str, Tensor], statistics: Tensors
-) -> None:
-    """Turns a stage that was parsed from text into one that passes can change."""
+def _stage(
+    parsed: StageSnapshot,
+    said: facts.BundleFacts,
+    module: nn.Module,
+    execution: StageRun,
+    weights: Mapping[str, Tensor],
+    statistics: Tensors,
+) -> Stage:
+    """Joins the parsed graph and sites with the module and all tensors."""
     names, prefix = said.names, f"{said.stage}."
     paths = {name: path for path, name in names.items()}
 
     def target_of(name: str) -> str:
         return paths.get(name, name.removeprefix(prefix))
 
-    stage.module, stage.checkpoint_name = module, lambda path: names.get(path, prefix + path)
-    stage.tensors, stage.summaries = {}, Summaries()
+    stage = Stage(
+        name=parsed.name,
+        part=parsed.part,
+        dtype=parsed.dtype,
+        module=module,
+        graph=parsed.graph,
+        sites=parsed.sites,
+        execution=execution,
+        checkpoint_name=lambda path: names.get(path, prefix + path),
+    )
     for node in stage.graph.nodes:
         node.meta.pop("summary", None)
         if node.op == "call_module":
@@ -183,6 +201,8 @@ def _revive(
             for number, (producer, consumers) in enumerate(said.edges)
         )
     stage.observations = {it.node: _observation(it, statistics) for it in said.observations}
+    return stage
+    return stage
 
 
 def _observation(it: facts.Observed, statistics: Tensors) -> Observation:
@@ -198,7 +218,7 @@ def _observation(it: facts.Observed, statistics: Tensors) -> Observation:
     )
 
 
-def _enter(stage: Stage, said: facts.BundleFacts, tensors: Tensors) -> None:
+def _execution(module: nn.Module, said: facts.BundleFacts, tensors: Tensors) -> StageRun:
     def fill(room: Tensor, number: int) -> None:
         room.copy_(tensors[str(number)].view(torch.uint8))
 
@@ -209,8 +229,9 @@ def _enter(stage: Stage, said: facts.BundleFacts, tensors: Tensors) -> None:
         return Call(it.sample, args, kwargs, None if it.modality is None else tensors[str(it.modality)])
 
     calls = [entered(it) for it in said.calls]
-    stage.calls = calls
+    probe = None
     if isinstance(said.probe, int):
-        stage.probe = calls[said.probe]
+        probe = calls[said.probe]
     elif said.probe is not None:
-        stage.probe = entered(said.probe)
+        probe = entered(said.probe)
+    return StageRun(module, ProcessGroup(), calls, probe, name=said.stage)

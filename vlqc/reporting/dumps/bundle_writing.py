@@ -12,10 +12,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlqc.errors import Fault, UserError
+from vlqc.ir.execution import Call, exact_bfloat16
 from vlqc.ir.printer import print_stage
 from vlqc.ir.serialization import NotSerializable, serialize, span
-from vlqc.ir.stage import WEIGHT_PARTS, Call, Stage, digest, exact_bfloat16, fingerprint
+from vlqc.ir.snapshot import WEIGHT_PARTS
+from vlqc.ir.stage import Stage
 from vlqc.ir.tensor_cache import TensorCache
+from vlqc.ir.tensor_digest import digest, fingerprint
 from vlqc.kernels_ref.norm import ShiftedNorm
 from vlqc.kernels_ref.quant_linear import GroupQuantLinear, QuantLinear, StaticQuantLinear
 from vlqc.pipeline.registry import WRAPPERS
@@ -78,8 +81,8 @@ def _saver(tensors: dict[str, Tensor]) -> Callable[[Path], None]:
 
 
 def _names(stage: Stage) -> Iterator[tuple[str, str]]:
-    paths = [path for path, _ in stage.live.named_modules() if path]
-    paths += [path for path, _ in (*stage.live.named_parameters(), *stage.live.named_buffers())]
+    paths = [path for path, _ in stage.module.named_modules() if path]
+    paths += [path for path, _ in (*stage.module.named_parameters(), *stage.module.named_buffers())]
     for path in paths:
         if (name := stage.checkpoint_name(path)) != f"{stage.name}.{path}":
             yield path, name
@@ -103,7 +106,7 @@ def _observed(stage: Stage) -> Iterator[facts.Observed]:
 
 
 def _weights(stage: Stage) -> Iterator[tuple[str, Tensor]]:
-    for path, tensor in (*stage.live.named_parameters(), *stage.live.named_buffers()):
+    for path, tensor in (*stage.module.named_parameters(), *stage.module.named_buffers()):
         yield f"module/{path}", tensor
     for site in stage.sites.values():
         if site.weight is not None:
@@ -132,12 +135,12 @@ class _Entered:
     def __init__(self, stage: Stage) -> None:
         self.tensors: dict[str, Tensor] = {}
         self._number: dict[int, int] = {}
-        self.before_run = not stage.outputs and stage.process_group.size == 1
-        self.calls = [self._call(stage.name, call) for call in stage.calls] if self.before_run else []
-        among = [number for number, call in enumerate(stage.calls) if call is stage.probe]
+        self.before_run = not stage.execution.outputs and stage.execution.process_group.size == 1
+        self.calls = [self._call(stage.name, call) for call in stage.execution.calls] if self.before_run else []
+        among = [number for number, call in enumerate(stage.execution.calls) if call is stage.execution.probe]
         self.probe: int | facts.Entered | None = None
-        if stage.probe is not None:
-            self.probe = among[0] if among and self.before_run else self._call(stage.name, stage.probe)
+        if stage.execution.probe is not None:
+            self.probe = among[0] if among and self.before_run else self._call(stage.name, stage.execution.probe)
 
     def _call(self, stage: str, call: Call) -> facts.Entered:
         try:

@@ -9,7 +9,7 @@ from typing import Any
 from vlqc.errors import Fault, UserError
 from vlqc.formatting import pluralize
 from vlqc.ir.parser import parse_stage
-from vlqc.ir.stage import Stage
+from vlqc.ir.snapshot import StageSnapshot
 from vlqc.reporting.dumps.diff import Changes, changes
 
 GRAPH_FILE = "graph.vlqc"  # the text in a bundle
@@ -90,7 +90,7 @@ def compare(first: Path, second: Path) -> Comparison:
     return Comparison(states, same)
 
 
-def read_stage(path: Path) -> Stage:
+def read_stage(path: Path) -> StageSnapshot:
     """A stage from a file of text. UserError naming the file."""
     try:
         if not path.is_file() or path.stat().st_size > LARGEST_TEXT:

@@ -7,14 +7,15 @@ from typing import Any, TypeVar
 from torch import fx
 
 from vlqc.ir.printer import print_node, print_stage
-from vlqc.ir.stage import WEIGHT_PARTS, MapSummary, ObservationSummary, Site, Stage, TensorSummary
+from vlqc.ir.snapshot import WEIGHT_PARTS, MapSummary, ObservationSummary, StageSnapshot, TensorSummary
+from vlqc.ir.stage import Site
 
 T = TypeVar("T")
 Changes = dict[str, list[str]]  # what it is about -> sentences
 GRAPH, STAGE = "the graph", "the stage"
 
 
-def changes(before: Stage, after: Stage) -> Changes:
+def changes(before: StageSnapshot, after: StageSnapshot) -> Changes:
     """Two stages that were parsed from text -> what is different, in the order of the text; empty if nothing is.
 
     The headings are names of sites and of other owners of tensors, `STAGE`, `GRAPH`, and `%NODE` for an observation.
@@ -30,7 +31,7 @@ def changes(before: Stage, after: Stage) -> Changes:
     return found
 
 
-def _all(before: Stage, after: Stage) -> Iterator[tuple[str, str]]:
+def _all(before: StageSnapshot, after: StageSnapshot) -> Iterator[tuple[str, str]]:
     for what in ("name", "part", "dtype"):
         old, new = getattr(before, what), getattr(after, what)
         if old != new:
@@ -41,14 +42,14 @@ def _all(before: Stage, after: Stage) -> Iterator[tuple[str, str]]:
             yield name, f"the site is {'new' if old is None else 'gone'}"
         else:
             yield from ((name, line) for line in _site(old, new))
-    for name, old, new in _pairs(before.summaries.weights, after.summaries.weights):
+    for name, old, new in _pairs(before.weights, after.weights):
         parts = zip(WEIGHT_PARTS, _padded(old), _padded(new), strict=True)
         yield from ((name, f"quantized {word}: {said}") for word, was, now in parts for said in _tensor(was, now))
     for name, was, now in _pairs(before.tensors, after.tensors):
         owner, _, parameter = name.rpartition(".")
         yield from ((owner or name, f"{parameter}: {said}") for said in _tensor(was, now))
     yield from _edges(before, after)
-    for name, seen, seen_now in _pairs(before.summaries.observations, after.summaries.observations):
+    for name, seen, seen_now in _pairs(before.observations, after.observations):
         yield from ((f"%{name}", line) for line in _observation(seen, seen_now))
 
 
@@ -66,7 +67,7 @@ def _padded(parts: list[TensorSummary] | None) -> list[TensorSummary | None]:
 # ---- the graph -------------------------------------------------------------------------------------------------------
 
 
-def _graph(before: Stage, after: Stage) -> Iterator[str]:
+def _graph(before: StageSnapshot, after: StageSnapshot) -> Iterator[str]:
     old, new = _printed(before), _printed(after)
     for name in [name for name in old if name not in new]:
         yield f"removed {old[name]}"
@@ -77,7 +78,7 @@ def _graph(before: Stage, after: Stage) -> Iterator[str]:
         yield f"now {new[name]}"
 
 
-def _printed(stage: Stage) -> dict[str, str]:
+def _printed(stage: StageSnapshot) -> dict[str, str]:
     return {node.name: print_node(stage, node) for node in stage.graph.nodes if isinstance(node, fx.Node)}
 
 
@@ -144,10 +145,10 @@ def _from_to(before: float, after: float) -> str:
 # ---- edges and observations ------------------------------------------------------------------------------------------
 
 
-def _edges(before: Stage, after: Stage) -> Iterator[tuple[str, str]]:
-    old, new = ({it.producer: it for it in stage.summaries.edges or ()} for stage in (before, after))
-    if (before.summaries.edges is None) != (after.summaries.edges is None):
-        found = f"{len(new)} found" if before.summaries.edges is None else "forgotten"
+def _edges(before: StageSnapshot, after: StageSnapshot) -> Iterator[tuple[str, str]]:
+    old, new = ({it.producer: it for it in stage.edges or ()} for stage in (before, after))
+    if (before.edges is None) != (after.edges is None):
+        found = f"{len(new)} found" if before.edges is None else "forgotten"
         yield STAGE, f"edges along which scales can be folded: {found}"
         return
     for producer, was, now in _pairs(old, new):

@@ -58,7 +58,7 @@ def run_pass(bundle: Path, pipeline: str) -> Rerun:
     """
     passes = _parsed(pipeline)
     stage = read_bundle(bundle)
-    if not stage.calls and any(step.name == CALIBRATION for step in passes):
+    if not stage.execution.calls and any(step.name == CALIBRATION for step in passes):
         why = "it runs all calibration samples through the stage, but the bundle contains the probe only"
         fix = f"use a bundle from before {CALIBRATION}, of a compilation in one process"
         raise UserError(Fault(f"{CALIBRATION} cannot be run", str(bundle), why, fix))

@@ -122,7 +122,7 @@ def _look(
         for stop in lockstep:
             show.stage(len(looked), stop.name)
             with materialized_stage(model, stop, dtype, checkpoint.tensor) as stage:
-                stage.on_sample = show.sample
+                stage.execution.after_sample = lambda done, *values: show.sample(done)
                 if dumper.wants(stage.name):
                     dumper.traced(stage)
                     manager.run(stage)
@@ -131,8 +131,8 @@ def _look(
                 if looked == wanted:
                     break
                 (rest if dumper.wants(stage.name) else elsewhere).run(stage)
-                if not stage.outputs:
-                    stage.run()
-                stop.outputs = stage.answers()
+                if not stage.execution.outputs:
+                    stage.execution.forward()
+                stop.outputs = stage.execution.next_inputs()
     show.finish()
     return TraceResult(tuple(looked), len(model.stages), dumper.folder)

@@ -57,16 +57,16 @@ def _sqnr_chart(towers: Sequence[Tower], stages: Sequence[StageData]) -> Chart:
     chart = Chart("SQNR of each stage", _describe_sqnr(stages), x_ticks=_tower_ticks(towers))
     chart.css = "tall dense" if len(stages) > MANY_STAGES else "tall"
     values = {name: [stage.sqnr.get(name) for stage in stages] for name in MODALITIES}
-    axis = linear_axis([value for of_modality in values.values() for value in of_modality], 5)
+    axis = linear_axis([value for rows_per_modality in values.values() for value in rows_per_modality], 5)
     chart.ticks(axis)
-    for name, of_modality in values.items():
+    for name, rows_per_modality in values.items():
         for positions in _tower_positions(towers):  # lines do not connect towers
             if len(positions) > 1:
-                inside = [value if index in positions else None for index, value in enumerate(of_modality)]
+                inside = [value if index in positions else None for index, value in enumerate(rows_per_modality)]
                 chart.line(f"sqnr {name}", inside, axis)
-        chart.dots(f"sqnr {name}", of_modality, axis)
+        chart.dots(f"sqnr {name}", rows_per_modality, axis)
         if name == "image":  # hollow: a smaller dot in the colour of the background
-            chart.dots("hole", of_modality, axis)
+            chart.dots("hole", rows_per_modality, axis)
     chart.y_ticks = [Tick(tick.at, f"{tick.text} dB") for tick in chart.y_ticks]
     return chart
 

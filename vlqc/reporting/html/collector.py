@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from vlqc.frontend.memory import peak_memory
-from vlqc.ir.stage import MODALITIES, Observation, Site, Stage, noise_to_signal
+from vlqc.ir.observation import MODALITIES, Observation, noise_to_signal
+from vlqc.ir.stage import Site, Stage
 from vlqc.kernels_ref.quantize import INT8_MAX, INT8_MIN
 from vlqc.pipeline.pass_api import Pass
 from vlqc.pipeline.precision_search import Plan, decibels
@@ -55,7 +56,7 @@ class StageMetrics:
         if not self.active:
             return
         self._started, self._first_ranges = time.perf_counter(), {}
-        self._reference = stage.probe_rows()
+        self._reference = stage.execution.probe_output()
         self._peak = peak_memory()
 
     def after(self, stage: Stage, number: int, done: Pass) -> None:
@@ -72,8 +73,8 @@ class StageMetrics:
         """Adds the stage, which still has its module and observations."""
         if not self.active:
             return
-        shapes = stage.all_sample_shapes()
-        rows = {name: sum(shape.of_modality[index] for shape in shapes) for index, name in enumerate(NAMES)}
+        shapes = stage.execution.sample_shapes
+        rows = {name: sum(shape.rows_per_modality[index] for shape in shapes) for index, name in enumerate(NAMES)}
         self.stages.append(
             StageData(
                 name=stage.name,
@@ -131,10 +132,10 @@ class StageMetrics:
 
     def _sqnr(self, stage: Stage) -> dict[Modality, float]:
         """SQNR in dB of the stage's output for the probe, by modality; empty if no site is quantized."""
-        if stage.probe is None or all(site.scheme in (None, Scheme.FLOAT) for site in stage.sites.values()):
+        if stage.execution.probe is None or all(site.scheme in (None, Scheme.FLOAT) for site in stage.sites.values()):
             return {}
-        reference, output = self._reference, stage.probe_rows()
-        modality = stage.probe.modality
+        reference, output = self._reference, stage.execution.probe_output()
+        modality = stage.execution.probe.modality
         if modality is None or modality.numel() != len(output):
             modality = torch.full((len(output),), MODALITIES.index("image"), dtype=torch.int8)
         modality = modality.flatten().cpu()

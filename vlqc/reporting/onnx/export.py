@@ -48,8 +48,8 @@ class _Exporter:
         self.values: dict[fx.Node, Any] = {}
         self.inputs: list[onnx.ValueInfoProto] = []
         self.outputs: list[onnx.ValueInfoProto] = []
-        call = stage.probe
-        self.entering = {} if call is None else dict(input_tensors(stage.live, call.args, call.kwargs))
+        call = stage.execution.probe
+        self.entering = {} if call is None else dict(input_tensors(stage.module, call.args, call.kwargs))
 
     def add(self, node: fx.Node) -> None:
         if node.op == "placeholder":
@@ -94,7 +94,7 @@ class _Exporter:
         if len(node.args) != 1 or node.kwargs or not isinstance(x, Value):
             raise NoRule("a module that is called with something else than one value")
         name = self.stage.checkpoint_name(target)
-        output = export_module(self.make, self.stage.live.get_submodule(target), name, x.name, x.shape, node.name)
+        output = export_module(self.make, self.stage.module.get_submodule(target), name, x.name, x.shape, node.name)
         return Value(output, node.meta["shape"], node.meta["dtype"])
 
     def _function(self, node: fx.Node) -> Any:

@@ -20,7 +20,8 @@ from vlqc.frontend.calibration.samples import checked_samples
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.sequential import SequentialForward, Stop, row_modality
 from vlqc.frontend.streamed_model import StreamedModel
-from vlqc.ir.stage import MODALITIES, Call, first_tensor, watching
+from vlqc.ir.execution import Call, first_tensor, observing
+from vlqc.ir.observation import MODALITIES
 from vlqc.targets.schemes import Scheme
 from vlqc.verify.accuracy import logits_are_hidden
 from vlqc.verify.attribution.group_error import CapturedInput, GroupError, measure_group
@@ -292,7 +293,7 @@ class _Ablation:
             return lambda x, _: inputs.__setitem__(group, x.reshape(-1, x.shape[-1]).float())
 
         watch = {paths[pair.linears[group.layers[0]]]: keep(group) for group in captured}
-        with watching(stage, watch, call):
+        with observing(stage, watch, call):
             output = stage(*call.args, **call.kwargs)
         hidden = first_tensor(output)
         power = hidden.reshape(-1, hidden.shape[-1]).double().square().sum(dim=1)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from vlqc.ir.stage import MODALITIES
+from vlqc.ir.observation import MODALITIES
 from vlqc.kernels_ref.quant_linear import GroupQuantLinear, QuantLinear, StaticQuantLinear
 from vlqc.kernels_ref.quantize import (
     INT8_MAX,

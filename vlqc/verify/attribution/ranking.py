@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlqc.families.qwen2_5_vl import fused_group
-from vlqc.ir.stage import MODALITIES
+from vlqc.ir.observation import MODALITIES
 from vlqc.targets.rules import group_faults, supported_schemes
 from vlqc.targets.schemes import Scheme
 from vlqc.targets.target import Target, parse_target

@@ -1,0 +1,244 @@
+"""One run of a stage: the inputs of all samples, the probe, the outputs, and how the module is executed.
+
+Two changes of the execution save time and memory. Both are exact up to rounding and are undone afterwards:
+
+* attention in three dimensions runs through the fused kernel. transformers 4.49 calls the attention of the vision tower
+  with queries [heads, S, D], for which PyTorch has no fused kernel and writes out all scores: heads * S * S float32
+  numbers, tens of GiB for an image of three megapixels. With a batch dimension of one the fused kernel is used.
+* Linear layers whose weights bfloat16 represents exactly are multiplied in bfloat16 where samples are only observed.
+  Inputs and products are rounded to 8 bits, about 52 dB below the signal, as in an engine that runs the float model.
+  All other operations stay in float32. Proofs never run in bfloat16.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from vlqc.errors import InternalError
+from vlqc.ir.observation import MODALITIES
+
+T = TypeVar("T")
+ROWS_COMPARED = 64  # rows compared at a time, so that temporaries stay in the cache
+ATTENTION = torch.nn.functional.scaled_dot_product_attention
+
+
+class ProcessGroup(Protocol):
+    """What passes use of the processes of a compilation; `frontend.distributed` implements it."""
+
+    rank: int
+    size: int
+
+    @property
+    def is_rank0(self) -> bool:
+        """Whether this process reports and writes."""
+        ...
+
+    def broadcast(self, source: int, value: T | None) -> T:
+        """The value that rank `source` passes, on every rank."""
+        ...
+
+    def all_gather(self, value: T) -> Iterator[T]:
+        """The values of all ranks in the order of ranks, one at a time."""
+        ...
+
+    def parallel_map(self, tasks: Iterable[Callable[[], T]], costs: Sequence[float] | None = None) -> list[T]:
+        """Results of all tasks in order, each computed by one rank. costs: relative cost of each task."""
+        ...
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments of the stage for one sample.
+
+    modality: int8 [rows], an index into `MODALITIES` per token row of the inputs, -1 for padding; None if every row is
+    an image patch.
+    """
+
+    sample: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    modality: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class SampleShape:
+    """Rows of one sample at a stage, in total and per modality. Known on all ranks, whichever rank holds the sample."""
+
+    sample: int
+    rows: int
+    rows_per_modality: tuple[int, ...]
+
+    @classmethod
+    def from_call(cls, call: Call) -> "SampleShape":
+        rows = first_tensor((*call.args, *call.kwargs.values())).shape[-2]
+        if call.modality is None:
+            return cls(call.sample, rows, tuple(rows * (name == "image") for name in MODALITIES))
+        counts = (int((call.modality == index).sum()) for index in range(len(MODALITIES)))
+        return cls(call.sample, rows, tuple(counts))
+
+
+@dataclass
+class StageRun:
+    """Inputs and outputs of one stage in one run.
+
+    module: the module of the stage; calls: one per sample of this rank; probe: the call that proofs use, the same on
+    all ranks; probe_is_separate: whether the probe is none of the calibration samples, so that `forward` runs it in
+    addition and does not observe it; shapes: of the samples of all ranks, None if `calls` are all of them;
+    after_sample: called after each sample with the number of finished samples and all values that it used; outputs:
+    return values per call, filled by `forward`; probe_outputs: of a separate probe, at most one; name: of the stage.
+    """
+
+    module: nn.Module
+    process_group: ProcessGroup
+    calls: Sequence[Call] = ()
+    probe: Call | None = None
+    probe_is_separate: bool = False
+    shapes: Sequence[SampleShape] | None = None
+    after_sample: Callable[..., None] = lambda done, *values: None
+    outputs: list[Any] = field(default_factory=list)
+    probe_outputs: list[Any] = field(default_factory=list)
+    name: str = ""
+
+    @property
+    def sample_shapes(self) -> Sequence[SampleShape]:
+        """Of the samples of all ranks, in their order."""
+        return [SampleShape.from_call(call) for call in self.calls] if self.shapes is None else self.shapes
+
+    @torch.no_grad()
+    def forward(self, observers: "Mapping[str, Callable[[Tensor, Call], None]] | None" = None) -> None:
+        """Runs every sample through the stage once and keeps the outputs.
+
+        observers: per path of a submodule, called with its first argument and the sample's call.
+        Weights that bfloat16 represents exactly are multiplied in bfloat16 where that is faster.
+        """
+        self.outputs = []
+        with bfloat16_linears(self.module):
+            for done, call in enumerate(self.calls):
+                with observing(self.module, observers or {}, call), FusedAttention():
+                    self.outputs.append(self.module(*call.args, **call.kwargs))
+                self.after_sample(done + 1, call.args, call.kwargs, self.outputs[-1])
+            if self.probe is not None and self.probe_is_separate:
+                with FusedAttention():
+                    self.probe_outputs = [self.module(*self.probe.args, **self.probe.kwargs)]
+
+    def next_inputs(self) -> list[Any]:
+        """What the suspended forwards resume with: one output per call, then that of a separate probe."""
+        return [*self.outputs, *self.probe_outputs]
+
+    @torch.no_grad()
+    def probe_output(self) -> Tensor:
+        """Runs the probe in float32 and returns the first output tensor, float32 [rows, K], on the CPU."""
+        if self.probe is None:
+            raise InternalError(f"stage {self.name} has no probe")
+        with FusedAttention():
+            output = first_tensor(self.module(*self.probe.args, **self.probe.kwargs))
+        return output.float().reshape(-1, output.shape[-1]).cpu()
+
+    def release(self) -> None:
+        """Drops all inputs and outputs."""
+        self.calls, self.probe, self.outputs, self.probe_outputs = (), None, [], []
+
+
+@contextmanager
+def observing(root: nn.Module, observers: Mapping[str, Callable[[Tensor, Call], None]], call: Call) -> Iterator[None]:
+    """Registers forward pre-hooks that pass the first argument of each named submodule to its observer."""
+
+    def hook_for(observer: Callable[[Tensor, Call], None]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            observer(args[0], call)
+
+        return hook
+
+    handles = [
+        root.get_submodule(path).register_forward_pre_hook(hook_for(observer)) for path, observer in observers.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The hidden states in what a block returns: the tensor itself, or the first one of a tuple or a mapping."""
+    if isinstance(output, Tensor):
+        return output
+    values = output.values() if isinstance(output, Mapping) else output
+    return next(value for value in values if isinstance(value, Tensor))
+
+
+class FusedAttention(TorchFunctionMode):
+    """Runs attention over [heads, S, D] as attention over [1, heads, S, D]: equal up to the rounding of sums."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is ATTENTION and isinstance(args[0] if args else kwargs["query"], Tensor):
+            query = args[0] if args else kwargs["query"]
+            if query.ndim == 3:
+                args = tuple(_batched(value) for value in args)
+                kwargs = {name: _batched(value) for name, value in kwargs.items()}
+                return func(*args, **kwargs).squeeze(0)
+        return func(*args, **kwargs)
+
+
+def _batched(value: Any) -> Any:
+    """[heads, S, ...] -> [1, heads, S, ...]; a mask [S, S] broadcasts over heads already; other values unchanged."""
+    return value.unsqueeze(0) if isinstance(value, Tensor) and value.ndim == 3 else value
+
+
+def exact_bfloat16(tensor: Tensor) -> Tensor | None:
+    """The same values in bfloat16; None if bfloat16 cannot represent all of them."""
+    half = torch.empty(tensor.shape, dtype=torch.bfloat16, device=tensor.device)
+    for source, target in zip(
+        torch.split(tensor.detach(), ROWS_COMPARED), torch.split(half, ROWS_COMPARED), strict=True
+    ):
+        target.copy_(source)
+        if not torch.equal(target.float(), source):
+            return None
+    return half
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device has bfloat16 instructions; without them float32 is as fast and more exact."""
+    if device.type != "cpu":
+        return True
+    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
+
+
+@contextmanager
+def bfloat16_linears(root: nn.Module) -> Iterator[None]:
+    """Linear layers below `root` whose weights bfloat16 represents exactly multiply in bfloat16.
+
+    Afterwards the weights are float32 again, with the same bits.
+    """
+    with ExitStack() as undo:
+        for module in root.modules():
+            if type(module) is nn.Linear and "forward" not in module.__dict__:
+                weight = module.weight
+                if weight.dtype == torch.float32 and multiplies_bfloat16(weight.device):
+                    half = exact_bfloat16(weight)
+                    if half is not None:
+                        undo.callback(_restore, module)
+                        weight.data = half
+                        module.forward = _bfloat16_forward(module)  # type: ignore[method-assign, assignment]
+        yield
+
+
+def _bfloat16_forward(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
+    def forward(rows: Tensor) -> Tensor:
+        product = nn.functional.linear(rows.to(torch.bfloat16), linear.weight).to(rows.dtype)
+        return product if linear.bias is None else product.add_(linear.bias)
+
+    return forward
+
+
+def _restore(linear: nn.Linear) -> None:
+    del linear.__dict__["forward"]
+    linear.weight.data = linear.weight.data.float()

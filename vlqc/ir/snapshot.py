@@ -1,0 +1,138 @@
+"""What the text of a stage says of it: the graph, and a summary of every tensor instead of its values.
+
+`snapshot` takes one from a stage; `parser` reads one from text. Both print to the same text.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+from vlqc.ir.observation import MODALITIES, Observation
+from vlqc.ir.stage import Edge, Site, Stage, group_by_source
+from vlqc.ir.tensor_cache import TensorCache
+from vlqc.ir.tensor_digest import absmax, digest, fingerprint
+
+WEIGHT_PARTS = ("weight", "scale", "group_scale")  # names in the text of the tensors of a WeightQuantization
+_FINGERPRINT = TensorCache(fingerprint)  # observations stay the same over many passes
+
+
+@dataclass(frozen=True)
+class TensorSummary:
+    """Summary of a tensor that shows any change of it: dtype, shape, largest magnitude, digest of all values."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    absmax: float
+    digest: str
+
+
+@dataclass(frozen=True)
+class MapSummary:
+    """Summary of the channels of an edge or of the columns of a consumer: how many of them take part."""
+
+    used: int
+    total: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class EdgeSummary:
+    producer: str
+    usable: MapSummary
+    consumers: Mapping[str, MapSummary]
+
+
+@dataclass(frozen=True)
+class ObservationSummary:
+    """rows: per modality; minimum, maximum: over all channels, None without rows; kept: number of kept rows."""
+
+    channels: int
+    rows: Mapping[str, int]
+    minimum: float | None
+    maximum: float | None
+    kept: int
+    digest: str
+
+
+@dataclass
+class StageSnapshot:
+    """A stage without tensors.
+
+    graph: targets of call_module nodes are paths that `checkpoint_name` translates, in a parsed snapshot checkpoint
+    names; constants of get_attr nodes have meta["summary"] or meta["constant"]; sites: by checkpoint name; weights: per
+    site the summaries of its quantized weight, in the order of WEIGHT_PARTS; tensors: parameters and buffers by
+    checkpoint name; edges: None if they were not computed; observations: by node name.
+    """
+
+    name: str
+    part: str
+    dtype: torch.dtype
+    graph: fx.Graph
+    sites: dict[str, Site] = field(default_factory=dict)
+    weights: dict[str, list[TensorSummary]] = field(default_factory=dict)
+    tensors: dict[str, TensorSummary] = field(default_factory=dict)
+    edges: tuple[EdgeSummary, ...] | None = None
+    observations: dict[str, ObservationSummary] = field(default_factory=dict)
+    checkpoint_name: Callable[[str], str] = lambda name: name
+
+    def __repr__(self) -> str:
+        """One line for notebooks; `print_stage` returns the whole text."""
+        return f"<StageSnapshot {self.name}: {len(self.graph.nodes)} nodes, {len(self.sites)} sites>"
+
+    def groups(self) -> dict[str, list[Site]]:
+        """Sites by the node that they read."""
+        return group_by_source(self.sites.values())
+
+
+def snapshot(stage: Stage, *, tensors: bool = True) -> StageSnapshot:
+    """Summaries of a stage; graph and sites are shared with it. tensors=False leaves out its parameters and buffers."""
+    quantized = {site.name: site.weight for site in stage.sites.values() if site.weight is not None}
+    named = [*stage.module.named_parameters(), *stage.module.named_buffers()] if tensors else []
+    return StageSnapshot(
+        name=stage.name,
+        part=stage.part,
+        dtype=stage.dtype,
+        graph=stage.graph,
+        sites=stage.sites,
+        weights={name: [summarize(tensor) for tensor in weight.tensors()] for name, weight in quantized.items()},
+        tensors=_named((stage.checkpoint_name(path), tensor) for path, tensor in named),
+        edges=None if stage.edges is None else tuple(_summarize_edge(stage, edge) for edge in stage.edges),
+        observations={name: _summarize_observation(value) for name, value in stage.observations.items()},
+        checkpoint_name=stage.checkpoint_name,
+    )
+
+
+def summarize(tensor: Tensor) -> TensorSummary:
+    return TensorSummary(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), absmax(tensor), digest(tensor))
+
+
+def _named(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, TensorSummary]:
+    return {name: summarize(tensor) for name, tensor in tensors}
+
+
+def _summarize_edge(stage: Stage, edge: Edge) -> EdgeSummary:
+    usable = MapSummary(int(edge.usable.sum()), edge.usable.numel(), digest(edge.usable))
+    consumers = {
+        stage.checkpoint_name(target): MapSummary(int((columns >= 0).sum()), columns.numel(), digest(columns))
+        for target, columns in edge.consumers.items()
+    }
+    return EdgeSummary(stage.checkpoint_name(edge.producer), usable, consumers)
+
+
+def _summarize_observation(observation: Observation) -> ObservationSummary:
+    ranges = [(name, observation.ranges[name]) for name in MODALITIES if name in observation.ranges]
+    rows = {name: span.rows for name, span in ranges}
+    statistics = [part for _, span in ranges for part in (span.minimum, span.maximum, span.sum, span.sum_of_squares)]
+    minimum = min((float(span.minimum.min()) for _, span in ranges), default=None)
+    maximum = max((float(span.maximum.max()) for _, span in ranges), default=None)
+    kept = (observation.kept, observation.kept_modality, observation.energy())
+    return ObservationSummary(
+        channels=observation.channels,
+        rows=rows,
+        minimum=minimum,
+        maximum=maximum,
+        kept=observation.kept.shape[0],
+        digest=digest(*statistics, *kept, known=_FINGERPRINT),
+    )

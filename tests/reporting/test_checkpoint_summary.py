@@ -1,4 +1,4 @@
-"""vlqc.reporting.checkpoint_summary: counts and sizes against folders written here, tensor by tensor."""
+"""vlqc.reporting.checkpoint_summary: counts and sizes of folders with known tensors."""
 
 import io
 import json
@@ -42,7 +42,7 @@ def float_folder(folder: Path) -> Path:
 
 
 def test_parts_of_a_float_folder(tmp_path: Path) -> None:
-    """Catches tensors counted in the wrong part, or embeddings and convolutions counted as Linears."""
+    """Catches tensors counted in the wrong part, and embeddings or convolutions counted as linear layers."""
     inspection = inspect_folder(float_folder(tmp_path / "model"))
     assert [(row.part, row.scheme, row.linears, row.tensors, row.bytes) for row in inspection.rows] == [
         ("vision blocks", "FLOAT", 1, 2, 2 * (24 * 8 + 24)),
@@ -62,16 +62,16 @@ def test_parts_of_a_float_folder(tmp_path: Path) -> None:
 
 
 def test_newer_names_and_nested_config(tmp_path: Path) -> None:
-    """Catches checkpoints of newer transformers being shown as one heap of unknown tensors."""
-    new = {
+    """Catches tensor names of newer transformers versions that are counted as part 'other'."""
+    renamed = {
         name.replace("visual.", "model.visual.").replace("model.layers", "model.language_model.layers"): tensor
         for name, tensor in FLOAT.items()
     }
     text = {"num_hidden_layers": 1, "hidden_size": 16, "tie_word_embeddings": False}
     config = {"model_type": "qwen2_5_vl", "dtype": "bfloat16", "text_config": text, "vision_config": {"depth": 1}}
-    as_new = inspect_folder(write(tmp_path / "new", {name: each.bfloat16() for name, each in new.items()}, config))
-    as_old = inspect_folder(float_folder(tmp_path / "old"))
-    assert (as_new.rows, as_new.facts) == (as_old.rows, as_old.facts)
+    newer = inspect_folder(write(tmp_path / "new", {name: each.bfloat16() for name, each in renamed.items()}, config))
+    older = inspect_folder(float_folder(tmp_path / "old"))
+    assert (newer.rows, newer.facts) == (older.rows, older.facts)
 
 
 def compiled_folder(folder: Path) -> Path:
@@ -89,7 +89,7 @@ def compiled_folder(folder: Path) -> Path:
 
 
 def test_schemes_and_ranges_of_a_compiled_folder(tmp_path: Path) -> None:
-    """Catches scales that are not counted with their layer, and wrong extremes of the quantization parameters."""
+    """Catches scales that are not counted with their layer, and a wrong minimum or maximum."""
     inspection = inspect_folder(compiled_folder(tmp_path / "model"))
     language = {row.scheme: row for row in inspection.rows if row.part == "language layers"}
     assert (language["W8A8"].linears, language["W8A8"].tensors) == (1, 5)
@@ -104,8 +104,8 @@ def test_schemes_and_ranges_of_a_compiled_folder(tmp_path: Path) -> None:
     assert inspection.facts["kind"] == "compiled"
 
 
-def test_json_and_table_say_the_same(tmp_path: Path) -> None:
-    """Catches a table that leaves out a part, and JSON that cannot be read back."""
+def test_json_and_table_agree(tmp_path: Path) -> None:
+    """Catches a table without a part, and JSON that cannot be parsed."""
     inspection = inspect_folder(compiled_folder(tmp_path / "model"))
     shown = io.StringIO()
     inspection.render(Console(width=120, file=shown))
@@ -118,7 +118,7 @@ def test_json_and_table_say_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["missing", "file", "no weights", "cut", "header", "description"])
 def test_unusable_folders(tmp_path: Path, damage: str) -> None:
-    """Catches a traceback instead of a sentence that names the folder or file."""
+    """Catches a traceback in place of an error that names the folder or file."""
     folder = compiled_folder(tmp_path / "model")
     weights, named = folder / "model.safetensors", str(folder)
     if damage == "missing":

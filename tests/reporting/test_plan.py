@@ -1,4 +1,4 @@
-"""preflight: what --plan says, against what a compilation with the same options does."""
+"""vlqc.reporting.plan against a compilation with the same options."""
 
 from pathlib import Path
 
@@ -27,15 +27,17 @@ def samples() -> list[dict[str, Tensor]]:
     [{}, {"mindie_format": True}, {"is_dynamic": True}, FOUR_BITS, {**FOUR_BITS, "mindie_format": True}],
     ids=["static", "mindie", "dynamic", "four bits", "four bits, mindie"],
 )
-def test_plan_is_what_comes_out(tmp_path: Path, samples: list[dict[str, Tensor]], options: dict[str, object]) -> None:
-    """Catches schemes, engines or sizes that the plan derives in another way than the compilation.
+def test_plan_agrees_with_the_compilation(
+    tmp_path: Path, samples: list[dict[str, Tensor]], options: dict[str, object]
+) -> None:
+    """Catches schemes, engines or sizes that differ from those of the compilation.
 
-    The header of a file is bounded in the plan, not known: 5 % of so small a model.
+    The plan has an upper bound of the file header only: 5 % of this small model.
     """
-    given = {"model_path": TINY, "save_directory": tmp_path / "out", "samples": samples, **options}
-    plan = plan_compilation(**given)
+    arguments = {"model_path": TINY, "save_directory": tmp_path / "out", "samples": samples, **options}
+    plan = plan_compilation(**arguments)
     assert not (tmp_path / "out").exists()
-    result = vlqc.compile(weight_method="round", **given)
+    result = vlqc.compile(weight_method="round", **arguments)
     assert plan.counts == result.counts
     assert plan.engines == result.engines
     assert plan.bytes_before == result.bytes_before
@@ -45,11 +47,11 @@ def test_plan_is_what_comes_out(tmp_path: Path, samples: list[dict[str, Tensor]]
 
 
 def test_more_data_takes_longer(samples: list[dict[str, Tensor]], tmp_path: Path) -> None:
-    """Catches an estimate that does not look at the data: ten thousand times the tokens must show on any machine."""
-    given = {"model_path": TINY, "save_directory": tmp_path / "out"}
+    """Catches an estimate that does not depend on the data. The second has 10000 times the tokens."""
+    arguments = {"model_path": TINY, "save_directory": tmp_path / "out"}
     mask = torch.ones(1, 20000, dtype=torch.long)
     long = [{"input_ids": torch.full((1, 20000), 9 + number), "attention_mask": mask} for number in range(20)]
-    few, many = plan_compilation(samples=samples, **given), plan_compilation(samples=[*samples, *long], **given)
+    few, many = plan_compilation(samples=samples, **arguments), plan_compilation(samples=[*samples, *long], **arguments)
     assert many.tokens == few.tokens + 400_000
     assert many.seconds > few.seconds > 0 and many.memory >= few.memory > 0
 
@@ -59,20 +61,20 @@ def test_more_data_takes_longer(samples: list[dict[str, Tensor]], tmp_path: Path
     [{"exclude": ["nowhere.*"]}, {"pipeline": "lower-linears"}, {"device_type": "npu"}, {"samples": []}],
     ids=["no such layer", "order of passes", "no such device", "no samples"],
 )
-def test_what_the_run_refuses_is_refused(
+def test_the_plan_refuses_what_the_compilation_refuses(
     samples: list[dict[str, Tensor]], tmp_path: Path, options: dict[str, object]
 ) -> None:
-    """Catches a plan for something that the compilation would refuse at once."""
-    given = {"model_path": TINY, "save_directory": tmp_path / "out", "samples": samples, **options}
+    """Catches a plan for options that the compilation refuses."""
+    arguments = {"model_path": TINY, "save_directory": tmp_path / "out", "samples": samples, **options}
     with pytest.raises(UserError) as planned:
-        plan_compilation(**given)
+        plan_compilation(**arguments)
     with pytest.raises(UserError) as run:
-        vlqc.compile(**given)
+        vlqc.compile(**arguments)
     assert str(planned.value) == str(run.value)
 
 
 def test_command(tmp_path: Path) -> None:
-    """Catches a --plan that compiles, or that leaves out what a person wants to know."""
+    """Catches a --plan that compiles, or omits a figure."""
     save, photos = tmp_path / "out", Path(__file__).parents[1] / "photos"
     ended = CliRunner().invoke(
         app,
@@ -84,20 +86,18 @@ def test_command(tmp_path: Path) -> None:
         assert word in ended.output
 
 
-def test_one_plan_or_one_look(tmp_path: Path) -> None:
-    """Catches a plan that begins to compile because of another option."""
+def test_plan_with_stop_after(tmp_path: Path) -> None:
+    """Catches a plan that starts to compile because of another option."""
     places = ["--model_path", str(TINY), "--calib_images", str(TINY), "--save_directory", str(tmp_path / "out")]
     ended = CliRunner().invoke(app, ["compile", *places, "--plan", "--stop_after", "smooth-m2"])
     assert ended.exit_code == 2 and "--plan with --stop_after" in ended.stderr
 
 
-def test_memory_that_is_not_allowed(
-    samples: list[dict[str, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Catches a plan that is silent about what the run refuses at once, or notes."""
-    given = {"model_path": TINY, "save_directory": tmp_path / "out", "samples": samples}
+def test_too_little_memory(samples: list[dict[str, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a plan without the compilation's memory check or its note."""
+    arguments = {"model_path": TINY, "save_directory": tmp_path / "out", "samples": samples}
     monkeypatch.setattr("vlqc.frontend.memory._available_memory", lambda: 1)
-    assert any("--memory_budget" in note for note in plan_compilation(**given).notes)
+    assert any("--memory_budget" in note for note in plan_compilation(**arguments).notes)
     monkeypatch.setattr("resource.getrlimit", lambda kind: (1 << 20, 1 << 20))
     with pytest.raises(UserError, match="ulimit -v"):
-        plan_compilation(**given)
+        plan_compilation(**arguments)

@@ -40,6 +40,15 @@ REFERENCE_FLOAT: tuple[str, ...] = (
 
 ROW_PARALLEL = ("o_proj", "down_proj", "proj")  # last name component of layers sharded along their inputs
 PARTS = (("visual.merger.", "merger"), ("visual.", "vision"), ("model.", "language"))  # prefix, part
+SUBPARTS = ("vision blocks", "merger", "vision, other", "language layers", "embeddings", "lm_head", "other")
+SUBPART_PREFIXES = {
+    "visual.blocks.": "vision blocks",
+    "visual.merger.": "merger",
+    "visual.": "vision, other",
+    "model.layers.": "language layers",
+    "model.embed_tokens.": "embeddings",
+    "lm_head.": "lm_head",
+}
 
 
 def fused_group(layer: str) -> tuple[str, ...]:
@@ -54,6 +63,11 @@ def fused_group(layer: str) -> tuple[str, ...]:
 def model_part(name: str) -> str:
     """Checkpoint name of a layer or tensor -> "vision", "merger", "language" or "other" (lm_head, unknown names)."""
     return next((part for prefix, part in PARTS if name.startswith(prefix)), "other")
+
+
+def model_subpart(name: str) -> str:
+    """Original tensor name -> one of SUBPARTS."""
+    return next((part for prefix, part in SUBPART_PREFIXES.items() if name.startswith(prefix)), "other")
 
 
 def in_vision_tower(name: str) -> bool:

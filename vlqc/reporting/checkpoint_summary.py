@@ -1,4 +1,4 @@
-"""What a float or compiled checkpoint holds, per part of the model. Reads headers, and only small tensors."""
+"""Content of a float or compiled checkpoint by part of the model: `vlqc inspect`. Reads headers and small tensors."""
 
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field
@@ -11,21 +11,21 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vlqc.families.qwen2_5_vl import SUBPARTS, model_subpart
 from vlqc.files import format_json, read_json_object
 from vlqc.formatting import escape_control_chars, format_bytes
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 
-PARTS = ("vision blocks", "merger", "vision, other", "language layers", "embeddings", "lm_head", "other")
-RANGED = ("input_scale", "input_offset", "weight_scale")
+QUANTIZATION_PARAMETERS = ("input_scale", "input_offset", "weight_scale")
 DESCRIPTIONS = "quant_model_description*.json"
 
 
 @dataclass(frozen=True)
-class Row:
-    """The tensors of one part of the model that are stored under one scheme.
+class PartSummary:
+    """Tensors of one part of the model that are stored with one scheme.
 
-    linears: matrices of Linears among them; dtypes: of their weights, biases and tables; bytes: of all tensors, scales
-    included.
+    linears: number of linear layers. dtypes: of weights and biases, the most frequent first. bytes: of all tensors,
+    including scales.
     """
 
     part: str
@@ -37,8 +37,8 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Range:
-    """Smallest, middle and largest value of one kind of quantization parameter over one part of the model."""
+class ParameterRange:
+    """Minimum, median and maximum of a quantization parameter over one part of the model."""
 
     part: str
     parameter: str
@@ -49,99 +49,91 @@ class Range:
 
 
 @dataclass
-class Inspection:
-    """Result of `inspect_folder`."""
+class CheckpointSummary:
+    """Result of `inspect_folder`.
+
+    facts: values of config.json that identify the model. files: size of each weight file in bytes.
+    """
 
     folder: str
     facts: dict[str, Any] = field(default_factory=dict)
-    rows: list[Row] = field(default_factory=list)
-    ranges: list[Range] = field(default_factory=list)
-    files: dict[str, int] = field(default_factory=dict)  # name -> bytes, weight files
+    rows: list[PartSummary] = field(default_factory=list)
+    ranges: list[ParameterRange] = field(default_factory=list)
+    files: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """As a value of JSON: the same folder gives the same."""
+        """The summary as JSON-compatible values; deterministic for the same folder."""
         return asdict(self)
 
     def to_json(self) -> str:
-        """As JSON text."""
+        """`to_dict` as JSON text."""
         return format_json(self.to_dict())
 
     def render(self, console: Console) -> None:
-        """Print facts, then a table of parts, then one of ranges if anything is quantized."""
+        """Prints the facts, a table of parts and, if anything is quantized, a table of ranges."""
         console.print(Text(escape_control_chars(self.folder), "bold"), soft_wrap=True)
         for name, value in self.facts.items():
             console.print(Text(escape_control_chars(f"  {name}: {value}")), soft_wrap=True)
         for name, size in self.files.items():
             console.print(Text(f"  {escape_control_chars(name)}: {format_bytes(size)}"), soft_wrap=True)
-        parts = _table("What is in it", ("part", "scheme", "dtype"), ("linears", "tensors", "size"))
+        parts = _table("Tensors", ("part", "scheme", "dtype"), ("linear layers", "tensors", "size"))
         for row in self.rows:
-            figures = (str(row.linears), str(row.tensors), format_bytes(row.bytes))
-            parts.add_row(row.part, Text(escape_control_chars(row.scheme)), ", ".join(row.dtypes), *figures)
+            numbers = (str(row.linears), str(row.tensors), format_bytes(row.bytes))
+            parts.add_row(row.part, Text(escape_control_chars(row.scheme)), ", ".join(row.dtypes), *numbers)
         console.print(parts)
         if self.ranges:
-            ranges = _table("Ranges", ("part", "parameter"), ("values", "min", "median", "max"))
+            ranges = _table("Quantization parameters", ("part", "parameter"), ("values", "min", "median", "max"))
             for each in self.ranges:
                 values = (f"{value:.4g}" for value in (each.min, each.median, each.max))
                 ranges.add_row(each.part, each.parameter, str(each.values), *values)
             console.print(ranges)
 
 
-def inspect_folder(folder: Path) -> Inspection:
-    """A float or compiled checkpoint folder -> Inspection. UserError if it is none or its files are damaged."""
+def inspect_folder(folder: Path) -> CheckpointSummary:
+    """Summarizes a float or compiled checkpoint. UserError if the folder or a file in it is missing or invalid."""
     checkpoint = Checkpoint(folder)
     schemes = _schemes(folder)
-    kinds: dict[tuple[str, str], list[str]] = defaultdict(list)
+    names: dict[tuple[str, str], list[str]] = defaultdict(list)  # by (part, scheme)
     for name in checkpoint.names:
-        kinds[part_of(name), _scheme_of(name, schemes)].append(name)
-    ordered = sorted(kinds, key=lambda kind: (PARTS.index(kind[0]), kind[1]))
-    return Inspection(
+        names[model_subpart(name), _scheme_of(name, schemes)].append(name)
+    ordered = sorted(names, key=lambda key: (SUBPARTS.index(key[0]), key[1]))
+    return CheckpointSummary(
         folder=str(folder),
         facts=_facts(checkpoint.config, bool(schemes)),
-        rows=[_row(part, scheme, kinds[part, scheme], checkpoint) for part, scheme in ordered],
+        rows=[_part_summary(part, scheme, names[part, scheme], checkpoint) for part, scheme in ordered],
         ranges=_ranges(checkpoint) if schemes else [],
         files={path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))},
     )
 
 
-def part_of(name: str) -> str:
-    """Original tensor name -> one of PARTS."""
-    prefixes = {
-        "visual.blocks.": "vision blocks",
-        "visual.merger.": "merger",
-        "visual.": "vision, other",
-        "model.layers.": "language layers",
-        "model.embed_tokens.": "embeddings",
-        "lm_head.": "lm_head",
-    }
-    return next((part for prefix, part in prefixes.items() if name.startswith(prefix)), "other")
-
-
 def _schemes(folder: Path) -> dict[str, str]:
-    """Layer -> scheme, from the description that a compiled folder carries; empty for a float folder."""
+    """Layer -> scheme, from the description of a compiled folder; empty for a float folder."""
     schemes: dict[str, str] = {}
     for path in sorted(folder.glob(DESCRIPTIONS)):
-        entries = {name: word for name, word in read_json_object(path).items() if isinstance(word, str)}
-        schemes |= {name.removesuffix(".weight"): word for name, word in entries.items() if name.endswith(".weight")}
+        for name, scheme in read_json_object(path).items():
+            if name.endswith(".weight") and isinstance(scheme, str):
+                schemes[name.removesuffix(".weight")] = scheme
     return schemes
 
 
 def _scheme_of(name: str, schemes: dict[str, str]) -> str:
-    """A tensor belongs to the scheme of its layer's weight; what has no weight of its own is FLOAT."""
+    """The scheme of the layer that a tensor belongs to; FLOAT for tensors of layers without a weight."""
     return schemes.get(name.rpartition(".")[0], "FLOAT")
 
 
-def _row(part: str, scheme: str, names: list[str], checkpoint: Checkpoint) -> Row:
+def _part_summary(part: str, scheme: str, names: list[str], checkpoint: Checkpoint) -> PartSummary:
     linears = [name for name in names if _is_linear(name, checkpoint)]
-    plain = [name for name in names if name.endswith((".weight", ".bias"))] or names
-    by_size: Counter[str] = Counter()
-    for name in plain:
-        by_size[_dtype_name(checkpoint, name)] += prod(checkpoint.shape(name))
+    weights_and_biases = [name for name in names if name.endswith((".weight", ".bias"))] or names
+    elements: Counter[str] = Counter()
+    for name in weights_and_biases:
+        elements[_dtype_name(checkpoint, name)] += prod(checkpoint.shape(name))
     size = sum(prod(checkpoint.shape(name)) * checkpoint.stored_dtype(name).itemsize for name in names)
-    return Row(part, scheme, len(linears), len(names), size, tuple(dtype for dtype, _ in by_size.most_common()))
+    dtypes = tuple(dtype for dtype, _ in elements.most_common())
+    return PartSummary(part, scheme, len(linears), len(names), size, dtypes)
 
 
 def _is_linear(name: str, checkpoint: Checkpoint) -> bool:
-    """Matrices are Linears, except tables of embeddings; the patch embedding is a convolution and has more axes."""
+    """Whether a tensor is the weight of a linear layer: a matrix, but not an embedding table."""
     return name.endswith(".weight") and len(checkpoint.shape(name)) == 2 and "embed" not in name
 
 
@@ -149,23 +141,24 @@ def _dtype_name(checkpoint: Checkpoint, name: str) -> str:
     return str(checkpoint.stored_dtype(name)).removeprefix("torch.")
 
 
-def _ranges(checkpoint: Checkpoint) -> list[Range]:
-    found: dict[tuple[str, str], list[torch.Tensor]] = defaultdict(list)
+def _ranges(checkpoint: Checkpoint) -> list[ParameterRange]:
+    tensors: dict[tuple[str, str], list[torch.Tensor]] = defaultdict(list)  # by (part, parameter)
     for name in checkpoint.names:
         parameter = name.rpartition(".")[2]
-        if parameter in RANGED:
-            found[part_of(name), parameter].append(checkpoint.tensor(name).flatten().to(torch.float64))
+        if parameter in QUANTIZATION_PARAMETERS:
+            tensors[model_subpart(name), parameter].append(checkpoint.tensor(name).flatten().to(torch.float64))
     ranges = []
-    for part, parameter in sorted(found, key=lambda kind: (PARTS.index(kind[0]), RANGED.index(kind[1]))):
-        values = torch.cat(found[part, parameter])
+    order = sorted(tensors, key=lambda key: (SUBPARTS.index(key[0]), QUANTIZATION_PARAMETERS.index(key[1])))
+    for part, parameter in order:
+        values = torch.cat(tensors[part, parameter])
         if values.numel():
-            smallest, median, largest = (float(each) for each in (values.min(), values.median(), values.max()))
-            ranges.append(Range(part, parameter, values.numel(), smallest, median, largest))
+            least, median, largest = (float(each) for each in (values.min(), values.median(), values.max()))
+            ranges.append(ParameterRange(part, parameter, values.numel(), least, median, largest))
     return ranges
 
 
 def _facts(config: dict[str, Any], compiled: bool) -> dict[str, Any]:
-    """The few things of config.json that tell one model from another; newer files nest the language model's."""
+    """Values of config.json that identify the model. Newer files have those of the language model in text_config."""
     text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
     vision = config["vision_config"] if isinstance(config.get("vision_config"), dict) else {}
     facts = {
@@ -180,10 +173,10 @@ def _facts(config: dict[str, Any], compiled: bool) -> dict[str, Any]:
     return {name: value for name, value in facts.items() if value is not None}
 
 
-def _table(title: str, words: tuple[str, ...], figures: tuple[str, ...]) -> Table:
+def _table(title: str, text_columns: tuple[str, ...], number_columns: tuple[str, ...]) -> Table:
     table = Table(title=title, title_justify="left")
-    for column in words:
+    for column in text_columns:
         table.add_column(column)
-    for column in figures:
+    for column in number_columns:
         table.add_column(column, justify="right")
     return table

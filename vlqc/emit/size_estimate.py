@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vlqc.emit.shard_writer import LENGTH_FIELD
 from vlqc.emit.stage_tensors import emitted_dtype, header_bytes
+from vlqc.families.model_structure import Linear
 from vlqc.families.qwen2_5_vl import fused_group, is_row_parallel
 from vlqc.frontend.memory import offloaded_bytes
 from vlqc.frontend.streamed_model import StreamedModel
@@ -15,7 +16,7 @@ from vlqc.ir.stage import Site
 from vlqc.options.options import Options
 from vlqc.pipeline.pass_api import Pass
 from vlqc.targets.engine import Engine
-from vlqc.targets.schemes import SPECS, LinearShape, Scheme, StorageFormat, linear_bytes
+from vlqc.targets.schemes import SPECS, Scheme, StorageFormat, linear_bytes
 from vlqc.targets.target import parse_target
 
 
@@ -72,7 +73,7 @@ def output_bytes(
             total += parameter.numel() * dtype.itemsize
             continue
         outputs, inputs = site.shape
-        linear = LinearShape(outputs, inputs, is_row_parallel(layer))
+        linear = Linear(outputs, inputs, is_row_parallel(layer))
         form = StorageFormat(code, layout.packs_int4, site.group_size or inputs)
         stored = [scheme, *SPECS[scheme].alternatives] if with_alternatives else [scheme]
         total += sum(linear_bytes(each, linear, form) for each in stored)

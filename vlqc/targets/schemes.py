@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
-Shape = tuple[int, ...]
+from vlqc.families.model_structure import Linear, Shape
 
 
 class Scheme(StrEnum):
@@ -25,15 +25,6 @@ SCALE = ("F32", FLOAT_DTYPE)
 ZEROS = (*SCALE, "I64")
 SCALE_BIAS_PARTS = 16  # a row-parallel layer has its scale_bias per sixteenth of its inputs
 ITEM_BYTES = {"I8": 1, "BF16": 2, "F16": 2, "F32": 4, "I32": 4, "I64": 8}  # by safetensors dtype code
-
-
-@dataclass(frozen=True)
-class LinearShape:
-    """weight: [outputs, inputs]. row_parallel: whether engines shard it along its inputs."""
-
-    outputs: int
-    inputs: int
-    row_parallel: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,35 +56,35 @@ class TensorSpec:
 
     suffix: str
     dtypes: tuple[str, ...]
-    shape: Callable[[LinearShape, StorageFormat], Shape]
+    shape: Callable[[Linear, StorageFormat], Shape]
     only_packed: bool = False
 
 
-def _per_channel(linear: LinearShape, _: StorageFormat) -> Shape:
+def _per_channel(linear: Linear, _: StorageFormat) -> Shape:
     return (linear.outputs, 1)
 
 
-def _matrix(linear: LinearShape, _: StorageFormat) -> Shape:
+def _matrix(linear: Linear, _: StorageFormat) -> Shape:
     return (linear.outputs, linear.inputs)
 
 
-def _int4_matrix(linear: LinearShape, form: StorageFormat) -> Shape:
+def _int4_matrix(linear: Linear, form: StorageFormat) -> Shape:
     return (linear.outputs // 2 if form.packed else linear.outputs, linear.inputs)
 
 
-def _per_group(linear: LinearShape, form: StorageFormat) -> Shape:
+def _per_group(linear: Linear, form: StorageFormat) -> Shape:
     return (linear.outputs, linear.inputs // max(form.group_size, 1))
 
 
-def _per_part(linear: LinearShape, _: StorageFormat) -> Shape:
+def _per_part(linear: Linear, _: StorageFormat) -> Shape:
     return (linear.outputs, SCALE_BIAS_PARTS if linear.row_parallel else 1)
 
 
-def _one(_: LinearShape, __: StorageFormat) -> Shape:
+def _one(_: Linear, __: StorageFormat) -> Shape:
     return (1,)
 
 
-def _vector(linear: LinearShape, _: StorageFormat) -> Shape:
+def _vector(linear: Linear, _: StorageFormat) -> Shape:
     return (linear.outputs,)
 
 
@@ -158,7 +149,7 @@ def stored_tensors(scheme: Scheme, form: StorageFormat) -> tuple[TensorSpec, ...
     return tuple(spec for spec in SPECS[scheme].stored if form.packed or not spec.only_packed)
 
 
-def linear_bytes(scheme: Scheme, linear: LinearShape, form: StorageFormat) -> int:
+def linear_bytes(scheme: Scheme, linear: Linear, form: StorageFormat) -> int:
     """Bytes of the stored tensors of a Linear, its bias aside."""
     return sum(
         math.prod(spec.shape(linear, form)) * ITEM_BYTES[form.dtype_codes(spec.dtypes)[0]]

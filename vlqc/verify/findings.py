@@ -13,6 +13,8 @@ from rich.text import Text
 from vlqc.files import format_json
 from vlqc.formatting import escape_control_chars, pluralize
 
+COMPILE_AGAIN = "compile again"
+COPY_AGAIN = "copy the folder again, or compile again"
 SHOWN_PER_CHECK = 20  # findings printed per check, so that one kind of fault does not hide the others; the JSON has all
 WIDEST = 1 << 16  # columns: wider than any table, to measure a table without wrapping
 RANKING = "groups by their share of the logits' error"

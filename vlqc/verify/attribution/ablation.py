@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlqc.families.model_structure import ModelStructure
 from vlqc.families.qwen2_5_vl import fused_group
 from vlqc.formatting import format_bytes, format_duration, pluralize
 from vlqc.frontend.calibration.samples import checked_samples
@@ -27,7 +28,6 @@ from vlqc.verify.accuracy import logits_are_hidden
 from vlqc.verify.attribution.group_error import CapturedInput, GroupError, measure_group
 from vlqc.verify.attribution.stage_pair import FolderStages, StagePair
 from vlqc.verify.findings import VerificationResult
-from vlqc.verify.structure.expected import ExpectedModel
 from vlqc.verify.structure.structure import CompiledFolder
 
 TOKENS = 256  # of all samples together
@@ -126,8 +126,8 @@ def attribute_error(
     samples: as for `vlqc.compile`; tokens: see `choose_samples`; progress: receives the planned work and, every few
     seconds, the progress. Raises UserError for unusable samples.
     """
-    expected = content.model
-    if expected is None:
+    structure = content.model
+    if structure is None:
         raise ValueError("the folder must describe a model")
     checkpoint = Checkpoint(model_path)
     model = StreamedModel.open(checkpoint, trust_remote_code=trust_remote_code)
@@ -137,7 +137,7 @@ def attribute_error(
     if not groups:
         result.facts["located"] = "nothing in this folder is quantized"
         return None
-    ablation = _Ablation(model, expected, groups, [samples[number] for number in numbers], DTYPES[content.float_dtype])
+    ablation = _Ablation(model, structure, groups, [samples[number] for number in numbers], DTYPES[content.float_dtype])
     plan = ablation.plan()
     if progress is not None:
         progress(plan)
@@ -182,12 +182,12 @@ class _Ablation:
     def __init__(
         self,
         model: StreamedModel,
-        expected: ExpectedModel,
+        structure: ModelStructure,
         groups: list[LayerGroup],
         samples: list[dict[str, Tensor]],
         dtype: torch.dtype,
     ) -> None:
-        self.model, self.expected, self.groups, self.samples, self.dtype = model, expected, groups, samples, dtype
+        self.model, self.structure, self.groups, self.samples, self.dtype = model, structure, groups, samples, dtype
         self.stages = list(model.stages)
         begin = {group: self.stages.index(group.stage) for group in groups}
         self.float, self.stored = Variant(stored=False), Variant(stored=True)
@@ -252,7 +252,7 @@ class _Ablation:
         return Attribution(error[self.float], error[self.stored], error[self.float_groups], effects)
 
     def _run_stage(self, number: int, stop: Stop, stored: nn.Module) -> None:
-        pair = StagePair(stop.name, stop.module, stored, self.expected)
+        pair = StagePair(stop.name, stop.module, stored, self.structure)
         here = {group for group in self.groups if group.stage == stop.name}
         outputs: dict[tuple[bool, int], Any] = {}  # of the base models, by (stored, sample)
         captured: dict[LayerGroup, list[CapturedInput]] = {group: [] for group in here}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vlqc.errors import UserError
+from vlqc.families.model_structure import ModelStructure
 from vlqc.families.qwen2_5_vl import original_name
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.streamed_model import build
@@ -22,14 +23,7 @@ from vlqc.kernels_ref.deq_scale import decode_deq_scale
 from vlqc.kernels_ref.norm import ShiftedNorm
 from vlqc.kernels_ref.quant_linear import GroupQuantLinear, QuantLinear, StaticQuantLinear
 from vlqc.verify.loader import WeightLoader, read_description
-from vlqc.verify.structure.expected import ExpectedModel, consumers_of_norm
 
-# Producer -> consumer of a scale between two Linears, by their names in a block.
-LINEAR_EDGES = (
-    ("attn.qkv", "attn.proj"),
-    ("self_attn.v_proj", "self_attn.o_proj"),
-    ("mlp.up_proj", "mlp.down_proj"),
-)
 EXACT = 1e-14  # relative variance of a scale that fits perfectly, the limit of float32 arithmetic
 SIGMAS = 5.0
 DAMAGE = 0.01  # relative difference between producer and consumer, beyond SIGMAS, that smoothing cannot explain
@@ -100,7 +94,7 @@ class StagePair:
     linears: checkpoint name -> float linear layer; stored: -> the stored layer; transforms: -> from float to stored.
     """
 
-    def __init__(self, name: str, float_stage: nn.Module, stored_stage: nn.Module, model: ExpectedModel) -> None:
+    def __init__(self, name: str, float_stage: nn.Module, stored_stage: nn.Module, model: ModelStructure) -> None:
         self.name = name
         self.linears: dict[str, nn.Linear] = {}
         self.stored: dict[str, nn.Module] = {}
@@ -113,19 +107,20 @@ class StagePair:
                 self.linears[layer], self.stored[layer] = module, counterpart
             elif [part for part, _ in module.named_parameters()] == ["weight"]:
                 scale, bias = _norm_transform(module, counterpart)
-                for consumer in consumers_of_norm(layer):
+                for consumer in model.norm_consumers[layer]:
                     columns[consumer] = scale
                     if bias is not None:
                         shifts[consumer] = bias
         self.transforms = {layer: self._behind_norm(layer, columns, shifts) for layer in self.linears}
-        for producer, consumer in LINEAR_EDGES:
-            names = f"{name}.{producer}", f"{name}.{consumer}"
-            if names[0] in self.linears and names[1] in self.linears:
-                self._between_linears(*names, model)
+        for producer, consumer in model.linear_edges.items():
+            if producer in self.linears and consumer in self.linears:
+                self._between_linears(producer, consumer, model)
+        scaled = {layer for consumers in model.norm_consumers.values() for layer in consumers}
+        self._scaled_inputs = scaled | set(model.linear_edges.values())
 
     def smoothable(self, layer: str) -> bool:
         """Whether the producer of this layer's input can absorb a scale of it."""
-        return layer != f"{self.name}.mlp.2"  # its producer is an activation function
+        return layer in self._scaled_inputs
 
     @contextmanager
     def swapped(self, layers: Iterable[str], *, in_stored: bool) -> Iterator[None]:
@@ -150,15 +145,9 @@ class StagePair:
         shift = shifts[layer].repeat(tiles) if layer in shifts else None
         return EquivalentTransform(columns[layer].repeat(tiles), identity.rows, shift)
 
-    def _between_linears(self, producer: str, consumer: str, model: ExpectedModel) -> None:
+    def _between_linears(self, producer: str, consumer: str, model: ModelStructure) -> None:
         above, below = self.linears[producer], self.linears[consumer]
-        channel = torch.arange(below.in_features)  # consumer's column -> row among the producer's last rows
-        count = below.in_features
-        if producer.endswith("v_proj"):  # grouped queries read each value head several times
-            repeat, head = model.heads // model.kv_heads, above.out_features // model.kv_heads
-            count = above.out_features
-            channel = torch.arange(count).reshape(-1, head).repeat_interleave(repeat, dim=0).flatten()
-        first = above.out_features - count
+        first, channel = model.first_scaled_row(producer), torch.tensor(model.consumer_channels(producer))
         transform = self.transforms[producer]
         stored_rows = _weight_in_steps(self.stored[producer], first)
         rows = fit_scales(above.weight[first:] * transform.columns, stored_rows, dim=1)

@@ -1,4 +1,4 @@
-"""Which files a compiled folder holds: weight files, their index, the description, what the processor needs."""
+"""Checks the files of a compiled folder: weight files and their index, config, description, and side files."""
 
 import re
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from vlqc.errors import Fault, UserError
 from vlqc.targets.engine import Engine
 from vlqc.targets.mindie import MINDIE
 from vlqc.targets.vllm_ascend import VLLM_ASCEND
-from vlqc.verify.findings import VerificationResult, format_list
+from vlqc.verify.findings import COMPILE_AGAIN, COPY_AGAIN, VerificationResult, format_list
 from vlqc.verify.folder.reader import StoredTensor, read_json, read_json_object, read_tensors
 
 WEIGHT_FILE = re.compile(r"quant_model_weight_(?P<type>.+?)(-(?P<number>\d{5})-of-(?P<total>\d{5}))?\.safetensors")
@@ -18,7 +18,7 @@ MANIFEST = "MANIFEST.json"
 DESCRIPTION = "quant_model_description.json"
 MINDIE_DESCRIPTION = re.compile(r"quant_model_description_.+\.json")
 
-# What serving pictures takes besides the weights; a folder compiled from ready tensors may lack them.
+# Needed to serve images and text; a folder compiled from `samples` may lack them. (title, alternatives)
 SIDE_FILES = (
     ("a tokenizer", ("tokenizer.json", "vocab.json", "tokenizer.model")),
     ("tokenizer_config.json", ("tokenizer_config.json",)),
@@ -29,7 +29,7 @@ SIDE_FILES = (
 
 @dataclass
 class FolderFiles:
-    """What was read of a folder. A file that cannot be read is reported and its content left empty."""
+    """The content of a folder; that of a file which cannot be read is empty."""
 
     path: Path
     layout: Engine  # whose description file it has
@@ -41,7 +41,7 @@ class FolderFiles:
 
 
 def open_folder(path: Path, result: VerificationResult) -> FolderFiles:
-    """Folder -> what is in it, with a finding for every file that cannot be read. UserError: not a compiled folder."""
+    """Reads a folder, with a fault for every file that cannot be read. UserError if it is not a compiled folder."""
     names = _names(path)
     mindie = sorted(name for name in names if MINDIE_DESCRIPTION.fullmatch(name))
     folder = FolderFiles(path, MINDIE if mindie and DESCRIPTION not in names else VLLM_ASCEND)
@@ -50,21 +50,21 @@ def open_folder(path: Path, result: VerificationResult) -> FolderFiles:
         is_float = any(name.endswith(".safetensors") for name in names)
         raise UserError(
             Fault(
-                f"{path} is not a compiled folder",
+                "not a compiled folder",
                 str(path),
                 f"it has neither {DESCRIPTION} nor quant_model_weight_*.safetensors",
-                "this looks like a float checkpoint: compile it first, or give it as --model_path"
+                "this looks like a float checkpoint: compile it first, or pass it as --model_path"
                 if is_float
-                else "give the folder that `vlqc compile --save_directory` wrote",
+                else "pass the folder that `vlqc compile --save_directory` wrote",
             )
         )
     if mindie and folder.layout == MINDIE:
         folder.description_name = mindie[0]
     for check, name in (("description", folder.description_name), ("config", "config.json")):
         result.add_examined(check)
-        content, trouble = read_json_object(path / name) if name in names else (None, "is missing")
+        content, error = read_json_object(path / name) if name in names else (None, "is missing")
         if content is None:
-            result.add_fault(check, name, f"{name} {trouble}", "engines read it before anything else", "compile again")
+            result.add_fault(check, name, f"{name} {error}", "engines cannot load the folder without it", COPY_AGAIN)
         elif check == "config":
             folder.config = content
         else:
@@ -79,20 +79,21 @@ def _names(path: Path) -> list[str]:
         return sorted(entry.name for entry in path.iterdir())
     except OSError as error:
         reason = "it does not exist" if not path.exists() else error.strerror or str(error)
-        raise UserError(Fault(f"cannot read the folder {path}", str(path), reason, "give an existing folder")) from None
+        raise UserError(Fault("cannot read folder", str(path), reason, "pass an existing folder")) from None
 
 
 def _open_weights(file: Path, tensors: dict[str, StoredTensor], result: VerificationResult) -> None:
-    found, metadata, troubles = read_tensors(file)
+    found, metadata, errors = read_tensors(file)
     result.add_examined("files")
-    for trouble in troubles:
-        result.add_fault("files", file.name, trouble, "the file is damaged", "copy the folder again, or compile again")
-    if not troubles and metadata.get("format") != "pt":
+    for error in errors:
+        result.add_fault("files", file.name, error, "the file is damaged", COPY_AGAIN)
+    if not errors and metadata.get("format") != "pt":
         result.add_fault(
             "files",
             file.name,
-            f'its metadata says format {metadata.get("format")!r}, not "pt"',
-            "transformers and the engines refuse safetensors files without it",
+            f"metadata format is {metadata.get('format')!r} instead of 'pt'",
+            "transformers and the engines reject safetensors files without it",
+            COMPILE_AGAIN,
         )
     for name, tensor in found.items():
         if name in tensors:
@@ -100,13 +101,17 @@ def _open_weights(file: Path, tensors: dict[str, StoredTensor], result: Verifica
                 "files",
                 file.name,
                 f"tensor {name!r} is also in {tensors[name].file.name}",
-                "MindIE refuses a tensor in two files, vLLM Ascend keeps whichever it reads last",
+                "MindIE rejects a tensor in two files, vLLM Ascend keeps the one it reads last",
+                COMPILE_AGAIN,
             )
         tensors[name] = tensor
 
 
 def check_files(folder: FolderFiles, type_name: str, result: VerificationResult) -> None:
-    """Names of weight files against the folder's type (lower case, e.g. "w8a8"), stray files, index, side files."""
+    """Checks names and numbers of the weight files, their index, and that no other weight files lie beside them.
+
+    type_name: the folder's type in lower case, "w8a8".
+    """
     names = _names(folder.path)
     result.add_examined("files", len(names))
     known = {file.name for file in folder.weights}
@@ -116,20 +121,20 @@ def check_files(folder: FolderFiles, type_name: str, result: VerificationResult)
             result.add_fault(
                 "files",
                 name,
-                f"{name} does not belong here",
-                "engines load every *.safetensors file; given a model.safetensors.index.json, vLLM Ascend drops every "
-                "file that is not named in it",
+                f"{name} does not belong to a compiled folder",
+                "engines load every *.safetensors file, and vLLM Ascend ignores all files that are not listed in a "
+                "model.safetensors.index.json",
                 "remove it",
             )
     if not folder.weights:
-        result.add_fault("files", str(folder.path), "there is no quant_model_weight_*.safetensors", "", "compile again")
+        what = "quant_model_weight_*.safetensors is missing"
+        result.add_fault("files", str(folder.path), what, "the folder has no weights", COPY_AGAIN)
     for name in sorted(known):
         match = WEIGHT_FILE.fullmatch(name)
         if match and match["type"] != type_name:
             expected = name.replace(match["type"], type_name, 1)
-            result.add_fault(
-                "files", name, f"a folder of type {type_name} names this file {expected}", "", "compile again"
-            )
+            why = f"the name contains the folder's type, which is {type_name} by its layers' schemes"
+            result.add_fault("files", name, f"named {name} instead of {expected}", why, COMPILE_AGAIN)
     _check_numbers(sorted(known), result)
     _check_index(folder, type_name, result)
     for title, choices in SIDE_FILES:
@@ -138,40 +143,41 @@ def check_files(folder: FolderFiles, type_name: str, result: VerificationResult)
                 "files",
                 title,
                 f"{title} is missing",
-                "an engine needs it to serve pictures and text; a folder compiled from ready tensors has none",
+                "engines need it to serve images and text; a folder compiled from `samples` has none",
                 "copy it from the float checkpoint",
             )
 
 
 def check_side_files(folder: FolderFiles, result: VerificationResult) -> None:
-    """Every other JSON file of a folder: engines read them when they start, long after it was copied."""
+    """Checks that every other JSON file can be read, because engines read them only when they start."""
     for name in _names(folder.path):
-        ours = name in (MANIFEST, "config.json", folder.description_name) or name.endswith(".safetensors.index.json")
-        if not name.endswith(".json") or ours:  # those are looked at, each in its check
+        checked = name in (MANIFEST, "config.json", folder.description_name) or name.endswith(".safetensors.index.json")
+        if not name.endswith(".json") or checked:
             continue
         result.add_examined("files")
-        if trouble := read_json(folder.path / name)[1]:
-            why, fix = "what serves the folder could not read it either", "copy it from the float checkpoint"
-            result.add_fault("files", name, f"{name} {trouble}", why, fix)
+        if error := read_json(folder.path / name)[1]:
+            why, fix = "engines cannot read it either", "copy it from the float checkpoint"
+            result.add_fault("files", name, f"{name} {error}", why, fix)
 
 
 def _check_numbers(names: list[str], result: VerificationResult) -> None:
-    """-0000i-of-0000K: all of one K, numbers 1 to K complete; no unnumbered file beside them."""
+    """Files named -0000i-of-0000K must have the same K and all numbers 1 to K, and no unnumbered file beside them."""
     matches = [match for name in names if (match := WEIGHT_FILE.fullmatch(name))]
     numbered = [match for match in matches if match["number"]]
     unnumbered = [match for match in matches if not match["number"]]
     totals = {int(match["total"]) for match in numbered}
     numbers = [int(match["number"]) for match in numbered]
     if len(unnumbered) > 1 or (unnumbered and numbered) or len(totals) > 1:
-        result.add_fault("files", format_list(names), "these weight files do not belong together", "", "compile again")
+        why = "they are numbered for different totals, or not at all"
+        result.add_fault("files", format_list(names), "weight files of different sets", why, COMPILE_AGAIN)
     elif totals and numbers != list(range(1, max(totals) + 1)):
         missing = sorted(set(range(1, max(totals) + 1)) - set(numbers))
         result.add_fault(
             "files",
             format_list(names),
-            f"weight files {format_list(missing)} of {max(totals)} are missing",
-            "vLLM Ascend does not notice: the layers in them would stay uninitialised",
-            "copy the folder again",
+            f"missing weight files: {format_list(missing)} of {max(totals)}",
+            "vLLM Ascend loads the folder without an error and runs their layers on uninitialised memory",
+            COPY_AGAIN,
         )
 
 
@@ -183,27 +189,30 @@ def _check_index(folder: FolderFiles, type_name: str, result: VerificationResult
     name = _index_name(type_name)
     if not (folder.path / name).exists():
         if len(folder.weights) > 1:
-            result.add_fault("index", name, f"{name} is missing", "several weight files need an index", "compile again")
+            result.add_fault("index", name, f"{name} is missing", "several weight files need an index", COPY_AGAIN)
         return
-    content, trouble = read_json_object(folder.path / name)
+    content, error = read_json_object(folder.path / name)
     if content is None:
-        result.add_fault("index", name, f"{name} {trouble}")
+        result.add_fault("index", name, f"{name} {error}", "engines find the weight files by it", COPY_AGAIN)
         return
-    placed = content.get("weight_map")
-    if not isinstance(placed, Mapping):
-        result.add_fault("index", name, "it has no weight_map")
+    weight_map = content.get("weight_map")
+    if not isinstance(weight_map, Mapping):
+        result.add_fault("index", name, f"{name} has no weight_map", "engines find the weight files by it", COPY_AGAIN)
         return
-    result.add_examined("index", len(placed))
-    for tensor in sorted(folder.tensors.keys() | placed.keys()):
-        stored = folder.tensors.get(tensor)
+    result.add_examined("index", len(weight_map))
+    why = "engines load a tensor from the file that the index gives"
+    for tensor in sorted(folder.tensors.keys() | weight_map.keys()):
+        stored, listed = folder.tensors.get(tensor), weight_map.get(tensor)
         if stored is None:
-            result.add_fault("index", name, f"it lists {tensor!r}, which no file contains")
-        elif tensor not in placed:
-            result.add_fault("index", name, f"it does not list {tensor!r}, which is in {stored.file.name}")
-        elif placed[tensor] != stored.file.name:
-            result.add_fault("index", name, f"it places {tensor!r} in {placed[tensor]!r}; it is in {stored.file.name}")
+            result.add_fault("index", name, f"it lists {tensor!r}, which no file contains", why, COPY_AGAIN)
+        elif tensor not in weight_map:
+            result.add_fault("index", name, f"it does not list {tensor!r} of {stored.file.name}", why, COMPILE_AGAIN)
+        elif listed != stored.file.name:
+            what = f"it lists {tensor!r} in {listed!r} instead of {stored.file.name!r}"
+            result.add_fault("index", name, what, why, COMPILE_AGAIN)
     metadata = content.get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, Mapping) else None
     size = sum(tensor.nbytes for tensor in folder.tensors.values())
     if total != size:
-        result.add_fault("index", name, f"metadata.total_size is {total!r}; the tensors take {size} bytes")
+        what, why = f"metadata.total_size is {total!r} instead of {size}", "it is the size of all tensors in bytes"
+        result.add_fault("index", name, what, why, COMPILE_AGAIN)

@@ -1,12 +1,13 @@
-"""The numbers of a compiled folder against each other: what can be recomputed is recomputed, exactly.
+"""Recomputes the numbers of a compiled folder from each other and compares them exactly.
 
-From scales, offset, integers and the stored bias follow deq_scale and quant_bias; from integers and group scales
-follows scale_bias. So one wrong byte in a scale, an offset, deq_scale, quant_bias or scale_bias shows here, one in an
-int8 weight shows through quant_bias wherever input_offset is not 0, one in a packed 4-bit weight through scale_bias.
-Not visible without the float model: an int8 weight of a layer whose input_offset is 0 or whose scheme is W8A8_DYNAMIC,
-a 4-bit weight in MindIE's layout, a bias that is really added or that changes by less than half a step of deq_scale, a
-per-token scale that stays a value of its dtype, and float tensors, as long as they stay finite. Where the description
-says that mean errors were taken off, a quant_bias that is off by a multiple of CORRECTION_STEP is not visible either.
+deq_scale and quant_bias follow from scales, offset, integers and the stored bias; scale_bias follows from integers and
+group scales. So one wrong byte in a scale, an offset, deq_scale, quant_bias or scale_bias is detected, one in an int8
+weight is detected through quant_bias wherever input_offset is not 0, one in a packed 4-bit weight through scale_bias.
+
+Not detectable without the float model: an int8 weight of a layer whose input_offset is 0 or whose scheme is
+W8A8_DYNAMIC; a 4-bit weight in MindIE's layout; a bias that is stored as a tensor, or that changes by less than half a
+step of deq_scale; a per-token scale that stays a value of its dtype; float tensors that stay finite. If the description
+says that mean errors are compensated, neither is a quant_bias that is off by a multiple of CORRECTION_STEP.
 """
 
 import numpy as np
@@ -14,21 +15,26 @@ import numpy as np
 from vlqc.families.qwen2_5_vl import fused_group
 from vlqc.kernels_ref.matmul import CORRECTION_STEP
 from vlqc.targets.schemes import Scheme, stored_tensors
-from vlqc.verify.findings import VerificationResult, format_list
+from vlqc.verify.findings import COMPILE_AGAIN, VerificationResult, format_list
 from vlqc.verify.folder.reader import FLOATS, Array, StoredTensor, round_to
-from vlqc.verify.numbers.groups import check_scale_bias
-from vlqc.verify.numbers.integers import INT8_MAX, RowSums, StoredIntegers, check_integers, row_sums
+from vlqc.verify.numbers.integers import (
+    INT8_MAX,
+    RowSums,
+    StoredIntegers,
+    check_integers,
+    check_scale_bias,
+    row_sums,
+)
 from vlqc.verify.structure.configuration import CORRECTED
-from vlqc.verify.structure.expected import consumers_of_norm
 from vlqc.verify.structure.structure import CompiledFolder
 
-HALF = {"BF16": 2.0**-8, "F16": 2.0**-11}  # largest relative error of rounding to that dtype, with a little room
-SIGMAS = 5.0  # of errors that add up at random; none of a million values is further off
-ROUNDING_NOISE = SIGMAS * 0.29  # of a rounded integer, in steps
+HALF = {"BF16": 2.0**-8, "F16": 2.0**-11}  # bound of the relative error of rounding to that dtype, with a margin
+SIGMAS = 5.0  # standard deviations of a sum of random errors that none of a million values exceeds
+ROUNDING_NOISE = SIGMAS * 0.29  # bound for the error of a rounded integer, in steps: 0.29 = 1/sqrt(12)
 
 
 def check_arithmetic(folder: CompiledFolder, result: VerificationResult) -> None:
-    """Findings for every value that is not finite, out of range, or not what the other tensors make it."""
+    """Adds faults for every value that is not finite, out of range, or different from what other tensors imply."""
     result.add_examined("finite", 0)
     for name, stored in folder.files.tensors.items():
         if name in folder.valid_tensors and stored.dtype in FLOATS:
@@ -50,11 +56,12 @@ def _check_finite(stored: StoredTensor, result: VerificationResult) -> None:
         start, rows = bad[0]
         where = np.argwhere(~np.isfinite(rows))[0]
         index = [int(where[0]) + start, *map(int, where[1:])] if stored.shape else []
-        result.add_fault("finite", stored.name, f"NaN or Inf, first at {index}", "every output behind it becomes NaN")
+        why = "all outputs that depend on it become NaN"
+        result.add_fault("finite", stored.name, f"NaN or Inf, first at {index}", why, COMPILE_AGAIN)
 
 
 def _check_layer(folder: CompiledFolder, layer: str, scheme: Scheme, result: VerificationResult) -> None:
-    """One quantized Linear. Tensors that are missing or misshapen were reported already and end the check here."""
+    """Checks one quantized linear layer, as far as its tensors exist with the right dtype and shape."""
     names = [spec.suffix for spec in stored_tensors(scheme, folder.form)]
     stored = {
         name: folder.files.tensors[f"{layer}.{name}"] for name in names if f"{layer}.{name}" in folder.valid_tensors
@@ -69,13 +76,13 @@ def _check_layer(folder: CompiledFolder, layer: str, scheme: Scheme, result: Ver
         if name in stored:
             values = stored[name].read().astype(np.float32)
             _check_positive(f"{layer}.{name}", values, result)
-            if scheme != Scheme.W8A8:  # of a static layer engines read deq_scale only
+            if scheme != Scheme.W8A8:  # of a W8A8 layer engines read deq_scale, not weight_scale
                 _check_representable(folder, f"{layer}.{name}", values, result)
     for name in ("weight_offset", "weight_offset_second"):
         if name in stored and (offsets := stored[name].read()).any():
             channels = format_list(np.flatnonzero(offsets.reshape(len(offsets), -1).any(axis=1)))
-            why = "weights are symmetric; engines subtract this offset or refuse it"
-            result.add_fault("scales", f"{layer}.{name}", f"not zero in channels {channels}", why, "compile again")
+            why = "weights are quantized symmetrically; engines subtract this offset or reject it"
+            result.add_fault("scales", f"{layer}.{name}", f"not zero in channels {channels}", why, COMPILE_AGAIN)
     quant_bias = stored["quant_bias"].read().astype(np.int64) if "quant_bias" in stored else np.zeros(len(scale))
     largest = scale.reshape(-1)
     if "weight_scale_second" in stored:
@@ -94,18 +101,17 @@ def _check_layer(folder: CompiledFolder, layer: str, scheme: Scheme, result: Ver
 def _check_positive(name: str, scale: Array, result: VerificationResult) -> None:
     bad = np.flatnonzero(~(np.isfinite(scale) & (scale > 0)).reshape(len(scale), -1).all(axis=1))
     if bad.size:
-        result.add_fault(
-            "scales", name, f"not a positive finite number in channels {format_list(bad)}", "", "compile again"
-        )
+        what = f"not a positive finite number in channels {format_list(bad)}"
+        result.add_fault("scales", name, what, "the channels' outputs would be zero, negated or NaN", COMPILE_AGAIN)
 
 
 def _check_representable(folder: CompiledFolder, name: str, values: Array, result: VerificationResult) -> None:
-    other = np.isfinite(values) & (round_to(folder.float_dtype, values) != values)
-    bad = np.flatnonzero(other.reshape(len(values), -1).any(axis=1))
+    inexact = np.isfinite(values) & (round_to(folder.float_dtype, values) != values)
+    bad = np.flatnonzero(inexact.reshape(len(values), -1).any(axis=1))
     if bad.size:
-        what = f"no {folder.float_dtype} values in channels {format_list(bad)}"
-        why = "engines read it in the float dtype, so the weights would be multiplied by another scale"
-        result.add_fault("scales", name, what, why, "compile again")
+        what = f"not representable in {folder.float_dtype} in channels {format_list(bad)}"
+        why = "engines round it to the float dtype and would multiply the weights by another scale"
+        result.add_fault("scales", name, what, why, COMPILE_AGAIN)
 
 
 def _check_static(
@@ -121,42 +127,42 @@ def _check_static(
     offset = float(stored["input_offset"].read()[0])
     _check_positive(f"{layer}.input_scale", input_scale, result)
     if round_to(folder.float_dtype, input_scale)[0] != input_scale[0]:
+        what = f"{input_scale[0]!r} is not representable in {folder.float_dtype}"
         why = (
-            "engines read it in the float dtype: activations would be quantized by another scale than deq_scale assumes"
+            "engines round it to the float dtype and would quantize activations by another scale than deq_scale assumes"
         )
-        result.add_fault("scales", f"{layer}.input_scale", f"{input_scale[0]!r} is no {folder.float_dtype} value", why)
+        result.add_fault("scales", f"{layer}.input_scale", what, why, COMPILE_AGAIN)
     if not offset.is_integer() or not -128 <= offset <= INT8_MAX:
-        why = "the offset is an int8 value"
-        result.add_fault("scales", f"{layer}.input_offset", f"{offset!r} is not a whole number in -128..127", why)
+        what, why = f"{offset!r} is not an integer from -128 to 127", "engines read it as int8"
+        result.add_fault("scales", f"{layer}.input_offset", what, why, COMPILE_AGAIN)
         return
-    deq_scale = _decoded(stored["deq_scale"], result)
+    deq_scale = _decode_deq_scale(stored["deq_scale"], result)
     result.add_examined("deq_scale", len(deq_scale))
     _check_positive(stored["deq_scale"].name, deq_scale, result)
     with np.errstate(all="ignore"):
         product = input_scale * weight_scale  # float32 [N]
-        # The reference tool multiplies scales that it stores in the float dtype in that dtype.
-        tolerated = deq_scale == product
-        if stored["weight_scale"].dtype != "F32":
-            tolerated |= deq_scale == round_to(folder.float_dtype, product)
-    wrong = np.flatnonzero(~tolerated)
+        right = deq_scale == product
+        if stored["weight_scale"].dtype != "F32":  # the reference tool multiplies such scales in the float dtype
+            right |= deq_scale == round_to(folder.float_dtype, product)
+    wrong = np.flatnonzero(~right)
     if wrong.size:
         first = wrong[0]
         values = f"stored {deq_scale[first]!r}, input_scale * weight_scale is {product[first]!r}"
         what = f"channels {format_list(wrong)}: {values}"
-        why = "engines read deq_scale only: the channel's output has the wrong size"
-        result.add_fault("deq_scale", stored["deq_scale"].name, what, why, "compile again")
+        why = "engines scale the channels' outputs by deq_scale"
+        result.add_fault("deq_scale", stored["deq_scale"].name, what, why, COMPILE_AGAIN)
     _check_quant_bias(folder, layer, weight_scale, deq_scale, quant_bias, offset, rows, result)
 
 
-def _decoded(stored: StoredTensor, result: VerificationResult) -> Array:
-    """deq_scale as stored -> float32 [N]; int64 holds the float32's bits in its low half and zeros in its high half."""
+def _decode_deq_scale(stored: StoredTensor, result: VerificationResult) -> Array:
+    """deq_scale as stored -> float32 [N]. int64 has the float32's bits in its low half and zeros in its high half."""
     values = stored.read()
     if stored.dtype != "I64":
         return values
     wide = np.flatnonzero((values < 0) | (values > 0xFFFFFFFF))
     if wide.size:
-        what = f"channels {format_list(wide)} have bits above the float32"
-        result.add_fault("deq_scale", stored.name, what, "the int64 holds a zero-extended float32")
+        what = f"channels {format_list(wide)}: the high 32 bits are not zero"
+        result.add_fault("deq_scale", stored.name, what, "each int64 is a zero-extended float32", COMPILE_AGAIN)
     return (values & 0xFFFFFFFF).astype(np.uint32).view(np.float32)
 
 
@@ -170,25 +176,25 @@ def _check_quant_bias(
     rows: RowSums,
     result: VerificationResult,
 ) -> None:
-    """quant_bias = round(bias / deq_scale - offset * sum_k W): int64 sums and float64, one rounding.
+    """quant_bias must be round(bias / deq_scale - offset * sum_k W), with int64 sums, float64 and one rounding.
 
-    Where the description says so, a mean error may have been taken off: in whole CORRECTION_STEPs, and no more than a
-    row's root sum of squares.
-    Behind a norm with a bias the layer's bias takes that back. A layer without one has it in quant_bias alone: then it
-    is recomputed from the integers, which are the float weights up to their rounding.
+    If the description says so, it may also compensate a mean error, in multiples of CORRECTION_STEP, by at most the
+    root of the row's sum of squares. If the norm before the layer has a bias, the layer's bias compensates that. A
+    layer that has no bias compensates it in quant_bias alone; the expected value is then computed from the integers,
+    which are the float weights up to rounding.
     """
     result.add_examined("quant_bias", len(quant_bias))
-    shift = shift_in_front_of(folder, layer)
+    shift = input_shift(folder, layer)
     slack: Array = np.zeros(len(deq_scale))
     if f"{layer}.bias" in folder.valid_tensors:
         bias = folder.files.tensors[f"{layer}.bias"].read().astype(np.float64)
         if shift is not None:
-            slack = np.abs(bias) * HALF[folder.float_dtype]  # quant_bias may come of the value before it was stored
+            slack = np.abs(bias) * HALF[folder.float_dtype]  # quant_bias may use the bias before rounding
     elif shift is not None:
         integers = StoredIntegers.of(folder.files.tensors[f"{layer}.weight"], Scheme.W8A8, folder.form)
         parts = [part.astype(np.float64) for _, part in integers.rows()]
         bias = -weight_scale * np.concatenate([part @ shift for part in parts])
-        # The float weights lie about the integers, and the shift about its stored value.
+        # Bound for the rounding of the float weights to integers and of the shift to the float dtype.
         squares = np.concatenate([part**2 @ (shift * HALF[folder.float_dtype]) ** 2 for part in parts])
         slack = weight_scale * np.sqrt((ROUNDING_NOISE * np.linalg.norm(shift)) ** 2 + SIGMAS**2 * squares)
     else:
@@ -201,50 +207,49 @@ def _check_quant_bias(
         whole = np.zeros_like(whole)
     corrected = CORRECTION_STEP * np.clip(np.rint((quant_bias - exact) / CORRECTION_STEP), -whole, whole)
     error = np.abs(quant_bias - exact - corrected)
-    # Half a step is the rounding itself; the rest is what a division in float32 may move.
+    # Half a step for the rounding to an integer; the rest for a division in float32.
     allowed = 0.5 + np.abs(steps) * 2.0**-23 + slack
     if folder.files.tensors[f"{layer}.weight_scale"].dtype != "F32":
-        # The reference tool divides, multiplies and adds in the float dtype.
+        # The reference tool computes it in the float dtype.
         allowed = 0.5 + (np.abs(steps) + np.abs(exact)) * HALF[folder.float_dtype] + slack
     wrong = np.flatnonzero(~(error <= allowed))
     if wrong.size:
         first = wrong[0]
         what = f"channels {format_list(wrong)}: stored {int(quant_bias[first])}, recomputed {exact[first]:.6g}"
         why = (
-            "bias / deq_scale - input_offset * (sum of the channel's integers) gives another number: "
-            "quant_bias, weight, input_offset or bias is damaged"
+            "it is not bias / deq_scale - input_offset * (sum of the channel's integers): quant_bias, weight, "
+            "input_offset or bias is damaged"
         )
-        result.add_fault("quant_bias", f"{layer}.quant_bias", what, why, "compile again")
+        result.add_fault("quant_bias", f"{layer}.quant_bias", what, why, COMPILE_AGAIN)
 
 
-def shift_in_front_of(folder: CompiledFolder, layer: str) -> Array | None:
-    """The bias of the norm in front of a Linear as its input channels see it, float64 [K]; None without one."""
+def input_shift(folder: CompiledFolder, layer: str) -> Array | None:
+    """Bias of the norm before a linear layer, per input channel of the layer, float64 [K]; None without a bias."""
     if folder.model is None:
         return None
-    norm = next((norm for norm in folder.model.norms if layer in consumers_of_norm(norm)), None)
+    norm = folder.model.norm_before(layer)
     if norm is None or f"{norm}.bias" not in folder.valid_tensors:
         return None
     bias = folder.files.tensors[f"{norm}.bias"].read().astype(np.float64)
-    return np.tile(bias, folder.model.linears[layer].inputs // len(bias))  # the merger reads 2 x 2 patches at once
+    return np.tile(bias, folder.model.linears[layer].inputs // len(bias))  # a merger reads several tokens at once
 
 
 def _check_shift(folder: CompiledFolder, norm: str, result: VerificationResult) -> None:
-    """A norm's bias (a folded shift) is undone behind it: every reader has a bias, or a quant_bias, for that."""
+    """Every layer that reads a norm with a bias (a folded shift) must have a bias or quant_bias to compensate it."""
     name = f"{norm}.bias"
     if folder.model is None or name not in folder.valid_tensors or not folder.files.tensors[name].read().any():
         return
     result.add_examined("shifts")
-    for layer in consumers_of_norm(norm):
+    for layer in folder.model.norm_consumers[norm]:
         linear = folder.model.linears.get(layer)
         if linear and not linear.bias and folder.schemes.get(layer) != Scheme.W8A8:
-            what = f"{layer} reads a shifted input and has no bias that takes the shift back"
-            result.add_fault(
-                "shifts", name, what, "the model computes something else", "compile again without the shift"
-            )
+            what = f"{layer} reads the norm and has no bias to compensate the norm's bias"
+            why, fix = "the model's outputs change", "compile again without shift_norms"
+            result.add_fault("shifts", name, what, why, fix)
 
 
 def _check_group(folder: CompiledFolder, group: tuple[str, ...], result: VerificationResult) -> None:
-    """All static members of a fused group share input_scale and input_offset."""
+    """All W8A8 members of a fused group must have the same input_scale and input_offset."""
     static = [layer for layer in group if folder.schemes.get(layer) == Scheme.W8A8]
     result.add_examined("groups")
     for suffix in ("input_scale", "input_offset"):
@@ -255,6 +260,6 @@ def _check_group(folder: CompiledFolder, group: tuple[str, ...], result: Verific
                 "groups",
                 names[0],
                 "; ".join(f"{name.split('.')[-2]} has {suffix} {value!r}" for name, value in values.items()),
-                "the group is one product: vLLM Ascend keeps the last member's value, MindIE refuses a difference",
-                "compile again",
+                "it is one matrix product: vLLM Ascend keeps the last member's value, MindIE rejects a difference",
+                COMPILE_AGAIN,
             )

@@ -1,25 +1,27 @@
-"""What config.json and quant_model_description*.json say of a folder as a whole, held against each other."""
+"""Checks the keys of config.json and quant_model_description*.json that apply to the whole folder."""
 
 from collections.abc import Mapping
 
+from vlqc.families.model_structure import ModelStructure
+from vlqc.families.qwen2_5_vl import EMBEDDING, OUTPUT_HEAD, in_vision_tower, is_tied, model_structure
 from vlqc.targets.mindie import MINDIE
 from vlqc.targets.schemes import Scheme, quant_type
 from vlqc.targets.target import Target
 from vlqc.targets.vllm_ascend import FAST_GROUP_SIZES, VLLM_ASCEND
-from vlqc.verify.findings import VerificationResult, format_list
+from vlqc.verify.findings import COMPILE_AGAIN, VerificationResult, format_list
 from vlqc.verify.folder.contents import FolderFiles
-from vlqc.verify.structure.expected import DTYPE_CODES, ExpectedModel, expected_model, is_tied
+from vlqc.verify.structure.expected import DTYPE_CODES
 
-CORRECTED = "quant_bias_correction"  # quant_bias takes mean errors off, in multiples of so many steps
+CORRECTED = "quant_bias_correction"  # step by which quant_bias compensates mean errors, in multiples of deq_scale
 DESCRIPTION_KEYS = ("version", "model_quant_type", "group_size", CORRECTED)
-DESCRIPTION_VERSION = "1.0.0"  # by which vLLM Ascend knows packed 4-bit weights
+DESCRIPTION_VERSION = "1.0.0"  # tells vLLM Ascend that 4-bit weights are packed
 
 
 # ---- config.json -----------------------------------------------------------------------------------------------------
 
 
 def check_dtype(files: FolderFiles, result: VerificationResult) -> str:
-    """torch_dtype -> dtype code; a wrong one is reported and the embedding's dtype taken instead."""
+    """dtype code of torch_dtype; if that is missing or unsupported, a fault, and the dtype of the embedding."""
     name = files.config.get("torch_dtype", files.config.get("dtype"))
     if isinstance(name, str) and name in DTYPE_CODES:
         return DTYPE_CODES[name]
@@ -28,22 +30,21 @@ def check_dtype(files: FolderFiles, result: VerificationResult) -> str:
             "config",
             "config.json",
             f"torch_dtype is {name!r}",
-            "engines run the float parts, and read deq_scale, by it",
+            "engines compute the float layers in it and read deq_scale accordingly",
             "set it to bfloat16 or float16, as the float tensors are stored",
         )
-    embedding = files.tensors.get("model.embed_tokens.weight")
+    embedding = files.tensors.get(f"{EMBEDDING}.weight")
     return "F16" if embedding and embedding.dtype == "F16" else "BF16"
 
 
-def check_model(files: FolderFiles, result: VerificationResult) -> ExpectedModel | None:
-    """The model that config.json describes; None, reported, when it describes none."""
+def check_model(files: FolderFiles, result: VerificationResult) -> ModelStructure | None:
+    """The model that config.json describes; None, and a fault, if its sizes are unusable."""
     if not files.config:
         return None
-    model = expected_model(files.config)
+    model = model_structure(files.config)
     if isinstance(model, str):
-        result.add_fault(
-            "config", "config.json", model, "the expected tensors follow from it", "restore the source's values"
-        )
+        why, fix = "the expected tensors follow from it", "restore the values of the float checkpoint's config.json"
+        result.add_fault("config", "config.json", model, why, fix)
         return None
     return model
 
@@ -51,7 +52,7 @@ def check_model(files: FolderFiles, result: VerificationResult) -> ExpectedModel
 def check_config(
     files: FolderFiles, target: Target, type_name: str, schemes: Mapping[str, Scheme], result: VerificationResult
 ) -> None:
-    """The keys by which each engine of the target knows that, and how, the folder is quantized."""
+    """Checks the keys that tell each engine of the target how the folder is quantized."""
     config = files.config
     if not config:
         return
@@ -59,17 +60,17 @@ def check_config(
         result.add_fault(
             "config",
             "config.json",
-            "it contains quantization_config",
+            "unexpected key quantization_config",
             "vLLM would read that key instead of quant_model_description.json",
             "remove the key",
         )
-    if is_tied(config) and "lm_head.weight" in files.tensors:
+    if is_tied(config) and (head := f"{OUTPUT_HEAD}.weight") in files.tensors:
         result.add_fault(
             "config",
             "config.json",
-            "tie_word_embeddings is true, yet lm_head.weight is stored",
-            "engines share the embedding's table, and the stored one would be ignored or refused",
-            "store the embedding only",
+            f"tie_word_embeddings is true, but {head} is stored",
+            "engines use the embedding's weight, and ignore or reject a second one",
+            COMPILE_AGAIN,
         )
     if MINDIE in target.engines:
         _check_mindie_keys(files, type_name, schemes, result)
@@ -80,20 +81,21 @@ def _check_mindie_keys(
 ) -> None:
     config = files.config
     if "text_config" in config:
-        result.add_fault("config", "config.json", "it is nested (text_config)", "MindIE reads a flat config only")
+        fix = "move the keys of text_config to the top level"
+        result.add_fault("config", "config.json", "nested config (text_config)", "MindIE reads a flat config only", fix)
     vision_config = config.get("vision_config")
-    vision_word = vision_config.get("quantize") if isinstance(vision_config, Mapping) else None
-    vision = {scheme for layer, scheme in schemes.items() if layer.startswith("visual.")} - {Scheme.FLOAT}
+    vision_key = vision_config.get("quantize") if isinstance(vision_config, Mapping) else None
+    vision = {scheme for layer, scheme in schemes.items() if in_vision_tower(layer)} - {Scheme.FLOAT}
     wanted = {"quantize": type_name, "vision_config.quantize": "w8a8" if vision else None}
-    if vision - {Scheme.W8A8} and vision_word:
-        wanted["vision_config.quantize"] = vision_word  # no version has a word for it; the engine rules say so
-    for key, found in (("quantize", config.get("quantize")), ("vision_config.quantize", vision_word)):
-        if found != wanted[key]:
+    if vision - {Scheme.W8A8} and vision_key:
+        wanted["vision_config.quantize"] = vision_key  # no version supports it; the engine rules report that
+    for key, value in (("quantize", config.get("quantize")), ("vision_config.quantize", vision_key)):
+        if value != wanted[key]:
             result.add_fault(
                 "config",
                 "config.json",
-                f"{key} is {found!r} instead of {wanted[key]!r}",
-                "MindIE builds quantized layers exactly where this key says so, and derives it from nothing else",
+                f"{key} is {value!r} instead of {wanted[key]!r}",
+                "MindIE quantizes the layers of this part of the model only if this key says so",
                 f"set {key}" if wanted[key] else f"remove {key}",
             )
     options = config.get("quantization_config")
@@ -103,17 +105,21 @@ def _check_mindie_keys(
             "config.json",
             f"quantization_config.group_size is {options['group_size']!r}",
             f"MindIE accepts {format_list(MINDIE.group_sizes)}",
+            "compile again with another --group_size",
         )
     elif files.layout == MINDIE and not isinstance(options, Mapping):
-        why = "MindIE's layout carries the quantization's options, the group size among them, in it"
-        result.add_fault("config", "config.json", "quantization_config is missing", why, "compile again")
+        why = "MindIE reads the group size from it"
+        result.add_fault("config", "config.json", "quantization_config is missing", why, COMPILE_AGAIN)
 
 
 # ---- quant_model_description*.json -----------------------------------------------------------------------------------
 
 
 def check_description_keys(files: FolderFiles, schemes: Mapping[str, Scheme], result: VerificationResult) -> str:
-    """version, model_quant_type, strange keys -> the folder's type by its schemes (model_quant_type without any)."""
+    """Checks version, model_quant_type and unknown keys -> the folder's type.
+
+    The type follows from the schemes; it is model_quant_type if nothing is quantized.
+    """
     description, where = files.description, files.description_name
     scheme = quant_type(schemes.values())
     claimed = description.get("model_quant_type")
@@ -126,22 +132,25 @@ def check_description_keys(files: FolderFiles, schemes: Mapping[str, Scheme], re
     if files.layout == MINDIE:
         expected = f"quant_model_description_{scheme.lower()}.json"
         if where != expected:
-            result.add_fault("description", where, f"a folder of type {scheme} names this file {expected}")
+            what, why = f"named {where} instead of {expected}", f"MindIE derives the name from the type {scheme}"
+            result.add_fault("description", where, what, why, "rename the file")
     else:
         wanted["version"] = DESCRIPTION_VERSION
-    for key, word in wanted.items():
-        if description.get(key) != word:
-            result.add_fault("description", where, f"{key} is {description.get(key)!r} instead of {word!r}")
+    for key, value in wanted.items():
+        if description.get(key) != value:
+            what = f"{key} is {description.get(key)!r} instead of {value!r}"
+            result.add_fault("description", where, what, "engines choose how to load the folder by it", f"set {key}")
     for key, value in description.items():
         if isinstance(value, dict | list):
-            result.add_fault("description", where, f"{key!r} is not a plain value", "engines read a flat object")
+            why = "engines read a flat JSON object"
+            result.add_fault("description", where, f"{key!r} is a list or an object", why, COMPILE_AGAIN)
         elif key not in DESCRIPTION_KEYS and "." not in key:
-            result.add_warning("description", where, f"unknown key {key!r}")
+            result.add_warning("description", where, f"unknown key {key!r}", "engines ignore it")
     return scheme
 
 
 def group_size(files: FolderFiles, schemes: Mapping[str, Scheme], result: VerificationResult) -> int:
-    """How many inputs share a scale, by what the engine reads, else by the tensors; 0 without W4A8_DYNAMIC."""
+    """Number of inputs that share a scale, from the key that engines read, else from shapes; 0 without W4A8_DYNAMIC."""
     layer = next((layer for layer, scheme in schemes.items() if scheme == Scheme.W4A8_DYNAMIC), None)
     if layer is None:
         return 0
@@ -157,8 +166,8 @@ def group_size(files: FolderFiles, schemes: Mapping[str, Scheme], result: Verifi
         stored = weight.shape[1] // scale.shape[1]
     if type(value) is not int or value < 1:
         check = "config" if files.layout == MINDIE else "description"
-        why = "engines shape the group scales by it"
-        result.add_fault(check, where, f"{key} is {value!r}", why, f"set it to {stored}" if stored else "compile again")
+        why = "engines derive the shape of the group scales from it"
+        result.add_fault(check, where, f"{key} is {value!r}", why, f"set it to {stored}" if stored else COMPILE_AGAIN)
         return stored
     if files.layout != MINDIE and value not in (*FAST_GROUP_SIZES, *MINDIE.group_sizes):
         sizes = " or ".join(map(str, FAST_GROUP_SIZES))

@@ -1,6 +1,6 @@
-"""The form of a compiled folder: config, description, every tensor with its dtype and shape, as engines look them up.
+"""Checks the structure of a compiled folder: config, description, and dtype and shape of every tensor.
 
-vLLM Ascend does not check completeness when it loads: a missing tensor is silent garbage, so it is checked here.
+vLLM Ascend does not check completeness when it loads a folder: a missing tensor stays uninitialised without an error.
 """
 
 from collections.abc import Mapping
@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlqc.families.model_structure import ModelStructure
+from vlqc.families.qwen2_5_vl import original_name
+from vlqc.formatting import pluralize
 from vlqc.targets.mindie import MINDIE
 from vlqc.targets.schemes import Scheme, StorageFormat
 from vlqc.targets.target import BOTH, Target, as_target
 from vlqc.targets.vllm_ascend import VLLM_ASCEND
-from vlqc.verify.findings import VerificationResult, format_list
+from vlqc.verify.findings import COMPILE_AGAIN, VerificationResult, format_list
 from vlqc.verify.folder.contents import FolderFiles, check_files, open_folder
 from vlqc.verify.structure.configuration import (
     check_config,
@@ -25,25 +28,27 @@ from vlqc.verify.structure.engine_rules import check_engine_rules
 from vlqc.verify.structure.expected import (
     CHECKED_SCHEMES,
     DTYPE_CODES,
-    ExpectedModel,
     ExpectedTensor,
     expected_tensors,
     norm_biases,
 )
 
-RENAMED = ("model.visual.", "model.language_model.", "language_model.")  # names of newer transformers versions
-MOST_PACKED = 8  # 4-bit integers that one element, of an int32, holds
+MOST_PACKED = 8  # 4-bit integers in one element, of an int32
 
 
 @dataclass
 class CompiledFolder:
-    """A folder as the later checks need it. `model` is None when config.json does not describe one."""
+    """A folder, as the later checks need it.
+
+    model: None if config.json does not describe one. schemes: by linear layer or embedding. valid_tensors: those that
+    exist with the right dtype and shape.
+    """
 
     files: FolderFiles
     form: StorageFormat
-    model: ExpectedModel | None
-    schemes: dict[str, Scheme]  # every Linear of the model -> its scheme
-    valid_tensors: dict[str, ExpectedTensor]  # tensors that exist with the right dtype and shape
+    model: ModelStructure | None
+    schemes: dict[str, Scheme]
+    valid_tensors: dict[str, ExpectedTensor]
 
     @property
     def float_dtype(self) -> str:
@@ -52,16 +57,18 @@ class CompiledFolder:
 
     @property
     def sizes_are_stored(self) -> bool:
-        """Whether no Linear is wider than what is stored. Else config.json is wrong, which is a fault already, and
-        scales of its sizes may not fit into memory."""
+        """Whether no linear layer is larger than the largest stored tensor.
+
+        Otherwise config.json is wrong, which is a fault already, and arrays of its sizes may not fit into memory.
+        """
         widest = max((size for tensor in self.files.tensors.values() for size in tensor.shape), default=0) * MOST_PACKED
         return self.model is not None and all(
-            max(it.inputs, it.outputs) <= widest for it in self.model.linears.values()
+            max(linear.inputs, linear.outputs) <= widest for linear in self.model.linears.values()
         )
 
 
 def check_structure(path: Path, target: Target | None, result: VerificationResult) -> CompiledFolder:
-    """Folder and the engines it is for (None: what it claims to be for) -> what the folder holds."""
+    """Reads a folder and checks its structure. target: None for the one that the folder is written for."""
     files = open_folder(path, result)
     claimed = target or _claimed_target(files)
     result.engine = str(claimed)
@@ -88,21 +95,21 @@ def _claimed_target(files: FolderFiles) -> Target:
 # ---- schemes ---------------------------------------------------------------------------------------------------------
 
 
-def _schemes(files: FolderFiles, model: ExpectedModel, result: VerificationResult) -> dict[str, Scheme]:
-    """Every Linear's scheme by its `.weight` entry; a missing or unknown word is reported, and the tensors decide."""
+def _schemes(files: FolderFiles, model: ModelStructure, result: VerificationResult) -> dict[str, Scheme]:
+    """Scheme of every linear layer and embedding: its `.weight` entry or, without a known one, by its tensors."""
     schemes = {}
     for layer in model.embeddings_and_linears():
-        word = files.description.get(f"{layer}.weight")
-        if word in CHECKED_SCHEMES:
-            scheme = Scheme(word)
+        entry = files.description.get(f"{layer}.weight")
+        if entry in CHECKED_SCHEMES:
+            scheme = Scheme(entry)
         else:
             scheme = _scheme_by_tensors(files, layer)
-            what = "is not listed" if word is None else f"has the scheme {word!r}"
-            why = "engines look up every Linear and embedding there and stop (KeyError) or misread the layer without it"
-            if word in tuple(Scheme):
-                why = "this version of vlqc cannot verify that scheme"
+            what = "has no entry" if entry is None else f"has the unknown scheme {entry!r}"
+            why = "engines look up every linear layer and embedding there; without it they stop or misread the layer"
+            if entry in tuple(Scheme):
+                what, why = f"has the scheme {entry!r}", "this version of vlqc cannot verify that scheme"
             if files.description:
-                result.add_fault("description", files.description_name, f"{layer}.weight {what}", why)
+                result.add_fault("description", files.description_name, f"{layer}.weight {what}", why, COMPILE_AGAIN)
         schemes[layer] = scheme
     return schemes
 
@@ -121,23 +128,23 @@ def _scheme_by_tensors(files: FolderFiles, layer: str) -> Scheme:
 
 def _check_tensors(
     files: FolderFiles,
-    model: ExpectedModel,
+    model: ModelStructure,
     schemes: Mapping[str, Scheme],
     form: StorageFormat,
     result: VerificationResult,
 ) -> dict[str, ExpectedTensor]:
-    """Completeness, surplus, names, dtype, shape and description word of every tensor -> the valid ones."""
+    """Checks presence, dtype, shape and description entry of every tensor -> the tensors with right dtype and shape."""
     expected = expected_tensors(model, schemes, form)
     allowed = {name: tensor for name, tensor in norm_biases(model, schemes, form).items() if name in files.tensors}
     result.add_examined("tensors", len(expected))
-    renamed = [name for name in files.tensors if name.startswith(RENAMED)]
+    renamed = [name for name in files.tensors if original_name(name) != name]
     if renamed:
         result.add_fault(
             "tensors",
             format_list(renamed, 3),
-            f"{len(renamed)} tensors carry names of newer transformers versions",
-            "every engine version accepts the original names (visual.*, model.*), older ones accept nothing else",
-            "compile again",
+            f"{pluralize(len(renamed), 'tensor')} named as by newer transformers versions",
+            f"older engine versions accept the original names only, such as {original_name(renamed[0])!r}",
+            COMPILE_AGAIN,
         )
     missing: dict[str, list[str]] = {}
     valid = {}
@@ -149,30 +156,37 @@ def _check_tensors(
             continue
         right_shape, right_dtype = stored.shape == wanted.shape, stored.dtype in wanted.dtypes
         if not right_shape:
-            why = "engines refuse 0-dimensional scales" if not stored.shape else "it follows from config.json"
-            result.add_fault("tensors", name, f"shape {list(stored.shape)} instead of {list(wanted.shape)}", why)
+            why = "engines reject 0-dimensional scales" if not stored.shape else "it follows from config.json"
+            what = f"shape {list(stored.shape)} instead of {list(wanted.shape)}"
+            result.add_fault("tensors", name, what, why, COMPILE_AGAIN)
         if not right_dtype:
-            result.add_fault("tensors", name, f"dtype {stored.dtype} instead of {' or '.join(wanted.dtypes)}")
+            what = f"dtype {stored.dtype} instead of {' or '.join(wanted.dtypes)}"
+            why = "engines read the stored bytes as the expected dtype"
+            result.add_fault("tensors", name, what, why, COMPILE_AGAIN)
         if right_shape and right_dtype:
             valid[name] = wanted
-        word = files.description.get(name)
-        if files.description and word != wanted.word and not (name.endswith(".weight") and word is None):
-            result.add_fault("description", name, f"its word is {word!r} instead of {str(wanted.word)!r}")
+        entry = files.description.get(name)
+        if files.description and entry != wanted.scheme and not (name.endswith(".weight") and entry is None):
+            what = f"described as {entry!r} instead of {str(wanted.scheme)!r}"
+            why = "engines choose how to load a tensor by this entry"
+            result.add_fault("description", name, what, why, COMPILE_AGAIN)
     if renamed and len(missing) > len(expected) // 4:
-        missing.clear()  # they are there, under the other names
+        missing.clear()  # present under their new names
     for layer, suffixes in missing.items():
         result.add_fault(
             "tensors",
             layer,
             f"missing: {', '.join(f'{layer}.{suffix}' for suffix in suffixes)}",
-            "vLLM Ascend loads the folder without a word and runs the layer on uninitialised memory",
-            "compile again",
+            "vLLM Ascend loads the folder without an error and runs the layer on uninitialised memory",
+            "copy the folder again, or compile again",
         )
     for name in sorted(files.tensors.keys() - expected.keys() - allowed.keys() - set(renamed)):
-        result.add_fault("tensors", name, "this tensor does not belong to the model", "by config.json and its scheme")
+        why = "neither config.json nor the layer's scheme implies it"
+        result.add_fault("tensors", name, "unexpected tensor", why, COMPILE_AGAIN)
     for name in sorted(name for name in files.description if "." in name):
         if name not in files.tensors and name not in expected:
-            result.add_fault("description", files.description_name, f"it lists {name!r}, which no file contains")
+            what, why = f"entry for {name!r}, which no file contains", "engines would look for the tensor"
+            result.add_fault("description", files.description_name, what, why, COMPILE_AGAIN)
     return valid
 
 

@@ -1,4 +1,4 @@
-"""vlqc.verify, the outputs: every stage and the logits of a folder against those of the float checkpoint."""
+"""Verification of outputs: every stage and the logits of a folder against those of the float checkpoint."""
 
 import math
 from pathlib import Path
@@ -52,7 +52,7 @@ def whole_logits(source: Path, given: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def test_figures_are_those_of_two_plain_forwards(tmp_path: Path, source: Path) -> None:
-    """Catches logits made from other hidden states, tokens or heads than the models' own, or padding counted in."""
+    """Catches logits of other hidden states, tokens or heads than the models' own, or of padding."""
     samples = [sample(1), sample(2, picture=False), sample(3, padding=3)]
     folder = make_content().write(tmp_path / "out")
     result = verify_folder(folder, model_path=source, samples=samples)
@@ -72,7 +72,7 @@ def test_figures_are_those_of_two_plain_forwards(tmp_path: Path, source: Path) -
 
 
 def check_figures(figures: dict[str, float], reference: np.ndarray, other: np.ndarray) -> None:
-    """The definitions once more, in NumPy."""
+    """Recomputes the figures from their definitions with NumPy."""
     noise = other - reference
     assert figures["SQNR dB"] == pytest.approx(10 * math.log10((reference**2).sum() / (noise**2).sum()), abs=0.02)
     cosine = (reference * other).sum() / np.sqrt((reference**2).sum() * (other**2).sum())
@@ -83,16 +83,16 @@ def check_figures(figures: dict[str, float], reference: np.ndarray, other: np.nd
     assert figures["tokens"] == len(reference)
 
 
-def test_every_stage_has_a_figure(tmp_path: Path, source: Path) -> None:
-    """Catches a stage left out, or both sides being the same model (infinite SQNR)."""
+def test_every_stage_is_measured(tmp_path: Path, source: Path) -> None:
+    """Catches a stage that is left out, or a model that is compared with itself (infinite SQNR)."""
     result = verify(make_content(), tmp_path / "out", source)
     assert [row["stage"] for row in result.facts["stages against float"]] == STAGES
     assert all(20 < row["SQNR dB"] < 100 for row in result.facts["stages against float"])
     assert result.examined["stage outputs"] == 2 * len(STAGES)
 
 
-def test_a_stages_figure_is_its_own(tmp_path: Path, source: Path) -> None:
-    """Catches stages fed with their quantized predecessors' outputs: damage in one would show in all behind it."""
+def test_a_stage_is_measured_by_itself(tmp_path: Path, source: Path) -> None:
+    """Catches stages that run on their quantized predecessors' outputs: one damage would change all later figures."""
     good = verify(make_content(), tmp_path / "good", source).facts["stages against float"]
     content = make_content()
     name = "model.layers.0.mlp.down_proj.weight"
@@ -103,18 +103,18 @@ def test_a_stages_figure_is_its_own(tmp_path: Path, source: Path) -> None:
 
 
 def test_a_broken_stage_is_a_fault(tmp_path: Path, source: Path) -> None:
-    """Catches a stage of pure noise passed as a mere figure."""
+    """Catches a stage of pure noise without a fault."""
     content = make_content()
     name = "visual.merger.mlp.2.weight"
     content.tensors[name] = stored(np.random.default_rng(1).standard_normal((64, 128)), "BF16")
     result = verify(content, tmp_path / "out", source)
     faults = [finding for finding in result.faults if finding.check == "stage outputs"]
     assert [finding.where for finding in faults] == ["visual.merger"]
-    assert "SQNR against the float stage is" in faults[0].what
+    assert "SQNR" in faults[0].what
 
 
-def test_min_sqnr_makes_the_figure_a_verdict(tmp_path: Path, source: Path) -> None:
-    """Catches a threshold that never fails, or fails without being asked for."""
+def test_min_sqnr(tmp_path: Path, source: Path) -> None:
+    """Catches a threshold that never fails, or fails above it."""
     folder = make_content().write(tmp_path / "out")
     options = {"model_path": source, "samples": [sample(1)]}
     figure = verify_folder(folder, **options).facts["logits against float"]["SQNR dB"]
@@ -124,7 +124,7 @@ def test_min_sqnr_makes_the_figure_a_verdict(tmp_path: Path, source: Path) -> No
 
 
 def test_infinite_outputs_are_a_fault(tmp_path: Path, source: Path) -> None:
-    """Catches NaN that averages and comparisons would swallow, and JSON that is none because of it."""
+    """Catches NaN that averages and comparisons hide, and invalid JSON because of it."""
     content = make_content()
     content.tensors["model.norm.weight"] = stored(np.full(64, 3e38), "BF16")
     content.tensors["model.layers.1.mlp.down_proj.weight"] = stored(np.full((64, 96), 3e38), "BF16")
@@ -135,29 +135,29 @@ def test_infinite_outputs_are_a_fault(tmp_path: Path, source: Path) -> None:
     assert ": NaN" not in result.to_json()
 
 
-def test_a_folder_that_cannot_be_run_is_reported_not_raised(tmp_path: Path, source: Path) -> None:
-    """Catches a traceback, or an error about the caller's input, when the folder itself is damaged."""
+def test_a_folder_that_cannot_be_run_has_faults(tmp_path: Path, source: Path) -> None:
+    """Catches an exception, or a user error, for a damaged folder."""
     content = make_content()
     content.tensors.pop("model.norm.weight")
     result = verify(content, tmp_path / "missing", source)
-    assert "not run" in [finding.what for finding in result.warnings]
+    assert "stage outputs" in [warning.check for warning in result.warnings]
     content = make_content()
     content.tensors["model.norm.weight"].data = b"\xc0\x7f" * 64  # NaN
     result = verify(content, tmp_path / "nan", source)
     assert {"finite", "stage outputs"} <= {finding.check for finding in result.faults}
 
 
-def test_unusable_samples_are_the_users_mistake(tmp_path: Path, source: Path) -> None:
-    """Catches a report about a folder when the inputs were wrong."""
+def test_unusable_samples_are_a_user_error(tmp_path: Path, source: Path) -> None:
+    """Catches a result for a folder if the inputs are unusable."""
     folder = make_content().write(tmp_path / "out")
-    with pytest.raises(UserError, match="no calibration sample"):
+    with pytest.raises(UserError):
         verify_folder(folder, model_path=source, samples=[])
     with pytest.raises(UserError, match="min_sqnr"):
         verify_folder(folder, model_path=source, min_sqnr=20)
 
 
-def test_the_figures_are_shown(tmp_path: Path, source: Path) -> None:
-    """Catches figures that are in the JSON only."""
+def test_the_figures_are_printed(tmp_path: Path, source: Path) -> None:
+    """Catches figures that are only in the JSON."""
     result = verify(make_content(), tmp_path / "out", source)
     console = Console(width=160, record=True, file=(tmp_path / "screen").open("w"))
     result.render(console)

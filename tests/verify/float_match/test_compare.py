@@ -1,4 +1,4 @@
-"""vlqc.verify, one wrong byte in any tensor of any scheme: with the float checkpoint it is always named."""
+"""Verification of one wrong byte in any tensor of any scheme: with the float checkpoint it is always detected."""
 
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,11 @@ from tests.support.damaged_folder import BLOCK, LAYER, PROJ, UP, Q, integers, na
 from tests.support.tensors import ITEM, stored
 from vlqc.verify import verify_folder
 
-# kind: tensor, element, byte of it, bits of that byte that flip, whether the folder alone gives it away
+# kind: tensor, element, byte of the element, bits to flip, whether it is detectable without the float checkpoint
 WRONG_BYTES = {
     "weight": (f"{Q}.weight", 1000, 0, 0x01, True),
     "weight, high bit": (f"{Q}.weight", 77, 0, 0x80, True),
-    # With input_offset 0 the sum of the integers does not enter quant_bias: only the float weight tells.
+    # With input_offset 0 quant_bias does not depend on the integers, so the float weight is needed.
     "weight of a layer with offset 0": (f"{PROJ}.weight", 500, 0, 0x10, False),
     "weight_scale": (f"{Q}.weight_scale", 3, 0, 0x01, True),
     "weight_scale of a layer with offset 0": (f"{PROJ}.weight_scale", 3, 2, 0x10, True),
@@ -28,7 +28,7 @@ WRONG_BYTES = {
     "bias": (f"{Q}.bias", 4, 0, 0x40, True),
     "bias, by less than a step": (f"{Q}.bias", 4, 0, 0x01, True),
     "bias of scaled rows": (f"{LAYER}.self_attn.v_proj.bias", 4, 0, 0x40, True),
-    # Float tensors have nothing in the folder to be held against.
+    # No other tensor of the folder depends on float tensors.
     "norm weight": (f"{LAYER}.input_layernorm.weight", 7, 0, 0x20, False),
     "final norm weight": ("model.norm.weight", 7, 0, 0x01, False),
     "float weight behind a scaled producer": (f"{LAYER}.mlp.down_proj.weight", 321, 0, 0x10, False),
@@ -50,22 +50,22 @@ def damaged(kind: str, dtype: str = "bfloat16") -> tuple[Content, str]:
 
 @pytest.mark.parametrize("kind", WRONG_BYTES)
 def test_one_wrong_byte_is_named_with_the_float_model(tmp_path: Path, kind: str) -> None:
-    """Catches a kind of tensor that is never held against the float checkpoint."""
+    """Catches a kind of tensor that is not compared with the float checkpoint."""
     content, name = damaged(kind)
     result = verify_folder(content.write(tmp_path / "out"), model_path=content.write_source(tmp_path / "float"))
     assert named(result, name.rpartition(".")[0]), texts(result)
 
 
 @pytest.mark.parametrize("kind", WRONG_BYTES)
-def test_one_wrong_byte_is_named_by_the_folder_alone_where_it_can_be(tmp_path: Path, kind: str) -> None:
-    """Catches arithmetic that stopped recomputing, and a claim to see what the folder alone cannot show."""
+def test_one_wrong_byte_is_named_without_the_float_model_if_detectable(tmp_path: Path, kind: str) -> None:
+    """Catches a value that is no longer recomputed, and a list of undetectable bytes that is wrong."""
     content, name = damaged(kind)
     result = verify_folder(content.write(tmp_path / "out"))
     assert named(result, name.rpartition(".")[0]) == WRONG_BYTES[kind][-1], texts(result)
 
 
 def test_a_wrong_byte_in_the_int64_form_of_deq_scale(tmp_path: Path) -> None:
-    """Catches a deq_scale of float16 folders whose low or high half is not read."""
+    """Catches a deq_scale of float16 folders of which only one half is checked."""
     for byte in (0, 3, 4, 7):
         content = make_content(dtype="float16")
         content.tensors[f"{Q}.deq_scale"].flip(8 * 9 + byte, 0x02)
@@ -78,7 +78,7 @@ GATE, DOWN = f"{LAYER}.mlp.gate_proj", f"{LAYER}.mlp.down_proj"
 NORM = f"{LAYER}.post_attention_layernorm"
 DYNAMIC, GROUPS = {"scheme": "W8A8_DYNAMIC"}, {"scheme": "W4A8_DYNAMIC"}
 UNPACKED, SHIFT = GROUPS | {"mindie": True}, {"shift": True}
-# kind: what make_content is told, tensor, element, byte, bits, where it must be named; what the folder alone shows
+# kind: arguments of make_content, tensor, element, byte, bits, layer to name, detectable without the float checkpoint
 WRONG_BYTES_ELSEWHERE: dict[str, tuple[dict[str, Any], str, int, int, int, str, bool]] = {
     "dynamic weight": (DYNAMIC, f"{Q}.weight", 1000, 0, 0x04, Q, False),
     "dynamic weight, low bit": (DYNAMIC, f"{Q}.weight", 1000, 0, 0x01, Q, False),
@@ -120,7 +120,7 @@ WRONG_BYTES_ELSEWHERE: dict[str, tuple[dict[str, Any], str, int, int, int, str, 
 
 @pytest.mark.parametrize("kind", WRONG_BYTES_ELSEWHERE)
 def test_one_wrong_byte_of_every_scheme(tmp_path: Path, kind: str) -> None:
-    """Catches a tensor of a scheme, layout or shift that is held against nothing, alone or with the float model."""
+    """Catches a tensor of a scheme, layout or shift that is not checked, with or without the float checkpoint."""
     options, name, element, byte, bits, where, alone = WRONG_BYTES_ELSEWHERE[kind]
     content = make_content(**options)
     content.tensors[name].flip(element * ITEM[content.tensors[name].dtype] + byte, bits)
@@ -134,17 +134,17 @@ def test_one_wrong_byte_of_every_scheme(tmp_path: Path, kind: str) -> None:
 
 
 def test_swapped_nibbles_are_named(tmp_path: Path) -> None:
-    """Catches a packer that puts the even row into the high nibble: all shapes and ranges stay right."""
+    """Catches packing with the even row in the high nibble, where all shapes and ranges are right."""
     content = make_content(scheme="W4A8_DYNAMIC")
     tensor = content.tensors[f"{O}.weight"]
     tensor.data = bytes((byte & 15) << 4 | byte >> 4 for byte in tensor.data)
     result = verify_folder(content.write(tmp_path / "out"), model_path=content.write_source(tmp_path / "float"))
     assert {finding.check for finding in result.faults} == {"scale_bias", "float weights"}
-    assert f"[float weights] {O}.weight: SQNR against the float weight is" in texts(result)
+    assert f"[float weights] {O}.weight: SQNR " in texts(result)
 
 
 def test_groups_of_another_size_are_named(tmp_path: Path) -> None:
-    """Catches group scales that lie beside their groups: every tensor has the right shape."""
+    """Catches group scales of the wrong groups, where every tensor has the right shape."""
     content = make_content(scheme="W4A8_DYNAMIC")
     tensor = content.tensors[f"{GATE}.weight_scale_second"]
     tensor.data = np.roll(np.frombuffer(tensor.data, np.float32), 1).tobytes()
@@ -152,7 +152,7 @@ def test_groups_of_another_size_are_named(tmp_path: Path) -> None:
 
 
 def test_better_rounding_of_4_bits_is_no_damage(tmp_path: Path) -> None:
-    """Catches a comparison that takes error-compensated 4-bit rounding for damage, or then sees no damage at all."""
+    """Catches faults for error-compensated 4-bit rounding, and damage that is not detected then."""
     content = make_content(scheme="W4A8_DYNAMIC", mindie=True)
     values = integers(content, O)
     moved = np.clip(values + np.random.default_rng(0).integers(-1, 2, values.shape), -7, 7)
@@ -161,11 +161,11 @@ def test_better_rounding_of_4_bits_is_no_damage(tmp_path: Path) -> None:
     assert texts(verify_folder(content.write(tmp_path / "out"), model_path=source)) == ""
     set_integers(content, O, integers(content, O)[::-1])
     result = verify_folder(content.write(tmp_path / "reversed"), model_path=source)
-    assert f"{O}.weight: SQNR against the float weight is" in texts(result)
+    assert f"{O}.weight: SQNR " in texts(result)
 
 
-def test_a_shift_that_nothing_takes_back(tmp_path: Path) -> None:
-    """Catches a norm bias in front of layers that have neither a bias nor a quant_bias."""
+def test_a_shift_that_is_not_compensated(tmp_path: Path) -> None:
+    """Catches a norm bias before layers that have neither a bias nor a quant_bias."""
     content = make_content(scheme="W8A8_DYNAMIC")
     content.tensors[f"{NORM}.bias"] = stored(np.ones(64), "BF16")
     content.description[f"{NORM}.bias"] = "FLOAT"
@@ -180,7 +180,7 @@ def test_a_shift_that_nothing_takes_back(tmp_path: Path) -> None:
 
 
 def test_a_float16_weight_among_subnormal_numbers(tmp_path: Path) -> None:
-    """Catches scaled float16 weights called wrong where float16 has no more digits."""
+    """Catches faults for scaled float16 weights among subnormal numbers."""
     content = make_content(dtype="float16", smooth=False)
     weight = np.frombuffer(content.source[f"{DOWN}.weight"].data, np.float16).astype(np.float32).reshape(64, 96)
     weight[:, 1::2] *= 1e-4

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from vlqc.passes.algorithms.gptq import compensated
 from vlqc.passes.algorithms.weight_clipping import GroupGrid, RowGrid, importance_of
-from vlqc.verify.float_match.scale_fit import SIGMAS, fit_columns, fit_rows, misfits
-from vlqc.verify.float_match.weight_pair import Scales, WeightPair
+from vlqc.verify.float_match.scale_fit import SIGMAS, Scales, WeightPair, fit_columns, fit_rows, misfits
 from vlqc.verify.folder.reader import read_tensors
 from vlqc.verify.numbers.integers import StoredIntegers
 

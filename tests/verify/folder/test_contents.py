@@ -1,4 +1,4 @@
-"""vlqc.verify, the files of a folder: shards, index, header, bytes that are no folder, and the report itself."""
+"""Verification of a folder's files: shards, index, header, arbitrary bytes, and the result itself."""
 
 import ast
 import json
@@ -19,7 +19,7 @@ from tests.support.damaged_folder import Q, edit, edit_header, texts
 from tests.support.tensors import safetensors_bytes, stored
 from vlqc.errors import InternalError, UserError
 from vlqc.verify import require_valid, verify_folder
-from vlqc.verify.float_match.weight_pair import Scales
+from vlqc.verify.float_match.scale_fit import Scales
 
 WEIGHTS = "quant_model_weight_w8a8.safetensors"
 INDEX = WEIGHTS + ".index.json"
@@ -33,18 +33,18 @@ def overlap(header: dict[str, dict[str, object]]) -> None:
 
 
 FILE_DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
-    "truncated": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-100]), "files", "truncated"),
-    "cut inside the header": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:50]), "files", "header"),
-    "empty": (lambda f: (f / WEIGHTS).write_bytes(b""), "files", "header"),
-    "a huge header": (lambda f: (f / WEIGHTS).write_bytes(struct.pack("<Q", 1 << 62) + b"{}"), "files", "header"),
-    "bytes behind the end": (lambda f: (f / WEIGHTS).open("ab").write(b"12"), "files", "unused bytes"),
-    "no JSON in the header": (lambda f: (f / WEIGHTS).write_bytes(struct.pack("<Q", 4) + b"{{{{"), "files", "header"),
+    "truncated": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-100]), "files", WEIGHTS),
+    "cut inside the header": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:50]), "files", WEIGHTS),
+    "empty": (lambda f: (f / WEIGHTS).write_bytes(b""), "files", WEIGHTS),
+    "a huge header": (lambda f: (f / WEIGHTS).write_bytes(struct.pack("<Q", 1 << 62) + b"{}"), "files", str(1 << 62)),
+    "bytes behind the end": (lambda f: (f / WEIGHTS).open("ab").write(b"12"), "files", WEIGHTS),
+    "no JSON in the header": (lambda f: (f / WEIGHTS).write_bytes(struct.pack("<Q", 4) + b"{{{{"), "files", WEIGHTS),
     "a header of nested lists": (
         lambda f: (f / WEIGHTS).write_bytes(struct.pack("<Q", 200_000) + b"[" * 200_000),
         "files",
-        "header",
+        WEIGHTS,
     ),
-    "overlapping tensors": (lambda f: edit_header(f / WEIGHTS, overlap), "files", "inside the tensor before it"),
+    "overlapping tensors": (lambda f: edit_header(f / WEIGHTS, overlap), "files", f"{Q}.bias"),
     "a shape beyond all memory": (
         lambda f: edit_header(f / WEIGHTS, lambda h: h[f"{Q}.weight"].update(shape=[1 << 60, 1 << 60])),
         "files",
@@ -60,7 +60,7 @@ FILE_DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "files",
         "I4",
     ),
-    "an entry that is none": (lambda f: edit_header(f / WEIGHTS, lambda h: h.update(a=[1])), "files", "'a'"),  # type: ignore[call-arg]
+    "an entry that is a list": (lambda f: edit_header(f / WEIGHTS, lambda h: h.update(a=[1])), "files", "'a'"),  # type: ignore[call-arg]
     "a stray weight file": (lambda f: (f / "model.safetensors").write_bytes(b""), "files", "model.safetensors"),
     "a stray index": (
         lambda f: (f / "model.safetensors.index.json").write_text("{}"),
@@ -72,28 +72,40 @@ FILE_DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "files",
         "w4a8_dynamic",
     ),
-    "no weights": (lambda f: (f / WEIGHTS).unlink(), "files", "no quant_model_weight"),
-    "no config": (lambda f: (f / "config.json").unlink(), "config", "missing"),
-    "a broken config": (lambda f: (f / "config.json").write_text("{"), "config", "JSON"),
-    "a config that is a list": (lambda f: (f / "config.json").write_text("[]"), "config", "object"),
-    "no description": (lambda f: (f / "quant_model_description.json").unlink(), "description", "missing"),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), "files", "quant_model_weight"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config", "config.json"),
+    "a broken config": (lambda f: (f / "config.json").write_text("{"), "config", "config.json"),
+    "a config that is a list": (lambda f: (f / "config.json").write_text("[]"), "config", "config.json"),
+    "no description": (
+        lambda f: (f / "quant_model_description.json").unlink(),
+        "description",
+        "quant_model_description.json",
+    ),
     "a tokenizer cut off": (lambda f: (f / "tokenizer.json").write_text('{"model": {'), "files", "tokenizer.json"),
-    "a setting that is none": (lambda f: (f / "preprocessor_config.json").write_text("nope"), "files", "preprocessor"),
+    "a setting that is no JSON": (
+        lambda f: (f / "preprocessor_config.json").write_text("nope"),
+        "files",
+        "preprocessor",
+    ),
     "a template that is a folder": (lambda f: (f / "chat_template.json").mkdir(), "files", "chat_template.json"),
     "a key twice": (
         lambda f: (f / "quant_model_description.json").write_text('{"version": "1.0.0", "version": "1.0.0"}'),
         "description",
-        "twice",
+        "'version'",
     ),
-    "a number that is none": (lambda f: (f / "config.json").write_text('{"a": NaN}'), "config", "NaN"),
-    "a config of 5 GiB": (lambda f: os.truncate(f / "config.json", 5 << 30), "config", "bytes"),
-    "a description of 5 GiB": (lambda f: os.truncate(f / "quant_model_description.json", 5 << 30), "description", "by"),
+    "a number that is NaN": (lambda f: (f / "config.json").write_text('{"a": NaN}'), "config", "NaN"),
+    "a config of 5 GiB": (lambda f: os.truncate(f / "config.json", 5 << 30), "config", str(5 << 30)),
+    "a description of 5 GiB": (
+        lambda f: os.truncate(f / "quant_model_description.json", 5 << 30),
+        "description",
+        str(5 << 30),
+    ),
 }
 
 
 @pytest.mark.parametrize("damage", FILE_DAMAGES)
 def test_damaged_files_are_named(tmp_path: Path, damage: str) -> None:
-    """Catches a traceback, or silence, on files that a broken disk, copy or tool leaves behind."""
+    """Catches a traceback, or no fault, for files that a broken disk, copy or tool leaves behind."""
     change, check, named = FILE_DAMAGES[damage]
     folder = make_content().write(tmp_path / "out")
     change(folder)
@@ -104,43 +116,55 @@ def test_damaged_files_are_named(tmp_path: Path, damage: str) -> None:
 
 
 PART = "quant_model_weight_w8a8-00002-of-00003.safetensors"
-INDEX_DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no index": (lambda f: (f / INDEX).unlink(), "missing"),
-    "a wrong total_size": (lambda f: edit(f / INDEX, lambda i: i["metadata"].update(total_size=1)), "total_size"),  # type: ignore[attr-defined]
+INDEX_DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
+    "no index": (lambda f: (f / INDEX).unlink(), "index", INDEX),
+    "a wrong total_size": (
+        lambda f: edit(f / INDEX, lambda i: i["metadata"].update(total_size=1)),
+        "index",
+        "total_size",
+    ),  # type: ignore[attr-defined]
     "a tensor not listed": (
         lambda f: edit(f / INDEX, lambda i: i["weight_map"].pop("lm_head.weight")),
-        "does not list",
+        "index",
+        "'lm_head.weight'",
     ),  # type: ignore[attr-defined]
     "a tensor in the wrong file": (
         lambda f: edit(f / INDEX, lambda i: i["weight_map"].update({"lm_head.weight": "x"})),  # type: ignore[attr-defined]
-        "places 'lm_head.weight'",
+        "index",
+        "'lm_head.weight' in 'x'",
     ),
     "a tensor that is nowhere": (
         lambda f: edit(f / INDEX, lambda i: i["weight_map"].update({"a": PART})),  # type: ignore[attr-defined]
-        "no file contains",
+        "index",
+        "'a'",
     ),
-    "no weight_map": (lambda f: (f / INDEX).write_text("{}"), "no weight_map"),
-    "a missing part": (lambda f: (f / PART).unlink(), "2 of 3 are missing"),
+    "no weight_map": (lambda f: (f / INDEX).write_text("{}"), "index", "weight_map"),
+    "a missing part": (lambda f: (f / PART).unlink(), "files", "2 of 3"),
     "a part of another set": (
         lambda f: (f / PART).rename(f / "quant_model_weight_w8a8-00002-of-00004.safetensors"),
-        "do not belong together",
+        "files",
+        "00002-of-00004",
     ),
     "a tensor in two files": (
         lambda f: (f / "quant_model_weight_w8a8-00001-of-00003.safetensors").write_bytes((f / PART).read_bytes()),
-        "is also in",
+        "files",
+        "00001-of-00003",
     ),
 }
 
 
 @pytest.mark.parametrize("damage", INDEX_DAMAGES)
 def test_damaged_shards_are_named(tmp_path: Path, damage: str) -> None:
-    """Catches an index that engines would follow into missing or doubled tensors."""
-    change, named = INDEX_DAMAGES[damage]
+    """Catches an index with which engines would load missing or duplicate tensors."""
+    change, check, named = INDEX_DAMAGES[damage]
     content = make_content()
     content.parts = 3
     folder = content.write(tmp_path / "out")
     change(folder)
-    assert named in texts(verify_folder(folder))
+    result = verify_folder(folder)
+    assert any(fault.check == check and named in f"{fault.where} {fault.what}" for fault in result.faults), texts(
+        result
+    )
 
 
 @given(position=st.integers(0, 60_000), junk=st.binary(min_size=1, max_size=40), cut=st.booleans())
@@ -158,26 +182,27 @@ def test_no_bytes_make_it_raise(tmp_path: Path, position: int, junk: bytes, cut:
     assert not cut or not result.ok
 
 
-def test_a_list_of_files_beyond_memory(tmp_path: Path) -> None:
-    """Catches a list that is read whole whatever its size: a file of holes takes no room on the disk of a stranger."""
+def test_a_manifest_beyond_memory(tmp_path: Path) -> None:
+    """Catches a manifest that is read whole whatever its size: a sparse file needs no disk space."""
     folder = make_content().write(tmp_path / "out")
     (folder / "MANIFEST.json").touch()
     os.truncate(folder / "MANIFEST.json", 5 << 30)
-    assert "5368709120 bytes" in texts(verify_folder(folder))
+    assert str(5 << 30) in texts(verify_folder(folder))
 
 
 def test_sizes_beyond_memory_are_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches arrays as large as config.json says, which no stored tensor has."""
+    """Catches arrays of the sizes in a damaged config.json, which no stored tensor has."""
     content = make_content()
     source = content.write_source(tmp_path / "float")
     folder = content.write(tmp_path / "out")
-    edit(folder / "config.json", lambda it: it["vision_config"].update(hidden_size=10**9))
-    asked: list[int] = []
-    monkeypatch.setattr(Scales, "ones", asked.append)
-    assert "shape" in texts(verify_folder(folder, model_path=source)) and not asked
+    edit(folder / "config.json", lambda config: config["vision_config"].update(hidden_size=10**9))
+    sizes: list[int] = []
+    monkeypatch.setattr(Scales, "ones", sizes.append)
+    result = verify_folder(folder, model_path=source)
+    assert any(fault.check == "tensors" for fault in result.faults) and not sizes
 
 
-# ---- what is no fault ------------------------------------------------------------------------------------------------
+# ---- no faults ------------------------------------------------------------------------------------------------------
 
 
 def test_missing_side_files_are_warnings(tmp_path: Path) -> None:
@@ -203,29 +228,29 @@ def test_a_nested_config_is_fine_for_vllm_ascend(tmp_path: Path) -> None:
     assert texts(verify_folder(content.write(tmp_path / "out"))) == ""
 
 
-# ---- bad input, report, independence ---------------------------------------------------------------------------------
+# ---- bad input, result, independence ---------------------------------------------------------------------------------
 
 
-def test_what_is_no_compiled_folder_is_the_users_mistake(tmp_path: Path) -> None:
-    """Catches a traceback, or a report of 300 missing tensors, for a wrong path."""
+def test_other_folders_are_user_errors(tmp_path: Path) -> None:
+    """Catches a traceback, or a result with 300 missing tensors, for a wrong path."""
     content = make_content()
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="nowhere"):
         verify_folder(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="looks like a float checkpoint"):
+    with pytest.raises(UserError, match="--model_path"):
         verify_folder(content.write_source(tmp_path / "float"))
-    with pytest.raises(UserError, match="is not a compiled folder"):
+    with pytest.raises(UserError, match="--save_directory"):
         verify_folder(tmp_path)
     folder = content.write(tmp_path / "out")
-    with pytest.raises(UserError, match="did you mean vllm-ascend"):
+    with pytest.raises(UserError, match="vllm-ascend"):
         verify_folder(folder, engine="vllm_ascend")
     with pytest.raises(UserError, match="--model_path"):
         verify_folder(folder, calib_images=tmp_path)
-    with pytest.raises(UserError, match=r"no \*.safetensors"):
+    with pytest.raises(UserError, match=r"\*.safetensors"):
         verify_folder(folder, model_path=tmp_path / "nowhere")
 
 
-def test_the_report_reads_and_repeats(tmp_path: Path) -> None:
-    """Catches a report that hides a fault on screen, or JSON that differs between two runs."""
+def test_the_result_is_readable_and_repeatable(tmp_path: Path) -> None:
+    """Catches a fault that is not printed, or JSON that differs between two runs."""
     content = make_content()
     content.tensors.pop(f"{Q}.quant_bias")
     folder = content.write(tmp_path / "out")
@@ -239,12 +264,12 @@ def test_the_report_reads_and_repeats(tmp_path: Path) -> None:
     result.render(console)
     shown = console.export_text()
     assert "FAIL" in shown
-    assert f"missing: {Q}.quant_bias" in shown
-    assert "what to do: compile again" in shown
+    assert f"{Q}.quant_bias" in shown
+    assert result.faults[0].fix and f"what to do: {result.faults[0].fix}" in shown
 
 
-def test_many_faults_are_shortened_on_screen_only(tmp_path: Path) -> None:
-    """Catches a screen full of one kind of fault with the others out of sight."""
+def test_many_faults_are_abbreviated_in_print_only(tmp_path: Path) -> None:
+    """Catches many faults of one check that hide those of others."""
     content = make_content()
     for name in [name for name in content.tensors if name.endswith(".weight_offset")]:
         content.tensors[name] = stored(np.ones(content.tensors[name].shape), "F32")
@@ -253,13 +278,13 @@ def test_many_faults_are_shortened_on_screen_only(tmp_path: Path) -> None:
     console = Console(width=200, record=True, file=(tmp_path / "screen").open("w"))
     result.render(console)
     shown = console.export_text()
-    assert "and 10 more in [tensors]" in shown
+    assert "10 more in [tensors]" in shown
     assert "weight_offset" in shown
     assert sum(finding.check == "tensors" for finding in result.faults) == 30
 
 
-def test_require_sound(tmp_path: Path) -> None:
-    """Catches a compiler that hands over a folder in which it could have found the fault itself."""
+def test_require_valid(tmp_path: Path) -> None:
+    """Catches a compiled folder with faults that is passed on without an error."""
     content = make_content()
     require_valid(content.write(tmp_path / "good"))
     content.tensors.pop("model.norm.weight")
@@ -267,22 +292,22 @@ def test_require_sound(tmp_path: Path) -> None:
         require_valid(content.write(tmp_path / "bad"))
 
 
-def test_the_proof_is_independent_of_what_it_proves() -> None:
+def test_verification_is_independent_of_the_compiler() -> None:
     """Catches an import, direct or through other vlqc modules, of the emitter or the passes."""
     root = Path(vlqc.__file__).parent
-    seen: set[str] = set()
+    imported: set[str] = set()
     waiting = [
         ".".join(path.relative_to(root.parent).with_suffix("").parts) for path in (root / "verify").rglob("*.py")
     ]
     while waiting:
         module = waiting.pop().removesuffix(".__init__")
-        if module in seen or not module.startswith("vlqc."):
+        if module in imported or not module.startswith("vlqc."):
             continue
-        seen.add(module)
+        imported.add(module)
         path = root.joinpath(*module.split(".")[1:])
         file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
         if not file.exists():
-            continue  # a name imported from a module, followed as if it were one
+            continue  # a name in a module, not a module
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 waiting += [name.name for name in node.names]
@@ -293,5 +318,5 @@ def test_the_proof_is_independent_of_what_it_proves() -> None:
         "vlqc.targets.rules",
         "vlqc.frontend.sequential",
         "vlqc.verify.loader",
-    } <= seen
-    assert [module for module in sorted(seen) if module.startswith(("vlqc.emit", "vlqc.passes"))] == []
+    } <= imported
+    assert [module for module in sorted(imported) if module.startswith(("vlqc.emit", "vlqc.passes"))] == []

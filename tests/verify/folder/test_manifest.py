@@ -1,4 +1,4 @@
-"""MANIFEST.json: what the emitter writes, and every way in which a folder can differ from it."""
+"""MANIFEST.json: its content, and a fault for every difference between it and the folder."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from vlqc.emit.manifest import write_manifest
-from vlqc.verify.findings import VerificationResult
+from vlqc.verify.findings import Finding, VerificationResult
 from vlqc.verify.folder.manifest import check_manifest
 
 
@@ -22,10 +22,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def faults(folder: Path) -> list[str]:
+def faults(folder: Path) -> list[Finding]:
     result = VerificationResult(str(folder))
     check_manifest(folder, result)
-    return [finding.what for finding in result.faults]
+    return result.faults
 
 
 def manifest(folder: Path) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def rewritten(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def test_what_is_written(folder: Path) -> None:
-    """Catches a file that is left out, the list listing itself, another order, sizes or digests of something else."""
+    """Catches a file that is left out, an entry for the manifest itself, another order, wrong sizes or digests."""
     files = manifest(folder)["files"]
     assert list(files) == ["config.json", "empty", "quant_model_weight_w8a8.safetensors"]
     for name, entry in files.items():
@@ -68,58 +68,64 @@ def files(content: dict[str, Any], name: str, **change: Any) -> None:
     content["files"][name] |= change
 
 
-DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a byte": (byte_changed, "quant_model_weight_w8a8.safetensors was changed"),
-    "a size": (lambda it: (it / "config.json").write_text("{} "), "config.json has 3 bytes, 2 were written"),
-    "a file gone": (lambda it: (it / "config.json").unlink(), "config.json is missing"),
-    "a file more": (lambda it: (it / "config2.json").touch(), "config2.json is not in MANIFEST.json"),
-    "a folder more": (lambda it: (it / "more").mkdir(), "more is not in MANIFEST.json"),
-    "a folder for a file": (folder_for_file, "empty is no file"),
-    "no JSON": (lambda it: (it / "MANIFEST.json").write_text("{"), "MANIFEST.json cannot be read as JSON"),
-    "no object": (lambda it: (it / "MANIFEST.json").write_text("[1]"), "MANIFEST.json is not a JSON object"),
-    "no list": (lambda it: rewritten(it, lambda c: c.pop("files")), "MANIFEST.json has no list of files"),
-    "a list of names": (lambda it: rewritten(it, lambda c: c.update(files=["a"])), "MANIFEST.json has no list"),
-    "another kind": (lambda it: rewritten(it, lambda c: c.update(manifest=2)), "MANIFEST.json has no list of files"),
+MANIFEST, WEIGHTS = "MANIFEST.json", "quant_model_weight_w8a8.safetensors"
+# what is changed, where the fault must be, and what it must name
+DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
+    "a byte": (byte_changed, WEIGHTS, "SHA-256"),
+    "a size": (lambda folder: (folder / "config.json").write_text("{} "), "config.json", "3 bytes instead of 2"),
+    "a file removed": (lambda folder: (folder / "config.json").unlink(), "config.json", "config.json"),
+    "a file added": (lambda folder: (folder / "config2.json").touch(), "config2.json", MANIFEST),
+    "a folder added": (lambda folder: (folder / "more").mkdir(), "more", MANIFEST),
+    "a folder for a file": (folder_for_file, "empty", "empty"),
+    "no JSON": (lambda folder: (folder / MANIFEST).write_text("{"), MANIFEST, "JSON"),
+    "no object": (lambda folder: (folder / MANIFEST).write_text("[1]"), MANIFEST, "JSON object"),
+    "no list": (lambda folder: rewritten(folder, lambda c: c.pop("files")), MANIFEST, "list"),
+    "a list of names": (lambda folder: rewritten(folder, lambda c: c.update(files=["a"])), MANIFEST, "list"),
+    "another version": (lambda folder: rewritten(folder, lambda c: c.update(manifest=2)), MANIFEST, "list"),
     "a path": (
-        lambda it: rewritten(it, lambda c: c["files"].update({"../x": c["files"]["empty"]})),
-        "MANIFEST.json is damaged at '../x'",
+        lambda folder: rewritten(folder, lambda c: c["files"].update({"../x": c["files"]["empty"]})),
+        MANIFEST,
+        "'../x'",
     ),
-    "a size in words": (
-        lambda it: rewritten(it, lambda c: files(c, "empty", size="0")),
-        "MANIFEST.json is damaged at 'empty'",
-    ),
+    "a size as text": (lambda folder: rewritten(folder, lambda c: files(c, "empty", size="0")), MANIFEST, "'empty'"),
     "half a digest": (
-        lambda it: rewritten(it, lambda c: files(c, "empty", sha256="0" * 32)),
-        "MANIFEST.json is damaged at 'empty'",
+        lambda folder: rewritten(folder, lambda c: files(c, "empty", sha256="0" * 32)),
+        MANIFEST,
+        "'empty'",
     ),
-    "another digest": (lambda it: rewritten(it, lambda c: files(c, "empty", sha256="0" * 64)), "empty was changed"),
-    "a file twice": (
-        lambda it: (it / "MANIFEST.json").write_text('{"manifest": 1, "manifest": 1, "files": {}}'),
-        "MANIFEST.json cannot be read as JSON",
+    "another digest": (
+        lambda folder: rewritten(folder, lambda c: files(c, "empty", sha256="0" * 64)),
+        "empty",
+        "SHA-256",
     ),
-}  # fmt: skip
+    "a key twice": (
+        lambda folder: (folder / MANIFEST).write_text('{"manifest": 1, "manifest": 1, "files": {}}'),
+        MANIFEST,
+        "'manifest'",
+    ),
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_found_and_named(folder: Path, damage: str) -> None:
-    """Catches a difference between the folder and its list that is not told, or told of something else."""
-    apply, words = DAMAGES[damage]
+    """Catches a difference between the folder and its manifest without a fault, or a fault about another file."""
+    apply, where, named = DAMAGES[damage]
     apply(folder)
-    (told,) = faults(folder)
-    assert told.startswith(words)
+    (fault,) = faults(folder)
+    assert fault.where == where and named in fault.what, fault
 
 
-def test_a_folder_without_a_list_is_fine(folder: Path) -> None:
-    """Catches a folder of another tool that fails for lacking a file it never had."""
+def test_a_folder_without_a_manifest_is_valid(folder: Path) -> None:
+    """Catches a fault for a folder of another tool, which has no manifest."""
     (folder / "MANIFEST.json").unlink()
     result = VerificationResult(str(folder))
     check_manifest(folder, result)
-    assert result.ok and "no MANIFEST.json" in result.facts["manifest"]
+    assert result.ok and "MANIFEST.json" in result.facts["manifest"]
 
 
 def test_a_link_out_of_the_folder(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Catches a file of the same bytes elsewhere, which may be another one tomorrow: the list alone cannot tell."""
+    """Catches a link to a file elsewhere, whose content may change later; its bytes are those in the manifest."""
     elsewhere = tmp_path_factory.mktemp("elsewhere") / "config.json"
     (folder / "config.json").rename(elsewhere)
     (folder / "config.json").symlink_to(elsewhere)
-    assert faults(folder) == ["config.json is a link out of the compiled folder"]
+    assert [fault.where for fault in faults(folder)] == ["config.json"]

@@ -1,5 +1,6 @@
-"""vlqc.verify, the numbers of a folder: recomputed from each other, and held against the float checkpoint."""
+"""Verification of a folder's numbers: recomputed from each other, and compared with the float checkpoint."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,29 +52,29 @@ def row(number: int, value: object) -> Callable[[npt.NDArray[np.int64]], npt.NDA
         (row(8, np.arange(-128, -96)), "-128 in channels 8"),
     ],
 )
-def test_channels_that_make_no_sense_are_named(
+def test_implausible_channels_are_named(
     tmp_path: Path, change: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int64]], expected: str
 ) -> None:
-    """Catches a dead or clipped channel passed over because scales and sums still fit."""
+    """Catches a dead or clipped channel that is not reported because scales and sums still match."""
     content = make_content()
     set_integers(content, PROJ, change(integers(content, PROJ)))
     result = verify_folder(content.write(tmp_path / "out"))
-    warned = [f"[{it.check}] {it.where}: {it.what}" for it in result.warnings]
+    warned = [f"[{warning.check}] {warning.where}: {warning.what}" for warning in result.warnings]
     named = f"[integers] {PROJ}.weight: {expected}"
     assert named in texts(result) or named in warned
 
 
 def test_a_poorly_used_range_is_a_warning(tmp_path: Path) -> None:
-    """Catches exit code 1 for a folder that loads and is merely coarse, and silence about it."""
+    """Catches a fault for a folder that is valid but coarse, and a missing warning."""
     content = make_content()
     set_integers(content, PROJ, integers(content, PROJ) // 2)
     result = verify_folder(content.write(tmp_path / "out"))
     assert result.ok
-    assert "do not use their range: the largest integer is 63" in result.warnings[0].what
+    assert result.warnings[0].where == f"{PROJ}.weight" and " 63 " in result.warnings[0].what
 
 
 def test_a_channel_of_zero_float_weights_is_no_fault(tmp_path: Path) -> None:
-    """Catches a pruned channel (zero weights, scale at its floor) called dead."""
+    """Catches a fault for a pruned channel (zero weights, scale at its floor)."""
     content = make_content()
     scale = np.frombuffer(content.tensors[f"{PROJ}.weight_scale"].data, np.float32).copy().reshape(-1, 1)
     bias = np.frombuffer(content.tensors[f"{PROJ}.bias"].data, np.uint16).copy()
@@ -88,11 +89,11 @@ def test_a_channel_of_zero_float_weights_is_no_fault(tmp_path: Path) -> None:
     set_integers(content, PROJ, row(4, 0)(integers(content, PROJ)))
     result = verify_folder(content.write(tmp_path / "out"))
     assert texts(result) == ""
-    assert "channels 4 have no weights" in result.warnings[0].what
+    assert result.warnings[0].where == f"{PROJ}.weight" and "channels 4" in result.warnings[0].what
 
 
 def test_members_of_a_group_share_their_input_scale(tmp_path: Path) -> None:
-    """Catches a group whose members are consistent each, but not with each other: engines keep one scale for all."""
+    """Catches a group whose members are consistent, but not with each other: engines use one scale for all."""
     content = make_content()
     other = make_content()
     layer = f"{LAYER}.self_attn.k_proj"
@@ -111,7 +112,7 @@ def test_members_of_a_group_share_their_input_scale(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [0.5, 128.0, -129.0, np.nan])
-def test_an_offset_that_is_no_int8(tmp_path: Path, value: float) -> None:
+def test_an_offset_that_is_not_int8(tmp_path: Path, value: float) -> None:
     """Catches an offset that engines would round or wrap."""
     content = make_content()
     content.tensors[f"{PROJ}.input_offset"] = stored(np.array([value]), "F32")
@@ -125,13 +126,11 @@ def test_scales_are_positive_and_finite(tmp_path: Path, value: float) -> None:
     scale = np.frombuffer(content.tensors[f"{PROJ}.weight_scale"].data, np.float32).copy()
     scale[2] = value
     content.tensors[f"{PROJ}.weight_scale"] = stored(scale.reshape(-1, 1), "F32")
-    assert f"[scales] {PROJ}.weight_scale: not a positive finite number in channels 2" in texts(
-        verify_folder(content.write(tmp_path / "out"))
-    )
+    assert f"[scales] {PROJ}.weight_scale: " in texts(verify_folder(content.write(tmp_path / "out")))
 
 
 def test_nan_in_a_float_tensor_is_located(tmp_path: Path) -> None:
-    """Catches a NaN that no load and no shape check would notice."""
+    """Catches a NaN that neither loading nor a check of shapes detects."""
     content = make_content()
     values = np.zeros((48, 64), np.float32)
     values[40, 3] = np.nan
@@ -145,7 +144,7 @@ def test_nan_in_a_float_tensor_is_located(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_the_reference_tool_passes(tmp_path: Path) -> None:
-    """Catches exit code 1 for scales stored and multiplied in bfloat16, which engines load."""
+    """Catches a fault for scales that are stored and multiplied in bfloat16, which engines load."""
     content = make_content(smooth=False)
     for name in [name for name in content.tensors if name.endswith(".deq_scale")]:
         layer = name.removesuffix(".deq_scale")
@@ -185,21 +184,21 @@ def test_a_fold_that_does_not_cancel_is_named(tmp_path: Path) -> None:
     content = make_content()
     scale_stored(content, f"{LAYER}.post_attention_layernorm.weight", factor)
     result = verify_folder(content.write(tmp_path / "norm"), model_path=source)
-    assert f"{LAYER}.post_attention_layernorm.weight: channels 3, 9: stored" in texts(result)
+    assert f"[float weights] {LAYER}.post_attention_layernorm.weight: channels 3, 9: " in texts(result)
     content = make_content()
     factor = np.ones(96, np.float32)
     factor[[3, 9]] = 1.25
     scale_stored(content, f"{LAYER}.mlp.down_proj.weight", factor)
     result = verify_folder(content.write(tmp_path / "down"), model_path=source)
-    assert f"{LAYER}.mlp.down_proj.weight: channels 3, 9: columns are scaled by" in texts(result)
+    assert f"[float weights] {LAYER}.mlp.down_proj.weight: channels 3, 9: " in texts(result)
     content = make_content()
     content.tensors[f"{UP}.weight"] = stored(np.roll(integers(content, UP), 1, axis=1), "I8")
     result = verify_folder(content.write(tmp_path / "rolled"), model_path=source)
-    assert f"[float weights] {UP}.weight: SQNR against the float weight is" in texts(result)
+    assert f"[float weights] {UP}.weight: SQNR " in texts(result)
 
 
 def test_better_rounding_than_the_nearest_is_no_damage(tmp_path: Path) -> None:
-    """Catches a comparison that only accepts plain rounding: methods may move many weights by one step."""
+    """Catches faults for weights that a method moves by one step from the nearest integer."""
     content = make_content()
     values = integers(content, PROJ)
     moved = np.clip(values + np.random.default_rng(0).integers(-1, 2, values.shape), -126, 126)
@@ -208,11 +207,11 @@ def test_better_rounding_than_the_nearest_is_no_damage(tmp_path: Path) -> None:
     assert texts(verify_folder(content.write(tmp_path / "out"), model_path=source)) == ""
     content.tensors[f"{PROJ}.weight"].flip(100, 0x40)
     result = verify_folder(content.write(tmp_path / "damaged"), model_path=source)
-    assert f"{PROJ}.weight: 1 of 1024 weights do not follow from the float weight, first at [3, 4]" in texts(result)
+    assert re.search(rf"{PROJ}\.weight: 1 of 1024 .*\[3, 4\]", texts(result))
 
 
 def test_clipped_weights_are_no_damage(tmp_path: Path) -> None:
-    """Catches a clipping method's largest weights, stored as +-127, called wrong."""
+    """Catches faults for a clipping method's largest weights, stored as +-127."""
     content = make_content(smooth=False)
     bits = np.frombuffer(content.source[f"{PROJ}.weight"].data, np.uint16).astype(np.uint32) << 16
     weight = bits.view(np.float32).reshape(32, 32)
@@ -228,19 +227,22 @@ def test_clipped_weights_are_no_damage(tmp_path: Path) -> None:
     assert texts(verify_folder(content.write(tmp_path / "out"), model_path=source)) == ""
 
 
-def test_another_models_checkpoint_is_noticed(tmp_path: Path) -> None:
-    """Catches a comparison that passes because it compared nothing."""
+def test_the_checkpoint_of_another_model_is_detected(tmp_path: Path) -> None:
+    """Catches a comparison without faults because it compared nothing."""
     content = make_content()
     folder = content.write(tmp_path / "out")
     del content.source["model.layers.1.mlp.down_proj.weight"]
     content.source["lm_head.weight"].shape = [64, 48]
     result = verify_folder(folder, model_path=content.write_source(tmp_path / "float"))
-    assert "model.layers.1.mlp.down_proj.weight: the float checkpoint has no such tensor here" in texts(result)
-    assert "lm_head.weight: the float checkpoint has BF16 [64, 48] here" in texts(result)
+    assert {(fault.check, fault.where) for fault in result.faults} == {
+        ("float weights", "model.layers.1.mlp.down_proj.weight"),
+        ("float weights", "lm_head.weight"),
+    }
+    assert "BF16 [64, 48]" in texts(result)
 
 
 def test_newer_names_in_the_float_checkpoint_are_read(tmp_path: Path) -> None:
-    """Catches a source saved by newer transformers reported as missing every tensor."""
+    """Catches missing tensors in a source that newer transformers saved."""
     content = make_content()
     renamed = {}
     for name, tensor in content.source.items():
@@ -251,18 +253,18 @@ def test_newer_names_in_the_float_checkpoint_are_read(tmp_path: Path) -> None:
     assert texts(result) == ""
 
 
-def test_a_damaged_float_checkpoint_is_the_users_mistake(tmp_path: Path) -> None:
-    """Catches a broken source blamed on the compiled folder."""
+def test_a_damaged_float_checkpoint_is_a_user_error(tmp_path: Path) -> None:
+    """Catches a damaged source that is reported as a fault of the compiled folder."""
     content = make_content()
     source = content.write_source(tmp_path / "float")
     (source / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes()[:-10])
-    with pytest.raises(UserError, match="truncated"):
+    with pytest.raises(UserError, match=r"model\.safetensors"):
         verify_folder(content.write(tmp_path / "out"), model_path=source)
 
 
 @given(st.floats(width=32, allow_nan=False, allow_infinity=False))
 def test_rounding_to_the_folders_dtype(value: float) -> None:
-    """Catches a rounding that is not to nearest even, by the distance to the neighbouring representable values."""
+    """Catches rounding that is not to the nearest, ties to even."""
     exact = np.array([value], np.float32)
     nearest = round_to("BF16", exact)
     bits = nearest.view(np.uint32)

@@ -1,4 +1,4 @@
-"""vlqc.verify, every scheme and layout: which engines load a folder, and what each of them wants of it."""
+"""Verification of every scheme and layout: which engines load a folder, and the rules of each engine."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ from vlqc.verify import verify_folder
 O = "model.layers.0.self_attn.o_proj"  # noqa: E741
 W4A8 = {"scheme": "W4A8_DYNAMIC"}
 ALL, NONE = "all", ["no known engine version"]
-# scheme, what else make_content is told -> which versions load it in bfloat16, and in float16
+# arguments of make_content, versions that load the folder in bfloat16, in float16
 CORRECT: list[tuple[dict[str, Any], list[str], list[str]]] = [
     ({}, ["vLLM Ascend 0.10.2rc2 and later"], ["vLLM Ascend 0.10.2rc2 and later"]),
     ({"shift": True}, ["vLLM Ascend 0.10.2rc2 and later"], ["vLLM Ascend 0.10.2rc2 and later"]),
@@ -34,14 +34,15 @@ CORRECT: list[tuple[dict[str, Any], list[str], list[str]]] = [
 def test_every_correct_folder_passes(
     tmp_path: Path, options: dict[str, Any], in_bfloat16: list[str], in_float16: list[str], dtype: str, tied: bool
 ) -> None:
-    """Catches any rule that refuses a right scheme, layout or dtype, and a wrong promise of who loads it."""
+    """Catches a rule that rejects a valid scheme, layout or dtype, and wrong versions in "loads in"."""
     content = make_content(dtype=dtype, tied=tied, **options)
     folder, source = content.write(tmp_path / "out"), content.write_source(tmp_path / "float")
     result = verify_folder(folder, model_path=source)
     assert texts(result) == ""
     loads_in = in_bfloat16 if dtype == "bfloat16" else in_float16
     assert result.facts["loads in"] == loads_in
-    assert [warning.what for warning in result.warnings] == (["no version loads it"] if loads_in == NONE else [])
+    warnings = [(warning.check, warning.where) for warning in result.warnings]
+    assert warnings == ([("engine rules", str(folder))] if loads_in == NONE else [])
     assert result.examined["float weights"] == len(content.source)
     assert result.facts.get("group size") == (64 if options.get("scheme") == "W4A8_DYNAMIC" else None)
 
@@ -50,40 +51,40 @@ def test_every_correct_folder_passes(
     ("options", "engine", "expected"),
     [
         ({}, "vllm-ascend@0.10.2rc2", ""),
-        ({}, "vllm-ascend@0.10", "vLLM Ascend 0.10 does not load it"),
+        ({}, "vllm-ascend@0.10", "vLLM Ascend 0.10 "),
         ({"scheme": "W8A8_DYNAMIC"}, "vllm-ascend@0.18", ""),
-        ({"scheme": "W8A8_DYNAMIC"}, "vllm-ascend@0.15", "vLLM Ascend 0.15 does not load it"),
-        ({"scheme": "W8A8_DYNAMIC"}, "mindie", "quantize is None instead of 'w8a8_dynamic'"),
+        ({"scheme": "W8A8_DYNAMIC"}, "vllm-ascend@0.15", "vLLM Ascend 0.15 "),
+        ({"scheme": "W8A8_DYNAMIC"}, "mindie", "config.json: quantize is None"),
         ({"scheme": "W8A8_DYNAMIC", "mindie": True}, "mindie@2.2", ""),
-        ({"scheme": "W8A8_DYNAMIC", "mindie": True}, "vllm-ascend", "vLLM Ascend finds no description"),
-        ({"scheme": "W8A8_DYNAMIC", "dtype": "float16"}, "vllm-ascend", "no version of vLLM Ascend loads it"),
+        ({"scheme": "W8A8_DYNAMIC", "mindie": True}, "vllm-ascend", "quant_model_description_w8a8_dynamic.json: "),
+        ({"scheme": "W8A8_DYNAMIC", "dtype": "float16"}, "vllm-ascend", "no version of vLLM Ascend"),
         (W4A8, "vllm-ascend@0.26.0rc1", ""),
-        (W4A8, "vllm-ascend@0.26", "vLLM Ascend 0.26 does not load it"),
-        (W4A8 | {"scope": ALL}, "vllm-ascend", "self_attn.q_proj is W4A8_DYNAMIC, and 1 more of its kind"),
-        (W4A8 | {"mindie": True}, "mindie", "no version of MindIE loads it"),
+        (W4A8, "vllm-ascend@0.26", "vLLM Ascend 0.26 "),
+        (W4A8 | {"scope": ALL}, "vllm-ascend", "self_attn.q_proj is W4A8_DYNAMIC, and 1 more"),
+        (W4A8 | {"mindie": True}, "mindie", "no version of MindIE"),
     ],
 )
 def test_a_named_engine_must_load_the_folder(
     tmp_path: Path, options: dict[str, Any], engine: str, expected: str
 ) -> None:
-    """Catches exit code 0 for a folder that the very engine which the user named refuses, and the other way round."""
+    """Catches a folder without faults that the named engine rejects, and the other way round."""
     result = verify_folder(make_content(**options).write(tmp_path / "out"), engine=engine)
     assert (expected in texts(result)) if expected else (texts(result) == "")
     assert result.engine == engine
 
 
-def test_what_no_version_loads_has_no_further_rules(tmp_path: Path) -> None:
-    """Catches faults about MindIE's vision tower in a folder of 4 bits, where a layer's inputs made no whole groups: it
-    is W8A8_DYNAMIC there, and no version loads the folder anyway."""
+def test_a_folder_that_no_version_loads_has_no_further_rules(tmp_path: Path) -> None:
+    """Catches faults about MindIE's vision tower in a 4-bit folder in which some layers are W8A8_DYNAMIC, because their
+    inputs are not divisible into groups, and which no version loads anyway."""
     content = make_content(scheme="W4A8_DYNAMIC", mindie=True, wide={"hidden_size": 96}, group_size=64)
     result = verify_folder(content.write(tmp_path / "out"))
     assert texts(result) == ""
     assert result.facts["layers per scheme"]["W8A8_DYNAMIC"] > 0
-    assert [warning.what for warning in result.warnings] == ["no version loads it"]
+    assert [warning.check for warning in result.warnings] == ["engine rules"]
 
 
 def test_lm_head_in_integers_is_never_right(tmp_path: Path) -> None:
-    """Catches a folder that no version loads, passed with a warning although nobody could ever want it."""
+    """Catches a mere warning for a layer that no engine ever quantizes."""
     content = make_content(scheme="W8A8_DYNAMIC", dtype="float16")
     for suffix, values in (("weight", np.ones((48, 64))), ("weight_scale", np.ones((48, 1)))):
         add(content, f"lm_head.{suffix}", values, "I8" if suffix == "weight" else "F32", "W8A8_DYNAMIC")
@@ -92,10 +93,10 @@ def test_lm_head_in_integers_is_never_right(tmp_path: Path) -> None:
 
 
 def test_a_slow_group_size_is_a_warning(tmp_path: Path) -> None:
-    """Catches silence about groups for which the engine's kernels are not written."""
+    """Catches a missing warning about a group size that the engine's kernels do not prefer."""
     result = verify_folder(make_content(scheme="W4A8_DYNAMIC", group_size=32).write(tmp_path / "out"))
     assert result.ok
-    assert [warning.what for warning in result.warnings] == ["group_size is 32"]
+    assert [(warning.check, "32" in warning.what) for warning in result.warnings] == [("engine rules", True)]
 
 
 GROUP_DAMAGES: dict[str, tuple[Change, str, str]] = {
@@ -119,7 +120,7 @@ GROUP_DAMAGES: dict[str, tuple[Change, str, str]] = {
     ),
     "an unsigned weight": (lambda c: setattr(c.tensors[f"{O}.weight"], "dtype", "U8"), "tensors", "U8 instead of I8"),
     "no group_size": (lambda c: c.description.pop("group_size"), "description", "group_size is None"),
-    "a group_size that is none": (
+    "a group_size as text": (
         lambda c: c.description.update(group_size="64"),
         "description",
         "group_size is '64'",
@@ -141,7 +142,7 @@ GROUP_DAMAGES: dict[str, tuple[Change, str, str]] = {
 
 @pytest.mark.parametrize("damage", GROUP_DAMAGES)
 def test_damaged_groups_are_named(tmp_path: Path, damage: str) -> None:
-    """Catches a tensor or key of 4-bit weights that verify forgets."""
+    """Catches a tensor or key of 4-bit weights that is not checked."""
     change, check, named = GROUP_DAMAGES[damage]
     content = make_content(scheme="W4A8_DYNAMIC")
     change(content)
@@ -151,8 +152,8 @@ def test_damaged_groups_are_named(tmp_path: Path, damage: str) -> None:
     )
 
 
-def test_outputs_that_the_int4_operator_does_not_take(tmp_path: Path) -> None:
-    """Catches 4-bit layers whose outputs are no multiple of eight."""
+def test_outputs_that_the_int4_operator_does_not_support(tmp_path: Path) -> None:
+    """Catches 4-bit layers whose number of outputs is not a multiple of 8."""
     folder = make_content(scheme="W4A8_DYNAMIC", wide={"intermediate_size": 180}).write(tmp_path / "out")
     result = verify_folder(folder)
     assert {finding.where for finding in result.faults} == {
@@ -165,10 +166,14 @@ LAYOUT_DAMAGES: dict[str, tuple[dict[str, Any], Callable[[Path], object], str]] 
     "the description of another type": (
         {},
         lambda f: (f / "quant_model_description_w8a8.json").rename(f / "quant_model_description_w4a8.json"),
-        "names this file quant_model_description_w8a8.json",
+        "quant_model_description_w8a8.json",
     ),
-    "no options": ({}, lambda f: edit(f / "config.json", lambda c: c.pop("quantization_config")), "is missing"),
-    "a group size that MindIE refuses": (
+    "no options": (
+        {},
+        lambda f: edit(f / "config.json", lambda c: c.pop("quantization_config")),
+        "config.json: quantization_config",
+    ),
+    "a group size that MindIE rejects": (
         {},
         lambda f: edit(f / "config.json", lambda c: c.update(quantization_config={"group_size": 512})),
         "quantization_config.group_size is 512",
@@ -183,14 +188,14 @@ LAYOUT_DAMAGES: dict[str, tuple[dict[str, Any], Callable[[Path], object], str]] 
         lambda f: edit(f / "config.json", lambda c: c["vision_config"].update(quantize="w8a8")),  # type: ignore[attr-defined]
         "vision_config.quantize is 'w8a8' instead of None",
     ),
-    "everybody may write a file": ({}, lambda f: (f / "config.json").chmod(0o666), "everybody may write"),
-    "everybody may write the folder": ({}, lambda f: f.chmod(0o777), "everybody may write"),
+    "a file writable by all": ({}, lambda f: (f / "config.json").chmod(0o666), "[engine rules] config.json"),
+    "a folder writable by all": ({}, lambda f: f.chmod(0o777), "[engine rules] out"),
 }
 
 
 @pytest.mark.parametrize("damage", LAYOUT_DAMAGES)
 def test_damaged_layouts_of_mindie_are_named(tmp_path: Path, damage: str) -> None:
-    """Catches a rule of MindIE's own layout that verify forgets."""
+    """Catches a rule of MindIE's layout that is not checked."""
     options, change, named = LAYOUT_DAMAGES[damage]
     folder = make_content(mindie=True, **options).write(tmp_path / "out")
     change(folder)
@@ -198,7 +203,7 @@ def test_damaged_layouts_of_mindie_are_named(tmp_path: Path, damage: str) -> Non
 
 
 def test_permissions_of_a_folder_for_both_are_a_warning(tmp_path: Path) -> None:
-    """Catches exit code 1 for a mode that only one of the two engines minds, and that a copy changes anyway."""
+    """Catches a fault for a file mode that only one of two engines rejects and that a copy changes anyway."""
     folder = make_content(both=True).write(tmp_path / "out")
     (folder / "config.json").chmod(0o666)
     result = verify_folder(folder)
@@ -207,7 +212,7 @@ def test_permissions_of_a_folder_for_both_are_a_warning(tmp_path: Path) -> None:
 
 
 def test_4_bits_beyond_4_bits(tmp_path: Path) -> None:
-    """Catches a byte of MindIE's unpacked layout that no nibble can be."""
+    """Catches a byte of MindIE's unpacked layout that is not a 4-bit integer."""
     content = make_content(scheme="W4A8_DYNAMIC", mindie=True)
     content.tensors[f"{O}.weight"].flip(3 * 128 + 5, 0x50)
     assert "[integers] model.layers.0.self_attn.o_proj.weight:" in texts(verify_folder(content.write(tmp_path / "out")))

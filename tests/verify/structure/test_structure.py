@@ -1,4 +1,4 @@
-"""vlqc.verify, every tensor of a folder: presence, dtype, shape, description, and what goes with it in the config."""
+"""Verification of every tensor of a folder: presence, dtype, shape, description, and the keys of the config."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from vlqc.verify import verify_folder
 @pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("parts", [1, 3])
 def test_a_correct_folder_passes(tmp_path: Path, dtype: str, tied: bool, both: bool, parts: int) -> None:
-    """Catches any rule that refuses what both engines load."""
+    """Catches a rule that rejects a folder which both engines load."""
     content = make_content(dtype=dtype, tied=tied, both=both)
     content.parts = parts
     result = verify_folder(content.write(tmp_path / "out"))
@@ -26,7 +26,7 @@ def test_a_correct_folder_passes(tmp_path: Path, dtype: str, tied: bool, both: b
     assert result.examined["tensors"] == len(content.tensors)
 
 
-# ---- damage to the content: what is done -> the check that must fail, and what it must name ----------------------
+# ---- damaged content: name, change, check that must fail, what the fault must name --------------------------------
 
 
 CONTENT_DAMAGES: dict[str, tuple[Change, str, str]] = {
@@ -35,7 +35,7 @@ CONTENT_DAMAGES: dict[str, tuple[Change, str, str]] = {
     "a bias is missing": (lambda c: c.tensors.pop(f"{QKV}.bias"), "tensors", f"{QKV}.bias"),
     "a surplus tensor": (lambda c: add(c, "model.rotary.inv_freq", [1.0], "F32"), "tensors", "model.rotary.inv_freq"),
     "a surplus companion": (lambda c: add(c, "lm_head.input_scale", [1.0], "F32"), "tensors", "lm_head.input_scale"),
-    "a bias where there is none": (lambda c: add(c, "lm_head.bias", [0.0] * 48, "BF16"), "tensors", "lm_head.bias"),
+    "an unexpected bias": (lambda c: add(c, "lm_head.bias", [0.0] * 48, "BF16"), "tensors", "lm_head.bias"),
     "names of newer transformers": (
         lambda c: rename(c, f"{QKV}.weight", f"model.{QKV}.weight"),
         "tensors",
@@ -62,7 +62,7 @@ CONTENT_DAMAGES: dict[str, tuple[Change, str, str]] = {
     "no description of a layer": (lambda c: c.description.pop(f"{Q}.weight"), "description", f"{Q}.weight"),
     "no description of the head": (lambda c: c.description.pop("lm_head.weight"), "description", "lm_head.weight"),
     "no description of a companion": (lambda c: c.description.pop(f"{Q}.deq_scale"), "description", f"{Q}.deq_scale"),
-    "a companion under another word": (
+    "another scheme for a companion": (
         lambda c: c.description.update({f"{Q}.deq_scale": "FLOAT"}),
         "description",
         f"{Q}.deq_scale",
@@ -89,7 +89,7 @@ CONTENT_DAMAGES: dict[str, tuple[Change, str, str]] = {
     "quantization_config": (lambda c: c.config.update({"quantization_config": {}}), "config", "quantization_config"),
     "a float32 config": (lambda c: c.config.update({"torch_dtype": "float32"}), "config", "torch_dtype"),
     "no dtype": (lambda c: c.config.pop("torch_dtype"), "config", "torch_dtype"),
-    "a size that is none": (lambda c: c.config.update({"hidden_size": "64"}), "config", "hidden_size"),
+    "a size as text": (lambda c: c.config.update({"hidden_size": "64"}), "config", "hidden_size"),
     "heads that do not fit": (lambda c: c.config.update({"num_key_value_heads": 3}), "config", "num_key_value_heads"),
     "no vision_config": (lambda c: c.config.pop("vision_config"), "config", "vision_config"),
     "tied, and stored twice": (lambda c: c.config.update({"tie_word_embeddings": True}), "config", "lm_head.weight"),
@@ -106,7 +106,7 @@ CONTENT_DAMAGES: dict[str, tuple[Change, str, str]] = {
 
 @pytest.mark.parametrize("damage", CONTENT_DAMAGES)
 def test_damaged_content_is_named(tmp_path: Path, damage: str) -> None:
-    """Catches a rule of the format that verify forgets: each damage alone must fail its check and be named."""
+    """Catches a rule of the format that is not checked: each damage alone must fail its check and be named."""
     change, check, named = CONTENT_DAMAGES[damage]
     content = make_content()
     change(content)
@@ -120,14 +120,14 @@ MINDIE_DAMAGES: dict[str, tuple[Change, str]] = {
     "quantize is missing": (lambda c: c.config.pop("quantize"), "quantize"),
     "quantize is another type": (lambda c: c.config.update({"quantize": "w8a8_dynamic"}), "quantize"),
     "the vision key is missing": (lambda c: c.config["vision_config"].pop("quantize"), "vision_config.quantize"),
-    "a nested config": (lambda c: c.config.update({"text_config": dict(c.config)}), "nested"),
+    "a nested config": (lambda c: c.config.update({"text_config": dict(c.config)}), "text_config"),
     "a float qkv in a quantized tower": (lambda c: float_weight(c, QKV), QKV),
 }
 
 
 @pytest.mark.parametrize("damage", MINDIE_DAMAGES)
 def test_rules_of_mindie_alone(tmp_path: Path, damage: str) -> None:
-    """Catches a folder announced for MindIE that only vLLM Ascend loads, and MindIE's rules applied to vLLM Ascend."""
+    """Catches a folder for MindIE that only vLLM Ascend loads, and MindIE's rules applied to vLLM Ascend."""
     change, named = MINDIE_DAMAGES[damage]
     content = make_content(both=True)
     change(content)
@@ -141,11 +141,11 @@ INPUT_NORM = "model.layers.0.input_layernorm"
 
 
 def test_a_norm_bias_must_be_one_that_vllm_ascend_applies(tmp_path: Path) -> None:
-    """Catches a folded shift that vLLM Ascend drops silently because no description key contains norm.bias."""
+    """Catches a folded shift that vLLM Ascend ignores because no key of the description contains norm.bias."""
     content = make_content()
     add(content, "visual.blocks.0.norm1.bias", np.zeros(32), "BF16")
     result = verify_folder(content.write(tmp_path / "vision"))
-    assert texts(result) == "[engine rules] visual.blocks.0.norm1.bias: this bias would be dropped"
+    assert [(fault.check, fault.where) for fault in result.faults] == [("engine rules", "visual.blocks.0.norm1.bias")]
     assert result.facts["loads in"] == ["no known engine version"]
     add(content, f"{INPUT_NORM}.bias", np.zeros(64), "BF16")
     assert verify_folder(content.write(tmp_path / "both")).ok
@@ -154,25 +154,25 @@ def test_a_norm_bias_must_be_one_that_vllm_ascend_applies(tmp_path: Path) -> Non
 NORM_DAMAGES: dict[str, tuple[Change, str]] = {
     "a consumer is float": (
         lambda c: [float_weight(c, f"model.layers.0.self_attn.{member}_proj") for member in "qkv"],
-        f"{INPUT_NORM}.bias: this bias would be dropped",
+        f"[engine rules] {INPUT_NORM}.bias: ",
     ),
     "no copy of the bias": (
         lambda c: (c.tensors.pop(f"{INPUT_NORM}.module.bias"), c.description.pop(f"{INPUT_NORM}.module.bias")),
-        f"{INPUT_NORM}.bias: {INPUT_NORM}.module.bias is missing",
+        f"{INPUT_NORM}.bias: {INPUT_NORM}.module.bias",
     ),
     "another copy of the bias": (
         lambda c: c.tensors[f"{INPUT_NORM}.module.bias"].flip(5, 1),
-        f"{INPUT_NORM}.module.bias: it differs from {INPUT_NORM}.bias",
+        f"[engine rules] {INPUT_NORM}.module.bias: ",
     ),
     "another copy of the weight": (
         lambda c: c.tensors[f"{INPUT_NORM}.module.weight"].flip(5, 1),
-        f"{INPUT_NORM}.module.weight: it differs from {INPUT_NORM}.weight",
+        f"[engine rules] {INPUT_NORM}.module.weight: ",
     ),
     "a copy without a bias": (
         lambda c: add(c, "visual.merger.ln_q.module.weight", np.ones(32), "BF16", "W8A8"),
-        "visual.merger.ln_q.module.weight is there without a bias",
+        "[engine rules] visual.merger.ln_q.weight: visual.merger.ln_q.module.weight",
     ),
-    "a copy under another word": (
+    "another scheme for a copy": (
         lambda c: c.description.update({f"{INPUT_NORM}.module.weight": "FLOAT"}),
         f"[description] {INPUT_NORM}.module.weight",
     ),
@@ -181,7 +181,7 @@ NORM_DAMAGES: dict[str, tuple[Change, str]] = {
 
 @pytest.mark.parametrize("damage", NORM_DAMAGES)
 def test_a_norm_bias_must_be_one_that_mindie_applies(tmp_path: Path, damage: str) -> None:
-    """Catches a folded shift that MindIE drops, or applies to some of a norm's readers only."""
+    """Catches a folded shift that MindIE ignores, or applies for some of a norm's consumers only."""
     change, named = NORM_DAMAGES[damage]
     content = make_content(mindie=True, shift=True)
     change(content)
@@ -189,11 +189,11 @@ def test_a_norm_bias_must_be_one_that_mindie_applies(tmp_path: Path, damage: str
 
 
 def test_one_folder_for_both_has_no_norm_bias(tmp_path: Path) -> None:
-    """Catches a shift in a folder for both: MindIE wants the norms repeated, vLLM Ascend knows no such tensors."""
+    """Catches a shift in a folder for both: MindIE needs copies of the norms, which vLLM Ascend does not support."""
     content = make_content(both=True, shift=True)
     folder = content.write(tmp_path / "out")
-    assert f"{INPUT_NORM}.module.weight is missing" in texts(verify_folder(folder))
+    assert f"{INPUT_NORM}.weight: {INPUT_NORM}.module.weight" in texts(verify_folder(folder))
     assert texts(verify_folder(folder, engine="vllm-ascend")) == ""
     add(content, f"{INPUT_NORM}.module.bias", np.zeros(64), "BF16")
     result = verify_folder(content.write(tmp_path / "repeated"), engine="vllm-ascend")
-    assert f"{INPUT_NORM}.module.bias: this tensor does not belong to the model" in texts(result)
+    assert f"[tensors] {INPUT_NORM}.module.bias: " in texts(result)

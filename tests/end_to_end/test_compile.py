@@ -248,7 +248,7 @@ def test_dumps_show_every_stage_after_every_pass(planted: Path, samples: list[Sa
     assert stages == {name: wanted for name in blocks}
     for file in (tmp_path / "d").glob("*/*.vlqc"):
         text = file.read_text()
-        assert vlqc.print_stage(vlqc.parse(text)) == text
+        assert vlqc.print_stage(vlqc.parse_stage(text)) == text
 
 
 def test_result_tells_what_became_what(planted: Path, samples: list[Sample], tmp_path: Path) -> None:

@@ -193,7 +193,7 @@ def test_values_of_a_cell_are_one_line() -> None:
     result.add_fault("files", "out", "one is missing")
     assert repr(result) == "<VerificationResult of out: FAIL, 1 fault, 0 warnings>"
     text = 'stage "a.0" part=vision dtype=bfloat16 {\n  %x = input("x") : float32[2]\n  return (%x,)\n}\n'
-    assert repr(vlqc.parse(text)) == "<Stage a.0: 2 nodes, 0 sites>"
+    assert repr(vlqc.parse_stage(text)) == "<Stage a.0: 2 nodes, 0 sites>"
 
 
 # ---- formatting ------------------------------------------------------------------------------------------------------

@@ -35,8 +35,8 @@ def required_disk_space(
 
 
 def predict_schemes(model: StreamedModel, passes: Sequence[Pass]) -> dict[str, Site]:
-    """Every Linear of the stages by checkpoint name, with the scheme that `assign-precision`, or another of these
-    passes with a `choose` method, will give it."""
+    """Every Linear of the stages by checkpoint name, with the scheme that the first pass with a `choose`
+    method will give it."""
     assign: Any = next((step for step in passes if hasattr(step, "choose")), None)
     sites, layers = {}, set(model.layers)
     for stage in model.stages.values():

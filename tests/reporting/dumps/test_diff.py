@@ -33,7 +33,7 @@ def test_every_digest_that_differs_is_told(place: int) -> None:
     at = place + len("digest=")
     other = LOWERED[:at] + ("0" if LOWERED[at] != "0" else "1") + LOWERED[at + 1 :]
     line = LOWERED[LOWERED.rfind("\n", 0, place) + 1 :].split("\n")[0]
-    (about,) = changes(vlqc.parse(LOWERED), vlqc.parse(other))
+    (about,) = changes(vlqc.parse_stage(LOWERED), vlqc.parse_stage(other))
     assert about.strip("%") in line.replace('.weight"', '"') or about == "the graph"
 
 
@@ -43,15 +43,15 @@ def test_a_line_that_is_gone_is_told(number: int) -> None:
     lines = LOWERED.splitlines()
     without = "\n".join(lines[:number] + lines[number + 1 :])
     try:
-        other = vlqc.parse(without)
+        other = vlqc.parse_stage(without)
     except UserError:  # what it defines is used elsewhere
         return
-    assert changes(vlqc.parse(LOWERED), other) and changes(other, vlqc.parse(LOWERED))
+    assert changes(vlqc.parse_stage(LOWERED), other) and changes(other, vlqc.parse_stage(LOWERED))
 
 
 def test_equal_texts_do_not_differ() -> None:
     """Catches words about nothing."""
-    assert changes(vlqc.parse(LOWERED), vlqc.parse(LOWERED)) == {}
+    assert changes(vlqc.parse_stage(LOWERED), vlqc.parse_stage(LOWERED)) == {}
 
 
 def test_states_are_paired_by_pass(tmp_path: Path) -> None:

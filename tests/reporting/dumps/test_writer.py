@@ -62,7 +62,10 @@ def test_chosen_stages_in_chosen_formats(dump: Path) -> None:
 def test_json_says_what_the_text_says(dump: Path) -> None:
     """Catches JSON that leaves out or renames what a program would look for, and numbers that differ from the text."""
     path = dump / "model.layers.1" / "08-after-lower-linears"
-    said, stage = json.loads(path.with_suffix(".json").read_text()), vlqc.parse(path.with_suffix(".vlqc").read_text())
+    said, stage = (
+        json.loads(path.with_suffix(".json").read_text()),
+        vlqc.parse_stage(path.with_suffix(".vlqc").read_text()),
+    )
     assert (said["stage"], said["part"], said["dtype"]) == ("model.layers.1", "language", "bfloat16")
     assert [node["name"] for node in said["nodes"]] == [node.name for node in stage.graph.nodes]
     shaped = {node["name"]: (tuple(node["shape"]), node["dtype"]) for node in said["nodes"] if "shape" in node}
@@ -208,7 +211,7 @@ def test_any_damage_is_refused_or_harmless(merger: Path, name: str, data: st.Dat
     try:
         (merger / name).write_text(other)
         stage = read_bundle(merger)
-        assert vlqc.print_stage(stage) == vlqc.print_stage(vlqc.parse((merger / "graph.vlqc").read_text()))
+        assert vlqc.print_stage(stage) == vlqc.print_stage(vlqc.parse_stage((merger / "graph.vlqc").read_text()))
     except UserError:
         pass
     finally:
@@ -236,7 +239,7 @@ def test_run_pass_says_what_changed(dump: Path, tmp_path: Path) -> None:
     assert (code, err) == (0, "")
     assert "model.layers.1.self_attn.q_proj\n  input: none -> scale 0.0" in out and "things changed" in out
     code, text, err = told("run-pass", bundle, "quantize-activations{method=minmax}", "--text")
-    assert text == (tmp_path / "t.vlqc").read_text() == vlqc.print_stage(vlqc.parse(text))
+    assert text == (tmp_path / "t.vlqc").read_text() == vlqc.print_stage(vlqc.parse_stage(text))
     assert told("run-pass", str(tmp_path), "smooth-m2")[0] == 2
     assert told("run-pass", bundle, "smoothm2")[0] == 2
     assert told("run-pass", bundle, "quantize-activations", "-o", str(tmp_path / "none" / "t.vlqc"))[0] == 2
@@ -246,7 +249,7 @@ def test_dump_prints_what_a_compilation_traces(dump: Path, tmp_path: Path) -> No
     """Catches a trace that differs from the compiler's in anything but the lengths, or that runs a pass."""
     code, out, err = told("dump", str(TINY), "--stages", "model.layers.1")
     assert code == 0, err
-    stage, traced = vlqc.parse(out), vlqc.parse((dump / "model.layers.1" / "00-traced.vlqc").read_text())
+    stage, traced = vlqc.parse_stage(out), vlqc.parse_stage((dump / "model.layers.1" / "00-traced.vlqc").read_text())
     assert stage.tensors == traced.tensors and list(stage.sites) == list(traced.sites)
     assert [(it.op, it.name) for it in stage.graph.nodes] == [(it.op, it.name) for it in traced.graph.nodes]
     assert stage.edges is None and not stage.observations
@@ -287,7 +290,9 @@ def test_stop_after_ends_there(dump: Path, tmp_path: Path) -> None:
 
 def test_print_after_shows_one_state_of_the_chosen_stages() -> None:
     """Catches texts of every pass and stage on the terminal, where one was asked for."""
-    stages = {name: StageSnapshot(name, "vision", torch.bfloat16, vlqc.parse(TEXT).graph) for name in ("a.0", "a.1")}
+    stages = {
+        name: StageSnapshot(name, "vision", torch.bfloat16, vlqc.parse_stage(TEXT).graph) for name in ("a.0", "a.1")
+    }
     shown: list[str] = []
     dumper = Dumper(None, stages=["a.1"], print_after="smooth-m2", show=shown.append)
     for stage in stages.values():

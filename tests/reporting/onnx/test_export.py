@@ -262,7 +262,7 @@ def test_an_operation_without_a_rule_is_named(tmp_path: Path) -> None:
 
 def test_nothing_is_called_that_is_not_listed(tmp_path: Path) -> None:
     """Catches an export that runs what the text of a stranger's stage calls, such as torch.load of a pickle."""
-    graph = vlqc.parse(
+    graph = vlqc.parse_stage(
         'stage "a.0" part=vision dtype=bfloat16 {\n  %x = input("x") : float32[2]\n'
         f'  %load = torch.load("{tmp_path / "evil.pt"}", weights_only=False)\n  return (%x,)\n}}\n'
     ).graph

@@ -1,0 +1,19 @@
+# The public names: type checkers read this file, and `__init__.py` imports them from here on first use.
+from vlqc.compiler import compile as compile
+from vlqc.errors import InternalError as InternalError
+from vlqc.errors import UserError as UserError
+from vlqc.ir.observation import Observation as Observation
+from vlqc.ir.parser import parse_stage as parse_stage
+from vlqc.ir.printer import print_stage as print_stage
+from vlqc.ir.stage import Edge as Edge
+from vlqc.ir.stage import Site as Site
+from vlqc.ir.stage import Stage as Stage
+from vlqc.pipeline.manager import PassManager as PassManager
+from vlqc.pipeline.pass_api import Pass as Pass
+from vlqc.pipeline.registry import parse_pipeline as parse_pipeline
+from vlqc.pipeline.registry import print_pipeline as print_pipeline
+from vlqc.reporting.html import write_report as write_report
+from vlqc.reporting.progress import TerminalProgress as TerminalProgress
+from vlqc.reporting.summary import Result as Result
+from vlqc.verify import verify_folder as verify_folder
+from vlqc.verify.loader import load as load

@@ -58,7 +58,7 @@ def compile(
     manager = PassManager(pipeline, before=progress_callback(show.step), after=onlookers.after)
     device, trust = process_group.local_device(resolve_device(options.device_type)), options.trust_remote_code
     model = process_group.rank0_first(lambda: StreamedModel.open(checkpoint, trust_remote_code=trust, device=device))
-    summary.note_unused_tensors(model.unknown_tensors())
+    summary.note_unused_tensors(model.unused_tensors())
     check_layers(model, options)
     calibration = calibrate_on(samples, options, model.module) if process_group.is_rank0 else Calibration([])
     summary.add_notes(calibration.notes)

@@ -81,7 +81,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "unknown architecture": (lambda m: change_config(m, architectures=["NoSuchModel"]), ("NoSuchModel",)),
     "other model": (
         lambda m: change_config(m, architectures=["LlamaForCausalLM"], model_type="llama"),
-        ("model_type is llama", "qwen2_5_vl"),
+        ("unsupported model type 'llama'", "qwen2_5_vl"),
     ),
     "config that no model fits": (lambda m: change_config(m, hidden_act="no_such_function"), ("no_such_function",)),
 }

@@ -18,7 +18,7 @@ from tests.support.naive_w8a8 import load_float, signal_to_noise
 from tools.demo import plant_outliers, tiny_task
 from vlqc.families.qwen2_5_vl import original_name
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
-from vlqc.frontend.streamed_model import StreamedModel, build
+from vlqc.frontend.streamed_model import StreamedModel, build_meta_model
 from vlqc.ir.execution import StageRun
 from vlqc.ir.stage import Stage
 
@@ -191,7 +191,7 @@ def test_names_do_not_matter(
     """Catches anything found by what a module is called instead of by what it does: same edges, same integers."""
 
     def renamed(checkpoint: Checkpoint, **kwargs: Any) -> StreamedModel:
-        module = build(checkpoint.folder, checkpoint.config)
+        module = build_meta_model(checkpoint.folder, checkpoint.config)
         names = rename_children(module)
         return StreamedModel(module, checkpoint, lambda path: original_name(names(path)))
 

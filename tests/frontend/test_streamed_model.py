@@ -1,4 +1,4 @@
-"""The float model without weights: what is where, which parts are stages, how they are filled and emptied."""
+"""The streamed model: parameters on meta, stages, loading and freeing of weights, invalid checkpoints."""
 
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from tests.support import tiny
 from vlqc.errors import UserError
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
-from vlqc.frontend.streamed_model import StreamedModel, build, find_stages, model_inputs, parameters_on_meta
+from vlqc.frontend.streamed_model import StreamedModel, build_meta_model, find_stages, model_inputs, parameters_on_meta
 
 OUTSIDE = ["lm_head.weight", "model.embed_tokens.weight", "model.norm.weight", "visual.patch_embed.proj.weight"]
 
 
 @pytest.mark.every_transformers
-def test_parameters_are_on_meta_and_buffers_are_real() -> None:
-    """Catches a model that takes its full memory, and rotary frequencies that are lost with the weights."""
+def test_parameters_are_on_meta_and_buffers_have_values() -> None:
+    """Catches a model that takes its full memory, and rotary frequencies without values."""
     model = tiny.float_model().module
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     buffers, expected = dict(model.named_buffers()), dict(tiny.plain().named_buffers())
@@ -28,8 +28,8 @@ def test_parameters_are_on_meta_and_buffers_are_real() -> None:
     assert not model.training
 
 
-def test_the_registering_of_parameters_is_put_back() -> None:
-    """Catches modules of the caller that land on meta after a model was built, or after building failed."""
+def test_register_parameter_is_restored() -> None:
+    """Catches modules of the caller that are created on meta after a model was built, or after an exception."""
     with parameters_on_meta():
         inside = nn.Linear(2, 2)
     with pytest.raises(ZeroDivisionError), parameters_on_meta():
@@ -40,7 +40,7 @@ def test_the_registering_of_parameters_is_put_back() -> None:
 
 @pytest.mark.every_transformers
 def test_stages_are_blocks_merger_and_layers_in_running_order() -> None:
-    """Catches a stage that is overlooked, invented, misnamed or out of order."""
+    """Catches a stage that is missing, extra, misnamed or out of order."""
     model = tiny.float_model()
     assert list(model.stages) == tiny.STAGES
     assert [model.is_language(stage) for stage in model.stages.values()] == [False] * 5 + [True] * 4
@@ -49,7 +49,7 @@ def test_stages_are_blocks_merger_and_layers_in_running_order() -> None:
 
 @pytest.mark.every_transformers
 def test_every_checkpoint_tensor_has_its_parameter() -> None:
-    """Catches a tensor of the checkpoint that nothing in the model asks for, or a parameter under a foreign name."""
+    """Catches a checkpoint tensor without a parameter, or a parameter under another name."""
     model = tiny.float_model()
     parameters = model.parameters(model.module)
     assert sorted(parameters) == model.checkpoint.names
@@ -57,7 +57,7 @@ def test_every_checkpoint_tensor_has_its_parameter() -> None:
 
 
 class Other(nn.Module):
-    """A model of another make: towers with other names, a connector, a head, nested lists of experts."""
+    """Another architecture: towers with other names, a connector, a head, nested lists of experts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,15 +72,15 @@ class Other(nn.Module):
 
 
 def test_stages_are_found_by_structure_not_by_name() -> None:
-    """Catches a search by name, experts taken for stages, and heads, stems, tables or lists of norms taken for them."""
+    """Catches a search by name, and experts, heads, stems, embeddings or lists of norms as stages."""
     other = Other()
     paths = {module: path for path, module in other.named_modules()}
     assert [paths[stage] for stage in find_stages(other)] == ["eye.rungs.0", "eye.rungs.1", "bridge", "mind.steps.0"]
 
 
 @pytest.mark.every_transformers
-def test_fill_and_empty() -> None:
-    """Catches weights that stay behind, that are views of the mapped file, not float32, or of another stage."""
+def test_materialize_and_to_meta() -> None:
+    """Catches weights that stay in memory, are views of the mapped file, not float32, or of another stage."""
     model = tiny.float_model()
     stage = model.stages["model.layers.1"]
     stored = load_file(tiny.TINY / "model.safetensors")
@@ -102,8 +102,8 @@ def test_fill_and_empty() -> None:
 
 @pytest.mark.every_transformers
 @pytest.mark.parametrize("head", [False, True])
-def test_ready_outside_reads_what_runs_and_nothing_more(head: bool) -> None:
-    """Catches the output head or the whole embedding table in memory, a stage that is filled, and leftovers."""
+def test_non_stage_weights_loads_only_what_runs(head: bool) -> None:
+    """Catches an output head, embedding or stage that is loaded without need, and weights that stay in memory."""
     model, read = tiny.float_model(), []
 
     def note(name: str) -> Tensor:
@@ -123,8 +123,8 @@ def test_ready_outside_reads_what_runs_and_nothing_more(head: bool) -> None:
 
 
 @pytest.mark.every_transformers
-def test_ready_outside_leaves_nothing_after_an_error() -> None:
-    """Catches weights that stay in memory, or an embedding that stays replaced, when reading fails half way."""
+def test_non_stage_weights_cleans_up_after_an_error() -> None:
+    """Catches weights that stay in memory, or an embedding that stays replaced, if reading fails."""
     model = tiny.float_model()
 
     def fail(name: str) -> Tensor:
@@ -139,7 +139,7 @@ def test_ready_outside_leaves_nothing_after_an_error() -> None:
 
 @pytest.mark.every_transformers
 def test_a_tied_head_is_not_expected_in_the_checkpoint(tmp_path: Path) -> None:
-    """Catches "lm_head.weight is missing" for small models, whose head is their embedding table."""
+    """Catches "lm_head.weight is missing" for models with tied embeddings."""
     folder = tiny.damaged(
         tmp_path, tensors=lambda t: t.pop("lm_head.weight"), config=lambda c: c.update(tie_word_embeddings=True)
     )
@@ -153,7 +153,7 @@ def test_a_tied_head_is_not_expected_in_the_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.every_transformers
 def test_a_checkpoint_that_does_not_fit_its_config(tmp_path: Path) -> None:
-    """Catches a traceback deep in transformers in place of a list of what is missing or misshapen."""
+    """Catches a traceback in place of a list of the missing tensors and those with another shape."""
 
     def spoil(tensors: dict[str, Tensor]) -> None:
         del tensors["visual.merger.mlp.2.bias"]
@@ -170,10 +170,10 @@ def test_a_checkpoint_that_does_not_fit_its_config(tmp_path: Path) -> None:
 @pytest.mark.every_transformers
 @pytest.mark.parametrize("architectures", [["Nonsense"], ["AutoConfig"], [], None])
 def test_an_unknown_architecture(tmp_path: Path, architectures: list[str] | None) -> None:
-    """Catches a traceback for a model that transformers does not have, or a name in it that is no model."""
+    """Catches a traceback for a class that transformers does not have, or that is not a model."""
     folder = tiny.damaged(tmp_path, config=lambda c: c.update(architectures=architectures))
-    with pytest.raises(UserError, match="architecture is not known"):
-        build(folder, Checkpoint(folder).config)
+    with pytest.raises(UserError, match="unsupported architecture"):
+        build_meta_model(folder, Checkpoint(folder).config)
 
 
 @pytest.mark.every_transformers
@@ -183,20 +183,20 @@ def test_an_unknown_architecture(tmp_path: Path, architectures: list[str] | None
 def test_a_config_that_no_model_can_be_built_from(tmp_path: Path, change: dict[str, object]) -> None:
     """Catches a traceback for a damaged config.json."""
     folder = tiny.damaged(tmp_path, config=lambda c: c.update(change))
-    with pytest.raises(UserError, match=r"cannot be built"):
-        build(folder, Checkpoint(folder).config)
+    with pytest.raises(UserError, match="cannot create the model"):
+        build_meta_model(folder, Checkpoint(folder).config)
 
 
 @pytest.mark.every_transformers
-def test_a_model_of_another_type(tmp_path: Path) -> None:
-    """Catches a model that could be traced, but whose engines' rules nobody has written down."""
+def test_unsupported_model_type(tmp_path: Path) -> None:
+    """Catches a model type that could be traced, but for which no engine rules are known."""
     folder = tiny.damaged(tmp_path, config=lambda c: c.update(model_type="nonsense"))
-    with pytest.raises(UserError, match="model_type is nonsense"):
-        build(folder, Checkpoint(folder).config)
+    with pytest.raises(UserError, match="unsupported model type 'nonsense'"):
+        build_meta_model(folder, Checkpoint(folder).config)
 
 
-def test_a_model_without_blocks_cannot_be_compiled(tmp_path: Path) -> None:
-    """Catches a compilation that writes a float copy because it found nothing to do."""
+def test_a_model_without_blocks_is_unsupported(tmp_path: Path) -> None:
+    """Catches a compilation without stages, which would write a float copy."""
 
     class Bare(nn.Module):
         config = type("Config", (), {"tie_word_embeddings": False})
@@ -211,13 +211,13 @@ def test_a_model_without_blocks_cannot_be_compiled(tmp_path: Path) -> None:
         def get_output_embeddings(self) -> nn.Module:
             return self.head
 
-    with pytest.raises(UserError, match="cannot be traced"):
+    with pytest.raises(UserError, match="unsupported architecture"):
         StreamedModel(Bare(), Checkpoint(tiny.TINY))
 
 
 @pytest.mark.every_transformers
 def test_model_inputs_fit_the_installed_transformers() -> None:
-    """Catches inputs that this transformers refuses, and versions that are silently wrong without token types."""
+    """Catches inputs that the installed transformers rejects, or that give wrong outputs without token types."""
     model, sample = tiny.plain(), tiny.made_up((4, 8))
     types = (sample["input_ids"] == 5).int()
     bare, typed = model_inputs(model, sample), model_inputs(model, {**sample, "mm_token_type_ids": types})
@@ -230,8 +230,8 @@ def test_model_inputs_fit_the_installed_transformers() -> None:
 
 
 @pytest.mark.parametrize("key", ["language", "vision"])
-def test_layers_that_the_config_does_not_count(key: str, tmp_path: Path) -> None:
-    """Catches a model that is cut short without a word; a tensor of a known layer may be too many."""
+def test_layers_missing_in_the_config(key: str, tmp_path: Path) -> None:
+    """Catches layers of the checkpoint that are ignored silently."""
 
     def shorter(config: dict[str, Any]) -> None:
         if key == "language":
@@ -240,20 +240,20 @@ def test_layers_that_the_config_does_not_count(key: str, tmp_path: Path) -> None
             config["vision_config"] |= {"depth": 3, "fullatt_block_indexes": [1]}
 
     model = tiny.float_model(tiny.damaged(tmp_path, config=shorter))
-    with pytest.raises(UserError, match=r"(layers|blocks)\.3\..* belongs to a layer that config.json does not count"):
-        model.unknown_tensors()
+    with pytest.raises(UserError, match=r"unexpected tensor .*(layers|blocks)\.3\."):
+        model.unused_tensors()
 
 
-def test_a_tensor_too_many_is_only_named(tmp_path: Path) -> None:
-    """Catches a refusal of old checkpoints, which keep the frequencies of their rotary embeddings."""
+def test_an_unused_tensor_is_only_listed(tmp_path: Path) -> None:
+    """Catches an error for old checkpoints, which contain rotary frequencies."""
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     folder = tiny.damaged(tmp_path, tensors=lambda tensors: tensors.update({name: torch.ones(4)}))
-    assert tiny.float_model(folder).unknown_tensors() == [name]
+    assert tiny.float_model(folder).unused_tensors() == [name]
 
 
 @pytest.mark.parametrize("scaling", [None, {"type": "mrope"}, {"type": "mrope", "mrope_section": [999, 1, 1]}])
-def test_rotary_sections_that_do_not_fit(scaling: object, tmp_path: Path) -> None:
-    """Catches what only the first layer of the language model would stumble over, after all of the vision tower."""
+def test_invalid_rotary_sections(scaling: object, tmp_path: Path) -> None:
+    """Catches an error that appears only in the first decoder layer, after the vision tower."""
     folder = tiny.damaged(tmp_path, config=lambda config: config.update(rope_scaling=scaling))
     with pytest.raises(UserError, match="rope_scaling is ") as caught:
         tiny.float_model(folder)

@@ -38,7 +38,7 @@ def predict_schemes(model: StreamedModel, passes: Sequence[Pass]) -> dict[str, S
     """Every Linear of the stages by checkpoint name, with the scheme that the first pass with a `choose`
     method will give it."""
     assign: Any = next((step for step in passes if hasattr(step, "choose")), None)
-    sites, layers = {}, set(model.layers)
+    sites, layers = {}, set(model.linear_layers)
     for stage in model.stages.values():
         for name, parameter in model.parameters(stage).items():
             layer = name.removesuffix(".weight")

@@ -1,10 +1,17 @@
 """Qwen2.5-VL: names, layers, config.json and model inputs."""
 
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlqc.families.layer_names import matches_any
 from vlqc.families.model_structure import Linear, ModelStructure
+
+if TYPE_CHECKING:  # torch-free: the command line imports this module for its help
+    from torch import Tensor
+
+MODEL_TYPES = ("qwen2_5_vl",)  # model_type in config.json
+ARCHITECTURES = ("Qwen2_5_VLForConditionalGeneration",)
 
 # ---- layers, as patterns over checkpoint names ---------------------------------------------------------------------
 
@@ -51,6 +58,15 @@ SUBPART_PREFIXES = {
     "model.embed_tokens.": "embeddings",
     "lm_head.": "lm_head",
 }
+
+
+BLOCK = re.compile(r"(?:model\.layers|visual\.blocks)\.\d+(?=\.)")
+
+
+def block_of(name: str) -> str | None:
+    """Checkpoint name of a layer or tensor -> its block, such as "model.layers.3"; None outside of the blocks."""
+    block = BLOCK.match(name)
+    return block and block[0]
 
 
 def fused_group(layer: str) -> tuple[str, ...]:
@@ -298,3 +314,12 @@ def _integers(part: str, config: Mapping[str, Any], defaults: Mapping[str, int])
         if type(value) is not int or not 0 < value < LARGEST_SIZE:
             return f"{key} of the {part} model is {value!r}, not a positive integer below {LARGEST_SIZE}"
     return values
+
+
+# ---- model inputs ----------------------------------------------------------------------------------------------------
+
+
+def is_image_token(input_ids: "Tensor", config: Any) -> "Tensor":
+    """input_ids [B, S] -> bool [B, S]. config: of the transformers model."""
+    image_tokens: Tensor = input_ids == config.image_token_id
+    return image_tokens

@@ -1,7 +1,6 @@
-"""The float model without its weights: the real transformers classes on the meta device, one piece filled at a time."""
+"""A transformers model whose weights are loaded one module at a time; until then its parameters are on meta."""
 
 import inspect
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,89 +12,85 @@ from torch import Tensor, nn
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from vlqc.errors import Fault, UserError
-from vlqc.families.qwen2_5_vl import original_name
+from vlqc.families.qwen2_5_vl import ARCHITECTURES, MODEL_TYPES, block_of, is_image_token, original_name
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.ir.memory import release_unused_memory
 
-LAYER = re.compile(r"((?:model\.layers|visual\.blocks)\.\d+)\.")
-
 CPU = torch.device("cpu")
-COMPILED_TYPES = ("qwen2_5_vl",)
-COMPILED_CLASSES = ("Qwen2_5_VLForConditionalGeneration",)
 
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Inside, new parameters land on the meta device; buffers stay real, because constructors compute them."""
+    """Inside, new parameters are on the meta device. Buffers are not, because constructors compute their values."""
     register = nn.Module.register_parameter
 
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         register(module, name, parameter)
         if parameter is not None:
             module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def build(folder: Path, config: dict[str, Any], *, trust_remote_code: bool = False) -> nn.Module:
-    """The model that config.json describes: parameters on meta, float32, in eval mode. UserError if there is none.
+def build_meta_model(folder: Path, config: dict[str, Any], *, trust_remote_code: bool = False) -> nn.Module:
+    """The model of a checkpoint folder: parameters on meta, float32, in eval mode.
 
-    config: in flat form. Code from the folder runs only with `trust_remote_code`.
+    config: content of config.json in flat form. Code in the folder runs only with `trust_remote_code`. Raises UserError
+    for an unsupported or invalid config.
     """
     where = str(folder / "config.json")
-    if config.get("model_type") not in COMPILED_TYPES:
-        why = f"model_type is {config.get('model_type')}; the engines' rules are known for {', '.join(COMPILED_TYPES)}"
-        raise UserError(Fault("this model is not compiled", where, why))
-    kind = _model_class(folder, config, trust_remote_code)
+    if config.get("model_type") not in MODEL_TYPES:
+        why = f"supported: {', '.join(MODEL_TYPES)}"
+        raise UserError(Fault(f"unsupported model type {config.get('model_type')!r}", where, why))
+    model_class = _model_class(folder, config, trust_remote_code)
     dtype = {"dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype": torch.float32}
     try:
         if trust_remote_code and "AutoConfig" in config.get("auto_map", {}):
-            described = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=True)
+            parsed = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=True)
         else:
-            described = kind.config_class.from_dict(config)  # type: ignore[attr-defined]
+            parsed = model_class.config_class.from_dict(config)  # type: ignore[attr-defined]
         with parameters_on_meta():
-            model: nn.Module = kind._from_config(described, **dtype)  # type: ignore[attr-defined]
-    except Exception as error:  # a config can break a constructor in any way
+            model: nn.Module = model_class._from_config(parsed, **dtype)  # type: ignore[attr-defined]
+    except Exception as error:  # an invalid config can make a constructor raise anything
         why = f"{type(error).__name__}: {error}"
-        raise UserError(Fault("the model cannot be built", where, why)) from error
+        raise UserError(Fault("cannot create the model", where, why)) from error
     return model.eval()
 
 
 def _model_class(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> type[nn.Module]:
-    """The class of the first architecture: of the folder's own code if that is trusted, else of transformers."""
-    listed = config.get("architectures")
-    name = str(listed[0]) if isinstance(listed, list) and listed else "?"
+    """The class of the first architecture: from code in the folder if that is trusted, else from transformers."""
+    architectures = config.get("architectures")
+    name = str(architectures[0]) if isinstance(architectures, list) and architectures else "?"
     where = str(folder / "config.json")
     auto_map = config.get("auto_map")
-    mapped = auto_map.items() if isinstance(auto_map, dict) else ()
-    own = [value for key, value in mapped if key.startswith("AutoModel") and isinstance(value, str)]
-    if own and trust_remote_code:
+    entries = auto_map.items() if isinstance(auto_map, dict) else ()
+    custom = [value for key, value in entries if key.startswith("AutoModel") and isinstance(value, str)]
+    if custom and trust_remote_code:
         try:
-            loaded: type[nn.Module] = get_class_from_dynamic_module(own[0], str(folder), local_files_only=True)
-            return loaded
-        except Exception as error:  # foreign code can fail in any way
+            custom_class: type[nn.Module] = get_class_from_dynamic_module(custom[0], str(folder), local_files_only=True)
+            return custom_class
+        except Exception as error:  # code in the folder can raise anything
             why = f"{type(error).__name__}: {error}"
-            raise UserError(Fault("the checkpoint's own code cannot be loaded", where, why)) from error
-    kind = getattr(transformers, name, None) if name in COMPILED_CLASSES else None
-    if isinstance(kind, type) and issubclass(kind, nn.Module):
-        return kind
-    if own:
-        why = f"{name} is defined by code in the checkpoint folder ({own[0]})"
+            raise UserError(Fault("cannot load the code in the checkpoint", where, why)) from error
+    model_class = getattr(transformers, name, None) if name in ARCHITECTURES else None
+    if isinstance(model_class, type) and issubclass(model_class, nn.Module):
+        return model_class
+    if custom:
+        why = f"{name} is defined by code in the checkpoint folder ({custom[0]})"
         fix = "read that code; if you trust it, add --trust_remote_code True"
         raise UserError(Fault("the checkpoint needs its own code", where, why, fix))
-    why = f"its class is {name}; vlqc compiles {', '.join(COMPILED_CLASSES)}"
-    raise UserError(Fault("the architecture is not known", where, why))
+    raise UserError(Fault(f"unsupported architecture {name!r}", where, f"supported: {', '.join(ARCHITECTURES)}"))
 
 
 class StreamedModel:
-    """The model of a checkpoint, its stages in order, and how its modules are called there.
+    """A model, its checkpoint, and its stages: the modules that are compiled one at a time.
 
-    stages: checkpoint name -> module, in the order in which they are registered, which is the order they run in;
-    canonical: name in the module tree -> checkpoint name.
+    stages: checkpoint name -> module, in registration order, which is the order in which they run. canonical: name in
+    the module tree -> checkpoint name. embedding: the token embedding. tied: whether the output head shares its weight.
     """
 
     def __init__(
@@ -105,12 +100,15 @@ class StreamedModel:
         canonical: Callable[[str], str] = original_name,
         device: torch.device = CPU,
     ) -> None:
+        """Raises UserError if the model has no stages, or a parameter is missing in the checkpoint or has another
+        shape there."""
         self.module = module
         self.checkpoint = checkpoint
         self.canonical = canonical
         self.device = device
         for owner in module.modules():
-            owner._buffers.update({name: it.to(device) for name, it in owner._buffers.items() if it is not None})
+            buffers = owner._buffers.items()
+            owner._buffers.update({name: buffer.to(device) for name, buffer in buffers if buffer is not None})
         self._path: dict[nn.Module, str] = {child: path for path, child in module.named_modules()}
         self.stages = {self.name(stage): stage for stage in find_stages(module) if stage is not module}
         self.embedding: nn.Module = module.get_input_embeddings()  # type: ignore[operator]
@@ -118,30 +116,36 @@ class StreamedModel:
         self.tied = bool(module.config.tie_word_embeddings)  # type: ignore[union-attr]
         self._head: nn.Module | None = head
         language = self._path[self.embedding].rpartition(".")[0]
-        self._language = {child for child in module.get_submodule(language).modules()} if language else set()
+        self._language_modules = set(module.get_submodule(language).modules()) if language else set()
         if not self.stages:
-            why = "it holds no list of blocks with linear layers"
-            raise UserError(Fault("the architecture cannot be traced", str(checkpoint.folder), why))
+            why = "it has no ModuleList of blocks with linear layers"
+            raise UserError(Fault("unsupported architecture", str(checkpoint.folder), why))
         checkpoint.expect((name, tuple(parameter.shape)) for name, parameter in self.parameters(module).items())
 
     @classmethod
     def open(
         cls, checkpoint: Checkpoint, *, trust_remote_code: bool = False, device: torch.device = CPU
     ) -> "StreamedModel":
-        """The model that a checkpoint's config.json describes. UserError if its tensors do not fit."""
+        """The model of a checkpoint. Raises UserError if it is quantized, unsupported or does not fit its config."""
         checkpoint.require_float()
         checkpoint.require_config()
-        module = build(checkpoint.folder, checkpoint.config, trust_remote_code=trust_remote_code)
+        module = build_meta_model(checkpoint.folder, checkpoint.config, trust_remote_code=trust_remote_code)
         return cls(module, checkpoint, device=device)
 
     @property
-    def layers(self) -> list[str]:
-        """Checkpoint names of all Linears of all stages, in order."""
+    def linear_layers(self) -> list[str]:
+        """Checkpoint names of the Linears of all stages, in order."""
         return [
             self.canonical(f"{self._path[stage]}.{path}.").removesuffix(".")
             for stage in self.stages.values()
-            for path in self.linears(stage)
+            for path, child in stage.named_modules()
+            if isinstance(child, nn.Linear)
         ]
+
+    @property
+    def heads(self) -> list[str]:
+        """Checkpoint names of the Linears outside the stages: the output head, which stays in float."""
+        return [] if self._head is None else [self.name(self._head)]
 
     def name(self, module: nn.Module) -> str:
         """Checkpoint name of a module."""
@@ -152,69 +156,63 @@ class StreamedModel:
         return self._path[module]
 
     def is_language(self, stage: nn.Module) -> bool:
-        """Whether the rows of a stage are the tokens of the prompt (and not picture patches)."""
-        return stage in self._language
+        """Whether a stage belongs to the language model: its rows are tokens, not image patches."""
+        return stage in self._language_modules
 
     def parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
-        """Checkpoint name -> parameter of everything below `module`; a tied head is left out."""
+        """Checkpoint name -> parameter, for a module and its children; without the weight of a tied head."""
         path = self._path[module]
         named = module.named_parameters(prefix=path, remove_duplicate=False)
         tied = f"{self._path[self._head]}.weight" if self.tied and self._head is not None else None
         return {self.canonical(name): parameter for name, parameter in named if name != tied}
 
-    @property
-    def heads(self) -> list[str]:
-        """Checkpoint names of Linears outside the stages: the output head, which always stays float."""
-        return [] if self._head is None else [self.name(self._head)]
+    def unused_tensors(self) -> list[str]:
+        """Names of checkpoint tensors without a parameter in the model, sorted; without a copy of a tied weight.
 
-    def unknown_tensors(self) -> list[str]:
-        """Names in the checkpoint that the model has no parameter for, sorted; a tied head's copy is none of them.
-        UserError if they are of layers."""
+        Raises UserError if they belong to blocks that the model does not have.
+        """
         copies = {f"{self.name(self._head)}.weight"} if self.tied and self._head is not None else set()
-        unknown = sorted(set(self.checkpoint.names) - set(self.parameters(self.module)) - copies)
-        if layers := [name for name in unknown if (of := LAYER.match(name)) and of[1] not in self.stages]:
-            what = f"{layers[0]} belongs to a layer that config.json does not count"
-            fix = "take config.json from the same checkpoint"
-            raise UserError(Fault(what, str(self.checkpoint.folder), "a model cut short has other outputs", fix))
-        return unknown
+        unused = sorted(set(self.checkpoint.names) - set(self.parameters(self.module)) - copies)
+        if extra := [name for name in unused if (block := block_of(name)) and block not in self.stages]:
+            why = "config.json has fewer layers than the weight files; the outputs would differ"
+            fix = "use the config.json of the same checkpoint"
+            raise UserError(Fault(f"unexpected tensor {extra[0]}", str(self.checkpoint.folder), why, fix))
+        return unused
 
     def non_stage_parameters(self) -> list[str]:
-        """Checkpoint names of all parameters that belong to no stage, sorted."""
-        inside = {name for stage in self.stages.values() for name in self.parameters(stage)}
-        return sorted(set(self.parameters(self.module)) - inside)
-
-    def linears(self, stage: nn.Module) -> dict[str, nn.Linear]:
-        """Path in the stage -> Linear."""
-        return {path: child for path, child in stage.named_modules() if isinstance(child, nn.Linear)}
+        """Checkpoint names of all parameters outside the stages, sorted."""
+        in_stages = {name for stage in self.stages.values() for name in self.parameters(stage)}
+        return sorted(set(self.parameters(self.module)) - in_stages)
 
     def materialize(self, module: nn.Module, read: Callable[[str], Tensor]) -> None:
-        """Gives every parameter below `module` its real values, float32, in memory of its own."""
+        """Loads all parameters of a module and its children as float32 copies. read: checkpoint name -> tensor."""
         for name, parameter in list(module.named_parameters()):
             value = read(self.canonical(f"{self._path[module]}.{name}"))
-            _replace(module, name, value.to(self.device, torch.float32, copy=True).reshape(parameter.shape))
-
-    def prefetch_after(self, name: str) -> None:
-        """Brings the weights behind a stage from the disk, in the background: those of the next one, or the rest."""
-        names = list(self.stages)
-        behind = names[names.index(name) + 1 :]
-        self.checkpoint.read_ahead(self.parameters(self.stages[behind[0]]) if behind else self.non_stage_parameters())
+            _set_parameter(module, name, value.to(self.device, torch.float32, copy=True).reshape(parameter.shape))
 
     def to_meta(self, module: nn.Module) -> None:
-        """Forgets the values below `module`: its parameters and buffers that were put there go back to meta."""
+        """Moves all parameters of a module and its children to meta, which frees their memory."""
         for name, parameter in list(module.named_parameters()):
-            _replace(module, name, torch.empty_like(parameter, device="meta"))
+            _set_parameter(module, name, torch.empty_like(parameter, device="meta"))
         release_unused_memory()
+
+    def prefetch_after(self, name: str) -> None:
+        """Starts to read the weights of the next stage into the page cache; after the last one, all others."""
+        names = list(self.stages)
+        following = names[names.index(name) + 1 :]
+        wanted = self.parameters(self.stages[following[0]]) if following else self.non_stage_parameters()
+        self.checkpoint.read_ahead(wanted)
 
     @contextmanager
     def non_stage_weights(self, read: Callable[[str], Tensor], *, head: bool = False) -> Iterator[None]:
-        """Inside, what lies outside the stages can run: embedding rows come from the file, the rest is filled.
+        """Inside, the modules outside the stages can run: their parameters are loaded.
 
-        The output head is left on meta unless `head`: without a loss to compute nothing reads it.
+        The embedding stays on meta and reads single rows from the file. The output head is loaded only with `head`.
         """
         forward = self.embedding.forward
         embedding_name = f"{self.name(self.embedding)}.weight"
         in_stage = {child for stage in self.stages.values() for child in stage.modules()}
-        filled = [
+        loaded = [
             child
             for child in self.module.modules()
             if child not in in_stage and child is not self.embedding and (head or child is not self._head)
@@ -222,51 +220,52 @@ class StreamedModel:
         ]  # fmt: skip
         self.embedding.forward = lambda ids: self.checkpoint.rows(embedding_name, ids.cpu()).to(ids.device).float()
         try:
-            for child in filled:
+            for child in loaded:
                 tied_head = child is self._head and self.tied
                 self.materialize(child, (lambda _: read(embedding_name)) if tied_head else read)
             yield
         finally:
             self.embedding.forward = forward
-            for child in filled:
+            for child in loaded:
                 self.to_meta(child)
 
     def inputs(self, sample: dict[str, Tensor]) -> dict[str, Any]:
-        """The keyword arguments of the model's forward for one sample, in any transformers version."""
-        given = model_inputs(self.module, sample)
-        return {name: it.to(self.device) if isinstance(it, Tensor) else it for name, it in given.items()}
+        """The keyword arguments of the model's forward for one sample, on the device of the model."""
+        kwargs = model_inputs(self.module, sample)
+        return {name: arg.to(self.device) if isinstance(arg, Tensor) else arg for name, arg in kwargs.items()}
 
 
 def model_inputs(model: nn.Module, sample: dict[str, Tensor]) -> dict[str, Any]:
-    """Adds what a transformers version wants beside the four tensors of a sample, and drops what it does not know.
+    """The keyword arguments of the model's forward for one sample, for the installed transformers version.
 
-    transformers 5 derives image positions from mm_token_type_ids (1 at image tokens) and is silently wrong without.
+    transformers 5 derives image positions from mm_token_type_ids (1 at image tokens) and gives wrong outputs without.
     """
-    given: dict[str, Any] = {"use_cache": False, **sample}
+    kwargs: dict[str, Any] = {"use_cache": False, **sample}
     accepted = inspect.signature(type(model).forward).parameters
-    if "mm_token_type_ids" in accepted and "mm_token_type_ids" not in given:
-        given["mm_token_type_ids"] = (sample["input_ids"] == model.config.image_token_id).int()  # type: ignore[union-attr]
+    if "mm_token_type_ids" in accepted and "mm_token_type_ids" not in kwargs:
+        kwargs["mm_token_type_ids"] = is_image_token(sample["input_ids"], model.config).int()
     if "mm_token_type_ids" not in accepted:
-        given.pop("mm_token_type_ids", None)
-    return given
+        kwargs.pop("mm_token_type_ids", None)
+    return kwargs
 
 
 def find_stages(module: nn.Module) -> list[nn.Module]:
-    """The units of compilation: elements of the outermost block lists, and what stands beside those and holds Linears.
+    """The modules that are compiled one at a time, in registration order.
 
-    Nothing is found by name. A bare Linear beside the lists (the output head) is no stage.
+    These are the elements of the outermost ModuleLists, and modules beside such lists that contain Linears. No names
+    are involved. A bare Linear beside the lists, such as the output head, is not a stage.
     """
     if isinstance(module, nn.ModuleList):
-        return [block for block in module if _holds_linear(block)]
-    if any(isinstance(child, nn.ModuleList) and any(map(_holds_linear, child)) for child in module.modules()):
+        return [block for block in module if _has_linear(block)]
+    if any(isinstance(child, nn.ModuleList) and any(map(_has_linear, child)) for child in module.modules()):
         return [stage for child in module.children() for stage in find_stages(child)]
-    return [module] if _holds_linear(module) and not isinstance(module, nn.Linear) else []
+    return [module] if _has_linear(module) and not isinstance(module, nn.Linear) else []
 
 
-def _holds_linear(module: nn.Module) -> bool:
+def _has_linear(module: nn.Module) -> bool:
     return any(isinstance(child, nn.Linear) for child in module.modules())
 
 
-def _replace(root: nn.Module, path: str, value: Tensor) -> None:
+def _set_parameter(root: nn.Module, path: str, value: Tensor) -> None:
     owner, _, name = path.rpartition(".")
     setattr(root.get_submodule(owner), name, nn.Parameter(value, requires_grad=False))

@@ -17,12 +17,12 @@ from vlqc.targets.schemes import Scheme
 
 def check_layers(model: StreamedModel, options: Options) -> None:
     """UserError for patterns that match nothing, or exclude layers that an engine runs quantized only."""
-    check_globs([*model.layers, *model.heads], exclude=options.exclude)
-    check_globs(model.layers, include=options.include)
+    check_globs([*model.linear_layers, *model.heads], exclude=options.exclude)
+    check_globs(model.linear_layers, include=options.include)
     check_globs(model.stages, what="stage", dump_stages=options.dump_stages)
-    if any(matches_any(layer, options.exclude) for layer in model.layers):
+    if any(matches_any(layer, options.exclude) for layer in model.linear_layers):
         shapes = {name.removesuffix(".weight"): tuple(it.shape) for name, it in model.parameters(model.module).items()}
-        check_exclusions({layer: shapes[layer] for layer in model.layers}, options)
+        check_exclusions({layer: shapes[layer] for layer in model.linear_layers}, options)
 
 
 def check_exclusions(layers: Mapping[str, Sequence[int] | None], options: Options) -> None:

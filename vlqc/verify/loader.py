@@ -13,7 +13,7 @@ from vlqc.families.qwen2_5_vl import original_name
 from vlqc.files import read_json_object
 from vlqc.formatting import did_you_mean
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
-from vlqc.frontend.streamed_model import build
+from vlqc.frontend.streamed_model import build_meta_model
 from vlqc.kernels_ref.int4_groups import unpack_int4
 from vlqc.kernels_ref.norm import ShiftedNorm
 from vlqc.kernels_ref.quant_linear import DynamicQuantLinear, GroupQuantLinear, QuantLinear, StaticQuantLinear
@@ -44,7 +44,7 @@ def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, trust_remote
     checkpoint = Checkpoint(folder)
     description = read_description(folder)
     checkpoint.require_config()
-    model = build(folder, checkpoint.config, trust_remote_code=trust_remote_code)
+    model = build_meta_model(folder, checkpoint.config, trust_remote_code=trust_remote_code)
     loader = WeightLoader(checkpoint, description, dtype)
     head = model.get_output_embeddings()  # type: ignore[operator]
     tied = bool(model.config.tie_word_embeddings)  # type: ignore[union-attr]

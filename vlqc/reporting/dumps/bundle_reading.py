@@ -15,7 +15,7 @@ from vlqc.files import parse_json, read_json_object
 from vlqc.frontend.checkpoint.config_schema import config_faults
 from vlqc.frontend.checkpoint.files import link_faults
 from vlqc.frontend.process_group import ProcessGroup
-from vlqc.frontend.streamed_model import build
+from vlqc.frontend.streamed_model import build_meta_model
 from vlqc.ir.execution import Call, StageRun
 from vlqc.ir.observation import ChannelRange, Observation
 from vlqc.ir.printer import print_stage
@@ -105,7 +105,7 @@ def _module(folder: Path, said: facts.BundleFacts, weights: Mapping[str, Tensor]
     config = flatten_config(read_json_object(folder / facts.CONFIG))
     if faults := config_faults(config, str(folder / facts.CONFIG), LARGEST_SIZE, MOST_TENSORS):
         raise UserError(*faults)
-    whole = build(folder, config)
+    whole = build_meta_model(folder, config)
     found = {original_name(f"{path}.").removesuffix("."): child for path, child in whole.named_modules()}
     if said.stage not in found:
         raise ValueError(f"the model of its {facts.CONFIG} has no module {said.stage}")

@@ -18,7 +18,7 @@ from vlqc.errors import UserError
 from vlqc.families.model_structure import ModelStructure
 from vlqc.families.qwen2_5_vl import original_name
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
-from vlqc.frontend.streamed_model import build
+from vlqc.frontend.streamed_model import build_meta_model
 from vlqc.kernels_ref.deq_scale import decode_deq_scale
 from vlqc.kernels_ref.norm import ShiftedNorm
 from vlqc.kernels_ref.quant_linear import GroupQuantLinear, QuantLinear, StaticQuantLinear
@@ -65,7 +65,7 @@ class FolderStages:
 
     def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
         checkpoint = Checkpoint(folder)
-        self._model = build(folder, checkpoint.config, trust_remote_code=trust_remote_code)
+        self._model = build_meta_model(folder, checkpoint.config, trust_remote_code=trust_remote_code)
         self._loader = WeightLoader(checkpoint, read_description(folder), torch.float32)
 
     @contextmanager

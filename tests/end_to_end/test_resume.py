@@ -2,7 +2,7 @@
 
 import os
 import signal
-import time
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -285,18 +285,22 @@ def test_outputs_of_an_unknown_kind_give_up(
 def test_a_slow_disk_changes_nothing(
     checkpoint: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches what the thread that writes and the one that computes do to each other's files."""
-    mark, record_stage, held = ShardWriter.mark, Journal.record_stage, []
+    """Catches conflicts between the writing thread and the main thread when no record is written before the last stage
+    is computed."""
+    commit, record_stage, saved = ShardWriter.commit, Journal.record_stage, []
+    all_recorded = threading.Event()
 
-    def slowly(writer: ShardWriter) -> dict[str, Any]:
-        time.sleep(0.3)
-        return mark(writer)
+    def delayed(writer: ShardWriter) -> dict[str, Any]:
+        assert all_recorded.wait(timeout=300)
+        return commit(writer)
 
-    def noted(journal: Journal, *args: Any) -> None:
+    def counted(journal: Journal, *args: Any) -> None:
         record_stage(journal, *args)
-        held.append(journal.saved_stages)
+        saved.append(journal.saved_stages)
+        if len(saved) == len(STAGES):
+            all_recorded.set()
 
-    monkeypatch.setattr(ShardWriter, "mark", slowly)
-    monkeypatch.setattr(Journal, "record_stage", noted)
+    monkeypatch.setattr(ShardWriter, "commit", delayed)
+    monkeypatch.setattr(Journal, "record_stage", counted)
     compile_into(tmp_path / "out", checkpoint)
-    assert content(tmp_path / "out") == whole and held[-1] < 4  # it did lag behind
+    assert content(tmp_path / "out") == whole and saved == [0] * len(STAGES)

@@ -100,7 +100,7 @@ def test_the_script_itself_may_change(code: Path, monkeypatch: pytest.MonkeyPatc
 def test_own_sources_are_all_in_the_digest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a run that is resumed with other code of vlqc, because the digest leaves out some of its folders."""
     files: list[Path] = []
-    monkeypatch.setattr(fingerprint, "file_digest", lambda path: files.append(path) or "")
+    monkeypatch.setattr(fingerprint, "sha256_of", lambda path: files.append(path) or "")
     fingerprint._vlqc_sources.__wrapped__()
     root = Path(fingerprint.__file__).parents[2]
     names = {path.relative_to(root).as_posix() for path in files}

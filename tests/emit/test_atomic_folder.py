@@ -1,4 +1,4 @@
-"""The save folder appears whole or not at all, and what stood there before is safe until then."""
+"""vlqc.emit.atomic_folder: the save folder is complete or missing, and an old one is kept until it is replaced."""
 
 import errno
 import os
@@ -26,8 +26,8 @@ def content(folder: Path) -> dict[str, str]:
     return {path.name: path.read_text() for path in folder.iterdir()}
 
 
-def around(target: Path) -> list[str]:
-    """What lies beside the target, hidden files included."""
+def siblings(target: Path) -> list[str]:
+    """Names next to the target, hidden ones included."""
     return sorted(path.name for path in target.parent.iterdir() if path.name != target.name)
 
 
@@ -48,24 +48,24 @@ def write(target: Path, *, overwrite: bool = False, text: str = "new") -> None:
 
 
 def cannot_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A system that knows no exchange of two folders at once."""
+    """A system without an atomic exchange of two folders."""
     monkeypatch.setattr("vlqc.emit.atomic_folder.ctypes.CDLL", lambda *unused, **unused_too: object())
 
 
-def test_it_appears_at_the_end(tmp_path: Path) -> None:
-    """Catches a half-written folder that an engine or a user could take for a finished one."""
+def test_the_target_is_created_at_the_end(tmp_path: Path) -> None:
+    """Catches an incomplete folder under the final name."""
     target = tmp_path / "deep" / "down" / "out"
     with working(target) as work:
         (work.result / "file").write_text("new")
         assert not target.exists() and work.folder.parent == target.parent
         work.publish(False)
         assert content(target) == {"file": "new"}
-    assert around(target) == []
+    assert siblings(target) == []
 
 
 @pytest.mark.parametrize("before", ["nothing", "empty", "old"])
-def test_nothing_remains_of_what_is_removed(tmp_path: Path, before: str) -> None:
-    """Catches leftovers, folders made on the way, and an old result that is lost, where a run ends early."""
+def test_remove_without_publish(tmp_path: Path, before: str) -> None:
+    """Catches leftovers, parent folders that are kept, and an old result that is lost, when a run ends early."""
     target = tmp_path / "deep" / "out"
     if before != "nothing":
         target.mkdir(parents=True)
@@ -76,45 +76,45 @@ def test_nothing_remains_of_what_is_removed(tmp_path: Path, before: str) -> None
     if before == "nothing":
         assert list(tmp_path.iterdir()) == []
     else:
-        assert around(target) == [] and content(target) == ({"file": "old"} if before == "old" else {})
+        assert siblings(target) == [] and content(target) == ({"file": "old"} if before == "old" else {})
 
 
 def test_an_empty_folder_is_replaced(tmp_path: Path) -> None:
-    """Catches a refusal of a folder that the user has made beforehand."""
+    """Catches a refusal of an empty folder that the user created."""
     target = tmp_path / "out"
     target.mkdir()
     write(target)
-    assert content(target) == {"file": "new"} and around(target) == []
+    assert content(target) == {"file": "new"} and siblings(target) == []
 
 
 def test_a_full_folder_stays_without_overwrite(tmp_path: Path) -> None:
-    """Catches a result that replaces what appeared in its place during a long compilation."""
+    """Catches a result that replaces files created at the target during a long compilation."""
     target = tmp_path / "out"
     target.mkdir()
     (target / "file").write_text("old")
     with pytest.raises(OSError, match="not empty"):
         write(target)
-    assert content(target) == {"file": "old"} and around(target) == []
+    assert content(target) == {"file": "old"} and siblings(target) == []
 
 
-@pytest.mark.parametrize("at_once", [True, False])
-def test_overwrite_exchanges_the_whole_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool) -> None:
-    """Catches old files that stay among the new ones, and an old folder that is emptied before the new one stands."""
+@pytest.mark.parametrize("atomic", [True, False])
+def test_overwrite_exchanges_the_whole_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, atomic: bool) -> None:
+    """Catches old files that are mixed with new ones, and an old folder that is deleted before the new one is in place."""
     target = tmp_path / "out"
     target.mkdir()
     (target / "stale").write_text("old")
-    if not at_once:
+    if not atomic:
         cannot_exchange(monkeypatch)
     with working(target) as work:
         (work.result / "file").write_text("new")
         assert content(target) == {"stale": "old"}
         work.publish(True)
         assert content(target) == {"file": "new"} and content(work.result) == {"stale": "old"}
-    assert content(target) == {"file": "new"} and around(target) == []
+    assert content(target) == {"file": "new"} and siblings(target) == []
 
 
-def test_the_exchange_has_no_moment_without_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches an exchange in two steps where the system has one: killed between them, it leaves no save folder."""
+def test_the_exchange_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an exchange in two steps where the system supports one: killed in between, it leaves no save folder."""
     (tmp_path / "one").mkdir()
     (tmp_path / "other").mkdir()
     monkeypatch.setattr(Path, "rename", lambda *unused: pytest.fail("two steps"))
@@ -136,10 +136,10 @@ def fail_on(call: int, real: Callable[..., Path], *, later_too: bool = False) ->
 
 
 @pytest.mark.parametrize("failing", [1, 2])
-def test_the_old_folder_comes_back_if_the_exchange_fails(
+def test_the_old_folder_is_put_back_if_the_exchange_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
 ) -> None:
-    """Catches an exchange that has moved the old folder away and cannot put the new one in its place."""
+    """Catches an old folder that is lost when the new one cannot be moved to its place."""
     target = tmp_path / "out"
     target.mkdir()
     (target / "file").write_text("old")
@@ -147,11 +147,11 @@ def test_the_old_folder_comes_back_if_the_exchange_fails(
     monkeypatch.setattr(Path, "rename", fail_on(failing, Path.rename))
     with pytest.raises(OSError, match="No space left"):
         write(target, overwrite=True)
-    assert content(target) == {"file": "old"} and around(target) == []
+    assert content(target) == {"file": "old"} and siblings(target) == []
 
 
 def killed_between(target: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An exchange that ended with the old folder moved aside and nothing in its place; where that now is."""
+    """Interrupts an exchange after the old folder was moved aside; returns the folder that holds it."""
     target.mkdir()
     (target / "file").write_text("old")
     with monkeypatch.context() as patched:
@@ -164,26 +164,26 @@ def killed_between(target: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return aside
 
 
-@pytest.mark.parametrize("stands", [False, True])
-def test_what_a_killed_run_moved_aside_comes_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stands: bool
+@pytest.mark.parametrize("target_exists", [False, True])
+def test_a_folder_moved_aside_by_a_killed_run_is_restored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target_exists: bool
 ) -> None:
-    """Catches an old result that stays under a hidden name, or one that comes back over the new one."""
+    """Catches an old result that stays under a hidden name, and one that replaces the new result."""
     target = tmp_path / "out"
     killed_between(target, monkeypatch)
-    if stands:
+    if target_exists:
         target.mkdir()
         (target / "file").write_text("new")
     restore_replaced(target)
-    assert content(target) == {"file": "new" if stands else "old"} and around(target) == []
+    assert content(target) == {"file": "new" if target_exists else "old"} and siblings(target) == []
 
 
-@pytest.mark.parametrize("stands", [False, True])
-@pytest.mark.parametrize("foreign", ["no marker", "another's marker", "more beside it", "only a name", "nothing"])
-def test_what_no_run_moved_aside_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, foreign: str, stands: bool
+@pytest.mark.parametrize("target_exists", [False, True])
+@pytest.mark.parametrize("foreign", ["no marker", "another's marker", "another file", "only a name", "nothing"])
+def test_other_folders_with_such_a_name_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, foreign: str, target_exists: bool
 ) -> None:
-    """Catches a user's folder that is deleted, or becomes the result, because of what it is called."""
+    """Catches a user's folder that is deleted, or becomes the result, because of its name."""
     target = tmp_path / "out"
     aside = killed_between(target, monkeypatch)
     if foreign in ("only a name", "nothing"):
@@ -193,27 +193,27 @@ def test_what_no_run_moved_aside_stays(
         (aside / "file").unlink()
     if foreign == "another's marker":
         (aside / "moved_aside").write_text("vlqc has moved aside out2")
-    elif foreign == "more beside it":
+    elif foreign == "another file":
         (aside / "thesis.txt").write_text("x")
     else:
         (aside / "moved_aside").unlink()
-    if stands:
+    if target_exists:
         target.mkdir()
     before = sorted(tmp_path.rglob("*"))
     restore_replaced(target)
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_run_that_died_before_it_moved_anything_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a marked folder with nothing in it that stays for ever."""
+def test_a_run_killed_before_the_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an empty folder with a marker that is never deleted."""
     aside = killed_between(tmp_path / "out", monkeypatch)
     (aside / "before").rename(tmp_path / "out")
     restore_replaced(tmp_path / "out")
-    assert content(tmp_path / "out") == {"file": "old"} and around(tmp_path / "out") == []
+    assert content(tmp_path / "out") == {"file": "old"} and siblings(tmp_path / "out") == []
 
 
-def test_two_runs_at_once_do_not_meet(tmp_path: Path) -> None:
-    """Catches a second run into the same folder that takes what the first one is writing."""
+def test_two_runs_atomic_do_not_meet(tmp_path: Path) -> None:
+    """Catches a second run with the same target that uses the work folder of the first."""
     target = tmp_path / "out"
     with working(target) as first:
         (first.result / "file").write_text("first")
@@ -229,7 +229,7 @@ def test_two_runs_at_once_do_not_meet(tmp_path: Path) -> None:
 
 
 def test_a_disk_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a crash, or a folder that counts as somebody's, where the file system knows no locks."""
+    """Catches a crash, or a folder taken for locked, on a file system without locks."""
 
     def refuse(*unused: Any) -> None:
         raise OSError(errno.ENOLCK, "no locks")
@@ -242,7 +242,7 @@ def test_a_disk_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_modes(tmp_path: Path) -> None:
-    """Catches files that engines refuse because others may write them, or folders that are open to all."""
+    """Catches files that others may write, which engines refuse, and folders that everyone may read."""
     before = os.umask(0)
     try:
         write(tmp_path / "out")
@@ -253,43 +253,43 @@ def test_modes(tmp_path: Path) -> None:
 
 
 def test_a_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
-    """Catches a link (to a larger disk, say) that is replaced by a folder on the wrong one."""
+    """Catches a link, for example to a larger disk, that is replaced by a folder."""
     real, link = tmp_path / "disk" / "real", tmp_path / "out"
     real.mkdir(parents=True)
     (real / "file").write_text("old")
     link.symlink_to(real)
     write(link, overwrite=True)
-    assert link.is_symlink() and content(real) == {"file": "new"} and around(real) == []
+    assert link.is_symlink() and content(real) == {"file": "new"} and siblings(real) == []
 
 
 def test_a_relative_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a work folder that is made elsewhere, on another disk, so that the rename cannot work."""
+    """Catches a work folder on another disk, from where it cannot be renamed."""
     monkeypatch.chdir(tmp_path)
     write(Path("out"))
-    assert content(tmp_path / "out") == {"file": "new"} and around(tmp_path / "out") == []
+    assert content(tmp_path / "out") == {"file": "new"} and siblings(tmp_path / "out") == []
 
 
-def test_a_place_that_cannot_be_written_is_an_error_of_the_user(tmp_path: Path) -> None:
-    """Catches a traceback where the folder above is a file."""
+def test_a_target_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None:
+    """Catches a traceback if the parent folder is a file."""
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="save folder cannot be made"):
+    with pytest.raises(UserError, match="cannot create the save folder"):
         write(tmp_path / "file" / "out")
     assert (tmp_path / "file").read_text() == "x"
 
 
 @pytest.mark.parametrize("code", [errno.EBUSY, errno.EXDEV])
 def test_advice_for_a_mount_point(tmp_path: Path, code: int) -> None:
-    """Catches advice that cannot work, such as to free space, where a mount point went unnoticed until the end."""
-    told = str(unwritable(tmp_path / "out", OSError(code, os.strerror(code))))
-    assert "name a folder inside it" in told and "free space" not in told
+    """Catches useless advice, such as to free space, when the target is a mount point."""
+    message = str(unwritable(tmp_path / "out", OSError(code, os.strerror(code))))
+    assert "name a folder inside it" in message and "free space" not in message
 
 
-def test_disk_space_is_asked_for_before(tmp_path: Path) -> None:
-    """Catches hours of work for a result that has no room, and a folder above that does not exist yet."""
+def test_require_space(tmp_path: Path) -> None:
+    """Catches a compilation for which there is no disk space, and a failure for a parent folder that does not exist yet."""
     require_space(tmp_path / "not" / "there" / "yet", 1)
     with pytest.raises(UserError, match="not enough disk space") as caught:
         require_space(tmp_path / "not" / "there" / "yet", 2**60)
-    assert f"{2**30:.2f} GiB" in str(caught.value) and str(tmp_path) in str(caught.value)
+    assert f"{2**30:.1f} GiB" in str(caught.value) and str(tmp_path) in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -297,7 +297,7 @@ def test_disk_space_is_asked_for_before(tmp_path: Path) -> None:
     "times", [("x", 100), ("x", 101), ("x", 253), ("\u6a21", 34), ("\u6a21", 84), ("\udcff", 200)], ids=ascii
 )
 def test_long_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: tuple[str, int]) -> None:
-    """Catches folders beside the target that belong to another one too, and names with too many bytes for a system."""
+    """Catches work folders that would belong to two targets, and names with too many bytes."""
     name = times[0] * times[1]
     target, others = tmp_path / name, [tmp_path / (name[:-1] + "y"), tmp_path / name[:-1]]
     with working(target) as work:
@@ -308,11 +308,11 @@ def test_long_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: tupl
         work.publish(False)
     cannot_exchange(monkeypatch)
     write(target, overwrite=True, text="newer")
-    assert content(target) == {"file": "newer"} and around(target) == []
+    assert content(target) == {"file": "newer"} and siblings(target) == []
 
 
-def test_folders_of_others_stay(tmp_path: Path) -> None:
-    """Catches a user's folder that goes because of how it is called, or a link that is followed."""
+def test_other_folders_are_kept(tmp_path: Path) -> None:
+    """Catches a user's folder that is deleted because of its name, or a link that is followed."""
     theirs = [".out.partial-backup", ".out.partial-abcdefgh", ".out.replaced-backup", ".out.replaced-abcdefgh"]
     for name in theirs:
         (tmp_path / name).mkdir()

@@ -1,4 +1,4 @@
-"""Writing behind: the same files as without, and no error gets lost in the thread."""
+"""vlqc.emit.background_writer: the same files as without a thread, and no error is lost."""
 
 import errno
 import threading
@@ -24,24 +24,24 @@ def tensors() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("queue_bytes", [0, 100, 1 << 20])
 @pytest.mark.parametrize("limit", [None, 3000])
-def test_the_same_bytes_as_without(tmp_path: Path, queue_bytes: int, limit: int | None) -> None:
-    """Catches tensors out of order, left out at the end, or a queue that stands still when it is full."""
-    plain, behind = tmp_path / "plain", tmp_path / "behind"
-    for folder in (plain, behind):
+def test_same_bytes_as_without_a_thread(tmp_path: Path, queue_bytes: int, limit: int | None) -> None:
+    """Catches tensors out of order or missing at the end, and a full queue that blocks forever."""
+    plain, threaded = tmp_path / "plain", tmp_path / "threaded"
+    for folder in (plain, threaded):
         folder.mkdir()
     writer = ShardWriter(plain, header_bytes=2000, limit=limit)
-    thread = BackgroundWriter(ShardWriter(behind, header_bytes=2000, limit=limit), queue_bytes)
+    thread = BackgroundWriter(ShardWriter(threaded, header_bytes=2000, limit=limit), queue_bytes)
     for name, tensor in tensors().items():
         writer.add(name, tensor)
         thread.add(name, tensor)
     writer.close("weights")
     thread.close("weights")
     written = {path.name: path.read_bytes() for path in plain.iterdir()}
-    assert written == {path.name: path.read_bytes() for path in behind.iterdir()} and written
+    assert written == {path.name: path.read_bytes() for path in threaded.iterdir()} and written
 
 
 class Full(ShardWriter):
-    """A disk that has no room for the second tensor."""
+    """A disk that is full at the second tensor."""
 
     def add(self, name: str, tensor: Tensor) -> None:
         if name != "t1":
@@ -49,8 +49,8 @@ class Full(ShardWriter):
         super().add(name, tensor)
 
 
-def test_an_error_comes_with_the_next_call(tmp_path: Path) -> None:
-    """Catches a result that lacks what could not be written."""
+def test_an_error_is_raised_by_the_next_call(tmp_path: Path) -> None:
+    """Catches a result without the tensors that could not be written."""
     thread = BackgroundWriter(Full(tmp_path, header_bytes=2000))
     with pytest.raises(OSError, match="No space left"):
         for name, tensor in tensors().items():
@@ -59,16 +59,16 @@ def test_an_error_comes_with_the_next_call(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.safetensors"))
 
 
-def test_a_name_is_refused_at_once(tmp_path: Path) -> None:
-    """Catches an error that appears only when some later stage is written."""
+def test_a_repeated_name_is_refused_immediately(tmp_path: Path) -> None:
+    """Catches an error that is raised only when a later stage is written."""
     thread = BackgroundWriter(ShardWriter(tmp_path, header_bytes=2000))
     thread.add("t", torch.ones(2))
     with pytest.raises(InternalError, match="t is written twice"):
         thread.add("t", torch.ones(2))
 
 
-def test_no_more_waits_than_was_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches memory that grows because the disk is slower than the arithmetic."""
+def test_the_queue_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches memory that grows because the disk is slower than the computation."""
     gate, waiting = threading.Event(), threading.Event()
     writer = ShardWriter(tmp_path, header_bytes=2000)
     add = writer.add
@@ -94,8 +94,8 @@ def test_no_more_waits_than_was_allowed(tmp_path: Path, monkeypatch: pytest.Monk
     thread.close("weights")
 
 
-def test_a_full_disk_is_an_error_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a traceback out of the thread, and a work folder that stays behind."""
+def test_a_full_disk_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a traceback from the thread, and a work folder that is not removed."""
 
     def full(writer: ShardWriter, name: str, tensor: Tensor) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

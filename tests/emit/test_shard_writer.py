@@ -1,4 +1,4 @@
-"""Weight files: what is written is what a reader of the format gets back, whatever its sizes."""
+"""vlqc.emit.shard_writer: written tensors are read back unchanged by the safetensors library, whatever their sizes."""
 
 import json
 import struct
@@ -19,12 +19,12 @@ from vlqc.errors import InternalError
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8)
 
 
-def header_room(tensors: dict[str, Tensor]) -> int:
+def header_bytes(tensors: dict[str, Tensor]) -> int:
     return 256 + sum(len(name.encode()) + ENTRY_BYTES for name in tensors)
 
 
 def write(folder: Path, tensors: dict[str, Tensor], limit: int | None = None) -> list[Path]:
-    writer = ShardWriter(folder, header_bytes=header_room(tensors), limit=limit)
+    writer = ShardWriter(folder, header_bytes=header_bytes(tensors), limit=limit)
     for name, tensor in tensors.items():
         writer.add(name, tensor)
     writer.close("weights")
@@ -43,7 +43,7 @@ def read(paths: list[Path]) -> dict[str, Tensor]:
 
 
 def header(path: Path) -> tuple[dict[str, Any], int, int]:
-    """(header without metadata, where data starts, size of the file), by the format's own ten lines."""
+    """(header without metadata, offset of the data, file size), parsed as the format specification says."""
     raw = path.read_bytes()
     (length,) = struct.unpack("<Q", raw[:LENGTH_FIELD])
     entries = json.loads(raw[LENGTH_FIELD : LENGTH_FIELD + length])
@@ -52,7 +52,7 @@ def header(path: Path) -> tuple[dict[str, Any], int, int]:
 
 
 def assert_well_formed(path: Path) -> None:
-    """No gaps, no overlap, nothing behind the last tensor; every tensor at a multiple of its element's size."""
+    """No gaps, no overlap, no bytes after the last tensor; every tensor aligned to its element size."""
     entries, start, size = header(path)
     end = 0
     for entry in sorted(entries.values(), key=lambda entry: entry["data_offsets"]):
@@ -64,7 +64,7 @@ def assert_well_formed(path: Path) -> None:
 
 
 def same(one: Tensor, other: Tensor) -> bool:
-    """Bit for bit: NaN, -0 and all."""
+    """Equal bit for bit, NaN and -0 included."""
     as_bytes = [tensor.contiguous().flatten().view(torch.uint8) for tensor in (one, other)]
     return one.dtype == other.dtype and one.shape == other.shape and torch.equal(*as_bytes)
 
@@ -81,10 +81,8 @@ NAMES = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), m
     st.sampled_from([None, 1, 2600, 4000]),
     st.integers(0, 1000),
 )
-def test_what_is_written_is_read_back(
-    described: dict[str, tuple[tuple[int, ...], torch.dtype]], limit: int | None, seed: int
-) -> None:
-    """Catches odd sizes, empty or 0-dimensional tensors, any dtype or name that damages a file or a neighbour."""
+def test_round_trip(described: dict[str, tuple[tuple[int, ...], torch.dtype]], limit: int | None, seed: int) -> None:
+    """Catches sizes, dtypes and names, empty and 0-dimensional tensors included, that damage a file or another tensor."""
     random = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, (shape, dtype) in described.items():
@@ -99,15 +97,15 @@ def test_what_is_written_is_read_back(
     assert all(same(found[name], tensor) for name, tensor in tensors.items())
 
 
-def test_views_are_written_as_what_they_show(tmp_path: Path) -> None:
-    """Catches a transposed, strided or expanded tensor whose storage is written instead of its values."""
+def test_views_are_written_by_their_values(tmp_path: Path) -> None:
+    """Catches a transposed, strided or expanded tensor of which the storage is written in place of the values."""
     base = torch.arange(24.0).reshape(4, 6)
     tensors = {"t": base.T, "strided": base[::2, 1::2], "expanded": base[:1].expand(5, 6), "offset": base[1:, 3]}
     found = read(write(tmp_path, tensors))
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
-def test_a_tensor_that_waits_is_kept_as_it_was(tmp_path: Path) -> None:
+def test_an_unaligned_tensor_is_copied(tmp_path: Path) -> None:
     """Catches a tensor of odd size that the caller changes before its file is closed."""
     writer = ShardWriter(tmp_path, header_bytes=1000)
     odd, even = torch.ones(3, dtype=torch.int8), torch.ones(8, dtype=torch.int8)
@@ -127,15 +125,15 @@ def test_parameters_can_be_written(tmp_path: Path) -> None:
 
 
 def test_one_file_without_a_limit(tmp_path: Path) -> None:
-    """Catches an index, a numbered name or a leftover beside the one file of an unlimited writer."""
+    """Catches an index, a numbered name or a leftover file of a writer without a limit."""
     write(tmp_path, {"a": torch.ones(3), "b": torch.ones(5)})
     assert [path.name for path in tmp_path.iterdir()] == ["weights.safetensors"]
 
 
 def test_shards_and_their_index(tmp_path: Path) -> None:
-    """Catches a shard above the limit, an index that names the wrong shard, and a total that is off."""
+    """Catches a shard above the limit, an index with a wrong shard, and a wrong total size."""
     tensors = {f"layer.{number}": torch.full((100 + number,), float(number)) for number in range(20)}
-    limit = header_room(tensors) + 2000
+    limit = header_bytes(tensors) + 2000
     paths = write(tmp_path, tensors, limit)
     count = len(paths)
     assert [path.name for path in paths] == [f"weights-{k + 1:05}-of-{count:05}.safetensors" for k in range(count)]
@@ -154,7 +152,7 @@ def test_shards_and_their_index(tmp_path: Path) -> None:
 def test_the_limit_counts_the_whole_file(tmp_path: Path, spare: int) -> None:
     """Catches a shard that exceeds the limit by its header, or by the header's length field."""
     tensors = {"a": torch.ones(200), "b": torch.ones(200)}
-    limit = LENGTH_FIELD + -(-header_room(tensors) // ALIGNMENT) * ALIGNMENT + 2 * 800 + spare
+    limit = LENGTH_FIELD + -(-header_bytes(tensors) // ALIGNMENT) * ALIGNMENT + 2 * 800 + spare
     paths = write(tmp_path, tensors, limit)
     assert len(paths) == (2 if spare < 0 else 1)
     assert all(path.stat().st_size <= limit for path in paths)
@@ -168,9 +166,9 @@ def test_a_limit_that_is_not_reached_gives_one_numbered_shard(tmp_path: Path) ->
 
 
 def test_a_tensor_larger_than_the_limit_gets_its_own_file(tmp_path: Path) -> None:
-    """Catches a huge tensor that is refused, split, or that takes its neighbours beyond the limit."""
+    """Catches a large tensor that is refused, split, or in one shard with others."""
     tensors = {"a": torch.ones(10), "huge": torch.ones(5000), "b": torch.ones(10), "c": torch.ones(10)}
-    paths = write(tmp_path, tensors, header_room(tensors) + 1000)
+    paths = write(tmp_path, tensors, header_bytes(tensors) + 1000)
     assert [sorted(header(path)[0]) for path in paths] == [["a"], ["huge"], ["b", "c"]]
     found = read(paths)
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
@@ -213,7 +211,7 @@ def test_a_name_written_twice_is_an_internal_error(tmp_path: Path) -> None:
             writer.add(name, torch.ones(2))
 
 
-def test_a_header_that_outgrows_its_room_is_an_internal_error(tmp_path: Path) -> None:
+def test_a_header_longer_than_reserved_is_an_internal_error(tmp_path: Path) -> None:
     """Catches a header that is written over the first tensor's data."""
     writer = ShardWriter(tmp_path, header_bytes=64)
     writer.add("a long name that needs more room than was reserved", torch.ones(2))

@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all: written beside its place, then renamed into it."""
+"""Writes a folder atomically: into a work folder next to the target, which is then renamed or exchanged."""
 
 import contextlib
 import ctypes
@@ -14,14 +14,15 @@ from pathlib import Path
 
 from vlqc.emit.shard_writer import sync
 from vlqc.errors import Fault, UserError
+from vlqc.formatting import format_bytes
 
 FOLDER_MODE = 0o750
 FILE_MODE = 0o640
-NAME_BYTES, HASH_DIGITS = 100, 8  # of the target's name in those of folders beside it; most systems allow 255 in all
-# All that ever lies in a work folder: what is to appear, and what an interrupted run goes on from.
+NAME_BYTES, HASH_DIGITS = 100, 8  # longest part of the target's name in other names; most systems allow 255 in all
+# The only entries of a work folder: the result, and what an interrupted run resumes from.
 RESULT, OUTPUTS, JOURNAL = WORK = ("result", "outputs", "journal.jsonl")
-BEFORE, MARKER = "before", "moved_aside"  # what stood at the target while it is exchanged, and who put it there
-# What a disk or its settings can answer to a write; any other fault inside is not one of the save folder.
+BEFORE, MARKER = "before", "moved_aside"  # during an exchange: the old folder, and the file that names its place
+# Errors of a write that are due to the disk or its settings; others are not due to the save folder.
 DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
 REMEDIES = {
     errno.EFBIG: "give --part_file_size for smaller files, raise `ulimit -f`, or choose a disk without that limit",
@@ -29,34 +30,35 @@ REMEDIES = {
     errno.EACCES: "choose a folder that may be written",
     errno.EPERM: "choose a folder that may be written",
     errno.EIO: "choose another disk",
-    errno.EBUSY: "the system keeps that folder, as it does with a mount point: name a folder inside it",
-    errno.EXDEV: "that folder and the one above it lie on two disks: name a folder inside it",
-    errno.ENOTEMPTY: "something has appeared there meanwhile: look at it, or add --overwrite to replace it",
-    errno.EEXIST: "something has appeared there meanwhile: look at it, or add --overwrite to replace it",
-    errno.ENOTDIR: "something has appeared there meanwhile: look at it, or name another folder",
+    errno.EBUSY: "the folder is in use by the system, for example a mount point: name a folder inside it",
+    errno.EXDEV: "that folder and its parent are on different disks: name a folder inside it",
+    errno.ENOTEMPTY: "a file or folder was created there meanwhile: check it, or add --overwrite to replace it",
+    errno.EEXIST: "a file or folder was created there meanwhile: check it, or add --overwrite to replace it",
+    errno.ENOTDIR: "a file was created there meanwhile: check it, or name another folder",
 }
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux: <fcntl.h>, <linux/fs.h>
 
 
 def work_folders(target: Path) -> list[Path]:
-    """Those that lie beside `target`, of runs that go on or were interrupted; nothing that only has such a name."""
+    """Work folders next to `target`, of running or interrupted runs; only folders with nothing but their entries."""
     target = Path(os.path.realpath(target))
     return [folder for folder in _made_by_runs(target, _prefix(target)) if _names_in(folder) <= set(WORK)]
 
 
 class WorkFolder:
-    """A folder of one run beside its target, locked for as long as this process lives.
+    """The work folder of one run, next to its target and locked until the process ends.
 
-    folder: its path; result: the folder inside that is to appear.
+    folder: its path; result: the folder inside that becomes the target.
     """
 
     def __init__(self, target: Path, folder: Path | None = None) -> None:
-        """A new one, or with `folder` one that is there. UserError if it cannot be made, InUse if it is another's."""
-        self.target = Path(os.path.realpath(target))  # a link stays and what it points to is exchanged
+        """Creates a work folder, or opens the existing `folder`. UserError if it cannot be created, InUse if another
+        process holds its lock."""
+        self.target = Path(os.path.realpath(target))  # a link is kept: the folder that it points to is replaced
         self._new_parents = [parent for parent in self.target.parents if not parent.exists()]
         try:
             self.target.parent.mkdir(parents=True, exist_ok=True)
-            # A name of its own: two runs into one folder must not write into each other's work.
+            # A unique name: two runs with the same target must not share a work folder.
             self.folder = folder or Path(tempfile.mkdtemp(prefix=_prefix(self.target), dir=self.target.parent))
             self._lock = _locked(self.folder)
             self.result = self.folder / RESULT
@@ -64,17 +66,17 @@ class WorkFolder:
                 self.folder.chmod(FOLDER_MODE)
                 self.result.mkdir(FOLDER_MODE)
         except OSError as error:
-            raise UserError(Fault("the save folder cannot be made", str(self.target), str(error))) from error
+            raise UserError(Fault("cannot create the save folder", str(self.target), str(error))) from error
 
     @property
     def locks(self) -> bool:
-        """Whether the disk has locks, so that nobody else can be using it."""
+        """Whether the file system supports locks, so that no other process can be using the folder."""
         return self._lock is not None
 
     def publish(self, overwrite: bool) -> None:
-        """Gives the finished result its place; what was there before stays until then, and goes with `remove`.
+        """Makes the finished result the target; an old target moves into the work folder, and `remove` deletes it.
 
-        OSError if that is not possible; then all is as before.
+        OSError if that is not possible; then nothing has changed.
         """
         for path in self.result.iterdir():
             path.chmod(FILE_MODE)
@@ -85,11 +87,11 @@ class WorkFolder:
         if overwrite and self.target.is_dir() and any(self.target.iterdir()):
             exchange(self.result, self.target)
         else:
-            self.result.rename(self.target)  # nothing or an empty folder is there, otherwise an error
+            self.result.rename(self.target)  # fails unless the target is missing or empty
         sync(self.target.parent)
 
     def remove(self) -> None:
-        """It and everything in it, and folders above it that were made for it and are empty."""
+        """Deletes the work folder, and empty parent folders that were created for it."""
         shutil.rmtree(self.folder, ignore_errors=True)
         if not self.target.exists():
             with contextlib.suppress(OSError):
@@ -97,27 +99,27 @@ class WorkFolder:
                     parent.rmdir()
 
     def close(self) -> None:
-        """Lets others have it."""
+        """Releases the lock."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
 
 class InUse(Exception):
-    """Another process that lives has this work folder."""
+    """Another running process uses this work folder."""
 
 
 def exchange(one: Path, other: Path) -> None:
-    """Two folders of one file system take each other's place, at once where the system can do that.
+    """Exchanges two folders of one file system, atomically where the file system supports it.
 
-    Elsewhere there is a moment in which `other` is missing; if it is the last one, `restore_replaced` mends that.
+    Elsewhere `other` is missing for a moment; after a crash in that moment, `restore_replaced` puts it back.
     """
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is not None:
         if renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
             return
         code = ctypes.get_errno()
-        if code not in (errno.EINVAL, errno.ENOSYS):  # which say that this file system cannot
+        if code not in (errno.EINVAL, errno.ENOSYS):  # not supported by this file system
             raise OSError(code, os.strerror(code), str(other))
     aside = Path(tempfile.mkdtemp(prefix=_replaced(other), dir=other.parent))
     before = aside / BEFORE
@@ -135,9 +137,9 @@ def exchange(one: Path, other: Path) -> None:
 
 
 def restore_replaced(target: Path) -> None:
-    """Puts back what a run moved aside that was killed before something else stood there; else it goes.
+    """Puts back a folder that an interrupted exchange moved aside; deletes it if the target exists again.
 
-    Nothing that only has such a name: a run has said, in a file of its own beside it, what it moved aside.
+    Only folders with a marker file that a previous run wrote are touched.
     """
     target = Path(os.path.realpath(target))
     for aside in _made_by_runs(target, _replaced(target)):
@@ -153,34 +155,34 @@ def restore_replaced(target: Path) -> None:
 
 
 def unwritable(target: Path, error: OSError) -> UserError:
-    """What to tell of a write that failed."""
+    """The error to raise after a failed write."""
     fix = REMEDIES.get(error.errno or 0, "free space or choose another folder")
-    return UserError(Fault("the result cannot be written", str(target), str(error), fix))
+    return UserError(Fault("cannot write the result", str(target), str(error), fix))
 
 
 def nearest_folder(target: Path) -> Path:
-    """The folder that exists nearest above a path."""
+    """The closest existing parent folder of a path."""
     return next(folder for folder in Path(os.path.realpath(target)).parents if folder.is_dir())
 
 
 def bytes_in(folder: Path) -> int:
-    """What the files in a folder take on the disk, those in folders inside included."""
+    """Disk usage of all files in a folder and its subfolders."""
     return sum(entry.stat().st_blocks * 512 for entry in _files(folder))
 
 
 def require_space(target: Path, needed: int) -> None:
-    """UserError unless the disk that will hold `target` has `needed` bytes free."""
+    """UserError unless the disk of `target` has `needed` bytes free."""
     existing = nearest_folder(target)
     free = shutil.disk_usage(existing).free
     if free < needed:
-        why = f"the result takes about {_readable(needed)}, {_readable(free)} are free"
+        why = f"the result takes about {format_bytes(needed)}, {format_bytes(free)} are free"
         raise UserError(
             Fault("not enough disk space", str(existing), why, "free space or choose another --save_directory")
         )
 
 
 def _made_by_runs(target: Path, prefix: str) -> list[Path]:
-    """Folders beside `target` with names as `mkdtemp` makes them; links are none."""
+    """Folders next to `target` with names as `mkdtemp` creates them; no links."""
     named = re.compile(re.escape(prefix) + "[a-z0-9_]{8}")
     there = target.parent.iterdir() if target.parent.is_dir() else ()
     return sorted(path for path in there if named.fullmatch(path.name) and path.is_dir() and not path.is_symlink())
@@ -202,11 +204,11 @@ def _replaced(target: Path) -> str:
 
 
 def _short_name(target: Path) -> str:
-    """The name of a folder, as it is or, where nothing could be added to it, cut; no other folder has the same one."""
+    """The name of a folder, shortened if it is too long to be extended; unique for every folder."""
     encoded = os.fsencode(target.name)  # the system counts bytes
     if len(encoded) <= NAME_BYTES:
         return target.name
-    # Longer than any name that stays as it is, so it is none of those.
+    # Longer than any name that is kept, so it cannot be equal to one.
     return f"{encoded[:NAME_BYTES].decode(errors='ignore')}-{hashlib.sha256(encoded).hexdigest()[:HASH_DIGITS]}"
 
 
@@ -215,7 +217,7 @@ def _marker_of(target: Path) -> bytes:
 
 
 def _mark(aside: Path, target: Path) -> None:
-    """Says, on the disk before anything is moved, that a folder holds what stood at `target`."""
+    """Writes the marker file, synced before anything is moved: the folder holds the old content of `target`."""
     marker = aside / MARKER
     marker.write_bytes(_marker_of(target))
     sync(marker)
@@ -231,7 +233,7 @@ def _marked(aside: Path, target: Path) -> bool:
 
 
 def _unmark(aside: Path) -> None:
-    """Clears up an empty folder; one that holds something stays as it is, to be put back."""
+    """Deletes the folder unless it still holds the old content."""
     if _names_in(aside) <= {MARKER}:
         with contextlib.suppress(OSError):
             (aside / MARKER).unlink(missing_ok=True)
@@ -239,7 +241,7 @@ def _unmark(aside: Path) -> None:
 
 
 def _locked(folder: Path) -> int | None:
-    """A handle that holds a lock on a folder for as long as this process lives; None where the disk has no locks."""
+    """A file descriptor that locks a folder until the process ends; None if the file system has no locks."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -253,7 +255,3 @@ def _locked(folder: Path) -> int | None:
 
 def _files(folder: Path) -> Iterator[Path]:
     return (path for path in folder.rglob("*") if path.is_file())
-
-
-def _readable(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"

@@ -99,7 +99,7 @@ def test_a_full_folder_stays_without_overwrite(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("atomic", [True, False])
 def test_overwrite_exchanges_the_whole_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, atomic: bool) -> None:
-    """Catches old files that are mixed with new ones, and an old folder that is deleted before the new one is in place."""
+    """Catches old files that are mixed with new ones, and an old folder deleted before the new one is in place."""
     target = tmp_path / "out"
     target.mkdir()
     (target / "stale").write_text("old")
@@ -212,7 +212,7 @@ def test_a_run_killed_before_the_move(tmp_path: Path, monkeypatch: pytest.Monkey
     assert content(tmp_path / "out") == {"file": "old"} and siblings(tmp_path / "out") == []
 
 
-def test_two_runs_atomic_do_not_meet(tmp_path: Path) -> None:
+def test_two_runs_at_the_same_time(tmp_path: Path) -> None:
     """Catches a second run with the same target that uses the work folder of the first."""
     target = tmp_path / "out"
     with working(target) as first:
@@ -285,7 +285,7 @@ def test_advice_for_a_mount_point(tmp_path: Path, code: int) -> None:
 
 
 def test_require_space(tmp_path: Path) -> None:
-    """Catches a compilation for which there is no disk space, and a failure for a parent folder that does not exist yet."""
+    """Catches a compilation for which there is no disk space, and a failure for a missing parent folder."""
     require_space(tmp_path / "not" / "there" / "yet", 1)
     with pytest.raises(UserError, match="not enough disk space") as caught:
         require_space(tmp_path / "not" / "there" / "yet", 2**60)

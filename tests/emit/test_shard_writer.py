@@ -82,7 +82,7 @@ NAMES = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), m
     st.integers(0, 1000),
 )
 def test_round_trip(described: dict[str, tuple[tuple[int, ...], torch.dtype]], limit: int | None, seed: int) -> None:
-    """Catches sizes, dtypes and names, empty and 0-dimensional tensors included, that damage a file or another tensor."""
+    """Catches sizes, dtypes and names that damage a file or another tensor, empty and 0-dimensional ones included."""
     random = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, (shape, dtype) in described.items():

@@ -14,8 +14,8 @@ from vlqc.emit.folder_writer import FolderWriter, committed_plan
 from vlqc.emit.resume.journal import open_journal
 from vlqc.emit.stage_tensors import emitted_dtype
 from vlqc.frontend.activation_offload import ActivationOffload
-from vlqc.frontend.calibration.dataset import Calibration, calibrate_on
-from vlqc.frontend.calibration.samples import by_pictures, refuse_both
+from vlqc.frontend.calibration.dataset import CalibrationDataset, load_calibration
+from vlqc.frontend.calibration.samples import group_by_images, reject_conflicting_arguments
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.device import resolve_device
 from vlqc.frontend.distributed import current_process_group, init_distributed
@@ -45,10 +45,10 @@ def compile(
 ) -> Result:
     """Compiles a checkpoint; `Options` explains every option. Nothing appears in save_directory unless all succeeds.
 
-    samples: ready model inputs, as `Calibration.samples`, in place of calib_images. passes: in place of those that the
-    options build. UserError for unusable input.
+    samples: ready model inputs, as `CalibrationDataset.samples`, in place of calib_images. passes: in place of those
+    that the options build. UserError for unusable input.
     """
-    refuse_both(samples=samples, passes=passes, **given)
+    reject_conflicting_arguments(samples=samples, passes=passes, **given)
     options, process_group = Options.from_user(**given), current_process_group()
     show = resolve_progress(progress, first=process_group.is_rank0)
     pipeline = build_pipeline(options, passes)
@@ -60,10 +60,10 @@ def compile(
     model = process_group.rank0_first(lambda: StreamedModel.open(checkpoint, trust_remote_code=trust, device=device))
     summary.note_unused_tensors(model.unused_tensors())
     check_layers(model, options)
-    calibration = calibrate_on(samples, options, model.module) if process_group.is_rank0 else Calibration([])
+    calibration = load_calibration(options, model.module, samples) if process_group.is_rank0 else CalibrationDataset([])
     summary.add_notes(calibration.notes)
     begin, mine = process_group.scatter(
-        by_pictures(calibration.samples)
+        group_by_images(calibration.samples)
     )  # each process has its own; the first one writes
     probe = process_group.broadcast(0, calibration.probe)
     with open_journal(

@@ -121,7 +121,7 @@ def test_pictures(tmp_path: Path) -> None:
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     arguments = ["--model_path", TINY, "--calib_images", pictures, "--save_directory", tmp_path / "out"]
-    refused(run(*arguments), str(pictures), "put pictures into it")
+    refused(run(*arguments), str(pictures), "--calib_images")
     shutil.copy(next(PHOTOS.glob("*.jpg")), pictures / "good.jpg")
     (pictures / "bad.jpg").write_bytes(b"not a picture")
     refused(run(*arguments), "bad.jpg", "--skip_bad_images")

@@ -27,8 +27,8 @@ from tools.fuzz import bounded
 from vlqc.cli.commands import app
 from vlqc.errors import UserError
 from vlqc.frontend.calibration.dataset import load_samples
-from vlqc.frontend.calibration.images import BadPicture, read_picture
-from vlqc.frontend.calibration.sources import list_requests
+from vlqc.frontend.calibration.images import ImageError, read_image
+from vlqc.frontend.calibration.sources import list_samples
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.reporting.checkpoint_summary import inspect_folder
 from vlqc.verify import verify_folder
@@ -61,8 +61,8 @@ def test_bombs_do_not_go_off(tmp_path: Path, size: tuple[int, int]) -> None:
     """Catches a few bytes that unpack to gigabytes: refused by what their header says."""
     (tmp_path / "bomb.png").write_bytes(bomb(*size))
     assert (tmp_path / "bomb.png").stat().st_size < 2**20 or size[0] > 10**9
-    with bounded(20.0, 2**28), pytest.raises(BadPicture):
-        read_picture(tmp_path / "bomb.png")
+    with bounded(20.0, 2**28), pytest.raises(ImageError):
+        read_image(tmp_path / "bomb.png")
 
 
 PIPES: dict[str, Callable[[Path], object]] = {
@@ -72,7 +72,7 @@ PIPES: dict[str, Callable[[Path], object]] = {
     "quant_model_description.json": inspect_folder,
     "preprocessor_config.json": lambda folder: load_samples(folder, folder / "photo.png"),
     "chat_template.json": lambda folder: load_samples(folder, folder / "photo.png"),
-    "lines.jsonl": lambda folder: list_requests(folder / "lines.jsonl"),
+    "lines.jsonl": lambda folder: list_samples(folder / "lines.jsonl"),
     "photo.png": lambda folder: load_samples(folder, folder / "photo.png"),
 }
 

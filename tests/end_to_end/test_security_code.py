@@ -15,7 +15,7 @@ from tests.support.fuzz.tiny import TINY
 from tools.fuzz import bounded
 from vlqc.errors import UserError
 from vlqc.frontend.calibration.dataset import load_samples
-from vlqc.frontend.calibration.images import BadPicture, read_picture
+from vlqc.frontend.calibration.images import ImageError, read_image
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.reporting.checkpoint_summary import inspect_folder
 from vlqc.verify import verify_folder
@@ -165,5 +165,5 @@ def test_pictures_start_no_other_program(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "a.jpg").write_bytes(
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
     )
-    with pytest.raises(BadPicture, match="not a picture, or of an unknown format"):
-        read_picture(tmp_path / "a.jpg")
+    with pytest.raises(ImageError, match="format"):
+        read_image(tmp_path / "a.jpg")

@@ -11,8 +11,8 @@ import vlqc
 from tests.support import tiny
 from tests.support.interrupted_runs import STAGES, content, failing, small
 from tests.support.resume_runs import QUICK
-from vlqc.frontend.calibration.dataset import calibrate_on
-from vlqc.frontend.calibration.samples import by_pictures
+from vlqc.frontend.calibration.dataset import load_calibration
+from vlqc.frontend.calibration.samples import group_by_images
 from vlqc.frontend.sequential import SequentialForward
 from vlqc.options.options import Options
 
@@ -25,7 +25,7 @@ def test_groups() -> None:
     """Catches samples that are told apart by their words, text-only ones taken for equal, another order of groups."""
     samples = [TEXT, ONE, TWO, AGAIN, TEXT, TWO_AGAIN, LARGE, THIRD]
     numbers = {id(sample): number for number, sample in enumerate(samples)}
-    groups = [[numbers[id(sample)] for sample in group] for group in by_pictures(samples)]
+    groups = [[numbers[id(sample)] for sample in group] for group in group_by_images(samples)]
     assert groups == [[4], [1, 3, 7], [2, 5], [4], [6]]
 
 
@@ -34,7 +34,7 @@ def test_one_pixel_makes_another_picture() -> None:
     other = tiny.asked_again(ONE, 9)
     other["pixel_values"][-1, -1] += 1e-3
     turned = ONE | {"image_grid_thw": torch.tensor([[1, 8, 4]])}
-    assert len(by_pictures([ONE, other, turned])) == 3
+    assert len(group_by_images([ONE, other, turned])) == 3
 
 
 @pytest.mark.every_transformers
@@ -68,7 +68,7 @@ def test_the_probe_looks_for_itself() -> None:
 def test_samples_with_the_same_picture_are_neighbours() -> None:
     """Catches a compilation that looks twice because another sample stands between."""
     options = Options.without_paths(model_path=tiny.TINY)
-    found = calibrate_on([ONE, TEXT, AGAIN], options, tiny.float_model().module)
+    found = load_calibration(options, tiny.float_model().module, [ONE, TEXT, AGAIN])
     assert [len(sample["input_ids"][0]) for sample in found.samples] == [
         len(it["input_ids"][0]) for it in (ONE, AGAIN, TEXT)
     ]

@@ -1,4 +1,4 @@
-"""Pictures, JSON lines and a checkpoint's small files for calibration to read."""
+"""Images, JSON lines and a checkpoint's small files for calibration to read."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ BOS, START, END, PAD, UNKNOWN = 1, 3, 4, 5, 63  # the tiny tokenizer's numbers
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-def picture(path: Path, width: int = 84, height: int = 56, seed: int = 0) -> Path:
+def write_image(path: Path, width: int = 84, height: int = 56, seed: int = 0) -> Path:
     """Noise, so that a swapped row, column or channel shows."""
     noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     Image.fromarray(noise).save(path)

@@ -31,7 +31,7 @@ GIB = 300_000  # bytes of a weight file, where there are several
 APPEND = "vlqc.emit.resume.journal_file:JournalWriter.append"
 # (case, what is done at that moment, the function, its how manieth call, before | after | half: of what it writes)
 MOMENTS = [
-    ("plain", "calibrating", "vlqc.compiler:calibrate_on", 1, "before"),
+    ("plain", "calibrating", "vlqc.compiler:load_calibration", 1, "before"),
     ("plain", "calibrated", "vlqc.emit.resume.journal:run_fingerprint", 1, "after"),
     ("plain", "first line of the journal", APPEND, 1, "half"),
     ("plain", "tensors outside stages", "vlqc.emit.shard_writer:ShardWriter._write", 2, "half"),

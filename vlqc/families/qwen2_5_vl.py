@@ -1,8 +1,13 @@
 """Qwen2.5-VL: names, layers, config.json and model inputs."""
 
+import math
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Self
+
+from pydantic import AfterValidator, Field, ValidationInfo
+from typing_extensions import TypedDict  # pydantic accepts typing.TypedDict from Python 3.12 on
 
 from vlqc.families.layer_names import matches_any
 from vlqc.families.model_structure import Linear, ModelStructure
@@ -316,10 +321,262 @@ def _integers(part: str, config: Mapping[str, Any], defaults: Mapping[str, int])
     return values
 
 
+# ---- bounds of the values in config.json ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ConfigLimits:
+    """Upper bounds of values in config.json, from the tensors of the checkpoint and from other values.
+
+    size: the largest dimension of any tensor; blocks: the number of tensors; last_block: index of the last block of the
+    vision tower; last_token: the largest token id; rotary: half the channels of a head of the language model.
+    """
+
+    size: int
+    blocks: int
+    last_block: int
+    last_token: int
+    rotary: int
+
+
+def config_limits(config: Mapping[str, Any], largest: int, tensors: int) -> ConfigLimits:
+    """Limits for a config that may be invalid. largest: largest dimension of any tensor; tensors: their number."""
+    vision = config.get("vision_config")
+    depth = vision.get("depth") if isinstance(vision, dict) else None
+    vocabulary = config["vocab_size"]
+    return ConfigLimits(
+        size=largest,
+        blocks=tensors,
+        last_block=(int(depth or 0) if _is_integer(depth, tensors) else tensors) - 1,
+        last_token=(vocabulary if _is_integer(vocabulary, largest) else largest) - 1,
+        rotary=_head_size(config) // 2,
+    )
+
+
+def _is_integer(value: Any, most: int) -> bool:
+    return type(value) is int and 1 <= value <= most
+
+
+def _head_size(config: Mapping[str, Any]) -> int:
+    """Channels of a head of the language model; 0 if the config does not determine it."""
+    size = config.get("head_dim")
+    if _is_integer(size, 2**31):
+        return int(size or 0)
+    heads, hidden = config.get("num_attention_heads", 64), config["hidden_size"]
+    return hidden // heads if _is_integer(heads, 2**31) and _is_integer(hidden, 2**31) else 0
+
+
+def _at_most(limit: str, meaning: str) -> AfterValidator:
+    def check(value: int, info: ValidationInfo) -> int:
+        most = getattr(info.context, limit)
+        if value > most:
+            raise ValueError(f"it must be at most {most}, {meaning}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _mrope(value: Any, info: ValidationInfo) -> Any:
+    sections: Any = value.get("mrope_section") if isinstance(value, dict) else None
+    half = getattr(info.context, "rotary", 0)
+    are_sizes = isinstance(sections, list) and all(_is_integer(size, 2**20) for size in sections)
+    if not are_sizes or len(sections) != 3 or sum(sections) != half:
+        raise ValueError(f"it needs an mrope_section of three integers above 0 whose sum is {half}, half of a head")
+    return value
+
+
+Size = Annotated[int, Field(ge=1), _at_most("size", "the largest dimension of any tensor")]
+Blocks = Annotated[int, Field(ge=1), _at_most("blocks", "the number of tensors")]
+BlockIndex = Annotated[int, Field(ge=0), _at_most("last_block", "the index of the last block")]
+Token = Annotated[int, Field(ge=0), _at_most("last_token", "the last id of the vocabulary")]
+Tokens = Token | list[Token] | None
+Positions = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Deviation = Annotated[float, Field(ge=0, le=1e3)]
+
+# Values that the model's config class gives to missing keys, where they are large or invalid for the checkpoint.
+CONFIG_DEFAULTS = {
+    key: TEXT_DEFAULTS[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+} | {"rope_scaling": None}
+
+
+class VisionConfig(TypedDict, total=False):
+    """Keys of `vision_config`."""
+
+    depth: Blocks
+    hidden_size: Size
+    intermediate_size: Size
+    num_heads: Size
+    in_channels: Size
+    in_chans: Size
+    patch_size: Size
+    spatial_patch_size: Size
+    spatial_merge_size: Size
+    temporal_patch_size: Size
+    out_hidden_size: Size
+    tokens_per_second: Size
+    window_size: Annotated[int, Field(ge=1, le=2**15)]  # pixels; images are padded to the square of it
+    fullatt_block_indexes: list[BlockIndex]
+    initializer_range: Deviation
+    hidden_act: str
+    model_type: str
+    torch_dtype: str
+    dtype: str
+
+
+class Config(TypedDict, total=False):
+    """Keys of a flat config.json; validated with a `ConfigLimits` as context."""
+
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    head_dim: Size | None
+    num_hidden_layers: Blocks
+    image_token_id: Token
+    video_token_id: Token
+    vision_start_token_id: Token
+    vision_end_token_id: Token
+    vision_token_id: Token
+    bos_token_id: Tokens
+    eos_token_id: Tokens
+    pad_token_id: Tokens
+    hidden_act: str
+    model_type: str
+    torch_dtype: str
+    dtype: str
+    tie_word_embeddings: bool
+    use_sliding_window: bool
+    use_cache: bool
+    rms_norm_eps: Annotated[float, Field(ge=1e-12, le=1e-2)]
+    rope_theta: Annotated[float, Field(ge=1, le=1e12)]
+    attention_dropout: Annotated[float, Field(ge=0, le=1)]
+    initializer_range: Deviation
+    max_position_embeddings: Positions
+    max_window_layers: Annotated[int, Field(ge=0, le=2**31 - 1)]
+    sliding_window: Positions | None
+    rope_scaling: Annotated[Any, AfterValidator(_mrope)]
+    vision_config: VisionConfig
+    architectures: list[str]
+
+
 # ---- model inputs ----------------------------------------------------------------------------------------------------
+
+TEXT_INPUTS = ("input_ids", "attention_mask")  # [1, S] int64
+IMAGE_INPUTS = ("pixel_values", "image_grid_thw")  # [P, C*T*p*p] float, [images, 3] int64
+OPTIONAL_INPUTS = ("mm_token_type_ids",)  # [1, S] int64, in newer transformers
+VIDEO_INPUTS = ("pixel_values_videos", "video_grid_thw")  # not supported
+TOKENIZER_CLASSES = ("Qwen2Tokenizer", "Qwen2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
+IMAGE_PROCESSOR_CLASSES = (
+    "Qwen2VLImageProcessor",
+    "Qwen2VLImageProcessorFast",
+    "Qwen2VLImageProcessorPil",
+    "Qwen2_5_VLImageProcessor",
+)
+IMAGE_TOKEN = "<|image_pad|>"
+SYSTEM_PROMPT = "You are a helpful assistant."
+# Limits of the image preprocessing of qwen_vl_utils, which the published models were evaluated with.
+PIXELS_PER_TOKEN_SIDE = 28
+MIN_IMAGE_TOKENS, MAX_IMAGE_TOKENS = 4, 16384
+MAX_ASPECT_RATIO = 200
+MAX_ENLARGED_PIXELS = MAX_IMAGE_TOKENS * PIXELS_PER_TOKEN_SIDE**2  # the settings must not enlarge images beyond it
+
+
+class ImageSize(TypedDict, total=False):
+    """`size` of the image processor's settings, in pixels of the whole image."""
+
+    shortest_edge: Annotated[int, Field(ge=1, le=MAX_ENLARGED_PIXELS)] | None
+    longest_edge: Annotated[int, Field(ge=1, le=2**40)] | None
+
+
+class ImageSettings(TypedDict, total=False):
+    """Keys of preprocessor_config.json. The published models have patch_size 14 and the other two sizes 2."""
+
+    patch_size: Annotated[int, Field(ge=1, le=128)]
+    merge_size: Annotated[int, Field(ge=1, le=8)]
+    temporal_patch_size: Annotated[int, Field(ge=1, le=16)]
+    min_pixels: Annotated[int, Field(ge=1, le=MAX_ENLARGED_PIXELS)] | None
+    max_pixels: Annotated[int, Field(ge=1, le=2**40)] | None
+    image_mean: Annotated[list[Annotated[float, Field(ge=-1e6, le=1e6)]], Field(min_length=3, max_length=3)]
+    image_std: Annotated[list[Annotated[float, Field(ge=1e-6, le=1e6)]], Field(min_length=3, max_length=3)]
+    do_resize: bool
+    do_rescale: bool
+    do_normalize: bool
+    do_convert_rgb: bool
+    rescale_factor: Annotated[float, Field(ge=1e-6, le=1e6)]
+    resample: Annotated[int, Field(ge=0, le=5)]
+    size: ImageSize | None
+
+
+@dataclass(frozen=True)
+class InputLayout:
+    """How images appear in the inputs of a model.
+
+    image_token_id: token that stands for one image feature; merge_size: patches along a side of one image feature;
+    patch_values: values of one patch, C*T*p*p.
+    """
+
+    image_token_id: int
+    merge_size: int
+    patch_values: int
+
+    @classmethod
+    def of(cls, config: Any) -> Self:
+        """config: of a transformers model."""
+        vision = config.vision_config
+        values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        return cls(config.image_token_id, vision.spatial_merge_size, values)
+
+    def image_tokens(self, patches: int) -> int:
+        """Number of image tokens of so many patches."""
+        return patches // self.merge_size**2
 
 
 def is_image_token(input_ids: "Tensor", config: Any) -> "Tensor":
     """input_ids [B, S] -> bool [B, S]. config: of the transformers model."""
     image_tokens: Tensor = input_ids == config.image_token_id
     return image_tokens
+
+
+def smart_resize(height: int, width: int) -> tuple[int, int]:
+    """Pixels of an image -> pixels to which it is resized before the image processor resizes it once more.
+
+    The function of the same name in qwen_vl_utils 0.0.14, at its default limits: both sides become multiples of 28, the
+    number of image tokens lies between 4 and 16384, and the aspect ratio is kept as closely as possible. That package
+    cannot be imported without torchvision, and the function of that name in transformers treats images with a side
+    below 28 pixels differently.
+
+    Raises:
+        ValueError: if one side is more than 200 times as long as the other.
+    """
+    side = PIXELS_PER_TOKEN_SIDE
+    ratio = max(height, width) / min(height, width)
+    if ratio > MAX_ASPECT_RATIO:
+        raise ValueError(f"the aspect ratio must be at most {MAX_ASPECT_RATIO}, it is {ratio:g}")
+    least, most = MIN_IMAGE_TOKENS * side**2, MAX_IMAGE_TOKENS * side**2
+    rows, columns = (max(1, round(pixels / side)) for pixels in (height, width))
+    if rows * columns * side**2 > most:
+        factor = math.sqrt((height * width) / most)
+        rows, columns = (math.floor(pixels / factor / side) for pixels in (height, width))
+    elif rows * columns * side**2 < least:
+        factor = math.sqrt(least / (height * width))
+        rows, columns = (math.ceil(pixels * factor / side) for pixels in (height, width))
+    return rows * side, columns * side
+
+
+def chat_text(images: int, prompt: str, response: str | None, *, image_token: str, marks_turns: bool) -> str:
+    """The conversation as Qwen2.5-VL's chat template writes it, for checkpoints without a template.
+
+    Args:
+        images: how many; they precede the prompt, with one image token each.
+        response: of the assistant. None ends the text where it would begin.
+        marks_turns: whether the tokenizer has the tokens that mark turns.
+    """
+    request = f"<|vision_start|>{image_token}<|vision_end|>" * images + prompt
+    if not marks_turns:
+        return request + ("" if response is None else f" {response}")
+    turns = [("system", SYSTEM_PROMPT), ("user", request)]
+    if response is not None:
+        turns.append(("assistant", response))
+    text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
+    return text if response is not None else f"{text}<|im_start|>assistant\n"

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from vlqc.errors import Fault, InternalError, UserError, VlqcError
 from vlqc.frontend.calibration.probe import PROBE
-from vlqc.frontend.calibration.samples import same_pictures
+from vlqc.frontend.calibration.samples import same_images
 from vlqc.frontend.memory import is_out_of_memory
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.execution import Call
@@ -219,7 +219,7 @@ def _lookers(samples: Sequence[dict[str, Tensor]], sharing: int) -> list[int]:
     """For every sample the one that looks at its pictures: of the first `sharing` ones a neighbour before it, or it."""
     found = list(range(len(samples)))
     for number in range(1, sharing):
-        if same_pictures(samples[found[number - 1]], samples[number]):
+        if same_images(samples[found[number - 1]], samples[number]):
             found[number] = found[number - 1]
     return found
 

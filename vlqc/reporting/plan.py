@@ -19,7 +19,7 @@ from vlqc.emit.size_estimate import output_bytes, predict_schemes, required_disk
 from vlqc.emit.stage_tensors import emitted_dtype
 from vlqc.families.qwen2_5_vl import model_part
 from vlqc.formatting import format_bytes, format_duration, pluralize
-from vlqc.frontend.calibration.dataset import calibrate_on
+from vlqc.frontend.calibration.dataset import load_calibration
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.device import resolve_device
 from vlqc.frontend.memory import check_memory, estimate_memory, peak_memory
@@ -104,7 +104,7 @@ def plan_compilation(*, samples: Sequence[dict[str, Tensor]] | None = None, **us
     checkpoint = Checkpoint(options.model_path)
     model = StreamedModel.open(checkpoint, trust_remote_code=options.trust_remote_code)
     check_layers(model, options)
-    calibration = calibrate_on(samples, options, model.module)
+    calibration = load_calibration(options, model.module, samples)
     memory = estimate_memory(model, calibration.samples, options.memory_budget)
     memory_notes: list[str] = []
     check_memory(memory, model.checkpoint.files, memory_notes.append)

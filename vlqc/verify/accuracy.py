@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vlqc.errors import UserError
 from vlqc.frontend.calibration.dataset import load_samples
-from vlqc.frontend.calibration.samples import checked_samples
+from vlqc.frontend.calibration.samples import check_samples
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.sequential import SequentialForward, Stop
 from vlqc.frontend.streamed_model import StreamedModel
@@ -76,7 +76,7 @@ def check_accuracy(
         if calib_images is None:
             raise ValueError("either calib_images or samples must be given")
         samples = load_samples(model_path, calib_images, trust_remote_code=trust_remote_code).samples
-    samples = checked_samples(samples, model.module)
+    samples = check_samples(samples, model.module)
     try:
         quantized = load(folder, dtype=torch.float32, trust_remote_code=trust_remote_code)
     except UserError as error:  # the folder's fault, not the caller's

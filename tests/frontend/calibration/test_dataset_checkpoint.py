@@ -8,15 +8,15 @@ import pytest
 import torch
 from transformers import dynamic_module_utils
 
-from tests.support.calibration_files import END, PAD, START, TINY, lines, model_without, picture
+from tests.support.calibration_files import END, PAD, START, TINY, lines, model_without, write_image
 from vlqc.errors import UserError
 from vlqc.frontend.calibration.dataset import load_samples
-from vlqc.frontend.calibration.processor import ModelInputs
+from vlqc.frontend.calibration.processor import SampleProcessor
 
 
 def test_checkpoint_without_tokenizer_or_settings(tmp_path: Path) -> None:
     """Catches a raw exception of transformers, or an attempt to use the network, for an incomplete checkpoint."""
-    path = picture(tmp_path / "a.png")
+    path = write_image(tmp_path / "a.png")
     model = model_without(tmp_path, "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json")
     with pytest.raises(UserError, match="has no tokenizer") as caught:
         load_samples(model, path)
@@ -27,15 +27,15 @@ def test_checkpoint_without_tokenizer_or_settings(tmp_path: Path) -> None:
         load_samples(model, path)
     assert "samples=" in str(caught.value)
     text_only = lines(tmp_path / "q.jsonl", {"prompt": "red"})
-    assert "no sample has a picture" in load_samples(model, text_only).notes[-1]
+    assert "no sample has an image" in load_samples(model, text_only).notes[-1]
     (model / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match=r"tokenizer in .* cannot be loaded"):
         load_samples(model, path)
 
 
 def test_settings_of_newer_transformers(tmp_path: Path) -> None:
-    """Catches checkpoints whose picture settings lie in processor_config.json and give `size` instead of min_pixels."""
-    path = picture(tmp_path / "a.png", 280, 280)
+    """Catches checkpoints whose image settings lie in processor_config.json and give `size` instead of min_pixels."""
+    path = write_image(tmp_path / "a.png", 280, 280)
     model = model_without(tmp_path, "preprocessor_config.json")
     settings = json.loads((TINY / "preprocessor_config.json").read_text())
     kept = {name: value for name, value in settings.items() if name not in ("min_pixels", "max_pixels")}
@@ -55,22 +55,22 @@ def test_checkpoint_without_chat_template(tmp_path: Path) -> None:
     config = json.loads((TINY / "tokenizer_config.json").read_text())
     del config["chat_template"]
     (model / "tokenizer_config.json").write_text(json.dumps(config))
-    calibration = load_samples(model, picture(tmp_path / "a.png"))
+    calibration = load_samples(model, write_image(tmp_path / "a.png"))
     assert calibration.samples[0]["input_ids"][0, :8].tolist() == [START, *[PAD] * 6, END]
     assert "no chat template" in calibration.notes[0]
 
 
 def test_unmarked_turns_and_marked_ones(tmp_path: Path) -> None:
     """Catches a fallback form that differs from Qwen2.5-VL's own where its turn tokens exist."""
-    inputs = ModelInputs(TINY)
-    inputs._template = None
-    assert inputs._in_chat_form(1, "Hi", None) == "<|vision_start|><|image_pad|><|vision_end|>Hi"
-    inputs._tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
-    assert inputs._in_chat_form(1, "Hi", None) == (
+    processor = SampleProcessor(TINY)
+    processor._template = None
+    assert processor._chat_text(1, "Hi", None) == "<|vision_start|><|image_pad|><|vision_end|>Hi"
+    processor._tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    assert processor._chat_text(1, "Hi", None) == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
         "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>Hi<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert inputs._in_chat_form(0, "Hi", "Ho").endswith("<|im_start|>assistant\nHo<|im_end|>\n")
+    assert processor._chat_text(0, "Hi", "Ho").endswith("<|im_start|>assistant\nHo<|im_end|>\n")
 
 
 def test_tokenizer_of_another_model(tmp_path: Path) -> None:
@@ -78,14 +78,14 @@ def test_tokenizer_of_another_model(tmp_path: Path) -> None:
     model = model_without(tmp_path)
     config = json.loads((TINY / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "image_token_id": 6}))
-    with pytest.raises(UserError, match=r"number 5 in the tokenizer and 6 in config\.json"):
-        load_samples(model, picture(tmp_path / "a.png"))
+    with pytest.raises(UserError, match=r"id 5 in the tokenizer and 6 in config\.json"):
+        load_samples(model, write_image(tmp_path / "a.png"))
 
 
 def test_image_token_inside_a_prompt(tmp_path: Path) -> None:
-    """Catches a text that smuggles in image tokens for which there is no picture."""
+    """Catches a text that smuggles in image tokens for which there is no image."""
     source = lines(tmp_path / "q.jsonl", {"prompt": "what is <|image_pad|>"})
-    with pytest.raises(UserError, match="stands for a picture") as caught:
+    with pytest.raises(UserError, match="stands for an image") as caught:
         load_samples(TINY, source)
     assert caught.value.faults[0].where == f"{source} line 1"
 
@@ -102,7 +102,7 @@ def test_own_code_needs_trust(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         f"from transformers import PreTrainedTokenizerFast\nopen({str(ran)!r}, 'w').close()\n"
         "class OwnTokenizer(PreTrainedTokenizerFast):\n    pass\n"
     )
-    path = picture(tmp_path / "a.png")
+    path = write_image(tmp_path / "a.png")
     try:
         load_samples(model, path)  # 5.x goes on with the tokenizer class that config.json implies, 4.x gives up
     except UserError as error:

@@ -1,4 +1,4 @@
-"""How a budget of image tokens is shared, and the grid of a picture of so many: properties of every case."""
+"""How a budget of image tokens is shared, and the grid of an image of so many: properties of every case."""
 
 import math
 
@@ -6,15 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlqc.frontend.calibration.image_budget import MOST_ELONGATED, grid_within, share_budget
+from vlqc.families.qwen2_5_vl import MAX_ASPECT_RATIO
+from vlqc.frontend.calibration.image_budget import fit_grid, split_budget
 
 TOKENS = st.lists(st.integers(4, 400), min_size=1, max_size=6)
 
 
 @given(TOKENS, st.integers(-5, 1500), st.integers(1, 8))
 def test_every_budget_is_kept(tokens: list[int], budget: int, least: int) -> None:
-    """Catches a share above the budget or above the picture's own size, uneven shares, and tokens left unused."""
-    shares = share_budget(tokens, budget, least)
+    """Catches a share above the budget or above the image's own size, uneven shares, and tokens left unused."""
+    shares = split_budget(tokens, budget, least)
     limit = max(n for n in range(-1, 401) if n < 0 or sum(min(count, n) for count in tokens) <= budget)
     if sum(tokens) <= budget:
         assert shares == tokens
@@ -26,25 +27,25 @@ def test_every_budget_is_kept(tokens: list[int], budget: int, least: int) -> Non
 
 def test_shares_by_hand() -> None:
     """Catches the same slip made in the property and in the code."""
-    assert share_budget([400, 6, 100], 106, 4) == [50, 6, 50]
-    assert share_budget([4, 4, 4], 11, 4) is None
-    assert share_budget([4, 4, 4], 12, 4) == [4, 4, 4]
+    assert split_budget([400, 6, 100], 106, 4) == [50, 6, 50]
+    assert split_budget([4, 4, 4], 11, 4) is None
+    assert split_budget([4, 4, 4], 12, 4) == [4, 4, 4]
 
 
 @given(st.floats(math.log(1 / 200), math.log(200)), st.integers(4, 2000), st.integers(1, 4))
 def test_every_grid_fits(log_ratio: float, most: int, least: int) -> None:
     """Catches grids that are too large, too small, too long for the preparation, or of another shape than needed."""
-    rows, columns = grid_within(math.exp(log_ratio), least, most)
+    rows, columns = fit_grid(math.exp(log_ratio), least, most)
     assert least <= rows * columns <= most
-    assert max(rows, columns) <= MOST_ELONGATED * min(rows, columns)
+    assert max(rows, columns) <= MAX_ASPECT_RATIO * min(rows, columns)
     if most >= 1000 and abs(log_ratio) < 1:
         assert abs(math.log(rows / columns) - log_ratio) < 0.1 and rows * columns > 0.9 * most
 
 
 def test_grids_by_hand() -> None:
     """Catches rows taken for columns."""
-    assert grid_within(0.5, 4, 8) == (2, 4)
-    assert grid_within(2.0, 4, 8) == (4, 2)
-    assert grid_within(150.0, 4, 10) == (10, 1)
+    assert fit_grid(0.5, 4, 8) == (2, 4)
+    assert fit_grid(2.0, 4, 8) == (4, 2)
+    assert fit_grid(150.0, 4, 10) == (10, 1)
     with pytest.raises(ValueError, match="between 4 and 3"):
-        grid_within(1.0, 4, 3)
+        fit_grid(1.0, 4, 3)

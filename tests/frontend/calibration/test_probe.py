@@ -17,7 +17,7 @@ from vlqc.frontend.calibration.probe import (
     PROBE_ROWS,
     probe_sample,
 )
-from vlqc.frontend.calibration.samples import checked_samples
+from vlqc.frontend.calibration.samples import check_samples
 from vlqc.frontend.sequential import SequentialForward, Stop
 from vlqc.frontend.stage_builder import materialized_stage
 from vlqc.ir.stage import Stage
@@ -26,7 +26,7 @@ IMAGE, MERGE = 60, 2
 CONFIG = SimpleNamespace(image_token_id=IMAGE, vision_config=SimpleNamespace(spatial_merge_size=MERGE))
 
 
-def picture(before: int, grids: list[tuple[int, int, int]], behind: int, padding: int = 0) -> dict[str, Tensor]:
+def write_image(before: int, grids: list[tuple[int, int, int]], behind: int, padding: int = 0) -> dict[str, Tensor]:
     """A sample whose patches hold their own frame, row, column; whose text tokens count from 1 on."""
     ids = list(range(1, before + 1))
     patches = []
@@ -45,11 +45,11 @@ def picture(before: int, grids: list[tuple[int, int, int]], behind: int, padding
     }
 
 
-def test_a_corner_of_the_first_picture() -> None:
+def test_a_corner_of_the_first_image() -> None:
     """Catches patches that are not those of the corner, or not in the order in which they are merged."""
-    probe = probe_sample([picture(3, [(1, 40, 30), (1, 4, 4)], 5)], CONFIG)
+    probe = probe_sample([write_image(3, [(1, 40, 30), (1, 4, 4)], 5)], CONFIG)
     assert probe is not None
-    expected = picture(3, [(1, CROP_HEIGHT, CROP_WIDTH)], 0)
+    expected = write_image(3, [(1, CROP_HEIGHT, CROP_WIDTH)], 0)
     assert torch.equal(probe["pixel_values"], expected["pixel_values"])
     assert probe["image_grid_thw"].tolist() == [[1, CROP_HEIGHT, CROP_WIDTH]]
     assert probe["input_ids"].shape == probe["attention_mask"].shape and bool(probe["attention_mask"].all())
@@ -57,9 +57,9 @@ def test_a_corner_of_the_first_picture() -> None:
 
 @pytest.mark.parametrize("padding", [0, 4])
 def test_text_that_is_kept(padding: int) -> None:
-    """Catches padding that is kept, text of the wrong side, a lost first token, image tokens without a picture."""
-    few = probe_sample([picture(5, [(2, 24, 20)], 2, padding)], CONFIG)
-    many = probe_sample([picture(40, [(1, 24, 24)], 200, padding)], CONFIG)
+    """Catches padding that is kept, text of the wrong side, a lost first token, image tokens without an image."""
+    few = probe_sample([write_image(5, [(2, 24, 20)], 2, padding)], CONFIG)
+    many = probe_sample([write_image(40, [(1, 24, 24)], 200, padding)], CONFIG)
     assert few is not None and many is not None
     tokens = CROP_HEIGHT * CROP_WIDTH // MERGE**2
     assert few["input_ids"].tolist() == [[1, 2, 3, 4, 5, *[IMAGE] * tokens, 50, 70, 71]]
@@ -68,16 +68,16 @@ def test_text_that_is_kept(padding: int) -> None:
     assert many["input_ids"].tolist() == [[*first, *nearest, *[IMAGE] * tokens, *behind]]
 
 
-def test_the_text_behind_ends_before_the_next_picture() -> None:
+def test_the_text_behind_ends_before_the_next_image() -> None:
     """Catches image tokens in the probe for which it has no patches, and the mark that announces them."""
-    probe = probe_sample([picture(2, [(1, 24, 24), (1, 2, 2)], 30)], CONFIG)
+    probe = probe_sample([write_image(2, [(1, 24, 24), (1, 2, 2)], 30)], CONFIG)
     assert probe is not None
     assert int((probe["input_ids"] == IMAGE).sum()) == len(probe["pixel_values"]) // MERGE**2
 
 
 def test_none_where_none_is_needed() -> None:
-    """Catches a made-up sample where a real one would do, and one without a picture, which the vision tower lacks."""
-    small, large = picture(3, [(1, 16, 16)], 5), picture(3, [(1, 24, 24)], 5)
+    """Catches a made-up sample where a real one would do, and one without an image, which the vision tower lacks."""
+    small, large = write_image(3, [(1, 16, 16)], 5), write_image(3, [(1, 24, 24)], 5)
     text = {key: large[key][:, :2] for key in ("input_ids", "attention_mask")}
     assert len(large["pixel_values"]) > PROBE_ROWS
     assert probe_sample([large, small], CONFIG) is None
@@ -90,9 +90,9 @@ def test_every_stage_is_proven_on_it() -> None:
     """Catches a probe that the model does not take, that counts as a calibration sample, that does not go on to the
     next stage, or that is not what the proofs run on."""
     model = tiny.float_model()
-    samples = checked_samples([tiny.made_up((24, 24))], model.module)
+    samples = check_samples([tiny.made_up((24, 24))], model.module)
     probe = probe_sample(samples, model.module.config)
-    assert probe is not None and checked_samples([probe], model.module)
+    assert probe is not None and check_samples([probe], model.module)
     seen: list[tuple[str, int]] = []
 
     def look(stop: Stop, stage: Stage) -> None:

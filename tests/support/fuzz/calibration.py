@@ -14,9 +14,9 @@ from PIL import Image
 from tests.support.fuzz.damage import as_json, damaged_bytes, damaged_json, values
 from tests.support.fuzz.tiny import tiny_module
 from tests.support.fuzz.verdict import demand, strict
-from vlqc.frontend.calibration.images import BadPicture, read_picture
-from vlqc.frontend.calibration.samples import checked_samples
-from vlqc.frontend.calibration.sources import LINE_KEYS, list_requests
+from vlqc.frontend.calibration.images import ImageError, read_image
+from vlqc.frontend.calibration.samples import check_samples
+from vlqc.frontend.calibration.sources import LINE_KEYS, list_samples
 
 # ---- calibration data ------------------------------------------------------------------------------------------------
 
@@ -37,19 +37,19 @@ def check_lines(case: bytes, folder: Path) -> bool:
     """Every request comes from a line that is strict JSON, has known keys of the right types, and UTF-8 names."""
     source = folder / "lines.jsonl"
     source.write_bytes(case)
-    requests = list_requests(source)
+    requests = list_samples(source)
     lines = [line for line in case.decode("utf-8-sig").split("\n") if line.strip()]
     demand(len(lines) == len(requests), "lines were lost")
     for line, request in zip(lines, requests, strict=True):
         given = strict(line.encode())
         demand(set(given) <= set(LINE_KEYS), f"unknown key in {given}")
         demand(isinstance(request.prompt, str) and isinstance(request.response, str | None), "texts that are none")
-        for text in (request.prompt, request.response or "", *map(str, request.pictures)):
+        for text in (request.prompt, request.response or "", *map(str, request.images)):
             text.encode()
-        for path in request.pictures[:1]:
+        for path in request.images[:1]:
             try:
-                read_picture(path)
-            except BadPicture:
+                read_image(path)
+            except ImageError:
                 continue
     return True
 
@@ -109,8 +109,8 @@ def check_picture(case: tuple[str, bytes], folder: Path) -> bool:
     path = folder / f"x.{ending}"
     path.write_bytes(content)
     try:
-        read = read_picture(path)
-    except BadPicture as refused:
+        read = read_image(path)
+    except ImageError as refused:
         demand(str(refused).strip() != "", "refused without a reason")
         return False
     with Image.open(io.BytesIO(content)) as opened:
@@ -157,9 +157,9 @@ def sample_cases(draw: st.DrawFn) -> Any:
     return draw(st.sampled_from(([sample], [sample], [sample], [], [3], sample, [sample, None])))
 
 
-def check_samples(case: Any, folder: Path) -> bool:
+def check_ready_samples(case: Any, folder: Path) -> bool:
     """Samples that pass have what the model's forward takes."""
-    (sample,) = checked_samples(case, tiny_module())
+    (sample,) = check_samples(case, tiny_module())
     ids = sample["input_ids"]
     demand(ids.dtype == torch.int64 and ids.ndim == 2 and 0 <= int(ids.min()) <= int(ids.max()) < 64, "input_ids")
     if "pixel_values" in sample:

@@ -15,9 +15,9 @@ from tests.support.compiled_folder import make_content
 from tests.support.fuzz.damage import as_json, damaged_bytes, damaged_json, values
 from tests.support.fuzz.tiny import TINY, tiny_module
 from tests.support.fuzz.verdict import demand, strict
-from vlqc.frontend.calibration.images import BadPicture
-from vlqc.frontend.calibration.processor import ModelInputs
-from vlqc.frontend.calibration.samples import checked_samples
+from vlqc.frontend.calibration.images import ImageError
+from vlqc.frontend.calibration.processor import SampleProcessor
+from vlqc.frontend.calibration.samples import check_samples
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.checkpoint.files import INDEX
 from vlqc.frontend.checkpoint.header import read_header
@@ -231,14 +231,14 @@ def check_side_file(case: tuple[str, bytes], folder: Path) -> bool:
         (folder / "model.safetensors").symlink_to(TINY / "model.safetensors")
     (folder / name).write_bytes(content)
     try:
-        inputs = ModelInputs(folder)
-        sample = inputs.build([inputs.patches_of(picture())], "what is red ?", "blue")
-    except BadPicture:
+        processor = SampleProcessor(folder)
+        sample = processor.build_sample([processor.process_image(picture())], "what is red ?", "blue")
+    except ImageError:
         return False
     except ValueError as error:  # what the prompt is to blame for
-        demand("stands for a picture" in str(error), f"ValueError: {error}")
+        demand("stands for an image" in str(error), f"ValueError: {error}")
         return False
     finally:
         shutil.copyfile(TINY / name, folder / name)
-    checked_samples([sample], tiny_module())
+    check_samples([sample], tiny_module())
     return True

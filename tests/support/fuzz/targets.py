@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.support.fuzz.calibration import (
     check_lines,
     check_picture,
-    check_samples,
+    check_ready_samples,
     line_cases,
     picture_cases,
     sample_cases,
@@ -68,7 +68,7 @@ TARGETS: dict[str, Target] = {
     "recipes": Target(damaged_text(RECIPE, words=RECIPE_WORDS), check_recipe, 700),
     "pipelines": Target(damaged_text(PIPELINE, words=pass_words()), check_pipeline, 2300),
     "stages": Target(stage_cases(), check_stage, 800),
-    "samples": Target(sample_cases(), check_samples, 1500),
+    "samples": Target(sample_cases(), check_ready_samples, 1500),
     "folders": Target(folder_cases(), check_folder, 300),
     "reports": Target(report_cases("report"), check_report, 200),
     "verifications": Target(report_cases("verification"), check_report, 100),

@@ -1,4 +1,4 @@
-"""A folder of pictures, one picture, or JSON lines -> the model inputs on which a checkpoint is calibrated."""
+"""Loads the calibration data: a folder of images, one image, JSON lines or ready samples -> model inputs."""
 
 import random
 from collections.abc import Sequence
@@ -11,24 +11,23 @@ from torch import nn
 
 from vlqc.errors import Fault, UserError
 from vlqc.formatting import pluralize
-from vlqc.frontend.calibration.image_budget import share_budget
-from vlqc.frontend.calibration.images import BadPicture, is_video, read_picture
+from vlqc.frontend.calibration.image_budget import split_budget
+from vlqc.frontend.calibration.images import ImageError, is_video, read_image
 from vlqc.frontend.calibration.probe import probe_sample
-from vlqc.frontend.calibration.processor import ModelInputs, Patches
-from vlqc.frontend.calibration.samples import by_pictures, checked_samples, without_copies, without_padding
-from vlqc.frontend.calibration.sources import Request, list_requests
+from vlqc.frontend.calibration.processor import Patches, SampleProcessor
+from vlqc.frontend.calibration.samples import check_samples, drop_duplicates, drop_padding, group_by_images
+from vlqc.frontend.calibration.sources import SampleSource, list_samples
 from vlqc.options.options import Options
 
-ADVISED_PICTURES = 30
+RECOMMENDED_IMAGES = 30
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """Model inputs in a fixed order, and what the user should know about them.
+class CalibrationDataset:
+    """Model inputs in a fixed order, and notes for the user.
 
-    samples: input_ids and attention_mask [1, S] int64; with pictures also pixel_values [P, C*T*p*p] float32 (P patches
-    of all its pictures) and image_grid_thw [n, 3] int64 (one row per picture). probe: a small one to prove things on,
-    see `probe.probe_sample`.
+    samples: input_ids and attention_mask [1, S] int64; with images also pixel_values [P, C*T*p*p] float32 (P patches of
+    all images) and image_grid_thw [images, 3] int64. probe: a small sample, see `probe_sample`.
     """
 
     samples: list[dict[str, torch.Tensor]]
@@ -36,32 +35,38 @@ class Calibration:
     probe: dict[str, torch.Tensor] | None = None
 
 
-def calibrate_on(given: Sequence[dict[str, torch.Tensor]] | None, options: Options, model: nn.Module) -> Calibration:
-    """The samples given, else those that the user's options name; those with the same pictures follow each other.
+def load_calibration(
+    options: Options, model: nn.Module, samples: Sequence[dict[str, torch.Tensor]] | None = None
+) -> CalibrationDataset:
+    """Loads, checks and orders the calibration samples; samples with the same images are adjacent.
 
-    UserError for unusable ones, as `load_samples`.
+    Args:
+        options: name the calibration data.
+        model: the model that the samples must match.
+        samples: ready model inputs, used instead of options.calib_images.
+
+    Raises:
+        UserError: for unusable samples.
     """
-    loaded = load_calibration(options) if given is None else Calibration(given)  # type: ignore[arg-type]
+    notes: list[str] = []
+    if samples is None:
+        loaded = load_samples(
+            options.model_path,
+            options.calib_images,
+            trust_remote_code=options.trust_remote_code,
+            skip_bad_images=options.skip_bad_images,
+            max_samples=options.max_samples,
+            seed=options.seed,
+            max_tokens=options.max_tokens,
+        )
+        samples, notes = loaded.samples, loaded.notes
     config: Any = model.config
-    samples = [without_padding(it, config.image_token_id) for it in checked_samples(loaded.samples, model)]
-    unique = without_copies(samples)
-    copies = len(samples) - len(unique)
-    notes = [f"{pluralize(copies, 'sample')} left out: the same as others"] if copies else []
-    in_order = [sample for group in by_pictures(unique) for sample in group]
-    return Calibration(in_order, loaded.notes + notes, probe_sample(in_order, config))
-
-
-def load_calibration(options: Options) -> Calibration:
-    """What the user's options say of calibration -> the samples. UserError as `load_samples`."""
-    return load_samples(
-        options.model_path,
-        options.calib_images,
-        trust_remote_code=options.trust_remote_code,
-        skip_bad_images=options.skip_bad_images,
-        max_samples=options.max_samples,
-        seed=options.seed,
-        max_tokens=options.max_tokens,
-    )
+    without_padding = [drop_padding(sample, config.image_token_id) for sample in check_samples(samples, model)]
+    unique = drop_duplicates(without_padding)
+    if duplicates := len(without_padding) - len(unique):
+        notes = [*notes, f"{pluralize(duplicates, 'duplicate sample')} dropped"]
+    ordered = [sample for group in group_by_images(unique) for sample in group]
+    return CalibrationDataset(ordered, notes, probe_sample(ordered, config))
 
 
 def load_samples(
@@ -73,132 +78,141 @@ def load_samples(
     max_samples: int | None = None,
     seed: int = 0,
     max_tokens: int | None = None,
-) -> Calibration:
-    """Pictures or JSON lines, and the model's folder -> Calibration. Reads local files only, one picture at a time.
+) -> CalibrationDataset:
+    """Reads samples with the tokenizer and image processor of a checkpoint. No network; one image at a time.
 
-    max_samples: where there are more, `seed` chooses that many; they keep their order, and no other picture is read.
-    max_tokens: the most tokens of one sample; its pictures are made smaller until it fits.
-    Raises UserError with all unusable samples at once. With `skip_bad_images` every unreadable picture becomes a note,
-    and the next sample in the order of `seed` takes the place of its own, as long as one is left; text that does not do
-    is never skipped. Of a .jsonl file every bad line is named.
+    Args:
+        model_path: folder of the checkpoint.
+        calib_images: a folder of images, one image, or a .jsonl file.
+        trust_remote_code: allow the checkpoint's code to run.
+        skip_bad_images: turn every unreadable image into a note; the next sample in the random order of `seed` takes
+            the place of its sample, as long as one is left. Faulty text is never skipped.
+        max_samples: if there are more, so many are selected with `seed`. They keep their order; the images of the
+            others are not read.
+        max_tokens: maximum number of tokens of one sample; its images are resized until it fits.
+
+    Raises:
+        UserError: with all unusable samples, and every faulty line of a .jsonl file.
     """
-    requests = list_requests(calib_images)
-    inputs = ModelInputs(model_path, trust_remote_code=trust_remote_code)
-    chosen, spare = _choose(len(requests), max_samples, seed)
-    read: dict[int, _Sample] = {}
-    pictures: list[Fault] = []
-    texts: list[Fault] = []
-    for number in chosen:  # grows while samples are skipped
+    sources = list_samples(calib_images)
+    processor = SampleProcessor(model_path, trust_remote_code=trust_remote_code)
+    selected, spare = _select(len(sources), max_samples, seed)
+    samples: dict[int, _Sample] = {}
+    image_faults: list[Fault] = []
+    text_faults: list[Fault] = []
+    for index in selected:  # grows while samples are skipped
         try:
-            read[number] = _read_sample(inputs, requests[number], max_tokens)
-        except _Unusable as error:
-            pictures += [fault for fault in error.pictures if fault not in pictures]
-            texts += [fault for fault in error.texts if fault not in texts]
-            chosen += [spare.pop(0)] if skip_bad_images and spare else []
-    if texts or (pictures and not skip_bad_images):
-        skip = ", or add --skip_bad_images to go on without it" if not texts else ""
-        fix = f"repair or remove what is named above{skip}"
-        raise UserError(*pictures, *texts, Fault(f"{len(read)} of {len(chosen)} samples can be used", fix=fix))
-    if not read:
-        raise UserError(*pictures, Fault(f"no sample is left of {calib_images}", fix="name pictures that can be read"))
-    notes = [f"skipped {fault.what}: {fault.why}" for fault in pictures]
-    if max_samples is not None and max_samples < len(requests):
-        notes.append(f"calibrated on {len(read)} of {len(requests)} samples, chosen by --seed {seed}")
-    samples = [sample for _, sample in sorted(read.items())]
-    notes += (
-        _left_out(calib_images) + _made_smaller(samples, max_tokens) + _advice(sum(each.pictures for each in samples))
-    )
-    return Calibration([each.tensors for each in samples], inputs.notes + notes)
+            samples[index] = _read_sample(processor, sources[index], max_tokens)
+        except _UnusableSample as error:
+            image_faults += [fault for fault in error.image_faults if fault not in image_faults]
+            text_faults += [fault for fault in error.text_faults if fault not in text_faults]
+            selected += [spare.pop(0)] if skip_bad_images and spare else []
+    if text_faults or (image_faults and not skip_bad_images):
+        skip = ", or add --skip_bad_images to skip these images" if not text_faults else ""
+        fix = f"repair or remove the files named above{skip}"
+        total = Fault(f"{len(samples)} of {len(selected)} samples can be used", fix=fix)
+        raise UserError(*image_faults, *text_faults, total)
+    if not samples:
+        raise UserError(*image_faults, Fault(f"{calib_images} has no usable sample", fix="give readable images"))
+    notes = [f"skipped {fault.what}: {fault.why}" for fault in image_faults]
+    if max_samples is not None and max_samples < len(sources):
+        notes.append(f"calibrated on {len(samples)} of {len(sources)} samples, selected with --seed {seed}")
+    ordered = [sample for _, sample in sorted(samples.items())]
+    notes += _video_notes(calib_images) + _resize_notes(ordered, max_tokens) + _image_count_notes(ordered)
+    return CalibrationDataset([sample.tensors for sample in ordered], processor.notes + notes)
 
 
-def _choose(count: int, most: int | None, seed: int) -> tuple[list[int], list[int]]:
-    """Numbers below `count` -> those to read, ascending, and those to take in their place, in the order of `seed`."""
+def _select(count: int, most: int | None, seed: int) -> tuple[list[int], list[int]]:
+    """Indices below `count` -> those to read, ascending, and the others in random order."""
     if most is None or most >= count:
         return list(range(count)), []
-    draw = random.Random(seed)  # of its methods, random() alone is promised to stay the same
-    lots = [draw.random() for _ in range(count)]
-    order = sorted(range(count), key=lots.__getitem__)
+    generator = random.Random(seed)  # of its methods, only random() is guaranteed not to change between versions
+    keys = [generator.random() for _ in range(count)]
+    order = sorted(range(count), key=keys.__getitem__)
     return sorted(order[:most]), order[most:]
 
 
 @dataclass(frozen=True)
 class _Sample:
-    """The model inputs of one request, how many pictures they hold, and how many of these were made smaller."""
+    """Model inputs, the number of images in them, and how many of these were resized to fit the token budget."""
 
     tensors: dict[str, torch.Tensor]
-    pictures: int
-    smaller: int = 0
+    images: int
+    resized: int = 0
 
 
-class _Unusable(Exception):
-    """What keeps a sample from being used: pictures that cannot be read, or text that does not do."""
+class _UnusableSample(Exception):
+    """Faults of the images and of the text of one sample."""
 
-    def __init__(self, pictures: Sequence[Fault] = (), texts: Sequence[Fault] = ()) -> None:
-        self.pictures, self.texts = pictures, texts
+    def __init__(self, image_faults: Sequence[Fault] = (), text_faults: Sequence[Fault] = ()) -> None:
+        self.image_faults, self.text_faults = image_faults, text_faults
         super().__init__()
 
 
-def _read_sample(inputs: ModelInputs, request: Request, max_tokens: int | None) -> _Sample:
-    """Reads the pictures of one request and makes its model inputs. Raises _Unusable with everything wrong with it."""
-    made = _read_pictures(inputs, request, [None] * len(request.pictures))
-    tensors = _build(inputs, request, made)
+def _read_sample(processor: SampleProcessor, source: SampleSource, max_tokens: int | None) -> _Sample:
+    """Reads the images of one sample and builds its model inputs. Raises _UnusableSample with all of its faults."""
+    patches = _read_images(processor, source, [None] * len(source.images))
+    tensors = _build(processor, source, patches)
     length = tensors["input_ids"].shape[1]
     if max_tokens is None or length <= max_tokens:
-        return _Sample(tensors, len(made))
-    tokens = [inputs.tokens_of(patches) for patches in made]
+        return _Sample(tensors, len(patches))
+    tokens = [processor.image_tokens(each) for each in patches]
     text = length - sum(tokens)
-    shares = share_budget(tokens, max_tokens - text, inputs.fewest_tokens)
-    if not shares:
-        raise _Unusable(texts=[_too_long(request, text, inputs.fewest_tokens * len(tokens), max_tokens)])
-    limits = [share if share < count else None for share, count in zip(shares, tokens, strict=True)]
-    made = _read_pictures(inputs, request, limits)  # read anew, so that no sample's full pictures pile up in memory
-    return _Sample(_build(inputs, request, made), len(made), len(limits) - limits.count(None))
+    budgets = split_budget(tokens, max_tokens - text, processor.min_image_tokens)
+    if not budgets:
+        fault = _too_long(source, text, processor.min_image_tokens * len(tokens), max_tokens)
+        raise _UnusableSample(text_faults=[fault])
+    limits = [budget if budget < count else None for budget, count in zip(budgets, tokens, strict=True)]
+    # Read again rather than kept: full-size images of a whole sample may not fit in memory.
+    patches = _read_images(processor, source, limits)
+    return _Sample(_build(processor, source, patches), len(patches), len(limits) - limits.count(None))
 
 
-def _read_pictures(inputs: ModelInputs, request: Request, limits: Sequence[int | None]) -> list[Patches]:
-    """The patches of every picture, of at most so many tokens each where a limit is given."""
-    made, faults = [], []
-    for path, limit in zip(request.pictures, limits, strict=True):
+def _read_images(processor: SampleProcessor, source: SampleSource, limits: Sequence[int | None]) -> list[Patches]:
+    """Patches of every image, with at most so many image tokens each where there is a limit."""
+    patches, faults = [], []
+    for path, limit in zip(source.images, limits, strict=True):
         try:
-            made.append(inputs.patches_of(read_picture(path), limit))
-        except BadPicture as error:
-            faults.append(Fault(str(path), where=request.where, why=str(error)))
+            patches.append(processor.process_image(read_image(path), limit))
+        except ImageError as error:
+            faults.append(Fault(str(path), where=source.where, why=str(error)))
     if faults:
-        raise _Unusable(pictures=faults)
-    return made
+        raise _UnusableSample(image_faults=faults)
+    return patches
 
 
-def _build(inputs: ModelInputs, request: Request, made: list[Patches]) -> dict[str, torch.Tensor]:
+def _build(processor: SampleProcessor, source: SampleSource, patches: list[Patches]) -> dict[str, torch.Tensor]:
     try:
-        return inputs.build(made, request.prompt, request.response)
+        return processor.build_sample(patches, source.prompt, source.response)
     except ValueError as error:
-        fault = Fault(f"the prompt {request.prompt!r}", where=request.where, why=str(error))
-        raise _Unusable(texts=[fault]) from error
+        fault = Fault(f"the prompt {source.prompt!r}", where=source.where, why=str(error))
+        raise _UnusableSample(text_faults=[fault]) from error
 
 
-def _too_long(request: Request, text: int, pictures: int, max_tokens: int) -> Fault:
-    what = f"the text of the prompt {request.prompt[:40]!r} alone has {text} tokens"
+def _too_long(source: SampleSource, text: int, images: int, max_tokens: int) -> Fault:
+    what = f"the text of the prompt {source.prompt[:40]!r} alone has {text} tokens"
     if text <= max_tokens:
-        what = f"the sample needs {pictures} tokens at least for its pictures and {text} for its text"
-    fix = f"shorten the text, or give --max_tokens {text + pictures} or more"
-    return Fault(what, where=request.where, why=f"--max_tokens is {max_tokens}", fix=fix)
+        what = f"the sample needs at least {images} tokens for its images and {text} for its text"
+    fix = f"shorten the text, or give --max_tokens {text + images} or more"
+    return Fault(what, where=source.where, why=f"--max_tokens is {max_tokens}", fix=fix)
 
 
-def _left_out(source: Path) -> list[str]:
+def _video_notes(source: Path) -> list[str]:
     videos = sum(is_video(path) for path in source.iterdir()) if source.is_dir() else 0
-    return [f"left out of {source}: {pluralize(videos, 'video')}, which vlqc does not support"] if videos else []
+    return [f"ignored {pluralize(videos, 'video')} in {source}: videos are not supported"] if videos else []
 
 
-def _made_smaller(samples: list[_Sample], max_tokens: int | None) -> list[str]:
-    smaller, all_of_them = sum(each.smaller for each in samples), sum(each.pictures for each in samples)
-    if not smaller:
+def _resize_notes(samples: list[_Sample], max_tokens: int | None) -> list[str]:
+    resized, images = sum(sample.resized for sample in samples), sum(sample.images for sample in samples)
+    if not resized:
         return []
-    return [f"{smaller} of {pluralize(all_of_them, 'picture')} made smaller to keep samples within {max_tokens} tokens"]
+    return [f"{resized} of {pluralize(images, 'image')} resized to keep samples within {max_tokens} tokens"]
 
 
-def _advice(pictures: int) -> list[str]:
-    if pictures == 0:
-        return ["no sample has a picture: the vision tower sees nothing to calibrate on"]
-    if pictures < ADVISED_PICTURES:
-        return [f"{pluralize(pictures, 'calibration picture')}: {ADVISED_PICTURES} varied ones are advised"]
+def _image_count_notes(samples: list[_Sample]) -> list[str]:
+    images = sum(sample.images for sample in samples)
+    if images == 0:
+        return ["no sample has an image: the vision tower has no activations to calibrate on"]
+    if images < RECOMMENDED_IMAGES:
+        return [f"{pluralize(images, 'calibration image')}: {RECOMMENDED_IMAGES} varied ones are recommended"]
     return []

@@ -1,7 +1,7 @@
-"""Pictures and text -> the tensors that Qwen2.5-VL's forward takes, with the checkpoint's own tokenizer and settings.
+"""Images and text -> the tensors of Qwen2.5-VL's forward, with the tokenizer and image processor of the checkpoint.
 
-The processor class of transformers is not used: in 5.x it wants torchvision. Image processor, chat template and
-tokenizer are called directly instead, which gives the tensors of the 4.49 processor in every version.
+The processor class of transformers is not used, because in 5.x it needs torchvision. Calling the image processor (its
+Pillow variant), the chat template and the tokenizer directly gives the tensors of the 4.49 processor in every version.
 """
 
 import importlib.util
@@ -13,12 +13,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import TypeAdapter
 
 from vlqc.errors import Fault, UserError
+from vlqc.families.qwen2_5_vl import (
+    IMAGE_PROCESSOR_CLASSES,
+    IMAGE_TOKEN,
+    MIN_IMAGE_TOKENS,
+    TOKENIZER_CLASSES,
+    ImageSettings,
+    chat_text,
+    smart_resize,
+)
 from vlqc.files import read_json_object
-from vlqc.frontend.calibration.image_budget import grid_within
-from vlqc.frontend.calibration.images import BadPicture, load_process_vision_info
-from vlqc.frontend.checkpoint.config_schema import SWITCH, Kind, number, optional, several, whole
+from vlqc.frontend.calibration.image_budget import fit_grid
+from vlqc.frontend.calibration.images import ImageError
+from vlqc.frontend.checkpoint.config_schema import invalid_values
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,270 +36,236 @@ if TYPE_CHECKING:
 FAST_TOKENIZER = "tokenizer.json"
 TOKENIZER_FILES = (FAST_TOKENIZER, "vocab.json", "tokenizer.model", "tokenizer_config.json")
 IMAGE_SETTINGS = "preprocessor_config.json"
-ALL_SETTINGS = "processor_config.json"  # newer transformers keep the settings of every part in this one file
-FEWEST_TOKENS = 4  # qwen_vl_utils enlarges every picture to as many
-TOKENIZERS = ("Qwen2Tokenizer", "Qwen2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
-IMAGE_PROCESSORS = (
-    "Qwen2VLImageProcessor",
-    "Qwen2VLImageProcessorFast",
-    "Qwen2VLImageProcessorPil",
-    "Qwen2_5_VLImageProcessor",
-)
-SIDES = {"patch_size": 128, "merge_size": 8, "temporal_patch_size": 16}  # at most; 14, 2 and 2 in every published model
-LARGEST_LEAST = 16384 * 28 * 28  # pixels to which pictures may be enlarged: the most that qwen_vl_utils leaves of one
-MOST_PIXELS = 2**40  # that a picture may keep; means no bound
-READY_INPUTS = "or call vlqc.compile from Python with samples=[...], ready model inputs that need neither"
+PROCESSOR_SETTINGS = "processor_config.json"  # newer transformers store the settings of all parts in this file
+READY_SAMPLES = "or call vlqc.compile from Python with samples=[...], ready model inputs that need neither"
+SETTINGS = TypeAdapter(ImageSettings)
 
 Patches = tuple[torch.Tensor, torch.Tensor]  # pixel_values [P, C*T*p*p] float32, image_grid_thw [1, 3] int64
 
 
-class ModelInputs:
-    """Makes model inputs with what lies in `model_path`. No network. UserError if tokenizer or settings are unusable.
+class SampleProcessor:
+    """Builds model inputs with the files in `model_path`. No network.
 
-    notes: what the user should know about how prompts were built.
+    notes: for the user, on how prompts are built. Raises UserError if the tokenizer or the settings are unusable.
     """
 
     def __init__(self, model_path: Path, *, trust_remote_code: bool = False) -> None:
         self._model_path = model_path
         self._trust_remote_code = trust_remote_code
         self._tokenizer = self._load_tokenizer()
-        self._image_token: str = getattr(self._tokenizer, "image_token", None) or "<|image_pad|>"
-        self._template = _read_chat_template(model_path) or _only_template(self._tokenizer.chat_template)
+        self._image_token: str = getattr(self._tokenizer, "image_token", None) or IMAGE_TOKEN
+        self._template = _read_chat_template(model_path) or _default_template(self._tokenizer.chat_template)
         self.notes = (
-            [] if self._template else [f"{model_path} has no chat template: prompts follow Qwen2.5-VL's own form"]
+            [] if self._template else [f"{model_path} has no chat template: prompts have Qwen2.5-VL's default form"]
         )
 
-    def patches_of(self, picture: "Image", most_tokens: int | None = None) -> Patches:
-        """An RGB picture -> its patches and its grid. Raises BadPicture with the processor's reason.
+    def process_image(self, image: "Image", max_tokens: int | None = None) -> Patches:
+        """An RGB image -> its patches and their grid.
 
-        most_tokens: how many image tokens it may become, at least `fewest_tokens`; None: whatever its size gives.
+        Args:
+            image: any size; it is resized to a multiple of the size of an image token.
+            max_tokens: maximum number of image tokens, at least `min_image_tokens`. None: no limit but the processor's.
+
+        Raises:
+            ImageError: with the reason of the image processor.
         """
         self._check_image_token()
-        shown: dict[str, Any] = {"type": "image", "image": picture}
-        if most_tokens is not None:
-            rows, columns = grid_within(picture.height / picture.width, self.fewest_tokens, most_tokens)
-            shown |= {"resized_height": rows * self._token_side, "resized_width": columns * self._token_side}
-        asked = [{"role": "user", "content": [shown]}]
+        height, width = image.height, image.width
+        if max_tokens is not None:
+            rows, columns = fit_grid(height / width, self.min_image_tokens, max_tokens)
+            height, width = rows * self._token_side, columns * self._token_side
         try:
-            resized, _ = self._process_vision_info(asked)
-            made = self._image_processor(images=resized, return_tensors="pt")
-            return made["pixel_values"].to(torch.float32), made["image_grid_thw"].to(torch.int64)
-        except Exception as error:  # its checks of size and shape, and whatever its settings break
-            raise BadPicture(f"the image processor refuses it: {str(error).strip() or type(error).__name__}") from error
+            height, width = smart_resize(height, width)
+            inputs = self._image_processor(images=[image.resize((width, height))], return_tensors="pt")
+            return inputs["pixel_values"].to(torch.float32), inputs["image_grid_thw"].to(torch.int64)
+        except Exception as error:  # its checks of sizes and shapes, and whatever unusual settings cause
+            raise ImageError(f"image processing failed: {str(error).strip() or type(error).__name__}") from error
 
-    def tokens_of(self, patches: Patches) -> int:
-        """How many image tokens a picture becomes."""
+    def image_tokens(self, patches: Patches) -> int:
+        """Number of image tokens of an image."""
         return int(patches[1].prod()) // int(self._image_processor.merge_size**2)
 
     @property
-    def fewest_tokens(self) -> int:
-        """How few image tokens a picture can become: smaller pictures are enlarged by their preparation."""
+    def min_image_tokens(self) -> int:
+        """The smallest number of image tokens of an image: smaller images are enlarged."""
         processor = self._image_processor
         pixels = int(getattr(processor, "min_pixels", None) or processor.size["shortest_edge"])
-        return max(FEWEST_TOKENS, math.ceil(pixels / self._token_side**2))
+        return max(MIN_IMAGE_TOKENS, math.ceil(pixels / self._token_side**2))
 
     @property
     def _token_side(self) -> int:
         """Pixels along a side of one image token."""
         return int(self._image_processor.patch_size * self._image_processor.merge_size)
 
-    def build(self, pictures: list[Patches], prompt: str, response: str | None = None) -> dict[str, torch.Tensor]:
-        """The pictures, then the prompt, then the response if any -> input_ids, attention_mask [1, S] int64, and with
-        pictures pixel_values [P, C*T*p*p] float32, image_grid_thw [n, 3] int64. ValueError if a text holds pictures."""
+    def build_sample(self, images: list[Patches], prompt: str, response: str | None = None) -> dict[str, torch.Tensor]:
+        """Images, prompt and response, in this order -> model inputs.
+
+        Returns:
+            input_ids and attention_mask [1, S] int64, with images also pixel_values [P, C*T*p*p] float32 and
+            image_grid_thw [images, 3] int64.
+
+        Raises:
+            ValueError: if a text contains image tokens.
+        """
         if any(self._image_token in text for text in (prompt, response or "")):
-            raise ValueError(f"the text contains {self._image_token}, which stands for a picture")
-        text = self._in_chat_form(len(pictures), prompt, response)
-        tokens_of = [self.tokens_of(patches) for patches in pictures]
+            raise ValueError(f"the text contains {self._image_token}, which stands for an image")
+        text = self._chat_text(len(images), prompt, response)
         pieces = text.split(self._image_token)
-        if len(pieces) != len(pictures) + 1:
-            what = f"the chat template of {self._model_path} does not show every picture once"
-            raise UserError(Fault(what, why=f"{len(pictures)} pictures, {len(pieces) - 1} times {self._image_token}"))
+        if len(pieces) != len(images) + 1:
+            what = f"the chat template of {self._model_path} does not insert every image once"
+            raise UserError(Fault(what, why=f"{len(images)} images, {len(pieces) - 1} times {self._image_token}"))
         text = pieces[0] + "".join(
-            self._image_token * count + piece for count, piece in zip(tokens_of, pieces[1:], strict=True)
+            self._image_token * self.image_tokens(patches) + piece
+            for patches, piece in zip(images, pieces[1:], strict=True)
         )
-        with _blamed(f"the tokenizer in {self._model_path} cannot be used", f"take its files anew, {READY_INPUTS}"):
+        with _checkpoint_errors(
+            f"the tokenizer in {self._model_path} cannot be used", f"copy its files again, {READY_SAMPLES}"
+        ):
             tokens = self._tokenizer([text], padding=False, return_attention_mask=True, return_tensors="pt")
             sample = {name: tokens[name].to(torch.int64) for name in ("input_ids", "attention_mask")}
-        if pictures:
-            sample["pixel_values"] = torch.cat([patches for patches, _ in pictures])
-            sample["image_grid_thw"] = torch.cat([grid for _, grid in pictures])
+        if images:
+            sample["pixel_values"] = torch.cat([patches for patches, _ in images])
+            sample["image_grid_thw"] = torch.cat([grid for _, grid in images])
         return sample
 
-    def _in_chat_form(self, pictures: int, prompt: str, response: str | None) -> str:
-        """The conversation as one text, with one image token per picture."""
+    def _chat_text(self, images: int, prompt: str, response: str | None) -> str:
+        """The conversation as one text, with one image token per image."""
         if self._template is None:
-            return self._in_own_form(pictures, prompt, response)
-        asked = [{"type": "image", "image": "picture"}] * pictures + [{"type": "text", "text": prompt}]
-        messages: list[dict[str, Any]] = [{"role": "user", "content": asked}]
+            marks_turns = "<|im_start|>" in self._tokenizer.get_vocab()
+            return chat_text(images, prompt, response, image_token=self._image_token, marks_turns=marks_turns)
+        request = [{"type": "image", "image": "picture"}] * images + [{"type": "text", "text": prompt}]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": request}]
         if response is not None:
             messages.append({"role": "assistant", "content": [{"type": "text", "text": response}]})
-        # a template is a program of the checkpoint's author: it may raise anything
-        with _blamed(f"the chat template of {self._model_path} cannot be used", f"repair it, {READY_INPUTS}"):
+        # A template is a program from the checkpoint: it may raise anything.
+        with _checkpoint_errors(
+            f"the chat template of {self._model_path} cannot be used", f"repair it, {READY_SAMPLES}"
+        ):
             text = self._tokenizer.apply_chat_template(
                 messages, chat_template=self._template, tokenize=False, add_generation_prompt=response is None
             )
         return str(text)
 
-    def _in_own_form(self, pictures: int, prompt: str, response: str | None) -> str:
-        """Qwen2.5-VL's conversation for checkpoints that were saved without a template; bare if turns are unmarked."""
-        asked = f"<|vision_start|>{self._image_token}<|vision_end|>" * pictures + prompt
-        if "<|im_start|>" not in self._tokenizer.get_vocab():
-            return asked + ("" if response is None else f" {response}")
-        turns = [("system", "You are a helpful assistant."), ("user", asked)]
-        if response is not None:
-            turns.append(("assistant", response))
-        text = "".join(f"<|im_start|>{role}\n{said}<|im_end|>\n" for role, said in turns)
-        return text if response is not None else f"{text}<|im_start|>assistant\n"
-
     def _check_image_token(self) -> None:
-        """The tokenizer must know the image token by the number under which the model looks for it."""
-        known = self._tokenizer.get_vocab().get(self._image_token)
-        wanted = _read_json(self._model_path / "config.json").get("image_token_id", known)
-        if known is None or known != wanted:
-            what = f"the tokenizer of {self._model_path} does not fit the model"
-            why = f"{self._image_token} has number {known} in the tokenizer and {wanted} in config.json"
-            raise UserError(Fault(what, why=why, fix=f"use the tokenizer that belongs to the model, {READY_INPUTS}"))
+        """UserError unless the tokenizer and the model have the same id for the image token."""
+        token_id = self._tokenizer.get_vocab().get(self._image_token)
+        expected = _read_json(self._model_path / "config.json").get("image_token_id", token_id)
+        if token_id is None or token_id != expected:
+            what = f"the tokenizer of {self._model_path} does not match the model"
+            why = f"{self._image_token} has id {token_id} in the tokenizer and {expected} in config.json"
+            raise UserError(Fault(what, why=why, fix=f"use the tokenizer of the model, {READY_SAMPLES}"))
 
     def _load_tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
         if not any((self._model_path / name).is_file() for name in TOKENIZER_FILES):
             what, why = f"{self._model_path} has no tokenizer", f"there is none of {', '.join(TOKENIZER_FILES)}"
-            raise UserError(Fault(what, why=why, fix=f"copy the tokenizer files of the model, {READY_INPUTS}"))
-        self._require_class(self._model_path / "tokenizer_config.json", "tokenizer_class", TOKENIZERS)
+            raise UserError(Fault(what, why=why, fix=f"copy the tokenizer files of the model, {READY_SAMPLES}"))
+        self._check_class(self._model_path / "tokenizer_config.json", "tokenizer_class", TOKENIZER_CLASSES)
         return self._load("tokenizer", AutoTokenizer)
 
-    def _require_class(self, path: Path, key: str, known: tuple[str, ...]) -> None:
-        """Of all the classes that transformers could be told to load, those that Qwen2.5-VL comes with.
+    def _check_class(self, path: Path, key: str, known: tuple[str, ...]) -> None:
+        """UserError if the settings select a class that Qwen2.5-VL does not use.
 
-        Others read other files, in ways that nobody looked at here: pickles, among them.
+        Other classes of transformers read other files, pickles among them.
         """
         name = _read_json(path).get(key)
         if name is not None and name not in known and not self._trust_remote_code:
-            why = f"{key} is {name!r}; Qwen2.5-VL comes with {' or '.join(known)}"
-            fix = f"add --trust_remote_code True if you trust it, {READY_INPUTS}"
-            raise UserError(Fault(f"{path.name} names an unknown class", str(path), why, fix))
+            why = f"{key} is {name!r}; Qwen2.5-VL uses {' or '.join(known)}"
+            fix = f"add --trust_remote_code True if you trust it, {READY_SAMPLES}"
+            raise UserError(Fault(f"{path.name} names an unsupported class", str(path), why, fix))
 
     @cached_property
     def _image_processor(self) -> Any:
-        """The slow (Pillow) image processor with the checkpoint's settings."""
+        """The Pillow image processor (the "slow" one of transformers 4) with the checkpoint's settings."""
         import transformers
 
-        settings = _read_json(self._model_path / IMAGE_SETTINGS)
-        nested = _read_json(self._model_path / ALL_SETTINGS).get("image_processor", {})
-        if faults := settings_faults(settings or nested, str(self._model_path / IMAGE_SETTINGS)):
+        own_file = _read_json(self._model_path / IMAGE_SETTINGS)
+        shared_file = _read_json(self._model_path / PROCESSOR_SETTINGS).get("image_processor", {})
+        settings = own_file or shared_file
+        if faults := settings_faults(settings, str(self._model_path / IMAGE_SETTINGS)):
             raise UserError(*faults)
-        self._require_class(self._model_path / IMAGE_SETTINGS, "image_processor_type", IMAGE_PROCESSORS)
-        if not settings and not nested:
-            what = f"{self._model_path} has no settings for pictures"
-            why = f"there is no readable {IMAGE_SETTINGS} (nor a {ALL_SETTINGS} with the part image_processor)"
-            raise UserError(Fault(what, why=why, fix=f"copy {IMAGE_SETTINGS} of the model, {READY_INPUTS}"))
-        several_backends = importlib.util.find_spec("transformers.image_processing_backends") is not None
-        if several_backends:
+        self._check_class(self._model_path / IMAGE_SETTINGS, "image_processor_type", IMAGE_PROCESSOR_CLASSES)
+        if not settings:
+            what = f"{self._model_path} has no image processor settings"
+            why = f"there is no {IMAGE_SETTINGS}, and no {PROCESSOR_SETTINGS} with the key image_processor"
+            raise UserError(Fault(what, why=why, fix=f"copy {IMAGE_SETTINGS} of the model, {READY_SAMPLES}"))
+        if importlib.util.find_spec("transformers.image_processing_backends") is not None:
             processor = self._load("image processor", transformers.AutoImageProcessor, backend="pil")
-        elif settings:
+        elif own_file:
             processor = self._load("image processor", transformers.AutoImageProcessor, use_fast=False)
-        else:  # this transformers does not look into processor_config.json
-            with _blamed(f"the image processor in {self._model_path} cannot be loaded", f"repair {ALL_SETTINGS}"):
-                processor = transformers.Qwen2VLImageProcessor.from_dict(nested)
-        size = (settings or nested).get("size") or {}
-        if hasattr(
-            processor, "min_pixels"
-        ):  # older transformers read these and ignore `size`, newer ones write `size` only
-            processor.min_pixels = (settings or nested).get("min_pixels") or size.get(
-                "shortest_edge", processor.min_pixels
-            )
-            processor.max_pixels = (settings or nested).get("max_pixels") or size.get(
-                "longest_edge", processor.max_pixels
-            )
+        else:  # this version of transformers does not read processor_config.json
+            with _checkpoint_errors(
+                f"the image processor in {self._model_path} cannot be loaded", f"repair {PROCESSOR_SETTINGS}"
+            ):
+                processor = transformers.Qwen2VLImageProcessor.from_dict(shared_file)
+        if hasattr(processor, "min_pixels"):  # transformers 4 ignores `size`, which is all that newer versions write
+            size = settings.get("size") or {}
+            processor.min_pixels = settings.get("min_pixels") or size.get("shortest_edge", processor.min_pixels)
+            processor.max_pixels = settings.get("max_pixels") or size.get("longest_edge", processor.max_pixels)
         return processor
 
-    @cached_property
-    def _process_vision_info(self) -> Any:
-        return load_process_vision_info()
-
-    def _load(self, part: str, kind: Any, **more: Any) -> Any:
+    def _load(self, part: str, auto_class: Any, **options: Any) -> Any:
         try:
-            return kind.from_pretrained(
-                self._model_path, trust_remote_code=self._trust_remote_code, local_files_only=True, **more
+            return auto_class.from_pretrained(
+                self._model_path, trust_remote_code=self._trust_remote_code, local_files_only=True, **options
             )
-        except BaseException as error:  # OSError, ValueError, KeyError, or what the model's own code raises
-            if not _is_ordinary(error):
+        except BaseException as error:  # OSError, ValueError, KeyError, or what the checkpoint's code raises
+            if not _is_error_of_callee(error):
                 raise
-            own_code = "trust_remote_code" in str(error) and not self._trust_remote_code
-            repair = (
-                "add --trust_remote_code True if you trust it" if own_code else "copy its files from the model anew"
-            )
+            needs_trust = "trust_remote_code" in str(error) and not self._trust_remote_code
+            repair = "add --trust_remote_code True if you trust it" if needs_trust else "copy its files again"
             what = f"the {part} in {self._model_path} cannot be loaded"
             why = str(error).strip() or type(error).__name__
             if part == "tokenizer" and not (self._model_path / FAST_TOKENIZER).is_file():
                 why = f"there is no {FAST_TOKENIZER}, and of the other files: {why}"
-            raise UserError(Fault(what, why=why, fix=f"{repair}, {READY_INPUTS}")) from error
+            raise UserError(Fault(what, why=why, fix=f"{repair}, {READY_SAMPLES}")) from error
 
 
 @contextmanager
-def _blamed(what: str, fix: str) -> Iterator[None]:
-    """What goes wrong inside is a fault of the checkpoint's files."""
+def _checkpoint_errors(what: str, fix: str) -> Iterator[None]:
+    """Turns any error inside into a UserError about the checkpoint's files."""
     try:
         yield
     except UserError:
         raise
     except BaseException as error:
-        if not _is_ordinary(error):
+        if not _is_error_of_callee(error):
             raise
         raise UserError(Fault(what, why=str(error).strip() or type(error).__name__, fix=fix)) from error
 
 
-def _is_ordinary(error: BaseException) -> bool:
-    """Whether it is an error of the code that was called: a panic of the tokenizer's Rust code is no Exception."""
+def _is_error_of_callee(error: BaseException) -> bool:
+    """False for KeyboardInterrupt and the like. A panic in the tokenizer's Rust code is not an Exception."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def settings_faults(settings: Any, where: str) -> list[Fault]:
-    """What of a picture's preparation cannot be meant: types, and sizes that take all memory; unknown keys are none."""
+    """Image processor settings of the wrong type, or with sizes that exhaust the memory. Unknown keys are no faults."""
     if not isinstance(settings, dict):
-        return [Fault("the settings for pictures are no JSON object", where)]
-    least, most = optional(whole(1, LARGEST_LEAST)), optional(whole(1, MOST_PIXELS))
-    triple = Kind("three numbers", lambda it: several(number(-1e6, 1e6)).holds(it) and len(it) == 3)
-    spread = Kind("three numbers above 0", lambda it: several(number(1e-6, 1e6)).holds(it) and len(it) == 3)
-    size = Kind(
-        f"an object with shortest_edge up to {LARGEST_LEAST} and longest_edge",
-        lambda it: isinstance(it, dict) and least.holds(it.get("shortest_edge")) and most.holds(it.get("longest_edge")),
-    )
-    kinds = {
-        **{key: whole(1, side) for key, side in SIDES.items()},
-        "min_pixels": least,
-        "max_pixels": most,
-        "image_mean": triple,
-        "image_std": spread,
-        **dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), SWITCH),
-        "rescale_factor": number(1e-6, 1e6),
-        "resample": whole(0, 5),
-        "size": optional(size),
-    }
+        return [Fault("the image processor settings are not a JSON object", where)]
     return [
-        Fault(f"{key} is {settings[key]!r:.60}", where, f"{kind.wanted} is wanted", f"copy {IMAGE_SETTINGS} anew")
-        for key, kind in kinds.items()
-        if key in settings and not kind.holds(settings[key])
+        Fault(f"{key} is {value}", where, why, f"copy {IMAGE_SETTINGS} again")
+        for key, value, why in invalid_values(SETTINGS, settings)
     ]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if there is no such file. UserError for a file that is damaged."""
+    """The object in a JSON file; empty if there is no such file. UserError for a damaged file."""
     return read_json_object(path) if path.is_file() else {}
 
 
 def _read_chat_template(model_path: Path) -> str | None:
-    """The processor's template, which goes before the tokenizer's: the .jinja file, then the older .json file."""
+    """The processor's chat template, which takes precedence over the tokenizer's: a .jinja or, older, a .json file."""
     as_text = model_path / "chat_template.jinja"
     if as_text.is_file():
-        with _blamed(f"{as_text.name} cannot be read", "copy it anew"):
+        with _checkpoint_errors(f"{as_text.name} cannot be read", "copy it again"):
             return as_text.read_text(encoding="utf-8")
-    return _only_template(_read_json(model_path / "chat_template.json").get("chat_template"))
+    return _default_template(_read_json(model_path / "chat_template.json").get("chat_template"))
 
 
-def _only_template(template: Any) -> str | None:
-    """The template to use of what a checkpoint may hold: one text, several by name, or nothing."""
+def _default_template(template: Any) -> str | None:
+    """The template itself, or the one named `default` of several; None if there is none."""
     if isinstance(template, dict):
         template = template.get("default")
     return template if isinstance(template, str) and template else None

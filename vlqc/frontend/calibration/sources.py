@@ -1,4 +1,4 @@
-"""A folder of pictures, one picture, or JSON lines -> what to read for every sample. No picture is opened here."""
+"""Lists the samples that --calib_images names: a folder of images, one image, or a .jsonl file."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,115 +8,113 @@ from typing import Any
 from vlqc.errors import Fault, UserError
 from vlqc.files import parse_json
 from vlqc.formatting import did_you_mean
-from vlqc.frontend.calibration.images import PICTURE_ENDINGS, is_picture, is_video
+from vlqc.frontend.calibration.images import IMAGE_SUFFIXES, is_image, is_video
 
 PROMPT = "Please describe this picture in detail."
 LINE_KEYS = ("image", "prompt", "response")
-NO_VIDEOS = "videos are not supported"
+NO_VIDEOS = "videos are not supported; extract frames and pass those"
 EXAMPLE = '{"image": "cat.jpg", "prompt": "What is this?"}'
 AS_TEXT = "save it as UTF-8, one JSON object per line"
+KINDS = "give a folder of images, one image, or a .jsonl file"
 
 
 @dataclass(frozen=True)
-class Request:
-    """One sample before it is read: its pictures, what is asked about them, what is answered, where that is written."""
+class SampleSource:
+    """What one sample is read from: image files, prompt, response of the assistant if any; where: file and line."""
 
-    pictures: tuple[Path, ...]
+    images: tuple[Path, ...]
     prompt: str = PROMPT
     response: str | None = None
     where: str = ""
 
 
-def list_requests(source: Path) -> list[Request]:
-    """What to read, in the order of calibration. No picture is opened. UserError for an unusable source."""
-    what, endings = f"--calib_images {source}", " ".join(PICTURE_ENDINGS)
+def list_samples(source: Path) -> list[SampleSource]:
+    """The samples in a fixed order. Opens no image. Raises UserError for an unusable source."""
+    what, suffixes = f"--calib_images {source}", " ".join(IMAGE_SUFFIXES)
     if source.is_dir():
-        found = [path for path in sorted(source.iterdir()) if is_picture(path) and not path.is_dir()]
-        if not found:
-            why = f"no file in it ends in one of {endings} (folders inside it are not searched)"
+        images = [path for path in sorted(source.iterdir()) if is_image(path) and not path.is_dir()]
+        if not images:
+            why = f"the folder contains no {suffixes} (its subfolders are not searched)"
             if any(map(is_video, source.iterdir())):
-                why = f"it holds videos but no pictures; {NO_VIDEOS}"
-            raise UserError(Fault(what, why=why, fix="put pictures into it; 30 COCO-like ones are advised"))
-        return [Request((path,)) for path in found]
+                why = f"the folder contains videos only; {NO_VIDEOS}"
+            raise UserError(Fault(what, why=why, fix="add images; 30 varied ones are recommended"))
+        return [SampleSource((path,)) for path in images]
     if not source.exists():
-        fix = "name a folder of pictures, one picture, or a .jsonl file"
-        raise UserError(Fault(what, why="there is no such folder or file", fix=fix))
+        raise UserError(Fault(what, why="there is no such folder or file", fix=KINDS))
     if not source.is_file():
-        raise UserError(Fault(what, why="it is not an ordinary file", fix="name a folder, a picture or a .jsonl file"))
+        raise UserError(Fault(what, why="it is not a regular file", fix=KINDS))
     if source.suffix.lower() == ".jsonl":
         return _read_json_lines(source)
-    if is_picture(source):
-        return [Request((source,))]
+    if is_image(source):
+        return [SampleSource((source,))]
     if is_video(source):
-        raise UserError(Fault(what, why=NO_VIDEOS, fix="name pictures: frames of it, saved as such, will do"))
-    fix = "name a folder of pictures, one picture, or a .jsonl file"
-    raise UserError(Fault(what, why=f"it is neither a folder, nor .jsonl, nor one of {endings}", fix=fix))
+        raise UserError(Fault(what, why=NO_VIDEOS, fix=KINDS))
+    raise UserError(Fault(what, why=f"it is neither a folder, nor .jsonl, nor one of {suffixes}", fix=KINDS))
 
 
-def _read_json_lines(source: Path) -> list[Request]:
-    """Every line {"image": path or [paths], "prompt": text, "response": text}; UserError naming every bad line."""
+def _read_json_lines(source: Path) -> list[SampleSource]:
+    """Lines of {"image": path or [paths], "prompt": text, "response": text}. UserError with every faulty line."""
     try:
         lines = source.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(Fault(f"--calib_images {source}", why=f"it is not UTF-8 text: {error}", fix=AS_TEXT)) from error
     except OSError as error:
-        fix = "look at who may read it"
+        fix = "check its permissions"
         raise UserError(Fault(f"--calib_images {source}", why=f"it cannot be read: {error}", fix=fix)) from error
-    requests, faults = [], []
+    samples, faults = [], []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         where = f"{source} line {number}"
         try:
-            requests.append(_request_of(line, source.parent, where))
-        except _BadLine as bad:
-            faults.append(Fault(bad.what, where=where, fix=bad.fix))
-    if not requests and not faults:
+            samples.append(_parse_line(line, source.parent, where))
+        except _LineError as error:
+            faults.append(Fault(error.what, where=where, fix=error.fix))
+    if not samples and not faults:
         faults = [Fault(f"--calib_images {source}", why="it has no lines", fix=f"write lines such as {EXAMPLE}")]
     if faults:
         raise UserError(*faults)
-    return requests
+    return samples
 
 
-class _BadLine(Exception):
+class _LineError(Exception):
     def __init__(self, what: str, fix: str = "") -> None:
         self.what, self.fix = what, fix
         super().__init__(what)
 
 
-def _request_of(line: str, folder: Path, where: str) -> Request:
-    """One line of text -> Request; paths are relative to `folder`. Raises _BadLine with everything wrong in it."""
+def _parse_line(line: str, folder: Path, where: str) -> SampleSource:
+    """One line; paths are relative to `folder`. Raises _LineError with everything that is wrong in it."""
     try:
-        given = parse_json(line)
+        values = parse_json(line)
     except ValueError as error:
-        raise _BadLine(f"not JSON: {error}", f"write {EXAMPLE}") from error
-    if not isinstance(given, dict):
-        raise _BadLine("not a JSON object", f"write {EXAMPLE}")
-    faults = list(_faults_of(given))
+        raise _LineError(f"not JSON: {error}", f"write {EXAMPLE}") from error
+    if not isinstance(values, dict):
+        raise _LineError("not a JSON object", f"write {EXAMPLE}")
+    faults = list(_line_faults(values))
     if faults:
-        raise _BadLine("; ".join(faults), f"a line has the keys {', '.join(LINE_KEYS)}")
-    images = given.get("image") or []
-    names = [images] if isinstance(images, str) else images
-    pictures = tuple(folder / name for name in names)
-    return Request(pictures, given.get("prompt", PROMPT), given.get("response"), where)
+        raise _LineError("; ".join(faults), f"a line has the keys {', '.join(LINE_KEYS)}")
+    names = values.get("image") or []
+    images = tuple(folder / name for name in ([names] if isinstance(names, str) else names))
+    return SampleSource(images, values.get("prompt", PROMPT), values.get("response"), where)
 
 
-def _faults_of(given: dict[str, Any]) -> Iterator[str]:
-    for key in given:
+def _line_faults(values: dict[str, Any]) -> Iterator[str]:
+    for key in values:
         if "video" in key:
             yield NO_VIDEOS
         elif key not in LINE_KEYS:
             yield " ".join(filter(None, [f"unknown key {key!r}", did_you_mean(key, LINE_KEYS)]))
     for key in ("prompt", "response"):
-        if not isinstance(given.get(key, ""), str | None if key == "response" else str):
+        if not isinstance(values.get(key, ""), str | None if key == "response" else str):
             yield f"{key!r} is not text"
-    images = given.get("image")
-    names = [] if images is None else images if isinstance(images, list) else [images]
+    image = values.get("image")
+    names = [] if image is None else image if isinstance(image, list) else [image]
     if not all(isinstance(name, str) and name.strip() and "\0" not in name for name in names):
         yield "'image' is neither a path nor a list of paths"
     elif any(is_video(Path(name)) for name in names):
         yield NO_VIDEOS
     elif any("://" in name for name in names):
-        yield "'image' is an address; pictures are read from files only"
-    if not names and not given.get("prompt"):
-        yield "neither 'image' nor 'prompt' is there"
+        yield "'image' is a URL; images are read from files only"
+    if not names and not values.get("prompt"):
+        yield "neither 'image' nor 'prompt' is given"

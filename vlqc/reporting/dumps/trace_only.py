@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlqc.emit.stage_tensors import emitted_dtype
 from vlqc.errors import Fault, UserError
-from vlqc.frontend.calibration.dataset import Calibration, calibrate_on
+from vlqc.frontend.calibration.dataset import CalibrationDataset, load_calibration
 from vlqc.frontend.calibration.probe import synthetic_sample
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.device import resolve_device
@@ -67,7 +67,7 @@ def trace(
     # Only the model's folder and the pictures are read of them; nothing is saved.
     paths = {} if calib_images is None else {"calib_images": calib_images}
     options = Options.without_paths(model_path=model_path, trust_remote_code=trust_remote_code, **paths)
-    calibration = calibrate_on(samples, options, model.module)
+    calibration = load_calibration(options, model.module, samples)
     return _look(model, calibration, [], 0, dumper, progress or Progress())
 
 
@@ -100,12 +100,17 @@ def run_until(
     device, trust = resolve_device(options.device_type), options.trust_remote_code
     model = StreamedModel.open(checkpoint, trust_remote_code=trust, device=device)
     check_layers(model, options)
-    calibration = calibrate_on(samples, options, model.module)
+    calibration = load_calibration(options, model.module, samples)
     return _look(model, calibration, pipeline, last + 1, dumper, progress or Progress())
 
 
 def _look(
-    model: StreamedModel, calibration: Calibration, pipeline: Sequence[Pass], count: int, dumper: Dumper, show: Progress
+    model: StreamedModel,
+    calibration: CalibrationDataset,
+    pipeline: Sequence[Pass],
+    count: int,
+    dumper: Dumper,
+    show: Progress,
 ) -> TraceResult:
     """count: of passes that are looked at; of the others those run that decide what later stages are given."""
     checkpoint = model.checkpoint

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vlqc.families.model_structure import ModelStructure
 from vlqc.families.qwen2_5_vl import fused_group
 from vlqc.formatting import format_bytes, format_duration, pluralize
-from vlqc.frontend.calibration.samples import checked_samples
+from vlqc.frontend.calibration.samples import check_samples
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.sequential import SequentialForward, Stop, row_modality
 from vlqc.frontend.streamed_model import StreamedModel
@@ -131,7 +131,7 @@ def attribute_error(
         raise ValueError("the folder must describe a model")
     checkpoint = Checkpoint(model_path)
     model = StreamedModel.open(checkpoint, trust_remote_code=trust_remote_code)
-    samples = checked_samples(samples, model.module)
+    samples = check_samples(samples, model.module)
     numbers = choose_samples(samples, tokens)
     groups = find_groups(model, content.schemes)
     if not groups:

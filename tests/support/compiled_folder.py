@@ -1,6 +1,6 @@
-"""A correct small folder of any scheme and layout, beside the float checkpoint it came from, with NumPy alone.
+"""A valid small compiled folder of any scheme and layout, and its float checkpoint, written with NumPy alone.
 
-Independent of the compiler: every formula is spelled out here once more. Tests damage the content before it is written.
+Independent of the compiler: all formulas are implemented again here. Tests damage the content before it is written.
 """
 
 import json
@@ -17,8 +17,8 @@ FLOAT_LINEARS = ("lm_head", "visual.merger.mlp.0", "visual.merger.mlp.2", "down_
 
 
 @dataclass
-class Content:
-    """Everything of a folder, still changeable; `write` puts it on disk."""
+class FolderContent:
+    """The content of a folder, which tests may change before `write` writes it."""
 
     config: dict[str, Any]
     source: dict[str, Tensor]
@@ -27,26 +27,28 @@ class Content:
     metadata: dict[str, str] | None = field(default_factory=lambda: {"format": "pt"})
     parts: int = 1  # weight files
     side_files: bool = True
-    mindie: bool = False  # the layout
+    mindie: bool = False  # MindIE's layout
     type_name: str = "w8a8"
 
     def write(self, folder: Path) -> Path:
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(self.config))
-        described = f"quant_model_description_{self.type_name}.json" if self.mindie else "quant_model_description.json"
-        (folder / described).write_text(json.dumps(self.description))
+        suffix = f"_{self.type_name}" if self.mindie else ""
+        (folder / f"quant_model_description{suffix}.json").write_text(json.dumps(self.description))
         stem = f"quant_model_weight_{self.type_name}"
         names = list(self.tensors)
-        placed = {}
+        weight_map = {}
         for part in range(self.parts):
-            mine = names[part :: self.parts]
+            of_part = names[part :: self.parts]
             number = f"-{part + 1:05d}-of-{self.parts:05d}" if self.parts > 1 else ""
             file = f"{stem}{number}.safetensors"
-            (folder / file).write_bytes(safetensors_bytes({name: self.tensors[name] for name in mine}, self.metadata))
-            placed |= dict.fromkeys(mine, file)
+            (folder / file).write_bytes(
+                safetensors_bytes({name: self.tensors[name] for name in of_part}, self.metadata)
+            )
+            weight_map |= dict.fromkeys(of_part, file)
         if self.parts > 1:
             total = sum(len(tensor.data) for tensor in self.tensors.values())
-            index = {"metadata": {"total_size": total}, "weight_map": placed}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
         for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "generation_config.json"):
             if self.side_files:
@@ -76,11 +78,13 @@ def make_content(
     shift: bool = False,
     group_size: int = 64,
     wide: dict[str, Any] | None = None,
-) -> Content:
-    """A float model of random weights, smoothed with random scales on every edge (or not), quantized with the usual
-    exclusions. both: with the two keys that MindIE wants; mindie: in its layout; scope: "all" for W4A8_DYNAMIC on every
-    layer that is quantized at all; shift: the norms in front of quantized layers have a bias; wide: other sizes than
-    those of WIDE."""
+) -> FolderContent:
+    """A float model of random weights, quantized with the usual exclusions.
+
+    smooth: random scales on every edge; both: the two config keys that MindIE needs; mindie: its layout; scope: "all"
+    for W4A8_DYNAMIC on every quantized layer; shift: norms before quantized layers have a bias; wide: replaces sizes of
+    WIDE.
+    """
     config: dict[str, Any] = CONFIG | {"torch_dtype": dtype, "tie_word_embeddings": tied}
     config["vision_config"] = dict(CONFIG["vision_config"])
     if scheme == "W4A8_DYNAMIC":
@@ -88,7 +92,7 @@ def make_content(
         config["vision_config"] |= WIDE_VISION
     code = {"bfloat16": "BF16", "float16": "F16"}[dtype]
     values = {name: rounded(value, code) for name, value in float_tensors(config, np.random.default_rng(5))}
-    content = Content(config, {name: stored(value, code) for name, value in values.items()}, mindie=mindie)
+    content = FolderContent(config, {name: stored(value, code) for name, value in values.items()}, mindie=mindie)
     content.type_name = scheme.lower()
     without_bias = {name.replace(".weight", ".bias") for name in values} - values.keys()
     if smooth:
@@ -96,14 +100,14 @@ def make_content(
     used = set()
     for name, value in values.items():
         layer, _, suffix = name.rpartition(".")
-        word = "FLOAT"
+        layer_scheme = "FLOAT"
         if suffix == "weight" and value.ndim == 2 and "embed" not in name:
-            word = scheme_of(layer, scheme, mindie, scope)
-            if word == "W4A8_DYNAMIC" and value.shape[1] % group_size:
-                word = "W8A8_DYNAMIC"
-        used.add(word)
-        if word != "FLOAT":
-            _quantize(content, layer, value, values.get(f"{layer}.bias"), code, word, group_size)
+            layer_scheme = scheme_of(layer, scheme, mindie, scope)
+            if layer_scheme == "W4A8_DYNAMIC" and value.shape[1] % group_size:
+                layer_scheme = "W8A8_DYNAMIC"
+        used.add(layer_scheme)
+        if layer_scheme != "FLOAT":
+            _quantize(content, layer, value, values.get(f"{layer}.bias"), code, layer_scheme, group_size)
         elif name not in without_bias or ".norm" in name or "layernorm" in name:
             content.tensors[name] = stored(value, code)
             content.description[name] = "FLOAT"
@@ -123,7 +127,7 @@ def make_content(
 
 
 def scheme_of(layer: str, scheme: str, mindie: bool, scope: str) -> str:
-    """What a layer gets in a folder of that scheme, made for that layout."""
+    """Scheme of a layer in a folder of this type and layout."""
     if layer.endswith(FLOAT_LINEARS) or (mindie and scheme == "W8A8_DYNAMIC" and layer.startswith("visual.")):
         return "FLOAT"
     if scheme == "W4A8_DYNAMIC" and scope == "engine" and not mindie:
@@ -134,14 +138,14 @@ def scheme_of(layer: str, scheme: str, mindie: bool, scope: str) -> str:
 
 
 def input_range(layer: str) -> tuple[float, int]:
-    """(scale before rounding, offset) of a layer's input. The vision attention's output is symmetric: offset 0."""
+    """(scale before rounding, offset) of a layer's input. The input of the vision attention's proj has offset 0."""
     if layer.endswith("attn.proj"):
         return 0.03, 0
     return (0.03, 5) if layer.endswith("o_proj") else (0.07, -7)
 
 
 def _quantize(
-    content: Content, layer: str, weight: Array, bias: Array | None, code: str, scheme: str, group_size: int
+    content: FolderContent, layer: str, weight: Array, bias: Array | None, code: str, scheme: str, group_size: int
 ) -> None:
     make = {"W8A8": _static, "W8A8_DYNAMIC": _dynamic, "W4A8_DYNAMIC": _groups}[scheme]
     added = make(content, layer, np.asarray(weight, np.float32), bias, code, group_size)
@@ -149,7 +153,7 @@ def _quantize(
     content.description |= {f"{layer}.{suffix}": scheme for suffix in added}
 
 
-def _static(_: Content, layer: str, weight: Array, bias: Array | None, code: str, __: int) -> dict[str, Tensor]:
+def _static(_: FolderContent, layer: str, weight: Array, bias: Array | None, code: str, __: int) -> dict[str, Tensor]:
     scale, offset = input_range(layer)
     input_scale = rounded(np.array([scale]), code)
     weight_scale = np.abs(weight).max(axis=1, keepdims=True) / np.float32(127)
@@ -170,7 +174,7 @@ def _static(_: Content, layer: str, weight: Array, bias: Array | None, code: str
     }
 
 
-def _dynamic(_: Content, __: str, weight: Array, ___: Array | None, code: str, ____: int) -> dict[str, Tensor]:
+def _dynamic(_: FolderContent, __: str, weight: Array, ___: Array | None, code: str, ____: int) -> dict[str, Tensor]:
     scale = rounded(np.abs(weight).max(axis=1, keepdims=True) / 127, code)
     return {
         "weight": stored(np.clip(np.rint(weight / scale), -127, 127), "I8"),
@@ -179,7 +183,9 @@ def _dynamic(_: Content, __: str, weight: Array, ___: Array | None, code: str, _
     }
 
 
-def _groups(content: Content, layer: str, weight: Array, _: Array | None, code: str, size: int) -> dict[str, Tensor]:
+def _groups(
+    content: FolderContent, layer: str, weight: Array, _: Array | None, code: str, size: int
+) -> dict[str, Tensor]:
     n, k = weight.shape
     groups = weight.reshape(n, k // size, size)
     first = rounded(np.abs(weight).max(axis=1, keepdims=True) / 119, code)

@@ -1,4 +1,4 @@
-"""The float checkpoint of a small folder: config, tensors by name, and smoothing on every edge, with NumPy alone."""
+"""A small float model: its config, random tensors, and smoothing of every edge, with NumPy alone."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -41,13 +41,13 @@ CONFIG: dict[str, Any] = {
         "window_size": 112,
     },
 }
-# What W4A8_DYNAMIC needs: inputs of at least two groups of 64. Such a model is not run.
+# Sizes for W4A8_DYNAMIC: inputs of at least two groups of 64. Such a model is not run.
 WIDE = {"hidden_size": 128, "intermediate_size": 192}
 WIDE_VISION = {"hidden_size": 64, "intermediate_size": 72, "out_hidden_size": 128}
 
 
 def float_tensors(config: dict[str, Any], rng: np.random.Generator) -> Iterator[tuple[str, Array]]:
-    """Every tensor of the float model, random, by name."""
+    """(name, random values) of every tensor of the float model."""
     vision = config["vision_config"]
     hidden, inner = vision["hidden_size"], vision["intermediate_size"]
 
@@ -94,7 +94,7 @@ def float_tensors(config: dict[str, Any], rng: np.random.Generator) -> Iterator[
 def smooth_every_edge(
     values: dict[str, Array], config: dict[str, Any], code: str, rng: np.random.Generator, shift: bool
 ) -> None:
-    """Divide producers and multiply consumers, in place; what is stored in float is rounded again."""
+    """Divides producers and multiplies consumers by random scales, in place; float tensors are rounded again."""
 
     def fold_norm(norm: str, *linears: str) -> None:
         gamma = values[f"{norm}.weight"]
@@ -104,12 +104,12 @@ def smooth_every_edge(
             weight = values[f"{linear}.weight"]
             values[f"{linear}.weight"] = weight * np.tile(exact, weight.shape[1] // len(exact))
         if shift and "merger" not in norm:
-            added = values[f"{norm}.bias"] = rounded(rng.standard_normal(len(gamma)) * 0.3, code)
+            shift_values = values[f"{norm}.bias"] = rounded(rng.standard_normal(len(gamma)) * 0.3, code)
             for linear in linears:
-                taken = values[f"{linear}.weight"].astype(np.float64) @ added
+                product = values[f"{linear}.weight"].astype(np.float64) @ shift_values
                 bias = values.get(f"{linear}.bias")
-                # A layer that had no bias has this one in its quant_bias only, never as a tensor.
-                values[f"{linear}.bias"] = -taken if bias is None else rounded(bias - taken, code)
+                # A layer without a bias compensates the shift in its quant_bias, not in a tensor.
+                values[f"{linear}.bias"] = -product if bias is None else rounded(bias - product, code)
 
     def fold_linear(producer: str, rows: slice, consumer: str, repeat: tuple[int, int] | None = None) -> None:
         scale = rng.uniform(0.5, 2, len(values[f"{producer}.weight"][rows])).astype(np.float32)

@@ -9,7 +9,7 @@ import torch
 import transformers
 from rich.console import Console
 
-from tests.support.compiled_folder import Content, make_content
+from tests.support.compiled_folder import FolderContent, make_content
 from tests.support.tensors import stored
 from vlqc.errors import UserError
 from vlqc.frontend.streamed_model import model_inputs
@@ -20,16 +20,16 @@ from vlqc.verify.loader import load
 STAGES = ["visual.blocks.0", "visual.merger", "model.layers.0", "model.layers.1"]
 
 
-def sample(seed: int, *, picture: bool = True, padding: int = 0) -> dict[str, torch.Tensor]:
-    """One picture of 8 x 8 patches (16 image tokens) and some text, or text alone; padding tokens in front."""
+def sample(seed: int, *, has_image: bool = True, padding: int = 0) -> dict[str, torch.Tensor]:
+    """One image of 8 x 8 patches (16 image tokens) and text, or text alone, after `padding` padding tokens."""
     generator = torch.Generator().manual_seed(seed)
     text = torch.randint(0, 40, (6,), generator=generator)
-    image = torch.tensor([43, *[45] * 16, 44]) if picture else torch.tensor([], dtype=torch.long)
+    image = torch.tensor([43, *[45] * 16, 44]) if has_image else torch.tensor([], dtype=torch.long)
     ids = torch.cat([torch.zeros(padding, dtype=torch.long), image, text])[None]
     mask = torch.ones_like(ids)
     mask[:, :padding] = 0
     inputs = {"input_ids": ids, "attention_mask": mask}
-    if picture:
+    if has_image:
         inputs["pixel_values"] = torch.randn(64, 1176, generator=generator)
         inputs["image_grid_thw"] = torch.tensor([[1, 8, 8]])
     return inputs
@@ -40,29 +40,29 @@ def source(tmp_path: Path) -> Path:
     return make_content().write_source(tmp_path / "float")
 
 
-def verify(content: Content, folder: Path, source: Path, **options: float) -> VerificationResult:
+def verify(content: FolderContent, folder: Path, source: Path, **options: float) -> VerificationResult:
     return verify_folder(content.write(folder), model_path=source, samples=[sample(1), sample(2)], **options)
 
 
-def whole_logits(source: Path, given: dict[str, torch.Tensor]) -> torch.Tensor:
+def whole_logits(source: Path, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     dtype = {"dtype" if transformers.__version__ >= "5" else "torch_dtype": torch.float32}
     model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(source, **dtype).eval()
     with torch.no_grad():
-        return model(**model_inputs(model, given)).logits[0]
+        return model(**model_inputs(model, inputs)).logits[0]
 
 
 def test_figures_are_those_of_two_plain_forwards(tmp_path: Path, source: Path) -> None:
     """Catches logits of other hidden states, tokens or heads than the models' own, or of padding."""
-    samples = [sample(1), sample(2, picture=False), sample(3, padding=3)]
+    samples = [sample(1), sample(2, has_image=False), sample(3, padding=3)]
     folder = make_content().write(tmp_path / "out")
     result = verify_folder(folder, model_path=source, samples=samples)
     quantized = load(folder)
     pairs = []
-    for given in samples:
-        kept = given["attention_mask"][0].bool()
+    for inputs in samples:
+        kept = inputs["attention_mask"][0].bool()
         with torch.no_grad():
-            other = quantized(**model_inputs(quantized, given)).logits[0]
-        pairs.append((whole_logits(source, given)[kept].double().numpy(), other[kept].double().numpy()))
+            other = quantized(**model_inputs(quantized, inputs)).logits[0]
+        pairs.append((whole_logits(source, inputs)[kept].double().numpy(), other[kept].double().numpy()))
     for (reference, other), figures in zip(pairs, result.facts["logits per sample"], strict=True):
         check_figures(figures, reference, other)
     reference, other = (np.concatenate(side) for side in zip(*pairs, strict=True))

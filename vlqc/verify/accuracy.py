@@ -1,7 +1,7 @@
-"""A compiled folder and its float checkpoint on the same inputs: every stage's output, then the logits.
+"""Compares the outputs of a compiled folder with those of its float checkpoint: of every stage, and the logits.
 
-Both run in float32 on the stored values, the quantized layers in exact integer arithmetic. Each stage is given the
-*float* stage's inputs on both sides, so its figure is its own; the logits are those of the two whole models.
+Both run in float32, quantized layers in exact integer arithmetic. Every stage runs on the inputs that it has in the
+float model, so its error does not include that of earlier stages; the logits are those of the two whole models.
 """
 
 import math
@@ -21,34 +21,34 @@ from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.sequential import SequentialForward, Stop
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.execution import first_tensor
-from vlqc.verify.findings import VerificationResult
+from vlqc.verify.findings import COPY_AGAIN, VerificationResult
 from vlqc.verify.loader import load
 
 STAGES, LOGITS = "stage outputs", "logits"
-# Noise of half the signal's power. Eight bits without any smoothing, on weights with outliers made to break them,
-# stay above 7 dB; so a stage below this is not badly quantized but wrong.
+# dB, noise of half the signal's power. 8 bits without smoothing stay above 7 dB even on weights with extreme outliers,
+# so a stage below this is not badly quantized but wrong.
 BROKEN_SQNR = 3.0
-TOKENS_AT_ONCE = 64  # logits are made for that many tokens at a time: a vocabulary row has 152064 of them
-LARGEST_SQNR = 200.0  # dB; stands for "equal", as infinity is no JSON number
+TOKENS_AT_ONCE = 64  # tokens whose logits are in memory at a time, each 152064 values
+LARGEST_SQNR = 200.0  # dB; stands for equal outputs, because JSON has no infinity
 
 
 @dataclass
 class Noise:
-    """Running power of a signal and of the difference to it."""
+    """Accumulated power of a signal and of the difference to it."""
 
     signal: float = 0.0
     noise: float = 0.0
     finite: bool = True
 
     def add(self, reference: Tensor, other: Tensor) -> None:
-        """Two float tensors of one shape; sums in float64."""
+        """Adds two float tensors of the same shape, with sums in float64."""
         self.finite = self.finite and bool(torch.isfinite(other).all()) and bool(torch.isfinite(reference).all())
         self.signal += float(reference.double().square().sum())
         self.noise += float((other.double() - reference.double()).square().sum())
 
     @property
     def sqnr(self) -> float:
-        """Signal to quantization noise ratio in dB, at most LARGEST_SQNR; minus that when something is not finite."""
+        """Signal-to-quantization-noise ratio in dB, at most LARGEST_SQNR; -LARGEST_SQNR if a value is not finite."""
         if not self.finite or not math.isfinite(self.noise):
             return -LARGEST_SQNR
         if self.noise == 0 or self.signal == 0:
@@ -66,22 +66,22 @@ def check_accuracy(
     result: VerificationResult,
     trust_remote_code: bool = False,
 ) -> None:
-    """Figures of stages and logits into the report; findings for NaN, Inf and broken stages. UserError: unusable input.
+    """Adds the SQNR of stages and logits to the result, and faults for NaN, Inf and broken stages.
 
-    samples: as for `vlqc.compile`; calib_images is read when they are None.
+    samples: as for `vlqc.compile`; None: calib_images is read. Raises UserError for unusable samples.
     """
     checkpoint = Checkpoint(model_path)
     model = StreamedModel.open(checkpoint, trust_remote_code=trust_remote_code)
     if samples is None:
         if calib_images is None:
-            raise ValueError("either calib_images or samples must be given")
+            raise ValueError("calib_images or samples is required")
         samples = load_samples(model_path, calib_images, trust_remote_code=trust_remote_code).samples
     samples = check_samples(samples, model.module)
     try:
         quantized = load(folder, dtype=torch.float32, trust_remote_code=trust_remote_code)
     except UserError as error:  # the folder's fault, not the caller's
         for fault in error.faults:
-            result.add_fault(STAGES, fault.where, f"the folder cannot be run: {fault.what}", fault.why)
+            result.add_fault(STAGES, fault.where, f"the folder cannot be loaded: {fault.what}", fault.why, fault.fix)
         return
     stages: list[dict[str, Any]] = []
     with model.non_stage_weights(checkpoint.tensor, head=True):
@@ -100,8 +100,10 @@ def check_accuracy(
 
 
 def _run_stage(model: StreamedModel, stop: Stop, quantized: nn.Module) -> tuple[Noise, Noise]:
-    """Answer the stop with the float stage's outputs -> noise of the quantized stage on the same inputs: of its output,
-    and of what it adds to its input (empty where it changes the shape)."""
+    """Runs a stage of both models on the float inputs -> noise of the output, and of the difference to the input.
+
+    The latter is empty if the stage changes the shape. The float outputs become the inputs of the next stage.
+    """
     other = quantized.get_submodule(model.path(stop.module))
     output, change = Noise(), Noise()
     model.materialize(stop.module, model.checkpoint.tensor)
@@ -122,16 +124,15 @@ def _report_stage(
 ) -> None:
     result.add_examined(STAGES, calls)
     figures = {"stage": name, "SQNR dB": round(output.sqnr, 2)}
-    # What a block adds to its input: the input itself, equal on both sides, would flatter the figure.
+    # The SQNR of what a block adds to its input: the input is equal on both sides and hides the error.
     figures["of its change dB"] = round(change.sqnr, 2) if change.signal else "-"
     stages.append(figures)
     if not output.finite:
-        result.add_fault(
-            STAGES, name, "its output holds NaN or Inf", "on inputs of the float model", "see the faults above"
-        )
+        why, fix = "weights or scales of the stage are damaged", "see the other faults, or compile again"
+        result.add_fault(STAGES, name, "NaN or Inf in the stage's output", why, fix)
     elif output.sqnr < BROKEN_SQNR:
-        why = f"its noise has more than half of the signal's power (below {BROKEN_SQNR:g} dB): no rounding does that"
-        result.add_fault(STAGES, name, f"SQNR against the float stage is {output.sqnr:.2f} dB", why, "compile again")
+        why = f"below {BROKEN_SQNR:g} dB the stage is damaged: rounding alone causes less noise"
+        result.add_fault(STAGES, name, f"SQNR against the float stage is {output.sqnr:.2f} dB", why, COPY_AGAIN)
 
 
 # ---- logits ----------------------------------------------------------------------------------------------------------
@@ -139,7 +140,7 @@ def _report_stage(
 
 @contextmanager
 def logits_are_hidden(model: nn.Module) -> Iterator[None]:
-    """Inside, the model's "logits" are the inputs of its output head: the logits of a whole prompt need no memory."""
+    """Context in which the model returns the inputs of its output head as logits, to save the memory of all logits."""
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
     forward = head.forward
     head.forward = lambda hidden: hidden
@@ -156,7 +157,7 @@ def _logits_of(result: Any) -> Tensor:
 
 @dataclass
 class Agreement:
-    """Sums over tokens, of logits of float and quantized model."""
+    """Sums over tokens that compare the logits of the float and the quantized model."""
 
     tokens: int = 0
     noise: float = 0.0
@@ -179,7 +180,7 @@ class Agreement:
         self.same_first += int((reference.argmax(-1) == other.argmax(-1)).sum())
 
     def figures(self) -> dict[str, Any]:
-        """SQNR in dB, cosine, mean KL(float || quantized) in nats, share of tokens with the same most likely token."""
+        """SQNR in dB, cosine, mean KL(float || quantized) in nats, share of tokens with the same top-1 prediction."""
         size = math.sqrt(self.signal * self.other)
         return {
             "SQNR dB": round(Noise(self.signal, self.noise).sqnr, 2),
@@ -203,23 +204,25 @@ def _check_logits(
     min_sqnr: float | None,
     result: VerificationResult,
 ) -> None:
-    heads = [one.get_output_embeddings() for one in (model, quantized)]  # type: ignore[operator]
+    heads = [each.get_output_embeddings() for each in (model, quantized)]  # type: ignore[operator]
     whole = Agreement()
     rows = []
     for number, sample in enumerate(samples):
         result.add_examined(LOGITS)
         kept = sample["attention_mask"][0].bool()
-        one = Agreement()
+        of_sample = Agreement()
         tokens = kept.nonzero().flatten()
         for start in range(0, len(tokens), TOKENS_AT_ONCE):
             some = tokens[start : start + TOKENS_AT_ONCE]
-            one.add(heads[0](hidden[number][some]), heads[1](others[number][some]))
-        whole.merge(one)
-        rows.append({"sample": number, **one.figures()})
-        if not math.isfinite(one.noise):
-            result.add_fault(LOGITS, f"sample {number}", "the logits hold NaN or Inf", "", "see the faults above")
+            of_sample.add(heads[0](hidden[number][some]), heads[1](others[number][some]))
+        whole.merge(of_sample)
+        rows.append({"sample": number, **of_sample.figures()})
+        if not math.isfinite(of_sample.noise):
+            why, fix = "weights or scales are damaged", "see the other faults, or compile again"
+            result.add_fault(LOGITS, f"sample {number}", "NaN or Inf in the logits", why, fix)
     result.facts["logits against float"] = whole.figures()
     result.facts["logits per sample"] = rows
     sqnr = Noise(whole.signal, whole.noise).sqnr
     if min_sqnr is not None and sqnr < min_sqnr:
-        result.add_fault(LOGITS, "all samples", f"SQNR is {sqnr:.2f} dB, {min_sqnr:g} dB are asked for")
+        what, why = f"SQNR of the logits is {sqnr:.2f} dB", f"--min_sqnr requires {min_sqnr:g} dB"
+        result.add_fault(LOGITS, "all samples", what, why, "rank the layers by their error with --locate")

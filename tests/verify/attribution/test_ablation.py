@@ -1,4 +1,4 @@
-"""vlqc verify --locate: which group the accuracy is lost in, against whole models with one group changed by hand."""
+"""Attribution of the logits' error to groups of layers, compared with whole models in which one group is replaced."""
 
 import copy
 import math
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import vlqc
-from tests.support.ablation_folders import IMAGE, SAMPLES, SMALL, located, path_in, sample
+from tests.support.ablation_folders import IMAGE, SAMPLES, SMALL, path_in, sample, verify_with_locate
 from tests.support.compiled_folder import make_content
 from tests.support.naive_w8a8 import load_float
 from tools.checkpoints import outlier_checkpoint as make_outlier_checkpoint
@@ -39,12 +39,12 @@ def rows_of(result: VerificationResult) -> dict[str, dict[str, Any]]:
 
 def layers_of(group: str) -> list[str]:
     """`a.{b,c}_proj` -> [a.b_proj, a.c_proj]"""
-    found = re.fullmatch(r"(.*)\{(.*)\}(.*)", group)
-    return [found[1] + member + found[3] for member in found[2].split(",")] if found else [group]
+    match = re.fullmatch(r"(.*)\{(.*)\}(.*)", group)
+    return [match[1] + member + match[3] for member in match[2].split(",")] if match else [group]
 
 
 def plain_logits(model: nn.Module) -> tuple[np.ndarray, np.ndarray]:
-    """Logits of all real tokens of SAMPLES, and which of these are image tokens."""
+    """Logits of all tokens of SAMPLES but padding, and a mask of image tokens."""
     rows, images = [], []
     for one in SAMPLES:
         kept = one["attention_mask"][0].bool()
@@ -62,10 +62,10 @@ def decibels(reference: np.ndarray, other: np.ndarray) -> float:
 
 
 def test_figures_are_those_of_whole_models(tmp_path: Path) -> None:
-    """Catches variants that start at the wrong stage, take the wrong base's outputs, or mix up text and image rows."""
+    """Catches variants that start at the wrong stage, reuse outputs of the wrong model, or mix text and image rows."""
     content = make_content(smooth=False)
     source, folder = content.write_source(tmp_path / "float"), content.write(tmp_path / "out")
-    result = located(folder, source, SAMPLES)
+    result = verify_with_locate(folder, source, SAMPLES)
     whole, quantized = load_float(source), load(folder)
     reference, image = plain_logits(whole)
     everything = decibels(reference, plain_logits(quantized)[0])
@@ -89,12 +89,12 @@ def test_figures_are_those_of_whole_models(tmp_path: Path) -> None:
     assert result.facts["located"]["all quantized dB"] == pytest.approx(everything, abs=0.02)
 
 
-def test_smoothed_groups_are_taken_out_of_their_scales(tmp_path: Path) -> None:
-    """Catches a quantized layer that is fed the float model's input as it is, or one whose output keeps its scales."""
+def test_scales_of_smoothed_groups_are_undone(tmp_path: Path) -> None:
+    """Catches a quantized layer in the float model whose input or output keeps the wrong scales."""
     content = make_content()
     source, folder = content.write_source(tmp_path / "float"), content.write(tmp_path / "out")
-    result = located(folder, source, SAMPLES)
-    # What remains is the rounding of float tensors to bfloat16, about 50 dB, and scales fitted from small matrices.
+    result = verify_with_locate(folder, source, SAMPLES)
+    # The rest is the rounding of float tensors to bfloat16, about 50 dB, and of scales fitted from small matrices.
     assert result.facts["located"]["without the groups' rounding dB"] > 45
     whole, quantized = load_float(source), load(folder)
     reference, _ = plain_logits(whole)
@@ -122,11 +122,11 @@ def test_smoothed_groups_are_taken_out_of_their_scales(tmp_path: Path) -> None:
     ids=lambda options: "-".join(options) or "default",
 )
 def test_compiled_folders_without_their_rounding_are_exact(tmp_path: Path, options: dict[str, Any]) -> None:
-    """Catches scales, shifts and biases of a real folder that are not undone, in any scheme."""
+    """Catches scales, shifts and biases of a compiled folder that are not undone, in any scheme."""
     config = make_outlier_checkpoint.make(tmp_path / "float", shape=SMALL)
     samples = make_outlier_checkpoint.random_samples(config, 2)
     vlqc.compile(model_path=tmp_path / "float", save_directory=tmp_path / "out", samples=samples, **options)
-    facts = located(tmp_path / "out", tmp_path / "float", samples, locate_tokens=1).facts
+    facts = verify_with_locate(tmp_path / "out", tmp_path / "float", samples, locate_tokens=1).facts
     assert facts["located"]["without the groups' rounding dB"] > facts["located"]["all quantized dB"] + 20
 
 
@@ -135,12 +135,12 @@ def test_compiled_folders_without_their_rounding_are_exact(tmp_path: Path, optio
 
 @given(st.integers(0, 1000), st.booleans())
 def test_without_rounding_both_ways_are_exact(seed: int, shifted: bool) -> None:
-    """Catches a scale, a shift or its bias that is applied the wrong way round, in either direction."""
+    """Catches a scale, shift or bias that is applied in the wrong direction."""
     torch.manual_seed(seed)
     linear = nn.Linear(6, 4)
     columns, rows = torch.rand(6) + 0.5, torch.rand(4) + 0.5
     shift = torch.randn(6) if shifted else None
-    folded = nn.Linear(6, 4)  # in the place of integers: what they would be without any rounding
+    folded = nn.Linear(6, 4)  # the stored layer without rounding
     with torch.no_grad():
         folded.weight.copy_(rows[:, None] * linear.weight * columns)
         folded.bias.copy_(rows * linear.bias - (folded.weight @ shift if shift is not None else 0))
@@ -153,7 +153,7 @@ def test_without_rounding_both_ways_are_exact(seed: int, shifted: bool) -> None:
 
 @given(st.integers(0, 1000))
 def test_scales_of_representable_weights_are_found_exactly(seed: int) -> None:
-    """Catches a fit that is off where nothing was rounded, a wrong map of channels, or clipped weights that count."""
+    """Catches an inexact fit without rounding, a wrong map of channels, or clipped weights in the fit."""
     random = torch.Generator().manual_seed(seed)
     producer = torch.randint(-100, 100, (4, 40), generator=random).float()
     consumer = torch.randint(-100, 100, (30, 8), generator=random).float()
@@ -170,7 +170,7 @@ def test_scales_of_representable_weights_are_found_exactly(seed: int) -> None:
 
 
 def test_a_damaged_row_scale_is_no_smoothing() -> None:
-    """Catches damage that is taken for a fold and so divided out of the group's error."""
+    """Catches damage that counts as smoothing and is therefore missing from the group's error."""
     random = torch.Generator().manual_seed(1)
     producer, consumer = torch.randn(4, 64, generator=random), torch.randn(32, 4, generator=random)
     whole = torch.ones((), dtype=torch.bool)
@@ -183,11 +183,11 @@ def test_a_damaged_row_scale_is_no_smoothing() -> None:
     assert combine_scales(rows, columns, torch.arange(4))[2] == pytest.approx(1, abs=0.02)
 
 
-# ---- the work --------------------------------------------------------------------------------------------------------
+# ---- stage runs ------------------------------------------------------------------------------------------------------
 
 
-def test_as_many_stages_run_as_were_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches variants that run stages before their group's, or text that is run for the vision tower's groups."""
+def test_the_number_of_stage_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches variants that run stages before their group's, or text samples in the vision tower."""
     from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as classes
 
     ran: list[str] = []
@@ -195,33 +195,33 @@ def test_as_many_stages_run_as_were_said(tmp_path: Path, monkeypatch: pytest.Mon
         classes.Qwen2_5_VLVisionBlock, classes.Qwen2_5_VLPatchMerger, classes.Qwen2_5_VLDecoderLayer
     ):  # fmt: skip
 
-        def counted(self: nn.Module, *args: Any, forward: Any = kind.forward, **given: Any) -> Any:
+        def counted(self: nn.Module, *args: Any, forward: Any = kind.forward, **kwargs: Any) -> Any:
             ran.append(type(self).__name__)
-            return forward(self, *args, **given)
+            return forward(self, *args, **kwargs)
 
         monkeypatch.setattr(kind, "forward", counted)
     content = make_content()
     source, folder = content.write_source(tmp_path / "float"), content.write(tmp_path / "out")
     verify_folder(folder, model_path=source, samples=SAMPLES[:2])
-    said: list[str] = []
+    messages: list[str] = []
     without = len(ran)
-    located(folder, source, SAMPLES[:2], progress=said.append)
-    # Four stages with three groups in all but the merger. Picture: float, stored and folded run 4 each, two variants of
-    # a group 4, 2 or 1 each. Text: three times 2, and 2 or 1.
+    verify_with_locate(folder, source, SAMPLES[:2], progress=messages.append)
+    # Four stages with three groups in all but the merger. With an image the two base models and the variant with float
+    # groups run 4 each, the two variants of a group 4, 2 or 1 each; with text alone 2 each, and 2 or 1.
     expected = 3 * 4 + 2 * 3 * (4 + 2 + 1) + 3 * 2 + 2 * 3 * (2 + 1)
     assert len(ran) - 2 * without == expected
-    assert f"{expected} stage runs" in said[0]
+    assert f"{expected} stage runs" in messages[0]
 
 
 def test_one_stage_of_the_folder_is_in_memory(tmp_path: Path) -> None:
-    """Catches a folder that is loaded as a whole, or stages that stay."""
+    """Catches a folder that is loaded as a whole, or stages that stay in memory."""
     folder = make_content().write(tmp_path / "out")
     stages = FolderStages(folder)
     model = stages._model
 
     def filled() -> set[str]:
         names = [name for name, tensor in model.named_parameters() if not tensor.is_meta]
-        return {name for name in names} | {name for name, it in model.named_buffers() if name.endswith("deq_scale")}
+        return {*names, *(name for name, _ in model.named_buffers() if name.endswith("deq_scale"))}
 
     path = path_in(model, "model.layers.0")
     with stages.stage(path):
@@ -230,10 +230,12 @@ def test_one_stage_of_the_folder_is_in_memory(tmp_path: Path) -> None:
     assert isinstance(model.get_submodule(f"{path}.mlp.gate_proj"), nn.Linear)
 
 
-def test_short_samples_are_taken_first() -> None:
-    """Catches a budget that is overrun, a kind of sample that is left out, or samples cut in pieces."""
+def test_short_samples_are_chosen_first() -> None:
+    """Catches a token budget that is exceeded, a kind of sample that is left out, or truncated samples."""
     lengths = [(30, True), (9, False), (24, True), (4, False), (200, False), (6, False)]
-    samples = [sample(n, picture=picture, words=size - 18 * picture) for n, (size, picture) in enumerate(lengths)]
+    samples = [
+        sample(n, has_image=has_image, words=size - 18 * has_image) for n, (size, has_image) in enumerate(lengths)
+    ]
     assert choose_samples(samples, 1) == [2, 3]
     assert choose_samples(samples, 24 + 4 + 6 + 9) == [1, 2, 3, 5]
     assert choose_samples(samples, 1000) == [0, 1, 2, 3, 4, 5]

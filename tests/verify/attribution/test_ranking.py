@@ -1,4 +1,4 @@
-"""What `vlqc verify --locate` prints, at 80 columns, which is what logs and pipes have."""
+"""Output of `vlqc verify --locate` at 80 columns, the width of logs and pipes."""
 
 import io
 from typing import Any
@@ -23,15 +23,15 @@ def printed(width: int, row: dict[str, Any]) -> list[str]:
 
 @pytest.mark.parametrize("width", [80, 40])
 def test_names_and_advice_can_be_copied(width: int) -> None:
-    """Catches names of groups that are folded letter by letter, and advice with a line break inside an option."""
+    """Catches group names that are wrapped inside a word, and advice with a line break inside an option."""
     lines = printed(width, ROW)
     assert lines.count(GROUP) == 2 and f"    what to do: {ADVICE}" in lines
     figures = " ".join(" ".join(lines).split())
     assert "scheme W8A8, share 0.4321, weights 12.5, inputs 30.25" in figures
 
 
-def test_what_fits_is_a_table() -> None:
-    """Catches lists where a table would say it at a glance, and cells of it that are cut off."""
+def test_a_wide_console_gets_a_table() -> None:
+    """Catches lists where a table fits, and truncated cells."""
     for width, row in ((120, ROW), (80, {"group": "visual.merger.mlp.0", "share": 0.5})):
         lines = [line for line in printed(width, row) if row["group"] in line]
         assert len(lines) == 2 and all(line.count("│") == len(row) + 1 for line in lines)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support.compiled_folder import Content, make_content
+from tests.support.compiled_folder import FolderContent, make_content
 from tests.support.damaged_folder import BLOCK, LAYER, PROJ, UP, Q, integers, named, set_integers, texts
 from tests.support.tensors import ITEM, stored
 from vlqc.verify import verify_folder
@@ -41,7 +41,7 @@ WRONG_BYTES = {
 }
 
 
-def damaged(kind: str, dtype: str = "bfloat16") -> tuple[Content, str]:
+def damaged(kind: str, dtype: str = "bfloat16") -> tuple[FolderContent, str]:
     content = make_content(dtype=dtype)
     name, element, byte, bits, _ = WRONG_BYTES[kind]
     content.tensors[name].flip(element * ITEM[content.tensors[name].dtype] + byte, bits)

@@ -1,4 +1,4 @@
-"""Fitted scales of weights whose integers are not the nearest ones: sure of what is right, and of what is not."""
+"""Fitted scales of error-compensated weights: no false faults, and damage is still detected."""
 
 from pathlib import Path
 
@@ -46,19 +46,19 @@ def pair(folder: Path, weight: Tensor, integers: Tensor, steps: Tensor) -> Weigh
 
 @SCHEMES
 @pytest.mark.parametrize("seed", range(5))
-def test_compensated_integers_are_no_other_scales(tmp_path: Path, seed: int, group_size: int | None) -> None:
-    """Rows or columns called scaled, or weights called foreign, because errors of rounding lean the same way."""
-    it = pair(tmp_path, *rounded(seed, group_size))
-    columns, rows = fit_columns([(it, ROWS)]), fit_rows(it, 0, Scales.ones(COLUMNS))
+def test_compensated_integers_have_no_scales(tmp_path: Path, seed: int, group_size: int | None) -> None:
+    """Catches false scales of rows or columns, or false misfits, because rounding errors are correlated."""
+    weights = pair(tmp_path, *rounded(seed, group_size))
+    columns, rows = fit_columns([(weights, ROWS)]), fit_rows(weights, 0, Scales.ones(COLUMNS))
     assert (np.abs(columns.values - 1) <= SIGMAS * columns.sigma).all()
     assert (np.abs(rows.values - 1) <= SIGMAS * rows.sigma).all()
-    found = misfits(it, rows, columns)
-    assert found.gross == 0 and not found.scaled
+    result = misfits(weights, rows, columns)
+    assert result.gross == 0 and not result.scaled
 
 
 @SCHEMES
-def test_other_scales_are_still_seen(tmp_path: Path, group_size: int | None) -> None:
-    """A tolerance that swallows what it is there for: a row or a column that is scaled by half as much again."""
+def test_damaged_scales_are_detected(tmp_path: Path, group_size: int | None) -> None:
+    """Catches a tolerance so large that a row or column scaled by 1.5, or one damaged weight, is not detected."""
     weight, integers, steps = rounded(0, group_size)
     changed = weight.clone()
     changed[7] *= 1.5
@@ -71,7 +71,7 @@ def test_other_scales_are_still_seen(tmp_path: Path, group_size: int | None) -> 
     assert np.flatnonzero(np.abs(columns.values - 1) > SIGMAS * columns.sigma).tolist() == [clear]
     changed = integers.clone()
     changed[11, clear] = -changed[11, clear] if abs(int(changed[11, clear])) > 60 else changed[11, clear] ^ 0x40
-    if not group_size:  # 4 bits have no room for such a thing
-        it = pair(tmp_path, weight, changed, steps)
-        found = misfits(it, Scales.ones(ROWS), fit_columns([(it, ROWS)]))
-        assert (found.gross, found.first_gross) == (1, (11, clear))
+    if not group_size:  # no 4-bit integer is that far from another one
+        weights = pair(tmp_path, weight, changed, steps)
+        result = misfits(weights, Scales.ones(ROWS), fit_columns([(weights, ROWS)]))
+        assert (result.gross, result.first_gross) == (1, (11, clear))

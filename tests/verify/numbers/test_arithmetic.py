@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.compiled_folder import Content, make_content
+from tests.support.compiled_folder import FolderContent, make_content
 from tests.support.damaged_folder import LAYER, PROJ, UP, integers, set_integers, texts
 from tests.support.tensors import rounded, stored
 from vlqc.errors import UserError
@@ -170,7 +170,7 @@ def test_a_folder_of_the_reference_tool_passes(tmp_path: Path) -> None:
 # ---- against the float checkpoint ------------------------------------------------------------------------------------
 
 
-def scale_stored(content: Content, name: str, factor: Array) -> None:
+def scale_stored(content: FolderContent, name: str, factor: Array) -> None:
     tensor = content.tensors[name]
     bits = np.frombuffer(tensor.data, np.uint16).astype(np.uint32) << 16
     content.tensors[name] = stored(bits.view(np.float32).reshape(tensor.shape) * factor, "BF16")

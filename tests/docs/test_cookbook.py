@@ -18,7 +18,7 @@ from tests.support import tiny
 from tools.demo import tiny_task
 from vlqc.frontend.process_group import ProcessGroup
 from vlqc.frontend.stage_builder import find_sites
-from vlqc.frontend.tracing import record
+from vlqc.frontend.tracing import trace
 from vlqc.ir.execution import Call, StageRun
 from vlqc.ir.stage import Stage
 from vlqc.passes.assign_precision import AssignPrecision
@@ -53,7 +53,7 @@ def stage_of(name: str) -> Stage:
     module = next(it for path, it in model.module.named_modules() if path == lived.path)
     model.materialize(module, model.checkpoint.tensor)
     call = Call(0, lived.call.args, lived.call.kwargs, lived.call.modality)
-    graph = record(module, call, name)
+    graph = trace(module, call, name)
 
     def canonical(target: str) -> str:
         return f"{name}.{target}"

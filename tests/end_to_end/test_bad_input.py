@@ -112,7 +112,7 @@ def test_architecture_that_cannot_be_traced(tmp_path: Path, monkeypatch: pytest.
     arguments = ["--model_path", str(TINY), "--calib_images", str(PHOTOS), "--save_directory", str(tmp_path / "out")]
     done = CliRunner().invoke(app, ["compile", *arguments])
     assert done.exit_code == 2
-    assert "visual.blocks.0 cannot be traced" in done.stderr and "control flow that looks at values" in done.stderr
+    assert "visual.blocks.0" in done.stderr and "control flow that looks at values" in done.stderr
     assert not list(tmp_path.iterdir())
 
 

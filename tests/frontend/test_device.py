@@ -1,4 +1,4 @@
-"""device: a device that is there, or a sentence about what is missing and what to do."""
+"""resolve_device: an available device, or an error that names what is missing."""
 
 import importlib
 import sys
@@ -22,22 +22,22 @@ def refusal(device_type: str) -> tuple[str, str, str]:
 
 
 def test_cpu_imports_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch_npu imported where no NPU was asked for: beside a torch of another version it breaks torch."""
+    """Catches an import of torch_npu for --device_type cpu: it can break a torch of another version."""
     monkeypatch.setattr(importlib, "import_module", lambda name: pytest.fail(f"{name} was imported"))
     assert resolve_device("cpu") == torch.device("cpu")
 
 
 def test_npu_without_torch_npu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stack trace of ModuleNotFoundError: the user must read what to install, for which torch."""
+    """Catches a traceback in place of an error that names what to install, and for which torch version."""
     monkeypatch.setitem(sys.modules, "torch_npu", None)
     what, why, fix = refusal("npu")
-    assert what == "torch_npu cannot be imported" and "torch_npu" in why
-    assert f"the torch_npu that fits torch {torch.__version__}" in fix and "CANN" in fix
+    assert "torch_npu" in what and "torch_npu" in why
+    assert torch.__version__ in fix and "CANN" in fix
 
 
 @pytest.mark.parametrize("error", [ImportError, OSError, RuntimeError])
 def test_npu_with_a_broken_torch_npu(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Libraries of CANN that are missing, or another torch version: torch_npu fails in several ways while it loads."""
+    """Catches a traceback for missing CANN libraries, or another torch version."""
 
     def fail(name: str) -> ModuleType:
         raise error("libhccl.so: cannot open shared object file")
@@ -47,14 +47,14 @@ def test_npu_with_a_broken_torch_npu(error: type[Exception], monkeypatch: pytest
 
 
 def test_npu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch_npu installed on a machine without an NPU: the first tensor would fail, long after the start."""
+    """Catches a machine without an NPU that fails at the first tensor, long after the start."""
     monkeypatch.setitem(sys.modules, "torch_npu", ModuleType("torch_npu"))
     monkeypatch.setattr(torch, "npu", SimpleNamespace(is_available=lambda: False), raising=False)
-    assert refusal("npu")[0] == "no NPU is visible"
+    assert "NPU" in refusal("npu")[0]
 
 
 def test_npu_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An NPU refused, or another device taken for it."""
+    """Catches an available NPU that is rejected, and another device in its place."""
     monkeypatch.setitem(sys.modules, "torch_npu", ModuleType("torch_npu"))
     monkeypatch.setattr(torch, "npu", SimpleNamespace(is_available=lambda: True), raising=False)
     monkeypatch.setattr(torch, "device", lambda name: f"device {name}")  # only torch_npu teaches torch this name
@@ -63,9 +63,9 @@ def test_npu_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("available", [False, True])
 def test_cuda(available: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU asked for where there is none, or refused where there is one."""
+    """Catches an available GPU that is rejected, and a missing one that is accepted."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
     if available:
         assert resolve_device("cuda") == torch.device("cuda")
     else:
-        assert refusal("cuda")[0] == "no GPU is visible"
+        assert "GPU" in refusal("cuda")[0]

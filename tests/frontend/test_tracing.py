@@ -1,4 +1,4 @@
-"""Recorded graphs are complete: run on their own, they compute exactly what the module computes."""
+"""Traced graphs are complete: interpreted, they compute the same bits as the module."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,12 +10,12 @@ from torch.utils._pytree import tree_map
 
 from tests.support import tiny
 from vlqc.errors import UserError
-from vlqc.frontend.tracing import input_tensors, record
+from vlqc.frontend.tracing import input_tensors, trace
 from vlqc.ir.execution import Call
 
 
 class Replay(fx.Interpreter):
-    """Runs a recorded graph with the module that it was recorded from."""
+    """Interprets a graph with the module that it was traced from."""
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op != "get_attr":
@@ -27,7 +27,7 @@ class Replay(fx.Interpreter):
 
 
 def copied(call: Call) -> Call:
-    """The same arguments in memory of their own: modules may write into them."""
+    """A copy of the arguments, because modules may write into them."""
     args, kwargs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (call.args, call.kwargs))
     return Call(call.sample, args, kwargs)
 
@@ -56,10 +56,10 @@ def assert_complete(module: nn.Module, graph: fx.Graph, call: Call) -> None:
 
 @pytest.mark.every_transformers
 @pytest.mark.parametrize("name", ["visual.blocks.0", "visual.blocks.1", "visual.merger", "model.layers.0"])
-def test_graph_alone_gives_the_stages_output(name: str) -> None:
-    """Catches an operation that is not recorded: windowed block, full block, merger, decoder layer, bit for bit."""
+def test_graph_computes_the_same_output(name: str) -> None:
+    """Catches an operation that is missing in the graph of a windowed block, full block, merger or decoder layer."""
     stage = tiny.lived()[name]
-    graph = record(stage.module, stage.call, name)
+    graph = trace(stage.module, stage.call, name)
     graph.lint()
     assert_complete(stage.module, graph, stage.call)
     for one, other in zip(replay(stage.module, graph, stage.call), tiny.tensors_of(stage.output), strict=True):
@@ -67,23 +67,23 @@ def test_graph_alone_gives_the_stages_output(name: str) -> None:
 
 
 @pytest.mark.every_transformers
-def test_recording_needs_no_weights() -> None:
-    """Catches a recorder that reads weights, or leaves hooks, modes or changed tensors behind."""
+def test_tracing_needs_no_weights() -> None:
+    """Catches a tracer that reads weights, or does not remove its hooks."""
     model, lived = tiny.float_model(), tiny.lived()
     for name in ("visual.blocks.0", "visual.merger", "model.layers.0"):
         bare = model.stages[name]
-        graph = record(bare, lived[name].call, name)
+        graph = trace(bare, lived[name].call, name)
         assert all(parameter.is_meta for parameter in bare.parameters())
         assert not any(child._forward_hooks or child._forward_pre_hooks for child in bare.modules())
-        assert str(graph) == str(record(lived[name].module, lived[name].call, name))
+        assert str(graph) == str(trace(lived[name].module, lived[name].call, name))
         assert_complete(lived[name].module, graph, lived[name].call)
 
 
 @pytest.mark.every_transformers
 def test_every_leaf_is_one_node() -> None:
-    """Catches a norm that is recorded as its arithmetic (no edge would start there) or a Linear as a function."""
+    """Catches a norm that is traced into (it could not start an edge), and a Linear traced as a function."""
     for stage in tiny.lived().values():
-        called = [n.target for n in record(stage.module, stage.call, stage.name).nodes if n.op == "call_module"]
+        called = [n.target for n in trace(stage.module, stage.call, stage.name).nodes if n.op == "call_module"]
         owners = {path for path, child in stage.module.named_modules() if any(True for _ in child.parameters(False))}
         assert owners <= set(called)
         assert len(called) == len(set(called))
@@ -93,7 +93,7 @@ def test_every_leaf_is_one_node() -> None:
 
 
 class Made(nn.Module):
-    """`forward` is a function of the module and its input; further attributes are children or tensors."""
+    """A module with `forward` as a function of the module and its input, and with children and tensors as attributes."""
 
     def __init__(self, body: Callable[..., Any], **children: Any) -> None:
         super().__init__()
@@ -194,7 +194,7 @@ BODIES = [
 
 @pytest.mark.parametrize("body", BODIES, ids=lambda body: body.__name__)
 def test_whatever_a_block_does_is_recorded(body: Callable[..., Any]) -> None:
-    """Catches in-place writes, set items, attributes, several outputs, constants or parameters that get lost."""
+    """Catches in-place writes, item assignments, attributes, several outputs, constants or parameters that are missing."""
     inner = nn.Module()
     inner.gain = nn.Parameter(numbers(4, seed=3))
     made = Made(
@@ -206,7 +206,7 @@ def test_whatever_a_block_does_is_recorded(body: Callable[..., Any]) -> None:
         index=torch.tensor([3, 0, 2, 1]),
     )
     call = Call(0, (numbers(4, 4),), {})
-    graph = record(made, call, "made")
+    graph = trace(made, call, "made")
     graph.lint()
     output = made(*call.args)
     if isinstance(output, tuple):
@@ -217,14 +217,14 @@ def test_whatever_a_block_does_is_recorded(body: Callable[..., Any]) -> None:
 
 
 def test_parameters_outside_leaves_are_read_when_the_graph_runs() -> None:
-    """Catches a graph that keeps the meta tensor, or the value of the day, of a parameter that is filled in later."""
+    """Catches a graph that keeps the meta tensor, or the current value, of a parameter that is loaded later."""
     made = Made(own_tensors, a=nn.Linear(4, 4), gain=nn.Parameter(numbers(4)), shift=numbers(4), inner=nn.Module())
     made.inner.gain = nn.Parameter(numbers(4))
     call = Call(0, (numbers(4, 4),), {})
     real = {name: parameter.data for name, parameter in made.named_parameters()}
     for owner, name in ((made, "gain"), (made.inner, "gain"), (made.a, "weight"), (made.a, "bias")):
         setattr(owner, name, nn.Parameter(torch.empty_like(getattr(owner, name), device="meta"), requires_grad=False))
-    graph = record(made, call, "made")
+    graph = trace(made, call, "made")
     paths = [node.meta["path"] for node in graph.nodes if node.op == "get_attr"]
     assert paths == ["gain", "shift", "inner.gain"]
     for path, value in real.items():
@@ -235,15 +235,15 @@ def test_parameters_outside_leaves_are_read_when_the_graph_runs() -> None:
 
 
 def test_inputs_have_readable_names() -> None:
-    """Catches placeholders that cannot be told apart, or the same tensor listed twice."""
+    """Catches placeholders with the same name, and two for the same tensor."""
     x, y = numbers(4, 4), numbers(4, 4, seed=1)
     made = Made(lambda m, rows, more: m.a(rows) + more[0] + more[1]["angle"], a=nn.Linear(4, 4))
-    graph = record(made, Call(0, (x,), {"more": (y, {"angle": x + y, "unused": "word"})}), "made")
+    graph = trace(made, Call(0, (x,), {"more": (y, {"angle": x + y, "unused": "word"})}), "made")
     assert [node.target for node in graph.nodes if node.op == "placeholder"] == ["rows", "more_0", "more_1"]
 
 
 def test_what_a_leaf_does_inside_is_not_recorded() -> None:
-    """Catches the norm's own arithmetic beside the norm, and a leaf within a leaf."""
+    """Catches nodes for the operations inside a leaf, and a leaf within a leaf."""
 
     class Norm(nn.Module):
         def __init__(self) -> None:
@@ -254,14 +254,14 @@ def test_what_a_leaf_does_inside_is_not_recorded() -> None:
             return self.weight * torch.nn.functional.normalize(x.float()).to(x.dtype)
 
     made = Made(lambda m, x: m.act(m.norm(x)), norm=Norm(), act=nn.GELU())
-    graph = record(made, Call(0, (numbers(2, 4),), {}), "made")
+    graph = trace(made, Call(0, (numbers(2, 4),), {}), "made")
     assert [node.op for node in graph.nodes] == ["placeholder", "call_module", "call_module", "output"]
 
 
 def test_a_block_that_cannot_be_run_is_an_error_of_the_user() -> None:
-    """Catches a traceback for a block that depends on values which a recording does not have."""
+    """Catches a traceback for a block whose control flow depends on tensor values."""
     made = Made(lambda m, x: m.a(x.reshape(3, 5)), a=nn.Linear(5, 5))
-    with pytest.raises(UserError, match=r"block\.7 cannot be traced"):
-        record(made, Call(0, (numbers(4, 4),), {}), "block.7")
+    with pytest.raises(UserError, match=r"block\.7"):
+        trace(made, Call(0, (numbers(4, 4),), {}), "block.7")
     assert not made.a._forward_hooks and not made.a._forward_pre_hooks
     assert torch.is_grad_enabled()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tests.support.folded_edges import CALL, assert_holds
-from vlqc.frontend.tracing import record
+from vlqc.frontend.tracing import trace
 from vlqc.ir.scale_propagation import find_edges, scales_its_channels
 from vlqc.ir.stage import Edge
 
@@ -42,7 +42,7 @@ class Made(nn.Module):
 
 def edges_of(body: Callable[[Made, Tensor], Any]) -> tuple[Made, dict[str, Edge]]:
     made = Made(body)
-    edges = find_edges(made, record(made, CALL, "made"))
+    edges = find_edges(made, trace(made, CALL, "made"))
     return made, {edge.producer: edge for edge in edges}
 
 

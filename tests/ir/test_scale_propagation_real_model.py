@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 from tests.support import tiny
 from tests.support.folded_edges import assert_holds
 from tools.demo import plant_outliers
-from vlqc.frontend.tracing import record
+from vlqc.frontend.tracing import trace
 from vlqc.ir.execution import Call
 from vlqc.ir.scale_propagation import find_edges
 
@@ -34,7 +34,7 @@ def test_edges_of_the_real_model_are_the_known_ones() -> None:
     """Catches an edge that is missed, invented or mapped wrongly: grouped queries, fused qkv, 2x2 patches included."""
     found = {}
     for stage in tiny.lived().values():
-        for edge in find_edges(stage.module, record(stage.module, stage.call, stage.name)):
+        for edge in find_edges(stage.module, trace(stage.module, stage.call, stage.name)):
             found[f"{stage.name}.{edge.producer}"] = {
                 f"{stage.name}.{target}": {
                     column: channel for column, channel in enumerate(channels.tolist()) if channel >= 0
@@ -50,7 +50,7 @@ def test_edges_of_the_real_model_are_the_known_ones() -> None:
 def test_usable_channels_are_those_that_are_consumed() -> None:
     """Catches a fold into the q and k thirds of a fused qkv, or into channels that nothing makes up for."""
     for stage in tiny.lived().values():
-        for edge in find_edges(stage.module, record(stage.module, stage.call, stage.name)):
+        for edge in find_edges(stage.module, trace(stage.module, stage.call, stage.name)):
             used = torch.zeros_like(edge.usable)
             for channels in edge.consumers.values():
                 used[channels[channels >= 0]] = True
@@ -61,7 +61,7 @@ def test_usable_channels_are_those_that_are_consumed() -> None:
 
 def module_and_graph(name: str) -> tuple[nn.Module, Any]:
     stage = tiny.lived()[name]
-    return stage.module, record(stage.module, stage.call, name)
+    return stage.module, trace(stage.module, stage.call, name)
 
 
 @pytest.mark.every_transformers
@@ -75,7 +75,7 @@ def test_every_edge_of_the_real_model_holds(name: str) -> None:
         (stage.call.args, stage.call.kwargs),
     )
     call = Call(0, args, kwargs)
-    edges = find_edges(module, record(module, call, name))
+    edges = find_edges(module, trace(module, call, name))
     assert len(edges) == (1 if "merger" in name else 4)
     for number, edge in enumerate(edges):
         assert_holds(module, edge, call, seed=number)

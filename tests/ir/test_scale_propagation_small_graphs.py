@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tests.support.folded_edges import CALL, INPUT, assert_holds
-from vlqc.frontend.tracing import record
+from vlqc.frontend.tracing import trace
 from vlqc.ir.scale_propagation import find_edges
 
 SIZE = 8
@@ -116,7 +116,7 @@ def test_whatever_is_claimed_holds(steps: list[tuple[str, int, int]], tap: bool)
 
 
 def check_claims(program: Program) -> int:
-    edges = find_edges(program, record(program, CALL, "program"))
+    edges = find_edges(program, trace(program, CALL, "program"))
     for edge in edges:
         assert_holds(program, edge, CALL)
     return len(edges)

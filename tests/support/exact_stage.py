@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from tests.support.small_stage import PREFIX, Attention
 from vlqc.frontend.process_group import ProcessGroup
 from vlqc.frontend.stage_builder import find_sites
-from vlqc.frontend.tracing import record
+from vlqc.frontend.tracing import trace
 from vlqc.ir.execution import Call, StageRun
 from vlqc.ir.printer import print_stage
 from vlqc.ir.stage import Stage
@@ -100,7 +100,7 @@ def exact_stage(prefix: str = PREFIX) -> Stage:
     def in_checkpoint(target: str) -> str:
         return prefix + target
 
-    graph = record(block, calls[0], name)
+    graph = trace(block, calls[0], name)
     sites = find_sites(block, graph, in_checkpoint)
     execution = StageRun(block, ProcessGroup(), calls, calls[0])
     return Stage(name, part, torch.bfloat16, block, graph, sites, execution, checkpoint_name=in_checkpoint)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vlqc.frontend.process_group import ProcessGroup
 from vlqc.frontend.stage_builder import find_sites
-from vlqc.frontend.tracing import record
+from vlqc.frontend.tracing import trace
 from vlqc.ir.execution import Call, StageRun, first_tensor
 from vlqc.ir.stage import Site, Stage
 from vlqc.passes.algorithms import folding
@@ -167,7 +167,7 @@ def columns_of_value(row: int) -> list[int]:
 
 def staged(block: nn.Module, calls: list[Call], dtype: torch.dtype = torch.bfloat16, name: str = NAME) -> Stage:
     """Any module as a stage of that name, recorded with the first call."""
-    graph = record(block, calls[0], name)
+    graph = trace(block, calls[0], name)
 
     def checkpoint_name(target: str) -> str:
         return f"{name}.{target}"

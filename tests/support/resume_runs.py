@@ -35,8 +35,8 @@ MOMENTS = [
     ("plain", "calibrated", "vlqc.emit.resume.journal:run_fingerprint", 1, "after"),
     ("plain", "first line of the journal", APPEND, 1, "half"),
     ("plain", "tensors outside stages", "vlqc.emit.shard_writer:ShardWriter._write", 2, "half"),
-    ("plain", "tracing the first stage", "vlqc.frontend.stage_builder:record", 1, "before"),
-    ("plain", "tracing the merger", "vlqc.frontend.stage_builder:record", 3, "after"),
+    ("plain", "tracing the first stage", "vlqc.frontend.stage_builder:trace", 1, "before"),
+    ("plain", "tracing the merger", "vlqc.frontend.stage_builder:trace", 3, "after"),
     ("plain", "passes over the last stage", "vlqc.pipeline.manager:PassManager.run", 5, "before"),
     ("plain", "a tensor of the second stage", "vlqc.emit.shard_writer:ShardWriter._write", 40, "half"),
     ("plain", "outputs of the first stage", "vlqc.emit.resume.stage_outputs:OutputsWriter._write", 1, "half"),
@@ -138,14 +138,14 @@ def compile_case(case: str, checkpoint: Path, target: Path, traced: Path, **more
     import vlqc.frontend.stage_builder
 
     vlqc.emit.folder_writer.GIB = GIB
-    record = vlqc.frontend.stage_builder.record
+    record = vlqc.frontend.stage_builder.trace
 
     def noted(module: Any, call: Any, name: str) -> Any:
         with traced.open("a") as file:
             file.write(f"{name}\n")
         return record(module, call, name)
 
-    vlqc.frontend.stage_builder.record = noted  # type: ignore[assignment]
+    vlqc.frontend.stage_builder.trace = noted  # type: ignore[assignment]
     vlqc.compile(model_path=checkpoint, save_directory=target, samples=SAMPLES, **(CASES[case] | more))
 
 

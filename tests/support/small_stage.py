@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from vlqc.frontend.process_group import ProcessGroup
-from vlqc.frontend.tracing import record
+from vlqc.frontend.tracing import trace
 from vlqc.ir.execution import Call, StageRun
 from vlqc.ir.observation import ChannelRange, Observation
 from vlqc.ir.scale_propagation import find_edges
@@ -77,7 +77,7 @@ def traced() -> Stage:
         for target in targets:
             rows, columns = block.get_parameter(f"{target}.weight").shape
             sites[PREFIX + target] = Site(PREFIX + target, target, source, (rows, columns))
-    graph = record(block, calls[0], "visual.blocks.0")
+    graph = trace(block, calls[0], "visual.blocks.0")
     return Stage(
         "visual.blocks.0",
         "vision",

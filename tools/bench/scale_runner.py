@@ -109,7 +109,7 @@ def watch_compiler(phases: Phases) -> None:
     phases.watch(Checkpoint, "rows", "reading")
     phases.watch(Checkpoint, "tensor", "reading")
     phases.watch(SequentialForward, "_resume", "model code")
-    phases.watch(vlqc.frontend.stage_builder, "record", "tracing")
+    phases.watch(vlqc.frontend.stage_builder, "trace", "tracing")
     phases.watch(Stage, "run", "forward")
     phases.watch(insert_observers, "add_rows", "observing")
     phases.watch(Stage, "probe_rows", "proofs")

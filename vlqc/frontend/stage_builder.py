@@ -12,7 +12,7 @@ from vlqc.frontend.calibration.probe import PROBE, choose_probe
 from vlqc.frontend.process_group import ProcessGroup
 from vlqc.frontend.sequential import Stop
 from vlqc.frontend.streamed_model import StreamedModel
-from vlqc.frontend.tracing import record
+from vlqc.frontend.tracing import trace
 from vlqc.ir.execution import Call, SampleShape, StageRun
 from vlqc.ir.stage import Site, Stage
 
@@ -45,7 +45,7 @@ def materialized_stage(
     try:
         model.materialize(stop.module, read)
         model.prefetch_after(stop.name)
-        graph = record(stop.module, probe, stop.name)
+        graph = trace(stop.module, probe, stop.name)
         stage = Stage(
             name=stop.name,
             part=model_part(f"{stop.name}."),

@@ -1,9 +1,9 @@
-"""Recorded graph: one run of a stage becomes a torch.fx.Graph.
+"""Traces a stage into a torch.fx.Graph by running it once.
 
-Leaf modules (Linear, norms, activations) are recorded by hooks as `call_module`, every other torch call by a
-TorchFunctionMode as `call_function`. Nothing is re-implemented and Python control flow just runs. The run happens on
-the meta device (integer inputs stay real, because blocks cut their windows by them), so it costs no arithmetic and
-needs no weights; where meta kernels are missing it runs on the real values.
+Leaf modules (Linear, norms, activations) are recorded by hooks as `call_module`, all other torch calls by a
+TorchFunctionMode as `call_function`; Python control flow just runs. Tensors are on the meta device, except for integer
+inputs, whose values determine the attention windows. So tracing computes nothing and needs no weights. Where meta
+kernels are missing, the stage runs on its real inputs.
 """
 
 import inspect
@@ -17,104 +17,104 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from vlqc.errors import Fault, UserError
+from vlqc.families.qwen2_5_vl import ARCHITECTURES
 from vlqc.ir.execution import Call
 
 
-def record(module: nn.Module, call: Call, name: str) -> fx.Graph:
-    """The graph of `module` for the shapes of `call`.
+def trace(module: nn.Module, call: Call, name: str) -> fx.Graph:
+    """The graph of `module` for the shapes of the arguments in `call`.
 
-    Node meta: shape (tuple) and dtype of tensor values; of a get_attr node also `constant`, its value, and `path`,
-    where the module holds it (None: it was made on the way).
+    Node meta: "shape" and "dtype" of tensor values; for get_attr nodes also "constant", the tensor, and "path", its
+    name in the module, or None if it was created during the call. name: for the error message.
 
-    Raises UserError if the module cannot be recorded on meta tensors nor on real ones.
+    Raises UserError if the module runs neither on meta tensors nor on the real ones.
     """
     try:
-        return _record_on_meta(module, call)
+        return _trace_on_meta(module, call)
     except (RuntimeError, NotImplementedError, TypeError):
         try:
-            return _record(module, call.args, call.kwargs, lambda: module(*call.args, **call.kwargs))
+            return _trace(module, call.args, call.kwargs, lambda: module(*call.args, **call.kwargs))
         except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
             why = f"{type(error).__name__}: {error}"
-            raise UserError(
-                Fault(f"{name} cannot be traced", why=why, fix="vlqc compiles Qwen2.5-VL blocks")
-            ) from error
+            fix = f"use a checkpoint of a supported architecture: {', '.join(ARCHITECTURES)}"
+            raise UserError(Fault(f"cannot trace {name}", why=why, fix=fix)) from error
 
 
-def _record_on_meta(module: nn.Module, call: Call) -> fx.Graph:
+def _trace_on_meta(module: nn.Module, call: Call) -> fx.Graph:
     def to_meta(value: Any) -> Any:
-        real = not isinstance(value, Tensor) or not (value.is_floating_point() or value.dtype == torch.bool)
-        return value if real else value.to("meta")
+        keep = not isinstance(value, Tensor) or not (value.is_floating_point() or value.dtype == torch.bool)
+        return value if keep else value.to("meta")
 
     args, kwargs = tree_map(to_meta, (call.args, call.kwargs))
-    device = next((leaf.device for leaf in tree_flatten((call.args, call.kwargs))[0] if isinstance(leaf, Tensor)), None)
+    device = next((leaf.device for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor)), None)
     state = {path: tensor.to("meta") for path, tensor in [*module.named_parameters(), *module.named_buffers()]}
-    return _record(module, args, kwargs, lambda: functional_call(module, state, args, kwargs), state, device)
+    return _trace(module, args, kwargs, lambda: functional_call(module, state, args, kwargs), state, device)
 
 
-def _record(
+def _trace(
     module: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     run: Callable[[], Any],
-    own: dict[str, Tensor] | None = None,
+    state: dict[str, Tensor] | None = None,
     device: torch.device | None = None,
 ) -> fx.Graph:
-    """own: path -> the tensor that stands for a parameter or buffer of the module while it runs; None: itself.
+    """state: path -> the tensor that replaces a parameter or buffer during `run`; None if they are not replaced.
 
-    device: where the inputs really are, if this run is on meta.
+    device: of the real inputs, if `run` is on meta.
     """
-    recorder = _Recorder(module, own, device)
+    tracer = _Tracer(module, state, device)
     for name, tensor in input_tensors(module, args, kwargs):
-        recorder.bind(tensor, recorder.graph.placeholder(name))
-    with torch.no_grad(), recorder:
+        tracer.bind(tensor, tracer.graph.placeholder(name))
+    with torch.no_grad(), tracer:
         output = run()
-    return recorder.finish(output)
+    return tracer.finish(output)
 
 
 def input_tensors(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, Tensor]]:
-    """Every distinct tensor among the arguments with a readable name (position_embeddings_0)."""
+    """(name, tensor) of each distinct tensor in the arguments; in a tuple of several as `position_embeddings_0`."""
     parameters = [p.name for p in inspect.signature(type(module).forward).parameters.values()][1:]
     by_name = {**dict(zip(parameters, args, strict=False)), **kwargs}
-    found: dict[int, tuple[str, Tensor]] = {}
+    inputs: dict[int, tuple[str, Tensor]] = {}
     for name, value in by_name.items():
-        leaves = [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor)]
+        leaves = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
         for number, leaf in enumerate(leaves):
-            found.setdefault(id(leaf), (name if len(leaves) == 1 else f"{name}_{number}", leaf))
-    return list(found.values())
+            inputs.setdefault(id(leaf), (name if len(leaves) == 1 else f"{name}_{number}", leaf))
+    return list(inputs.values())
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Recorded as one node: what has no children and owns parameters, or comes from torch.nn itself."""
+    """Whether a module is one node: it has no children, and either has parameters or is from torch.nn."""
     if any(True for _ in module.children()):
         return False
     return any(True for _ in module.parameters(recurse=False)) or type(module).__module__.startswith("torch.nn.")
 
 
-def _attribute(root: nn.Module, path: str) -> Tensor:
+def _get_tensor(root: nn.Module, path: str) -> Tensor:
     owner, _, name = path.rpartition(".")
     value: Tensor = getattr(root.get_submodule(owner), name)
     return value
 
 
-class _Recorder(TorchFunctionMode):
-    """Builds the graph while active; hooks live exactly as long as the mode."""
+class _Tracer(TorchFunctionMode):
+    """Builds the graph while it is active; its hooks are removed on exit."""
 
-    def __init__(self, root: nn.Module, own: dict[str, Tensor] | None, device: torch.device | None) -> None:
+    def __init__(self, root: nn.Module, state: dict[str, Tensor] | None, device: torch.device | None) -> None:
         super().__init__()
         self.root, self.device = root, device
         self.graph = fx.Graph()
-        self._node_of: dict[int, fx.Node] = {}
-        self._own = own or {**dict(root.named_parameters()), **dict(root.named_buffers())}
-        self._path_of = {id(tensor): path for path, tensor in self._own.items()}
-        self._alive: list[Tensor] = []  # an id is only a name while its tensor lives
-        self._inside_leaf = 0
+        self._node_of: dict[int, fx.Node] = {}  # by id of the tensor
+        self._state = state or {**dict(root.named_parameters()), **dict(root.named_buffers())}
+        self._path_of = {id(tensor): path for path, tensor in self._state.items()}
+        self._alive: list[Tensor] = []  # keeps ids from being reused
+        self._leaf_depth = 0
         self._constants = 0
         self._handles: list[Any] = []
 
-    def __enter__(self) -> "_Recorder":
+    def __enter__(self) -> "_Tracer":
         for path, module in self.root.named_modules():
             if path and is_leaf(module):
                 self._handles.append(module.register_forward_pre_hook(self._enter_leaf))
@@ -123,20 +123,20 @@ class _Recorder(TorchFunctionMode):
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        super().__exit__(kind, error, traceback)  # type: ignore[no-untyped-call]
         for handle in self._handles:
             handle.remove()
 
     def _enter_leaf(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._inside_leaf += 1
+        self._leaf_depth += 1
 
     def _leave_leaf(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
-            self._inside_leaf -= 1
-            if not self._inside_leaf:
-                self._emit("call_module", path, args, kwargs, output)
+            self._leaf_depth -= 1
+            if not self._leaf_depth:
+                self._add_node("call_module", path, args, kwargs, output)
 
         return hook
 
@@ -144,53 +144,54 @@ class _Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         output = func(*args, **(kwargs or {}))
-        if self._inside_leaf:
+        if self._leaf_depth:
             return output
         name = getattr(func, "__name__", "")
-        gives_tensor = any(isinstance(leaf, Tensor) for leaf in tree_flatten(output)[0])
-        if name == "__get__" and gives_tensor:  # an attribute such as x.T
-            self._emit("call_function", getattr, (args[0], func.__self__.__name__), {}, output)
-        elif gives_tensor or name == "__setitem__":
-            self._emit("call_function", func, args, kwargs or {}, output)
+        returns_tensor = any(isinstance(leaf, Tensor) for leaf in tree_leaves(output))
+        if name == "__get__" and returns_tensor:  # an attribute such as x.T
+            self._add_node("call_function", getattr, (args[0], func.__self__.__name__), {}, output)
+        elif returns_tensor or name == "__setitem__":
+            self._add_node("call_function", func, args, kwargs or {}, output)
         return output
 
     def bind(self, tensor: Tensor, node: fx.Node) -> None:
+        """Makes `node` the value of `tensor`."""
         self._node_of[id(tensor)] = node
         self._alive.append(tensor)
         node.meta["shape"], node.meta["dtype"] = tuple(tensor.shape), tensor.dtype
 
-    def _emit(self, op: str, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
-        node = self.graph.create_node(op, target, self._as_nodes(tuple(args)), self._as_nodes(dict(kwargs)))
+    def _add_node(self, op: str, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        node = self.graph.create_node(op, target, self._to_nodes(tuple(args)), self._to_nodes(dict(kwargs)))
         if isinstance(output, Tensor):
             self.bind(output, node)
         elif isinstance(output, tuple | list):
-            for number, part in enumerate(output):
-                if isinstance(part, Tensor):
-                    self.bind(part, self.graph.call_function(operator.getitem, (node, number)))
+            for number, item in enumerate(output):
+                if isinstance(item, Tensor):
+                    self.bind(item, self.graph.call_function(operator.getitem, (node, number)))
 
-    def _as_nodes(self, value: Any) -> Any:
-        """Nodes in place of tensors; what was made on the meta device will be made where the inputs really are."""
+    def _to_nodes(self, value: Any) -> Any:
+        """Replaces tensors by nodes, and the meta device by the device of the real inputs."""
 
-        def in_graph(leaf: Any) -> Any:
+        def to_node(leaf: Any) -> Any:
             if isinstance(leaf, Tensor):
                 return self._node(leaf)
             return self.device if isinstance(leaf, torch.device) and leaf.type == "meta" else leaf
 
-        # Not tree_map: windows are cut by slices, and it does not look into those.
-        return map_aggregate(value, in_graph)
+        return map_aggregate(value, to_node)  # not tree_map, which does not enter slices
 
     def _node(self, tensor: Tensor) -> fx.Node:
-        if id(tensor) not in self._node_of:  # neither input nor result: a constant or a parameter outside the leaves
+        if id(tensor) not in self._node_of:  # neither input nor result: a constant, or a parameter outside of leaves
             node = self.graph.create_node("get_attr", f"constant_{self._constants}")
             self._constants += 1
             path = self._path_of.get(id(tensor))
-            node.meta["constant"] = tensor if path is None else _attribute(self.root, path)
+            node.meta["constant"] = tensor if path is None else _get_tensor(self.root, path)
             node.meta["path"] = path
             self.bind(tensor, node)
         return self._node_of[id(tensor)]
 
     def finish(self, output: Any) -> fx.Graph:
-        leaves = tree_flatten(output if isinstance(output, Tensor | tuple | list) else list(output.values()))[0]
+        """Adds the output node, a flat tuple of the tensors in `output`, and returns the graph."""
+        leaves = tree_leaves(output if isinstance(output, Tensor | tuple | list) else list(output.values()))
         self.graph.output(tuple(self._node(leaf) for leaf in leaves if isinstance(leaf, Tensor)))
         self._alive.clear()
         return self.graph

@@ -18,7 +18,7 @@ from tests.support.tiny import TINY
 from tools.demo import tiny_task
 from vlqc.errors import UserError
 from vlqc.frontend.process_group import ProcessGroup
-from vlqc.frontend.tracing import input_tensors, record
+from vlqc.frontend.tracing import input_tensors, trace
 from vlqc.ir.execution import Call, StageRun
 from vlqc.ir.stage import Stage
 from vlqc.kernels_ref.int4_groups import quantize_weight_per_group_absmax
@@ -237,7 +237,7 @@ def stage_of(module: nn.Module, x: Tensor) -> Stage:
         "language",
         torch.bfloat16,
         module,
-        record(module, call, "a.0"),
+        trace(module, call, "a.0"),
         {},
         StageRun(module, ProcessGroup(), [call], call),
     )

@@ -93,7 +93,7 @@ def test_every_leaf_is_one_node() -> None:
 
 
 class Made(nn.Module):
-    """A module with `forward` as a function of the module and its input, and with children and tensors as attributes."""
+    """A module whose `forward` is a function of itself and the input; attributes are children or tensors."""
 
     def __init__(self, body: Callable[..., Any], **children: Any) -> None:
         super().__init__()
@@ -194,7 +194,7 @@ BODIES = [
 
 @pytest.mark.parametrize("body", BODIES, ids=lambda body: body.__name__)
 def test_whatever_a_block_does_is_recorded(body: Callable[..., Any]) -> None:
-    """Catches in-place writes, item assignments, attributes, several outputs, constants or parameters that are missing."""
+    """Catches missing in-place writes, item assignments, attributes, outputs, constants or parameters."""
     inner = nn.Module()
     inner.gain = nn.Parameter(numbers(4, seed=3))
     made = Made(

@@ -170,7 +170,7 @@ def test_one_forward_one_read_one_stage(
         run(self, *args)
 
     monkeypatch.setattr(Checkpoint, "tensor", counted_read)
-    monkeypatch.setattr(StreamedModel, "of", watched_make)
+    monkeypatch.setattr(StreamedModel, "open", watched_make)
     monkeypatch.setattr(StageRun, "forward", watched_run)
     vlqc.compile(model_path=planted, save_directory=tmp_path / "out", samples=samples)
 
@@ -195,7 +195,7 @@ def test_names_do_not_matter(
         names = rename_children(module)
         return StreamedModel(module, checkpoint, lambda path: original_name(names(path)))
 
-    monkeypatch.setattr(StreamedModel, "of", renamed)
+    monkeypatch.setattr(StreamedModel, "open", renamed)
     vlqc.compile(model_path=planted, save_directory=tmp_path / "renamed", samples=samples, dump_ir=tmp_path / "dump")
     names = sorted(path.name for path in compiled.iterdir())
     assert filecmp.cmpfiles(compiled, tmp_path / "renamed", names, shallow=False) == (names, [], [])

@@ -108,7 +108,7 @@ def test_a_verdict_on_the_whole_result_leaves_nothing(
     def refuse(folder: Path) -> None:
         raise InternalError("not sound")
 
-    monkeypatch.setattr("vlqc.compiler.require_valid", refuse)
+    monkeypatch.setattr("vlqc.run.require_valid", refuse)
     with pytest.raises(InternalError):
         compile_into(tmp_path / "out", checkpoint)
     assert list(tmp_path.iterdir()) == []

@@ -20,14 +20,14 @@ def test_logits_are_bit_equal_with_an_ordinary_forward() -> None:
     model, samples = tiny.float_model(), tiny.mixed_samples()
     with (
         model.non_stage_weights(model.checkpoint.tensor, head=True),
-        SequentialForward(model, samples, to_the_end=True) as lockstep,
+        SequentialForward(model, samples, run_to_end=True) as forward,
     ):
         names = []
-        for stop in lockstep:
-            names.append(stop.name)
-            tiny.answer(model, stop)
+        for inputs in forward:
+            names.append(inputs.name)
+            tiny.answer(model, inputs)
     assert names == tiny.STAGES
-    for sample, result in zip(samples, lockstep.results, strict=True):
+    for sample, result in zip(samples, forward.results, strict=True):
         assert torch.equal(result.logits, tiny.plain_logits(sample))
 
 
@@ -35,10 +35,10 @@ def test_logits_are_bit_equal_with_an_ordinary_forward() -> None:
 def test_text_only_samples_skip_the_vision_tower() -> None:
     """Catches a sample without a picture that waits in the vision tower, or is counted there."""
     model, samples = tiny.float_model(), tiny.mixed_samples()
-    with model.non_stage_weights(model.checkpoint.tensor), SequentialForward(model, samples) as lockstep:
-        for stop in lockstep:
-            assert [call.sample for call in stop.calls] == ([0, 2, 3] if "visual" in stop.name else [0, 1, 2, 3])
-            tiny.answer(model, stop)
+    with model.non_stage_weights(model.checkpoint.tensor), SequentialForward(model, samples) as forward:
+        for inputs in forward:
+            assert [call.sample for call in inputs.calls] == ([0, 2, 3] if "visual" in inputs.name else [0, 1, 2, 3])
+            tiny.answer(model, inputs)
 
 
 @RUN_ANYTHING
@@ -49,15 +49,15 @@ def test_the_head_never_runs_without_to_the_end() -> None:
     for name in ("lm_head", "norm"):
         module = next(child for child in model.module.modules() if model.name(child) in (name, f"model.{name}"))
         module.register_forward_pre_hook(lambda *unused, name=name: ran.append(name))
-    for to_the_end in (False, True):
+    for run_to_end in (False, True):
         with (
             model.non_stage_weights(model.checkpoint.tensor, head=True),
-            SequentialForward(model, [tiny.made_up()], to_the_end=to_the_end) as lockstep,
+            SequentialForward(model, [tiny.made_up()], run_to_end=run_to_end) as forward,
         ):
-            for stop in lockstep:
-                tiny.answer(model, stop)
-        assert ran == (["norm", "lm_head"] if to_the_end else [])
-        assert len(lockstep.results) == to_the_end
+            for inputs in forward:
+                tiny.answer(model, inputs)
+        assert ran == (["norm", "lm_head"] if run_to_end else [])
+        assert len(forward.results) == run_to_end
 
 
 @RUN_ANYTHING
@@ -70,14 +70,14 @@ def test_everything_is_put_back_after_an_error(stage: str, held: bool) -> None:
     with (
         pytest.raises(ZeroDivisionError),
         model.non_stage_weights(model.checkpoint.tensor),
-        SequentialForward(model, tiny.mixed_samples()) as lockstep,
+        SequentialForward(model, tiny.mixed_samples()) as forward,
     ):
-        stops = iter(lockstep)
-        for stop in stops if held else lockstep:
-            suspended = [one.run for one in lockstep._suspended]
-            if stop.name == stage:
+        stops = iter(forward)
+        for inputs in stops if held else forward:
+            suspended = [one.greenlet for one in forward._forwards]
+            if inputs.name == stage:
                 _ = 1 / 0
-            tiny.answer(model, stop)
+            tiny.answer(model, inputs)
     stops.close()
     assert suspended and all(run.dead for run in suspended)
     assert not any("forward" in module.__dict__ for module in model.stages.values())
@@ -91,12 +91,12 @@ def test_a_stage_runs_itself_while_it_is_due() -> None:
     model = tiny.float_model()
     with (
         model.non_stage_weights(model.checkpoint.tensor),
-        SequentialForward(model, [tiny.made_up((4, 4))]) as lockstep,
+        SequentialForward(model, [tiny.made_up((4, 4))]) as forward,
     ):
-        for stop in lockstep:
+        for inputs in forward:
             shut = {name for name, stage in model.stages.items() if "forward" in stage.__dict__}
-            assert shut == set(tiny.STAGES) - {stop.name}
-            tiny.answer(model, stop)
+            assert shut == set(tiny.STAGES) - {inputs.name}
+            tiny.answer(model, inputs)
 
 
 @RUN_ANYTHING
@@ -105,12 +105,12 @@ def test_a_missing_answer_is_an_internal_error(given: int) -> None:
     """Catches a sample that goes on with another sample's output because an answer was forgotten."""
     model = tiny.float_model()
     samples = [tiny.made_up((4, 4), seed=number) for number in range(2)]
-    with model.non_stage_weights(model.checkpoint.tensor), SequentialForward(model, samples) as lockstep:
-        stops = iter(lockstep)
-        stop = next(stops)
-        tiny.answer(model, stop)
-        stop.outputs = (stop.outputs * 2)[:given]
-        with pytest.raises(InternalError, match=rf"visual.blocks.0: 2 samples stand before it, {given} were answered"):
+    with model.non_stage_weights(model.checkpoint.tensor), SequentialForward(model, samples) as forward:
+        stops = iter(forward)
+        inputs = next(stops)
+        tiny.answer(model, inputs)
+        inputs.outputs = (inputs.outputs * 2)[:given]
+        with pytest.raises(InternalError, match=rf"visual.blocks.0: {given} outputs for 2 samples"):
             next(stops)
 
 
@@ -123,10 +123,10 @@ def test_an_error_in_the_models_own_code_comes_through() -> None:
     with (
         model.non_stage_weights(model.checkpoint.tensor),
         pytest.raises(UserError, match=r"cannot be run on a sample[\s\S]*RuntimeError: shape"),
-        SequentialForward(model, [tiny.made_up(), sample]) as lockstep,
+        SequentialForward(model, [tiny.made_up(), sample]) as forward,
     ):
-        for stop in lockstep:
-            tiny.answer(model, stop)
+        for inputs in forward:
+            tiny.answer(model, inputs)
     assert not any("forward" in module.__dict__ for module in model.stages.values())
 
 
@@ -144,14 +144,14 @@ def test_modality_of_rows() -> None:
 def test_calls_say_which_rows_are_pictures() -> None:
     """Catches a modality on picture patches, or none on the tokens of the prompt."""
     model, sample = tiny.float_model(), tiny.made_up((4, 4), words=2)
-    with model.non_stage_weights(model.checkpoint.tensor), SequentialForward(model, [sample]) as lockstep:
-        for stop in lockstep:
-            (call,) = stop.calls
-            if "visual" in stop.name:
+    with model.non_stage_weights(model.checkpoint.tensor), SequentialForward(model, [sample]) as forward:
+        for inputs in forward:
+            (call,) = inputs.calls
+            if "visual" in inputs.name:
                 assert call.modality is None
             else:
                 assert call.modality is not None and call.modality.tolist() == [0, 0, 1, 1, 1, 1, 0, 0, 0]
-            tiny.answer(model, stop)
+            tiny.answer(model, inputs)
 
 
 # ---- models that do unusual things, made by hand ---------------------------------------------------------------------
@@ -191,56 +191,59 @@ class Minimal:
         return next(name for name, other in self.stages.items() if other is stage)
 
 
-def lockstep_of(order: list[int], *, to_the_end: bool = True) -> SequentialForward:
+def sequential_forward(order: list[int], *, run_to_end: bool = True) -> SequentialForward:
     samples = [{"input_ids": torch.tensor([[1, number]])} for number in range(2)]
-    return SequentialForward(Minimal(Towers(order)), samples, to_the_end=to_the_end)  # type: ignore[arg-type]
+    return SequentialForward(Minimal(Towers(order)), samples, run_to_end=run_to_end)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2], [0, 2], [1], []])
 def test_stages_may_be_skipped(order: list[int]) -> None:
     """Catches samples that hang or lose their result when the model does not visit every stage."""
-    lockstep = lockstep_of(order)
-    with lockstep:
-        for stop in lockstep:
-            assert len(stop.calls) == (2 if int(stop.name[-1]) in order else 0)
-            stop.outputs = [stop.module(*call.args) for call in stop.calls]
-    for number, result in enumerate(lockstep.results):
-        assert torch.equal(result, lockstep.model.module(torch.tensor([[1, number]])))
+    forward = sequential_forward(order)
+    with forward:
+        for inputs in forward:
+            assert len(inputs.calls) == (2 if int(inputs.name[-1]) in order else 0)
+            inputs.outputs = [inputs.module(*call.args) for call in inputs.calls]
+    for number, result in enumerate(forward.results):
+        assert torch.equal(result, forward.model.module(torch.tensor([[1, number]])))
 
 
 @pytest.mark.parametrize("order", [[1, 0, 2], [0, 0], [0, 1, 0, 2], [2, 2]])
-@pytest.mark.parametrize("to_the_end", [False, True])
-def test_stages_out_of_order_are_an_internal_error(order: list[int], to_the_end: bool) -> None:
+@pytest.mark.parametrize("run_to_end", [False, True])
+def test_stages_out_of_order_are_an_internal_error(order: list[int], run_to_end: bool) -> None:
     """Catches a model that returns to an earlier stage: its samples would silently be measured incompletely."""
-    if order == [2, 2] and not to_the_end:
+    if order == [2, 2] and not run_to_end:
         order = [1, 1, 2]  # behind the last stage nothing runs
-    with pytest.raises(InternalError, match="out of order"), lockstep_of(order, to_the_end=to_the_end) as lockstep:
-        for stop in lockstep:
-            stop.outputs = [stop.module(*call.args) for call in stop.calls]
+    with (
+        pytest.raises(InternalError, match="out of order"),
+        sequential_forward(order, run_to_end=run_to_end) as forward,
+    ):
+        for inputs in forward:
+            inputs.outputs = [inputs.module(*call.args) for call in inputs.calls]
 
 
 @pytest.mark.parametrize("ready", [0, 1, 3])
 def test_gradient_mode_survives(ready: int) -> None:
     """Catches coroutines that are ended under another gradient mode than they were resumed in, and leave it set."""
     assert torch.is_grad_enabled()
-    with lockstep_of([0, 1, 2]) as lockstep:
-        for number, stop in enumerate(lockstep):
+    with sequential_forward([0, 1, 2]) as forward:
+        for number, inputs in enumerate(forward):
             if number == ready:
                 break
             assert torch.is_grad_enabled()
-            stop.outputs = [stop.module(*call.args) for call in stop.calls]
+            inputs.outputs = [inputs.module(*call.args) for call in inputs.calls]
     assert torch.is_grad_enabled()
 
 
 def test_samples_run_in_coroutines_of_the_caller() -> None:
-    """Catches a lockstep that only works from the main coroutine (a test runner or a notebook may use others)."""
+    """Catches a forward that only works from the main coroutine (a test runner or a notebook may use others)."""
     results = []
 
     def inside() -> None:
-        with lockstep_of([0, 1, 2]) as lockstep:
-            for stop in lockstep:
-                stop.outputs = [stop.module(*call.args) for call in stop.calls]
-        results.extend(lockstep.results)
+        with sequential_forward([0, 1, 2]) as forward:
+            for inputs in forward:
+                inputs.outputs = [inputs.module(*call.args) for call in inputs.calls]
+        results.extend(forward.results)
 
     greenlet.greenlet(inside).switch()
     assert len(results) == 2

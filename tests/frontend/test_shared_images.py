@@ -43,13 +43,13 @@ def test_all_get_the_answers_of_the_first() -> None:
     model, samples = tiny.float_model(), [TEXT, ONE, AGAIN, THIRD, LARGE, TWO, TWO_AGAIN]
     with (
         model.non_stage_weights(model.checkpoint.tensor, head=True),
-        SequentialForward(model, samples, first=10, to_the_end=True, share_images=True) as lockstep,
+        SequentialForward(model, samples, first=10, run_to_end=True, share_images=True) as forward,
     ):
-        for stop in lockstep:
-            looked = [11, 14, 15] if "visual" in stop.name else list(range(10, 17))
-            assert [call.sample for call in stop.calls] == looked
-            tiny.answer(model, stop)
-    for sample, result in zip(samples, lockstep.results, strict=True):
+        for inputs in forward:
+            looked = [11, 14, 15] if "visual" in inputs.name else list(range(10, 17))
+            assert [call.sample for call in inputs.calls] == looked
+            tiny.answer(model, inputs)
+    for sample, result in zip(samples, forward.results, strict=True):
         assert torch.equal(result.logits, tiny.plain_logits(sample))
 
 
@@ -58,11 +58,11 @@ def test_the_probe_looks_for_itself() -> None:
     model = tiny.float_model()
     with (
         model.non_stage_weights(model.checkpoint.tensor),
-        SequentialForward(model, [ONE], probe=tiny.asked_again(ONE, 9), share_images=True) as lockstep,
+        SequentialForward(model, [ONE], probe=tiny.asked_again(ONE, 9), share_images=True) as forward,
     ):
-        for stop in lockstep:
-            assert [call.sample for call in stop.calls] == [0, -1]
-            tiny.answer(model, stop)
+        for inputs in forward:
+            assert [call.sample for call in inputs.calls] == [0, -1]
+            tiny.answer(model, inputs)
 
 
 def test_samples_with_the_same_picture_are_neighbours() -> None:

@@ -1,4 +1,4 @@
-"""From a stop of the lockstep to a stage and back: sites and names, weights that come and go."""
+"""From a stop of the forward to a stage and back: sites and names, weights that come and go."""
 
 from collections.abc import Callable
 
@@ -7,28 +7,28 @@ import torch
 from torch import Tensor, nn
 
 from tests.support import tiny
+from tests.support.stages import materialized_stage
 from vlqc.errors import UserError
 from vlqc.frontend.calibration.probe import PROBE_ROWS, choose_probe
-from vlqc.frontend.sequential import SequentialForward, Stop
-from vlqc.frontend.stage_builder import materialized_stage
+from vlqc.frontend.sequential import SequentialForward, StageInputs
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.execution import Call, SampleShape
 from vlqc.ir.observation import Observation
 from vlqc.ir.stage import WeightQuantization
 
 
-def at_each_stage(work: Callable[[StreamedModel, Stop], None]) -> StreamedModel:
+def at_each_stage(work: Callable[[StreamedModel, StageInputs], None]) -> StreamedModel:
     model = tiny.float_model()
     with (
         model.non_stage_weights(model.checkpoint.tensor),
-        SequentialForward(model, [tiny.made_up((4, 4))]) as lockstep,
+        SequentialForward(model, [tiny.made_up((4, 4))]) as forward,
     ):
-        for stop in lockstep:
-            work(model, stop)
-            model.materialize(stop.module, model.checkpoint.tensor)
+        for inputs in forward:
+            work(model, inputs)
+            model.materialize(inputs.module, model.checkpoint.tensor)
             with torch.no_grad():
-                stop.outputs = [stop.module(*call.args, **call.kwargs) for call in stop.calls]
-            model.to_meta(stop.module)
+                inputs.outputs = [inputs.module(*call.args, **call.kwargs) for call in inputs.calls]
+            model.to_meta(inputs.module)
     return model
 
 
@@ -38,8 +38,8 @@ def test_sites_are_all_linears_by_checkpoint_name() -> None:
     found: dict[str, tuple[int, int]] = {}
     parts = {}
 
-    def look(model: StreamedModel, stop: Stop) -> None:
-        with materialized_stage(model, stop, torch.bfloat16, model.checkpoint.tensor) as stage:
+    def look(model: StreamedModel, inputs: StageInputs) -> None:
+        with materialized_stage(model, inputs, torch.bfloat16, model.checkpoint.tensor) as stage:
             parts[stage.name] = stage.part
             for name, site in stage.sites.items():
                 assert name == site.name == stage.checkpoint_name(site.target)
@@ -62,15 +62,17 @@ def test_sites_are_all_linears_by_checkpoint_name() -> None:
 def test_nothing_of_a_stage_stays_behind() -> None:
     """Catches memory that grows with every stage: float weights, or the integers that lowering put in their place."""
 
-    def lower(model: StreamedModel, stop: Stop) -> None:
-        before = dict(stop.module.named_modules())
-        with materialized_stage(model, stop, torch.bfloat16, model.checkpoint.tensor) as stage:
+    def lower(model: StreamedModel, inputs: StageInputs) -> None:
+        before = dict(inputs.module.named_modules())
+        with materialized_stage(model, inputs, torch.bfloat16, model.checkpoint.tensor) as stage:
             assert not any(parameter.is_meta for parameter in stage.module.parameters())
             for site in stage.sites.values():
                 stage.module.set_submodule(site.target, nn.Identity())
-            assert dict(stop.module.named_modules()) != before
-        assert dict(stop.module.named_modules()) == before
-        assert all(parameter.is_meta for parameter in model.module.get_submodule(model.path(stop.module)).parameters())
+            assert dict(inputs.module.named_modules()) != before
+        assert dict(inputs.module.named_modules()) == before
+        assert all(
+            parameter.is_meta for parameter in model.module.get_submodule(model.path(inputs.module)).parameters()
+        )
 
     at_each_stage(lower)
 
@@ -79,8 +81,8 @@ def test_who_still_holds_a_stage_holds_little() -> None:
     """Catches the loop variable of the compiler: a stage's integers and kept rows would stay while the next is read."""
     stages = []
 
-    def look(model: StreamedModel, stop: Stop) -> None:
-        with materialized_stage(model, stop, torch.bfloat16, model.checkpoint.tensor) as stage:
+    def look(model: StreamedModel, inputs: StageInputs) -> None:
+        with materialized_stage(model, inputs, torch.bfloat16, model.checkpoint.tensor) as stage:
             stage.observations["%x"] = Observation(3)
             stage.execution.outputs = outputs = [torch.ones(2)]
             for site in stage.sites.values():
@@ -98,10 +100,10 @@ def test_who_still_holds_a_stage_holds_little() -> None:
 def test_nothing_stays_behind_after_an_error() -> None:
     """Catches weights that stay in memory when a pass or the reading of a weight fails."""
 
-    def fail(model: StreamedModel, stop: Stop) -> None:
+    def fail(model: StreamedModel, inputs: StageInputs) -> None:
         with (
             pytest.raises(ZeroDivisionError),
-            materialized_stage(model, stop, torch.bfloat16, model.checkpoint.tensor) as stage,
+            materialized_stage(model, inputs, torch.bfloat16, model.checkpoint.tensor) as stage,
         ):
             stage.module.set_submodule(next(iter(stage.sites.values())).target, nn.Identity())
             _ = 1 / 0
@@ -111,10 +113,10 @@ def test_nothing_stays_behind_after_an_error() -> None:
                 raise OSError("disk")
             return model.checkpoint.tensor(name)
 
-        if any(name.endswith("bias") for name in model.parameters(stop.module)):
-            with pytest.raises(OSError, match="disk"), materialized_stage(model, stop, torch.bfloat16, broken):
+        if any(name.endswith("bias") for name in model.parameters(inputs.module)):
+            with pytest.raises(OSError, match="disk"), materialized_stage(model, inputs, torch.bfloat16, broken):
                 pass
-        assert all(parameter.is_meta for parameter in stop.module.parameters())
+        assert all(parameter.is_meta for parameter in inputs.module.parameters())
 
     at_each_stage(fail)
 
@@ -125,11 +127,11 @@ def test_a_stage_that_no_sample_reaches_is_named() -> None:
     model = tiny.float_model()
     with (
         model.non_stage_weights(model.checkpoint.tensor),
-        SequentialForward(model, [tiny.made_up()]) as lockstep,
+        SequentialForward(model, [tiny.made_up()]) as forward,
         pytest.raises(UserError, match=r"no calibration sample reaches visual\.blocks\.0"),
     ):
-        for stop in lockstep:
-            with materialized_stage(model, stop, torch.bfloat16, model.checkpoint.tensor):
+        for inputs in forward:
+            with materialized_stage(model, inputs, torch.bfloat16, model.checkpoint.tensor):
                 pass
 
 
@@ -155,8 +157,8 @@ def test_a_block_that_needs_real_weights_to_be_traced(monkeypatch: pytest.Monkey
     model.module, model.canonical, model._path = block, lambda name: name.lstrip("."), {block: ""}
     model.device = torch.device("cpu")
     monkeypatch.setattr(model, "prefetch_after", lambda name: None)  # there is no stage behind it
-    stop = Stop("block", block, [Call(0, (torch.ones(2, 4),), {})])
-    with materialized_stage(model, stop, torch.bfloat16, stored.__getitem__) as stage:
+    inputs = StageInputs("block", block, [Call(0, (torch.ones(2, 4),), {})])
+    with materialized_stage(model, inputs, torch.bfloat16, stored.__getitem__) as stage:
         assert [site.target for site in stage.sites.values()] == ["up", "down"]
 
 

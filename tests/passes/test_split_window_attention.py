@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tests.support import tiny
 from tests.support.exact_stage import exact_stage
 from tests.support.random_stage import decoder, staged, through
+from tests.support.stages import materialized_stage
 from tests.support.windowed_stage import (
     DEPTH,
     HEADS,
@@ -25,7 +26,6 @@ from tests.support.windowed_stage import (
     split,
 )
 from vlqc.frontend.sequential import SequentialForward
-from vlqc.frontend.stage_builder import materialized_stage
 from vlqc.ir.execution import Call
 from vlqc.ir.parser import parse_stage
 from vlqc.ir.printer import print_stage
@@ -264,11 +264,11 @@ def test_stand_ins_are_gone_with_the_stage() -> None:
     with (
         torch.no_grad(),
         model.non_stage_weights(read),
-        SequentialForward(model, [tiny.made_up((8, 8))]) as lockstep,
+        SequentialForward(model, [tiny.made_up((8, 8))]) as forward,
     ):
-        for stop in lockstep:
-            with materialized_stage(model, stop, torch.bfloat16, read) as stage:
+        for inputs in forward:
+            with materialized_stage(model, inputs, torch.bfloat16, read) as stage:
                 SplitWindowAttention().run(stage)
                 stage.execution.forward()
-                stop.outputs = stage.execution.outputs
+                inputs.outputs = stage.execution.outputs
     assert dict(model.module.named_modules()) == before

@@ -51,7 +51,7 @@ MOMENTS = [
     ("plain", "description", "vlqc.emit.folder_writer:_write_json", 1, "before"),
     ("plain", "config", "vlqc.emit.folder_writer:_write_json", 2, "after"),
     ("plain", "copies of the source's files", "vlqc.emit.folder_writer:shutil.copyfile", 3, "before"),
-    ("plain", "verification", "vlqc.compiler:require_valid", 1, "before"),
+    ("plain", "verification", "vlqc.run:require_valid", 1, "before"),
     ("plain", "manifest", "vlqc.emit.resume.journal:write_manifest", 1, "before"),
     ("plain", "last line of the journal", APPEND, 7, "half"),
     ("plain", "just before the rename", "vlqc.emit.atomic_folder:WorkFolder.publish", 1, "before"),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tools.demo import tiny_task
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
-from vlqc.frontend.sequential import SequentialForward, Stop
+from vlqc.frontend.sequential import SequentialForward, StageInputs
 from vlqc.frontend.streamed_model import StreamedModel, model_inputs
 from vlqc.ir.execution import Call
 
@@ -102,12 +102,12 @@ def mixed_samples() -> list[dict[str, Tensor]]:
     ]
 
 
-def answer(model: StreamedModel, stop: Stop) -> None:
+def answer(model: StreamedModel, inputs: StageInputs) -> None:
     """What a compiler that changes nothing answers: the float stage's outputs, its weights in memory only now."""
-    model.materialize(stop.module, model.checkpoint.tensor)
+    model.materialize(inputs.module, model.checkpoint.tensor)
     with torch.no_grad():
-        stop.outputs = [stop.module(*call.args, **call.kwargs) for call in stop.calls]
-    model.to_meta(stop.module)
+        inputs.outputs = [inputs.module(*call.args, **call.kwargs) for call in inputs.calls]
+    model.to_meta(inputs.module)
 
 
 @dataclass(frozen=True)
@@ -129,13 +129,13 @@ def lived() -> dict[str, Lived]:
     with (
         torch.no_grad(),
         model.non_stage_weights(read),
-        SequentialForward(model, [mixed_samples()[3]]) as lockstep,
+        SequentialForward(model, [mixed_samples()[3]]) as forward,
     ):
-        for stop in lockstep:
-            model.materialize(stop.module, read)
-            (call,) = stop.calls
-            stop.outputs = [stop.module(*call.args, **call.kwargs)]
-            stages[stop.name] = Lived(stop.name, stop.module, call, stop.outputs[0], model.path(stop.module))
+        for inputs in forward:
+            model.materialize(inputs.module, read)
+            (call,) = inputs.calls
+            inputs.outputs = [inputs.module(*call.args, **call.kwargs)]
+            stages[inputs.name] = Lived(inputs.name, inputs.module, call, inputs.outputs[0], model.path(inputs.module))
     return stages
 
 

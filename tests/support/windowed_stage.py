@@ -11,8 +11,8 @@ from torch.overrides import TorchFunctionMode
 
 from tests.support import tiny
 from tests.support.random_stage import staged
+from tests.support.stages import materialized_stage
 from vlqc.frontend.sequential import SequentialForward
-from vlqc.frontend.stage_builder import materialized_stage
 from vlqc.ir.execution import Call
 from vlqc.ir.stage import Stage
 from vlqc.passes import split_window_attention as tested
@@ -114,14 +114,14 @@ def real_stages(*samples: dict[str, Tensor]) -> Iterator[Iterator[Stage]]:
     model = tiny.float_model()
     read = model.checkpoint.tensor
 
-    def stages(lockstep: SequentialForward) -> Iterator[Stage]:
-        for stop in lockstep:
-            with materialized_stage(model, stop, torch.bfloat16, read) as stage:
+    def stages(forward: SequentialForward) -> Iterator[Stage]:
+        for inputs in forward:
+            with materialized_stage(model, inputs, torch.bfloat16, read) as stage:
                 yield stage
-                stop.outputs = stage.execution.outputs
+                inputs.outputs = stage.execution.outputs
 
-    with torch.no_grad(), model.non_stage_weights(read), SequentialForward(model, samples) as lockstep:
-        yield stages(lockstep)
+    with torch.no_grad(), model.non_stage_weights(read), SequentialForward(model, samples) as forward:
+        yield stages(forward)
 
 
 def split(stage: Stage) -> Stage:

@@ -1,8 +1,9 @@
-"""Suspended forwards: every sample runs the model's own code, and all of them stop at the door of each stage.
+"""Sequential calibration: the forwards of all samples are suspended at each stage and advance one stage at a time.
 
-`model(**inputs)` of each sample runs as a coroutine. A stage's `forward` is replaced by a switch back to the compiler
-that carries the stage's arguments; the compiler answers with the stage's outputs. What lies between stages (window
-reordering, rotary embeddings, image features scattered into the text) is therefore always the model's own code.
+`model(**inputs)` of each sample runs in a greenlet. The `forward` of every stage is replaced by a switch to the caller
+that passes the arguments of the stage; the caller resumes the forward with the outputs of the stage. Everything between
+stages (window reordering, rotary embeddings, image features scattered into the text) therefore runs in the model's own
+code, in every version of transformers.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,11 +25,8 @@ from vlqc.ir.serialization import placeholder
 
 
 @dataclass
-class Stop:
-    """All samples of this process that stand before one stage.
-
-    Whoever receives it fills `outputs`, one per call, before going on.
-    """
+class StageInputs:
+    """Inputs of one stage for all samples of this rank. The caller fills `outputs`, one per call, in their order."""
 
     name: str
     module: nn.Module
@@ -37,54 +35,60 @@ class Stop:
 
 
 @dataclass
-class Answers:
-    """What finished stages returned in an earlier run.
+class CachedOutputs:
+    """Outputs of the stages that an interrupted run has finished.
 
-    stages: their names, in order; described: per stage and sample the form of what it returned; values: per sample the
-    last finished stage it passed through, and what that returned.
+    stages: their names in order; specs: stage -> sample -> structure of the outputs, as `serialization` describes it;
+    values: sample -> (last finished stage of the sample, its outputs).
     """
 
     stages: Sequence[str] = ()
-    described: Mapping[str, Mapping[int, Any]] = field(default_factory=dict)
+    specs: Mapping[str, Mapping[int, Any]] = field(default_factory=dict)
     values: dict[int, tuple[str, Any]] = field(default_factory=dict)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
-    def of(self, stage: str, sample: int, asked: int) -> Any:
-        """What a stage returned for a sample, once. Only of its last stage are there the numbers: nothing else is read
-        again, and if it were, that would show, as the floats are NaN. asked: the sample that ran through it."""
+    def pop(self, stage: str, sample: int, owner: int) -> Any:
+        """Outputs of a stage for a sample; to be called once.
+
+        Values are kept for the last finished stage only. For earlier stages, whose outputs only finished stages read,
+        it returns tensors of the same shape, with NaN in place of floats.
+
+        owner: the sample that ran through the stage; another one if both have the same images.
+        """
         if self.values.get(sample, ("", None))[0] == stage:
             return self.values.pop(sample)[1]
-        return placeholder(self.described[stage][asked], self.device)
+        return placeholder(self.specs[stage][owner], self.device)
 
-    def share(self, sample: int, asked: int) -> None:
-        """Lets a sample that ran through no stage of its own yet have what another one got."""
-        if sample not in self.values and asked in self.values:
-            self.values[sample] = self.values[asked]
+    def share(self, sample: int, owner: int) -> None:
+        """Copies the entry of `owner` to a sample that has none."""
+        if sample not in self.values and owner in self.values:
+            self.values[sample] = self.values[owner]
 
 
 @dataclass
-class _Suspended:
-    run: greenlet.greenlet
+class _SuspendedForward:
+    greenlet: greenlet.greenlet
     modality: Tensor
-    at: nn.Module | None = None
+    stage: nn.Module | None = None  # at which it is suspended
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     result: Any = None
 
 
 class SequentialForward:
-    """Advances all samples one stage at a time.
+    """Runs all samples through the model, one stage at a time.
 
-        with SequentialForward(model, samples) as lockstep:
-            for stop in lockstep:
-                stop.outputs = [stop.module(*call.args, **call.kwargs) for call in stop.calls]
+        with model.non_stage_weights(read), SequentialForward(model, samples) as forward:
+            for inputs in forward.loaded_stages():
+                inputs.outputs = [inputs.module(*call.args, **call.kwargs) for call in inputs.calls]
 
-    Samples need not visit every stage: text-only ones never stop in the vision tower. Without `to_the_end` the
-    iteration ends at the last stage and nothing behind it (final norm, output head) ever runs; with it, `results`
-    holds what `model(**inputs)` returned per sample. first: number of the first sample, where others are elsewhere;
-    probe: one more, the last of all, whose number is PROBE.
-    known: answers for stages that are finished; no sample stops there. share_images: of neighbours with the same
-    pictures only the first stops in the vision tower; the others get its answers.
+    Samples may skip stages: those without images do not reach the vision tower.
+
+    samples: model inputs of this rank; first: index of the first of them among the samples of all ranks; probe: one
+    more sample, with the index PROBE; cached: outputs of finished stages, which are skipped.
+    run_to_end: whether to run what follows the last stage (final norm, output head) and to keep the return values of
+    the model in `results`; otherwise the iteration ends at the last stage.
+    share_images: whether consecutive samples with the same images run through the vision tower once.
     """
 
     def __init__(
@@ -92,140 +96,163 @@ class SequentialForward:
         model: StreamedModel,
         samples: Sequence[dict[str, Tensor]],
         *,
-        to_the_end: bool = False,
+        run_to_end: bool = False,
         first: int = 0,
         probe: dict[str, Tensor] | None = None,
-        known: Answers | None = None,
+        cached: CachedOutputs | None = None,
         share_images: bool = False,
     ) -> None:
         self.model = model
         self.samples = [*samples, *([] if probe is None else [probe])]
-        self.numbers = [*range(first, first + len(samples)), *([] if probe is None else [PROBE])]
-        self.to_the_end = to_the_end
-        self.known = known or Answers()
-        self._looker = _lookers(self.samples, len(samples) if share_images else 0)
+        self.indices = [*range(first, first + len(samples)), *([] if probe is None else [PROBE])]
+        self.run_to_end = run_to_end
+        self.cached = cached or CachedOutputs()
+        self._image_owners = _image_owners(self.samples, len(samples) if share_images else 0)
         self.results: list[Any] = []
-        self._suspended: list[_Suspended] = []
-        for number, looker in enumerate(self._looker):
-            self.known.share(self.numbers[number], self.numbers[looker])
+        self._forwards: list[_SuspendedForward] = []
+        for position, owner in enumerate(self._image_owners):
+            self.cached.share(self.indices[position], self.indices[owner])
 
     def __enter__(self) -> "SequentialForward":
-        compiler = greenlet.getcurrent()
+        caller = greenlet.getcurrent()
 
-        def door(stage: nn.Module) -> Any:
-            return lambda *args, **kwargs: compiler.switch((stage, args, kwargs))
+        def suspending_forward(stage: nn.Module) -> Any:
+            return lambda *args, **kwargs: caller.switch((stage, args, kwargs))
 
         for stage in self.model.stages.values():
-            stage.forward = door(stage)
+            stage.forward = suspending_forward(stage)
         try:
             for sample in self.samples:
                 inputs = self.model.inputs(sample)
-                run = greenlet.greenlet(lambda given=inputs: (None, (self.model.module(**given),), {}), compiler)
-                self._suspended.append(_Suspended(run, row_modality(sample, self.model.module)))
+                run = greenlet.greenlet(lambda inputs=inputs: (None, (self.model.module(**inputs),), {}), caller)
+                self._forwards.append(_SuspendedForward(run, row_modality(sample, self.model.module)))
         except BaseException:
             self.__exit__()
             raise
         return self
 
     def __exit__(self, *unused: object) -> None:
-        with torch.no_grad():  # as they were resumed: a model that sets the mode itself sets it back to that
-            for suspended in self._suspended:
-                if suspended.run:
-                    suspended.run.throw(greenlet.GreenletExit)
-        self._suspended.clear()
+        # In the gradient mode in which they were resumed: a model that sets the mode restores that one.
+        with torch.no_grad():
+            for forward in self._forwards:
+                if forward.greenlet:
+                    forward.greenlet.throw(greenlet.GreenletExit)
+        self._forwards.clear()
         for stage in self.model.stages.values():
             stage.__dict__.pop("forward", None)
 
-    def __iter__(self) -> Iterator[Stop]:
-        last = list(self.model.stages)[-1]
-        if last in self.known.stages and not self.to_the_end:
-            return
-        for number, suspended in enumerate(self._suspended):
-            self._resume(suspended)
-            while suspended.at is not None and (name := self.model.name(suspended.at)) in self.known.stages:
-                asked = self.numbers[self._asked(number, suspended.at)]
-                self._resume(suspended, self.known.of(name, self.numbers[number], asked))
-        order = {stage: number for number, stage in enumerate(self.model.stages.values())}
-        for name, stage in self.model.stages.items():
-            if name in self.known.stages:
-                continue
-            for one in self._suspended:
-                if one.at is not None and order[one.at] < order[stage]:
-                    where = self.model.name(one.at)
-                    raise InternalError(f"a sample stands before {where} when {name} is due: stages are out of order")
-            waiting = [number for number, one in enumerate(self._suspended) if one.at is stage]
-            standing = [number for number in waiting if self._asked(number, stage) == number]
-            calls = [self._call(number, stage) for number in standing]
-            stop = Stop(name, stage, calls)
-            forward = stage.__dict__.pop("forward")
+    def loaded_stages(self) -> Iterator[StageInputs]:
+        """The stages that are not cached, in order, each with its weights in float32 while the caller works on it.
+
+        At most one stage has weights; those of the next one are prefetched from disk.
+        """
+        for inputs in self:
             try:
-                yield stop
+                self.model.materialize(inputs.module, self.model.checkpoint.tensor)
+                self.model.prefetch_after(inputs.name)
+                yield inputs
             finally:
-                if self._suspended:  # a generator may be closed after the lockstep
-                    stage.forward = forward
-            if len(stop.outputs) != len(calls):
-                raise InternalError(f"{name}: {len(calls)} samples stand before it, {len(stop.outputs)} were answered")
-            if name == last and not self.to_the_end:
+                self.model.to_meta(inputs.module)
+
+    def __iter__(self) -> Iterator[StageInputs]:
+        """As `loaded_stages`, without weights."""
+        last = list(self.model.stages)[-1]
+        if last in self.cached.stages and not self.run_to_end:
+            return
+        self._skip_cached_stages()
+        order = {stage: index for index, stage in enumerate(self.model.stages.values())}
+        for name, stage in self.model.stages.items():
+            if name in self.cached.stages:
+                continue
+            for forward in self._forwards:
+                if forward.stage is not None and order[forward.stage] < order[stage]:
+                    early = self.model.name(forward.stage)
+                    raise InternalError(f"stages run out of order: a sample is at {early} when {name} is next")
+            suspended = [position for position, forward in enumerate(self._forwards) if forward.stage is stage]
+            running = [position for position in suspended if self._owner(position, stage) == position]
+            calls = [self._call(position, stage) for position in running]
+            inputs = StageInputs(name, stage, calls)
+            suspending_forward = stage.__dict__.pop("forward")
+            try:
+                yield inputs
+            finally:
+                if self._forwards:  # empty if the iterator is closed after the `with` block
+                    stage.forward = suspending_forward
+            if len(inputs.outputs) != len(calls):
+                raise InternalError(f"{name}: {len(inputs.outputs)} outputs for {len(calls)} samples")
+            if name == last and not self.run_to_end:
                 return
-            answers = dict(zip(standing, stop.outputs, strict=True))
-            for number in waiting:
-                self._resume(self._suspended[number], answers[self._asked(number, stage)])
-        for suspended in self._suspended:
-            if suspended.at is not None:
-                where = self.model.name(suspended.at)
-                raise InternalError(f"a sample returned to {where} after the stages behind it: stages are out of order")
-        self.results = [suspended.result for suspended in self._suspended]
+            outputs = dict(zip(running, inputs.outputs, strict=True))
+            for position in suspended:
+                self._resume(self._forwards[position], outputs[self._owner(position, stage)])
+        for forward in self._forwards:
+            if forward.stage is not None:
+                where = self.model.name(forward.stage)
+                raise InternalError(f"stages run out of order: a sample returned to {where}")
+        self.results = [forward.result for forward in self._forwards]
 
-    def _asked(self, number: int, stage: nn.Module) -> int:
-        """Which sample runs through a stage for this one: itself, or in the vision tower who looks at its pictures."""
-        return number if self.model.is_language(stage) else self._looker[number]
+    def _skip_cached_stages(self) -> None:
+        """Starts all forwards and resumes them with cached outputs up to the first stage that is not cached."""
+        for position, forward in enumerate(self._forwards):
+            self._resume(forward)
+            while forward.stage is not None and (name := self.model.name(forward.stage)) in self.cached.stages:
+                owner = self.indices[self._owner(position, forward.stage)]
+                self._resume(forward, self.cached.pop(name, self.indices[position], owner))
 
-    def _call(self, number: int, stage: nn.Module) -> Call:
-        one = self._suspended[number]
-        if self.known.stages:
-            self._require_known(self.model.name(stage), one)
-        return Call(self.numbers[number], one.args, one.kwargs, one.modality if self.model.is_language(stage) else None)
+    def _owner(self, position: int, stage: nn.Module) -> int:
+        """Position of the sample whose outputs a sample takes: its own, or in the vision tower the image owner's."""
+        return position if self.model.is_language(stage) else self._image_owners[position]
+
+    def _call(self, position: int, stage: nn.Module) -> Call:
+        forward = self._forwards[position]
+        if self.cached.stages:
+            self._require_no_placeholder(self.model.name(stage), forward)
+        modality = forward.modality if self.model.is_language(stage) else None
+        return Call(self.indices[position], forward.args, forward.kwargs, modality)
 
     @staticmethod
-    def _require_known(stage: str, suspended: _Suspended) -> None:
-        """UserError if anything comes from a stage whose outputs were not kept."""
-        given = tree_leaves((suspended.args, suspended.kwargs))
-        if any(isinstance(it, Tensor) and it.is_floating_point() and bool(it.isnan().any()) for it in given):
-            why = "the model's own code reads what earlier stages returned, or makes NaN itself"
-            fix = "start anew with --start_over"
-            raise UserError(Fault("this model cannot be resumed here", stage, why, fix))
+    def _require_no_placeholder(stage: str, forward: _SuspendedForward) -> None:
+        """UserError if an input depends on a stage whose outputs were not saved."""
+        tensors = [value for value in tree_leaves((forward.args, forward.kwargs)) if isinstance(value, Tensor)]
+        if any(tensor.is_floating_point() and bool(tensor.isnan().any()) for tensor in tensors):
+            why = "its inputs are NaN: the model reads outputs of earlier stages, which are not saved, or computes NaN"
+            fix = "start again with --start_over"
+            raise UserError(Fault("the run cannot be resumed at this stage", stage, why, fix))
 
     @staticmethod
-    def _resume(suspended: _Suspended, *answer: Any) -> None:
-        suspended.at, suspended.args, suspended.kwargs = None, (), {}
+    def _resume(forward: _SuspendedForward, *outputs: Any) -> None:
+        forward.stage, forward.args, forward.kwargs = None, (), {}
         with torch.no_grad():
             try:
-                suspended.at, args, suspended.kwargs = suspended.run.switch(*answer)
+                forward.stage, args, forward.kwargs = forward.greenlet.switch(*outputs)
             except VlqcError:
                 raise
-            except Exception as error:  # the model's own code between stages, which a config can break in any way
+            except Exception as error:  # raised by the model's code, for which any config.json is possible
                 if is_out_of_memory(error):
                     raise
                 why = f"{type(error).__name__}: {error}"
-                fix = "look at config.json and at the sample"
+                fix = "check config.json and the sample"
                 raise UserError(Fault("the model cannot be run on a sample", why=why, fix=fix)) from error
-        if suspended.at is None:
-            (suspended.result,) = args
+        if forward.stage is None:
+            (forward.result,) = args
         else:
-            suspended.args = args
+            forward.args = args
 
 
-def _lookers(samples: Sequence[dict[str, Tensor]], sharing: int) -> list[int]:
-    """For every sample the one that looks at its pictures: of the first `sharing` ones a neighbour before it, or it."""
-    found = list(range(len(samples)))
-    for number in range(1, sharing):
-        if same_images(samples[found[number - 1]], samples[number]):
-            found[number] = found[number - 1]
-    return found
+def _image_owners(samples: Sequence[dict[str, Tensor]], count: int) -> list[int]:
+    """Per sample the position of the sample that runs through the vision tower in its place.
+
+    Among the first `count` samples that is the first of consecutive ones with the same images, otherwise itself.
+    """
+    owners = list(range(len(samples)))
+    for position in range(1, count):
+        if same_images(samples[owners[position - 1]], samples[position]):
+            owners[position] = owners[position - 1]
+    return owners
 
 
 def row_modality(sample: dict[str, Tensor], model: nn.Module) -> Tensor:
-    """input_ids and attention_mask [B, S] of a sample -> int8 [B*S]: 0 text, 1 image (as ir.MODALITIES), -1 padding."""
+    """input_ids and attention_mask [B, S] of a sample -> int8 [B*S]: 0 text, 1 image (as MODALITIES), -1 padding."""
     ids = sample["input_ids"]
     modality = (ids == model.config.image_token_id).to(torch.int8)  # type: ignore[union-attr]
     mask = sample.get("attention_mask")

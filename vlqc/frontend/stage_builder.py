@@ -1,16 +1,16 @@
-"""From a stop of the lockstep to a stage that passes can work on, and back to nothing."""
+"""Builds the IR of a stage from the inputs of all samples."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from vlqc.errors import Fault, UserError
 from vlqc.families.qwen2_5_vl import model_part
 from vlqc.frontend.calibration.probe import PROBE, choose_probe
 from vlqc.frontend.process_group import ProcessGroup
-from vlqc.frontend.sequential import Stop
+from vlqc.frontend.sequential import StageInputs
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.frontend.tracing import trace
 from vlqc.ir.execution import Call, SampleShape, StageRun
@@ -18,61 +18,70 @@ from vlqc.ir.stage import Site, Stage
 
 
 @contextmanager
-def materialized_stage(
-    model: StreamedModel,
-    stop: Stop,
-    dtype: torch.dtype,
-    read: Callable[[str], Tensor],
-    process_group: ProcessGroup | None = None,
+def traced_stage(
+    model: StreamedModel, inputs: StageInputs, dtype: torch.dtype, process_group: ProcessGroup | None = None
 ) -> Iterator[Stage]:
-    """Inside, the stage that all samples stand before: traced, with its weights in float32, sites found.
+    """The stage that `inputs` are of, whose weights are loaded: traced, with its sites.
 
-    dtype: in which float tensors are to be emitted; read: checkpoint name -> tensor. Afterwards its weights are gone.
+    On exit, modules that passes replaced are restored and results of passes are dropped.
+
+    dtype: of float tensors when they are emitted. UserError if no sample of any rank reaches the stage, or if it cannot
+    be traced.
     """
     process_group = process_group or ProcessGroup()
-    calls = [call for call in stop.calls if call.sample != PROBE]
-    shapes_by_process = list(process_group.all_gather([SampleShape.from_call(call) for call in calls]))
-    if not any(shapes_by_process):
-        why = "what passes through it cannot be measured"
-        raise UserError(Fault(f"no calibration sample reaches {stop.name}", why=why, fix="add a sample with a picture"))
-    sample_shapes = [visit for of_one in shapes_by_process for visit in of_one]
-    separate_probe = next((call for call in stop.calls if call.sample == PROBE), None)
-    probe = separate_probe or _probe(
-        process_group, shapes_by_process, sample_shapes[choose_probe([visit.rows for visit in sample_shapes])], calls
-    )
-    before = [(module, dict(module._modules), dict(module._parameters)) for module in stop.module.modules()]
+    module = inputs.module
+    before = [(child, dict(child._modules), dict(child._parameters)) for child in module.modules()]
     stage = None
     try:
-        model.materialize(stop.module, read)
-        model.prefetch_after(stop.name)
-        graph = trace(stop.module, probe, stop.name)
+        execution = _stage_run(inputs, process_group)
+        assert execution.probe is not None
+        graph = trace(module, execution.probe, inputs.name)
         stage = Stage(
-            name=stop.name,
-            part=model_part(f"{stop.name}."),
+            name=inputs.name,
+            part=model_part(f"{inputs.name}."),
             dtype=dtype,
-            module=stop.module,
+            module=module,
             graph=graph,
-            sites=find_sites(stop.module, graph, lambda target: checkpoint_name(model, stop, target)),
-            execution=StageRun(
-                module=stop.module,
-                process_group=process_group,
-                calls=calls,
-                probe=probe,
-                probe_is_separate=separate_probe is not None,
-                shapes=sample_shapes,
-                name=stop.name,
-            ),
-            checkpoint_name=lambda target: checkpoint_name(model, stop, target),
+            sites=find_sites(module, graph, lambda target: checkpoint_name(model, module, target)),
+            execution=execution,
+            checkpoint_name=lambda target: checkpoint_name(model, module, target),
         )
         yield stage
     finally:
         if stage is not None:
             _release(stage)
-        for module, modules, parameters in before:  # passes have put others in their places
-            module._modules.update(modules)
-            module._parameters.clear()
-            module._parameters.update(parameters)
-        model.to_meta(stop.module)
+        for child, modules, parameters in before:
+            child._modules.update(modules)
+            child._parameters.clear()
+            child._parameters.update(parameters)
+
+
+def _stage_run(inputs: StageInputs, process_group: ProcessGroup) -> StageRun:
+    """Chooses the probe among the samples of all ranks, unless there is a separate one."""
+    calls = [call for call in inputs.calls if call.sample != PROBE]
+    shapes_by_rank = list(process_group.all_gather([SampleShape.from_call(call) for call in calls]))
+    shapes = [shape for shapes in shapes_by_rank for shape in shapes]
+    if not shapes:
+        why = "there are no activations to calibrate on"
+        raise UserError(
+            Fault(f"no calibration sample reaches {inputs.name}", why=why, fix="add a sample with an image")
+        )
+    separate_probe = next((call for call in inputs.calls if call.sample == PROBE), None)
+    probe = separate_probe
+    if probe is None:
+        chosen = shapes[choose_probe([shape.rows for shape in shapes])]
+        rank = next(rank for rank, shapes in enumerate(shapes_by_rank) if chosen in shapes)
+        own: Call | None = next((call for call in calls if call.sample == chosen.sample), None)
+        probe = process_group.broadcast(rank, own)
+    return StageRun(
+        module=inputs.module,
+        process_group=process_group,
+        calls=calls,
+        probe=probe,
+        probe_is_separate=separate_probe is not None,
+        shapes=shapes,
+        name=inputs.name,
+    )
 
 
 def _release(stage: Stage) -> None:
@@ -84,17 +93,9 @@ def _release(stage: Stage) -> None:
         site.weight = None
 
 
-def checkpoint_name(model: StreamedModel, stop: Stop, target: str) -> str:
-    """Path of a module or parameter in the stage -> its checkpoint name."""
-    return model.canonical(f"{model.path(stop.module)}.{target}.").removesuffix(".")
-
-
-def _probe(
-    process_group: ProcessGroup, shapes_by_process: list[list[SampleShape]], chosen: SampleShape, calls: list[Call]
-) -> Call:
-    """The call of the chosen visit, from the process that has its sample."""
-    owner = next(rank for rank, sample_shapes in enumerate(shapes_by_process) if chosen in sample_shapes)
-    return process_group.broadcast(owner, next((call for call in calls if call.sample == chosen.sample), None))
+def checkpoint_name(model: StreamedModel, module: nn.Module, target: str) -> str:
+    """Path of a submodule or parameter of a stage -> its checkpoint name."""
+    return model.canonical(f"{model.path(module)}.{target}.").removesuffix(".")
 
 
 def find_sites(module: nn.Module, graph: fx.Graph, name: Callable[[str], str]) -> dict[str, Site]:

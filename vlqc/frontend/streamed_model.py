@@ -14,7 +14,10 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from vlqc.errors import Fault, UserError
 from vlqc.families.qwen2_5_vl import ARCHITECTURES, MODEL_TYPES, block_of, is_image_token, original_name
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
+from vlqc.frontend.device import resolve_device
+from vlqc.frontend.distributed import current_process_group
 from vlqc.ir.memory import release_unused_memory
+from vlqc.options.options import Options
 
 CPU = torch.device("cpu")
 
@@ -84,6 +87,14 @@ def _model_class(folder: Path, config: dict[str, Any], trust_remote_code: bool) 
         fix = "read that code; if you trust it, add --trust_remote_code True"
         raise UserError(Fault("the checkpoint needs its own code", where, why, fix))
     raise UserError(Fault(f"unsupported architecture {name!r}", where, f"supported: {', '.join(ARCHITECTURES)}"))
+
+
+def open_model(options: Options) -> "StreamedModel":
+    """The model of `options.model_path` on the device of this rank, its parameters on the meta device. UserError."""
+    process_group = current_process_group()
+    device, trust = process_group.local_device(resolve_device(options.device_type)), options.trust_remote_code
+    checkpoint = Checkpoint(options.model_path)
+    return process_group.rank0_first(lambda: StreamedModel.open(checkpoint, trust_remote_code=trust, device=device))
 
 
 class StreamedModel:

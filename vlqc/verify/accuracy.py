@@ -18,7 +18,7 @@ from vlqc.errors import UserError
 from vlqc.frontend.calibration.dataset import load_samples
 from vlqc.frontend.calibration.samples import check_samples
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
-from vlqc.frontend.sequential import SequentialForward, Stop
+from vlqc.frontend.sequential import SequentialForward, StageInputs
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.execution import first_tensor
 from vlqc.verify.findings import COPY_AGAIN, VerificationResult
@@ -88,34 +88,32 @@ def check_accuracy(
         with (
             logits_are_hidden(model.module),
             logits_are_hidden(quantized),
-            SequentialForward(model, samples, to_the_end=True) as lockstep,
+            SequentialForward(model, samples, run_to_end=True) as forward,
         ):
-            for stop in lockstep:
-                output, change = _run_stage(model, stop, quantized)
-                _report_stage(stop.name, output, change, len(stop.calls), stages, result)
-            hidden = [_logits_of(result) for result in lockstep.results]
+            for inputs in forward.loaded_stages():
+                output, change = _run_stage(model, inputs, quantized)
+                _report_stage(inputs.name, output, change, len(inputs.calls), stages, result)
+            hidden = [_logits_of(result) for result in forward.results]
             others = [_logits_of(quantized(**model.inputs(sample))) for sample in samples]
         result.facts["stages against float"] = stages
         _check_logits(model.module, quantized, samples, hidden, others, min_sqnr, result)
 
 
-def _run_stage(model: StreamedModel, stop: Stop, quantized: nn.Module) -> tuple[Noise, Noise]:
+def _run_stage(model: StreamedModel, inputs: StageInputs, quantized: nn.Module) -> tuple[Noise, Noise]:
     """Runs a stage of both models on the float inputs -> noise of the output, and of the difference to the input.
 
     The latter is empty if the stage changes the shape. The float outputs become the inputs of the next stage.
     """
-    other = quantized.get_submodule(model.path(stop.module))
+    other = quantized.get_submodule(model.path(inputs.module))
     output, change = Noise(), Noise()
-    model.materialize(stop.module, model.checkpoint.tensor)
-    for call in stop.calls:
-        stop.outputs.append(stop.module(*call.args, **call.kwargs))
+    for call in inputs.calls:
+        inputs.outputs.append(inputs.module(*call.args, **call.kwargs))
         entry = first_tensor((*call.args, *call.kwargs.values()))
-        reference = first_tensor(stop.outputs[-1])
+        reference = first_tensor(inputs.outputs[-1])
         result = first_tensor(other(*call.args, **call.kwargs))
         output.add(reference, result)
         if entry.shape == reference.shape:
             change.add(reference - entry, result - entry)
-    model.to_meta(stop.module)
     return output, change
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.support import tiny
+from tests.support.stages import materialized_stage
 from vlqc.frontend.calibration.probe import (
     AFTER,
     CROP_HEIGHT,
@@ -18,8 +19,7 @@ from vlqc.frontend.calibration.probe import (
     probe_sample,
 )
 from vlqc.frontend.calibration.samples import check_samples
-from vlqc.frontend.sequential import SequentialForward, Stop
-from vlqc.frontend.stage_builder import materialized_stage
+from vlqc.frontend.sequential import SequentialForward, StageInputs
 from vlqc.ir.stage import Stage
 
 IMAGE, MERGE = 60, 2
@@ -95,21 +95,21 @@ def test_every_stage_is_proven_on_it() -> None:
     assert probe is not None and check_samples([probe], model.module)
     seen: list[tuple[str, int]] = []
 
-    def look(stop: Stop, stage: Stage) -> None:
-        assert [call.sample for call in stop.calls] == [7, PROBE]
-        assert [call.sample for call in stage.execution.calls] == [7] and stage.execution.probe is stop.calls[-1]
+    def look(inputs: StageInputs, stage: Stage) -> None:
+        assert [call.sample for call in inputs.calls] == [7, PROBE]
+        assert [call.sample for call in stage.execution.calls] == [7] and stage.execution.probe is inputs.calls[-1]
         stage.execution.forward()
         assert len(stage.execution.outputs) == 1 and len(stage.execution.next_inputs()) == 2
         seen.append((stage.name, len(stage.execution.probe_output())))
 
     with (
         model.non_stage_weights(model.checkpoint.tensor),
-        SequentialForward(model, samples, first=7, probe=probe) as lockstep,
+        SequentialForward(model, samples, first=7, probe=probe) as forward,
     ):
-        for stop in lockstep:
-            with materialized_stage(model, stop, torch.bfloat16, model.checkpoint.tensor) as stage:
-                look(stop, stage)
-                stop.outputs = stage.execution.next_inputs()
+        for inputs in forward:
+            with materialized_stage(model, inputs, torch.bfloat16, model.checkpoint.tensor) as stage:
+                look(inputs, stage)
+                inputs.outputs = stage.execution.next_inputs()
     assert [name for name, _ in seen] == tiny.STAGES
     patches, tokens = CROP_HEIGHT * CROP_WIDTH, probe["input_ids"].shape[1]
     assert {rows for name, rows in seen if "blocks" in name} == {patches}

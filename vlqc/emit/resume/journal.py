@@ -30,7 +30,7 @@ from vlqc.frontend.calibration.probe import PROBE
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.memory import GIB, check_memory, estimate_memory, is_out_of_memory
 from vlqc.frontend.process_group import ProcessGroup
-from vlqc.frontend.sequential import Answers
+from vlqc.frontend.sequential import CachedOutputs
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.serialization import NotSerializable
 from vlqc.ir.stage import Stage
@@ -155,7 +155,7 @@ class Journal:
 
     def restore(
         self, writer: FolderWriter | None, checkpoint: Checkpoint, samples: range, offload: Callable[..., None]
-    ) -> Answers:
+    ) -> CachedOutputs:
         """Restores the state of the interrupted run on all processes; the result is empty in a new run.
 
         writer: of the process that `writes`; samples: numbers of the samples of this process; offload: called with the
@@ -177,7 +177,7 @@ class Journal:
                 values[sample] = names[number], value
                 offload(value)
         self.restored = True
-        return Answers(names, specs, values, self._device)
+        return CachedOutputs(names, specs, values, self._device)
 
     def _restore_rank0(self) -> tuple[list[str], dict[str, dict[int, Any]], dict[int, int]]:
         """(finished stages, stage -> sample -> spec of its outputs, sample -> number of the stage whose outputs are

@@ -17,6 +17,7 @@ from vlqc.frontend.calibration.probe import probe_sample
 from vlqc.frontend.calibration.processor import Patches, SampleProcessor
 from vlqc.frontend.calibration.samples import check_samples, drop_duplicates, drop_padding, group_by_images
 from vlqc.frontend.calibration.sources import SampleSource, list_samples
+from vlqc.frontend.distributed import current_process_group
 from vlqc.options.options import Options
 
 RECOMMENDED_IMAGES = 30
@@ -40,6 +41,8 @@ def load_calibration(
 ) -> CalibrationDataset:
     """Loads, checks and orders the calibration samples; samples with the same images are adjacent.
 
+    Ranks other than 0 get an empty dataset.
+
     Args:
         options: name the calibration data.
         model: the model that the samples must match.
@@ -48,6 +51,8 @@ def load_calibration(
     Raises:
         UserError: for unusable samples.
     """
+    if not current_process_group().is_rank0:
+        return CalibrationDataset([])
     notes: list[str] = []
     if samples is None:
         loaded = load_samples(

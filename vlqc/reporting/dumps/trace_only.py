@@ -13,11 +13,11 @@ from vlqc.errors import Fault, UserError
 from vlqc.frontend.calibration.dataset import CalibrationDataset, load_calibration
 from vlqc.frontend.calibration.probe import synthetic_sample
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
-from vlqc.frontend.device import resolve_device
 from vlqc.frontend.distributed import current_process_group
 from vlqc.frontend.sequential import SequentialForward
-from vlqc.frontend.stage_builder import materialized_stage
-from vlqc.frontend.streamed_model import StreamedModel
+from vlqc.frontend.stage_builder import traced_stage
+from vlqc.frontend.streamed_model import StreamedModel, open_model
+from vlqc.ir.stage import Stage
 from vlqc.options.options import Options
 from vlqc.options.paths import dump_faults
 from vlqc.pipeline.layer_selection import check_globs, check_layers
@@ -25,7 +25,7 @@ from vlqc.pipeline.manager import PassManager
 from vlqc.pipeline.ordering import passes_for_stage_outputs
 from vlqc.pipeline.pass_api import Pass
 from vlqc.pipeline.presets import build_pipeline
-from vlqc.reporting.dumps.writer import Dumper, progress_callback, require_pass
+from vlqc.reporting.dumps.writer import Dumper, require_pass
 from vlqc.reporting.progress import Progress
 
 
@@ -67,8 +67,8 @@ def trace(
     # Only the model's folder and the pictures are read of them; nothing is saved.
     paths = {} if calib_images is None else {"calib_images": calib_images}
     options = Options.without_paths(model_path=model_path, trust_remote_code=trust_remote_code, **paths)
-    calibration = load_calibration(options, model.module, samples)
-    return _look(model, calibration, [], 0, dumper, progress or Progress())
+    dataset = load_calibration(options, model.module, samples)
+    return _run_stages(model, dataset, [], 0, dumper, progress or Progress())
 
 
 @torch.no_grad()
@@ -96,48 +96,48 @@ def run_until(
     require_pass("--stop_after", stop_after, pipeline)
     last = max(number for number, step in enumerate(pipeline) if step.name == stop_after)
     dumper = Dumper.of(options, pipeline, active=True)
-    checkpoint = Checkpoint(options.model_path)
-    device, trust = resolve_device(options.device_type), options.trust_remote_code
-    model = StreamedModel.open(checkpoint, trust_remote_code=trust, device=device)
+    model = open_model(options)
     check_layers(model, options)
-    calibration = load_calibration(options, model.module, samples)
-    return _look(model, calibration, pipeline, last + 1, dumper, progress or Progress())
+    dataset = load_calibration(options, model.module, samples)
+    return _run_stages(model, dataset, pipeline, last + 1, dumper, progress or Progress())
 
 
-def _look(
+def _run_stages(
     model: StreamedModel,
-    calibration: CalibrationDataset,
+    dataset: CalibrationDataset,
     pipeline: Sequence[Pass],
     count: int,
     dumper: Dumper,
-    show: Progress,
+    progress: Progress,
 ) -> TraceResult:
-    """count: of passes that are looked at; of the others those run that decide what later stages are given."""
-    checkpoint = model.checkpoint
-    dtype = emitted_dtype(checkpoint.dtype)
-    wanted = [name for name in model.stages if dumper.wants(name)]
-    before = progress_callback(show.step)
-    needed = passes_for_stage_outputs(pipeline)
-    manager = PassManager(pipeline[:count], before=before, after=dumper.after)
-    rest, elsewhere = PassManager(needed[count:], before=before), PassManager(needed, before=before)
-    show.begin(len(wanted), len(calibration.samples))
-    lockstep = SequentialForward(model, calibration.samples, probe=calibration.probe, share_images=True)
-    looked: list[str] = []
-    with model.non_stage_weights(checkpoint.tensor), lockstep:
-        for stop in lockstep:
-            show.stage(len(looked), stop.name)
-            with materialized_stage(model, stop, dtype, checkpoint.tensor) as stage:
-                stage.execution.after_sample = lambda done, *values: show.sample(done)
-                if dumper.wants(stage.name):
+    """Runs the first `count` passes on the stages that the dumper selects, and on all stages what later ones need."""
+
+    def before_pass(stage: Stage, step: Pass) -> None:
+        progress.step(step.name)
+
+    required = passes_for_stage_outputs(pipeline)
+    dumped = PassManager(pipeline[:count], before=before_pass, after=dumper.after)
+    remaining = PassManager(required[count:], before=before_pass)
+    skipped = PassManager(required, before=before_pass)
+    selected = [name for name in model.stages if dumper.wants(name)]
+    finished: list[str] = []
+    progress.begin(len(selected), len(dataset.samples))
+    forward = SequentialForward(model, dataset.samples, probe=dataset.probe, share_images=True)
+    with model.non_stage_weights(model.checkpoint.tensor), forward:
+        for inputs in forward.loaded_stages():
+            progress.stage(len(finished), inputs.name)
+            with traced_stage(model, inputs, emitted_dtype(model.checkpoint.dtype)) as stage:
+                stage.execution.after_sample = lambda done, *values: progress.sample(done)
+                if stage.name in selected:
                     dumper.traced(stage)
-                    manager.run(stage)
-                    looked.append(stage.name)
-                    show.stage_done(len(looked) - 1)
-                if looked == wanted:
+                    dumped.run(stage)
+                    finished.append(stage.name)
+                    progress.stage_done(len(finished) - 1)
+                if finished == selected:
                     break
-                (rest if dumper.wants(stage.name) else elsewhere).run(stage)
+                (remaining if stage.name in selected else skipped).run(stage)
                 if not stage.execution.outputs:
                     stage.execution.forward()
-                stop.outputs = stage.execution.next_inputs()
-    show.finish()
-    return TraceResult(tuple(looked), len(model.stages), dumper.folder)
+                inputs.outputs = stage.execution.next_inputs()
+    progress.finish()
+    return TraceResult(tuple(finished), len(model.stages), dumper.folder)

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Protocol
 
 from safetensors import SafetensorError
 
@@ -128,30 +127,3 @@ def require_pass(flag: str, name: str | None, passes: Sequence[Pass]) -> None:
     if name is not None and name not in names:
         fix = did_you_mean(name, names) or f"name one of {', '.join(names)}"
         raise UserError(Fault(f"{flag} {name}", why="the pipeline has no such pass", fix=fix))
-
-
-class PassCallback(Protocol):
-    """What wants to see every stage: as traced, and after every pass."""
-
-    def traced(self, stage: Stage) -> None: ...
-    def after(self, stage: Stage, number: int, done: Pass) -> None: ...
-
-
-class PassCallbacks:
-    """Several of them as one, in this order."""
-
-    def __init__(self, *onlookers: PassCallback) -> None:
-        self._onlookers = onlookers
-
-    def traced(self, stage: Stage) -> None:
-        for onlooker in self._onlookers:
-            onlooker.traced(stage)
-
-    def after(self, stage: Stage, number: int, done: Pass) -> None:
-        for onlooker in self._onlookers:
-            onlooker.after(stage, number, done)
-
-
-def progress_callback(show: Callable[[str], None]) -> Callable[[Stage, Pass], None]:
-    """What a PassManager calls before each pass, telling `show` its name."""
-    return lambda stage, coming: show(coming.name)

@@ -19,7 +19,7 @@ from vlqc.families.qwen2_5_vl import fused_group
 from vlqc.formatting import format_bytes, format_duration, pluralize
 from vlqc.frontend.calibration.samples import check_samples
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
-from vlqc.frontend.sequential import SequentialForward, Stop, row_modality
+from vlqc.frontend.sequential import SequentialForward, StageInputs, row_modality
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.execution import Call, first_tensor, observing
 from vlqc.ir.observation import MODALITIES
@@ -228,12 +228,10 @@ class _Ablation:
         all_runs = self.expected_stage_runs()
         with model.non_stage_weights(model.checkpoint.tensor), logits_are_hidden(model.module):
             given = [self.samples[run.sample] for run in self.runs]
-            with SequentialForward(model, given, to_the_end=True) as lockstep:
-                for number, stop in enumerate(lockstep):
-                    model.materialize(stop.module, model.checkpoint.tensor)
-                    with folder.stage(model.path(stop.module)) as stored:
-                        self._run_stage(number, stop, stored)
-                    model.to_meta(stop.module)
+            with SequentialForward(model, given, run_to_end=True) as forward:
+                for number, inputs in enumerate(forward.loaded_stages()):
+                    with folder.stage(model.path(inputs.module)) as stored:
+                        self._run_stage(number, inputs, stored)
                     if progress is not None and time.monotonic() - told >= PROGRESS_SECONDS:
                         told = time.monotonic()
                         left = (told - started) * (all_runs / max(self.stage_runs, 1) - 1)
@@ -241,7 +239,7 @@ class _Ablation:
                         progress(
                             f"{done}, {format_duration(told - started)} elapsed, about {format_duration(left)} left"
                         )
-                hidden = [result.logits[0].float() for result in lockstep.results]
+                hidden = [result.logits[0].float() for result in forward.results]
         error = self._error_power(hidden)
         effects = {
             group: GroupEffect(
@@ -251,18 +249,18 @@ class _Ablation:
         }
         return Attribution(error[self.float], error[self.stored], error[self.float_groups], effects)
 
-    def _run_stage(self, number: int, stop: Stop, stored: nn.Module) -> None:
-        pair = StagePair(stop.name, stop.module, stored, self.structure)
-        here = {group for group in self.groups if group.stage == stop.name}
+    def _run_stage(self, number: int, inputs: StageInputs, stored: nn.Module) -> None:
+        pair = StagePair(inputs.name, inputs.module, stored, self.structure)
+        here = {group for group in self.groups if group.stage == inputs.name}
         outputs: dict[tuple[bool, int], Any] = {}  # of the base models, by (stored, sample)
         captured: dict[LayerGroup, list[CapturedInput]] = {group: [] for group in here}
-        for call in stop.calls:
+        for call in inputs.calls:
             run = self.runs[call.sample]
             variant = run.variant
             if number < variant.begin:
-                stop.outputs.append(outputs[variant.stored, run.sample])
+                inputs.outputs.append(outputs[variant.stored, run.sample])
                 continue
-            stage = stored if variant.stored else stop.module
+            stage = stored if variant.stored else inputs.module
             layers = [layer for group in variant.groups if group in here for layer in group.layers]
             self.stage_runs += 1
             if variant is self.float:
@@ -272,11 +270,11 @@ class _Ablation:
                     output = stage(*call.args, **call.kwargs)
             if not variant.groups:
                 outputs[variant.stored, run.sample] = output
-            stop.outputs.append(output)
-        for group, inputs in captured.items():
-            if inputs:
+            inputs.outputs.append(output)
+        for group, parts in captured.items():
+            if parts:
                 rows, modality, weight = (
-                    torch.cat([getattr(each, part) for each in inputs]) for part in ("rows", "modality", "weight")
+                    torch.cat([getattr(each, part) for each in parts]) for part in ("rows", "modality", "weight")
                 )
                 self.measured[group] = measure_group(
                     pair, group.layers, CapturedInput(rows, modality, weight), self.dtype

@@ -47,6 +47,11 @@ def text(page: Path) -> str:
     return page.read_text(encoding="utf-8")
 
 
+def current(page: Path) -> str:
+    """A page without the list of old names."""
+    return text(page).partition("\n## Renamed")[0]
+
+
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 both_readmes = pytest.mark.parametrize("page", [README, CHINESE], ids=lambda page: page.name)
 
@@ -55,7 +60,7 @@ both_readmes = pytest.mark.parametrize("page", [README, CHINESE], ids=lambda pag
 def test_options_exist(page: Path) -> None:
     """Catches an option that a page recommends and no command line accepts."""
     known = {*OTHER_PROGRAMS, *options_of_tools(), *(each for of in options_of_commands().values() for each in of)}
-    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text(page)))
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", current(page)))
     assert {name.replace("-", "_") for name in named} <= {name.replace("-", "_") for name in known}
 
 
@@ -84,7 +89,7 @@ def test_links_resolve(page: Path) -> None:
 @every_page
 def test_paths_exist(page: Path) -> None:
     """Catches a path of the repository that was moved or renamed."""
-    for path in re.findall(rf"(?<![\w/.-])(?:{'|'.join(TOP_FOLDERS)})/[\w./*-]*", text(page)):
+    for path in re.findall(rf"(?<![\w/.-])(?:{'|'.join(TOP_FOLDERS)})/[\w./*-]*", current(page)):
         named = path.rstrip(".")
         assert list(ROOT.glob(named)) if "*" in named else (ROOT / named).exists(), path
 
@@ -92,7 +97,7 @@ def test_paths_exist(page: Path) -> None:
 @every_page
 def test_modules_exist(page: Path) -> None:
     """Catches a module, class or function that was moved or renamed."""
-    for name in re.findall(r"(?<![\w/.-])(?:vlqc|tools)\.[\w.]*\w", text(page)):
+    for name in re.findall(r"(?<![\w/.-])(?:vlqc|tools)\.[\w.]*\w", current(page)):
         if name.partition(".")[2].partition(".")[0] not in GENERATED and not name.endswith(".md"):
             resolve(name)
 

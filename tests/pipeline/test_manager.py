@@ -1,4 +1,4 @@
-"""The manager that runs passes and holds them to their word."""
+"""PassManager: the checks of what a pass reports and changes."""
 
 import typing
 from dataclasses import dataclass
@@ -89,7 +89,7 @@ def test_a_rewrite_that_hides_a_change(change: str) -> None:
         CHANGES[change](stage)
         return False
 
-    with pytest.raises(InternalError, match=r"made-up changed something but says it did not, in visual\.blocks\.0"):
+    with pytest.raises(InternalError, match=r"made-up returned False but changed something on visual\.blocks\.0"):
         PassManager([pass_of("rewrite", work)]).run(traced())
     PassManager([pass_of("rewrite", lambda stage: work(stage) or True)]).run(traced())
 
@@ -102,7 +102,7 @@ def spoil(stage: Stage) -> bool:
 
 def test_a_rewrite_must_not_change_what_the_stage_computes() -> None:
     """A formula that is wrong would be quantized without a word, and the model would be another one."""
-    words = r"changed what visual\.blocks\.0 computes[\s\S]*check tests.pipeline.test_manager:MadeUp"
+    words = r"changed the output of visual\.blocks\.0 [\s\S]*check tests.pipeline.test_manager:MadeUp"
     for work in (spoil, lambda stage: stage.module.get_parameter("mlp.down.bias").fill_(torch.inf).numel() > 0):
         with pytest.raises(InternalError, match=words if work is spoil else "made-up"):
             PassManager([pass_of("rewrite", work)]).run(traced())
@@ -143,7 +143,7 @@ def test_a_pass_without_a_return() -> None:
     """The commonest slip of a new pass must not read as a hidden change: it says what came back, and what should."""
     for returned in (None, 1):
         step = pass_of("analysis", lambda stage, returned=returned: decide(stage) and returned)
-        with pytest.raises(InternalError, match=rf"run returned {returned}, .*; return True or False") as caught:
+        with pytest.raises(InternalError, match=rf"run returned {returned} on .*True or False") as caught:
             PassManager([step]).run(traced())
         (fault,) = caught.value.faults
         assert "\n" not in fault.what and fault.fix == third_party_fix("tests.pipeline.test_manager:MadeUp")
@@ -153,7 +153,7 @@ def test_a_pass_without_a_return() -> None:
 def test_a_pass_that_claims_a_change(kind: str) -> None:
     """A pass that always says True makes every loop that runs until nothing changes endless."""
     PassManager([pass_of(kind, lambda stage: False)]).run(decided())
-    with pytest.raises(InternalError, match="says it changed something but did not") as caught:
+    with pytest.raises(InternalError, match="returned True but changed nothing") as caught:
         PassManager([pass_of(kind, lambda stage: True)]).run(decided())
     assert caught.value.exit_code == 70
 

@@ -101,7 +101,6 @@ def watch_compiler(phases: Phases) -> None:
     from vlqc.ir.stage import Stage
     from vlqc.passes import insert_observers
     from vlqc.passes.algorithms import folding
-    from vlqc.pipeline.manager import PassManager
     from vlqc.pipeline.registry import load_pass
     from vlqc.reporting.html.collector import StageMetrics
 
@@ -115,7 +114,7 @@ def watch_compiler(phases: Phases) -> None:
     phases.watch(Stage, "probe_rows", "proofs")
     phases.watch(folding, "apply", "folding")
     phases.watch(vlqc.pipeline.manager, "check", "checks")
-    phases.watch(PassManager, "_evidence", "checks")
+    phases.watch(vlqc.pipeline.manager._State, "of", "checks")
     for name, phase in (
         ("split-window-attention", "proofs"),
         ("insert-observers", "observing"),

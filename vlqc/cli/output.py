@@ -200,12 +200,11 @@ def prepare_process() -> None:
     error. An ignored SIGINT (a background job) stays ignored. Under torchrun signals are left alone: it ends the other
     processes by SIGTERM when one fails.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # None if it was closed before the start
-            stream.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # None if it was closed before the start
+        sys.stdout.reconfigure(errors="backslashreplace")
     if isinstance(sys.stderr, io.TextIOWrapper):
-        encoding = sys.stderr.encoding
-        sys.stderr = _LogStream(sys.stderr.buffer, encoding, "backslashreplace", line_buffering=True)
+        file = io.BufferedWriter(io.FileIO(sys.stderr.fileno(), "w", closefd=False))  # closing it leaves stderr open
+        sys.stderr = _LogStream(file, sys.stderr.encoding, "backslashreplace", line_buffering=True)
 
     def interrupt(number: int, _: object) -> None:
         _signals.append(number)

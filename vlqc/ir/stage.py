@@ -132,7 +132,7 @@ class Stage:
         """The float Linear of a site that is not lowered yet. UserError if it was lowered by an earlier pass."""
         module = self.module.get_submodule(site.target)
         if not isinstance(module, nn.Linear):
-            fix = "in --pipeline, put lower-linears after every pass that reads or changes weights"
+            fix = "in --pipeline, put the lowering pass after every pass that reads or changes weights"
             raise UserError(Fault(f"{site.name} has no float weight", self.name, "it is already lowered", fix))
         return module
 

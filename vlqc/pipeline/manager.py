@@ -1,4 +1,4 @@
-"""What a pass is, and who runs passes: what one says that it did is compared with what is there."""
+"""Runs passes over a stage and checks after each one what it changed."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -19,121 +19,132 @@ from vlqc.pipeline.plugins import import_path
 
 @dataclass
 class PassManager:
-    """Runs passes over a stage; after each: verifies the stage, holds the pass to its word, times it, shows it.
+    """Runs passes over a stage, in order.
 
-    after: called with (stage, number of the pass from 0, pass) once the checks have passed (dumps hang here).
+    After each pass it verifies the stage, checks that the pass reported its changes truthfully (`Pass.run`), that an
+    analysis changed no tensor, and that a third-party rewrite did not change the output of the stage.
+
+    Attributes:
+        verify: False skips all checks.
+        before: callback (stage, pass), called before each pass.
+        after: callback (stage, index of the pass, pass), called after each pass and its checks.
+        seconds: name of each pass -> its run time so far, without the checks.
     """
 
     passes: Sequence[Pass]
     verify: bool = True
-    after: Callable[[Stage, int, Pass], None] = lambda stage, number, done: None
-    before: Callable[[Stage, Pass], None] = lambda stage, coming: None
+    after: Callable[[Stage, int, Pass], None] = lambda stage, index, step: None
+    before: Callable[[Stage, Pass], None] = lambda stage, step: None
     seconds: dict[str, float] = field(default_factory=dict)
 
     def run(self, stage: Stage) -> None:
-        """Raises InternalError if a pass leaves an invalid stage, or lies about what it changed."""
-        known = self._evidence(stage)
-        for number, step in enumerate(self.passes):
+        """Modifies the stage in place. Raises InternalError if a check fails."""
+        state = _State.of(stage) if self.verify else None
+        for index, step in enumerate(self.passes):
             self.before(stage, step)
-            promised = self._output_to_keep(stage, step)
+            checks_output = self.verify and _must_keep_output(stage, step)
+            output = _probe_output(stage) if checks_output else None
             started = time.perf_counter()
             changed = _run(step, stage)
             self.seconds[step.name] = self.seconds.get(step.name, 0.0) + time.perf_counter() - started
-            if self.verify:
-                if faults := check(stage):
-                    listed = "\n  ".join(faults)
-                    said = f"{stage.name} is not valid after {step.name}:\n  {listed}\n{print_stage(stage)}"
-                    raise _broken(step, said)
-                known = self._hold_to_word(stage, step, changed, known)
-                _hold_to_output(stage, step, promised)
-            self.after(stage, number, step)
+            if state is not None:
+                _check_valid(stage, step)
+                state = _check_changes(stage, step, changed, state)
+            if output is not None:
+                _check_output(stage, step, output)
+            self.after(stage, index, step)
             release_unused_memory()
 
-    def _evidence(self, stage: Stage, trusted: "_Evidence | None" = None) -> "_Evidence":
-        """trusted: of before an analysis: tensors that PyTorch knows to be untouched since keep their digests."""
-        if not self.verify:
-            return _Evidence({}, "", {})
+
+@dataclass(frozen=True)
+class _State:
+    """A stage at one time: the digest of each parameter and buffer, and the text of everything else."""
+
+    digests: dict[str, int]
+    text: str
+    marks: dict[str, Mark] = field(compare=False)
+
+    @classmethod
+    def of(cls, stage: Stage, earlier: "_State | None" = None) -> "_State":
+        """earlier: a state whose digests are reused for tensors that PyTorch's version counter shows unmodified."""
         tensors = {**dict(stage.module.named_parameters()), **dict(stage.module.named_buffers())}
-        marks = {name: Mark.of(it) for name, it in tensors.items()}
-        known = (
-            {}
-            if trusted is None
-            else {it: trusted.weights[it] for it in tensors if trusted.stands_for(it, tensors[it])}
-        )
-        weights = known | fingerprints({name: it for name, it in tensors.items() if name not in known})
-        return _Evidence(weights, print_stage(stage, tensors=False), marks)
-
-    def _hold_to_word(self, stage: Stage, step: Pass, changed: bool, known: "_Evidence") -> "_Evidence":
-        """Returns the evidence after the pass, which is the evidence before the next one."""
-        if not isinstance(changed, bool):
-            raise _broken(step, f"{step.name}: run returned {changed!r}, in {stage.name}; return True or False")
-        now = self._evidence(stage, known if step.kind == "analysis" else None)
-        if step.kind == "analysis" and now.weights != known.weights:
-            names = sorted({*now.weights, *known.weights})
-            touched = [name for name in names if now.weights.get(name) != known.weights.get(name)]
-            raise _broken(step, f"{step.name} is an analysis but changed {', '.join(touched)} of {stage.name}")
-        if changed != (now != known):
-            says = "changed something but says it did not" if not changed else "says it changed something but did not"
-            raise _broken(step, f"{step.name} {says}, in {stage.name}")
-        return now
-
-    def _output_to_keep(self, stage: Stage, step: Pass) -> Tensor | None:
-        """float32 [rows * K], what the stage returns for its probe: of stages in float, before a stranger's rewrite.
-
-        vlqc's own rewrites prove themselves, fold by fold, and undo what does not hold.
-        """
-        wanted = self.verify and not _is_own(step) and step.kind == "rewrite"
-        return (
-            stage.execution.probe_output().flatten()
-            if wanted and stage.execution.probe is not None and _is_float(stage)
-            else None
-        )
+        reused = {}
+        if earlier is not None:
+            unmodified = [
+                name for name in tensors if name in earlier.marks and earlier.marks[name].is_of(tensors[name])
+            ]
+            reused = {name: earlier.digests[name] for name in unmodified}
+        computed = fingerprints({name: tensor for name, tensor in tensors.items() if name not in reused})
+        marks = {name: Mark.of(tensor) for name, tensor in tensors.items()}
+        return cls(reused | computed, print_stage(stage, tensors=False), marks)
 
 
-def _hold_to_output(stage: Stage, step: Pass, before: Tensor | None) -> None:
-    """InternalError if a rewrite changed what the stage computes; one that lowers linears is there to do so."""
-    if before is None or not _is_float(stage):
+def _run(step: Pass, stage: Stage) -> bool:
+    """Runs the pass; an exception of a third-party pass gets a note with the stage and the import path of the pass."""
+    try:
+        return step.run(stage)
+    except Exception as error:
+        if not isinstance(error, VlqcError) and not _is_builtin(step):
+            error.add_note(f"on stage {stage.name}: {third_party_fix(import_path(type(step)))}")
+        raise
+
+
+def _check_valid(stage: Stage, step: Pass) -> None:
+    if faults := check(stage):
+        lines = "\n  ".join(faults)
+        raise _pass_error(step, f"{stage.name} is not valid after {step.name}:\n  {lines}\n{print_stage(stage)}")
+
+
+def _check_changes(stage: Stage, step: Pass, changed: bool, before: _State) -> _State:
+    """Compares the stage with its state before the pass. Returns the state after it."""
+    if not isinstance(changed, bool):
+        raise _pass_error(step, f"{step.name}: run returned {changed!r} on {stage.name}; it must return True or False")
+    after = _State.of(stage, before if step.kind == "analysis" else None)
+    if step.kind == "analysis" and after.digests != before.digests:
+        names = sorted({*after.digests, *before.digests})
+        modified = ", ".join(name for name in names if after.digests.get(name) != before.digests.get(name))
+        raise _pass_error(step, f"{step.name} is an analysis but changed {modified} of {stage.name}")
+    if changed != (after != before):
+        what = "returned True but changed nothing" if changed else "returned False but changed something"
+        raise _pass_error(step, f"{step.name} {what} on {stage.name}")
+    return after
+
+
+def _must_keep_output(stage: Stage, step: Pass) -> bool:
+    """Whether the output before and after the pass is compared: third-party rewrites of stages in float.
+
+    The built-in rewrites check each fold themselves and undo those that change the output.
+    """
+    has_probe = stage.execution.probe is not None
+    return not _is_builtin(step) and step.kind == "rewrite" and has_probe and _is_float(stage)
+
+
+def _check_output(stage: Stage, step: Pass, before: Tensor) -> None:
+    """before: float32 [numel], the output for the probe. A pass that lowers linear layers may change the output."""
+    if not _is_float(stage):
         return
-    after = stage.execution.probe_output().flatten()
-    found = difference(before, after) if after.shape == before.shape else float("inf")
-    if found > TOLERANCE:
-        raise _broken(
+    after = _probe_output(stage)
+    error = difference(before, after) if after.shape == before.shape else float("inf")
+    if error > TOLERANCE:
+        raise _pass_error(
             step,
-            f"{step.name} is a rewrite but changed what {stage.name} computes: its output for the probe deviates by "
-            f"{found:.1e}, {TOLERANCE:.0e} is rounding",
+            f"{step.name} is a rewrite but changed the output of {stage.name} for the probe: "
+            f"relative error {error:.1e}, tolerance {TOLERANCE:.0e}",
         )
+
+
+def _probe_output(stage: Stage) -> Tensor:
+    return stage.execution.probe_output().flatten()
 
 
 def _is_float(stage: Stage) -> bool:
     return not any(stage.is_lowered(site) for site in stage.sites.values())
 
 
-def _run(step: Pass, stage: Stage) -> bool:
-    """A pass that breaks says where: its own traceback names neither the stage nor who wrote it."""
-    try:
-        return step.run(stage)
-    except Exception as error:
-        if not isinstance(error, VlqcError) and not _is_own(step):
-            error.add_note(f"on stage {stage.name}: {third_party_fix(import_path(type(step)))}")
-        raise
-
-
-def _broken(step: Pass, promise: str) -> InternalError:
-    return InternalError(promise) if _is_own(step) else InternalError(promise, third_party_fix(import_path(type(step))))
-
-
-def _is_own(step: Pass) -> bool:
+def _is_builtin(step: Pass) -> bool:
     return type(step).__module__.partition(".")[0] == "vlqc"
 
 
-@dataclass(frozen=True)
-class _Evidence:
-    """Digests of all weights, the text of everything else; per weight: which tensor, where, changed how often."""
-
-    weights: dict[str, int]
-    text: str
-    marks: dict[str, Mark] = field(compare=False)
-
-    def stands_for(self, name: str, tensor: Tensor) -> bool:
-        """Whether the tensor of this name was the same one, and nothing was written to it since."""
-        return name in self.marks and self.marks[name].is_of(tensor)
+def _pass_error(step: Pass, message: str) -> InternalError:
+    fix = () if _is_builtin(step) else (third_party_fix(import_path(type(step))),)
+    return InternalError(message, *fix)

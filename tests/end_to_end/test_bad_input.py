@@ -63,7 +63,7 @@ def truncate(folder: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
-    "no safetensors": (lambda m: (m / "model.safetensors").unlink(), ("holds no *.safetensors", "convert")),
+    "no safetensors": (lambda m: (m / "model.safetensors").unlink(), ("no *.safetensors", "convert")),
     "no config": (lambda m: (m / "config.json").unlink(), ("config.json",)),
     "truncated shard": (truncate, ("model.safetensors", "copy the file again")),
     "tensor missing": (

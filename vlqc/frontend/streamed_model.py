@@ -131,15 +131,15 @@ class StreamedModel:
         if not self.stages:
             why = "it has no ModuleList of blocks with linear layers"
             raise UserError(Fault("unsupported architecture", str(checkpoint.folder), why))
-        checkpoint.expect((name, tuple(parameter.shape)) for name, parameter in self.parameters(module).items())
+        checkpoint.check_tensors((name, tuple(parameter.shape)) for name, parameter in self.parameters(module).items())
 
     @classmethod
     def open(
         cls, checkpoint: Checkpoint, *, trust_remote_code: bool = False, device: torch.device = CPU
     ) -> "StreamedModel":
         """The model of a checkpoint. Raises UserError if it is quantized, unsupported or does not fit its config."""
-        checkpoint.require_float()
-        checkpoint.require_config()
+        checkpoint.check_not_quantized()
+        checkpoint.check_config()
         module = build_meta_model(checkpoint.folder, checkpoint.config, trust_remote_code=trust_remote_code)
         return cls(module, checkpoint, device=device)
 
@@ -212,7 +212,7 @@ class StreamedModel:
         names = list(self.stages)
         following = names[names.index(name) + 1 :]
         wanted = self.parameters(self.stages[following[0]]) if following else self.non_stage_parameters()
-        self.checkpoint.read_ahead(wanted)
+        self.checkpoint.prefetch(wanted)
 
     @contextmanager
     def non_stage_weights(self, read: Callable[[str], Tensor], *, head: bool = False) -> Iterator[None]:

@@ -43,7 +43,7 @@ def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, trust_remote
     folder = Path(folder)
     checkpoint = Checkpoint(folder)
     description = read_description(folder)
-    checkpoint.require_config()
+    checkpoint.check_config()
     model = build_meta_model(folder, checkpoint.config, trust_remote_code=trust_remote_code)
     loader = WeightLoader(checkpoint, description, dtype)
     head = model.get_output_embeddings()  # type: ignore[operator]

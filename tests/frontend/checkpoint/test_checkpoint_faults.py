@@ -134,10 +134,10 @@ def test_nan_and_inf_are_named_and_counted(tmp_path: Path, dtype: torch.dtype, b
 def test_missing_and_misshapen_tensors_are_listed_together(tmp_path: Path) -> None:
     """Catches an error that names the first missing tensor only, or lets a wrong shape pass."""
     checkpoint = Checkpoint(write(tmp_path))
-    checkpoint.expect([("lm_head.weight", (5, 4))])
+    checkpoint.check_tensors([("lm_head.weight", (5, 4))])
     wanted = [("lm_head.weight", (5, 4)), ("a", (1,)), ("visual.blocks.0.attn.qkv.weight", (2, 6)), ("b", (2, 3))]
     with pytest.raises(UserError) as caught:
-        checkpoint.expect(wanted)
+        checkpoint.check_tensors(wanted)
     whats = [fault.what for fault in caught.value.faults]
     assert whats == [
         "tensor a is missing",

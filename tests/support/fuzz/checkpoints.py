@@ -146,7 +146,7 @@ def check_config_text(case: bytes, folder: Path) -> bool:
     checkpoint = Checkpoint(folder)
     demand(isinstance(strict(case), dict), "config.json is no object")
     demand(checkpoint.source_config == strict(case), "another object than the file holds")
-    checkpoint.require_float()
+    checkpoint.check_not_quantized()
     json.dumps(checkpoint.config, allow_nan=False).encode()
     return True
 

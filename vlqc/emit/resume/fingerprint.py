@@ -18,7 +18,7 @@ from torch.nn import functional
 
 import vlqc
 from vlqc.files import sha256_of
-from vlqc.frontend.checkpoint.checkpoint import digest_of
+from vlqc.frontend.checkpoint.checkpoint import tensor_sha256
 from vlqc.frontend.checkpoint.header import read_header_bytes
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.options.options import Options, flag_of
@@ -59,7 +59,7 @@ def run_fingerprint(
     if samples:
         ids = torch.unique(torch.cat([sample["input_ids"].flatten() for sample in samples]))
         embedding = f"{model.name(model.embedding)}.weight"
-        fingerprint[f"rows of {embedding} in use"] = _short(digest_of(checkpoint.rows(embedding, ids)))
+        fingerprint[f"rows of {embedding} in use"] = _short(tensor_sha256(checkpoint.rows(embedding, ids)))
     return fingerprint
 
 
@@ -125,7 +125,7 @@ def _samples_digest(samples: Sequence[Mapping[str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for sample in samples:
         for key, tensor in sorted(sample.items()):
-            digest.update(f"{key} {tensor.dtype} {list(tensor.shape)} {digest_of(tensor)}\n".encode())
+            digest.update(f"{key} {tensor.dtype} {list(tensor.shape)} {tensor_sha256(tensor)}\n".encode())
     return digest.hexdigest()
 
 
@@ -175,7 +175,7 @@ def _numerics() -> str:
             functional.gelu(left),
             left.exp(),
         ):
-            digest.update(digest_of(result).encode())
+            digest.update(tensor_sha256(result).encode())
     return _short(digest.hexdigest())
 
 

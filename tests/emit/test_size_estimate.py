@@ -10,7 +10,7 @@ import torch
 
 import vlqc
 from tests.support import tiny
-from tests.support.interrupted_runs import small
+from tests.support.interrupted_runs import small_checkpoint
 from vlqc.emit.folder_writer import FolderWriter
 from vlqc.emit.size_estimate import output_bytes, predict_schemes
 from vlqc.errors import UserError
@@ -29,7 +29,7 @@ Disk = namedtuple("Disk", "total used free")
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small(tmp_path_factory.mktemp("checkpoint"))
+    return small_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.mark.parametrize(

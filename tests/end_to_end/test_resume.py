@@ -1,4 +1,4 @@
-"""Runs that end early for other reasons than a kill, and go on, or not."""
+"""Resuming after errors, Ctrl-C, full disks and concurrent runs; kills are in test_resume_kills."""
 
 import os
 import signal
@@ -15,14 +15,14 @@ from torch import Tensor
 import vlqc
 from tests.support.interrupted_runs import (
     STAGES,
+    compile_and_read,
     compile_into,
-    compiled,
-    content,
-    failing,
-    interrupted,
-    left,
-    small,
-    traced,
+    fail_at_stage,
+    file_contents,
+    interrupt_compile,
+    run_folders,
+    small_checkpoint,
+    stage_runs,
 )
 from vlqc.cli.commands import app
 from vlqc.emit.atomic_folder import WorkFolder
@@ -36,74 +36,74 @@ PHOTOS = Path(__file__).parents[1] / "photos"
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small(tmp_path_factory.mktemp("checkpoint"))
+    return small_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="module")
 def whole(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What an uninterrupted run writes."""
-    return compiled(tmp_path_factory.mktemp("whole") / "out", checkpoint)
+    """The files of an uninterrupted run."""
+    return compile_and_read(tmp_path_factory.mktemp("whole") / "out", checkpoint)
 
 
-# ---- how a run can end -----------------------------------------------------------------------------------------------
+# ---- interruptions ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.every_transformers
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_stage_can_be_the_first_to_run_again(
+def test_resume_at_every_stage(
     stage: str, checkpoint: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches outputs that are needed again and were not kept, at the borders of vision, merger and language too."""
+    """Catches stage outputs that are needed but not saved, also at the boundaries of vision, merger and language."""
     target = tmp_path / "out"
-    with failing(stage, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+    with fail_at_stage(stage, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
         compile_into(target, checkpoint)
-    ran = traced(monkeypatch)
+    ran = stage_runs(monkeypatch)
     result = compile_into(target, checkpoint, resume=True)
     finished = STAGES.index(stage)
     assert [name for name in dict.fromkeys(ran) if name in STAGES] == STAGES[finished:]
-    assert content(target) == whole and left(target) == []
+    assert file_contents(target) == whole and run_folders(target) == []
     said = [note for note in result.notes if "resuming an interrupted run" in note]
     assert len(said) == (finished > 0) and all(f"{finished} of 5" in note for note in said)
 
 
-def test_a_run_can_be_interrupted_again_and_again(checkpoint: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
-    """Catches a journal that a second run does not carry on, and values that a second interruption loses."""
+def test_a_resumed_run_can_be_interrupted_again(checkpoint: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    """Catches a journal that a resumed run does not extend, and outputs that a second interruption loses."""
     target = tmp_path / "out"
     for number, stage in enumerate(STAGES[1:]):
-        with failing(stage, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt) as caught:
+        with fail_at_stage(stage, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt) as caught:
             compile_into(target, checkpoint, resume=number > 0)
         assert f"{number + 1} of 5 stages are finished" in caught.value.__notes__[0]
     result = compile_into(target, checkpoint, resume=True)
-    assert content(target) == whole and left(target) == []
+    assert file_contents(target) == whole and run_folders(target) == []
     assert sum(result.counts.values()) == sum(compile_into(tmp_path / "again", checkpoint).counts.values())
 
 
 def test_an_error_before_any_stage_is_finished_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
-    """Catches rubbish beside the save folder after bad input."""
-    with failing(STAGES[0], UserError("no")), pytest.raises(UserError):
+    """Catches files beside the output folder after invalid input."""
+    with fail_at_stage(STAGES[0], UserError("no")), pytest.raises(UserError):
         compile_into(tmp_path / "deep" / "out", checkpoint)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "raised"),
     [(InternalError("a promise"), InternalError), (MemoryError(), UserError), (UserError("a sample"), UserError)],
 )
-def test_any_error_keeps_what_is_finished(
-    error: Exception, told: type[Exception], checkpoint: Path, whole: dict[str, bytes], tmp_path: Path
+def test_any_error_keeps_finished_stages(
+    error: Exception, raised: type[Exception], checkpoint: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
-    """Catches hours of work that go with an error in the last stage."""
-    with failing(STAGES[4], error), pytest.raises(told) as caught:
+    """Catches finished stages that are lost by an error in the last stage."""
+    with fail_at_stage(STAGES[4], error), pytest.raises(raised) as caught:
         compile_into(tmp_path / "out", checkpoint)
     assert "4 of 5 stages are finished" in caught.value.__notes__[0]
     compile_into(tmp_path / "out", checkpoint, resume=True)
-    assert content(tmp_path / "out") == whole
+    assert file_contents(tmp_path / "out") == whole
 
 
-def test_a_verdict_on_the_whole_result_leaves_nothing(
+def test_a_failed_verification_leaves_nothing(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a folder kept to be resumed when going on can only lead to the same refusal."""
+    """Catches a run folder that is kept although resuming would fail again."""
 
     def refuse(folder: Path) -> None:
         raise InternalError("not sound")
@@ -118,7 +118,7 @@ def test_a_verdict_on_the_whole_result_leaves_nothing(
 def test_a_full_disk(
     place: str, checkpoint: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a traceback, half a result, and a run that has to start anew once there is room."""
+    """Catches a traceback, a partial result, and a run that cannot be resumed after a full disk."""
     owners: dict[str, tuple[str, int]] = {
         "weights": ("vlqc.emit.shard_writer.ShardWriter._write", 60),
         "outputs": ("vlqc.emit.resume.stage_outputs.OutputsWriter._write", 5),
@@ -142,7 +142,7 @@ def test_a_full_disk(
     assert "stages are finished" in caught.value.__notes__[0], (module, path)
     assert not (tmp_path / "out").exists()
     compile_into(tmp_path / "out", checkpoint, resume=True)
-    assert content(tmp_path / "out") == whole and left(tmp_path / "out") == []
+    assert file_contents(tmp_path / "out") == whole and run_folders(tmp_path / "out") == []
 
 
 def _found(name: str) -> Callable[..., Any]:
@@ -154,7 +154,7 @@ def _found(name: str) -> Callable[..., Any]:
 
 
 def test_ctrl_c_on_the_command_line(checkpoint: Path, tmp_path: Path) -> None:
-    """Catches an interruption that says nothing of how to go on, or has another exit code."""
+    """Catches another exit code, and a message without --resume and the number of finished stages."""
     target = tmp_path / "out"
     command = ["compile", "--model_path", str(checkpoint), "--save_directory", str(target), "--calib_images"]
     command += [str(PHOTOS), "--max_tokens", "60", "--max_samples", "1", "--weight_method", "round"]
@@ -176,57 +176,57 @@ def test_ctrl_c_on_the_command_line(checkpoint: Path, tmp_path: Path) -> None:
     assert "interrupted" in ended.stderr and "2 of 5 stages are finished" in ended.stderr
     refused = CliRunner().invoke(app, command)
     assert refused.exit_code == 2 and "--resume" in refused.stderr and "--start_over" in refused.stderr
-    assert len(left(target)) == 1
+    assert len(run_folders(target)) == 1
     went_on = CliRunner().invoke(app, [*command, "--resume"])
     assert went_on.exit_code == 0 and "2 of 5" in went_on.stderr
-    assert vlqc.verify_folder(target).ok and left(target) == []
+    assert vlqc.verify_folder(target).ok and run_folders(target) == []
 
 
-# ---- with or without something to go on with -------------------------------------------------------------------------
+# ---- options ---------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_to_resume_is_a_new_run(checkpoint: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
-    """Catches a command that cannot be repeated in a loop, or that is silent about what it does."""
+def test_resume_without_an_interrupted_run(checkpoint: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    """Catches an error for --resume in a first run, and a missing note."""
     result = compile_into(tmp_path / "out", checkpoint, resume=True)
-    assert content(tmp_path / "out") == whole and any("nothing to resume" in it for it in result.notes)
+    assert file_contents(tmp_path / "out") == whole and any("nothing to resume" in it for it in result.notes)
 
 
-def test_after_success_nothing_is_done_again(checkpoint: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
-    """Catches a finished result that a repeated command throws away, or hours of work before a refusal."""
+def test_resume_after_success_is_an_error(checkpoint: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    """Catches a finished result that is replaced."""
     compile_into(tmp_path / "out", checkpoint)
     for _ in range(2):
         with pytest.raises(UserError, match="not empty"):
             compile_into(tmp_path / "out", checkpoint, resume=True)
-        (tmp_path / ".out.partial-left").mkdir(exist_ok=True)  # cleared up halfway
-    assert content(tmp_path / "out") == whole
+        (tmp_path / ".out.partial-left").mkdir(exist_ok=True)  # of an interrupted cleanup
+    assert file_contents(tmp_path / "out") == whole
 
 
-def test_a_repeated_command_does_not_lose_what_is_there(checkpoint: Path, tmp_path: Path) -> None:
-    """Catches a plain repeat that removes hours of work; to start anew has to be said."""
-    work = interrupted(tmp_path / "out", checkpoint)
+def test_finished_stages_are_discarded_only_with_start_over(checkpoint: Path, tmp_path: Path) -> None:
+    """Catches a repeated command without --resume that removes finished stages."""
+    work = interrupt_compile(tmp_path / "out", checkpoint)
     for options in ({}, {"overwrite": True}, {"w_bit": 8, "is_dynamic": True}):
         with pytest.raises(UserError, match=r"(?s)--resume.*--start_over"):
             compile_into(tmp_path / "out", checkpoint, **options)
-    assert left(tmp_path / "out") == [work]
+    assert run_folders(tmp_path / "out") == [work]
     compile_into(tmp_path / "out", checkpoint, start_over=True)
-    assert left(tmp_path / "out") == [] and (tmp_path / "out").is_dir()
+    assert run_folders(tmp_path / "out") == [] and (tmp_path / "out").is_dir()
 
 
-def test_what_appeared_meanwhile_stays(checkpoint: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
-    """Catches a resumed run that replaces a folder which was not there when it began."""
-    interrupted(tmp_path / "out", checkpoint)
+def test_files_created_since_the_interruption_stay(checkpoint: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    """Catches a resumed run that replaces an output folder which did not exist when it was started."""
+    interrupt_compile(tmp_path / "out", checkpoint)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")
     with pytest.raises(UserError, match="not empty"):
         compile_into(tmp_path / "out", checkpoint, resume=True)
-    assert content(tmp_path / "out") == {"mine": b"mine"} and len(left(tmp_path / "out")) == 1
+    assert file_contents(tmp_path / "out") == {"mine": b"mine"} and len(run_folders(tmp_path / "out")) == 1
     compile_into(tmp_path / "out", checkpoint, resume=True, overwrite=True)
-    assert content(tmp_path / "out") == whole
+    assert file_contents(tmp_path / "out") == whole
 
 
-def test_two_runs_do_not_take_the_same_folder(checkpoint: Path, tmp_path: Path) -> None:
-    """Catches two commands with --resume that write into one work folder."""
-    work = interrupted(tmp_path / "out", checkpoint)
+def test_two_runs_do_not_use_the_same_run_folder(checkpoint: Path, tmp_path: Path) -> None:
+    """Catches two commands with --resume that write into one run folder."""
+    work = interrupt_compile(tmp_path / "out", checkpoint)
     held = WorkFolder(tmp_path / "out", work)
     with pytest.raises(UserError, match="another run"):
         compile_into(tmp_path / "out", checkpoint, resume=True)
@@ -234,18 +234,18 @@ def test_two_runs_do_not_take_the_same_folder(checkpoint: Path, tmp_path: Path) 
     compile_into(tmp_path / "out", checkpoint, resume=True)
 
 
-# ---- what cannot be kept, or is late ---------------------------------------------------------------------------------
+# ---- unsupported models, slow disks ----------------------------------------------------------------------------------
 
 
-def test_outputs_that_were_not_kept_are_not_made_up(
+def test_placeholders_are_never_used_as_values(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a model whose own code reads an early stage again, and silently gets nonsense after an interruption."""
+    """Catches a model that uses the outputs of an early stage again, which a resumed run does not have."""
     from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as code
 
     owner: Any = getattr(code, "Qwen2_5_VLTextModel", None) or code.Qwen2_5_VLModel
     build = owner.__init__
-    first: dict[greenlet.greenlet, Tensor] = {}  # per suspended forward what entered its first layer
+    first: dict[greenlet.greenlet, Tensor] = {}  # per suspended forward, the input of its first layer
 
     def remember(layer: Any, args: Any) -> None:
         if greenlet.getcurrent().parent is not None:
@@ -254,32 +254,32 @@ def test_outputs_that_were_not_kept_are_not_made_up(
     def add(layer: Any, args: Any) -> Any:
         return args[0] + first.get(greenlet.getcurrent(), 0), *args[1:]
 
-    def build_with_a_short_cut(self: Any, *args: Any, **given: Any) -> None:
+    def build_with_a_skip_connection(self: Any, *args: Any, **given: Any) -> None:
         build(self, *args, **given)
         self.layers[0].register_forward_pre_hook(remember)
         self.layers[1].register_forward_pre_hook(add)
 
-    monkeypatch.setattr(owner, "__init__", build_with_a_short_cut)
-    interrupted(tmp_path / "out", checkpoint, at=STAGES[4])
-    with pytest.raises(UserError, match="this model cannot be resumed here"):
+    monkeypatch.setattr(owner, "__init__", build_with_a_skip_connection)
+    interrupt_compile(tmp_path / "out", checkpoint, at=STAGES[4])
+    with pytest.raises(UserError, match="cannot be resumed"):
         compile_into(tmp_path / "out", checkpoint, resume=True)
 
 
-def test_outputs_of_an_unknown_kind_give_up(
+def test_unsupported_outputs_disable_resuming(
     checkpoint: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a stage of somebody's own code that breaks the run because its outputs cannot be kept."""
+    """Catches a run that fails because the outputs of a stage cannot be saved."""
     from vlqc.ir.serialization import NotSerializable
 
     def cannot(self: object, value: object) -> None:
         raise NotSerializable("Thing")
 
     monkeypatch.setattr("vlqc.emit.resume.stage_outputs.OutputsWriter.add", cannot)
-    with failing(STAGES[3], KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+    with fail_at_stage(STAGES[3], KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
         compile_into(tmp_path / "out", checkpoint)
     assert list(tmp_path.iterdir()) == []
     result = compile_into(tmp_path / "out", checkpoint)
-    assert content(tmp_path / "out") == whole and any("type Thing" in note for note in result.notes)
+    assert file_contents(tmp_path / "out") == whole and any("type Thing" in note for note in result.notes)
 
 
 def test_a_slow_disk_changes_nothing(
@@ -303,4 +303,4 @@ def test_a_slow_disk_changes_nothing(
     monkeypatch.setattr(ShardWriter, "commit", delayed)
     monkeypatch.setattr(Journal, "record_stage", counted)
     compile_into(tmp_path / "out", checkpoint)
-    assert content(tmp_path / "out") == whole and saved == [0] * len(STAGES)
+    assert file_contents(tmp_path / "out") == whole and saved == [0] * len(STAGES)

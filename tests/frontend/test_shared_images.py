@@ -9,7 +9,7 @@ from torch import Tensor
 
 import vlqc
 from tests.support import tiny
-from tests.support.interrupted_runs import STAGES, content, failing, small
+from tests.support.interrupted_runs import STAGES, fail_at_stage, file_contents, small_checkpoint
 from tests.support.resume_runs import QUICK
 from vlqc.frontend.calibration.dataset import load_calibration
 from vlqc.frontend.calibration.samples import group_by_images
@@ -77,14 +77,14 @@ def test_samples_with_the_same_picture_are_neighbours() -> None:
 @pytest.mark.parametrize("stage", STAGES[1:])
 def test_a_resumed_run_shares_as_well(stage: str, tmp_path: Path) -> None:
     """Catches a sample that ran through no stage of its own yet and gets nothing, or NaN, when a run goes on."""
-    checkpoint = small(tmp_path / "checkpoint")
+    checkpoint = small_checkpoint(tmp_path / "checkpoint")
     given: list[dict[str, Tensor]] = [ONE, TEXT, AGAIN, TWO]
 
     def run(folder: Path, **more: Any) -> None:
         vlqc.compile(model_path=checkpoint, save_directory=folder, samples=given, **(QUICK | more))
 
     run(tmp_path / "whole")
-    with failing(stage, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+    with fail_at_stage(stage, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
         run(tmp_path / "out")
     run(tmp_path / "out", resume=True)
-    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert file_contents(tmp_path / "out") == file_contents(tmp_path / "whole")

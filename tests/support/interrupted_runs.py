@@ -1,4 +1,4 @@
-"""Runs over a small checkpoint that end early, and what they leave."""
+"""Compilations of a small checkpoint, complete or interrupted."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +16,8 @@ from vlqc.ir.execution import StageRun
 STAGES = ["visual.blocks.0", "visual.blocks.1", "visual.merger", "model.layers.0", "model.layers.1"]
 
 
-def small(folder: Path) -> Path:
-    """The tiny checkpoint with two blocks of its vision tower, and two layers of its language model: five stages."""
+def small_checkpoint(folder: Path) -> Path:
+    """The tiny checkpoint with two vision blocks and two decoder layers: five stages."""
 
     def drop(tensors: dict[str, Tensor]) -> None:
         for name in list(tensors):
@@ -36,23 +36,23 @@ def compile_into(folder: Path, checkpoint: Path, samples: list[dict[str, Tensor]
     return vlqc.compile(model_path=checkpoint, save_directory=folder, samples=samples, **(QUICK | options))
 
 
-def content(folder: Path) -> dict[str, bytes]:
+def file_contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def compiled(folder: Path, checkpoint: Path) -> dict[str, bytes]:
-    """What an uninterrupted run writes."""
+def compile_and_read(folder: Path, checkpoint: Path) -> dict[str, bytes]:
+    """Compiles without interruption; returns file name -> content."""
     compile_into(folder, checkpoint)
-    return content(folder)
+    return file_contents(folder)
 
 
-def left(target: Path) -> list[Path]:
+def run_folders(target: Path) -> list[Path]:
     return sorted(target.parent.glob(".*.partial-*"))
 
 
 @contextmanager
-def failing(stage: str, error: BaseException) -> Iterator[None]:
-    """Inside, what happens when this stage is about to run its samples."""
+def fail_at_stage(stage: str, error: BaseException) -> Iterator[None]:
+    """Raises `error` when this stage is about to run its samples."""
     run = StageRun.forward
 
     def changed(self: StageRun, *watch: Any) -> None:
@@ -67,17 +67,17 @@ def failing(stage: str, error: BaseException) -> Iterator[None]:
         StageRun.forward = run  # type: ignore[method-assign]
 
 
-def interrupted(save: Path, checkpoint: Path, at: str = STAGES[3], **options: Any) -> Path:
-    """A run that was interrupted at a stage; its work folder."""
-    with failing(at, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+def interrupt_compile(save: Path, checkpoint: Path, at: str = STAGES[3], **options: Any) -> Path:
+    """Interrupts a compilation at a stage; returns its run folder."""
+    with fail_at_stage(at, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
         compile_into(save, checkpoint, **options)
-    (work,) = left(save)
+    (work,) = run_folders(save)
     assert not save.exists()
     return work
 
 
-def traced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the stages that are run from now on."""
+def stage_runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A list to which the names of the stages that run are appended."""
     names: list[str] = []
     run = StageRun.forward
 

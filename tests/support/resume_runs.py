@@ -1,7 +1,8 @@
-"""Kills compilations at listed moments, lets them go on, and says what came of it: `resume_runs.py CHECKPOINT FOLDER`.
+"""Kills compilations at listed moments, resumes them, and prints the outcome: `resume_runs.py CHECKPOINT FOLDER`.
 
-A process of its own, with one thread, which loads everything once and forks a child for every run. Prints one JSON
-object: per moment how the first run ended, what it left, which stages the second one ran, and which bytes it wrote.
+A separate single-threaded process, which imports everything once and forks a child for every run. Prints one JSON
+object: per moment how the first run ended, which stages were finished, which stages the second run ran, and the digests
+of its files.
 """
 
 import hashlib
@@ -22,14 +23,14 @@ SAMPLES = [tiny.made_up((4, 4), seed=1), tiny.made_up(words=3, seed=2)]
 QUICK: dict[str, Any] = {"weight_method": "round", "anti_method": "none", "act_method": 1}
 CASES: dict[str, dict[str, Any]] = {
     "plain": QUICK,
-    "overwrite": QUICK | {"overwrite": True},  # an older result stands there
+    "overwrite": QUICK | {"overwrite": True},  # an older result exists
     "shards": QUICK | {"part_file_size": 1, "propagate": "quantized", "memory_budget": 0.0},
     "search": QUICK | {"fallback": "auto", "max_float_groups": 2, "target": "vllm-ascend", "part_file_size": 1},
     "mindie": QUICK | {"mindie_format": True, "anti_method": "m4"},
 }
-GIB = 300_000  # bytes of a weight file, where there are several
+GIB = 300_000  # part_file_size 1, in bytes
 APPEND = "vlqc.emit.resume.journal_file:JournalWriter.append"
-# (case, what is done at that moment, the function, its how manieth call, before | after | half: of what it writes)
+# (case, name of the moment, function, number of the call, when: before or after the call, or half-way through a write)
 MOMENTS = [
     ("plain", "calibrating", "vlqc.compiler:load_calibration", 1, "before"),
     ("plain", "calibrated", "vlqc.emit.resume.journal:run_fingerprint", 1, "after"),
@@ -75,26 +76,26 @@ MOMENTS = [
 
 @dataclass
 class Killer:
-    """In place of a function: at its `call`th call this process ends, as if somebody had pulled the plug."""
+    """Replaces a function; kills this process at the `call`th call."""
 
     real: Callable[..., Any]
     call: int
     when: str
     calls: int = 0
 
-    def __call__(self, *args: Any, **given: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.calls += 1
         if self.calls != self.call:
-            return self.real(*args, **given)
+            return self.real(*args, **kwargs)
         if self.when == "after":
-            self.real(*args, **given)
+            self.real(*args, **kwargs)
         elif self.when == "half":
             self._half(args)
         os.kill(os.getpid(), signal.SIGKILL)
-        raise AssertionError("a process that was killed goes on")
+        raise AssertionError("not killed")
 
     def _half(self, args: tuple[Any, ...]) -> None:
-        """What the call would write, and then takes half of it back."""
+        """Makes the call, then truncates half of what it wrote."""
         file = args[0]._file
         file.flush()
         before = file.tell()
@@ -110,14 +111,14 @@ def kill_at(place: str, call: int, when: str) -> None:
     for each in outer:
         owner = getattr(owner, each)
     killer = Killer(getattr(owner, name), call, when)
-    if isinstance(owner, type):  # found there it has to be a function, to get its self
-        setattr(owner, name, lambda *args, **given: killer(*args, **given))
+    if isinstance(owner, type):  # a function, so that it is bound as a method
+        setattr(owner, name, lambda *args, **kwargs: killer(*args, **kwargs))
     else:
         setattr(owner, name, killer)
 
 
 def child(work: Callable[[], None]) -> int:
-    """Runs something in a process of its own: its exit code, or minus the number of the signal that ended it."""
+    """Runs `work` in a child process; returns its exit code, or the negative number of the signal that ended it."""
     sys.stdout.flush()
     pid = os.fork()
     if pid == 0:
@@ -132,18 +133,18 @@ def child(work: Callable[[], None]) -> int:
 
 
 def compile_case(case: str, checkpoint: Path, target: Path, traced: Path, **more: Any) -> None:
-    """Writes the names of the stages that it runs."""
+    """Compiles a case, and writes the names of the stages that run into `traced`."""
     import vlqc
     import vlqc.emit.folder_writer
     import vlqc.frontend.stage_builder
 
     vlqc.emit.folder_writer.GIB = GIB
-    record = vlqc.frontend.stage_builder.trace
+    trace = vlqc.frontend.stage_builder.trace
 
     def noted(module: Any, call: Any, name: str) -> Any:
         with traced.open("a") as file:
             file.write(f"{name}\n")
-        return record(module, call, name)
+        return trace(module, call, name)
 
     vlqc.frontend.stage_builder.trace = noted  # type: ignore[assignment]
     vlqc.compile(model_path=checkpoint, save_directory=target, samples=SAMPLES, **(CASES[case] | more))
@@ -154,7 +155,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def finished_stages(target: Path) -> list[str]:
-    """Names in the journal beside it."""
+    """Names of the finished stages in the journal."""
     from vlqc.emit.resume.journal_file import read_lines
 
     found = [path for path in target.parent.glob(".*.partial-*/journal.jsonl")]
@@ -181,13 +182,13 @@ def try_moment(moment: tuple[str, str, str, int, str], checkpoint: Path, folder:
     ended = child(first)
     there = digests(target) if target.exists() else None
     kept = finished_stages(target)
-    went_on = child(lambda: compile_case(case, checkpoint, target, traced, resume=True))
+    resumed = child(lambda: compile_case(case, checkpoint, target, traced, resume=True))
     result = {
         "ended": ended,
-        "untouched": there == before,
+        "unchanged": there == before,
         "there": there,
         "kept": kept,
-        "went on": went_on,
+        "resumed": resumed,
         "ran": traced.read_text().split() if traced.exists() else [],
         "bytes": digests(target) if target.exists() else {},
         "left": sorted(path.name for path in folder.iterdir() if path.name.startswith(".")),
@@ -198,12 +199,12 @@ def try_moment(moment: tuple[str, str, str, int, str], checkpoint: Path, folder:
 
 def main(checkpoint: Path, folder: Path) -> None:
     import torch
-    import transformers  # noqa: F401 - so that no child has to
+    import transformers  # noqa: F401 - imported once, for all children
 
     import vlqc.compiler
 
     torch.set_num_threads(1)
-    vlqc.compiler.compile(  # once here, so that every child finds loaded and cached what a compilation needs
+    vlqc.compiler.compile(  # imports and caches what every child needs
         model_path=checkpoint, save_directory=folder / "warm", samples=SAMPLES, **QUICK
     )
     whole: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""What of the user's own code counts when a run is to go on: the passes' files, those of their bases and of helpers."""
+"""Which source files are part of the fingerprint: those of passes, their bases, and modules that they may import."""
 
 import importlib
 import sys
@@ -50,7 +50,7 @@ HELPERS = {"elsewhere.parts", "helping", "mine", "mine.deep"}
 
 @pytest.fixture
 def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder with the files; what is loaded from there is forgotten afterwards."""
+    """A folder with the files; modules loaded from it are removed from sys.modules afterwards."""
     for name, text in FILES.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text, encoding="utf-8")
@@ -63,18 +63,18 @@ def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize(
-    ("module", "counted"),
+    ("module", "included"),
     [
         ("helped", HELPERS | {"helped"}),
         ("package.inner.helped", HELPERS | {"package", "package.inner", "package.inner.helped", "package.beside"}),
         ("sold.helped", {"elsewhere.parts", "sold", "sold.part", "sold.helped"}),
     ],
 )
-def test_every_file_that_counts(code: Path, module: str, counted: set[str]) -> None:
-    """Catches a helper that may change between two halves of a result, and a library that may not for no reason."""
+def test_source_digests(code: Path, module: str, included: set[str]) -> None:
+    """Catches a helper module that is left out, and a library that is included."""
     kind = load_pass(f"{module}:Helped")
     before = source_digests([kind])
-    assert set(before) == {f"source of {name}" for name in counted}
+    assert set(before) == {f"source of {name}" for name in included}
     changed = set()
     for name in FILES:
         path = code / name
@@ -86,8 +86,8 @@ def test_every_file_that_counts(code: Path, module: str, counted: set[str]) -> N
     assert changed == set(before)
 
 
-def test_the_script_itself_may_change(code: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a script beside its passes that cannot go on because `resume=True` was written into it."""
+def test_the_calling_script_may_change(code: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a script that cannot resume because `resume=True` was added to it."""
     script = importlib.import_module("unasked")
     kind = load_pass("helped:Helped")
     monkeypatch.delitem(sys.modules, "unasked")

@@ -1,4 +1,4 @@
-"""What differs from the run that ended early, or was damaged since, is found before a run goes on from it."""
+"""A run is resumed only with the same inputs, and only from undamaged files."""
 
 import os
 import shutil
@@ -12,7 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.interrupted_runs import compile_into, compiled, content, interrupted, left, small
+from tests.support.interrupted_runs import (
+    compile_and_read,
+    compile_into,
+    file_contents,
+    interrupt_compile,
+    run_folders,
+    small_checkpoint,
+)
 from tests.support.resume_runs import QUICK, SAMPLES
 from vlqc.emit.resume.fingerprint import _numerics, run_fingerprint
 from vlqc.errors import UserError
@@ -23,16 +30,16 @@ SEARCH = QUICK | {"fallback": "auto", "max_float_groups": 2, "target": "vllm-asc
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small(tmp_path_factory.mktemp("checkpoint"))
+    return small_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="module")
 def whole(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What an uninterrupted run writes."""
-    return compiled(tmp_path_factory.mktemp("whole") / "out", checkpoint)
+    """The files of an uninterrupted run."""
+    return compile_and_read(tmp_path_factory.mktemp("whole") / "out", checkpoint)
 
 
-# ---- what differs ----------------------------------------------------------------------------------------------------
+# ---- other inputs ----------------------------------------------------------------------------------------------------
 
 
 def weights_changed(copy: Path, name: str) -> None:
@@ -62,12 +69,12 @@ CHANGES: dict[str, tuple[Callable[[Path], object], dict[str, Any], tuple[str, ..
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_differs_is_named(change: str, checkpoint: Path, tmp_path: Path) -> None:
-    """Catches a result made of two: whatever its bytes depend on has to be the same, or the run does not go on."""
+def test_other_inputs_are_named(change: str, checkpoint: Path, tmp_path: Path) -> None:
+    """Catches a result computed partly from other inputs."""
     damage, options, words = CHANGES[change]
     copy = shutil.copytree(checkpoint, tmp_path / "model")
-    work = interrupted(tmp_path / "out", copy)
-    before = content(work / "outputs")
+    work = interrupt_compile(tmp_path / "out", copy)
+    before = file_contents(work / "outputs")
     damage(copy)
     if change == "an embedding":  # of a token that the samples hold
         tensors = load_file(copy / "model.safetensors")
@@ -78,15 +85,15 @@ def test_what_differs_is_named(change: str, checkpoint: Path, tmp_path: Path) ->
         compile_into(tmp_path / "out", copy, **({"resume": True} | options))
     assert all(word in str(caught.value) for word in words), str(caught.value)
     assert "--start_over" in str(caught.value)
-    assert left(tmp_path / "out") == [work] and content(work / "outputs") == before
+    assert run_folders(tmp_path / "out") == [work] and file_contents(work / "outputs") == before
 
 
 @pytest.mark.parametrize("fact", ["vlqc", "torch", "transformers", "safetensors", "numpy", "threads", "device"])
-def test_another_library_or_machine_is_named(
+def test_another_version_or_machine_is_named(
     fact: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a fact that is not compared: another version or another number of threads may round differently."""
-    interrupted(tmp_path / "out", checkpoint)
+    """Catches a version or setting that is not compared, although it may change rounding."""
+    interrupt_compile(tmp_path / "out", checkpoint)
     monkeypatch.setattr(
         "vlqc.emit.resume.journal.run_fingerprint", lambda *given: run_fingerprint(*given) | {fact: "another"}
     )
@@ -94,17 +101,17 @@ def test_another_library_or_machine_is_named(
         compile_into(tmp_path / "out", checkpoint, resume=True)
 
 
-def test_another_arithmetic_is_named(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches routines that round differently, by a setting or the environment, on a processor of the same name."""
-    interrupted(tmp_path / "out", checkpoint)
+def test_other_rounding_is_named(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches routines that round differently because of a setting, on the same processor."""
+    interrupt_compile(tmp_path / "out", checkpoint)
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     with pytest.raises(UserError, match="cannot be resumed") as caught:
         compile_into(tmp_path / "out", checkpoint, resume=True)
     assert "floating-point results: " in str(caught.value)
 
 
-def test_the_same_arithmetic_is_known_again() -> None:
-    """Catches a digest that depends on the moment, the process or the caller's random numbers: no run would go on."""
+def test_numerics_digest_is_reproducible() -> None:
+    """Catches a digest that depends on the process or the random state, so that no run could be resumed."""
     code = (
         "import torch; torch.set_num_threads(int(input()))\n"
         "from vlqc.emit.resume import fingerprint as f\nprint(f._numerics())"
@@ -117,60 +124,62 @@ def test_the_same_arithmetic_is_known_again() -> None:
     assert [*here, there] == [there] * 4 and torch.equal(before, torch.get_rng_state())
 
 
-def test_what_does_not_matter_may_differ(checkpoint: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
-    """Catches a run that died of too little memory and cannot go on with less, or a checkpoint that was moved."""
-    interrupted(tmp_path / "out", checkpoint)
+def test_options_without_effect_may_differ(checkpoint: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    """Catches a run that cannot be resumed with another memory budget, or after the checkpoint was moved."""
+    interrupt_compile(tmp_path / "out", checkpoint)
     copy = shutil.copytree(
         checkpoint, tmp_path / "moved"
-    )  # other times of its files: all finished weights are compared
+    )  # other file times: all weights of finished stages are compared
     compile_into(tmp_path / "out", copy, resume=True, memory_budget=0.0, overwrite=True, dump_ir=tmp_path / "dump")
-    assert content(tmp_path / "out") == whole
+    assert file_contents(tmp_path / "out") == whole
 
 
-# ---- what was damaged ------------------------------------------------------------------------------------------------
+# ---- damaged files ---------------------------------------------------------------------------------------------------
 
 
-def torn(work: Path, count: int) -> None:
+def truncate_journal(work: Path, count: int) -> None:
     path = work / "journal.jsonl"
     path.write_bytes(path.read_bytes()[:-count])
 
 
 @pytest.mark.parametrize("lost", [1, 300])
-def test_a_torn_last_line_counts_as_never_written(
+def test_an_incomplete_last_line_is_ignored(
     lost: int, checkpoint: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a power cut in the middle of a line that makes everything before it worthless."""
-    monkeypatch.setattr(Path, "unlink", lambda *unused, **unused_too: None)  # which comes after the line
-    work = interrupted(tmp_path / "out", checkpoint)
+    """Catches a journal that is unusable after a power failure during a write."""
+    monkeypatch.setattr(Path, "unlink", lambda *unused, **unused_too: None)  # keeps stale outputs
+    work = interrupt_compile(tmp_path / "out", checkpoint)
     monkeypatch.undo()
-    torn(work, lost)
+    truncate_journal(work, lost)
     result = compile_into(tmp_path / "out", checkpoint, resume=True)
-    assert any("2 of 5 stages are finished" in note for note in result.notes) and content(tmp_path / "out") == whole
+    assert (
+        any("2 of 5 stages are finished" in note for note in result.notes) and file_contents(tmp_path / "out") == whole
+    )
 
 
-def flipped(path: Path, at: float = 0.7) -> None:
+def flip_bit(path: Path, at: float = 0.7) -> None:
     raw = bytearray(path.read_bytes())
     raw[int(len(raw) * at)] ^= 1
     path.write_bytes(bytes(raw))
 
 
 DAMAGES: dict[str, tuple[dict[str, Any], Callable[[Path], object], str]] = {
-    "a line": (QUICK, lambda work: flipped(work / "journal.jsonl", 0.3), "line"),
-    "a weight": (QUICK, lambda work: flipped(work / "result" / ".00000.partial"), " to "),
+    "a line": (QUICK, lambda work: flip_bit(work / "journal.jsonl", 0.3), "line"),
+    "a weight": (QUICK, lambda work: flip_bit(work / "result" / ".00000.partial"), " to "),
     "a weight file gone": (QUICK, lambda work: (work / "result" / ".00000.partial").unlink(), "is missing"),
     "a weight file cut": (QUICK, lambda work: os.truncate(work / "result" / ".00000.partial", 99_999), " to "),
-    "an output": (QUICK, lambda work: flipped(next((work / "outputs").iterdir())), "outputs/2"),
+    "an output": (QUICK, lambda work: flip_bit(next((work / "outputs").iterdir())), "outputs/2"),
     "outputs gone": (QUICK, lambda work: shutil.rmtree(work / "outputs"), "outputs/2"),
-    "what waits": (SEARCH, lambda work: flipped(work / "result" / ".waiting" / "1.safetensors"), "1.safetensors of"),
-    "what waits gone": (SEARCH, lambda work: next((work / "result" / ".waiting").glob("0*")).unlink(), "0.safe"),
+    "a deferred stage": (SEARCH, lambda work: flip_bit(work / "result" / ".waiting" / "1.safe"), "1.safetensors"),
+    "a deferred stage gone": (SEARCH, lambda work: next((work / "result" / ".waiting").glob("0*")).unlink(), "0.safe"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_found(damage: str, checkpoint: Path, tmp_path: Path) -> None:
-    """Catches a byte that changed on the disk since the interruption and would go into the result unseen."""
+    """Catches a byte that changed on disk since the interruption and would get into the result."""
     options, apply, words = DAMAGES[damage]
-    work = interrupted(tmp_path / "out", checkpoint, **options)
+    work = interrupt_compile(tmp_path / "out", checkpoint, **options)
     apply(work)
     with pytest.raises(UserError, match="damaged") as caught:
         compile_into(tmp_path / "out", checkpoint, **(options | {"resume": True}))

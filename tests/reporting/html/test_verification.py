@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from tests.support.interrupted_runs import compile_into, failing, small
+from tests.support.interrupted_runs import compile_into, fail_at_stage, small_checkpoint
 from tests.support.report_pages import Page
 from vlqc.cli.commands import app
 from vlqc.errors import UserError
@@ -26,10 +26,10 @@ def verify_into(folder: Path, file: Path) -> Path:
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two compiled folders of one model, `first` and `second`, with timings and verifications; `second` was resumed."""
     root = tmp_path_factory.mktemp("folders")
-    checkpoint = small(root / "checkpoint")
+    checkpoint = small_checkpoint(root / "checkpoint")
     compile_into(root / "first", checkpoint, timings=root / "first-t.json")
     again = {"timings": root / "second-t.json", "anti_method": "m4"}
-    with failing("model.layers.0", KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+    with fail_at_stage("model.layers.0", KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
         compile_into(root / "second", checkpoint, **again)
     compile_into(root / "second", checkpoint, **again, resume=True)
     for name in ("first", "second"):

@@ -9,7 +9,7 @@ from typing import Any
 from tests.support import synthetic_report
 from vlqc.reporting.html import report_text
 from vlqc.reporting.html.schema import ReportData
-from vlqc.verify.findings import RANKING
+from vlqc.verify.findings import LEGEND, RANKING
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 ROWS = [
@@ -28,7 +28,7 @@ VERIFIED: dict[str, Any] = {
     "facts": {
         RANKING: ROWS,
         "logits against float": {"SQNR dB": 33.25, "top-1 %": 98.0},
-        "in the table": "share: of it",
+        LEGEND: "share: of it",
     },
     "advice": [
         {"check": "locate", "where": "x", "what": "down_proj has outliers", "why": "outliers", "fix": "--exclude 'it'"}

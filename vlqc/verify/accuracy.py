@@ -123,7 +123,7 @@ def _report_stage(
     result.add_examined(STAGES, calls)
     figures = {"stage": name, "SQNR dB": round(output.sqnr, 2)}
     # The SQNR of what a block adds to its input: the input is equal on both sides and hides the error.
-    figures["of its change dB"] = round(change.sqnr, 2) if change.signal else "-"
+    figures["residual SQNR dB"] = round(change.sqnr, 2) if change.signal else "-"
     stages.append(figures)
     if not output.finite:
         why, fix = "weights or scales of the stage are damaged", "see the other faults, or compile again"

@@ -18,6 +18,7 @@ COPY_AGAIN = "copy the folder again, or compile again"
 SHOWN_PER_CHECK = 20  # findings printed per check, so that one kind of fault does not hide the others; the JSON has all
 WIDEST = 1 << 16  # columns: wider than any table, to measure a table without wrapping
 RANKING = "groups by their share of the logits' error"
+LEGEND = "columns of the ranking"
 SHOWN_ROWS = {RANKING: 20}  # rows printed of long tables; the JSON has all
 
 

@@ -20,7 +20,7 @@ from tests.support import synthetic_report
 from tests.support.report_pages import VERIFIED, Page, page_of
 from vlqc.reporting.html import report_text
 from vlqc.reporting.html.schema import ReportData
-from vlqc.verify.findings import RANKING
+from vlqc.verify.findings import LEGEND, RANKING
 
 ROOT = Path(__file__).parents[3]
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=\"alert('2')\">&{{ 7*7 }}\u2028"
@@ -77,7 +77,7 @@ def test_names_and_notes_cannot_become_html(tmp_path: Path) -> None:
             read["sites"] = [name.replace(stage["name"], renamed) for name in read["sites"]]
         stage |= {"name": renamed, "part": HOSTILE}
     verified = json.loads(json.dumps(VERIFIED)) | {"engine": HOSTILE}
-    verified["facts"]["in the table"] = HOSTILE
+    verified["facts"][LEGEND] = HOSTILE
     verified["facts"][RANKING][0]["group"] = HOSTILE
     verified["facts"]["logits against float"][HOSTILE] = HOSTILE
     verified["advice"][0] |= {"what": HOSTILE, "why": HOSTILE, "fix": HOSTILE}

@@ -86,7 +86,7 @@ def test_figures_are_those_of_whole_models(tmp_path: Path) -> None:
     shares = [row["share %"] for row in rows.values()]
     assert shares == sorted(shares, reverse=True)
     assert sorted(row["gain rank"] for row in rows.values()) == list(range(1, 10))
-    assert result.facts["located"]["all quantized dB"] == pytest.approx(everything, abs=0.02)
+    assert result.facts["SQNR of the logits"]["all quantized dB"] == pytest.approx(everything, abs=0.02)
 
 
 def test_scales_of_smoothed_groups_are_undone(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_scales_of_smoothed_groups_are_undone(tmp_path: Path) -> None:
     source, folder = content.write_source(tmp_path / "float"), content.write(tmp_path / "out")
     result = verify_with_locate(folder, source, SAMPLES)
     # The rest is the rounding of float tensors to bfloat16, about 50 dB, and of scales fitted from small matrices.
-    assert result.facts["located"]["without the groups' rounding dB"] > 45
+    assert result.facts["SQNR of the logits"]["without the groups' rounding dB"] > 45
     whole, quantized = load_float(source), load(folder)
     reference, _ = plain_logits(whole)
     for index in range(2):
@@ -127,7 +127,10 @@ def test_compiled_folders_without_their_rounding_are_exact(tmp_path: Path, optio
     samples = make_outlier_checkpoint.random_samples(config, 2)
     vlqc.compile(model_path=tmp_path / "float", save_directory=tmp_path / "out", samples=samples, **options)
     facts = verify_with_locate(tmp_path / "out", tmp_path / "float", samples, locate_tokens=1).facts
-    assert facts["located"]["without the groups' rounding dB"] > facts["located"]["all quantized dB"] + 20
+    assert (
+        facts["SQNR of the logits"]["without the groups' rounding dB"]
+        > facts["SQNR of the logits"]["all quantized dB"] + 20
+    )
 
 
 # ---- scales ----------------------------------------------------------------------------------------------------------

@@ -6,10 +6,9 @@ from typing import Any
 
 from vlqc.errors import Fault, UserError
 from vlqc.files import parse_json, read_regular_file
-from vlqc.verify.findings import RANKING
+from vlqc.verify.findings import LEGEND, RANKING
 
 LOGITS = "logits against float"
-LEGEND = "in the table"
 SHARE = "share %"
 FIX = "pass the file of `vlqc verify FOLDER ... --locate --json_file FILE`"
 

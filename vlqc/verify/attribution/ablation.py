@@ -135,14 +135,14 @@ def attribute_error(
     numbers = choose_samples(samples, tokens)
     groups = find_groups(model, content.schemes)
     if not groups:
-        result.facts["located"] = "nothing in this folder is quantized"
+        result.facts["measured on"] = "nothing: no layer is quantized"
         return None
     ablation = _Ablation(model, structure, groups, [samples[number] for number in numbers], DTYPES[content.float_dtype])
     plan = ablation.plan()
     if progress is not None:
         progress(plan)
     attribution = ablation.run(FolderStages(content.files.path, trust_remote_code=trust_remote_code), progress)
-    result.facts["located on"] = f"{len(numbers)} of {pluralize(len(samples), 'sample')}; {plan}"
+    result.facts["measured on"] = f"{len(numbers)} of {pluralize(len(samples), 'sample')}; {plan}"
     return attribution
 
 

@@ -21,7 +21,7 @@ from vlqc.verify.attribution.group_error import (
     WIDER,
     GroupError,
 )
-from vlqc.verify.findings import RANKING, Finding, VerificationResult
+from vlqc.verify.findings import LEGEND, RANKING, Finding, VerificationResult
 from vlqc.verify.structure.structure import CompiledFolder
 
 CHECK = "locate"
@@ -45,7 +45,7 @@ def add_ranking(attribution: Attribution, content: CompiledFolder, result: Verif
     by_gain = sorted(groups, key=lambda group: groups[group].without.total)
     alone = sum(effect.alone.total for effect in groups.values())
     result.add_examined(CHECK, len(groups))
-    result.facts["located"] = {
+    result.facts["SQNR of the logits"] = {
         "all quantized dB": _sqnr(signal.total, error.total),
         **_by_modality(signal, error),
         "without the groups' rounding dB": _sqnr(signal.total, attribution.float_groups_error.total),
@@ -57,7 +57,7 @@ def add_ranking(attribution: Attribution, content: CompiledFolder, result: Verif
             f"quantized one at a time, the groups cause {_percent(alone, error.total)} % of the folder's error: their "
             f"errors {effect} each other, so rely on the gain more than on the share"
         )
-    result.facts["in the table"] = (
+    result.facts[LEGEND] = (
         "alone, text, image: SQNR of the logits of the float model with only this group quantized; share: part of the "
         "folder's error that this causes; gain: of the folder's logits with only this group float; inputs: part of the "
         "group's own error that comes from rounding its inputs, not its weights; MiB: what the folder grows by if the "

@@ -83,7 +83,7 @@ def _names(path: Path) -> list[str]:
 
 
 def _open_weights(file: Path, tensors: dict[str, StoredTensor], result: VerificationResult) -> None:
-    found, metadata, errors = read_tensors(file)
+    of_file, metadata, errors = read_tensors(file)
     result.add_examined("files")
     for error in errors:
         result.add_fault("files", file.name, error, "the file is damaged", COPY_AGAIN)
@@ -95,7 +95,7 @@ def _open_weights(file: Path, tensors: dict[str, StoredTensor], result: Verifica
             "transformers and the engines reject safetensors files without it",
             COMPILE_AGAIN,
         )
-    for name, tensor in found.items():
+    for name, tensor in of_file.items():
         if name in tensors:
             result.add_fault(
                 "files",

@@ -127,7 +127,7 @@ def _check_static(
     offset = float(stored["input_offset"].read()[0])
     _check_positive(f"{layer}.input_scale", input_scale, result)
     if round_to(folder.float_dtype, input_scale)[0] != input_scale[0]:
-        what = f"{input_scale[0]!r} is not representable in {folder.float_dtype}"
+        what = f"{input_scale[0]:.9g} is not representable in {folder.float_dtype}"
         why = (
             "engines round it to the float dtype and would quantize activations by another scale than deq_scale assumes"
         )
@@ -147,7 +147,7 @@ def _check_static(
     wrong = np.flatnonzero(~right)
     if wrong.size:
         first = wrong[0]
-        values = f"stored {deq_scale[first]!r}, input_scale * weight_scale is {product[first]!r}"
+        values = f"stored {deq_scale[first]:.9g}, input_scale * weight_scale is {product[first]:.9g}"
         what = f"channels {format_list(wrong)}: {values}"
         why = "engines scale the channels' outputs by deq_scale"
         result.add_fault("deq_scale", stored["deq_scale"].name, what, why, COMPILE_AGAIN)

@@ -45,21 +45,22 @@ def check_engine_rules(
     if files.layout == MINDIE:
         why = "vLLM Ascend reads quant_model_description.json, not the description of MindIE's layout"
         broken[VLLM_ASCEND].append(Fault("no description for vLLM Ascend", files.description_name, why))
-    layers = _by_kind(layer_faults(target, schemes, dtype))
-    runs = any(versions[engine] for engine in target.engines)
-    if named or runs:
+    layers = _merge_repeated(layer_faults(target, schemes, dtype))
+    loads = any(versions[engine] for engine in target.engines)
+    if named or loads:
         for engine in target.engines:
             supported, title = versions[engine], target.title(engine)
             if supported is None:
-                why = layers[0].why if layers else ""
-                result.add_fault(CHECK, str(files.path), f"no version of {engine.title} loads the folder", why)
+                what, why = f"no version of {engine.title} loads the folder", layers[0].why if layers else ""
+                result.add_fault(CHECK, str(files.path), what, why, f"compile again with --target {engine}")
             elif target.version and target.version not in supported:
-                result.add_fault(CHECK, str(files.path), f"{title} does not load the folder", f"{supported} do")
+                what, why = f"{title} does not load the folder", f"supported: {supported}"
+                result.add_fault(CHECK, str(files.path), what, why, f"compile again with --target {target}")
         faults = layers + group_faults(target, schemes)
     else:
-        first = next((fault for fault in layers), None)
-        why = f"{first.what}: {first.why}" if first else ""
-        result.add_warning(CHECK, str(files.path), "no version loads the folder", why)
+        why = f"{layers[0].what}: {layers[0].why}" if layers else ""
+        fix = "compile again with --target and the engine that will serve the folder"
+        result.add_warning(CHECK, str(files.path), "no version loads the folder", why, fix)
         faults = [fault for fault in layers if _is_never_quantized(fault.where)] + mixed_group_faults(target, schemes)
     for engine in target.engines:
         faults += broken.get(engine, [])
@@ -74,7 +75,7 @@ def _is_never_quantized(layer: str) -> bool:
     return all(supported_schemes(engine, layer) == {Scheme.FLOAT} for engine in ENGINES)
 
 
-def _by_kind(faults: list[Fault]) -> list[Fault]:
+def _merge_repeated(faults: list[Fault]) -> list[Fault]:
     """Merges equal faults of the same layer in different blocks into that of the first block."""
     kinds: dict[tuple[str, ...], list[Fault]] = {}
     for fault in faults:

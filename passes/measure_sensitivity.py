@@ -12,16 +12,9 @@ from vlqc.ir.stage import Sensitivity, Site, Stage
 from vlqc.passes.lower_linears import lower
 from vlqc.passes.quantize_weights import quantized
 from vlqc.pipeline.pass_api import Pass
-from vlqc.targets.rules import group_faults, supported_schemes, target_supporting
-from vlqc.targets.schemes import Scheme
+from vlqc.targets.rules import run_together, supported_schemes, target_supporting
+from vlqc.targets.schemes import SPECS, Scheme
 from vlqc.targets.target import parse_target
-
-# What a group may fall back to from the scheme that it was assigned.
-FALLBACKS = {
-    Scheme.W4A8_DYNAMIC: (Scheme.W8A8_DYNAMIC, Scheme.FLOAT),
-    Scheme.W8A8: (Scheme.W8A8_DYNAMIC, Scheme.FLOAT),
-    Scheme.W8A8_DYNAMIC: (Scheme.FLOAT,),
-}
 
 
 @dataclass(frozen=True)
@@ -70,10 +63,9 @@ class MeasureSensitivity(Pass):
             return [assigned]
         rules, dtype = target_supporting(self.target, assigned), str(stage.dtype).removeprefix("torch.")
         choices = [assigned]
-        for scheme in FALLBACKS[assigned]:
-            legal = rules is None or all(scheme in supported_schemes(rules, site.name, dtype) for site in members)
-            beside = {"model.layers.0.mlp.down_proj": assigned, "model.layers.1.mlp.down_proj": scheme}
-            if legal and (rules is None or not group_faults(rules, beside)):
+        for scheme in SPECS[assigned].alternatives:
+            supported = rules is None or all(scheme in supported_schemes(rules, site.name, dtype) for site in members)
+            if supported and (rules is None or run_together(rules, [assigned, scheme])):
                 choices.append(scheme)
         return choices
 

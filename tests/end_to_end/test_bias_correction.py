@@ -1,4 +1,4 @@
-"""lower-linears{correct_bias=true} from the command to `vlqc verify`: allowed where it is declared, found elsewhere."""
+"""lower-linears{correct_bias=true}: `vlqc verify` accepts it where the description declares it, and only there."""
 
 import json
 import shutil
@@ -14,13 +14,14 @@ from tools.demo import plant_outliers, tiny_task
 from vlqc.kernels_ref.matmul import CORRECTION_STEP
 from vlqc.verify import verify_folder
 
-PIPELINE = "insert-observers,assign-precision{fallback=seed},quantize-activations,quantize-weights{method=round}"
+PIPELINE = "insert-observers,assign-precision{fallback=reference},quantize-activations,quantize-weights{method=round}"
 KEY = "quant_bias_correction"
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with large outliers: clipping and rounding them leaves mean errors."""
+    """The tiny model with large outliers: rounding and clipping leave mean errors."""
     folder = tmp_path_factory.mktemp("planted")
     plant_outliers.plant(Path(tiny_task.__file__).parent / "tiny_vl", folder, alpha=128, share=0.02, seed=0)
     return folder
@@ -29,14 +30,14 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def folders(planted: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     """Compiled without and with the correction."""
-    made = {}
+    folders = {}
     for on in (False, True):
-        made[on] = tmp_path_factory.mktemp("compiled") / str(on)
+        folders[on] = tmp_path_factory.mktemp("compiled") / str(on)
         pipeline = f"{PIPELINE},lower-linears{'{correct_bias=true}' if on else ''}"
         vlqc.compile(
-            model_path=planted, save_directory=made[on], samples=tiny_task.samples(2, seed=1), pipeline=pipeline
+            model_path=planted, save_directory=folders[on], samples=tiny_task.samples(2, seed=1), pipeline=pipeline
         )
-    return made
+    return folders
 
 
 def description(folder: Path) -> dict[str, object]:
@@ -53,7 +54,7 @@ def biases(folder: Path) -> dict[str, Tensor]:
 
 
 def test_declared_and_sound(folders: dict[bool, Path], planted: Path) -> None:
-    """Catches a correction that nobody declares, that changes nothing, or that `verify` takes for damage."""
+    """Catches a correction that is not declared, changes nothing, or is reported as damage."""
     assert KEY not in description(folders[False]) and description(folders[True])[KEY] == CORRECTION_STEP
     plain, corrected = biases(folders[False]), biases(folders[True])
     moved = torch.cat([(corrected[name] - plain[name]).flatten() for name in plain])
@@ -64,7 +65,7 @@ def test_declared_and_sound(folders: dict[bool, Path], planted: Path) -> None:
 
 
 def moved(folder: Path, target: Path, steps: int) -> tuple[Path, str]:
-    """A copy without its manifest in which one value of one quant_bias is off by `steps`, and the name of that."""
+    """Copies the folder without its manifest, adds `steps` to one value of one quant_bias, returns copy and name."""
     shutil.copytree(folder, target)
     (target / "MANIFEST.json").unlink()
     name = sorted(biases(target))[0]
@@ -77,14 +78,14 @@ def moved(folder: Path, target: Path, steps: int) -> tuple[Path, str]:
 
 
 @pytest.mark.parametrize("steps", [1, CORRECTION_STEP, -3 * CORRECTION_STEP])
-def test_the_same_without_a_word_is_damage(folders: dict[bool, Path], steps: int, tmp_path: Path) -> None:
-    """Catches a `verify` that accepts what looks like a correction in a folder that does not speak of any."""
+def test_an_undeclared_correction_is_damage(folders: dict[bool, Path], steps: int, tmp_path: Path) -> None:
+    """Catches a verification that accepts a changed quant_bias in a folder that declares no correction."""
     damaged, name = moved(folders[False], tmp_path / "damaged", steps)
     report = verify_folder(damaged)
     assert not report.ok and any(name in str(finding) for finding in report.faults)
 
 
-def test_a_correction_that_is_not_whole_is_damage(folders: dict[bool, Path], tmp_path: Path) -> None:
-    """Catches a declaration that makes every quant_bias right: three steps are no multiple of CORRECTION_STEP."""
+def test_a_partial_step_is_damage(folders: dict[bool, Path], tmp_path: Path) -> None:
+    """Catches a declaration with which every quant_bias is accepted: 3 is not a multiple of CORRECTION_STEP."""
     damaged, _ = moved(folders[True], tmp_path / "damaged", 3)
     assert not verify_folder(damaged).ok

@@ -13,9 +13,10 @@ from tools.bench import scheme_table
 from tools.bench.scheme_table import LAYOUTS, SCHEMES, Source, make_source, measure
 from tools.checkpoints import outlier_checkpoint as make_outlier_checkpoint
 
-# dB of the logits on the one seed, over all layouts and dtypes; the reference tool's figures are far below.
+# dB of the logits with seed 0, over all layouts and dtypes; far above those of the reference tool.
 LEAST = {"W8A8 m2": 28, "W8A8 m4": 28, "W8A8_DYNAMIC m2": 32}
 LEAST_W4A8 = 12
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module", params=[(d, t) for d in scheme_table.DTYPES for t in (False, True)], ids=str)
@@ -27,7 +28,7 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_combination(source: Source, tmp_path: Path, scheme: str, layout: str) -> None:
-    """Catches a tensor, mark, key or file that one combination gets wrong, and integers that mean something else."""
+    """Catches a tensor, scheme, key or file that is wrong in one combination, and integers with wrong scales."""
     row = measure(source, tmp_path / "out", scheme, layout)
     assert row.faults == ()
     assert row.sqnr > LEAST.get(scheme, LEAST_W4A8)
@@ -41,12 +42,12 @@ def test_every_combination(source: Source, tmp_path: Path, scheme: str, layout: 
     elif scheme == "W4A8 group 64, m4" and not mindie and not fp16:
         wanted = ["vLLM Ascend 0.16 and later, before 0.26"]
     else:
-        wanted = []  # no version loads it, and nobody may claim so
+        wanted = []  # no version loads it
     assert list(row.loads_in) == wanted
 
 
 def test_parts_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches part_file_size that loses tensors at the seam: the same tensors in several files as in one."""
+    """Catches part_file_size that loses tensors at the end of a file: several files must hold the same tensors as one."""
     source = make_source(tmp_path / "float", "bfloat16", False, seed=0)
     measure(source, tmp_path / "one", "W8A8 m2", "default")
     monkeypatch.setattr("vlqc.emit.folder_writer.GIB", 2**20)
@@ -64,12 +65,12 @@ def test_parts_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def newer(folder: Path, target: Path) -> None:
     """The same checkpoint as newer transformers save it: other tensor names, a nested config."""
     target.mkdir()
-    renamed = {}
+    new_names = {}
     for name, value in load_file(folder / "model.safetensors").items():
         if name.startswith("model."):
             name = f"model.language_model.{name.removeprefix('model.')}"
-        renamed[f"model.{name}" if name.startswith("visual.") else name] = value
-    save_file(renamed, target / "model.safetensors", metadata={"format": "pt"})
+        new_names[f"model.{name}" if name.startswith("visual.") else name] = value
+    save_file(new_names, target / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     outside = {"architectures", "model_type", "vision_config", "tie_word_embeddings", "torch_dtype"}
     outside |= {key for key in config if key.endswith("_token_id") and key[:3] not in ("bos", "eos", "pad")}
@@ -83,7 +84,7 @@ def newer(folder: Path, target: Path) -> None:
 
 @pytest.mark.every_transformers
 def test_names_of_newer_transformers(tmp_path: Path) -> None:
-    """Catches names or a config that come out in a form which older engines do not know."""
+    """Catches names or config keys that older engines do not know."""
     source = make_source(tmp_path / "old", "bfloat16", False, seed=0)
     newer(source.folder, tmp_path / "new")
     for name in ("old", "new"):
@@ -99,7 +100,7 @@ def test_names_of_newer_transformers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"anti_method": "m4", "mindie_format": True}], ids=["vllm-ascend", "mindie"])
 def test_shift(tmp_path: Path, options: dict[str, object]) -> None:
-    """Catches a norm bias that is dropped, doubled, or not undone by the consumers."""
+    """Catches a norm bias that is dropped, added twice, or not compensated by the consumers."""
     source = make_source(tmp_path / "float", "bfloat16", False, seed=0)
     save = tmp_path / "out"
     vlqc.compile(model_path=source.folder, save_directory=save, samples=source.calibration, shift=True, **options)
@@ -113,7 +114,7 @@ def test_shift(tmp_path: Path, options: dict[str, object]) -> None:
 
 
 def test_exclude_and_include(tmp_path: Path) -> None:
-    """Catches globs that miss, match too much, or split a fused group; and a glob that matches nothing in silence."""
+    """Catches globs that match too little or too much or split a fused group, and a glob that silently matches nothing."""
     config = make_outlier_checkpoint.make(tmp_path / "float", seed=0)
     samples = make_outlier_checkpoint.random_samples(config, 2)
     common = {"model_path": tmp_path / "float", "samples": samples, "overwrite": True}
@@ -121,18 +122,20 @@ def test_exclude_and_include(tmp_path: Path) -> None:
     result = vlqc.compile(
         save_directory=save, exclude=("model.layers.1.self_attn.k_proj",), include=("*.down_proj",), **common
     )
-    marks = json.loads((save / "quant_model_description.json").read_text())
+    schemes = json.loads((save / "quant_model_description.json").read_text())
     float_layers = {f"model.layers.1.self_attn.{member}_proj" for member in "qkv"}
-    for name in (n for n in marks if n.startswith("model.layers.") and n.endswith("proj.weight")):
-        assert marks[name] == ("FLOAT" if name.removesuffix(".weight") in float_layers else "W8A8"), name
+    for name in (n for n in schemes if n.startswith("model.layers.") and n.endswith("proj.weight")):
+        assert schemes[name] == ("FLOAT" if name.removesuffix(".weight") in float_layers else "W8A8"), name
     assert any("k_proj" in note and "q_proj" in note for note in result.notes)
     with pytest.raises(vlqc.UserError, match=r"--exclude model\.layer\.1.* matches no layer[\s\S]*did you mean"):
         vlqc.compile(save_directory=save, exclude=("model.layer.1.self_attn.k_proj",), **common)
-    vlqc.compile(save_directory=save, exclude=("lm_head",), **common)  # as in lists for other tools: float anyway
+    vlqc.compile(
+        save_directory=save, exclude=("lm_head",), **common
+    )  # float in any case, but lists for other tools contain it
 
 
 def test_strict_target(tmp_path: Path) -> None:
-    """Catches hours of work on a folder that the named engine will not load."""
+    """Catches a long compilation of a folder that the target does not load."""
     config = make_outlier_checkpoint.make(tmp_path / "float", seed=0)
     samples = make_outlier_checkpoint.random_samples(config, 1)
     low_bit = {"w_bit": 4, "is_dynamic": True, "is_lowbit": True, "open_outlier": False, "group_size": 64}
@@ -146,7 +149,7 @@ def test_strict_target(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"is_dynamic": True}, {"shift": True}], ids=str)
 def test_a_target_that_names_mindie_gets_its_layout(tmp_path: Path, options: dict[str, object]) -> None:
-    """Catches a folder for MindIE without the keys by which MindIE finds its quantization."""
+    """Catches a folder for MindIE without the config keys that MindIE needs."""
     config = make_outlier_checkpoint.make(tmp_path / "float", seed=0)
     samples = make_outlier_checkpoint.random_samples(config, 2)
     save = tmp_path / "out"
@@ -158,7 +161,7 @@ def test_a_target_that_names_mindie_gets_its_layout(tmp_path: Path, options: dic
 
 
 def test_exclusions_that_mindie_does_not_load(tmp_path: Path) -> None:
-    """Catches an exclusion that is found out only when the folder is written, as if it were a fault of vlqc."""
+    """Catches an unsupported exclusion that is reported only after the compilation, as an internal error."""
     config = make_outlier_checkpoint.make(tmp_path / "float", seed=0)
     samples = make_outlier_checkpoint.random_samples(config, 2)
     common = {"model_path": tmp_path / "float", "samples": samples, "save_directory": tmp_path / "out"}
@@ -170,7 +173,7 @@ def test_exclusions_that_mindie_does_not_load(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("group_size", [64, 128, 256])
 def test_unsmoothed_groups_follow_from_the_float_weights(tmp_path: Path, group_size: int) -> None:
-    """Catches a comparison with the source that takes coarse rounding for damage."""
+    """Catches a comparison with the source that reports coarse rounding as damage."""
     source = make_source(tmp_path / "float", "bfloat16", False, seed=0)
     options = {**scheme_table.LOW_BIT, "group_size": group_size, "anti_method": "none", "w4a8_scope": "all"}
     vlqc.compile(model_path=source.folder, save_directory=tmp_path / "out", samples=source.calibration[:1], **options)
@@ -178,7 +181,7 @@ def test_unsmoothed_groups_follow_from_the_float_weights(tmp_path: Path, group_s
 
 
 def test_smoothing_all_into_the_weights(tmp_path: Path) -> None:
-    """Catches a legal alpha whose result is called broken: columns of one size bring many integers to their limit."""
+    """Catches a verification that rejects alpha 0: with equal column maxima, many integers are at their limit."""
     source = make_source(tmp_path / "float", "bfloat16", False, seed=0)
     save = tmp_path / "out"
     common = {"model_path": source.folder, "save_directory": save, "samples": source.calibration[:2]}

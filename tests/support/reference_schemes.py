@@ -1,4 +1,4 @@
-"""The schemes of a small model as the reference script assigns them."""
+"""The schemes that the reference script gives the layers of a small model."""
 
 from vlqc.targets.schemes import Scheme
 

@@ -19,11 +19,10 @@ from vlqc.ir.stage import Stage
 from vlqc.kernels_ref.matmul import CORRECTION_STEP
 from vlqc.options.options import Options
 from vlqc.pipeline.precision_search import Plan, cheapest
-from vlqc.targets.engine import FolderContent
+from vlqc.targets.engine import QUANT_BIAS_CORRECTION, FolderContent
 from vlqc.targets.schemes import SPECS, Scheme
 from vlqc.targets.target import parse_target
 
-CORRECTED = "quant_bias_correction"  # description key: the unit of the mean errors subtracted from every quant_bias
 GIB = 1024**3
 
 
@@ -112,7 +111,7 @@ class FolderWriter:
         if SPECS[content.quant_type].grouped:
             header["group_size"] = self.options.group_size
         if self.corrected:
-            header[CORRECTED] = CORRECTION_STEP
+            header[QUANT_BIAS_CORRECTION] = CORRECTION_STEP
         return header | {name: str(scheme) for name, scheme in sorted(self.schemes.items())}
 
     def _config(self, content: FolderContent) -> dict[str, Any]:

@@ -11,6 +11,9 @@ from vlqc.errors import Fault
 from vlqc.families.layer_names import matches_any
 from vlqc.targets.schemes import Scheme, quant_type
 
+# Key of the description, in every layout: every quant_bias has a mean error subtracted, a multiple of so many steps.
+QUANT_BIAS_CORRECTION = "quant_bias_correction"
+
 
 @dataclass(frozen=True)
 class Rule:

@@ -5,13 +5,15 @@ version it stands for any version of the engine. dtype: of the float tensors, "b
 either. The rules themselves are in the engines' files.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from vlqc.errors import Fault
-from vlqc.families.qwen2_5_vl import fused_group
+from vlqc.families.qwen2_5_vl import LANGUAGE, fused_group
 from vlqc.targets.engine import join_or
 from vlqc.targets.schemes import Scheme
 from vlqc.targets.target import Target, TargetLike, as_target
+
+SINGLE_LAYER = next(layer for layer in LANGUAGE if len(fused_group(layer)) == 1)  # a layer without a fused group
 
 # ---- one layer -------------------------------------------------------------------------------------------------------
 
@@ -80,6 +82,12 @@ def mixed_group_faults(target: TargetLike, schemes: Mapping[str, Scheme]) -> lis
             fix = "give the whole group one scheme"
             faults.append(Fault(f"one fused group has several schemes: {mixed}", group[0], why, fix))
     return faults
+
+
+def run_together(target: TargetLike, schemes: Iterable[Scheme]) -> bool:
+    """Whether every engine of the target runs one folder with these schemes in different decoder layers."""
+    layers = {SINGLE_LAYER.replace("*", str(number)): scheme for number, scheme in enumerate(schemes)}
+    return not group_faults(target, layers)
 
 
 def assignment_faults(target: TargetLike, schemes: Mapping[str, Scheme], dtype: str | None = None) -> list[Fault]:

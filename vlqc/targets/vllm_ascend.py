@@ -15,7 +15,6 @@ DESCRIPTION = "quant_model_description.json"
 DESCRIPTION_VERSION = "1.0.0"  # by which it recognises packed 4-bit weights
 ONLY_BFLOAT16 = ("bfloat16",)
 FAST_GROUP_SIZES = (64, 128)  # what its int4 kernels are written for
-INT4_OUTPUTS = 8  # its int4 operator reads so many outputs at a time
 
 
 class VllmAscend(Engine):

@@ -7,7 +7,7 @@ from typing import Any
 from vlqc.families.qwen2_5_vl import fused_group
 from vlqc.ir.observation import MODALITIES
 from vlqc.targets.rules import group_faults, supported_schemes
-from vlqc.targets.schemes import Scheme
+from vlqc.targets.schemes import Scheme, linear_bytes
 from vlqc.targets.target import Target, parse_target
 from vlqc.targets.vllm_ascend import VLLM_ASCEND as WIDEST  # the engine that runs most schemes
 from vlqc.verify.accuracy import Noise
@@ -97,13 +97,12 @@ def _float_cost(layers: Sequence[str], content: CompiledFolder) -> int:
     """Bytes by which the folder grows if these layers are float. A bias is float already."""
     if content.model is None:
         return 0
-    cost = 0
-    for layer in layers:
-        linear = content.model.linears[layer]
-        cost += 2 * linear.outputs * linear.inputs
-        tensors = (tensor for name, tensor in content.files.tensors.items() if name.rpartition(".")[0] == layer)
-        cost -= sum(tensor.nbytes for tensor in tensors if not tensor.name.endswith(".bias"))
-    return cost
+    linears = content.model.linears
+    return sum(
+        linear_bytes(Scheme.FLOAT, linears[layer], content.form)
+        - linear_bytes(content.schemes[layer], linears[layer], content.form)
+        for layer in layers
+    )
 
 
 def _sqnr(signal: float, noise: float) -> float:

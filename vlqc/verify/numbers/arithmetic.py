@@ -14,6 +14,7 @@ import numpy as np
 
 from vlqc.families.qwen2_5_vl import fused_group
 from vlqc.kernels_ref.matmul import CORRECTION_STEP
+from vlqc.targets.engine import QUANT_BIAS_CORRECTION
 from vlqc.targets.schemes import Scheme, stored_tensors
 from vlqc.verify.findings import COMPILE_AGAIN, VerificationResult, format_list
 from vlqc.verify.folder.reader import FLOATS, Array, StoredTensor, round_to
@@ -25,7 +26,6 @@ from vlqc.verify.numbers.integers import (
     check_scale_bias,
     row_sums,
 )
-from vlqc.verify.structure.configuration import CORRECTED
 from vlqc.verify.structure.structure import CompiledFolder
 
 HALF = {"BF16": 2.0**-8, "F16": 2.0**-11}  # bound of the relative error of rounding to that dtype, with a margin
@@ -203,7 +203,7 @@ def _check_quant_bias(
         steps, slack = bias / deq_scale.astype(np.float64), slack / deq_scale.astype(np.float64)  # [N]
     exact = steps - offset * rows.total
     whole = np.floor(np.sqrt(rows.squares) / CORRECTION_STEP)
-    if folder.files.description.get(CORRECTED) != CORRECTION_STEP:
+    if folder.files.description.get(QUANT_BIAS_CORRECTION) != CORRECTION_STEP:
         whole = np.zeros_like(whole)
     corrected = CORRECTION_STEP * np.clip(np.rint((quant_bias - exact) / CORRECTION_STEP), -whole, whole)
     error = np.abs(quant_bias - exact - corrected)

@@ -4,17 +4,16 @@ from collections.abc import Mapping
 
 from vlqc.families.model_structure import ModelStructure
 from vlqc.families.qwen2_5_vl import EMBEDDING, OUTPUT_HEAD, in_vision_tower, is_tied, model_structure
+from vlqc.targets.engine import QUANT_BIAS_CORRECTION
 from vlqc.targets.mindie import MINDIE
 from vlqc.targets.schemes import Scheme, quant_type
 from vlqc.targets.target import Target
-from vlqc.targets.vllm_ascend import FAST_GROUP_SIZES, VLLM_ASCEND
+from vlqc.targets.vllm_ascend import DESCRIPTION_VERSION, FAST_GROUP_SIZES, VLLM_ASCEND
 from vlqc.verify.findings import COMPILE_AGAIN, VerificationResult, format_list
 from vlqc.verify.folder.contents import FolderFiles
 from vlqc.verify.structure.expected import DTYPE_CODES
 
-CORRECTED = "quant_bias_correction"  # step by which quant_bias compensates mean errors, in multiples of deq_scale
-DESCRIPTION_KEYS = ("version", "model_quant_type", "group_size", CORRECTED)
-DESCRIPTION_VERSION = "1.0.0"  # tells vLLM Ascend that 4-bit weights are packed
+DESCRIPTION_KEYS = ("version", "model_quant_type", "group_size", QUANT_BIAS_CORRECTION)
 
 
 # ---- config.json -----------------------------------------------------------------------------------------------------

@@ -11,10 +11,10 @@ from vlqc.families.model_structure import ModelStructure
 from vlqc.targets.engine import Engine
 from vlqc.targets.mindie import MINDIE
 from vlqc.targets.rules import group_faults, layer_faults, mixed_group_faults, supported_schemes
-from vlqc.targets.schemes import Scheme
+from vlqc.targets.schemes import SPECS, Scheme
 from vlqc.targets.target import ENGINES, Target
 from vlqc.targets.versions import loading_versions, supporting_versions
-from vlqc.targets.vllm_ascend import INT4_OUTPUTS, VLLM_ASCEND
+from vlqc.targets.vllm_ascend import VLLM_ASCEND
 from vlqc.verify.findings import COMPILE_AGAIN, COPY_AGAIN, VerificationResult, format_list
 from vlqc.verify.folder.contents import FolderFiles
 
@@ -89,16 +89,17 @@ def _merge_repeated(faults: list[Fault]) -> list[Fault]:
 
 def _int4_faults(model: ModelStructure | None, schemes: Mapping[str, Scheme]) -> list[Fault]:
     """vLLM Ascend's int4 operator needs a number of outputs that is a multiple of 8."""
+    multiple = SPECS[Scheme.W4A8_DYNAMIC].output_multiple
     int4 = [layer for layer, scheme in schemes.items() if scheme == Scheme.W4A8_DYNAMIC]
     return [
         Fault(
             f"{model.linears[layer].outputs} outputs in 4 bits",
             layer,
-            f"vLLM Ascend's int4 operator needs a multiple of {INT4_OUTPUTS}",
+            f"vLLM Ascend's int4 operator needs a multiple of {multiple}",
             f"compile again with --exclude {layer}",
         )
         for layer in int4
-        if model and layer in model.linears and model.linears[layer].outputs % INT4_OUTPUTS
+        if model and layer in model.linears and model.linears[layer].outputs % multiple
     ]
 
 

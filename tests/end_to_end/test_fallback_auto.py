@@ -93,7 +93,7 @@ def test_same_input_same_bytes(planted: Path, samples: list[Sample], tmp_path: P
 
 
 def test_no_float_group_is_everything_quantized(planted: Path, samples: list[Sample], tmp_path: Path) -> None:
-    """Catches reference exclusions that apply under a search, and a folder that differs from the same schemes without one."""
+    """Catches reference exclusions in a search, and a folder other than that of the same schemes without a search."""
     result = compiled(planted, samples, tmp_path / "auto", max_float_groups=0, target="vllm-ascend")
     assert floats(result) == 0 and {scheme for part, scheme in result.counts if part != "other"} == {"W8A8"}
     assert schemes(tmp_path / "auto")["model.layers.3.mlp.down_proj"] == Scheme.W8A8
@@ -120,7 +120,7 @@ def test_so_many_float_groups(planted: Path, samples: list[Sample], tmp_path: Pa
 
 @pytest.mark.every_transformers
 def test_four_bits_fall_back_in_two_steps(planted: Path, samples: list[Sample], tmp_path: Path) -> None:
-    """Catches 4-bit groups that fall back to float only, and packed tensors that are damaged when they are read back."""
+    """Catches 4-bit groups that fall back to float only, and packed tensors damaged when they are read back."""
     low = compiled(planted, samples, tmp_path / "low", min_sqnr=5, **FOUR_BITS)
     high = compiled(planted, samples, tmp_path / "high", min_sqnr=(low.predicted_sqnr or 0) + 8, **FOUR_BITS)
     assert {row.scheme for row in low.precision} == {Scheme.W4A8_DYNAMIC, Scheme.W8A8_DYNAMIC}

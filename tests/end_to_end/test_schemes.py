@@ -47,7 +47,7 @@ def test_every_combination(source: Source, tmp_path: Path, scheme: str, layout: 
 
 
 def test_parts_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches part_file_size that loses tensors at the end of a file: several files must hold the same tensors as one."""
+    """Catches part_file_size that loses tensors: several files must hold the same ones as a single file."""
     source = make_source(tmp_path / "float", "bfloat16", False, seed=0)
     measure(source, tmp_path / "one", "W8A8 m2", "default")
     monkeypatch.setattr("vlqc.emit.folder_writer.GIB", 2**20)
@@ -114,7 +114,7 @@ def test_shift(tmp_path: Path, options: dict[str, object]) -> None:
 
 
 def test_exclude_and_include(tmp_path: Path) -> None:
-    """Catches globs that match too little or too much or split a fused group, and a glob that silently matches nothing."""
+    """Catches globs that match too little or too much, split a fused group, or silently match nothing."""
     config = make_outlier_checkpoint.make(tmp_path / "float", seed=0)
     samples = make_outlier_checkpoint.random_samples(config, 2)
     common = {"model_path": tmp_path / "float", "samples": samples, "overwrite": True}

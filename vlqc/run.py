@@ -43,7 +43,7 @@ def open_run(
     summary = CompilationSummary(options, model.checkpoint, shown.note)
     summary.note_unused_tensors(model.unused_tensors())
     summary.add_notes(dataset.notes)
-    dumper = Dumper.of(options, pipeline, active=process_group.is_rank0)
+    dumper = Dumper.from_options(options, pipeline, active=process_group.is_rank0)
 
     def note(text: str) -> None:
         summary.add_notes([text], of_run=True)

@@ -22,9 +22,9 @@ TIMINGS = '{"format": "vlqc timings 1", "seconds": 1.0}'
         ("run-pass nowhere smooth-m3", ["unknown pass", "did you mean smooth-m"], "--pipeline"),
         ("run-pass nowhere ,", ["error: ", "PASS"], "--pipeline"),
         ("run-pass nowhere a:b:c", ["where: PASS"], "--pipeline"),
-        ("diff a.json a.json", ["a.json", "give the .vlqc"], "graph"),
-        ("report folder --verification t.json", ["it holds timings, which --timings takes"], "KeyError"),
-        ("report folder --verification a.json", ["it does not say 'ok'"], "KeyError"),
+        ("diff a.json a.json", ["a.json", ".vlqc"], "graph"),
+        ("report folder --verification t.json", ["t.json", "--timings"], "KeyError"),
+        ("report folder --verification a.json", ["a.json", "'ok'"], "KeyError"),
     ],
 )
 def test_faults_in_the_users_words(
@@ -45,7 +45,7 @@ def test_faults_in_the_users_words(
 
 def test_one_is_not_many() -> None:
     """Catches "1 things changed"."""
-    from vlqc.reporting.dumps.replay import Rerun
+    from vlqc.reporting.dumps.replay import ReplayResult
 
     assert [pluralize(number, "stage") for number in (0, 1, 2)] == ["0 stages", "1 stage", "2 stages"]
-    assert [*Rerun("", {"a": ["b"]}, (), {}).lines()][-1] == "1 thing changed"
+    assert [*ReplayResult("", {"a": ["b"]}, (), {}).lines()][-1] == "1 item changed"

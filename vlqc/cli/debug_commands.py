@@ -132,11 +132,11 @@ def diff_command(first: Path, second: Path, output: CommandOutput) -> int:
     A and B: a folder of --dump_ir, the folder of one stage in it, a bundle, or a text. The exit code is 1 if they
     differ.
     """
-    from vlqc.reporting.dumps.comparison import compare
+    from vlqc.reporting.dumps.diff import diff_dumps
 
-    comparison = compare(first, second)
-    output.write(comparison.to_dict(), lambda console: print_lines(comparison.lines(), console))
-    return FAILED if comparison.differs else 0
+    difference = diff_dumps(first, second)
+    output.write(difference.to_dict(), lambda console: print_lines(difference.lines(), console))
+    return FAILED if difference.differs else 0
 
 
 @click.command("run-pass", cls=Command)

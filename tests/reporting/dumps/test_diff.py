@@ -1,4 +1,4 @@
-"""What differs between two dumps, in words."""
+"""vlqc.reporting.dumps.diff: differences between two dumps."""
 
 import re
 import shutil
@@ -14,70 +14,70 @@ import vlqc
 from tests.conftest import GOLDENS
 from vlqc.cli.commands import app
 from vlqc.errors import UserError
-from vlqc.reporting.dumps.comparison import compare
-from vlqc.reporting.dumps.diff import changes
+from vlqc.reporting.dumps.diff import diff_dumps, diff_stages
 
 LOWERED = (GOLDENS / "after-lower-linears.vlqc").read_text(encoding="utf-8")
 DIGESTS = [found.start() for found in re.finditer(r"digest=", LOWERED)]
 
 
-def test_words_for_every_kind_of_change(golden: Callable[[str, str], None]) -> None:
-    """Catches a change that a reader has to find in two long texts by himself, or that is told of the wrong site."""
+def test_every_kind_of_difference(golden: Callable[[str, str], None]) -> None:
+    """Catches a difference that is not listed, or listed under the wrong site."""
     before, after = GOLDENS / "after-insert-observers.vlqc", GOLDENS / "after-lower-linears.vlqc"
-    golden("changes.txt", "\n".join(compare(before, after).lines()) + "\n")
+    golden("changes.txt", "\n".join(diff_dumps(before, after).lines()) + "\n")
 
 
 @given(st.sampled_from(DIGESTS))
-def test_every_digest_that_differs_is_told(place: int) -> None:
-    """Catches a tensor, an edge or an observation whose other values go unnoticed."""
+def test_every_digest_is_compared(place: int) -> None:
+    """Catches a tensor, edge or observation whose values are not compared."""
     at = place + len("digest=")
     other = LOWERED[:at] + ("0" if LOWERED[at] != "0" else "1") + LOWERED[at + 1 :]
     line = LOWERED[LOWERED.rfind("\n", 0, place) + 1 :].split("\n")[0]
-    (about,) = changes(vlqc.parse_stage(LOWERED), vlqc.parse_stage(other))
-    assert about.strip("%") in line.replace('.weight"', '"') or about == "the graph"
+    (heading,) = diff_stages(vlqc.parse_stage(LOWERED), vlqc.parse_stage(other))
+    assert heading.strip("%") in line.replace('.weight"', '"') or heading == "the graph"
 
 
 @given(st.integers(0, LOWERED.count("\n") - 1))
-def test_a_line_that_is_gone_is_told(number: int) -> None:
-    """Catches lines of a text that the comparison does not look at."""
+def test_every_line_is_compared(number: int) -> None:
+    """Catches lines of the text that are not compared."""
     lines = LOWERED.splitlines()
     without = "\n".join(lines[:number] + lines[number + 1 :])
     try:
         other = vlqc.parse_stage(without)
-    except UserError:  # what it defines is used elsewhere
+    except UserError:  # another line refers to it
         return
-    assert changes(vlqc.parse_stage(LOWERED), other) and changes(other, vlqc.parse_stage(LOWERED))
+    assert diff_stages(vlqc.parse_stage(LOWERED), other) and diff_stages(other, vlqc.parse_stage(LOWERED))
 
 
 def test_equal_texts_do_not_differ() -> None:
-    """Catches words about nothing."""
-    assert changes(vlqc.parse_stage(LOWERED), vlqc.parse_stage(LOWERED)) == {}
+    """Catches differences of equal texts."""
+    assert diff_stages(vlqc.parse_stage(LOWERED), vlqc.parse_stage(LOWERED)) == {}
 
 
-def test_states_are_paired_by_pass(tmp_path: Path) -> None:
-    """Catches dumps of two pipelines compared by number: then everything behind an added pass would differ."""
+def test_states_are_matched_by_pass(tmp_path: Path) -> None:
+    """Catches states matched by number: all states after an added pass would differ."""
     for dump, names in (("a", ["smooth-m2", "lower-linears"]), ("b", ["smooth-m2", "shift-norms", "lower-linears"])):
         (tmp_path / dump / "s").mkdir(parents=True)
         for number, name in enumerate(names, 1):
             shutil.copy(GOLDENS / f"after-{name}.vlqc", tmp_path / dump / "s" / f"{number:02}-after-{name}.vlqc")
-    comparison = compare(tmp_path / "a", tmp_path / "b")
-    assert [(it.title, it.only) for it in comparison.states] == [("s/after-shift-norms", "second")]
-    assert comparison.same == 2
-    assert [it.title for it in compare(tmp_path / "a" / "s", tmp_path / "b" / "s").states] == ["after-shift-norms"]
+    difference = diff_dumps(tmp_path / "a", tmp_path / "b")
+    assert [(state.title, state.only) for state in difference.states] == [("s/after-shift-norms", "second")]
+    assert difference.equal == 2
+    (state,) = diff_dumps(tmp_path / "a" / "s", tmp_path / "b" / "s").states
+    assert state.title == "after-shift-norms"
 
 
-def test_what_was_told_is_not_told_again(tmp_path: Path) -> None:
-    """Catches a page of the same sentences for every pass behind the one that made the difference."""
+def test_repeated_differences_are_counted(tmp_path: Path) -> None:
+    """Catches the same differences listed again for every later pass."""
     for dump, text in (("a", LOWERED), ("b", LOWERED.replace("part=vision", "part=merger"))):
         (tmp_path / dump / "s").mkdir(parents=True)
         for name in ("01-after-x", "02-after-y"):
             (tmp_path / dump / "s" / f"{name}.vlqc").write_text(text)
-    first, second = compare(tmp_path / "a", tmp_path / "b").states
-    assert first.found == {"the stage": ["part: vision -> merger"]} and (second.found, second.repeated) == ({}, 1)
+    first, second = diff_dumps(tmp_path / "a", tmp_path / "b").states
+    assert first.changes == {"the stage": ["part: vision -> merger"]} and (second.changes, second.repeated) == ({}, 1)
 
 
 def test_exit_codes_are_those_of_diff(tmp_path: Path) -> None:
-    """Catches a script that cannot tell equal dumps from different ones, or from none."""
+    """Catches equal exit codes for equal dumps, different dumps and errors."""
     run = CliRunner().invoke
     one, other = (str(GOLDENS / f"after-{name}.vlqc") for name in ("smooth-m2", "smooth-m4"))
     assert run(app, ["diff", one, one]).exit_code == 0
@@ -88,8 +88,8 @@ def test_exit_codes_are_those_of_diff(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["nothing", "empty"])
-def test_what_is_no_dump_is_refused(tmp_path: Path, name: str) -> None:
-    """Catches two misspelt folders that count as equal."""
+def test_other_paths_are_refused(tmp_path: Path, name: str) -> None:
+    """Catches two misspelt paths that are reported as equal."""
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="is no dump"):
-        compare(tmp_path / name, tmp_path / name)
+    with pytest.raises(UserError, match="is not a dump"):
+        diff_dumps(tmp_path / name, tmp_path / name)

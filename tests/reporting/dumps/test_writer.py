@@ -1,4 +1,4 @@
-"""Dumps of every stage after every pass: which files appear, what they say, and that a bundle can be run again."""
+"""Dumps of every stage after every pass: files, their content, and passes run again from bundles."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ from vlqc.ir.snapshot import StageSnapshot
 from vlqc.options.options import Options
 from vlqc.pipeline.presets import pipeline_text
 from vlqc.pipeline.registry import parse_pipeline, print_pipeline
-from vlqc.reporting.dumps.bundle_reading import read_bundle
+from vlqc.reporting.dumps.bundle import read_bundle
 from vlqc.reporting.dumps.replay import run_pass
 from vlqc.reporting.dumps.trace_only import run_until, trace
 from vlqc.reporting.dumps.writer import Dumper
@@ -51,7 +51,7 @@ def steps_of(**options: Any) -> list[str]:
 
 
 def test_chosen_stages_in_chosen_formats(dump: Path) -> None:
-    """Catches a stage, a state or a format that is missing, and files of stages that nobody asked for."""
+    """Catches a missing stage, state or format, and files of other stages."""
     names = ["00-traced", *(f"{n:02}-after-{step.partition('{')[0]}" for n, step in enumerate(steps_of(**SHIFTED), 1))]
     assert sorted(path.name for path in dump.iterdir()) == sorted(CHOSEN)
     for stage in dump.iterdir():
@@ -59,35 +59,37 @@ def test_chosen_stages_in_chosen_formats(dump: Path) -> None:
         assert {path.name for path in stage.iterdir()} == wanted
 
 
-def test_json_says_what_the_text_says(dump: Path) -> None:
-    """Catches JSON that leaves out or renames what a program would look for, and numbers that differ from the text."""
+def test_json_agrees_with_the_text(dump: Path) -> None:
+    """Catches JSON with missing keys, or with numbers that differ from the text."""
     path = dump / "model.layers.1" / "08-after-lower-linears"
-    said, stage = (
+    content, stage = (
         json.loads(path.with_suffix(".json").read_text()),
         vlqc.parse_stage(path.with_suffix(".vlqc").read_text()),
     )
-    assert (said["stage"], said["part"], said["dtype"]) == ("model.layers.1", "language", "bfloat16")
-    assert [node["name"] for node in said["nodes"]] == [node.name for node in stage.graph.nodes]
-    shaped = {node["name"]: (tuple(node["shape"]), node["dtype"]) for node in said["nodes"] if "shape" in node}
+    assert (content["stage"], content["part"], content["dtype"]) == ("model.layers.1", "language", "bfloat16")
+    assert [node["name"] for node in content["nodes"]] == [node.name for node in stage.graph.nodes]
+    shaped = {node["name"]: (tuple(node["shape"]), node["dtype"]) for node in content["nodes"] if "shape" in node}
     assert shaped["hidden_states"][1] == "float32"
-    site, known = said["sites"]["model.layers.1.self_attn.q_proj"], stage.sites["model.layers.1.self_attn.q_proj"]
+    site, known = content["sites"]["model.layers.1.self_attn.q_proj"], stage.sites["model.layers.1.self_attn.q_proj"]
     assert known.input is not None
     assert site["input"] == {"scale": known.input.scale, "offset": known.input.offset} and site["scheme"] == "W8A8"
     assert site["weight"]["weight"]["dtype"] == "int8"
-    assert said["tensors"].keys() == stage.tensors.keys() and len(said["observations"]) == 4 == len(said["edges"])
+    assert content["tensors"].keys() == stage.tensors.keys() and len(content["observations"]) == 4 == len(
+        content["edges"]
+    )
 
 
 @pytest.mark.every_transformers
 @pytest.mark.parametrize("stage", CHOSEN)
-def test_every_pass_runs_again_to_the_same_text(dump: Path, stage: str) -> None:
-    """Catches anything that a bundle forgets or rounds: the pass would do something else than it did before."""
+def test_every_pass_replays_to_the_same_text(dump: Path, stage: str) -> None:
+    """Catches content of a stage that a bundle omits or rounds."""
     bundles, texts = sorted((dump / stage).glob("*.bundle")), sorted((dump / stage).glob("*.vlqc"))
     for number, step in enumerate(steps_of(**SHIFTED)):
         assert run_pass(bundles[number], step).text == texts[number + 1].read_text(), step
 
 
-def test_groups_of_four_bits_run_again(tmp_path: Path) -> None:
-    """Catches bundles that lose group scales or lowered modules, and samples that are not those of the compilation."""
+def test_four_bit_passes_replay(tmp_path: Path) -> None:
+    """Catches bundles without group scales or lowered modules, or with other samples than the compilation."""
     vlqc.compile(
         model_path=TINY, save_directory=tmp_path / "out", samples=tiny_task.samples(2, seed=1), dump_ir=tmp_path / "ir",
         dump_stages="model.layers.0", dump_formats="text,bundle", **W4A8,
@@ -95,7 +97,7 @@ def test_groups_of_four_bits_run_again(tmp_path: Path) -> None:
     folder = tmp_path / "ir" / "model.layers.0"
     bundles, texts = sorted(folder.glob("*.bundle")), sorted(folder.glob("*.vlqc"))
     for number, step in enumerate(steps_of(**W4A8)):
-        if number != 1:  # which the other test has seen
+        if number != 1:  # covered by the test above
             assert run_pass(bundles[number], step).text == texts[number + 1].read_text(), step
     lowered = read_bundle(bundles[-1])
     assert (
@@ -105,7 +107,7 @@ def test_groups_of_four_bits_run_again(tmp_path: Path) -> None:
 
 
 def test_unchanged_tensors_are_stored_once(dump: Path) -> None:
-    """Catches a dump that writes all weights after every pass, also after those that only measure."""
+    """Catches a dump that writes all weights again after passes that do not change them."""
     sizes: dict[str, set[int]] = {}
     for file in (dump / "model.layers.1").glob("*.bundle/*.safetensors"):
         sizes.setdefault(file.name, set()).add(file.stat().st_ino)
@@ -114,15 +116,15 @@ def test_unchanged_tensors_are_stored_once(dump: Path) -> None:
     assert len(sizes["observations.safetensors"]) == 4  # none; filled; shifted; smoothed
 
 
-def test_an_earlier_dump_goes_and_nothing_else(dump: Path, tmp_path: Path) -> None:
-    """Catches states of two runs side by side, and a file of the user's that is swept away with them."""
+def test_overwrite_deletes_dump_files_only(dump: Path, tmp_path: Path) -> None:
+    """Catches files of an older dump that stay, and other files that are deleted."""
     shutil.copytree(dump / "visual.merger", tmp_path / "visual.merger")
     (tmp_path / "visual.merger" / "my notes.txt").write_text("mine")
     trace(TINY, Dumper(tmp_path, stages=["visual.merger"], formats=["json"], overwrite=True))
     assert sorted(path.name for path in (tmp_path / "visual.merger").iterdir()) == ["00-traced.json", "my notes.txt"]
 
 
-# ---- bundles of strangers --------------------------------------------------------------------------------------------
+# ---- damaged bundles -------------------------------------------------------------------------------------------------
 
 
 def other_value(folder: Path) -> None:
@@ -139,17 +141,17 @@ def edit(**keys: object) -> Callable[[Path], None]:
     return change
 
 
-def enter(**given: object) -> Callable[[Path], None]:
-    """Other keyword arguments for the probe; first: for its first one without a keyword."""
+def change_probe(**arguments: object) -> Callable[[Path], None]:
+    """Other keyword arguments for the probe; first: its first positional argument."""
 
     def change(folder: Path) -> None:
         path = folder / "bundle.json"
-        said = json.loads(path.read_text())
-        probe = said["calls"][said["probe"]] if isinstance(said["probe"], int) else said["probe"]
-        if "first" in given:
-            probe["args"]["tuple"][0] = given["first"]
-        probe["kwargs"]["dict"].update({name: it for name, it in given.items() if name != "first"})
-        path.write_text(json.dumps(said))
+        content = json.loads(path.read_text())
+        probe = content["calls"][content["probe"]] if isinstance(content["probe"], int) else content["probe"]
+        if "first" in arguments:
+            probe["args"]["tuple"][0] = arguments["first"]
+        probe["kwargs"]["dict"].update({name: value for name, value in arguments.items() if name != "first"})
+        path.write_text(json.dumps(content))
 
     return change
 
@@ -160,41 +162,41 @@ def link(folder: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "other values": (other_value, "tells of|invalid|NaN|size"),
+    "other values": (other_value, "match|invalid|NaN|size"),
     "a module of any class": (edit(replaced=[{"path": "mlp", "kind": "os.system"}]), "os.system"),
     "another stage": (edit(stage="model.layers.77"), "has no module"),
-    "unknown facts": (edit(run="rm -rf"), "run"),
-    "not JSON": (lambda folder: (folder / "bundle.json").write_text("{"), "bundle.json cannot be read"),
-    "no tensors": (lambda folder: (folder / "inputs.safetensors").write_bytes(b""), "cannot be used"),
+    "an unknown key": (edit(run="rm -rf"), "run"),
+    "not JSON": (lambda folder: (folder / "bundle.json").write_text("{"), "bundle.json"),
+    "no tensors": (lambda folder: (folder / "inputs.safetensors").write_bytes(b""), "invalid bundle"),
     "a link": (link, "link out of"),
-    "no such file": (lambda folder: (folder / "observations.safetensors").unlink(), "cannot be used"),
+    "no such file": (lambda folder: (folder / "observations.safetensors").unlink(), "invalid bundle"),
     "a million blocks": (
         lambda folder: (folder / "config.json").write_text(
             json.dumps({**json.loads((folder / "config.json").read_text()), "num_hidden_layers": 10**6})
         ),
         "num_hidden_layers",
     ),
-    "a probe that is no tensor": (enter(first=True), "cannot be used"),
-    "a probe without positions": (enter(position_embeddings=None), "cannot be used"),
-    "a mask that is no tensor": (enter(attention_mask=True), "cannot be used"),
+    "a probe that is no tensor": (change_probe(first=True), "invalid bundle"),
+    "a probe without positions": (change_probe(position_embeddings=None), "invalid bundle"),
+    "a mask that is no tensor": (change_probe(attention_mask=True), "invalid bundle"),
     "no text": (lambda folder: (folder / "graph.vlqc").write_text("stage"), "graph.vlqc"),
 }
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damaged_bundles_are_refused(dump: Path, tmp_path: Path, kind: str) -> None:
-    """Catches a traceback, or a pass that runs on something else than the text says, for a bundle from elsewhere."""
-    damage, told = DAMAGE[kind]
+    """Catches a traceback, or a pass that runs on a stage that differs from its text."""
+    damage, message = DAMAGE[kind]
     folder = tmp_path / "some.bundle"
     shutil.copytree(dump / "model.layers.1" / "03-after-assign-precision.bundle", folder)
     damage(folder)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         run_pass(folder, "smooth-m2")
 
 
 @pytest.fixture(scope="module")
 def merger(dump: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle of its own, to be damaged."""
+    """A copy of a bundle, for damages."""
     folder = tmp_path_factory.mktemp("bundles") / "some.bundle"
     return Path(shutil.copytree(dump / "visual.merger" / "01-after-split-window-attention.bundle", folder))
 
@@ -202,7 +204,7 @@ def merger(dump: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @settings(max_examples=60)
 @given(st.sampled_from(["bundle.json", "graph.vlqc", "config.json"]), st.data())
 def test_any_damage_is_refused_or_harmless(merger: Path, name: str, data: st.DataObject) -> None:
-    """Catches a traceback for a text that was edited by hand or cut off, and a stage that differs from its text."""
+    """Catches a traceback for an edited or truncated file, and a stage that differs from its text."""
     text = (merger / name).read_text()
     at, length = data.draw(st.integers(0, len(text) - 1)), data.draw(st.sampled_from([1, 2, 10, len(text)]))
     other = (
@@ -218,8 +220,8 @@ def test_any_damage_is_refused_or_harmless(merger: Path, name: str, data: st.Dat
         (merger / name).write_text(text)
 
 
-def test_a_probe_is_no_calibration(dump: Path) -> None:
-    """Catches observations of one sample that pass for those of all."""
+def test_calibration_needs_all_samples(dump: Path) -> None:
+    """Catches a calibration on the probe alone."""
     with pytest.raises(UserError, match="contains the probe only"):
         run_pass(dump / "model.layers.1" / "03-after-assign-precision.bundle", "insert-observers")
 
@@ -227,59 +229,58 @@ def test_a_probe_is_no_calibration(dump: Path) -> None:
 # ---- commands --------------------------------------------------------------------------------------------------------
 
 
-def told(*words: str) -> tuple[int, str, str]:
-    ran = CliRunner().invoke(app, list(words))
-    return ran.exit_code, ran.stdout, ran.stderr
+def run(*words: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, list(words))
+    return result.exit_code, result.stdout, result.stderr
 
 
-def test_run_pass_says_what_changed(dump: Path, tmp_path: Path) -> None:
-    """Catches a command that runs the pass and keeps the outcome to itself, and a text that cannot be saved."""
+def test_run_pass_command(dump: Path, tmp_path: Path) -> None:
+    """Catches a command that does not print the changes, and an output file without the text."""
     bundle = str(dump / "model.layers.1" / "05-after-smooth-m2.bundle")
-    code, out, err = told("run-pass", bundle, "quantize-activations{method=minmax}", "-o", str(tmp_path / "t.vlqc"))
+    code, out, err = run("run-pass", bundle, "quantize-activations{method=minmax}", "-o", str(tmp_path / "t.vlqc"))
     assert (code, err) == (0, "")
-    assert "model.layers.1.self_attn.q_proj\n  input: none -> scale 0.0" in out and "things changed" in out
-    code, text, err = told("run-pass", bundle, "quantize-activations{method=minmax}", "--text")
+    assert "model.layers.1.self_attn.q_proj\n  input: none -> scale 0.0" in out and "items changed" in out
+    code, text, err = run("run-pass", bundle, "quantize-activations{method=minmax}", "--text")
     assert text == (tmp_path / "t.vlqc").read_text() == vlqc.print_stage(vlqc.parse_stage(text))
-    assert told("run-pass", str(tmp_path), "smooth-m2")[0] == 2
-    assert told("run-pass", bundle, "smoothm2")[0] == 2
-    assert told("run-pass", bundle, "quantize-activations", "-o", str(tmp_path / "none" / "t.vlqc"))[0] == 2
+    assert run("run-pass", str(tmp_path), "smooth-m2")[0] == 2
+    assert run("run-pass", bundle, "smoothm2")[0] == 2
+    assert run("run-pass", bundle, "quantize-activations", "-o", str(tmp_path / "none" / "t.vlqc"))[0] == 2
 
 
-def test_dump_prints_what_a_compilation_traces(dump: Path, tmp_path: Path) -> None:
-    """Catches a trace that differs from the compiler's in anything but the lengths, or that runs a pass."""
-    code, out, err = told("dump", str(TINY), "--stages", "model.layers.1")
+def test_dump_agrees_with_a_compilation(dump: Path, tmp_path: Path) -> None:
+    """Catches a trace that differs from the compilation's in more than lengths, or that runs a pass."""
+    code, out, err = run("dump", str(TINY), "--stages", "model.layers.1")
     assert code == 0, err
     stage, traced = vlqc.parse_stage(out), vlqc.parse_stage((dump / "model.layers.1" / "00-traced.vlqc").read_text())
     assert stage.tensors == traced.tensors and list(stage.sites) == list(traced.sites)
-    assert [(it.op, it.name) for it in stage.graph.nodes] == [(it.op, it.name) for it in traced.graph.nodes]
+    assert [(node.op, node.name) for node in stage.graph.nodes] == [(node.op, node.name) for node in traced.graph.nodes]
     assert stage.edges is None and not stage.observations
-    assert told("dump", str(TINY), "--formats", "json")[0] == 2
-    assert "matches no stage" in told("dump", str(TINY), "--stages", "nothing")[2]
-    assert "only reads" in told("dump", str(TINY), "-o", str(TINY / "dump"))[2] and not (TINY / "dump").exists()
+    assert run("dump", str(TINY), "--formats", "json")[0] == 2
+    assert "matches no stage" in run("dump", str(TINY), "--stages", "nothing")[2]
+    assert "only reads" in run("dump", str(TINY), "-o", str(TINY / "dump"))[2] and not (TINY / "dump").exists()
     (tmp_path / "file").touch()
-    assert "it is a file" in told("dump", str(TINY), "-o", str(tmp_path / "file"))[2]
+    assert "it is a file" in run("dump", str(TINY), "-o", str(tmp_path / "file"))[2]
 
 
-def test_dump_traces_on_pictures(tmp_path: Path) -> None:
-    """Catches a --calib_images that is taken and not looked at."""
+def test_dump_of_images(tmp_path: Path) -> None:
+    """Catches a --calib_images that is ignored."""
     photo = Path(__file__).parents[2] / "photos" / "chelsea.jpg"
     words = ("dump", str(TINY), "--stages", "visual.merger", "-o", str(tmp_path))
-    assert told(*words, "--calib_images", str(photo))[0] == 0
+    assert run(*words, "--calib_images", str(photo))[0] == 0
     real = (tmp_path / "visual.merger" / "00-traced.vlqc").read_text()
-    assert told(*words, "--overwrite")[0] == 0
+    assert run(*words, "--overwrite")[0] == 0
     assert (tmp_path / "visual.merger" / "00-traced.vlqc").read_text() != real
 
 
-def test_stop_after_ends_there(dump: Path, tmp_path: Path) -> None:
-    """Catches a save folder that appears all the same, one that is replaced, and a state that is not the
-    compilation's."""
+def test_stop_after(dump: Path, tmp_path: Path) -> None:
+    """Catches a save folder that is created or replaced, and a state that differs from the compilation's."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "kept").touch()
-    looked = run_until(
+    result = run_until(
         "smooth-m2", model_path=TINY, save_directory=tmp_path / "out", samples=tiny_task.samples(3, seed=1),
         dump_ir=tmp_path / "ir", dump_stages=CHOSEN[:2], **SHIFTED,
     )  # fmt: skip
-    assert looked.stages == CHOSEN[:2] and looked.of == 9
+    assert result.stages == CHOSEN[:2] and result.of == 9
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ir", "out"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["kept"]
     for name in CHOSEN[:2]:
@@ -288,8 +289,8 @@ def test_stop_after_ends_there(dump: Path, tmp_path: Path) -> None:
         assert all(file.read_text() == (dump / name / file.name).read_text() for file in files)
 
 
-def test_print_after_shows_one_state_of_the_chosen_stages() -> None:
-    """Catches texts of every pass and stage on the terminal, where one was asked for."""
+def test_print_after() -> None:
+    """Catches texts of other passes and stages."""
     stages = {
         name: StageSnapshot(name, "vision", torch.bfloat16, vlqc.parse_stage(TEXT).graph) for name in ("a.0", "a.1")
     }
@@ -305,7 +306,7 @@ TEXT = 'stage "a.0" part=vision dtype=bfloat16 {\n  %x = input("x") : float32[2]
 
 
 @pytest.mark.parametrize(
-    ("given", "fault"),
+    ("options", "fault"),
     [
         ({"dump_stages": ["a"]}, "--dump_ir FOLDER or --print_after"),
         ({"dump_formats": "json"}, "no folder to dump into"),
@@ -313,7 +314,7 @@ TEXT = 'stage "a.0" part=vision dtype=bfloat16 {\n  %x = input("x") : float32[2]
         ({"dump_formats": "", "dump_ir": "d"}, "text, json, onnx or bundle"),
     ],
 )
-def test_choices_without_a_dump_are_refused(given: dict[str, Any], fault: str) -> None:
-    """Catches an option that is taken and then ignored, hours before the user finds no dump."""
+def test_choices_without_a_dump_are_refused(options: dict[str, Any], fault: str) -> None:
+    """Catches an option that is accepted and then ignored."""
     with pytest.raises(UserError, match=fault):
-        Options.without_paths(**given)
+        Options.without_paths(**options)

@@ -25,9 +25,9 @@ from vlqc.kernels_ref.int4_groups import quantize_weight_per_group_absmax
 from vlqc.kernels_ref.norm import ShiftedNorm
 from vlqc.kernels_ref.quant_linear import DynamicQuantLinear, GroupQuantLinear, StaticQuantLinear
 from vlqc.kernels_ref.quantize import activation_scale_and_offset, quantize_weight_per_channel_absmax
-from vlqc.reporting.dumps.bundle_reading import read_bundle
-from vlqc.reporting.dumps.files import State
+from vlqc.reporting.dumps.bundle import read_bundle
 from vlqc.reporting.dumps.trace_only import run_until
+from vlqc.reporting.dumps.writer import DumpContext
 from vlqc.reporting.onnx import write_onnx
 from vlqc.reporting.onnx.builder import IR_VERSION, OPSET, Builder
 from vlqc.reporting.onnx.export import export
@@ -256,7 +256,7 @@ def test_an_operation_without_a_rule_is_named(tmp_path: Path) -> None:
     """Catches a KeyError, a model that silently lacks an operation, and a file that is half written."""
     stage = stage_of(Calls(lambda x: x.cumsum(0)), drawn(7, 3, 4))
     with pytest.raises(UserError, match=r"%cumsum of a\.0 has no form in ONNX[\s\S]*a call of cumsum"):
-        write_onnx(stage, tmp_path / "x", State())
+        write_onnx(stage, tmp_path / "x", DumpContext())
     assert not list(tmp_path.iterdir())
 
 
@@ -305,8 +305,8 @@ def test_large_stages_keep_their_tensors_beside(tmp_path: Path, monkeypatch: pyt
     """Catches a model of more than 2 GiB, which protobuf cannot hold, and data of an earlier one below the new."""
     monkeypatch.setattr("vlqc.reporting.onnx.LARGEST_FILE", 100)
     stage = stage_of(nn.Sequential(nn.Linear(64, 64), nn.ReLU()), drawn(9, 3, 64))
-    write_onnx(stage, tmp_path / "x", State())
+    write_onnx(stage, tmp_path / "x", DumpContext())
     size = (tmp_path / "x.onnx.data").stat().st_size
-    write_onnx(stage, tmp_path / "x", State())
+    write_onnx(stage, tmp_path / "x", DumpContext())
     assert size == (tmp_path / "x.onnx.data").stat().st_size >= 64 * 64 * 4
     assert deviation(stage.execution.probe_output().flatten(), run(tmp_path / "x.onnx", of_probe(stage))) <= TOLERANCE

@@ -1,4 +1,4 @@
-"""One pass, run again on one state of one stage, from a bundle: `vlqc run-pass`."""
+"""Runs passes again on one state of one stage, from a bundle: `vlqc run-pass`."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,48 +15,50 @@ from vlqc.pipeline.manager import PassManager
 from vlqc.pipeline.ordering import CALIBRATION
 from vlqc.pipeline.pass_api import Pass
 from vlqc.pipeline.registry import parse_pipeline
-from vlqc.reporting.dumps.bundle_reading import read_bundle
-from vlqc.reporting.dumps.diff import Changes, changes
+from vlqc.reporting.dumps.bundle import read_bundle
+from vlqc.reporting.dumps.diff import Changes, diff_stages
 
 
 @dataclass(frozen=True)
-class Rerun:
-    """text: of the stage behind the passes; found: what they changed; notes: what they noted; seconds: of each pass."""
+class ReplayResult:
+    """Result of `run_pass`.
+
+    text: of the stage after the passes. changes: what the passes changed. notes: of the passes. seconds: by pass.
+    """
 
     text: str
-    found: Changes
+    changes: Changes
     notes: tuple[str, ...]
     seconds: dict[str, float]
 
     def lines(self) -> Iterator[str]:
-        """What changed, and what was noted, as text."""
-        for about, sentences in self.found.items():
-            yield "\n  ".join([about, *sentences])
+        """Changes and notes as text."""
+        for heading, sentences in self.changes.items():
+            yield "\n  ".join([heading, *sentences])
         yield from (f"note: {note}" for note in self.notes)
-        yield f"{pluralize(len(self.found), 'thing')} changed" if self.found else "nothing changed"
+        yield f"{pluralize(len(self.changes), 'item')} changed" if self.changes else "nothing changed"
 
     def to_dict(self) -> dict[str, Any]:
-        """As a value of JSON."""
-        return {"changed": self.found, "notes": self.notes, "seconds": self.seconds, "text": self.text}
-
-
-def _parsed(pipeline: str) -> list[Pass]:
-    """As `parse_pipeline`, whose faults name an option of a compilation: here it is an argument."""
-    try:
-        return parse_pipeline(pipeline)
-    except UserError as error:
-        raise UserError(*(replace(it, where=it.where.replace("--pipeline", "PASS")) for it in error.faults)) from None
+        """The result as JSON-compatible values."""
+        return {"changed": self.changes, "notes": self.notes, "seconds": self.seconds, "text": self.text}
 
 
 @torch.no_grad()
-def run_pass(bundle: Path, pipeline: str) -> Rerun:
-    """Runs the passes of a pipeline's text on the stage of a bundle, with the checks of a compilation.
+def run_pass(bundle: Path, pipeline: str) -> ReplayResult:
+    """Runs passes on the stage of a bundle, with the checks of a compilation.
 
-    On the machine that wrote the bundle, with as many threads, the text is that of the compilation, byte by byte.
-    UserError for a bundle that cannot be used, and for passes that need what it lacks; InternalError as in a
-    compilation: that is what a bug report is about.
+    On the machine that wrote the bundle, and with the same number of threads, the text is identical to that of the
+    compilation.
+
+    Args:
+        bundle: folder that `--dump_formats bundle` wrote.
+        pipeline: text of a pipeline.
+
+    Raises:
+        UserError: the bundle or the pipeline is invalid, or a pass needs samples that the bundle does not have.
+        InternalError: a check after a pass failed, as in a compilation.
     """
-    passes = _parsed(pipeline)
+    passes = _parse_passes(pipeline)
     stage = read_bundle(bundle)
     if not stage.execution.calls and any(step.name == CALIBRATION for step in passes):
         why = "it runs all calibration samples through the stage, but the bundle contains the probe only"
@@ -66,4 +68,14 @@ def run_pass(bundle: Path, pipeline: str) -> Rerun:
     manager = PassManager(passes)
     manager.run(stage)
     text = print_stage(stage)
-    return Rerun(text, changes(parse_stage(before), parse_stage(text)), tuple(stage.notes), manager.seconds)
+    changes = diff_stages(parse_stage(before), parse_stage(text))
+    return ReplayResult(text, changes, tuple(stage.notes), manager.seconds)
+
+
+def _parse_passes(pipeline: str) -> list[Pass]:
+    """`parse_pipeline`, with faults that name the argument PASS and not the option --pipeline."""
+    try:
+        return parse_pipeline(pipeline)
+    except UserError as error:
+        faults = (replace(fault, where=fault.where.replace("--pipeline", "PASS")) for fault in error.faults)
+        raise UserError(*faults) from None

@@ -1,4 +1,4 @@
-"""Stages to look at, without a result: `vlqc dump` traces them, `vlqc compile --stop_after` runs passes over them."""
+"""Dumps without a compiled folder: `vlqc dump` traces stages, `vlqc compile --stop_after` runs their first passes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,14 +31,14 @@ from vlqc.reporting.progress import Progress
 
 @dataclass(frozen=True)
 class TraceResult:
-    """stages: names of those that were looked at; of: how many the model has; folder: of the dump, if one was made."""
+    """stages: names of the dumped stages. of: number of stages of the model. folder: of the dump, None if printed."""
 
     stages: tuple[str, ...]
     of: int
     folder: Path | None
 
     def to_dict(self) -> dict[str, Any]:
-        """As a value of JSON."""
+        """The result as JSON-compatible values."""
         return {"stages": list(self.stages), "of": self.of, "folder": self.folder and str(self.folder)}
 
 
@@ -52,9 +52,16 @@ def trace(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> TraceResult:
-    """Every stage that the dumper wants, as traced; no pass runs. Without samples or pictures noise is looked at.
+    """Dumps stages as traced; no pass runs. The weights of one stage are in memory at a time.
 
-    One stage's weights are in memory at a time. UserError as from a compilation.
+    Args:
+        model_path: folder of the float checkpoint.
+        dumper: selects the stages and writes or prints them.
+        samples: model inputs; without samples and calib_images, one image of random noise.
+        calib_images: folder or file of images.
+
+    Raises:
+        UserError: for unusable input, as from `compile`.
     """
     if faults := dump_faults("--output", dumper.folder, model=model_path) if dumper.folder is not None else []:
         raise UserError(*faults)
@@ -64,7 +71,6 @@ def trace(
     config: Any = model.module.config
     if samples is None and calib_images is None:
         samples = [synthetic_sample(config)]
-    # Only the model's folder and the pictures are read of them; nothing is saved.
     paths = {} if calib_images is None else {"calib_images": calib_images}
     options = Options.without_paths(model_path=model_path, trust_remote_code=trust_remote_code, **paths)
     dataset = load_calibration(options, model.module, samples)
@@ -77,25 +83,30 @@ def run_until(
     *,
     samples: Sequence[dict[str, Tensor]] | None = None,
     progress: Progress | None = None,
-    **given: Any,
+    **user_options: Any,
 ) -> TraceResult:
-    """The passes of a compilation up to and with `stop_after`, on every stage that its dump wants; no folder appears.
+    """Runs the passes of a compilation up to and including `stop_after` on the selected stages; writes no folder.
 
-    given: as `vlqc.compile` takes it. Behind the last stage that is wanted nothing runs, and on those that are not
-    wanted only the passes on which later stages depend; they run behind `stop_after`, too. Without a folder
-    to dump into, the texts are printed.
-    UserError as from a compilation.
+    After the last selected stage nothing runs. All other stages run only the passes that change the inputs of later
+    stages. Without --dump_ir the texts after `stop_after` are printed.
+
+    Args:
+        stop_after: name of a pass.
+        samples, user_options: as for `vlqc.compile`.
+
+    Raises:
+        UserError: as from `vlqc.compile`.
     """
     if current_process_group().size > 1:
-        fix = "leave torchrun out"
-        raise UserError(Fault(f"--stop_after {stop_after}", why="stages are looked at by one process", fix=fix))
-    if given.get("dump_ir") is None:
-        given.setdefault("print_after", stop_after)
-    options = Options.without_saving(occupied=True, **given)  # the save folder stays as it is, whatever is in it
+        why, fix = "it runs in one process only", "run without torchrun"
+        raise UserError(Fault(f"--stop_after {stop_after}", why=why, fix=fix))
+    if user_options.get("dump_ir") is None:
+        user_options.setdefault("print_after", stop_after)
+    options = Options.without_saving(occupied=True, **user_options)  # the save folder may have content, which stays
     pipeline = build_pipeline(options)
     require_pass("--stop_after", stop_after, pipeline)
     last = max(number for number, step in enumerate(pipeline) if step.name == stop_after)
-    dumper = Dumper.of(options, pipeline, active=True)
+    dumper = Dumper.from_options(options, pipeline, active=True)
     model = open_model(options)
     check_layers(model, options)
     dataset = load_calibration(options, model.module, samples)
@@ -119,7 +130,7 @@ def _run_stages(
     dumped = PassManager(pipeline[:count], before=before_pass, after=dumper.after)
     remaining = PassManager(required[count:], before=before_pass)
     skipped = PassManager(required, before=before_pass)
-    selected = [name for name in model.stages if dumper.wants(name)]
+    selected = [name for name in model.stages if dumper.selects(name)]
     finished: list[str] = []
     progress.begin(len(selected), len(dataset.samples))
     forward = SequentialForward(model, dataset.samples, probe=dataset.probe, share_images=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vlqc.errors import Fault, UserError
 from vlqc.ir.stage import Stage
-from vlqc.reporting.dumps.files import State, with_suffix
+from vlqc.reporting.dumps.writer import DumpContext, add_suffix
 
 try:
     import onnx
@@ -25,11 +25,11 @@ from vlqc.reporting.onnx.export import export
 LARGEST_FILE = 2**30  # bytes: protobuf ends at twice that; beyond, the tensors lie in a file beside the model
 
 
-def write_onnx(stage: Stage, path: Path, state: State) -> None:
+def write_onnx(stage: Stage, path: Path, context: DumpContext) -> None:
     """Writes PATH.onnx, and of large stages PATH.onnx.data beside it. UserError naming a node that has no rule."""
-    model, file = export(stage), with_suffix(path, ".onnx")
+    model, file = export(stage), add_suffix(path, ".onnx")
     large = sum(len(it.raw_data) for it in model.graph.initializer) > LARGEST_FILE
-    data = with_suffix(file, ".data")
+    data = add_suffix(file, ".data")
     data.unlink(missing_ok=True)  # onnx adds to a file that is there
     onnx.save_model(model, file, save_as_external_data=large, location=data.name if large else None)
     onnx.checker.check_model(str(file), full_check=not large)

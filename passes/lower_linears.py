@@ -1,4 +1,4 @@
-"""lower-linears: every quantized Linear becomes the module that runs its integers."""
+"""lower-linears: replace every quantized Linear by the module that computes with its integers."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -15,21 +15,21 @@ from vlqc.passes.quantize_weights import emitted_bias
 from vlqc.pipeline.pass_api import Pass
 from vlqc.targets.schemes import Scheme
 
-ROWS_AT_ONCE = 512  # of observed inputs, and of weights: bounds the temporaries
+ROWS_PER_CHUNK = 512  # of observed inputs and of weights: bounds the temporaries
 
 
 @dataclass(frozen=True)
 class LowerLinears(Pass):
-    """Replaces the Linear of every site that is not to stay float, in the module tree and so in the graph.
+    """Replaces the Linear of every quantized site in the module tree, and thereby in the graph.
 
-    correct_bias: take the mean error of a static layer's outputs, as far as it is known, off in its quant_bias. On
-    inputs that calibration did not see it gained less than 0.1 dB, and now and then lost as much; and what is taken off
-    cannot be recomputed from the folder, which has to say that it was.
+    correct_bias: subtract the mean error of a static layer's outputs, where known, in its quant_bias. On inputs outside
+        the calibration set it gained less than 0.1 dB and sometimes lost as much. The correction cannot be recomputed
+        from the folder, so the folder records that it was applied.
     """
 
     name: ClassVar[str] = "lower-linears"
     kind: ClassVar[Literal["analysis", "rewrite"]] = "rewrite"
-    summary: ClassVar[str] = "replace quantized linears by modules that run the stored integers"
+    summary: ClassVar[str] = "replace quantized linear layers by modules that run the stored integers"
     after: ClassVar[tuple[str, ...]] = ("quantize-weights",)
 
     correct_bias: bool = False
@@ -43,10 +43,10 @@ class LowerLinears(Pass):
 
 
 def lower(stage: Stage, site: Site, correct_bias: bool = False) -> QuantLinear:
-    """The quantized module of a site. UserError if the pipeline left something undecided before it."""
+    """Returns the quantized module of a site. UserError if an earlier pass is missing from the pipeline."""
     fix = "in the pipeline, let quantize-activations, quantize-weights and lower-linears follow each other"
-    weight, in_groups = site.weight, site.scheme == Scheme.W4A8_DYNAMIC
-    if weight is None or in_groups != (weight.group_scale is not None):
+    weight, grouped = site.weight, site.scheme == Scheme.W4A8_DYNAMIC
+    if weight is None or grouped != (weight.group_scale is not None):
         why = f"its weight is not quantized as {site.scheme}"
         raise UserError(Fault(f"{site.name} cannot be lowered", stage.name, why, fix))
     bias = emitted_bias(stage, site)
@@ -66,35 +66,37 @@ def lower(stage: Stage, site: Site, correct_bias: bool = False) -> QuantLinear:
             stage.dtype,
             mean_output_error(stage, site) if correct_bias else None,
         )
-    except ValueError as error:  # a bias that overflows: weights were rounded before the input's scale was known
+    except ValueError as error:  # the bias overflows: weights were quantized before the input scale was known
         raise UserError(Fault(f"{site.name} cannot be lowered", stage.name, str(error), fix)) from error
     if site.added_bias:
-        lowered.bias = None  # it is in quant_bias; engines know no bias of this layer
+        lowered.bias = None  # it is part of quant_bias; engines expect no bias of this layer
     return lowered
 
 
 def mean_output_error(stage: Stage, site: Site) -> Tensor | None:
-    """float32 [N]: by how much a static layer's outputs are too large on average, over what was observed; else None.
+    """Mean excess of a static layer's outputs over the observed rows, float32 [N]; None without an observation.
 
-    Modalities count the same. A channel that hardly varies is always rounded the same way, and what a range cuts off
-    lies to one side: such errors have a mean. Per-token rounding is symmetric and leaves none.
+    Rows are weighted so that modalities count equally. The mean is not zero for channels that hardly vary, which are
+    always rounded in the same direction, and for one-sided clipping. Per-token quantization is symmetric.
     """
-    seen, grid, weight = stage.observations.get(site.source), site.input, site.weight
-    if seen is None or not len(seen.kept) or grid is None or weight is None:
+    observation, quantization, weight = stage.observations.get(site.source), site.input, site.weight
+    if observation is None or not len(observation.kept) or quantization is None or weight is None:
         return None
-    share = row_weights(seen.kept_modality, torch.ones(len(seen.kept)), balance=seen.balance)
-    mean, moved = torch.zeros(seen.channels, dtype=torch.float64), torch.zeros(seen.channels, dtype=torch.float64)
-    for rows, part in zip(torch.split(seen.kept, ROWS_AT_ONCE), torch.split(share, ROWS_AT_ONCE), strict=True):
-        rounded = quantize_per_tensor(rows, grid.scale, grid.offset)
+    scale, offset = quantization.scale, quantization.offset
+    share = row_weights(observation.kept_modality, torch.ones(len(observation.kept)), balance=observation.balance)
+    mean, quantized_mean = torch.zeros(2, observation.channels, dtype=torch.float64)
+    chunks = zip(torch.split(observation.kept, ROWS_PER_CHUNK), torch.split(share, ROWS_PER_CHUNK), strict=True)
+    for rows, part in chunks:
+        quantized = quantize_per_tensor(rows, scale, offset)
         mean += part @ rows.double()
-        moved += part @ dequantize_per_tensor(rounded, grid.scale, grid.offset, torch.float32).double()
+        quantized_mean += part @ dequantize_per_tensor(quantized, scale, offset, torch.float32).double()
     linear = stage.linear(site).weight.detach()
     errors = [
-        scale.flatten() * (integers.float() @ moved.float()) - rows @ mean.float()
-        for integers, scale, rows in zip(
-            torch.split(weight.integers, ROWS_AT_ONCE),
-            torch.split(weight.scale, ROWS_AT_ONCE),
-            torch.split(linear, ROWS_AT_ONCE),
+        weight_scale.flatten() * (integers.float() @ quantized_mean.float()) - rows @ mean.float()
+        for integers, weight_scale, rows in zip(
+            torch.split(weight.integers, ROWS_PER_CHUNK),
+            torch.split(weight.scale, ROWS_PER_CHUNK),
+            torch.split(linear, ROWS_PER_CHUNK),
             strict=True,
         )
     ]

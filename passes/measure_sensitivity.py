@@ -1,4 +1,4 @@
-"""measure-sensitivity: how much noise each group adds to its stage's output, in every scheme that it may get."""
+"""measure-sensitivity: measure the noise that each group adds to its stage's output, in every scheme it may get."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -7,10 +7,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from vlqc.ir.observation import noise_to_signal as noise_to_signal
+from vlqc.ir.observation import noise_to_signal
 from vlqc.ir.stage import Sensitivity, Site, Stage
 from vlqc.passes.lower_linears import lower
-from vlqc.passes.quantize_weights import quantized
+from vlqc.passes.quantize_weights import quantize_site_weights
 from vlqc.pipeline.pass_api import Pass
 from vlqc.targets.rules import run_together, supported_schemes, target_supporting
 from vlqc.targets.schemes import SPECS, Scheme
@@ -19,11 +19,13 @@ from vlqc.targets.target import parse_target
 
 @dataclass(frozen=True)
 class MeasureSensitivity(Pass):
-    """Runs the probe with one group at a time in each scheme that the target allows it, all others in float.
+    """Runs the probe with one group at a time in each scheme that the target supports, and all others in float.
 
-    Nothing is decided here: that takes the figures of all stages. The modules stay with the stage, so that whatever is
-    decided can be emitted. target: whose rules hold; method: how the weights of other schemes are rounded, as in
-    quantize-weights.
+    It fills `stage.sensitivities` and decides nothing, as that takes the values of all stages. The quantized modules
+    are kept with the stage, so that any decision can be emitted.
+
+    target: engine or engines whose rules apply.
+    method: of rounding weights in other schemes than the assigned one, as in quantize-weights.
     """
 
     name: ClassVar[str] = "measure-sensitivity"
@@ -40,49 +42,54 @@ class MeasureSensitivity(Pass):
 
     @torch.no_grad()
     def run(self, stage: Stage) -> bool:
-        reference, found = probe_rows(stage), []
+        reference = probe_rows(stage)
+        sensitivities = []
         for source, members in stage.groups().items():
             assigned = members[0].scheme
             if assigned is None or assigned == Scheme.FLOAT:
                 continue
-            modules = {scheme: self._in_scheme(stage, members, scheme) for scheme in self.choices(stage, members)}
+            modules = {scheme: self._modules_in(stage, members, scheme) for scheme in self.choices(stage, members)}
             noise = {
-                scheme: noise_to_signal(reference, probe_rows(stage, of_target))
-                for scheme, of_target in modules.items()
+                scheme: noise_to_signal(reference, probe_rows(stage, by_target))
+                for scheme, by_target in modules.items()
             }
             names = tuple(site.name for site in members)
-            found.append(Sensitivity(source, stage.part, names, assigned, noise, modules))
-        stage.sensitivities = found
-        return False  # neither weights nor the text
+            sensitivities.append(Sensitivity(source, stage.part, names, assigned, noise, modules))
+        stage.sensitivities = sensitivities
+        return False  # weights and text are unchanged
 
     def choices(self, stage: Stage, members: list[Site]) -> list[Scheme]:
-        """The scheme of a quantized group, and those that it may get instead: every engine of the target runs them on
-        all members, and beside the assigned scheme elsewhere."""
-        assigned = members[0].scheme or Scheme.FLOAT
-        if behind_biased_norm(stage, members):
-            return [assigned]
-        rules, dtype = target_supporting(self.target, assigned), str(stage.dtype).removeprefix("torch.")
-        choices = [assigned]
-        for scheme in SPECS[assigned].alternatives:
-            supported = rules is None or all(scheme in supported_schemes(rules, site.name, dtype) for site in members)
-            if supported and (rules is None or run_together(rules, [assigned, scheme])):
-                choices.append(scheme)
-        return choices
+        """The assigned scheme of a quantized group and its alternatives.
 
-    def _in_scheme(self, stage: Stage, members: list[Site], scheme: Scheme) -> dict[str, nn.Module]:
-        """Target -> the module that each member is in this scheme; for FLOAT the float Linear itself."""
+        Every engine of the target must run an alternative on all members, in one model with the assigned scheme.
+        """
+        assigned = members[0].scheme or Scheme.FLOAT
+        if reads_added_bias(stage, members):
+            return [assigned]
+        target, dtype = target_supporting(self.target, assigned), str(stage.dtype).removeprefix("torch.")
+        if target is None:
+            return [assigned, *SPECS[assigned].alternatives]
+        return [assigned] + [
+            scheme
+            for scheme in SPECS[assigned].alternatives
+            if all(scheme in supported_schemes(target, site.name, dtype) for site in members)
+            and run_together(target, [assigned, scheme])
+        ]
+
+    def _modules_in(self, stage: Stage, members: list[Site], scheme: Scheme) -> dict[str, nn.Module]:
+        """Module of each member in a scheme, by target; for FLOAT the float Linear itself."""
         if scheme == Scheme.FLOAT:
             return {site.target: stage.linear(site) for site in members}
         if scheme != members[0].scheme:
             members = [replace(site, scheme=scheme, group_size=None, input=None, weight=None) for site in members]
-            weights = quantized(stage, members[0].source, members, self.method)
+            weights = quantize_site_weights(stage, members[0].source, members, self.method)
             for site, weight in zip(members, weights, strict=True):
                 site.weight = weight
         return {site.target: lower(stage, site) for site in members}
 
 
-def behind_biased_norm(stage: Stage, members: list[Site]) -> bool:
-    """Whether a pass gave the norm before a group a bias: engines add that in front of static W8A8 linears only."""
+def reads_added_bias(stage: Stage, members: list[Site]) -> bool:
+    """Whether a pass added a bias to the norm before a group. Engines apply it before static W8A8 layers only."""
     node = stage.node(members[0].source)
     if node.op != "call_module":
         return any(site.added_bias for site in members)
@@ -92,24 +99,24 @@ def behind_biased_norm(stage: Stage, members: list[Site]) -> bool:
 
 
 def probe_rows(stage: Stage, modules: Mapping[str, nn.Module] | None = None) -> Tensor:
-    """float32 [rows, K]: what the stage returns for the probe, rows of padding left out.
+    """The stage's output for the probe without rows of padding, float32 [rows, K].
 
-    modules: stand at their targets meanwhile, floats among them with weights as they are emitted.
+    modules: replace those at their targets during the call; float ones with weights as they are stored.
     """
-    linears = {target: stage.module.get_submodule(target) for target in modules or {}}
+    originals = {target: stage.module.get_submodule(target) for target in modules or {}}
     try:
         for target, module in (modules or {}).items():
-            stage.module.set_submodule(target, _as_emitted(module, stage.dtype))
+            stage.module.set_submodule(target, _as_stored(module, stage.dtype))
         rows = stage.execution.probe_output()
     finally:
-        for target, linear in linears.items():
-            stage.module.set_submodule(target, linear)
+        for target, original in originals.items():
+            stage.module.set_submodule(target, original)
     modality = stage.execution.probe.modality if stage.execution.probe else None
     return rows if modality is None or modality.numel() != len(rows) else rows[modality >= 0]
 
 
-def _as_emitted(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A Linear with its weight and bias rounded as they are stored; quantized modules are what is stored."""
+def _as_stored(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A Linear with weight and bias rounded to the dtype in which they are stored; quantized modules unchanged."""
     if not isinstance(module, nn.Linear):
         return module
     stored = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")

@@ -1,4 +1,4 @@
-"""propagate-quantized: later stages are calibrated on what this one returns once it is quantized."""
+"""propagate-quantized: calibrate later stages on the outputs of the quantized stage."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -9,14 +9,14 @@ from vlqc.pipeline.pass_api import Pass
 
 @dataclass(frozen=True)
 class PropagateQuantized(Pass):
-    """Runs the samples through the lowered stage, so that the outputs it hands on are those of its integers.
+    """Runs the samples through the lowered stage, so that its outputs replace those of the float stage.
 
-    It costs a second run of every stage; without it the outputs are those of the float stage.
+    It costs a second forward pass over all samples of every stage.
     """
 
     name: ClassVar[str] = "propagate-quantized"
     kind: ClassVar[Literal["analysis", "rewrite"]] = "analysis"
-    summary: ClassVar[str] = "hand the outputs of the quantized stage on to later ones, in place of the float stage's"
+    summary: ClassVar[str] = "pass the outputs of the quantized stage to later stages instead of the float stage's"
     after: ClassVar[tuple[str, ...]] = ("insert-observers", "lower-linears")
 
     def run(self, stage: Stage) -> bool:

@@ -1,8 +1,8 @@
-"""shift-norms: a bias behind a norm moves every channel's range to the middle, and the consumers' biases undo it.
+"""shift-norms: add a bias to norms that centers the range of every channel; the consumers' biases undo it.
 
-The idea is Outlier Suppression+'s shift (arXiv 2304.09145): a channel that is always far from zero needs a wide range
-although it hardly varies. Engines add a norm's bias only in front of static W8A8 linears, and look for it only behind
-norms of the language model, so these are the only ones that are shifted.
+Source: the channel-wise shift of Outlier Suppression+ (arXiv 2304.09145). A channel that is always far from zero needs
+a wide range although it hardly varies. Engines apply a norm's bias only before static W8A8 linear layers, and only in
+some parts of the model (see `targets.rules.adds_norm_bias`), so only those norms are shifted.
 """
 
 from dataclasses import dataclass, replace
@@ -12,100 +12,105 @@ import torch
 from torch import Tensor, nn
 
 from vlqc.ir.stage import Edge, Stage
+from vlqc.ir.tensor_digest import TOLERANCE, max_relative_error
 from vlqc.kernels_ref.norm import ShiftedNorm
-from vlqc.passes.algorithms import folding
-from vlqc.passes.algorithms.smoothing_search import SearchedEdge, find_stage_edges, per_channel, searched_edges
-from vlqc.passes.insert_observers import observed
-from vlqc.passes.smooth_m2 import range_candidates
+from vlqc.passes.algorithms.folding import channel_to_column
+from vlqc.passes.algorithms.observer import require_observation
+from vlqc.passes.algorithms.smoothing_search import SmoothingTask, amax_per_channel, smoothing_tasks, update_edges
+from vlqc.passes.smooth_m2 import range_scales
 from vlqc.pipeline.pass_api import Pass
+from vlqc.targets.rules import adds_norm_bias
 from vlqc.targets.schemes import Scheme
 
-CANDIDATES = 32  # ranges under which a shift is judged: it has to help beside smoothing, not instead of it
+CANDIDATES = 32  # smoothing ranges under which a shift is evaluated
 
 
 @dataclass(frozen=True)
 class ShiftNorms(Pass):
-    """Gives the norms in front of static W8A8 linears a bias: minus the middle of each channel's range.
+    """Adds minus the center of each channel's range as a bias to norms before static W8A8 linear layers.
 
-    It comes before smoothing, which then has less to do. A norm is shifted only where the expected error of its
-    readers, each way under its best smoothing range, falls: one massive token can move a middle away from all others.
+    It runs before smoothing. A norm is shifted only if the expected error of its consumers decreases, with and without
+    the shift each under its best smoothing range: a single massive token can move the center away from all others.
     """
 
     name: ClassVar[str] = "shift-norms"
     kind: ClassVar[Literal["analysis", "rewrite"]] = "rewrite"
-    summary: ClassVar[str] = "move the ranges of norm outputs to their middle, by a norm bias, where engines add it"
+    summary: ClassVar[str] = "center the ranges of norm outputs by a norm bias, where engines add it"
     after: ClassVar[tuple[str, ...]] = ("insert-observers", "assign-precision")
     before: ClassVar[tuple[str, ...]] = ("quantize-activations", "quantize-weights", "lower-linears")
 
     def run(self, stage: Stage) -> bool:
-        changed = find_stage_edges(stage)
-        for it in searched_edges(stage, self.name):
-            if stage.part == "language" and may_shift(stage, it.edge):
-                middle = self._middle(stage, it.edge)
-                if smallest_error(moved(stage, it, middle)) < smallest_error(it):
-                    changed |= shift(stage, it.edge, middle)
+        changed = update_edges(stage)
+        if not adds_norm_bias(stage.part):
+            return changed
+        for task in smoothing_tasks(stage, self.name):
+            if can_shift(stage, task.edge):
+                center = range_center(stage, task.edge, self.name)
+                if smallest_error(shifted_task(stage, task, center)) < smallest_error(task):
+                    changed |= shift(stage, task.edge, center)
         return changed
 
-    def _middle(self, stage: Stage, edge: Edge) -> Tensor:
-        """float32 [C]: (max + min) / 2 of every channel over all readers, in the emitted dtype."""
-        highs, lows = [], []
-        for target, channel in edge.consumers.items():
-            seen = observed(stage, stage.site_at(target).source, self.name)
-            highs.append(per_channel(seen.maximum(), channel, edge.usable.shape[0]))
-            lows.append(-per_channel(-seen.minimum(), channel, edge.usable.shape[0]))
-        middle = (torch.stack(highs).amax(0) + torch.stack(lows).amin(0)) / 2
-        return middle.to(stage.dtype).float()
 
-
-def moved(stage: Stage, it: SearchedEdge, middle: Tensor) -> SearchedEdge:
-    """The edge as its readers would see it after `middle` float32 [C] was subtracted."""
-    readers = []
-    for source, reader in zip(it.sources, it.readers, strict=True):
-        seen = stage.observations[source].shifted(folding.per_column(middle, reader.channel, 0.0))
-        away = folding.per_column(middle, reader.channel, 0.0)
-        readers.append(
-            replace(
-                reader,
-                low=seen.minimum(),
-                high=seen.maximum(),
-                second_moment=seen.second_moment(),
-                rows=reader.rows - away,
-            )
-        )
-    return replace(it, readers=tuple(readers))
-
-
-def smallest_error(it: SearchedEdge) -> float:
-    """The expected error of an edge under the best range that smoothing may choose for it."""
-    candidates = range_candidates(it.largest_input(), CANDIDATES)
-    return float(torch.stack([reader.expected_error(candidates) for reader in it.readers]).sum(0).amin())
-
-
-def may_shift(stage: Stage, edge: Edge) -> bool:
-    """Whether the producer is a norm without a bias, all of whose channels go to static W8A8 linears only."""
+def can_shift(stage: Stage, edge: Edge) -> bool:
+    """Whether the producer is a norm without a bias whose channels all feed static W8A8 linear layers."""
     producer = stage.module.get_submodule(edge.producer)
-    own = [name for name, _ in (*producer.named_parameters(), *producer.named_buffers())]
-    is_plain_norm = not isinstance(producer, nn.Linear) and own == ["weight"]
+    tensors = [name for name, _ in (*producer.named_parameters(), *producer.named_buffers())]
+    is_plain_norm = not isinstance(producer, nn.Linear) and tensors == ["weight"]
     sites = [stage.site_at(target) for target in edge.consumers]
     return is_plain_norm and bool(edge.usable.all()) and all(site.scheme == Scheme.W8A8 for site in sites)
 
 
-@torch.no_grad()
-def shift(stage: Stage, edge: Edge, middle: Tensor) -> bool:
-    """Subtracts `middle` float32 [C] behind the norm, adds W middle to the consumers' biases, and proves it.
+def range_center(stage: Stage, edge: Edge, pass_name: str) -> Tensor:
+    """(max + min) / 2 of every producer channel over all consumers, float32 [C], rounded to the stage's dtype."""
+    highs, lows = [], []
+    for target, channel in edge.consumers.items():
+        observation = require_observation(stage, stage.site_at(target).source, pass_name)
+        highs.append(amax_per_channel(observation.maximum(), channel, edge.usable.shape[0]))
+        lows.append(-amax_per_channel(-observation.minimum(), channel, edge.usable.shape[0]))
+    center = (torch.stack(highs).amax(0) + torch.stack(lows).amin(0)) / 2
+    return center.to(stage.dtype).float()
 
-    Whether it was done: where the proof fails everything is put back, with a note.
+
+def shifted_task(stage: Stage, task: SmoothingTask, center: Tensor) -> SmoothingTask:
+    """The edge with the statistics that its consumers have after `center` float32 [C] is subtracted."""
+    consumers = []
+    for source, group in zip(task.sources, task.consumers, strict=True):
+        offset = channel_to_column(center, group.channel, 0.0)
+        observation = stage.observations[source].shifted(offset)
+        consumers.append(
+            replace(
+                group,
+                low=observation.minimum(),
+                high=observation.maximum(),
+                second_moment=observation.second_moment(),
+                rows=group.rows - offset,
+            )
+        )
+    return replace(task, consumers=tuple(consumers))
+
+
+def smallest_error(task: SmoothingTask) -> float:
+    """The expected error of an edge under the best of CANDIDATES smoothing ranges."""
+    candidates = range_scales(task.input_absmax(), CANDIDATES)
+    return float(torch.stack([group.expected_error(candidates) for group in task.consumers]).sum(0).amin())
+
+
+@torch.no_grad()
+def shift(stage: Stage, edge: Edge, center: Tensor) -> bool:
+    """Subtracts `center` float32 [C] after the norm and adds W center to the consumers' biases.
+
+    Returns whether the stage's output for its probe call is unchanged; otherwise everything is restored, with a note.
     """
-    norm, before = stage.module.get_submodule(edge.producer), stage.execution.probe_output().flatten()
+    norm, before = stage.module.get_submodule(edge.producer), stage.execution.probe_output()
     linears = {target: stage.linear(stage.site_at(target)) for target in edge.consumers}
-    by_column = {target: folding.per_column(middle, channel, 0.0) for target, channel in edge.consumers.items()}
+    offsets = {target: channel_to_column(center, channel, 0.0) for target, channel in edge.consumers.items()}
     biases = {target: linear.bias for target, linear in linears.items()}
-    stage.module.set_submodule(edge.producer, ShiftedNorm(norm, -middle.to(norm.get_parameter("weight").device)))
+    stage.module.set_submodule(edge.producer, ShiftedNorm(norm, -center.to(norm.get_parameter("weight").device)))
     for target, linear in linears.items():
-        undo = linear.weight @ by_column[target].to(linear.weight.device)
-        known = biases[target]
-        linear.bias = nn.Parameter(undo if known is None else known + undo, requires_grad=False)
-    if folding.difference(before, stage.execution.probe_output().flatten()) > folding.TOLERANCE:
+        correction = linear.weight @ offsets[target].to(linear.weight.device)
+        bias = biases[target]
+        linear.bias = nn.Parameter(correction if bias is None else bias + correction, requires_grad=False)
+    if max_relative_error(before, stage.execution.probe_output()) > TOLERANCE:
         stage.module.set_submodule(edge.producer, norm)
         for target, linear in linears.items():
             linear.bias = biases[target]
@@ -113,7 +118,6 @@ def shift(stage: Stage, edge: Edge, middle: Tensor) -> bool:
         return False
     for target in edge.consumers:
         stage.site_at(target).added_bias = biases[target] is None
-    by_source = {stage.site_at(target).source: columns for target, columns in by_column.items()}
-    for source, columns in by_source.items():
-        stage.observations[source] = stage.observations[source].shifted(columns)
+    for source, offset in {stage.site_at(target).source: offset for target, offset in offsets.items()}.items():
+        stage.observations[source] = stage.observations[source].shifted(offset)
     return True

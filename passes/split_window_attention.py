@@ -1,8 +1,8 @@
-"""split-window-attention: attention whose mask lets windows of rows see only themselves runs window by window.
+"""split-window-attention: compute attention under a block-diagonal mask window by window.
 
 transformers 4.49 builds a mask [1, S, S] for every block of the vision tower and computes all S * S scores, of which
-the mask keeps one window's worth per row. Later versions split the rows themselves; this pass makes the earlier ones
-cost the same: the sum of squared window lengths. What is a window is read off the values of the mask, in every call.
+the mask keeps one window's worth per row. Later versions split the rows themselves. With this pass the cost is the same
+as there: the sum of squared window lengths. The windows are read from the values of the mask in every call.
 """
 
 import itertools
@@ -17,19 +17,20 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from vlqc.ir.stage import Stage
-from vlqc.passes.algorithms import folding
+from vlqc.ir.tensor_digest import TOLERANCE, max_relative_error
 from vlqc.pipeline.pass_api import Pass
 
 ATTENTION = torch.nn.functional.scaled_dot_product_attention
-PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # those that may be given by position
+PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # those that may be positional
+TENSOR_PARAMETERS, MASK_PARAMETERS = PARAMETERS[:3], PARAMETERS[3:]
 
 
 @dataclass(frozen=True)
 class SplitWindowAttention(Pass):
-    """Splits every attention whose mask is block-diagonal, and proves that the stage still computes the same.
+    """Splits every attention call with a block-diagonal mask and verifies that the stage's output is unchanged.
 
-    The proof has two parts: attention as a whole and in windows, on what the probe brings, agree (where its mask is a
-    single window, under a mask with several); and so do the stage's outputs before and after.
+    On the probe call, each attention is computed as a whole and in windows, and the results are compared (if its mask
+    has a single window, under a made-up mask with several). Then the stage's outputs before and after are compared.
     """
 
     name: ClassVar[str] = "split-window-attention"
@@ -39,15 +40,15 @@ class SplitWindowAttention(Pass):
 
     def run(self, stage: Stage) -> bool:
         nodes = [node for node in stage.graph.nodes if node.target is ATTENTION]
-        if not any(isinstance(_named(node.args, node.kwargs).get("attn_mask"), fx.Node) for node in nodes):
+        if not any(isinstance(_by_name(node.args, node.kwargs).get("attn_mask"), fx.Node) for node in nodes):
             return False
-        trial, before = _tried(stage)
-        if len(trial) != len(nodes):  # some attention is hidden in a leaf module
+        calls, before = _compare_on_probe(stage)
+        if len(calls) != len(nodes):  # some attention calls are inside a leaf module of the graph
             return False
-        chosen = {node: call for node, call in zip(nodes, trial, strict=True) if call.windows and call.path}
+        chosen = {node: call for node, call in zip(nodes, calls, strict=True) if call.windows and call.path}
         for path in {call.path: None for call in chosen.values()}:
-            proven = all(call.difference <= folding.TOLERANCE for call in chosen.values() if call.path == path)
-            if not (proven and _swapped(stage, path, before)):
+            equal = all(call.error <= TOLERANCE for call in chosen.values() if call.path == path)
+            if not (equal and _wrap(stage, path, before)):
                 where = stage.checkpoint_name(path)
                 stage.notes.append(f"splitting the attention of {where} into windows changes its output; left out")
                 chosen = {node: call for node, call in chosen.items() if call.path != path}
@@ -59,76 +60,79 @@ class SplitWindowAttention(Pass):
 # ---- windows ---------------------------------------------------------------------------------------------------------
 
 
-def windows_of(mask: Tensor) -> list[int]:
+def mask_windows(mask: Tensor) -> list[int]:
     """Lengths of the windows of a mask [..., S, S], in the order of the rows; empty if it is not block-diagonal.
 
-    Boolean masks are true, others 0, where a row may look; elsewhere these are -inf or the dtype's lowest value. Heads
-    and samples must share the mask.
+    A boolean mask is True, a float mask 0, where a row may attend; elsewhere a float mask is -inf or the lowest value
+    of its dtype. Heads and samples must share the mask.
     """
     rows = mask.shape[-1]
     if mask.ndim < 2 or mask.shape[-2] != rows or mask.numel() != rows * rows or not rows:
         return []
     allowed = mask.reshape(rows, rows)
     if allowed.dtype != torch.bool:
-        seen = allowed == 0
-        if not bool((seen | (allowed <= torch.finfo(allowed.dtype).min)).all()):
+        zero = allowed == 0
+        if not bool((zero | (allowed <= torch.finfo(allowed.dtype).min)).all()):
             return []
-        allowed = seen
-    ends = (~allowed.diagonal(1)).nonzero().flatten().cpu() + 1  # a row that may not look at the next one
-    edges = [0, *ends.tolist(), rows]
-    lengths = [end - start for start, end in itertools.pairwise(edges)]
+        allowed = zero
+    ends = (~allowed.diagonal(1)).nonzero().flatten().cpu() + 1  # after rows that may not attend to the next one
+    bounds = [0, *ends.tolist(), rows]
+    lengths = [end - start for start, end in itertools.pairwise(bounds)]
     if int(allowed.count_nonzero()) != sum(length * length for length in lengths):
         return []
-    blocks = [allowed[start:end, start:end].all() for start, end in itertools.pairwise(edges)]
+    blocks = [allowed[start:end, start:end].all() for start, end in itertools.pairwise(bounds)]
     return lengths if bool(torch.stack(blocks).all()) else []
 
 
 def windowed_attention(query: Tensor, key: Tensor, value: Tensor, windows: Sequence[int], **kwargs: Any) -> Tensor:
-    """Attention of [..., heads, S, D] in which the rows of each window, of these lengths in order, see only themselves.
+    """Attention of [..., heads, S, D] restricted to consecutive windows of rows.
 
-    kwargs: `scale`, `enable_gqa`. Neighbours of one length run as one batch: views, nothing is copied on the way in.
+    windows: their lengths, which sum to S; kwargs: `scale`, `enable_gqa`. Adjacent windows of equal length are computed
+    as one batch, of views of the inputs.
     """
     if query.ndim == 3:
         return windowed_attention(query[None], key[None], value[None], windows, **kwargs).squeeze(0)
-    parts, start = [], 0
-    for length, alike in itertools.groupby(windows):
-        count = len(list(alike))
+    outputs, start = [], 0
+    for length, run in itertools.groupby(windows):
+        count = len(list(run))
         end = start + count * length
 
-        def cut(rows: Tensor, start: int = start, end: int = end, count: int = count) -> Tensor:
+        def to_batch(rows: Tensor, start: int = start, end: int = end, count: int = count) -> Tensor:
             """[B, heads, S, D] -> [count * B, heads, length, D]"""
-            many, heads, _, depth = rows.shape
-            apart = rows[:, :, start:end].reshape(many, heads, count, -1, depth)
-            return apart.permute(2, 0, 1, 3, 4).flatten(0, 1)
+            batch, heads, _, depth = rows.shape
+            split = rows[:, :, start:end].reshape(batch, heads, count, -1, depth)
+            return split.permute(2, 0, 1, 3, 4).flatten(0, 1)
 
-        seen = ATTENTION(cut(query), cut(key), cut(value), **kwargs)  # [count * B, heads, length, D]
-        apart = seen.reshape(count, -1, *seen.shape[1:])
-        parts.append(apart.permute(1, 2, 0, 3, 4).flatten(2, 3))
+        attended = ATTENTION(to_batch(query), to_batch(key), to_batch(value), **kwargs)  # [count * B, heads, length, D]
+        split = attended.reshape(count, -1, *attended.shape[1:])
+        outputs.append(split.permute(1, 2, 0, 3, 4).flatten(2, 3))
         start = end
-    return torch.cat(parts, 2)
+    return torch.cat(outputs, 2)
 
 
 class SplitWindows(TorchFunctionMode):
-    """Inside, attention whose mask is block-diagonal runs in windows; any other call is as it was."""
+    """Mode in which attention calls with a block-diagonal mask are computed in windows."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func is ATTENTION:
-            given = _named(args, kwargs or {})
-            if windows := _windows_of_call(given):
-                return windowed_attention(windows=windows, **_without_mask(given))
+            arguments = _by_name(args, kwargs or {})
+            if windows := _windows_of_call(arguments):
+                return windowed_attention(windows=windows, **_without_mask(arguments))
         return func(*args, **(kwargs or {}))
 
 
 class Windowed(nn.Module):
-    """Stands for a module, with the same parameters, buffers and children under the same names: runs it with its
-    attention split."""
+    """Wraps a module and runs it with its attention split into windows.
+
+    It has the parameters, buffers and children of the wrapped module under the same names.
+    """
 
     def __init__(self, whole: nn.Module) -> None:
         super().__init__()
         shared = {name: whole.__dict__[name] for name in ("_parameters", "_buffers", "_modules", "training")}
-        self.__dict__.update(shared, whole=whole)  # not as a child, which would lengthen all names by one step
+        self.__dict__.update(shared, whole=whole)  # not as a child, which would add a level to all names
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["whole"], name)
@@ -138,137 +142,140 @@ class Windowed(nn.Module):
             return self.__dict__["whole"](*args, **kwargs)
 
 
-def _named(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a call of attention, or of a node that stands for one, by name."""
+def _by_name(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of an attention call, or of its node, by parameter name."""
     return dict(zip(PARAMETERS, args, strict=False)) | dict(kwargs)
 
 
-def _without_mask(given: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in given.items() if name not in PARAMETERS[3:]}
+def _without_mask(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if name not in MASK_PARAMETERS}
 
 
-def _windows_of_call(given: Mapping[str, Any]) -> list[int]:
-    """The windows of a call of attention; empty where it cannot be split."""
-    query, mask = given["query"], given.get("attn_mask")
-    if not isinstance(mask, Tensor) or given.get("dropout_p") or query.ndim not in (3, 4):
+def _windows_of_call(arguments: Mapping[str, Any]) -> list[int]:
+    """The windows of an attention call; empty if it cannot be split."""
+    query, mask = arguments["query"], arguments.get("attn_mask")
+    if not isinstance(mask, Tensor) or arguments.get("dropout_p") or query.ndim not in (3, 4):
         return []
-    fits = query.shape[-2] == given["key"].shape[-2] == mask.shape[-1]
-    return windows_of(mask) if fits else []
+    fits = query.shape[-2] == arguments["key"].shape[-2] == mask.shape[-1]
+    return mask_windows(mask) if fits else []
 
 
-# ---- the proof -------------------------------------------------------------------------------------------------------
+# ---- verification ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Call:
-    """One call of attention by the probe. path: of the module that made it; windows: empty if it cannot be split;
-    difference: between the whole and the split, as `folding.difference` counts."""
+class _AttentionCall:
+    """One attention call of the probe.
+
+    path: of the calling module; windows: empty if the call cannot be split; error: `max_relative_error` between whole
+    and split computation.
+    """
 
     path: str
     windows: list[int]
-    difference: float
+    error: float
 
 
-class _Trial(TorchFunctionMode):
-    """Inside, attention runs as asked, and beside it in windows, to compare."""
+class _CompareWindows(TorchFunctionMode):
+    """Mode in which attention is computed as usual and, for comparison, in windows."""
 
-    def __init__(self, running: Sequence[str]) -> None:
+    def __init__(self, module_stack: Sequence[str]) -> None:
         super().__init__()
-        self.running, self.calls = running, list[_Call]()
+        self.module_stack, self.calls = module_stack, list[_AttentionCall]()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         output = func(*args, **(kwargs or {}))
         if func is ATTENTION:
-            given, whole = _named(args, kwargs or {}), output
-            windows = tried = _windows_of_call(given)
-            if len(windows) == 1:  # proves nothing of several: other samples may have them
-                tried = _made_up(windows[0])
-                whole = ATTENTION(**_without_mask(given), attn_mask=_mask(tried, output.device))
-            split = windowed_attention(windows=tried, **_without_mask(given)) if windows else whole
-            difference = folding.difference(whole.float().flatten(), split.float().flatten())
-            self.calls.append(_Call(self.running[-1], windows, difference))
+            arguments, whole = _by_name(args, kwargs or {}), output
+            windows = compared = _windows_of_call(arguments)
+            if len(windows) == 1:  # verifies nothing about several windows, which other samples may have
+                compared = _made_up_windows(windows[0])
+                whole = ATTENTION(**_without_mask(arguments), attn_mask=_window_mask(compared, output.device))
+            split = windowed_attention(windows=compared, **_without_mask(arguments)) if windows else whole
+            error = max_relative_error(whole.float().flatten(), split.float().flatten())
+            self.calls.append(_AttentionCall(self.module_stack[-1], windows, error))
         return output
 
 
-def _made_up(rows: int) -> list[int]:
-    """Lengths of windows that fill so many rows: one row, twice a third of the rest, what is left."""
+def _made_up_windows(rows: int) -> list[int]:
+    """Window lengths that sum to `rows`: one row, two thirds of the rest in two equal windows, and the remainder."""
     third = (rows - 1) // 3
     return [length for length in (1, third, third, rows - 1 - 2 * third) if length]
 
 
-def _mask(windows: Sequence[int], device: torch.device) -> Tensor:
-    """bool [S, S]: true within the windows."""
+def _window_mask(windows: Sequence[int], device: torch.device) -> Tensor:
+    """bool [S, S]: True within the windows."""
     number = torch.repeat_interleave(torch.arange(len(windows)), torch.tensor(windows)).to(device)
     return number[:, None] == number[None, :]
 
 
-def _tried(stage: Stage) -> tuple[list[_Call], Tensor]:
-    """Every call of attention in the stage's run of its probe, and what the stage returned."""
-    with _running(stage.module) as running, _Trial(running) as trial:
-        return trial.calls, stage.execution.probe_output().flatten()
+def _compare_on_probe(stage: Stage) -> tuple[list[_AttentionCall], Tensor]:
+    """Runs the probe; returns its attention calls in order and the stage's output."""
+    with _module_stack(stage.module) as stack, _CompareWindows(stack) as comparison:
+        return comparison.calls, stage.execution.probe_output()
 
 
 @contextmanager
-def _running(root: nn.Module) -> Iterator[list[str]]:
-    """Inside, the list holds the paths of the modules that are running, the innermost last."""
-    running: list[str] = []
+def _module_stack(root: nn.Module) -> Iterator[list[str]]:
+    """Context that yields a list of the paths of all modules whose forward is running, the innermost last."""
+    stack: list[str] = []
     handles: list[Any] = []
 
     def leave(*unused: Any) -> None:
-        running.pop()
+        stack.pop()
 
     for path, module in root.named_modules():
-        handles.append(module.register_forward_pre_hook(lambda *_, path=path: running.append(path)))
+        handles.append(module.register_forward_pre_hook(lambda *_, path=path: stack.append(path)))
         handles.append(module.register_forward_hook(leave, always_call=True))
     try:
-        yield running
+        yield stack
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _swapped(stage: Stage, path: str, before: Tensor) -> bool:
-    """Puts a `Windowed` in the place of a module. Whether the stage's output stayed: if not, all is as it was."""
+def _wrap(stage: Stage, path: str, before: Tensor) -> bool:
+    """Wraps a module in `Windowed`; undoes that and returns False if the stage's output changes."""
     whole = stage.module.get_submodule(path)
     stage.module.set_submodule(path, Windowed(whole))
-    holds = folding.difference(before, stage.execution.probe_output().flatten()) <= folding.TOLERANCE
-    if not holds:
+    equal = max_relative_error(before, stage.execution.probe_output()) <= TOLERANCE
+    if not equal:
         stage.module.set_submodule(path, whole)
-    return holds
+    return equal
 
 
 # ---- the graph -------------------------------------------------------------------------------------------------------
 
 
 def _rewrite(stage: Stage, node: fx.Node, windows: Sequence[int]) -> None:
-    """In place of attention under a mask: one without for each window, on rows cut apart, and the outputs joined.
+    """Replaces masked attention by one attention per window without a mask, on split inputs, and concatenates.
 
-    The operations that make the mask stay: they still run, and say what the windows are.
+    The operations that create the mask stay in the graph: they still run and determine the windows.
     """
-    given = _without_mask(_named(node.args, node.kwargs))
-    rows = [given.pop(name) for name in PARAMETERS[:3]]
+    options = _without_mask(_by_name(node.args, node.kwargs))
+    inputs = [options.pop(name) for name in TENSOR_PARAMETERS]
     if len(windows) == 1:
-        node.args, node.kwargs = tuple(rows), given
+        node.args, node.kwargs = tuple(inputs), options
         return
     graph, meta = stage.graph, node.meta
 
-    def emit(function: Any, *args: Any, like: fx.Node | None = None, length: int = 0, **kwargs: Any) -> fx.Node:
-        """like: a node with the same shape and dtype, but for its rows, of which there are `length`."""
-        made: fx.Node = graph.call_function(function, args, kwargs)
+    def call(function: Any, *args: Any, like: fx.Node | None = None, length: int = 0, **kwargs: Any) -> fx.Node:
+        """Adds a call node; like: a node with the same dtype and the same shape, but for its number of rows."""
+        created: fx.Node = graph.call_function(function, args, kwargs)
         if like is not None:
             shape = like.meta["shape"]
-            made.meta.update(dtype=like.meta["dtype"], shape=(*shape[:-2], length, shape[-1]))
-        return made
+            created.meta.update(dtype=like.meta["dtype"], shape=(*shape[:-2], length, shape[-1]))
+        return created
 
     with graph.inserting_before(node):
-        parts = [(part, emit(torch.Tensor.split, part, list(windows), -2)) for part in rows]
-        seen = []
+        splits = [(value, call(torch.Tensor.split, value, list(windows), -2)) for value in inputs]
+        outputs = []
         for number, length in enumerate(windows):
-            cut = [emit(operator.getitem, apart, number, like=part, length=length) for part, apart in parts]
-            seen.append(emit(ATTENTION, *cut, like=node, length=length, **given))
-        joined = emit(torch.cat, seen, -2, like=node, length=meta["shape"][-2])
+            parts = [call(operator.getitem, split, number, like=value, length=length) for value, split in splits]
+            outputs.append(call(ATTENTION, *parts, like=node, length=length, **options))
+        joined = call(torch.cat, outputs, -2, like=node, length=meta["shape"][-2])
     node.replace_all_uses_with(joined)
     graph.erase_node(node)
     for site in stage.sites.values():

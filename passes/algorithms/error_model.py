@@ -1,6 +1,7 @@
-"""How much error rounding adds to the outputs of linears: in closed form from statistics, and measured on rows.
+"""Quantization error of linear layers' outputs: expected, in closed form from statistics, and measured on rows.
 
-Notation: x [T, K] the input, W [N, K] the weights of all consumers, s [K] a smoothing scale: x/s meets W*s.
+Notation: x [T, K] the input, W [N, K] the weights of all consumers, s [K] a smoothing scale per input column. Smoothing
+replaces x W^T by (x / s) (W s)^T.
 """
 
 from collections.abc import Sequence
@@ -15,31 +16,35 @@ from vlqc.ir.stage import Site
 from vlqc.kernels_ref.quantize import INT8_MAX, INT8_STEPS, WEIGHT_INT8_MAX
 from vlqc.targets.schemes import Scheme
 
-ROWS_OF_WEIGHT = 512  # rows of W that a search looks at, evenly spread: bounds its cost, whatever the layer
-ROWS_OF_INPUT = 256  # the same for rows of x
-EXTREMES = 16  # values of a column, on either side, that are looked at one by one: a range may cut off just these
-STRATA = 16  # into which all other values of a column are put together: it may be always large, and all be cut off
-CLIPPED_SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # of the full range, the first is all of it
+MAX_WEIGHT_ROWS = 512  # rows of W per search, evenly spread: bounds its cost, whatever the layer
+MAX_INPUT_ROWS = 256  # rows of x per search
+TAIL_VALUES = 16  # values at either end of a column that are evaluated one by one, as clipping may affect only these
+STRATA = 16  # into which the other values of a column are averaged; clipping affects them in columns that are large
+CLIPPED_SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # of the full range
 WEIGHT_INT4_MAX = 7
+MIN_WEIGHT_SCALE = 1e-30
+MIN_INPUT_SCALE = 1e-12
 
 WeightMethod = Literal["auto", "round", "clip", "gptq"]
-WEIGHT_NOISE = {"round": 1.0, "clip": 0.85, "gptq": 0.6, "auto": 0.6}  # of that of rounding to the nearest, as measured
+WEIGHT_NOISE = {"round": 1.0, "clip": 0.85, "gptq": 0.6, "auto": 0.6}  # measured, relative to round-to-nearest
 
 
-def representative_rows(weights: Sequence[Tensor], most: int = ROWS_OF_WEIGHT) -> Tensor:
-    """[N_i, K] of all consumers -> float32 [<= most, K]: evenly spread rows of them all, in order."""
+def representative_rows(weights: Sequence[Tensor], most: int = MAX_WEIGHT_ROWS) -> Tensor:
+    """Weights [N_i, K] of all consumers -> float32 [<= most, K]: evenly spread rows of all of them, in order."""
     total = sum(weight.shape[0] for weight in weights)
     step = max(1, -(-total // most))
     return torch.cat([weight[::step] for weight in weights]).float().cpu()
 
 
 @dataclass(frozen=True)
-class Arithmetic:
-    """How a scheme rounds, as far as its error goes.
+class SchemeNoise:
+    """The properties of a scheme that determine its quantization error.
 
-    per_token: one symmetric step per row of x (else one asymmetric step for all rows); weight_max: the largest integer
-    of a weight; group_size: columns that share a weight's step (None: the whole row); clips: whether a static range may
-    leave out what is rare; weight_noise: what rounding weights leaves of the noise of rounding them to the nearest.
+    per_token: one symmetric input scale per row of x; else one asymmetric scale for all rows.
+    weight_max: largest integer of a weight.
+    group_size: columns that share a weight scale; None for the whole row.
+    clips: whether a static input range may be clipped.
+    weight_noise: noise power of the weight's rounding relative to round-to-nearest.
     """
 
     per_token: bool = False
@@ -50,31 +55,33 @@ class Arithmetic:
 
 
 @dataclass(frozen=True)
-class Rounding:
-    """What later passes will do, as far as a search foresees it: clip activation ranges, round weights cleverly."""
+class QuantizationPreview:
+    """What later passes will do: clip: whether input ranges are clipped; weights: how weights are rounded."""
 
     clip: bool = False
     weights: WeightMethod = "round"
 
 
-PLAIN = Rounding()
+ROUND_TO_NEAREST = QuantizationPreview()
 
 
-def arithmetic_of(site: Site, rounding: Rounding = PLAIN) -> Arithmetic:
-    """Of the scheme that a site was assigned; static W8A8 if it has none yet."""
-    weight_noise = WEIGHT_NOISE[rounding.weights]
+def scheme_noise(site: Site, preview: QuantizationPreview = ROUND_TO_NEAREST) -> SchemeNoise:
+    """The noise of the scheme that a site is assigned; that of static W8A8 if it has none yet."""
+    weight_noise = WEIGHT_NOISE[preview.weights]
     if site.scheme == Scheme.W4A8_DYNAMIC:
-        return Arithmetic(True, WEIGHT_INT4_MAX, site.group_size, False, weight_noise)
+        return SchemeNoise(True, WEIGHT_INT4_MAX, site.group_size, False, weight_noise)
     per_token = site.scheme == Scheme.W8A8_DYNAMIC
-    return Arithmetic(per_token, clips=rounding.clip and not per_token, weight_noise=weight_noise)
+    return SchemeNoise(per_token, clips=preview.clip and not per_token, weight_noise=weight_noise)
 
 
 @dataclass(frozen=True)
-class Reader:
-    """Consumers that read the same node, as a search sees them.
+class ConsumerGroup:
+    """Linear layers that read the same node x, with the statistics of x.
 
-    channel: int64 [K], see ir.Edge.consumers; low, high, second_moment: float32 [K], the input's range and mean square
-    per channel; rows: float32 [T, K] of it, row_weight: float64 [T], sums to 1; weight: float32 [N, K], of them all.
+    channel: int64 [K], producer channel of each column of x, see `ir.Edge.consumers`.
+    low, high, second_moment: float32 [K], range and mean square of each column.
+    rows: float32 [T, K], a selection of x; row_weight: float64 [T], sums to 1.
+    weight: float32 [N, K], rows of all consumers.
     """
 
     channel: Tensor
@@ -84,115 +91,116 @@ class Reader:
     rows: Tensor
     row_weight: Tensor
     weight: Tensor
-    arithmetic: Arithmetic = Arithmetic()
+    noise: SchemeNoise = SchemeNoise()
 
-    def columns(self, scales: Tensor) -> Tensor:
-        """Scales per producer channel [..., C] -> per input column [..., K]; 1 where no channel arrives."""
+    def scale_per_column(self, scales: Tensor) -> Tensor:
+        """Scales per producer channel [..., C] -> per input column [..., K]; 1 for columns without a channel."""
         return torch.where(self.channel >= 0, scales[..., self.channel.clamp(min=0)], 1.0)
 
     @cached_property
     def energy_per_column(self) -> Tensor:
-        """float32 [K]: sum over outputs of W^2, by how much an error in a column reaches the outputs."""
+        """float32 [K]: sum over outputs of W^2, the factor from an error in a column to the output error."""
         return self.weight.square().sum(0)
 
     def expected_error(self, scales: Tensor) -> Tensor:
         """Expected squared error of a row of x W^T, summed over outputs: scales [R, C] -> float64 [R].
 
-        Rounding is uniform noise of variance step^2/12. The activation's step is per tensor or per row, its noise
-        reaches the output through all of W*s; the weight's step is per row or group of W, its noise is carried by the
-        columns of x/s that it covers.
+        Rounding is modeled as uniform noise of variance step^2 / 12. The input's step is per tensor or per row, and its
+        noise is multiplied by all of W s. The weight's step is per row or group of W, and its noise is multiplied by
+        the columns of x / s that the group covers.
         """
         errors = []
-        for scale in self.columns(scales):
-            carried = self._grouped((self.second_moment / scale.square()).double()[None]).sum(-1)  # [1, groups]
-            weight = (self._weight_step(self.weight * scale).double().square() * carried).sum() / 12
-            errors.append(self._activation_error(scale) + weight * self.arithmetic.weight_noise)
+        for scale in self.scale_per_column(scales):
+            moments = self._grouped((self.second_moment / scale.square()).double()[None]).sum(-1)  # [1, groups]
+            weight = (self._weight_step(self.weight * scale).double().square() * moments).sum() / 12
+            errors.append(self._input_error(scale) + weight * self.noise.weight_noise)
         return torch.stack(errors)
 
     def measured_error(self, scales: Tensor) -> float:
-        """Squared error of x W^T when each side is rounded, weighted over rows and summed over outputs; scales [C].
+        """Squared error of x W^T with rounded operands, averaged by row weight and summed over outputs; scales [C].
 
-        Each side by itself: one does not follow from the other, so their product's mean is small beside both.
+        Input and weight are rounded separately: the two errors are independent, so the mean of their product is small.
         """
-        scale = self.columns(scales)
-        smooth, heavy = self.rows / scale, self.weight * scale
-        activation = self._rounded_input(smooth, scale).sub_(smooth) @ heavy.T
-        step = self._weight_step(heavy)[..., None]  # [N, groups, 1]
-        rounded = (self._grouped(heavy) / step).round_().mul_(step).reshape(heavy.shape)
-        weight = smooth @ rounded.sub_(heavy).T
-        per_row = activation.square().sum(1).double() + self.arithmetic.weight_noise * weight.square().sum(1).double()
+        scale = self.scale_per_column(scales)
+        scaled_input, scaled_weight = self.rows / scale, self.weight * scale
+        activation = self._rounded_input(scaled_input, scale).sub_(scaled_input) @ scaled_weight.T
+        step = self._weight_step(scaled_weight)[..., None]  # [N, groups, 1]
+        rounded = (self._grouped(scaled_weight) / step).round_().mul_(step).reshape(scaled_weight.shape)
+        weight = scaled_input @ rounded.sub_(scaled_weight).T
+        per_row = activation.square().sum(1).double() + self.noise.weight_noise * weight.square().sum(1).double()
         return float((per_row * self.row_weight).sum())
 
-    def _activation_error(self, scale: Tensor) -> Tensor:
-        """Expected squared error of the outputs when x/s is rounded, float64 scalar."""
-        if self.arithmetic.per_token:
-            spread = (self.energy_per_column.double() * scale.double().square()).sum()
+    def _input_error(self, scale: Tensor) -> Tensor:
+        """Expected squared error of the outputs from rounding x / s, float64 scalar."""
+        if self.noise.per_token:
+            energy = (self.energy_per_column.double() * scale.double().square()).sum()
             step_per_token = (self.rows / scale).abs().amax(1).double() / INT8_MAX
-            return (step_per_token.square() * self.row_weight).sum() * spread / 12
+            return (step_per_token.square() * self.row_weight).sum() * energy / 12
         return min(self._static_errors(scale))
 
     def _static_errors(self, scale: Tensor) -> list[Tensor]:
-        """As `_activation_error` for each of the shares of the full range to which it may be clipped."""
-        spread = (self.energy_per_column.double() * scale.double().square()).sum()
-        bottom, top = self._range(scale)
+        """`_input_error` of a static range for each candidate share of the full range."""
+        energy = (self.energy_per_column.double() * scale.double().square()).sum()
+        low, high = self._range(scale)
         return [
-            ((top - bottom).double() * share / INT8_STEPS).square() * spread / 12
-            + self._clipping_error(bottom * share * scale, top * share * scale)
+            ((high - low).double() * share / INT8_STEPS).square() * energy / 12
+            + self._clipping_error(low * share * scale, high * share * scale)
             for share in self._shares
         ]
 
     @property
     def _shares(self) -> tuple[float, ...]:
-        return CLIPPED_SHARES if self.arithmetic.clips else CLIPPED_SHARES[:1]
+        return CLIPPED_SHARES if self.noise.clips else CLIPPED_SHARES[:1]
 
-    def _clipping_error(self, bottom: Tensor, top: Tensor) -> Tensor:
-        """Of the outputs, float64 scalar, when column k of x is kept within bottom[k] and top[k], both float32 [K]."""
+    def _clipping_error(self, low: Tensor, high: Tensor) -> Tensor:
+        """Squared error of the outputs when column k of x is clipped to [low[k], high[k]], float64 scalar."""
         (lowest, weight_of_lowest), (highest, weight_of_highest) = self._sorted_values
-        below = (bottom - lowest).clamp(min=0).square() * weight_of_lowest
-        above = (highest - top).clamp(min=0).square() * weight_of_highest
+        below = (low - lowest).clamp(min=0).square() * weight_of_lowest
+        above = (highest - high).clamp(min=0).square() * weight_of_highest
         return ((below + above).sum(0) * self.energy_per_column).sum(dtype=torch.float64)
 
     @cached_property
     def _sorted_values(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """The rows' values per column, from the lowest up and from the highest down, with the rows' weights.
+        """(values, row weights) of each column in ascending and in descending order, reduced by `stratify`.
 
-        float32 [<= EXTREMES + STRATA, K] each; behind the first EXTREMES, means of what was put together.
+        float32 [<= TAIL_VALUES + STRATA, K] each.
         """
         values, order = self.rows.sort(0)
         weight = self.row_weight.float()[order]
-        return in_strata(values, weight), in_strata(values.flip(0), weight.flip(0))
+        return stratify(values, weight), stratify(values.flip(0), weight.flip(0))
 
     def _grouped(self, rows: Tensor) -> Tensor:
         """[N, K] -> [N, groups, K / groups]"""
-        return rows.reshape(*rows.shape[:-1], -1, self.arithmetic.group_size or rows.shape[-1])
+        return rows.reshape(*rows.shape[:-1], -1, self.noise.group_size or rows.shape[-1])
 
-    def _weight_step(self, heavy: Tensor) -> Tensor:
+    def _weight_step(self, scaled_weight: Tensor) -> Tensor:
         """[N, K] -> [N, groups]"""
-        return self._grouped(heavy).abs().amax(-1).clamp(min=1e-30) / self.arithmetic.weight_max
+        return self._grouped(scaled_weight).abs().amax(-1).clamp(min=MIN_WEIGHT_SCALE) / self.noise.weight_max
 
     def _range(self, scale: Tensor) -> tuple[Tensor, Tensor]:
         return (self.low / scale).amin().clamp(max=0), (self.high / scale).amax().clamp(min=0)
 
-    def _rounded_input(self, smooth: Tensor, scale: Tensor) -> Tensor:
-        if self.arithmetic.per_token:
-            step = smooth.abs().amax(1, keepdim=True).clamp(min=1e-12) / INT8_MAX
-            return (smooth / step).round_().mul_(step)
+    def _rounded_input(self, scaled_input: Tensor, scale: Tensor) -> Tensor:
+        if self.noise.per_token:
+            step = scaled_input.abs().amax(1, keepdim=True).clamp(min=MIN_INPUT_SCALE) / INT8_MAX
+            return (scaled_input / step).round_().mul_(step)
         errors = self._static_errors(scale)
         share = self._shares[errors.index(min(errors))]
-        bottom, top = (end * share for end in self._range(scale))
-        step = ((top - bottom) / INT8_STEPS).clamp(min=1e-12)
-        offset = torch.round(bottom / step)
-        return (smooth / step).round_().sub_(offset).clamp_(0, INT8_STEPS).add_(offset).mul_(step)
+        low, high = (end * share for end in self._range(scale))
+        step = ((high - low) / INT8_STEPS).clamp(min=MIN_INPUT_SCALE)
+        offset = torch.round(low / step)
+        return (scaled_input / step).round_().sub_(offset).clamp_(0, INT8_STEPS).add_(offset).mul_(step)
 
 
-def in_strata(values: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Sorted values and their weights [T, K] -> the first EXTREMES, then weighted means of STRATA parts of the rest."""
-    first, rest = values[:EXTREMES], len(values) - EXTREMES
+def stratify(values: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Reduces sorted values and their weights [T, K] to the first TAIL_VALUES and weighted means of STRATA parts."""
+    tail, rest = values[:TAIL_VALUES], len(values) - TAIL_VALUES
     if rest <= 0:
         return values, weight
-    parts = list(zip(*(torch.tensor_split(it[EXTREMES:], min(STRATA, rest)) for it in (values, weight)), strict=True))
-    total = torch.stack([part.sum(0) for _, part in parts])
-    mean = torch.stack([(value * part).sum(0) for value, part in parts]) / total.clamp(
-        min=torch.finfo(total.dtype).tiny
-    )
-    return torch.cat([first, mean]), torch.cat([weight[:EXTREMES], total])
+    strata = min(STRATA, rest)
+    value_parts = torch.tensor_split(values[TAIL_VALUES:], strata)
+    weight_parts = torch.tensor_split(weight[TAIL_VALUES:], strata)
+    total = torch.stack([part.sum(0) for part in weight_parts])
+    weighted_sum = torch.stack([(value * part).sum(0) for value, part in zip(value_parts, weight_parts, strict=True)])
+    mean = weighted_sum / total.clamp(min=torch.finfo(total.dtype).tiny)
+    return torch.cat([tail, mean]), torch.cat([weight[:TAIL_VALUES], total])

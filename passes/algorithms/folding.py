@@ -1,4 +1,7 @@
-"""Folding a per-channel scale: out of a producer, into its consumers, with a proof that the stage computes the same."""
+"""Folding of per-channel scales: divide the producer's channels, multiply the consumers' columns.
+
+Every fold is verified: the stage's output for its probe call must not change beyond float32 rounding.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,9 +12,10 @@ from torch import Tensor, nn
 from vlqc.errors import InternalError
 from vlqc.ir.execution import exact_bfloat16
 from vlqc.ir.stage import Edge, Stage
-from vlqc.ir.tensor_digest import TOLERANCE as TOLERANCE
-from vlqc.ir.tensor_digest import difference as difference
+from vlqc.ir.tensor_digest import TOLERANCE, max_relative_error
 from vlqc.kernels_ref.norm import ShiftedNorm
+
+SNAP_TOLERANCE = 2**-22  # relative error that float32 division leaves on a value of a shorter dtype
 
 
 @dataclass(frozen=True)
@@ -21,22 +25,22 @@ class Fold:
     edge: Edge
     scale: Tensor
 
-    def columns(self, target: str) -> Tensor:
-        """float32 [K]: by what the columns of a consumer are multiplied; 1 where no usable channel arrives."""
-        return per_column(self.scale, self.edge.consumers[target], 1.0)
+    def scale_per_column(self, target: str) -> Tensor:
+        """float32 [K]: factor of each input column of a consumer; 1 for columns without a usable channel."""
+        return channel_to_column(self.scale, self.edge.consumers[target], 1.0)
 
 
-def per_column(values: Tensor, channel: Tensor, otherwise: float) -> Tensor:
-    """Per producer channel [C] -> per input column [K], by an edge's map; `otherwise` where no channel arrives."""
-    return torch.where(channel >= 0, values[channel.clamp(min=0)], otherwise)
+def channel_to_column(values: Tensor, channel: Tensor, default: float) -> Tensor:
+    """Per producer channel [C] -> per input column [K], by an edge's map; `default` for columns without a channel."""
+    return torch.where(channel >= 0, values[channel.clamp(min=0)], default)
 
 
-def representable(producer: nn.Module, usable: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The scale float32 [C] nearest to the given one that folds without rounding.
+def exact_scale(producer: nn.Module, usable: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns the scale float32 [C] closest to the given one whose fold into the producer is exact in `dtype`.
 
-    A norm's weight is emitted in `dtype`. Choosing the divided weight among the values of dtype, and the scale as the
-    quotient of old and new weight, makes the consumers' integers absorb what rounding would lose. A Linear's rows
-    keep their own scale when quantized, so nothing is lost there. Unusable and dead channels get 1.
+    A norm's weight is stored in `dtype`, so its divided weight is rounded to `dtype`, and the scale is the quotient of
+    old and new weight; the consumers' integers then absorb the difference. The rows of a linear layer have a scale of
+    their own once they are quantized, so its scale is returned as it is. Unusable and dead channels get 1.
     """
     wanted = torch.where(usable, scale, 1.0)
     if isinstance(producer, nn.Linear):
@@ -48,95 +52,94 @@ def representable(producer: nn.Module, usable: Tensor, scale: Tensor, dtype: tor
 
 
 @torch.no_grad()
-def apply(stage: Stage, folds: Sequence[Fold]) -> list[Fold]:
-    """Folds everything, proves that the stage still computes the same, and corrects the observations.
+def apply_folds(stage: Stage, folds: Sequence[Fold]) -> list[Fold]:
+    """Applies folds, verifies the stage's output, and updates the observations. Returns the folds that were applied.
 
-    The proof compares the stage's output for its probe call. If it fails, every fold is tried alone and those that
-    change the output are left out, with a note; the others are returned.
+    If the output changes, every fold is tried separately, and those that change the output are left out with a note.
     """
     if not folds:
         return []
-    before = stage.execution.probe_output().flatten()
-    originals = [(parameter, _copy(parameter)) for parameter in _changed_by(stage, folds)]
-    lost: dict[str, Tensor] = {}  # by producer: what its bias lost when it was rounded
+    before = stage.execution.probe_output()
+    originals = [(parameter, _copy(parameter)) for parameter in _affected_parameters(stage, folds)]
+    bias_errors: dict[str, Tensor] = {}  # per producer: what its bias lost by rounding
 
     def restore() -> None:
         for parameter, original in originals:
             parameter.copy_(original)
 
-    def holds(some: Sequence[Fold]) -> bool:
-        for fold in some:
-            lost[fold.edge.producer] = _fold(stage, fold)
-        return difference(before, stage.execution.probe_output().flatten()) <= TOLERANCE
+    def keeps_output(candidates: Sequence[Fold]) -> bool:
+        for fold in candidates:
+            bias_errors[fold.edge.producer] = _fold(stage, fold)
+        return max_relative_error(before, stage.execution.probe_output()) <= TOLERANCE
 
-    proven = list(folds)
-    if not holds(folds):
-        proven = []
+    applied = list(folds)
+    if not keeps_output(folds):
+        applied = []
         for fold in folds:
             restore()
-            if holds([fold]):
-                proven.append(fold)
+            if keeps_output([fold]):
+                applied.append(fold)
             else:
                 producer = stage.checkpoint_name(fold.edge.producer)
                 stage.notes.append(f"the fold out of {producer} changes the output of {stage.name} and was left out")
         restore()
-        if not holds(proven):
-            raise InternalError(f"{stage.name}: folds that hold alone do not hold together")
-    for fold in proven:
-        _correct_observations(stage, fold, lost[fold.edge.producer])
-    return proven
+        if not keeps_output(applied):
+            raise InternalError(f"{stage.name}: folds that keep the output separately change it together")
+    for fold in applied:
+        _update_observations(stage, fold, bias_errors[fold.edge.producer])
+    return applied
 
 
-def _changed_by(stage: Stage, folds: Sequence[Fold]) -> list[nn.Parameter]:
-    """Every parameter that folding changes, once."""
+def _affected_parameters(stage: Stage, folds: Sequence[Fold]) -> list[nn.Parameter]:
     targets = dict.fromkeys(path for fold in folds for path in (fold.edge.producer, *fold.edge.consumers))
     return [parameter for path in targets for parameter in stage.module.get_submodule(path).parameters(recurse=False)]
 
 
 def _copy(parameter: Tensor) -> Tensor:
-    """The same values, in half the memory where bfloat16 holds them, as it does those of most checkpoints."""
+    """A copy, in bfloat16 if that is exact, as it is for most checkpoints: half the memory."""
     half = exact_bfloat16(parameter)
     return parameter.clone() if half is None else half
 
 
 @torch.no_grad()
 def _fold(stage: Stage, fold: Fold) -> Tensor:
-    """Changes the weights; float32 [C]: what the producer now adds too little, because its bias was rounded."""
+    """Changes the weights; returns float32 [C], what the producer's bias lost by rounding."""
     producer = stage.module.get_submodule(fold.edge.producer)
     for parameter in producer.parameters(recurse=False):  # weight [C] or [C, K], bias [C]
         scale = fold.scale.to(parameter.device)
         divided = parameter / (scale if parameter.ndim == 1 else scale[:, None])
-        parameter.copy_(divided if isinstance(producer, nn.Linear) else _snapped(divided, stage.dtype))
+        parameter.copy_(divided if isinstance(producer, nn.Linear) else _snap(divided, stage.dtype))
     for target in fold.edge.consumers:
         weight = stage.module.get_submodule(target).get_parameter("weight")
-        weight.mul_(fold.columns(target).to(weight.device))
+        weight.mul_(fold.scale_per_column(target).to(weight.device))
     if isinstance(producer, ShiftedNorm):
-        return _hand_over_rounding(stage, fold, producer)
+        return _move_bias_error(stage, fold, producer)
     return torch.zeros_like(fold.scale)
 
 
-def _hand_over_rounding(stage: Stage, fold: Fold, norm: ShiftedNorm) -> Tensor:
-    """Rounds a norm's bias to the dtype in which it is emitted; the consumers' biases take what that loses, [C]."""
+def _move_bias_error(stage: Stage, fold: Fold, norm: ShiftedNorm) -> Tensor:
+    """Rounds a norm's bias to the stage's dtype and adds the rounding error, returned [C], to the consumers' biases."""
     stored = norm.bias.to(stage.dtype).float()
-    lost = norm.bias - stored  # [C]
+    error = norm.bias - stored  # [C]
     norm.bias.copy_(stored)
     for target, channel in fold.edge.consumers.items():
         linear = stage.module.get_submodule(target)
-        linear.get_parameter("bias").add_(linear.get_parameter("weight") @ per_column(lost, channel, 0.0))
-    return lost.cpu()
+        linear.get_parameter("bias").add_(linear.get_parameter("weight") @ channel_to_column(error, channel, 0.0))
+    return error.cpu()
 
 
-def _snapped(divided: Tensor, dtype: torch.dtype) -> Tensor:
-    """Values of `dtype` that float32's rounding missed by a bit become what they are; all others stay."""
+def _snap(divided: Tensor, dtype: torch.dtype) -> Tensor:
+    """Replaces values that differ from a value of `dtype` only by float32 rounding by that value."""
     near = divided.to(dtype).float()
-    return torch.where((near - divided).abs() <= 2**-22 * divided.abs(), near, divided)
+    return torch.where((near - divided).abs() <= SNAP_TOLERANCE * divided.abs(), near, divided)
 
 
-def _correct_observations(stage: Stage, fold: Fold, lost: Tensor) -> None:
+def _update_observations(stage: Stage, fold: Fold, bias_error: Tensor) -> None:
     targets = {stage.site_at(target).source: target for target in fold.edge.consumers}
     for source, target in targets.items():
         if source in stage.observations:
-            seen = stage.observations[source].rescaled(fold.columns(target))
-            if bool(lost.any()):
-                seen = seen.shifted(per_column(lost, fold.edge.consumers[target], 0.0))
-            stage.observations[source] = seen
+            observation = stage.observations[source].rescaled(fold.scale_per_column(target))
+            if bool(bias_error.any()):
+                offset = channel_to_column(bias_error, fold.edge.consumers[target], 0.0)
+                observation = observation.shifted(offset)
+            stage.observations[source] = observation

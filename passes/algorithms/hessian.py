@@ -1,9 +1,9 @@
-"""Which inputs of a Linear go along with each other: the Gram matrix of its input, as error compensation needs it.
+"""The regularized Hessian of a linear layer's rounding error with respect to its weight, factorized for GPTQ.
 
-Notation: x [T, K] rows of the input, D their weights on a diagonal, H = x^T D x [K, K] = R R^T with R upper triangular.
-A calibration set sees few rows: with T < K some combinations of columns were never seen, and H says that errors there
-are free. So what is factorised is (1 - shrinkage) H + shrinkage diag(H); shrinkage 1 means that no column is trusted to
-make up for another one.
+Notation: x [T, K] rows of the input, D [T, T] the diagonal of their weights, H = x^T D x [K, K] = R R^T with R upper
+triangular. With T < K, or few distinct rows, H has directions without any cost that calibration simply did not see.
+Therefore (1 - shrinkage) H + shrinkage diag(H) is factorized, with the shrinkage chosen on held-out rows; shrinkage 1
+disables compensation between columns.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -13,139 +13,146 @@ from typing import Any
 import torch
 from torch import Tensor
 
-COLUMNS_PER_BLOCK = 4096  # of H: 64 MiB in float32; wider inputs are taken block by block
-FAINT = 1e-4  # of a column's mean square: what it counts for in a part of the rows in which it was silent
+COLUMNS_PER_BLOCK = 4096  # of H: 64 MiB in float32; wider inputs are processed block by block
+MIN_CORRELATION = 1e-4  # lower bound of the diagonal of correlations, for columns that are zero in a part of the rows
 SHRINKAGES = (0.01, 0.03, 0.1, 0.3, 0.6, 1.0)
-FIRST_SHRINKAGE = 3  # tried first: the best on most inputs
-PIECES, HELD_OUT = 12, 3  # of so many pieces of the rows every third is left out, and judged on
-MOST_UNSEEN = 256  # rows are judged on, evenly spread: more of them change little
-PANEL = 512  # columns of H that are multiplied at a time
-Each = Callable[[Callable[[Any], None], Iterable[Any]], None]  # does a task for each part of some work
+FIRST_SHRINKAGE = 3  # index at which the search starts: the best one for most inputs
+CHUNKS, HOLDOUT_EVERY = 12, 3  # rows are cut into CHUNKS consecutive chunks, every third of which is held out
+MAX_HOLDOUT_ROWS = 256  # evenly spread; more rows hardly change the choice
+COLUMNS_PER_PANEL = 512  # columns of H that are multiplied at a time
+ParallelFor = Callable[[Callable[[Any], None], Iterable[Any]], None]  # calls a function for every item
 
 
 @dataclass(frozen=True)
-class Block:
-    """Some columns of x, and their part of H.
+class HessianBlock:
+    """Some columns of x and the factor of their block of H.
 
-    columns: their positions in x, int64 [B]; reach: float32 [B, B], R_ij / R_jj above the diagonal: how much of an
-    error in i column j takes over; importance: float32 [B], R_jj^2: what an error in j costs that none behind it takes
-    over. Where x has several blocks, rows: float32 [T, B], D^1/2 x, and, but for the first, answer: float32 [B, T],
-    H^-1 x^T D^1/2: the change of weights that makes up for an error in the outputs.
+    columns: int64 [B], their positions in x.
+    propagation: float32 [B, B], R_ij / R_jj above the diagonal: the share of an error in column i to be added to j.
+    importance: float32 [B], R_jj^2: the cost of an error in column j that later columns cannot compensate.
+    rows: float32 [T, B], D^1/2 x; None if x has a single block.
+    pseudo_inverse: float32 [B, T], H^-1 x^T D^1/2: maps an output error to the weight change that compensates it; None
+        for the first block.
     """
 
     columns: Tensor
-    reach: Tensor
+    propagation: Tensor
     importance: Tensor
     rows: Tensor | None
-    answer: Tensor | None
+    pseudo_inverse: Tensor | None
 
 
-def one_by_one(task: Callable[[Any], None], parts: Iterable[Any]) -> None:
-    """Does the parts of some work; whoever has several threads may do them side by side."""
-    for part in parts:
-        task(part)
+def serial_for(task: Callable[[Any], None], items: Iterable[Any]) -> None:
+    """Calls `task` for every item in order; the default `ParallelFor`."""
+    for item in items:
+        task(item)
 
 
-def blocks_of(
+def hessian_blocks(
     rows: Tensor,
     row_weight: Tensor,
     importance: Tensor,
     order: Tensor,
     width: int,
-    each: Each = one_by_one,
-) -> Iterator[Block]:
-    """x float32 [T, K], weights of its rows float64 [T], columns in order int64 [K] -> blocks of `width` columns.
+    parallel_for: ParallelFor = serial_for,
+) -> Iterator[HessianBlock]:
+    """Yields the blocks of `width` columns of x float32 [T, K], in the given order.
 
-    importance: float32 [K] > 0, the diagonal of H, and more where a column was silent; each: as `one_by_one`.
+    row_weight: float64 [T]; importance: float32 [K] > 0, the diagonal of H, bounded from below; order: int64 [K],
+    a permutation of the columns.
     """
-    size, root = importance.sqrt(), row_weight.sqrt().float()[:, None]  # [K], [T, 1]
+    rms, root = importance.sqrt(), row_weight.sqrt().float()[:, None]  # [K], [T, 1]
     several = rows.shape[1] > width
     for number, columns in enumerate(torch.split(order, width)):
         part = rows[:, columns].mul_(root)  # [T, B]
-        yield _block(columns, part, size[columns], each, several=several, first=number == 0)
+        yield _block(columns, part, rms[columns], parallel_for, several=several, first=number == 0)
 
 
-def _block(columns: Tensor, rows: Tensor, size: Tensor, each: Each, *, several: bool, first: bool) -> Block:
-    """rows: float32 [T, B], D^1/2 x; size: float32 [B], root of H's diagonal, or what stands for it."""
-    unit = rows / size
-    known, unseen = apart(unit)
-    gram = gram_of(known, each)  # [B, B], of correlations once it is whole
-    shrinkage = chosen_shrinkage(gram, unseen, size, each)
-    gram.add_(gram_of(unseen, each)).mul_(1 - shrinkage)
-    gram.fill_diagonal_(1)  # float32 is enough: its errors are those of another shrinkage, a little smaller or larger
+def _block(
+    columns: Tensor, rows: Tensor, rms: Tensor, parallel_for: ParallelFor, *, several: bool, first: bool
+) -> HessianBlock:
+    """rows: float32 [T, B], D^1/2 x; rms: float32 [B], square root of the (bounded) diagonal of H."""
+    unit = rows / rms
+    training, holdout = holdout_split(unit)
+    gram = gram_matrix(training, parallel_for)  # [B, B]; correlations once the held-out rows are added
+    shrinkage = search_shrinkage(gram, holdout, rms, parallel_for)
+    gram.add_(gram_matrix(holdout, parallel_for)).mul_(1 - shrinkage)
+    gram.fill_diagonal_(1)  # float32 suffices: its rounding errors amount to a slightly different shrinkage
     lower, failed = torch.linalg.cholesky_ex(gram.flip(0, 1))
-    if int(failed):  # the columns go along with each other beyond what float32 tells apart: none makes up for another
+    if int(failed):  # columns are collinear within float32: no compensation
         lower = torch.eye(len(gram))
-    answer = None
+    pseudo_inverse = None
     if several and not first:
-        behind = (unit.T * (1 - shrinkage)).flip(0)  # [B, T]
-        answer = torch.cholesky_solve(behind, lower).flip(0) / size[:, None]
-    importance = (lower.diagonal().flip(0) * size).square()
-    return Block(columns, _reach(lower, size), importance, rows if several else None, answer)
+        right = (unit.T * (1 - shrinkage)).flip(0)  # [B, T]
+        pseudo_inverse = torch.cholesky_solve(right, lower).flip(0) / rms[:, None]
+    importance = (lower.diagonal().flip(0) * rms).square()
+    return HessianBlock(columns, _propagation(lower, rms), importance, rows if several else None, pseudo_inverse)
 
 
-def _reach(lower: Tensor, size: Tensor) -> Tensor:
-    """The factor of the flipped matrix of correlations -> R_ij / R_jj in the units of x: float32 [B, B], 1 at i = j."""
+def _propagation(lower: Tensor, rms: Tensor) -> Tensor:
+    """Cholesky factor of the flipped correlations -> R_ij / R_jj in the units of x: float32 [B, B], 1 at i = j."""
     upper = lower.flip(0, 1)
-    return upper.mul_(size[:, None]).div_(upper.diagonal().clone())
+    return upper.mul_(rms[:, None]).div_(upper.diagonal().clone())
 
 
-def gram_of(rows: Tensor, each: Each = one_by_one) -> Tensor:
-    """float32 [T, B] -> rows^T rows [B, B]: panels below the diagonal, and their mirror images."""
+def gram_matrix(rows: Tensor, parallel_for: ParallelFor = serial_for) -> Tensor:
+    """rows float32 [T, B] -> rows^T rows [B, B]; only panels below the diagonal are multiplied, then mirrored."""
     gram = torch.empty(rows.shape[1], rows.shape[1])
 
     def multiply(begin: int) -> None:
-        panel = rows[:, begin:].T @ rows[:, begin : begin + PANEL]  # [B - begin, P]
-        gram[begin:, begin : begin + PANEL] = panel
-        gram[begin : begin + PANEL, begin:] = panel.T
+        panel = rows[:, begin:].T @ rows[:, begin : begin + COLUMNS_PER_PANEL]  # [B - begin, P]
+        gram[begin:, begin : begin + COLUMNS_PER_PANEL] = panel
+        gram[begin : begin + COLUMNS_PER_PANEL, begin:] = panel.T
 
-    each(multiply, range(0, rows.shape[1], PANEL))
+    parallel_for(multiply, range(0, rows.shape[1], COLUMNS_PER_PANEL))
     return gram
 
 
-def apart(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """[T, B] -> the rows to learn from, and those that are left out, in whole pieces: neighbours are much alike."""
-    piece = torch.arange(rows.shape[0]) * PIECES // max(rows.shape[0], 1)
-    left_out = piece % HELD_OUT == HELD_OUT - 1
-    return rows[~left_out], rows[left_out]
+def holdout_split(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """[T, B] -> (training rows, held-out rows), in consecutive chunks, as neighboring tokens are correlated."""
+    chunk = torch.arange(rows.shape[0]) * CHUNKS // max(rows.shape[0], 1)
+    held_out = chunk % HOLDOUT_EVERY == HOLDOUT_EVERY - 1
+    return rows[~held_out], rows[held_out]
 
 
-def chosen_shrinkage(gram: Tensor, unseen: Tensor, size: Tensor, each: Each = one_by_one) -> float:
-    """Gram matrix of some rows float32 [B, B], other rows [T', B], both in units of size [B] -> the best on those.
+def search_shrinkage(gram: Tensor, holdout: Tensor, rms: Tensor, parallel_for: ParallelFor = serial_for) -> float:
+    """Returns the shrinkage with the smallest expected error on the held-out rows, by descent from FIRST_SHRINKAGE.
 
-    In closed form, for any W: rounding leaves an independent error of like size in every column, and what becomes of it
-    behind the compensation is that error times (R diag(R)^-1)^-1. Tried from one candidate on while it gets better.
+    gram: float32 [B, B], of the training rows; holdout: [T', B]; both in units of rms [B].
+
+    The expectation is in closed form and holds for any W: rounding adds an independent error of equal magnitude to
+    every column, and compensation turns it into that error times (R diag(R)^-1)^-1.
     """
-    if not bool(unseen.any()) or not bool(gram.any()):
+    if not bool(holdout.any()) or not bool(gram.any()):
         return 1.0
-    few = unseen[:: -(-unseen.shape[0] // MOST_UNSEEN)]
-    errors = (few * size).T.contiguous()  # [B, T']
-    tried: dict[int, float] = {}
+    sampled = holdout[:: -(-holdout.shape[0] // MAX_HOLDOUT_ROWS)]
+    errors = (sampled * rms).T.contiguous()  # [B, T']
+    costs: dict[int, float] = {}
 
-    def attempt(number: int) -> None:
-        tried[number] = _expected_error(gram, SHRINKAGES[number], size, errors)
+    def evaluate(number: int) -> None:
+        costs[number] = _expected_error(gram, SHRINKAGES[number], rms, errors)
 
     def cost(number: int) -> float:
-        if number not in tried:
-            attempt(number)
-        return tried[number]
+        if number not in costs:
+            evaluate(number)
+        return costs[number]
 
     best = FIRST_SHRINKAGE
-    each(attempt, (best, best + 1))
+    parallel_for(evaluate, (best, best + 1))
     step = 1 if cost(best + 1) < cost(best) else -1
     while 0 <= best + step < len(SHRINKAGES) and cost(best + step) < cost(best):
         best += step
     return SHRINKAGES[best]
 
 
-def _expected_error(gram: Tensor, shrinkage: float, size: Tensor, unseen: Tensor) -> float:
-    """What unit errors of rounding come to on rows [B, T'] after compensation by a Gram matrix of other rows."""
+def _expected_error(gram: Tensor, shrinkage: float, rms: Tensor, holdout: Tensor) -> float:
+    """Squared error on held-out rows [B, T'] of unit rounding errors, compensated with the Gram matrix [B, B]."""
     if shrinkage == 1:
-        return float(unseen.square().sum(dtype=torch.float64))
+        return float(holdout.square().sum(dtype=torch.float64))
     shrunk = gram * (1 - shrinkage)
-    shrunk.diagonal().copy_(gram.diagonal().clamp(min=FAINT))  # some columns may be silent in these rows
+    shrunk.diagonal().copy_(gram.diagonal().clamp(min=MIN_CORRELATION))  # columns may be zero in the training rows
     lower, failed = torch.linalg.cholesky_ex(shrunk.flip(0, 1))
     if int(failed):
         return float("inf")
-    taken = torch.linalg.solve_triangular(_reach(lower, size), unseen, upper=True, unitriangular=True)
-    return float(taken.square().sum(dtype=torch.float64))
+    compensated = torch.linalg.solve_triangular(_propagation(lower, rms), holdout, upper=True, unitriangular=True)
+    return float(compensated.square().sum(dtype=torch.float64))

@@ -1,4 +1,7 @@
-"""What every smoothing pass does with an edge: who reads it, what is known of them, which candidate serves best."""
+"""The search for the best per-channel smoothing scale of an edge, and everything that it needs to know of the edge.
+
+Notation: C channels of the producer, K input columns of a consumer.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,82 +12,94 @@ from torch import Tensor, nn
 from vlqc.ir.scale_propagation import find_edges
 from vlqc.ir.stage import Edge, Site, Stage
 from vlqc.passes.algorithms.error_model import (
-    PLAIN,
-    ROWS_OF_INPUT,
-    Reader,
-    Rounding,
-    arithmetic_of,
+    MAX_INPUT_ROWS,
+    ROUND_TO_NEAREST,
+    ConsumerGroup,
+    QuantizationPreview,
     representative_rows,
+    scheme_noise,
 )
-from vlqc.passes.insert_observers import observed
+from vlqc.passes.algorithms.observer import require_observation
 from vlqc.targets.schemes import Scheme
 
 
 @dataclass(frozen=True)
-class SearchedEdge:
-    """An edge with quantized consumers: its producer's module, and per node that they read what a search needs."""
+class SmoothingTask:
+    """An edge whose scale is searched.
+
+    producer: module of the norm or linear layer; sources: the nodes that the consumers read; consumers: one group of
+    quantized consumers per source.
+    """
 
     edge: Edge
     producer: nn.Module
     sources: tuple[str, ...]
-    readers: tuple[Reader, ...]
+    consumers: tuple[ConsumerGroup, ...]
 
     @property
     def channels(self) -> int:
         return self.edge.usable.shape[0]
 
-    def largest_input(self) -> Tensor:
-        """float32 [C]: the largest magnitude that each producer channel reaches at any reader."""
-        peaks = [per_channel(torch.maximum(it.high, -it.low), it.channel, self.channels) for it in self.readers]
+    def input_absmax(self) -> Tensor:
+        """float32 [C]: largest magnitude of each producer channel at the consumers' inputs."""
+        peaks = [
+            amax_per_channel(torch.maximum(group.high, -group.low), group.channel, self.channels)
+            for group in self.consumers
+        ]
         return torch.stack(peaks).amax(0).clamp(min=0.0)
 
-    def largest_weight(self) -> Tensor:
-        """float32 [C]: the largest weight that each producer channel meets."""
-        peaks = [per_channel(it.weight.abs().amax(0), it.channel, self.channels) for it in self.readers]
+    def weight_absmax(self) -> Tensor:
+        """float32 [C]: largest weight that multiplies each producer channel."""
+        peaks = [amax_per_channel(group.weight.abs().amax(0), group.channel, self.channels) for group in self.consumers]
         return torch.stack(peaks).amax(0)
 
-    def balance(self) -> Tensor:
-        """float32 [C]: scales with which each channel's two roundings leave the least noise, their geometric mean 1.
+    def balanced_scales(self) -> Tensor:
+        """float32 [C]: scales that minimize the sum of each channel's two rounding noises, with geometric mean 1.
 
-        An activation's noise grows with the scale's square times the energy of the weights it meets, a weight's falls
-        with it times the activation's mean square: (mean square / energy)^(1/4). Dead channels keep 1.
+        The input's noise is proportional to s^2 times the energy of its weights, the weight's noise to the input's mean
+        square over s^2; the minimum is at s = (mean square / energy)^(1/4). Dead channels get 1.
         """
         moment, energy = torch.zeros(2, self.channels, dtype=torch.float64)
-        for it in self.readers:
-            feeds = it.channel >= 0
-            moment.index_add_(0, it.channel[feeds], it.second_moment[feeds].double())
-            energy.index_add_(0, it.channel[feeds], it.energy_per_column[feeds].double())
+        for group in self.consumers:
+            mapped = group.channel >= 0
+            moment.index_add_(0, group.channel[mapped], group.second_moment[mapped].double())
+            energy.index_add_(0, group.channel[mapped], group.energy_per_column[mapped].double())
         alive = (moment > 0) & (energy > 0)
         if not bool(alive.any()):
             return torch.ones(self.channels)
         root = torch.where(alive, (moment / energy).pow(0.25), 1.0)
         return torch.where(alive, root / root[alive].log().mean().exp(), 1.0).float()
 
-    def best_of(self, candidates: Tensor, confirm: int) -> int:
-        """Which of the scales float32 [R, C] serves best; the first one should change nothing, and is always confirmed.
+    def best_candidate(self, candidates: Tensor, confirm: int) -> int:
+        """Returns the index of the best of the scales float32 [R, C]; the first one should be all ones.
 
-        All are judged by the expected error, the best `confirm` of them by the error measured on real rows; each as it
-        would be folded, where channels that are not usable keep 1.
+        All candidates are ranked by the expected error. The best `confirm` of them and the first are compared by the
+        error measured on rows. Channels that are not usable are evaluated with scale 1, as they would be folded.
         """
         candidates = torch.where(self.edge.usable, candidates, 1.0)
-        expected = torch.stack([reader.expected_error(candidates) for reader in self.readers]).sum(0)
+        expected = torch.stack([group.expected_error(candidates) for group in self.consumers]).sum(0)
         best = expected.argsort(stable=True)[:confirm].tolist()
         if 0 not in best:
             best.append(0)
-        measured = [sum(reader.measured_error(candidates[number]) for reader in self.readers) for number in best]
+        measured = [sum(group.measured_error(candidates[number]) for group in self.consumers) for number in best]
         return int(best[measured.index(min(measured))])
 
 
-def find_stage_edges(stage: Stage) -> bool:
-    """Fills stage.edges; whether the text of the stage changes by that."""
-    known, stage.edges = stage.edges, find_edges(stage.module, stage.graph)
-    return known is None or [_facts(edge) for edge in known] != [_facts(edge) for edge in stage.edges]
+def update_edges(stage: Stage) -> bool:
+    """Sets `stage.edges`; returns whether the text of the stage changed."""
+    previous, stage.edges = stage.edges, find_edges(stage.module, stage.graph)
+    return previous is None or [_as_lists(edge) for edge in previous] != [_as_lists(edge) for edge in stage.edges]
 
 
-def searched_edges(stage: Stage, reader: str, rounding: Rounding = PLAIN) -> Iterator[SearchedEdge]:
-    """The stage's edges that have quantized consumers, with what is known of them now; `reader` names the asking pass.
+def smoothing_tasks(
+    stage: Stage, pass_name: str, preview: QuantizationPreview = ROUND_TO_NEAREST
+) -> Iterator[SmoothingTask]:
+    """Yields a task, with current statistics, for every edge of the stage that has quantized consumers.
 
-    Two producers of one input (a bilinear gate) would both be searched for the same outliers: only the first is given.
+    pass_name: named in errors; preview: what later passes will do.
+
+    Two producers of one input (of a bilinear gate) would both be smoothed for the same outliers, so only the first one
+    is yielded.
     """
     taken = set[str]()
     for edge in stage.edges or ():
@@ -93,40 +108,43 @@ def searched_edges(stage: Stage, reader: str, rounding: Rounding = PLAIN) -> Ite
         if not sites or taken.intersection(sources):
             continue
         taken.update(sources)
-        readers = tuple(
-            _reader(stage, edge, [site for site in sites if site.source == source], reader, rounding)
+        consumers = tuple(
+            _consumer_group(stage, edge, [site for site in sites if site.source == source], pass_name, preview)
             for source in sources
         )
-        yield SearchedEdge(edge, stage.module.get_submodule(edge.producer), sources, readers)
+        yield SmoothingTask(edge, stage.module.get_submodule(edge.producer), sources, consumers)
 
 
 def quantized_consumers(stage: Stage, edge: Edge) -> list[Site]:
-    """The consumers that are to be quantized; before a precision is assigned, all of them."""
+    """The consumers that will be quantized: all of them, if no scheme is assigned yet."""
     sites = [stage.site_at(target) for target in edge.consumers]
     return [site for site in sites if site.scheme != Scheme.FLOAT]
 
 
-def per_channel(peak_per_column: Tensor, channel: Tensor, channels: int) -> Tensor:
-    """Per column float32 [K] -> per producer channel [C]: the largest of all columns that a channel feeds, else 0."""
-    feeds = channel >= 0
+def amax_per_channel(absmax_per_column: Tensor, channel: Tensor, channels: int) -> Tensor:
+    """Per input column float32 [K] -> per producer channel [C]: maximum over the columns of a channel, 0 if none."""
+    mapped = channel >= 0
     zero = torch.zeros(channels)
-    return zero.scatter_reduce(0, channel[feeds], peak_per_column[feeds], "amax", include_self=False)
+    return zero.scatter_reduce(0, channel[mapped], absmax_per_column[mapped], "amax", include_self=False)
 
 
-def _reader(stage: Stage, edge: Edge, sites: list[Site], asking: str, rounding: Rounding) -> Reader:
-    seen = observed(stage, sites[0].source, asking)
-    index = seen.representative(ROWS_OF_INPUT)
-    return Reader(
+def _consumer_group(
+    stage: Stage, edge: Edge, sites: list[Site], pass_name: str, preview: QuantizationPreview
+) -> ConsumerGroup:
+    """sites: consumers that read the same node."""
+    observation = require_observation(stage, sites[0].source, pass_name)
+    index = observation.representative(MAX_INPUT_ROWS)
+    return ConsumerGroup(
         channel=edge.consumers[sites[0].target],
-        low=seen.minimum(),
-        high=seen.maximum(),
-        second_moment=seen.second_moment(),
-        rows=seen.kept[index],
-        row_weight=seen.row_weight(index),
+        low=observation.minimum(),
+        high=observation.maximum(),
+        second_moment=observation.second_moment(),
+        rows=observation.kept[index],
+        row_weight=observation.row_weight(index),
         weight=representative_rows([stage.linear(site).weight for site in sites]),
-        arithmetic=arithmetic_of(sites[0], rounding),
+        noise=scheme_noise(sites[0], preview),
     )
 
 
-def _facts(edge: Edge) -> tuple[str, list[bool], dict[str, list[int]]]:
+def _as_lists(edge: Edge) -> tuple[str, list[bool], dict[str, list[int]]]:
     return edge.producer, edge.usable.tolist(), {target: columns.tolist() for target, columns in edge.consumers.items()}

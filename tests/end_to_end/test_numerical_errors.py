@@ -18,7 +18,7 @@ from tests.support.compiled_folder import make_content
 from tests.support.tiny import damaged, made_up
 from vlqc.emit.stage_tensors import float_tensor
 from vlqc.errors import UserError
-from vlqc.passes.algorithms.hessian import blocks_of
+from vlqc.passes.algorithms.hessian import hessian_blocks
 from vlqc.verify.findings import VerificationResult
 
 IMAGE, START, END = 45, 43, 44
@@ -263,5 +263,5 @@ def test_columns_that_float32_cannot_tell_apart(tmp_path: Path) -> None:
     rows = torch.ones(3, 4) * torch.tensor([1.0, 1e18, 1.0, 1e18])
     rows[1] *= -1e19  # squares beyond float32
     weight, importance = torch.full((3,), 1 / 3, dtype=torch.float64), torch.ones(4)
-    (block,) = blocks_of(rows, weight, importance, torch.arange(4), 4)
+    (block,) = hessian_blocks(rows, weight, importance, torch.arange(4), 4)
     assert bool(torch.isfinite(block.importance).all()) and torch.equal(block.reach, torch.eye(4))

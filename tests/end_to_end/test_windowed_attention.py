@@ -1,4 +1,4 @@
-"""windowed_attention and windows_of: which masks are windows, and equal numbers for every window."""
+"""windowed_attention and mask_windows: which masks are windows, and equal numbers for every window."""
 
 import pytest
 import torch
@@ -6,14 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.windowed_stage import DEPTH, HEADS, KINDS, WINDOWS, by_hand, mask_of
-from vlqc.passes.split_window_attention import windowed_attention, windows_of
+from vlqc.passes.split_window_attention import mask_windows, windowed_attention
 
 
 @given(WINDOWS, st.sampled_from(KINDS), st.integers(0, 2))
 def test_windows_are_read_off_the_mask(windows: list[int], kind: str, more: int) -> None:
     """Catches an end of a window that is one row off, a kind of mask that is not known, too many dimensions."""
     mask = mask_of(windows, kind)[0]
-    assert windows_of(mask[(None,) * more]) == windows
+    assert mask_windows(mask[(None,) * more]) == windows
 
 
 @given(WINDOWS, st.sampled_from(KINDS), st.data())
@@ -23,7 +23,7 @@ def test_any_other_value_is_no_window(windows: list[int], kind: str, data: st.Da
     row, column = (data.draw(st.integers(0, sum(windows) - 1)) for _ in range(2))
     value = mask[0, row, column]
     mask[0, row, column] = ~value if kind == "bool" else data.draw(st.sampled_from([-5.0, 1.0, torch.nan]))
-    assert windows_of(mask) == []
+    assert mask_windows(mask) == []
 
 
 def test_pairs_that_change_places() -> None:
@@ -31,13 +31,13 @@ def test_pairs_that_change_places() -> None:
     mask = mask_of([3, 3])[0]
     mask[0, 2] = mask[2, 0] = False
     mask[0, 5] = mask[5, 0] = True
-    assert windows_of(mask) == []
+    assert mask_windows(mask) == []
 
 
 @pytest.mark.parametrize("shape", [(4,), (4, 5), (2, 4, 4), (0, 0)])
 def test_masks_of_other_shapes(shape: tuple[int, ...]) -> None:
     """Catches a mask that differs between heads, or is not square, taken for one of windows."""
-    assert windows_of(torch.ones(shape, dtype=torch.bool)) == []
+    assert mask_windows(torch.ones(shape, dtype=torch.bool)) == []
 
 
 @given(WINDOWS, st.sampled_from([(HEADS,), (1, HEADS), (3, HEADS)]), st.integers(0, 9))

@@ -45,13 +45,16 @@ def test_products_of_rounded_inputs(bias: bool) -> None:
 def test_afterwards_all_is_as_it_was() -> None:
     """Catches weights that stay rounded or a Linear that stays fast: proofs would be no proofs."""
     block = nn.Sequential(linear(True), nn.SiLU(), nn.Sequential(nn.Linear(130, 4)))
-    before, rows = {name: it.clone() for name, it in block.named_parameters()}, torch.randn(3, 48)
+    before, rows = {name: parameter.clone() for name, parameter in block.named_parameters()}, torch.randn(3, 48)
     parameters, expected = list(block.parameters()), block(rows)
     with pytest.raises(ZeroDivisionError), bfloat16_linears(block):
         assert block[0].weight.dtype == torch.bfloat16 and block[2][0].weight.dtype == torch.float32
         _ = 1 / 0
     assert list(block.parameters()) == parameters
-    assert all(it.dtype == torch.float32 and torch.equal(it, before[name]) for name, it in block.named_parameters())
+    assert all(
+        parameter.dtype == torch.float32 and torch.equal(parameter, before[name])
+        for name, parameter in block.named_parameters()
+    )
     assert torch.equal(block(rows), expected)
 
 

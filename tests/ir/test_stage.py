@@ -63,7 +63,7 @@ def test_lengths_show() -> None:
 def test_many_at_a_time_are_the_same() -> None:
     """Digests that depend on what is read beside them, or that land under another name."""
     tensors = {str(number): torch.full((number, 3), float(number)) for number in range(20)}
-    assert fingerprints(tensors) == {name: fingerprint(it) for name, it in tensors.items()}
+    assert fingerprints(tensors) == {name: fingerprint(tensor) for name, tensor in tensors.items()}
 
 
 @given(
@@ -129,7 +129,7 @@ def test_weight_parts() -> None:
     integers, scale, group_scale = torch.zeros(2, 4), torch.ones(2, 1), torch.ones(2, 2)
     assert WeightQuantization(integers, scale).tensors() == [integers, scale]
     in_groups = WeightQuantization(integers, scale, group_scale).tensors()
-    assert [id(it) for it in in_groups] == [id(integers), id(scale), id(group_scale)]
+    assert [id(tensor) for tensor in in_groups] == [id(integers), id(scale), id(group_scale)]
     assert len(WEIGHT_PARTS) == 3
 
 

@@ -49,7 +49,7 @@ EXPECTED = {
         D: (D, D, D, D, D, D, D, D, D, F),
         G: (D, D, D, D, D, D, G, G, G, F),
     },
-    "vllm-ascend@0.11": {  # before 0.16 no per-token arithmetic in vision
+    "vllm-ascend@0.11": {  # before 0.16 no per-token noise in vision
         S: (S, S, S, S, S, S, S, S, S, F),
         D: (F, F, F, F, F, D, D, D, D, F),
         G: (F, F, F, F, F, D, G, G, G, F),
@@ -59,7 +59,7 @@ EXPECTED = {
         D: (D, D, D, D, D, D, D, D, D, F),
         G: (D, D, D, D, D, D, G, G, G, F),
     },
-    "mindie": {  # vision down_proj is built in float; per-token arithmetic in the language model only
+    "mindie": {  # vision down_proj is built in float; per-token noise in the language model only
         S: (S, S, S, F, S, S, S, S, S, F),
         D: (F, F, F, F, F, D, D, D, D, F),
         G: (G, G, G, G, G, G, G, G, G, G),  # no version runs it, so no rule keeps anything from it

@@ -11,13 +11,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.support.exact_stage import exact_stage, linears, text_after
+from tests.support.observations import add_rows
 from tests.support.random_stage import EVERY_LINEAR, decoder, outputs, staged, through
 from vlqc.errors import UserError
 from vlqc.ir.execution import Call
 from vlqc.ir.observation import MODALITIES, Observation
 from vlqc.ir.printer import print_stage
 from vlqc.ir.stage import Stage, observe
-from vlqc.passes.insert_observers import InsertObservers, add_rows, shared_out
+from vlqc.passes.algorithms.observer import split_evenly
+from vlqc.passes.insert_observers import InsertObservers
 from vlqc.passes.quantize_activations import QuantizeActivations
 
 pytestmark = pytest.mark.usefixtures("float32_runs")  # the same numbers on every processor
@@ -189,7 +191,7 @@ def test_balance_reaches_the_observation() -> None:
 def test_kept_rows_stay_within_the_budget(lengths: list[int], tokens: int, kinds: list[int]) -> None:
     """More samples or modalities than the budget has rows must not keep more; none may be kept as another."""
     seen, started = Observation(1), 0
-    for length, share in zip(lengths, shared_out(tokens, len(lengths)), strict=True):
+    for length, share in zip(lengths, split_evenly(tokens, len(lengths)), strict=True):
         rows = torch.arange(started, started + length, dtype=torch.float32)[:, None]
         started += length
         modality = torch.tensor([kinds[int(row) % len(kinds)] for row in rows], dtype=torch.int8)
@@ -204,7 +206,7 @@ def test_kept_rows_stay_within_the_budget(lengths: list[int], tokens: int, kinds
 @given(total=st.integers(0, 1000), parts=st.integers(1, 50))
 def test_shares(total: int, parts: int) -> None:
     """A share lost in a division, or all left-over rows given to the last samples."""
-    shares = shared_out(total, parts)
+    shares = split_evenly(total, parts)
     assert sum(shares) == total and max(shares) - min(shares) <= 1 and shares[0] == max(shares)
 
 

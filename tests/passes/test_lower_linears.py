@@ -1,4 +1,4 @@
-"""lower-linears: modules of integers in the places of the Linears, within the error that the arithmetic allows."""
+"""lower-linears: modules of integers in the places of the Linears, within the error that the noise allows."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.support.exact_stage import text_after
-from tests.support.random_stage import decibels, decoder, integers, observed, outputs, quantized, site, through
+from tests.support.random_stage import decibels, decoder, integers, observed, outputs, quantized, site_at, through
 from vlqc.errors import UserError
 from vlqc.ir.stage import Site, Stage
 from vlqc.ir.verifier import check
@@ -43,7 +43,7 @@ def test_quantized_linears_are_swapped_and_others_stay() -> None:
     through(stage, LowerLinears())
     assert stage.module.get_submodule("mlp.down_proj") is down
     lowered = {path for path, module in stage.module.named_modules() if isinstance(module, StaticQuantLinear)}
-    assert lowered == {it.target for it in quantized(stage)} and len(lowered) == 6
+    assert lowered == {site.target for site in quantized(stage)} and len(lowered) == 6
     called = {str(node.target) for node in stage.graph.nodes if node.op == "call_module"}
     assert lowered < called and check(stage) == []
     assert not any(path.startswith("self_attn.q_proj") for path, _ in stage.module.named_parameters())
@@ -63,18 +63,18 @@ def test_stage_runs_the_integers() -> None:
 def test_stored_tensors(dtype: torch.dtype) -> None:
     """deq_scale and quant_bias that do not follow from what is stored beside them, in float64 by their definition."""
     stage = observed(decoder(dtype=dtype, outliers=True))
-    biases = {it.name: stage.linear(it).bias for it in stage.sites.values()}
+    biases = {site.name: stage.linear(site).bias for site in stage.sites.values()}
     integers(stage, correct_bias=False)
-    for it in stage.sites.values():
-        module = stage.module.get_submodule(it.target)
-        assert isinstance(module, StaticQuantLinear) and it.weight is not None and it.input is not None
-        assert torch.equal(module.weight, it.weight.integers) and torch.equal(module.weight_scale, it.weight.scale)
-        assert (module.input_scale.item(), module.input_offset.item()) == (it.input.scale, it.input.offset)
-        deq_scale = (it.weight.scale.double() * it.input.scale).float().flatten()
+    for site in stage.sites.values():
+        module = stage.module.get_submodule(site.target)
+        assert isinstance(module, StaticQuantLinear) and site.weight is not None and site.input is not None
+        assert torch.equal(module.weight, site.weight.integers) and torch.equal(module.weight_scale, site.weight.scale)
+        assert (module.input_scale.item(), module.input_offset.item()) == (site.input.scale, site.input.offset)
+        deq_scale = (site.weight.scale.double() * site.input.scale).float().flatten()
         stored = module.deq_scale if dtype == torch.bfloat16 else module.deq_scale.to(torch.int32).view(torch.float32)
         torch.testing.assert_close(stored, deq_scale, rtol=2e-7, atol=0)
-        bias = biases[it.name]
-        shift = it.input.offset * it.weight.integers.double().sum(1)
+        bias = biases[site.name]
+        shift = site.input.offset * site.weight.integers.double().sum(1)
         steps = (0 if bias is None else bias.double() / stored.double()) - shift
         assert torch.equal(module.quant_bias.double(), steps.round())
 
@@ -99,17 +99,17 @@ def test_mean_error_is_taken_off() -> None:
     """
     plain, corrected = (integers(observed(decoder(outliers=True)), correct_bias=on) for on in (False, True))
     moved = 0
-    for it in corrected.sites.values():
-        before, after = (stage.module.get_submodule(it.target) for stage in (plain, corrected))
-        assert isinstance(before, StaticQuantLinear) and isinstance(after, StaticQuantLinear) and it.input is not None
+    for site in corrected.sites.values():
+        before, after = (stage.module.get_submodule(site.target) for stage in (plain, corrected))
+        assert isinstance(before, StaticQuantLinear) and isinstance(after, StaticQuantLinear) and site.input is not None
         taken = (before.quant_bias - after.quant_bias).double().numpy()
         assert not (taken % CORRECTION_STEP).any()
         most = np.linalg.norm(after.weight.double().numpy(), axis=1)
         assert (np.abs(taken) <= most).all()
-        seen, weight = corrected.observations[it.source], floats()[it.name]
+        seen, weight = corrected.observations[site.source], floats()[site.name]
         x, kind = seen.kept.double().numpy(), seen.kept_modality.numpy()
-        grid = np.clip(np.rint(x / it.input.scale + it.input.offset), -128, 127)
-        rounded = (grid - it.input.offset) * it.input.scale
+        grid = np.clip(np.rint(x / site.input.scale + site.input.offset), -128, 127)
+        rounded = (grid - site.input.offset) * site.input.scale
         stored = after.weight.double().numpy() * after.weight_scale.double().numpy()
         error = rounded @ stored.T - x @ weight.T
         mean = np.mean([error[kind == which].mean(0) for which in np.unique(kind)], axis=0) / after.deq_scale.numpy()
@@ -122,7 +122,7 @@ def test_mean_error_is_taken_off() -> None:
 def floats() -> dict[str, npt.NDArray[np.float64]]:
     """Weights of the decoder that `test_mean_error_is_taken_off` lowers."""
     stage = decoder(outliers=True)
-    return {it.name: stage.linear(it).weight.detach().double().numpy() for it in stage.sites.values()}
+    return {site.name: stage.linear(site).weight.detach().double().numpy() for site in stage.sites.values()}
 
 
 @settings(deadline=None, max_examples=8)
@@ -130,17 +130,17 @@ def floats() -> dict[str, npt.NDArray[np.float64]]:
 def test_output_is_within_the_analytic_bound(seed: int, outliers: bool) -> None:
     """Any lost term: |y - y_float| <= half a step of x, of w, of both together, and of the bias."""
     stage = observed(decoder(seed, outliers=outliers))
-    floats = {it.target: linear_at(stage, it.target) for it in stage.sites.values()}
+    floats = {site.target: linear_at(stage, site.target) for site in stage.sites.values()}
     integers(stage, "minmax")
-    for it in stage.sites.values():
-        x = stage.observations[it.source].kept
-        assert it.input is not None and it.weight is not None
-        weight, step_x, step_w = floats[it.target].weight, it.input.scale, it.weight.scale  # step_w [N, 1]
+    for site in stage.sites.values():
+        x = stage.observations[site.source].kept
+        assert site.input is not None and site.weight is not None
+        weight, step_x, step_w = floats[site.target].weight, site.input.scale, site.weight.scale  # step_w [N, 1]
         # Half a step of rounding; at the ends of the range the offset's rounding adds up to another half.
         bound = step_x * weight.abs().sum(1) + x.abs().sum(1, keepdim=True) * step_w.T / 2
         bound = bound + weight.shape[1] * step_x * step_w.T / 2 + step_x * step_w.T / 2
-        error = (stage.module.get_submodule(it.target)(x) - floats[it.target](x)).abs()
-        assert bool((error <= bound * 1.0001 + 1e-5).all()), it.name
+        error = (stage.module.get_submodule(site.target)(x) - floats[site.target](x)).abs()
+        assert bool((error <= bound * 1.0001 + 1e-5).all()), site.name
         assert error.max() > 0
 
 
@@ -148,8 +148,8 @@ def test_output_is_within_the_analytic_bound(seed: int, outliers: bool) -> None:
 def test_undecided_sites_are_an_error(missing: str) -> None:
     """A site promised as W8A8 and left in float without a word: the folder's description would be wrong."""
     stage = through(observed(decoder()), QuantizeActivations(), QuantizeWeights())
-    it = site(stage, "mlp.up_proj")
-    setattr(it, missing, None)
+    site = site_at(stage, "mlp.up_proj")
+    setattr(site, missing, None)
     with pytest.raises(UserError, match=r"mlp\.up_proj cannot be lowered"):
         LowerLinears().run(stage)
     assert isinstance(stage.module.get_submodule("self_attn.q_proj"), nn.Linear)  # nothing is half done
@@ -160,7 +160,7 @@ def test_nothing_decided_changes_nothing() -> None:
     assert LowerLinears().run(decoder()) is False
     stage = through(decoder(), InsertObservers(), AssignPrecision(scheme="FLOAT"))
     assert LowerLinears().run(stage) is False
-    assert {it.scheme for it in stage.sites.values()} == {Scheme.FLOAT}
+    assert {site.scheme for site in stage.sites.values()} == {Scheme.FLOAT}
 
 
 def test_inputs_of_any_shape() -> None:
@@ -177,13 +177,13 @@ def test_inputs_of_any_shape() -> None:
 KINDS = {Scheme.W8A8_DYNAMIC: DynamicQuantLinear, Scheme.W4A8_DYNAMIC: GroupQuantLinear}
 
 
-def dequantized(it: Site) -> Tensor:
+def dequantized(site: Site) -> Tensor:
     """float64 [N, K]: what the stored integers of a site are worth."""
-    assert it.weight is not None
-    worth = it.weight.integers.double() * it.weight.scale.double()
-    if it.weight.group_scale is None:
+    assert site.weight is not None
+    worth = site.weight.integers.double() * site.weight.scale.double()
+    if site.weight.group_scale is None:
         return worth
-    return worth * it.weight.group_scale.double().repeat_interleave(it.group_size or 0, dim=1)
+    return worth * site.weight.group_scale.double().repeat_interleave(site.group_size or 0, dim=1)
 
 
 @pytest.mark.parametrize("scheme", KINDS)
@@ -191,18 +191,18 @@ def dequantized(it: Site) -> Tensor:
 def test_other_schemes_run_their_integers(scheme: Scheme, dtype: torch.dtype) -> None:
     """The wrong module, a bias lost or not as stored, integers or scales of another site; against float64 by hand."""
     stage = observed(decoder(dtype=dtype, outliers=True), scheme)
-    biases = {it.target: linear_at(stage, it.target).bias for it in stage.sites.values()}
+    biases = {site.target: linear_at(stage, site.target).bias for site in stage.sites.values()}
     through(stage, QuantizeActivations(), QuantizeWeights(), LowerLinears())
     assert check(stage) == []
-    for it in stage.sites.values():
-        module = stage.module.get_submodule(it.target)
-        assert type(module) is KINDS[scheme] and it.weight is not None
+    for site in stage.sites.values():
+        module = stage.module.get_submodule(site.target)
+        assert type(module) is KINDS[scheme] and site.weight is not None
         assert set(module.state_dict()) >= {"weight", "weight_scale", "weight_offset"}
         assert "input_scale" not in module.state_dict() and "quant_bias" not in module.state_dict()
-        x = stage.observations[it.source].kept.double()
+        x = stage.observations[site.source].kept.double()
         step = x.abs().amax(1, keepdim=True) / 127
-        y = (x / step).round() * step @ dequantized(it).T
-        bias = biases[it.target]
+        y = (x / step).round() * step @ dequantized(site).T
+        bias = biases[site.target]
         assert (module.bias is None) == (bias is None)
         if bias is not None:
             assert torch.equal(module.get_buffer("bias"), bias.to(dtype).float())
@@ -221,11 +221,11 @@ def test_other_schemes_come_close(scheme: Scheme, least: float) -> None:
 def test_gained_bias_is_not_stored() -> None:
     """A bias that a pass added, emitted beside a layer of which engines know none: it is in quant_bias alone."""
     stage = observed(decoder())
-    it = site(stage, "mlp.up_proj")
+    site = site_at(stage, "mlp.up_proj")
     linear = linear_at(stage, "mlp.up_proj")
-    rows = stage.observations[it.source].kept
+    rows = stage.observations[site.source].kept
     linear.bias = nn.Parameter(torch.linspace(-40, 40, 48), requires_grad=False)
-    it.added_bias, expected = True, linear(rows)
+    site.added_bias, expected = True, linear(rows)
     integers(stage)
     module = stage.module.get_submodule("mlp.up_proj")
     assert isinstance(module, StaticQuantLinear) and module.bias is None and "bias" not in module.state_dict()
@@ -245,8 +245,8 @@ def test_gained_bias_is_not_stored() -> None:
 def test_scheme_changed_after_rounding(given: Scheme, wanted: Scheme) -> None:
     """Another scheme assigned between rounding and lowering: the module must be the scheme's, or nothing at all."""
     stage = through(observed(decoder(), given), QuantizeActivations(), QuantizeWeights())
-    for it in stage.sites.values():
-        it.scheme = wanted
+    for site in stage.sites.values():
+        site.scheme = wanted
     with pytest.raises(UserError, match="cannot be lowered"):
         LowerLinears().run(stage)
 
@@ -254,7 +254,7 @@ def test_scheme_changed_after_rounding(given: Scheme, wanted: Scheme) -> None:
 def test_scheme_decides_not_what_is_there() -> None:
     """A static module under the name W8A8_DYNAMIC, because an input scale of an earlier assignment was left."""
     stage = through(observed(decoder()), QuantizeActivations(), QuantizeWeights())
-    for it in stage.sites.values():
-        it.scheme = Scheme.W8A8_DYNAMIC
+    for site in stage.sites.values():
+        site.scheme = Scheme.W8A8_DYNAMIC
     LowerLinears().run(stage)
     assert type(stage.module.get_submodule("mlp.up_proj")) is DynamicQuantLinear

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.support.random_stage import GROUP_SIZE, NAME, decoder, outputs, site, through
+from tests.support.random_stage import GROUP_SIZE, NAME, decoder, outputs, site_at, through
 from vlqc.errors import UserError
 from vlqc.families.qwen2_5_vl import fused_group
 from vlqc.ir.stage import Stage
@@ -67,7 +67,7 @@ def test_noise_of_one_group_at_a_time(assigned: Scheme) -> None:
         assert found.assigned == stage.sites[found.sites[0]].scheme
         for scheme in set(found.noise) - {FLOAT}:
             alone = only(found.sites, scheme)
-            assert {it for it, one in alone.sites.items() if one.scheme == scheme} == set(found.sites)
+            assert {name for name, one in alone.sites.items() if one.scheme == scheme} == set(found.sites)
             assert found.noise[scheme] == pytest.approx(relative(rows(alone), reference), rel=1e-3)
 
 
@@ -141,16 +141,16 @@ def test_nothing_is_changed() -> None:
     """Catches a module left swapped, a weight or a decision changed, float Linears that are copies."""
     stage = decoder(outliers=True)
     through(stage, InsertObservers(), AssignPrecision(target=FREE), QuantizeActivations(), QuantizeWeights())
-    modules, facts = dict(stage.module.named_modules()), [replace(it) for it in stage.sites.values()]
-    prints = {name: fingerprint(it) for name, it in stage.module.named_parameters()}
+    modules, facts = dict(stage.module.named_modules()), [replace(site) for site in stage.sites.values()]
+    prints = {name: fingerprint(tensor) for name, tensor in stage.module.named_parameters()}
     assert MeasureSensitivity(target=FREE).run(stage) is False
     assert dict(stage.module.named_modules()) == modules and list(stage.sites.values()) == facts
-    assert prints == {name: fingerprint(it) for name, it in stage.module.named_parameters()}
+    assert prints == {name: fingerprint(tensor) for name, tensor in stage.module.named_parameters()}
     for found in stage.sensitivities:
         assert found.modules[FLOAT] == {
             stage.sites[name].target: stage.linear(stage.sites[name]) for name in found.sites
         }
-        assert all(not isinstance(it, nn.Linear) for it in found.modules[found.assigned].values())
+        assert all(not isinstance(module, nn.Linear) for module in found.modules[found.assigned].values())
 
 
 def test_the_modules_are_those_that_lowering_makes() -> None:
@@ -187,4 +187,4 @@ def test_before_lowering() -> None:
         check_order(parse_pipeline(begin + "lower-linears,measure-sensitivity"))
     with pytest.raises(UserError, match="lacks measure-sensitivity"):
         check_order(parse_pipeline(begin + "lower-linears"), precision_search=True)
-    assert site(decoder(), "mlp.down_proj").scheme is None
+    assert site_at(decoder(), "mlp.down_proj").scheme is None

@@ -75,7 +75,10 @@ def test_a_later_stage_is_calibrated_on_them() -> None:
 def test_one_run_and_no_trace() -> None:
     """A third run of every stage, hooks that stay, or observations replaced by what the integers see."""
     stage, ran = lowered(), []
-    text, seen = print_stage(stage), {source: it.kept.clone() for source, it in stage.observations.items()}
+    text, seen = (
+        print_stage(stage),
+        {source: observation.kept.clone() for source, observation in stage.observations.items()},
+    )
     handle = stage.module.register_forward_hook(lambda *_: ran.append(1))
     assert PropagateQuantized().run(stage) is False
     handle.remove()

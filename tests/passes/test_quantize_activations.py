@@ -13,9 +13,10 @@ from tests.support.random_stage import decoder, observed, staged, through
 from vlqc.ir.execution import Call
 from vlqc.ir.stage import InputQuantization, Stage
 from vlqc.kernels_ref.quantize import activation_scale_and_offset
+from vlqc.passes.algorithms.range_search import input_rounding_error
 from vlqc.passes.assign_precision import AssignPrecision
 from vlqc.passes.insert_observers import InsertObservers
-from vlqc.passes.quantize_activations import QuantizeActivations, output_error
+from vlqc.passes.quantize_activations import QuantizeActivations
 from vlqc.targets.schemes import Scheme
 
 pytestmark = pytest.mark.usefixtures("float32_runs")  # the same numbers on every processor
@@ -114,7 +115,7 @@ def test_output_error_against_numpy() -> None:
         values = torch.cat([text, image]).double().numpy()
         error = (numpy_rounded(values, low, high, torch.bfloat16) - values) @ weight.double().numpy().T
         expected = float(((error**2).sum(1) * share).sum())
-        assert output_error(seen, weight, grid) == pytest.approx(expected, rel=0.02)
+        assert input_rounding_error(seen, weight, grid) == pytest.approx(expected, rel=0.02)
 
 
 def of_weight(weight: torch.Tensor) -> Stage:
@@ -154,7 +155,7 @@ def test_automatic_takes_the_smaller_measured_error(signs: list[float]) -> None:
     assert chosen["histogram"].scale < 0.97 * chosen["minmax"].scale
     better = "minmax" if len(set(signs)) == 1 else "histogram"
     assert chosen["automatic"] == chosen[better]
-    errors = {method: output_error(seen, weight, grid) for method, grid in chosen.items()}
+    errors = {method: input_rounding_error(seen, weight, grid) for method, grid in chosen.items()}
     assert errors["automatic"] == min(errors.values()) < 0.95 * max(errors.values())
 
 
@@ -171,7 +172,7 @@ def test_automatic_is_never_worse_than_either(outliers: bool) -> None:
         for method, stage in stages.items():
             (quantization,) = {site.input for site in stage.groups()[source]}
             assert quantization is not None
-            errors[method] = output_error(stage.observations[source], weight, quantization)
+            errors[method] = input_rounding_error(stage.observations[source], weight, quantization)
         assert errors["automatic"] == min(errors.values())
 
 

@@ -16,7 +16,7 @@ from tests.support.random_stage import (
     decoder,
     observed,
     quantized,
-    site,
+    site_at,
     through,
 )
 from vlqc.errors import Fault, UserError
@@ -42,14 +42,14 @@ def test_golden(golden: Callable[[str, str], None]) -> None:
 def test_against_numpy(outliers: bool) -> None:
     """A scale per tensor, per column or rounded to bfloat16; integers cut instead of rounded; -128 used."""
     stage = through(observed(decoder(outliers=outliers)), QuantizeActivations(), QuantizeWeights(method="round"))
-    for it in stage.sites.values():
-        assert it.weight is not None
-        weight = stage.linear(it).weight.numpy()
+    for site in stage.sites.values():
+        assert site.weight is not None
+        weight = stage.linear(site).weight.numpy()
         scale = np.abs(weight).max(1, keepdims=True) / np.float32(127)
-        assert it.weight.integers.dtype == torch.int8 and it.weight.scale.dtype == torch.float32
-        np.testing.assert_array_equal(it.weight.scale, scale)
-        np.testing.assert_array_equal(it.weight.integers, np.clip(np.rint(weight / scale), -127, 127))
-        assert np.abs(weight - it.weight.integers.numpy() * it.weight.scale.numpy()).max() <= 0.5001 * scale.max()
+        assert site.weight.integers.dtype == torch.int8 and site.weight.scale.dtype == torch.float32
+        np.testing.assert_array_equal(site.weight.scale, scale)
+        np.testing.assert_array_equal(site.weight.integers, np.clip(np.rint(weight / scale), -127, 127))
+        assert np.abs(weight - site.weight.integers.numpy() * site.weight.scale.numpy()).max() <= 0.5001 * scale.max()
 
 
 @pytest.mark.parametrize("method", ["round", "clip", "gptq"])
@@ -65,8 +65,8 @@ def test_is_an_analysis(method: Method, scheme: Scheme) -> None:
 def test_float_sites_stay_without() -> None:
     """Integers for a site that is emitted in float, or a quantized site left out."""
     stage = through(decoder(), InsertObservers(), AssignPrecision(), QuantizeActivations(), QuantizeWeights())
-    assert [it.target for it in stage.sites.values() if it.weight is None] == ["mlp.down_proj"]
-    assert all(it.weight is not None for it in quantized(stage)) and len(quantized(stage)) == 6
+    assert [site.target for site in stage.sites.values() if site.weight is None] == ["mlp.down_proj"]
+    assert all(site.weight is not None for site in quantized(stage)) and len(quantized(stage)) == 6
     assert QuantizeWeights().run(decoder()) is False  # nobody has decided anything
 
 
@@ -106,7 +106,7 @@ def test_second_run_tells_the_truth() -> None:
     assert QuantizeWeights().run(stage) is False
     stage.module.get_parameter("mlp.up_proj.weight")[3, 3] += 0.5
     assert QuantizeWeights().run(stage) is True
-    assert site(stage, "mlp.up_proj").scheme == Scheme.W8A8
+    assert site_at(stage, "mlp.up_proj").scheme == Scheme.W8A8
 
 
 # ---- per token and in groups -----------------------------------------------------------------------------------------
@@ -116,16 +116,17 @@ def test_second_run_tells_the_truth() -> None:
 def test_dynamic_scales_are_values_of_the_dtype(dtype: torch.dtype) -> None:
     """Integers that belong to another scale than the stored one: engines read a W8A8_DYNAMIC scale in the dtype."""
     stage = through(observed(decoder(dtype=dtype, outliers=True), Scheme.W8A8_DYNAMIC), QuantizeWeights(method="round"))
-    for it in stage.sites.values():
-        assert it.weight is not None and it.weight.group_scale is None and it.input is None
-        weight, scale = stage.linear(it).weight.double().numpy(), it.weight.scale.double().numpy()
+    for site in stage.sites.values():
+        assert site.weight is not None and site.weight.group_scale is None and site.input is None
+        weight, scale = stage.linear(site).weight.double().numpy(), site.weight.scale.double().numpy()
         assert (
-            torch.equal(it.weight.scale, it.weight.scale.to(dtype).float()) and it.weight.scale.dtype == torch.float32
+            torch.equal(site.weight.scale, site.weight.scale.to(dtype).float())
+            and site.weight.scale.dtype == torch.float32
         )
         absmax = np.abs(weight).max(1, keepdims=True)
         assert (scale >= absmax / 127 * (1 - 1e-6)).all() and (scale <= absmax / 127 * (1 + 2.0**-7)).all()
-        np.testing.assert_array_equal(it.weight.integers, np.rint(weight / scale))
-        assert (np.abs(weight - it.weight.integers.numpy() * scale) <= 0.5001 * scale).all()
+        np.testing.assert_array_equal(site.weight.integers, np.rint(weight / scale))
+        assert (np.abs(weight - site.weight.integers.numpy() * scale) <= 0.5001 * scale).all()
 
 
 @DTYPES
@@ -135,19 +136,19 @@ def test_groups_against_their_bound(dtype: torch.dtype) -> None:
     Steps are bounded from above by what covers a group: its largest weight at 7, so at most a bit more than absmax / 7.
     """
     stage = through(observed(decoder(dtype=dtype, outliers=True), Scheme.W4A8_DYNAMIC), QuantizeWeights(method="round"))
-    for it in stage.sites.values():
-        assert it.weight is not None and it.weight.group_scale is not None and it.group_size == GROUP_SIZE
-        rows, columns = it.shape
-        assert it.weight.scale.shape == (rows, 1) and it.weight.group_scale.shape == (rows, columns // GROUP_SIZE)
-        for scale in (it.weight.scale, it.weight.group_scale):
+    for site in stage.sites.values():
+        assert site.weight is not None and site.weight.group_scale is not None and site.group_size == GROUP_SIZE
+        rows, columns = site.shape
+        assert site.weight.scale.shape == (rows, 1) and site.weight.group_scale.shape == (rows, columns // GROUP_SIZE)
+        for scale in (site.weight.scale, site.weight.group_scale):
             assert (
                 scale.dtype == torch.float32 and torch.equal(scale, scale.to(dtype).float()) and float(scale.min()) > 0
             )
-        integers = it.weight.integers.numpy().astype(np.float64)
+        integers = site.weight.integers.numpy().astype(np.float64)
         assert integers.min() >= -8 and integers.max() <= 7 and np.abs(integers).max() >= 7
-        weight = stage.linear(it).weight.double().numpy()
+        weight = stage.linear(site).weight.double().numpy()
         groups = weight.reshape(rows, -1, GROUP_SIZE)
-        step = (it.weight.scale.double() * it.weight.group_scale.double()).numpy()
+        step = (site.weight.scale.double() * site.weight.group_scale.double()).numpy()
         error = np.abs(groups - integers.reshape(groups.shape) * step[:, :, None])
         assert (error <= 0.5 * step[:, :, None] * (1 + 1e-5)).all()
         assert (step <= np.abs(groups).max(2) / 7 * (1 + 2.0**-6)).all()
@@ -157,9 +158,9 @@ def test_groups_against_their_bound(dtype: torch.dtype) -> None:
 
 
 def test_groups_without_a_size() -> None:
-    """A pipeline that sets the scheme by itself: a sentence about the site, not a TypeError in the arithmetic."""
+    """A pipeline that sets the scheme by itself: a sentence about the site, not a TypeError in the noise."""
     stage = through(observed(decoder(), Scheme.W4A8_DYNAMIC))
-    site(stage, "self_attn.o_proj").group_size = None
+    site_at(stage, "self_attn.o_proj").group_size = None
     with pytest.raises(UserError, match=r"self_attn\.o_proj has no group size"):
         QuantizeWeights().run(stage)
 
@@ -170,16 +171,16 @@ def test_second_run_of_other_schemes(scheme: Scheme) -> None:
     stage = through(observed(decoder(), scheme), QuantizeWeights())
     assert QuantizeWeights().run(stage) is False
     for number in range(len(rounded_parts(stage))):
-        it = site(stage, "mlp.up_proj")
-        assert it.weight is not None
-        parts = [part.clone() for part in it.weight.tensors()]
+        site = site_at(stage, "mlp.up_proj")
+        assert site.weight is not None
+        parts = [part.clone() for part in site.weight.tensors()]
         parts[number] += 1
-        it.weight = WeightQuantization(*parts)
+        site.weight = WeightQuantization(*parts)
         assert QuantizeWeights().run(stage) is True and QuantizeWeights().run(stage) is False
 
 
 def rounded_parts(stage: Stage) -> list[torch.Tensor]:
-    weight = site(stage, "mlp.up_proj").weight
+    weight = site_at(stage, "mlp.up_proj").weight
     assert weight is not None
     return weight.tensors()
 
@@ -187,14 +188,14 @@ def rounded_parts(stage: Stage) -> list[torch.Tensor]:
 def test_bias_as_it_is_stored() -> None:
     """A bias that a pass added is stored nowhere but in quant_bias: rounding it to bfloat16 would only lose."""
     stage = observed(decoder())
-    it = site(stage, "self_attn.q_proj")
-    stage.linear(it).bias.fill_(1.003)
-    stored = emitted_bias(stage, it)
+    site = site_at(stage, "self_attn.q_proj")
+    stage.linear(site).bias.fill_(1.003)
+    stored = emitted_bias(stage, site)
     assert stored is not None and torch.equal(stored, torch.ones(32))
-    it.added_bias = True
-    exact = emitted_bias(stage, it)
+    site.added_bias = True
+    exact = emitted_bias(stage, site)
     assert exact is not None and torch.equal(exact, torch.full((32,), 1.003))
-    assert emitted_bias(stage, site(stage, "self_attn.o_proj")) is None
+    assert emitted_bias(stage, site_at(stage, "self_attn.o_proj")) is None
 
 
 # ---- better than the nearest -----------------------------------------------------------------------------------------
@@ -208,16 +209,16 @@ def test_scales_and_integers_of_every_method(scheme: Scheme, method: Method, dty
     stage = observed(decoder(dtype=dtype, outliers=True), scheme)
     stage.module.get_parameter("mlp.up_proj.weight")[7] = 0
     through(stage, QuantizeActivations(), QuantizeWeights(method=method))
-    for it in stage.sites.values():
-        assert it.weight is not None and (it.weight.group_scale is None) == (scheme != Scheme.W4A8_DYNAMIC)
+    for site in stage.sites.values():
+        assert site.weight is not None and (site.weight.group_scale is None) == (scheme != Scheme.W4A8_DYNAMIC)
         low, high = (-8, 7) if scheme == Scheme.W4A8_DYNAMIC else (-127, 127)
-        assert it.weight.integers.dtype == torch.int8 and it.weight.integers.shape == it.shape
-        assert int(it.weight.integers.min()) >= low and int(it.weight.integers.max()) <= high
-        for scale in it.weight.tensors()[1:]:
+        assert site.weight.integers.dtype == torch.int8 and site.weight.integers.shape == site.shape
+        assert int(site.weight.integers.min()) >= low and int(site.weight.integers.max()) <= high
+        for scale in site.weight.tensors()[1:]:
             assert scale.dtype == torch.float32 and bool((scale > 0).all()) and bool(scale.isfinite().all())
             assert scheme == Scheme.W8A8 or torch.equal(scale, scale.to(dtype).float())
-        assert it.weight.group_scale is None or float(it.weight.group_scale.max()) <= 17
-    empty = site(stage, "mlp.up_proj").weight
+        assert site.weight.group_scale is None or float(site.weight.group_scale.max()) <= 17
+    empty = site_at(stage, "mlp.up_proj").weight
     assert empty is not None and not bool(empty.integers[7].any())
 
 
@@ -231,25 +232,27 @@ def test_methods_lower_the_error_of_the_outputs(scheme: Scheme) -> None:
     for method in ("round", "clip", "gptq"):
         stage = through(observed(decoder(outliers=True, samples=12), scheme), QuantizeActivations())
         through(stage, QuantizeWeights(method=method))
-        noise.append(sum(output_noise(stage, it) for it in stage.sites.values()))
-        behind_attention.append(output_noise(stage, site(stage, "self_attn.o_proj")))
+        noise.append(sum(output_noise(stage, site) for site in stage.sites.values()))
+        behind_attention.append(output_noise(stage, site_at(stage, "self_attn.o_proj")))
     assert noise[2] < 0.95 * noise[1] < 0.93 * noise[0]
     assert behind_attention[2] < 0.7 * behind_attention[1]
 
 
-def output_noise(stage: Stage, it: Site) -> float:
+def output_noise(stage: Stage, site: Site) -> float:
     """What the weight's error adds to the outputs, relative to them, on the observed rows."""
-    assert it.weight is not None
-    scale = it.weight.scale if it.weight.group_scale is None else it.weight.scale * it.weight.group_scale
-    weight, seen = stage.linear(it).weight.double(), stage.observations[it.source]
-    stored = it.weight.integers.double() * scale.double().repeat_interleave(it.shape[1] // scale.shape[1], 1)
+    assert site.weight is not None
+    scale = site.weight.scale if site.weight.group_scale is None else site.weight.scale * site.weight.group_scale
+    weight, seen = stage.linear(site).weight.double(), stage.observations[site.source]
+    stored = site.weight.integers.double() * scale.double().repeat_interleave(site.shape[1] // scale.shape[1], 1)
     rows = seen.kept.double() * seen.row_weight().sqrt()[:, None]
     return float((rows @ (weight - stored).T).square().sum() / (rows @ weight.T).square().sum())
 
 
 def test_automatic_is_gptq() -> None:
     """A default that quietly rounds to the nearest where statistics are there."""
-    stages = [through(observed(decoder(), Scheme.W4A8_DYNAMIC), QuantizeWeights(method=it)) for it in ("auto", "gptq")]
+    stages = [
+        through(observed(decoder(), Scheme.W4A8_DYNAMIC), QuantizeWeights(method=method)) for method in ("auto", "gptq")
+    ]
     for one, other in zip(*(stage.sites.values() for stage in stages), strict=True):
         assert one.weight is not None and other.weight is not None
         assert all(torch.equal(*pair) for pair in zip(one.weight.tensors(), other.weight.tensors(), strict=True))
@@ -275,10 +278,10 @@ def test_groups_side_by_side_are_what_they_are_alone(method: Method, threads: in
     """Weights that land at another site, or that depend on how many groups are worked on; threads that stay taken."""
     stage = through(observed(decoder()), QuantizeActivations())
     alone = {
-        it.target: new
+        site.target: new
         for source, members in stage.groups().items()
-        if (sites := [it for it in members if it.scheme not in (None, Scheme.FLOAT)])
-        for it, new in zip(sites, quantize_weights.quantized(stage, source, sites, method), strict=True)
+        if (sites := [site for site in members if site.scheme not in (None, Scheme.FLOAT)])
+        for site, new in zip(sites, quantize_weights.quantize_site_weights(stage, source, sites, method), strict=True)
     }
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -287,22 +290,22 @@ def test_groups_side_by_side_are_what_they_are_alone(method: Method, threads: in
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
-    for it in quantized(stage):
-        assert it.weight is not None
-        assert all(map(torch.equal, it.weight.tensors(), alone[it.target].tensors()))
+    for site in quantized(stage):
+        assert site.weight is not None
+        assert all(map(torch.equal, site.weight.tensors(), alone[site.target].tensors()))
 
 
 def test_an_error_in_any_group_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error that is lost in another thread, or that leaves arithmetic on one thread for good."""
+    """An error that is lost in another thread, or that leaves noise on one thread for good."""
     stage = through(observed(decoder()), QuantizeActivations())
-    real, last = quantize_weights.quantized, list(stage.groups())[-2]
+    real, last = quantize_weights.quantize_site_weights, list(stage.groups())[-2]
 
     def fails(stage: Stage, source: str, *rest: Any) -> Any:
         if source == last:
             raise UserError(Fault("no"))
         return real(stage, source, *rest)
 
-    monkeypatch.setattr(quantize_weights, "quantized", fails)
+    monkeypatch.setattr(quantize_weights, "quantize_site_weights", fails)
     threads = torch.get_num_threads()
     with pytest.raises(UserError, match="no"):
         QuantizeWeights().run(stage)

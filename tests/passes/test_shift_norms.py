@@ -16,7 +16,7 @@ from tests.support.random_stage import (
     integers,
     observed,
     outputs,
-    site,
+    site_at,
     staged,
     through,
 )
@@ -49,7 +49,7 @@ def test_both_norms_of_a_static_layer() -> None:
     """A norm overlooked: with every linear static W8A8, both have only such consumers."""
     stage = through(observed(one_sided()), ShiftNorms())
     assert shifted(stage) == set(NORMS) and not stage.notes
-    assert {it.target for it in stage.sites.values() if it.added_bias} == {"mlp.gate_proj", "mlp.up_proj"}
+    assert {site.target for site in stage.sites.values() if site.added_bias} == {"mlp.gate_proj", "mlp.up_proj"}
 
 
 @pytest.mark.parametrize("scheme", [Scheme.FLOAT, Scheme.W8A8_DYNAMIC, Scheme.W4A8_DYNAMIC, None])
@@ -58,15 +58,15 @@ def test_one_other_consumer_keeps_the_norm(scheme: Scheme | None) -> None:
     stage = observed(one_sided())
     group_size = 16 if scheme == Scheme.W4A8_DYNAMIC else None
     for part in "qkv":
-        site(stage, f"self_attn.{part}_proj").scheme = scheme
-        site(stage, f"self_attn.{part}_proj").group_size = group_size
+        site_at(stage, f"self_attn.{part}_proj").scheme = scheme
+        site_at(stage, f"self_attn.{part}_proj").group_size = group_size
     through(stage, ShiftNorms())
     assert shifted(stage) == {"post_attention_layernorm"}
     for part in ("gate", "up"):
-        site(stage, f"mlp.{part}_proj").scheme = scheme
+        site_at(stage, f"mlp.{part}_proj").scheme = scheme
     again = observed(one_sided())
-    for it in again.sites.values():
-        it.scheme = scheme
+    for site in again.sites.values():
+        site.scheme = scheme
     before = {path: parameter.clone() for path, parameter in again.module.named_parameters()}
     assert ShiftNorms().run(again) is True  # edges were found
     assert ShiftNorms().run(again) is False and shifted(again) == set()
@@ -77,10 +77,10 @@ def test_one_other_consumer_keeps_the_norm(scheme: Scheme | None) -> None:
 def test_vision_is_never_shifted(name: str) -> None:
     """vLLM Ascend looks for norm biases in the language model only."""
     language = one_sided()
-    stage = staged(language.module, list(language.execution.calls), name=name)
+    stage = staged(language.module, list(language.calls), name=name)
     through(stage, InsertObservers())
-    for it in stage.sites.values():
-        it.scheme = Scheme.W8A8
+    for site in stage.sites.values():
+        site.scheme = Scheme.W8A8
     through(stage, ShiftNorms())
     assert stage.part == "vision" and shifted(stage) == set() and len(stage.edges or ()) == 4
 
@@ -99,7 +99,7 @@ class Norm(nn.Module):
 
 
 class Block(nn.Module):
-    """One norm before a linear, with a second reader, a factor, or strange columns in between."""
+    """One norm before a linear, with a second group, a factor, or strange columns in between."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -126,13 +126,13 @@ def block_stage(kind: str) -> Stage:
     block.linear.weight.copy_(torch.randn(block.linear.weight.shape, generator=generator))
     rows = torch.randn(20, HIDDEN, generator=generator) + 5
     stage = through(staged(block, [Call(0, (rows,), {})]), InsertObservers())
-    site(stage, "linear").scheme = Scheme.W8A8
+    site_at(stage, "linear").scheme = Scheme.W8A8
     return stage
 
 
 @pytest.mark.parametrize("kind", ["bias", "buffer", "residual"])
 def test_other_norms_are_left_alone(kind: str) -> None:
-    """A norm with a bias of its own, with state, or with a reader that would see the shift: no note, no error."""
+    """A norm with a bias of its own, with state, or with a group that would see the shift: no note, no error."""
     stage = block_stage(kind)
     reference = outputs(stage)
     through(stage, ShiftNorms())
@@ -162,11 +162,11 @@ def test_consumers_at_two_nodes(scheme: Scheme) -> None:
         linear.weight.copy_(torch.randn(linear.weight.shape, generator=generator))
     rows = torch.randn(20, HIDDEN, generator=generator) + 5
     stage = through(staged(block, [Call(0, (rows,), {})]), InsertObservers())
-    site(stage, "direct").scheme, site(stage, "paired").scheme = Scheme.W8A8, scheme
+    site_at(stage, "direct").scheme, site_at(stage, "paired").scheme = Scheme.W8A8, scheme
     expected, ranges = block(rows), dict(stage.observations)
     through(stage, ShiftNorms())
     assert shifted(stage) == ({"norm"} if scheme == Scheme.W8A8 else set())
-    assert site(stage, "direct").added_bias == (scheme == Scheme.W8A8) and not site(stage, "paired").added_bias
+    assert site_at(stage, "direct").added_bias == (scheme == Scheme.W8A8) and not site_at(stage, "paired").added_bias
     for before, after in zip(expected, block(rows), strict=True):
         torch.testing.assert_close(after, before, rtol=0, atol=1e-4)
     for source, seen in stage.observations.items():
@@ -193,10 +193,10 @@ def test_a_failing_proof_puts_everything_back() -> None:
     before = {path: parameter.clone() for path, parameter in stage.module.named_parameters()}
     through(stage, ShiftNorms())
     assert stage.notes == [f"the shift of {NAME}.norm changes the output and was left out"]
-    assert stage.module.get_submodule("norm") is norm and stage.linear(site(stage, "linear")).bias is None
+    assert stage.module.get_submodule("norm") is norm and stage.linear(site_at(stage, "linear")).bias is None
     assert {path for path, _ in stage.module.named_parameters()} == set(before)
     assert all(torch.equal(parameter, before[path]) for path, parameter in stage.module.named_parameters())
-    assert torch.equal(outputs(stage), reference) and not site(stage, "linear").added_bias
+    assert torch.equal(outputs(stage), reference) and not site_at(stage, "linear").added_bias
     assert all(stage.observations[source] is seen for source, seen in observations.items())
     text = print_stage(stage)
     assert ShiftNorms().run(stage) is False and print_stage(stage) == text
@@ -222,7 +222,7 @@ def test_ranges_are_centred_and_smaller() -> None:
         assert ((seen.maximum() + seen.minimum()).abs() <= 2**-7 * bias.abs() + 1e-5).all()
     scales = []
     for stage in (before, after):
-        quantization = site(stage, "self_attn.q_proj").input
+        quantization = site_at(stage, "self_attn.q_proj").input
         assert quantization is not None
         scales.append(quantization.scale)
     assert scales[1] < 0.7 * scales[0]
@@ -235,16 +235,16 @@ def test_ranges_are_centred_and_smaller() -> None:
 def test_emitted_modules(dtype: torch.dtype) -> None:
     """A bias stored for a layer of which engines know none, one that is lost, or rounded although nobody stores it."""
     stage = through(observed(one_sided(dtype)), ShiftNorms(), SmoothM4())
-    exact = {it.target: stage.linear(it).bias.double().clone() for it in stage.sites.values() if it.added_bias}
-    stored = stage.linear(site(stage, "self_attn.q_proj")).bias.to(dtype).float()
+    exact = {site.target: stage.linear(site).bias.double().clone() for site in stage.sites.values() if site.added_bias}
+    stored = stage.linear(site_at(stage, "self_attn.q_proj")).bias.to(dtype).float()
     through(stage, QuantizeActivations(), QuantizeWeights(), LowerLinears(correct_bias=False))
     assert set(exact) == {"mlp.gate_proj", "mlp.up_proj"}
     for target, bias in exact.items():
-        module, it = stage.module.get_submodule(target), site(stage, target)
-        assert isinstance(module, StaticQuantLinear) and it.input is not None
+        module, site = stage.module.get_submodule(target), site_at(stage, target)
+        assert isinstance(module, StaticQuantLinear) and site.input is not None
         assert module.bias is None and f"{target}.bias" not in stage.module.state_dict()
-        step = module.weight_scale.double().flatten() * it.input.scale
-        recovered = (module.quant_bias.double() + it.input.offset * module.weight.double().sum(1)) * step
+        step = module.weight_scale.double().flatten() * site.input.scale
+        recovered = (module.quant_bias.double() + site.input.offset * module.weight.double().sum(1)) * step
         assert ((recovered - bias).abs() <= 0.51 * step + 1e-6 * bias.abs()).all()
         assert not torch.equal(bias.float(), bias.to(dtype).float())
     q_proj = stage.module.get_submodule("self_attn.q_proj")

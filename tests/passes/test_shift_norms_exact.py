@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from tests.support.random_stage import DTYPES, in_float64, observed, site, through
+from tests.support.random_stage import DTYPES, in_float64, observed, site_at, through
 from tests.support.shifted_stages import NORMS, one_sided, shifted
 from vlqc.passes.insert_observers import InsertObservers
 from vlqc.passes.shift_norms import ShiftNorms
@@ -21,8 +21,8 @@ def test_bias_by_hand(dtype: torch.dtype) -> None:
     """The wrong sign, half or channel: minus the middle of each range, as a value of the emitted dtype."""
     stage = observed(one_sided(dtype))
     rows = {norm: stage.observations[norm].kept for norm in NORMS}  # all rows: the budget is larger than they are
-    biases = {it.target: stage.linear(it).bias for it in stage.sites.values()}
-    weights = {it.target: stage.linear(it).weight.double().clone() for it in stage.sites.values()}
+    biases = {site.target: stage.linear(site).bias for site in stage.sites.values()}
+    weights = {site.target: stage.linear(site).weight.double().clone() for site in stage.sites.values()}
     through(stage, ShiftNorms())
     for norm, parts in NORMS.items():
         middle = ((rows[norm].amax(0) + rows[norm].amin(0)) / 2).to(dtype).float()
@@ -31,7 +31,9 @@ def test_bias_by_hand(dtype: torch.dtype) -> None:
             target = f"mlp.{part}_proj" if part in ("gate", "up") else f"self_attn.{part}_proj"
             known = 0.0 if biases[target] is None else biases[target].double()
             undo = weights[target] @ middle.double()
-            torch.testing.assert_close(stage.linear(site(stage, target)).bias.double(), known + undo, rtol=0, atol=2e-5)
+            torch.testing.assert_close(
+                stage.linear(site_at(stage, target)).bias.double(), known + undo, rtol=0, atol=2e-5
+            )
 
 
 @DTYPES

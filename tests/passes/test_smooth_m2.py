@@ -22,11 +22,11 @@ from tests.support.random_stage import (
     observed,
     outputs,
     quantized,
-    site,
+    site_at,
     through,
 )
-from vlqc.passes.algorithms.smoothing_search import find_stage_edges, searched_edges
-from vlqc.passes.smooth_m2 import FLOORS, SMALLEST_RANGE, SmoothM2, candidates_of, range_candidates
+from vlqc.passes.algorithms.smoothing_search import smoothing_tasks, update_edges
+from vlqc.passes.smooth_m2 import BALANCE_EXPONENTS, MIN_RANGE, SmoothM2, candidate_scales, range_scales
 from vlqc.targets.schemes import Scheme
 
 pytestmark = pytest.mark.usefixtures("float32_runs")  # the same numbers on every processor
@@ -54,13 +54,13 @@ def test_planted_outliers_are_tamed(seed: int) -> None:
     assert without < 16 and smoothed > 39 and smoothed > without + 24
 
 
-@pytest.mark.parametrize("edge", ["input_layernorm", "self_attn.v_proj", "post_attention_layernorm", "mlp.up_proj"])
-def test_every_edge_is_smoothed(edge: str) -> None:
+@pytest.mark.parametrize("producer", ["input_layernorm", "self_attn.v_proj", "post_attention_layernorm", "mlp.up_proj"])
+def test_every_edge_is_smoothed(producer: str) -> None:
     """One kind of edge overlooked: the error of the linears behind it falls by 20 dB at least on planted outliers."""
     before = observed(decoder(outliers=True))
     after = through(observed(decoder(outliers=True)), SmoothM2())
-    (found,) = (it for it in after.edges or () if it.producer == edge)
-    source = site(after, next(iter(found.consumers))).source
+    (found,) = (edge for edge in after.edges or () if edge.producer == producer)
+    source = site_at(after, next(iter(found.consumers))).source
     assert group_errors(after)[source] < group_errors(before)[source] / 100
 
 
@@ -107,15 +107,15 @@ def test_dead_channels_are_not_scaled(dead: str) -> None:
 @given(peaks=st.lists(st.floats(0, 1e4, width=32), min_size=1, max_size=8), count=st.integers(2, 120))
 def test_candidates(peaks: list[float], count: int) -> None:
     """Scales below 1, more candidates than asked for, no way to leave everything as it is, a scale without bound."""
-    scales = range_candidates(torch.tensor(peaks), count)
+    scales = range_scales(torch.tensor(peaks), count)
     assert scales.shape[0] <= count and scales.shape[1] == len(peaks)
     assert torch.equal(scales[0], torch.ones(len(peaks)))
-    assert bool((scales >= 1).all()) and float(scales.max()) <= 1.001 / SMALLEST_RANGE
+    assert bool((scales >= 1).all()) and float(scales.max()) <= 1.001 / MIN_RANGE
 
 
 def test_candidates_touch_only_what_reaches_beyond() -> None:
     """Channels within the range scaled too, or outliers not brought down to it."""
-    scales = range_candidates(torch.tensor([1.0, 64.0, 8.0, 0.0]), 7)  # r = 64, 32, 16, ... 1
+    scales = range_scales(torch.tensor([1.0, 64.0, 8.0, 0.0]), 7)  # r = 64, 32, 16, ... 1
     by_hand = [[1, 64 / r, max(8 / r, 1), 1] for r in (64, 32, 16, 8, 4, 2, 1)]
     np.testing.assert_allclose(scales, by_hand, rtol=1e-5)
 
@@ -131,7 +131,7 @@ def error_of_search(seed: int, count: int) -> float:
 @pytest.mark.parametrize("seed", range(3))
 def test_search_finds_the_middle(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A search that only knows all or nothing: where outliers meet strong weights, both ends cost twice as much."""
-    monkeypatch.setattr("vlqc.passes.smooth_m2.FLOORS", (0.0,))
+    monkeypatch.setattr("vlqc.passes.smooth_m2.BALANCE_EXPONENTS", (0.0,))
     nothing, all_or_nothing, between = (error_of_search(seed, count) for count in (1, 2, 96))
     assert between < min(nothing, all_or_nothing) / 2
 
@@ -140,22 +140,22 @@ def test_search_finds_the_middle(seed: int, monkeypatch: pytest.MonkeyPatch) -> 
 def test_floors_find_what_ranges_do_not(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Floors that are not searched: without any range to choose from they alone have to save 8 dB and more."""
     with_floors = error_of_search(seed, 1)
-    monkeypatch.setattr("vlqc.passes.smooth_m2.FLOORS", (0.0,))
+    monkeypatch.setattr("vlqc.passes.smooth_m2.BALANCE_EXPONENTS", (0.0,))
     assert with_floors < error_of_search(seed, 1) / 6
 
 
 def test_candidates_by_hand() -> None:
     """A floor without its ranges, ranges of channels as they are and not over the floor, or no way to leave it all."""
     stage = observed(decoder(outliers=True))
-    find_stage_edges(stage)
-    it = next(searched_edges(stage, "a test"))
-    candidates, balance = candidates_of(it, 4), it.balance().double().numpy()
-    assert candidates.shape == (1 + 4 * len(FLOORS), HIDDEN) and bool((candidates[0] == 1).all())
-    peaks = it.largest_input().double().numpy()
-    for number, power in enumerate(FLOORS):
+    update_edges(stage)
+    task = next(smoothing_tasks(stage, "a test"))
+    candidates, balance = candidate_scales(task, 4), task.balanced_scales().double().numpy()
+    assert candidates.shape == (1 + 4 * len(BALANCE_EXPONENTS), HIDDEN) and bool((candidates[0] == 1).all())
+    peaks = task.input_absmax().double().numpy()
+    for number, power in enumerate(BALANCE_EXPONENTS):
         above = peaks / balance**power
         mine = candidates[1 + 4 * number : 5 + 4 * number].double().numpy()
-        ranges = np.geomspace(1, max(SMALLEST_RANGE, above.min() / above.max()), 4) * above.max()
+        ranges = np.geomspace(1, max(MIN_RANGE, above.min() / above.max()), 4) * above.max()
         by_hand = [np.maximum(above / r, 1) * balance**power for r in ranges]
         np.testing.assert_allclose(mine, by_hand, rtol=2e-5)
 
@@ -164,10 +164,10 @@ def test_candidates_by_hand() -> None:
 def test_scales_go_no_lower_than_the_lowest_floor(seed: int) -> None:
     """Channels scaled up without bound: below 1 only as far as their own noise asks for, and as bfloat16 rounds."""
     stage = observed(decoder(seed, outliers=True))
-    find_stage_edges(stage)
+    update_edges(stage)
     lowest = {
-        it.edge.producer: torch.stack([it.balance() ** power for power in FLOORS]).amin(0)
-        for it in searched_edges(stage, "a test")
+        task.edge.producer: torch.stack([task.balanced_scales() ** power for power in BALANCE_EXPONENTS]).amin(0)
+        for task in smoothing_tasks(stage, "a test")
     }
     folds = folds_of(stage, SmoothM2())
     assert len(folds) == 4 and any(float(fold.scale.min()) < 0.7 for fold in folds)
@@ -185,7 +185,7 @@ def test_all_zero_channels_everywhere() -> None:
 
 
 @pytest.mark.parametrize("size", [1e-3, 1e-6, 1e-9])
-@pytest.mark.parametrize("where", ["input", "readers"])
+@pytest.mark.parametrize("where", ["input", "consumers"])
 def test_near_dead_channels_do_not_explode(size: float, where: str) -> None:
     """A channel next to nothing scaled by the inverse of it: fourth roots keep its norm weight within 1e4 times."""
     stage = decoder()
@@ -206,10 +206,10 @@ def test_near_dead_channels_do_not_explode(size: float, where: str) -> None:
 def test_quantized_sites_stay_the_same_ones() -> None:
     """A pass that changes what was decided: schemes are assign-precision's."""
     stage = observed(decoder(outliers=True))
-    known = [it.name for it in quantized(stage)]
-    assert [it.name for it in quantized(through(stage, SmoothM2()))] == known and len(known) == 7
+    known = [site.name for site in quantized(stage)]
+    assert [site.name for site in quantized(through(stage, SmoothM2()))] == known and len(known) == 7
 
 
 def test_peaks_that_are_no_numbers() -> None:
     """Catches a traceback where weights are so large that float32 does not hold their squares."""
-    assert torch.equal(range_candidates(torch.full((3,), torch.nan), 5), torch.ones(1, 3))
+    assert torch.equal(range_scales(torch.full((3,), torch.nan), 5), torch.ones(1, 3))

@@ -21,13 +21,13 @@ from tests.support.random_stage import (
     integers,
     observed,
     outputs,
-    site,
+    site_at,
     staged,
     through,
 )
 from tests.support.smoothing_cases import PRODUCERS, only, rounds_of, searched
 from vlqc.ir.execution import Call
-from vlqc.passes.smooth_m4 import NEAR_DEAD, STEPS, SmoothM4, closed_form
+from vlqc.passes.smooth_m4 import ALPHA_STEPS, NEAR_DEAD, SmoothM4, closed_form_scale
 from vlqc.pipeline.registry import parse_pipeline
 from vlqc.targets.schemes import Scheme
 
@@ -60,7 +60,7 @@ def test_closed_form_against_numpy(
     raw = a[live] ** alpha / b[live] ** (1 - alpha)
     expected = np.ones(len(peaks))
     expected[live] = raw / np.exp(np.log(raw).mean())
-    scale = closed_form(torch.from_numpy(peaks), torch.from_numpy(weights), alpha, 1e6)
+    scale = closed_form_scale(torch.from_numpy(peaks), torch.from_numpy(weights), alpha, 1e6)
     assert scale.dtype == torch.float32 and NEAR_DEAD == 1e-3
     np.testing.assert_allclose(scale.numpy(), expected, rtol=1e-5)
     assert np.log(scale.double().numpy()[live]).mean() == pytest.approx(0, abs=1e-6)  # geometric mean 1
@@ -70,22 +70,27 @@ def test_closed_form_against_numpy(
 def test_bound_holds(pairs: list[tuple[float, float]], bound: float) -> None:
     """A scale without bound: whatever the ranges, no channel is moved by more than the given factor."""
     peaks, weights = (torch.tensor(side) for side in zip(*pairs, strict=True))
-    scale = closed_form(peaks, weights, 0.5, bound)
+    scale = closed_form_scale(peaks, weights, 0.5, bound)
     assert float(scale.max()) <= bound * 1.00001 and float(scale.min()) >= 1 / (bound * 1.00001)
-    assert float(closed_form(peaks, weights, 1.0, 1024.0).max() / closed_form(peaks, weights, 1.0, 1024.0).min()) < 1001
+    assert (
+        float(
+            closed_form_scale(peaks, weights, 1.0, 1024.0).max() / closed_form_scale(peaks, weights, 1.0, 1024.0).min()
+        )
+        < 1001
+    )
 
 
 def test_nothing_alive() -> None:
     """The mean of no logarithms: NaN in every weight."""
-    assert closed_form(torch.zeros(3), torch.ones(3), 0.5, 1024.0).tolist() == [1, 1, 1]
+    assert closed_form_scale(torch.zeros(3), torch.ones(3), 0.5, 1024.0).tolist() == [1, 1, 1]
 
 
 def test_ends_of_alpha_by_hand() -> None:
     """Alpha the wrong way round: 1 evens out the inputs, 0 the weights, 1/2 makes both alike."""
     peaks, weights = torch.tensor([1.0, 16.0]), torch.tensor([4.0, 1.0])
-    assert closed_form(peaks, weights, 1.0, 1024.0).tolist() == pytest.approx([0.25, 4.0])
-    assert closed_form(peaks, weights, 0.0, 1024.0).tolist() == pytest.approx([0.5, 2.0])
-    half = closed_form(peaks, weights, 0.5, 1024.0)
+    assert closed_form_scale(peaks, weights, 1.0, 1024.0).tolist() == pytest.approx([0.25, 4.0])
+    assert closed_form_scale(peaks, weights, 0.0, 1024.0).tolist() == pytest.approx([0.5, 2.0])
+    half = closed_form_scale(peaks, weights, 0.5, 1024.0)
     assert half.tolist() == pytest.approx([8**-0.5, 8**0.5])
     assert (peaks / half / (weights * half)).tolist() == pytest.approx([2.0, 2.0])
 
@@ -108,8 +113,8 @@ def test_every_edge_is_smoothed(producer: str, scheme: Scheme) -> None:
     """One kind of edge overlooked (grouped v to o, up to down), in one of the arithmetics: its error has to fall."""
     before = observed(decoder(outliers=True), scheme)
     after = through(observed(decoder(outliers=True), scheme), SmoothM4())
-    (found,) = (it for it in after.edges or () if it.producer == producer)
-    source = site(after, next(iter(found.consumers))).source
+    (found,) = (edge for edge in after.edges or () if edge.producer == producer)
+    source = site_at(after, next(iter(found.consumers))).source
     least = 3 if scheme == Scheme.W4A8_DYNAMIC else 20  # 4-bit weights have an error of their own, which stays
     assert group_errors(after, before)[source] < group_errors(before)[source] / least
 
@@ -157,7 +162,7 @@ def test_vision_is_smoothed(scheme: Scheme) -> None:
     assert stage.part == "vision" and set(folds) == {"norm1", "attn.qkv"} and not stage.notes
     assert folds["norm1"].argmax() == 3
     assert bool((folds["attn.qkv"][: 2 * HIDDEN] == 1).all()) and folds["attn.qkv"][2 * HIDDEN :].argmax() == 9
-    source = site(stage, "attn.proj").source
+    source = site_at(stage, "attn.proj").source
     assert group_errors(stage)[source] < before[source] / (1.5 if scheme == Scheme.W4A8_DYNAMIC else 3)
 
 
@@ -190,31 +195,32 @@ def test_stage_without_outliers_does_not_suffer(seed: int) -> None:
 @pytest.mark.parametrize("outliers", [False, True])
 def test_chosen_alpha_beats_every_fixed_one(outliers: bool, scheme: Scheme) -> None:
     """A search that misses the best alpha, or one alpha for all edges: compared with all 21 by the error model."""
-    for producer, it in searched(observed(decoder(outliers=outliers), scheme)).items():
-        name, alpha = SmoothM4(confirm=1)._choose(it)
+    for producer, task in searched(observed(decoder(outliers=outliers), scheme)).items():
+        name, alpha = SmoothM4(confirm=1)._choose_alpha(task)
         fixed = [
-            closed_form(it.largest_input(), it.largest_weight(), step / STEPS, 1024.0) for step in range(STEPS + 1)
+            closed_form_scale(task.input_absmax(), task.weight_absmax(), step / ALPHA_STEPS, 1024.0)
+            for step in range(ALPHA_STEPS + 1)
         ]
-        expected = it.readers[0].expected_error(torch.stack([torch.ones(it.channels), *fixed]))
+        expected = task.consumers[0].expected_error(torch.stack([torch.ones(task.channels), *fixed]))
         if alpha is None:  # nothing is better than leaving it, on real rows at least
             best = 1 + int(expected[1:].argmin())
-            assert it.readers[0].measured_error(fixed[best - 1]) >= it.readers[0].measured_error(
-                torch.ones(it.channels)
+            assert task.consumers[0].measured_error(fixed[best - 1]) >= task.consumers[0].measured_error(
+                torch.ones(task.channels)
             )
         else:
-            mine = closed_form(it.largest_input(), it.largest_weight(), alpha, 1024.0)
-            assert it.readers[0].expected_error(mine[None]).item() <= expected.min().item(), producer
-        _, confirmed = SmoothM4(confirm=STEPS + 1)._choose(it)
+            mine = closed_form_scale(task.input_absmax(), task.weight_absmax(), alpha, 1024.0)
+            assert task.consumers[0].expected_error(mine[None]).item() <= expected.min().item(), producer
+        _, confirmed = SmoothM4(confirm=ALPHA_STEPS + 1)._choose_alpha(task)
         assert name == producer
-        measured = [it.readers[0].measured_error(scale) for scale in (torch.ones(it.channels), *fixed)]
-        assert measured[0 if confirmed is None else 1 + round(confirmed * STEPS)] == min(measured)
+        measured = [task.consumers[0].measured_error(scale) for scale in (torch.ones(task.channels), *fixed)]
+        assert measured[0 if confirmed is None else 1 + round(confirmed * ALPHA_STEPS)] == min(measured)
 
 
 def test_edges_have_alphas_of_their_own() -> None:
     """One alpha for all edges, as in the reference tool: where the weights hold the outliers another one is right."""
     stage = decoder(outliers=True)
     stage.module.get_parameter("mlp.gate_proj.weight")[:, [1, 7]] *= 32
-    alphas = {producer: SmoothM4()._choose(it) for producer, it in searched(observed(stage)).items()}
+    alphas = {producer: SmoothM4()._choose_alpha(task) for producer, task in searched(observed(stage)).items()}
     assert len(set(alphas.values())) > 1
 
 
@@ -223,8 +229,8 @@ def test_fixed_alpha_is_honoured(alpha: float) -> None:
     """`anti_alpha` that is only a starting point of the search, or 0.0 taken for None: the first round by hand."""
     stage = observed(decoder(outliers=True))
     wanted = {
-        producer: closed_form(it.largest_input(), it.largest_weight(), alpha, 1024.0)
-        for producer, it in searched(stage).items()
+        producer: closed_form_scale(task.input_absmax(), task.weight_absmax(), alpha, 1024.0)
+        for producer, task in searched(stage).items()
     }
     (step,) = parse_pipeline(f"smooth-m4{{alpha={alpha}}}")
     assert isinstance(step, SmoothM4)

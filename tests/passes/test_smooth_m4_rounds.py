@@ -16,7 +16,7 @@ from tests.support.random_stage import (
     folds_of,
     kill,
     observed,
-    site,
+    site_at,
     staged,
     through,
 )
@@ -26,7 +26,7 @@ from vlqc.ir.scale_propagation import find_edges
 from vlqc.ir.stage import Edge
 from vlqc.passes.algorithms import smoothing_search as edge_search
 from vlqc.passes.insert_observers import InsertObservers
-from vlqc.passes.smooth_m4 import SETTLED, SmoothM4, closed_form
+from vlqc.passes.smooth_m4 import CONVERGED, SmoothM4, closed_form_scale
 from vlqc.targets.schemes import Scheme
 
 pytestmark = pytest.mark.usefixtures("float32_runs")  # the same numbers on every processor
@@ -60,7 +60,7 @@ def test_rounds_shrink_and_stop(alpha: float | None, scheme: Scheme) -> None:
     moved = [max(float(fold.scale.log().abs().amax()) for fold in folds) for folds in asked if folds]
     assert 2 <= len(moved) <= 3 and asked[-1] == []
     assert all(later < earlier / 2 for earlier, later in itertools.pairwise(moved))
-    assert min(moved) > SETTLED
+    assert min(moved) > CONVERGED
 
 
 @pytest.mark.parametrize("rounds", [1, 2])
@@ -74,13 +74,16 @@ def test_scales_belong_to_the_rescaled_neighbours() -> None:
     """Iteration in name only: at the end every edge's closed form must be what its present neighbours ask for."""
     stage = observed(decoder(outliers=True))
     through(stage, SmoothM4(alpha=0.5, rounds=8))
-    for producer, it in searched(stage).items():
-        left = closed_form(it.largest_input(), it.largest_weight(), 0.5, 1024.0)
-        assert float(left.log().abs().amax()) <= 1.1 * SETTLED, producer
+    for producer, task in searched(stage).items():
+        left = closed_form_scale(task.input_absmax(), task.weight_absmax(), 0.5, 1024.0)
+        assert float(left.log().abs().amax()) <= 1.1 * CONVERGED, producer
     once = observed(decoder(outliers=True))
     through(once, SmoothM4(alpha=0.5, rounds=1))
-    it = searched(once)["input_layernorm"]  # v's rows have changed since
-    assert float(closed_form(it.largest_input(), it.largest_weight(), 0.5, 1024.0).log().abs().amax()) > 2 * SETTLED
+    task = searched(once)["input_layernorm"]  # v's rows have changed since
+    assert (
+        float(closed_form_scale(task.input_absmax(), task.weight_absmax(), 0.5, 1024.0).log().abs().amax())
+        > 2 * CONVERGED
+    )
 
 
 def test_a_fold_that_fails_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +96,9 @@ def test_a_fold_that_fails_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(edge_search, "find_edges", find)
     stage = observed(decoder(outliers=True))
-    gate = stage.module.get_parameter("mlp.gate_proj.bias") if stage.linear(site(stage, "mlp.gate_proj")).bias else None
+    gate = (
+        stage.module.get_parameter("mlp.gate_proj.bias") if stage.linear(site_at(stage, "mlp.gate_proj")).bias else None
+    )
     asked = rounds_of(stage, SmoothM4(alpha=0.5, rounds=8))
     assert gate is None and len(stage.notes) == 1 and f"{NAME}.mlp.gate_proj" in stage.notes[0]
     assert asked[-1] == [] and sum(fold.edge is past_silu for folds in asked for fold in folds) == 1
@@ -125,8 +130,8 @@ def test_near_dead_norm_weight_does_not_explode(size: float) -> None:
         call.args[0][..., DEAD] *= size
     before = block.input_layernorm.weight.clone()
     observed(stage)
-    it = searched(stage)["input_layernorm"]
-    peak, weight = it.largest_input().double(), it.largest_weight().double()
+    task = searched(stage)["input_layernorm"]
+    peak, weight = task.input_absmax().double(), task.weight_absmax().double()
     reference = (peak**0.9 / weight.clamp(min=1e-5) ** 0.1).clamp(min=1e-5)
     if size < 1e-6:
         assert 1 / reference[DEAD] > 9e4  # what the norm weight would be multiplied with

@@ -17,7 +17,7 @@ from tests.support.random_stage import (
     group_errors,
     in_float64,
     observed,
-    site,
+    site_at,
     through,
 )
 from tests.support.smoothing_cases import BOTH, Forked, of_random_weights
@@ -53,10 +53,10 @@ def test_norm_weights_fold_without_rounding(smooth: Pass, dtype: torch.dtype) ->
     original, stage = decoder(outliers=True, dtype=dtype), decoder(outliers=True, dtype=dtype)
     through(observed(stage), smooth)
     for norm in ("input_layernorm", "post_attention_layernorm"):
-        before, after = (it.module.get_submodule(norm).get_parameter("weight") for it in (original, stage))
+        before, after = (one.module.get_submodule(norm).get_parameter("weight") for one in (original, stage))
         assert torch.equal(after, after.to(dtype).float()) and (before / after).abs().max() > 16
-    pairs = [(it.module, "post_attention_layernorm.weight", "mlp.gate_proj.weight") for it in (original, stage)]
-    products = [live.get_parameter(norm).double() * live.get_parameter(reader).double() for live, norm, reader in pairs]
+    pairs = [(one.module, "post_attention_layernorm.weight", "mlp.gate_proj.weight") for one in (original, stage)]
+    products = [live.get_parameter(norm).double() * live.get_parameter(group).double() for live, norm, group in pairs]
     assert ((products[0] - products[1]).abs() <= 4e-7 * products[0].abs()).all()
 
 
@@ -64,10 +64,10 @@ def test_norm_weights_fold_without_rounding(smooth: Pass, dtype: torch.dtype) ->
 def test_grouped_queries_share_scales(smooth: Pass) -> None:
     """The map of v to o_proj by hand: a column of another channel, or two columns of one channel scaled apart."""
     original, stage = decoder(outliers=True), observed(decoder(outliers=True))
-    (fold,) = (it for it in folds_of(stage, smooth) if it.edge.producer == "self_attn.v_proj")
+    (fold,) = (fold for fold in folds_of(stage, smooth) if fold.edge.producer == "self_attn.v_proj")
     assert fold.scale.max() / fold.scale.min() > 16
-    before, after = (it.module.get_submodule("self_attn.o_proj").get_parameter("weight") for it in (original, stage))
-    biases = [it.module.get_submodule("self_attn.v_proj").get_parameter("bias") for it in (original, stage)]
+    before, after = (one.module.get_submodule("self_attn.o_proj").get_parameter("weight") for one in (original, stage))
+    biases = [one.module.get_submodule("self_attn.v_proj").get_parameter("bias") for one in (original, stage)]
     for row in range(KEY_VALUE_HEADS * HIDDEN // 4):
         for column in columns_of_value(row):
             assert torch.equal(after[:, column], before[:, column] * fold.scale[row])
@@ -114,9 +114,9 @@ def test_only_quantized_consumers_count(smooth: Pass) -> None:
     """The seed keeps down_proj in float, so up_proj must stay as it is while the norms are folded."""
     stage = through(decoder(outliers=True), InsertObservers(), AssignPrecision())
     targets = ("mlp.up_proj", "self_attn.o_proj", "mlp.down_proj")
-    before = [stage.linear(site(stage, target)).weight.clone() for target in targets]
+    before = [stage.linear(site_at(stage, target)).weight.clone() for target in targets]
     through(stage, smooth)
-    after = [stage.linear(site(stage, target)).weight for target in targets]
+    after = [stage.linear(site_at(stage, target)).weight for target in targets]
     assert [torch.equal(old, new) for old, new in zip(before, after, strict=True)] == [False, False, True]
 
 
@@ -183,8 +183,8 @@ def test_consumers_at_two_nodes(smooth: Pass) -> None:
 def test_one_input_is_scaled_once(smooth: Pass) -> None:
     """Two producers that both absorb a scale found for the same input: together they would scale it twice."""
     stage = of_random_weights(Bilinear())
-    stage.linear(site(stage, "left")).weight[4] *= 64
-    stage.linear(site(stage, "down")).weight[:, 4] /= 64
+    stage.linear(site_at(stage, "left")).weight[4] *= 64
+    stage.linear(site_at(stage, "down")).weight[:, 4] /= 64
     InsertObservers().run(stage)
     before = group_errors(stage)["mul"]
     through(stage, smooth)

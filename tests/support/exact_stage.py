@@ -1,4 +1,4 @@
-"""The little stage with arithmetic that rounds nothing, so that its text after any pass is alike on every machine."""
+"""The little stage with noise that rounds nothing, so that its text after any pass is alike on every machine."""
 
 import pytest
 import torch

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import torch
 
+from tests.support.observations import add_rows
 from vlqc.ir.observation import Observation
-from vlqc.passes.insert_observers import add_rows
 
 DTYPES = [torch.bfloat16, torch.float16]
 MANY = 10**12  # samples of which nothing unseen differs

@@ -12,7 +12,7 @@ from vlqc.frontend.tracing import trace
 from vlqc.ir.execution import Call, StageRun, first_tensor
 from vlqc.ir.stage import Site, Stage
 from vlqc.passes.algorithms import folding
-from vlqc.passes.algorithms.error_model import Reader, arithmetic_of
+from vlqc.passes.algorithms.error_model import ConsumerGroup, scheme_noise
 from vlqc.passes.assign_precision import AssignPrecision
 from vlqc.passes.insert_observers import InsertObservers
 from vlqc.passes.lower_linears import LowerLinears
@@ -126,13 +126,13 @@ def plant(block: Decoder) -> None:
     factors = torch.tensor([32.0, 64.0, 128.0])
     attention, mlp = block.self_attn, block.mlp
     channels = torch.tensor([3, 11, 20])
-    for norm, readers in (
+    for norm, consumers in (
         (block.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
         (block.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
     ):
         norm.weight[channels] *= factors
-        for reader in readers:
-            reader.weight[:, channels] /= factors
+        for group in consumers:
+            group.weight[:, channels] /= factors
     mlp.up_proj.weight[channels] *= factors[:, None]
     mlp.down_proj.weight[:, channels] /= factors
     rows = torch.tensor([2, 9, 12])  # of v: key-value head 0, 1, 1
@@ -178,7 +178,7 @@ def staged(block: nn.Module, calls: list[Call], dtype: torch.dtype = torch.bfloa
     return Stage(name, part, dtype, block, graph, sites, execution, checkpoint_name=checkpoint_name)
 
 
-def site(stage: Stage, target: str) -> Site:
+def site_at(stage: Stage, target: str) -> Site:
     return stage.sites[stage.checkpoint_name(target)]
 
 
@@ -226,7 +226,7 @@ def group_errors(stage: Stage, like: Stage | None = None) -> dict[str, float]:
         if like is not None:
             before = like.observations[source].kept @ weight_of(like, members).T
             weight = weight * (before.norm(dim=0) / (seen.kept @ weight.T).norm(dim=0))[:, None]
-        reader = Reader(
+        group = ConsumerGroup(
             channel=torch.arange(seen.channels),
             low=seen.minimum(),
             high=seen.maximum(),
@@ -234,9 +234,9 @@ def group_errors(stage: Stage, like: Stage | None = None) -> dict[str, float]:
             rows=seen.kept,
             row_weight=seen.row_weight(),
             weight=weight,
-            arithmetic=arithmetic_of(members[0]),
+            noise=scheme_noise(members[0]),
         )
-        errors[source] = reader.measured_error(torch.ones(seen.channels))
+        errors[source] = group.measured_error(torch.ones(seen.channels))
     return errors
 
 
@@ -247,14 +247,14 @@ def weight_of(stage: Stage, members: list[Site]) -> Tensor:
 def folds_of(stage: Stage, step: Pass) -> list[folding.Fold]:
     """Runs a smoothing pass and returns what it asked to fold, round by round."""
     asked: list[folding.Fold] = []
-    original = folding.apply
+    original = folding.apply_folds
 
     def apply(stage: Stage, folds: list[folding.Fold]) -> list[folding.Fold]:
         asked.extend(folds)
         return original(stage, folds)
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(folding, "apply", apply)
+        monkeypatch.setattr(folding, "apply_folds", apply)
         through(stage, step)
     return asked
 

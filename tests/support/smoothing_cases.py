@@ -11,7 +11,7 @@ from vlqc.ir.stage import Edge, Stage
 from vlqc.passes.algorithms import folding
 from vlqc.passes.algorithms import smoothing_search as edge_search
 from vlqc.passes.algorithms.folding import Fold
-from vlqc.passes.algorithms.smoothing_search import SearchedEdge, find_stage_edges, searched_edges
+from vlqc.passes.algorithms.smoothing_search import SmoothingTask, smoothing_tasks, update_edges
 from vlqc.passes.insert_observers import InsertObservers
 from vlqc.passes.smooth_m2 import SmoothM2
 from vlqc.passes.smooth_m4 import SmoothM4
@@ -41,29 +41,29 @@ def of_random_weights(block: nn.Module) -> Stage:
         parameter.copy_(torch.randn(parameter.shape, generator=generator).to(torch.bfloat16).float())
     calls = [Call(sample, (torch.randn(12, HIDDEN, generator=generator),), {}) for sample in range(2)]
     stage = through(staged(block, calls), InsertObservers())
-    for it in stage.sites.values():
-        it.scheme = Scheme.W8A8
+    for site in stage.sites.values():
+        site.scheme = Scheme.W8A8
     return stage
 
 
 def rounds_of(stage: Stage, step: SmoothM4) -> list[list[Fold]]:
     """What the pass asked to fold, per round; the last round is empty if nothing was left."""
     asked: list[list[Fold]] = []
-    original = folding.apply
+    original = folding.apply_folds
 
     def apply(stage: Stage, folds: list[Fold]) -> list[Fold]:
         asked.append(list(folds))
         return original(stage, folds)
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(folding, "apply", apply)
+        monkeypatch.setattr(folding, "apply_folds", apply)
         through(stage, step)
     return asked
 
 
-def searched(stage: Stage) -> dict[str, SearchedEdge]:
-    find_stage_edges(stage)
-    return {it.edge.producer: it for it in searched_edges(stage, "a test")}
+def searched(stage: Stage) -> dict[str, SmoothingTask]:
+    update_edges(stage)
+    return {task.edge.producer: task for task in smoothing_tasks(stage, "a test")}
 
 
 def only(producer: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,7 +77,10 @@ def block_stage(*samples: list[int], kind: str = "bool", seed: int = 0) -> Stage
     """Random weights, one sample per list of window lengths; the first is the probe."""
     torch.manual_seed(seed)
     block = Block(kind).requires_grad_(False).eval()
-    calls = [Call(n, (torch.randn(sum(it), HIDDEN),), {"windows": torch.tensor(it)}) for n, it in enumerate(samples)]
+    calls = [
+        Call(n, (torch.randn(sum(lengths), HIDDEN),), {"windows": torch.tensor(lengths)})
+        for n, lengths in enumerate(samples)
+    ]
     stage = staged(block, calls, name="visual.blocks.0")
     stage.execution.probe = calls[0]
     return stage
@@ -94,7 +97,7 @@ class Counter(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func is ATTENTION:
-            named = tested._named(args, kwargs or {})
+            named = tested._by_name(args, kwargs or {})
             query, key = named["query"], named["key"]
             self.scores += query.shape[:-3].numel() * query.shape[-2] * key.shape[-2]
             self.masks += named.get("attn_mask") is not None

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from tools.bench.scale_checkpoint import MERGE, Case, tensor_shapes
 from vlqc.ir.tensor_digest import fingerprint
-from vlqc.passes.algorithms.error_model import ROWS_OF_INPUT, ROWS_OF_WEIGHT
+from vlqc.passes.algorithms.error_model import MAX_INPUT_ROWS, MAX_WEIGHT_ROWS
 from vlqc.passes.algorithms.hessian import COLUMNS_PER_BLOCK
-from vlqc.passes.algorithms.weight_clipping import SHARES_OF_8_BITS
+from vlqc.passes.algorithms.weight_clipping import INT8_SHARES
 from vlqc.passes.insert_observers import InsertObservers
-from vlqc.passes.smooth_m2 import FLOORS, SmoothM2
+from vlqc.passes.smooth_m2 import BALANCE_EXPONENTS, SmoothM2
 
 BLOCK = 4 << 20
-CANDIDATES, CONFIRMED = 1 + len(FLOORS) * SmoothM2.candidates, 1 + SmoothM2.confirm
+CANDIDATES, CONFIRMED = 1 + len(BALANCE_EXPONENTS) * SmoothM2.candidates, 1 + SmoothM2.confirm
 FACTORIZATIONS = 3  # of a Hessian, on average
 MOST_KEPT, KEPT_BYTES = (
     InsertObservers.tokens,
@@ -137,7 +137,7 @@ class Work:
             "forward": self.forward_flops / rates.bfloat16 + self.attention_flops / rates.float32,
             "proofs": self.proof_flops / rates.float32,
             "smoothing": self.search_values / rates.elementwise + self.search_flops / rates.float32,
-            "weights": self.weight_flops / rates.float32 + len(SHARES_OF_8_BITS) * self.weight_values / rates.rounding,
+            "weights": self.weight_flops / rates.float32 + len(INT8_SHARES) * self.weight_values / rates.rounding,
             "activation ranges": self.weight_values / rates.elementwise,
             "checks": 2 * self.stage_values / rates.digest,
             "writing": self.write_bytes / rates.write,
@@ -179,8 +179,8 @@ def work_of(
         forward_flops=forward,
         attention_flops=_attention(case, samples, tokens, patches),
         proof_flops=proofs,
-        search_values=CANDIDATES * ROWS_OF_WEIGHT * sum(inputs),
-        search_flops=CONFIRMED * 4.0 * ROWS_OF_WEIGHT * ROWS_OF_INPUT * sum(inputs),
+        search_values=CANDIDATES * MAX_WEIGHT_ROWS * sum(inputs),
+        search_flops=CONFIRMED * 4.0 * MAX_WEIGHT_ROWS * MAX_INPUT_ROWS * sum(inputs),
         weight_flops=weight_flops,
         weight_values=values,
         stage_values=sum(math.prod(shape) for shape in linears.values()),

@@ -98,9 +98,8 @@ def watch_compiler(phases: Phases) -> None:
     from vlqc.frontend.checkpoint.checkpoint import Checkpoint
     from vlqc.frontend.sequential import SequentialForward
     from vlqc.frontend.streamed_model import StreamedModel
-    from vlqc.ir.stage import Stage
-    from vlqc.passes import insert_observers
-    from vlqc.passes.algorithms import folding
+    from vlqc.ir.execution import StageRun
+    from vlqc.passes.algorithms import folding, observer
     from vlqc.pipeline.registry import load_pass
     from vlqc.reporting.html.collector import StageMetrics
 
@@ -109,10 +108,10 @@ def watch_compiler(phases: Phases) -> None:
     phases.watch(Checkpoint, "tensor", "reading")
     phases.watch(SequentialForward, "_resume", "model code")
     phases.watch(vlqc.frontend.stage_builder, "trace", "tracing")
-    phases.watch(Stage, "run", "forward")
-    phases.watch(insert_observers, "add_rows", "observing")
-    phases.watch(Stage, "probe_rows", "proofs")
-    phases.watch(folding, "apply", "folding")
+    phases.watch(StageRun, "forward", "forward")
+    phases.watch(observer, "observe_rows", "observing")
+    phases.watch(StageRun, "probe_output", "proofs")
+    phases.watch(folding, "apply_folds", "folding")
     phases.watch(vlqc.pipeline.manager, "check", "checks")
     phases.watch(vlqc.pipeline.manager._State, "of", "checks")
     for name, phase in (

@@ -1,4 +1,4 @@
-"""Remembers what was found out about tensors, for as long as PyTorch knows that nothing was written to them."""
+"""Caches results per tensor, invalidated by its version counter and data pointer."""
 
 import weakref
 from collections.abc import Callable
@@ -11,38 +11,38 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Mark:
-    """Which tensor one was, where its values lay, and how often they had been changed."""
+class TensorVersion:
+    """The state of a tensor: the object, its data pointer and its version counter."""
 
     reference: "weakref.ref[Tensor]"
-    place: int
+    data_ptr: int
     version: int
 
     @classmethod
-    def of(cls, tensor: Tensor, gone: "Callable[[weakref.ref[Tensor]], object] | None" = None) -> "Mark":
-        """gone: called when the tensor is."""
-        return cls(weakref.ref(tensor, gone), tensor.data_ptr(), tensor._version)
+    def of(cls, tensor: Tensor, on_delete: "Callable[[weakref.ref[Tensor]], object] | None" = None) -> "TensorVersion":
+        """on_delete: callback for the garbage collection of the tensor."""
+        return cls(weakref.ref(tensor, on_delete), tensor.data_ptr(), tensor._version)
 
-    def is_of(self, tensor: Tensor) -> bool:
-        """Whether it is the same object, with its values at the same place, changed as often as it was."""
-        return self.reference() is tensor and (self.place, self.version) == (tensor.data_ptr(), tensor._version)
+    def matches(self, tensor: Tensor) -> bool:
+        """Whether it is the same object with unchanged data."""
+        return self.reference() is tensor and (self.data_ptr, self.version) == (tensor.data_ptr(), tensor._version)
 
 
 class TensorCache(Generic[T]):
-    """A function of tensors that is not asked twice about the same ones, as their marks tell.
-
-    Nothing is kept of tensors that are gone.
-    """
+    """Memoizes a function of tensors. Results are dropped together with the tensors."""
 
     def __init__(self, function: Callable[..., T]) -> None:
         self.function = function
-        self._known: dict[tuple[int, ...], tuple[list[Mark], T]] = {}
+        self._results: dict[tuple[int, ...], tuple[list[TensorVersion], T]] = {}
 
     def __call__(self, *tensors: Tensor) -> T:
         key = tuple(map(id, tensors))
-        known = self._known.get(key)
-        if known is not None and all(mark.is_of(it) for mark, it in zip(known[0], tensors, strict=True)):
-            return known[1]
-        found = self.function(*tensors)
-        self._known[key] = [Mark.of(tensor, lambda _: self._known.pop(key, None)) for tensor in tensors], found
-        return found
+        cached = self._results.get(key)
+        if cached is not None:
+            versions, result = cached
+            if all(version.matches(tensor) for version, tensor in zip(versions, tensors, strict=True)):
+                return result
+        result = self.function(*tensors)
+        versions = [TensorVersion.of(tensor, lambda _: self._results.pop(key, None)) for tensor in tensors]
+        self._results[key] = versions, result
+        return result

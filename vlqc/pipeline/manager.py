@@ -10,8 +10,8 @@ from vlqc.errors import InternalError, VlqcError, third_party_fix
 from vlqc.ir.memory import release_unused_memory
 from vlqc.ir.printer import print_stage
 from vlqc.ir.stage import Stage
-from vlqc.ir.tensor_cache import Mark
-from vlqc.ir.tensor_digest import TOLERANCE, difference, fingerprints
+from vlqc.ir.tensor_cache import TensorVersion
+from vlqc.ir.tensor_digest import TOLERANCE, fingerprints, max_relative_error
 from vlqc.ir.verifier import check
 from vlqc.pipeline.pass_api import Pass
 from vlqc.pipeline.plugins import import_path
@@ -62,7 +62,7 @@ class _State:
 
     digests: dict[str, int]
     text: str
-    marks: dict[str, Mark] = field(compare=False)
+    versions: dict[str, TensorVersion] = field(compare=False)
 
     @classmethod
     def of(cls, stage: Stage, earlier: "_State | None" = None) -> "_State":
@@ -71,12 +71,12 @@ class _State:
         reused = {}
         if earlier is not None:
             unmodified = [
-                name for name in tensors if name in earlier.marks and earlier.marks[name].is_of(tensors[name])
+                name for name in tensors if name in earlier.versions and earlier.versions[name].matches(tensors[name])
             ]
             reused = {name: earlier.digests[name] for name in unmodified}
         computed = fingerprints({name: tensor for name, tensor in tensors.items() if name not in reused})
-        marks = {name: Mark.of(tensor) for name, tensor in tensors.items()}
-        return cls(reused | computed, print_stage(stage, tensors=False), marks)
+        versions = {name: TensorVersion.of(tensor) for name, tensor in tensors.items()}
+        return cls(reused | computed, print_stage(stage, tensors=False), versions)
 
 
 def _run(step: Pass, stage: Stage) -> bool:
@@ -124,7 +124,7 @@ def _check_output(stage: Stage, step: Pass, before: Tensor) -> None:
     if not _is_float(stage):
         return
     after = _probe_output(stage)
-    error = difference(before, after) if after.shape == before.shape else float("inf")
+    error = max_relative_error(before, after) if after.shape == before.shape else float("inf")
     if error > TOLERANCE:
         raise _pass_error(
             step,

@@ -61,8 +61,8 @@ class Engine(ABC):
     name: on the command line; title: as its users write it; example_versions: for messages; since: the first version
     that loads a quantized folder; rules: which layers it runs in which scheme; group_sizes: that it accepts, 0 for
     scales without groups, empty for any; packs_int4: whether two rows of 4-bit weights share their bytes, with a
-    scale_bias per layer; norm_copies: name of the submodule under which it wants the tensors of a norm with a bias a
-    second time, empty for none.
+    scale_bias per layer; norm_bias_parts: parts of the model in which it adds the bias of a norm; norm_copies: name of
+    the submodule under which it wants the tensors of a norm with a bias a second time, empty for none.
     """
 
     name: ClassVar[str]
@@ -72,6 +72,7 @@ class Engine(ABC):
     rules: ClassVar[tuple[Rule, ...]]
     group_sizes: ClassVar[tuple[int, ...]] = ()
     packs_int4: ClassVar[bool]
+    norm_bias_parts: ClassVar[tuple[str, ...]] = ()
     norm_copies: ClassVar[str] = ""
 
     def __repr__(self) -> str:

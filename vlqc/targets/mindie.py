@@ -40,6 +40,7 @@ class MindIE(Engine):
     )
     group_sizes = (0, 64, 128, 256)  # what its config reader accepts
     packs_int4 = False
+    norm_bias_parts = ("language",)
     norm_copies = "module"  # `X.module.weight` makes it build the norm that has a bias
 
     def group_faults(self, schemes: Mapping[str, Scheme]) -> list[Fault]:

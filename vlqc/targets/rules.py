@@ -11,7 +11,7 @@ from vlqc.errors import Fault
 from vlqc.families.qwen2_5_vl import LANGUAGE, fused_group
 from vlqc.targets.engine import join_or
 from vlqc.targets.schemes import Scheme
-from vlqc.targets.target import Target, TargetLike, as_target
+from vlqc.targets.target import ENGINES, Target, TargetLike, as_target
 
 SINGLE_LAYER = next(layer for layer in LANGUAGE if len(fused_group(layer)) == 1)  # a layer without a fused group
 
@@ -43,6 +43,11 @@ def target_supporting(target: TargetLike, scheme: Scheme) -> Target | None:
     target = as_target(target)
     choices = (target, Target(target.engines))
     return next((choice for choice in choices if supports_scheme(choice, scheme)), None)
+
+
+def adds_norm_bias(part: str) -> bool:
+    """Whether all engines add the bias of a norm in this part of the model ("vision", "merger" or "language")."""
+    return all(part in engine.norm_bias_parts for engine in ENGINES)
 
 
 # ---- all layers ------------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ class VllmAscend(Engine):
         Rule(Scheme.W4A8_DYNAMIC, LANGUAGE_WITHOUT_BIAS, since="0.11", before="0.26"),
     )
     packs_int4 = True
+    norm_bias_parts = ("language",)
 
     def description_name(self, quant_type: Scheme) -> str:
         return DESCRIPTION

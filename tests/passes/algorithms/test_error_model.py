@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tests.support.numpy_errors import (
     CLEVER,
     CLIPPED,
-    EVERY_ARITHMETIC,
+    EVERY_NOISE,
     IN_GROUPS,
     INPUTS,
     OUTPUTS,
@@ -25,25 +25,25 @@ from tests.support.numpy_errors import (
 )
 from vlqc.ir.stage import Site
 from vlqc.passes.algorithms.error_model import (
-    EXTREMES,
     STRATA,
+    TAIL_VALUES,
     WEIGHT_NOISE,
-    Arithmetic,
-    Reader,
-    Rounding,
+    ConsumerGroup,
+    QuantizationPreview,
+    SchemeNoise,
     WeightMethod,
-    arithmetic_of,
-    in_strata,
     representative_rows,
+    scheme_noise,
+    stratify,
 )
 from vlqc.targets.schemes import Scheme
 
 # ---- expected --------------------------------------------------------------------------------------------------------
 
 
-@EVERY_ARITHMETIC
+@EVERY_NOISE
 @pytest.mark.parametrize("outlier", [1.0, 8.0])
-def test_expected_error_of_uniform_noise(outlier: float, arithmetic: Arithmetic) -> None:
+def test_expected_error_of_uniform_noise(outlier: float, noise: SchemeNoise) -> None:
     """A wrong factor (1/12, a square, a step): drawing the noise that the formula assumes must give its result.
 
     2000 draws of noise uniform in half a step to either side; 3 % is six times the deviation that so many leave. Every
@@ -52,43 +52,43 @@ def test_expected_error_of_uniform_noise(outlier: float, arithmetic: Arithmetic)
     """
     rows, weight = rows_and_weight(0, outlier)
     scale = torch.linspace(0.5, 3, INPUTS)
-    got = reader_of(rows, weight, arithmetic).expected_error(scale[None]).item()
+    got = reader_of(rows, weight, noise).expected_error(scale[None]).item()
     random = np.random.default_rng(1)
     x, w, s = rows.double().numpy(), weight.double().numpy(), scale.double().numpy()
     smooth, heavy = x / s, w * s
-    steps = input_steps(smooth, min(smooth.min(), 0), max(smooth.max(), 0), arithmetic)
-    steps_of_weight = weight_steps(heavy, arithmetic)
+    steps = input_steps(smooth, min(smooth.min(), 0), max(smooth.max(), 0), noise)
+    steps_of_weight = weight_steps(heavy, noise)
     total = 0.0
     for draw in range(2000):
         row = draw % ROWS
-        noise = random.uniform(-0.5, 0.5, INPUTS) * steps[row]
-        weight_noise = random.uniform(-0.5, 0.5, heavy.shape) * steps_of_weight * arithmetic.weight_noise**0.5
-        total += ((noise @ heavy.T + smooth[row] @ weight_noise.T) ** 2).sum()
+        input_error = random.uniform(-0.5, 0.5, INPUTS) * steps[row]
+        weight_error = random.uniform(-0.5, 0.5, heavy.shape) * steps_of_weight * noise.weight_noise**0.5
+        total += ((input_error @ heavy.T + smooth[row] @ weight_error.T) ** 2).sum()
     assert got == pytest.approx(total / 2000, rel=0.03)
 
 
-@EVERY_ARITHMETIC
+@EVERY_NOISE
 @pytest.mark.parametrize("seed", range(4))
-def test_expected_error_predicts_real_rounding(seed: int, arithmetic: Arithmetic) -> None:
+def test_expected_error_predicts_real_rounding(seed: int, noise: SchemeNoise) -> None:
     """A model of noise that does not describe the integers: within 25 % of what is measured on 400 rows.
 
     Per token 35 %, in groups 60 %: the largest value of every row and group is hit exactly, one in 24 and in 8 here.
     """
     rows, weight = rows_and_weight(seed, 8.0)
-    reader = reader_of(rows, weight, arithmetic)
-    for scale in (torch.ones(INPUTS), torch.maximum(reader.high, -reader.low).sqrt()):
-        within = 0.6 if arithmetic.group_size else 0.35 if arithmetic.per_token else 0.25
-        assert reader.expected_error(scale[None]).item() == pytest.approx(reader.measured_error(scale), rel=within)
+    group = reader_of(rows, weight, noise)
+    for scale in (torch.ones(INPUTS), torch.maximum(group.high, -group.low).sqrt()):
+        within = 0.6 if noise.group_size else 0.35 if noise.per_token else 0.25
+        assert group.expected_error(scale[None]).item() == pytest.approx(group.measured_error(scale), rel=within)
 
 
-@EVERY_ARITHMETIC
-def test_expected_error_of_candidates_one_by_one(arithmetic: Arithmetic) -> None:
+@EVERY_NOISE
+def test_expected_error_of_candidates_one_by_one(noise: SchemeNoise) -> None:
     """A candidate that is judged by another one's ranges."""
-    reader = reader_of(*rows_and_weight(2, 20.0), arithmetic)
+    group = reader_of(*rows_and_weight(2, 20.0), noise)
     scales = torch.stack([torch.ones(INPUTS), torch.linspace(1, 9, INPUTS), torch.full((INPUTS,), 2.0)])
-    together = reader.expected_error(scales)
+    together = group.expected_error(scales)
     assert together.dtype == torch.float64 and together.shape == (3,)
-    assert torch.equal(together, torch.cat([reader.expected_error(scale[None]) for scale in scales]))
+    assert torch.equal(together, torch.cat([group.expected_error(scale[None]) for scale in scales]))
     assert together[2].item() == pytest.approx(together[0].item(), rel=1e-6)  # a common factor changes nothing
 
 
@@ -104,17 +104,17 @@ def test_expected_error_of_groups_by_hand() -> None:
     rows = torch.tensor([[127.0, 0.0], [254.0, 0.0]])
     share = torch.tensor([0.75, 0.25], dtype=torch.float64)
     weight = torch.tensor([[7.0, 21.0]])
-    reader = reader_of(rows, weight, Arithmetic(True, 7, 1), share)
+    group = reader_of(rows, weight, SchemeNoise(True, 7, 1), share)
     moments = rows.square().mean(0).tolist()  # of the statistics, not of the weighted rows
     by_hand = ((0.75 * 1 + 0.25 * 4) * (7**2 + 21**2) + 1**2 * moments[0] + 3**2 * moments[1]) / 12
-    assert reader.expected_error(torch.ones(1, 2)).item() == pytest.approx(by_hand)
+    assert group.expected_error(torch.ones(1, 2)).item() == pytest.approx(by_hand)
 
 
 # ---- clipping --------------------------------------------------------------------------------------------------------
 
 
-def clipping_reader(kind: str, rows: int, seed: int = 0) -> Reader:
-    """Static arithmetic that may clip: rows [rows, 24] two rare values, a channel always large, of one sign or both."""
+def clipping_reader(kind: str, rows: int, seed: int = 0) -> ConsumerGroup:
+    """Static noise that may clip: rows [rows, 24] two rare values, a channel always large, of one sign or both."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, INPUTS, generator=generator)
     if kind == "rare":
@@ -131,30 +131,30 @@ KINDS = pytest.mark.parametrize("kind", ["normal", "rare", "always", "two signs"
 
 
 @KINDS
-@pytest.mark.parametrize("rows", [EXTREMES + STRATA, ROWS])
+@pytest.mark.parametrize("rows", [TAIL_VALUES + STRATA, ROWS])
 def test_clipping_against_numpy(kind: str, rows: int) -> None:
     """What is cut off counted for the wrong column, side or row, or for a few rows where all are cut off.
 
     Exact as long as every value is looked at by itself; with more rows, of 5 % and 0.1 % of the noise of the steps.
     """
-    reader, scale = clipping_reader(kind, rows), torch.linspace(0.5, 2, INPUTS)
-    expected = clipped_errors(reader, scale)
-    got = [float(error) for error in reader._static_errors(scale)]
-    exact = rows == EXTREMES + STRATA
+    group, scale = clipping_reader(kind, rows), torch.linspace(0.5, 2, INPUTS)
+    expected = clipped_errors(group, scale)
+    got = [float(error) for error in group._static_errors(scale)]
+    exact = rows == TAIL_VALUES + STRATA
     np.testing.assert_allclose(got, expected, rtol=1e-4 if exact else 0.05, atol=0 if exact else 1e-3 * expected[0])
-    weight = reader.expected_error(scale[None]).item() - min(got)
-    unclipped = reader_of(reader.rows, reader.weight, STATIC).expected_error(scale[None]).item()
+    weight = group.expected_error(scale[None]).item() - min(got)
+    unclipped = reader_of(group.rows, group.weight, STATIC).expected_error(scale[None]).item()
     assert weight == pytest.approx(unclipped - expected[0], rel=1e-4)  # and the weights' part is the same
 
 
 @KINDS
 def test_clipping_is_a_choice(kind: str) -> None:
     """A foreseen clip that makes things worse: the full range stays a candidate, and the only one without `clips`."""
-    reader, scale = clipping_reader(kind, ROWS), torch.ones(INPUTS)
-    plain = reader_of(reader.rows, reader.weight, STATIC, reader.row_weight)
-    assert reader.expected_error(scale[None]).item() <= plain.expected_error(scale[None]).item()
+    group, scale = clipping_reader(kind, ROWS), torch.ones(INPUTS)
+    plain = reader_of(group.rows, group.weight, STATIC, group.row_weight)
+    assert group.expected_error(scale[None]).item() <= plain.expected_error(scale[None]).item()
     assert len(plain._static_errors(scale)) == 1 and float(plain._static_errors(scale)[0]) == float(
-        reader._static_errors(scale)[0]
+        group._static_errors(scale)[0]
     )
 
 
@@ -167,22 +167,24 @@ def test_a_channel_that_is_always_large_is_not_clipped() -> None:
     for always in (True, False):
         rows = torch.randn(512, 4096, generator=torch.Generator().manual_seed(0)) / 4
         rows[:, 7] = torch.where(torch.arange(512) == 300, 20, 20 if always else 0)
-        reader = reader_of(rows, torch.ones(2, 4096), CLIPPED)
-        errors = [float(error) for error in reader._static_errors(one)]
-        assert errors == pytest.approx(clipped_errors(reader, one), rel=1e-3)
+        group = reader_of(rows, torch.ones(2, 4096), CLIPPED)
+        errors = [float(error) for error in group._static_errors(one)]
+        assert errors == pytest.approx(clipped_errors(group, one), rel=1e-3)
         assert errors.index(min(errors)) == (0 if always else 4)
 
 
-@pytest.mark.parametrize("rows", [1, EXTREMES, EXTREMES + 1, EXTREMES + STRATA, 100])
+@pytest.mark.parametrize("rows", [1, TAIL_VALUES, TAIL_VALUES + 1, TAIL_VALUES + STRATA, 100])
 def test_strata(rows: int) -> None:
     """A value put into two parts or into none: weights and weighted values keep their sums, the first their place."""
     generator = torch.Generator().manual_seed(rows)
     values, order = torch.randn(rows, 3, generator=generator).sort(0)
     weight = torch.rand(rows, generator=generator)[order]
     weight[-1] = 0  # a part that counts nothing
-    mean, total = in_strata(values, weight)
-    assert mean.shape == total.shape == (min(rows, EXTREMES + STRATA), 3)
-    assert torch.equal(mean[:EXTREMES], values[:EXTREMES]) and torch.equal(total[:EXTREMES], weight[:EXTREMES])
+    mean, total = stratify(values, weight)
+    assert mean.shape == total.shape == (min(rows, TAIL_VALUES + STRATA), 3)
+    assert torch.equal(mean[:TAIL_VALUES], values[:TAIL_VALUES]) and torch.equal(
+        total[:TAIL_VALUES], weight[:TAIL_VALUES]
+    )
     torch.testing.assert_close(total.sum(0), weight.sum(0))
     torch.testing.assert_close((mean * total).sum(0), (values * weight).sum(0))
 
@@ -195,35 +197,35 @@ def test_strata(rows: int) -> None:
     seed=st.integers(0, 2**31),
     shift=st.sampled_from([-40.0, 0.0, 40.0]),
     beyond=st.booleans(),
-    arithmetic=st.sampled_from([STATIC, PER_TOKEN, IN_GROUPS, CLEVER, Arithmetic(False, 7, 12)]),
+    noise=st.sampled_from([STATIC, PER_TOKEN, IN_GROUPS, CLEVER, SchemeNoise(False, 7, 12)]),
 )
-def test_measured_error_against_numpy(seed: int, shift: float, beyond: bool, arithmetic: Arithmetic) -> None:
+def test_measured_error_against_numpy(seed: int, shift: float, beyond: bool, noise: SchemeNoise) -> None:
     """A wrong zero, clipping, a transposed product, a step of another row or group, rows not weighted: NumPy's way."""
     rows, weight = rows_and_weight(seed, 5.0)
     rows += shift
     generator = torch.Generator().manual_seed(seed)
     scale = torch.rand(INPUTS, generator=generator) + 0.5
     share = torch.rand(ROWS, generator=generator, dtype=torch.float64)
-    # Of static arithmetic, rows beyond the range are clipped.
-    reader = reader_of(rows, weight, arithmetic, share / share.sum(), rows[: ROWS // 2] if beyond else rows)
+    # Of static noise, rows beyond the range are clipped.
+    group = reader_of(rows, weight, noise, share / share.sum(), rows[: ROWS // 2] if beyond else rows)
     # float32 may round a value in the middle to the other side
-    assert reader.measured_error(scale) == pytest.approx(by_numpy(reader, scale), rel=0.02)
+    assert group.measured_error(scale) == pytest.approx(by_numpy(group, scale), rel=0.02)
 
 
 @KINDS
 @pytest.mark.parametrize("seed", range(3))
 def test_measured_error_of_a_clipped_range(kind: str, seed: int) -> None:
     """Another range rounded to than the one that the expected error settled for, or its middle not at zero."""
-    reader = clipping_reader(kind, EXTREMES + STRATA, seed)
+    group = clipping_reader(kind, TAIL_VALUES + STRATA, seed)
     for scale in (torch.ones(INPUTS), torch.linspace(0.5, 2, INPUTS)):
-        assert reader.measured_error(scale) == pytest.approx(by_numpy(reader, scale), rel=0.02)
+        assert group.measured_error(scale) == pytest.approx(by_numpy(group, scale), rel=0.02)
 
 
 def test_sides_add_up() -> None:
     """Errors of both sides in one product: weights that will be rounded better must still be told from inputs."""
     rows, weight = rows_and_weight(0, 8.0)
     plain, clever, never = (
-        reader_of(rows, weight, Arithmetic(weight_noise=noise)).measured_error(torch.ones(INPUTS))
+        reader_of(rows, weight, SchemeNoise(weight_noise=noise)).measured_error(torch.ones(INPUTS))
         for noise in (1.0, 0.6, 0.0)
     )
     assert clever == pytest.approx(never + 0.6 * (plain - never)) and 0 < never < clever < plain
@@ -237,56 +239,56 @@ def test_sides_add_up() -> None:
     assert both.measured_error(torch.ones(INPUTS)) == pytest.approx(together, rel=0.1)
 
 
-@EVERY_ARITHMETIC
-def test_measured_error_of_nothing(arithmetic: Arithmetic) -> None:
+@EVERY_NOISE
+def test_measured_error_of_nothing(noise: SchemeNoise) -> None:
     """Division by a step of zero where an input, a row, a weight or a group is all zeros."""
     zero, one = torch.zeros(3, INPUTS), torch.ones(INPUTS)
-    assert reader_of(zero, torch.ones(2, INPUTS), arithmetic).measured_error(one) == 0
-    assert reader_of(torch.ones(3, INPUTS), torch.zeros(2, INPUTS), arithmetic).measured_error(one) == 0
+    assert reader_of(zero, torch.ones(2, INPUTS), noise).measured_error(one) == 0
+    assert reader_of(torch.ones(3, INPUTS), torch.zeros(2, INPUTS), noise).measured_error(one) == 0
     rows, weight = torch.eye(3, INPUTS), torch.zeros(2, INPUTS)
     rows[1] = 0
     weight[:, 0] = 1
-    assert reader_of(rows, weight, arithmetic).measured_error(one) < 1e-4
-    assert bool(torch.isfinite(reader_of(rows, weight, arithmetic).expected_error(one[None])).all())
+    assert reader_of(rows, weight, noise).measured_error(one) < 1e-4
+    assert bool(torch.isfinite(reader_of(rows, weight, noise).expected_error(one[None])).all())
 
 
 def test_columns() -> None:
     """A column without a channel scaled by the last channel's scale (index -1), of one candidate or of several."""
     rows, weight = rows_and_weight(0, 1.0)
-    reader = Reader(
+    group = ConsumerGroup(
         torch.tensor([1, -1, 0, 0]), rows[0], rows[0], rows[0], rows, torch.ones(ROWS).double(), weight, STATIC
     )
-    assert reader.columns(torch.tensor([2.0, 3.0])).tolist() == [3, 1, 2, 2]
-    assert reader.columns(torch.tensor([[2.0, 3.0], [5.0, 7.0]])).tolist() == [[3, 1, 2, 2], [7, 1, 5, 5]]
+    assert group.scale_per_column(torch.tensor([2.0, 3.0])).tolist() == [3, 1, 2, 2]
+    assert group.scale_per_column(torch.tensor([[2.0, 3.0], [5.0, 7.0]])).tolist() == [[3, 1, 2, 2], [7, 1, 5, 5]]
 
 
 @pytest.mark.parametrize(
     ("scheme", "expected"),
     [
-        (None, Arithmetic(False, 127, None)),
-        (Scheme.W8A8, Arithmetic(False, 127, None)),
-        (Scheme.W8A8_DYNAMIC, Arithmetic(True, 127, None)),
-        (Scheme.W4A8_DYNAMIC, Arithmetic(True, 7, 64)),
+        (None, SchemeNoise(False, 127, None)),
+        (Scheme.W8A8, SchemeNoise(False, 127, None)),
+        (Scheme.W8A8_DYNAMIC, SchemeNoise(True, 127, None)),
+        (Scheme.W4A8_DYNAMIC, SchemeNoise(True, 7, 64)),
     ],
 )
-def test_arithmetic_of(scheme: Scheme | None, expected: Arithmetic) -> None:
+def test_arithmetic_of(scheme: Scheme | None, expected: SchemeNoise) -> None:
     """A search that optimises for another scheme than the site will run in."""
     assert (
-        arithmetic_of(Site("a", "a", "x", (8, 128), scheme, 64 if scheme == Scheme.W4A8_DYNAMIC else None)) == expected
+        scheme_noise(Site("a", "a", "x", (8, 128), scheme, 64 if scheme == Scheme.W4A8_DYNAMIC else None)) == expected
     )
 
 
 @pytest.mark.parametrize("method", ["round", "clip", "gptq", "auto"])
 def test_what_is_foreseen(method: WeightMethod) -> None:
     """A clip foreseen for ranges that are found per token, or the weights' method lost in one of the schemes."""
-    rounding = Rounding(clip=True, weights=method)
+    rounding = QuantizationPreview(clip=True, weights=method)
     for scheme, clips in (
         (None, True),
         (Scheme.W8A8, True),
         (Scheme.W8A8_DYNAMIC, False),
         (Scheme.W4A8_DYNAMIC, False),
     ):
-        got = arithmetic_of(Site("a", "a", "x", (8, 128), scheme, 64), rounding)
+        got = scheme_noise(Site("a", "a", "x", (8, 128), scheme, 64), rounding)
         assert got.clips is clips and got.weight_noise == WEIGHT_NOISE[method]
     assert WEIGHT_NOISE["round"] == 1 >= WEIGHT_NOISE["clip"] >= WEIGHT_NOISE["gptq"] == WEIGHT_NOISE["auto"] > 0
 

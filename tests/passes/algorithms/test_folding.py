@@ -13,9 +13,10 @@ from vlqc.errors import InternalError
 from vlqc.ir.printer import print_stage
 from vlqc.ir.scale_propagation import find_edges
 from vlqc.ir.stage import Edge, Stage
+from vlqc.ir.tensor_digest import TOLERANCE, max_relative_error
 from vlqc.kernels_ref.norm import ShiftedNorm
 from vlqc.passes.algorithms import folding
-from vlqc.passes.algorithms.folding import Fold, apply, difference, per_column, representable
+from vlqc.passes.algorithms.folding import Fold, apply_folds, channel_to_column, exact_scale
 
 
 def random_scale(channels: int, seed: int) -> torch.Tensor:
@@ -47,7 +48,7 @@ def over_silu() -> Fold:
 
 def forgotten_consumer(stage: Stage) -> Fold:
     """A norm's fold that leaves k_proj out."""
-    fold = next(it for it in folds(stage, 1) if it.edge.producer == "input_layernorm")
+    fold = next(fold for fold in folds(stage, 1) if fold.edge.producer == "input_layernorm")
     consumers = {target: columns for target, columns in fold.edge.consumers.items() if target != "self_attn.k_proj"}
     return Fold(replace(fold.edge, consumers=consumers), fold.scale)
 
@@ -62,7 +63,7 @@ def test_right_folds_leave_the_output(seed: int) -> None:
     """A scale divided out that is not multiplied in again, a bias forgotten, a map read the wrong way round."""
     stage = observed(decoder(seed))
     reference, asked = outputs(stage), folds(stage, seed)
-    done = apply(stage, asked)
+    done = apply_folds(stage, asked)
     assert done == asked and len(done) == 4 and stage.notes == []
     change = (outputs(stage) - reference).abs().max() / reference.square().mean().sqrt()
     assert change < 2e-5
@@ -72,7 +73,7 @@ def test_every_weight_by_hand() -> None:
     """Output alone cannot tell where a scale went: each weight against its own formula, in the order of the edges."""
     stage = observed(decoder())
     before, asked = weights(stage), folds(stage, 3)
-    apply(stage, asked)
+    apply_folds(stage, asked)
     by_producer = {fold.edge.producer: fold.scale for fold in asked}
     norm, v = by_producer["input_layernorm"], by_producer["self_attn.v_proj"]
     grouped = torch.cat([v[:8], v[:8], v[8:], v[8:]])  # two query heads of 8 channels read each key-value head
@@ -104,7 +105,7 @@ def test_wrong_fold_is_undone(which: str) -> None:
         "forgotten consumer": forgotten_consumer(stage),
     }[which]
     text, before, reference = print_stage(stage), weights(stage), outputs(stage)
-    assert apply(stage, [wrong]) == []
+    assert apply_folds(stage, [wrong]) == []
     producer = stage.checkpoint_name(wrong.edge.producer)
     assert stage.notes == [f"the fold out of {producer} changes the output of {stage.name} and was left out"]
     assert all(torch.equal(parameter, before[path]) for path, parameter in stage.module.named_parameters())
@@ -117,8 +118,8 @@ def test_good_folds_survive_a_bad_one(place: int) -> None:
     bad, alone = observed(decoder()), observed(decoder())
     good = folds(bad, 7)
     mixed = [*good[:place], over_silu(), *good[place:]]
-    assert apply(bad, mixed) == good and len(bad.notes) == 1
-    apply(alone, good)
+    assert apply_folds(bad, mixed) == good and len(bad.notes) == 1
+    apply_folds(alone, good)
     assert print_stage(bad) == print_stage(alone)
 
 
@@ -126,23 +127,23 @@ def test_all_wrong() -> None:
     """Two wrong folds, neither of which may stay."""
     stage = observed(decoder())
     text = print_stage(stage)
-    assert apply(stage, [over_silu(), permuted(folds(stage, 1)[1])]) == []
+    assert apply_folds(stage, [over_silu(), permuted(folds(stage, 1)[1])]) == []
     assert len(stage.notes) == 2 and print_stage(stage) == text
 
 
 def test_folds_that_hold_only_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Folds that pass one by one and fail together: that is vlqc's own fault and has to be said."""
     stage, answers = observed(decoder()), iter([1.0, 0.0, 0.0, 0.0, 0.0, 1.0])
-    monkeypatch.setattr(folding, "difference", lambda before, after: next(answers))
-    with pytest.raises(InternalError, match="do not hold together"):
-        apply(stage, folds(stage, 1))
+    monkeypatch.setattr(folding, "max_relative_error", lambda before, after: next(answers))
+    with pytest.raises(InternalError, match="change it together"):
+        apply_folds(stage, folds(stage, 1))
 
 
 def test_nothing_to_fold_runs_nothing() -> None:
     """A proof, and copies of all weights, where there is nothing to prove."""
     stage = decoder()
     stage.execution.probe = None
-    assert apply(stage, []) == []
+    assert apply_folds(stage, []) == []
 
 
 def test_observations_follow() -> None:
@@ -150,7 +151,7 @@ def test_observations_follow() -> None:
     stage = observed(decoder())
     before = dict(stage.observations)
     asked = folds(stage, 2)
-    apply(stage, asked)
+    apply_folds(stage, asked)
     scales = {fold.edge.producer: fold.scale for fold in asked}
     torch.testing.assert_close(
         stage.observations["input_layernorm"].kept, before["input_layernorm"].kept / scales["input_layernorm"]
@@ -161,23 +162,23 @@ def test_observations_follow() -> None:
 def test_columns() -> None:
     """Columns without a channel must be multiplied by 1, not by the last channel's scale (index -1)."""
     edge = Edge("x", torch.ones(3, dtype=torch.bool), {"y": torch.tensor([2, -1, 0, 0])})
-    assert Fold(edge, torch.tensor([2.0, 3.0, 5.0])).columns("y").tolist() == [5, 1, 2, 2]
+    assert Fold(edge, torch.tensor([2.0, 3.0, 5.0])).scale_per_column("y").tolist() == [5, 1, 2, 2]
 
 
-def test_difference() -> None:
+def test_max_relative_error() -> None:
     """A proof that a NaN, an infinity, or a single wrong element among many passes."""
     before = torch.ones(10000)
     after = before.clone()
-    assert difference(before, after) == 0
+    assert max_relative_error(before, after) == 0
     after[77] += 2**-10
-    assert difference(before, after) == 2**-10 > folding.TOLERANCE
+    assert max_relative_error(before, after) == 2**-10 > TOLERANCE
     for broken in (float("nan"), float("inf")):
         after[77] = broken
-        assert difference(before, after) == float("inf")
-    assert difference(torch.zeros(3), torch.tensor([0.0, 1e-20, 0.0])) > 1
+        assert max_relative_error(before, after) == float("inf")
+    assert max_relative_error(torch.zeros(3), torch.tensor([0.0, 1e-20, 0.0])) > 1
 
 
-# ---- representable ---------------------------------------------------------------------------------------------------
+# ---- exact_scale ---------------------------------------------------------------------------------------------------
 
 
 class Norm(nn.Module):
@@ -193,7 +194,7 @@ def test_representable_scale_of_a_norm(seed: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(seed)
     weight = (torch.randn(200, generator=generator) * 4).to(dtype).float()
     wanted = 2 ** (torch.rand(200, generator=generator) * 8)
-    scale = representable(Norm(weight), torch.ones(200, dtype=torch.bool), wanted, dtype)
+    scale = exact_scale(Norm(weight), torch.ones(200, dtype=torch.bool), wanted, dtype)
     divided = (weight.double() / scale.double()).float()
     near = divided.to(dtype).float()
     assert ((divided - near).abs() <= 2**-23 * near.abs()).all()
@@ -207,15 +208,15 @@ def test_representable_leaves_dead_channels() -> None:
     """0/0 for a weight of zero, a weight that underflows, and channels that the edge cannot use: all keep 1."""
     weight = torch.tensor([0.0, 1e-7, 2.0, 1.0])
     usable = torch.tensor([True, True, False, True])
-    scale = representable(Norm(weight), usable, torch.tensor([8.0, 1e6, 4.0, 4.0]), torch.float16)
+    scale = exact_scale(Norm(weight), usable, torch.tensor([8.0, 1e6, 4.0, 4.0]), torch.float16)
     assert scale.tolist() == [1, 1, 1, 4]
 
 
 def test_representable_scale_of_a_linear() -> None:
-    """Rounding where none is needed: a Linear's rows keep scales of their own when they are quantized."""
+    """QuantizationPreview where none is needed: a Linear's rows keep scales of their own when they are quantized."""
     wanted = random_scale(HIDDEN, 1)
     usable = torch.arange(HIDDEN) % 2 == 0
-    scale = representable(nn.Linear(4, HIDDEN), usable, wanted, torch.bfloat16)
+    scale = exact_scale(nn.Linear(4, HIDDEN), usable, wanted, torch.bfloat16)
     assert torch.equal(scale, torch.where(usable, wanted, torch.ones(())))
 
 
@@ -239,9 +240,9 @@ def test_rounding_of_a_norm_bias_is_handed_over(seed: int) -> None:
     bias = with_shifted_norm(stage)
     observed(stage)
     before, reference = weights(stage), in_float64(stage)
-    fold = next(it for it in folds(stage, seed) if it.edge.producer == "input_layernorm")
-    scale = representable(stage.module.get_submodule("input_layernorm"), fold.edge.usable, fold.scale, torch.bfloat16)
-    assert len(apply(stage, [Fold(fold.edge, scale)])) == 1 and not stage.notes
+    fold = next(fold for fold in folds(stage, seed) if fold.edge.producer == "input_layernorm")
+    scale = exact_scale(stage.module.get_submodule("input_layernorm"), fold.edge.usable, fold.scale, torch.bfloat16)
+    assert len(apply_folds(stage, [Fold(fold.edge, scale)])) == 1 and not stage.notes
     after = weights(stage)
     stored = after["input_layernorm.bias"]
     assert torch.equal(stored, stored.to(torch.bfloat16).float())
@@ -258,7 +259,7 @@ def test_observations_know_what_a_bias_lost() -> None:
     stage = decoder()
     with_shifted_norm(stage)
     observed(stage)
-    apply(stage, [it for it in folds(stage, 3) if it.edge.producer == "input_layernorm"])
+    apply_folds(stage, [fold for fold in folds(stage, 3) if fold.edge.producer == "input_layernorm"])
     mine = stage.observations["input_layernorm"].kept
     observed(stage)
     torch.testing.assert_close(mine, stage.observations["input_layernorm"].kept, rtol=1e-5, atol=1e-5)
@@ -269,13 +270,13 @@ def test_wrong_fold_of_a_shifted_norm_is_undone() -> None:
     stage = decoder()
     with_shifted_norm(stage)
     observed(stage)
-    right = next(it for it in folds(stage, 1) if it.edge.producer == "input_layernorm")
+    right = next(fold for fold in folds(stage, 1) if fold.edge.producer == "input_layernorm")
     before, text = weights(stage), print_stage(stage)
-    assert apply(stage, [permuted(right)]) == [] and len(stage.notes) == 1
+    assert apply_folds(stage, [permuted(right)]) == [] and len(stage.notes) == 1
     assert all(torch.equal(parameter, before[path]) for path, parameter in stage.module.named_parameters())
     assert print_stage(stage) == text
 
 
 def test_per_column() -> None:
     """The last channel's value for a column that no channel feeds."""
-    assert per_column(torch.tensor([2.0, 3.0]), torch.tensor([1, -1, 0]), 0.0).tolist() == [3, 0, 2]
+    assert channel_to_column(torch.tensor([2.0, 3.0]), torch.tensor([1, -1, 0]), 0.0).tolist() == [3, 0, 2]

@@ -16,9 +16,9 @@ from vlqc.kernels_ref.int4_groups import quantize_weight_per_group_absmax
 from vlqc.kernels_ref.quantize import quantize_weight_per_channel_absmax
 from vlqc.passes.algorithms import gptq
 from vlqc.passes.algorithms import hessian as input_gram
-from vlqc.passes.algorithms.gptq import columns_in_order, compensated
-from vlqc.passes.algorithms.hessian import chosen_shrinkage, gram_of
-from vlqc.passes.algorithms.weight_clipping import GroupGrid, RowGrid, importance_of, search_scales
+from vlqc.passes.algorithms.gptq import activation_order, gptq_quantize
+from vlqc.passes.algorithms.hessian import gram_matrix, search_shrinkage
+from vlqc.passes.algorithms.weight_clipping import ChannelScaleGrid, GroupScaleGrid, column_importance, search_scales
 
 DTYPE = torch.bfloat16
 ROWS_AND_WIDTH = [(1024, 4096), (96, 4096), (1024, 128), (96, 128)]  # rows, above and below K; columns per block
@@ -47,13 +47,13 @@ def uniform(rows: Tensor) -> Tensor:
 
 
 def moments(rows: Tensor) -> Tensor:
-    return importance_of(rows.double().square().mean(0))
+    return column_importance(rows.double().square().mean(0))
 
 
-def grid(weight: Tensor, group_size: int | None, importance: Tensor) -> RowGrid | GroupGrid:
+def grid(weight: Tensor, group_size: int | None, importance: Tensor) -> ChannelScaleGrid | GroupScaleGrid:
     if group_size is None:
-        return RowGrid(weight, importance, None, DTYPE)
-    return GroupGrid(weight, importance, group_size, DTYPE)
+        return ChannelScaleGrid(weight, importance, None, DTYPE)
+    return GroupScaleGrid(weight, importance, group_size, DTYPE)
 
 
 def value(integers: Tensor, scales: tuple[Tensor, ...]) -> Tensor:
@@ -72,13 +72,13 @@ def by_rounding(weight: Tensor, group_size: int | None) -> Tensor:
 
 def by_clipping(weight: Tensor, group_size: int | None, rows: Tensor) -> Tensor:
     chosen = grid(weight, group_size, moments(rows))
-    return value(chosen.nearest(), chosen.scales())
+    return value(chosen.round_to_nearest(), chosen.stored_scales())
 
 
 def by_gptq(weight: Tensor, group_size: int | None, rows: Tensor, width: int = 4096) -> Tensor:
     chosen = grid(weight, group_size, moments(rows))
-    (integers,) = compensated([weight], [chosen], rows, uniform(rows), moments(rows), width)
-    return value(integers, chosen.scales())
+    (integers,) = gptq_quantize([weight], [chosen], rows, uniform(rows), moments(rows), width)
+    return value(integers, chosen.stored_scales())
 
 
 def decibels(weight: Tensor, stored: Tensor, rows: Tensor) -> float:
@@ -133,12 +133,12 @@ def test_the_integers_of_the_published_algorithm(
     columns: int, shrinkage: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A factor that is flipped, transposed or scaled the wrong way, a column that misses the errors of some before."""
-    monkeypatch.setattr(input_gram, "chosen_shrinkage", lambda *_: shrinkage)
+    monkeypatch.setattr(input_gram, "search_shrinkage", lambda *_: shrinkage)
     seen, _ = correlated(300, columns, columns)
     seen = seen[:, seen.square().sum(0).argsort(descending=True)]  # in the order in which columns are taken
     weight = weight_of(7, columns, columns)
-    chosen = RowGrid(weight, moments(seen), None, DTYPE)
-    (integers,) = compensated([weight], [chosen], seen, uniform(seen), moments(seen))
+    chosen = ChannelScaleGrid(weight, moments(seen), None, DTYPE)
+    (integers,) = gptq_quantize([weight], [chosen], seen, uniform(seen), moments(seen))
     hessian = seen.double().numpy().T @ seen.double().numpy() / len(seen)
     shrunk = (1 - shrinkage) * hessian + shrinkage * np.diag(np.diag(hessian))
     np.testing.assert_array_equal(integers, textbook(weight, chosen.scale, shrunk, 127))
@@ -149,10 +149,10 @@ def test_weights_that_share_an_input_do_not_meet() -> None:
     seen, _ = correlated(64, 128, 3)
     weights = [weight_of(rows, 128, rows) for rows in (2050, 3, 1)]  # more rows than go through at a time, and few
     grids = [grid(weight, 64, moments(seen)) for weight in weights]
-    together = compensated(weights, grids, seen, uniform(seen), moments(seen), 64)
+    together = gptq_quantize(weights, grids, seen, uniform(seen), moments(seen), 64)
     for weight, integers, one in zip(weights, together, grids, strict=True):
         apart = by_gptq(weight, 64, seen, 64)
-        wrong = (value(integers, one.scales()) != apart).float().mean()
+        wrong = (value(integers, one.stored_scales()) != apart).float().mean()
         assert float(wrong) < 0.02  # other shapes of products, other last bits
 
 
@@ -192,10 +192,10 @@ def test_threads_change_no_bit(width: int) -> None:
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            grids = [GroupGrid(weight, moments(seen), 128, DTYPE) for weight in weights]
-            integers = compensated(weights, grids, seen, uniform(seen), moments(seen), width)
+            grids = [GroupScaleGrid(weight, moments(seen), 128, DTYPE) for weight in weights]
+            integers = gptq_quantize(weights, grids, seen, uniform(seen), moments(seen), width)
             assert torch.get_num_threads() == count
-            found.append([*integers, *(scale for one in grids for scale in one.scales())])
+            found.append([*integers, *(scale for one in grids for scale in one.stored_scales())])
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(*pair) for other in found[1:] for pair in zip(found[0], other, strict=True))
@@ -207,7 +207,7 @@ def test_threads_change_no_bit(width: int) -> None:
 def test_gram_in_panels() -> None:
     """A panel that is not mirrored, or mirrored to the wrong place."""
     rows = torch.randn(40, 1100, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(gram_of(rows), rows.T @ rows)
+    torch.testing.assert_close(gram_matrix(rows), rows.T @ rows)
 
 
 def test_shrinkage_follows_the_rows() -> None:
@@ -216,19 +216,19 @@ def test_shrinkage_follows_the_rows() -> None:
     for rows, columns in ((4000, 64), (30, 64)):
         seen, _ = correlated(rows, columns, 0)
         size = seen.square().mean(0).sqrt()
-        known, unseen = input_gram.apart(seen / size / len(seen) ** 0.5)
-        found.append(chosen_shrinkage(gram_of(known), unseen, size))
+        known, unseen = input_gram.holdout_split(seen / size / len(seen) ** 0.5)
+        found.append(search_shrinkage(gram_matrix(known), unseen, size))
     noise = torch.randn(300, 64, generator=torch.Generator().manual_seed(1)) / 300**0.5
-    known, unseen = input_gram.apart(noise)
-    assert found[0] < found[1] <= chosen_shrinkage(gram_of(known), unseen, torch.ones(64))
+    known, unseen = input_gram.holdout_split(noise)
+    assert found[0] < found[1] <= search_shrinkage(gram_matrix(known), unseen, torch.ones(64))
     assert found[0] <= 0.1
 
 
 def test_order_keeps_groups_together() -> None:
     """Columns of two groups mixed: a group's scale could not be chosen before all of it is known."""
     importance = torch.tensor([1.0, 2, 9, 0, 5, 5])
-    assert columns_in_order(importance, 2).tolist() == [4, 5, 2, 3, 1, 0]
-    assert columns_in_order(importance, None).tolist() == [2, 4, 5, 1, 0, 3]
+    assert activation_order(importance, 2).tolist() == [4, 5, 2, 3, 1, 0]
+    assert activation_order(importance, None).tolist() == [2, 4, 5, 1, 0, 3]
 
 
 # ---- the search for steps --------------------------------------------------------------------------------------------
@@ -257,28 +257,28 @@ def test_an_outlier_that_nobody_hears_is_cut() -> None:
     quiet, loud = torch.ones(256), torch.ones(256)
     quiet[17] = 1e-6
     for group_size in (None, 64):
-        steps = [grid(weight, group_size, importance_of(second_moment)) for second_moment in (quiet, loud)]
+        steps = [grid(weight, group_size, column_importance(second_moment)) for second_moment in (quiet, loud)]
         for one in steps:
-            one.nearest()
-        cut, whole = (float(one.scales()[-1][0, 0]) for one in steps)
+            one.round_to_nearest()
+        cut, whole = (float(one.stored_scales()[-1][0, 0]) for one in steps)
         assert cut < 0.8 * whole
 
 
 def test_nothing_stays_behind_until_garbage_is_collected(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a reference cycle in the rounding: it kept a block and its rows alive, gigabytes in a large layer."""
     blocks: list[weakref.ref[object]] = []
-    rounded = gptq._round_block
+    rounded = gptq._quantize_block
 
-    def noted(made: Tensor, block: input_gram.Block, *rest: Any) -> Tensor:
+    def noted(made: Tensor, block: input_gram.HessianBlock, *rest: Any) -> Tensor:
         blocks.extend([weakref.ref(block), weakref.ref(made)])
         return rounded(made, block, *rest)
 
-    monkeypatch.setattr(gptq, "_round_block", noted)
+    monkeypatch.setattr(gptq, "_quantize_block", noted)
     weight, rows = weight_of(8, 64, 0), torch.randn(32, 64, generator=torch.Generator().manual_seed(1))
-    importance = importance_of(rows.square().mean(0))
+    importance = column_importance(rows.square().mean(0))
     gc.disable()
     try:
-        compensated([weight], [grid(weight, None, importance)], rows, torch.full((32,), 1 / 32).double(), importance)
+        gptq_quantize([weight], [grid(weight, None, importance)], rows, torch.full((32,), 1 / 32).double(), importance)
         assert blocks and all(block() is None for block in blocks)
     finally:
         gc.enable()

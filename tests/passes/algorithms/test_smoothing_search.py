@@ -5,17 +5,26 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.support.random_stage import EVERY_LINEAR, HIDDEN, SCHEMES, columns_of_value, decoder, observed, site, through
+from tests.support.random_stage import (
+    EVERY_LINEAR,
+    HIDDEN,
+    SCHEMES,
+    columns_of_value,
+    decoder,
+    observed,
+    site_at,
+    through,
+)
 from tests.support.smoothing_cases import BOTH, PRODUCERS, Forked, of_random_weights
 from vlqc.errors import UserError
 from vlqc.ir.stage import Edge
-from vlqc.passes.algorithms.error_model import WEIGHT_NOISE, Arithmetic, Reader, Rounding
+from vlqc.passes.algorithms.error_model import WEIGHT_NOISE, ConsumerGroup, QuantizationPreview, SchemeNoise
 from vlqc.passes.algorithms.smoothing_search import (
-    SearchedEdge,
-    find_stage_edges,
-    per_channel,
+    SmoothingTask,
+    amax_per_channel,
     quantized_consumers,
-    searched_edges,
+    smoothing_tasks,
+    update_edges,
 )
 from vlqc.passes.assign_precision import AssignPrecision
 from vlqc.passes.insert_observers import InsertObservers
@@ -32,43 +41,45 @@ pytestmark = pytest.mark.usefixtures("float32_runs")  # the same numbers on ever
 
 def test_per_channel_takes_the_largest_column() -> None:
     """A grouped-query channel judged by one of its columns only; a column of no channel taken for channel -1."""
-    largest = per_channel(torch.tensor([4.0, 5.0, -2.0, 99.0]), torch.tensor([0, 0, 2, -1]), 4)
+    largest = amax_per_channel(torch.tensor([4.0, 5.0, -2.0, 99.0]), torch.tensor([0, 0, 2, -1]), 4)
     assert largest.tolist() == [5, 0, -2, 0]
 
 
 @SCHEMES
 def test_edges_against_hooks(scheme: Scheme) -> None:
-    """A peak of one sample, one side or one consumer only; the wrong arithmetic: all by hand from the inputs."""
+    """A peak of one sample, one side or one consumer only; the wrong noise: all by hand from the inputs."""
     stage = observed(decoder(outliers=True), scheme)
-    assert find_stage_edges(stage) is True and find_stage_edges(stage) is False
-    found = {it.edge.producer: it for it in searched_edges(stage, "a test")}
+    assert update_edges(stage) is True and update_edges(stage) is False
+    found = {task.edge.producer: task for task in smoothing_tasks(stage, "a test")}
     assert list(found) == PRODUCERS
     maps = {"self_attn.v_proj": [columns_of_value(row) for row in range(16)]}
-    for producer, it in found.items():
-        assert it.producer is stage.module.get_submodule(producer) and len(it.readers) == 1
-        (source,) = it.sources
+    for producer, task in found.items():
+        assert task.producer is stage.module.get_submodule(producer) and len(task.consumers) == 1
+        (source,) = task.sources
         rows = stage.observations[source].kept.abs().amax(0)  # all rows but padding: the budget is larger than they are
-        weights = torch.cat([stage.linear(site(stage, target)).weight for target in it.edge.consumers]).abs().amax(0)
-        columns = maps.get(producer, [[channel] for channel in range(it.channels)])
-        assert it.largest_input().tolist() == [float(rows[some].amax()) for some in columns]
-        assert it.largest_weight().tolist() == [float(weights[some].amax()) for some in columns]
+        weights = (
+            torch.cat([stage.linear(site_at(stage, target)).weight for target in task.edge.consumers]).abs().amax(0)
+        )
+        columns = maps.get(producer, [[channel] for channel in range(task.channels)])
+        assert task.input_absmax().tolist() == [float(rows[some].amax()) for some in columns]
+        assert task.weight_absmax().tolist() == [float(weights[some].amax()) for some in columns]
         expected = {
-            Scheme.W8A8: Arithmetic(False, 127, None),
-            Scheme.W8A8_DYNAMIC: Arithmetic(True, 127, None),
-            Scheme.W4A8_DYNAMIC: Arithmetic(True, 7, 16),
+            Scheme.W8A8: SchemeNoise(False, 127, None),
+            Scheme.W8A8_DYNAMIC: SchemeNoise(True, 127, None),
+            Scheme.W4A8_DYNAMIC: SchemeNoise(True, 7, 16),
         }[scheme]
-        assert it.readers[0].arithmetic == expected
+        assert task.consumers[0].noise == expected
 
 
 def test_balance_by_hand() -> None:
     """A scale that is no fourth root, a mean that dead channels shift, or a column of no channel that counts."""
     rows = torch.tensor([[1.0, 4.0, 0.0, 2.0, 9.0]])
     weight = torch.tensor([[2.0, 0.5, 3.0, 0.0, 9.0]])
-    it = of_reader(rows, weight, torch.tensor([0, 1, 2, 3, -1]), 5)
+    task = task_of(rows, weight, torch.tensor([0, 1, 2, 3, -1]), 5)
     ratio = (8 / 0.5) ** 0.5  # of the first two: fourth roots of 1/4 and 16/(1/4), so root 1/2 and root 8
     expected = torch.tensor([1 / ratio**0.5, ratio**0.5, 1, 1, 1])
-    torch.testing.assert_close(it.balance(), expected)
-    assert of_reader(torch.zeros(1, 5), weight, torch.arange(5), 5).balance().tolist() == [1] * 5
+    torch.testing.assert_close(task.balanced_scales(), expected)
+    assert task_of(torch.zeros(1, 5), weight, torch.arange(5), 5).balanced_scales().tolist() == [1] * 5
 
 
 @pytest.mark.parametrize("fed", [[0, 1, 2, 3], [0, 0, 1, 1], [1, 0, 0, 0]])
@@ -79,16 +90,16 @@ def test_balance_leaves_the_least_noise(fed: list[int]) -> None:
     """
     generator = torch.Generator().manual_seed(0)
     rows, weight = torch.rand(6, 4, generator=generator), torch.rand(3, 4, generator=generator)
-    it = of_reader(rows, weight, torch.tensor(fed), max(fed) + 1)
-    (reader,) = it.readers
-    moment, energy = reader.second_moment.double().numpy(), weight.double().square().sum(0).numpy()
+    task = task_of(rows, weight, torch.tensor(fed), max(fed) + 1)
+    (group,) = task.consumers
+    moment, energy = group.second_moment.double().numpy(), weight.double().square().sum(0).numpy()
     common = (np.bincount(fed, moment) / np.bincount(fed, energy)).prod() ** (0.25 / (max(fed) + 1))
 
     def noise(scale: np.ndarray) -> float:
         each = scale[fed]
         return float((each**2 * energy + moment / each**2).sum())
 
-    best = it.balance().double().numpy() * common
+    best = task.balanced_scales().double().numpy() * common
     for channel in range(len(best)):
         for factor in (0.99, 1.01):
             other = best.copy()
@@ -96,59 +107,61 @@ def test_balance_leaves_the_least_noise(fed: list[int]) -> None:
             assert noise(other) > noise(best)
 
 
-def of_reader(rows: Tensor, weight: Tensor, channel: Tensor, channels: int) -> SearchedEdge:
-    """An edge with one reader, of rows float32 [T, K] that count the same."""
+def task_of(rows: Tensor, weight: Tensor, channel: Tensor, channels: int) -> SmoothingTask:
+    """An edge with one group, of rows float32 [T, K] that count the same."""
     share = torch.full((len(rows),), 1 / len(rows), dtype=torch.float64)
-    reader = Reader(channel, rows.amin(0), rows.amax(0), rows.square().mean(0), rows, share, weight)
-    edge = Edge("norm", torch.ones(channels, dtype=torch.bool), {"reader": channel})
-    return SearchedEdge(edge, nn.Identity(), ("norm",), (reader,))
+    group = ConsumerGroup(channel, rows.amin(0), rows.amax(0), rows.square().mean(0), rows, share, weight)
+    edge = Edge("norm", torch.ones(channels, dtype=torch.bool), {"group": channel})
+    return SmoothingTask(edge, nn.Identity(), ("norm",), (group,))
 
 
 def test_foreseen_rounding_reaches_every_reader() -> None:
     """A search that is told of clipping and of better weights, and judges by plain rounding."""
     stage = observed(decoder())
-    find_stage_edges(stage)
-    for it in searched_edges(stage, "a test", Rounding(clip=True, weights="gptq")):
-        assert it.readers[0].arithmetic == Arithmetic(clips=True, weight_noise=WEIGHT_NOISE["gptq"])
+    update_edges(stage)
+    for task in smoothing_tasks(stage, "a test", QuantizationPreview(clip=True, weights="gptq")):
+        assert task.consumers[0].noise == SchemeNoise(clips=True, weight_noise=WEIGHT_NOISE["gptq"])
 
 
 def test_readers_weigh_rows_as_the_observation_says() -> None:
     """Rows that count the same where one modality or massive tokens should: each scheme's search starts here."""
     stage = observed(decoder())
-    find_stage_edges(stage)
-    for it in searched_edges(stage, "a test"):
-        seen, (reader,) = stage.observations[it.sources[0]], it.readers
-        assert len(seen.kept_energy) == len(seen.kept) == len(reader.rows)
-        assert torch.equal(reader.rows, seen.kept) and torch.equal(reader.second_moment, seen.second_moment())
-        np.testing.assert_allclose(reader.row_weight, seen.row_weight(), rtol=1e-12)
-        assert float(reader.row_weight.max()) > 1.05 * float(reader.row_weight.min())
+    update_edges(stage)
+    for task in smoothing_tasks(stage, "a test"):
+        seen, (group,) = stage.observations[task.sources[0]], task.consumers
+        assert len(seen.kept_energy) == len(seen.kept) == len(group.rows)
+        assert torch.equal(group.rows, seen.kept) and torch.equal(group.second_moment, seen.second_moment())
+        np.testing.assert_allclose(group.row_weight, seen.row_weight(), rtol=1e-12)
+        assert float(group.row_weight.max()) > 1.05 * float(group.row_weight.min())
 
 
 def test_channels_that_cannot_be_scaled_are_not_judged_so() -> None:
     """A candidate that wins by what it does to channels that a fold leaves alone: then it is the worse one."""
     rows = torch.randn(40, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([64.0, 8.0, 1.0, 1.0])
     weight = torch.randn(8, 4, generator=torch.Generator().manual_seed(1)) / torch.tensor([64.0, 8.0, 1.0, 1.0])
-    it = of_reader(rows, weight, torch.arange(4), 4)
+    task = task_of(rows, weight, torch.arange(4), 4)
     candidates = torch.tensor([[1.0, 1, 1, 1], [64.0, 1, 1, 1], [1.0, 8, 1, 1]])
-    assert it.best_of(candidates, 3) == 1
-    it.edge.usable[0] = False
-    assert it.best_of(candidates, 3) == min((0, 2), key=lambda number: it.readers[0].measured_error(candidates[number]))
+    assert task.best_candidate(candidates, 3) == 1
+    task.edge.usable[0] = False
+    assert task.best_candidate(candidates, 3) == min(
+        (0, 2), key=lambda number: task.consumers[0].measured_error(candidates[number])
+    )
 
 
 def test_undecided_consumers_are_searched_and_float_ones_are_not() -> None:
     """A pipeline that smooths before it assigns; weights moved about for linears that stay float."""
     stage = through(decoder(), InsertObservers())
-    find_stage_edges(stage)
-    assert [it.edge.producer for it in searched_edges(stage, "a test")] == PRODUCERS
+    update_edges(stage)
+    assert [task.edge.producer for task in smoothing_tasks(stage, "a test")] == PRODUCERS
     through(stage, AssignPrecision())  # the seed keeps down_proj in float
-    assert [it.edge.producer for it in searched_edges(stage, "a test")] == PRODUCERS[:3]
+    assert [task.edge.producer for task in smoothing_tasks(stage, "a test")] == PRODUCERS[:3]
     assert [len(quantized_consumers(stage, edge)) for edge in stage.edges or ()] == [3, 1, 2, 0]
 
 
 @BOTH
 def test_nothing_observed(smooth: Pass) -> None:
     """A pipeline without observers: a sentence that names the pass that asked, not an empty stack."""
-    with pytest.raises(UserError, match=f"{smooth.name} has nothing to go by"):
+    with pytest.raises(UserError, match=f"{smooth.name} needs observations"):
         smooth.run(through(decoder(), EVERY_LINEAR))
 
 
@@ -160,13 +173,13 @@ def test_nothing_observed(smooth: Pass) -> None:
 def test_search_is_bounded(smooth: SmoothM2 | SmoothM4, confirm: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cost that grows with the outlier, as in the reference tool: measurements per edge must be few and fixed."""
     measured: list[Tensor] = []
-    original = Reader.measured_error
+    original = ConsumerGroup.measured_error
 
-    def counted(reader: Reader, scales: Tensor) -> float:
+    def counted(group: ConsumerGroup, scales: Tensor) -> float:
         measured.append(scales)
-        return original(reader, scales)
+        return original(group, scales)
 
-    monkeypatch.setattr(Reader, "measured_error", counted)
+    monkeypatch.setattr(ConsumerGroup, "measured_error", counted)
     through(observed(decoder(outliers=True)), type(smooth)(confirm=confirm))
     assert len(measured) <= 4 * (confirm + 1)
     assert sum(torch.equal(scale, torch.ones_like(scale)) for scale in measured) == 4  # to leave it is always a choice
@@ -176,35 +189,35 @@ def test_search_is_bounded(smooth: SmoothM2 | SmoothM4, confirm: int, monkeypatc
 def test_best_of_by_hand(scheme: Scheme) -> None:
     """The expected error obeyed where the measured one contradicts it; the first candidate not among the compared."""
     stage = observed(decoder(outliers=True), scheme)
-    find_stage_edges(stage)
-    it = next(searched_edges(stage, "a test"))
+    update_edges(stage)
+    task = next(smoothing_tasks(stage, "a test"))
     generator = torch.Generator().manual_seed(0)
-    balance = (it.largest_input() / it.largest_weight()).sqrt()
+    balance = (task.input_absmax() / task.weight_absmax()).sqrt()
     candidates = balance * 2 ** (torch.rand(12, HIDDEN, generator=generator) / 4)  # so alike that the two errors differ
     candidates[0] = 1
-    expected = [it.readers[0].expected_error(row[None]).item() for row in candidates]
-    measured = [it.readers[0].measured_error(row) for row in candidates]
+    expected = [task.consumers[0].expected_error(row[None]).item() for row in candidates]
+    measured = [task.consumers[0].measured_error(row) for row in candidates]
     assert expected.index(min(expected)) != measured.index(min(measured))
     for confirm in (1, 3, 12):
         compared = {0, *sorted(range(12), key=lambda number: expected[number])[:confirm]}
-        assert it.best_of(candidates, confirm) == min(compared, key=lambda number: measured[number])
+        assert task.best_candidate(candidates, confirm) == min(compared, key=lambda number: measured[number])
 
 
 def test_every_reader_counts() -> None:
     """A producer with consumers at two nodes judged by the first of them: the sum over both decides."""
     stage = of_random_weights(Forked())
-    find_stage_edges(stage)
-    (it,) = searched_edges(stage, "a test")
-    assert len(it.readers) == 2 and it.sources == ("norm", "reshape")
+    update_edges(stage)
+    (task,) = smoothing_tasks(stage, "a test")
+    assert len(task.consumers) == 2 and task.sources == ("norm", "reshape")
     generator = torch.Generator().manual_seed(1)
     candidates = torch.cat([torch.ones(1, HIDDEN), 2 ** (torch.rand(20, HIDDEN, generator=generator) * 4)])
-    totals = [sum(reader.measured_error(row) for reader in it.readers) for row in candidates]
-    alone = [[reader.measured_error(row) for row in candidates] for reader in it.readers]
+    totals = [sum(group.measured_error(row) for group in task.consumers) for row in candidates]
+    alone = [[group.measured_error(row) for row in candidates] for group in task.consumers]
     best = totals.index(min(totals))
-    assert it.best_of(candidates, 21) == best
-    both = torch.maximum(alone_peak(it.readers[0]), alone_peak(it.readers[1]))
-    assert torch.equal(it.largest_input(), both) and alone[0] != alone[1]
+    assert task.best_candidate(candidates, 21) == best
+    both = torch.maximum(alone_peak(task.consumers[0]), alone_peak(task.consumers[1]))
+    assert torch.equal(task.input_absmax(), both) and alone[0] != alone[1]
 
 
-def alone_peak(reader: Reader) -> Tensor:
-    return per_channel(torch.maximum(reader.high, -reader.low), reader.channel, HIDDEN)
+def alone_peak(group: ConsumerGroup) -> Tensor:
+    return amax_per_channel(torch.maximum(group.high, -group.low), group.channel, HIDDEN)

@@ -152,7 +152,7 @@ def test_groups_of_another_size_are_named(tmp_path: Path) -> None:
 
 
 def test_better_rounding_of_4_bits_is_no_damage(tmp_path: Path) -> None:
-    """Catches faults for error-compensated 4-bit rounding, and damage that is not detected then."""
+    """Catches faults for error-gptq_quantize 4-bit rounding, and damage that is not detected then."""
     content = make_content(scheme="W4A8_DYNAMIC", mindie=True)
     values = integers(content, O)
     moved = np.clip(values + np.random.default_rng(0).integers(-1, 2, values.shape), -7, 7)

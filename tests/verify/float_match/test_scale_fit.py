@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vlqc.passes.algorithms.gptq import compensated
-from vlqc.passes.algorithms.weight_clipping import GroupGrid, RowGrid, importance_of
+from vlqc.passes.algorithms.gptq import gptq_quantize
+from vlqc.passes.algorithms.weight_clipping import ChannelScaleGrid, GroupScaleGrid, column_importance
 from vlqc.verify.float_match.scale_fit import SIGMAS, Scales, WeightPair, fit_columns, fit_rows, misfits
 from vlqc.verify.folder.reader import read_tensors
 from vlqc.verify.numbers.integers import StoredIntegers
@@ -27,13 +27,13 @@ def rounded(seed: int, group_size: int | None) -> tuple[Tensor, Tensor, Tensor]:
         torch.randn(600, 24, generator=generator) @ causes / 5 + torch.randn(600, COLUMNS, generator=generator)
     ) * size
     weight = torch.randn(ROWS, COLUMNS, generator=generator) / size.sqrt()
-    importance = importance_of(seen.square().mean(0))
+    importance = column_importance(seen.square().mean(0))
     row_weight = torch.full((600,), 1 / 600, dtype=torch.float64)
-    grid: RowGrid | GroupGrid = RowGrid(weight, importance, None, torch.float32)
+    grid: ChannelScaleGrid | GroupScaleGrid = ChannelScaleGrid(weight, importance, None, torch.float32)
     if group_size:
-        grid = GroupGrid(weight, importance, group_size, torch.bfloat16)
-    (integers,) = compensated([weight], [grid], seen, row_weight, importance)
-    return weight, integers, grid.scale if isinstance(grid, RowGrid) else grid.first * grid.second
+        grid = GroupScaleGrid(weight, importance, group_size, torch.bfloat16)
+    (integers,) = gptq_quantize([weight], [grid], seen, row_weight, importance)
+    return weight, integers, grid.scale if isinstance(grid, ChannelScaleGrid) else grid.first * grid.second
 
 
 def pair(folder: Path, weight: Tensor, integers: Tensor, steps: Tensor) -> WeightPair:

@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.numpy_ranges import DTYPES, FIVE, MANY, limits, numpy_search, observation, rows_of, true_error
-from vlqc.passes.quantize_activations import BINS, NODES, SHARES, UNSEEN, blurred, clipped_range, weighted_histogram
+from vlqc.passes.algorithms.range_search import (
+    BINS,
+    GAUSSIAN_NODES,
+    SHARES,
+    UNSEEN_DEVIATION,
+    blur_histogram,
+    search_clipped_range,
+    weighted_histogram,
+)
 
 pytestmark = pytest.mark.usefixtures("float32_runs")  # the same numbers on every processor
 
@@ -23,7 +31,7 @@ def test_search_against_numpy(kind: str, dtype: torch.dtype, samples: int) -> No
     seen = observation(rows_of(0, kind), rows_of(1, kind)[:5], samples)
     energy = torch.linspace(0.5, 4, 8)
     low, high = limits(seen)
-    found = clipped_range(seen, energy, low, high, dtype)
+    found = search_clipped_range(seen, energy, low, high, dtype)
     smallest, errors = numpy_search(seen, energy.double().numpy(), min(low, 0.0), max(high, 0.0), dtype)
     (mine,) = (error for limits, error in errors.items() if limits == pytest.approx(found, rel=1e-12))
     # Values at a bin's edge may fall to either side (float32 here, float64 there); blurred ones were binned twice.
@@ -57,10 +65,10 @@ def test_blur_against_numpy(low: float, high: float, deviation: float) -> None:
     random = np.random.default_rng(0)
     width = (high - low) / BINS
     centres, mass = low + (np.arange(BINS) + 0.5) * width, random.random(BINS) ** 4
-    got, spread = blurred(torch.from_numpy(centres), torch.from_numpy(mass), deviation)
+    got, spread = blur_histogram(torch.from_numpy(centres), torch.from_numpy(mass), deviation)
     wider = float(got[1] - got[0])
     assert got.shape == spread.shape == (BINS,) and wider == pytest.approx(width * math.exp(2 * deviation))
-    assert float(spread.sum()) == pytest.approx(mass.sum()) and tuple(FIVE) == NODES
+    assert float(spread.sum()) == pytest.approx(mass.sum()) and tuple(FIVE) == GAUSSIAN_NODES
     assert float(got[0]) - wider / 2 == pytest.approx(low * math.exp(2 * deviation), abs=1e-9)
     values = np.concatenate([centres * math.exp(number * deviation) for number, _ in FIVE])
     parts = np.concatenate([mass * share for _, share in FIVE])
@@ -76,10 +84,10 @@ def test_blur_falls_with_the_samples() -> None:
     widths = []
     for samples in (1, 16, MANY):
         seen = observation(rows_of(0, "positive") * 0 + 1.0, samples=samples)
-        _, high = clipped_range(seen, torch.ones(8), 1.0, 1.0, torch.bfloat16)
+        _, high = search_clipped_range(seen, torch.ones(8), 1.0, 1.0, torch.bfloat16)
         widths.append(high)
     # All values are 1. The farthest of the five lie at exp(2 * 0.25), further than a range may reach, and exp(2 / 16).
-    assert widths == [1.25, 1.15, 1.0] and UNSEEN == 0.25
+    assert widths == [1.25, 1.15, 1.0] and UNSEEN_DEVIATION == 0.25
 
 
 @settings(deadline=None, max_examples=12)
@@ -96,7 +104,7 @@ def test_never_much_worse_than_minmax_in_truth(seed: int, kind: str, dtype: torc
     """
     seen, energy = observation(rows_of(seed, kind), samples=samples), torch.linspace(0.5, 4, 8)
     low, high = limits(seen)
-    found = true_error(seen, energy, *clipped_range(seen, energy, low, high, dtype), dtype)
+    found = true_error(seen, energy, *search_clipped_range(seen, energy, low, high, dtype), dtype)
     allowed = 1.1 if samples == MANY else 1.1 * 1.25**2
     assert found <= allowed * true_error(seen, energy, low, high, dtype)
 
@@ -126,7 +134,7 @@ def test_room_for_what_is_unseen(samples: int, gain: float) -> None:
         errors = []
         for count in (samples, MANY):
             seen = observation(calibration, samples=count)
-            found = clipped_range(seen, torch.ones(8), *limits(seen), torch.bfloat16)
+            found = search_clipped_range(seen, torch.ones(8), *limits(seen), torch.bfloat16)
             errors.append(true_error(unseen, torch.ones(8), *found, torch.bfloat16))
         gains.append(10 * math.log10(errors[1] / errors[0]))
     assert sum(gains) / len(gains) > gain
@@ -138,7 +146,7 @@ def test_clipping_where_it_pays() -> None:
     rows[5, 3], rows[7, 1] = 1.5, -1.5
     seen, energy = observation(rows), torch.ones(8)
     low, high = limits(seen)
-    found = clipped_range(seen, energy, low, high, torch.bfloat16)
+    found = search_clipped_range(seen, energy, low, high, torch.bfloat16)
     gain = true_error(seen, energy, low, high, torch.bfloat16) / true_error(seen, energy, *found, torch.bfloat16)
     assert 10 * math.log10(gain) > 1 and low < found[0] < -0.9 and 0.9 < found[1] < high
 
@@ -147,10 +155,10 @@ def test_rare_modality_is_not_clipped_away() -> None:
     """Two text rows of +-40 beside 1000 picture rows of +-1: papers report a loss of 40 points from clipping such."""
     image = torch.rand(1000, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     text = torch.tensor([[40.0], [-40.0]]).repeat(1, 8) * torch.linspace(0.9, 1, 8)
-    low, high = clipped_range(observation(text, image), torch.ones(8), -40.0, 40.0, torch.bfloat16)
+    low, high = search_clipped_range(observation(text, image), torch.ones(8), -40.0, 40.0, torch.bfloat16)
     assert low < -38 and high > 38
     mixed = observation(torch.cat([text, image]))  # the same rows, but all of one modality: now it may pay
-    low, high = clipped_range(mixed, torch.ones(8), -40.0, 40.0, torch.bfloat16)
+    low, high = search_clipped_range(mixed, torch.ones(8), -40.0, 40.0, torch.bfloat16)
     assert high - low >= 2 * 40 * min(SHARES)
 
 
@@ -159,7 +167,7 @@ def test_columns_that_do_not_matter_are_clipped() -> None:
     rows = torch.rand(500, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     rows[:, 2] *= 20
     seen, energy = observation(rows), torch.ones(8)
-    wide = clipped_range(seen, energy, -20.0, 20.0, torch.bfloat16)
+    wide = search_clipped_range(seen, energy, -20.0, 20.0, torch.bfloat16)
     energy[2] = 0
-    narrow = clipped_range(seen, energy, -20.0, 20.0, torch.bfloat16)
+    narrow = search_clipped_range(seen, energy, -20.0, 20.0, torch.bfloat16)
     assert wide[1] > 15 and 0.9 < narrow[1] < 2.5 and -2.5 < narrow[0] < -0.9

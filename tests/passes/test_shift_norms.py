@@ -77,7 +77,7 @@ def test_one_other_consumer_keeps_the_norm(scheme: Scheme | None) -> None:
 def test_vision_is_never_shifted(name: str) -> None:
     """vLLM Ascend looks for norm biases in the language model only."""
     language = one_sided()
-    stage = staged(language.module, list(language.calls), name=name)
+    stage = staged(language.module, list(language.execution.calls), name=name)
     through(stage, InsertObservers())
     for site in stage.sites.values():
         site.scheme = Scheme.W8A8

@@ -79,14 +79,14 @@ def test_every_sample_keeps_its_outputs(kind: str) -> None:
 def test_a_sample_does_not_depend_on_the_others() -> None:
     """Catches windows of several samples in one batch: the same sample has to give the same bytes in any company."""
     together, wanted = split(block_stage(*SAMPLES)), []
-    together.run()
-    for call in together.calls:
+    together.execution.forward()
+    for call in together.execution.calls:
         alone = block_stage(*SAMPLES)
         alone.execution.calls = alone.execution.calls[call.sample : call.sample + 1]
-        alone.execution.probe = together.probe
+        alone.execution.probe = together.execution.probe
         split(alone).run()
         wanted += alone.execution.outputs
-    assert all(torch.equal(one, other) for one, other in zip(together.outputs, wanted, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(together.execution.outputs, wanted, strict=True))
 
 
 def test_one_window_needs_no_mask() -> None:
@@ -115,7 +115,7 @@ def test_sites_observers_and_other_modules_see_nothing_of_it() -> None:
     stage.execution.forward()
     replaced = stage.execution.outputs[0]
     plain.module.set_submodule("attn.proj", nn.Identity())
-    plain.run()
+    plain.execution.forward()
     torch.testing.assert_close(replaced, plain.execution.outputs[0])
     call = stage.execution.calls[0]
     assert not torch.allclose(copied(*call.args, **call.kwargs), replaced)  # it has its own proj

@@ -92,8 +92,8 @@ def check_accuracy(
         ):
             for inputs in forward.loaded_stages():
                 output, change = _run_stage(model, inputs, quantized)
-                _report_stage(inputs.name, output, change, len(inputs.calls), stages, result)
-            hidden = [_logits_of(result) for result in forward.results]
+                _add_stage(inputs.name, output, change, len(inputs.calls), stages, result)
+            hidden = [_logits_of(returned) for returned in forward.results]
             others = [_logits_of(quantized(**model.inputs(sample))) for sample in samples]
         result.facts["stages against float"] = stages
         _check_logits(model.module, quantized, samples, hidden, others, min_sqnr, result)
@@ -108,16 +108,16 @@ def _run_stage(model: StreamedModel, inputs: StageInputs, quantized: nn.Module) 
     output, change = Noise(), Noise()
     for call in inputs.calls:
         inputs.outputs.append(inputs.module(*call.args, **call.kwargs))
-        entry = first_tensor((*call.args, *call.kwargs.values()))
+        stage_input = first_tensor((*call.args, *call.kwargs.values()))
         reference = first_tensor(inputs.outputs[-1])
         result = first_tensor(other(*call.args, **call.kwargs))
         output.add(reference, result)
-        if entry.shape == reference.shape:
-            change.add(reference - entry, result - entry)
+        if stage_input.shape == reference.shape:
+            change.add(reference - stage_input, result - stage_input)
     return output, change
 
 
-def _report_stage(
+def _add_stage(
     name: str, output: Noise, change: Noise, calls: int, stages: list[dict[str, Any]], result: VerificationResult
 ) -> None:
     result.add_examined(STAGES, calls)
@@ -148,8 +148,8 @@ def logits_are_hidden(model: nn.Module) -> Iterator[None]:
         head.forward = forward
 
 
-def _logits_of(result: Any) -> Tensor:
-    logits: Tensor = result.logits
+def _logits_of(returned: Any) -> Tensor:
+    logits: Tensor = returned.logits
     return logits[0].float()  # [S, H]
 
 

@@ -176,6 +176,24 @@ def find_groups(model: StreamedModel, schemes: Mapping[str, Scheme]) -> list[Lay
     return list(groups.values())
 
 
+class _ProgressReporter:
+    """Passes a line about the progress to `progress`, at most every PROGRESS_SECONDS."""
+
+    def __init__(self, progress: Callable[[str], None] | None, stages: int, stage_runs: int) -> None:
+        self._progress, self._stages, self._stage_runs = progress, stages, stage_runs
+        self._started = self._reported = time.monotonic()
+
+    def update(self, stages: int, stage_runs: int) -> None:
+        """Called with the numbers of finished stages and stage runs."""
+        now = time.monotonic()
+        if self._progress is None or now - self._reported < PROGRESS_SECONDS:
+            return
+        self._reported, elapsed = now, now - self._started
+        left = elapsed * (self._stage_runs / max(stage_runs, 1) - 1)
+        done = f"stage {stages} of {self._stages}, {stage_runs} of {self._stage_runs} stage runs"
+        self._progress(f"{done}, {format_duration(elapsed)} elapsed, about {format_duration(left)} left")
+
+
 class _Ablation:
     """Runs all variants on all chosen samples and measures the groups' own errors on the way."""
 
@@ -224,22 +242,15 @@ class _Ablation:
 
     def run(self, folder: FolderStages, progress: Callable[[str], None] | None) -> Attribution:
         """Runs all variants, one stage after the other."""
-        model, told, started = self.model, time.monotonic(), time.monotonic()
-        all_runs = self.expected_stage_runs()
+        model, reporter = self.model, _ProgressReporter(progress, len(self.stages), self.expected_stage_runs())
         with model.non_stage_weights(model.checkpoint.tensor), logits_are_hidden(model.module):
-            given = [self.samples[run.sample] for run in self.runs]
-            with SequentialForward(model, given, run_to_end=True) as forward:
+            samples = [self.samples[run.sample] for run in self.runs]
+            with SequentialForward(model, samples, run_to_end=True) as forward:
                 for number, inputs in enumerate(forward.loaded_stages()):
                     with folder.stage(model.path(inputs.module)) as stored:
                         self._run_stage(number, inputs, stored)
-                    if progress is not None and time.monotonic() - told >= PROGRESS_SECONDS:
-                        told = time.monotonic()
-                        left = (told - started) * (all_runs / max(self.stage_runs, 1) - 1)
-                        done = f"stage {number + 1} of {len(self.stages)}, {self.stage_runs} of {all_runs} stage runs"
-                        progress(
-                            f"{done}, {format_duration(told - started)} elapsed, about {format_duration(left)} left"
-                        )
-                hidden = [result.logits[0].float() for result in forward.results]
+                    reporter.update(number + 1, self.stage_runs)
+                hidden = [returned.logits[0].float() for returned in forward.results]
         error = self._error_power(hidden)
         effects = {
             group: GroupEffect(

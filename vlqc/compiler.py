@@ -39,8 +39,8 @@ def compile(
     Raises:
         UserError: for invalid input.
     """
-    reject_conflicting_arguments(samples=samples, passes=passes, **user_options)
     options = Options.from_user(**user_options)
+    reject_conflicting_arguments(options, samples=samples, passes=passes)
     pipeline = build_pipeline(options, passes)
     model = open_model(options)  # parameters on the meta device
     check_layers(model, options)

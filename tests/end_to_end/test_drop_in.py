@@ -42,9 +42,9 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Replaces the compiler: the options it was called with."""
     seen: dict[str, Any] = {}
 
-    def compile(*, progress: object, **options: Any) -> Result:
-        seen.update(options)
-        return Result(Path(options["save_directory"]), {}, 4, 1, 1.0, 1)
+    def compile(*, progress: object, options: Options) -> Result:
+        seen["options"] = options
+        return Result(options.save_directory, {}, 4, 1, 1.0, 1)
 
     placeholder = types.ModuleType("vlqc.compiler")
     placeholder.__dict__["compile"] = compile

@@ -89,22 +89,22 @@ def compile_command(plan: bool, stop_after: str | None, options: dict[str, Any],
 
 
 def _plan(options: dict[str, Any], output: CommandOutput) -> None:
-    Options.without_saving(**options)  # fails before anything heavy is imported
+    checked = Options.without_saving(**options)  # before torch and transformers are imported
     from vlqc.reporting.plan import plan_compilation
 
-    plan = plan_compilation(**options)
+    plan = plan_compilation(options=checked)
     if current_process_group().is_rank0:
         output.write(plan.to_dict(), plan.render)
 
 
 def _compile(options: dict[str, Any], output: CommandOutput) -> None:
-    Options.from_user(**options)
+    checked = Options.from_user(**options)  # before torch and transformers are imported
     from vlqc.compiler import compile
     from vlqc.reporting.progress import Progress, TerminalProgress
 
     progress = Progress() if output.quiet else TerminalProgress(stderr())
     try:
-        result = compile(progress=progress, **options)
+        result = compile(progress=progress, options=checked)
     finally:
         progress.finish()
     if current_process_group().is_rank0:

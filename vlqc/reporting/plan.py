@@ -93,12 +93,15 @@ class CompilationPlan:
             console.print(line, soft_wrap=True)
 
 
-def plan_compilation(*, samples: Sequence[dict[str, Tensor]] | None = None, **user_options: Any) -> CompilationPlan:
+def plan_compilation(
+    *, samples: Sequence[dict[str, Tensor]] | None = None, options: Options | None = None, **user_options: Any
+) -> CompilationPlan:
     """Predicts what `vlqc.compile` would produce with the same arguments.
 
-    Without save_directory, disk_free is that of the current folder. UserError for unusable input, as from `compile`.
+    options: of `Options.without_saving`, instead of user_options. Without save_directory, disk_free is that of the
+    current folder. UserError for unusable input, as from `compile`.
     """
-    options = Options.without_saving(**user_options)
+    options = options or Options.without_saving(**user_options)
     passes = build_pipeline(options)
     resolve_device(options.device_type)
     checkpoint = Checkpoint(options.model_path)

@@ -9,17 +9,18 @@ from torch import Tensor, nn
 from vlqc.errors import Fault, UserError
 from vlqc.families.qwen2_5_vl import IMAGE_INPUTS, OPTIONAL_INPUTS, TEXT_INPUTS, VIDEO_INPUTS, InputLayout
 from vlqc.formatting import did_you_mean
+from vlqc.options.options import Options
 
 LARGEST_PIXEL = 1e4  # pixels that are not rescaled or not normalized stay below it
 INTEGER_INPUTS = ("input_ids", "attention_mask", "image_grid_thw")
 
 
-def reject_conflicting_arguments(*, samples: object, passes: object, **values: object) -> None:
+def reject_conflicting_arguments(options: Options, *, samples: object, passes: object) -> None:
     """UserError if the Python API receives two arguments of which one would be ignored."""
     faults = []
-    if samples is not None and "calib_images" in values:
+    if samples is not None and "calib_images" in options.model_fields_set:
         faults.append(Fault("samples and calib_images are both given", fix="pass one of them"))
-    if passes is not None and values.get("pipeline") is not None:
+    if passes is not None and options.pipeline is not None:
         faults.append(Fault("passes and pipeline are both given", fix="pass one of them"))
     if faults:
         raise UserError(*faults)

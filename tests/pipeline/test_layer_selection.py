@@ -1,4 +1,4 @@
-"""layer_globs: patterns of --exclude and --include that match nothing are faults, with what was probably meant."""
+"""vlqc.pipeline.layer_selection: a pattern of --exclude or --include that matches nothing is a fault."""
 
 import pytest
 

@@ -167,7 +167,7 @@ ILLEGAL = [
     ({"lm_head": W8A8}, {"vllm-ascend", "mindie", "both"}),
     ({"visual.blocks.1.mlp.down_proj": W8A8}, {"mindie", "both"}),
     ({"visual.blocks.1.attn.qkv": FLOAT}, {"mindie", "both"}),  # the tower is quantized, one qkv is not
-    ({"model.layers.0.mlp.down_proj": DYNAMIC}, {"mindie", "both"}),  # dynamic beside a quantized tower
+    ({"model.layers.0.mlp.down_proj": DYNAMIC}, {"mindie", "both"}),  # dynamic with a quantized tower
     ({"model.layers.0.self_attn.o_proj": W4A8}, {"mindie", "both"}),
     ({"model.layers.0.mlp.down_proj": W8A8}, set()),
     ({"model.layers.0.mlp.down_proj": DYNAMIC, "visual.blocks.0.attn.qkv": W4A8}, {"vllm-ascend", "mindie", "both"}),

@@ -39,8 +39,7 @@ class FolderWriter:
 
     def __init__(self, folder: Path, checkpoint: Checkpoint, options: Options) -> None:
         self.folder, self.checkpoint, self.options = folder, checkpoint, options
-        self.target = parse_target(options.engine_target)
-        self.layout = self.target.engines[0]
+        self.layout = options.layout
         self.dtype = emitted_dtype(checkpoint.dtype)
         self.schemes: dict[str, Scheme] = {}
         self.corrected = False
@@ -122,7 +121,7 @@ class FolderWriter:
             if key in config or key == "torch_dtype":
                 config[key] = dtype
         config.pop("quantization_config", None)  # of the source; engines would read it as the result's
-        for engine in self.target.engines:
+        for engine in parse_target(self.options.engine_target).engines:
             engine.edit_config(config, content, own_layout=engine is self.layout)
         return config
 

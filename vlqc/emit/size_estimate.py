@@ -17,7 +17,6 @@ from vlqc.options.options import Options
 from vlqc.pipeline.pass_api import Pass
 from vlqc.targets.engine import Engine
 from vlqc.targets.schemes import SPECS, Scheme, StorageFormat, linear_bytes
-from vlqc.targets.target import parse_target
 
 
 def required_disk_space(
@@ -28,9 +27,8 @@ def required_disk_space(
     The sum of the result (under --fallback auto with the alternatives to choose from), the stage outputs kept for
     --resume, and what samples hold beyond --memory_budget.
     """
-    layout = parse_target(options.engine_target).engines[0]
     sites = predict_schemes(model, passes)
-    result = output_bytes(model, sites, layout, with_alternatives=options.fallback == "auto")
+    result = output_bytes(model, sites, options.layout, with_alternatives=options.fallback == "auto")
     return result + stage_output_bytes(model, samples) + offloaded_bytes(model, samples, options.memory_budget)
 
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Set
 from typing import TYPE_CHECKING
 
 from vlqc.errors import Fault
+from vlqc.targets.mindie import MINDIE
+from vlqc.targets.target import BOTH
 
 if TYPE_CHECKING:
     from vlqc.options.options import Options
@@ -45,21 +47,22 @@ def _scheme(options: "Options") -> Iterator[Fault]:
 
 
 def _group(options: "Options") -> Iterator[Fault]:
-    asked = "--mindie_format" if options.mindie_format else f"--target {options.target}"
-    if options.w_bit == 4 and options.group_size == 512 and _engine(options.engine_target) == "mindie":
-        why = "MindIE knows the group sizes 64, 128 and 256"
-        yield Fault(f"--group_size 512 with {asked}", why=why, fix="give --group_size 256")
+    option = "--mindie_format" if options.mindie_format else f"--target {options.target}"
+    sizes = options.layout.group_sizes
+    if options.w_bit == 4 and sizes and options.group_size not in sizes:
+        why = f"{options.layout.title} accepts the group sizes {', '.join(str(size) for size in sizes if size)}"
+        yield Fault(f"--group_size {options.group_size} with {option}", why=why, fix=f"give --group_size {max(sizes)}")
 
 
 def _one_layout(options: "Options") -> Iterator[Fault]:
-    if options.mindie_format and options.target is not None and _engine(options.target) != "mindie":
+    if options.mindie_format and options.target is not None and options.layout is not MINDIE:
         what = f"--mindie_format with --target {options.target}"
         why = "--mindie_format writes a folder that only MindIE loads"
         yield Fault(what, why=why, fix="leave out --mindie_format or --target")
 
 
 def _both(options: "Options") -> Iterator[Fault]:
-    if options.target == "both" and not _static(options):
+    if options.target == BOTH and not _static(options):
         why = "one folder for both engines exists for static W8A8 only"
         fix = "give --target vllm-ascend, or --w_bit 8 --is_dynamic False"
         yield Fault("--target both", why=why, fix=fix)
@@ -75,7 +78,7 @@ def _alpha(options: "Options") -> Iterator[Fault]:
 def _shift(options: "Options") -> Iterator[Fault]:
     if not options.shift:
         return
-    if options.target == "both":
+    if options.target == BOTH:
         why = "the engines look for the bias of a norm under different names"
         yield Fault("--shift with --target both", why=why, fix="give --target vllm-ascend, or --mindie_format")
     if not _static(options):
@@ -164,8 +167,3 @@ RULES: tuple[tuple[frozenset[str], Callable[["Options"], Iterator[Fault]]], ...]
 
 def _static(options: "Options") -> bool:
     return options.w_bit == 8 and not options.is_dynamic
-
-
-def _engine(target: str) -> str:
-    """The engine of a target, with or without a version."""
-    return target.partition("@")[0]

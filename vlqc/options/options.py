@@ -19,7 +19,10 @@ from vlqc.formatting import did_you_mean
 from vlqc.options.constraints import combination_faults
 from vlqc.options.paths import path_faults
 from vlqc.options.recipe import read_recipe
-from vlqc.targets.target import parse_target
+from vlqc.targets.engine import Engine
+from vlqc.targets.mindie import MINDIE
+from vlqc.targets.target import BOTH, parse_target
+from vlqc.targets.vllm_ascend import VLLM_ASCEND
 
 if TYPE_CHECKING:
     from vlqc.targets.schemes import Scheme
@@ -324,9 +327,9 @@ class Options(BaseModel):
         return Scheme.W8A8_DYNAMIC if self.is_dynamic else Scheme.W8A8
 
     @property
-    def mindie_layout(self) -> bool:
-        """Whether the folder is written for MindIE only, because of --mindie_format or --target."""
-        return self.engine_target.partition("@")[0] == "mindie"
+    def layout(self) -> Engine:
+        """The engine in whose layout the folder is written: the first of the target."""
+        return parse_target(self.engine_target).engines[0]
 
     @property
     def engine_target(self) -> str:
@@ -334,8 +337,8 @@ class Options(BaseModel):
         if self.target is not None:
             return self.target
         if self.mindie_format:
-            return "mindie"
-        return "both" if self.w_bit == 8 and not self.is_dynamic and not self.shift else "vllm-ascend"
+            return MINDIE.name
+        return BOTH if self.w_bit == 8 and not self.is_dynamic and not self.shift else VLLM_ASCEND.name
 
     @classmethod
     def from_user(cls, *, options: Self | None = None, **values: Any) -> Self:

@@ -125,7 +125,7 @@ def plan_compilation(
     counts: dict[tuple[str, str], int] = {}
     for name, scheme in (schemes | dict.fromkeys(model.heads, Scheme.FLOAT)).items():
         counts[model_part(name), str(scheme)] = counts.get((model_part(name), str(scheme)), 0) + 1
-    after = output_bytes(model, sites, parse_target(options.engine_target).engines[0])
+    after = output_bytes(model, sites, options.layout)
     return CompilationPlan(
         counts=counts,
         reasons={site.reason: name for name, site in reversed(sites.items()) if site.reason},
@@ -192,7 +192,6 @@ def loadable_versions(engine: Engine, schemes: dict[str, Scheme], dtype: str, op
 
     schemes: by layer; dtype: of the emitted float tensors.
     """
-    target_engine = options.engine_target.partition("@")[0]
-    if target_engine not in ("both", engine.name) or group_faults(engine, schemes):
+    if engine not in parse_target(options.engine_target).engines or group_faults(engine, schemes):
         return None
     return supporting_versions(engine, schemes, dtype)

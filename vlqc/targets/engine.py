@@ -1,4 +1,4 @@
-"""What vlqc needs to know about one inference engine; `vllm_ascend` and `mindie` fill it in."""
+"""The interface of an inference engine: versions, rules, folder layout; `vllm_ascend` and `mindie` implement it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping

@@ -81,7 +81,7 @@ def is_version(text: str) -> bool:
 
 
 def _suggestion(name: str) -> str:
-    """What an unknown engine name may have meant: an engine with a version behind it, or a similar name."""
+    """What an unknown engine name may have meant: an engine followed by a version, or a similar name."""
     prefix = next((known for known in NAMES if name.replace("_", "-").startswith(known)), "")
     version = name[len(prefix) :].lstrip("-_=: v") if prefix else ""
     if prefix and prefix != BOTH and is_version(version):

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import pkgutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from tools.bench import (
     reference_runner,
     reference_table,
     scale_checkpoint,
+    scale_runner,
 )
 from tools.bench import scale as bench_scale
 from tools.bench.metrics import Agreement
@@ -175,6 +177,12 @@ def test_extrapolation(little: None) -> None:
     phases = {"forward": 37.0, "weights": 4.0, "imports": 3.0}
     every = bench_scale.extrapolated({"phases": phases, "stages": stages}, Case.of("7B", 2, 1))
     assert every == {"forward": 37.0 + 8 * 2 + 15, "weights": 4.0 + 2, "imports": 3.0}
+
+
+@pytest.mark.parametrize("name", scale_runner.PHASES)
+def test_functions_of_phases_exist(name: str) -> None:
+    """Catches a function that was renamed or moved, so that no phase would count its time."""
+    assert callable(pkgutil.resolve_name(name))
 
 
 @pytest.mark.slow

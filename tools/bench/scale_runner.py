@@ -9,6 +9,7 @@ and the kernel's high-water mark.
 import functools
 import inspect
 import json
+import pkgutil
 import sys
 import threading
 import time
@@ -87,51 +88,44 @@ class Phases:
         setattr(owner, attribute, staticmethod(timed) if is_static else timed)
 
 
+PHASES = {  # "module:attribute" of the functions of a compilation -> phase; the module is the one that calls them
+    "vlqc.frontend.streamed_model:StreamedModel.materialize": "reading",
+    "vlqc.frontend.checkpoint.checkpoint:Checkpoint.rows": "reading",
+    "vlqc.frontend.checkpoint.checkpoint:Checkpoint.tensor": "reading",
+    "vlqc.frontend.sequential:SequentialForward._resume": "model code",
+    "vlqc.frontend.stage_builder:trace": "tracing",
+    "vlqc.ir.execution:StageRun.forward": "forward",
+    "vlqc.ir.execution:StageRun.probe_output": "proofs",
+    "vlqc.passes.algorithms.observer:Observer.__call__": "observing",
+    "vlqc.passes.algorithms.folding:apply_folds": "folding",
+    "vlqc.pipeline.manager:_check_valid": "checks",
+    "vlqc.pipeline.manager:_State.of": "checks",
+    "vlqc.passes.split_window_attention:SplitWindowAttention.run": "proofs",
+    "vlqc.passes.insert_observers:InsertObservers.run": "observing",
+    "vlqc.passes.shift_norms:ShiftNorms.run": "smoothing",
+    "vlqc.passes.smooth_m2:SmoothM2.run": "smoothing",
+    "vlqc.passes.smooth_m4:SmoothM4.run": "smoothing",
+    "vlqc.passes.quantize_activations:QuantizeActivations.run": "activation ranges",
+    "vlqc.passes.quantize_weights:QuantizeWeights.run": "weights",
+    "vlqc.passes.lower_linears:LowerLinears.run": "lowering",
+    "vlqc.emit.folder_writer:FolderWriter.add_stage": "writing",
+    "vlqc.emit.folder_writer:FolderWriter.resolve_schemes": "writing",
+    "vlqc.emit.folder_writer:FolderWriter.copy_rest": "writing",
+    "vlqc.emit.folder_writer:FolderWriter.finish": "writing",
+    "vlqc.run:require_valid": "verifying",
+    "vlqc.emit.atomic_folder:WorkFolder.publish": "publishing",
+    "vlqc.emit.resume.journal:Journal.record_stage": "journal",
+    "vlqc.reporting.html.collector:StageMetrics.traced": "report",
+    "vlqc.reporting.html.collector:StageMetrics.finished": "report",
+}
+
+
 def watch_compiler(phases: Phases) -> None:
     """Wraps the functions of each phase of a compilation."""
-    import vlqc.compiler
-    import vlqc.emit.atomic_folder
-    import vlqc.frontend.stage_builder
-    import vlqc.pipeline.manager
-    from vlqc.emit.folder_writer import FolderWriter
-    from vlqc.emit.resume.journal import Journal
-    from vlqc.frontend.checkpoint.checkpoint import Checkpoint
-    from vlqc.frontend.sequential import SequentialForward
-    from vlqc.frontend.streamed_model import StreamedModel
-    from vlqc.ir.execution import StageRun
-    from vlqc.passes.algorithms import folding, observer
-    from vlqc.pipeline.registry import load_pass
-    from vlqc.reporting.html.collector import StageMetrics
-
-    phases.watch(StreamedModel, "materialize", "reading")
-    phases.watch(Checkpoint, "rows", "reading")
-    phases.watch(Checkpoint, "tensor", "reading")
-    phases.watch(SequentialForward, "_resume", "model code")
-    phases.watch(vlqc.frontend.stage_builder, "trace", "tracing")
-    phases.watch(StageRun, "forward", "forward")
-    phases.watch(observer, "observe_rows", "observing")
-    phases.watch(StageRun, "probe_output", "proofs")
-    phases.watch(folding, "apply_folds", "folding")
-    phases.watch(vlqc.pipeline.manager, "check", "checks")
-    phases.watch(vlqc.pipeline.manager._State, "of", "checks")
-    for name, phase in (
-        ("split-window-attention", "proofs"),
-        ("insert-observers", "observing"),
-        ("shift-norms", "smoothing"),
-        ("smooth-m2", "smoothing"),
-        ("smooth-m4", "smoothing"),
-        ("quantize-activations", "activation ranges"),
-        ("quantize-weights", "weights"),
-        ("lower-linears", "lowering"),
-    ):
-        phases.watch(load_pass(name), "run", phase)
-    for step in ("add_stage", "resolve_schemes", "copy_rest", "finish"):
-        phases.watch(FolderWriter, step, "writing")
-    phases.watch(vlqc.compiler, "require_valid", "verifying")
-    phases.watch(vlqc.emit.atomic_folder.WorkFolder, "publish", "publishing")
-    phases.watch(Journal, "record_stage", "journal")
-    phases.watch(StageMetrics, "traced", "report")
-    phases.watch(StageMetrics, "finished", "report")
+    for name, phase in PHASES.items():
+        module, _, path = name.partition(":")
+        parent, _, attribute = path.rpartition(".")
+        phases.watch(pkgutil.resolve_name(f"{module}:{parent}" if parent else module), attribute, phase)
 
 
 def kernel_counters() -> dict[str, int]:

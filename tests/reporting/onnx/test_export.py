@@ -1,4 +1,4 @@
-"""ONNX of every stage: what onnxruntime computes is what the reference arithmetic computes, and every site shows."""
+"""ONNX export: onnxruntime against the reference arithmetic, for stages, layers and operations."""
 
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ SCHEMES: dict[Scheme, dict[str, Any]] = {
 
 
 def run(model: onnx.ModelProto | Path, inputs: dict[str, Tensor]) -> np.ndarray[Any, Any]:
-    """The first output. As written: onnxruntime's own rewrites may saturate 16-bit sums on older processors."""
+    """The first output, without graph optimizations, which may saturate 16-bit sums on older processors."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = 1
@@ -80,7 +80,7 @@ def of_probe(stage: Stage) -> dict[str, Tensor]:
 @pytest.mark.every_transformers
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_onnxruntime_agrees_with_the_stage(tmp_path: Path, scheme: Scheme) -> None:
-    """Catches any operation or layer whose ONNX form computes something else, as traced and lowered."""
+    """Catches an operation or layer with another result in ONNX, as traced and after lower-linears."""
     run_until(
         "lower-linears", model_path=TINY, save_directory=tmp_path / "out", samples=tiny_task.samples(2, seed=1),
         dump_ir=tmp_path / "ir", dump_stages=STAGES, dump_formats="onnx,bundle", **SCHEMES[scheme],
@@ -111,14 +111,14 @@ def test_onnxruntime_agrees_with_the_stage(tmp_path: Path, scheme: Scheme) -> No
 
 
 def alone(module: nn.Module, x: Tensor) -> np.ndarray[Any, Any]:
-    """One module as a model of its own, run."""
-    make = Builder()
-    output = export_module(make, module, "layer", make.name("x"), tuple(x.shape), "y")
+    """Exports one module as a model and runs it."""
+    builder = Builder()
+    output = export_module(builder, module, "layer", builder.name("x"), tuple(x.shape), "y")
     shapes = [
         helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, list(value.shape))
         for name, value in (("x", x), (output, module(x)))
     ]
-    graph = helper.make_graph(make.nodes, "layer", shapes[:1], shapes[1:], initializer=make.initializers)
+    graph = helper.make_graph(builder.nodes, "layer", shapes[:1], shapes[1:], initializer=builder.initializers)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
     onnx.checker.check_model(model, full_check=True)
     return run(model, {"x": x})
@@ -149,7 +149,7 @@ def test_static_layers(size: tuple[int, int, int], seed: int, with_bias: bool) -
 
 @given(sizes, st.integers(0, 2**31), st.sampled_from([None, 16, 8]), st.booleans())
 def test_layers_with_a_scale_per_token(size: tuple[int, int, int], seed: int, group: int | None, bias: bool) -> None:
-    """Catches a wrong scale per token, channel or block, halves of a byte in the wrong order, rows of zeros."""
+    """Catches a wrong scale per token, channel or block, a wrong order of the halves of a byte, and rows of zeros."""
     rows, outputs, inputs = size
     weight, x = drawn(seed, outputs, inputs), drawn(seed + 1, 2, rows, inputs)
     x[0, 0] = 0
@@ -163,7 +163,7 @@ def test_layers_with_a_scale_per_token(size: tuple[int, int, int], seed: int, gr
 
 
 def test_weight_only_groups() -> None:
-    """Catches activations that are rounded although the engine leaves them as they are."""
+    """Catches quantized activations of weight-only layers."""
     layer = GroupQuantLinear.from_float(*quantize_weight_per_group_absmax(drawn(1, 8, 32), 16, torch.bfloat16), None)
     layer.weight_only = True
     assert deviation(layer(drawn(2, 5, 32)), alone(layer, drawn(2, 5, 32))) <= TOLERANCE
@@ -188,7 +188,7 @@ class LittleRMSNorm(nn.Module):
 )  # fmt: skip
 @torch.no_grad()
 def test_float_modules(module: nn.Module) -> None:
-    """Catches a norm or an activation of another formula."""
+    """Catches a norm or an activation with another formula."""
     x = drawn(5, 3, 7, 16)
     assert deviation(module(x), alone(module, x)) <= TOLERANCE
 
@@ -197,7 +197,7 @@ def test_float_modules(module: nn.Module) -> None:
 
 
 class Calls(nn.Module):
-    """Everything that graphs of other shapes and versions may call, once."""
+    """Operations that the tiny model does not use but other models and versions do."""
 
     def __init__(self, calls: Any) -> None:
         super().__init__()
@@ -245,7 +245,7 @@ def stage_of(module: nn.Module, x: Tensor) -> Stage:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_functions(form: str) -> None:
-    """Catches a rule that reads its arguments wrongly in a form that the tiny model does not use."""
+    """Catches a rule that misreads its arguments in a form that the tiny model does not use."""
     stage = stage_of(Calls(FORMS[form]), drawn(6, 3, 4, 6))
     model = export(stage)
     onnx.checker.check_model(model, full_check=True)
@@ -253,15 +253,15 @@ def test_functions(form: str) -> None:
 
 
 def test_an_operation_without_a_rule_is_named(tmp_path: Path) -> None:
-    """Catches a KeyError, a model that silently lacks an operation, and a file that is half written."""
+    """Catches a KeyError, a model without the operation, and an incomplete file."""
     stage = stage_of(Calls(lambda x: x.cumsum(0)), drawn(7, 3, 4))
-    with pytest.raises(UserError, match=r"%cumsum of a\.0 has no form in ONNX[\s\S]*a call of cumsum"):
+    with pytest.raises(UserError, match=r"%cumsum of a\.0 to ONNX[\s\S]*a call of cumsum"):
         write_onnx(stage, tmp_path / "x", DumpContext())
     assert not list(tmp_path.iterdir())
 
 
 def test_nothing_is_called_that_is_not_listed(tmp_path: Path) -> None:
-    """Catches an export that runs what the text of a stranger's stage calls, such as torch.load of a pickle."""
+    """Catches an export that calls arbitrary functions of an untrusted text, such as torch.load of a pickle."""
     graph = vlqc.parse_stage(
         'stage "a.0" part=vision dtype=bfloat16 {\n  %x = input("x") : float32[2]\n'
         f'  %load = torch.load("{tmp_path / "evil.pt"}", weights_only=False)\n  return (%x,)\n}}\n'
@@ -275,12 +275,12 @@ def test_nothing_is_called_that_is_not_listed(tmp_path: Path) -> None:
         {},
         StageRun(nn.Identity(), ProcessGroup(), [], Call(0, (drawn(9, 2),), {})),
     )
-    with pytest.raises(UserError, match=r"%load of a\.0 has no form in ONNX"):
+    with pytest.raises(UserError, match=r"%load of a\.0 to ONNX"):
         export(stage)
 
 
 def test_what_depends_on_integers_is_constant() -> None:
-    """Catches an input of positions or lengths: the graph is recorded for those of the probe."""
+    """Catches positions or lengths as model inputs: the graph is traced for those of the probe."""
     graph = fx.Graph()
     x, lengths = graph.placeholder("x"), graph.placeholder("lengths")
     x.meta, lengths.meta = {"shape": (4, 2), "dtype": torch.float32}, {"shape": (2,), "dtype": torch.int32}
@@ -302,7 +302,7 @@ def test_what_depends_on_integers_is_constant() -> None:
 
 
 def test_large_stages_keep_their_tensors_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a model of more than 2 GiB, which protobuf cannot hold, and data of an earlier one below the new."""
+    """Catches a model above protobuf's limit of 2 GiB, and data of an older model in the new file."""
     monkeypatch.setattr("vlqc.reporting.onnx.LARGEST_FILE", 100)
     stage = stage_of(nn.Sequential(nn.Linear(64, 64), nn.ReLU()), drawn(9, 3, 64))
     write_onnx(stage, tmp_path / "x", DumpContext())

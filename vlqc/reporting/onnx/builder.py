@@ -1,4 +1,4 @@
-"""Building an ONNX graph: one node, one constant at a time. All shapes are static: those of a stage are, too."""
+"""Builds an ONNX graph node by node. All shapes are static, as those of a traced stage."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,8 +9,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
-OPSET = 21  # the first with 4-bit integers and with DequantizeLinear in blocks
-IR_VERSION = 10  # of the first onnx that has the opset; newer readers read it, older runtimes do not read newer ones
+OPSET = 21  # the first with 4-bit integers and blockwise DequantizeLinear
+IR_VERSION = 10  # the first with this opset, so that older runtimes can read the model
 
 TYPES = {
     torch.float32: TensorProto.FLOAT,
@@ -26,42 +26,36 @@ TYPES = {
 
 
 class Builder:
-    """Nodes and initializers in their order. Values are known by name; names are made unique, and begin as asked."""
+    """Collects nodes and initializers in order. Values are identified by unique names."""
 
     def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
-        self._taken: set[str] = set()
+        self._names: set[str] = set()
         self._shared: dict[tuple[Any, ...], str] = {}
 
-    def name(self, wanted: str) -> str:
-        """A name that is not taken yet; it is from now on."""
-        number, found = 1, wanted
-        while found in self._taken:
-            found, number = f"{wanted}_{number}", number + 1
-        self._taken.add(found)
-        return found
-
-    def op(self, kind: str, *inputs: str, to: str = "", **attributes: Any) -> str:
-        """Adds a node with one output and returns the output's name, which is `to` or made from the kind."""
-        (output,) = self.ops(kind, *inputs, to=[to or kind.lower()], **attributes)
-        return output
-
-    def ops(self, kind: str, *inputs: str, to: Sequence[str], **attributes: Any) -> list[str]:
-        """Adds a node with several outputs."""
-        outputs = [self.name(wanted) for wanted in to]
-        self.nodes.append(helper.make_node(kind, list(inputs), outputs, name=outputs[0], **attributes))
-        return outputs
-
-    def cast(self, x: str, dtype: torch.dtype, to: str) -> str:
-        """A Cast, whose attribute is called as our outputs are."""
-        name = self.name(to)
-        self.nodes.append(helper.make_node("Cast", [x], [name], name=name, **{"to": type_of(dtype)}))
+    def name(self, prefix: str) -> str:
+        """Reserves a unique name: the prefix, with a number if it is in use."""
+        number, name = 1, prefix
+        while name in self._names:
+            name, number = f"{prefix}_{number}", number + 1
+        self._names.add(name)
         return name
 
-    def tensor(self, value: Tensor, wanted: str) -> str:
-        """An initializer: values of the tensor's own dtype."""
-        name = self.name(wanted)
+    def op(self, kind: str, *inputs: str, output: str = "", **attributes: Any) -> str:
+        """Adds a node with one output and returns its name. output: prefix of the name, by default the kind."""
+        (name,) = self.ops(kind, *inputs, outputs=[output or kind.lower()], **attributes)
+        return name
+
+    def ops(self, kind: str, *inputs: str, outputs: Sequence[str], **attributes: Any) -> list[str]:
+        """Adds a node with several outputs and returns their names."""
+        names = [self.name(output) for output in outputs]
+        self.nodes.append(helper.make_node(kind, list(inputs), names, name=names[0], **attributes))
+        return names
+
+    def tensor(self, value: Tensor, prefix: str) -> str:
+        """Adds an initializer with the values and dtype of a tensor and returns its name."""
+        name = self.name(prefix)
         array = value.detach().cpu().contiguous()
         if array.dtype == torch.bfloat16:
             raw = array.view(torch.int16).numpy().tobytes()
@@ -70,28 +64,31 @@ class Builder:
             self.initializers.append(numpy_helper.from_array(array.numpy(), name))
         return name
 
-    def int4(self, value: Tensor, wanted: str) -> str:
-        """An initializer of 4-bit integers: int8 [N, K] in -8..7, of which onnx stores two in a byte, row by row."""
-        name = self.name(wanted)
+    def int4(self, value: Tensor, prefix: str) -> str:
+        """Adds an INT4 initializer and returns its name.
+
+        value: int8 [N, K] in -8..7. ONNX stores two of them in a byte, in row-major order.
+        """
+        name = self.name(prefix)
         flat = value.detach().cpu().contiguous().flatten()
         flat = torch.cat([flat, flat.new_zeros(flat.numel() % 2)])
-        packed = (flat[0::2] & 0xF) | (flat[1::2] << 4)  # the first one in the low half
+        packed = (flat[0::2] & 0xF) | (flat[1::2] << 4)  # the first in the low four bits
         raw = packed.numpy().tobytes()
         self.initializers.append(helper.make_tensor(name, TensorProto.INT4, list(value.shape), raw, raw=True))
         return name
 
     def numbers(self, *values: int) -> str:
-        """A constant int64 [n], shared by all that want the same one."""
+        """A constant int64 [n]; equal constants are shared."""
         return self._constant(np.array(values, dtype=np.int64), f"ints_{'_'.join(map(str, values))}"[:40])
 
     def scalar(self, value: float) -> str:
-        """A constant float32 [], shared."""
+        """A constant float32 []; equal constants are shared."""
         return self._constant(np.array(value, dtype=np.float32), f"float_{value:g}")
 
-    def _constant(self, array: Any, wanted: str) -> str:
+    def _constant(self, array: Any, prefix: str) -> str:
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._shared:
-            self._shared[key] = self.name(wanted)
+            self._shared[key] = self.name(prefix)
             self.initializers.append(numpy_helper.from_array(array, self._shared[key]))
         return self._shared[key]
 

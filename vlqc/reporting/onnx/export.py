@@ -1,4 +1,4 @@
-"""From the graph of a stage to an ONNX model, node by node."""
+"""Exports the graph of a stage as an ONNX model, node by node."""
 
 import operator
 from typing import Any
@@ -13,11 +13,11 @@ from vlqc.errors import Fault, UserError
 from vlqc.frontend.tracing import input_tensors
 from vlqc.ir.stage import Stage
 from vlqc.reporting.onnx.builder import IR_VERSION, OPSET, Builder, type_of
-from vlqc.reporting.onnx.functions import RULES, Rules, Value
-from vlqc.reporting.onnx.modules import NoRule, export_module
+from vlqc.reporting.onnx.functions import RULES, NodeExporter, Value
+from vlqc.reporting.onnx.modules import UnsupportedOperation, export_module
 
 IN_PLACE = ("__setitem__",)
-# Beside those with a rule, what may be called on integers alone: a graph may come from a file.
+# Functions that are called on constants only, beside those with a rule. Others are refused: a graph may be untrusted.
 COMPUTED = frozenset(
     "zeros ones full eye arange tril triu zeros_like ones_like full_like __setitem__ masked_fill where cumsum diff "
     "max min sum amax amin all any eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __and__ __or__ "
@@ -28,28 +28,28 @@ COMPUTED = frozenset(
 
 @torch.no_grad()
 def export(stage: Stage) -> onnx.ModelProto:
-    """A live stage with a probe -> the model. UserError naming the first node that has no form in ONNX here."""
+    """A stage with a probe -> the ONNX model. UserError if an operation is not supported."""
     exporter = _Exporter(stage)
     for node in stage.graph.nodes:
         try:
             exporter.add(node)
-        except NoRule as error:
-            what = f"%{node.name} of {stage.name} has no form in ONNX"
-            fix = "leave onnx out of the formats, or write a rule in vlqc/onnx_dump"
-            raise UserError(Fault(what, stage.name, f"it is {error}", fix)) from error
+        except UnsupportedOperation as error:
+            what = f"cannot export %{node.name} of {stage.name} to ONNX"
+            fix = "remove onnx from --dump_formats, or add a rule to vlqc/reporting/onnx"
+            raise UserError(Fault(what, stage.name, f"unsupported: {error}", fix)) from error
     return exporter.model()
 
 
 class _Exporter:
-    """What the nodes so far have become."""
+    """Values of the nodes exported so far: `Value`, a list of them, or a constant."""
 
     def __init__(self, stage: Stage) -> None:
-        self.stage, self.make = stage, Builder()
+        self.stage, self.builder = stage, Builder()
         self.values: dict[fx.Node, Any] = {}
         self.inputs: list[onnx.ValueInfoProto] = []
         self.outputs: list[onnx.ValueInfoProto] = []
         call = stage.execution.probe
-        self.entering = {} if call is None else dict(input_tensors(stage.module, call.args, call.kwargs))
+        self.probe_inputs = {} if call is None else dict(input_tensors(stage.module, call.args, call.kwargs))
 
     def add(self, node: fx.Node) -> None:
         if node.op == "placeholder":
@@ -63,75 +63,75 @@ class _Exporter:
         elif node.op == "call_function":
             self.values[node] = self._function(node)
         else:
-            raise NoRule(f"a call of the method {node.target}")
+            raise UnsupportedOperation(f"a call of the method {node.target}")
 
     def _input(self, node: fx.Node) -> Any:
-        """An input of the model, or, of integers, what the probe brings."""
+        """An input of the model; an integer input is the constant of the probe."""
         shape, dtype = node.meta["shape"], node.meta["dtype"]
         if not dtype.is_floating_point:
-            if str(node.target) not in self.entering:
-                raise NoRule("an input of integers, which the probe does not bring")
-            return self.entering[str(node.target)].cpu()
-        name = self.make.name(str(node.target))
+            if str(node.target) not in self.probe_inputs:
+                raise UnsupportedOperation("an integer input that the probe does not have")
+            return self.probe_inputs[str(node.target)].cpu()
+        name = self.builder.name(str(node.target))
         self.inputs.append(helper.make_tensor_value_info(name, type_of(dtype), list(shape)))
         return Value(name, shape, dtype)
 
     def _constant(self, node: fx.Node) -> Any:
         constant = node.meta.get("constant")
         if not isinstance(constant, Tensor) or constant.is_meta:
-            raise NoRule("a tensor whose values are not known")
+            raise UnsupportedOperation("a tensor without values")
         return constant.detach().cpu()
 
     def _output(self, node: fx.Node) -> None:
-        for number, given in enumerate(node.args[0]):  # type: ignore[arg-type]
-            value = self.values[given]
-            rules = Rules(self.make, f"output_{number}", None, None)
-            name = self.make.op("Identity", rules.input(value), to=f"output_{number}")
+        for number, node_out in enumerate(node.args[0]):  # type: ignore[arg-type]
+            value = self.values[node_out]
+            exporter = NodeExporter(self.builder, f"output_{number}", None, None)
+            name = self.builder.op("Identity", exporter.input(value), output=f"output_{number}")
             self.outputs.append(helper.make_tensor_value_info(name, type_of(value.dtype), list(value.shape)))
 
     def _module(self, node: fx.Node) -> Value:
         target, x = str(node.target), self.values[node.all_input_nodes[0]]
         if len(node.args) != 1 or node.kwargs or not isinstance(x, Value):
-            raise NoRule("a module that is called with something else than one value")
+            raise UnsupportedOperation("a module with other arguments than one value")
         name = self.stage.checkpoint_name(target)
-        output = export_module(self.make, self.stage.module.get_submodule(target), name, x.name, x.shape, node.name)
+        output = export_module(self.builder, self.stage.module.get_submodule(target), name, x.name, x.shape, node.name)
         return Value(output, node.meta["shape"], node.meta["dtype"])
 
     def _function(self, node: fx.Node) -> Any:
         args, kwargs = self._arguments(node)
         name = str(getattr(node.target, "__name__", node.target))
-        if not _holds_value((args, kwargs)):  # known before the model runs
+        if not _holds_value((args, kwargs)):  # constant
             if (name not in RULES and name not in COMPUTED) or not callable(node.target):
-                raise NoRule(f"a call of {name}")
+                raise UnsupportedOperation(f"a call of {name}")
             return node.target(*args, **kwargs)
         if name in IN_PLACE or name not in RULES:
-            raise NoRule(f"a call of {name}")
-        rules = Rules(self.make, node.name, node.meta.get("shape"), node.meta.get("dtype"))
+            raise UnsupportedOperation(f"a call of {name}")
+        exporter = NodeExporter(self.builder, node.name, node.meta.get("shape"), node.meta.get("dtype"))
         if node.target is operator.getitem and isinstance(args[0], list | tuple):
             return args[0][args[1]]
         if args and isinstance(args[0], Tensor) and name not in _TAKES_TENSORS:
-            raise NoRule(f"a call of {name} on a constant")
+            raise UnsupportedOperation(f"a call of {name} on a constant")
         kwargs.pop("inplace", None)
         if "input" in kwargs:
             args = (kwargs.pop("input"), *args)
         try:
-            return RULES[name](rules, *args, **kwargs)
+            return RULES[name](exporter, *args, **kwargs)
         except TypeError as error:
-            raise NoRule(f"a call of {name} in an unknown form: {error}") from error
+            raise UnsupportedOperation(f"a call of {name} with these arguments: {error}") from error
 
     def _arguments(self, node: fx.Node) -> tuple[Any, dict[str, Any]]:
-        def replaced(leaf: Any) -> Any:
+        def replace_leaf(leaf: Any) -> Any:
             if isinstance(leaf, torch.device):
                 return torch.device("cpu")
-            return _Held(self.values[leaf]) if isinstance(leaf, fx.Node) else leaf
+            return _Wrapped(self.values[leaf]) if isinstance(leaf, fx.Node) else leaf
 
-        # A list in place of a node is not to be gone into, so it travels in a `_Held`.
-        args, kwargs = map_aggregate((node.args, node.kwargs), replaced)
-        return _unpacked(tuple(args)), _unpacked(dict(kwargs))
+        # `map_aggregate` would descend into a list in place of a node, so values are wrapped.
+        args, kwargs = map_aggregate((node.args, node.kwargs), replace_leaf)
+        return _unwrap(tuple(args)), _unwrap(dict(kwargs))
 
     def model(self) -> onnx.ModelProto:
         graph = helper.make_graph(
-            self.make.nodes, self.stage.name, self.inputs, self.outputs, initializer=self.make.initializers
+            self.builder.nodes, self.stage.name, self.inputs, self.outputs, initializer=self.builder.initializers
         )
         model = helper.make_model(
             graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="vlqc"
@@ -146,22 +146,22 @@ _TAKES_TENSORS = frozenset(
 )
 
 
-class _Held:
+class _Wrapped:
     def __init__(self, value: Any) -> None:
         self.value = value
 
 
-def _unpacked(value: Any) -> Any:
-    if isinstance(value, _Held):
+def _unwrap(value: Any) -> Any:
+    if isinstance(value, _Wrapped):
         return value.value
     if isinstance(value, slice):
-        return slice(*(_unpacked(part) for part in (value.start, value.stop, value.step)))
+        return slice(*(_unwrap(part) for part in (value.start, value.stop, value.step)))
     if isinstance(value, dict):
-        return {key: _unpacked(held) for key, held in value.items()}
+        return {key: _unwrap(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_unpacked(part) for part in value]
+        return [_unwrap(part) for part in value]
     if isinstance(value, tuple):
-        return tuple(_unpacked(part) for part in value)
+        return tuple(_unwrap(part) for part in value)
     return value
 
 
@@ -171,5 +171,5 @@ def _holds_value(value: Any) -> bool:
     if isinstance(value, slice):
         return any(_holds_value(part) for part in (value.start, value.stop, value.step))
     if isinstance(value, dict):
-        return any(_holds_value(held) for held in value.values())
+        return any(_holds_value(item) for item in value.values())
     return isinstance(value, list | tuple) and any(_holds_value(part) for part in value)

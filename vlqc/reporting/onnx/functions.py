@@ -1,7 +1,7 @@
-"""Functions that stages call, as ONNX nodes. A graph is recorded for fixed shapes, and so is what comes of it here.
+"""Functions that stages call, as ONNX nodes with fixed shapes.
 
-A rule gets the node's arguments with values in place of nodes: the name of a value in the ONNX graph as `Value`, a list
-of them for what returns several, or a real tensor where it depends on integers alone (see `export.known`).
+A rule gets the arguments of a node of the traced graph. Nodes among them are replaced by a `Value`, by a list of them
+for functions with several outputs, or by a constant tensor if they depend on integer inputs only.
 """
 
 import math
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlqc.reporting.onnx.builder import TYPES, Builder
-from vlqc.reporting.onnx.modules import NoRule, export_activation
+from vlqc.reporting.onnx.builder import TYPES, Builder, type_of
+from vlqc.reporting.onnx.modules import UnsupportedOperation, export_activation
 
 Shape = tuple[int, ...]
 
@@ -28,11 +28,14 @@ class Value:
 
 
 @dataclass(frozen=True)
-class Rules:
-    """One node on its way: where it goes, what it is called, of what shape and dtype its value is; None: several."""
+class NodeExporter:
+    """Exports one node of the traced graph.
 
-    make: Builder
-    to: str
+    output: prefix for the names of its values. shape, dtype: of its value; None if it has several.
+    """
+
+    builder: Builder
+    output: str
     shape: Shape | None
     dtype: torch.dtype | None
 
@@ -40,85 +43,92 @@ class Rules:
         assert self.shape is not None and self.dtype is not None
         return Value(name, self.shape, self.dtype)
 
-    def input(self, given: Any, like: torch.dtype = torch.float32) -> str:
-        """An operand as a name: a value, a tensor or a number."""
-        if isinstance(given, Value):
-            return given.name
-        if isinstance(given, Tensor):
-            return self.make.tensor(given, f"{self.to}_constant")
-        if isinstance(given, int | float) and like == torch.float32:
-            return self.make.scalar(float(given))
-        if isinstance(given, int):
-            return self.make.tensor(torch.tensor(given, dtype=like), f"{self.to}_constant")
-        raise NoRule(f"an operand that is a {type(given).__name__}")
+    def input(self, operand: Any, like: torch.dtype = torch.float32) -> str:
+        """Name of an operand, which is a value, a tensor or a number. like: dtype of a number."""
+        if isinstance(operand, Value):
+            return operand.name
+        if isinstance(operand, Tensor):
+            return self.builder.tensor(operand, f"{self.output}_constant")
+        if isinstance(operand, int | float) and like == torch.float32:
+            return self.builder.scalar(float(operand))
+        if isinstance(operand, int):
+            return self.builder.tensor(torch.tensor(operand, dtype=like), f"{self.output}_constant")
+        raise UnsupportedOperation(f"an operand that is a {type(operand).__name__}")
+
+    def intermediate(self, kind: str, *inputs: str, suffix: str, **attributes: Any) -> str:
+        """Adds a node for an intermediate result and returns its name."""
+        return self.builder.op(kind, *inputs, output=f"{self.output}_{suffix}", **attributes)
 
     def op(self, kind: str, *inputs: str, **attributes: Any) -> Value:
-        return self.value(self.make.op(kind, *inputs, to=self.to, **attributes))
+        """Adds the node of the result."""
+        return self.value(self.builder.op(kind, *inputs, output=self.output, **attributes))
 
 
-def _reshape(it: Rules, x: Value, *_: Any, **__: Any) -> Value:
-    assert it.shape is not None
-    return it.op("Reshape", x.name, it.make.numbers(*it.shape))
+def _reshape(node: NodeExporter, x: Value, *_: Any, **__: Any) -> Value:
+    assert node.shape is not None
+    return node.op("Reshape", x.name, node.builder.numbers(*node.shape))
 
 
-def _same(it: Rules, x: Value, *_: Any, **__: Any) -> Value:
-    return it.op("Identity", x.name)
+def _same(node: NodeExporter, x: Value, *_: Any, **__: Any) -> Value:
+    return node.op("Identity", x.name)
 
 
-def _cast(it: Rules, x: Value, *_: Any, **__: Any) -> Value:
-    assert it.dtype is not None
-    if it.dtype == x.dtype:
-        return it.op("Identity", x.name)
-    if it.dtype not in TYPES:
-        raise NoRule(f"a cast to {it.dtype}")
-    return it.value(it.make.cast(x.name, it.dtype, to=it.to))
+def _cast(node: NodeExporter, x: Value, *_: Any, **__: Any) -> Value:
+    assert node.dtype is not None
+    if node.dtype == x.dtype:
+        return node.op("Identity", x.name)
+    if node.dtype not in TYPES:
+        raise UnsupportedOperation(f"a cast to {node.dtype}")
+    return node.op("Cast", x.name, to=type_of(node.dtype))
 
 
-def _transpose(it: Rules, x: Value, dim0: int, dim1: int) -> Value:
+def _transpose(node: NodeExporter, x: Value, dim0: int, dim1: int) -> Value:
     order = list(range(len(x.shape)))
     order[dim0], order[dim1] = order[dim1], order[dim0]
-    return it.op("Transpose", x.name, perm=order)
+    return node.op("Transpose", x.name, perm=order)
 
 
-def _permute(it: Rules, x: Value, *dims: Any) -> Value:
+def _permute(node: NodeExporter, x: Value, *dims: Any) -> Value:
     order = dims[0] if len(dims) == 1 and isinstance(dims[0], tuple | list) else dims
-    return it.op("Transpose", x.name, perm=[dim % len(x.shape) for dim in order])
+    return node.op("Transpose", x.name, perm=[dim % len(x.shape) for dim in order])
 
 
-def _expand(it: Rules, x: Value, *_: Any, **__: Any) -> Value:
-    assert it.shape is not None
-    return it.op("Expand", x.name, it.make.numbers(*it.shape))
+def _expand(node: NodeExporter, x: Value, *_: Any, **__: Any) -> Value:
+    assert node.shape is not None
+    return node.op("Expand", x.name, node.builder.numbers(*node.shape))
 
 
-def _split(it: Rules, x: Value, size: Any, dim: int = 0) -> list[Value]:
+def _split(node: NodeExporter, x: Value, size: Any, dim: int = 0) -> list[Value]:
     axis = dim % len(x.shape)
     total = x.shape[axis]
     sizes = [min(size, total - begin) for begin in range(0, total, size)] if isinstance(size, int) else list(size)
-    return _cut(it, x, sizes, axis)
+    return _cut(node, x, sizes, axis)
 
 
-def _chunk(it: Rules, x: Value, chunks: int, dim: int = 0) -> list[Value]:
-    return _split(it, x, -(-x.shape[dim] // chunks), dim)
+def _chunk(node: NodeExporter, x: Value, chunks: int, dim: int = 0) -> list[Value]:
+    return _split(node, x, -(-x.shape[dim] // chunks), dim)
 
 
-def _cut(it: Rules, x: Value, sizes: list[int], axis: int) -> list[Value]:
-    names = [f"{it.to}_{number}" for number in range(len(sizes))]
-    outputs = it.make.ops("Split", x.name, it.make.numbers(*sizes), to=names, axis=axis)
+def _cut(node: NodeExporter, x: Value, sizes: list[int], axis: int) -> list[Value]:
+    names = [f"{node.output}_{number}" for number in range(len(sizes))]
+    outputs = node.builder.ops("Split", x.name, node.builder.numbers(*sizes), outputs=names, axis=axis)
     return [
         Value(name, (*x.shape[:axis], size, *x.shape[axis + 1 :]), x.dtype)
         for name, size in zip(outputs, sizes, strict=True)
     ]
 
 
-def _unbind(it: Rules, x: Value, dim: int = 0) -> list[Value]:
+def _unbind(node: NodeExporter, x: Value, dim: int = 0) -> list[Value]:
     axis = dim % len(x.shape)
     shape = (*x.shape[:axis], *x.shape[axis + 1 :])
-    parts = _cut(it, x, [1] * x.shape[axis], axis)
-    squeezed = [it.make.op("Squeeze", part.name, it.make.numbers(axis), to=f"{part.name}_only") for part in parts]
+    parts = _cut(node, x, [1] * x.shape[axis], axis)
+    squeezed = [
+        node.builder.op("Squeeze", part.name, node.builder.numbers(axis), output=f"{part.name}_only") for part in parts
+    ]
     return [Value(name, shape, x.dtype) for name in squeezed]
 
 
-def _getitem(it: Rules, x: Any, index: Any) -> Any:
+def _getitem(node: NodeExporter, x: Any, index: Any) -> Any:
     if isinstance(x, list):
         return x[index]
     parts = list(index) if isinstance(index, tuple) else [index]
@@ -134,45 +144,45 @@ def _getitem(it: Rules, x: Any, index: Any) -> Any:
             begin, end, step = (_whole(bound) for bound in (part.start, part.stop, part.step))
             begin, end, step = slice(begin, end, step).indices(x.shape[axis])
             if (begin, end, step) != (0, x.shape[axis], 1):
-                bounds = (it.make.numbers(number) for number in (begin, end, axis, step))
-                name = it.make.op("Slice", name, *bounds, to=f"{it.to}_slice")
+                bounds = (node.builder.numbers(number) for number in (begin, end, axis, step))
+                name = node.intermediate("Slice", name, *bounds, suffix="slice")
         elif isinstance(part, Tensor) and part.dtype in (torch.int64, torch.int32) and part.ndim <= 1:
-            name = it.make.op("Gather", name, it.make.tensor(part.long(), f"{it.to}_index"), axis=axis)
+            name = node.builder.op("Gather", name, node.builder.tensor(part.long(), f"{node.output}_index"), axis=axis)
         elif isinstance(part, int):
-            picked = it.make.numbers(part % x.shape[axis])
-            name = it.make.op("Gather", name, picked, axis=axis, to=f"{it.to}_picked")
+            picked = node.builder.numbers(part % x.shape[axis])
+            name = node.intermediate("Gather", name, picked, axis=axis, suffix="picked")
         else:
-            raise NoRule(f"an index that is a {type(part).__name__}")
+            raise UnsupportedOperation(f"an index that is a {type(part).__name__}")
         axis += 1
-    assert it.shape is not None
-    return it.op("Reshape", name, it.make.numbers(*it.shape))
+    assert node.shape is not None
+    return node.op("Reshape", name, node.builder.numbers(*node.shape))
 
 
 def _whole(bound: Any) -> int | None:
-    """The bound of a slice as a number; a tensor that is known holds one."""
+    """The bound of a slice as a number; it may be a constant tensor."""
     return bound if bound is None else int(bound)
 
 
-def _index_select(it: Rules, x: Value, dim: int, index: Tensor) -> Value:
+def _index_select(node: NodeExporter, x: Value, dim: int, index: Tensor) -> Value:
     if not isinstance(index, Tensor):
-        raise NoRule("an index that depends on what goes through the stage")
-    return it.op("Gather", x.name, it.make.tensor(index.long(), f"{it.to}_index"), axis=dim % len(x.shape))
+        raise UnsupportedOperation("an index that is not constant")
+    return node.op("Gather", x.name, node.builder.tensor(index.long(), f"{node.output}_index"), axis=dim % len(x.shape))
 
 
-def _cat(it: Rules, tensors: Any, dim: int = 0) -> Value:
-    assert it.shape is not None
-    return it.op("Concat", *(it.input(part) for part in tensors), axis=dim % len(it.shape))
+def _cat(node: NodeExporter, tensors: Any, dim: int = 0) -> Value:
+    assert node.shape is not None
+    return node.op("Concat", *(node.input(part) for part in tensors), axis=dim % len(node.shape))
 
 
 def _binary(kind: str) -> Callable[..., Value]:
-    def rule(it: Rules, left: Any, right: Any) -> Value:
-        return it.op(kind, it.input(left, _dtype(right)), it.input(right, _dtype(left)))
+    def rule(node: NodeExporter, left: Any, right: Any) -> Value:
+        return node.op(kind, node.input(left, _dtype(right)), node.input(right, _dtype(left)))
 
     return rule
 
 
 def _reversed(kind: str) -> Callable[..., Value]:
-    return lambda it, left, right: _binary(kind)(it, right, left)
+    return lambda node, left, right: _binary(kind)(node, right, left)
 
 
 def _dtype(value: Any) -> torch.dtype:
@@ -180,60 +190,65 @@ def _dtype(value: Any) -> torch.dtype:
 
 
 def _unary(kind: str) -> Callable[..., Value]:
-    return lambda it, x: it.op(kind, x.name)
+    return lambda node, x: node.op(kind, x.name)
 
 
 def _activation(kind: str) -> Callable[..., Value]:
-    def rule(it: Rules, x: Value, *_: Any, approximate: str = "none", **__: Any) -> Value:
+    def rule(node: NodeExporter, x: Value, *_: Any, approximate: str = "none", **__: Any) -> Value:
         wanted = "gelu_tanh" if kind == "gelu" and approximate == "tanh" else kind
-        return it.value(export_activation(it.make, wanted, x.name, it.to))
+        return node.value(export_activation(node.builder, wanted, x.name, node.output))
 
     return rule
 
 
-def _softmax(it: Rules, x: Value, dim: int = -1, dtype: Any = None, **_: Any) -> Value:
-    return it.op("Softmax", x.name, axis=dim)
+def _softmax(node: NodeExporter, x: Value, dim: int = -1, dtype: Any = None, **_: Any) -> Value:
+    return node.op("Softmax", x.name, axis=dim)
 
 
-def _matmul(it: Rules, left: Any, right: Any) -> Value:
-    return it.op("MatMul", it.input(left), it.input(right))
+def _matmul(node: NodeExporter, left: Any, right: Any) -> Value:
+    return node.op("MatMul", node.input(left), node.input(right))
 
 
 def _attention(
-    it: Rules, query: Value, key: Value, value: Value, attn_mask: Any = None, dropout_p: float = 0.0,
+    node: NodeExporter, query: Value, key: Value, value: Value, attn_mask: Any = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> Value:  # fmt: skip
-    """softmax(query key^T * scale + mask) value, written out."""
+    """softmax(query key^T * scale + mask) value, as single operations."""
     if dropout_p:
-        raise NoRule("dropout")
+        raise UnsupportedOperation("dropout")
     keys, values = key.name, value.name
     if enable_gqa and query.shape[-3] != key.shape[-3]:
-        keys, values = (_repeat_heads(it, one, query.shape[-3] // key.shape[-3]) for one in (key, value))
+        keys, values = (_repeat_heads(node, one, query.shape[-3] // key.shape[-3]) for one in (key, value))
     order = list(range(len(key.shape)))
-    turned = it.make.op("Transpose", keys, to=f"{it.to}_keys", perm=[*order[:-2], order[-1], order[-2]])
-    factor = it.make.scalar(1 / math.sqrt(query.shape[-1]) if scale is None else scale)
-    scores = it.make.op("MatMul", it.make.op("Mul", query.name, factor, to=f"{it.to}_scaled"), turned, to=f"{it.to}_qk")
+    transposed = node.intermediate("Transpose", keys, suffix="keys", perm=[*order[:-2], order[-1], order[-2]])
+    factor = node.builder.scalar(1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    scaled = node.intermediate("Mul", query.name, factor, suffix="scaled")
+    scores = node.intermediate("MatMul", scaled, transposed, suffix="qk")
     if is_causal:
         attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
     if attn_mask is not None:
-        mask = it.input(attn_mask)
+        mask = node.input(attn_mask)
         if attn_mask.dtype == torch.bool:
-            nothing = it.make.scalar(-math.inf)
-            scores = it.make.op("Where", mask, scores, nothing, to=f"{it.to}_masked")
+            masked_value = node.builder.scalar(-math.inf)
+            scores = node.intermediate("Where", mask, scores, masked_value, suffix="masked")
         else:
-            scores = it.make.op("Add", scores, mask, to=f"{it.to}_masked")
-    return it.op("MatMul", it.make.op("Softmax", scores, to=f"{it.to}_shares", axis=-1), values)
+            scores = node.intermediate("Add", scores, mask, suffix="masked")
+    return node.op("MatMul", node.intermediate("Softmax", scores, suffix="shares", axis=-1), values)
 
 
-def _repeat_heads(it: Rules, x: Value, times: int) -> str:
-    """[..., H, S, D] -> [..., H * times, S, D], each head so often in a row."""
+def _repeat_heads(node: NodeExporter, x: Value, times: int) -> str:
+    """[..., H, S, D] -> [..., H * times, S, D], each head repeated in a row."""
     before, (heads, rows, depth) = x.shape[:-3], x.shape[-3:]
-    apart = it.make.op("Reshape", x.name, it.make.numbers(*before, heads, 1, rows, depth), to=f"{it.to}_heads")
-    more = it.make.op("Expand", apart, it.make.numbers(*before, heads, times, rows, depth), to=f"{it.to}_repeated")
-    return it.make.op("Reshape", more, it.make.numbers(*before, heads * times, rows, depth), to=f"{it.to}_all_heads")
+    split = node.intermediate("Reshape", x.name, node.builder.numbers(*before, heads, 1, rows, depth), suffix="heads")
+    repeated = node.intermediate(
+        "Expand", split, node.builder.numbers(*before, heads, times, rows, depth), suffix="repeated"
+    )
+    return node.intermediate(
+        "Reshape", repeated, node.builder.numbers(*before, heads * times, rows, depth), suffix="all_heads"
+    )
 
 
-def _observe(it: Rules, x: Value) -> Value:
+def _observe(node: NodeExporter, x: Value) -> Value:
     return x
 
 

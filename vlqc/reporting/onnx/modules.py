@@ -1,8 +1,9 @@
-"""Modules of a stage as ONNX nodes: linears, with QuantizeLinear and DequantizeLinear if quantized, norms, activations.
+"""Modules of a stage as ONNX nodes: float and quantized linear layers, norms and activations.
 
-A static W8A8 linear is QuantizeLinear -> DequantizeLinear -> MatMul with a DequantizeLinear of its int8 weight (one
-scale per output channel) -> Add of a DequantizeLinear of its int32 bias: the form in which runtimes recognise int8
-arithmetic. Per token, the scale is computed in front of QuantizeLinear. 4-bit weights are INT4, dequantized in blocks.
+A static W8A8 layer is QuantizeLinear -> DequantizeLinear -> MatMul with a DequantizeLinear of its int8 weight (one
+scale per output channel) -> Add of a DequantizeLinear of its int32 bias, the pattern in which runtimes recognize int8
+arithmetic. Dynamic layers compute the scale of each token before QuantizeLinear. 4-bit weights are INT4 with blockwise
+DequantizeLinear.
 """
 
 import math
@@ -21,33 +22,38 @@ from vlqc.reporting.onnx.builder import Builder
 Shape = tuple[int, ...]
 
 
-class NoRule(Exception):
-    """What has no form in ONNX here; the message says what."""
+class UnsupportedOperation(Exception):
+    """An operation without a rule. The message names it."""
 
 
-def export_module(make: Builder, module: nn.Module, name: str, x: str, shape: Shape, to: str) -> str:
-    """A called module: its checkpoint name, its input's name and shape -> the name of its output. NoRule."""
+def export_module(builder: Builder, module: nn.Module, name: str, x: str, shape: Shape, output: str) -> str:
+    """Adds the nodes of a module and returns the name of its output. Raises UnsupportedOperation.
+
+    name: checkpoint name of the module; x, shape: name and shape of its input; output: prefix for names.
+    """
     if isinstance(module, nn.Linear):
-        return _linear(make, module, name, x, to)
+        return _linear(builder, module, name, x, output)
     for kind, quantized in QUANTIZED.items():
         if isinstance(module, kind):
-            return quantized(make, module, name, x, shape, to)
+            return quantized(builder, module, name, x, shape, output)
     if isinstance(module, ShiftedNorm):
-        normalised = _norm(make, module._norm[0], module.weight, name, x, f"{to}_unshifted")
-        return make.op("Add", normalised, make.tensor(module.bias, f"{name}.bias"), to=to)
+        normalised = _norm(builder, module._norm[0], module.weight, name, x, f"{output}_unshifted")
+        return builder.op("Add", normalised, builder.tensor(module.bias, f"{name}.bias"), output=output)
     if isinstance(module, nn.LayerNorm):
-        inputs = [x, make.tensor(module.weight, f"{name}.weight")]
-        inputs += [make.tensor(module.bias, f"{name}.bias")] if module.bias is not None else []
-        return make.op("LayerNormalization", *inputs, to=to, axis=-len(module.normalized_shape), epsilon=module.eps)
+        inputs = [x, builder.tensor(module.weight, f"{name}.weight")]
+        inputs += [builder.tensor(module.bias, f"{name}.bias")] if module.bias is not None else []
+        return builder.op(
+            "LayerNormalization", *inputs, output=output, axis=-len(module.normalized_shape), epsilon=module.eps
+        )
     if type(module).__name__.endswith("RMSNorm"):
-        return _norm(make, module, module.get_parameter("weight"), name, x, to)
+        return _norm(builder, module, module.get_parameter("weight"), name, x, output)
     if (activation := activation_of(module)) is not None:
-        return export_activation(make, activation, x, to)
-    raise NoRule(f"a module of the kind {type(module).__name__}")
+        return export_activation(builder, activation, x, output)
+    raise UnsupportedOperation(f"a module of class {type(module).__name__}")
 
 
 def activation_of(module: nn.Module) -> str | None:
-    """silu, gelu, gelu_tanh, relu or identity, if the module is one of them."""
+    """silu, gelu, gelu_tanh, relu or identity; None for other modules."""
     kind = type(module).__name__
     if kind in ("GELU", "GELUActivation"):
         return "gelu_tanh" if getattr(module, "approximate", "none") == "tanh" else "gelu"
@@ -57,117 +63,127 @@ def activation_of(module: nn.Module) -> str | None:
     return known.get(kind)
 
 
-def export_activation(make: Builder, kind: str, x: str, to: str) -> str:
+def export_activation(builder: Builder, kind: str, x: str, output: str) -> str:
     if kind == "silu":
-        return make.op("Mul", x, make.op("Sigmoid", x, to=f"{to}_sigmoid"), to=to)
+        return builder.op("Mul", x, builder.op("Sigmoid", x, output=f"{output}_sigmoid"), output=output)
     if kind == "relu":
-        return make.op("Relu", x, to=to)
+        return builder.op("Relu", x, output=output)
     if kind == "identity":
-        return make.op("Identity", x, to=to)
-    return make.op("Gelu", x, to=to, approximate="tanh" if kind == "gelu_tanh" else "none")
+        return builder.op("Identity", x, output=output)
+    return builder.op("Gelu", x, output=output, approximate="tanh" if kind == "gelu_tanh" else "none")
 
 
-def _norm(make: Builder, norm: Any, weight: Tensor, name: str, x: str, to: str) -> str:
+def _norm(builder: Builder, norm: Any, weight: Tensor, name: str, x: str, output: str) -> str:
     """x / sqrt(mean(x^2) + eps) * weight."""
     eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     if not isinstance(eps, float):
-        raise NoRule(f"a norm of the kind {type(norm).__name__}, whose epsilon is not known")
-    square = make.op("Mul", x, x, to=f"{to}_square")
-    mean = make.op("ReduceMean", square, make.numbers(-1), to=f"{to}_mean", keepdims=1)
-    root = make.op("Sqrt", make.op("Add", mean, make.scalar(eps), to=f"{to}_eps"), to=f"{to}_root")
-    normalised = make.op("Div", x, root, to=f"{to}_normalised")
-    return make.op("Mul", make.tensor(weight, f"{name}.weight"), normalised, to=to)
+        raise UnsupportedOperation(f"a norm of class {type(norm).__name__} without an epsilon")
+    square = builder.op("Mul", x, x, output=f"{output}_square")
+    mean = builder.op("ReduceMean", square, builder.numbers(-1), output=f"{output}_mean", keepdims=1)
+    root = builder.op(
+        "Sqrt", builder.op("Add", mean, builder.scalar(eps), output=f"{output}_eps"), output=f"{output}_root"
+    )
+    normalised = builder.op("Div", x, root, output=f"{output}_normalised")
+    return builder.op("Mul", builder.tensor(weight, f"{name}.weight"), normalised, output=output)
 
 
-# ---- linears ---------------------------------------------------------------------------------------------------------
+# ---- linear layers ---------------------------------------------------------------------------------------------------
 
 
-def _product(make: Builder, x: str, weight: str, bias: str | None, to: str) -> str:
+def _product(builder: Builder, x: str, weight: str, bias: str | None, output: str) -> str:
     """x [..., K] @ weight [N, K].T + bias."""
-    turned = make.op("Transpose", weight, to=f"{to}_weight_turned", perm=[1, 0])
+    transposed = builder.op("Transpose", weight, output=f"{output}_weight_transposed", perm=[1, 0])
     if bias is None:
-        return make.op("MatMul", x, turned, to=to)
-    return make.op("Add", make.op("MatMul", x, turned, to=f"{to}_product"), bias, to=to)
+        return builder.op("MatMul", x, transposed, output=output)
+    return builder.op("Add", builder.op("MatMul", x, transposed, output=f"{output}_product"), bias, output=output)
 
 
-def _linear(make: Builder, linear: nn.Linear, name: str, x: str, to: str) -> str:
-    bias = None if linear.bias is None else make.tensor(linear.bias, f"{name}.bias")
-    return _product(make, x, make.tensor(linear.weight, f"{name}.weight"), bias, to)
+def _linear(builder: Builder, linear: nn.Linear, name: str, x: str, output: str) -> str:
+    bias = None if linear.bias is None else builder.tensor(linear.bias, f"{name}.bias")
+    return _product(builder, x, builder.tensor(linear.weight, f"{name}.weight"), bias, output)
 
 
-def _per_channel(make: Builder, module: QuantLinear, name: str, to: str) -> str:
+def _per_channel(builder: Builder, module: QuantLinear, name: str, output: str) -> str:
     """The int8 weight [N, K], dequantized by one scale per output channel."""
-    weight = make.tensor(module.weight, f"{name}.weight")
-    scale = make.tensor(module.weight_scale.float().flatten(), f"{name}.weight_scale")
-    return make.op("DequantizeLinear", weight, scale, to=f"{to}_weight", axis=0)
+    weight = builder.tensor(module.weight, f"{name}.weight")
+    scale = builder.tensor(module.weight_scale.float().flatten(), f"{name}.weight_scale")
+    return builder.op("DequantizeLinear", weight, scale, output=f"{output}_weight", axis=0)
 
 
-def _static(make: Builder, module: StaticQuantLinear, name: str, x: str, shape: Shape, to: str) -> str:
-    """quant_bias + offset * sum of a row's integers is the bias in steps of deq_scale: int32, as runtimes want it."""
+def _static(builder: Builder, module: StaticQuantLinear, name: str, x: str, shape: Shape, output: str) -> str:
+    """The int32 bias that runtimes expect is quant_bias + offset * sum of a row's integers, in units of deq_scale."""
     offset = int(module.input_offset)
-    scale = make.tensor(module.input_scale.float().reshape(()), f"{name}.input_scale")
-    zero = make.tensor(module.input_offset.to(torch.int8).reshape(()), f"{name}.input_offset")
-    q = make.op("QuantizeLinear", _rows(make, x, shape, to), scale, zero, to=f"{to}_input_q")
-    values = make.op("DequantizeLinear", q, scale, zero, to=f"{to}_input")
+    scale = builder.tensor(module.input_scale.float().reshape(()), f"{name}.input_scale")
+    zero = builder.tensor(module.input_offset.to(torch.int8).reshape(()), f"{name}.input_offset")
+    q = builder.op("QuantizeLinear", _rows(builder, x, shape, output), scale, zero, output=f"{output}_input_q")
+    values = builder.op("DequantizeLinear", q, scale, zero, output=f"{output}_input")
     steps = module.quant_bias.long() + offset * module.weight.sum(1, dtype=torch.int64)
     if int(steps.abs().max()) >= 2**31:
-        raise NoRule(f"the bias of {name}, which needs more than 32 bits without its input's offset")
-    deq_scale = make.tensor(decode_deq_scale(module.deq_scale), f"{name}.deq_scale")
-    bias_q = make.tensor(steps.to(torch.int32), f"{name}.bias_in_steps")
-    bias = make.op("DequantizeLinear", bias_q, deq_scale, to=f"{to}_bias", axis=0)
-    weight = _per_channel(make, module, name, to)
-    return _shaped(make, module, shape, to, lambda at: _product(make, values, weight, bias, at))
+        raise UnsupportedOperation(f"the bias of {name}, which has more than 32 bits without the offset of the input")
+    deq_scale = builder.tensor(decode_deq_scale(module.deq_scale), f"{name}.deq_scale")
+    bias_q = builder.tensor(steps.to(torch.int32), f"{name}.bias_in_steps")
+    bias = builder.op("DequantizeLinear", bias_q, deq_scale, output=f"{output}_bias", axis=0)
+    weight = _per_channel(builder, module, name, output)
+    return _shaped(builder, module, shape, output, lambda prefix: _product(builder, values, weight, bias, prefix))
 
 
-def _rows(make: Builder, x: str, shape: Shape, to: str) -> str:
-    """[..., K] -> [M, K]: between quantized values onnxruntime's optimizer only gets matrices right."""
-    return x if len(shape) == 2 else make.op("Reshape", x, make.numbers(-1, shape[-1]), to=f"{to}_tokens")
+def _rows(builder: Builder, x: str, shape: Shape, output: str) -> str:
+    """[..., K] -> [M, K]: onnxruntime's optimizer handles quantized values correctly for matrices only."""
+    return x if len(shape) == 2 else builder.op("Reshape", x, builder.numbers(-1, shape[-1]), output=f"{output}_tokens")
 
 
-def _shaped(make: Builder, module: QuantLinear, shape: Shape, to: str, product: Callable[[str], str]) -> str:
-    """product: makes [M, N], whose name it is told -> [..., N]."""
+def _shaped(builder: Builder, module: QuantLinear, shape: Shape, output: str, product: Callable[[str], str]) -> str:
+    """[M, N] -> [..., N]. product: called with a prefix, returns the name of [M, N]."""
     if len(shape) == 2:
-        return product(to)
-    return make.op("Reshape", product(f"{to}_rows"), make.numbers(*shape[:-1], module.out_features), to=to)
+        return product(output)
+    return builder.op(
+        "Reshape", product(f"{output}_rows"), builder.numbers(*shape[:-1], module.out_features), output=output
+    )
 
 
-def _per_token(make: Builder, x: str, shape: Shape, to: str) -> str:
-    """x [..., K] rounded to int8 with a scale for each token, and back: [M, K]."""
-    flat = _rows(make, x, shape, to)
-    most = make.op("ReduceMax", make.op("Abs", flat, to=f"{to}_abs"), make.numbers(-1), to=f"{to}_absmax", keepdims=0)
-    step = make.op("Div", most, make.scalar(INT8_MAX), to=f"{to}_step")
-    scale = make.op("Max", step, make.scalar(SMALLEST_TOKEN_SCALE), to=f"{to}_token_scale")  # [M]
-    # Without zeros of its own type onnxruntime's optimizer takes the integers for unsigned ones.
-    zero = make.tensor(torch.zeros(math.prod(shape[:-1]), dtype=torch.int8), f"{to}_token_offset")
-    q = make.op("QuantizeLinear", flat, scale, zero, to=f"{to}_input_q", axis=0)
-    return make.op("DequantizeLinear", q, scale, zero, to=f"{to}_input", axis=0)
+def _per_token(builder: Builder, x: str, shape: Shape, output: str) -> str:
+    """x [..., K] -> [M, K], quantized to int8 with one scale per token, and dequantized."""
+    flat = _rows(builder, x, shape, output)
+    most = builder.op(
+        "ReduceMax",
+        builder.op("Abs", flat, output=f"{output}_abs"),
+        builder.numbers(-1),
+        output=f"{output}_absmax",
+        keepdims=0,
+    )
+    step = builder.op("Div", most, builder.scalar(INT8_MAX), output=f"{output}_step")
+    scale = builder.op("Max", step, builder.scalar(SMALLEST_TOKEN_SCALE), output=f"{output}_token_scale")  # [M]
+    # Without int8 zeros, onnxruntime's optimizer interprets the integers as unsigned.
+    zero = builder.tensor(torch.zeros(math.prod(shape[:-1]), dtype=torch.int8), f"{output}_token_offset")
+    q = builder.op("QuantizeLinear", flat, scale, zero, output=f"{output}_input_q", axis=0)
+    return builder.op("DequantizeLinear", q, scale, zero, output=f"{output}_input", axis=0)
 
 
-def _dynamic(make: Builder, module: DynamicQuantLinear, name: str, x: str, shape: Shape, to: str) -> str:
-    values = _per_token(make, x, shape, to)
-    bias = None if module.bias is None else make.tensor(module.bias.float(), f"{name}.bias")
-    weight = _per_channel(make, module, name, to)
-    return _shaped(make, module, shape, to, lambda at: _product(make, values, weight, bias, at))
+def _dynamic(builder: Builder, module: DynamicQuantLinear, name: str, x: str, shape: Shape, output: str) -> str:
+    values = _per_token(builder, x, shape, output)
+    bias = None if module.bias is None else builder.tensor(module.bias.float(), f"{name}.bias")
+    weight = _per_channel(builder, module, name, output)
+    return _shaped(builder, module, shape, output, lambda prefix: _product(builder, values, weight, bias, prefix))
 
 
-def _groups(make: Builder, module: GroupQuantLinear, name: str, x: str, shape: Shape, to: str) -> str:
-    """The scale of a block is the product of the two stored ones."""
+def _groups(builder: Builder, module: GroupQuantLinear, name: str, x: str, shape: Shape, output: str) -> str:
+    """The scale of a block is the product of weight_scale and weight_scale_second."""
     if module.in_features % 2 and module.out_features % 2:
-        raise NoRule(f"the 4-bit weight of {name}, of an odd number of values")
+        raise UnsupportedOperation(f"the 4-bit weight of {name}, which has an odd number of values")
     scale = (module.weight_scale.float() * module.weight_scale_second.float()).contiguous()  # [N, K/G]
-    weight = make.op(
+    weight = builder.op(
         "DequantizeLinear",
-        make.int4(module.weight, f"{name}.weight"),
-        make.tensor(scale, f"{name}.weight_scale"),
-        to=f"{to}_weight",
+        builder.int4(module.weight, f"{name}.weight"),
+        builder.tensor(scale, f"{name}.weight_scale"),
+        output=f"{output}_weight",
         axis=1,
         block_size=module.group_size,
     )
     if module.weight_only:
-        return _product(make, x, weight, None, to)
-    bias = None if module.bias is None else make.tensor(module.bias.float(), f"{name}.bias")
-    values = _per_token(make, x, shape, to)
-    return _shaped(make, module, shape, to, lambda at: _product(make, values, weight, bias, at))
+        return _product(builder, x, weight, None, output)
+    bias = None if module.bias is None else builder.tensor(module.bias.float(), f"{name}.bias")
+    values = _per_token(builder, x, shape, output)
+    return _shaped(builder, module, shape, output, lambda prefix: _product(builder, values, weight, bias, prefix))
 
 
 QUANTIZED: dict[type[QuantLinear], Callable[..., str]] = {

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Creates the environment and runs all checks: style, types, all tests with the pinned transformers, and the tests marked
+# Creates the environment and runs all checks: style, types, layers, all tests with the pinned transformers, and the tests marked
 # every_transformers with the newest transformers. Works from any folder. Arguments are passed to the first pytest run.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/ci/environment.sh"
@@ -12,6 +12,9 @@ say "Style: ruff"
 
 say "Types: mypy --strict"
 "$python" -m mypy
+
+say "Layers: import-linter"
+"$environment/bin/lint-imports"
 
 # One worker per core, with one thread each: thread pools that share cores slow each other down.
 export OMP_NUM_THREADS=1

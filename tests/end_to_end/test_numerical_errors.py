@@ -1,6 +1,6 @@
-"""Numbers at the edge: what is no number, too large, zero or nearly so, in weights, activations and samples.
+"""Extreme numbers in weights, activations and samples: NaN, Inf, overflow, zeros and denormals.
 
-Whole compilations of a small model, verified against its float weights: nothing may end in a traceback or in NaN.
+A small model is compiled and verified against its float weights; no case may end in a traceback or in NaN.
 """
 
 import math
@@ -28,20 +28,20 @@ ATTENTION, MLP = "model.layers.1.self_attn", "model.layers.1.mlp"
 
 
 def source(folder: Path, change: Change = lambda tensors: None, stored: torch.dtype | None = None, **how: Any) -> Path:
-    """A float checkpoint of one vision block and two layers, changed in place."""
+    """Writes a float checkpoint with one vision block and two decoder layers. change: modifies its tensors in place."""
     content = make_content(**how)
-    if "scheme" in how:  # is wider, and has wider heads
+    if "scheme" in how:  # its heads are wider
         content.config["rope_scaling"] = {"type": "mrope", "mrope_section": [4, 6, 6]}
-    made = content.write_source(folder)
-    tensors = load_file(made / "model.safetensors")
+    model = content.write_source(folder)
+    tensors = load_file(model / "model.safetensors")
     change(tensors)
     if stored is not None:
         tensors = {name: tensor.to(stored) for name, tensor in tensors.items()}
-    save_file({name: it.contiguous() for name, it in tensors.items()}, made / "model.safetensors", {"format": "pt"})
-    return made
+    save_file({name: it.contiguous() for name, it in tensors.items()}, model / "model.safetensors", {"format": "pt"})
+    return model
 
 
-def picture(seed: int = 0) -> dict[str, Tensor]:
+def image_sample(seed: int = 0) -> dict[str, Tensor]:
     random = torch.Generator().manual_seed(seed)
     ids = [1, START, *[IMAGE] * 8, END, *torch.randint(2, 40, (9,), generator=random).tolist()]
     return {
@@ -57,22 +57,22 @@ def one_token() -> dict[str, Tensor]:
 
 
 def compiled(model: Path, out: Path, *samples: dict[str, Tensor], **options: Any) -> VerificationResult:
-    given = list(samples) or [picture(), picture(1)]
-    vlqc.compile(model_path=model, save_directory=out, samples=given, **options)
-    return vlqc.verify_folder(out, model_path=model, samples=given)
+    calibration = list(samples) or [image_sample(), image_sample(1)]
+    vlqc.compile(model_path=model, save_directory=out, samples=calibration, **options)
+    return vlqc.verify_folder(out, model_path=model, samples=calibration)
 
 
 def faults_of(report: VerificationResult) -> str:
-    """All but those of fits to the float weights: matrices of 32 columns are too small for these."""
-    found = [finding for finding in report.faults if finding.check != "float weights"]
-    return "\n".join(f"{finding.where}: {finding.what}" for finding in found)
+    """All faults except of the fit to the float weights, for which matrices of 32 columns are too small."""
+    faults = [finding for finding in report.faults if finding.check != "float weights"]
+    return "\n".join(f"{finding.where}: {finding.what}" for finding in faults)
 
 
 def matrices(tensors: dict[str, Tensor]) -> list[Tensor]:
     return [tensor for name, tensor in tensors.items() if tensor.ndim == 2 and "embed" not in name]
 
 
-# ---- what must stop, with stage, node and sample ---------------------------------------------------------------------
+# ---- errors ----------------------------------------------------------------------------------------------------------
 
 
 def refused(model: Path, out: Path, *samples: dict[str, Tensor], **options: Any) -> str:
@@ -107,42 +107,42 @@ STOPS: dict[str, tuple[Change, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", STOPS)
-def test_what_float32_cannot_hold_stops_with_its_place(tmp_path: Path, case: str) -> None:
-    """Catches NaN that travels on into scales, a fault of ours claimed for theirs, and a message without a place."""
+def test_float32_overflow_is_an_error(tmp_path: Path, case: str) -> None:
+    """Catches NaN in scales, an InternalError, and a message without stage, node and sample."""
     change, words = STOPS[case]
-    told = refused(source(tmp_path / "model", change, torch.float32), tmp_path / "out")
+    message = refused(source(tmp_path / "model", change, torch.float32), tmp_path / "out")
     for word in words:
-        assert word in told, told
+        assert word in message, message
 
 
-def test_the_sample_is_named(tmp_path: Path) -> None:
-    """Catches the first sample blamed for what another one does: its token's embedding is beyond all others."""
+def test_the_right_sample_is_named(tmp_path: Path) -> None:
+    """Catches an error that names the first sample instead of the one with an extreme embedding."""
     model = source(tmp_path / "model", lambda t: t["model.embed_tokens.weight"][41].fill_(1e25), torch.float32)
     sample = one_token()
     sample["input_ids"] = torch.tensor([[1, 2, 41]])
     sample["attention_mask"] = torch.ones(1, 3, dtype=torch.int64)
-    told = refused(model, tmp_path / "out", picture(), picture(1), sample)
-    assert "sample 2" in told and "model.layers.0" in told
+    message = refused(model, tmp_path / "out", image_sample(), image_sample(1), sample)
+    assert "sample 2" in message and "model.layers.0" in message
 
 
 @pytest.mark.parametrize("method", ["gptq", "round"])
 @pytest.mark.parametrize("value", [1e30, -1e30, 2e4])
-def test_pixels_that_no_picture_has(tmp_path: Path, value: float, method: str) -> None:
-    """Catches a factorization that fails somewhere inside, or a result made of such pixels without a word."""
-    sample = picture()
+def test_extreme_pixels_are_an_error(tmp_path: Path, value: float, method: str) -> None:
+    """Catches a failing factorization, or a result computed from such pixels."""
+    sample = image_sample()
     sample["pixel_values"][3, 5] = value
-    told = refused(source(tmp_path / "model"), tmp_path / "out", picture(1), sample, weight_method=method)
-    assert "samples[1]" in told and "pixel_values reaches" in told
+    message = refused(source(tmp_path / "model"), tmp_path / "out", image_sample(1), sample, weight_method=method)
+    assert "samples[1]" in message and "pixel_values reaches" in message
 
 
 def test_a_stage_that_no_sample_reaches(tmp_path: Path) -> None:
-    """Catches a vision tower quantized by nothing at all."""
-    told = refused(source(tmp_path / "model"), tmp_path / "out", one_token())
-    assert "no calibration sample reaches visual.blocks.0" in told and "add a sample with a picture" in told
+    """Catches a vision tower that is quantized without activations."""
+    message = refused(source(tmp_path / "model"), tmp_path / "out", one_token())
+    assert "no calibration sample reaches visual.blocks.0" in message
 
 
-def test_a_norm_that_float16_cannot_hold(tmp_path: Path) -> None:
-    """Catches Inf in an emitted tensor: a norm of a float32 checkpoint is fine there, and beyond float16."""
+def test_a_norm_beyond_float16_is_an_error(tmp_path: Path) -> None:
+    """Catches Inf in an emitted float16 tensor."""
     for value in (65505.0 * 2, -1e6, math.inf):
         with pytest.raises(UserError, match=r"model\.norm\.weight cannot be stored") as caught:
             float_tensor("model.norm.weight", torch.tensor([1.0, value]), torch.float16)
@@ -150,8 +150,8 @@ def test_a_norm_that_float16_cannot_hold(tmp_path: Path) -> None:
     assert float(float_tensor("x", torch.tensor([65504.0]), torch.float16).tensor) == 65504.0
 
 
-def test_a_fold_does_not_leave_float16(tmp_path: Path) -> None:
-    """Catches smoothing that pushes a float16 norm over its end: that channel must stay as it is, others are scaled."""
+def test_folding_stays_within_float16(tmp_path: Path) -> None:
+    """Catches smoothing scales that overflow a float16 norm; channels at its limit must stay unscaled."""
 
     def change(tensors: dict[str, Tensor]) -> None:
         tensors["model.layers.1.input_layernorm.weight"].fill_(6.5e4)
@@ -166,7 +166,7 @@ def test_a_fold_does_not_leave_float16(tmp_path: Path) -> None:
     assert bool((norm == 64992).any()) and float(norm.min()) < 5e4 and float(norm.max()) <= 65504
 
 
-# ---- what must work --------------------------------------------------------------------------------------------------
+# ---- valid extremes --------------------------------------------------------------------------------------------------
 
 
 def no_rows(tensors: dict[str, Tensor]) -> None:
@@ -206,7 +206,7 @@ def faint_activations(tensors: dict[str, Tensor]) -> None:
 
 
 def large_float16(tensors: dict[str, Tensor]) -> None:
-    """Activations in front of down_proj beyond 65504, and a residual stream beyond it."""
+    """Inputs of down_proj and a residual stream beyond 65504."""
     tensors[f"{MLP}.up_proj.weight"].mul_(2e3)
     tensors["model.layers.0.mlp.gate_proj.weight"].mul_(100)
     tensors["model.layers.0.mlp.up_proj.weight"].mul_(2e3)
@@ -233,8 +233,8 @@ WORKS: dict[str, tuple[Change, dict[str, Any], torch.dtype]] = {
 
 
 @pytest.mark.parametrize("case", WORKS)
-def test_the_edge_of_numbers_is_compiled_soundly(tmp_path: Path, case: str) -> None:
-    """Catches a division by zero, a scale of zero or Inf, a proof that fails on nothing, and a folder that is wrong."""
+def test_valid_extremes_are_compiled_correctly(tmp_path: Path, case: str) -> None:
+    """Catches a division by zero, a scale of 0 or Inf, and a failing proof or verification."""
     change, options, dtype = WORKS[case]
     how: dict[str, Any] = {"dtype": "float16"} if dtype == torch.float16 else {}
     how |= {"scheme": "W4A8_DYNAMIC"} if options is W4 else {}  # wide enough for groups
@@ -244,8 +244,8 @@ def test_the_edge_of_numbers_is_compiled_soundly(tmp_path: Path, case: str) -> N
 
 
 @pytest.mark.parametrize("change", [no_tiny_matrix, faint_activations], ids=["zero matrices", "denormal activations"])
-def test_the_edge_of_numbers_follows_from_the_float_weights(tmp_path: Path, change: Change) -> None:
-    """Catches a sound folder that verification blames for weights that were zero, or nearly so, before."""
+def test_valid_extremes_match_the_float_weights(tmp_path: Path, change: Change) -> None:
+    """Catches verification faults for weights that are zero or denormal in the float checkpoint."""
     model = damaged(tmp_path / "model", tensors=change)
     samples = [made_up((4, 8), seed=1), made_up(words=9, seed=2)]
     report = compiled(model, tmp_path / "out", *samples, weight_method="round")
@@ -253,13 +253,13 @@ def test_the_edge_of_numbers_follows_from_the_float_weights(tmp_path: Path, chan
 
 
 def test_a_sample_of_one_token(tmp_path: Path) -> None:
-    """Catches statistics that want two rows, and a probe of one row that proves nothing."""
-    report = compiled(source(tmp_path / "model"), tmp_path / "out", one_token(), picture())
+    """Catches statistics that need two rows, and a probe of one row."""
+    report = compiled(source(tmp_path / "model"), tmp_path / "out", one_token(), image_sample())
     assert faults_of(report) == ""
 
 
-def test_columns_that_float32_cannot_tell_apart(tmp_path: Path) -> None:
-    """Catches a raw error of the factorization where rounding left a matrix of correlations without an inverse."""
+def test_singular_correlations(tmp_path: Path) -> None:
+    """Catches an exception of the factorization for a matrix that rounding made singular."""
     rows = torch.ones(3, 4) * torch.tensor([1.0, 1e18, 1.0, 1e18])
     rows[1] *= -1e19  # squares beyond float32
     weight, importance = torch.full((3,), 1 / 3, dtype=torch.float64), torch.ones(4)

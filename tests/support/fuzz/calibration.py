@@ -1,4 +1,4 @@
-"""Calibration data of strangers: JSON lines, pictures, ready samples."""
+"""Fuzz targets for calibration data: JSON lines, images, preprocessed samples."""
 
 import io
 import math
@@ -34,7 +34,7 @@ def line_cases() -> st.SearchStrategy[bytes]:
 
 
 def check_lines(case: bytes, folder: Path) -> bool:
-    """Every request comes from a line that is strict JSON, has known keys of the right types, and UTF-8 names."""
+    """Accepted lines are strict JSON with known keys of the right types and valid UTF-8 names."""
     source = folder / "lines.jsonl"
     source.write_bytes(case)
     requests = list_samples(source)
@@ -54,12 +54,12 @@ def check_lines(case: bytes, folder: Path) -> bool:
     return True
 
 
-# ---- pictures --------------------------------------------------------------------------------------------------------
+# ---- images ----------------------------------------------------------------------------------------------------------
 
 
 @cache
-def picture_files() -> dict[str, bytes]:
-    """Small pictures of every kind that people have, as files, by ending and kind."""
+def image_files() -> dict[str, bytes]:
+    """Small image files by suffix and kind, for all common kinds."""
     random = np.random.default_rng(1)
     colour = Image.fromarray(random.integers(0, 256, (13, 17, 3), dtype=np.uint8))
     clear = Image.fromarray(random.integers(0, 256, (9, 9, 4), dtype=np.uint8))
@@ -94,17 +94,17 @@ def picture_files() -> dict[str, bytes]:
     return files
 
 
-def picture_cases() -> st.SearchStrategy[tuple[str, bytes]]:
+def image_cases() -> st.SearchStrategy[tuple[str, bytes]]:
     def of(kind: str, content: bytes) -> st.SearchStrategy[tuple[str, bytes]]:
         whole = st.sampled_from(("png", "jpg", "gif", "bmp", "webp", "tif", "tiff")).map(lambda it: (it, content))
         damaged = damaged_bytes(content).map(lambda it: (kind.partition(" ")[0], it))
         return st.one_of(damaged, damaged, damaged, whole)
 
-    return st.one_of(*(of(kind, content) for kind, content in picture_files().items()))
+    return st.one_of(*(of(kind, content) for kind, content in image_files().items()))
 
 
-def check_picture(case: tuple[str, bytes], folder: Path) -> bool:
-    """A picture is read whole, as 8-bit RGB, or refused."""
+def check_image(case: tuple[str, bytes], folder: Path) -> bool:
+    """Accepted images are complete and in 8-bit RGB."""
     ending, content = case
     path = folder / f"x.{ending}"
     path.write_bytes(content)
@@ -119,12 +119,12 @@ def check_picture(case: tuple[str, bytes], folder: Path) -> bool:
     return True
 
 
-# ---- ready samples ---------------------------------------------------------------------------------------------------
+# ---- preprocessed samples --------------------------------------------------------------------------------------------
 
 
 @st.composite
 def sample_cases(draw: st.DrawFn) -> Any:
-    """A right sample with one to three tensors of other dtypes, shapes or values, or none at all."""
+    """A valid sample in which one to three tensors have other dtypes, shapes or values, or are missing."""
     sample: dict[Any, Any] = {
         "input_ids": torch.tensor([[1, 3, 5, 5, 4, 9]]),
         "attention_mask": torch.ones(1, 6, dtype=torch.int64),
@@ -158,7 +158,7 @@ def sample_cases(draw: st.DrawFn) -> Any:
 
 
 def check_ready_samples(case: Any, folder: Path) -> bool:
-    """Samples that pass have what the model's forward takes."""
+    """Accepted samples fit the forward of the model."""
     (sample,) = check_samples(case, tiny_module())
     ids = sample["input_ids"]
     demand(ids.dtype == torch.int64 and ids.ndim == 2 and 0 <= int(ids.min()) <= int(ids.max()) < 64, "input_ids")

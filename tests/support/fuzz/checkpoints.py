@@ -1,4 +1,4 @@
-"""Checkpoint folders of strangers: weight files, their index, config.json, what pictures and texts need."""
+"""Fuzz targets for checkpoint folders: weight files, index, config.json, processor, tokenizer, chat template."""
 
 import json
 import shutil
@@ -39,7 +39,7 @@ DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I8", "U8", "BOOL", "F8_E4M3", "f3
 
 @dataclass(frozen=True)
 class Weights:
-    """A safetensors file: text of the header, how far its length lies, its data."""
+    """A safetensors file: text of the header, error of its length field, data."""
 
     header: bytes
     lie: int
@@ -56,7 +56,7 @@ def _offsets(draw: st.DrawFn) -> Any:
 
 @st.composite
 def weights(draw: st.DrawFn) -> bytes:
-    """Entries with other dtypes, shapes and places, said twice, or damaged; lengths that lie; data of another size."""
+    """Entries with other dtypes, shapes and offsets, duplicate or damaged; wrong lengths; data of another size."""
     kind = draw(st.sampled_from(("entry", "entry", "json", "twice", "length", "data", "bytes")))
     whole = Weights(as_json(ENTRIES), 0, DATA)
     if kind == "bytes":
@@ -87,7 +87,7 @@ def weights(draw: st.DrawFn) -> bytes:
 
 
 def check_weights(case: bytes, folder: Path) -> bool:
-    """Weights that open as a checkpoint have a header without faults, all its tensors, and can be read."""
+    """Accepted weight files have a valid header, all its tensors, and can be read."""
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(case)
     checkpoint = Checkpoint(folder)
@@ -117,7 +117,7 @@ def index_cases() -> st.SearchStrategy[bytes]:
 
 
 def check_index(case: bytes, folder: Path) -> bool:
-    """Only files in the folder itself are read, whatever the index says."""
+    """Only files in the folder itself are read, for any index."""
     inside = folder / "inside"
     if not inside.exists():
         inside.mkdir()
@@ -138,7 +138,7 @@ def check_index(case: bytes, folder: Path) -> bool:
 
 
 def check_config_text(case: bytes, folder: Path) -> bool:
-    """Whatever config.json is, reading the folder ends in an object or in words."""
+    """Reading the folder returns an object or raises UserError, for any config.json."""
     if not (folder / "model.safetensors").exists():
         make_content().write_source(folder / "source")
         (folder / "source" / "model.safetensors").rename(folder / "model.safetensors")
@@ -169,7 +169,7 @@ def nested_config() -> dict[str, Any]:
 
 
 def check_config(case: Any, folder: Path) -> bool:
-    """A model that is built has the sizes of its tensors, and numbers where the model computes with them."""
+    """An accepted model has the sizes of its tensors, and numbers where it computes with them."""
     if not (folder / "model.safetensors").exists():
         shutil.copy(TINY / "model.safetensors", folder)
     (folder / "config.json").write_bytes(as_json(case))
@@ -193,11 +193,11 @@ def check_config(case: Any, folder: Path) -> bool:
     demand(
         type(checkpoint.config.get("tie_word_embeddings", False)) is bool, "tie_word_embeddings is not true or false"
     )
-    demand(len(model.linear_layers) == 4 * 5 + 2 + 4 * 7, "other layers than the tensors are for")
+    demand(len(model.linear_layers) == 4 * 5 + 2 + 4 * 7, "other layers than in the weight files")
     return True
 
 
-# ---- pictures' settings, tokenizer, template -------------------------------------------------------------------------
+# ---- image processor, tokenizer, chat template -----------------------------------------------------------------------
 
 SIDE_FILES = (
     "tokenizer.json",
@@ -218,12 +218,12 @@ def side_file_cases() -> st.SearchStrategy[tuple[str, bytes]]:
 
 
 @cache
-def picture() -> "Image.Image":
+def example_image() -> "Image.Image":
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (56, 84, 3), dtype=np.uint8))
 
 
 def check_side_file(case: tuple[str, bytes], folder: Path) -> bool:
-    """Model inputs are made, of finite numbers and known tokens, or it is said why not."""
+    """Accepted folders give model inputs with finite numbers and known tokens."""
     name, content = case
     if not (folder / "config.json").exists():
         for each in (*SIDE_FILES, "config.json"):
@@ -232,10 +232,10 @@ def check_side_file(case: tuple[str, bytes], folder: Path) -> bool:
     (folder / name).write_bytes(content)
     try:
         processor = SampleProcessor(folder)
-        sample = processor.build_sample([processor.process_image(picture())], "what is red ?", "blue")
+        sample = processor.build_sample([processor.process_image(example_image())], "what is red ?", "blue")
     except ImageError:
         return False
-    except ValueError as error:  # what the prompt is to blame for
+    except ValueError as error:  # caused by the prompt
         demand("stands for an image" in str(error), f"ValueError: {error}")
         return False
     finally:

@@ -1,4 +1,4 @@
-"""Ways to damage what a stranger may send: JSON documents, texts and bytes, as hypothesis strategies."""
+"""Hypothesis strategies that damage JSON documents, texts and bytes."""
 
 import copy
 import json
@@ -12,7 +12,7 @@ DEEP: list[Any] = []
 for _ in range(200):
     DEEP = [DEEP]
 
-# What breaks programs that trusted a number, a word or a shape.
+# Values that often break programs.
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 3, 7, 64, 255, 4096, 2**31 - 1, 2**31, -(2**31), 2**53 + 1, 2**63 - 1, 2**63, 2**64,
     10**9, 10**12, 10**400, 0.0, -0.0, 0.5, -1.5, 1e-45, 1e30, -1e300, float("nan"), float("inf"), -float("inf"),
@@ -28,7 +28,7 @@ WORDS = (
 
 
 def values() -> st.SearchStrategy[Any]:
-    """Any JSON value, mostly one that is known to hurt."""
+    """A JSON value, most often one of the above."""
     return st.one_of(
         st.sampled_from(VALUES),
         st.sampled_from(VALUES),
@@ -40,7 +40,7 @@ def values() -> st.SearchStrategy[Any]:
 
 
 def places(document: Any, path: Path = ()) -> Iterator[Path]:
-    """Every place in a JSON document, the whole of it left out."""
+    """The path of every value in a JSON document, except the document itself."""
     inner = (
         document.items() if isinstance(document, dict) else enumerate(document) if isinstance(document, list) else ()
     )
@@ -50,7 +50,7 @@ def places(document: Any, path: Path = ()) -> Iterator[Path]:
 
 
 def damaged_json(document: Any, *, most: int = 2, names: tuple[str, ...] = ()) -> st.SearchStrategy[Any]:
-    """The document with one to `most` places replaced, removed or renamed; names: keys to rename to or to add."""
+    """The document with one to `most` values replaced, removed or renamed. names: keys to rename to or to add."""
     known = list(places(document))
     change = st.tuples(
         st.sampled_from(known),
@@ -77,17 +77,17 @@ def _changed(document: Any, changes: list[tuple[Path, str, Any, str]]) -> Any:
             else:
                 holder[path[-1]] = value
         except (KeyError, IndexError, TypeError, AttributeError):
-            continue  # an earlier change took the place away
+            continue  # removed by an earlier change
     return made
 
 
 def as_json(document: Any) -> bytes:
-    """NaN, Infinity and lone surrogates stay, as careless writers leave them."""
+    """Encodes a document; NaN, Infinity and lone surrogates are allowed."""
     return json.dumps(document).encode()
 
 
 def damaged_bytes(whole: bytes, *, most: int = 3) -> st.SearchStrategy[bytes]:
-    """The bytes with some of them cut out, and others put in, at one to `most` places; now and then cut off."""
+    """The bytes with parts removed and others inserted at one to `most` positions; sometimes truncated."""
     size = len(whole)
     change = st.tuples(
         st.integers(0, size), st.integers(0, 12), st.one_of(st.binary(max_size=8), st.sampled_from(WORDS))
@@ -103,7 +103,7 @@ def _edited(whole: bytes, changes: list[tuple[int, int, bytes]]) -> bytes:
 
 
 def damaged_text(whole: str, *, most: int = 3, words: tuple[str, ...] = ()) -> st.SearchStrategy[str]:
-    """The text with one to `most` places replaced; words: what else may be put in."""
+    """The text with one to `most` parts replaced. words: further replacements."""
     size = len(whole)
     put = st.one_of(
         st.text(max_size=4),

@@ -1,4 +1,4 @@
-"""Compiled folders of strangers, as `vlqc verify` meets them."""
+"""Fuzz targets for `vlqc verify`: damaged compiled folders."""
 
 import json
 from functools import cache
@@ -40,7 +40,7 @@ def folder_cases() -> st.SearchStrategy[tuple[str, Any]]:
 
 
 def check_folder(case: tuple[Any, ...], folder: Path) -> bool:
-    """`vlqc verify` ends with a report; damaged headers and words are found; what it says can be stored."""
+    """`vlqc verify` returns a result that can be encoded, and finds damaged headers and descriptions."""
     target = folder / "out"
     files = compiled_files(target)
     kind = case[0]

@@ -1,4 +1,4 @@
-"""Every target of the fuzzer: damaged cases, what must be true of them, and how many the tests try."""
+"""All fuzz targets: their cases, checks, and number of examples in the tests."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,11 +8,11 @@ from typing import Any
 from hypothesis import strategies as st
 
 from tests.support.fuzz.calibration import (
+    check_image,
     check_lines,
-    check_picture,
     check_ready_samples,
+    image_cases,
     line_cases,
-    picture_cases,
     sample_cases,
 )
 from tests.support.fuzz.checkpoints import (
@@ -46,15 +46,15 @@ from tests.support.fuzz.texts import (
 
 @dataclass(frozen=True)
 class Target:
-    """cases: what is tried; check(case, folder): whether it was accepted (see fuzz_verdict), folder is its own and
-    stays from case to case; examples: how many cases the tests try."""
+    """cases: strategy for the cases; check(case, folder): returns whether a case was accepted, raises Wrong if it should
+    not have been, and may use the folder, which is kept between cases; examples: number of cases in the tests."""
 
     cases: st.SearchStrategy[Any]
     check: Callable[[Any, Path], bool]
     examples: int
 
 
-# Together more than 20,000 cases in little more than a minute on one core; tests/test_fuzz.py holds the table to that.
+# More than 20,000 cases in all, which take little more than a minute on one core; see tests/end_to_end/test_fuzz.py.
 TARGETS: dict[str, Target] = {
     "safetensors": Target(weights(), check_weights, 4500),
     "index": Target(index_cases(), check_index, 1500),
@@ -63,7 +63,7 @@ TARGETS: dict[str, Target] = {
     "nested config": Target(damaged_json(nested_config()), check_config, 100),
     "side files": Target(side_file_cases(), check_side_file, 600),
     "json lines": Target(line_cases(), check_lines, 3000),
-    "pictures": Target(picture_cases(), check_picture, 2500),
+    "images": Target(image_cases(), check_image, 2500),
     "options": Target(option_cases(), check_options, 2300),
     "recipes": Target(damaged_text(RECIPE, words=RECIPE_WORDS), check_recipe, 700),
     "pipelines": Target(damaged_text(PIPELINE, words=pass_words()), check_pipeline, 2300),

@@ -1,4 +1,4 @@
-"""Texts that users type or keep: values of options, pipelines, stages."""
+"""Fuzz targets for texts: option values, pipelines, recipes, printed stages."""
 
 import dataclasses
 import math
@@ -22,7 +22,7 @@ GOLDENS = Path(__file__).parents[2] / "goldens"
 
 
 def option_cases() -> st.SearchStrategy[dict[str, Any]]:
-    """Up to four options with values of every kind, mostly text, as a command line gives them."""
+    """Up to four options with values of any type, mostly text, as from a command line."""
     allowed = [(name, value) for name in Options.model_fields for value in option_info(name).choices]
     words = st.sampled_from(
         (
@@ -49,7 +49,7 @@ def option_cases() -> st.SearchStrategy[dict[str, Any]]:
 
 
 def check_options(case: dict[str, Any], folder: Path) -> bool:
-    """What is accepted is of the option's type and among its values, and says the same when it is given again."""
+    """Accepted values have the type and range of the option, and are accepted again unchanged."""
     options = Options.without_paths(**case)
     for name in Options.model_fields:
         value, info = getattr(options, name), option_info(name)
@@ -62,7 +62,7 @@ def check_options(case: dict[str, Any], folder: Path) -> bool:
         if type(value) is int and not info.choices:
             demand(int(info.legal.rpartition(" ")[2]) <= value < 10**18, f"{name} is {value!r}")
     again = Options.without_paths(**{name: getattr(options, name) for name in Options.model_fields})
-    demand(again == options, "reads otherwise when given again")
+    demand(again == options, "changes when parsed again")
     print_pipeline(parse_pipeline(pipeline_text(options)))
     return True
 
@@ -80,7 +80,7 @@ def pass_words() -> tuple[str, ...]:
 
 
 def check_pipeline(case: str, folder: Path) -> bool:
-    """What is accepted prints to a text that means the same. Without module:Class, which imports what it names."""
+    """Accepted pipelines print as an equivalent text. Without module:Class, which would import modules."""
     passes = parse_pipeline(case.replace(":", ""))
     text = print_pipeline(passes)
     text.encode()
@@ -107,7 +107,7 @@ RECIPE_WORDS = tuple("!!python/name:os.system !!int &a *a <<: --- ?  - { [ | > y
 
 
 def check_recipe(case: str, folder: Path) -> bool:
-    """What is accepted is options that give the same when given again, and names no code."""
+    """Accepted recipes give options that are accepted again unchanged, and name no code."""
     file = folder / "recipe.yaml"
     file.write_bytes(case.encode(errors="surrogatepass"))
     texts = {name: entry.value for name, entry in read_recipe(file).items()}
@@ -124,7 +124,7 @@ def stage_texts() -> list[str]:
 
 
 def stage_cases() -> st.SearchStrategy[str]:
-    """Goldens, a few lines of each left out and the rest damaged; short ones more often: they cost less."""
+    """Golden files with some lines removed and the rest damaged; short ones more often, because they are faster."""
     words = (" absmax=", " digest=", "float32", "%", " : ", "torch.", 'module("', "edges {", "}", "kept=", "channels=")
 
     def shortened(text: str) -> st.SearchStrategy[str]:
@@ -142,7 +142,7 @@ def stage_cases() -> st.SearchStrategy[str]:
 
 
 def check_stage(case: str, folder: Path) -> bool:
-    """What is accepted prints to a text that reads back as itself."""
+    """Accepted stages print as a text that parses to the same stage."""
     printed = print_stage(parse_stage(case))
     demand(print_stage(parse_stage(printed)) == printed, "does not read back")
     return True

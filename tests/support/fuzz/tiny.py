@@ -1,4 +1,4 @@
-"""The tiny checkpoint and its model, as the targets of the fuzzer share them. Not to be changed."""
+"""The tiny checkpoint and its model, shared by the fuzz targets, which must not change them."""
 
 from functools import cache
 from pathlib import Path

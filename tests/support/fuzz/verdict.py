@@ -1,7 +1,7 @@
-"""What must be true of a case of the fuzzer, and how it is said that it is not.
+"""Helpers for the checks of fuzz targets.
 
-A check returns whether the case was accepted; it lets UserError pass, which is a refusal in the user's terms, and
-raises `Wrong` where something was accepted that is wrong. Anything else that it raises is a fault of vlqc.
+A check returns whether a case was accepted. It lets UserError pass, which means that the case was rejected, and raises
+`Wrong` if invalid input was accepted. Any other exception is a defect of vlqc.
 """
 
 import json
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Wrong(AssertionError):
-    """Something wrong that was accepted."""
+    """Invalid input was accepted."""
 
 
 def demand(holds: bool, what: str) -> None:
@@ -18,13 +18,13 @@ def demand(holds: bool, what: str) -> None:
 
 
 def strict(text: bytes) -> Any:
-    """JSON as its standard has it: no NaN, no key twice. Wrong where that is not so."""
+    """Parses JSON strictly. Raises Wrong for NaN, Infinity and duplicate keys."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        demand(len(dict(pairs)) == len(pairs), "a key was given twice")
+        demand(len(dict(pairs)) == len(pairs), "duplicate key")
         return dict(pairs)
 
     def no_constant(word: str) -> Any:
-        raise Wrong(f"{word} is no JSON")
+        raise Wrong(f"{word} is not JSON")
 
     return json.loads(text.decode(), object_pairs_hook=once, parse_constant=no_constant)

@@ -46,8 +46,8 @@ from tests.support.fuzz.texts import (
 
 @dataclass(frozen=True)
 class Target:
-    """cases: strategy for the cases; check(case, folder): returns whether a case was accepted, raises Wrong if it should
-    not have been, and may use the folder, which is kept between cases; examples: number of cases in the tests."""
+    """cases: strategy for the cases; check(case, folder): returns whether a case was accepted, raises Wrong if it
+    should not, and may use the folder, which is kept between cases; examples: number of cases in the tests."""
 
     cases: st.SearchStrategy[Any]
     check: Callable[[Any, Path], bool]

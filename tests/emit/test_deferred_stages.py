@@ -20,7 +20,7 @@ from vlqc.passes.lower_linears import LowerLinears
 from vlqc.passes.measure_sensitivity import MeasureSensitivity
 from vlqc.passes.quantize_activations import QuantizeActivations
 from vlqc.passes.quantize_weights import QuantizeWeights
-from vlqc.pipeline.precision_search import Plan
+from vlqc.pipeline.precision_search import SearchResult
 from vlqc.targets.schemes import Scheme
 from vlqc.targets.vllm_ascend import VLLM_ASCEND
 
@@ -42,8 +42,8 @@ def store(deferred: DeferredStages, stage: Stage) -> None:
     deferred.store(stage, tensors_of(stage), packed=True)
 
 
-def plan(deferred: DeferredStages, *schemes: Scheme) -> Plan:
-    return Plan(tuple(deferred.groups()), schemes, None, 0.0)
+def plan(deferred: DeferredStages, *schemes: Scheme) -> SearchResult:
+    return SearchResult(tuple(deferred.groups()), schemes, None, 0.0)
 
 
 def load(deferred: DeferredStages, *schemes: Scheme) -> list[EmittedTensor]:
@@ -109,14 +109,14 @@ def test_bytes_are_those_of_the_tensors(tmp_path: Path) -> None:
     deferred = DeferredStages(tmp_path / "waiting")
     store(deferred, lowered())
     for number, group in enumerate(deferred.groups()):
-        assert set(group.choices) == {STATIC, DYNAMIC, FLOAT}
+        assert set(group.candidates) == {STATIC, DYNAMIC, FLOAT}
         weights = sum(decoder().sites[name].shape[0] * decoder().sites[name].shape[1] for name in group.sites)
         rows = sum(decoder().sites[name].shape[0] for name in group.sites)
         biases = 2 * rows if number == 0 else 0  # q, k, v
-        assert group.choices[FLOAT].bytes == 2 * weights + biases
-        assert group.choices[DYNAMIC].bytes == weights + 8 * rows + biases  # two float32 per row
+        assert group.candidates[FLOAT].bytes == 2 * weights + biases
+        assert group.candidates[DYNAMIC].bytes == weights + 8 * rows + biases  # two float32 per row
         # ... beside them an int32 and a float32, and per layer the input's scale and offset
-        assert group.choices[STATIC].bytes == weights + 16 * rows + 8 * len(group.sites) + biases
+        assert group.candidates[STATIC].bytes == weights + 16 * rows + 8 * len(group.sites) + biases
 
 
 def test_modules_of_a_stage_are_freed(tmp_path: Path) -> None:
@@ -154,6 +154,6 @@ def test_vision_noise_is_weighted_by_image_tokens(tmp_path: Path) -> None:
     for stage in stages:
         deferred.store(stage, [], packed=True)
     found = [found.noise[STATIC] for stage in stages for found in stage.sensitivities]
-    noises = [group.choices[STATIC].noise for group in deferred.groups()]
+    noises = [group.candidates[STATIC].noise for group in deferred.groups()]
     assert noises[:2] == pytest.approx([2 / 5 * it for it in found[:2]])
     assert noises[2:] == found[2:]

@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlqc.pipeline.precision_search import FACTOR, Choice, Group, Plan, cheapest, decibels, extra_cost, noise_of
+from vlqc.pipeline.precision_search import (
+    MAX_COST_RATIO,
+    Candidate,
+    SearchGroup,
+    SearchResult,
+    decibels,
+    extra_cost,
+    noise_of,
+    search_schemes,
+)
 from vlqc.targets.rules import group_faults
 from vlqc.targets.schemes import Scheme
 
@@ -26,30 +35,37 @@ FREE = "vllm-ascend"  # has no rule about several groups
 TARGETS = (FREE, "mindie", "both")
 
 
-def group(number: int, assigned: Scheme = STATIC, **choices: tuple[float, int]) -> Group:
-    return Group(LAYERS[number], assigned, {Scheme(name): Choice(*it) for name, it in choices.items()})
+def group(number: int, assigned: Scheme = STATIC, **candidates: tuple[float, int]) -> SearchGroup:
+    return SearchGroup(LAYERS[number], assigned, {Scheme(name): Candidate(*it) for name, it in candidates.items()})
 
 
-def every_plan(groups: Sequence[Group], target: str) -> Iterator[tuple[Scheme, ...]]:
+def by_site(result: SearchResult) -> dict[str, Scheme]:
+    """Layer name -> scheme."""
+    return {site: scheme for group, scheme in zip(result.groups, result.schemes, strict=True) for site in group.sites}
+
+
+def every_plan(groups: Sequence[SearchGroup], target: str) -> Iterator[tuple[Scheme, ...]]:
     """All legal combinations."""
-    for schemes in itertools.product(*(list(it.choices) for it in groups)):
+    for schemes in itertools.product(*(list(it.candidates) for it in groups)):
         chosen = {site: scheme for it, scheme in zip(groups, schemes, strict=True) for site in it.sites}
         if not group_faults(target, chosen):
             yield schemes
 
 
 @st.composite
-def models(draw: st.DrawFn, target: str = FREE) -> list[Group]:
+def models(draw: st.DrawFn, target: str = FREE) -> list[SearchGroup]:
     """Some of the groups, of one assigned scheme, with any noise and any size: better need not be dearer.
 
-    For MindIE the choices are those that it runs beside each other.
+    For MindIE the candidates are those that it runs beside each other.
     """
     numbers = sorted(draw(st.sets(st.integers(0, len(LAYERS) - 1), min_size=1, max_size=6)))
     assigned = draw(st.sampled_from([STATIC, INT4])) if target == FREE else STATIC
     others = st.sampled_from([(FLOAT,), (DYNAMIC, FLOAT), ()] if target == FREE else [(FLOAT,), (FLOAT,), ()])
     noise, size = st.floats(1e-8, 1e-2), st.integers(1, 1000)
     return [
-        Group(LAYERS[it], assigned, {name: Choice(draw(noise), draw(size)) for name in (assigned, *draw(others))})
+        SearchGroup(
+            LAYERS[it], assigned, {name: Candidate(draw(noise), draw(size)) for name in (assigned, *draw(others))}
+        )
         for it in numbers
     ]
 
@@ -58,34 +74,34 @@ targeted = st.sampled_from(TARGETS).flatmap(lambda target: st.tuples(st.just(tar
 
 
 @given(targeted, st.floats(5, 90))
-def test_never_short_and_never_dear(model: tuple[str, list[Group]], least: float) -> None:
+def test_never_short_and_never_dear(model: tuple[str, list[SearchGroup]], least: float) -> None:
     """Catches a target that is missed although some choice meets it, and one that is met at any price."""
     target, groups = model
-    plan = cheapest(groups, target=target, min_sqnr=least)
+    plan = search_schemes(groups, target=target, min_sqnr=least)
     legal = list(every_plan(groups, target))
     meeting = [schemes for schemes in legal if noise_of(groups, schemes) <= 10 ** (-least / 10)]
-    assert not group_faults(target, plan.of_site()) and plan.schemes in legal
-    assert plan.best == pytest.approx(max(decibels(noise_of(groups, schemes)) for schemes in legal))
+    assert not group_faults(target, by_site(plan)) and plan.schemes in legal
+    assert plan.best_sqnr == pytest.approx(max(decibels(noise_of(groups, schemes)) for schemes in legal))
     if meeting:
         assert noise_of(groups, plan.schemes) <= 10 ** (-least / 10) and len(plan.notes()) == 1
         smallest = min(extra_cost(groups, schemes) for schemes in meeting)
-        assert extra_cost(groups, plan.schemes) <= FACTOR * smallest + 1e-9
+        assert extra_cost(groups, plan.schemes) <= MAX_COST_RATIO * smallest + 1e-9
     else:
-        assert plan.sqnr == pytest.approx(plan.best)
-        assert not plan.met and "out of reach" in plan.notes()[0]
+        assert plan.sqnr == pytest.approx(plan.best_sqnr)
+        assert not plan.met and "cannot be met" in plan.notes()[0]
 
 
 @given(targeted, st.integers(0, 7))
-def test_the_best_with_so_many_floats(model: tuple[str, list[Group]], most: int) -> None:
+def test_the_best_with_so_many_floats(model: tuple[str, list[SearchGroup]], most: int) -> None:
     """Catches more floats than allowed, another scheme changed, or groups in float of which others gain more."""
     target, groups = model
-    plan = cheapest(groups, target=target, max_float_groups=most)
+    plan = search_schemes(groups, target=target, max_float_groups=most)
 
     def allowed(schemes: Sequence[Scheme]) -> bool:
         moved = [it for group, it in zip(groups, schemes, strict=True) if it != group.assigned]
         return set(moved) <= {FLOAT} and len(moved) <= most
 
-    assert allowed(plan.schemes) and not group_faults(target, plan.of_site())
+    assert allowed(plan.schemes) and not group_faults(target, by_site(plan))
     best = min(noise_of(groups, schemes) for schemes in every_plan(groups, target) if allowed(schemes))
     assert noise_of(groups, plan.schemes) == pytest.approx(best)
     if most == 0:
@@ -93,20 +109,20 @@ def test_the_best_with_so_many_floats(model: tuple[str, list[Group]], most: int)
 
 
 @given(models(), st.floats(5, 90))
-def test_the_order_of_groups_does_not_matter(groups: list[Group], least: float) -> None:
+def test_the_order_of_groups_does_not_matter(groups: list[SearchGroup], least: float) -> None:
     """Catches ties that are broken by position: another order of the same stages would give another checkpoint."""
-    forward = cheapest(groups, target=FREE, min_sqnr=least)
-    backward = cheapest(groups[::-1], target=FREE, min_sqnr=least)
+    forward = search_schemes(groups, target=FREE, min_sqnr=least)
+    backward = search_schemes(groups[::-1], target=FREE, min_sqnr=least)
     assert extra_cost(groups, forward.schemes) == pytest.approx(extra_cost(groups, backward.schemes[::-1]))
-    assert forward.schemes == cheapest(groups, target=FREE, min_sqnr=least).schemes
+    assert forward.schemes == search_schemes(groups, target=FREE, min_sqnr=least).schemes
 
 
 def test_ties_go_by_name() -> None:
     """Catches two equal groups of which now the one, now the other is chosen."""
     equal = [group(number, W8A8=(1e-3, 100), FLOAT=(0.0, 200)) for number in (6, 5)]
     for least in ({"min_sqnr": 29.0}, {"max_float_groups": 1}):
-        plan = cheapest(equal, target=FREE, **least)  # type: ignore[arg-type]
-        assert plan.of_site() == {LAYERS[5][0]: FLOAT, LAYERS[6][0]: STATIC}
+        plan = search_schemes(equal, target=FREE, **least)  # type: ignore[arg-type]
+        assert by_site(plan) == {LAYERS[5][0]: FLOAT, LAYERS[6][0]: STATIC}
 
 
 def test_greedy_alone_would_pay_three_times() -> None:
@@ -116,67 +132,67 @@ def test_greedy_alone_would_pay_three_times() -> None:
         group(5, W8A8=(1.0e-3, 100), FLOAT=(0.1e-3, 110)),
         group(6, W8A8=(1.0e-3, 100), FLOAT=(0.0, 10000)),
     ]
-    plan = cheapest(groups, target=FREE, min_sqnr=decibels(2.15e-3))
+    plan = search_schemes(groups, target=FREE, min_sqnr=decibels(2.15e-3))
     assert plan.schemes == (STATIC, FLOAT, STATIC)
 
 
 def test_a_scale_per_token_is_not_free() -> None:
     """Catches a model that becomes dynamic everywhere because that takes fewer bytes than static scales do."""
     groups = [group(n, W8A8=(1e-4, 1000), W8A8_DYNAMIC=(1e-5, 990), FLOAT=(0.0, 2000)) for n in (4, 5, 6)]
-    assert cheapest(groups, target=FREE, min_sqnr=35).schemes == (STATIC,) * 3
-    assert cheapest(groups, target=FREE, min_sqnr=36).schemes.count(DYNAMIC) == 1
-    assert cheapest(groups, target=FREE, min_sqnr=51).schemes.count(FLOAT) == 3
+    assert search_schemes(groups, target=FREE, min_sqnr=35).schemes == (STATIC,) * 3
+    assert search_schemes(groups, target=FREE, min_sqnr=36).schemes.count(DYNAMIC) == 1
+    assert search_schemes(groups, target=FREE, min_sqnr=51).schemes.count(FLOAT) == 3
 
 
 def test_mindie_tower_is_whole_or_float() -> None:
     """Catches a float qkv beside quantized ones, which MindIE cannot build: the whole tower goes float, or another."""
     noisy = {0: 1e-2, 1: 1e-4, 2: 1e-4, 3: 1e-4, 5: 1e-4}
     groups = [group(number, W8A8=(noise, 100), FLOAT=(1e-7, 200)) for number, noise in noisy.items()]
-    assert cheapest(groups, target=FREE, min_sqnr=30).schemes.count(FLOAT) == 1
-    plan = cheapest(groups, target="both", min_sqnr=30)
+    assert search_schemes(groups, target=FREE, min_sqnr=30).schemes.count(FLOAT) == 1
+    plan = search_schemes(groups, target="both", min_sqnr=30)
     assert plan.schemes == (FLOAT,) * 4 + (STATIC,)
-    assert cheapest(groups, target="both", max_float_groups=3).schemes.count(FLOAT) == 3  # but not of a qkv
-    assert cheapest(groups, target="both", max_float_groups=4).schemes == plan.schemes
+    assert search_schemes(groups, target="both", max_float_groups=3).schemes.count(FLOAT) == 3  # but not of a qkv
+    assert search_schemes(groups, target="both", max_float_groups=4).schemes == plan.schemes
 
 
 def test_mindie_never_mixes_static_and_dynamic() -> None:
     """Catches a scheme that is legal for every group alone, and not beside the others."""
     groups = [group(n, W8A8=(1e-3, 100), W8A8_DYNAMIC=(1e-6, 100), FLOAT=(1e-7, 200)) for n in (4, 5, 6)]
-    assert set(cheapest(groups, target=FREE, min_sqnr=40).schemes) <= {STATIC, DYNAMIC}
-    assert set(cheapest(groups, target="mindie", min_sqnr=29.9).schemes) == {STATIC, FLOAT}
+    assert set(search_schemes(groups, target=FREE, min_sqnr=40).schemes) <= {STATIC, DYNAMIC}
+    assert set(search_schemes(groups, target="mindie", min_sqnr=29.9).schemes) == {STATIC, FLOAT}
 
 
 @given(models(), st.lists(st.floats(5, 90), min_size=2, max_size=5))
-def test_what_is_in_reach_stays_in_reach(groups: list[Group], asked: list[float]) -> None:
+def test_what_is_in_reach_stays_in_reach(groups: list[SearchGroup], asked: list[float]) -> None:
     """Catches a search that finds a target too hard after it has met a harder one."""
-    met = [cheapest(groups, target=FREE, min_sqnr=least).met for least in sorted(asked)]
+    met = [search_schemes(groups, target=FREE, min_sqnr=least).met for least in sorted(asked)]
     assert met == sorted(met, reverse=True)
 
 
 def test_what_the_user_is_told() -> None:
     """Catches a figure that is sold as measured, groups that are not named, a share that does not add up."""
     groups = [group(4, W8A8=(4e-4, 300), FLOAT=(0.0, 600)), group(6, W8A8=(1e-4, 100), FLOAT=(0.0, 200))]
-    plan = cheapest(groups, target=FREE, max_float_groups=1)
+    plan = search_schemes(groups, target=FREE, max_float_groups=1)
     assert plan.notes() == [
         "--fallback auto: 1 group stays float: model.layers.0.self_attn.q_proj+k_proj+v_proj; predicted SQNR 40.0 dB"
     ]
-    assert cheapest(groups, target=FREE, min_sqnr=30).notes() == [
-        "--fallback auto: no group had to change; predicted SQNR 33.0 dB"
+    assert search_schemes(groups, target=FREE, min_sqnr=30).notes() == [
+        "--fallback auto: no group changes; predicted SQNR 33.0 dB"
     ]
-    first, second = cheapest(groups, target=FREE, min_sqnr=30).table()
+    first, second = search_schemes(groups, target=FREE, min_sqnr=30).table()
     assert (first.part, first.scheme, first.bytes, first.sites) == ("language", STATIC, 300, LAYERS[4])
     assert (first.noise_share, second.noise_share) == (pytest.approx(0.8), pytest.approx(0.2))
     assert first.sqnr == pytest.approx(10 * math.log10(1 / 4e-4))
-    floor = [Group(it.sites, it.assigned, {STATIC: it.choices[STATIC]}) for it in groups]
-    warning, told = cheapest(floor, target=FREE, min_sqnr=60).notes()
-    assert warning.startswith("--min_sqnr 60 is out of reach: the best is a predicted 33.0 dB\n") and "33.0" in told
+    floor = [SearchGroup(it.sites, it.assigned, {STATIC: it.candidates[STATIC]}) for it in groups]
+    warning, told = search_schemes(floor, target=FREE, min_sqnr=60).notes()
+    assert warning.startswith("--min_sqnr 60 cannot be met") and "33.0 dB" in warning and "33.0" in told
 
 
 def test_many_groups_are_counted_not_listed() -> None:
     """Catches a note of a thousand names."""
-    choices: Mapping[Scheme, Choice] = {STATIC: Choice(1e-4, 10), FLOAT: Choice(0.0, 20)}
-    groups = [Group((f"model.layers.{n}.mlp.down_proj",), STATIC, choices) for n in range(200)]
-    plan: Plan = cheapest(groups, target="both", min_sqnr=20.5)
+    candidates: Mapping[Scheme, Candidate] = {STATIC: Candidate(1e-4, 10), FLOAT: Candidate(0.0, 20)}
+    groups = [SearchGroup((f"model.layers.{n}.mlp.down_proj",), STATIC, candidates) for n in range(200)]
+    plan: SearchResult = search_schemes(groups, target="both", min_sqnr=20.5)
     assert plan.schemes.count(FLOAT) == 200 - 89  # 89 * 1e-4 is the most noise that 20.5 dB allow
     assert "model.layers.1.mlp.down_proj" in plan.notes()[0] and plan.notes()[0].count("down_proj") == 3
     assert "and 108 more" in plan.notes()[0]

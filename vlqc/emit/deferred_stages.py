@@ -18,7 +18,7 @@ from vlqc.emit.stage_tensors import TENSORS_PER_LINEAR, EmittedTensor, module_te
 from vlqc.files import sha256_of
 from vlqc.ir.observation import MODALITIES
 from vlqc.ir.stage import Sensitivity, Stage
-from vlqc.pipeline.precision_search import Choice, Group, Plan
+from vlqc.pipeline.precision_search import Candidate, SearchGroup, SearchResult
 from vlqc.targets.schemes import Scheme
 
 IMAGE = MODALITIES.index("image")
@@ -76,7 +76,7 @@ class DeferredStages:
         writer.close(str(len(self._stages)))
         self._stages.append(stored)
 
-    def groups(self) -> list[Group]:
+    def groups(self) -> list[SearchGroup]:
         """The groups to choose for: noise at the logits and bytes, in every scheme.
 
         Noise of the vision tower reaches image tokens only, so it is weighted by their share of all tokens.
@@ -85,11 +85,11 @@ class DeferredStages:
         groups = []
         for measured, size in zip(self._sensitivities, self._bytes, strict=True):
             weight = 1.0 if measured.part == "language" else share
-            choices = {scheme: Choice(noise * weight, size[scheme]) for scheme, noise in measured.noise.items()}
-            groups.append(Group(measured.sites, measured.assigned, choices))
+            choices = {scheme: Candidate(noise * weight, size[scheme]) for scheme, noise in measured.noise.items()}
+            groups.append(SearchGroup(measured.sites, measured.assigned, choices))
         return groups
 
-    def load(self, plan: Plan) -> Iterator[tuple[int, Iterator[EmittedTensor]]]:
+    def load(self, plan: SearchResult) -> Iterator[tuple[int, Iterator[EmittedTensor]]]:
         """(number, tensors that the plan chose) for every stage that was not discarded; to be read in this order.
 
         plan: made from `groups`.
@@ -164,7 +164,7 @@ class DeferredStages:
     def _path(self, number: int) -> Path:
         return self.folder / f"{number}.safetensors"
 
-    def _chosen(self, number: int, plan: Plan) -> Iterator[EmittedTensor]:
+    def _chosen(self, number: int, plan: SearchResult) -> Iterator[EmittedTensor]:
         with safe_open(self._path(number), framework="pt") as file:
             for key, stored in enumerate(self._stages[number]):
                 if stored.group is None or plan.schemes[stored.group] == stored.choice:

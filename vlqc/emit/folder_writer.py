@@ -18,7 +18,7 @@ from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.ir.stage import Stage
 from vlqc.kernels_ref.matmul import CORRECTION_STEP
 from vlqc.options.options import Options
-from vlqc.pipeline.precision_search import Plan, cheapest
+from vlqc.pipeline.precision_search import SearchResult, search_schemes
 from vlqc.targets.engine import QUANT_BIAS_CORRECTION, FolderContent
 from vlqc.targets.schemes import SPECS, Scheme
 from vlqc.targets.target import parse_target
@@ -61,7 +61,7 @@ class FolderWriter:
         else:
             self._deferred.store(stage, tensors, packed=self.layout.packs_int4)
 
-    def resolve_schemes(self) -> Plan | None:
+    def resolve_schemes(self) -> SearchResult | None:
         """After the last stage: writes the deferred ones in the schemes that the precision search chooses.
 
         Returns the search's result; None without a search, or without a group to decide about.
@@ -169,9 +169,9 @@ class FolderWriter:
         self._writer.stop()
 
 
-def choose_schemes(deferred: DeferredStages, options: Options) -> Plan:
+def choose_schemes(deferred: DeferredStages, options: Options) -> SearchResult:
     """The precision search over all groups of the deferred stages."""
-    return cheapest(
+    return search_schemes(
         deferred.groups(),
         target=options.engine_target,
         min_sqnr=options.min_sqnr,
@@ -179,7 +179,7 @@ def choose_schemes(deferred: DeferredStages, options: Options) -> Plan:
     )
 
 
-def committed_plan(folder: Path, options: Options, records: Sequence[Mapping[str, Any]]) -> Plan | None:
+def committed_plan(folder: Path, options: Options, records: Sequence[Mapping[str, Any]]) -> SearchResult | None:
     """The search's result for a folder that is complete, from the records of its commits; None without a search."""
     if options.fallback != "auto":
         return None

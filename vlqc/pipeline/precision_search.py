@@ -1,7 +1,7 @@
-"""The precision search: which groups fall back to a scheme with less noise, so that a target is met at least cost.
+"""Mixed-precision search: gives some groups a scheme with less noise, so that an SQNR is met at the least extra cost.
 
-What it goes by is measured stage by stage, one group at a time. Noise of independent roundings adds up along the
-residual stream, so the noise of a set of choices is the sum over its groups; every rounding of a float is one, too.
+The noise of each candidate is measured one group at a time. Independent rounding errors add up along the residual
+stream, so the noise of an assignment is the sum over its groups.
 """
 
 import math
@@ -14,41 +14,41 @@ from vlqc.targets.rules import group_faults
 from vlqc.targets.schemes import Scheme
 from vlqc.targets.target import Target
 
-PER_TOKEN_COST = 0.1  # of its bytes: what a scale per token, made at run time, costs a group that had a stored one
-NAMED = 3  # groups that a note names
-FACTOR = 2  # a set that meets a least SQNR costs at most so many times what the cheapest one costs
+PER_TOKEN_COST = 0.1  # run-time cost of dynamic over static scales, as a fraction of the group's bytes
+MAX_NAMES = 3  # groups that a note names
+MAX_COST_RATIO = 2  # upper bound of the result's extra cost, relative to the optimum
 
 
 @dataclass(frozen=True)
-class Choice:
-    """One scheme of a group: noise, relative to the signal, that it adds to the logits; bytes of all its tensors."""
+class Candidate:
+    """A scheme for a group. noise: noise-to-signal ratio that it adds to the logits; bytes: size of its tensors."""
 
     noise: float
     bytes: int
 
 
 @dataclass(frozen=True)
-class Group:
-    """Sites that get one scheme: the one they were assigned, or another of `choices`, which holds both."""
+class SearchGroup:
+    """Sites that share one scheme. candidates: the schemes to choose from, usually including the assigned one."""
 
     sites: tuple[str, ...]
     assigned: Scheme
-    choices: Mapping[Scheme, Choice]
+    candidates: Mapping[Scheme, Candidate]
 
     @property
     def name(self) -> str:
         return self.sites[0]
 
     def extra_cost(self, scheme: Scheme) -> float:
-        """Bytes that a scheme costs more than the assigned one, run time counted in; never below zero."""
+        """Bytes above those of the assigned scheme, plus the run-time cost of dynamic scales. Not negative."""
         overhead = PER_TOKEN_COST if scheme == Scheme.W8A8_DYNAMIC and self.assigned == Scheme.W8A8 else 0.0
-        base = self.choices[self.assigned].bytes if self.assigned in self.choices else 0
-        return max(0.0, self.choices[scheme].bytes * (1 + overhead) - base)
+        base = self.candidates[self.assigned].bytes if self.assigned in self.candidates else 0
+        return max(0.0, self.candidates[scheme].bytes * (1 + overhead) - base)
 
 
 @dataclass(frozen=True)
 class GroupPrecision:
-    """What became of a group: noise_share is its part of all noise; sqnr: signal to its own noise, in dB."""
+    """The result for one group. sqnr: signal to noise of the group alone, dB; noise_share: share of the total noise."""
 
     sites: tuple[str, ...]
     part: str
@@ -60,13 +60,13 @@ class GroupPrecision:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Groups and their schemes; least: the SQNR that was asked for, if one was; best: the highest within reach, dB."""
+class SearchResult:
+    """Groups and their chosen schemes. min_sqnr: the requested SQNR, dB; best_sqnr: the highest achievable one, dB."""
 
-    groups: tuple[Group, ...]
+    groups: tuple[SearchGroup, ...]
     schemes: tuple[Scheme, ...]
-    least: float | None
-    best: float
+    min_sqnr: float | None
+    best_sqnr: float
 
     @property
     def sqnr(self) -> float:
@@ -75,233 +75,245 @@ class Plan:
 
     @property
     def met(self) -> bool:
-        return self.least is None or self.sqnr >= self.least
-
-    def of_site(self) -> dict[str, Scheme]:
-        """Checkpoint layer name -> scheme."""
-        return _of_site(self.groups, self.schemes)
+        return self.min_sqnr is None or self.sqnr >= self.min_sqnr
 
     def table(self) -> list[GroupPrecision]:
         """One row per group, in the model's order."""
         total = noise_of(self.groups, self.schemes)
         rows = []
         for group, scheme in zip(self.groups, self.schemes, strict=True):
-            choice = group.choices[scheme]
-            share = choice.noise / total if total else 0.0
-            sqnr = decibels(choice.noise)
+            candidate = group.candidates[scheme]
+            share = candidate.noise / total if total else 0.0
+            sqnr = decibels(candidate.noise)
             rows.append(
-                GroupPrecision(group.sites, model_part(group.name), group.assigned, scheme, sqnr, share, choice.bytes)
+                GroupPrecision(
+                    group.sites, model_part(group.name), group.assigned, scheme, sqnr, share, candidate.bytes
+                )
             )
         return rows
 
     def notes(self) -> list[str]:
-        """What the user is told: how many groups got which scheme, and the predicted SQNR; a warning if it is short."""
-        moved: dict[Scheme, list[str]] = {}
+        """Messages to the user: the groups whose scheme changed and the predicted SQNR; a warning if it is too low."""
+        changed: dict[Scheme, list[str]] = {}
         for group, scheme in zip(self.groups, self.schemes, strict=True):
             if scheme != group.assigned:
-                moved.setdefault(scheme, []).append(group.name if len(group.sites) == 1 else "+".join(_short(group)))
-        parts = [_told(names, scheme) for scheme, names in sorted(moved.items())] or ["no group had to change"]
-        told = f"{flag_of('fallback')} auto: {'; '.join(parts)}; predicted SQNR {self.sqnr:.1f} dB"
+                changed.setdefault(scheme, []).append("+".join(_short_names(group)))
+        parts = [_describe(names, scheme) for scheme, names in sorted(changed.items())] or ["no group changes"]
+        summary = f"{flag_of('fallback')} auto: {'; '.join(parts)}; predicted SQNR {self.sqnr:.1f} dB"
         if self.met:
-            return [told]
-        first = f"{flag_of('min_sqnr')} {self.least:g} is out of reach: the best is a predicted {self.best:.1f} dB"
-        why = "what is left is the rounding of the emitted floats, and of groups that the target keeps quantized"
-        return [f"{first}\nwhy: {why}\nwhat to do: ask for less", told]
+            return [summary]
+        what = (
+            f"{flag_of('min_sqnr')} {self.min_sqnr:g} cannot be met: the best predicted SQNR is {self.best_sqnr:.1f} dB"
+        )
+        why = "float tensors are rounded when they are written, and the target requires some groups to be quantized"
+        return [f"{what}\nwhy: {why}\nwhat to do: lower {flag_of('min_sqnr')}", summary]
 
 
 def decibels(noise: float) -> float:
-    """Noise relative to the signal -> dB; infinity where there is none."""
+    """Noise-to-signal ratio -> SQNR in dB; infinity for no noise."""
     return -10 * math.log10(noise) if noise > 0 else math.inf
 
 
-def noise_of(groups: Sequence[Group], schemes: Sequence[Scheme]) -> float:
-    """Predicted noise of the logits relative to their signal: the sum over groups."""
-    return math.fsum(group.choices[scheme].noise for group, scheme in zip(groups, schemes, strict=True))
+def noise_of(groups: Sequence[SearchGroup], schemes: Sequence[Scheme]) -> float:
+    """Predicted noise-to-signal ratio of the logits: the sum over the groups."""
+    return math.fsum(group.candidates[scheme].noise for group, scheme in zip(groups, schemes, strict=True))
 
 
-def extra_cost(groups: Sequence[Group], schemes: Sequence[Scheme]) -> float:
-    """Bytes that the schemes cost more than the assigned ones, see `Group.extra_cost`."""
+def extra_cost(groups: Sequence[SearchGroup], schemes: Sequence[Scheme]) -> float:
+    """The sum of `SearchGroup.extra_cost`, bytes."""
     return math.fsum(group.extra_cost(scheme) for group, scheme in zip(groups, schemes, strict=True))
 
 
-def cheapest(
-    groups: Sequence[Group],
+def search_schemes(
+    groups: Sequence[SearchGroup],
     *,
     target: str | Target,
     min_sqnr: float | None = None,
     max_float_groups: int | None = None,
-) -> Plan:
-    """The cheapest schemes with a predicted SQNR of `min_sqnr` dB, or, with at most so many float groups, the best.
+) -> SearchResult:
+    """Finds the cheapest schemes that meet `min_sqnr`, or those with the least noise under `max_float_groups`.
 
-    min_sqnr: the extra cost is at most FACTOR times the smallest possible one; where no choice meets it, the one with
-    the least noise is taken. max_float_groups: counts groups that leave their assigned scheme for float; no other
-    scheme changes. Whatever comes out passes `engines.group_faults` if the assigned schemes do. Deterministic.
+    The result satisfies `group_faults` if the assigned schemes do, and is deterministic.
+
+    Args:
+        min_sqnr: predicted SQNR to meet, dB. The extra cost is at most MAX_COST_RATIO times the optimum. If no
+            assignment meets it, the one with the least noise is returned.
+        max_float_groups: the maximum number of groups that change to FLOAT; no other scheme changes.
     """
     best: tuple[float, ...] | None = None
     schemes: tuple[Scheme, ...] = ()
-    quietest = math.inf
+    lowest_noise = math.inf
     for limited in restrictions(groups, target):
         least_noise = _least_noise(limited)
-        quietest = min(quietest, noise_of(groups, least_noise))
+        lowest_noise = min(lowest_noise, noise_of(groups, least_noise))
         if min_sqnr is not None:
-            found = _covering(limited, 10 ** (-min_sqnr / 10))
-            short = noise_of(groups, least_noise) if found is None else 0.0
-            found = found or least_noise
-            rank: tuple[float, ...] = (short, extra_cost(groups, found), noise_of(groups, found))
+            chosen = _search_by_noise(limited, 10 ** (-min_sqnr / 10))
+            missed = noise_of(groups, least_noise) if chosen is None else 0.0
+            chosen = chosen or least_noise
+            rank: tuple[float, ...] = (missed, extra_cost(groups, chosen), noise_of(groups, chosen))
         else:
-            found = _fewest(limited, max_float_groups or 0)
-            if found is None:
+            chosen = _search_by_count(limited, max_float_groups or 0)
+            if chosen is None:
                 continue
-            rank = (0.0, noise_of(groups, found), extra_cost(groups, found))
+            rank = (0.0, noise_of(groups, chosen), extra_cost(groups, chosen))
         if best is None or rank < best:
-            best, schemes = rank, tuple(found)
-    return Plan(tuple(groups), schemes, min_sqnr, decibels(quietest))
+            best, schemes = rank, tuple(chosen)
+    return SearchResult(tuple(groups), schemes, min_sqnr, decibels(lowest_noise))
 
 
-def restrictions(groups: Sequence[Group], target: str | Target) -> Iterator[list[Group]]:
-    """The groups with fewer choices, of which every combination is legal; together they hold what is worth trying.
+def restrictions(groups: Sequence[SearchGroup], target: str | Target) -> Iterator[list[SearchGroup]]:
+    """Yields the groups with fewer candidates, such that every combination of the candidates is legal.
 
-    First without the choices that break a rule when no other group changes. Some of those, floats of the vision tower,
-    are legal where the whole tower is float: second.
+    First without the candidates that break a rule while all other groups keep their schemes. FLOAT in the vision tower
+    may be such a candidate, but legal if the whole tower is FLOAT: this is yielded second.
     """
     assigned = _of_site(groups, [group.assigned for group in groups])
-    alone, coupled = [], set()
+    independent, coupled = [], set()
     for group in groups:
         legal = {}
-        for scheme, choice in group.choices.items():
+        for scheme, candidate in group.candidates.items():
             if scheme == group.assigned or not group_faults(target, assigned | dict.fromkeys(group.sites, scheme)):
-                legal[scheme] = choice
+                legal[scheme] = candidate
             elif scheme == Scheme.FLOAT:
                 coupled.add(_tower(group))
-        alone.append(replace(group, choices=legal))
-    yield alone
+        independent.append(replace(group, candidates=legal))
+    yield independent
     inside = [group for group in groups if _tower(group) in coupled]
-    if inside and all(Scheme.FLOAT in group.choices for group in inside):
-        floats = {group.name: replace(group, choices={Scheme.FLOAT: group.choices[Scheme.FLOAT]}) for group in inside}
-        yield [floats.get(group.name, group) for group in alone]
+    if inside and all(Scheme.FLOAT in group.candidates for group in inside):
+        floats = {
+            group.name: replace(group, candidates={Scheme.FLOAT: group.candidates[Scheme.FLOAT]}) for group in inside
+        }
+        yield [floats.get(group.name, group) for group in independent]
 
 
-def _covering(groups: Sequence[Group], most_noise: float) -> list[Scheme] | None:
-    """Schemes with at most so much noise at little extra cost, or None where there are none.
+def _search_by_noise(groups: Sequence[SearchGroup], max_noise: float) -> list[Scheme] | None:
+    """Schemes with at most `max_noise` and a low extra cost, or None if there are none.
 
-    A knapsack to be covered, with several choices per item. Greedy by noise removed per cost, along each group's convex
-    hull, costs at most the relaxed optimum and one step more; so with steps no larger than the largest of the optimum,
-    which is found by trying them all, at most twice the optimum.
+    A multiple-choice knapsack cover. The greedy algorithm by noise removed per cost, along each group's convex hull,
+    costs at most the optimum of the relaxed problem plus one step. With steps no larger than the largest step of the
+    optimum, found by trying all of them, it costs at most twice the optimum.
     """
     best: list[Scheme] | None = None
-    for largest in sorted({group.extra_cost(scheme) for group in groups for scheme in group.choices}):
-        found = _greedy(groups, most_noise, largest)
-        if found is None:
+    for largest in sorted({group.extra_cost(scheme) for group in groups for scheme in group.candidates}):
+        chosen = _greedy(groups, max_noise, largest)
+        if chosen is None:
             continue
-        found = _cleaned(groups, found, most_noise)
-        if best is None or _rank(groups, found) < _rank(groups, best):
-            best = found
+        chosen = _undo_unnecessary(groups, chosen, max_noise)
+        if best is None or _rank(groups, chosen) < _rank(groups, best):
+            best = chosen
     return best
 
 
-def _greedy(groups: Sequence[Group], most_noise: float, largest: float) -> list[Scheme] | None:
-    """The first of a row of better and better choices with at most so much noise; no choice dearer than `largest`."""
-    schemes = [_start(group) for group in groups]
+def _greedy(groups: Sequence[SearchGroup], max_noise: float, largest: float) -> list[Scheme] | None:
+    """Applies steps in order of noise removed per cost until the noise is at most `max_noise`; None if it never is.
+
+    largest: schemes of a higher extra cost are not used.
+    """
+    schemes = [_initial(group) for group in groups]
     steps = []
     for number, group in enumerate(groups):
         for efficiency, scheme in _hull(group, largest):
             steps.append((-efficiency, group.name, number, scheme))
-    if noise_of(groups, schemes) <= most_noise:
+    if noise_of(groups, schemes) <= max_noise:
         return schemes
     for _, _, number, scheme in sorted(steps, key=lambda step: step[:2]):  # stable: a group's steps stay in order
         schemes[number] = scheme
-        if noise_of(groups, schemes) <= most_noise:
+        if noise_of(groups, schemes) <= max_noise:
             return schemes
     return None
 
 
-def _hull(group: Group, largest: float) -> list[tuple[float, Scheme]]:
+def _hull(group: SearchGroup, largest: float) -> list[tuple[float, Scheme]]:
     """(noise removed per cost, scheme): steps from the start along the lower convex hull of cost and noise."""
-    now = _start(group)
+    now = _initial(group)
     steps: list[tuple[float, Scheme]] = []
     while True:
         ahead = [
             (_efficiency(group, now, scheme), -group.extra_cost(scheme), str(scheme), scheme)
-            for scheme, choice in group.choices.items()
-            if choice.noise < group.choices[now].noise and group.extra_cost(now) <= group.extra_cost(scheme) <= largest
+            for scheme, candidate in group.candidates.items()
+            if candidate.noise < group.candidates[now].noise
+            and group.extra_cost(now) <= group.extra_cost(scheme) <= largest
         ]
         if not ahead:
             return steps
         efficiency, *_, now = max(ahead)
-        steps.append((min([efficiency, *(step[0] for step in steps)]), now))  # falling, whatever floats do
+        steps.append((min([efficiency, *(step[0] for step in steps)]), now))  # not increasing, in spite of rounding
 
 
-def _efficiency(group: Group, now: Scheme, scheme: Scheme) -> float:
+def _efficiency(group: SearchGroup, now: Scheme, scheme: Scheme) -> float:
     cost = group.extra_cost(scheme) - group.extra_cost(now)
-    return (group.choices[now].noise - group.choices[scheme].noise) / cost if cost > 0 else math.inf
+    return (group.candidates[now].noise - group.candidates[scheme].noise) / cost if cost > 0 else math.inf
 
 
-def _cleaned(groups: Sequence[Group], schemes: Sequence[Scheme], most_noise: float) -> list[Scheme]:
-    """Takes back what turned out unnecessary, the dearest first."""
+def _undo_unnecessary(groups: Sequence[SearchGroup], schemes: Sequence[Scheme], max_noise: float) -> list[Scheme]:
+    """Reverts steps that the noise limit does not need, the most expensive first."""
     kept = list(schemes)
-    order = sorted(range(len(groups)), key=lambda it: (-groups[it].extra_cost(kept[it]), groups[it].name))
+    order = sorted(range(len(groups)), key=lambda index: (-groups[index].extra_cost(kept[index]), groups[index].name))
     for number in order:
         group, before = groups[number], kept[number]
-        cheaper = [scheme for scheme in group.choices if group.extra_cost(scheme) < group.extra_cost(before)]
-        for scheme in sorted(cheaper, key=lambda it: (group.extra_cost(it), group.choices[it].noise)):
+        cheaper = [scheme for scheme in group.candidates if group.extra_cost(scheme) < group.extra_cost(before)]
+        for scheme in sorted(cheaper, key=lambda scheme: (group.extra_cost(scheme), group.candidates[scheme].noise)):
             kept[number] = scheme
-            if noise_of(groups, kept) <= most_noise:
+            if noise_of(groups, kept) <= max_noise:
                 break
             kept[number] = before
     return kept
 
 
-def _fewest(groups: Sequence[Group], most: int) -> list[Scheme] | None:
-    """Float for those groups, at most so many, that gain most by it; None where more have to be float already."""
-    schemes = [_start(group) for group in groups]
+def _search_by_count(groups: Sequence[SearchGroup], most: int) -> list[Scheme] | None:
+    """FLOAT for at most `most` groups, those whose noise falls most; None if more than that must be float."""
+    schemes = [_initial(group) for group in groups]
     left = most - sum(scheme != group.assigned for group, scheme in zip(groups, schemes, strict=True))
     if left < 0:
         return None
     gains = [
-        (group.choices[scheme].noise - group.choices[Scheme.FLOAT].noise, number)
+        (group.candidates[scheme].noise - group.candidates[Scheme.FLOAT].noise, number)
         for number, (group, scheme) in enumerate(zip(groups, schemes, strict=True))
-        if Scheme.FLOAT in group.choices and scheme != Scheme.FLOAT
+        if Scheme.FLOAT in group.candidates and scheme != Scheme.FLOAT
     ]
-    for gain, number in sorted(gains, key=lambda it: (-it[0], groups[it[1]].name))[:left]:
+    for gain, number in sorted(gains, key=lambda gain: (-gain[0], groups[gain[1]].name))[:left]:
         if gain > 0:
             schemes[number] = Scheme.FLOAT
     return schemes
 
 
-def _least_noise(groups: Sequence[Group]) -> list[Scheme]:
+def _least_noise(groups: Sequence[SearchGroup]) -> list[Scheme]:
     return [
-        min(group.choices, key=lambda it: (group.choices[it].noise, group.extra_cost(it), str(it))) for group in groups
+        min(
+            group.candidates, key=lambda scheme: (group.candidates[scheme].noise, group.extra_cost(scheme), str(scheme))
+        )
+        for group in groups
     ]
 
 
-def _start(group: Group) -> Scheme:
-    """The assigned scheme; where that is no choice, the one that is."""
-    if group.assigned in group.choices:
+def _initial(group: SearchGroup) -> Scheme:
+    """The assigned scheme if it is a candidate, else the cheapest candidate."""
+    if group.assigned in group.candidates:
         return group.assigned
-    return min(group.choices, key=lambda it: (group.extra_cost(it), group.choices[it].noise))
+    return min(group.candidates, key=lambda scheme: (group.extra_cost(scheme), group.candidates[scheme].noise))
 
 
-def _rank(groups: Sequence[Group], schemes: Sequence[Scheme]) -> tuple[float, float]:
+def _rank(groups: Sequence[SearchGroup], schemes: Sequence[Scheme]) -> tuple[float, float]:
     return extra_cost(groups, schemes), noise_of(groups, schemes)
 
 
-def _of_site(groups: Sequence[Group], schemes: Sequence[Scheme]) -> dict[str, Scheme]:
+def _of_site(groups: Sequence[SearchGroup], schemes: Sequence[Scheme]) -> dict[str, Scheme]:
     return {site: scheme for group, scheme in zip(groups, schemes, strict=True) for site in group.sites}
 
 
-def _tower(group: Group) -> str:
+def _tower(group: SearchGroup) -> str:
     """ "visual" or "model": whole parts that rules are about."""
     return group.name.partition(".")[0]
 
 
-def _told(names: Sequence[str], scheme: Scheme) -> str:
+def _describe(names: Sequence[str], scheme: Scheme) -> str:
     what = "stay float" if scheme == Scheme.FLOAT else f"become {scheme}"
     if len(names) == 1:
         what = "stays float" if scheme == Scheme.FLOAT else f"becomes {scheme}"
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return f"{len(names)} group{'s' * (len(names) > 1)} {what}: {', '.join(names[:NAMED])}{more}"
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return f"{len(names)} group{'s' * (len(names) > 1)} {what}: {', '.join(names[:MAX_NAMES])}{more}"
 
 
-def _short(group: Group) -> list[str]:
-    """Names of the members, all but the first without what they share with it."""
+def _short_names(group: SearchGroup) -> list[str]:
+    """The full name of the first site and the last component of the others."""
     return [group.name, *(site.rpartition(".")[2] for site in group.sites[1:])]

@@ -23,7 +23,7 @@ from vlqc.frontend.memory import peak_memory
 from vlqc.ir.stage import Stage
 from vlqc.options.options import Options
 from vlqc.pipeline.pass_api import Pass
-from vlqc.pipeline.precision_search import GroupPrecision, Plan
+from vlqc.pipeline.precision_search import GroupPrecision, SearchResult
 from vlqc.pipeline.presets import pipeline_text
 from vlqc.pipeline.registry import print_pipeline
 from vlqc.reporting.html.collector import StageMetrics
@@ -123,7 +123,7 @@ class CompilationSummary:
         self.counts: dict[tuple[str, str], int] = {}
         self.notes: list[str] = []
         self._run_notes: set[str] = set()
-        self.search_result: Plan | None = None
+        self.search_result: SearchResult | None = None
         self.metrics = StageMetrics(active=current_process_group().is_rank0)
         self._started = time.perf_counter()
         self.add_notes(target_warnings(options, checkpoint.dtype))
@@ -160,7 +160,7 @@ class CompilationSummary:
         self.add_notes(states[-1]["notes"])
         self.metrics.restore([state["stage"] for state in states])
 
-    def apply_search(self, search_result: Plan | None) -> None:
+    def apply_search(self, search_result: SearchResult | None) -> None:
         """Counts the schemes that the precision search chose; None: there was no search.
 
         UserError if no layer is quantized: the output would be a copy of the float checkpoint.
@@ -169,7 +169,7 @@ class CompilationSummary:
             self._apply_search(search_result)
         self._require_quantized()
 
-    def _apply_search(self, search_result: Plan) -> None:
+    def _apply_search(self, search_result: SearchResult) -> None:
         self.search_result = search_result
         self.metrics.apply_search(search_result)
         for group, chosen in zip(search_result.groups, search_result.schemes, strict=True):

@@ -17,7 +17,7 @@ from vlqc.ir.observation import MODALITIES, Observation, noise_to_signal
 from vlqc.ir.stage import Site, Stage
 from vlqc.kernels_ref.quantize import INT8_MAX, INT8_MIN
 from vlqc.pipeline.pass_api import Pass
-from vlqc.pipeline.precision_search import Plan, decibels
+from vlqc.pipeline.precision_search import SearchResult, decibels
 from vlqc.reporting.html.schema import (
     SHARES,
     InputData,
@@ -111,10 +111,10 @@ class StageMetrics:
         self.stages = [StageData.model_validate_json(json.dumps(stage)) for stage in stages]
         self.restored_stages = len(self.stages)
 
-    def apply_search(self, search_result: Plan) -> None:
+    def apply_search(self, search_result: SearchResult) -> None:
         """Replaces the schemes of sites by those that the precision search chose."""
         chosen = {
-            name: (scheme, group.assigned, decibels(group.choices[scheme].noise))
+            name: (scheme, group.assigned, decibels(group.candidates[scheme].noise))
             for group, scheme in zip(search_result.groups, search_result.schemes, strict=True)
             for name in group.sites
         }

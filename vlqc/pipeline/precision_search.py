@@ -82,14 +82,9 @@ class SearchResult:
         total = noise_of(self.groups, self.schemes)
         rows = []
         for group, scheme in zip(self.groups, self.schemes, strict=True):
-            candidate = group.candidates[scheme]
-            share = candidate.noise / total if total else 0.0
-            sqnr = decibels(candidate.noise)
-            rows.append(
-                GroupPrecision(
-                    group.sites, model_part(group.name), group.assigned, scheme, sqnr, share, candidate.bytes
-                )
-            )
+            candidate, part = group.candidates[scheme], model_part(group.name)
+            share, sqnr = candidate.noise / total if total else 0.0, decibels(candidate.noise)
+            rows.append(GroupPrecision(group.sites, part, group.assigned, scheme, sqnr, share, candidate.bytes))
         return rows
 
     def notes(self) -> list[str]:

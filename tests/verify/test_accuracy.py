@@ -129,8 +129,8 @@ def test_infinite_outputs_are_a_fault(tmp_path: Path, source: Path) -> None:
     content.tensors["model.norm.weight"] = stored(np.full(64, 3e38), "BF16")
     content.tensors["model.layers.1.mlp.down_proj.weight"] = stored(np.full((64, 96), 3e38), "BF16")
     result = verify(content, tmp_path / "out", source)
-    found = {(finding.check, finding.where) for finding in result.faults}
-    assert {("stage outputs", "model.layers.1"), ("logits", "sample 0"), ("logits", "sample 1")} <= found
+    faults = {(finding.check, finding.where) for finding in result.faults}
+    assert {("stage outputs", "model.layers.1"), ("logits", "sample 0"), ("logits", "sample 1")} <= faults
     assert "Infinity" not in result.to_json()
     assert ": NaN" not in result.to_json()
 

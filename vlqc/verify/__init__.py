@@ -61,14 +61,14 @@ def verify_folder(
     result = VerificationResult(str(folder))
     if model_path is not None and model_path.is_dir() and (faults := link_faults(model_path)):
         raise UserError(*faults)
-    content = check_structure(folder, target, result)
-    check_side_files(content.files, result)  # not in verify_unfinished: these files are copies of the user's
+    compiled = check_structure(folder, target, result)
+    check_side_files(compiled.files, result)  # not in verify_unfinished: these files are copies of the user's
     check_manifest(folder, result)
-    check_arithmetic(content, result)
+    check_arithmetic(compiled, result)
     if model_path is not None:
-        check_against_source(content, model_path, result)
+        check_against_source(compiled, model_path, result)
     if model_path is not None and has_inputs:
-        if not _can_run(content, result):
+        if not _can_run(compiled, result):
             why = "tensors are missing or have a wrong shape, see the faults"
             result.add_warning("stage outputs", str(folder), "not run", why)
             return result
@@ -84,9 +84,9 @@ def verify_folder(
             from vlqc.verify.attribution.ranking import add_ranking
 
             tokens = locate_tokens or TOKENS
-            attribution = attribute_error(content, model_path, samples, tokens, result, progress, trust_remote_code)
+            attribution = attribute_error(compiled, model_path, samples, tokens, result, progress, trust_remote_code)
             if attribution is not None:
-                add_ranking(attribution, content, result)
+                add_ranking(attribution, compiled, result)
     return result
 
 
@@ -115,17 +115,17 @@ def _check_arguments(
         raise UserError(*faults)
 
 
-def _can_run(content: CompiledFolder, result: VerificationResult) -> bool:
+def _can_run(compiled: CompiledFolder, result: VerificationResult) -> bool:
     """Whether the folder has all tensors with the right shapes; their values may be damaged."""
-    return bool(content.valid_tensors) and not any(fault.check in NOT_RUNNABLE for fault in result.faults)
+    return bool(compiled.valid_tensors) and not any(fault.check in NOT_RUNNABLE for fault in result.faults)
 
 
 def verify_unfinished(folder: Path, engine: str | Target | None = None) -> VerificationResult:
     """`verify_folder` for a folder that is still being written and has no MANIFEST.json yet."""
     result = VerificationResult(str(folder))
-    content = check_structure(folder, parse_target(engine, "--engine") if isinstance(engine, str) else engine, result)
+    compiled = check_structure(folder, parse_target(engine, "--engine") if isinstance(engine, str) else engine, result)
     check_manifest(folder, result, finished=False)
-    check_arithmetic(content, result)
+    check_arithmetic(compiled, result)
     return result
 
 

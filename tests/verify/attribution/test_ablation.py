@@ -111,6 +111,7 @@ def test_scales_of_smoothed_groups_are_undone(tmp_path: Path) -> None:
         whole = load_float(source)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

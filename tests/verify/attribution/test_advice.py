@@ -46,11 +46,11 @@ def test_a_clipped_group_ranks_first(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def options_in(fix: str) -> list[dict[str, str]]:
     """ "--a b --c d: effect; --e f (words): effect" -> the options of each piece of advice."""
-    found = []
+    parsed = []
     for piece in fix.split("; "):
         words = shlex.split(re.sub(r"\(.*?\)|(?<=--calib_images )[^:]*", "", piece.partition(": ")[0]))
-        found.append(dict(zip((word.removeprefix("--") for word in words[::2]), [*words[1::2], ""], strict=False)))
-    return found
+        parsed.append(dict(zip((word.removeprefix("--") for word in words[::2]), [*words[1::2], ""], strict=False)))
+    return parsed
 
 
 @pytest.fixture
@@ -72,6 +72,7 @@ def outliers(tmp_path: Path) -> Callable[..., tuple[Path, list[dict[str, Tensor]
     return compiled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -102,6 +103,7 @@ def test_advice_reduces_the_error(
             assert gain == pytest.approx(result.facts[RANKING][0]["gain dB"], abs=0.5)
 
 
+@pytest.mark.slow
 def test_images_unlike_those_of_calibration_are_detected(
     tmp_path: Path, outliers: Callable[..., tuple[Path, list[dict[str, Tensor]]]]
 ) -> None:

@@ -23,23 +23,23 @@ def rounded(seed: int, group_size: int | None) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     size = torch.randn(COLUMNS, generator=generator).exp()
     causes = torch.randn(24, COLUMNS, generator=generator)
-    seen = (
+    inputs = (
         torch.randn(600, 24, generator=generator) @ causes / 5 + torch.randn(600, COLUMNS, generator=generator)
     ) * size
     weight = torch.randn(ROWS, COLUMNS, generator=generator) / size.sqrt()
-    importance = column_importance(seen.square().mean(0))
+    importance = column_importance(inputs.square().mean(0))
     row_weight = torch.full((600,), 1 / 600, dtype=torch.float64)
     grid: ChannelScaleGrid | GroupScaleGrid = ChannelScaleGrid(weight, importance, None, torch.float32)
     if group_size:
         grid = GroupScaleGrid(weight, importance, group_size, torch.bfloat16)
-    (integers,) = gptq_quantize([weight], [grid], seen, row_weight, importance)
+    (integers,) = gptq_quantize([weight], [grid], inputs, row_weight, importance)
     return weight, integers, grid.scale if isinstance(grid, ChannelScaleGrid) else grid.first * grid.second
 
 
 def pair(folder: Path, weight: Tensor, integers: Tensor, steps: Tensor) -> WeightPair:
     save_file({"float": weight.contiguous(), "integers": integers.contiguous()}, folder / "tensors.safetensors")
-    tensors, _, troubles = read_tensors(folder / "tensors.safetensors")
-    assert not troubles
+    tensors, _, faults = read_tensors(folder / "tensors.safetensors")
+    assert not faults
     stored = StoredIntegers(tensors["integers"], 8 if steps.shape[1] == 1 and int(integers.max()) > 7 else 4)
     return WeightPair("layer", tensors["float"], stored, steps.numpy())
 

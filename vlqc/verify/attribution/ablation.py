@@ -113,7 +113,7 @@ class Attribution:
 
 @torch.no_grad()
 def attribute_error(
-    content: CompiledFolder,
+    compiled: CompiledFolder,
     model_path: Path,
     samples: Sequence[dict[str, Tensor]],
     tokens: int,
@@ -126,22 +126,24 @@ def attribute_error(
     samples: as for `vlqc.compile`; tokens: see `choose_samples`; progress: receives the planned work and, every few
     seconds, the progress. Raises UserError for unusable samples.
     """
-    structure = content.model
+    structure = compiled.model
     if structure is None:
         raise ValueError("the folder must describe a model")
     checkpoint = Checkpoint(model_path)
     model = StreamedModel.open(checkpoint, trust_remote_code=trust_remote_code)
     samples = check_samples(samples, model.module)
     numbers = choose_samples(samples, tokens)
-    groups = find_groups(model, content.schemes)
+    groups = find_groups(model, compiled.schemes)
     if not groups:
         result.facts["measured on"] = "nothing: no layer is quantized"
         return None
-    ablation = _Ablation(model, structure, groups, [samples[number] for number in numbers], DTYPES[content.float_dtype])
+    ablation = _Ablation(
+        model, structure, groups, [samples[number] for number in numbers], DTYPES[compiled.float_dtype]
+    )
     plan = ablation.plan()
     if progress is not None:
         progress(plan)
-    attribution = ablation.run(FolderStages(content.files.path, trust_remote_code=trust_remote_code), progress)
+    attribution = ablation.run(FolderStages(compiled.files.path, trust_remote_code=trust_remote_code), progress)
     result.facts["measured on"] = f"{len(numbers)} of {pluralize(len(samples), 'sample')}; {plan}"
     return attribution
 

@@ -37,7 +37,7 @@ CLIPPED = 1e-6  # share of an input's values outside its range from which on cli
 OUTLIERS = 8.0  # times the median channel: what smoothing should have made smaller
 
 
-def add_ranking(attribution: Attribution, content: CompiledFolder, result: VerificationResult) -> None:
+def add_ranking(attribution: Attribution, compiled: CompiledFolder, result: VerificationResult) -> None:
     """Adds the ranking, its legend and the advice to the result. Groups are ordered by the error that each causes
     alone; equal ones stay in the order of the model."""
     signal, error, groups = attribution.signal, attribution.error, attribution.groups
@@ -63,26 +63,26 @@ def add_ranking(attribution: Attribution, content: CompiledFolder, result: Verif
         "group's own error that comes from rounding its inputs, not its weights; MiB: what the folder grows by if the "
         "group is float"
     )
-    rows = {group: _row(group, attribution, content) for group in ranked}
+    rows = {group: _row(group, attribution, compiled) for group in ranked}
     result.facts[RANKING] = [row | {"gain rank": by_gain.index(group) + 1} for group, row in rows.items()]
     for rank, group in enumerate(ranked[:ADVISED], 1):
         measured = groups[group].measured
         if measured is not None and groups[group].alone.total > 0:
-            _add_advice(result, rank, rows[group], group.layers, content.schemes, measured)
+            _add_advice(result, rank, rows[group], group.layers, compiled.schemes, measured)
 
 
-def _row(group: LayerGroup, attribution: Attribution, content: CompiledFolder) -> dict[str, Any]:
+def _row(group: LayerGroup, attribution: Attribution, compiled: CompiledFolder) -> dict[str, Any]:
     signal, error, effect = attribution.signal, attribution.error, attribution.groups[group]
     gain = _sqnr(signal.total, effect.without.total) - _sqnr(signal.total, error.total)
     return {
         "group": group.name,
-        "scheme": str(content.schemes[group.layers[0]]),
+        "scheme": str(compiled.schemes[group.layers[0]]),
         "alone dB": _sqnr(signal.total, effect.alone.total),
         "share %": _percent(effect.alone.total, error.total),
         "gain dB": round(gain, 2),
         **_by_modality(signal, effect.alone),
         "inputs %": round(100 * effect.measured.input_share) if effect.measured else "-",
-        "float MiB": round(_float_cost(group.layers, content) / MIB, 3),
+        "float MiB": round(_float_cost(group.layers, compiled) / MIB, 3),
     }
 
 
@@ -93,14 +93,14 @@ def _by_modality(signal: ModalityPower, noise: ModalityPower) -> dict[str, Any]:
     }
 
 
-def _float_cost(layers: Sequence[str], content: CompiledFolder) -> int:
+def _float_cost(layers: Sequence[str], compiled: CompiledFolder) -> int:
     """Bytes by which the folder grows if these layers are float. A bias is float already."""
-    if content.model is None:
+    if compiled.model is None:
         return 0
-    linears = content.model.linears
+    linears = compiled.model.linears
     return sum(
-        linear_bytes(Scheme.FLOAT, linears[layer], content.form)
-        - linear_bytes(content.schemes[layer], linears[layer], content.form)
+        linear_bytes(Scheme.FLOAT, linears[layer], compiled.form)
+        - linear_bytes(compiled.schemes[layer], linears[layer], compiled.form)
         for layer in layers
     )
 

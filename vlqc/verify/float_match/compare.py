@@ -230,24 +230,24 @@ class _Comparison:
 
     def rounded(self, pair: WeightPair, rows: Scales, columns: Scales) -> None:
         """The weight must be the rounding of the source's, scaled."""
-        found = misfits(pair, rows, columns)
+        fit = misfits(pair, rows, columns)
         name = f"{pair.layer}.weight"
-        self.sqnr[pair.layer] = found.sqnr
-        count, first = (found.gross, found.first_gross) if found.other_rounding else (found.count, found.first)
-        if found.sqnr < BROKEN_WEIGHTS[pair.bits]:
+        self.sqnr[pair.layer] = fit.sqnr
+        count, first = (fit.gross, fit.first_gross) if fit.other_rounding else (fit.count, fit.first)
+        if fit.sqnr < BROKEN_WEIGHTS[pair.bits]:
             what, why = (
-                f"SQNR against the float weight is {found.sqnr:.1f} dB",
+                f"SQNR against the float weight is {fit.sqnr:.1f} dB",
                 "it is not the source's matrix",
             )
             self.result.add_fault(CHECK, name, what, why, "pass the right checkpoint as --model_path, or compile again")
         elif count:
-            what = f"{count} of {found.total} weights do not follow from the float weight, first at {list(first or ())}"
+            what = f"{count} of {fit.total} weights do not follow from the float weight, first at {list(first or ())}"
             why = "rounding and the layer's channel scales do not explain the difference"
             self.result.add_fault(CHECK, name, what, why, COPY_AGAIN)
-        elif found.scaled:
-            row, group, factor = found.scaled[0]
+        elif fit.scaled:
+            row, group, factor = fit.scaled[0]
             where = f"row {row}" if pair.scale is None or pair.scale.shape[1] == 1 else f"group {group} of row {row}"
-            what = f"{where} is {factor:.4g} times the float weight by its scale ({len(found.scaled)} such in all)"
+            what = f"{where} is {factor:.4g} times the float weight by its scale ({len(fit.scaled)} such in all)"
             self.result.add_fault(CHECK, name, what, "weight or weight_scale is damaged", COPY_AGAIN)
 
     def bias(self, layer: str, rows: Scales | None) -> None:

@@ -54,13 +54,13 @@ def test_nothing_is_written_into_a_checkpoint(place: Path, monkeypatch: pytest.M
     monkeypatch.chdir(place)
     before = contents(place)
     ended = CliRunner(env={"NO_COLOR": "1", "COLUMNS": "200"}).invoke(app, words.split())
-    assert ended.exit_code == 2 and "only read" in ended.stderr and "elsewhere" in ended.stderr, ended.output
+    assert ended.exit_code == 2 and "does not modify" in ended.stderr and "choose another" in ended.stderr, ended.output
     assert contents(place) == before
 
 
 def test_a_page_inside_from_python(place: Path) -> None:
     """Catches the API without the command line's rule."""
-    with pytest.raises(UserError, match="only read"):
+    with pytest.raises(UserError, match="does not modify"):
         vlqc.write_report(place / "int8", place / "int8" / "page.html")
 
 

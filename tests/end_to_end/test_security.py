@@ -104,7 +104,7 @@ def test_verification_does_not_wait_for_a_pipe(tmp_path: Path, name: str) -> Non
     os.mkfifo(folder / name)
     with bounded(10.0):
         report = verify_folder(folder)
-    assert any("is not an ordinary file" in finding.what for finding in report.faults)
+    assert any("is not a regular file" in finding.what for finding in report.faults)
 
 
 # ---- the terminal ----------------------------------------------------------------------------------------------------

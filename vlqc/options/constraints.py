@@ -1,4 +1,6 @@
-"""Which values of the options go together. Every other combination is refused before anything is loaded.
+"""Checks combinations of option values, before anything is loaded.
+
+The flags of the original script select these schemes; other combinations are errors:
 
 | scheme | flags |
 |---|---|
@@ -18,136 +20,134 @@ if TYPE_CHECKING:
     from vlqc.options.options import Options
 
 
-def combination_faults(options: "Options", unreadable: Set[str] = frozenset()) -> list[Fault]:
-    """Everything that does not go together, each fault with the flags to change.
+def combination_faults(options: "Options", illegal: Set[str] = frozenset()) -> list[Fault]:
+    """Every invalid combination, each with the flags to change.
 
-    unreadable: options whose value could not be read; rules that look at them would only produce echoes, and are left
-    out.
+    illegal: options with an illegal value. Rules that depend on them are skipped, because they would report the same
+    mistake again.
     """
-    return [fault for names, rule in RULES if not names & unreadable for fault in rule(options)]
+    return [fault for names, rule in RULES if not names & illegal for fault in rule(options)]
 
 
 def _scheme(options: "Options") -> Iterator[Fault]:
     if options.w_bit == 4:
-        needed = {
+        required = {
             "--is_dynamic True": options.is_dynamic,
             "--is_lowbit True": options.is_lowbit,
             "--open_outlier False": not options.open_outlier,
             "--act_method 1": options.act_method in (1, 2),
         }
-        missing = [flag for flag, there in needed.items() if not there]
+        missing = [flag for flag, is_set in required.items() if not is_set]
         if missing:
-            why = "4-bit weights exist per group, with activations quantized per token (W4A8_DYNAMIC)"
+            why = "4-bit weights are quantized per group, with activations quantized per token (W4A8_DYNAMIC)"
             other = "--w_bit 8 --is_lowbit False" if options.is_lowbit else "--w_bit 8"
-            yield Fault("--w_bit 4", why=why, fix=f"give {' '.join(missing)} too, or {other}")
+            yield Fault("--w_bit 4", why=why, fix=f"add {' '.join(missing)}, or use {other}")
     elif options.is_lowbit:
-        why = "the low-bit algorithm makes 4-bit weights, and --w_bit is 8"
-        fix = "give --is_lowbit False, or for 4-bit weights --w_bit 4 --is_dynamic True --open_outlier False"
+        why = "the low-bit algorithm produces 4-bit weights, and --w_bit is 8"
+        fix = "use --is_lowbit False, or for 4-bit weights --w_bit 4 --is_dynamic True --open_outlier False"
         yield Fault("--is_lowbit True", why=why, fix=fix)
 
 
 def _group(options: "Options") -> Iterator[Fault]:
-    option = "--mindie_format" if options.mindie_format else f"--target {options.target}"
+    flag = "--mindie_format" if options.mindie_format else f"--target {options.target}"
     sizes = options.layout.group_sizes
     if options.w_bit == 4 and sizes and options.group_size not in sizes:
-        why = f"{options.layout.title} accepts the group sizes {', '.join(str(size) for size in sizes if size)}"
-        yield Fault(f"--group_size {options.group_size} with {option}", why=why, fix=f"give --group_size {max(sizes)}")
+        why = f"{options.layout.title} supports the group sizes {', '.join(str(size) for size in sizes if size)}"
+        yield Fault(f"--group_size {options.group_size} with {flag}", why=why, fix=f"use --group_size {max(sizes)}")
 
 
 def _one_layout(options: "Options") -> Iterator[Fault]:
     if options.mindie_format and options.target is not None and options.layout is not MINDIE:
         what = f"--mindie_format with --target {options.target}"
-        why = "--mindie_format writes a folder that only MindIE loads"
-        yield Fault(what, why=why, fix="leave out --mindie_format or --target")
+        why = "only MindIE loads the layout of --mindie_format"
+        yield Fault(what, why=why, fix="remove --mindie_format or --target")
 
 
 def _both(options: "Options") -> Iterator[Fault]:
     if options.target == BOTH and not _static(options):
-        why = "one folder for both engines exists for static W8A8 only"
-        fix = "give --target vllm-ascend, or --w_bit 8 --is_dynamic False"
+        why = "a folder that both engines load is possible for static W8A8 only"
+        fix = "use --target vllm-ascend, or --w_bit 8 --is_dynamic False"
         yield Fault("--target both", why=why, fix=fix)
 
 
 def _alpha(options: "Options") -> Iterator[Fault]:
     if options.anti_alpha is not None and options.anti_method != "m4":
         what = f"--anti_alpha {options.anti_alpha:g} with --anti_method {options.anti_method}"
-        why = "only m4 computes scales with an exponent"
-        yield Fault(what, why=why, fix="leave out --anti_alpha, or give --anti_method m4")
+        yield Fault(what, why="only m4 uses it", fix="remove --anti_alpha, or use --anti_method m4")
 
 
 def _shift(options: "Options") -> Iterator[Fault]:
     if not options.shift:
         return
     if options.target == BOTH:
-        why = "the engines look for the bias of a norm under different names"
-        yield Fault("--shift with --target both", why=why, fix="give --target vllm-ascend, or --mindie_format")
+        why = "the engines expect the bias of a norm under different names"
+        yield Fault("--shift with --target both", why=why, fix="use --target vllm-ascend, or --mindie_format")
     if not _static(options):
-        why = "engines apply the bias of a norm in front of static W8A8 layers only"
-        fix = "leave out --shift, or give --w_bit 8 --is_dynamic False --is_lowbit False"
+        why = "engines apply the bias of a norm before static W8A8 layers only"
+        fix = "remove --shift, or use --w_bit 8 --is_dynamic False --is_lowbit False"
         yield Fault("--shift", why=why, fix=fix)
     if options.anti_method == "none":
-        why = "ranges are shifted while outliers are suppressed"
-        yield Fault("--shift with --anti_method none", why=why, fix="leave out --shift, or give --anti_method m2")
+        why = "ranges are shifted as a part of outlier suppression"
+        yield Fault("--shift with --anti_method none", why=why, fix="remove --shift, or use --anti_method m2")
 
 
 def _scope(options: "Options") -> Iterator[Fault]:
     if options.w4a8_scope != "engine" and options.w_bit != 4:
         what = f"--w4a8_scope {options.w4a8_scope} with --w_bit {options.w_bit}"
-        fix = "leave out --w4a8_scope, or give --w_bit 4 --is_dynamic True --is_lowbit True --open_outlier False"
-        yield Fault(what, why="it chooses which layers get 4-bit weights", fix=fix)
+        fix = "remove --w4a8_scope, or use --w_bit 4 --is_dynamic True --is_lowbit True --open_outlier False"
+        yield Fault(what, why="it selects the layers with 4-bit weights", fix=fix)
 
 
 def _fallback(options: "Options") -> Iterator[Fault]:
-    """A search needs exactly one target, and a target means something to a search only."""
-    targets = {
+    """--fallback auto needs exactly one goal, and other values of --fallback have none."""
+    goals = {
         f"--min_sqnr {options.min_sqnr or 0:g}": options.min_sqnr is not None,
         f"--max_float_groups {options.max_float_groups}": options.max_float_groups is not None,
     }
-    given = [flag for flag, there in targets.items() if there]
-    if options.fallback == "auto" and len(given) != 1:
-        what = " with ".join(["--fallback auto", *given])
-        why = "the search needs one target" if not given else "the search takes one target"
-        yield Fault(what, why=why, fix="give --min_sqnr DB or --max_float_groups NUMBER")
-    elif options.fallback != "auto" and given:
-        what = f"{' with '.join(given)} with --fallback {options.fallback}"
-        yield Fault(what, why="only a search has a target", fix="add --fallback auto")
+    flags = [flag for flag, is_set in goals.items() if is_set]
+    if options.fallback == "auto" and len(flags) != 1:
+        what = " with ".join(["--fallback auto", *flags])
+        why = "it needs a goal" if not flags else "it has only one goal"
+        yield Fault(what, why=why, fix="use either --min_sqnr DB or --max_float_groups NUMBER")
+    elif options.fallback != "auto" and flags:
+        what = f"{' with '.join(flags)} with --fallback {options.fallback}"
+        yield Fault(what, why="only --fallback auto has a goal", fix="add --fallback auto")
 
 
 def _strict(options: "Options") -> Iterator[Fault]:
-    """What can be known of a target before the checkpoint is read, and without --exclude, which may make up for it."""
+    """Incompatibilities of the scheme itself. --exclude may avoid them, so with it the plan of the layers decides."""
     if not options.strict_target or options.exclude:
         return
     from vlqc.targets.advice import incompatibilities
 
     for sentence in incompatibilities(options.engine_target, options.scheme, scope=options.w4a8_scope):
-        fix = "leave out --strict_target, or choose another --target or scheme (--w_bit, --is_dynamic, --w4a8_scope)"
+        fix = "remove --strict_target, or use another --target or scheme (--w_bit, --is_dynamic, --w4a8_scope)"
         yield Fault(f"--strict_target with {options.scheme} for {options.engine_target}", why=sentence, fix=fix)
 
 
 def _resume(options: "Options") -> Iterator[Fault]:
     if options.resume and options.start_over:
-        why = "one goes on with what an interrupted run has left, the other throws it away"
-        yield Fault("--resume with --start_over", why=why, fix="leave out one of them")
+        why = "one resumes the interrupted run, the other deletes it"
+        yield Fault("--resume with --start_over", why=why, fix="remove one of them")
 
 
 def _layers(options: "Options") -> Iterator[Fault]:
     for pattern in sorted(set(options.exclude) & set(options.include)):
         what = f"--exclude {pattern} with --include {pattern}"
-        yield Fault(what, why="a layer is quantized or it is not", fix="leave out --exclude or --include")
+        yield Fault(what, why="they contradict each other", fix="remove --exclude or --include")
 
 
 def _dumps(options: "Options") -> Iterator[Fault]:
-    """Choices about what is not asked for."""
+    """Options of dumps without a dump."""
     if options.dump_ir is None and options.dump_formats != "text":
-        why = "there is no folder to dump into"
-        yield Fault(f"--dump_formats {options.dump_formats}", why=why, fix="add --dump_ir FOLDER")
+        yield Fault(f"--dump_formats {options.dump_formats}", why="nothing is dumped", fix="add --dump_ir FOLDER")
     if options.dump_ir is None and options.print_after is None and options.dump_stages:
         why = "nothing is dumped or printed"
         fix = "add --dump_ir FOLDER or --print_after PASS"
         yield Fault(f"--dump_stages {' '.join(options.dump_stages)}", why=why, fix=fix)
 
 
-# The options a rule looks at, and the rule.
+# The options that a rule depends on, and the rule.
 SCHEME = frozenset({"w_bit", "is_dynamic", "is_lowbit", "open_outlier", "act_method"})
 RULES: tuple[tuple[frozenset[str], Callable[["Options"], Iterator[Fault]]], ...] = (
     (SCHEME, _scheme),

@@ -1,4 +1,8 @@
-"""Where a compilation may read and write: rules about the folders that the user names, before anything is loaded."""
+"""Checks where a compilation reads and writes, before anything is loaded. Creates and changes nothing.
+
+The model folder is never modified, and the save folder is replaced as a whole. So no output may lie in a checkpoint, no
+input in the save folder, and the save folder is neither the home folder nor the current one, nor above them.
+"""
 
 import os
 from pathlib import Path
@@ -8,8 +12,8 @@ from vlqc.errors import Fault
 from vlqc.formatting import did_you_mean
 
 
-class NamedFolders(Protocol):
-    """The options that the rules look at; None: not given, or not readable as a path."""
+class NamedPaths(Protocol):
+    """The options that are checked. None: not given, or not a path."""
 
     @property
     def model_path(self) -> Path | None: ...
@@ -27,146 +31,151 @@ class NamedFolders(Protocol):
     def resume(self) -> bool: ...
 
 
-def path_faults(given: NamedFolders) -> list[Fault]:
-    """Everything wrong with the folders; links are resolved first. Nothing is created or changed."""
+def path_faults(options: NamedPaths) -> list[Fault]:
+    """All faults of the paths. Links are resolved first."""
     faults: list[Fault] = []
-    for rule in (_model_rule, _save_rule, _dump_rule, _timings_rule, _pictures_rule):
+    for rule in (_model_rule, _save_rule, _dump_rule, _timings_rule, _images_rule):
         try:
-            faults += rule(given)
-        except (OSError, RuntimeError) as error:  # a name too long, no permission, a circle of links
-            faults.append(Fault("a folder cannot be looked at", why=str(error)))
+            faults += rule(options)
+        except (OSError, RuntimeError) as error:  # a name that is too long, no permission, a loop of links
+            faults.append(Fault("cannot access folder", why=str(error)))
     return faults
 
 
-def _model_rule(given: NamedFolders) -> list[Fault]:
-    return [] if given.model_path is None else model_faults(given.model_path)
+def _model_rule(options: NamedPaths) -> list[Fault]:
+    return [] if options.model_path is None else model_faults(options.model_path)
 
 
-def _save_rule(given: NamedFolders) -> list[Fault]:
-    if given.save_directory is None:
+def _save_rule(options: NamedPaths) -> list[Fault]:
+    if options.save_directory is None:
         return []
-    overlap = [] if given.model_path is None else _overlap_faults(given.model_path, given.save_directory)
-    # What an interrupted run has left may be its finished result: then the folder is not empty for a good reason.
-    left = given.resume and any(given.save_directory.resolve().parent.glob(".*.partial-*"))
-    return overlap or _save_faults(given.save_directory, given.overwrite or left)
+    overlap = [] if options.model_path is None else _overlap_faults(options.model_path, options.save_directory)
+    # An interrupted run may have moved its result into the save folder already, before it removed its work folder.
+    interrupted = options.resume and any(options.save_directory.resolve().parent.glob(".*.partial-*"))
+    return overlap or _save_faults(options.save_directory, options.overwrite or interrupted)
 
 
-def _dump_rule(given: NamedFolders) -> list[Fault]:
-    if given.dump_ir is None:
+def _dump_rule(options: NamedPaths) -> list[Fault]:
+    if options.dump_ir is None:
         return []
-    return dump_faults("--dump_ir", given.dump_ir, model=given.model_path, save=given.save_directory)
+    return dump_faults("--dump_ir", options.dump_ir, model=options.model_path, save=options.save_directory)
 
 
-def output_faults(what: str, place: Path, flag: str = "") -> list[Fault]:
-    """What keeps an output from being written at `place`: files of a checkpoint, float or compiled, are only read.
+def output_faults(what: str, output: Path, flag: str = "") -> list[Fault]:
+    """Faults of an output path: it is a file of a checkpoint, or lies in one.
 
-    what: names the place for the fault; flag: the option that names it, where `what` does not. Links are followed, and
-    looked at themselves, too: files of a checkpoint may be links.
+    Args:
+        what: names the path in the fault.
+        output: file or folder to be written. The path itself and the target of links in it are checked, because files
+            of a checkpoint may be links.
+        flag: the option that names the path, if `what` does not.
     """
-    fix = f"name a place elsewhere{flag and f' with {flag}'}"
-    for path in dict.fromkeys((place.absolute(), place.resolve())):
+    fix = f"choose another path{flag and f' with {flag}'}"
+    for path in dict.fromkeys((output.absolute(), output.resolve())):
         if path.is_file() and (path.suffix == ".safetensors" or path.name == "config.json"):
-            return [Fault(what, why="it is a file of a model, which vlqc only reads", fix=fix)]
+            return [Fault(what, why="it is a file of a checkpoint, which vlqc does not modify", fix=fix)]
         checkpoint = next((folder for folder in (path, *path.parents) if _is_checkpoint(folder)), None)
         if checkpoint is not None:
-            why = f"it lies in the checkpoint {checkpoint}, which vlqc only reads"
+            why = f"it lies in the checkpoint {checkpoint}, which vlqc does not modify"
             return [Fault(what, why=why, fix=fix)]
     return []
 
 
 def _is_checkpoint(folder: Path) -> bool:
-    """Whether a folder is a float or a compiled checkpoint, by its files."""
+    """Whether a folder contains a float or a compiled checkpoint."""
     if (folder / "MANIFEST.json").is_file():
         return True
     return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
 
 
-def _timings_rule(given: NamedFolders) -> list[Fault]:
-    """Asked before the work: hours later the file could not be written."""
-    if given.timings is None:
+def _timings_rule(options: NamedPaths) -> list[Fault]:
+    """Checked now, because the file is written at the end of the compilation."""
+    timings = options.timings
+    if timings is None:
         return []
-    what, fix = f"--timings {given.timings}", "name a file in an existing folder"
-    if given.timings.is_dir():
+    what, fix = f"--timings {timings}", "give a file in an existing folder"
+    if timings.is_dir():
         return [Fault(what, why="it is a folder", fix=fix)]
-    if given.timings.exists() and not given.timings.is_file():  # a pipe may never take it
-        return [Fault(what, why="it is not an ordinary file", fix=fix)]
-    if not given.timings.parent.is_dir():
-        return [Fault(what, why=f"there is no folder {given.timings.parent}", fix=fix)]
-    if not os.access(given.timings if given.timings.exists() else given.timings.parent, os.W_OK):
-        return [Fault(what, why="you may not write there", fix="name a file elsewhere")]
-    for folder, kind in ((given.save_directory, "save"), (given.model_path, "model")):
-        if folder is not None and _within(given.timings.resolve(), folder.resolve()):
-            why = f"it lies in the {kind} folder, and says nothing but what this machine did"
-            return [Fault(what, why=why, fix="name a file elsewhere")]
-    return output_faults(what, given.timings)
+    if timings.exists() and not timings.is_file():  # writing to a pipe may block forever
+        return [Fault(what, why="it is not a regular file", fix=fix)]
+    if not timings.parent.is_dir():
+        return [Fault(what, why=f"there is no folder {timings.parent}", fix=fix)]
+    if not os.access(timings if timings.exists() else timings.parent, os.W_OK):
+        return [Fault(what, why="permission denied", fix="choose another path")]
+    for folder, kind in ((options.save_directory, "save"), (options.model_path, "model")):
+        if folder is not None and _within(timings.resolve(), folder.resolve()):
+            why = f"it lies in the {kind} folder, and timings are not part of a checkpoint"
+            return [Fault(what, why=why, fix="choose another path")]
+    return output_faults(what, timings)
 
 
-def _pictures_rule(given: NamedFolders) -> list[Fault]:
-    if given.calib_images is None or given.save_directory is None:
+def _images_rule(options: NamedPaths) -> list[Fault]:
+    if options.calib_images is None or options.save_directory is None:
         return []
-    if not _within(given.calib_images.resolve(), given.save_directory.resolve()):
+    if not _within(options.calib_images.resolve(), options.save_directory.resolve()):
         return []
-    what, why = f"--calib_images {given.calib_images}", "it lies in the save folder, which is replaced as a whole"
-    return [Fault(what, why=why, fix="name another save folder, or move the pictures")]
+    what, why = f"--calib_images {options.calib_images}", "it lies in the save folder, which is replaced as a whole"
+    return [Fault(what, why=why, fix="choose another save folder, or move the images")]
 
 
 def model_faults(folder: Path, flag: str = "--model_path") -> list[Fault]:
-    """What keeps `folder` from being a checkpoint folder: it is missing, or a file."""
+    """Faults of a path that should be a checkpoint folder. flag: the option that names it."""
     if folder.is_dir():
         return []
     what = f"{flag} {folder}"
     if folder.exists():
-        return [Fault(what, why="it is a file", fix=f"name the folder around it: {flag} {folder.parent}")]
-    close = _neighbours(folder)
-    looks_like_hub = not folder.is_absolute() and len(folder.parts) == 2 and not folder.parent.exists()
-    hub = "vlqc reads folders on this machine only: download the model first and name its folder"
-    return [Fault(what, why="there is no such folder", fix=hub if looks_like_hub else close or "check the spelling")]
+        return [Fault(what, why="it is a file", fix=f"give its folder: {flag} {folder.parent}")]
+    is_hub_name = not folder.is_absolute() and len(folder.parts) == 2 and not folder.parent.exists()
+    if is_hub_name:
+        fix = "vlqc reads local folders only: download the model first and give its folder"
+    else:
+        fix = _similar_names(folder) or "check the spelling"
+    return [Fault(what, why="there is no such folder", fix=fix)]
 
 
 def dump_faults(flag: str, folder: Path, *, model: Path | None, save: Path | None = None) -> list[Fault]:
-    """What keeps `folder` from taking a dump of a compilation of `model` into `save`."""
-    what, fix = f"{flag} {folder}", "name a folder elsewhere"
+    """Faults of a folder for dumps. flag: the option that names it; model, save: folders of the compilation."""
+    what, fix = f"{flag} {folder}", "choose another folder"
     if folder.exists() and not folder.is_dir():
         return [Fault(what, why="it is a file", fix=fix)]
     if save is not None and _within(folder.resolve(), save.resolve()):
-        return [Fault(what, why="it lies in the save folder, which holds the finished checkpoint only", fix=fix)]
+        return [Fault(what, why="it lies in the save folder, which contains the finished checkpoint only", fix=fix)]
     if model is not None and _within(folder.resolve(), model.resolve()):
-        return [Fault(what, why="it lies in the model folder, which vlqc only reads", fix=fix)]
+        return [Fault(what, why="it lies in the model folder, which vlqc does not modify", fix=fix)]
     return output_faults(what, folder)
 
 
-def _neighbours(folder: Path) -> str:
+def _similar_names(folder: Path) -> str:
     try:
-        return did_you_mean(folder.name, [each.name for each in folder.parent.iterdir() if each.is_dir()])
-    except OSError:  # the folder above is missing too, or may not be read
+        return did_you_mean(folder.name, [path.name for path in folder.parent.iterdir() if path.is_dir()])
+    except OSError:  # the parent folder is missing, too, or cannot be read
         return ""
 
 
 def _save_faults(save: Path, overwrite: bool) -> list[Fault]:
     what, real = f"--save_directory {save}", save.resolve()
     if real.is_file():
-        return [Fault(what, why="a file of that name exists", fix="name a new or empty folder")]
-    above = next((each for each in real.parents if each.exists()), None)
-    if above is not None and not above.is_dir():
-        return [Fault(what, why=f"{above} is a file", fix="name a folder inside a folder")]
+        return [Fault(what, why="there is a file with this name", fix="give a new or empty folder")]
+    existing = next((parent for parent in real.parents if parent.exists()), None)
+    if existing is not None and not existing.is_dir():
+        return [Fault(what, why=f"{existing} is a file", fix="give a folder in a folder")]
     if not real.is_dir():
         return []
-    # The whole folder gets exchanged, so the folders that a slip of the keyboard may name are out of bounds.
     if real == Path(real.anchor) or _within(Path.home(), real) or _within(Path.cwd(), real):
-        why = "it is the home folder, the current folder, or above one of them; the save folder is replaced as a whole"
-        return [Fault(what, why=why, fix="name a new folder")]
+        why = "the save folder is replaced as a whole, and this is the home or current folder, or contains it"
+        return [Fault(what, why=why, fix="give a new folder")]
     if os.path.ismount(real):
-        why = "it is a mount point, which the system keeps; the save folder is replaced as a whole"
-        return [Fault(what, why=why, fix="name a folder inside it")]
+        why = "the save folder is replaced as a whole, and a mount point cannot be renamed"
+        return [Fault(what, why=why, fix="give a folder inside it")]
     if not overwrite and any(real.iterdir()):
-        return [Fault(what, why="the folder is not empty", fix="name a new folder, or add --overwrite to replace it")]
+        return [Fault(what, why="the folder is not empty", fix="give a new folder, or add --overwrite to replace it")]
     return []
 
 
 def _overlap_faults(model: Path, save: Path) -> list[Fault]:
     what = f"--save_directory {save}"
     real_model, real_save = model.resolve(), save.resolve()
-    fix = "name a folder outside the model folder"
+    fix = "give a folder outside the model folder"
     if real_model == real_save:
         return [Fault(what, why=f"it is the model folder itself ({real_model})", fix=fix)]
     if _within(real_save, real_model):

@@ -122,7 +122,7 @@ def test_devices_and_pipes_are_refused(flag: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for endless in ("/dev/zero", tmp_path / "pipe"):
         code, output = run(folder, "--output", tmp_path / "page.html", flag, endless)
-        assert code == 2 and "not an ordinary file" in output
+        assert code == 2 and "not a regular file" in output
 
 
 def run(*arguments: object) -> tuple[int, str]:

@@ -44,7 +44,7 @@ def read_header_bytes(path: Path) -> bytes:
     """The length field and the JSON of a header. OSError; ValueError if the file is not regular or too short."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may never end
-        raise ValueError("it is not an ordinary file")
+        raise ValueError("it is not a regular file")
     with path.open("rb") as file:
         field = file.read(LENGTH_BYTES)
         length = int.from_bytes(field, "little")

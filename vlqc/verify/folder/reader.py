@@ -109,7 +109,7 @@ def read_json_object(path: Path) -> tuple[dict[str, Any] | None, str]:
 def read_json(path: Path) -> tuple[Any, str]:
     """File -> (value, "") or (None, what is wrong)."""
     if not path.is_file():
-        return None, "is not an ordinary file"  # reading a pipe or a device may never end
+        return None, "is not a regular file"  # reading a pipe or a device may never end
     try:
         return parse_json(read_regular_file(path).decode()), ""
     except (OSError, ValueError) as error:

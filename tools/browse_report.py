@@ -128,7 +128,7 @@ def check_page(page: Path, folder: Path, program: str) -> list[str]:
         chrome.open(page, "#stage-0-0", scripts=False)
         if not chrome.value("document.getElementById('stage-0-0').closest('details').open"):
             faults.append("without scripts: a link into closed details does not open them")
-        if not chrome.value("document.getElementById('told').hidden"):
+        if not chrome.value("document.getElementById('selected').hidden"):
             faults.append("without scripts: the line for the selected cell is visible")
     return faults
 
@@ -157,10 +157,10 @@ def by_keyboard(chrome: Browser) -> Iterator[str]:
     else:
         yield "Tab reaches no precision map"
         return
-    first = chrome.value("document.getElementById('told').textContent")
+    first = chrome.value("document.getElementById('selected').textContent")
     for key in ("ArrowRight", "ArrowDown", "ArrowRight"):
         chrome.press(key)
-        now = chrome.value("document.getElementById('told').textContent")
+        now = chrome.value("document.getElementById('selected').textContent")
         if now == first or not chrome.value(CELL):
             yield f"{key} does not move to another cell"
         first = now
@@ -169,7 +169,7 @@ def by_keyboard(chrome: Browser) -> Iterator[str]:
 def by_tap(chrome: Browser) -> Iterator[str]:
     titles = chrome.value(
         "(() => { const cell = [...document.querySelectorAll('.map td[title]')].at(-1); cell.click(); "
-        "return [cell.title, document.getElementById('told').textContent]; })()"
+        "return [cell.title, document.getElementById('selected').textContent]; })()"
     )
     if titles[0] != titles[1]:
         yield f"touching {titles[0]!r} shows {titles[1]!r}"

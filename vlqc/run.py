@@ -39,7 +39,7 @@ def open_run(
     resumed, or lacks memory or disk space.
     """
     process_group = current_process_group()
-    shown = resolve_progress(progress, first=process_group.is_rank0)
+    shown = resolve_progress(progress, is_rank0=process_group.is_rank0)
     summary = CompilationSummary(options, model.checkpoint, shown.note)
     summary.note_unused_tensors(model.unused_tensors())
     summary.add_notes(dataset.notes)

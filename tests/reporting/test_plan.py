@@ -22,6 +22,7 @@ def samples() -> list[dict[str, Tensor]]:
     return tiny_task.samples(2, seed=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{}, {"mindie_format": True}, {"is_dynamic": True}, FOUR_BITS, {**FOUR_BITS, "mindie_format": True}],

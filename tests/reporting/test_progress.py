@@ -179,11 +179,11 @@ def test_a_notebook_is_updated_rarely(cell: Cell) -> None:
 def test_default_progress(cell: Cell, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a script that prints unasked, a silent notebook, and output of other processes than rank 0."""
     mine = TerminalProgress(Console(stderr=True))
-    assert resolve_progress(mine, first=True) is mine and type(resolve_progress(mine, first=False)) is Progress
-    assert type(resolve_progress(None, first=True)) is Progress
+    assert resolve_progress(mine, is_rank0=True) is mine and type(resolve_progress(mine, is_rank0=False)) is Progress
+    assert type(resolve_progress(None, is_rank0=True)) is Progress
     monkeypatch.setattr(vlqc.reporting.progress, "Console", lambda **_: types.SimpleNamespace(is_jupyter=True))
-    assert isinstance(resolve_progress(None, first=True), TerminalProgress)
-    assert resolve_progress(mine, first=True) is mine and type(resolve_progress(None, first=False)) is Progress
+    assert isinstance(resolve_progress(None, is_rank0=True), TerminalProgress)
+    assert resolve_progress(mine, is_rank0=True) is mine and type(resolve_progress(None, is_rank0=False)) is Progress
 
 
 def test_values_of_a_cell_are_one_line() -> None:
@@ -193,7 +193,7 @@ def test_values_of_a_cell_are_one_line() -> None:
     result.add_fault("files", "out", "one is missing")
     assert repr(result) == "<VerificationResult of out: FAIL, 1 fault, 0 warnings>"
     text = 'stage "a.0" part=vision dtype=bfloat16 {\n  %x = input("x") : float32[2]\n  return (%x,)\n}\n'
-    assert repr(vlqc.parse_stage(text)) == "<Stage a.0: 2 nodes, 0 sites>"
+    assert repr(vlqc.parse_stage(text)) == "<StageSnapshot a.0: 2 nodes, 0 sites>"
 
 
 # ---- formatting ------------------------------------------------------------------------------------------------------

@@ -46,14 +46,14 @@ class Progress:
         """The compilation has ended, with or without an error. May be called twice."""
 
 
-def resolve_progress(progress: Progress | None, *, first: bool) -> Progress:
+def resolve_progress(progress: Progress | None, *, is_rank0: bool) -> Progress:
     """The progress callbacks of this process: `progress`, in a notebook a bar by default, otherwise silent ones.
 
-    first: whether this process has rank 0; all others are silent.
+    is_rank0: whether this process has rank 0; all others are silent.
     """
-    if first and progress is None and Console().is_jupyter:
+    if is_rank0 and progress is None and Console().is_jupyter:
         return TerminalProgress()
-    return (progress if first else None) or Progress()
+    return (progress if is_rank0 else None) or Progress()
 
 
 class TerminalProgress(Progress):

@@ -201,6 +201,7 @@ def merger(dump: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(shutil.copytree(dump / "visual.merger" / "01-after-split-window-attention.bundle", folder))
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(st.sampled_from(["bundle.json", "graph.vlqc", "config.json"]), st.data())
 def test_any_damage_is_refused_or_harmless(merger: Path, name: str, data: st.DataObject) -> None:

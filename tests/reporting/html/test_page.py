@@ -97,6 +97,7 @@ def test_names_and_notes_cannot_become_html(tmp_path: Path) -> None:
     assert "{{ 7*7 }}" in page.text and "&49" not in page.text
 
 
+@pytest.mark.slow
 def test_the_page_is_deterministic(data: ReportData, text: str, tmp_path: Path) -> None:
     """Catches dates, paths and hash order in the page, which another process writes in another folder."""
     page_of(tmp_path / "Some-Model-W8A8", data)

@@ -77,6 +77,7 @@ def of_probe(stage: Stage) -> dict[str, Tensor]:
     return dict(input_tensors(stage.module, stage.execution.probe.args, stage.execution.probe.kwargs))
 
 
+@pytest.mark.slow
 @pytest.mark.every_transformers
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_onnxruntime_agrees_with_the_stage(tmp_path: Path, scheme: Scheme) -> None:

@@ -216,7 +216,7 @@ def machine() -> tuple[str, int, dict[str, str]]:
 
 
 def installed_version(package: str) -> str:
-    """Version of a package; empty if it is not installed, as vlqc run from a checkout."""
+    """Version of a package; empty if the package is not installed, such as vlqc in a checkout."""
     try:
         return version(package)
     except PackageNotFoundError:

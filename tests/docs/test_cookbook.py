@@ -1,4 +1,4 @@
-"""vlqc/docs/cookbook.md: its three passes are taken out of the page and run, alone and in a compilation."""
+"""The three passes of vlqc/docs/cookbook.md run, alone and in a compilation."""
 
 import importlib
 import re
@@ -32,7 +32,7 @@ OTHERS = "quantize-activations,quantize-weights{method=round},lower-linears"
 
 @pytest.fixture
 def cookbook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
-    """The page's modules as a reader would write them, in the working folder: by name."""
+    """The modules of the page by name, as files in the working directory."""
     kurtosis, rotation, rule = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     folder = tmp_path / "work"
     folder.mkdir()
@@ -40,14 +40,14 @@ def cookbook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[s
     (folder / "rotate_values.py").write_text(rotation, encoding="utf-8")
     monkeypatch.chdir(folder)
     names = ("heavy_tails", "rotate_values")
-    vlqc.parse_pipeline("heavy_tails:Kurtosis,rotate_values:RotateValues")  # found in the working folder
+    vlqc.parse_pipeline("heavy_tails:Kurtosis,rotate_values:RotateValues")  # imports them from the working directory
     yield {name: importlib.import_module(name) for name in names}
     for name in names:
         del sys.modules[name]
 
 
 def stage_of(name: str) -> Stage:
-    """A stage of the tiny model with copies of its real weights, as passes get it."""
+    """A stage of the tiny model with its weights, as passes get it."""
     lived = tiny.lived()[name]
     model = tiny.float_model()
     module = next(it for path, it in model.module.named_modules() if path == lived.path)
@@ -70,7 +70,7 @@ def run(stage: Stage, *passes: Any) -> None:
 
 
 def sylvester(power: int) -> "np.ndarray[Any, np.dtype[np.float64]]":
-    """Entry (i, j) is -1 to the number of bits that i and j share: another way to write a Hadamard matrix."""
+    """A Hadamard matrix by another definition: entry (i, j) is -1 to the number of bits that i and j share."""
     size = 2**power
     signs = [[(-1) ** (i & j).bit_count() for j in range(size)] for i in range(size)]
     return np.array(signs, dtype=np.float64) / size**0.5
@@ -96,7 +96,7 @@ def test_hadamard(cookbook: dict[str, ModuleType]) -> None:
 def test_rotation(
     cookbook: dict[str, ModuleType], name: str, producer: str, reader: str, first_row: int, heads: int, repeats: int
 ) -> None:
-    """Catches a rotation that is not undone, touches q or k, forgets the bias, or mistakes the grouped queries."""
+    """Catches a rotation that is not undone, changes q or k, omits the bias, or mixes up grouped queries."""
     stage = stage_of(name)
     maker, user = stage.module.get_submodule(producer), stage.module.get_submodule(reader)
     assert isinstance(maker, torch.nn.Linear) and isinstance(user, torch.nn.Linear)
@@ -111,15 +111,13 @@ def test_rotation(
     values = slice(first_row, first_row + 32 * heads)
     rows[values], bias[values] = turn @ rows[values], turn @ bias[values]
     columns = columns @ np.kron(np.eye(heads * repeats), sylvester(5))
-    for found, wanted in ((maker.weight, rows), (maker.bias, bias), (user.weight, columns)):
-        np.testing.assert_allclose(found.detach().numpy(), wanted, atol=1e-5)
+    for actual, expected in ((maker.weight, rows), (maker.bias, bias), (user.weight, columns)):
+        np.testing.assert_allclose(actual.detach().numpy(), expected, atol=1e-5)
     assert not stage.notes
 
 
-def test_a_rotation_that_does_not_hold_is_undone(
-    cookbook: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Catches an example that trusts its formula more than the probe."""
+def test_wrong_rotation_is_undone(cookbook: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an example that keeps a rotation that changes the output."""
     stage = stage_of("model.layers.0")
     weights = {name: it.clone() for name, it in stage.module.named_parameters()}
     monkeypatch.setattr(cookbook["rotate_values"], "hadamard", lambda width: 1.5 * torch.eye(width))
@@ -129,31 +127,33 @@ def test_a_rotation_that_does_not_hold_is_undone(
 
 
 def moments(rows: Tensor) -> float:
-    """The textbook formula in NumPy."""
+    """Kurtosis in NumPy."""
     flat = rows.double().numpy().ravel()
     return float(((flat - flat.mean()) ** 4).mean() / flat.var() ** 2)
 
 
 def test_kurtosis_and_rule(cookbook: dict[str, ModuleType]) -> None:
-    """Catches a wrong fourth moment, a site left out, and a rule that splits a group the engine fuses."""
+    """Catches a wrong fourth moment, a missing site, and a rule that splits a fused group."""
     heavy = cookbook["heavy_tails"]
     assert heavy.kurtosis(torch.zeros(3, 3)) == 0.0
     stage = stage_of("model.layers.1")
     run(stage, InsertObservers(), AssignPrecision(fallback="none"), heavy.Kurtosis(at_least=0.0))
-    found = {source: moments(seen.kept) for source, seen in stage.observations.items()}
-    wanted = {f"{site.name}: the kurtosis of its input is {found[site.source]:.0f}" for site in stage.sites.values()}
-    assert set(stage.notes) == wanted and len(stage.notes) == 7
-    bound = sorted(found.values())[-2]
+    kurtosis = {source: moments(observation.kept) for source, observation in stage.observations.items()}
+    notes = {f"{site.name}: the kurtosis of its input is {kurtosis[site.source]:.0f}" for site in stage.sites.values()}
+    assert set(stage.notes) == notes and len(stage.notes) == 7
+    bound = sorted(kurtosis.values())[-2]
     run(stage, heavy.KeepHeavyTails(bound=bound))
     schemes = {source: {site.scheme for site in members} for source, members in stage.groups().items()}
-    assert {source for source, it in schemes.items() if it == {Scheme.FLOAT}} == {max(found, key=lambda it: found[it])}
-    assert all(len(it) == 1 for it in schemes.values())
+    assert {source for source, used in schemes.items() if used == {Scheme.FLOAT}} == {
+        max(kurtosis, key=kurtosis.__getitem__)
+    }
+    assert all(len(used) == 1 for used in schemes.values())
     with pytest.raises(vlqc.UserError, match="bound must be above 0"):
         vlqc.parse_pipeline("heavy_tails:KeepHeavyTails{bound=0}")
 
 
 def test_all_three_in_a_compilation(cookbook: dict[str, ModuleType], tmp_path: Path) -> None:
-    """Catches an API that serves passes alone, but not in the text of a compilation's pipeline."""
+    """Catches a pass that works alone, but not in the text of a pipeline."""
     text = (
         "split-window-attention,rotate_values:RotateValues,insert-observers,heavy_tails:Kurtosis{at_least=4.0},"
         f"assign-precision,heavy_tails:KeepHeavyTails{{bound=9.0}},{OTHERS}"
@@ -167,5 +167,5 @@ def test_all_three_in_a_compilation(cookbook: dict[str, ModuleType], tmp_path: P
     assert "rotate_values:RotateValues" in facts and "the kurtosis of its input is" in facts
     assert vlqc.verify_folder(tmp_path / "out").ok
     reference = tiny_task.answer_logits(tiny.plain(), 8)
-    found = tiny_task.answer_logits(vlqc.load(tmp_path / "out"), 8)
-    assert float((found - reference).abs().max()) < 0.2 * float(reference.abs().max())
+    logits = tiny_task.answer_logits(vlqc.load(tmp_path / "out"), 8)
+    assert float((logits - reference).abs().max()) < 0.2 * float(reference.abs().max())

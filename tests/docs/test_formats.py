@@ -96,19 +96,19 @@ class Compiled:
 
 def tables(*headers: str) -> list[Row]:
     """All rows of the tables whose first header cells are these."""
-    found = []
+    matching = []
     for table in re.findall(r"(?:^\|.*\n)+", PAGE, re.MULTILINE):
         head, _, *rows = ([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table.splitlines())
         if tuple(head[: len(headers)]) == headers:
-            found += [Row(dict(zip(head, row, strict=True))) for row in rows]
-    assert found
-    return found
+            matching += [Row(dict(zip(head, row, strict=True))) for row in rows]
+    assert matching
+    return matching
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Compiled]:
     """Every case, by its name."""
-    root, found = tmp_path_factory.mktemp("formats"), {}
+    root, folders = tmp_path_factory.mktemp("formats"), {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("vlqc.emit.folder_writer.GIB", 2**18)  # so that a model this small needs several files
         for name, (dtype, options) in CASES.items():
@@ -121,7 +121,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Compiled]:
             vlqc.compile(model_path=source, save_directory=folder, samples=samples, **given)
             (described,) = folder.glob("quant_model_description*.json")
             weights = [load_file(file) for file in folder.glob("*.safetensors")]
-            found[name] = Compiled(
+            folders[name] = Compiled(
                 source,
                 folder,
                 options,
@@ -129,7 +129,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Compiled]:
                 {key: tensor for file in weights for key, tensor in file.items()},
                 load_file(source / "model.safetensors"),
             )
-    return found
+    return folders
 
 
 def test_files(compiled: dict[str, Compiled]) -> None:

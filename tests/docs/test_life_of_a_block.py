@@ -1,4 +1,4 @@
-"""vlqc/docs/life_of_a_block.md: every step is run, and what the page shows is what it prints."""
+"""The code of vlqc/docs/life_of_a_block.md runs and prints what the page shows."""
 
 import doctest
 import math
@@ -17,11 +17,11 @@ from tools.demo import tiny_task
 PAGE = Path(vlqc.__file__).parent / "docs" / "life_of_a_block.md"
 FENCE = re.compile(r"^```\w*$", re.MULTILINE)
 NUMBER = re.compile(r"-?\d+\.\d+")
-ROUNDING = 0.03  # of a number with a point: processors add in different orders
+ROUNDING = 0.03  # relative, of decimal numbers: processors add in different orders
 
 
 class Checker(doctest.OutputChecker):
-    """Words and whole numbers as they stand; numbers with a point up to rounding."""
+    """Compares text exactly and decimal numbers up to rounding."""
 
     def check_output(self, want: str, got: str, optionflags: int) -> bool:
         pairs = list(zip(NUMBER.findall(want), NUMBER.findall(got), strict=False))
@@ -30,7 +30,7 @@ class Checker(doctest.OutputChecker):
 
 
 class Runner(doctest.DocTestRunner):
-    """Keeps what every example printed."""
+    """Stores the output of every example."""
 
     def __init__(self) -> None:
         super().__init__(Checker(), verbose=False)
@@ -46,19 +46,19 @@ class Runner(doctest.DocTestRunner):
 
 @pytest.fixture
 def gradients() -> Iterator[None]:
-    """The page switches them off."""
+    """Enables gradients again, which the page disables."""
     yield
     torch.set_grad_enabled(True)
 
 
-def test_the_page_is_true(
+def test_page(
     tmp_path: Path,
     gradients: None,
     float32_runs: None,
     request: pytest.FixtureRequest,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Catches a page that tells what vlqc did once; `--update-golden` writes what it does now."""
+    """Catches outdated code or output in the page; `--update-golden` writes the current output."""
     text = PAGE.read_text(encoding="utf-8")
     known = {"TINY": tiny.TINY, "vlqc": vlqc, "samples": tiny_task.samples(4, seed=1), "folder": tmp_path}
     plain = FENCE.sub("", text)  # lines stay where they are

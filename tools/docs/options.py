@@ -59,14 +59,14 @@ def commands() -> dict[str, Any]:
 
 def page() -> str:
     """The text of vlqc/docs/options.md."""
-    found = commands()
-    options = options_of(found["compile"])
+    by_name = commands()
+    options = options_of(by_name["compile"])
     parts = [HEAD, "## `vlqc compile`\n"]
     for panel in PANELS:
         shown = [each for each in options if each.panel == panel]
         parts.append(f"### {panel}\n\n{table(shown, Options.model_fields)}")
     parts.append(f"## Options of every command\n\n{table(each for each in options if flag(each) in OF_EVERY_COMMAND)}")
-    for name, command in found.items():
+    for name, command in by_name.items():
         if name not in ("", "compile"):
             parts.append(section(name, command))
     return "\n".join([*parts, FOOT])

@@ -118,8 +118,8 @@ class DeferredStages:
         """What the last `store` added to this object, in JSON."""
         first = sum(self._groups_per_stage[:-1])
         return {
-            "lines": [[stored.name, stored.scheme, stored.group, stored.choice] for stored in self._stages[-1]],
-            "measured": [
+            "tensors": [[stored.name, stored.scheme, stored.group, stored.choice] for stored in self._stages[-1]],
+            "sensitivities": [
                 [measured.source, measured.part, measured.sites, measured.assigned, measured.noise]
                 for measured in self._sensitivities[first:]
             ],
@@ -142,14 +142,14 @@ class DeferredStages:
             self._stages.append(
                 [
                     DeferredTensor(name, Scheme(scheme), group, choice and Scheme(choice))
-                    for name, scheme, group, choice in record["lines"]
+                    for name, scheme, group, choice in record["tensors"]
                 ]
             )
             self._sensitivities += [
                 Sensitivity(source, part, tuple(sites), Scheme(assigned), _by_scheme(noise), {})
-                for source, part, sites, assigned, noise in record["measured"]
+                for source, part, sites, assigned, noise in record["sensitivities"]
             ]
-            self._groups_per_stage.append(len(record["measured"]))
+            self._groups_per_stage.append(len(record["sensitivities"]))
             self._bytes += [_by_scheme(size) for size in record["bytes"]]
             self._tokens, self._image_tokens = record["tokens"]
         for number in discarded:
@@ -177,7 +177,9 @@ class DeferredStages:
 
         first: number of the stage's first group.
         """
-        group_of = {site: number for number, it in enumerate(stage.sensitivities, first) for site in it.sites}
+        group_of = {
+            site: number for number, measured in enumerate(stage.sensitivities, first) for site in measured.sites
+        }
         begun: set[str] = set()
         for emitted in tensors:
             layer = emitted.name.rpartition(".")[0]
@@ -207,5 +209,7 @@ def _by_scheme(values: dict[str, Any]) -> dict[Scheme, Any]:
 
 def _header_bytes(stage: Stage) -> int:
     """An upper bound of the header of a stage's file, whose keys are numbers."""
-    of_choices = sum(len(it.sites) * len(it.modules) for it in stage.sensitivities) * TENSORS_PER_LINEAR
-    return 1024 + (len(stage.module.state_dict()) * 2 + of_choices) * (ENTRY_BYTES + 16)
+    of_choices = (
+        sum(len(measured.sites) * len(measured.modules) for measured in stage.sensitivities) * TENSORS_PER_LINEAR
+    )
+    return 1024 + (len(stage.module.state_dict()) * 2 + choices * TENSORS_PER_LINEAR) * (ENTRY_BYTES + 16)

@@ -134,15 +134,15 @@ class FolderWriter:
         """
         schemes = dict(list(self.schemes.items())[self._committed :])
         self._committed = len(self.schemes)
-        record: dict[str, Any] = {"marks": schemes, "corrected": self.corrected}
+        record: dict[str, Any] = {"schemes": schemes, "corrected": self.corrected}
         deferred = self._deferred if stage else None
         number = 0
         if deferred is not None:
-            record["spool"], number = deferred.last_record(), deferred.count - 1
+            record["deferred"], number = deferred.last_record(), deferred.count - 1
 
         def complete() -> None:
             if deferred is not None:
-                record["seal"] = deferred.sync(number)
+                record["deferred_sha256"] = deferred.sync(number)
             on_written(record | {"shards": self._shards.commit()})
 
         self._writer.then(complete)
@@ -159,7 +159,7 @@ class FolderWriter:
                 path.unlink()  # `finish` writes it again
         self._shards.restore([record["shards"] for record in records])
         for record in records:
-            self.schemes |= {name: Scheme(value) for name, value in record["marks"].items()}
+            self.schemes |= {name: Scheme(value) for name, value in record["schemes"].items()}
             self.corrected |= record["corrected"]
         self._committed = len(self.schemes)
         self._writer.add_known(self.schemes)
@@ -190,7 +190,7 @@ def committed_plan(folder: Path, options: Options, records: Sequence[Mapping[str
 
 
 def _deferred_records(records: Sequence[Mapping[str, Any]]) -> list[tuple[dict[str, Any], str]]:
-    return [(record["spool"], record["seal"]) for record in records if "spool" in record]
+    return [(record["deferred"], record["deferred_sha256"]) for record in records if "deferred" in record]
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

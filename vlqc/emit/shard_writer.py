@@ -97,7 +97,7 @@ class ShardWriter:
             [name, DTYPE_NAMES[tensor.dtype], list(tensor.shape), base64.b64encode(_raw(tensor)).decode()]
             for name, tensor in self._held_back
         ]
-        record = {"written": self._written, "waiting": held_back, "sha256": self._digest.hexdigest()}
+        record = {"written": self._written, "held_back": held_back, "sha256": self._digest.hexdigest()}
         self._written, self._held_back, self._digest = [], [], hashlib.sha256()
         return record
 
@@ -114,7 +114,7 @@ class ShardWriter:
         unaligned: dict[str, Tensor] = {}
         for record in records:
             self._check(record, begin)
-            for name, dtype, shape, text in record["waiting"]:
+            for name, dtype, shape, text in record["held_back"]:
                 raw = bytearray(base64.b64decode(text))
                 unaligned[name] = torch.frombuffer(raw, dtype=DTYPES[dtype]).reshape(shape)
             for name, dtype, shape, number, first, last in record["written"]:

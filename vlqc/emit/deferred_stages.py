@@ -209,7 +209,5 @@ def _by_scheme(values: dict[str, Any]) -> dict[Scheme, Any]:
 
 def _header_bytes(stage: Stage) -> int:
     """An upper bound of the header of a stage's file, whose keys are numbers."""
-    of_choices = (
-        sum(len(measured.sites) * len(measured.modules) for measured in stage.sensitivities) * TENSORS_PER_LINEAR
-    )
+    choices = sum(len(measured.sites) * len(measured.modules) for measured in stage.sensitivities)
     return 1024 + (len(stage.module.state_dict()) * 2 + choices * TENSORS_PER_LINEAR) * (ENTRY_BYTES + 16)

@@ -21,7 +21,7 @@ SCRIPT = ROOT / "tests" / "support" / "distributed_runs.py"
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny checkpoint with two blocks of its vision tower, and one layer of its language model."""
+    """The tiny checkpoint with two vision blocks and one decoder layer."""
 
     def drop(tensors: dict[str, Tensor]) -> None:
         for name in list(tensors):
@@ -37,22 +37,21 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def environment() -> dict[str, str]:
-    """Of a child process: one thread each, and no world of whoever runs the tests."""
-    alone = {name: it for name, it in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    paths = str(ROOT)
-    return alone | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    """Environment of a child process: one thread, and no variables of an outer torchrun."""
+    single = {name: it for name, it in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return single | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def ran(*arguments: object, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    """Python with these arguments, in so many processes."""
-    several = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes) if processes > 1 else ()
-    command = [sys.executable, *map(str, several), *map(str, arguments)]
+    """Runs Python with these arguments, under torchrun if there are several processes."""
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes) if processes > 1 else ()
+    command = [sys.executable, *map(str, torchrun), *map(str, arguments)]
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.fixture(scope="module")
 def alone(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Everything that one process makes."""
+    """The output folder of a single process."""
     folder = tmp_path_factory.mktemp("alone")
     done = ran(SCRIPT, checkpoint, folder)
     assert done.returncode == 0, done.stderr
@@ -65,28 +64,28 @@ def files(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_the_same_bytes(processes: int, checkpoint: Path, alone: Path, tmp_path: Path) -> None:
-    """Catches sums in the order of arrival, rows kept per process, a probe or a search of one's own, tokens counted on
-    one process, work that comes back to the wrong site, a process without samples that hangs, output written twice.
+    """Catches sums in another order, row budgets, probes or searches per rank, tokens counted on one rank, results
+    assigned to the wrong site, a rank without samples that hangs, and output printed twice.
 
-    The texts of all stages after all passes are compared, too. In one of the cases a sample of the last process cannot
-    be used: that ends the case on all of them, alike, and the next one goes on.
+    The printed stages after every pass are compared as well. In one case the last rank fails: the case ends on all
+    ranks with the same error, and the next one runs.
     """
     done = ran(SCRIPT, checkpoint, tmp_path, processes=processes)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Schemes") == 1 and done.stderr.count("4 stages") == 1
     errors = [name for name in files(tmp_path) if name.startswith("refused error")]
-    told = {(tmp_path / name).read_text(encoding="utf-8") for name in errors}
-    assert len(errors) == processes and len(told) == 1 and told == {"sample 2 cannot be used"}
+    messages = {(tmp_path / name).read_text(encoding="utf-8") for name in errors}
+    assert len(errors) == processes and messages == {"sample 2 cannot be used"}
     assert not (tmp_path / "refused").exists()
-    made = [name for name in files(alone) if not name.startswith(("refused", ".refused"))]
-    assert made == [name for name in files(tmp_path) if not name.startswith(("refused", ".refused"))]
-    assert len(made) > 50
-    assert filecmp.cmpfiles(alone, tmp_path, made, shallow=False) == (made, [], [])
+    created = [name for name in files(alone) if not name.startswith(("refused", ".refused"))]
+    assert created == [name for name in files(tmp_path) if not name.startswith(("refused", ".refused"))]
+    assert len(created) > 50
+    assert filecmp.cmpfiles(alone, tmp_path, created, shallow=False) == (created, [], [])
 
 
 def test_a_killed_process_ends_all(checkpoint: Path, alone: Path, tmp_path: Path) -> None:
-    """Catches a run that waits for a dead process until a timeout, N copies of one error, and half a result; outputs
-    that are lost with the process that had the sample, or come back to another one."""
+    """Catches ranks that wait for a killed one until the timeout, one error message per rank, a partial result, and
+    stage outputs that are lost with the killed rank or assigned to another sample."""
     killed = tmp_path / "killed"
     killed.mkdir()
     done = ran(SCRIPT, checkpoint, killed, 1, "model.layers.0", processes=2)
@@ -94,15 +93,15 @@ def test_a_killed_process_ends_all(checkpoint: Path, alone: Path, tmp_path: Path
     assert done.stderr.count("error: ") == 1 and "connection lost" in done.stderr
     assert "3 of 4" in done.stderr
     assert [path.name[:16] for path in killed.iterdir()] == [".photos.partial-"]
-    for processes in (1, 2):  # another number of processes, and the same one
+    for processes in (1, 2):  # resumed with another and with the same number of processes
         copy = shutil.copytree(killed, tmp_path / f"{processes}")
         done = ran(SCRIPT, checkpoint, copy, "resume", processes=processes)
         assert done.returncode == 0, done.stderr
         assert done.stderr.count("3 of 4") == 1
         assert [path.name for path in copy.iterdir()] == ["photos"]
-        made = files(alone / "photos")
-        assert files(copy / "photos") == made
-        assert filecmp.cmpfiles(alone / "photos", copy / "photos", made, shallow=False) == (made, [], [])
+        created = files(alone / "photos")
+        assert files(copy / "photos") == created
+        assert filecmp.cmpfiles(alone / "photos", copy / "photos", created, shallow=False) == (created, [], [])
 
 
 def test_an_invalid_option_is_reported_once(checkpoint: Path, tmp_path: Path) -> None:

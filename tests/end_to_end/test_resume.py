@@ -31,6 +31,7 @@ from vlqc.emit.shard_writer import ShardWriter
 from vlqc.errors import InternalError, UserError
 from vlqc.ir.execution import StageRun
 
+pytestmark = pytest.mark.slow
 PHOTOS = Path(__file__).parents[1] / "photos"
 
 
@@ -254,8 +255,8 @@ def test_placeholders_are_never_used_as_values(
     def add(layer: Any, args: Any) -> Any:
         return args[0] + first.get(greenlet.getcurrent(), 0), *args[1:]
 
-    def build_with_a_skip_connection(self: Any, *args: Any, **given: Any) -> None:
-        build(self, *args, **given)
+    def build_with_a_skip_connection(self: Any, *args: Any, **kwargs: Any) -> None:
+        build(self, *args, **kwargs)
         self.layers[0].register_forward_pre_hook(remember)
         self.layers[1].register_forward_pre_hook(add)
 

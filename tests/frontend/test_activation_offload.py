@@ -1,4 +1,4 @@
-"""What samples hold between stages: within the budget in memory, beyond it in files, and always the same values."""
+"""Activations stay in memory up to the budget, are moved to files beyond it, and keep their values."""
 
 import errno
 import filecmp
@@ -18,17 +18,17 @@ TINY = Path(tiny_task.__file__).parent / "tiny_vl"
 
 
 def rows(count: int, seed: int = 0) -> Tensor:
-    """float32, `count` times the smallest size that is spilled."""
+    """float32, `count` times the smallest size that is offloaded."""
     return torch.randn(count, MIN_BYTES // 4, generator=torch.Generator().manual_seed(seed))
 
 
 def in_memory(*sizes: int) -> float:
-    """A budget in GiB of so many smallest sizes."""
+    """A budget in GiB of this many smallest sizes."""
     return sum(sizes) * MIN_BYTES / GIB
 
 
-def test_values_stay_for_everyone_who_holds_them(tmp_path: Path) -> None:
-    """Catches a tensor that is replaced: the model's own code would go on with the one in memory, or an empty one."""
+def test_all_references_keep_their_values(tmp_path: Path) -> None:
+    """Catches a tensor object that is replaced, so that other references keep the data in memory."""
     held = [rows(2, seed) for seed in range(3)]
     frame, before = {"kept": held[1]}, [it.clone() for it in held]
     offload = ActivationOffload(tmp_path, in_memory(2))
@@ -39,8 +39,8 @@ def test_values_stay_for_everyone_who_holds_them(tmp_path: Path) -> None:
     assert offload.offloaded == 2 * 2 * MIN_BYTES and offload.resident == 2 * MIN_BYTES
 
 
-def test_what_is_changed_in_its_file_stays_changed(tmp_path: Path) -> None:
-    """Catches pages that are given back before they were written: in-place additions to the stream would be lost."""
+def test_in_place_changes_are_kept(tmp_path: Path) -> None:
+    """Catches pages that are dropped before they are written, so that in-place additions are lost."""
     held = rows(3)
     expected = held + 1
     offload = ActivationOffload(tmp_path, 0.0)
@@ -52,15 +52,15 @@ def test_what_is_changed_in_its_file_stays_changed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
 def test_every_dtype_and_stride(tmp_path: Path, dtype: torch.dtype) -> None:
-    """Catches a mask or a transposed tensor that comes back as something else."""
+    """Catches a mask or a transposed tensor with other values."""
     held = (rows(16).T > 0).to(dtype)
     before = held.clone()
     ActivationOffload(tmp_path, 0.0).offload(held)
     assert torch.equal(held, before) and held.dtype == dtype
 
 
-def test_room_comes_back_when_tensors_die(tmp_path: Path) -> None:
-    """Catches a budget that fills up once and for all: from some stage on everything would lie on the disk."""
+def test_deleted_tensors_free_the_budget(tmp_path: Path) -> None:
+    """Catches a budget that is never freed, so that later stages are offloaded completely."""
     offload = ActivationOffload(tmp_path, in_memory(4))
     for seed in range(5):
         held = rows(4, seed)
@@ -70,15 +70,15 @@ def test_room_comes_back_when_tensors_die(tmp_path: Path) -> None:
     assert offload.offloaded == 0 and offload.resident == 0
 
 
-def test_no_file_has_a_name(tmp_path: Path) -> None:
-    """Catches leftovers of a run that was killed, and spilled tensors that would be published with the result."""
+def test_files_are_unnamed(tmp_path: Path) -> None:
+    """Catches files that remain after a crash, or get into the result."""
     held = rows(2)
     ActivationOffload(tmp_path, 0.0).offload(held)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_a_budget_nothing_is_touched(tmp_path: Path) -> None:
-    """Catches files where nobody asked for them, and tiny tensors that would each cost a file."""
+def test_without_a_budget_nothing_is_offloaded(tmp_path: Path) -> None:
+    """Catches offloading without a budget, and of small tensors."""
     held, small = rows(2), torch.ones(3)
     address = held.data_ptr()
     ActivationOffload(tmp_path / "none", None).offload(held, small)
@@ -86,8 +86,8 @@ def test_without_a_budget_nothing_is_touched(tmp_path: Path) -> None:
     assert held.data_ptr() == address
 
 
-def test_a_budget_changes_no_byte(tmp_path: Path) -> None:
-    """Catches a sample that goes on with other numbers because it was on the disk meanwhile."""
+def test_a_budget_does_not_change_the_result(tmp_path: Path) -> None:
+    """Catches offloaded activations that change the result."""
     samples = tiny_task.samples(6, seed=3)
     folders = [tmp_path / "free", tmp_path / "bound"]
     for folder, budget in zip(folders, (None, 0.0), strict=True):
@@ -96,8 +96,8 @@ def test_a_budget_changes_no_byte(tmp_path: Path) -> None:
     assert filecmp.cmpfiles(*folders, names, shallow=False) == (names, [], [])
 
 
-def test_a_full_disk_is_an_error_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a crash by a signal, which is what writing to a mapping does when the disk has no room behind it."""
+def test_a_full_disk_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches SIGBUS, which a write to a mapping raises if the disk is full."""
 
     def full(handle: int, offset: int, size: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -1,4 +1,4 @@
-"""How much memory is asked for, who is told when it is not there, and what an error of an allocator becomes."""
+"""Estimated memory, errors and notes if it is not available, and errors of allocators."""
 
 import subprocess
 import sys
@@ -16,8 +16,8 @@ PHOTOS = Path(__file__).parents[1] / "photos"
 OPTIONS = {"model_path": tiny.TINY, "weight_method": "round"}
 
 
-def test_the_estimate_by_hand() -> None:
-    """Catches a stage that is not the largest, samples that do not count, a budget that bounds the weights as well."""
+def test_estimate_matches_a_manual_sum() -> None:
+    """Catches an estimate from another stage than the largest, without samples, or with a budget applied to weights."""
     model, sample = tiny.float_model(), tiny.made_up((8, 10))
     sizes = [sum(it.numel() for it in stage.parameters()) for stage in model.stages.values()]
     alone = estimate_memory(model, [])
@@ -32,9 +32,9 @@ LIMITED = """
 import resource
 from pathlib import Path
 import vlqc.cli.commands, vlqc.emit.resume.journal
-asked = vlqc.emit.resume.journal.estimate_memory
-def limited(*given):
-    needed, used = asked(*given), Path("/proc/self/status").read_text().split("VmSize:")[1].split()[0]
+estimate = vlqc.emit.resume.journal.estimate_memory
+def limited(*args):
+    needed, used = estimate(*args), Path("/proc/self/status").read_text().split("VmSize:")[1].split()[0]
     resource.setrlimit(resource.RLIMIT_AS, (int(used) * 1024 + needed // 2, -1))
     return needed
 vlqc.emit.resume.journal.estimate_memory = limited
@@ -42,23 +42,23 @@ vlqc.cli.commands.main()
 """
 
 
-def test_too_small_a_limit_is_told_at_once(tmp_path: Path) -> None:
-    """Catches hours of work before an allocation fails: what `ulimit -v` sets, half of what was estimated."""
-    given = ["--model_path", tiny.TINY, "--save_directory", tmp_path / "out", "--calib_images", PHOTOS]
-    ran = subprocess.run([sys.executable, "-c", LIMITED, "compile", *given], capture_output=True, text=True)
+def test_a_low_ulimit_is_an_error_at_once(tmp_path: Path) -> None:
+    """Catches hours of work before an allocation fails, for a `ulimit -v` of half the estimate."""
+    arguments = ["--model_path", tiny.TINY, "--save_directory", tmp_path / "out", "--calib_images", PHOTOS]
+    ran = subprocess.run([sys.executable, "-c", LIMITED, "compile", *arguments], capture_output=True, text=True)
     assert ran.returncode == 2, ran.stderr
     assert "ulimit -v" in ran.stderr and "Traceback" not in ran.stderr
     assert "GiB of address space" in ran.stderr and not list(tmp_path.iterdir())
 
 
-def test_a_machine_that_is_full_just_now_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a refusal where other programs may end in time, and silence where the system will kill the run."""
-    told: list[str] = []
+def test_low_available_memory_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an error although other programs may free memory, and a missing note."""
+    notes: list[str] = []
     monkeypatch.setattr("vlqc.frontend.memory._available_memory", lambda: 2 * GIB)
-    check_memory(GIB, [], told.append)
-    assert not told
-    check_memory(3 * GIB, [], told.append)
-    assert len(told) == 1 and "3.0 GiB" in told[0] and "2.0 GiB" in told[0]
+    check_memory(GIB, [], notes.append)
+    assert not notes
+    check_memory(3 * GIB, [], notes.append)
+    assert len(notes) == 1 and "3.0 GiB" in notes[0] and "2.0 GiB" in notes[0]
 
 
 @pytest.mark.parametrize(
@@ -66,8 +66,8 @@ def test_a_machine_that_is_full_just_now_is_told(monkeypatch: pytest.MonkeyPatch
     [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate")],
     ids=["python", "torch"],
 )
-def test_memory_that_ran_out_on_the_way(error: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Catches a traceback where a picture was too large, a stage that is not named, finished stages thrown away."""
+def test_a_failed_allocation_is_a_user_error(error: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Catches a traceback for a failed allocation, a missing stage name, and finished stages that are lost."""
     run, stages = QuantizeWeights.run, []
 
     def fail(self: QuantizeWeights, stage: vlqc.Stage) -> bool:
@@ -84,8 +84,8 @@ def test_memory_that_ran_out_on_the_way(error: Exception, monkeypatch: pytest.Mo
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_no_lack_of_memory() -> None:
-    """Catches every RuntimeError of torch being explained by memory, which would hide what it was."""
+def test_other_errors_are_not_out_of_memory() -> None:
+    """Catches other RuntimeErrors that are reported as out of memory."""
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) and not is_out_of_memory(
         OSError(12, "memory")
     )

@@ -35,9 +35,9 @@ def copied(call: Call) -> Call:
 @torch.no_grad()
 def replay(module: nn.Module, graph: fx.Graph, call: Call) -> tuple[Tensor, ...]:
     call = copied(call)
-    given = dict(input_tensors(module, call.args, call.kwargs))
+    inputs = dict(input_tensors(module, call.args, call.kwargs))
     wanted = [str(node.target) for node in graph.nodes if node.op == "placeholder"]
-    outputs: tuple[Tensor, ...] = Replay(module, graph=graph).run(*(given[name] for name in wanted))
+    outputs: tuple[Tensor, ...] = Replay(module, graph=graph).run(*(inputs[name] for name in wanted))
     return outputs
 
 
@@ -89,10 +89,10 @@ def test_every_leaf_is_one_node() -> None:
         assert len(called) == len(set(called))
 
 
-# ---- modules made by hand --------------------------------------------------------------------------------------------
+# ---- synthetic modules -----------------------------------------------------------------------------------------------
 
 
-class Made(nn.Module):
+class FunctionModule(nn.Module):
     """A module whose `forward` is a function of itself and the input; attributes are children or tensors."""
 
     def __init__(self, body: Callable[..., Any], **children: Any) -> None:
@@ -112,7 +112,7 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def in_place(m: Made, x: Tensor) -> Tensor:
+def in_place(m: FunctionModule, x: Tensor) -> Tensor:
     y = x.clone()
     y += 1
     view = y[:, :2]
@@ -121,7 +121,7 @@ def in_place(m: Made, x: Tensor) -> Tensor:
     return m.a(y)  # type: ignore[no-any-return]
 
 
-def set_item(m: Made, x: Tensor) -> Tensor:
+def set_item(m: FunctionModule, x: Tensor) -> Tensor:
     y = torch.zeros(4, 4)
     y[1:3, :2] = x[1:3, 2:]
     y[..., -1] = 7
@@ -129,59 +129,59 @@ def set_item(m: Made, x: Tensor) -> Tensor:
     return m.a(y)  # type: ignore[no-any-return]
 
 
-def attributes(m: Made, x: Tensor) -> Tensor:
+def attributes(m: FunctionModule, x: Tensor) -> Tensor:
     return m.a(x.T) + x.mT + x.data  # type: ignore[no-any-return]
 
 
-def several(m: Made, x: Tensor) -> Tensor:
+def several(m: FunctionModule, x: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     values, places = torch.max(x, dim=-1)
     q, k, v, rest = m.a(x).unbind(-1)
     return first.sum() + second * values[:, None] + places[:, None] + torch.stack([q, k + v + rest], -1)  # type: ignore[no-any-return]
 
 
-def gather(m: Made, x: Tensor) -> Tensor:
+def gather(m: FunctionModule, x: Tensor) -> Tensor:
     return m.a(x[m.index])[:, m.index]  # type: ignore[no-any-return]
 
 
-def many_outputs(m: Made, x: Tensor) -> Any:
+def many_outputs(m: FunctionModule, x: Tensor) -> Any:
     y = m.a(x)
     return y, None, (x, y + 1)
 
 
-def mapping(m: Made, x: Tensor) -> Any:
+def mapping(m: FunctionModule, x: Tensor) -> Any:
     return {"hidden": m.a(x), "extra": x * 2}
 
 
-def loop(m: Made, x: Tensor) -> Tensor:
+def loop(m: FunctionModule, x: Tensor) -> Tensor:
     for step in range(3):
         x = m.a(x) if step != 1 else torch.nn.functional.gelu(x)
     return x
 
 
-def conditions(m: Made, x: Tensor) -> Tensor:
+def conditions(m: FunctionModule, x: Tensor) -> Tensor:
     with torch.autocast("cpu", enabled=False):
         return m.a(x) if x.shape[0] == 4 else m.a(x) * 0  # type: ignore[no-any-return]
 
 
-def new_tensors(m: Made, x: Tensor) -> Tensor:
+def new_tensors(m: FunctionModule, x: Tensor) -> Tensor:
     mask = torch.tril(torch.ones(4, 4)) + torch.tensor([1.0, 2, 3, 4]) + torch.arange(4)
     return m.a(x) * mask + x.new_full((4,), 0.5) + torch.full_like(x, 2)  # type: ignore[no-any-return]
 
 
-def own_tensors(m: Made, x: Tensor) -> Tensor:
+def own_tensors(m: FunctionModule, x: Tensor) -> Tensor:
     return m.a(x) * m.gain + m.shift + m.inner.gain  # type: ignore[no-any-return]
 
 
-def by_keyword(m: Made, x: Tensor) -> Tensor:
+def by_keyword(m: FunctionModule, x: Tensor) -> Tensor:
     return torch.cat(tensors=[m.a(input=x), x], dim=-1).mul(other=x.repeat(1, 2))
 
 
-def untouched(m: Made, x: Tensor) -> Any:
+def untouched(m: FunctionModule, x: Tensor) -> Any:
     return x
 
 
-def unused(m: Made, x: Tensor) -> Tensor:
+def unused(m: FunctionModule, x: Tensor) -> Tensor:
     m.a(x)
     return x + 1
 
@@ -197,7 +197,7 @@ def test_whatever_a_block_does_is_recorded(body: Callable[..., Any]) -> None:
     """Catches missing in-place writes, item assignments, attributes, outputs, constants or parameters."""
     inner = nn.Module()
     inner.gain = nn.Parameter(numbers(4, seed=3))
-    made = Made(
+    module = FunctionModule(
         body,
         a=nn.Linear(4, 4),
         gain=nn.Parameter(numbers(4, seed=1)),
@@ -206,39 +206,41 @@ def test_whatever_a_block_does_is_recorded(body: Callable[..., Any]) -> None:
         index=torch.tensor([3, 0, 2, 1]),
     )
     call = Call(0, (numbers(4, 4),), {})
-    graph = trace(made, call, "made")
+    graph = trace(module, call, "module")
     graph.lint()
-    output = made(*call.args)
+    output = module(*call.args)
     if isinstance(output, tuple):
         output = [output[0], *output[2]]
     expected = tiny.tensors_of(output)
-    for one, other in zip(replay(made, graph, call), expected, strict=True):
+    for one, other in zip(replay(module, graph, call), expected, strict=True):
         assert torch.equal(one, other)
 
 
 def test_parameters_outside_leaves_are_read_when_the_graph_runs() -> None:
     """Catches a graph that keeps the meta tensor, or the current value, of a parameter that is loaded later."""
-    made = Made(own_tensors, a=nn.Linear(4, 4), gain=nn.Parameter(numbers(4)), shift=numbers(4), inner=nn.Module())
-    made.inner.gain = nn.Parameter(numbers(4))
+    module = FunctionModule(
+        own_tensors, a=nn.Linear(4, 4), gain=nn.Parameter(numbers(4)), shift=numbers(4), inner=nn.Module()
+    )
+    module.inner.gain = nn.Parameter(numbers(4))
     call = Call(0, (numbers(4, 4),), {})
-    real = {name: parameter.data for name, parameter in made.named_parameters()}
-    for owner, name in ((made, "gain"), (made.inner, "gain"), (made.a, "weight"), (made.a, "bias")):
+    real = {name: parameter.data for name, parameter in module.named_parameters()}
+    for owner, name in ((module, "gain"), (module.inner, "gain"), (module.a, "weight"), (module.a, "bias")):
         setattr(owner, name, nn.Parameter(torch.empty_like(getattr(owner, name), device="meta"), requires_grad=False))
-    graph = trace(made, call, "made")
+    graph = trace(module, call, "module")
     paths = [node.meta["path"] for node in graph.nodes if node.op == "get_attr"]
     assert paths == ["gain", "shift", "inner.gain"]
     for path, value in real.items():
         owner, _, name = path.rpartition(".")
-        setattr(made.get_submodule(owner), name, nn.Parameter(value * 2, requires_grad=False))
-    made.shift += 1
-    assert_complete(made, graph, call)
+        setattr(module.get_submodule(owner), name, nn.Parameter(value * 2, requires_grad=False))
+    module.shift += 1
+    assert_complete(module, graph, call)
 
 
 def test_inputs_have_readable_names() -> None:
     """Catches placeholders with the same name, and two for the same tensor."""
     x, y = numbers(4, 4), numbers(4, 4, seed=1)
-    made = Made(lambda m, rows, more: m.a(rows) + more[0] + more[1]["angle"], a=nn.Linear(4, 4))
-    graph = trace(made, Call(0, (x,), {"more": (y, {"angle": x + y, "unused": "word"})}), "made")
+    module = FunctionModule(lambda m, rows, more: m.a(rows) + more[0] + more[1]["angle"], a=nn.Linear(4, 4))
+    graph = trace(module, Call(0, (x,), {"more": (y, {"angle": x + y, "unused": "word"})}), "module")
     assert [node.target for node in graph.nodes if node.op == "placeholder"] == ["rows", "more_0", "more_1"]
 
 
@@ -253,15 +255,15 @@ def test_what_a_leaf_does_inside_is_not_recorded() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.weight * torch.nn.functional.normalize(x.float()).to(x.dtype)
 
-    made = Made(lambda m, x: m.act(m.norm(x)), norm=Norm(), act=nn.GELU())
-    graph = trace(made, Call(0, (numbers(2, 4),), {}), "made")
+    module = FunctionModule(lambda m, x: m.act(m.norm(x)), norm=Norm(), act=nn.GELU())
+    graph = trace(module, Call(0, (numbers(2, 4),), {}), "module")
     assert [node.op for node in graph.nodes] == ["placeholder", "call_module", "call_module", "output"]
 
 
 def test_a_block_that_cannot_be_run_is_an_error_of_the_user() -> None:
     """Catches a traceback for a block whose control flow depends on tensor values."""
-    made = Made(lambda m, x: m.a(x.reshape(3, 5)), a=nn.Linear(5, 5))
+    module = FunctionModule(lambda m, x: m.a(x.reshape(3, 5)), a=nn.Linear(5, 5))
     with pytest.raises(UserError, match=r"block\.7"):
-        trace(made, Call(0, (numbers(4, 4),), {}), "block.7")
-    assert not made.a._forward_hooks and not made.a._forward_pre_hooks
+        trace(module, Call(0, (numbers(4, 4),), {}), "block.7")
+    assert not module.a._forward_hooks and not module.a._forward_pre_hooks
     assert torch.is_grad_enabled()

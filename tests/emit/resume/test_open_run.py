@@ -24,6 +24,7 @@ from tests.support.resume_runs import QUICK, SAMPLES
 from vlqc.emit.resume.fingerprint import _numerics, run_fingerprint
 from vlqc.errors import UserError
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[3]
 SEARCH = QUICK | {"fallback": "auto", "max_float_groups": 2, "target": "vllm-ascend"}
 
@@ -95,7 +96,7 @@ def test_another_version_or_machine_is_named(
     """Catches a version or setting that is not compared, although it may change rounding."""
     interrupt_compile(tmp_path / "out", checkpoint)
     monkeypatch.setattr(
-        "vlqc.emit.resume.journal.run_fingerprint", lambda *given: run_fingerprint(*given) | {fact: "another"}
+        "vlqc.emit.resume.journal.run_fingerprint", lambda *args: run_fingerprint(*args) | {fact: "another"}
     )
     with pytest.raises(UserError, match=rf"{fact}: .* before, another now\n"):
         compile_into(tmp_path / "out", checkpoint, resume=True)

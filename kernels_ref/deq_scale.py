@@ -1,4 +1,4 @@
-"""The two stored forms of `deq_scale`, the factor per output channel that turns int32 sums back into floats."""
+"""The two stored forms of `deq_scale`, the factor per output channel that dequantizes int32 sums."""
 
 import torch
 
@@ -7,9 +7,10 @@ TRUNCATED_BITS = 0xFFFFE000  # 19 bits: sign, exponent and the 10 high mantissa 
 
 
 def encode_deq_scale(deq_scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """deq_scale float32 [N], the checkpoint's dtype -> float32 [N] for bfloat16, int64 [N] for float16.
+    """deq_scale float32 [N], dtype of the checkpoint -> float32 [N] for bfloat16, int64 [N] for float16.
 
-    The int64 holds the float32's bits, zero-extended. ValueError for any other dtype: engines know no third form.
+    The int64 contains the bits of the float32, zero-extended. Raises ValueError for any other dtype.
+    Source: the deq_scale operand of quant_matmul in MindIE and vLLM Ascend.
     """
     if deq_scale.dtype != torch.float32:
         raise ValueError(f"deq_scale must be float32 before it is encoded, got {deq_scale.dtype}")
@@ -23,9 +24,9 @@ def encode_deq_scale(deq_scale: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
 def decode_deq_scale(encoded: torch.Tensor, truncate: bool = False) -> torch.Tensor:
     """float32 or int64 [N] as stored -> float32 [N].
 
-    `truncate` gives what the hardware uses of the int64 form, its 19 high bits, up to 0.1 % less; the float32 form is
-    used in full and not changed by it. High halves of the int64 are ignored, as on the hardware. ValueError for other
-    dtypes.
+    truncate: return the value that the hardware uses of the int64 form, its 19 high bits, up to 0.1 % smaller. The
+    float32 form is used in full. The high halves of the int64 are ignored, as on the hardware. Raises ValueError for
+    other dtypes.
     """
     if encoded.dtype == torch.float32:
         return encoded

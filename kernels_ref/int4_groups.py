@@ -1,6 +1,6 @@
-"""Weights in 4 bits: two-level scales per group of columns, two rows in one byte, and the engines' correction term.
+"""4-bit weights: two-level scales per group of columns, packing of two rows per byte, and the engines' scale_bias.
 
-A weight is worth q4 * weight_scale * weight_scale_second: one factor per row [N, 1], one per row and group [N, K/G].
+W = q4 * weight_scale * weight_scale_second: one factor per row [N, 1], one per row and group [N, K/G].
 """
 
 import math
@@ -12,19 +12,19 @@ from vlqc.kernels_ref.quantize import ROWS_PER_CHUNK, SMALLEST_SCALE, round_up
 INT4_MIN, INT4_MAX = -8, 7
 LARGEST_SCALE_SECOND = 17  # 7 * 17 = 119 is the most that an int8 holds of q4 * second scale, as msModelSlim has it
 SMALLEST_SCALE_SECOND = 2.0**-14  # float16's smallest normal number; the scale of a group of zeros
-SCALE_BIAS_PARTS = 16  # row-parallel layers are cut along K, over up to so many devices
+SCALE_BIAS_PARTS = 16  # row-parallel layers are split along K over up to 16 devices
 _EXPONENT_BITS = 0x7F800000  # of a float32
 
 
 def group_size_of(columns: int, groups: int) -> int:
-    """K and K/G -> G. ValueError if there is no such G."""
+    """Number of columns K and of groups K/G -> G. Raises ValueError if the groups are not of equal size."""
     if groups < 1 or columns % groups or columns == 0:
         raise ValueError(f"{columns} columns cannot be {groups} groups of the same size")
     return columns // groups
 
 
 def int4_fault(q4: torch.Tensor) -> str:
-    """Integers [...] -> what is wrong with them as 4-bit values, or nothing. Tensors without data have no fault."""
+    """Describes why integers [...] are not 4-bit values; empty if they are, or if the tensor has no data."""
     if q4.numel() == 0 or q4.is_meta:
         return ""
     smallest, largest = int(q4.min()), int(q4.max())
@@ -36,12 +36,12 @@ def quantize_weight_per_group_absmax(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """weight [N, K] float -> (int8 [N, K] in -8..7, weight_scale float32 [N, 1], weight_scale_second float32 [N, K/G]).
 
-    Both scales are values of `scale_dtype`, and the integers are rounded by their product. Of every group it takes the
-    finest steps with which no weight errs by more than half a step: 7.5 of them reach its largest weight, 8.5 its
-    smallest. `weight_scale` is a power of two, so the product is a value of `scale_dtype`, too (but for subnormals),
-    and it is the same weight that engines get who round the product and who do not. `weight_scale_second` is no
-    integer and at most 17 (the range that msModelSlim uses), so a row's range costs its small groups nothing.
-    ValueError if the group size does not divide K.
+    Both scales are values of `scale_dtype`, and the integers are rounded by their product. Each group gets the smallest
+    scale with which no weight errs by more than half a step: 7.5 steps reach its largest weight, 8.5 its smallest.
+    `weight_scale` is a power of two, so the product is a value of `scale_dtype` as well (except for subnormals), and
+    engines compute the same weight whether or not they round the product. `weight_scale_second` is not an integer and
+    at most 17, the range of msModelSlim, so the range of a row does not affect the resolution of its small groups.
+    Raises ValueError if the group size does not divide K.
     """
     rows, columns = weight.shape
     if group_size < 1 or columns % group_size or columns == 0:
@@ -76,7 +76,7 @@ def quantize_weight_per_group(
 
 
 def covering_scale(group: torch.Tensor) -> torch.Tensor:
-    """float32 [..., G] -> [...]: the finest steps of 4 bits with which no weight of a group errs by more than half."""
+    """Groups float32 [..., G] -> [...]: the smallest scale with which no weight errs by more than half a step."""
     return torch.maximum(group.amax(dim=-1) / (INT4_MAX + 0.5), group.amin(dim=-1) / (INT4_MIN - 0.5))
 
 
@@ -86,7 +86,7 @@ def first_scale(largest_step: torch.Tensor) -> torch.Tensor:
 
 
 def second_scale(relative_step: torch.Tensor, scale_dtype: torch.dtype) -> torch.Tensor:
-    """Steps in units of the first scale, float32 [...] -> the `weight_scale_second` that holds them, float32 [...].
+    """Scales in units of the first scale, float32 [...] -> `weight_scale_second`, float32 [...].
 
     Rounded up to a value of `scale_dtype`, at least SMALLEST_SCALE_SECOND and at most LARGEST_SCALE_SECOND.
     """
@@ -97,7 +97,7 @@ def second_scale(relative_step: torch.Tensor, scale_dtype: torch.dtype) -> torch
 def pack_int4(q4: torch.Tensor) -> torch.Tensor:
     """int8 [N, K] in -8..7 -> int8 [N/2, K], two's complement: row 2i in the low nibble, row 2i + 1 in the high one.
 
-    ValueError if N is odd or a value does not fit. Source: the packed W4A8_DYNAMIC weights of vLLM Ascend.
+    Raises ValueError if N is odd or a value is out of range. Source: the packed W4A8_DYNAMIC weights of vLLM Ascend.
     """
     if q4.dtype != torch.int8 or q4.shape[0] % 2:
         raise ValueError(f"expected int8 with an even number of rows, got {q4.dtype} {list(q4.shape)}")
@@ -107,10 +107,10 @@ def pack_int4(q4: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
-    """int8 [N/2, K] -> int8 [N, K] in -8..7, what `pack_int4` packed. ValueError for another dtype."""
+    """Inverse of `pack_int4`: int8 [N/2, K] -> int8 [N, K] in -8..7. Raises ValueError for another dtype."""
     if packed.dtype != torch.int8:
         raise ValueError(f"packed weights are int8, got {packed.dtype}")
-    low, high = ((packed & 0xF) ^ 8) - 8, packed >> 4  # both with the nibble's sign; >> keeps it by itself
+    low, high = ((packed & 0xF) ^ 8) - 8, packed >> 4  # both sign-extended; >> does so by itself
     return torch.stack((low, high), dim=1).flatten(0, 1)  # [N/2, 2, K] -> [N, K]
 
 
@@ -119,9 +119,9 @@ def scale_bias(
 ) -> torch.Tensor:
     """q4 int8 [N, K], its scales [N, 1] and [N, K/G] -> float32 [N, 1], or [N, 16] for a row-parallel layer.
 
-    8 * the sum of a row's weights, or of each sixteenth of it: the hardware multiplies 4 bits by 4, so it cuts an
-    activation into two halves and moves the lower, 0..15, by 8, and this moves the sum back. A layer that is cut along
-    K needs it for each part. Summed in float64. ValueError if there are no sixteenths.
+    8 * the sum of a row's weights, or of each sixteenth of the row. The hardware multiplies 4 bits by 4 bits: it splits
+    an activation into two halves and subtracts 8 from the lower one, 0..15, for which this term compensates. A layer
+    that is split along K needs the term per part. Summed in float64. Raises ValueError if 16 does not divide K.
     Source: the packed W4A8_DYNAMIC weights of vLLM Ascend.
     """
     rows, columns = q4.shape
@@ -129,7 +129,7 @@ def scale_bias(
     if columns % parts:
         raise ValueError(f"{columns} columns cannot be cut into {parts} parts")
     group_size = group_size_of(columns, weight_scale_second.shape[1])
-    segment = math.gcd(group_size, columns // parts)  # columns that have one group and one part
+    segment = math.gcd(group_size, columns // parts)  # columns with the same group and the same part
     segments = columns // segment
     # On the CPU, as not every device has float64.
     sums = q4.reshape(rows, segments, segment).sum(dim=2, dtype=torch.int32).cpu()  # [N, segments]
@@ -140,9 +140,9 @@ def scale_bias(
 
 
 def _power_of_two_above(values: torch.Tensor) -> torch.Tensor:
-    """float32 [...], not negative -> float32 [...]: powers of two above them, by at most a factor of two.
+    """Non-negative float32 [...] -> float32 [...]: powers of two above the values, by at most a factor of two.
 
-    At least SMALLEST_SCALE, which is one: rows of zeros need a scale, too.
+    The result is at least SMALLEST_SCALE, a power of two, as rows of zeros need a scale as well.
     """
     doubled = (2 * values).clamp_(min=SMALLEST_SCALE)
     return (doubled.view(torch.int32) & _EXPONENT_BITS).view(torch.float32)

@@ -8,19 +8,19 @@ from vlqc.kernels_ref.int4_groups import group_size_of
 from vlqc.kernels_ref.quantize import ROWS_PER_CHUNK
 
 INT32_MAX = 2**31 - 1
-# A mean error is taken off in multiples of so many steps: whoever recomputes quant_bias still notices all else. Outputs
-# are some ten thousand steps, so that what is left of the error lies 60 dB below them and more.
+# A mean error is corrected in multiples of this many steps, so that `verify` can still detect any other change of
+# quant_bias. Outputs are about ten thousand steps, so the remaining error is at least 60 dB below them.
 CORRECTION_STEP = 8
 LARGEST_PRODUCT = 128 * 128  # -128 * -128
 LARGEST_K = INT32_MAX // LARGEST_PRODUCT  # 131071: no sum of that many products leaves int32
-FLOAT32_EXACT_K = 2**24 // LARGEST_PRODUCT  # 1024: sums of that many products are integers float32 holds exactly
+FLOAT32_EXACT_K = 2**24 // LARGEST_PRODUCT  # 1024: float32 represents sums of that many products exactly
 
 
 def int8_matmul(xq: torch.Tensor, wq: torch.Tensor) -> torch.Tensor:
     """xq int8 [M, K], wq int8 [N, K] -> int32 [M, N] = xq @ wq.T, exact for every M, K, N.
 
-    Through `torch._int_mm` where `int_mm_is_fast_and_exact`, else through float32, also exact but some 10 times slower.
-    ValueError if K is above LARGEST_K, where the sum itself could leave int32, or if shapes or dtypes do not fit.
+    Uses `torch._int_mm` if `int_mm_is_fast_and_exact`, else float32, which is also exact but about 10 times slower.
+    Raises ValueError if K is above LARGEST_K, where the sum could overflow int32, or if shapes or dtypes do not match.
     """
     if xq.dtype != torch.int8 or wq.dtype != torch.int8 or xq.dim() != 2 or wq.dim() != 2 or xq.shape[1] != wq.shape[1]:
         raise ValueError(f"expected int8 [M, K] and [N, K], got {_signature(xq)} and {_signature(wq)}")
@@ -35,11 +35,11 @@ def int8_matmul(xq: torch.Tensor, wq: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def int_mm_is_fast_and_exact(device_type: str) -> bool:
-    """Whether `torch._int_mm` is worth calling on "cpu", "cuda", ...; asked once per process.
+    """Whether `torch._int_mm` is fast and exact on a device type ("cpu", "cuda", ...); determined once per process.
 
-    On a CPU without VNNI it is not: there oneDNN adds pairs of products in 16 bits, which saturate (PyTorch up to 2.5
-    returns those wrong sums, PyTorch issue 136746), and later versions take a scalar loop 10 times slower than float32.
-    Some devices do not have it at all. Hence a trial with the products that saturate.
+    On a CPU without VNNI, oneDNN adds pairs of products in 16 bits, which saturate (PyTorch up to 2.5 returns those
+    wrong sums, PyTorch issue 136746); later versions use a scalar loop 10 times slower than float32. Some devices do
+    not support it at all. Therefore it is tried with the products that saturate.
     """
     if device_type == "cpu" and not getattr(torch.cpu, "_is_vnni_supported", lambda: False)():
         return False
@@ -48,7 +48,7 @@ def int_mm_is_fast_and_exact(device_type: str) -> bool:
     expected = extremes[:, None].to(torch.int32) * extremes.to(torch.int32) * 64  # [32, 32]
     try:
         on_device = trial.to(device_type)
-        with torch._C.DisableTorchFunction():  # nobody who records torch calls should see the trial in one run only
+        with torch._C.DisableTorchFunction():  # tracing must not record the trial, which runs only once
             product = _int8_matmul_by_int_mm(on_device, on_device)
         return torch.equal(product.cpu(), expected)
     except RuntimeError:  # includes NotImplementedError: no kernel for this device
@@ -64,11 +64,13 @@ def quantized_bias(
 ) -> torch.Tensor:
     """bias float [N] or None, deq_scale float32 [N], wq int8 [N, K] -> int32 [N], the `quant_bias` of the engines.
 
-    = round(bias / deq_scale - input_offset * sum_k wq), half to even: the layer's bias in steps of deq_scale, and the
-    correction that takes the input's offset out again. In int64 and float64, so only that rounding is inexact.
-    mean_error: float [N], by how much the rounded layer's outputs are too large on average; that is taken off in whole
-    CORRECTION_STEPs, and never by more than the integers' root sum of squares in a row.
-    ValueError naming the channel if it overflows int32, alone or together with the largest sum the integers allow.
+    = round(bias / deq_scale - input_offset * sum_k wq), half to even: the layer's bias in steps of deq_scale, corrected
+    for the input's offset. Computed in int64 and float64, so only that rounding is inexact.
+
+    mean_error: float [N], mean excess of the quantized layer's outputs, which is subtracted in whole CORRECTION_STEPs,
+    limited to the root sum of squares of the integers of each row.
+
+    Raises ValueError, naming the channel, if it overflows int32 alone or together with the largest possible sum.
     """
     if not float(input_offset).is_integer():
         raise ValueError(f"the input offset must be integral, got {input_offset}")
@@ -88,29 +90,29 @@ def quantized_bias(
         raise ValueError(
             f"quant_bias overflows int32 in {int((~fits).sum())} of {len(fits)} channels, first in channel {channel}: "
             f"{steps[channel].item():.6g} steps of deq_scale {deq_scale[channel].item():.6g}, with sums of up to "
-            f"{128 * int(row_absolute_sum[channel])} to be added; a larger weight scale makes it fit"
+            f"{128 * int(row_absolute_sum[channel])} to be added; use a larger weight scale"
         )
     return steps.to(torch.int32).to(wq.device)
 
 
 def _correction(steps: torch.Tensor, wq: torch.Tensor) -> torch.Tensor:
-    """Mean errors in steps of deq_scale, float64 [N] -> those that quant_bias takes off, float64 [N]."""
+    """Mean errors in steps of deq_scale, float64 [N] -> the corrections subtracted in quant_bias, float64 [N]."""
     most = torch.linalg.vector_norm(wq.to(torch.float32), dim=1).cpu().to(torch.float64)  # [N]
     whole = (most / CORRECTION_STEP).floor_()
     return CORRECTION_STEP * (steps / CORRECTION_STEP).round_().clamp_(-whole, whole)
 
 
 def smallest_weight_scale_for_bias(bias: torch.Tensor, input_scale: float, in_features: int) -> torch.Tensor:
-    """bias float [N], input scale, K -> float32 [N, 1]: from this weight scale on `quantized_bias` cannot overflow.
+    """Smallest weight scales float32 [N, 1] with which `quantized_bias` of a bias float [N] cannot overflow.
 
-    It matters for rows of (nearly) zero weights with a bias, whose own scale is too fine to count it in int32, and
-    for an input that was (nearly) always zero. ValueError if K is so large that there is no such scale.
+    They matter for rows of (nearly) zero weights with a bias, whose absmax scale is too small, and for inputs that were
+    (nearly) always zero. Raises ValueError if K is so large that there is no such scale.
     """
-    room = INT32_MAX - 2 * LARGEST_PRODUCT * in_features  # beside the sum and the offset's correction of it
-    if room <= 0:
+    largest_bias = INT32_MAX - 2 * LARGEST_PRODUCT * in_features  # without the sum and its offset correction
+    if largest_bias <= 0:
         raise ValueError(f"K is {in_features}: sum and offset alone may overflow int32")
-    # One part in a million more: the products that follow are rounded to float32.
-    return (bias.to(torch.float32).abs() * (1.000001 / input_scale / room))[:, None]  # [N, 1]
+    # 1e-6 larger, as the products that follow are rounded to float32.
+    return (bias.to(torch.float32).abs() * (1.000001 / input_scale / largest_bias))[:, None]  # [N, 1]
 
 
 def static_quant_matmul(
@@ -156,8 +158,8 @@ def group_quant_matmul(
     """xq int8 [M, K], its scales [M, 1], q4 int8 [N, K], its scales [N, 1] and [N, K/G], bias or None -> dtype [M, N].
 
     = dtype(sum_g (xq_g @ q4_g.T) * weight_scale_second_g * weight_scale * scale_per_token + bias): every group's sum
-    in int32, the rest in float32 in this order, one rounding to `dtype`. Source: W4A8 as the Ascend designed it, 4-bit
-    weights and 8-bit activations; see `weight_only_group_matmul` for what vLLM Ascend runs instead in dense layers.
+    in int32, the rest in float32 in this order, one rounding to `dtype`. Source: W4A8 of the Ascend, 4-bit weights and
+    8-bit activations; vLLM Ascend runs `weight_only_group_matmul` in dense layers instead.
     """
     group_size = group_size_of(q4.shape[1], weight_scale_second.shape[1])
     y = torch.zeros(xq.shape[0], q4.shape[0], dtype=torch.float32, device=xq.device)  # [M, N]
@@ -177,8 +179,8 @@ def weight_only_group_matmul(
 ) -> torch.Tensor:
     """x float [M, K], q4 int8 [N, K], its scales [N, 1] and [N, K/G] -> dtype [M, N] = x @ W.T.
 
-    W = q4 * (weight_scale * weight_scale_second), scales, their product and W rounded to `dtype`; x is read in
-    `dtype`, the sum is float32's. No bias: source is vLLM Ascend, whose dense W4A8_DYNAMIC layers run so, without one.
+    W = q4 * (weight_scale * weight_scale_second), with scales, their product and W rounded to `dtype`; x is rounded to
+    `dtype`, the sum is in float32. There is no bias. Source: dense W4A8_DYNAMIC layers of vLLM Ascend.
     """
     groups = weight_scale_second.shape[1]
     in_groups = q4.to(dtype).reshape(q4.shape[0], groups, group_size_of(q4.shape[1], groups))  # [N, K/G, G]
@@ -189,10 +191,10 @@ def weight_only_group_matmul(
 
 
 def _int8_matmul_by_int_mm(xq: torch.Tensor, wq: torch.Tensor, smallest_rows: int | None = None) -> torch.Tensor:
-    """Padded with zeros to shapes that are safe: K and N to multiples of 8, M to `smallest_rows` at least.
+    """Pads with zeros to supported shapes: K and N to multiples of 8, M to at least `smallest_rows`.
 
-    CUDA refuses others, and 16 rows or less. The CPU takes all, but for one row or column it confuses the strides and
-    returns uninitialised memory (PyTorch 2.5 to 2.13, K = 1). The layers of a model only ever need padding of M.
+    CUDA rejects other shapes and 16 rows or fewer. The CPU accepts all, but for a single row or column it mixes up the
+    strides and returns uninitialized memory (PyTorch 2.5 to 2.13, K = 1). Model layers only need padding of M.
     """
     if smallest_rows is None:
         smallest_rows = 2 if xq.device.type == "cpu" else 17
@@ -208,7 +210,7 @@ def _pad(matrix: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 
 
 def _int8_matmul_by_float32(xq: torch.Tensor, wq: torch.Tensor) -> torch.Tensor:
-    """Exact with any float32 matmul, also one that multiplies in bfloat16 or TF32: both hold every int8."""
+    """Exact with any float32 matmul, including those that multiply in bfloat16 or TF32, which represent every int8."""
     accumulator = torch.zeros(xq.shape[0], wq.shape[0], dtype=torch.int32, device=xq.device)  # [M, N]
     for start in range(0, xq.shape[1], FLOAT32_EXACT_K):
         columns = slice(start, start + FLOAT32_EXACT_K)

@@ -1,4 +1,4 @@
-"""Quantized linear layers as modules: exactly the tensors of an emitted folder, run by the reference arithmetic."""
+"""Quantized linear layers as modules, with exactly the tensors of an emitted folder."""
 
 from collections.abc import Callable, Mapping
 from typing import ClassVar, Self
@@ -21,16 +21,16 @@ Dtypes = tuple[torch.dtype, ...]
 
 
 def rows_and_columns(weight: torch.Tensor) -> tuple[int, int]:
-    """N and K of a weight [N, K]; ValueError if it is no matrix."""
+    """N and K of a weight [N, K]. Raises ValueError for another number of dimensions."""
     if weight.dim() != 2:
         raise ValueError(f"weight must have shape [N, K], got {list(weight.shape)}")
     return weight.shape[0], weight.shape[1]
 
 
 class QuantLinear(torch.nn.Module):
-    """What the schemes have in common: x [..., K] float -> [..., N] in x's dtype, and buffers that are stored tensors.
+    """Base class of the schemes: x [..., K] float -> [..., N] in x's dtype, with the stored tensors as buffers.
 
-    The buffers have the stored names, so `state_dict()` is what a folder holds for this layer. All schemes have
+    The buffers have the stored names, so `state_dict()` is what a folder contains for this layer. All schemes have
 
         weight         int8 [N, K]
         weight_scale   float [N, 1]
@@ -54,9 +54,9 @@ class QuantLinear(torch.nn.Module):
         others: Mapping[str, tuple[torch.Tensor, Shape, Dtypes | None]],
         faults: tuple[str, ...] = (),
     ) -> None:
-        """The stored tensors, kept as they are; `others` are the scheme's own, with their shapes and dtypes.
+        """Takes the stored tensors without copying; others: further ones of the scheme, with their shapes and dtypes.
 
-        ValueError naming every tensor whose shape or dtype does not fit, and the faults that the scheme found.
+        Raises ValueError with every tensor of wrong shape or dtype, and with `faults`, found by the subclass.
         """
         super().__init__()
         self.out_features, self.in_features = rows_and_columns(weight)
@@ -67,28 +67,28 @@ class QuantLinear(torch.nn.Module):
             **others,
             "bias": (bias, (self.out_features,), None),
         }
-        found = list(faults)
+        messages = list(faults)
         for name, (tensor, shape, dtypes) in buffers.items():
             self.register_buffer(name, tensor)
             if tensor is None:
                 continue
             if tensor.shape != shape:
-                found.append(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
+                messages.append(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
             if dtypes is not None and tensor.dtype not in dtypes:
-                found.append(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
-        if found:
-            raise ValueError("; ".join(found))
+                messages.append(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
+        if messages:
+            raise ValueError("; ".join(messages))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.multiply(x.reshape(-1, self.in_features))  # [M, N]
         return y.reshape(*x.shape[:-1], self.out_features)  # [..., N]
 
     def multiply(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[M, K] float -> [M, N] in the same dtype: the scheme's arithmetic."""
+        """The scheme's arithmetic: [M, K] float -> [M, N] in the same dtype."""
         raise NotImplementedError
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        """Only the device follows `.to(...)` and `.half()`: the buffers are stored facts, not values to be rounded."""
+        """`.to(...)` and `.half()` change the device only: the stored tensors must not be rounded."""
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
             moved = fn(tensor)
@@ -105,21 +105,21 @@ class QuantLinear(torch.nn.Module):
 
 
 class StaticQuantLinear(QuantLinear):
-    """A W8A8 linear, static: integers from one scale and offset for all inputs. Beside the buffers of all schemes:
+    """A static W8A8 linear layer: inputs are quantized with one scale and offset. Additional buffers:
 
         input_scale    float [1]        a value of the checkpoint's dtype
         input_offset   [1]              integral, -128..127
         quant_bias     int32 [N]        bias and the input offset's correction, in steps of deq_scale
         deq_scale      float32 or int64 [N]    input_scale * weight_scale, which is used only to make it
 
-    Engines want `bias` present and ignore its value, and so does this module: it is in quant_bias.
+    Engines require `bias` and ignore its value, as does this module: the bias is part of quant_bias.
 
-    Given float32, everything but the integers is float32. Given bfloat16 or float16, the arithmetic is the device's:
-    that dtype around the integers, and for float16 the 19 bits of an int64 deq_scale that the hardware uses.
+    With float32 inputs, everything but the integers is float32. With bfloat16 or float16 inputs, the arithmetic is that
+    of the device: inputs and outputs have that dtype, and for float16 only 19 bits of an int64 deq_scale are used.
     """
 
     scheme = "W8A8"
-    corrected: bool = False  # whether quant_bias takes a mean error off
+    corrected: bool = False  # whether quant_bias corrects a mean error
 
     input_scale: torch.Tensor
     input_offset: torch.Tensor
@@ -137,7 +137,7 @@ class StaticQuantLinear(QuantLinear):
         deq_scale: torch.Tensor,
         bias: torch.Tensor | None = None,
     ) -> None:
-        """The stored tensors, kept as they are; ValueError naming every one whose shape or dtype does not fit."""
+        """Takes the stored tensors without copying. Raises ValueError with every one of wrong shape or dtype."""
         features, _ = rows_and_columns(weight)
         others: dict[str, tuple[torch.Tensor, Shape, Dtypes | None]] = {
             "input_scale": (input_scale, (1,), None),
@@ -158,11 +158,11 @@ class StaticQuantLinear(QuantLinear):
         dtype: torch.dtype,
         mean_error: torch.Tensor | None = None,
     ) -> Self:
-        """weight int8 [N, K], its scale [N, 1], the input's scale and offset, the float layer's bias [N] -> the layer.
+        """Computes the stored tensors from weight int8 [N, K], its scale [N, 1], and the float layer's bias [N].
 
-        `dtype` is the checkpoint's (bfloat16 or float16) and decides how deq_scale is stored; `input_scale` should
-        already be a value of it. deq_scale = input_scale * weight_scale in float32. mean_error float [N]: see
-        `quantized_bias`. ValueError if quant_bias overflows int32.
+        dtype: of the checkpoint (bfloat16 or float16), which determines how deq_scale is stored; input_scale: should be
+        a value of it; mean_error: float [N], see `quantized_bias`. deq_scale = input_scale * weight_scale in float32.
+        Raises ValueError if quant_bias overflows int32.
         """
         weight_scale = weight_scale.to(torch.float32)
         stored_input_scale = torch.tensor([input_scale], dtype=torch.float32, device=weight_q.device)
@@ -187,9 +187,9 @@ class StaticQuantLinear(QuantLinear):
 
 
 class DynamicQuantLinear(QuantLinear):
-    """A W8A8_DYNAMIC linear: integers from a scale for each token. It has only the buffers of all schemes.
+    """A W8A8_DYNAMIC linear layer: inputs are quantized with one scale per token. No additional buffers.
 
-    `weight_scale` should be a value of the checkpoint's dtype, in which engines read it. `bias` is added.
+    `weight_scale` should contain values of the checkpoint's dtype, in which engines read it. `bias` is added.
     """
 
     scheme = "W8A8_DYNAMIC"
@@ -201,7 +201,7 @@ class DynamicQuantLinear(QuantLinear):
         weight_offset: torch.Tensor,
         bias: torch.Tensor | None = None,
     ) -> None:
-        """The stored tensors, kept as they are; ValueError naming every one whose shape or dtype does not fit."""
+        """Takes the stored tensors without copying. Raises ValueError with every one of wrong shape or dtype."""
         super().__init__(weight, weight_scale, weight_offset, bias, {})
 
     @classmethod
@@ -216,16 +216,16 @@ class DynamicQuantLinear(QuantLinear):
 
 
 class GroupQuantLinear(QuantLinear):
-    """A W4A8_DYNAMIC linear: 4-bit weights with scales for groups of columns. Beside the buffers of all schemes:
+    """A W4A8_DYNAMIC linear layer: 4-bit weights with scales per group of columns. Additional buffers:
 
         weight_scale_second   float [N, K/G]
         weight_offset_second  [N, K/G]         zeros
 
     `weight` is unpacked, -8..7, one value in each int8, as MindIE stores it; vLLM Ascend's folders have it packed
-    (`group.pack_int4`) and with a `scale_bias` (`group.scale_bias`), which can be computed from the rest.
+    (`int4_groups.pack_int4`) and with a `scale_bias` (`int4_groups.scale_bias`), which can be computed from the rest.
 
-    As designed, and by default here, activations are int8 with a scale for each token, and `bias` is added. Set
-    `weight_only` for what vLLM Ascend runs in dense layers: float activations, and `bias` is ignored, as it is there.
+    By default activations are int8 with one scale per token, and `bias` is added. With `weight_only`, as vLLM Ascend
+    runs dense layers, activations are float and `bias` is ignored.
     """
 
     scheme = "W4A8_DYNAMIC"
@@ -243,7 +243,7 @@ class GroupQuantLinear(QuantLinear):
         weight_offset_second: torch.Tensor,
         bias: torch.Tensor | None = None,
     ) -> None:
-        """The stored tensors, kept as they are; ValueError naming every one whose shape, dtype or range is wrong."""
+        """Takes the stored tensors without copying. Raises ValueError with every one of wrong shape, dtype or range."""
         features, columns = rows_and_columns(weight)
         groups = weight_scale_second.shape[-1] if weight_scale_second.dim() else 0
         faults = [f"weight has wrong values: {fault}"] if (fault := int4_fault(weight)) else []

@@ -1,7 +1,7 @@
-"""Floats to int8 and back: activations per tensor or per token, weights per output channel.
+"""Quantization to int8 and back: activations per tensor or per token, weights per output channel.
 
-Everything rounds half to even through `torch.round`, as the operators of the Ascend do. Inputs must be finite: what NaN
-becomes is undefined, on the device too.
+All rounding is half to even (`torch.round`), as in the operators of the Ascend. Inputs must be finite: the result for
+NaN is undefined, as on the device.
 """
 
 import math
@@ -10,7 +10,7 @@ import torch
 
 INT8_MIN, INT8_MAX = -128, 127
 INT8_STEPS = INT8_MAX - INT8_MIN
-WEIGHT_INT8_MAX = 127  # symmetric: -128 stays unused, so that a weight and its negative have the same error
+WEIGHT_INT8_MAX = 127  # symmetric: -128 is not used, so that a weight and its negative have the same error
 SMALLEST_SCALE = 2.0**-23  # 1.1920929e-07, float32's epsilon: the floor that PyTorch's observers use
 SMALLEST_SCALE_FLOAT16 = 2.0**-16 + 2.0**-24  # the smallest float16 with a finite reciprocal: operators use that
 SMALLEST_TOKEN_SCALE = 2.0**-126  # the smallest normal float32: a token of zeros divides by it instead of by zero
@@ -20,11 +20,11 @@ _SAME_SIZE_INTEGER = {torch.float32: torch.int32, torch.float16: torch.int16, to
 
 
 def activation_scale_and_offset(minimum: float, maximum: float, dtype: torch.dtype) -> tuple[float, float]:
-    """Observed range -> (scale, offset) of the per-tensor asymmetric int8 that covers it and holds zero exactly.
+    """Observed range -> (scale, offset) of per-tensor asymmetric int8 that covers it and represents zero exactly.
 
     `scale` is a value of `dtype` (bfloat16, float16 or float32), rounded up so that the range stays covered: neither
-    end is clipped by more than half a step. `offset` is integral, -128..127, and derived from that rounded scale; it
-    is the integer that zero maps to. ValueError if the range is not finite, is reversed, or its scale exceeds `dtype`.
+    end is clipped by more than half a step. `offset` is an integer in -128..127, computed with the rounded scale; zero
+    maps to it. Raises ValueError if the range is not finite, is reversed, or its scale exceeds `dtype`.
     Source: msModelSlim's min-max formula, offset = -128 - round(minimum / scale).
     """
     if not (math.isfinite(minimum) and math.isfinite(maximum)):
@@ -32,7 +32,7 @@ def activation_scale_and_offset(minimum: float, maximum: float, dtype: torch.dty
     if minimum > maximum:
         raise ValueError(f"the range {minimum} .. {maximum} is reversed")
     low, high = torch.tensor([[minimum], [maximum]], dtype=torch.float64, device="cpu")
-    scale, offset = (float(it) for it in activation_scales_and_offsets(low, high, dtype))
+    scale, offset = (float(value) for value in activation_scales_and_offsets(low, high, dtype))
     if math.isinf(scale):
         raise ValueError(f"the range {minimum} .. {maximum} is too wide: its scale exceeds {dtype}")
     return scale, offset
@@ -41,9 +41,9 @@ def activation_scale_and_offset(minimum: float, maximum: float, dtype: torch.dty
 def activation_scales_and_offsets(
     minimum: torch.Tensor, maximum: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`activation_scale_and_offset` of many finite ranges at once: float64 [R] twice -> float64 [R] twice.
+    """`activation_scale_and_offset` of R finite ranges: minimum, maximum float64 [R] -> scale, offset float64 [R].
 
-    A scale that exceeds `dtype` is infinite.
+    Scales that exceed `dtype` are infinite.
     """
     minimum, maximum = minimum.clamp(max=0.0), maximum.clamp(min=0.0)
     floor = SMALLEST_SCALE_FLOAT16 if dtype is torch.float16 else SMALLEST_SCALE
@@ -54,8 +54,8 @@ def activation_scales_and_offsets(
 def quantize_per_tensor(x: torch.Tensor, scale: float | torch.Tensor, offset: float | torch.Tensor) -> torch.Tensor:
     """x [...] float, scale and offset one value each -> int8 [...] = clamp(rint(x * (1/scale) + offset), -128, 127).
 
-    `scale`, its reciprocal, the product and the sum are all of x's dtype, as on the device; hardware may pass through
-    float16 and differ by one step. Source: the quantize operator (npu_quantize) as MindIE and vLLM Ascend call it.
+    `scale`, its reciprocal, the product and the sum have x's dtype, as on the device; hardware may use float16
+    internally and differ by one step. Source: the npu_quantize operator as MindIE and vLLM Ascend call it.
     """
     scale = torch.as_tensor(scale, dtype=x.dtype, device=x.device)
     offset = torch.as_tensor(offset, dtype=x.dtype, device=x.device)
@@ -74,7 +74,7 @@ def dequantize_per_tensor(
 def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x [M, K] float -> (int8 [M, K] in -127..127, scale float32 [M, 1]): s = max|x| / 127, q = rint(x / s) per row.
 
-    All in float32 whatever x's dtype is. A row of zeros gives zeros. Source: npu_dynamic_quant as MindIE and vLLM
+    Computed in float32 for any dtype of x. A row of zeros gives zeros. Source: npu_dynamic_quant as MindIE and vLLM
     Ascend call it for W8A8_DYNAMIC.
     """
     x32 = x.to(torch.float32)  # [M, K]
@@ -90,13 +90,13 @@ def quantize_weight_per_channel_absmax(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """weight [N, K] float -> (int8 [N, K] in -127..127, scale float32 [N, 1] = absmax of the row / 127).
 
-    The scale is a value of `scale_dtype`, and the integers are rounded by that value: engines read the scale of a
+    The scale is a value of `scale_dtype`, and the integers are rounded by that value, as engines read the scale of a
     W8A8_DYNAMIC layer in the checkpoint's dtype. It is rounded up, so that no weight is clipped and none errs by more
-    than half a step; the longer steps cost 0.02 dB in bfloat16.
+    than half a step; this costs 0.02 dB in bfloat16.
 
-    A scale is never below `smallest_scale_per_channel` [N, 1] (see `matmul.smallest_weight_scale_for_bias`), nor below
-    SMALLEST_SCALE: a row of zeros has no scale of its own, but its bias is stored in steps of input scale * weight
-    scale, so a small scale keeps that bias and 1.0 would round it away.
+    A scale is at least `smallest_scale_per_channel` [N, 1] (see `matmul.smallest_weight_scale_for_bias`) and at least
+    SMALLEST_SCALE. The latter applies to rows of zeros: their bias is stored in steps of input scale * weight scale, so
+    a small scale preserves it, while 1.0 would round it to zero.
     """
     rows, columns = weight.shape
     quantized = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)  # [N, K]
@@ -125,8 +125,8 @@ def quantize_weight_per_channel(weight: torch.Tensor, scale: torch.Tensor) -> to
 
 
 def round_up(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Positive float [...] -> dtype [...]: the smallest numbers of `dtype` not below them, or infinity."""
+    """Positive float [...] -> dtype [...]: the smallest values of `dtype` that are not smaller, or infinity."""
     rounded = values.to(dtype)
     too_low = rounded.to(values.dtype) < values
-    bits = rounded.view(_SAME_SIZE_INTEGER[dtype])  # a positive float's successor has the next bit pattern
+    bits = rounded.view(_SAME_SIZE_INTEGER[dtype])  # the next larger positive float has the next bit pattern
     return (bits + too_low.to(bits.dtype)).view(dtype)

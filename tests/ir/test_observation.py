@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.support.small_stage import observation
-from vlqc.ir.observation import MASSIVE, MASSIVE_SHARE, ChannelRange, Observation, classes, row_weights
+from vlqc.ir.observation import MASSIVE, MASSIVE_SHARE, ChannelRange, Observation, row_classes, row_weights
 
 
 def kinds(*numbers: int) -> Tensor:
@@ -133,9 +133,9 @@ def test_few_rows_kept_of_many(balance: bool) -> None:
 def test_classes_by_hand() -> None:
     """A row in two classes or in none, or the massive rows of one modality judged by the other's median."""
     energy = torch.tensor([1.0, 50.0, 1.0, 1.0, 50.0, 50.0])
-    found = classes(kinds(0, 0, 0, 1, 1, 1), energy)
+    found = row_classes(kinds(0, 0, 0, 1, 1, 1), energy)
     assert [members.tolist() for members in found] == [[0, 2], [1], [3, 4, 5]]
-    assert classes(kinds(), torch.empty(0)) == []
+    assert row_classes(kinds(), torch.empty(0)) == []
 
 
 # ---- weighted statistics ---------------------------------------------------------------------------------------------

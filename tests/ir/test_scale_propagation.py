@@ -1,4 +1,4 @@
-"""Channel flow finds exactly the edges that hold, in modules made by hand."""
+"""Scale propagation finds exactly the edges that hold, in modules made by hand."""
 
 from collections.abc import Callable
 from typing import Any

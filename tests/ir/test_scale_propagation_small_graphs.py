@@ -1,4 +1,4 @@
-"""Channel flow in any little graph: whatever edge is claimed holds."""
+"""Scale propagation in any little graph: whatever edge is claimed holds."""
 
 from collections.abc import Callable
 

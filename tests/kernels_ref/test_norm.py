@@ -106,7 +106,7 @@ def test_shifted_norm_has_the_names_of_a_folder() -> None:
 
 
 def test_shifted_norm_still_looks_like_a_norm() -> None:
-    """Catches a wrapper that the recorder looks into, or that channel flow no longer takes for a producer."""
+    """Catches a wrapper that the recorder looks into, or that scale propagation no longer takes for a producer."""
     _, weight, bias = sample()
     shifted = ShiftedNorm(OddNorm(weight), bias)
     assert is_leaf(shifted) and scales_its_channels(shifted, 6)

@@ -186,7 +186,7 @@ def test_columns_beside_the_norm_are_not_shifted() -> None:
 
 
 def test_a_failing_proof_puts_everything_back() -> None:
-    """Channel flow follows scales, and a factor on the way multiplies the shift as well: noticed, undone and said."""
+    """Catches a shift that is not undone where a factor between norm and consumer multiplies it as well."""
     stage = block_stage("factor")
     norm, reference = stage.module.get_submodule("norm"), outputs(stage)
     observations = dict(stage.observations)

@@ -67,7 +67,7 @@ def searched(stage: Stage) -> dict[str, SmoothingTask]:
 
 
 def only(producer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Channel flow finds this one edge only."""
+    """Scale propagation finds this one edge only."""
 
     def find(module: nn.Module, graph: torch.fx.Graph) -> tuple[Edge, ...]:
         return tuple(edge for edge in find_edges(module, graph) if edge.producer == producer)

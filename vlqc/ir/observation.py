@@ -1,4 +1,7 @@
-"""What passed one point of a stage's graph: ranges and moments, a bounded choice of rows, what each row counts."""
+"""Statistics of the values at one node of a stage's graph, and the weight of each row's error.
+
+A row is the activation vector of one token. Notation: T kept rows, K channels.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -7,15 +10,16 @@ import torch
 from torch import Tensor
 
 MODALITIES = ("text", "image")
-MASSIVE = 30.0  # times the median energy: such a token is a class of its own, as it carries what others attend to
+MASSIVE = 30.0  # tokens with more than this multiple of the median energy ("massive activations") are a separate class
+MASSIVE_SHARE = 0.1  # of the weight of their modality
+MIN_RELATIVE_ENERGY = 0.1  # of the median energy: lower bound of a token's energy in weights and noise ratios
 GOLDEN_RATIO = (5**0.5 - 1) / 2
-MASSIVE_SHARE = 0.1  # of the weight of its modality
-FAINT = 0.1  # of the median energy: fainter tokens count as if they had that much
+ROWS_PER_CHUNK = 256
 
 
 @dataclass
 class ChannelRange:
-    """Running statistics per channel over the rows of one modality; all tensors float32 [K], sums in float64."""
+    """Statistics per channel over the rows of one modality: minimum and maximum float32 [K], sums float64 [K]."""
 
     rows: int
     minimum: Tensor
@@ -32,12 +36,14 @@ class ChannelRange:
 
 @dataclass
 class Observation:
-    """What passed one point of the graph: exact ranges and moments of every row, and a bounded choice of rows.
+    """Exact ranges and moments over all rows at one node, and a bounded selection of rows.
 
-    ranges: per modality name, over all rows; a modality that never appeared is absent.
-    kept: float32 [T, K], an evenly spread choice of at most the observer's budget; kept_modality: int8 [T];
-    kept_energy: float32 [T], mean square of what the stage returned for the row; empty before it has: counts as 1;
-    balance: whether modalities count the same, however many rows each has; samples: how many were seen.
+    ranges: per modality name; modalities without rows are absent.
+    kept: float32 [T, K], evenly spread rows, at most the observer's budget.
+    kept_modality: int8 [T], index into `MODALITIES`.
+    kept_energy: float32 [T], mean square of the stage's output for the row; empty if unknown, which counts as 1.
+    balance: weight modalities equally, regardless of how many rows each has.
+    samples: number of samples observed.
     """
 
     channels: int
@@ -50,15 +56,15 @@ class Observation:
 
     @property
     def rows(self) -> int:
-        return sum(seen.rows for seen in self.ranges.values())
+        return sum(span.rows for span in self.ranges.values())
 
     def minimum(self) -> Tensor:
         """float32 [K], over all modalities."""
-        return torch.stack([seen.minimum for seen in self.ranges.values()]).amin(0)
+        return torch.stack([span.minimum for span in self.ranges.values()]).amin(0)
 
     def maximum(self) -> Tensor:
         """float32 [K], over all modalities."""
-        return torch.stack([seen.maximum for seen in self.ranges.values()]).amax(0)
+        return torch.stack([span.maximum for span in self.ranges.values()]).amax(0)
 
     def energy(self) -> Tensor:
         """float32 [T] of the kept rows."""
@@ -66,75 +72,80 @@ class Observation:
         return self.kept_energy if known else torch.ones(self.kept.shape[0])
 
     def row_weight(self, index: Tensor | None = None) -> Tensor:
-        """float64 [T], sums to 1: how much an error in each kept row counts; index int64: in that choice of them.
+        """Weight of an error in each kept row, float64 [T] with sum 1; see `row_weights`.
 
-        In a choice every class that is in it counts as it does among all kept rows, however many of it were chosen.
+        index: int64, positions of a selection of the kept rows. Every class of rows in the selection has the weight
+        that it has among all kept rows, regardless of how many of its rows are selected.
         """
         modality, energy = self.kept_modality, self.energy()
-        rows = {MODALITIES.index(name): seen.rows for name, seen in self.ranges.items()}
+        rows = {MODALITIES.index(name): span.rows for name, span in self.ranges.items()}
         weight = row_weights(modality, energy, balance=self.balance, rows=rows)
         if index is None:
             return weight
-        chosen = torch.zeros(index.shape[0], dtype=torch.float64)
-        for members in classes(modality, energy):
-            mine = torch.isin(index, members)
-            part = weight[index[mine]]
-            chosen[mine] = part / part.sum() * weight[members].sum()
-        return chosen / chosen.sum()
+        selected = torch.zeros(index.shape[0], dtype=torch.float64)
+        for members in row_classes(modality, energy):
+            in_class = torch.isin(index, members)
+            part = weight[index[in_class]]
+            selected[in_class] = part / part.sum() * weight[members].sum()
+        return selected / selected.sum()
 
     def representative(self, most: int) -> Tensor:
-        """int64 [<= most]: positions of kept rows, ascending, spread over all of every class of rows.
+        """Ascending positions of at most `most` kept rows, int64, spread over every class of rows.
 
-        Rows come sample by sample, text before image: equal strides could meet only one class, or only first rows.
-        Multiples of the golden ratio, modulo 1, have no period to fall in with.
+        Rows are stored sample by sample, text before image, so a constant stride could select a single class or only
+        first rows. Multiples of the golden ratio modulo 1 are equidistributed without a period.
         """
-        members = classes(self.kept_modality, self.energy())
-        chosen = []
-        for where in members:
-            order = (torch.arange(len(where), dtype=torch.float64) * GOLDEN_RATIO).frac().argsort()
-            chosen.append(where[order[: max(1, most // len(members))]])
-        return torch.cat([torch.empty(0, dtype=torch.int64), *chosen]).sort().values
+        classes = row_classes(self.kept_modality, self.energy())
+        selected = []
+        for members in classes:
+            order = (torch.arange(len(members), dtype=torch.float64) * GOLDEN_RATIO).frac().argsort()
+            selected.append(members[order[: max(1, most // len(classes))]])
+        return torch.cat([torch.empty(0, dtype=torch.int64), *selected]).sort().values
 
     def second_moment(self) -> Tensor:
-        """float32 [K]: mean of x^2 over the kept rows, weighted as `row_weight` says."""
+        """Mean of x^2 over the kept rows, weighted by `row_weight`, float32 [K]."""
         return torch.stack([part.square().double().T @ weight for part, weight in self._weighted()]).sum(0).float()
 
     def _weighted(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Kept rows and their weights, few at a time."""
-        yield from zip(torch.split(self.kept, 256), torch.split(self.row_weight(), 256), strict=True)
+        """Yields chunks of the kept rows and their weights."""
+        weights = self.row_weight()
+        yield from zip(torch.split(self.kept, ROWS_PER_CHUNK), torch.split(weights, ROWS_PER_CHUNK), strict=True)
 
     def rescaled(self, divisor: Tensor) -> "Observation":
-        """The same observation after every row was divided by `divisor` float32 [K] > 0 (a fold is linear)."""
+        """The observation after every row is divided by `divisor` float32 [K] > 0, as by a fold."""
         ranges = {
             name: ChannelRange(
-                seen.rows,
-                seen.minimum / divisor,
-                seen.maximum / divisor,
-                seen.sum / divisor,
-                seen.sum_of_squares / divisor.double() ** 2,
+                span.rows,
+                span.minimum / divisor,
+                span.maximum / divisor,
+                span.sum / divisor,
+                span.sum_of_squares / divisor.double() ** 2,
             )
-            for name, seen in self.ranges.items()
+            for name, span in self.ranges.items()
         }
         return replace(self, ranges=ranges, kept=self.kept / divisor)
 
-    def shifted(self, middle: Tensor) -> "Observation":
-        """The same observation after `middle` float32 [K] was subtracted from every row."""
-        # A channel that hardly varies leaves a difference of nearly equal numbers, which rounding can push below zero.
+    def shifted(self, offset: Tensor) -> "Observation":
+        """The observation after `offset` float32 [K] is subtracted from every row."""
+        # For a channel that hardly varies, cancellation can make the sum of squares slightly negative.
         ranges = {
             name: ChannelRange(
-                seen.rows,
-                seen.minimum - middle,
-                seen.maximum - middle,
-                seen.sum - seen.rows * middle.double(),
-                (seen.sum_of_squares - 2 * middle.double() * seen.sum + seen.rows * middle.double() ** 2).clamp(min=0),
+                span.rows,
+                span.minimum - offset,
+                span.maximum - offset,
+                span.sum - span.rows * offset.double(),
+                (span.sum_of_squares - 2 * offset.double() * span.sum + span.rows * offset.double() ** 2).clamp(min=0),
             )
-            for name, seen in self.ranges.items()
+            for name, span in self.ranges.items()
         }
-        return replace(self, ranges=ranges, kept=self.kept - middle)
+        return replace(self, ranges=ranges, kept=self.kept - offset)
 
 
-def classes(modality: Tensor, energy: Tensor) -> list[Tensor]:
-    """int8 [T], float [T] -> positions int64 of the rows of each class: per modality the ordinary and the massive."""
+def row_classes(modality: Tensor, energy: Tensor) -> list[Tensor]:
+    """Positions int64 of the rows of each non-empty class: per modality the ordinary and the massive rows.
+
+    modality: int8 [T]; energy: float [T].
+    """
     found = []
     for number in sorted(set(modality.tolist())):
         members = (modality == number).nonzero().flatten()
@@ -146,35 +157,36 @@ def classes(modality: Tensor, energy: Tensor) -> list[Tensor]:
 def row_weights(
     modality: Tensor, energy: Tensor, *, balance: bool = True, rows: Mapping[int, int] | None = None
 ) -> Tensor:
-    """How much an error in each row counts: modality int8 [T], energy float [T] -> float64 [T] that sums to 1.
+    """Weight of an error in each row, float64 [T] with sum 1.
 
-    energy: mean square of what the stage returns for the row. A norm divides every token by its own size before
-    anything reads it, so what counts is the error relative to the row's energy. Rows far above their modality's median
-    (massive tokens, to which all others attend) share MASSIVE_SHARE of its weight: relative to themselves they are few
-    and would be clipped away. balance: modalities count the same, however many rows each has; else by their rows, which
-    may be given per modality where these are a choice of more.
+    modality: int8 [T].
+    energy: float [T], mean square of the stage's output for the row. The next norm divides every token by its own
+        magnitude, so the weight is inversely proportional to the energy. Massive rows share MASSIVE_SHARE of the weight
+        of their modality: they are few, and by their relative error alone they would be clipped.
+    balance: weight modalities equally; else by their number of rows.
+    rows: number of rows per modality, if the rows are a selection; default: those in `modality`.
     """
     weights = torch.zeros(modality.shape[0], dtype=torch.float64)
     present = sorted(set(modality.tolist()))
     counts = {number: (rows or {}).get(number, int((modality == number).sum())) for number in present}
     for number in present:
         members = (modality == number).nonzero().flatten()
-        parts = classes(modality[members], energy[members])
+        classes = row_classes(modality[members], energy[members])
         share = 1 / len(present) if balance else counts[number] / sum(counts.values())
-        faintest = FAINT * energy[members].double().median().clamp(min=torch.finfo(torch.float32).tiny)
-        for mine, part in zip(parts, (1 - MASSIVE_SHARE, MASSIVE_SHARE) if len(parts) == 2 else (1.0,), strict=True):
-            relative = 1 / torch.maximum(energy[members[mine]].double(), faintest)
-            weights[members[mine]] = relative / relative.sum() * (share * part)
+        smallest = MIN_RELATIVE_ENERGY * energy[members].double().median().clamp(min=torch.finfo(torch.float32).tiny)
+        class_shares = (1 - MASSIVE_SHARE, MASSIVE_SHARE) if len(classes) == 2 else (1.0,)
+        for positions, class_share in zip(classes, class_shares, strict=True):
+            relative = 1 / torch.maximum(energy[members[positions]].double(), smallest)
+            weights[members[positions]] = relative / relative.sum() * (share * class_share)
     return weights
 
 
 def noise_to_signal(reference: Tensor, other: Tensor) -> float:
-    """float32 [rows, K] twice -> mean over rows of the difference's power relative to the row's own.
+    """Mean over rows of the error's power relative to the row's own power; both float32 [rows, K].
 
-    A norm divides every token by its size before anything reads it, so of a token 10 times as large 100 times the noise
-    counts the same; and as all tokens leave the last norm alike, they all count the same.
+    Each row counts relative to its own power, because the next norm divides every token by its magnitude.
     """
     signal = reference.double().square().mean(1)
     noise = (other.double() - reference.double()).square().mean(1)
-    faintest = (FAINT * signal.median()).clamp(min=torch.finfo(torch.float32).tiny)
-    return float((noise / torch.maximum(signal, faintest)).mean())
+    smallest = (MIN_RELATIVE_ENERGY * signal.median()).clamp(min=torch.finfo(torch.float32).tiny)
+    return float((noise / torch.maximum(signal, smallest)).mean())

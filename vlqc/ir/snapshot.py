@@ -134,5 +134,5 @@ def _summarize_observation(observation: Observation) -> ObservationSummary:
         minimum=minimum,
         maximum=maximum,
         kept=observation.kept.shape[0],
-        digest=digest(*statistics, *kept, known=_FINGERPRINT),
+        digest=digest(*statistics, *kept, fingerprint_of=_FINGERPRINT),
     )

@@ -38,16 +38,16 @@ class WeightQuantization:
     group_scale: Tensor | None = None
 
     def tensors(self) -> list[Tensor]:
-        return [it for it in (self.integers, self.scale, self.group_scale) if it is not None]
+        return [tensor for tensor in (self.integers, self.scale, self.group_scale) if tensor is not None]
 
 
 @dataclass
 class Site:
-    """One Linear of a stage: what it is, and, as passes decide it, what it becomes.
+    """One Linear of a stage and the quantization that passes choose for it.
 
     name: checkpoint name without `.weight`; target: path in the stage's module tree; source: name of the graph node
     whose value is its input (members of a group share it); shape: (N outputs, K inputs); group_size: columns that share
-    a 4-bit weight's scale; added_bias: whether a pass gave it a bias that the checkpoint's layer does not have.
+    a 4-bit weight's scale; added_bias: whether a pass added a bias to a layer without one in the checkpoint.
     """
 
     name: str

@@ -1,7 +1,7 @@
-"""How functions, arguments and strings look in the text of a stage, in both directions.
+"""Syntax of functions, arguments and strings in the text of a stage, for printing and parsing.
 
-The notation is Python's, with `%name` for the value of a node. Reading goes through Python's `ast` and executes
-nothing; functions are looked up in `NAMESPACES`, never imported.
+The syntax is Python's, with `%name` for the value of a node. Parsing uses Python's `ast` and executes nothing;
+functions are looked up in `NAMESPACES`, never imported.
 """
 
 import ast
@@ -26,7 +26,7 @@ from vlqc.formatting import did_you_mean
 
 STRING = r'"(?:[^"\\]|\\.)*"'
 
-# Where functions are known by name; the first that holds a function names it. Texts can name functions of these only.
+# Functions that a text can name. A function is printed with the first namespace that contains it.
 NAMESPACES: dict[str, Any] = {
     "torch.Tensor": torch.Tensor,
     "torch.nn.functional": torch.nn.functional,
@@ -40,7 +40,7 @@ NAMESPACES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Unknown:
-    """A function outside `NAMESPACES`, or a value without a notation: the text gives its name, and only that."""
+    """A function outside `NAMESPACES` or a value without syntax, of which the text contains only the name."""
 
     name: str
 
@@ -52,7 +52,7 @@ class Unknown:
 
 
 def function_name(function: Any) -> str:
-    """`torch.Tensor.reshape`; for functions that no namespace holds `unknown("module.name")`."""
+    """E.g. `torch.Tensor.reshape`; `unknown("module.name")` for functions outside `NAMESPACES`."""
     own = str(getattr(function, "__name__", ""))
     for candidate in (*(f"{space}.{own}" for space in NAMESPACES), resolve_name(function) or ""):
         if find_function(candidate) is function:
@@ -61,14 +61,14 @@ def function_name(function: Any) -> str:
 
 
 def find_function(name: str) -> Callable[..., Any] | None:
-    """The function of that dotted name in `NAMESPACES`; None for anything else, classes and modules included."""
+    """The function with a dotted name in `NAMESPACES`; None for anything else, including classes and modules."""
     space, _, attribute = name.rpartition(".")
     found = getattr(NAMESPACES.get(space), attribute, None) if space in NAMESPACES else None
     return found if callable(found) and not isinstance(found, type) else None
 
 
 def literal(value: Any) -> str:
-    """Python notation of an argument; nodes as `%name`; floats so that they read back exactly."""
+    """Python syntax of an argument; nodes as `%name`; floats round-trip exactly."""
     if isinstance(value, fx.Node):
         return f"%{value.name}"
     if value is None or value is Ellipsis or isinstance(value, bool):
@@ -95,8 +95,8 @@ def literal(value: Any) -> str:
 
 
 def quote(text: str) -> str:
-    """Python notation of a string, always in double quotes and on one line."""
-    escaped = repr(text + '"')[1:-2]  # a string with a double quote is shown in single quotes
+    """Python syntax of a string, always in double quotes and on one line."""
+    escaped = repr(text + '"')[1:-2]  # repr uses single quotes for a string with a double quote
     return '"' + escaped.replace("\\'", "'").replace('"', '\\"') + '"'
 
 
@@ -107,27 +107,30 @@ def _print_unknown(value: Any) -> str:
     return f"unknown({quote(f'{named.__module__}.{named.__qualname__}')})"
 
 
-# ---- reading --------------------------------------------------------------------------------------------------------
+# ---- parsing --------------------------------------------------------------------------------------------------------
 
 
 def unquote(quoted: str) -> str:
-    """`quote` backwards. ValueError or SyntaxError if that is no string."""
+    """Inverse of `quote`. Raises ValueError or SyntaxError for anything but a string."""
     return str(ast.literal_eval(_tree(quoted)))
 
 
 def _tree(source: str) -> ast.expr:
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # what Python only warns of, such as "\d" or 1if, is an error here
+        warnings.simplefilter("error")  # warnings, such as for "\d" or 1if, become errors
         return ast.parse(source, mode="eval").body
 
 
 class Expression:
-    """One expression, read. fault: makes the error from (what is wrong, at which character, what to do)."""
+    """A parsed expression.
+
+    written: its text; nodes: by name; fault: creates the error from (what is wrong, column, how to fix it).
+    """
 
     def __init__(self, written: str, nodes: Mapping[str, fx.Node], fault: Callable[[str, int, str], UserError]) -> None:
         self.nodes, self._fault = nodes, fault
-        self.marks: set[int] = set()  # places of `%`, which turn into `_`
-        self.source = re.sub(rf"({STRING})|%(?=[A-Za-z_])", self._mark, written)
+        self.node_columns: set[int] = set()  # columns of `%`, which is replaced by `_`
+        self.source = re.sub(rf"({STRING})|%(?=[A-Za-z_])", self._replace_percent, written)
         try:
             self.tree = _tree(self.source)
         except SyntaxError as error:
@@ -135,10 +138,10 @@ class Expression:
         except (ValueError, RecursionError, MemoryError) as error:
             raise fault(f"this is not an expression: {error or type(error).__name__}", 0, "") from None
 
-    def _mark(self, found: re.Match[str]) -> str:
-        if found[1] is None:
-            self.marks.add(found.start())
-        return found[1] or "_"
+    def _replace_percent(self, match: re.Match[str]) -> str:
+        if match[1] is None:
+            self.node_columns.add(match.start())
+        return match[1] or "_"
 
     def fault(self, at: ast.AST, what: str, fix: str = "") -> UserError:
         return self._fault(what, self._column(at), fix)
@@ -151,7 +154,7 @@ class Expression:
         return self._literal(self.tree)
 
     def operation(self) -> tuple[str, Any, tuple[Any, ...], dict[str, Any]]:
-        """op, target, args, kwargs as `fx.Graph.create_node` takes them."""
+        """(op, target, args, kwargs) for `fx.Graph.create_node`."""
         called = self.tree
         if not isinstance(called, ast.Call):
             raise self.fault(called, 'expected an operation, such as torch.relu(%x) or module("NAME")(%x)')
@@ -161,10 +164,10 @@ class Expression:
         kwargs: dict[str, Any] = {}
         for keyword in called.keywords:
             value = self._literal(keyword.value)
-            given = value if keyword.arg is None else {keyword.arg: value}
-            if not isinstance(given, dict) or not all(isinstance(key, str) and key not in kwargs for key in given):
+            new = value if keyword.arg is None else {keyword.arg: value}
+            if not isinstance(new, dict) or not all(isinstance(key, str) and key not in kwargs for key in new):
                 raise self.fault(keyword, "expected NAME=VALUE, each name once")
-            kwargs |= given
+            kwargs |= new
         return *self._callee(called.func), args, kwargs
 
     def _callee(self, func: ast.expr) -> tuple[str, Any]:
@@ -205,7 +208,7 @@ class Expression:
                 return value
             case ast.Name(id="inf" | "nan" as word):
                 return float(word)
-            case ast.Name(id=word) if self._column(tree) in self.marks:
+            case ast.Name(id=word) if self._column(tree) in self.node_columns:
                 if word[1:] not in self.nodes:
                     raise self.fault(tree, f"%{word[1:]} is not defined above", did_you_mean(word[1:], self.nodes))
                 return self.nodes[word[1:]]
@@ -217,7 +220,7 @@ class Expression:
             case ast.List(elts=elements):
                 return [self._literal(element) for element in elements]
             case ast.Dict(keys=keys, values=values) if None not in keys:
-                with suppress(TypeError):  # a key that cannot be one
+                with suppress(TypeError):  # an unhashable key
                     return {self._literal(k): self._literal(v) for k, v in zip(keys, values, strict=True) if k}
             case ast.Attribute():
                 value = getattr(torch, self._dotted(tree).removeprefix("torch."), None)

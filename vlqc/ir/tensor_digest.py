@@ -45,14 +45,14 @@ def _logical_right_shift(words: Tensor, bits: int, *, out: Tensor) -> None:
     torch.bitwise_right_shift(words, bits, out=out).bitwise_and_((1 << (64 - bits)) - 1)
 
 
-def digest(*tensors: Tensor, known: Callable[[Tensor], int] = fingerprint) -> str:
+def digest(*tensors: Tensor, fingerprint_of: Callable[[Tensor], int] = fingerprint) -> str:
     """Eight hexadecimal digits of the fingerprints of one or several tensors, in this order.
 
-    known: computes the fingerprints, e.g. a cached `fingerprint`.
+    fingerprint_of: computes the fingerprints, e.g. a cached `fingerprint`.
     """
     total = 0
     for tensor in tensors:
-        total = (total * 1000003 + known(tensor)) & 0x7FFFFFFFFFFFFFFF
+        total = (total * 1000003 + fingerprint_of(tensor)) & 0x7FFFFFFFFFFFFFFF
     return f"{total:016x}"[-8:]
 
 

@@ -1,7 +1,6 @@
-"""What must hold of a stage after every pass. All faults are found; each names the node, site or tensor it is about.
+"""Invariants of a stage, checked after every pass. All violations are collected; each names its node, site or tensor.
 
-All of it is cheap: weights are read once without temporaries, the rest is metadata. A stage that was parsed from text
-is checked as far as its text goes.
+The checks are cheap: weights are read once without temporaries, everything else is metadata.
 """
 
 import math
@@ -30,7 +29,11 @@ def check(stage: Stage | StageSnapshot) -> list[str]:
     if isinstance(stage, Stage):
         faults += [*_outputs(stage.execution), *_targets(stage, modules), *_finite(stage.module)]
         faults += [fault for edge in stage.edges or () for fault in _edge(stage, edge)]
-        faults += [fault for name, seen in stage.observations.items() for fault in _observation(stage, name, seen)]
+        faults += [
+            fault
+            for name, observation in stage.observations.items()
+            for fault in _observation(stage, name, observation)
+        ]
     return [f"{stage.name}: {fault}" for fault in faults]
 
 
@@ -213,24 +216,24 @@ def _channels(stage: Stage, target: str) -> int | None:
     return int(shapes[0][-1]) if shapes and shapes[0] else None
 
 
-def _observation(stage: Stage, name: str, seen: Observation) -> Iterator[str]:
+def _observation(stage: Stage, name: str, observation: Observation) -> Iterator[str]:
     where = f"observation of %{name}"
     shapes = [node.meta.get("shape") for node in stage.graph.nodes if node.name == name]
     if not shapes:
         yield f"{where}: there is no such node"
-    elif shapes[0] is not None and (not shapes[0] or shapes[0][-1] != seen.channels):
-        yield f"{where}: it counts {seen.channels} channels, but the node has the shape {list(shapes[0])}"
-    for modality, span in seen.ranges.items():
-        yield from (f"{where}, {modality}: {fault}" for fault in _range(modality, span, seen.channels))
-    kept = seen.kept
-    if kept.numel() and (kept.dtype != torch.float32 or kept.shape[1:] != (seen.channels,)):
-        yield f"{where}: kept rows are {kept.dtype} {list(kept.shape)}, float32 [T, {seen.channels}] is wanted"
+    elif shapes[0] is not None and (not shapes[0] or shapes[0][-1] != observation.channels):
+        yield f"{where}: it counts {observation.channels} channels, but the node has the shape {list(shapes[0])}"
+    for modality, span in observation.ranges.items():
+        yield from (f"{where}, {modality}: {fault}" for fault in _range(modality, span, observation.channels))
+    kept = observation.kept
+    if kept.numel() and (kept.dtype != torch.float32 or kept.shape[1:] != (observation.channels,)):
+        yield f"{where}: kept rows are {kept.dtype} {list(kept.shape)}, float32 [T, {observation.channels}] is wanted"
         return
-    if len(kept) != len(seen.kept_modality):
-        yield f"{where}: {len(kept)} rows are kept, but {len(seen.kept_modality)} modalities"
+    if len(kept) != len(observation.kept_modality):
+        yield f"{where}: {len(kept)} rows are kept, but {len(observation.kept_modality)} modalities"
         return
-    for modality, (rows, low, high) in _KEPT(kept, seen.kept_modality).items():
-        known = seen.ranges.get(modality)
+    for modality, (rows, low, high) in _KEPT_RANGES(kept, observation.kept_modality).items():
+        known = observation.ranges.get(modality)
         if rows > (known.rows if known else 0):
             yield f"{where}, {modality}: {rows} rows are kept of {known.rows if known else 0}"
         elif known is not None and not _within(known, low, high):
@@ -238,18 +241,18 @@ def _observation(stage: Stage, name: str, seen: Observation) -> Iterator[str]:
 
 
 def _within(span: ChannelRange, low: Tensor, high: Tensor) -> bool:
-    fits = span.minimum.shape == span.maximum.shape == low.shape  # else that is told
+    fits = span.minimum.shape == span.maximum.shape == low.shape  # else reported by `_range`
     return not fits or bool(((low >= span.minimum) & (high <= span.maximum)).all())
 
 
 def _kept_ranges(kept: Tensor, modality: Tensor) -> dict[str, tuple[int, Tensor, Tensor]]:
-    """Per modality that has kept rows [T, K]: how many, their minimum and their maximum [K]."""
-    of_each = {name: kept[modality == number] for number, name in enumerate(MODALITIES)}
+    """(number of rows, minimum [K], maximum [K]) of the kept rows [T, K] of each modality that has any."""
+    rows_of = {name: kept[modality == number] for number, name in enumerate(MODALITIES)}
     # aminmax along a dimension is slower by an order of magnitude
-    return {name: (len(rows), rows.amin(0), rows.amax(0)) for name, rows in of_each.items() if len(rows)}
+    return {name: (len(rows), rows.amin(0), rows.amax(0)) for name, rows in rows_of.items() if len(rows)}
 
 
-_KEPT = TensorCache(_kept_ranges)
+_KEPT_RANGES = TensorCache(_kept_ranges)
 
 
 def _range(modality: str, span: ChannelRange, channels: int) -> Iterator[str]:

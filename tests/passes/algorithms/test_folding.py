@@ -25,7 +25,7 @@ def random_scale(channels: int, seed: int) -> torch.Tensor:
 
 
 def folds(stage: Stage, seed: int) -> list[Fold]:
-    """Random scales on every edge that channel flow finds; 1 where the edge is not usable."""
+    """Random scales on every edge that scale propagation finds; 1 where the edge is not usable."""
     edges = find_edges(stage.module, stage.graph)
     return [
         Fold(edge, torch.where(edge.usable, random_scale(len(edge.usable), seed + number), 1.0))
@@ -97,7 +97,7 @@ def test_every_weight_by_hand() -> None:
 
 @pytest.mark.parametrize("which", ["permuted", "over silu", "forgotten consumer"])
 def test_wrong_fold_is_undone(which: str) -> None:
-    """A mistake of channel flow, or of the model's author, that would be emitted as a broken model."""
+    """A mistake of scale propagation, or of the model's author, that would be emitted as a broken model."""
     stage = observed(decoder())
     wrong = {
         "permuted": permuted(folds(stage, 1)[0]),

@@ -152,7 +152,7 @@ def write_bundle(stage: Stage, path: Path, context: DumpContext) -> None:
         (OBSERVATIONS, dict(_observation_tensors(stage))),
         (INPUTS, inputs.tensors),
     ):
-        content = " ".join(f"{key} {digest(tensor, known=_FINGERPRINT)}" for key, tensor in tensors.items())
+        content = " ".join(f"{key} {digest(tensor, fingerprint_of=_FINGERPRINT)}" for key, tensor in tensors.items())
         write_or_link(name, content, folder / name, context, _tensor_writer(tensors))
 
 

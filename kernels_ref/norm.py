@@ -35,9 +35,7 @@ class ShiftedNorm(torch.nn.Module):
         super().__init__()
         tensors = [name for name, _ in (*norm.named_parameters(), *norm.named_buffers())]
         if tensors != ["weight"]:
-            raise ValueError(
-                f"expected a norm with a weight only, got {', '.join(tensors) or 'no tensor'}"
-            )
+            raise ValueError(f"expected a norm with a weight only, got {', '.join(tensors) or 'no tensor'}")
         self.weight = norm.get_parameter("weight")
         if bias.shape != self.weight.shape:
             raise ValueError(f"bias must have shape {list(self.weight.shape)}, got {list(bias.shape)}")

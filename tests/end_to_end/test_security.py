@@ -19,10 +19,10 @@ from rich.console import Console
 
 import vlqc
 from tests.support.compiled_folder import make_content
-from tests.support.foreign_files import edit, photo
 from tests.support.fuzz.tiny import TINY
 from tests.support.tensors import safetensors_bytes
 from tests.support.tiny import made_up
+from tests.support.untrusted_files import edit, photo
 from tools.fuzz import bounded
 from vlqc.cli.commands import app
 from vlqc.errors import UserError

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import vlqc
-from tests.support.foreign_files import edit, photo
 from tests.support.fuzz.tiny import TINY
+from tests.support.untrusted_files import edit, photo
 from tools.fuzz import bounded
 from vlqc.errors import UserError
 from vlqc.frontend.calibration.dataset import load_samples

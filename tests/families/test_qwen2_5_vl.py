@@ -64,7 +64,7 @@ FLAT = {
 
 
 def nested(**rope: Any) -> dict[str, Any]:
-    """The same model as newer versions write it."""
+    """The config of the same model in the form of newer transformers versions."""
     return {
         **WHOLE,
         "dtype": "bfloat16",
@@ -86,7 +86,7 @@ BETWEEN = {"rope_theta": 1000000.0, "rope_scaling": FLAT["rope_scaling"]}  # nes
 
 @pytest.mark.parametrize("rope", [JOINED, BETWEEN], ids=["rope_parameters", "rope_scaling"])
 def test_nested_becomes_flat(rope: dict[str, Any]) -> None:
-    """A key that is lost, left nested, or taken from the part instead of the whole (model_type, dtype)."""
+    """Catches a key that is lost, stays nested, or is taken from the nested part (model_type, dtype)."""
     given = nested(**copy.deepcopy(rope))
     before = copy.deepcopy(given)
     assert flatten_config(given) == FLAT
@@ -94,13 +94,13 @@ def test_nested_becomes_flat(rope: dict[str, Any]) -> None:
 
 
 def test_flat_stays_as_it_is() -> None:
-    """A config that the first release wrote, altered without need: its text is to be copied."""
+    """Catches a flat config that is changed although engines can read it."""
     assert flatten_config(FLAT) is FLAT
     assert flatten_config(flatten_config(nested(**JOINED))) == FLAT
 
 
 def test_the_whole_wins_over_its_part() -> None:
-    """A part's copy of a key of the whole: tied embeddings are the whole's word, in vision models of 3B at least."""
+    """Catches tie_word_embeddings of text_config that replaces the top-level value, which engines use."""
     given = nested(**JOINED)
     given["tie_word_embeddings"] = True
     given["text_config"]["tie_word_embeddings"] = False
@@ -126,13 +126,13 @@ def test_the_whole_wins_over_its_part() -> None:
     ],
 )
 def test_rotary(parameters: dict[str, Any], expected: dict[str, Any]) -> None:
-    """A long-context scaling turned into the default one, sections lost, or a base that nobody gave."""
+    """Catches a scaling type that is lost, missing mrope sections, and a rope_theta that is made up."""
     known = copy.deepcopy(parameters)
     assert original_rope(parameters) == expected and parameters == known
 
 
 def test_no_text_config_to_speak_of() -> None:
-    """Another model's `text_config` that is no object must not stop the reader of a config."""
+    """Catches an exception for a `text_config` that is not an object."""
     assert flatten_config({"text_config": None, "dtype": "float16"}) == {"text_config": None, "dtype": "float16"}
 
 
@@ -148,7 +148,7 @@ def test_no_text_config_to_speak_of() -> None:
     ],
 )
 def test_original_names(name: str, original: str) -> None:
-    """Catches a prefix that is cut where it is none, or not cut where it is."""
+    """Catches a prefix that is not removed, or removed from a name that only begins like it."""
     assert original_name(name) == original
 
 

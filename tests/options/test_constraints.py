@@ -1,4 +1,4 @@
-"""Options that do or do not go together: every combination, and which flags a refusal names."""
+"""Valid and invalid combinations of options, and the flags that their errors name."""
 
 import functools
 import itertools
@@ -30,7 +30,7 @@ def legal(
     anti_method: str, mindie_format: bool, target: str | None, w4a8_scope: str, anti_alpha: float | None, shift: bool,
     strict_target: bool,
 ) -> bool:  # fmt: skip
-    """The table of schemes, targets and methods, written out once more."""
+    """The table of schemes, targets and methods, independent of the product's rules."""
     match w_bit, is_dynamic, is_lowbit:
         case 8, False, False:
             scheme = "W8A8"
@@ -70,7 +70,7 @@ def legal_combinations() -> frozenset[tuple[Any, ...]]:
 
 @functools.cache
 def legal_rests(named: frozenset[str]) -> frozenset[tuple[Any, ...]]:
-    """What the options that are not named may be, so that some values of the named ones make a legal combination."""
+    """Values of the other options for which some values of the named options are a legal combination."""
     return frozenset(rest_of(values, named) for values in legal_combinations())
 
 
@@ -78,12 +78,13 @@ def rest_of(values: tuple[Any, ...], named: frozenset[str]) -> tuple[Any, ...]:
     return tuple(value for name, value in zip(CHOICES, values, strict=True) if name not in named)
 
 
+@pytest.mark.slow
 def test_every_combination(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches an illegal combination that is compiled, a legal one that is refused, and a refusal that does not name
-    the flags to change: with them alone the combination must become legal."""
+    """Catches an illegal combination that is accepted, a legal one that is rejected, and an error that does not name
+    the flags to change: changing only these must make the combination legal."""
     monkeypatch.setattr(
         engine_advice, "incompatibilities", functools.cache(engine_advice.incompatibilities)
-    )  # asked thousands of times
+    )  # called thousands of times
     counted = {True: 0, False: 0}
     for values in itertools.product(*CHOICES.values()):
         chosen = dict(zip(CHOICES, values, strict=True))
@@ -100,7 +101,7 @@ def test_every_combination(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_combination_allows_another_value(
     folders: dict[str, Any], chosen: dict[str, Any], name: str, value: int
 ) -> None:
-    """Catches a value that no scheme knows and that passes beside the right flags."""
+    """Catches a value of no scheme that is accepted together with the flags of a scheme."""
     (fault,) = faults_of(**folders, **{**chosen, name: value})
     assert f"--{name}" in fault
 
@@ -128,7 +129,7 @@ def test_no_combination_allows_another_value(
 def test_refused_combinations_name_the_flags_to_change(
     folders: dict[str, Any], chosen: dict[str, Any], flags: list[str]
 ) -> None:
-    """Catches a refusal that leaves the user to guess which flag to change."""
+    """Catches an error that does not name the flag to change."""
     (fault,) = faults_of(**folders, **chosen)
     assert all(flag in fault.split("what to do:")[1] for flag in flags)
 
@@ -139,9 +140,9 @@ def test_refused_combinations_name_the_flags_to_change(
 def test_a_search_has_one_target(
     folders: dict[str, Any], fallback: str, min_sqnr: float | None, max_float_groups: int | None
 ) -> None:
-    """Catches a search without an end, one with two, and a target that is silently forgotten as nobody searches.
+    """Catches a search without a goal, one with two, and a goal that is ignored because there is no search.
 
-    Every refusal names all flags that were given, zeros too, and what it advises is accepted.
+    Every error names all flags in use, zeros too, and its suggestion is valid.
     """
     given = {"min_sqnr": min_sqnr, "max_float_groups": max_float_groups}
     flags = [f"--{name} {value}" for name, value in given.items() if value is not None]
@@ -162,7 +163,7 @@ def test_a_search_has_one_target(
 
 
 def test_a_target_that_cannot_be_read_has_no_echo(folders: dict[str, Any]) -> None:
-    """Catches a search called aimless because its target was misspelt: one mistake, one answer."""
+    """Catches a second error about a missing goal when its value is illegal."""
     (fault,) = faults_of(**folders, fallback="auto", min_sqnr="many")
     assert fault.startswith("--min_sqnr many")
     (fault,) = faults_of(**folders, fallback="atuo", min_sqnr=30)
@@ -170,7 +171,7 @@ def test_a_target_that_cannot_be_read_has_no_echo(folders: dict[str, Any]) -> No
 
 
 def test_all_combinations_at_once(folders: dict[str, Any]) -> None:
-    """Catches answers one at a time, and rules that echo a value which could not be read."""
+    """Catches an error that stops at the first fault, and rules that repeat the fault of an illegal value."""
     faults = faults_of(
         **folders, is_lowbit=True, mindie_format=True, target="both", anti_alpha=1, w4a8_scope="all",
         fallback="none", min_sqnr=20, max_float_groups=3,
@@ -187,7 +188,7 @@ def test_all_combinations_at_once(folders: dict[str, Any]) -> None:
 
 
 def test_strict_target_knows_versions(folders: dict[str, Any]) -> None:
-    """Catches --strict_target that refuses what loads, lets pass what does not, or judges an exclusion unseen."""
+    """Catches --strict_target that rejects a scheme that loads, accepts one that does not, or ignores --exclude."""
     strict = {**folders, **W4A8, "strict_target": True}
     assert Options.from_user(**strict, target="vllm-ascend@0.18").strict_target
     (fault,) = faults_of(**strict, target="vllm-ascend@0.27")

@@ -1,4 +1,4 @@
-"""vlqc.options.options: names and defaults that command lines rely on, and one clear answer to every slip."""
+"""The options table: names and defaults that command lines rely on, and the error of every illegal value."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from vlqc.errors import UserError
 from vlqc.options.options import PANELS, Options, option_info
 from vlqc.targets.schemes import Scheme
 
-# The reference script's parameters: a command line written for it has to work unchanged.
+# The parameters of the original script, whose command lines must work unchanged.
 REFERENCE_DEFAULTS = {
     "calib_images": Path("../calibImages"), "part_file_size": None, "w_bit": 8, "a_bit": 8, "device_type": "cpu",
     "trust_remote_code": False, "anti_method": "m2", "act_method": 2, "open_outlier": True, "is_dynamic": False,
@@ -34,7 +34,7 @@ def folders(tmp_path: Path) -> dict[str, Any]:
 
 
 def test_names_and_defaults(folders: dict[str, Any]) -> None:
-    """Catches a renamed option or a changed default: old command lines would break or mean something else."""
+    """Catches a renamed option or a changed default."""
     options = Options.from_user(**folders)
     assert {name: getattr(options, name) for name in REFERENCE_DEFAULTS} == REFERENCE_DEFAULTS
     assert {name: getattr(options, name) for name in OUR_DEFAULTS} == OUR_DEFAULTS
@@ -62,7 +62,7 @@ def test_legal_values_in_words() -> None:
 
 
 def test_text_reads_like_values(folders: dict[str, Any]) -> None:
-    """Catches text from a command line being taken for something else than the value it spells."""
+    """Catches text from a command line that is read as another value."""
     text = {"w-bit": "8", "act_method": "1", "part-file-size": "4", "anti_method": "none", "open_outlier": "False"}
     from_text = Options.from_user(**{name: str(path) for name, path in folders.items()}, **text)
     values = {"w_bit": 8, "act_method": 1, "part_file_size": 4, "anti_method": "none", "open_outlier": False}
@@ -75,7 +75,7 @@ def test_text_reads_like_values(folders: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("word", ["True", "true", "1", "yes", "YES", True])
 def test_words_for_true(folders: dict[str, Any], word: object) -> None:
-    """Catches a spelling of True that is refused or taken for False."""
+    """Catches a spelling of True that is rejected or read as False."""
     assert Options.from_user(**folders, trust_remote_code=word).trust_remote_code is True
 
 
@@ -131,13 +131,13 @@ def test_words_for_false(folders: dict[str, Any], word: object) -> None:
     ],
 )
 def test_one_bad_value(folders: dict[str, Any], name: str, value: object, words: str) -> None:
-    """Catches a bad value that passes, or an answer that names neither the flag nor what is allowed."""
+    """Catches an illegal value that is accepted, or an error without the flag and the legal values."""
     (fault,) = faults_of(**folders, **{name: value})
     assert f"--{name}" in fault and words in fault
 
 
 def test_all_faults_at_once(tmp_path: Path) -> None:
-    """Catches answers one at a time, which make the user run the command again and again."""
+    """Catches an error that stops at the first fault."""
     faults = faults_of(modl_path="x", w_bit=5, is_lowbit="what", save_directory=tmp_path / "a" / "b", part_file_size=0)
     assert [fault.split("\n")[0] for fault in faults] == [
         "there is no option --modl_path",
@@ -150,7 +150,7 @@ def test_all_faults_at_once(tmp_path: Path) -> None:
 
 
 def test_bad_values_do_not_hide_bad_paths(tmp_path: Path) -> None:
-    """Catches path rules that only run once the values are right."""
+    """Catches paths that are checked only if all values are legal."""
     faults = faults_of(model_path=tmp_path / "absent", save_directory=tmp_path / "save", w_bit=5)
     assert len(faults) == 2 and "no such folder" in faults[1]
 
@@ -168,13 +168,13 @@ def test_bad_values_do_not_hide_bad_paths(tmp_path: Path) -> None:
     ],
 )
 def test_scheme_and_target(folders: dict[str, Any], chosen: dict[str, Any], scheme: Scheme, target: str) -> None:
-    """Catches flags that select another scheme or engine than the table says."""
+    """Catches flags that select another scheme or engine than documented."""
     options = Options.from_user(**folders, **chosen)
     assert (options.scheme, options.engine_target) == (scheme, target)
 
 
 def test_patterns(folders: dict[str, Any]) -> None:
-    """Catches one pattern that is taken for its letters, lost order, and patterns that no pipeline text could carry."""
+    """Catches a pattern that is split into characters, lost order, and patterns that pipeline syntax cannot hold."""
     assert Options.from_user(**folders, exclude="*.o_proj").exclude == ("*.o_proj",)
     several = ["b*", "a?", "b*", "[qk]"]
     assert Options.from_user(**folders, include=several).include == ("b*", "a?", "[qk]")
@@ -200,7 +200,7 @@ def test_checked_options_pass_through(folders: dict[str, Any]) -> None:
 
 
 def test_without_paths() -> None:
-    """Catches `passes --explain` asking for folders that it does not need."""
+    """Catches `passes --explain` that requires folders."""
     assert Options.without_paths(act_method="1").act_method == 1
     with pytest.raises(UserError):
         Options.without_paths(act_method="9")
@@ -210,7 +210,7 @@ def test_without_paths() -> None:
     st.dictionaries(st.sampled_from([*Options.model_fields, "x"]), st.text() | st.integers() | st.none(), max_size=6)
 )
 def test_nothing_but_a_user_error(given_options: dict[str, Any]) -> None:
-    """Catches any input for which pydantic or the file system raises something raw."""
+    """Catches input for which an exception of pydantic or of the file system is not turned into a UserError."""
     try:
         Options.from_user(**given_options)
     except UserError as error:

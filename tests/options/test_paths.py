@@ -1,4 +1,4 @@
-"""vlqc.options.paths: the model folder, the save folder and what else is written or read, apart from each other."""
+"""Checks of the model folder, the save folder, dumps and timings, which must not overlap."""
 
 import os
 from pathlib import Path
@@ -16,7 +16,7 @@ def folders(tmp_path: Path) -> dict[str, Any]:
 
 
 def test_model_folder_must_be_there(tmp_path: Path) -> None:
-    """Catches a misspelt model folder that is only noticed later, and a hub name taken for a folder."""
+    """Catches a misspelt model folder without a suggestion, and a hub name that is read as a folder."""
     (tmp_path / "Qwen2.5-VL-7B").mkdir()
     (tmp_path / "file").write_text("")
     save = {"save_directory": tmp_path / "save"}
@@ -75,7 +75,7 @@ def test_folders_out_of_bounds(folders: dict[str, Any], tmp_path: Path, monkeypa
 def test_a_mount_point(
     folders: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
 ) -> None:
-    """Catches hours of work for a folder that no rename can replace; through a link, too."""
+    """Catches a mount point, also through a link: it cannot be renamed at the end of the compilation."""
     (tmp_path / "disk").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "disk")
     monkeypatch.setattr("vlqc.options.paths.os.path.ismount", lambda path: Path(path) == tmp_path / "disk")
@@ -87,13 +87,13 @@ def test_a_mount_point(
 
 
 def test_dump_and_pictures_outside_the_save_folder(folders: dict[str, Any], tmp_path: Path) -> None:
-    """Catches dumps inside the finished checkpoint or the source, pictures deleted by --overwrite, times for a pipe."""
+    """Catches dumps in a checkpoint, images in the save folder, and timings that would block on a pipe."""
     save, model = folders["save_directory"], folders["model_path"]
     (fault,) = faults_of(**folders, dump_ir=save / "dump")
     assert "--dump_ir" in fault and "save folder" in fault
     (fault,) = faults_of(**folders, dump_ir=model / "dump")
     assert "--dump_ir" in fault and "does not modify" in fault
-    (fault,) = faults_of(**folders, calib_images=save / "pictures")
+    (fault,) = faults_of(**folders, calib_images=save / "images")
     assert "--calib_images" in fault and "replaced as a whole" in fault
     (tmp_path / "taken").write_text("")
     (fault,) = faults_of(**folders, dump_ir=tmp_path / "taken")
@@ -104,7 +104,7 @@ def test_dump_and_pictures_outside_the_save_folder(folders: dict[str, Any], tmp_
 
 
 def test_unreadable_names(folders: dict[str, Any], tmp_path: Path) -> None:
-    """Catches a raw OSError for a name too long or a circle of links."""
+    """Catches an OSError for a name that is too long, or a loop of links."""
     (fault,) = faults_of(**{**folders, "save_directory": tmp_path / ("x" * 300)})
     assert "cannot access folder" in fault
     (tmp_path / "round").symlink_to(tmp_path / "about")

@@ -1,4 +1,4 @@
-"""Options from a YAML file: the same names and meanings as on the command line, which has the last word."""
+"""Options from a YAML file: same names and meanings as on the command line, which takes precedence."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +32,7 @@ def read(file: Path) -> dict[str, Any]:
 
 
 def test_every_option_can_stand_in_it(write: Write) -> None:
-    """Catches an option that the command line knows and a recipe does not, or whose default reads otherwise there."""
+    """Catches an option that a recipe cannot set, or whose default is read as another value there."""
     given = Options.without_paths()
     lines = []
     for name in Options.model_fields:
@@ -73,7 +73,7 @@ def test_values(write: Write) -> None:
     ],
 )
 def test_surprises_of_yaml(write: Write, line: str, name: str | None, value: Any) -> None:
-    """Catches YAML's second thoughts about words and numbers getting into options."""
+    """Catches values that YAML's own types change."""
     if name is None:
         with pytest.raises(UserError, match=r"recipe\.yaml, line 1"):
             read(write(line))
@@ -118,7 +118,7 @@ def test_faults(write: Write, text: str, words: list[str]) -> None:
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:
-    """Catches a wait for ever at a device, a file of any size, and a traceback for one that is absent."""
+    """Catches a device that is read forever, a file of any size, and an exception for a missing file."""
     (tmp_path / "big.yaml").write_text("#" * (2**16 + 1))
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\xff")
     for name, words in (
@@ -137,8 +137,8 @@ def run(*words: str) -> Any:
     return CliRunner(env={"NO_COLOR": "1", "COLUMNS": "200"}).invoke(app, ["passes", "--explain", *words])
 
 
-def test_the_command_line_has_the_last_word(write: Write) -> None:
-    """Catches a recipe that wins over what was typed, loses to a default, or whose combinations are not checked."""
+def test_the_command_line_takes_precedence(write: Write) -> None:
+    """Catches a recipe that replaces arguments, is replaced by defaults, or whose combinations are not checked."""
     file = str(write("act_method: 1\nanti_method: m4\ntarget: mindie\nmodality_balance: False\n"))
     assert "smooth-m4" in run("--recipe", file).stdout and "method=minmax" in run("--recipe", file).stdout
     assert "balance=false" in run("--recipe", file).stdout

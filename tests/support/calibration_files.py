@@ -1,4 +1,4 @@
-"""Images, JSON lines and a checkpoint's small files for calibration to read."""
+"""Images, JSON lines, and the small files of a checkpoint that calibration reads."""
 
 import json
 import shutil
@@ -13,14 +13,14 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 
 def write_image(path: Path, width: int = 84, height: int = 56, seed: int = 0) -> Path:
-    """Noise, so that a swapped row, column or channel shows."""
+    """An image of noise, in which swapped rows, columns or channels are detected."""
     noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     Image.fromarray(noise).save(path)
     return path
 
 
 def model_without(tmp_path: Path, *left_out: str) -> Path:
-    """The tiny checkpoint's small files, less some."""
+    """A copy of the tiny checkpoint's JSON files, except for some of them."""
     folder = tmp_path / "model"
     folder.mkdir()
     for path in TINY.glob("*.json"):

@@ -1,4 +1,4 @@
-"""Options as a user gives them, and what is said of them."""
+"""Option values, and the faults that are reported for them."""
 
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,12 @@ W4A8 = {"w_bit": 4, "is_dynamic": True, "is_lowbit": True, "open_outlier": False
 
 
 def two_folders(folder: Path) -> dict[str, Any]:
-    """The two options that everybody has to give, for folders in this one."""
+    """The two required options, for folders in this folder."""
     (folder / "model").mkdir()
     return {"model_path": folder / "model", "save_directory": folder / "save"}
 
 
-def faults_of(**given: Any) -> list[str]:
+def faults_of(**values: Any) -> list[str]:
     with pytest.raises(UserError) as caught:
-        Options.from_user(**given)
+        Options.from_user(**values)
     return [str(fault) for fault in caught.value.faults]

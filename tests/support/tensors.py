@@ -1,4 +1,4 @@
-"""Tensors as they lie in safetensors files, written with NumPy alone."""
+"""Tensors in the safetensors format, written with NumPy only."""
 
 import json
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ ITEM = {"BF16": 2, "F16": 2, "F32": 4, "I8": 1, "I32": 4, "I64": 8}
 
 @dataclass
 class Tensor:
-    """One tensor as it lies in a file."""
+    """One tensor, as bytes in a file."""
 
     dtype: str
     shape: list[int]
     data: bytes
 
     def flip(self, byte: int, bits: int) -> None:
-        """Damage one byte."""
+        """Flips bits of one byte."""
         changed = bytearray(self.data)
         changed[byte] ^= bits
         self.data = bytes(changed)

@@ -1,4 +1,4 @@
-"""Images and JSON lines -> model inputs, against arithmetic and token numbers written out here."""
+"""Images and JSON lines -> model inputs, compared with arithmetic and token ids in this file."""
 
 from pathlib import Path
 
@@ -52,8 +52,8 @@ if transformers.__version__.startswith("4."):
         """Catches any difference from transformers' own processor (the one of 5.x needs torchvision)."""
         path = write_image(tmp_path / "a.png", 333, 200)
         processor = transformers.AutoProcessor.from_pretrained(TINY)
-        asked = [{"type": "image", "image": str(path)}, {"type": "text", "text": PROMPT}]
-        messages = [{"role": "user", "content": asked}]
+        content = [{"type": "image", "image": str(path)}, {"type": "text", "text": PROMPT}]
+        messages = [{"role": "user", "content": content}]
         text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         image = read_image(path)
         height, width = smart_resize(image.height, image.width)
@@ -64,7 +64,7 @@ if transformers.__version__.startswith("4."):
 
 
 def test_folder_is_read_in_order_of_names(tmp_path: Path) -> None:
-    """Catches an order that depends on the file system, and files that are no images being read."""
+    """Catches an order that depends on the file system, and files that are not images."""
     for seed, name in enumerate(("c.png", "a.PNG", "b.bmp")):
         write_image(tmp_path / name, seed=seed)
     (tmp_path / "notes.txt").write_text("no image")
@@ -78,14 +78,14 @@ def test_folder_is_read_in_order_of_names(tmp_path: Path) -> None:
 
 
 def test_thirty_pictures_need_no_advice(tmp_path: Path) -> None:
-    """Catches advice that comes however many images there are."""
+    """Catches a recommendation that does not depend on the number of images."""
     for number in range(30):
         write_image(tmp_path / f"{number}.png", 56, 56)
     assert load_samples(TINY, tmp_path).notes == []
 
 
 def test_json_lines(tmp_path: Path) -> None:
-    """Catches lost or misplaced questions, answers and images, and paths not taken from the file's own folder."""
+    """Catches lost or misplaced prompts, responses and images, and paths that are not relative to the file's folder."""
     write_image(tmp_path / "a.png")
     write_image(tmp_path / "b.png", 56, 56, seed=1)
     source = lines(
@@ -107,7 +107,7 @@ def test_json_lines(tmp_path: Path) -> None:
 
 
 def test_every_bad_line_is_named(tmp_path: Path) -> None:
-    """Catches a report of only the first bad line, or one without its number."""
+    """Catches an error that names only the first faulty line, or no line number."""
     source = lines(
         tmp_path / "q.jsonl",
         '{"prompt": "fine"}',
@@ -142,7 +142,7 @@ def test_every_bad_line_is_named(tmp_path: Path) -> None:
 
 
 def test_all_bad_pictures_are_listed_at_once(tmp_path: Path) -> None:
-    """Catches a run that stops at the first bad image, so that the user repairs them one by one."""
+    """Catches an error that names only the first unreadable image."""
     write_image(tmp_path / "good.png")
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff")
     write_image(tmp_path / "narrow.png", 8000, 28)
@@ -159,7 +159,7 @@ def test_all_bad_pictures_are_listed_at_once(tmp_path: Path) -> None:
 
 
 def test_skipping_everything_is_an_error(tmp_path: Path) -> None:
-    """Catches a compilation that goes on with no sample at all."""
+    """Catches a compilation without any sample."""
     (tmp_path / "broken.jpg").write_bytes(b"")
     with pytest.raises(UserError, match="no usable sample"):
         load_samples(TINY, tmp_path, skip_bad_images=True)
@@ -175,7 +175,7 @@ def test_skipping_everything_is_an_error(tmp_path: Path) -> None:
     ],
 )
 def test_unusable_sources(tmp_path: Path, name: str, content: str | None, words: list[str]) -> None:
-    """Catches an unclear answer to a wrong --calib_images."""
+    """Catches an error for a wrong --calib_images that does not name the path and the reason."""
     source = tmp_path / name
     if content == "folder":
         source.mkdir()
@@ -187,6 +187,6 @@ def test_unusable_sources(tmp_path: Path, name: str, content: str | None, words:
 
 
 def test_one_pixel_is_enough(tmp_path: Path) -> None:
-    """Catches a crash on the smallest image, which the preparation enlarges to the least number of patches."""
+    """Catches an exception for the smallest image, which is enlarged to the minimum number of patches."""
     (sample,) = load_samples(TINY, write_image(tmp_path / "dot.png", 1, 1)).samples
     assert sample["image_grid_thw"].tolist() == [[1, 4, 4]]

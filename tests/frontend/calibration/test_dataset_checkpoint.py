@@ -1,4 +1,4 @@
-"""What a checkpoint brings along for calibration: tokenizer, chat template, settings of the image processor."""
+"""The files of a checkpoint that calibration uses: tokenizer, chat template, image processor settings."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from vlqc.frontend.calibration.processor import SampleProcessor
 
 
 def test_checkpoint_without_tokenizer_or_settings(tmp_path: Path) -> None:
-    """Catches a raw exception of transformers, or an attempt to use the network, for an incomplete checkpoint."""
+    """Catches an exception of transformers, or network access, for an incomplete checkpoint."""
     path = write_image(tmp_path / "a.png")
     model = model_without(tmp_path, "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json")
     with pytest.raises(UserError, match="has no tokenizer") as caught:
@@ -34,7 +34,7 @@ def test_checkpoint_without_tokenizer_or_settings(tmp_path: Path) -> None:
 
 
 def test_settings_of_newer_transformers(tmp_path: Path) -> None:
-    """Catches checkpoints whose image settings lie in processor_config.json and give `size` instead of min_pixels."""
+    """Catches image settings in processor_config.json, with `size` instead of min_pixels, that are not read."""
     path = write_image(tmp_path / "a.png", 280, 280)
     model = model_without(tmp_path, "preprocessor_config.json")
     settings = json.loads((TINY / "preprocessor_config.json").read_text())
@@ -50,7 +50,7 @@ def test_settings_of_newer_transformers(tmp_path: Path) -> None:
 
 
 def test_checkpoint_without_chat_template(tmp_path: Path) -> None:
-    """Catches a checkpoint that cannot be calibrated because it was saved without its template."""
+    """Catches a checkpoint without a chat template that cannot be calibrated."""
     model = model_without(tmp_path, "chat_template.json", "tokenizer_config.json")
     config = json.loads((TINY / "tokenizer_config.json").read_text())
     del config["chat_template"]
@@ -61,7 +61,7 @@ def test_checkpoint_without_chat_template(tmp_path: Path) -> None:
 
 
 def test_unmarked_turns_and_marked_ones(tmp_path: Path) -> None:
-    """Catches a fallback form that differs from Qwen2.5-VL's own where its turn tokens exist."""
+    """Catches a default chat form that differs from Qwen2.5-VL's template."""
     processor = SampleProcessor(TINY)
     processor._template = None
     assert processor._chat_text(1, "Hi", None) == "<|vision_start|><|image_pad|><|vision_end|>Hi"
@@ -74,7 +74,7 @@ def test_unmarked_turns_and_marked_ones(tmp_path: Path) -> None:
 
 
 def test_tokenizer_of_another_model(tmp_path: Path) -> None:
-    """Catches image tokens that the model does not recognize: features and tokens would not match."""
+    """Catches a tokenizer with another image token id than the model's."""
     model = model_without(tmp_path)
     config = json.loads((TINY / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "image_token_id": 6}))
@@ -83,7 +83,7 @@ def test_tokenizer_of_another_model(tmp_path: Path) -> None:
 
 
 def test_image_token_inside_a_prompt(tmp_path: Path) -> None:
-    """Catches a text that smuggles in image tokens for which there is no image."""
+    """Catches a prompt with image tokens that have no image."""
     source = lines(tmp_path / "q.jsonl", {"prompt": "what is <|image_pad|>"})
     with pytest.raises(UserError, match="stands for an image") as caught:
         load_samples(TINY, source)
@@ -91,7 +91,7 @@ def test_image_token_inside_a_prompt(tmp_path: Path) -> None:
 
 
 def test_own_code_needs_trust(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches code from the checkpoint that runs (or a question at the keyboard) without --trust_remote_code."""
+    """Catches code from the checkpoint that runs, or a prompt on the terminal, without --trust_remote_code."""
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     model = model_without(tmp_path)
     config = json.loads((TINY / "tokenizer_config.json").read_text())

@@ -1,4 +1,4 @@
-"""How many samples calibration takes, and how images and text are cut to a budget of tokens."""
+"""The selection of samples, and the token budget of a sample."""
 
 import random
 from pathlib import Path
@@ -23,7 +23,7 @@ def grids(*samples: dict[str, torch.Tensor]) -> list[list[int]]:
 
 
 def test_a_choice_of_samples(tmp_path: Path) -> None:
-    """Catches a choice that changes from run to run, ignores the seed, loses the order, or has no note."""
+    """Catches a selection that is not reproducible, ignores the seed, loses the order, or has no note."""
     source = lines(tmp_path / "q.jsonl", *({"prompt": " ".join(["red"] * (n + 1))} for n in range(40)))
 
     def chosen(**given: int) -> list[int]:
@@ -48,7 +48,7 @@ def mersenne_twister(seed: int) -> tuple[list[int], int]:
 
 
 def test_pictures_that_are_not_chosen_are_not_read(tmp_path: Path) -> None:
-    """Catches 100 000 images decoded to use 30 of them, and bad images reported that nobody asked for."""
+    """Catches images that are decoded, or reported as unreadable, although they are not selected."""
     for number in range(12):
         write_image(tmp_path / f"{number:02}.png", 28 * (number + 1), 28 * 2)
     widths = [width // 2 for _, _, width in grids(*load_samples(TINY, tmp_path, max_samples=4).samples)]
@@ -59,7 +59,7 @@ def test_pictures_that_are_not_chosen_are_not_read(tmp_path: Path) -> None:
 
 
 def test_a_bad_image_is_replaced_by_the_next_of_the_seed(tmp_path: Path) -> None:
-    """Catches fewer samples than asked for although there are enough, and a replacement at random."""
+    """Catches fewer samples than requested, and replacements that are not in the order of the seed."""
     for number in range(8):
         write_image(tmp_path / f"{number}.png", 28 * (number + 2), 56)
 
@@ -76,8 +76,8 @@ def test_a_bad_image_is_replaced_by_the_next_of_the_seed(tmp_path: Path) -> None
         load_samples(TINY, tmp_path, max_samples=3, seed=5)
 
 
-def test_pictures_shrink_to_the_budget(tmp_path: Path) -> None:
-    """Catches a sample over its budget, cut image tokens, another shape of the image, and small images touched."""
+def test_images_shrink_to_the_budget(tmp_path: Path) -> None:
+    """Catches a sample over its budget, truncated image tokens, a distorted image, and small images that change."""
     write_image(tmp_path / "large.png", 560, 280)
     write_image(tmp_path / "small.png", 84, 56)
     text = 3 + len(PROMPT.split())
@@ -107,8 +107,8 @@ def test_an_image_is_shrunk_from_the_whole_of_it(tmp_path: Path) -> None:
     np.testing.assert_allclose(patches[:, 3].mean(axis=(0, 1, 2, 4, 5, 6)), white, atol=0.05)
 
 
-def test_several_pictures_share_the_budget(tmp_path: Path) -> None:
-    """Catches one image that takes it all, and a small one made smaller while a large one could give way."""
+def test_several_images_share_the_budget(tmp_path: Path) -> None:
+    """Catches one image that uses the whole budget, and a small image that is resized before a large one."""
     write_image(tmp_path / "large.png", 560, 280)
     write_image(tmp_path / "square.png", 280, 280, seed=1)
     write_image(tmp_path / "small.png", 84, 56, seed=2)
@@ -124,7 +124,7 @@ def test_several_pictures_share_the_budget(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("width", "height"), [(5400, 28), (28, 5400), (60, 4000), (560, 31), (200, 133)])
 @pytest.mark.parametrize("budget", [4, 5, 7, 23])
 def test_narrow_pictures_fit_too(tmp_path: Path, width: int, height: int, budget: int) -> None:
-    """Catches odd shapes whose sides round to nothing, or are enlarged again by the preparation."""
+    """Catches elongated images with a side of zero, or that are enlarged again by the image processor."""
     most = 3 + len(PROMPT.split()) + budget
     (sample,) = load_samples(TINY, write_image(tmp_path / "a.png", width, height), max_tokens=most).samples
     assert 4 <= int((sample["input_ids"] == PAD).sum()) <= budget
@@ -132,7 +132,7 @@ def test_narrow_pictures_fit_too(tmp_path: Path, width: int, height: int, budget
 
 
 def test_text_beyond_the_budget(tmp_path: Path) -> None:
-    """Catches text that is cut, one bad line at a time, and lines that are skipped with the bad images."""
+    """Catches truncated text, an error for the first line only, and lines that --skip_bad_images skips."""
     write_image(tmp_path / "a.png", 280, 280)
     source = lines(
         tmp_path / "q.jsonl",
@@ -157,7 +157,7 @@ def test_text_beyond_the_budget(tmp_path: Path) -> None:
 
 
 def test_videos_are_refused(tmp_path: Path) -> None:
-    """Catches a video that is passed over without a word, or answered as a file of an unknown kind."""
+    """Catches a video that is ignored without a note, or reported as a file of an unknown type."""
     video = tmp_path / "clips" / "a.MP4"
     video.parent.mkdir()
     video.write_bytes(b"")

@@ -1,4 +1,4 @@
-"""How a budget of image tokens is shared, and the grid of an image of so many: properties of every case."""
+"""The distribution of a token budget over images, and the shapes of images: properties of every case."""
 
 import math
 
@@ -14,7 +14,7 @@ TOKENS = st.lists(st.integers(4, 400), min_size=1, max_size=6)
 
 @given(TOKENS, st.integers(-5, 1500), st.integers(1, 8))
 def test_every_budget_is_kept(tokens: list[int], budget: int, least: int) -> None:
-    """Catches a share above the budget or above the image's own size, uneven shares, and tokens left unused."""
+    """Catches limits above the budget or above the image's size, unequal limits, and tokens left unused."""
     shares = split_budget(tokens, budget, least)
     limit = max(n for n in range(-1, 401) if n < 0 or sum(min(count, n) for count in tokens) <= budget)
     if sum(tokens) <= budget:
@@ -26,7 +26,7 @@ def test_every_budget_is_kept(tokens: list[int], budget: int, least: int) -> Non
 
 
 def test_shares_by_hand() -> None:
-    """Catches the same slip made in the property and in the code."""
+    """Catches a mistake that the property test repeats."""
     assert split_budget([400, 6, 100], 106, 4) == [50, 6, 50]
     assert split_budget([4, 4, 4], 11, 4) is None
     assert split_budget([4, 4, 4], 12, 4) == [4, 4, 4]
@@ -34,7 +34,7 @@ def test_shares_by_hand() -> None:
 
 @given(st.floats(math.log(1 / 200), math.log(200)), st.integers(4, 2000), st.integers(1, 4))
 def test_every_grid_fits(log_ratio: float, most: int, least: int) -> None:
-    """Catches grids that are too large, too small, too long for the preparation, or of another shape than needed."""
+    """Catches grids that are too large, too small, too elongated for the image processor, or distorted."""
     rows, columns = fit_grid(math.exp(log_ratio), least, most)
     assert least <= rows * columns <= most
     assert max(rows, columns) <= MAX_ASPECT_RATIO * min(rows, columns)
@@ -43,7 +43,7 @@ def test_every_grid_fits(log_ratio: float, most: int, least: int) -> None:
 
 
 def test_grids_by_hand() -> None:
-    """Catches rows taken for columns."""
+    """Catches swapped rows and columns."""
     assert fit_grid(0.5, 4, 8) == (2, 4)
     assert fit_grid(2.0, 4, 8) == (4, 2)
     assert fit_grid(150.0, 4, 10) == (10, 1)

@@ -1,4 +1,4 @@
-"""One image file -> upright RGB. Expected pixels are written out by hand."""
+"""An image file -> upright RGB image. Expected pixels are written out by hand."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def test_exif_rotation_is_applied(tmp_path: Path) -> None:
-    """Catches phone photos that reach the model lying on their side."""
+    """Catches photos whose EXIF rotation is ignored."""
     image = Image.new("RGB", (4, 2), RED)
     image.putpixel((0, 0), BLUE)
     exif = Image.Exif()
@@ -41,7 +41,7 @@ def test_exif_rotation_is_applied(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_transparent_parts_become_white(tmp_path: Path, mode: str) -> None:
-    """Catches transparency that shows whatever colour lies beneath it."""
+    """Catches transparent pixels that show the color below them."""
     image = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
     image.putpixel((1, 0), (0, 0, 0, 255))
     image = image.convert(mode) if mode != "P" else image.quantize(4)
@@ -50,7 +50,7 @@ def test_transparent_parts_become_white(tmp_path: Path, mode: str) -> None:
 
 
 def test_sixteen_bit_grey_keeps_its_shades(tmp_path: Path) -> None:
-    """Catches the clipping that turns a 16-bit scan all white."""
+    """Catches 16-bit images that are clipped to white."""
     grey = np.array([[0, 0x4000, 0x80FF, 0xFFFF]], dtype=np.uint16)
     Image.fromarray(grey).save(tmp_path / "scan.png")
     assert pixels(tmp_path / "scan.png")[0, :, 0].tolist() == [0, 0x40, 0x80, 0xFF]
@@ -58,13 +58,13 @@ def test_sixteen_bit_grey_keeps_its_shades(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", WHITES)
 def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
-    """Catches a mode that the conversion trips over, or that loses white."""
+    """Catches an image mode that fails to convert, or loses white."""
     Image.new(mode, (3, 2), WHITES[mode]).save(tmp_path / "x.tiff")
     assert np.abs(pixels(tmp_path / "x.tiff").astype(int) - 255).max() <= 1
 
 
 def test_first_frame_of_an_animation(tmp_path: Path) -> None:
-    """Catches a later frame, or all frames, being taken."""
+    """Catches another frame than the first."""
     frames = [Image.new("RGB", (2, 2), colour) for colour in (RED, BLUE)]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
     assert (pixels(tmp_path / "moving.gif") == RED).all()
@@ -85,22 +85,22 @@ def write_truncated(path: Path) -> None:
     ],
 )
 def test_unusable_files_say_why(tmp_path: Path, write, reason: str) -> None:  # type: ignore[no-untyped-def]
-    """Catches a decoder's exception that reaches the user raw."""
+    """Catches an exception of a decoder that is not turned into ImageError."""
     write(tmp_path / "bad.png")
     with pytest.raises(ImageError, match=reason):
         read_image(tmp_path / "bad.png")
 
 
 def test_decompression_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a tiny file that unpacks to more pixels than the memory holds."""
+    """Catches a small file that decodes to more pixels than fit in memory."""
     Image.new("L", (100, 100)).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ImageError, match="too many pixels"):
         read_image(tmp_path / "bomb.png")
 
 
-def test_more_pixels_than_anybody_looks_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches gigabytes of memory for an image that is made smaller anyway, and a limit that is one pixel off."""
+def test_images_with_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches gigabytes of memory for a huge image, and a limit that is off by one pixel."""
     monkeypatch.setattr("vlqc.frontend.calibration.images.MAX_PIXELS", 110)
     for height in (11, 12):
         Image.new("L", (10, height)).save(tmp_path / f"{height}.png")
@@ -110,6 +110,6 @@ def test_more_pixels_than_anybody_looks_at(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_what_counts_as_an_image() -> None:
-    """Catches upper-case endings being passed over, and macOS's `._` leftovers being read."""
+    """Catches upper-case suffixes that are ignored, and macOS's `._` files that are read."""
     assert all(is_image(Path(name)) for name in ("a.JPG", "a.jpeg", "a.Png", "a.bmp", "a.webp", "a.gif", "a.TIF"))
     assert not any(is_image(Path(name)) for name in ("a.txt", "._a.jpg", "jpg", "a.mp4"))

@@ -1,4 +1,4 @@
-"""The small sample that proofs run on: cut out of a large one, as a model input of its own."""
+"""The probe: a small sample, cut out of a large one, that is a valid model input."""
 
 from types import SimpleNamespace
 
@@ -27,7 +27,7 @@ CONFIG = SimpleNamespace(image_token_id=IMAGE, vision_config=SimpleNamespace(spa
 
 
 def write_image(before: int, grids: list[tuple[int, int, int]], behind: int, padding: int = 0) -> dict[str, Tensor]:
-    """A sample whose patches hold their own frame, row, column; whose text tokens count from 1 on."""
+    """A sample whose patches contain their frame, row and column, and whose text tokens count from 1."""
     ids = list(range(1, before + 1))
     patches = []
     for frames, height, width in grids:
@@ -46,7 +46,7 @@ def write_image(before: int, grids: list[tuple[int, int, int]], behind: int, pad
 
 
 def test_a_corner_of_the_first_image() -> None:
-    """Catches patches that are not those of the corner, or not in the order in which they are merged."""
+    """Catches patches from outside the corner, or not in the order in which they are merged."""
     probe = probe_sample([write_image(3, [(1, 40, 30), (1, 4, 4)], 5)], CONFIG)
     assert probe is not None
     expected = write_image(3, [(1, CROP_HEIGHT, CROP_WIDTH)], 0)
@@ -57,7 +57,7 @@ def test_a_corner_of_the_first_image() -> None:
 
 @pytest.mark.parametrize("padding", [0, 4])
 def test_text_that_is_kept(padding: int) -> None:
-    """Catches padding that is kept, text of the wrong side, a lost first token, image tokens without an image."""
+    """Catches padding that is kept, text from the wrong side, a lost first token, image tokens without an image."""
     few = probe_sample([write_image(5, [(2, 24, 20)], 2, padding)], CONFIG)
     many = probe_sample([write_image(40, [(1, 24, 24)], 200, padding)], CONFIG)
     assert few is not None and many is not None
@@ -69,14 +69,14 @@ def test_text_that_is_kept(padding: int) -> None:
 
 
 def test_the_text_behind_ends_before_the_next_image() -> None:
-    """Catches image tokens in the probe for which it has no patches, and the mark that announces them."""
+    """Catches image tokens of a second image, and the token that precedes them."""
     probe = probe_sample([write_image(2, [(1, 24, 24), (1, 2, 2)], 30)], CONFIG)
     assert probe is not None
     assert int((probe["input_ids"] == IMAGE).sum()) == len(probe["pixel_values"]) // MERGE**2
 
 
 def test_none_where_none_is_needed() -> None:
-    """Catches a made-up sample where a real one would do, and one without an image, which the vision tower lacks."""
+    """Catches a cropped probe where a sample is small enough, and one without an image."""
     small, large = write_image(3, [(1, 16, 16)], 5), write_image(3, [(1, 24, 24)], 5)
     text = {key: large[key][:, :2] for key in ("input_ids", "attention_mask")}
     assert len(large["pixel_values"]) > PROBE_ROWS
@@ -87,8 +87,8 @@ def test_none_where_none_is_needed() -> None:
 
 @pytest.mark.every_transformers
 def test_every_stage_is_proven_on_it() -> None:
-    """Catches a probe that the model does not take, that counts as a calibration sample, that does not go on to the
-    next stage, or that is not what the proofs run on."""
+    """Catches a probe that the model rejects, that counts as a calibration sample, that does not reach the
+    next stage, or that the proofs do not use."""
     model = tiny.float_model()
     samples = check_samples([tiny.made_up((24, 24))], model.module)
     probe = probe_sample(samples, model.module.config)

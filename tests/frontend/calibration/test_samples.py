@@ -1,4 +1,4 @@
-"""Ready model inputs: what fits is let through, everything else is named, all at once."""
+"""Ready model inputs: valid samples pass, and all faults of the others are reported at once."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ Sample = dict[str, Any]
 
 
 class Model(nn.Module):
-    """Of a model what samples are held against: a vocabulary of 64, image token 5, 2x2 merging, patches of 1176."""
+    """The parts of a model that the checks use: a vocabulary of 64, image token 5, 2x2 merging, patches of 1176."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ def faults_of(*samples: Any) -> list[tuple[str, str]]:
 
 
 def test_good_samples_pass() -> None:
-    """Catches a rule that refuses text only, several images, padding, token types or another integer type."""
+    """Catches a check that rejects text only, several images, padding, token types or another integer type."""
     padded = tiny.made_up(words=4)
     padded["attention_mask"][0, :2] = 0
     typed = tiny.made_up((4, 4))
@@ -48,7 +48,7 @@ def test_good_samples_pass() -> None:
 
 @pytest.mark.every_transformers
 def test_good_samples_pass_with_the_real_model() -> None:
-    """Catches an attribute of the configuration that a transformers version names otherwise."""
+    """Catches an attribute of the config that has another name in some transformers version."""
     check_samples(tiny.mixed_samples(), tiny.float_model().module)
 
 
@@ -152,26 +152,26 @@ FAULTS: list[tuple[str, Callable[[Sample], None], list[str]]] = [
 
 @pytest.mark.parametrize(("damage", "faults"), [row[1:] for row in FAULTS], ids=[row[0] for row in FAULTS])
 def test_every_fault_is_named_with_its_sample(damage: Callable[[Sample], None], faults: list[str]) -> None:
-    """Catches input that ends in a traceback inside the model, or that is measured though it makes no sense."""
+    """Catches invalid input that reaches the model."""
     sample = tiny.made_up((4, 4))
     damage(sample)
     assert faults_of(tiny.made_up(), sample) == [("samples[1]", what) for what in faults]
 
 
 def test_image_tokens_without_an_image() -> None:
-    """Catches a text-only sample whose image tokens would be embedded as a word."""
+    """Catches a text-only sample with image tokens."""
     sample = tiny.made_up((4, 4))
     del sample["pixel_values"], sample["image_grid_thw"]
     assert faults_of(sample) == [("samples[0]", "4 image tokens without an image")]
 
 
 def test_no_sample_at_all() -> None:
-    """Catches a calibration on nothing."""
+    """Catches a calibration without samples."""
     assert faults_of() == [("samples", "samples is empty")]
 
 
 def test_a_sample_that_is_no_dict() -> None:
-    """Catches a traceback where a tensor or a tuple is given for a sample."""
+    """Catches an exception for a tensor or a tuple in place of a sample."""
     assert faults_of(torch.ones(1, 3), ("input_ids",)) == [
         ("samples[0]", "a sample is a Tensor"),
         ("samples[1]", "a sample is a tuple"),
@@ -187,8 +187,8 @@ def test_faults_of_all_samples_at_once() -> None:
 
 @pytest.mark.every_transformers
 @pytest.mark.parametrize(("left", "right"), [(3, 0), (0, 2), (1, 1)])
-def test_padding_goes_and_nothing_else_changes(left: int, right: int) -> None:
-    """Catches tokens that move to other positions, token types or patches of another length, padding that stays."""
+def test_padding_is_dropped_and_nothing_else_changes(left: int, right: int) -> None:
+    """Catches tokens that change their positions, token types or patches of another length, padding that is kept."""
     sample = tiny.made_up((4, 8), words=9)
     pad = {"input_ids": 7, "attention_mask": 0}
     padded = sample | {
@@ -202,14 +202,14 @@ def test_padding_goes_and_nothing_else_changes(left: int, right: int) -> None:
 
 
 def test_a_masked_image_stays() -> None:
-    """Catches image tokens that go while their patches stay: the model would refuse the sample."""
+    """Catches image tokens that are dropped while their patches stay."""
     sample = tiny.made_up((4, 4))
     sample["attention_mask"][0, sample["input_ids"][0] == 5] = 0
     assert drop_padding(sample, 5) is sample
 
 
-def test_copies_run_once() -> None:
-    """Catches a sample that is dropped because only its text, its image or its shape is that of another one."""
+def test_duplicates_are_dropped() -> None:
+    """Catches a sample that is dropped because only its text, its image or its shape equals another sample's."""
     one = tiny.made_up((4, 8), seed=1)
     other_text = one | {"input_ids": one["input_ids"].roll(1)}
     other_picture = one | {"pixel_values": one["pixel_values"] + 1}

@@ -1,4 +1,4 @@
-"""Reading checkpoint folders: every layout gives the same tensors, and nothing else is touched."""
+"""Reading checkpoint folders: every layout gives the same tensors, and nothing is modified."""
 
 import tempfile
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def test_every_layout_gives_every_tensor_as_stored(tmp_path: Path, layout: Calla
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=30), st.booleans())
 def test_rows_are_gathered_exactly(indices: list[int], nested: bool) -> None:
-    """Catches rows in the wrong order, repeated rows that are lost, or another shape than that of the indices."""
+    """Catches rows in the wrong order, lost duplicates, or another shape than that of the indices."""
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Checkpoint(write(Path(folder)))
         wanted = torch.tensor([indices, indices[::-1]] if nested else indices)
@@ -40,20 +40,20 @@ def test_rows_are_gathered_exactly(indices: list[int], nested: bool) -> None:
 
 
 def test_dtype_is_that_of_most_elements(tmp_path: Path) -> None:
-    """Catches a vote per tensor: many little float32 norms do not make a bfloat16 checkpoint float32."""
+    """Catches a dtype that is counted per tensor: many small float32 norms do not make a checkpoint float32."""
     norms = {f"norm{number}.weight": torch.ones(3) for number in range(5)}
     checkpoint = Checkpoint(write(tmp_path, {"w": torch.ones(4, 8, dtype=torch.bfloat16), **norms}))
     assert checkpoint.dtype == torch.bfloat16
 
 
 def test_bytes_are_those_of_the_weight_files(tmp_path: Path) -> None:
-    """Catches a size that forgets shards, or counts files that are not read."""
+    """Catches a size without some shards, or with files that are not read."""
     checkpoint = Checkpoint(write(tmp_path, layout=indexed_beside_a_stale_file))
     assert checkpoint.bytes == sum(path.stat().st_size for path in tmp_path.glob("model-*-of-*.safetensors"))
 
 
 def test_side_files_are_what_an_engine_needs_beside_weights(tmp_path: Path) -> None:
-    """Catches copied weights, indices, code or folders, and a tokenizer that is left behind (as a link, too)."""
+    """Catches weights, indices, code or folders that are copied, and a tokenizer that is not (also as a link)."""
     write(tmp_path)
     wanted = [
         "chat_template.jinja",
@@ -81,8 +81,8 @@ def test_side_files_are_what_an_engine_needs_beside_weights(tmp_path: Path) -> N
 
 
 def test_a_cache_of_links_is_read(tmp_path: Path) -> None:
-    """Catches a reader that refuses the Hugging Face cache, whose snapshots are links into a folder of blobs."""
-    repository = tmp_path / "models--somebody--something"
+    """Catches a snapshot in the Hugging Face cache, which consists of links to blobs, that is rejected."""
+    repository = tmp_path / "models--user--name"
     real, snapshot = write(repository / "blobs"), repository / "snapshots" / "0a1b2c"
     snapshot.mkdir(parents=True)
     for path in real.iterdir():
@@ -93,19 +93,19 @@ def test_a_cache_of_links_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 @pytest.mark.parametrize("cache", [False, True])
 def test_a_link_out_of_the_folder_is_refused(tmp_path: Path, name: str, cache: bool) -> None:
-    """Catches a checkpoint that has a file of this machine read and copied, also one that looks like a cache."""
+    """Catches a checkpoint whose links make vlqc read and copy other files, also in a folder like the cache."""
     folder = write(tmp_path / "models--a" / "snapshots" / "0a1b2c" if cache else tmp_path / "model")
     other = tmp_path / "models--b" / "blobs"
     other.mkdir(parents=True)
     (folder / name).touch()
     (folder / name).rename(other / "secret")
     (folder / name).symlink_to(other / "secret")
-    told = fault_of(folder)
-    assert f"{name} is a link out of the checkpoint folder" in told and str(other / "secret") in told
+    message = fault_of(folder)
+    assert f"{name} is a link out of the checkpoint folder" in message and str(other / "secret") in message
 
 
 def test_reading_cannot_write(tmp_path: Path) -> None:
-    """Catches a mapping that carries changes of a tensor into the user's checkpoint."""
+    """Catches a memory mapping that writes changes of a tensor to the checkpoint."""
     before = (write(tmp_path) / "model.safetensors").read_bytes()
     tensor = Checkpoint(tmp_path).tensor("lm_head.weight")
     tensor.add_(1)

@@ -1,4 +1,4 @@
-"""Reading damaged checkpoint folders: every damage gives one clear error."""
+"""Reading damaged checkpoint folders: every kind of damage is a UserError."""
 
 import json
 import os
@@ -16,12 +16,12 @@ from vlqc.frontend.checkpoint.files import INDEX
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    """Catches a traceback, or an error that does not say which folder."""
+    """Catches an error that does not name the folder."""
     assert str(tmp_path / "nowhere") in fault_of(tmp_path / "nowhere")
 
 
 def test_a_folder_without_config(tmp_path: Path) -> None:
-    """Catches a folder of mere weights that is taken for a checkpoint."""
+    """Catches a folder without config.json that is accepted."""
     write(tmp_path)
     (tmp_path / "config.json").unlink()
     assert re.search(r"no config\.json", fault_of(tmp_path))
@@ -29,7 +29,7 @@ def test_a_folder_without_config(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["{", "[1]", '"words"', "\xff"])
 def test_a_config_that_is_no_object(tmp_path: Path, text: str) -> None:
-    """Catches a traceback of the JSON reader, and a config that is used though it is a list or a word."""
+    """Catches an exception of the JSON parser, and a config that is not an object."""
     write(tmp_path)
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
     message = fault_of(tmp_path)
@@ -38,7 +38,7 @@ def test_a_config_that_is_no_object(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize("other", [None, "pytorch_model.bin"])
 def test_a_folder_without_safetensors(tmp_path: Path, other: str | None) -> None:
-    """Catches .bin files being loaded (which runs code) or their folder being called empty."""
+    """Catches .bin files that are loaded (which runs code), or a misleading error about them."""
     write(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     if other:
@@ -49,7 +49,7 @@ def test_a_folder_without_safetensors(tmp_path: Path, other: str | None) -> None
 
 @pytest.mark.parametrize("kept", [0, 7, 100, -1])
 def test_a_truncated_shard_is_named(tmp_path: Path, kept: int) -> None:
-    """Catches a shard that was cut short while copying and is read as far as it goes."""
+    """Catches a truncated shard that is read."""
     write(tmp_path, layout=indexed)
     shard = tmp_path / "model-00002-of-00003.safetensors"
     whole = shard.read_bytes()
@@ -67,7 +67,7 @@ def test_all_damaged_shards_are_named_at_once(tmp_path: Path) -> None:
 
 
 def test_an_index_that_names_a_missing_file(tmp_path: Path) -> None:
-    """Catches a half-finished download that is compiled without the missing shard's tensors."""
+    """Catches an incomplete download that is compiled without the tensors of a missing shard."""
     write(tmp_path, layout=indexed)
     (tmp_path / "model-00003-of-00003.safetensors").unlink()
     assert "model-00003-of-00003.safetensors is missing" in fault_of(tmp_path)
@@ -90,14 +90,14 @@ def test_an_index_does_not_lead_out_of_the_folder(tmp_path: Path, name: str) -> 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": ["a"]}'])
 def test_an_index_that_cannot_be_read(tmp_path: Path, text: str) -> None:
-    """Catches a traceback from a damaged index."""
+    """Catches an exception for a damaged index."""
     write(tmp_path, layout=indexed)
     (tmp_path / INDEX).write_text(text)
     assert INDEX in fault_of(tmp_path)
 
 
 def test_a_tensor_stored_twice_names_both_files(tmp_path: Path) -> None:
-    """Catches a stale file beside the right one: which of the two counts would be chance."""
+    """Catches a stale file with a tensor that another file holds, too."""
     write(tmp_path)
     save_file({"model.language_model.embed_tokens.weight": torch.ones(10, 4)}, tmp_path / "old.safetensors")
     message = fault_of(tmp_path)
@@ -111,7 +111,7 @@ def test_weight_files_without_tensors(tmp_path: Path) -> None:
 
 
 def test_a_dtype_that_is_not_read_is_named(tmp_path: Path) -> None:
-    """Catches an 8-bit float checkpoint that ends in a traceback."""
+    """Catches an exception for an 8-bit float checkpoint."""
     message = fault_of(write(tmp_path, {"w": torch.ones(2, 2).to(torch.float8_e4m3fn)}))
     assert "tensor w has dtype F8_E4M3" in message
 
@@ -119,7 +119,7 @@ def test_a_dtype_that_is_not_read_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bad", [[torch.nan], [torch.inf], [-torch.inf, torch.nan, torch.inf]])
 def test_nan_and_inf_are_named_and_counted(tmp_path: Path, dtype: torch.dtype, bad: list[float]) -> None:
-    """Catches a damaged weight that is quantized into nonsense."""
+    """Catches a damaged weight that is quantized."""
     weight = torch.ones(4, 5)
     weight.view(-1)[7 : 7 + len(bad)] = torch.tensor(bad)
     checkpoint = Checkpoint(write(tmp_path, {"good": torch.ones(2), "model.damaged.weight": weight.to(dtype)}))
@@ -148,14 +148,14 @@ def test_missing_and_misshapen_tensors_are_listed_together(tmp_path: Path) -> No
 
 
 def test_no_float_tensor(tmp_path: Path) -> None:
-    """Catches a traceback where the dtype of the weights is asked of a folder that holds integers only."""
+    """Catches an exception for a folder that holds integers only."""
     checkpoint = Checkpoint(write(tmp_path, {"w": torch.ones(3, dtype=torch.int8)}))
     with pytest.raises(UserError, match="no float tensor"):
         _ = checkpoint.dtype
 
 
 def test_an_unreadable_config_is_an_error_of_the_user(tmp_path: Path) -> None:
-    """Catches a traceback where config.json is a folder."""
+    """Catches an exception if config.json is a folder."""
     write(tmp_path)
     os.remove(tmp_path / "config.json")
     (tmp_path / "config.json").mkdir()

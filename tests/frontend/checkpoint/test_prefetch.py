@@ -82,6 +82,7 @@ def test_a_damaged_header_raises(tmp_path: Path) -> None:
         tensor_ranges(tmp_path / "none")
 
 
+@pytest.mark.slow
 def test_each_weight_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches weights that are read again for proofs, checks or writing, and prefetching of weights already read."""
     read: Counter[str] = Counter()

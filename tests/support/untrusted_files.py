@@ -1,4 +1,4 @@
-"""Small files of a stranger: a photo, and JSON with other values."""
+"""Small files for tests of untrusted input: a photo, and JSON files with some values replaced."""
 
 import json
 from pathlib import Path

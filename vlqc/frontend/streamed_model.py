@@ -39,6 +39,13 @@ def parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
+def check_model_type(config: dict[str, Any], where: str) -> None:
+    """UserError for an unsupported model type. where: path of config.json."""
+    if config.get("model_type") not in MODEL_TYPES:
+        why = f"supported: {', '.join(MODEL_TYPES)}"
+        raise UserError(Fault(f"unsupported model type {config.get('model_type')!r}", where, why))
+
+
 def build_meta_model(folder: Path, config: dict[str, Any], *, trust_remote_code: bool = False) -> nn.Module:
     """The model of a checkpoint folder: parameters on meta, float32, in eval mode.
 
@@ -46,9 +53,7 @@ def build_meta_model(folder: Path, config: dict[str, Any], *, trust_remote_code:
     for an unsupported or invalid config.
     """
     where = str(folder / "config.json")
-    if config.get("model_type") not in MODEL_TYPES:
-        why = f"supported: {', '.join(MODEL_TYPES)}"
-        raise UserError(Fault(f"unsupported model type {config.get('model_type')!r}", where, why))
+    check_model_type(config, where)
     model_class = _model_class(folder, config, trust_remote_code)
     dtype = {"dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype": torch.float32}
     try:
@@ -139,6 +144,7 @@ class StreamedModel:
     ) -> "StreamedModel":
         """The model of a checkpoint. Raises UserError if it is quantized, unsupported or does not fit its config."""
         checkpoint.check_not_quantized()
+        check_model_type(checkpoint.config, str(checkpoint.folder / "config.json"))
         checkpoint.check_config()
         module = build_meta_model(checkpoint.folder, checkpoint.config, trust_remote_code=trust_remote_code)
         return cls(module, checkpoint, device=device)

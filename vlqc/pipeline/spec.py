@@ -103,6 +103,8 @@ def _parse_step(text: str, resolve: Callable[[str], type]) -> Any:
         return cls(**values)
     except (ValueError, TypeError) as error:  # raised by __post_init__ of the pass
         raise UserError(Fault(f"{name}: invalid options", text, str(error))) from error
+    except UserError as error:  # its faults name an option of `vlqc compile`
+        raise UserError(*(dataclasses.replace(fault, where=text) for fault in error.faults)) from error
 
 
 def _annotations(cls: type, text: str) -> dict[str, Any]:

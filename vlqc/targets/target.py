@@ -49,7 +49,7 @@ def parse_target(text: str, where: str = "--target") -> Target:
     name, at, version = text.strip().partition("@")
     name, version = name.strip().lower(), version.strip()
     if name not in NAMES:
-        raise UserError(Fault(f"unknown engine {name!r}", where, f"known are {', '.join(NAMES)}", _suggestion(name)))
+        raise UserError(Fault(f"unknown engine {name!r}", where, fix=_suggestion(name)))
     engines = NAMES[name]
     if at and len(engines) > 1:
         why = "each engine has its own versions"
@@ -86,4 +86,4 @@ def _suggestion(name: str) -> str:
     version = name[len(prefix) :].lstrip("-_=: v") if prefix else ""
     if prefix and prefix != BOTH and is_version(version):
         return f"did you mean {prefix}@{version}?"
-    return did_you_mean(prefix or name, NAMES) or f"known are {', '.join(NAMES)}"
+    return did_you_mean(prefix or name, NAMES) or f"choose from {', '.join(NAMES)}"

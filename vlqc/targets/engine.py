@@ -1,7 +1,7 @@
 """The interface of an inference engine: versions, rules, folder layout; `vllm_ascend` and `mindie` implement it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -130,6 +130,6 @@ class Engine(ABC):
         return []
 
 
-def join_or(items: Any) -> str:
+def join_or(items: Iterable[object]) -> str:
     """(64, 128) -> "64 or 128"."""
     return " or ".join(map(str, items))

@@ -17,7 +17,6 @@ from torch import Tensor
 from tests.support import tiny
 from vlqc.errors import UserError
 from vlqc.ir.execution import StageRun
-from vlqc.ir.stage import Stage
 
 IMAGE, TEXT, TWO, LARGE = tiny.mixed_samples()
 # The samples of each case, and its options.
@@ -50,7 +49,7 @@ def compile_all(checkpoint: Path, folder: Path) -> None:
     for name, (samples, options) in CASES.items():
         dump = folder / f"{name} ir"
         try:
-            with before("visual.merger", refuse if name == "refused" else lambda stage: None):
+            with before("visual.merger", refuse if name == "refused" else lambda run: None):
                 vlqc.compile(
                     model_path=checkpoint, save_directory=folder / name, samples=samples, dump_ir=dump, **options
                 )
@@ -69,30 +68,30 @@ def command_line(checkpoint: Path, result: Path, *more: str) -> None:
 
 
 @contextmanager
-def before(name: str, action: Callable[[Stage], None]) -> Iterator[None]:
+def before(name: str, action: Callable[[StageRun], None]) -> Iterator[None]:
     """Calls `action` each time a stage of this name is about to run its samples."""
-    run = StageRun.forward
+    forward = StageRun.forward
 
-    def changed(stage: StageRun, *watch: Any) -> None:
-        if stage.name == name:
-            action(stage)
-        run(stage, *watch)
+    def changed(run: StageRun, *args: Any) -> None:
+        if run.name == name:
+            action(run)
+        forward(run, *args)
 
     StageRun.forward = changed  # type: ignore[method-assign]
     try:
         yield
     finally:
-        StageRun.forward = run  # type: ignore[method-assign]
+        StageRun.forward = forward  # type: ignore[method-assign]
 
 
-def refuse(stage: Stage) -> None:
+def refuse(run: StageRun) -> None:
     """Raises an error on the rank that has sample 2."""
-    if any(call.sample == 2 for call in stage.execution.calls):
+    if any(call.sample == 2 for call in run.calls):
         raise UserError("sample 2 cannot be used")
 
 
-def kill_rank(rank: str) -> Callable[[Stage], None]:
-    def kill(stage: Stage) -> None:
+def kill_rank(rank: str) -> Callable[[StageRun], None]:
+    def kill(run: StageRun) -> None:
         if os.environ["RANK"] == rank:
             os.kill(os.getpid(), signal.SIGKILL)
 

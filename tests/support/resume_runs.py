@@ -65,7 +65,7 @@ MOMENTS = [
     ("shards", "index", "vlqc.emit.shard_writer:ShardWriter.close", 1, "after"),
     ("search", "a deferred stage", "vlqc.emit.deferred_stages:DeferredStages.store", 3, "after"),
     ("search", "line of a stage that waits", APPEND, 4, "after"),
-    ("search", "the decision", "vlqc.emit.folder_writer:cheapest", 1, "after"),
+    ("search", "the decision", "vlqc.emit.folder_writer:search_schemes", 1, "after"),
     ("search", "line of a stage that waited", APPEND, 9, "half"),
     ("search", "end of a deferred stage", "vlqc.emit.deferred_stages:DeferredStages.discard", 2, "before"),
     ("search", "weights of deferred stages", "vlqc.emit.shard_writer:ShardWriter._write", 150, "half"),

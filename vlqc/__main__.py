@@ -1,10 +1,10 @@
-"""Entry of `vlqc` and `python -m vlqc`."""
+"""Entry point of `vlqc` and `python -m vlqc`."""
 
 import sys
 
 
 def main() -> None:
-    """Runs the command line. Whoever presses Ctrl-C while it is being loaded gets no traceback, either."""
+    """Runs the command line. Exits without a traceback on Ctrl-C, even during imports."""
     try:
         from vlqc.cli.commands import main as run
 

@@ -1,4 +1,4 @@
-"""What can go wrong, in two kinds: the user's input (exit code 2) and our own mistakes (exit code 70)."""
+"""Errors: UserError for invalid input (exit code 2), InternalError for bugs of vlqc (exit code 70)."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from vlqc.formatting import escape_control_chars
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong: what, where, why, and what to do about it. Only `what` is required."""
+    """One fault: what is wrong, where, why, and how to fix it. Only `what` is required."""
 
     what: str
     where: str = ""
@@ -36,7 +36,7 @@ def third_party_notes(error: BaseException) -> list[str]:
 
 
 class VlqcError(Exception):
-    """Every error that vlqc raises on purpose. Its text is that of its faults, one below the other."""
+    """Base of the errors that vlqc raises deliberately. Its text is that of its faults."""
 
     exit_code = 1
 
@@ -46,7 +46,7 @@ class VlqcError(Exception):
 
 
 class UserError(VlqcError):
-    """Input that cannot be used. Carries every fault found in that input, not only the first."""
+    """Invalid input, with all faults of that input."""
 
     exit_code = 2
 
@@ -55,13 +55,13 @@ class UserError(VlqcError):
 
 
 class InternalError(VlqcError):
-    """A promise of vlqc's own that did not hold (a pass that lies, a fold that changes the result)."""
+    """A violated invariant, for example a fold that changes the output."""
 
     exit_code = 70
 
     def __init__(
         self,
         message: str,
-        fix: str = "this is a fault of vlqc; report it with the last bundle of --dump_ir DIR --dump_formats bundle",
+        fix: str = "this is a bug in vlqc; report it with the last bundle of --dump_ir DIR --dump_formats bundle",
     ) -> None:
         super().__init__(Fault(message, fix=fix))

@@ -1,4 +1,4 @@
-"""The command line: arguments, exit codes, and what goes to stdout and stderr. The work behind it is a stand-in."""
+"""The commands: arguments, exit codes, and what goes to stdout and stderr. The API behind them is replaced."""
 
 import json
 import os
@@ -77,7 +77,7 @@ def in_process(*arguments: str, **environment: str) -> subprocess.CompletedProce
 
 
 def test_help_loads_nothing_heavy() -> None:
-    """Catches an import that makes `vlqc --help` wait for torch."""
+    """Catches an import that loads torch for `vlqc --help`."""
     code = (
         "import sys; from vlqc.cli.commands import app\n"
         "try: app(['compile', '--help'])\nexcept SystemExit as ended: assert not ended.code\n"
@@ -89,7 +89,7 @@ def test_help_loads_nothing_heavy() -> None:
 
 
 def test_real_process() -> None:
-    """Catches a broken `python -m vlqc`, and text of errors on stdout."""
+    """Catches a broken `python -m vlqc`, and errors printed on stdout."""
     ended = in_process("--help")
     assert ended.returncode == 0 and "compile" in ended.stdout and not ended.stderr
     ended = in_process("compile", "--w_bit", "5", "--model_path", "absent", "--save_directory", "new")
@@ -99,7 +99,7 @@ def test_real_process() -> None:
 
 
 def test_every_option_is_a_flag() -> None:
-    """Catches an option that the command line forgot, or one without its help text."""
+    """Catches a field of Options without a flag or without its help text."""
     shown = run("compile", "--help", COLUMNS="200", TERMINAL_WIDTH="200").stdout
     for name, field in Options.model_fields.items():
         assert f"--{name} " in shown
@@ -107,7 +107,7 @@ def test_every_option_is_a_flag() -> None:
 
 
 def test_options_arrive(folders: list[str], compiled: dict[str, Any], tmp_path: Path) -> None:
-    """Catches a flag that gets lost or arrives under another name, underscored or dashed."""
+    """Catches a flag that is lost or arrives under another name, with underscores or dashes."""
     ended = run(
         "compile", *folders, "--w-bit", "8", "--act_method", "1", "--trust_remote_code", "True", "--skip-bad-images",
         "--dump-ir", str(tmp_path / "dump"), "--open_outlier=False",
@@ -119,7 +119,7 @@ def test_options_arrive(folders: list[str], compiled: dict[str, Any], tmp_path: 
 
 
 def test_repeated_options_arrive(folders: list[str], compiled: dict[str, Any]) -> None:
-    """Catches a second pattern that replaces the first one, and an empty list where nothing was given."""
+    """Catches a repeated option that replaces the first value, and an empty list for an option that is not set."""
     ended = run("compile", *folders, "--exclude", "*.o_proj", "--include=lm_head", "--exclude", "visual.*")
     assert ended.exit_code == 0, ended.output
     options = Options.from_user(**compiled)
@@ -130,7 +130,7 @@ def test_repeated_options_arrive(folders: list[str], compiled: dict[str, Any]) -
 
 
 def test_help_is_grouped() -> None:
-    """Catches one long list of options, or groups in the order in which the options came to be."""
+    """Catches options outside their panel, and panels in another order than PANELS."""
     shown = run("compile", "--help", COLUMNS="200", TERMINAL_WIDTH="200").stdout
     places = [shown.index(f"\n{panel}:\n") for panel in PANELS]
     assert places == sorted(places)
@@ -138,7 +138,7 @@ def test_help_is_grouped() -> None:
 
 
 def test_summary(folders: list[str], compiled: dict[str, Any]) -> None:
-    """Catches a summary that leaves out what became what, the sizes, the place, the serve command, or a note."""
+    """Catches a summary without the schemes, sizes, folder, serve command or notes."""
     shown = run("compile", *folders).stdout
     for wanted in (
         "language",
@@ -156,7 +156,7 @@ def test_summary(folders: list[str], compiled: dict[str, Any]) -> None:
 
 
 def test_notes_are_told_once(folders: list[str], compiled: dict[str, Any]) -> None:
-    """Catches notes that appear live and again in the summary, and a warning that only comes when all is done."""
+    """Catches notes printed both during the run and in the summary, and warnings printed only at the end."""
     warning = "no version of E loads this\n  why: too old\n  what to do: give --target F"
     compiled["notes"] = ["a note", warning]
     ended = run("compile", *folders)
@@ -183,7 +183,7 @@ def test_notes_are_told_once(folders: list[str], compiled: dict[str, Any]) -> No
 def test_exit_codes(
     folders: list[str], compiled: dict[str, Any], raised: BaseException, code: int, words: list[str]
 ) -> None:
-    """Catches a wrong exit code, a traceback for a user's fault, or text that is taken for colour markup."""
+    """Catches a wrong exit code, a traceback for a user error, and text that is rendered as markup."""
     compiled["raises"] = raised
     ended = run("compile", *folders)
     assert ended.exit_code == code
@@ -202,14 +202,14 @@ def test_exit_codes(
     ],
 )
 def test_usage_errors(arguments: list[str], words: list[str]) -> None:
-    """Catches a slip at the keyboard that is answered with another code than 2, or without the near miss."""
+    """Catches a usage error with another exit code than 2, or without a suggestion."""
     ended = run(*arguments)
     assert ended.exit_code == 2
     assert all(word in ended.stderr for word in words)
 
 
 def test_verify(verified: dict[str, Any], tmp_path: Path) -> None:
-    """Catches a failed verification that ends with 0, and arguments that do not reach it."""
+    """Catches a failed verification that exits with 0, and arguments that are not passed on."""
     report = tmp_path / "report.json"
     ended = run("verify", "out", "--model-path", "float", "--calib_images", "pictures", "--json_file", str(report))
     assert ended.exit_code == 0 and "the report" in ended.stdout
@@ -225,7 +225,7 @@ def test_verify(verified: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_verify_for_an_engine(verified: dict[str, Any]) -> None:
-    """Catches a bound or an engine that is not applied, and trust given or withheld by the wrong word."""
+    """Catches a bound, an engine or --trust_remote_code that is not passed on."""
     ended = run("verify", "out", "--engine", "mindie@2.2", "--min-sqnr", "28.5", "--trust_remote_code", "True")
     assert ended.exit_code == 0, ended.output
     assert (verified["engine"], verified["min_sqnr"], verified["trust_remote_code"]) == ("mindie@2.2", 28.5, True)
@@ -234,7 +234,7 @@ def test_verify_for_an_engine(verified: dict[str, Any]) -> None:
 
 
 def test_json_file_is_checked_first(verified: dict[str, Any], tmp_path: Path) -> None:
-    """Catches a long verification whose result cannot be written in the end."""
+    """Catches a result file that is found unwritable only after the verification."""
     ended = run("verify", "out", "--json_file", str(tmp_path / "absent" / "report.json"))
     assert ended.exit_code == 2 and "--json_file" in ended.stderr
     assert "folder" not in verified
@@ -247,7 +247,7 @@ def test_inspect_of_nothing(tmp_path: Path) -> None:
 
 
 def test_passes_explain_needs_no_folders(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches `--explain` that asks for folders, ignores the options, or breaks the text over lines."""
+    """Catches `--explain` that requires folders, ignores the options, or wraps the text."""
     placeholder = types.ModuleType("vlqc.pipeline.presets")
     placeholder.__dict__["pipeline_text"] = lambda options: f"{'long,' * 60}method={options.act_method}"
     monkeypatch.setitem(sys.modules, "vlqc.pipeline.presets", placeholder)
@@ -258,7 +258,7 @@ def test_passes_explain_needs_no_folders(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_inspect_writes_what_it_shows(tmp_path: Path) -> None:
-    """Catches an inspection that prints but does not write, or the other way round."""
+    """Catches a JSON file that differs from the printed result."""
     ended = run("inspect", str(ROOT / "tools" / "demo" / "tiny_vl"), "--json_file", str(tmp_path / "found.json"))
     assert ended.exit_code == 0 and "language layers" in ended.stdout
     found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))

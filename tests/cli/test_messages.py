@@ -1,4 +1,4 @@
-"""What commands say when their options do not fit together: the option's own name, and a way out."""
+"""Error messages for options that contradict each other: they name the option and a way out."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ TIMINGS = '{"format": "vlqc timings 1", "seconds": 1.0}'
 def test_faults_in_the_users_words(
     words: str, wanted: list[str], unwanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches options that are taken and ignored, and a fault that names what the command does not have."""
+    """Catches options that are ignored silently, and a fault that names an option the command does not have."""
     from tests.support import synthetic_report
 
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""--json, --json_file and --quiet: one object on stdout or nothing there, the same exit codes, errors included."""
+"""--json, --json_file and --quiet: one object or nothing on stdout, the same exit codes, errors included."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_command(compiled: Path, tmp_path: Path) -> None:
-    """Catches a command without --json, words beside the object, and a file that holds something else."""
+    """Catches a command without --json, text beside the object, and a file with other content."""
     page = tmp_path / "page.html"
     for words, keys in (
         (["inspect", str(compiled)], {"folder", "rows", "ranges"}),
@@ -63,8 +63,9 @@ def test_every_command(compiled: Path, tmp_path: Path) -> None:
     assert strict(run("passes", "--json").stdout)["passes"][0]["options"] == {}
 
 
+@pytest.mark.slow
 def test_compile(tmp_path: Path) -> None:
-    """Catches a compilation whose result or plan is no JSON, progress on stdout, or noise where quiet was asked for."""
+    """Catches a result or plan that is not JSON, progress on stdout, and output in spite of --quiet."""
     words = ["--model_path", str(TINY), "--weight_method", "round", "--calib_images", str(ROOT / "tests" / "photos")]
     words += ["--max_samples", "1", "--max_tokens", "64", "--save_directory"]
     planned = run("compile", *words, str(tmp_path / "a"), "--plan", "--json")
@@ -95,13 +96,13 @@ def test_compile(tmp_path: Path) -> None:
     ],
 )
 def test_errors_as_json(words: list[str], kind: str, whats: list[str]) -> None:
-    """Catches an error that a program has to read out of prose, or another exit code than in words."""
+    """Catches an error without its JSON object, and an exit code that --json changes."""
     ended = run(*words)
-    told = strict(ended.stdout)
+    result = strict(ended.stdout)
     assert ended.exit_code == 2 == run(*(word for word in words if word != "--json")).exit_code
-    assert (told["error"], told["exit_code"], ended.stderr) == (kind, 2, "")
-    assert all(set(fault) == {"what", "where", "why", "fix"} for fault in told["faults"])
-    said = json.dumps(told)
+    assert (result["error"], result["exit_code"], ended.stderr) == (kind, 2, "")
+    assert all(set(fault) == {"what", "where", "why", "fix"} for fault in result["faults"])
+    said = json.dumps(result)
     assert all(what in said for what in whats)
 
 
@@ -117,7 +118,7 @@ def test_errors_as_json(words: list[str], kind: str, whats: list[str]) -> None:
 def test_how_it_ends(
     monkeypatch: pytest.MonkeyPatch, raised: BaseException, kind: str, code: int, faults: list[list[str]] | None
 ) -> None:
-    """Catches a kind of ending without JSON, or an exit code that depends on it, or notes that get lost."""
+    """Catches an error kind without JSON, with another exit code, or without its notes."""
 
     def inspect_folder(folder: Path) -> None:
         raise raised
@@ -127,17 +128,22 @@ def test_how_it_ends(
     placeholder.__dict__["inspect_folder"] = inspect_folder
     monkeypatch.setitem(sys.modules, "vlqc.reporting.checkpoint_summary", placeholder)
     ended = run("inspect", "x", "--json")
-    told = strict(ended.stdout)
-    assert (ended.exit_code, told["error"], told["exit_code"], told["notes"]) == (code, kind, code, ["how to go on"])
+    result = strict(ended.stdout)
+    assert (ended.exit_code, result["error"], result["exit_code"], result["notes"]) == (
+        code,
+        kind,
+        code,
+        ["how to go on"],
+    )
     if faults is not None:
-        assert [list(fault.values()) for fault in told["faults"]] == faults
+        assert [list(fault.values()) for fault in result["faults"]] == faults
     assert "\x1b" not in ended.output
     assert run("inspect", "x", "--quiet").stderr != "", "quiet hides everything but errors"
 
 
 @pytest.mark.parametrize("words", [(), ("--json",)])
 def test_whose_fault_it_is(monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]) -> None:
-    """Catches a stranger's broken pass that users are asked to report to vlqc, and one of ours that they are not."""
+    """Catches an error of a third-party pass reported as a bug of vlqc, and the reverse."""
     blamed = "on stage a: look at odd:Boom, which is not part of vlqc"
     for notes, fix in ((["how to go on"], BUG), ([blamed, "how to go on"], blamed)):
         error = ZeroDivisionError("oops")
@@ -158,7 +164,7 @@ def test_whose_fault_it_is(monkeypatch: pytest.MonkeyPatch, words: tuple[str, ..
 
 SIGNALLED = """
 import os, signal, sys, types
-signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may have it ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in case the parent process ignores it
 
 def inspect_folder(folder):
     try:
@@ -175,16 +181,17 @@ main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signal", ["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("error", ["RuntimeError('Failed to import x')", "UserError(Fault('m cannot be imported'))"])
 def test_an_interruption_that_became_another_error(tmp_path: Path, signal: str, error: str) -> None:
-    """Catches Ctrl-C or SIGTERM in the middle of an import that ends as a fault of vlqc, with a traceback."""
+    """Catches SIGINT or SIGTERM during an import that is reported as a bug, with a traceback."""
     command = [sys.executable, "-c", SIGNALLED.format(signal=signal, error=error), "inspect", "x"]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert (ended.returncode, ended.stdout, ended.stderr.strip()) == (130, "", "interrupted\nhow to go on")
-    told = subprocess.run([*command, "--json"], capture_output=True, text=True, cwd=ROOT, check=False)
-    assert told.returncode == 130 and told.stderr.strip() == ""
-    assert (strict(told.stdout)["error"], strict(told.stdout)["notes"]) == ("interrupted", ["how to go on"])
+    result = subprocess.run([*command, "--json"], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert result.returncode == 130 and result.stderr.strip() == ""
+    assert (strict(result.stdout)["error"], strict(result.stdout)["notes"]) == ("interrupted", ["how to go on"])
 
 
 HANDLERS = """
@@ -207,8 +214,7 @@ print([one is other for one, other in zip(before, after)])
     ],
 )
 def test_signals_that_are_left_alone(first: str, environment: dict[str, str], kept: str) -> None:
-    """Catches a run in the background that a Ctrl-C for the foreground ends, and processes of torchrun that call
-    themselves interrupted where another one has failed."""
+    """Catches a background job that SIGINT ends, and torchrun's SIGTERM reported as an interruption."""
     command = [sys.executable, "-c", HANDLERS.format(first=first)]
     given = {**os.environ, **environment}
     ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True, env=given)
@@ -216,18 +222,18 @@ def test_signals_that_are_left_alone(first: str, environment: dict[str, str], ke
 
 
 def test_a_failed_verification(tmp_path: Path) -> None:
-    """Catches findings that --quiet swallows, and a failure that JSON hides behind exit code 0."""
+    """Catches findings that --quiet hides, and a failure whose JSON comes with exit code 0."""
     content = make_content()
     del content.tensors["model.norm.weight"]
     folder = str(content.write(tmp_path / "out"))
     quiet = run("verify", folder, "--quiet")
     assert (quiet.exit_code, quiet.stdout) == (1, "") and "model.norm.weight" in quiet.stderr
-    told = run("verify", folder, "--quiet", "--json")
-    assert told.exit_code == 1 and strict(told.stdout)["ok"] is False and told.stderr == ""
+    result = run("verify", folder, "--quiet", "--json")
+    assert result.exit_code == 1 and strict(result.stdout)["ok"] is False and result.stderr == ""
 
 
 def test_numbers_that_are_none() -> None:
-    """Catches NaN and infinity, which are no JSON, and characters that rewrite the screen."""
+    """Catches NaN and infinity, which are not JSON, and control characters in the output."""
     value = {"a": float("nan"), "b": [float("-inf"), 1.5, True, None], "c": "\x1b[2J\u202e", 1: Path("x")}
     text = format_json(value)
     assert strict(text) == {"a": None, "b": [None, 1.5, True, None], "c": "\x1b[2J\u202e", "1": "x"}
@@ -235,7 +241,7 @@ def test_numbers_that_are_none() -> None:
 
 
 def test_help_teaches() -> None:
-    """Catches help without a command to copy, without the exit codes, or without the way to completion."""
+    """Catches help without examples, exit codes, or how to enable completion."""
     shown = " ".join(run("--help").stdout.split())
     assert all(words in shown for words in ("vlqc verify OUT", "130 interrupted", "_VLQC_COMPLETE=bash_source vlqc"))
     shown = " ".join(run("compile", "--help").stdout.split())
@@ -246,7 +252,7 @@ def test_help_teaches() -> None:
 
 
 def test_all_passes_complete_at_once() -> None:
-    """Catches a pass that a shell does not complete, and completion that takes seconds, as loading torch does."""
+    """Catches a pass that is not completed, and completion that imports torch."""
     code = (
         "import sys; from vlqc.cli.parameters import complete_pass; print(*complete_pass(None, None, ''))\n"
         "assert 'torch' not in sys.modules"
@@ -255,8 +261,9 @@ def test_all_passes_complete_at_once() -> None:
     assert ended.returncode == 0 and set(REGISTRY) <= set(ended.stdout.split()), ended.stderr
 
 
+@pytest.mark.slow
 def test_values_complete() -> None:
-    """Catches shell completion that is switched off or does not know an option's values."""
+    """Catches shell completion that is off or lacks the values of an option."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "_VLQC_COMPLETE": "bash_complete"}
     for words, wanted in (
         ("vlqc compile --anti_method ", {"m2", "m4", "none"}),
@@ -275,7 +282,7 @@ def test_values_complete() -> None:
 
 
 def test_an_interruption_while_processes_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches Ctrl-C before all processes have come that ends with another code than later, or without a word."""
+    """Catches SIGINT before all processes have joined that ends with another exit code or without a message."""
 
     def waiting() -> None:
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""Outputs of all commands stay out of checkpoints: model files are only read, and a compiled folder stays whole."""
+"""No command writes into a checkpoint: model files are only read, and a compiled folder stays as it is."""
 
 import shutil
 from pathlib import Path
@@ -50,7 +50,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
     ],
 )
 def test_nothing_is_written_into_a_checkpoint(place: Path, monkeypatch: pytest.MonkeyPatch, words: str) -> None:
-    """Catches an output that replaces a model's file, or lies in a compiled folder, which `verify` faults from then."""
+    """Catches an output that replaces a model's file, or lies in a compiled folder, which then fails verification."""
     monkeypatch.chdir(place)
     before = contents(place)
     ended = CliRunner(env={"NO_COLOR": "1", "COLUMNS": "200"}).invoke(app, words.split())
@@ -59,13 +59,13 @@ def test_nothing_is_written_into_a_checkpoint(place: Path, monkeypatch: pytest.M
 
 
 def test_a_page_inside_from_python(place: Path) -> None:
-    """Catches the API without the command line's rule."""
+    """Catches the API without the rule of the command line."""
     with pytest.raises(UserError, match="does not modify"):
         vlqc.write_report(place / "int8", place / "int8" / "page.html")
 
 
 def test_other_places_are_free(place: Path, tmp_path: Path) -> None:
-    """Catches a rule that also refuses what lies beside a checkpoint, or a folder with a config.json of its own."""
+    """Catches a rule that also refuses files beside a checkpoint, or a folder with a config.json of its own."""
     (tmp_path / "config.json").write_text("{}")
     for free in (place / "verify.json", place / "new" / "dump", tmp_path / "page.html"):
         assert output_faults("it", free) == []

@@ -1,4 +1,4 @@
-"""vlqc.cli.standard_streams: full disks and refusing devices behind what a command prints and writes."""
+"""Full disks and failing devices behind stdout, stderr and output files."""
 
 import errno
 import os
@@ -20,6 +20,7 @@ from vlqc.ir.snapshot import StageSnapshot
 from vlqc.ir.stage import Stage
 from vlqc.reporting.dumps import writer as dumps
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 TEXT = 'stage "a.0" part=vision dtype=bfloat16 {\n  %x = input("x") : float32[2]\n  return (%x,)\n}\n'
 
@@ -34,14 +35,14 @@ def run(redirected: str, *words: str) -> "subprocess.CompletedProcess[str]":
 
 @pytest.mark.parametrize("words", [["--json"], [], ["--help"]])
 def test_a_result_that_cannot_be_printed(words: list[str], tmp_path: Path) -> None:
-    """Catches exit code 1, which means a damaged folder, or a traceback, for a sound folder and a full disk."""
+    """Catches exit code 1 (a faulty folder) or a traceback when stdout is on a full disk."""
     ended = run("> /dev/full", "verify", str(make_content().write(tmp_path / "out")), *words)
     assert ended.returncode == 2 and "Traceback" not in ended.stderr
     assert "No space left" in ended.stderr
 
 
 def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
-    """Catches work that ends at the first word on stderr because nobody can keep it."""
+    """Catches a command that fails because stderr cannot be written."""
     folder = str(make_content().write(tmp_path / "out"))
     for redirected in ("2> /dev/full", "2>&-"):
         ended = run(redirected, "verify", folder)
@@ -50,13 +51,13 @@ def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_a_pipe_that_nobody_reads(tmp_path: Path) -> None:
-    """Catches an error for `vlqc ... | head`, which has all that it wanted."""
+    """Catches an error message for `vlqc ... | head`."""
     ended = run("| true", "passes", "--json")
     assert ended.stderr == ""
 
 
 def test_files_that_are_none_or_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a command that waits for the other end of a pipe, and a traceback when the work is done."""
+    """Catches a command that blocks on a named pipe, and a traceback for a file on a full disk."""
     folder = str(make_content().write(tmp_path / "out"))
     os.mkfifo(tmp_path / "pipe")
     for file in (tmp_path / "pipe", "/dev/full"):
@@ -68,7 +69,7 @@ def test_files_that_are_none_or_do_not_fit(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("error", [SafetensorError("No space left"), OSError(errno.ENOSPC, "No space left")])
 def test_a_dump_that_does_not_fit(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a full disk that is called a fault of vlqc, in the words of any writer."""
+    """Catches a full disk that is reported as a bug of vlqc."""
 
     def write(stage: Stage, path: Path, state: object) -> None:
         raise error

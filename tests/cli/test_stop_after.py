@@ -1,4 +1,4 @@
-"""`vlqc compile --stop_after`: what is shown is the compilation's, and it ends there."""
+"""`vlqc compile --stop_after`: the same stages as a compilation, up to one pass."""
 
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,15 @@ from vlqc.cli.commands import app
 from vlqc.reporting.dumps.trace_only import run_until
 
 
-def told(*words: str) -> tuple[int, str, str]:
+def run(*words: str) -> tuple[int, str, str]:
     ran = CliRunner().invoke(app, list(words))
     return ran.exit_code, ran.stdout, ran.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [{}, {"propagate": "quantized"}])
 def test_stop_after_sees_the_compilations_stages(tmp_path: Path, given: dict[str, Any]) -> None:
-    """Catches a stage that is shown on the inputs of another run: earlier ones were stopped before they handed on."""
+    """Catches a stage with other inputs than in a compilation, because earlier stages were stopped too soon."""
     given = {
         "model_path": TINY, "save_directory": tmp_path / "out", "samples": tiny_task.samples(2, seed=1),
         "weight_method": "round", "dump_stages": ["model.layers.1", "model.layers.3"], **given,
@@ -34,11 +35,11 @@ def test_stop_after_sees_the_compilations_stages(tmp_path: Path, given: dict[str
 
 
 def test_stop_after_without_a_dump_prints(tmp_path: Path) -> None:
-    """Catches a run that shows nothing, and exit codes that stop a script."""
+    """Catches a run that prints nothing, and exit codes that stop a script."""
     photo = str(Path(__file__).parents[1] / "photos" / "chelsea.jpg")
     words = ("compile", "--model_path", str(TINY), "--save_directory", str(tmp_path / "o"), "--calib_images", photo)
-    code, _, err = told(*words, "--stop_after", "split-window-attention", "--dump_stages", "visual.blocks.0")
+    code, _, err = run(*words, "--stop_after", "split-window-attention", "--dump_stages", "visual.blocks.0")
     assert code == 0 and not list(tmp_path.iterdir()), err
     assert "on 1 of 9 stages" in err
-    code, _, err = told(*words, "--stop_after", "smooth-m3")
+    code, _, err = run(*words, "--stop_after", "smooth-m3")
     assert code == 2 and "did you mean smooth-m2" in err

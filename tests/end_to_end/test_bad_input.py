@@ -1,6 +1,6 @@
-"""Bad input, as a user meets it: real runs of the command on real folders, each with one thing wrong.
+"""Invalid input: real runs of the command on real folders, each with one fault.
 
-Every run must end with exit code 2, say what, where and what to do, show no traceback, and leave nothing behind.
+Every run must end with exit code 2, name the fault, its place and a fix, print no traceback, and leave no files.
 """
 
 import json
@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from tools.demo import tiny_task
 from vlqc.cli.commands import app
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 TINY = Path(tiny_task.__file__).parent / "tiny_vl"
 PHOTOS = Path(__file__).parents[1] / "photos"
@@ -89,7 +90,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_checkpoint(model: Path, tmp_path: Path, damage: str) -> None:
-    """Catches a checkpoint fault that ends in a traceback, a wrong word, or a folder half written."""
+    """Catches a damaged checkpoint that ends in a traceback, a misleading message, or a partial folder."""
     apply, words = DAMAGES[damage]
     apply(model)
     ran = run("--model_path", model, "--calib_images", PHOTOS, "--save_directory", tmp_path / "out")
@@ -102,7 +103,7 @@ def test_damaged_checkpoint(model: Path, tmp_path: Path, damage: str) -> None:
 
 
 def test_architecture_that_cannot_be_traced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a block that cannot be recorded ending in a traceback from inside torch."""
+    """Catches a block that cannot be traced ending in a traceback of torch."""
     from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling
 
     def branch_on_values(self: torch.nn.Module, hidden_states: torch.Tensor, *args: object, **kwargs: object) -> None:
@@ -117,7 +118,7 @@ def test_architecture_that_cannot_be_traced(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_pictures(tmp_path: Path) -> None:
-    """Catches an empty folder or a broken picture that is passed over in silence, and --skip_bad_images that is not."""
+    """Catches an empty folder or an unreadable image that is ignored, and --skip_bad_images without effect."""
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     arguments = ["--model_path", TINY, "--calib_images", pictures, "--save_directory", tmp_path / "out"]
@@ -132,7 +133,7 @@ def test_pictures(tmp_path: Path) -> None:
 
 
 def test_folders_and_values(model: Path, tmp_path: Path) -> None:
-    """Catches output over the source or over somebody's files, and values or combinations that slip through."""
+    """Catches output over the model or over other files, and invalid values or combinations."""
     full = tmp_path / "full"
     full.mkdir()
     (full / "thesis.txt").write_text("years of work")
@@ -153,7 +154,7 @@ def test_folders_and_values(model: Path, tmp_path: Path) -> None:
 
 
 def test_not_enough_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches hours of work before the disk turns out to be full."""
+    """Catches a full disk that is noticed only after hours of work."""
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 10**6, 10**6))
     arguments = ["--model_path", str(TINY), "--calib_images", str(PHOTOS), "--save_directory", str(tmp_path / "out")]

@@ -1,4 +1,4 @@
-"""tools/quant_qwen2_5vl.py: the command lines of the script it stands in for, word for word."""
+"""tools/quant_qwen2_5vl.py accepts the command lines of the script it replaces."""
 
 import os
 import runpy
@@ -56,7 +56,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_published_command_lines(
     line: str, compiled: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a published command line that is refused, or that selects something else than it says."""
+    """Catches a published command line that is refused or selects other options."""
     (tmp_path / "float").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -80,6 +80,7 @@ def run(script: Path, *arguments: str, **environment: str) -> subprocess.Complet
     return subprocess.run(command, env=settings, cwd=script.anchor, capture_output=True, text=True, encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_runs_from_a_checkout() -> None:
     """Catches a script that only works where vlqc is installed, or whose usage names another command."""
     ended = run(SCRIPT, "--help", COLUMNS="120")

@@ -1,4 +1,4 @@
-"""The command lines of the original script's page, run as written, with `cpu` in place of `npu`."""
+"""The published command lines of the original script, run as written, with `cpu` in place of `npu`."""
 
 import json
 import os
@@ -11,6 +11,7 @@ import pytest
 import vlqc
 from tools.checkpoints import outlier_checkpoint as make_outlier_checkpoint
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 PHOTOS = Path(__file__).parents[1] / "photos"
 COMMON = "--w_bit 8 --a_bit 8 --device_type cpu --trust_remote_code True"
@@ -36,7 +37,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("line", LINES)
 def test_line(checkpoint: Path, tmp_path: Path, line: str) -> None:
-    """Catches an existing command line that stops working, or writes what its engine does not load."""
+    """Catches an existing command line that fails, or writes a folder that its engine does not load."""
     engine, scheme = LINES[line]
     folders = ["--model_path", checkpoint, "--calib_images", PHOTOS, "--save_directory", tmp_path / "out"]
     command = [sys.executable, str(ROOT / "tools" / "quant_qwen2_5vl.py"), *map(str, folders), *line.split()]

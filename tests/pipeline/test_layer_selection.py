@@ -1,4 +1,4 @@
-"""vlqc.pipeline.layer_selection: a pattern of --exclude or --include that matches nothing is a fault."""
+"""Patterns of --exclude and --include: those that match nothing are faults, with a suggestion."""
 
 import pytest
 
@@ -21,13 +21,13 @@ LAYERS = [
     ["*", "lm_head", "visual.*", "*.down_proj", "model.layers.[0-3].mlp.*", "*q_proj", "visual.merger.mlp.?"],
 )
 def test_patterns_that_match(pattern: str) -> None:
-    """A pattern refused although it names layers: wildcards, classes and whole names all do."""
+    """Catches a pattern that is refused although it matches a layer."""
     check_globs(iter(LAYERS), exclude=(pattern,))
     check_globs(LAYERS, exclude=(pattern, pattern), include=(pattern,))
 
 
 def test_nothing_given() -> None:
-    """A fault where there is no pattern."""
+    """Catches a fault without any pattern."""
     check_globs(LAYERS, exclude=(), include=())
     check_globs([])
 
@@ -43,7 +43,7 @@ def test_nothing_given() -> None:
     ],
 )
 def test_patterns_that_match_nothing(pattern: str, fix: str) -> None:
-    """An exclusion that silently does nothing: its layer would be quantized against the user's word."""
+    """Catches an exclusion without effect: its layer would be quantized."""
     with pytest.raises(UserError) as caught:
         check_globs(LAYERS, include=(pattern,))
     (fault,) = caught.value.faults
@@ -52,7 +52,7 @@ def test_patterns_that_match_nothing(pattern: str, fix: str) -> None:
 
 
 def test_all_faults_at_once() -> None:
-    """A run per wrong pattern; the flag that each came with must be named."""
+    """Catches one fault per run, and a fault without its flag."""
     with pytest.raises(UserError) as caught:
         check_globs(LAYERS, exclude=("a.*", "visual.*", "b.*"), include=("c.*",))
     assert [fault.what.split(" matches")[0] for fault in caught.value.faults] == [
@@ -63,13 +63,13 @@ def test_all_faults_at_once() -> None:
 
 
 def test_a_model_without_layers() -> None:
-    """An index into an empty list instead of a sentence."""
+    """Catches an IndexError for a model without layers."""
     with pytest.raises(UserError, match="matches no layer"):
         check_globs([], exclude=("*",))
 
 
 def test_nothing_that_is_left() -> None:
-    """Catches hours of calibration for a copy of the source."""
+    """Catches a compilation that quantizes nothing."""
     options = Options.from_user(model_path=tiny.TINY, save_directory="out", exclude=["*"])
     with pytest.raises(UserError, match="nothing would be quantized"):
         check_layers(tiny.float_model(), options)

@@ -39,7 +39,7 @@ def decide(stage: Stage) -> bool:
 
 
 def test_third_party_passes_run() -> None:
-    """The public API: a subclass of Pass, run by PassManager, seen by its callbacks and timed."""
+    """Catches a subclass of Pass that PassManager does not run, time, or pass to its callbacks."""
     seen: list[Any] = []
     manager = PassManager(
         [pass_of("analysis", decide, "decide"), pass_of("rewrite", scale_weight, "scale")],
@@ -52,13 +52,13 @@ def test_third_party_passes_run() -> None:
 
 
 def test_a_pass_without_run_says_so() -> None:
-    """Forgetting run must not look like a pass that changed nothing."""
+    """Catches a missing `run` that counts as a pass without changes."""
     with pytest.raises(TypeError, match="does not implement run"):
         PassManager([Pass()]).run(traced())
 
 
 def test_an_analysis_must_not_change_weights() -> None:
-    """An observer that altered what it observes, named with the weight, even if it owns up to a change."""
+    """Catches an analysis that modifies a weight, with or without reporting it."""
     for says in (True, False):
         step = pass_of("analysis", lambda stage, says=says: scale_weight(stage) and says)
         with pytest.raises(
@@ -83,7 +83,7 @@ CHANGES: dict[str, Any] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_rewrite_that_hides_a_change(change: str) -> None:
-    """Whoever skips work because "nothing changed" would go on with stale text or statistics."""
+    """Catches a change that a pass does not report: cached text and statistics would be stale."""
 
     def work(stage: Stage) -> bool:
         CHANGES[change](stage)
@@ -101,7 +101,7 @@ def spoil(stage: Stage) -> bool:
 
 
 def test_a_rewrite_must_not_change_what_the_stage_computes() -> None:
-    """A formula that is wrong would be quantized without a word, and the model would be another one."""
+    """Catches a third-party rewrite with a wrong formula."""
     words = r"changed the output of visual\.blocks\.0 [\s\S]*check tests.pipeline.test_manager:MadeUp"
     for work in (spoil, lambda stage: stage.module.get_parameter("mlp.down.bias").fill_(torch.inf).numel() > 0):
         with pytest.raises(InternalError, match=words if work is spoil else "made-up"):
@@ -110,7 +110,7 @@ def test_a_rewrite_must_not_change_what_the_stage_computes() -> None:
 
 
 def test_a_rewrite_may_lower() -> None:
-    """Modules that run integers change the output: a lowering of one's own must not be taken for a wrong formula."""
+    """Catches a lowering pass that is refused because integers change the output."""
 
     def lower(stage: Stage) -> bool:
         for site in stage.sites.values():
@@ -127,7 +127,7 @@ def test_a_rewrite_may_lower() -> None:
 
 
 def test_only_a_strangers_rewrite_costs_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vlqc's rewrites prove themselves: a second proof of each would only take time."""
+    """Catches forwards for built-in rewrites, which check themselves."""
     ran: list[str] = []
     run_probe = StageRun.probe_output
     monkeypatch.setattr(StageRun, "probe_output", lambda run: (ran.append(run.name), run_probe(run))[1])
@@ -140,7 +140,7 @@ def test_only_a_strangers_rewrite_costs_forwards(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_pass_without_a_return() -> None:
-    """The commonest slip of a new pass must not read as a hidden change: it says what came back, and what should."""
+    """Catches a missing return value that is reported as a hidden change."""
     for returned in (None, 1):
         step = pass_of("analysis", lambda stage, returned=returned: decide(stage) and returned)
         with pytest.raises(InternalError, match=rf"run returned {returned} on .*True or False") as caught:
@@ -151,7 +151,7 @@ def test_a_pass_without_a_return() -> None:
 
 @pytest.mark.parametrize("kind", ["analysis", "rewrite"])
 def test_a_pass_that_claims_a_change(kind: str) -> None:
-    """A pass that always says True makes every loop that runs until nothing changes endless."""
+    """Catches a pass that returns True without a change."""
     PassManager([pass_of(kind, lambda stage: False)]).run(decided())
     with pytest.raises(InternalError, match="returned True but changed nothing") as caught:
         PassManager([pass_of(kind, lambda stage: True)]).run(decided())
@@ -159,7 +159,7 @@ def test_a_pass_that_claims_a_change(kind: str) -> None:
 
 
 def test_the_second_pass_is_held_to_what_the_first_left() -> None:
-    """The evidence is carried from pass to pass: the change of the first must not be blamed on the second."""
+    """Catches a change of the first pass that is attributed to the second."""
     first = pass_of("rewrite", scale_weight)
     PassManager([first, pass_of("analysis", lambda stage: False)]).run(traced())
     with pytest.raises(InternalError, match="liar"):
@@ -167,7 +167,7 @@ def test_the_second_pass_is_held_to_what_the_first_left() -> None:
 
 
 def test_an_invalid_stage_is_refused_with_all_its_faults() -> None:
-    """A broken stage must stop at the pass that broke it, with every fault and the text of the stage."""
+    """Catches an invalid stage that is not reported at once, with all faults and its text."""
 
     def work(stage: Stage) -> bool:
         decide(stage)
@@ -184,7 +184,7 @@ def test_an_invalid_stage_is_refused_with_all_its_faults() -> None:
 
 
 def test_without_verify_nothing_is_checked() -> None:
-    """Verification reads every weight; who turns it off pays nothing, and is told nothing."""
+    """Catches checks that run in spite of verify=False."""
     after: list[int] = []
     step = pass_of("analysis", scale_weight)
     PassManager([step], verify=False, after=lambda stage, number, done: after.append(number)).run(traced())

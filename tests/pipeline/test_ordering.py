@@ -26,7 +26,7 @@ BEGIN, END = "insert-observers,assign-precision,", "quantize-activations,quantiz
     ],
 )
 def test_order(text: str, faults: list[str]) -> None:
-    """A pipeline that fails in the middle of the first stage, after the model was read: said before anything starts."""
+    """Catches an order that fails on the first stage, after the model is loaded."""
     passes = parse_pipeline(text)
     if not faults:
         check_order(passes)

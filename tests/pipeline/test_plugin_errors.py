@@ -1,4 +1,4 @@
-"""Checkpoints that bring their own model code: nothing of it runs unless the user says so."""
+"""Checkpoints with their own model code: it runs only with --trust_remote_code."""
 
 import json
 import shutil
@@ -39,7 +39,7 @@ def own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.every_transformers
 def test_not_without_trust(own_code: Path, tmp_path: Path) -> None:
-    """Catches foreign code that runs unasked, and a refusal that does not say what to do."""
+    """Catches model code that runs without trust_remote_code, and an error without a way out."""
     with pytest.raises(vlqc.UserError, match=r"needs its own code[\s\S]*--trust_remote_code True"):
         vlqc.compile(model_path=own_code, save_directory=tmp_path / "out", samples=tiny_task.samples(1))
     assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()
@@ -47,7 +47,7 @@ def test_not_without_trust(own_code: Path, tmp_path: Path) -> None:
 
 @pytest.mark.every_transformers
 def test_with_trust(own_code: Path, tmp_path: Path) -> None:
-    """Catches trust that is not honoured everywhere: compile, the copied code, load."""
+    """Catches trust_remote_code that is ignored by compile, by the copied code, or by load."""
     save = tmp_path / "out"
     samples = tiny_task.samples(4, seed=1)
     vlqc.compile(model_path=own_code, save_directory=save, samples=samples, trust_remote_code=True)
@@ -61,7 +61,7 @@ def test_with_trust(own_code: Path, tmp_path: Path) -> None:
 
 
 def test_code_is_not_copied_without_trust(tmp_path: Path) -> None:
-    """Catches code that travels into a served folder although nobody asked for it."""
+    """Catches code that is copied into the output without trust_remote_code."""
     folder = Path(shutil.copytree(TINY, tmp_path / "model"))
     (folder / "handler.py").write_text("print('hello')")
     vlqc.compile(model_path=folder, save_directory=tmp_path / "out", samples=tiny_task.samples(1))

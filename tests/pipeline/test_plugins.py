@@ -1,4 +1,4 @@
-"""Passes by `module:Class` and from installed packages: found, printed, refused with a reason, never from a file."""
+"""Third-party passes, by import path and from installed packages."""
 
 import json
 import shutil
@@ -74,7 +74,7 @@ class Bare(Pass):
     kind = "both"
 
 
-class Stranger:
+class Outer:
     @dataclass(frozen=True)
     class Inner(Good):
         pass
@@ -108,14 +108,14 @@ def offer(folder: Path, monkeypatch: pytest.MonkeyPatch, package: str, **entries
 
 
 def test_text_and_back(folder: Path) -> None:
-    """Catches a foreign pass whose text does not lead back to it, and a nested class that is not found."""
-    text = "third_party:Good{most=2},third_party:Stranger.Inner"
+    """Catches a third-party pass whose text does not parse back, and a nested class that is not found."""
+    text = "third_party:Good{most=2},third_party:Outer.Inner"
     assert print_pipeline(parse_pipeline(text)) == text
     assert "" not in sys.path[-1:]  # the working folder is not left behind
 
 
 def test_what_is_installed_comes_first(folder: Path) -> None:
-    """Catches a file of the working folder that stands in for a module of the same name."""
+    """Catches a file of the working directory that shadows an installed module."""
     (folder / "colorsys.py").write_text("raise SystemExit('the wrong module')")
     with pytest.raises(UserError, match="colorsys has no class Good"):
         load_pass("colorsys:Good")
@@ -131,7 +131,7 @@ def test_what_is_installed_comes_first(folder: Path) -> None:
         ("broken_module:Good", ["broken_module", "SyntaxError"]),
         ("third_party:Godo", ["Godo", "did you mean Good"]),
         ("third_party:number", ["third_party:number", "type int", "vlqc.Pass"]),
-        ("third_party:Stranger", ["third_party:Stranger", "not a subclass of vlqc.Pass"]),
+        ("third_party:Outer", ["third_party:Outer", "not a subclass of vlqc.Pass"]),
         ("third_party:Pass", ["third_party:Pass", "not a subclass"]),
         ("third_party:", ["'third_party:'", "write module:Class"]),
         (":Good", ["':Good'", "write module:Class"]),
@@ -143,7 +143,7 @@ def test_what_is_installed_comes_first(folder: Path) -> None:
     ],
 )
 def test_faults(folder: Path, text: str, words: list[str]) -> None:
-    """Catches a traceback, or a fault that leaves the author of a pass without a hint."""
+    """Catches a traceback, or an error without a hint for the author of the pass."""
     (folder / "half_module.py").write_text("import absent_module")
     (folder / "broken_module.py").write_text("def (")
     with pytest.raises(UserError) as caught:
@@ -153,14 +153,14 @@ def test_faults(folder: Path, text: str, words: list[str]) -> None:
 
 
 def test_two_passes_of_one_name(folder: Path) -> None:
-    """Catches an order that is checked by names where a name means two passes."""
+    """Catches two classes of one name: the order is checked by name."""
     with pytest.raises(UserError, match="two passes are named good"):
         check_order(parse_pipeline("insert-observers,third_party:Good,third_party:Twin"))
     check_order(parse_pipeline("insert-observers,third_party:Good,third_party:Good{most=2}"))
 
 
 def test_blame(folder: Path) -> None:
-    """Catches a foreign pass whose faults are told as vlqc's own, or without the stage."""
+    """Catches an error of a third-party pass that is reported as a bug of vlqc, or without the stage."""
     from tests.support.small_stage import traced
 
     with pytest.raises(InternalError, match=r"changed nothing[\s\S]*check third_party:Good"):
@@ -172,7 +172,7 @@ def test_blame(folder: Path) -> None:
 
 
 def test_entry_points(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches an installed pass that is not found by its name, not listed, or imported before it is asked for."""
+    """Catches an entry point that is not found, not listed, or imported before it is used."""
     offer(folder, monkeypatch, "plug", good="third_party:Good", smooth_m2="third_party:Good")
     assert not (folder / "third_party.ran").exists()
     with pytest.raises(UserError, match="did you mean good"):
@@ -190,7 +190,7 @@ def test_entry_points(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_entry_points_that_cannot_be_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a list of passes that one broken package keeps from being shown, and a choice made in silence."""
+    """Catches a broken package that breaks the list of passes, and an ambiguous name that is resolved silently."""
     offer(folder, monkeypatch, "plug", good="third_party:Good", other="third_party:Twin", gone="absent_module:X")
     offer(folder, monkeypatch, "plug2", good="third_party:Twin")
     for name, words in (
@@ -205,7 +205,7 @@ def test_entry_points_that_cannot_be_used(folder: Path, monkeypatch: pytest.Monk
 
 
 def test_sources_are_facts_of_a_run(folder: Path) -> None:
-    """Catches a run that goes on with other code than it began with."""
+    """Catches a resumed run with other code than it started with."""
     passes = [type(step) for step in parse_pipeline("insert-observers,third_party:Good")]
     before = source_digests(passes)
     assert list(before) == ["source of third_party"]
@@ -214,7 +214,7 @@ def test_sources_are_facts_of_a_run(folder: Path) -> None:
 
 
 def test_no_file_names_code(folder: Path, tmp_path: Path) -> None:
-    """Catches a pipeline that is read from a checkpoint or a compiled folder, and code that runs because of it."""
+    """Catches a pipeline that is read from a checkpoint or a compiled folder, and runs code."""
     model = Path(shutil.copytree(TINY, tmp_path / "model"))
     config = json.loads((model / "config.json").read_text())
     text = "insert-observers,third_party:Good"

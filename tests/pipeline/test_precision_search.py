@@ -1,4 +1,4 @@
-"""vlqc.pipeline.precision_search: the schemes it chooses, against all there are to choose from."""
+"""The precision search, compared with a search of all combinations."""
 
 import itertools
 import math
@@ -75,7 +75,7 @@ targeted = st.sampled_from(TARGETS).flatmap(lambda target: st.tuples(st.just(tar
 
 @given(targeted, st.floats(5, 90))
 def test_never_short_and_never_dear(model: tuple[str, list[SearchGroup]], least: float) -> None:
-    """Catches a target that is missed although some choice meets it, and one that is met at any price."""
+    """Catches a target that is missed although some combination meets it, and a cost above the bound."""
     target, groups = model
     plan = search_schemes(groups, target=target, min_sqnr=least)
     legal = list(every_plan(groups, target))
@@ -93,7 +93,7 @@ def test_never_short_and_never_dear(model: tuple[str, list[SearchGroup]], least:
 
 @given(targeted, st.integers(0, 7))
 def test_the_best_with_so_many_floats(model: tuple[str, list[SearchGroup]], most: int) -> None:
-    """Catches more floats than allowed, another scheme changed, or groups in float of which others gain more."""
+    """Catches too many float groups, another scheme that changes, and a suboptimal set of groups."""
     target, groups = model
     plan = search_schemes(groups, target=target, max_float_groups=most)
 
@@ -110,7 +110,7 @@ def test_the_best_with_so_many_floats(model: tuple[str, list[SearchGroup]], most
 
 @given(models(), st.floats(5, 90))
 def test_the_order_of_groups_does_not_matter(groups: list[SearchGroup], least: float) -> None:
-    """Catches ties that are broken by position: another order of the same stages would give another checkpoint."""
+    """Catches ties that are broken by position."""
     forward = search_schemes(groups, target=FREE, min_sqnr=least)
     backward = search_schemes(groups[::-1], target=FREE, min_sqnr=least)
     assert extra_cost(groups, forward.schemes) == pytest.approx(extra_cost(groups, backward.schemes[::-1]))
@@ -118,7 +118,7 @@ def test_the_order_of_groups_does_not_matter(groups: list[SearchGroup], least: f
 
 
 def test_ties_go_by_name() -> None:
-    """Catches two equal groups of which now the one, now the other is chosen."""
+    """Catches an unstable choice between equal groups."""
     equal = [group(number, W8A8=(1e-3, 100), FLOAT=(0.0, 200)) for number in (6, 5)]
     for least in ({"min_sqnr": 29.0}, {"max_float_groups": 1}):
         plan = search_schemes(equal, target=FREE, **least)  # type: ignore[arg-type]
@@ -126,7 +126,7 @@ def test_ties_go_by_name() -> None:
 
 
 def test_greedy_alone_would_pay_three_times() -> None:
-    """Catches a search without a bound: the best bargain does not suffice, and the next step is dear."""
+    """Catches a greedy search without the bound on its steps."""
     groups = [
         group(4, W8A8=(1.0e-3, 100), FLOAT=(0.9e-3, 101)),  # a bargain that removes too little
         group(5, W8A8=(1.0e-3, 100), FLOAT=(0.1e-3, 110)),
@@ -137,7 +137,7 @@ def test_greedy_alone_would_pay_three_times() -> None:
 
 
 def test_a_scale_per_token_is_not_free() -> None:
-    """Catches a model that becomes dynamic everywhere because that takes fewer bytes than static scales do."""
+    """Catches dynamic scales everywhere because they take fewer bytes than static ones."""
     groups = [group(n, W8A8=(1e-4, 1000), W8A8_DYNAMIC=(1e-5, 990), FLOAT=(0.0, 2000)) for n in (4, 5, 6)]
     assert search_schemes(groups, target=FREE, min_sqnr=35).schemes == (STATIC,) * 3
     assert search_schemes(groups, target=FREE, min_sqnr=36).schemes.count(DYNAMIC) == 1
@@ -145,7 +145,7 @@ def test_a_scale_per_token_is_not_free() -> None:
 
 
 def test_mindie_tower_is_whole_or_float() -> None:
-    """Catches a float qkv beside quantized ones, which MindIE cannot build: the whole tower goes float, or another."""
+    """Catches a float qkv beside quantized ones in the vision tower, which MindIE cannot build."""
     noisy = {0: 1e-2, 1: 1e-4, 2: 1e-4, 3: 1e-4, 5: 1e-4}
     groups = [group(number, W8A8=(noise, 100), FLOAT=(1e-7, 200)) for number, noise in noisy.items()]
     assert search_schemes(groups, target=FREE, min_sqnr=30).schemes.count(FLOAT) == 1
@@ -156,7 +156,7 @@ def test_mindie_tower_is_whole_or_float() -> None:
 
 
 def test_mindie_never_mixes_static_and_dynamic() -> None:
-    """Catches a scheme that is legal for every group alone, and not beside the others."""
+    """Catches a combination that is legal per group but not as a whole."""
     groups = [group(n, W8A8=(1e-3, 100), W8A8_DYNAMIC=(1e-6, 100), FLOAT=(1e-7, 200)) for n in (4, 5, 6)]
     assert set(search_schemes(groups, target=FREE, min_sqnr=40).schemes) <= {STATIC, DYNAMIC}
     assert set(search_schemes(groups, target="mindie", min_sqnr=29.9).schemes) == {STATIC, FLOAT}
@@ -164,13 +164,13 @@ def test_mindie_never_mixes_static_and_dynamic() -> None:
 
 @given(models(), st.lists(st.floats(5, 90), min_size=2, max_size=5))
 def test_what_is_in_reach_stays_in_reach(groups: list[SearchGroup], asked: list[float]) -> None:
-    """Catches a search that finds a target too hard after it has met a harder one."""
+    """Catches a target that is missed although a higher one is met."""
     met = [search_schemes(groups, target=FREE, min_sqnr=least).met for least in sorted(asked)]
     assert met == sorted(met, reverse=True)
 
 
 def test_what_the_user_is_told() -> None:
-    """Catches a figure that is sold as measured, groups that are not named, a share that does not add up."""
+    """Catches a predicted figure that is not called so, unnamed groups, and shares that do not add up."""
     groups = [group(4, W8A8=(4e-4, 300), FLOAT=(0.0, 600)), group(6, W8A8=(1e-4, 100), FLOAT=(0.0, 200))]
     plan = search_schemes(groups, target=FREE, max_float_groups=1)
     assert plan.notes() == [
@@ -184,12 +184,12 @@ def test_what_the_user_is_told() -> None:
     assert (first.noise_share, second.noise_share) == (pytest.approx(0.8), pytest.approx(0.2))
     assert first.sqnr == pytest.approx(10 * math.log10(1 / 4e-4))
     floor = [SearchGroup(it.sites, it.assigned, {STATIC: it.candidates[STATIC]}) for it in groups]
-    warning, told = search_schemes(floor, target=FREE, min_sqnr=60).notes()
-    assert warning.startswith("--min_sqnr 60 cannot be met") and "33.0 dB" in warning and "33.0" in told
+    warning, summary = search_schemes(floor, target=FREE, min_sqnr=60).notes()
+    assert warning.startswith("--min_sqnr 60 cannot be met") and "33.0 dB" in warning and "33.0" in summary
 
 
 def test_many_groups_are_counted_not_listed() -> None:
-    """Catches a note of a thousand names."""
+    """Catches a note with a thousand names."""
     candidates: Mapping[Scheme, Candidate] = {STATIC: Candidate(1e-4, 10), FLOAT: Candidate(0.0, 20)}
     groups = [SearchGroup((f"model.layers.{n}.mlp.down_proj",), STATIC, candidates) for n in range(200)]
     plan: SearchResult = search_schemes(groups, target="both", min_sqnr=20.5)

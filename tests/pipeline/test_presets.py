@@ -80,7 +80,7 @@ PRESETS: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("given", "text"), PRESETS, ids=[str(given) for given, _ in PRESETS])
 def test_presets(given: dict[str, Any], text: str) -> None:
-    """An option that reaches no pass, or the wrong one; passes in an order in which they cannot run."""
+    """Catches an option that is not passed on to its pass, and passes in an invalid order."""
     built = pipeline_text(Options.without_paths(**given))
     assert built == ("" if "pipeline" in given else "split-window-attention,") + text
     assert print_pipeline(parse_pipeline(built)) == built

@@ -26,7 +26,7 @@ class Nothing(Pass):
 
 
 def test_names_in_the_table_are_those_of_the_classes() -> None:
-    """A pass that is registered under another name than its own prints a pipeline that does not read back."""
+    """Catches a key that differs from the class's name: its printed pipeline would not parse."""
     for name in REGISTRY:
         kind = load_pass(name)
         assert kind.name == name and kind.kind in ("analysis", "rewrite") and kind.summary

@@ -77,7 +77,7 @@ PASSES = st.sampled_from(sorted(REGISTRY)).flatmap(lambda name: options_of(load_
 
 @given(st.lists(PASSES, min_size=1, max_size=4))
 def test_every_pipeline_reads_back(passes: list[Pass]) -> None:
-    """An option value that is printed in a form which reads back as another value, of any registered pass."""
+    """Catches an option value that is printed in a form that parses to another value."""
     REGISTRY["every-option"] = f"{__name__}:EveryOption"
     text = print_pipeline(passes)
     assert parse_pipeline(text) == passes
@@ -85,19 +85,19 @@ def test_every_pipeline_reads_back(passes: list[Pass]) -> None:
 
 
 def test_defaults_are_left_out() -> None:
-    """`vlqc passes --explain` should show what was chosen, not forty defaults."""
+    """Catches a text that repeats the defaults."""
     assert print_pipeline([EveryOption()]) == "every-option"
     assert print_pipeline([EveryOption(switch=True, names=("x", "y"))]) == "every-option{switch=true,names=x;y}"
 
 
 def test_spaces_and_line_ends_are_free() -> None:
-    """A pipeline is pasted from documentation with its line ends."""
+    """Catches a text with line breaks that does not parse."""
     text = " every-option { count = 5 , word=far },\n every-option,\n"
     assert parse_pipeline(text) == [EveryOption(count=5, word="far"), EveryOption()]
 
 
 def test_all_faults_at_once() -> None:
-    """Someone with three mistakes in one line should not need three runs to find them."""
+    """Catches an error that reports only the first of several faults."""
     with pytest.raises(UserError) as caught:
         parse_pipeline("smoth-m2,every-option{cout=3,count=x,share=y,word=fer,switch=si},quantize-weights{bits=4}")
     expected = [
@@ -129,7 +129,7 @@ def test_all_faults_at_once() -> None:
     ],
 )
 def test_malformed_text(text: str, what: str) -> None:
-    """Text that is accepted by accident runs another pipeline than its author meant."""
+    """Catches malformed text that is accepted."""
     with pytest.raises(UserError) as caught:
         parse_pipeline(text)
     assert what in caught.value.faults[0].what
@@ -149,7 +149,7 @@ def test_malformed_text(text: str, what: str) -> None:
     ],
 )
 def test_options_that_no_pass_can_use(text: str, why: str) -> None:
-    """A number that would divide by zero, or search nothing, hours later: refused with the text it came in."""
+    """Catches a value that would fail inside the pass, after the model is loaded."""
     with pytest.raises(UserError) as caught:
         parse_pipeline(text)
     (fault,) = caught.value.faults

@@ -68,7 +68,7 @@ def check_output_file(flag: str, path: Path | None) -> None:
     if path.is_dir() or not path.parent.is_dir():
         why = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
         raise UserError(Fault(what, why=why, fix=fix))
-    if path.exists() and not path.is_file():  # nobody may ever read from a pipe
+    if path.exists() and not path.is_file():  # writing to a named pipe could block
         fix = "name a file, or use --json for JSON on stdout" if flag == "--json_file" else "name a file"
         raise UserError(Fault(what, why="it is not a regular file", fix=fix))
     if faults := output_faults(what, path):

@@ -12,7 +12,7 @@ HEADS, ROWS, DEPTH = 4, 37, 16
 @pytest.mark.parametrize("mask", [None, "2-D bool", "3-D bool", "3-D float"])
 @pytest.mark.parametrize("by_name", [False, True])
 def test_same_numbers(mask: str | None, by_name: bool) -> None:
-    """Catches a mask that meets the wrong dimension, and arguments given by name that are passed over."""
+    """Catches a mask applied to the wrong dimension, and keyword arguments that are ignored."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, HEADS, ROWS, DEPTH, generator=generator)
     allowed = torch.rand(ROWS, ROWS, generator=generator) > 0.4

@@ -31,7 +31,7 @@ def test_exact_values_only() -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_products_of_rounded_inputs(bias: bool) -> None:
-    """Catches a bias that is left out or rounded, and outputs in another dtype: the glue stays float32."""
+    """Catches a bias that is left out or rounded, and outputs in another dtype: everything else stays float32."""
     made, rows = linear(exact=True, bias=bias), torch.randn(2, 5, 48)
     product = rows.bfloat16().double() @ made.weight.double().T
     with bfloat16_linears(made):

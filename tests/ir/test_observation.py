@@ -58,7 +58,7 @@ def test_weights_of_one_modality(energy: list[float], by_hand: list[float]) -> N
 
 
 def test_weights_without_balance() -> None:
-    """`balance` obeyed by nobody: then rows count, those that were seen where the given ones are a choice of them."""
+    """Catches `balance=False` without effect: modalities must be weighted by their rows, or by the given row counts."""
     modality, energy = kinds(0, 1, 1, 1, 1, 0), torch.ones(6)
     assert row_weights(modality, energy).tolist() == [0.25, 0.125, 0.125, 0.125, 0.125, 0.25]
     np.testing.assert_allclose(row_weights(modality, energy, balance=False), [1 / 6] * 6, rtol=1e-12)
@@ -94,7 +94,7 @@ def test_the_unit_of_the_output_does_not_matter() -> None:
 
 
 def test_rows_whose_energy_is_not_known() -> None:
-    """Rows of a linear in front of a pooling, before or after a run: they must count the same, not raise an error."""
+    """Catches an error for rows before a pooling layer, which have no output energy: they must count equally."""
     seen = kept(torch.ones(3, 2), kinds(1, 1, 1))
     assert seen.energy().tolist() == [1, 1, 1] and seen.row_weight().tolist() == [1 / 3] * 3
     seen.kept_energy = torch.ones(2)  # of another number of rows
@@ -103,7 +103,7 @@ def test_rows_whose_energy_is_not_known() -> None:
 
 
 def test_weight_in_a_choice_of_rows() -> None:
-    """Classes made anew among the chosen: the median of half massive rows lies elsewhere, and so would the weights.
+    """Catches classes computed from the selection alone, whose median, and therefore weights, would differ.
 
     All 40 massive rows and 40 of 400 ordinary ones: the massive ones still have a tenth, the ordinary the rest.
     """
@@ -167,7 +167,7 @@ def test_moments_weigh_modalities_equally() -> None:
 
 @pytest.mark.parametrize("per_sample", [2, 8, 16, 64])
 def test_representative_rows_have_no_period(per_sample: int) -> None:
-    """Equal strides over rows that come sample by sample: only text, only pictures, or only the first rows of all."""
+    """Catches equal strides over rows stored by sample: only text, only images, or only first rows."""
     half = per_sample // 2
     modality = torch.tensor(([0] * half + [1] * half) * (4096 // per_sample), dtype=torch.int8)
     place = torch.arange(4096) % half
@@ -180,7 +180,7 @@ def test_representative_rows_have_no_period(per_sample: int) -> None:
 
 
 def test_representative_rows_hold_every_class() -> None:
-    """Three text rows, and two massive tokens, among thousands of picture rows must be among those looked at."""
+    """Catches a selection that misses three text rows and two massive tokens among thousands of image rows."""
     modality, energy = torch.ones(4000, dtype=torch.int8), torch.ones(4000)
     modality[[5, 2000, 3999]] = 0
     energy[[17, 3000]] = 1000

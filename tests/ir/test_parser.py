@@ -196,7 +196,7 @@ def test_damaged_text_is_a_user_fault_or_still_text(data: st.DataObject) -> None
 
 # ---- faults ----------------------------------------------------------------------------------------------------------
 
-# replaced text, its replacement, what the fault says, the text under the caret
+# replaced text, its replacement, text of the fault, the text under the caret
 FAULTS = [
     ("torch.Tensor.add(%hidden", "torch.Tensor.ad(%hidden", "unknown function torch.Tensor.ad", "torch.Tensor.ad("),
     ("torch.Tensor.add(%hidden", "os.system(%hidden", "unknown function os.system", "os.system"),
@@ -237,7 +237,7 @@ FAULTS = [
 
 @pytest.mark.parametrize(("old", "new", "what", "under"), FAULTS, ids=[new for _, new, _, _ in FAULTS])
 def test_faults_point_at_the_place(old: str, new: str, what: str, under: str) -> None:
-    """A fault without its line, or with a caret beside the place, sends the reader searching; a wrong one misleads."""
+    """Catches a fault with a missing or wrong line number, or a caret at the wrong column."""
     assert old in DECIDED
     text = DECIDED.replace(old, new, 1)
     number = DECIDED[: DECIDED.index(old)].count("\n") + 1
@@ -270,7 +270,7 @@ def test_incomplete_text(text: str) -> None:
 
 
 def test_nothing_is_imported_or_called() -> None:
-    """A text from a stranger must not be able to load a module or run a function by being read."""
+    """Catches a text that imports a module or calls a function when it is parsed."""
     unused = "this"  # a module of the standard library that prints when it is imported
     sys.modules.pop(unused, None)
     call = f"{unused}.d(%hidden_states)"

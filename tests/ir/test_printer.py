@@ -56,7 +56,7 @@ def test_weights_can_be_left_out() -> None:
 
 
 def test_no_edges_found_differs_from_not_looked() -> None:
-    """A pass that searched for edges and found none has changed the stage; the text has to say so."""
+    """Catches a text that does not distinguish "no edges found" from "edges not searched"."""
     stage = traced()
     without = print_stage(stage)
     stage.edges = ()
@@ -92,7 +92,7 @@ def test_every_fact_of_a_site_shows() -> None:
 
 
 def set_part(site: Site, number: int) -> None:
-    """Adds 1 to a tensor of a site's weight; the group scales are made of ones where there are none."""
+    """Adds 1 to a tensor of a site's weight; group scales are all ones if the weight has none."""
     assert site.weight is not None
     parts = [*site.weight.tensors(), torch.zeros(6, 2)][:3]
     parts[number] = parts[number] + 1

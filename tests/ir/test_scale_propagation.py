@@ -139,7 +139,7 @@ NOT_EDGES: dict[str, Callable[[Made, Tensor], Any]] = {
 
 @pytest.mark.parametrize("body", NOT_EDGES.values(), ids=NOT_EDGES.keys())
 def test_where_there_is_no_edge_none_is_claimed(body: Callable[[Made, Tensor], Any]) -> None:
-    """Catches a claim for a producer whose scale shows anywhere but in the columns of Linears that are called once."""
+    """Catches an edge of a producer whose scale affects more than the columns of linear layers that are called once."""
     assert edges_of(body)[1] == {}
 
 
@@ -214,7 +214,7 @@ EDGES: dict[str, tuple[Callable[[Made, Tensor], Any], dict[str, dict[str, list[i
 
 @pytest.mark.parametrize(("body", "expected"), EDGES.values(), ids=EDGES.keys())
 def test_edges_and_their_maps(body: Callable[[Made, Tensor], Any], expected: dict[str, dict[str, list[int]]]) -> None:
-    """Catches an edge that is missed, or a column that is said to hold another channel than it does."""
+    """Catches a missing edge, and a column mapped to the wrong channel."""
     made, edges = edges_of(body)
     found = {
         producer: {target: channels.tolist() for target, channels in edge.consumers.items()}

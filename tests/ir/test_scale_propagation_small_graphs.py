@@ -111,7 +111,7 @@ STEP = st.tuples(st.sampled_from(sorted(STEPS)), st.sampled_from([0, 0, 0, 1, 2]
     st.sampled_from([False, False, False, True]),
 )
 def test_whatever_is_claimed_holds(steps: list[tuple[str, int, int]], tap: bool) -> None:
-    """Catches any claim that is not true, in little graphs of layouts, products, sums, attention and shared layers."""
+    """Catches incorrect edges in small random graphs of layouts, products, sums, attention and shared layers."""
     check_claims(Program(steps, tap))
 
 
@@ -123,7 +123,7 @@ def check_claims(program: Program) -> int:
 
 
 def test_little_graphs_do_have_edges() -> None:
-    """Catches a flow that is always right because it claims nothing."""
+    """Catches an implementation that finds no edges at all."""
     kept = "swap, twice, each twice, beside, first half, every other, heads, two rows, row chosen, first row, doubled"
     for name in (*kept.split(", "), "attended", "attending", "scaled in place"):
         assert check_claims(Program([(name, 0, 1)], tap=False)) == 1, name

@@ -61,7 +61,7 @@ def test_lengths_show() -> None:
 
 
 def test_many_at_a_time_are_the_same() -> None:
-    """Digests that depend on what is read beside them, or that land under another name."""
+    """Catches digests that depend on other tensors, or are stored under another name."""
     tensors = {str(number): torch.full((number, 3), float(number)) for number in range(20)}
     assert fingerprints(tensors) == {name: fingerprint(tensor) for name, tensor in tensors.items()}
 
@@ -71,7 +71,7 @@ def test_many_at_a_time_are_the_same() -> None:
     st.sampled_from([torch.int8, torch.bfloat16, torch.float64]),
 )
 def test_only_bytes_count(data: bytes, dtype: torch.dtype) -> None:
-    """The digest must not depend on dtype, shape or place in memory, or the same weight would look changed."""
+    """Catches digests that depend on dtype, shape or memory layout instead of bytes alone."""
     plain = tensor_of(data)
     shifted = torch.cat([torch.zeros(3, dtype=torch.uint8), plain])[3:]  # begins in the middle of a word
     transposed = plain.reshape(-1, 4).T.contiguous().T
@@ -125,7 +125,7 @@ def test_absmax_of_nan_is_nan() -> None:
 
 
 def test_weight_parts() -> None:
-    """A printer that shows fewer tensors than a weight has, or a digest that leaves the group's scales out."""
+    """Catches a printer that omits a tensor of a weight, or a digest that ignores the group scales."""
     integers, scale, group_scale = torch.zeros(2, 4), torch.ones(2, 1), torch.ones(2, 2)
     assert WeightQuantization(integers, scale).tensors() == [integers, scale]
     in_groups = WeightQuantization(integers, scale, group_scale).tensors()

@@ -1,4 +1,4 @@
-"""Each invariant has a stage that breaks it, and the message says which node, site or tensor it is about."""
+"""Every invariant is violated by a stage, and the message names the node, site or tensor."""
 
 from collections.abc import Callable
 
@@ -54,7 +54,7 @@ def test_all_faults_at_once() -> None:
 
 
 def test_parsed_stages_are_checked_as_far_as_text_goes() -> None:
-    """A dump edited by hand into a mixed group must not pass because it has no weights."""
+    """Catches a snapshot with mixed schemes in a group that passes because it has no weights."""
     site = f'"{UP}" [6, 4] from %norm2 scheme='
     parsed = parse_stage(print_stage(decided()).replace(f"{site}W8A8", f"{site}W8A8_DYNAMIC"))
     assert len(check(parsed)) == 1 and "several schemes" in check(parsed)[0]

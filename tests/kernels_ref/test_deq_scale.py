@@ -52,7 +52,7 @@ def test_known_values() -> None:
 
 
 def test_encoded_tensor_is_a_copy() -> None:
-    """Catches two layers of one group sharing memory, which safetensors refuses to write."""
+    """Catches two layers of a group that share memory, which safetensors refuses to write."""
     scales = torch.ones(2)
     assert encode_deq_scale(scales, torch.bfloat16).data_ptr() != scales.data_ptr()
 

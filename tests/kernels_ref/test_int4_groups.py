@@ -147,7 +147,7 @@ def test_weight_in_the_checkpoints_dtype(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("group_size", [0, -4, 5, 24, 48])
 def test_group_size_must_divide(group_size: int) -> None:
-    """Catches a shorter last group, which no engine knows, or columns that are dropped."""
+    """Catches a shorter last group, which engines do not support, and dropped columns."""
     with pytest.raises(ValueError, match=f"32 columns cannot be groups of {group_size}"):
         quantize_weight_per_group_absmax(torch.ones(2, 32), group_size, torch.bfloat16)
     with pytest.raises(ValueError, match="cannot be"):

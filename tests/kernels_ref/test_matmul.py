@@ -246,7 +246,7 @@ def test_smallest_weight_scale_keeps_the_bias_in_int32(bias: float, input_scale:
 
 
 def test_smallest_weight_scale_bounds_the_worst_layer() -> None:
-    """Catches room computed without the sum or the offset's correction: all weights at their end."""
+    """Catches a bound that ignores the sum or the correction of the offset, with all weights at their limits."""
     columns = 40_000
     bias = torch.tensor([5.0])
     scale = smallest_weight_scale_for_bias(bias, 0.01, columns)

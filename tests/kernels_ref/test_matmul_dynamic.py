@@ -120,7 +120,7 @@ def test_group_is_the_product_with_the_dequantized_weight(seed: int, group_size:
 
 
 def test_group_agrees_with_onnxruntime() -> None:
-    """Catches another reading of rows, columns and groups than one MatMulInteger for each group gives."""
+    """Catches rows, columns or groups interpreted differently from one MatMulInteger per group."""
     xq, q4 = integers(0, -127, 128, 19, 64), integers(1, -8, 8, 10, 64)
     token, first, second = uniform(2, 0.01, 0.1, 19, 1), uniform(3, 1e-3, 1e-2, 10, 1), uniform(4, 1, 17, 10, 2)
     parts = [onnx_matmul(xq[:, here], q4[:, here]) for here in (slice(0, 32), slice(32, 64))]
@@ -131,7 +131,7 @@ def test_group_agrees_with_onnxruntime() -> None:
 
 
 def test_group_sums_are_exact_integers() -> None:
-    """Catches sums of a group in a float dtype: extremes of both signs that cancel but for 1."""
+    """Catches group sums in a float dtype: extremes of both signs that cancel except for 1."""
     xq = torch.full((1, 512), 127, dtype=torch.int8)
     q4 = torch.tensor([[7, -7] * 256], dtype=torch.int8)
     xq[0, 0], q4[0, :2] = 126, torch.tensor([7, -7], dtype=torch.int8)

@@ -58,7 +58,7 @@ def test_rms_norm_squares_in_float32() -> None:
 
 
 class OddNorm(torch.nn.Module):
-    """Stands for a model's own norm: no formula but its forward knows about the 3."""
+    """A norm with its own formula: only its forward adds the 3."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ def test_shifted_norm_calls_the_norms_own_forward() -> None:
 
 
 def test_shifted_norm_has_the_names_of_a_folder() -> None:
-    """Catches X.norm.weight: passes, emitter and loader look for X.weight and X.bias, each once."""
+    """Catches tensors under X.norm.weight: passes, emitter and loader expect X.weight and X.bias, once each."""
     _, weight, bias = sample()
     model = torch.nn.ModuleDict({"input_layernorm": ShiftedNorm(OddNorm(weight), bias)})
     names = ["input_layernorm.weight", "input_layernorm.bias"]
@@ -106,7 +106,7 @@ def test_shifted_norm_has_the_names_of_a_folder() -> None:
 
 
 def test_shifted_norm_still_looks_like_a_norm() -> None:
-    """Catches a wrapper that the recorder looks into, or that scale propagation no longer takes for a producer."""
+    """Catches a wrapper that is traced into, or that scale propagation does not accept as a producer."""
     _, weight, bias = sample()
     shifted = ShiftedNorm(OddNorm(weight), bias)
     assert is_leaf(shifted) and scales_its_channels(shifted, 6)
@@ -150,5 +150,5 @@ def test_shifted_norm_refuses_what_it_cannot_hold() -> None:
 
 
 def test_shifted_norm_describes_itself() -> None:
-    """Catches a printed model that does not say which norm it is."""
+    """Catches a repr without the wrapped norm."""
     assert repr(ShiftedNorm(OddNorm(torch.ones(2)), torch.zeros(2))) == "ShiftedNorm(OddNorm())"

@@ -59,7 +59,7 @@ def test_forward_agrees_with_numpy(dtype: torch.dtype) -> None:
 
 
 def test_stored_tensors_have_the_names_shapes_and_dtypes_of_a_folder() -> None:
-    """Catches a tensor that engines look for being renamed, reshaped, left out, or stored in another dtype."""
+    """Catches a tensor that is renamed, reshaped, missing, or stored in another dtype than engines expect."""
     x, weight, bias = sample()
     assert bias is not None
     for dtype, deq_dtype in ((torch.bfloat16, torch.float32), (torch.float16, torch.int64)):
@@ -86,7 +86,7 @@ def test_deq_scale_is_the_float32_product() -> None:
 
 
 def test_stored_bias_is_not_used() -> None:
-    """Catches the bias being added beside quant_bias: engines ignore its value."""
+    """Catches the bias being added twice: it is part of quant_bias, and engines ignore its value."""
     x, weight, bias = sample()
     linear = made(x, weight, bias)
     before = linear(x)
@@ -129,7 +129,7 @@ def test_output_keeps_leading_dimensions_and_dtype(shape: tuple[int, ...], dtype
 
 
 def test_float16_input_uses_the_truncated_deq_scale() -> None:
-    """Catches the device's 19 bits being forgotten for float16 glue, or applied to the exact float32 run."""
+    """Catches a deq_scale that is not truncated to 19 bits for float16 inputs, or is truncated for float32."""
     ones = torch.ones(1, 1, dtype=torch.int8)
     scale = torch.tensor([[1.0 + 2.0**-10 - 2.0**-20]])
     linear = StaticQuantLinear.from_float(ones, scale, 1.0, 0.0, None, torch.float16)
@@ -171,7 +171,7 @@ def test_saved_and_loaded_state_gives_the_same_output() -> None:
 
 
 def test_module_describes_itself() -> None:
-    """Catches a printed model that does not say what the layer is."""
+    """Catches a repr without shape and scheme."""
     linear = made(*sample())
     assert repr(linear) == "StaticQuantLinear(in_features=24, out_features=10, bias=True, scheme=W8A8)"
     assert (linear.in_features, linear.out_features, StaticQuantLinear.scheme) == (24, 10, "W8A8")

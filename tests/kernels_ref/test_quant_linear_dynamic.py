@@ -31,7 +31,7 @@ def made(scheme: type[QuantLinear], seed: int = 0, with_bias: bool = True) -> Qu
 
 
 def steps_of(linear: QuantLinear) -> torch.Tensor:
-    """float64 [N, K]: what one integer step of every weight is worth."""
+    """The scale of every weight, float64 [N, K]."""
     steps = linear.weight_scale.double().expand(10, 24)
     if isinstance(linear, GroupQuantLinear):
         steps = steps * linear.weight_scale_second.double().repeat_interleave(8, dim=1)
@@ -55,7 +55,7 @@ def test_error_is_within_the_analytic_bound(scheme: type[QuantLinear], seed: int
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_forward_agrees_with_numpy(scheme: type[QuantLinear], dtype: torch.dtype) -> None:
-    """Catches one scale for all tokens, a dropped bias, a misplaced scale, and glue in another dtype than asked."""
+    """Catches one scale for all tokens, a dropped bias, a misplaced scale, and outputs of the wrong dtype."""
     x = sample()[0].to(dtype)
     linear = made(scheme)
     assert linear.bias is not None
@@ -94,7 +94,7 @@ def test_weight_only_is_a_float_matmul_without_bias(dtype: torch.dtype) -> None:
 
 
 def test_stored_tensors_have_the_names_shapes_and_dtypes_of_a_folder() -> None:
-    """Catches a tensor that engines look for being renamed, reshaped, left out, or stored in another dtype."""
+    """Catches a tensor that is renamed, reshaped, missing, or stored in another dtype than engines expect."""
     _, weight, bias = sample()
     assert bias is not None
     every = {
@@ -205,7 +205,7 @@ def test_saved_and_loaded_state_gives_the_same_output(scheme: type[QuantLinear])
 
 
 def test_modules_describe_themselves() -> None:
-    """Catches a printed model that does not say what the layer is and how it is run."""
+    """Catches a repr without the scheme and its options."""
     described = "in_features=24, out_features=10, bias=True, scheme="
     assert repr(made(DynamicQuantLinear)) == f"DynamicQuantLinear({described}W8A8_DYNAMIC)"
     linear = made(GroupQuantLinear)

@@ -173,7 +173,7 @@ def test_round_trip_is_within_half_a_step(seed: int, minimum: float, maximum: fl
 
 
 def test_dequantize_takes_stored_tensors() -> None:
-    """Catches an offset added in int8, which would wrap, and a result that is not of the asked dtype."""
+    """Catches an offset added in int8, which would overflow, and a result of the wrong dtype."""
     y = dequantize_per_tensor(
         torch.tensor([[-128, 127]], dtype=torch.int8), torch.tensor([0.5]), torch.tensor([127.0]), torch.bfloat16
     )
@@ -266,7 +266,7 @@ def test_rounded_weight_scale_keeps_its_floors(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tokens_agree_with_numpy(dtype: torch.dtype) -> None:
-    """Catches one scale for all tokens, a scale per channel, and a scale in x's dtype."""
+    """Catches one scale for all tokens, a dropped bias, a misplaced scale, and outputs of the wrong dtype."""
     x = torch.from_numpy(np.random.default_rng(0).normal(0, 1, (40, 33)).astype(np.float32)).to(dtype)
     x *= torch.logspace(-3, 2, 40)[:, None].to(dtype)
     before = x.clone()

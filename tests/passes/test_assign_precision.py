@@ -47,12 +47,12 @@ def test_reference_exclusions(target: str) -> None:
     ("name", "target", "refused"),
     [
         ("visual.blocks.3.mlp.down_proj", "vllm-ascend", False),
-        ("visual.blocks.3.mlp.down_proj", "mindie", True),  # built in float there, whatever the folder says
+        ("visual.blocks.3.mlp.down_proj", "mindie", True),  # MindIE always builds it in float
         ("visual.blocks.3.mlp.down_proj", "both", True),
         ("model.layers.27.mlp.down_proj", "both", False),
         ("visual.merger.mlp.2", "both", False),
         ("lm_head", "vllm-ascend", True),
-        ("model.layers.27.self_attn.gate", "both", True),  # a layer that no table knows
+        ("model.layers.27.self_attn.gate", "both", True),  # a layer without a rule
     ],
 )
 def test_without_the_reference_only_engines_decide(name: str, target: str, refused: bool) -> None:
@@ -68,7 +68,7 @@ def test_without_the_reference_only_engines_decide(name: str, target: str, refus
 @pytest.mark.parametrize("fallback", ["reference", "none"])
 @pytest.mark.parametrize("target", ["vllm-ascend", "mindie", "both"])
 def test_engines_accept_what_comes_out(fallback: str, target: str) -> None:
-    """A group with two schemes or a refused one: checked by the engine table's own rule for finished assignments."""
+    """Catches groups with two schemes or an unsupported one, by the engines' own check of assignments."""
     stage = decoder()
     through(stage, AssignPrecision(fallback=fallback, target=target))  # type: ignore[arg-type]
     schemes = {site.name: site.scheme or Scheme.FLOAT for site in stage.sites.values()}
@@ -108,7 +108,7 @@ def test_fused_member_that_reads_another_input() -> None:
 
 
 def test_one_refused_member_keeps_its_whole_group_float() -> None:
-    """A stranger that reads the same rows as q, k and v: one group of the graph, so one scheme."""
+    """Catches a further layer that reads the same node as q, k and v but gets another scheme."""
     members = [*members_with(GROUPS[0][0]), Site("model.layers.27.extra", "extra", "x", (4, 4))]
     for order in (members, members[::-1]):
         decision = choose(order, target="both")
@@ -119,7 +119,7 @@ def test_one_refused_member_keeps_its_whole_group_float() -> None:
 
 
 def test_exclude_takes_the_whole_group_and_says_so() -> None:
-    """q in float beside quantized k and v: engines refuse it. One that is excluded with all its group needs no note."""
+    """Catches q in float with quantized k and v, which engines refuse, and notes for entirely excluded groups."""
     q, k, v = (f"model.layers.*.self_attn.{part}_proj" for part in "qkv")
     members = members_with(GROUPS[0][0])
     alone = choose(members, exclude=("*.q_proj",))
@@ -169,7 +169,7 @@ def test_globs_reach_a_stage() -> None:
     ],
 )
 def test_layer_pattern(layer: str, pattern: str) -> None:
-    """A note per layer instead of per kind: 28 sentences that say the same."""
+    """Catches one note per layer instead of one per layer pattern."""
     assert layer_pattern(layer) == pattern
 
 
@@ -178,7 +178,7 @@ def test_layer_pattern(layer: str, pattern: str) -> None:
 
 @pytest.mark.parametrize("scheme", ["W8A8", "W8A8_DYNAMIC", "W4A8_DYNAMIC", "FLOAT"])
 def test_second_run_changes_nothing(scheme: str) -> None:
-    """A pass that always claims a change is refused by the manager as a lie."""
+    """Catches a pass that always reports a change."""
     step, stage = AssignPrecision(scheme=scheme), decoder()  # type: ignore[arg-type]
     assert step.run(stage) is True
     text = print_stage(stage)

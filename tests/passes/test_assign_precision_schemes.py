@@ -49,7 +49,7 @@ EXPECTED = {
         D: (D, D, D, D, D, D, D, D, D, F),
         G: (D, D, D, D, D, D, G, G, G, F),
     },
-    "vllm-ascend@0.11": {  # before 0.16 no per-token noise in vision
+    "vllm-ascend@0.11": {  # before 0.16 no per-token activations in vision
         S: (S, S, S, S, S, S, S, S, S, F),
         D: (F, F, F, F, F, D, D, D, D, F),
         G: (F, F, F, F, F, D, G, G, G, F),
@@ -59,7 +59,7 @@ EXPECTED = {
         D: (D, D, D, D, D, D, D, D, D, F),
         G: (D, D, D, D, D, D, G, G, G, F),
     },
-    "mindie": {  # vision down_proj is built in float; per-token noise in the language model only
+    "mindie": {  # vision down_proj is built in float; per-token activations in the language model only
         S: (S, S, S, F, S, S, S, S, S, F),
         D: (F, F, F, F, F, D, D, D, D, F),
         G: (G, G, G, G, G, G, G, G, G, G),  # no version runs it, so no rule keeps anything from it
@@ -116,7 +116,7 @@ def test_dynamic_for_mindie_says_once_that_vision_stays_float() -> None:
 )
 @pytest.mark.parametrize("scope", ["engine", "all"])
 def test_groups_that_do_not_fit(shape: tuple[int, int], why: str, scope: str) -> None:
-    """A matrix whose columns or rows 4-bit groups do not divide: per token instead, said once per kind of layer."""
+    """Catches 4-bit weights whose shape the groups do not divide: they are per token with one note."""
     options = {"scheme": "W4A8_DYNAMIC", "group_size": 128, "target": "vllm-ascend", "scope": scope}
     notes = set()
     for layer in range(3):
@@ -148,7 +148,7 @@ def test_an_obstacle_is_no_way_around_the_engine() -> None:
 @pytest.mark.parametrize("target", ["vllm-ascend", "mindie", "both"])
 @pytest.mark.parametrize("fallback", ["reference", "none"])
 def test_what_is_assigned_can_be_loaded(scheme: str, target: str, fallback: str) -> None:
-    """A group with two schemes, or one beside another that the engine refuses: the table's own check of the whole."""
+    """Catches combinations of schemes that the engine refuses, by its check of whole assignments."""
     step = AssignPrecision(scheme=scheme, target=target, fallback=fallback, group_size=16)  # type: ignore[arg-type]
     stage = through(decoder(), step)
     schemes = {site.name: site.scheme or F for site in stage.sites.values()}
@@ -159,7 +159,7 @@ def test_what_is_assigned_can_be_loaded(scheme: str, target: str, fallback: str)
 
 
 def test_group_size_goes_when_the_scheme_does() -> None:
-    """A group size left on a site that is assigned anew: its text would not read back, its weights would not fit."""
+    """Catches a stale group size on a site that is assigned another scheme."""
     stage = through(decoder(), AssignPrecision(scheme="W4A8_DYNAMIC", target="vllm-ascend", group_size=16))
     assert {site.group_size for site in stage.sites.values()} == {16, None}
     through(stage, AssignPrecision())

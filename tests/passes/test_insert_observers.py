@@ -116,7 +116,7 @@ def test_without_modality_all_rows_are_images() -> None:
 
 
 def test_second_moment_balances_modalities() -> None:
-    """Many picture rows outvoting a few text rows: 99 of 1 and one of 3 give (1 + 9) / 2, not 1.08."""
+    """Catches modalities weighted by rows: 99 image rows of 1 and one text row of 3 give (1 + 9) / 2, not 1.08."""
     seen = Observation(1)
     add_rows(seen, torch.cat([torch.ones(99, 1), torch.full((1, 1), 3.0)]), torch.tensor([1] * 99 + [0]), 4)
     assert seen.second_moment().tolist() == [5.0]
@@ -148,7 +148,7 @@ def test_energy_of_kept_rows() -> None:
 
 
 class Merger(nn.Module):
-    """Two rows become one between its linears, as four do in front of the language model."""
+    """Merges two rows between its linear layers, as the merger does with four."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class Merger(nn.Module):
 
 
 def test_rows_that_the_stage_merges() -> None:
-    """Rows weighted by the energy of a row that they are not; those behind the merger do have one of their own."""
+    """Catches rows weighted by the energy of another row: rows before a merger have none of their own."""
     generator = torch.Generator().manual_seed(0)
     calls = [Call(sample, (torch.randn(6, 4, generator=generator),), {}) for sample in range(2)]
     stage = through(staged(Merger().requires_grad_(False), calls), InsertObservers())
@@ -238,7 +238,7 @@ def test_kept_rows_are_evenly_spread_from_the_first() -> None:
 
 
 def test_more_samples_than_rows_keeps_both_modalities() -> None:
-    """One row per sample given to text every time: pictures would not be among the rows that searches look at."""
+    """Catches single-row quotas that are always given to text."""
     seen = Observation(1)
     for _ in range(10):
         add_rows(seen, torch.ones(4, 1), torch.tensor([0, 0, 1, 1]), 1)
@@ -275,7 +275,7 @@ def test_group_members_share_an_observer() -> None:
 
 
 def test_twice_observes_once() -> None:
-    """A second run that piles up observers, adds the rows again, or claims a change that is none."""
+    """Catches a second run that adds observers or rows again, or reports a change although there is none."""
     stage = through(decoder(), InsertObservers())
     text = print_stage(stage)
     assert InsertObservers().run(stage) is False
@@ -321,7 +321,7 @@ def test_rescaled_is_what_rescaled_rows_would_give() -> None:
             assert torch.equal(getattr(span, part), getattr(other, part)), part
 
 
-def test_passes_that_need_it_say_so() -> None:
+def test_missing_observations_are_reported() -> None:
     """A pipeline of the user's own without this pass must name what is missing, not end in a KeyError."""
     stage = through(decoder(), EVERY_LINEAR)
     with pytest.raises(UserError, match="put insert-observers before it"):

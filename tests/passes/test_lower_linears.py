@@ -1,4 +1,4 @@
-"""lower-linears: modules of integers in the places of the Linears, within the error that the noise allows."""
+"""lower-linears: modules of integers in the places of the Linears, within the error bounds of the arithmetic."""
 
 from collections.abc import Callable
 
@@ -61,7 +61,7 @@ def test_stage_runs_the_integers() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_stored_tensors(dtype: torch.dtype) -> None:
-    """deq_scale and quant_bias that do not follow from what is stored beside them, in float64 by their definition."""
+    """Catches deq_scale and quant_bias that differ from their definition, in float64 from the stored tensors."""
     stage = observed(decoder(dtype=dtype, outliers=True))
     biases = {site.name: stage.linear(site).bias for site in stage.sites.values()}
     integers(stage, correct_bias=False)
@@ -80,7 +80,7 @@ def test_stored_tensors(dtype: torch.dtype) -> None:
 
 
 def test_bias_is_used_as_it_is_stored() -> None:
-    """quant_bias of the unrounded bias: whoever recomputes it from the emitted folder finds another number."""
+    """Catches quant_bias computed from the unrounded bias: it cannot be recomputed from the emitted folder."""
     stage = observed(decoder())
     stage.module.get_parameter("self_attn.q_proj.bias").fill_(1.003)  # stored in bfloat16 as 1
     integers(stage, correct_bias=False)
@@ -156,7 +156,7 @@ def test_undecided_sites_are_an_error(missing: str) -> None:
 
 
 def test_nothing_decided_changes_nothing() -> None:
-    """A pass that claims a change, or lowers what is to stay float."""
+    """Catches a pass that reports a change for float sites, or lowers them."""
     assert LowerLinears().run(decoder()) is False
     stage = through(decoder(), InsertObservers(), AssignPrecision(scheme="FLOAT"))
     assert LowerLinears().run(stage) is False
@@ -178,7 +178,7 @@ KINDS = {Scheme.W8A8_DYNAMIC: DynamicQuantLinear, Scheme.W4A8_DYNAMIC: GroupQuan
 
 
 def dequantized(site: Site) -> Tensor:
-    """float64 [N, K]: what the stored integers of a site are worth."""
+    """The dequantized weight, float64 [N, K]."""
     assert site.weight is not None
     worth = site.weight.integers.double() * site.weight.scale.double()
     if site.weight.group_scale is None:
@@ -219,7 +219,7 @@ def test_other_schemes_come_close(scheme: Scheme, least: float) -> None:
 
 
 def test_gained_bias_is_not_stored() -> None:
-    """A bias that a pass added, emitted beside a layer of which engines know none: it is in quant_bias alone."""
+    """Catches an added bias that is emitted as a tensor of its own: it is part of quant_bias only."""
     stage = observed(decoder())
     site = site_at(stage, "mlp.up_proj")
     linear = linear_at(stage, "mlp.up_proj")

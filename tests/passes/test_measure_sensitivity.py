@@ -38,7 +38,7 @@ def measured(scheme: Scheme, target: str = FREE, *between: Pass, **options: obje
 
 
 def only(group: tuple[str, ...], scheme: Scheme) -> Stage:
-    """The same layer with one group quantized, in a scheme, and lowered."""
+    """A layer with one group quantized in a scheme and lowered."""
     others = tuple(name for name in decoder().sites if name not in group)
     assign = AssignPrecision(str(scheme), GROUP_SIZE, FREE, fallback="none", exclude=others)  # type: ignore[arg-type]
     stage = through(decoder(outliers=True), InsertObservers(), assign)
@@ -102,7 +102,7 @@ def test_a_float_is_rounded_too() -> None:
     ],
 )
 def test_only_what_the_target_runs(assigned: Scheme, target: str, wanted: list[Scheme]) -> None:
-    """Catches a scheme that the engine does not load there, or not beside the others, and a lost choice."""
+    """Catches alternatives that the engine does not run in this layer, or not together with the others."""
     for found in measured(assigned, target).sensitivities:
         expected = wanted if found.assigned == assigned else [DYNAMIC, FLOAT]  # of biased linears beside 4 bits
         assert list(found.noise) == list(found.modules) == expected
@@ -120,7 +120,7 @@ def test_float16_has_no_dynamic_scheme() -> None:
 
 
 def test_a_shifted_norm_keeps_its_readers_static() -> None:
-    """Catches a group taken out of static W8A8 behind a norm bias, which engines then silently drop."""
+    """Catches an alternative to static W8A8 after a norm bias, which engines would then silently drop."""
     shifted = measured(STATIC, FREE, ShiftNorms())
     biased = {name for name, _ in shifted.module.named_buffers() if name.endswith("norm.bias")}
     biased |= {name for name, _ in shifted.module.named_parameters() if name.endswith("norm.bias")}
@@ -131,7 +131,7 @@ def test_a_shifted_norm_keeps_its_readers_static() -> None:
 
 
 def test_excluded_groups_are_left_alone() -> None:
-    """Catches a group that the user keeps in float and that the search would quantize or count."""
+    """Catches a search over groups that the user excluded."""
     stage = measured(STATIC, FREE, exclude=("*.down_proj",))
     assert all("down_proj" not in name for found in stage.sensitivities for name in found.sites)
     assert len(stage.sensitivities) == 3

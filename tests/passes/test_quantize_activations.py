@@ -93,7 +93,7 @@ def test_one_sided_and_zero_inputs(low: float, high: float, method: str) -> None
 
 
 def test_float_sites_stay_without() -> None:
-    """Parameters on a site that stays float would be emitted beside its float weight."""
+    """Catches input parameters on a float site."""
     stage = through(decoder(), InsertObservers(), AssignPrecision(), QuantizeActivations())
     assert {site.target for site in stage.sites.values() if site.input is None} == {"mlp.down_proj"}
     undecided = through(decoder(), InsertObservers())
@@ -161,7 +161,7 @@ def test_automatic_takes_the_smaller_measured_error(signs: list[float]) -> None:
 
 @pytest.mark.parametrize("outliers", [False, True])
 def test_automatic_is_never_worse_than_either(outliers: bool) -> None:
-    """A group that is judged by another group's rows or weights: every group of a stage, with its own."""
+    """Catches errors computed with another group's rows or weights."""
     stages = {
         method: through(observed(decoder(outliers=outliers)), QuantizeActivations(method=method))
         for method in ("minmax", "histogram", "automatic")
@@ -185,7 +185,7 @@ def test_per_token_sites_get_no_static_range(scheme: Scheme) -> None:
 
 
 def test_second_run_changes_nothing() -> None:
-    """A pass that always claims a change is refused as a lie; another method has to be noticed."""
+    """Catches a pass that always reports a change, or misses a change of the method."""
     stage = through(observed(decoder(outliers=True)), QuantizeActivations())
     assert QuantizeActivations().run(stage) is False
     assert QuantizeActivations(method="minmax").run(stage) is True

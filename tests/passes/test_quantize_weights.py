@@ -67,7 +67,7 @@ def test_float_sites_stay_without() -> None:
     stage = through(decoder(), InsertObservers(), AssignPrecision(), QuantizeActivations(), QuantizeWeights())
     assert [site.target for site in stage.sites.values() if site.weight is None] == ["mlp.down_proj"]
     assert all(site.weight is not None for site in quantized(stage)) and len(quantized(stage)) == 6
-    assert QuantizeWeights().run(decoder()) is False  # nobody has decided anything
+    assert QuantizeWeights().run(decoder()) is False  # no scheme is assigned
 
 
 @pytest.mark.parametrize("method", ["round", "clip", "gptq"])
@@ -101,7 +101,7 @@ def test_tiny_input_scale_keeps_biases() -> None:
 
 
 def test_second_run_tells_the_truth() -> None:
-    """A pass that always claims a change is refused as a lie; one changed weight has to be noticed."""
+    """Catches a pass that always reports a change, or misses a changed weight."""
     stage = through(observed(decoder()), QuantizeActivations(), QuantizeWeights())
     assert QuantizeWeights().run(stage) is False
     stage.module.get_parameter("mlp.up_proj.weight")[3, 3] += 0.5
@@ -158,7 +158,7 @@ def test_groups_against_their_bound(dtype: torch.dtype) -> None:
 
 
 def test_groups_without_a_size() -> None:
-    """A pipeline that sets the scheme by itself: a sentence about the site, not a TypeError in the noise."""
+    """Catches a pipeline that sets the scheme itself without error that names the site, not a TypeError."""
     stage = through(observed(decoder(), Scheme.W4A8_DYNAMIC))
     site_at(stage, "self_attn.o_proj").group_size = None
     with pytest.raises(UserError, match=r"self_attn\.o_proj has no group size"):
@@ -167,7 +167,7 @@ def test_groups_without_a_size() -> None:
 
 @pytest.mark.parametrize("scheme", [Scheme.W8A8_DYNAMIC, Scheme.W4A8_DYNAMIC])
 def test_second_run_of_other_schemes(scheme: Scheme) -> None:
-    """A comparison that looks at integers only: a changed scale of any level has to be noticed."""
+    """Catches a comparison of integers only: scales of all levels count."""
     stage = through(observed(decoder(), scheme), QuantizeWeights())
     assert QuantizeWeights().run(stage) is False
     for number in range(len(rounded_parts(stage))):
@@ -296,7 +296,7 @@ def test_groups_side_by_side_are_what_they_are_alone(method: Method, threads: in
 
 
 def test_an_error_in_any_group_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error that is lost in another thread, or that leaves noise on one thread for good."""
+    """Catches an error that is lost in another thread, or a thread count that is not restored."""
     stage = through(observed(decoder()), QuantizeActivations())
     real, last = quantize_weights.quantize_site_weights, list(stage.groups())[-2]
 

@@ -54,7 +54,7 @@ def test_both_norms_of_a_static_layer() -> None:
 
 @pytest.mark.parametrize("scheme", [Scheme.FLOAT, Scheme.W8A8_DYNAMIC, Scheme.W4A8_DYNAMIC, None])
 def test_one_other_consumer_keeps_the_norm(scheme: Scheme | None) -> None:
-    """Engines add a norm's bias in front of static W8A8 only, and drop it silently elsewhere: the model would break."""
+    """Catches shifts before other schemes than static W8A8, where engines silently drop the norm's bias."""
     stage = observed(one_sided())
     group_size = 16 if scheme == Scheme.W4A8_DYNAMIC else None
     for part in "qkv":
@@ -75,7 +75,7 @@ def test_one_other_consumer_keeps_the_norm(scheme: Scheme | None) -> None:
 
 @pytest.mark.parametrize("name", ["visual.blocks.0", "visual.merger"])
 def test_vision_is_never_shifted(name: str) -> None:
-    """vLLM Ascend looks for norm biases in the language model only."""
+    """Catches shifts in the vision tower: engines load norm biases in the language model only."""
     language = one_sided()
     stage = staged(language.module, list(language.execution.calls), name=name)
     through(stage, InsertObservers())
@@ -132,7 +132,7 @@ def block_stage(kind: str) -> Stage:
 
 @pytest.mark.parametrize("kind", ["bias", "buffer", "residual"])
 def test_other_norms_are_left_alone(kind: str) -> None:
-    """A norm with a bias of its own, with state, or with a group that would see the shift: no note, no error."""
+    """Catches shifts of norms that have a bias, other state, or a consumer that is not quantized."""
     stage = block_stage(kind)
     reference = outputs(stage)
     through(stage, ShiftNorms())
@@ -155,7 +155,7 @@ class Forked(nn.Module):
 
 @pytest.mark.parametrize("scheme", [Scheme.W8A8, Scheme.W8A8_DYNAMIC, Scheme.FLOAT])
 def test_consumers_at_two_nodes(scheme: Scheme) -> None:
-    """One group static and the other not: the norm's bias would be added for both, or for none."""
+    """Catches a shift where only one of two groups is static."""
     block = Forked().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     for linear in (block.direct, block.paired):
@@ -233,7 +233,7 @@ def test_ranges_are_centred_and_smaller() -> None:
 
 @DTYPES
 def test_emitted_modules(dtype: torch.dtype) -> None:
-    """A bias stored for a layer of which engines know none, one that is lost, or rounded although nobody stores it."""
+    """Catches an added bias that is stored as a tensor, lost, or rounded although it is not stored."""
     stage = through(observed(one_sided(dtype)), ShiftNorms(), SmoothM4())
     exact = {site.target: stage.linear(site).bias.double().clone() for site in stage.sites.values() if site.added_bias}
     stored = stage.linear(site_at(stage, "self_attn.q_proj")).bias.to(dtype).float()
@@ -253,6 +253,6 @@ def test_emitted_modules(dtype: torch.dtype) -> None:
 
 
 def test_seed_exclusions_do_not_stand_in_the_way() -> None:
-    """down_proj in float reads no norm: with the seed's exclusions both norms are shifted, as without."""
+    """Catches norms that are not shifted because down_proj, which reads no norm, stays float."""
     stage = through(one_sided(), InsertObservers(), AssignPrecision(), ShiftNorms())
     assert shifted(stage) == set(NORMS)

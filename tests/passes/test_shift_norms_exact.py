@@ -51,7 +51,7 @@ def test_output_is_unchanged(smooth: Pass | None, dtype: torch.dtype) -> None:
 @DTYPES
 @pytest.mark.parametrize("smooth", [SmoothM2(), SmoothM4()], ids=["m2", "m4"])
 def test_norms_stay_representable_under_smoothing(smooth: Pass, dtype: torch.dtype) -> None:
-    """A norm's bias that was divided and is rounded only when it is emitted: nobody would undo what that changes."""
+    """Catches a divided norm bias that is rounded only when emitted, without compensation."""
     stage = through(observed(one_sided(dtype, outliers=True)), ShiftNorms())
     unsmoothed = {norm: stage.module.get_parameter(f"{norm}.bias").clone() for norm in NORMS}
     through(stage, smooth)

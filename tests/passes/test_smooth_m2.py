@@ -56,7 +56,7 @@ def test_planted_outliers_are_tamed(seed: int) -> None:
 
 @pytest.mark.parametrize("producer", ["input_layernorm", "self_attn.v_proj", "post_attention_layernorm", "mlp.up_proj"])
 def test_every_edge_is_smoothed(producer: str) -> None:
-    """One kind of edge overlooked: the error of the linears behind it falls by 20 dB at least on planted outliers."""
+    """Catches a kind of edge that is ignored: with planted outliers the consumers' error falls by at least 20 dB."""
     before = observed(decoder(outliers=True))
     after = through(observed(decoder(outliers=True)), SmoothM2())
     (found,) = (edge for edge in after.edges or () if edge.producer == producer)
@@ -106,7 +106,7 @@ def test_dead_channels_are_not_scaled(dead: str) -> None:
 
 @given(peaks=st.lists(st.floats(0, 1e4, width=32), min_size=1, max_size=8), count=st.integers(2, 120))
 def test_candidates(peaks: list[float], count: int) -> None:
-    """Scales below 1, more candidates than asked for, no way to leave everything as it is, a scale without bound."""
+    """Catches scales below 1, extra candidates, a missing identity candidate, and unbounded scales."""
     scales = range_scales(torch.tensor(peaks), count)
     assert scales.shape[0] <= count and scales.shape[1] == len(peaks)
     assert torch.equal(scales[0], torch.ones(len(peaks)))
@@ -121,7 +121,7 @@ def test_candidates_touch_only_what_reaches_beyond() -> None:
 
 
 def error_of_search(seed: int, count: int) -> float:
-    """Of the linears behind a norm with three outliers that meet weights as large as all others."""
+    """Error of the consumers of a norm with three outliers, whose weights are as large as all others."""
     stage = decoder(seed)
     stage.module.get_parameter("post_attention_layernorm.weight")[:3] *= 64  # and no smaller columns behind it
     stage = through(observed(stage), SmoothM2(candidates=count, clip=False, weights="round"))  # as it is measured here
@@ -130,7 +130,7 @@ def error_of_search(seed: int, count: int) -> float:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_search_finds_the_middle(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A search that only knows all or nothing: where outliers meet strong weights, both ends cost twice as much."""
+    """Catches a search over extremes only: with outliers and large weights, both ends cost twice as much."""
     monkeypatch.setattr("vlqc.passes.smooth_m2.BALANCE_EXPONENTS", (0.0,))
     nothing, all_or_nothing, between = (error_of_search(seed, count) for count in (1, 2, 96))
     assert between < min(nothing, all_or_nothing) / 2
@@ -162,7 +162,7 @@ def test_candidates_by_hand() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_scales_go_no_lower_than_the_lowest_floor(seed: int) -> None:
-    """Channels scaled up without bound: below 1 only as far as their own noise asks for, and as bfloat16 rounds."""
+    """Catches channels that are scaled up by more than their noise justifies."""
     stage = observed(decoder(seed, outliers=True))
     update_edges(stage)
     lowest = {
@@ -176,7 +176,7 @@ def test_scales_go_no_lower_than_the_lowest_floor(seed: int) -> None:
 
 
 def test_all_zero_channels_everywhere() -> None:
-    """A stage whose samples are silent behind a norm: nothing to search, nothing folded, nothing divided by."""
+    """Catches errors for a norm whose outputs are all zero: nothing to search or fold."""
     stage = decoder()
     stage.module.get_parameter("input_layernorm.weight").zero_()
     folds = {fold.edge.producer for fold in folds_of(observed(stage), SmoothM2())}

@@ -110,7 +110,7 @@ def test_planted_outliers_are_tamed(seed: int) -> None:
 @SCHEMES
 @pytest.mark.parametrize("producer", PRODUCERS)
 def test_every_edge_is_smoothed(producer: str, scheme: Scheme) -> None:
-    """One kind of edge overlooked (grouped v to o, up to down), in one of the arithmetics: its error has to fall."""
+    """Catches a kind of edge that is ignored: with planted outliers the consumers' error falls by at least 20 dB."""
     before = observed(decoder(outliers=True), scheme)
     after = through(observed(decoder(outliers=True), scheme), SmoothM4())
     (found,) = (edge for edge in after.edges or () if edge.producer == producer)
@@ -147,7 +147,7 @@ class VisionBlock(nn.Module):
 
 @SCHEMES
 def test_vision_is_smoothed(scheme: Scheme) -> None:
-    """The reference tool never smooths the vision tower: both of its edges, with picture tokens alone."""
+    """Catches a vision tower that is not smoothed: both of its edges, with image tokens only."""
     generator = torch.Generator().manual_seed(0)
     block = VisionBlock().requires_grad_(False)
     for parameter in block.parameters():

@@ -65,13 +65,13 @@ def test_rounds_shrink_and_stop(alpha: float | None, scheme: Scheme) -> None:
 
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_rounds_are_bounded(rounds: int) -> None:
-    """More rounds than were asked for."""
+    """Catches more rounds than `rounds`."""
     asked = rounds_of(observed(decoder(outliers=True)), SmoothM4(alpha=0.5, rounds=rounds))
     assert len(asked) == rounds and all(asked)
 
 
 def test_scales_belong_to_the_rescaled_neighbours() -> None:
-    """Iteration in name only: at the end every edge's closed form must be what its present neighbours ask for."""
+    """Catches missing iteration: at the end every edge has the closed-form scale of its current neighbors."""
     stage = observed(decoder(outliers=True))
     through(stage, SmoothM4(alpha=0.5, rounds=8))
     for producer, task in searched(stage).items():

@@ -111,7 +111,7 @@ def test_float_consumers_are_left_alone(smooth: Pass) -> None:
 
 @BOTH
 def test_only_quantized_consumers_count(smooth: Pass) -> None:
-    """The seed keeps down_proj in float, so up_proj must stay as it is while the norms are folded."""
+    """Catches a fold into up_proj although down_proj stays float in the reference."""
     stage = through(decoder(outliers=True), InsertObservers(), AssignPrecision())
     targets = ("mlp.up_proj", "self_attn.o_proj", "mlp.down_proj")
     before = [stage.linear(site_at(stage, target)).weight.clone() for target in targets]
@@ -122,7 +122,7 @@ def test_only_quantized_consumers_count(smooth: Pass) -> None:
 
 @BOTH
 def test_second_run_tells_the_truth(smooth: Pass) -> None:
-    """Two rounds of smoothing in one pipeline: a pass that claims a change it did not make is refused as a lie."""
+    """Catches a second smoothing pass that reports a change it did not make."""
     stage = through(observed(decoder(outliers=True)), smooth)
     for _ in range(4):  # until nothing is left to gain
         text = print_stage(stage)
@@ -136,7 +136,7 @@ def test_second_run_tells_the_truth(smooth: Pass) -> None:
 
 @BOTH
 def test_all_zero_input(smooth: Pass) -> None:
-    """Division by a range of zero where every sample is zero at a norm (a padded picture)."""
+    """Catches a division by zero where every sample is zero at a norm (a padded image)."""
     stage = decoder()
     for call in stage.execution.calls:
         call.args[0].zero_()

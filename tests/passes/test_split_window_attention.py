@@ -90,7 +90,7 @@ def test_a_sample_does_not_depend_on_the_others() -> None:
 
 
 def test_one_window_needs_no_mask() -> None:
-    """Catches blocks with full attention that keep their mask, and several pictures that keep seeing each other's."""
+    """Catches full attention that keeps its mask, and several images that attend to each other."""
     stage = block_stage([9], [5, 4], [3, 3, 3])
     stage.execution.forward()
     wanted = stage.execution.outputs
@@ -257,7 +257,7 @@ def windows_on_grid(*grids: tuple[int, int]) -> list[int]:
 
 
 def test_stand_ins_are_gone_with_the_stage() -> None:
-    """Catches a model that keeps the stand-ins of a stage that was emitted: another compilation would meet them."""
+    """Catches wrappers that stay in the model after their stage is emitted."""
     model = tiny.float_model()
     before = dict(model.module.named_modules())
     read = model.checkpoint.tensor

@@ -1,4 +1,4 @@
-"""Damage to what a stage says of its graph and of its sites, and how each fault must be named."""
+"""Stages with an invalid graph or invalid sites, and the expected messages."""
 
 from collections.abc import Callable
 from dataclasses import replace

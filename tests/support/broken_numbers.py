@@ -1,4 +1,4 @@
-"""Damage to what a stage says of schemes, weights, edges and observations, and how each fault must be named."""
+"""Stages with invalid schemes, weights, edges or observations, and the expected messages."""
 
 import math
 from collections.abc import Callable

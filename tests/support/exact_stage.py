@@ -83,7 +83,7 @@ def sparse(shape: tuple[int, ...], start: int) -> Tensor:
 
 
 def exact_stage(prefix: str = PREFIX) -> Stage:
-    """As passes get it: three samples of a text and a picture token each; norms of a language stage have no bias."""
+    """As passes get it: three samples of a text and an image token each; norms of a language stage have no bias."""
     language = prefix == LANGUAGE
     block = ExactBlock(bias=not language).requires_grad_(False).eval()
     for number, (path, linear) in enumerate(linears(block).items()):

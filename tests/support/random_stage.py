@@ -1,4 +1,4 @@
-"""A decoder layer with random weights, grouped queries and a few samples of text, picture tokens and padding."""
+"""A decoder layer with random weights, grouped queries and a few samples of text tokens, image tokens and padding."""
 
 import copy
 

@@ -21,7 +21,7 @@ from vlqc.passes.split_window_attention import ATTENTION, SplitWindowAttention
 HEADS, DEPTH = 2, 8
 HIDDEN = HEADS * DEPTH
 WINDOWS = st.lists(st.integers(1, 6), min_size=1, max_size=7)
-KINDS = ("bool", "-inf", "lowest")  # how a mask says that a row may not look somewhere
+KINDS = ("bool", "-inf", "lowest")  # how a mask excludes a position
 
 
 def mask_of(windows: list[int], kind: str = "bool") -> Tensor:

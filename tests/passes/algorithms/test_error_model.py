@@ -114,7 +114,7 @@ def test_expected_error_of_groups_by_hand() -> None:
 
 
 def clipping_reader(kind: str, rows: int, seed: int = 0) -> ConsumerGroup:
-    """Static noise that may clip: rows [rows, 24] two rare values, a channel always large, of one sign or both."""
+    """A static scheme that clips: x [rows, 24] has rare values, or a channel that is always large, of one or both signs."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, INPUTS, generator=generator)
     if kind == "rare":
@@ -149,7 +149,7 @@ def test_clipping_against_numpy(kind: str, rows: int) -> None:
 
 @KINDS
 def test_clipping_is_a_choice(kind: str) -> None:
-    """A foreseen clip that makes things worse: the full range stays a candidate, and the only one without `clips`."""
+    """Catches clipping that increases the error: the full range is a candidate, and the only one without `clips`."""
     group, scale = clipping_reader(kind, ROWS), torch.ones(INPUTS)
     plain = reader_of(group.rows, group.weight, STATIC, group.row_weight)
     assert group.expected_error(scale[None]).item() <= plain.expected_error(scale[None]).item()
@@ -200,13 +200,13 @@ def test_strata(rows: int) -> None:
     noise=st.sampled_from([STATIC, PER_TOKEN, IN_GROUPS, CLEVER, SchemeNoise(False, 7, 12)]),
 )
 def test_measured_error_against_numpy(seed: int, shift: float, beyond: bool, noise: SchemeNoise) -> None:
-    """A wrong zero, clipping, a transposed product, a step of another row or group, rows not weighted: NumPy's way."""
+    """Catches a wrong zero point, clipping, transposition, scale or row weight, against NumPy."""
     rows, weight = rows_and_weight(seed, 5.0)
     rows += shift
     generator = torch.Generator().manual_seed(seed)
     scale = torch.rand(INPUTS, generator=generator) + 0.5
     share = torch.rand(ROWS, generator=generator, dtype=torch.float64)
-    # Of static noise, rows beyond the range are clipped.
+    # In a static scheme, values beyond the range are clipped.
     group = reader_of(rows, weight, noise, share / share.sum(), rows[: ROWS // 2] if beyond else rows)
     # float32 may round a value in the middle to the other side
     assert group.measured_error(scale) == pytest.approx(by_numpy(group, scale), rel=0.02)
@@ -222,7 +222,7 @@ def test_measured_error_of_a_clipped_range(kind: str, seed: int) -> None:
 
 
 def test_sides_add_up() -> None:
-    """Errors of both sides in one product: weights that will be rounded better must still be told from inputs."""
+    """Catches weight noise that is not scaled separately from input noise."""
     rows, weight = rows_and_weight(0, 8.0)
     plain, clever, never = (
         reader_of(rows, weight, SchemeNoise(weight_noise=noise)).measured_error(torch.ones(INPUTS))
@@ -241,7 +241,7 @@ def test_sides_add_up() -> None:
 
 @EVERY_NOISE
 def test_measured_error_of_nothing(noise: SchemeNoise) -> None:
-    """Division by a step of zero where an input, a row, a weight or a group is all zeros."""
+    """Catches a division by zero for an input, row, weight or group of zeros."""
     zero, one = torch.zeros(3, INPUTS), torch.ones(INPUTS)
     assert reader_of(zero, torch.ones(2, INPUTS), noise).measured_error(one) == 0
     assert reader_of(torch.ones(3, INPUTS), torch.zeros(2, INPUTS), noise).measured_error(one) == 0
@@ -280,7 +280,7 @@ def test_arithmetic_of(scheme: Scheme | None, expected: SchemeNoise) -> None:
 
 @pytest.mark.parametrize("method", ["round", "clip", "gptq", "auto"])
 def test_what_is_foreseen(method: WeightMethod) -> None:
-    """A clip foreseen for ranges that are found per token, or the weights' method lost in one of the schemes."""
+    """Catches clipping of per-token ranges, and a weight method that is ignored in a scheme."""
     rounding = QuantizationPreview(clip=True, weights=method)
     for scheme, clips in (
         (None, True),
@@ -298,7 +298,7 @@ def test_what_is_foreseen(method: WeightMethod) -> None:
 
 @pytest.mark.parametrize("rows", [(3,), (1024,), (1025,), (4096, 1024, 1024)])
 def test_representative_weight_rows(rows: tuple[int, ...]) -> None:
-    """More rows than the bound, a consumer without a row, or a part of a matrix that nobody looks at."""
+    """Catches more rows than the bound, and parts of a matrix or consumers without any row."""
     weights = [torch.arange(count, dtype=torch.float32)[:, None] + 1e6 * number for number, count in enumerate(rows)]
     chosen = representative_rows(weights, 1024).flatten()
     assert chosen.numel() <= 1024 + len(rows)  # every consumer rounds up

@@ -70,7 +70,7 @@ def test_right_folds_leave_the_output(seed: int) -> None:
 
 
 def test_every_weight_by_hand() -> None:
-    """Output alone cannot tell where a scale went: each weight against its own formula, in the order of the edges."""
+    """Catches a scale applied to the wrong weight, which the output alone would not show."""
     stage = observed(decoder())
     before, asked = weights(stage), folds(stage, 3)
     apply_folds(stage, asked)
@@ -131,8 +131,8 @@ def test_all_wrong() -> None:
     assert len(stage.notes) == 2 and print_stage(stage) == text
 
 
-def test_folds_that_hold_only_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Folds that pass one by one and fail together: that is vlqc's own fault and has to be said."""
+def test_folds_that_hold_only_separately(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a missing InternalError for folds that keep the output separately but not together."""
     stage, answers = observed(decoder()), iter([1.0, 0.0, 0.0, 0.0, 0.0, 1.0])
     monkeypatch.setattr(folding, "max_relative_error", lambda before, after: next(answers))
     with pytest.raises(InternalError, match="change it together"):
@@ -235,7 +235,7 @@ def with_shifted_norm(stage: Stage) -> torch.Tensor:
 @settings(max_examples=6)
 @given(seed=st.integers(0, 10**6))
 def test_rounding_of_a_norm_bias_is_handed_over(seed: int) -> None:
-    """A divided bias that is rounded when it is emitted, and nobody makes up for it: by hand, against each formula."""
+    """Catches a divided bias whose rounding error is not added to the consumers' biases, against each formula."""
     stage = decoder(seed)
     bias = with_shifted_norm(stage)
     observed(stage)
@@ -255,7 +255,7 @@ def test_rounding_of_a_norm_bias_is_handed_over(seed: int) -> None:
 
 
 def test_observations_know_what_a_bias_lost() -> None:
-    """Ranges of the bias before it was rounded: the rows that a second look would see have the rounded one."""
+    """Catches observations that ignore the rounding of the bias."""
     stage = decoder()
     with_shifted_norm(stage)
     observed(stage)

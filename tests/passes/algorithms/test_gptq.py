@@ -1,4 +1,4 @@
-"""gptq, input_gram and clip_search: against the published algorithm, and on rows that were not calibrated on."""
+"""GPTQ, Hessian and scale search: against the published algorithm, and on rows outside the calibration set."""
 
 import gc
 import weakref
@@ -15,7 +15,7 @@ from torch import Tensor
 from vlqc.kernels_ref.int4_groups import quantize_weight_per_group_absmax
 from vlqc.kernels_ref.quantize import quantize_weight_per_channel_absmax
 from vlqc.passes.algorithms import gptq
-from vlqc.passes.algorithms import hessian as input_gram
+from vlqc.passes.algorithms import hessian as hessian_algorithm
 from vlqc.passes.algorithms.gptq import activation_order, gptq_quantize
 from vlqc.passes.algorithms.hessian import gram_matrix, search_shrinkage
 from vlqc.passes.algorithms.weight_clipping import ChannelScaleGrid, GroupScaleGrid, column_importance, search_scales
@@ -104,13 +104,15 @@ def test_better_on_rows_never_seen(rows: int, width: int, group_size: int | None
     assert best >= max(clipped, plain) + (2 if rows > columns else 1)
 
 
-def test_blocks_hand_their_error_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks that each look at themselves alone, or an error that is handed on with the wrong sign or scale."""
+def test_blocks_compensate_earlier_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches blocks that do not compensate earlier blocks' errors, or with a wrong sign or scale."""
     seen, unseen = correlated(4096, 256, 5)
     weight = weight_of(48, 256, 5)
     whole, parts = (decibels(weight, by_gptq(weight, 64, seen, width), unseen) for width in (256, 64))
-    block = input_gram._block
-    monkeypatch.setattr(input_gram, "_block", lambda *given, several, first: block(*given, several=False, first=True))
+    block = hessian_algorithm._block
+    monkeypatch.setattr(
+        hessian_algorithm, "_block", lambda *given, several, first: block(*given, several=False, first=True)
+    )
     alone = decibels(weight, by_gptq(weight, 64, seen, 64), unseen)
     assert alone + 0.2 < parts < whole + 0.1
 
@@ -133,7 +135,7 @@ def test_the_integers_of_the_published_algorithm(
     columns: int, shrinkage: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A factor that is flipped, transposed or scaled the wrong way, a column that misses the errors of some before."""
-    monkeypatch.setattr(input_gram, "search_shrinkage", lambda *_: shrinkage)
+    monkeypatch.setattr(hessian_algorithm, "search_shrinkage", lambda *_: shrinkage)
     seen, _ = correlated(300, columns, columns)
     seen = seen[:, seen.square().sum(0).argsort(descending=True)]  # in the order in which columns are taken
     weight = weight_of(7, columns, columns)
@@ -144,8 +146,8 @@ def test_the_integers_of_the_published_algorithm(
     np.testing.assert_array_equal(integers, textbook(weight, chosen.scale, shrunk, 127))
 
 
-def test_weights_that_share_an_input_do_not_meet() -> None:
-    """Integers or errors of one weight of a group written to another one, or to other rows."""
+def test_weights_that_share_an_input_are_independent() -> None:
+    """Catches integers or errors that are written to another weight of the group, or to other rows."""
     seen, _ = correlated(64, 128, 3)
     weights = [weight_of(rows, 128, rows) for rows in (2050, 3, 1)]  # more rows than go through at a time, and few
     grids = [grid(weight, 64, moments(seen)) for weight in weights]
@@ -157,7 +159,7 @@ def test_weights_that_share_an_input_do_not_meet() -> None:
 
 
 @pytest.mark.parametrize("group_size", [None, 64])
-def test_one_row_says_nothing_of_columns_that_go_together(group_size: int | None) -> None:
+def test_one_row_allows_no_compensation(group_size: int | None) -> None:
     """A single row of statistics taken for the whole truth: every column would make up for every other one."""
     seen, _ = correlated(1, 128, 1)
     weight = weight_of(16, 128, 1)
@@ -216,16 +218,16 @@ def test_shrinkage_follows_the_rows() -> None:
     for rows, columns in ((4000, 64), (30, 64)):
         seen, _ = correlated(rows, columns, 0)
         size = seen.square().mean(0).sqrt()
-        known, unseen = input_gram.holdout_split(seen / size / len(seen) ** 0.5)
+        known, unseen = hessian_algorithm.holdout_split(seen / size / len(seen) ** 0.5)
         found.append(search_shrinkage(gram_matrix(known), unseen, size))
     noise = torch.randn(300, 64, generator=torch.Generator().manual_seed(1)) / 300**0.5
-    known, unseen = input_gram.holdout_split(noise)
+    known, unseen = hessian_algorithm.holdout_split(noise)
     assert found[0] < found[1] <= search_shrinkage(gram_matrix(known), unseen, torch.ones(64))
     assert found[0] <= 0.1
 
 
 def test_order_keeps_groups_together() -> None:
-    """Columns of two groups mixed: a group's scale could not be chosen before all of it is known."""
+    """Catches an order that mixes columns of two groups, whose scales could not be chosen in time."""
     importance = torch.tensor([1.0, 2, 9, 0, 5, 5])
     assert activation_order(importance, 2).tolist() == [4, 5, 2, 3, 1, 0]
     assert activation_order(importance, None).tolist() == [2, 4, 5, 1, 0, 3]
@@ -234,8 +236,8 @@ def test_order_keeps_groups_together() -> None:
 # ---- the search for steps --------------------------------------------------------------------------------------------
 
 
-def test_best_steps_against_every_candidate() -> None:
-    """A search that weighs columns alike, looks at the wrong rows of a chunk, or returns a step it did not try."""
+def test_search_scales_against_every_candidate() -> None:
+    """Catches a search that ignores importance, evaluates the wrong rows, or returns a scale that it did not try."""
     generator = torch.Generator().manual_seed(0)
     values, importance = torch.randn(300, 700, generator=generator), torch.rand(700, generator=generator)
     shares, covering = (1.0, 0.8, 0.6, 0.4), values.abs().amax(1) / 7
@@ -250,7 +252,7 @@ def test_best_steps_against_every_candidate() -> None:
     assert len(set(np.argmin(errors, 0))) > 1
 
 
-def test_an_outlier_that_nobody_hears_is_cut() -> None:
+def test_an_outlier_without_input_is_clipped() -> None:
     """A range that covers the largest weight whatever it is multiplied by; one that cuts it where it counts."""
     weight = weight_of(4, 256, 0)
     weight[:, 17] = 2.0
@@ -269,7 +271,7 @@ def test_nothing_stays_behind_until_garbage_is_collected(monkeypatch: pytest.Mon
     blocks: list[weakref.ref[object]] = []
     rounded = gptq._quantize_block
 
-    def noted(made: Tensor, block: input_gram.HessianBlock, *rest: Any) -> Tensor:
+    def noted(made: Tensor, block: hessian_algorithm.HessianBlock, *rest: Any) -> Tensor:
         blocks.extend([weakref.ref(block), weakref.ref(made)])
         return rounded(made, block, *rest)
 

@@ -1,4 +1,4 @@
-"""The range of an activation: the search against NumPy, and what is foreseen of inputs that were not seen."""
+"""The clipped range search against NumPy, and its margins for unseen inputs."""
 
 import itertools
 import math
@@ -100,7 +100,7 @@ def test_blur_falls_with_the_samples() -> None:
 def test_never_much_worse_than_minmax_in_truth(seed: int, kind: str, dtype: torch.dtype, samples: int) -> None:
     """Bins that deceive: the error of the values themselves (not of their bins) may be 10 % above min-max at most.
 
-    Room for what is unseen costs more on what is seen, but no more than the range may grow: by a quarter.
+    Margins for unseen inputs increase the error on observed ones by at most the growth of the range, a quarter.
     """
     seen, energy = observation(rows_of(seed, kind), samples=samples), torch.linspace(0.5, 4, 8)
     low, high = limits(seen)
@@ -123,7 +123,7 @@ def drawn(generator: torch.Generator, kind: str, samples: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(("samples", "gain"), [(1, 3.0), (4, 2.0), (16, 0.0)])
 def test_room_for_what_is_unseen(samples: int, gain: float) -> None:
-    """Ranges that fit calibration too tightly: on 100 further samples the error must not be larger than without room.
+    """Catches ranges that overfit: on 100 further samples the error must not be larger than without margins.
 
     The mean over four kinds of values, three draws of each, in dB; it falls with the samples, as then more was seen.
     """
@@ -141,7 +141,7 @@ def test_room_for_what_is_unseen(samples: int, gain: float) -> None:
 
 
 def test_clipping_where_it_pays() -> None:
-    """A histogram method that never clips: 200 000 values within 1 and two of 1.5 are worth more than 1 dB."""
+    """Catches a method that never clips: 200 000 values within 1 and two of 1.5 cost more than 1 dB."""
     rows = torch.rand(25000, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     rows[5, 3], rows[7, 1] = 1.5, -1.5
     seen, energy = observation(rows), torch.ones(8)
@@ -152,7 +152,7 @@ def test_clipping_where_it_pays() -> None:
 
 
 def test_rare_modality_is_not_clipped_away() -> None:
-    """Two text rows of +-40 beside 1000 picture rows of +-1: papers report a loss of 40 points from clipping such."""
+    """Catches clipping of rare text values: two text rows of +-40 among 1000 image rows of +-1."""
     image = torch.rand(1000, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     text = torch.tensor([[40.0], [-40.0]]).repeat(1, 8) * torch.linspace(0.9, 1, 8)
     low, high = search_clipped_range(observation(text, image), torch.ones(8), -40.0, 40.0, torch.bfloat16)
@@ -163,7 +163,7 @@ def test_rare_modality_is_not_clipped_away() -> None:
 
 
 def test_columns_that_do_not_matter_are_clipped() -> None:
-    """An error of the input instead of the output: a column that meets zero weights decides the range no more."""
+    """Catches a search that minimizes the input's error: a column with zero weights must not affect the range."""
     rows = torch.rand(500, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     rows[:, 2] *= 20
     seen, energy = observation(rows), torch.ones(8)

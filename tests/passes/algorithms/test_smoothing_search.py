@@ -47,7 +47,7 @@ def test_per_channel_takes_the_largest_column() -> None:
 
 @SCHEMES
 def test_edges_against_hooks(scheme: Scheme) -> None:
-    """A peak of one sample, one side or one consumer only; the wrong noise: all by hand from the inputs."""
+    """Catches a peak of one sample, sign or consumer only, and wrong scheme noise, against sums by hand."""
     stage = observed(decoder(outliers=True), scheme)
     assert update_edges(stage) is True and update_edges(stage) is False
     found = {task.edge.producer: task for task in smoothing_tasks(stage, "a test")}
@@ -108,7 +108,7 @@ def test_balance_leaves_the_least_noise(fed: list[int]) -> None:
 
 
 def task_of(rows: Tensor, weight: Tensor, channel: Tensor, channels: int) -> SmoothingTask:
-    """An edge with one group, of rows float32 [T, K] that count the same."""
+    """A task with one consumer group of equally weighted rows float32 [T, K]."""
     share = torch.full((len(rows),), 1 / len(rows), dtype=torch.float64)
     group = ConsumerGroup(channel, rows.amin(0), rows.amax(0), rows.square().mean(0), rows, share, weight)
     edge = Edge("norm", torch.ones(channels, dtype=torch.bool), {"group": channel})
@@ -116,7 +116,7 @@ def task_of(rows: Tensor, weight: Tensor, channel: Tensor, channels: int) -> Smo
 
 
 def test_foreseen_rounding_reaches_every_reader() -> None:
-    """A search that is told of clipping and of better weights, and judges by plain rounding."""
+    """Catches a search that ignores its preview of clipping and weight rounding."""
     stage = observed(decoder())
     update_edges(stage)
     for task in smoothing_tasks(stage, "a test", QuantizationPreview(clip=True, weights="gptq")):
@@ -153,14 +153,14 @@ def test_undecided_consumers_are_searched_and_float_ones_are_not() -> None:
     stage = through(decoder(), InsertObservers())
     update_edges(stage)
     assert [task.edge.producer for task in smoothing_tasks(stage, "a test")] == PRODUCERS
-    through(stage, AssignPrecision())  # the seed keeps down_proj in float
+    through(stage, AssignPrecision())  # down_proj stays float in the reference
     assert [task.edge.producer for task in smoothing_tasks(stage, "a test")] == PRODUCERS[:3]
     assert [len(quantized_consumers(stage, edge)) for edge in stage.edges or ()] == [3, 1, 2, 0]
 
 
 @BOTH
 def test_nothing_observed(smooth: Pass) -> None:
-    """A pipeline without observers: a sentence that names the pass that asked, not an empty stack."""
+    """Catches a pipeline without observers that fails without naming the pass."""
     with pytest.raises(UserError, match=f"{smooth.name} needs observations"):
         smooth.run(through(decoder(), EVERY_LINEAR))
 

@@ -114,7 +114,7 @@ def test_expected_error_of_groups_by_hand() -> None:
 
 
 def clipping_reader(kind: str, rows: int, seed: int = 0) -> ConsumerGroup:
-    """A static scheme that clips: x [rows, 24] has rare values, or a channel that is always large, of one or both signs."""
+    """A static scheme that clips: x [rows, 24] has rare values, or a channel that is always large."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, INPUTS, generator=generator)
     if kind == "rare":

@@ -74,7 +74,7 @@ def test_a_dump_that_does_not_fit(error: Exception, tmp_path: Path, monkeypatch:
     def write(stage: Stage, path: Path, state: object) -> None:
         raise error
 
-    monkeypatch.setattr(dumps, "_writer", lambda name: write)
+    monkeypatch.setattr("pkgutil.resolve_name", lambda name: write)
     stage = StageSnapshot("a.0", "vision", torch.bfloat16, vlqc.parse_stage(TEXT).graph)
     with pytest.raises(UserError, match="No space left"):
         dumps.Dumper(tmp_path, formats=["bundle"]).traced(stage)

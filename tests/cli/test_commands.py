@@ -13,7 +13,8 @@ from click.testing import CliRunner
 
 from vlqc.cli.commands import app
 from vlqc.errors import Fault, InternalError, UserError
-from vlqc.options.options import PANELS, Options
+from vlqc.options.fields import PANELS
+from vlqc.options.options import Options
 from vlqc.reporting.progress import Progress
 from vlqc.reporting.summary import Result
 

@@ -12,7 +12,8 @@ import pytest
 
 import vlqc
 from tools.docs import options as options_page
-from vlqc.options.options import Options, option_info
+from vlqc.options.fields import option_info
+from vlqc.options.options import Options
 from vlqc.options.recipe import read_recipe
 from vlqc.pipeline.registry import REGISTRY
 from vlqc.reporting.plan import plan_compilation

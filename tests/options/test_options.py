@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from tests.support.option_cases import W4A8, faults_of, two_folders
 from vlqc.errors import UserError
-from vlqc.options.options import PANELS, Options, option_info
+from vlqc.options.fields import PANELS, option_info
+from vlqc.options.options import Options
 from vlqc.targets.schemes import Scheme
 
 # The parameters of the original script, whose command lines must work unchanged.

@@ -8,11 +8,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from vlqc.cli.commands import app
-from vlqc.options.options import PANELS, Options
+from vlqc.options.fields import PANELS
+from vlqc.options.options import Options
 
 HEAD = """# Options
 
-*Printed by `python -m tools.docs.options` from the options table `vlqc/options/options.py`; do not edit.*
+*Printed by `python -m tools.docs.options` from the options table `vlqc/options/fields.py`; do not edit.*
 
 In the name of an option, underscore and dash are the same: `--model_path`, `--model-path`. Boolean options take
 `True` or `False` (also `true`, `false`, `1`, `0`, `yes`, `no`); flags take no value. Options that take a GLOB can be

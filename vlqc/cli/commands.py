@@ -23,7 +23,8 @@ from vlqc.cli.parameters import (
 )
 from vlqc.errors import Fault, UserError
 from vlqc.frontend.distributed import current_process_group
-from vlqc.options.options import DEBUGGING, RUNNING, Options
+from vlqc.options.fields import DEBUGGING, RUNNING
+from vlqc.options.options import Options
 
 COMPARISON = "Comparison with the float checkpoint"
 

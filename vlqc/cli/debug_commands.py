@@ -10,7 +10,8 @@ from vlqc.cli.output import FAILED, CommandOutput, check_output_file, print_line
 from vlqc.cli.parameters import PATH, Command, complete_list, complete_pass, option, output_options
 from vlqc.errors import Fault, UserError
 from vlqc.formatting import pluralize
-from vlqc.options.options import DUMP_FORMATS, Options
+from vlqc.options.fields import DUMP_FORMATS
+from vlqc.options.options import Options
 
 
 def compile_until(stop_after: str, output: CommandOutput, options: dict[str, Any]) -> None:

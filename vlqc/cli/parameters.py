@@ -10,7 +10,8 @@ import click
 from click.core import ParameterSource
 
 from vlqc.cli.output import CommandOutput, check_output_file, run_and_exit
-from vlqc.options.options import PANELS, OptionInfo, Options, option_info
+from vlqc.options.fields import PANELS, OptionInfo, option_info
+from vlqc.options.options import Options
 from vlqc.pipeline.registry import REGISTRY, plugin_passes
 from vlqc.targets.target import NAMES
 

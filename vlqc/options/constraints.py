@@ -10,17 +10,14 @@ The flags of the original script select these schemes; other combinations are er
 """
 
 from collections.abc import Callable, Iterator, Set
-from typing import TYPE_CHECKING
 
 from vlqc.errors import Fault
+from vlqc.options.fields import OptionFields
 from vlqc.targets.mindie import MINDIE
 from vlqc.targets.target import BOTH
 
-if TYPE_CHECKING:
-    from vlqc.options.options import Options
 
-
-def combination_faults(options: "Options", illegal: Set[str] = frozenset()) -> list[Fault]:
+def combination_faults(options: OptionFields, illegal: Set[str] = frozenset()) -> list[Fault]:
     """Every invalid combination, each with the flags to change.
 
     illegal: options with an illegal value. Rules that depend on them are skipped, because they would report the same
@@ -29,7 +26,7 @@ def combination_faults(options: "Options", illegal: Set[str] = frozenset()) -> l
     return [fault for names, rule in RULES if not names & illegal for fault in rule(options)]
 
 
-def _scheme(options: "Options") -> Iterator[Fault]:
+def _scheme(options: OptionFields) -> Iterator[Fault]:
     if options.w_bit == 4:
         required = {
             "--is_dynamic True": options.is_dynamic,
@@ -48,7 +45,7 @@ def _scheme(options: "Options") -> Iterator[Fault]:
         yield Fault("--is_lowbit True", why=why, fix=fix)
 
 
-def _group(options: "Options") -> Iterator[Fault]:
+def _group(options: OptionFields) -> Iterator[Fault]:
     flag = "--mindie_format" if options.mindie_format else f"--target {options.target}"
     sizes = options.layout.group_sizes
     if options.w_bit == 4 and sizes and options.group_size not in sizes:
@@ -56,27 +53,27 @@ def _group(options: "Options") -> Iterator[Fault]:
         yield Fault(f"--group_size {options.group_size} with {flag}", why=why, fix=f"use --group_size {max(sizes)}")
 
 
-def _one_layout(options: "Options") -> Iterator[Fault]:
+def _one_layout(options: OptionFields) -> Iterator[Fault]:
     if options.mindie_format and options.target is not None and options.layout is not MINDIE:
         what = f"--mindie_format with --target {options.target}"
         why = "only MindIE loads the layout of --mindie_format"
         yield Fault(what, why=why, fix="remove --mindie_format or --target")
 
 
-def _both(options: "Options") -> Iterator[Fault]:
+def _both(options: OptionFields) -> Iterator[Fault]:
     if options.target == BOTH and not _static(options):
         why = "a folder that both engines load is possible for static W8A8 only"
         fix = "use --target vllm-ascend, or --w_bit 8 --is_dynamic False"
         yield Fault("--target both", why=why, fix=fix)
 
 
-def _alpha(options: "Options") -> Iterator[Fault]:
+def _alpha(options: OptionFields) -> Iterator[Fault]:
     if options.anti_alpha is not None and options.anti_method != "m4":
         what = f"--anti_alpha {options.anti_alpha:g} with --anti_method {options.anti_method}"
         yield Fault(what, why="only m4 uses it", fix="remove --anti_alpha, or use --anti_method m4")
 
 
-def _shift(options: "Options") -> Iterator[Fault]:
+def _shift(options: OptionFields) -> Iterator[Fault]:
     if not options.shift:
         return
     if options.target == BOTH:
@@ -91,14 +88,14 @@ def _shift(options: "Options") -> Iterator[Fault]:
         yield Fault("--shift with --anti_method none", why=why, fix="remove --shift, or use --anti_method m2")
 
 
-def _scope(options: "Options") -> Iterator[Fault]:
+def _scope(options: OptionFields) -> Iterator[Fault]:
     if options.w4a8_scope != "engine" and options.w_bit != 4:
         what = f"--w4a8_scope {options.w4a8_scope} with --w_bit {options.w_bit}"
         fix = "remove --w4a8_scope, or use --w_bit 4 --is_dynamic True --is_lowbit True --open_outlier False"
         yield Fault(what, why="it selects the layers with 4-bit weights", fix=fix)
 
 
-def _fallback(options: "Options") -> Iterator[Fault]:
+def _fallback(options: OptionFields) -> Iterator[Fault]:
     """--fallback auto needs exactly one goal, and other values of --fallback have none."""
     goals = {
         f"--min_sqnr {options.min_sqnr or 0:g}": options.min_sqnr is not None,
@@ -114,7 +111,7 @@ def _fallback(options: "Options") -> Iterator[Fault]:
         yield Fault(what, why="only --fallback auto has a goal", fix="add --fallback auto")
 
 
-def _strict(options: "Options") -> Iterator[Fault]:
+def _strict(options: OptionFields) -> Iterator[Fault]:
     """Incompatibilities of the scheme itself. --exclude may avoid them, so with it the plan of the layers decides."""
     if not options.strict_target or options.exclude:
         return
@@ -125,19 +122,19 @@ def _strict(options: "Options") -> Iterator[Fault]:
         yield Fault(f"--strict_target with {options.scheme} for {options.engine_target}", why=sentence, fix=fix)
 
 
-def _resume(options: "Options") -> Iterator[Fault]:
+def _resume(options: OptionFields) -> Iterator[Fault]:
     if options.resume and options.start_over:
         why = "one resumes the interrupted run, the other deletes it"
         yield Fault("--resume with --start_over", why=why, fix="remove one of them")
 
 
-def _layers(options: "Options") -> Iterator[Fault]:
+def _layers(options: OptionFields) -> Iterator[Fault]:
     for pattern in sorted(set(options.exclude) & set(options.include)):
         what = f"--exclude {pattern} with --include {pattern}"
         yield Fault(what, why="they contradict each other", fix="remove --exclude or --include")
 
 
-def _dumps(options: "Options") -> Iterator[Fault]:
+def _dumps(options: OptionFields) -> Iterator[Fault]:
     """Options of dumps without a dump."""
     if options.dump_ir is None and options.dump_formats != "text":
         yield Fault(f"--dump_formats {options.dump_formats}", why="nothing is dumped", fix="add --dump_ir FOLDER")
@@ -149,7 +146,7 @@ def _dumps(options: "Options") -> Iterator[Fault]:
 
 # The options that a rule depends on, and the rule.
 SCHEME = frozenset({"w_bit", "is_dynamic", "is_lowbit", "open_outlier", "act_method"})
-RULES: tuple[tuple[frozenset[str], Callable[["Options"], Iterator[Fault]]], ...] = (
+RULES: tuple[tuple[frozenset[str], Callable[[OptionFields], Iterator[Fault]]], ...] = (
     (SCHEME, _scheme),
     (frozenset({"w_bit", "group_size", "mindie_format", "target"}), _group),
     (frozenset({"mindie_format", "target"}), _one_layout),
@@ -165,5 +162,5 @@ RULES: tuple[tuple[frozenset[str], Callable[["Options"], Iterator[Fault]]], ...]
 )
 
 
-def _static(options: "Options") -> bool:
+def _static(options: OptionFields) -> bool:
     return options.w_bit == 8 and not options.is_dynamic

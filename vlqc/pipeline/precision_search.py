@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from vlqc.families.qwen2_5_vl import model_part
-from vlqc.options.options import flag_of
+from vlqc.options.fields import flag_of
 from vlqc.targets.rules import group_faults
 from vlqc.targets.schemes import Scheme
 from vlqc.targets.target import Target

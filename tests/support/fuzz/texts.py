@@ -13,7 +13,8 @@ from tests.support.fuzz.damage import damaged_text, values
 from tests.support.fuzz.verdict import demand
 from vlqc.ir.parser import parse_stage
 from vlqc.ir.printer import print_stage
-from vlqc.options.options import Options, option_info
+from vlqc.options.fields import option_info
+from vlqc.options.options import Options
 from vlqc.options.recipe import read_recipe
 from vlqc.pipeline.presets import pipeline_text
 from vlqc.pipeline.registry import REGISTRY, load_pass, parse_pipeline, print_pipeline

@@ -21,7 +21,8 @@ from vlqc.files import sha256_of
 from vlqc.frontend.checkpoint.checkpoint import tensor_sha256
 from vlqc.frontend.checkpoint.header import read_header_bytes
 from vlqc.frontend.streamed_model import StreamedModel
-from vlqc.options.options import Options, flag_of
+from vlqc.options.fields import flag_of
+from vlqc.options.options import Options
 
 Fingerprint = dict[str, str]
 HASH_DIGITS = 16  # hexadecimal digits

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlqc.options.options import Options, flag_of, option_info
+from vlqc.options.fields import flag_of, option_info
+from vlqc.options.options import Options
 
 PLACEHOLDERS = {"model_path": "MODEL_PATH", "calib_images": "IMAGES", "save_directory": "SAVE_DIRECTORY"}
 # Options that do not change the output.

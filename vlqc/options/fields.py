@@ -1,0 +1,406 @@
+"""The options of `vlqc compile`: names, types, defaults, legal values and help texts.
+
+The command line, the documentation and recipes are generated from this table. The module imports neither torch nor
+transformers, so that `vlqc --help` is fast.
+"""
+
+import functools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from vlqc.errors import UserError
+from vlqc.formatting import did_you_mean
+from vlqc.targets.engine import Engine
+from vlqc.targets.mindie import MINDIE
+from vlqc.targets.target import BOTH, parse_target
+from vlqc.targets.vllm_ascend import VLLM_ASCEND
+
+if TYPE_CHECKING:
+    from vlqc.targets.schemes import Scheme
+
+DATA, SCHEME, LAYERS, OUTPUT, RUNNING, DEBUGGING = PANELS = (
+    "Model and calibration data",
+    "Quantization",
+    "Layer selection",
+    "Output and engine",
+    "Execution",
+    "Debugging",
+)
+DUMP_FORMATS = ("text", "json", "onnx", "bundle")
+LARGEST_INTEGER = 10**18 - 1
+# Layer names contain none of these characters, and the pipeline syntax uses them as separators.
+NOT_IN_A_GLOB = re.compile(r"[\s,;{}]")
+
+
+class InvalidValue(ValueError):
+    """An illegal option value, with a reason and a suggestion."""
+
+    def __init__(self, why: str, fix: str = "") -> None:
+        self.why, self.fix = why, fix
+        super().__init__(why)
+
+
+def _integer(value: Any) -> Any:
+    """Decimal text -> int. Python's own conversion would also accept "1_0", 8.5 and True."""
+    if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d{1,18}\s*", value):
+        return int(value)
+    if type(value) is not int:
+        raise ValueError("not an integer")
+    return value
+
+
+def _number(value: Any) -> Any:
+    return float(value) if isinstance(value, str) else value
+
+
+def _path(value: Any) -> Path:
+    if not isinstance(value, str | Path) or not str(value).strip() or "\0" in str(value):
+        raise InvalidValue("not a path")
+    try:
+        return Path(value).expanduser()
+    except RuntimeError as error:
+        raise InvalidValue(f"the home folder in this path is unknown: {error}") from error
+
+
+def _none_word(value: Any) -> Any:
+    return None if isinstance(value, str) and value.lower() == "none" else value
+
+
+def _target(value: str) -> str:
+    """The normal form of a target: `MindIE@2.2` -> mindie@2.2."""
+    try:
+        return str(parse_target(value))
+    except UserError as error:
+        raise InvalidValue(error.faults[0].why, error.faults[0].fix) from error
+
+
+def _glob(pattern: str) -> str:
+    if not pattern or NOT_IN_A_GLOB.search(pattern):
+        fix = "give one pattern per option, for example 'visual.blocks.*.attn.proj' or '*.o_proj'"
+        raise InvalidValue(f"{pattern!r} is not a glob pattern of names", fix)
+    return pattern
+
+
+def _as_tuple(value: Any) -> Any:
+    return () if value is None else (value,) if isinstance(value, str) else value
+
+
+def _without_duplicates(patterns: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(patterns))
+
+
+def _formats(value: str) -> str:
+    """Formats separated by commas, without duplicates, in the order of the text."""
+    formats = list(dict.fromkeys(word.strip().lower() for word in value.split(",") if word.strip()))
+    for word in formats or [""]:
+        if word not in DUMP_FORMATS:
+            raise InvalidValue(f"unknown format {word!r}", did_you_mean(word, DUMP_FORMATS))
+    return ",".join(formats)
+
+
+def _fallback(value: Any) -> Any:
+    return "reference" if value == "seed" else value  # the name in earlier versions
+
+
+Integer = BeforeValidator(_integer)
+Number = BeforeValidator(_number)
+Bits = Annotated[Literal[4, 8], Integer]
+Count = Annotated[int, Field(ge=0, le=LARGEST_INTEGER), Integer]
+PositiveCount = Annotated[int, Field(ge=1, le=LARGEST_INTEGER), Integer]
+Fraction = Annotated[float, Field(ge=0, le=1, strict=True, allow_inf_nan=False), Number]
+Decibels = Annotated[float, Field(ge=0, le=100, strict=True, allow_inf_nan=False), Number]
+Gibibytes = Annotated[float, Field(ge=0, le=100_000, strict=True, allow_inf_nan=False), Number]
+OptionPath = Annotated[Path, BeforeValidator(_path)]
+Glob = Annotated[str, AfterValidator(_glob)]
+Globs = Annotated[tuple[Glob, ...], BeforeValidator(_as_tuple), AfterValidator(_without_duplicates)]
+NoneWord = BeforeValidator(_none_word)  # "None" on a command line and in a recipe
+
+
+def _option(default: Any, panel: str, description: str, **cli: Any) -> Any:
+    """A field of `Options`. cli: what its `OptionInfo` cannot derive from its type."""
+    return Field(default, description=description, json_schema_extra={"panel": panel, **cli})
+
+
+class OptionFields(BaseModel):
+    """Every option with its type, default, panel and help text. `options.Options` adds how they are checked."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    # The fifteen options of the original script: names, defaults and values must not change.
+    model_path: OptionPath = _option(
+        ..., DATA, "Folder of the float checkpoint: config.json, safetensors weights, tokenizer files."
+    )
+    calib_images: OptionPath = _option(
+        Path("../calibImages"),
+        DATA,
+        "Calibration data: a folder of images, one image, or a .jsonl file with image paths and prompts. At least 30 "
+        "varied images are recommended.",
+    )
+    save_directory: OptionPath = _option(
+        ..., OUTPUT, "Output folder of the quantized checkpoint. Written only if the compilation succeeds."
+    )
+    part_file_size: Annotated[PositiveCount | None, NoneWord] = _option(
+        None, OUTPUT, "Maximum size of one weight file, in GiB. None writes a single file."
+    )
+    w_bit: Bits = _option(8, SCHEME, "Number of bits per weight.")
+    a_bit: Annotated[Literal[8], Integer] = _option(8, SCHEME, "Number of bits per activation.")
+    device_type: Literal["cpu", "npu", "cuda"] = _option(
+        "cpu", RUNNING, "Device of the forward passes and the quantization arithmetic."
+    )
+    trust_remote_code: bool = _option(False, DATA, "Allow model code from the checkpoint folder to run.")
+    anti_method: Literal["m2", "m4", "none"] = _option(
+        "m2",
+        SCHEME,
+        "Outlier suppression by smoothing scales: m2 searches the scales, m4 computes them in closed form "
+        "(SmoothQuant), none disables smoothing.",
+    )
+    act_method: Annotated[Literal[1, 2, 3], Integer] = _option(
+        2,
+        SCHEME,
+        "Range of static activations: 1 uses the minimum and maximum, 2 a histogram search, 3 whichever of the two has "
+        "the smaller error in each group of layers.",
+    )
+    open_outlier: bool = _option(
+        True, SCHEME, "Split weight outliers. Must be False with --is_lowbit True and has no effect otherwise."
+    )
+    is_dynamic: bool = _option(
+        False, SCHEME, "Quantize activations per token at run time instead of with static scales."
+    )
+    is_lowbit: bool = _option(False, SCHEME, "Use the low-bit algorithm, which 4-bit weights require.")
+    group_size: Annotated[Literal[64, 128, 256, 512], Integer] = _option(
+        64, SCHEME, "Number of consecutive 4-bit weights in a row that share one scale."
+    )
+    mindie_format: bool = _option(
+        False, OUTPUT, "Write the folder layout of MindIE instead of that of vLLM Ascend.", is_flag=True
+    )
+
+    # Options that the original script does not have.
+    target: Annotated[Annotated[str, AfterValidator(_target)] | None, NoneWord] = _option(
+        None,
+        OUTPUT,
+        "Engine that loads the checkpoint: vllm-ascend, mindie or both; a version may follow, as in vllm-ascend@0.18 "
+        "or mindie@2.2. None selects both for static W8A8 and vllm-ascend for other schemes.",
+        metavar="ENGINE",
+        legal="vllm-ascend, mindie or both, or one engine with @version",
+    )
+    strict_target: bool = _option(
+        False, OUTPUT, "Raise an error instead of a warning if no version of the target loads a layer.", is_flag=True
+    )
+    anti_alpha: Annotated[Fraction | None, NoneWord] = _option(
+        None,
+        SCHEME,
+        "Migration strength (SmoothQuant's alpha) of --anti_method m4: 0 leaves outliers in the activations, 1 moves "
+        "them into the weights. None selects the value per edge.",
+    )
+    shift: bool = _option(
+        False,
+        SCHEME,
+        "Also shift the range of each channel so that it is centered at zero, where the engine runs a norm with a "
+        "bias.",
+        is_flag=True,
+    )
+    modality_balance: bool = _option(
+        True,
+        SCHEME,
+        "Weight the errors of text tokens and of image tokens equally, regardless of their numbers. False weights "
+        "every token equally.",
+    )
+    weight_method: Literal["auto", "round", "clip", "gptq"] = _option(
+        "auto",
+        SCHEME,
+        "Rounding of weights: round rounds to nearest; clip also searches the clipping range of each row or group; "
+        "gptq compensates the error of each column in the columns after it. auto selects gptq.",
+    )
+    propagate: Literal["float", "quantized"] = _option(
+        "float",
+        SCHEME,
+        "Inputs on which later stages are calibrated: the outputs of the float stages, or those of the "
+        "quantized stages at the cost of a second forward pass per stage.",
+    )
+    fallback: Annotated[Literal["reference", "none", "auto"], BeforeValidator(_fallback)] = _option(
+        "reference",
+        LAYERS,
+        "Layers that stay in float: reference keeps those that the original script excludes (seed is another name for "
+        "it); none keeps only those that the engine cannot load quantized; auto keeps the cheapest set of groups that "
+        "satisfies --min_sqnr or --max_float_groups.",
+    )
+    min_sqnr: Annotated[Decibels | None, NoneWord] = _option(
+        None,
+        LAYERS,
+        "Minimum signal-to-quantization-noise ratio, in dB, that --fallback auto must reach over all quantized groups.",
+    )
+    max_float_groups: Annotated[Count | None, NoneWord] = _option(
+        None,
+        LAYERS,
+        "Maximum number of groups that --fallback auto keeps in float, those with the largest error first. Groups that "
+        "the engine or --exclude keeps in float do not count.",
+    )
+    exclude: Globs = _option(
+        (), LAYERS, "Keep these layers in float: a glob pattern of layer names. May be repeated.", metavar="GLOB"
+    )
+    include: Globs = _option(
+        (),
+        LAYERS,
+        "Quantize these layers although --fallback reference keeps them in float: a glob pattern of layer names. May "
+        "be repeated.",
+        metavar="GLOB",
+    )
+    w4a8_scope: Literal["engine", "all"] = _option(
+        "engine",
+        LAYERS,
+        "Layers with 4-bit weights: engine selects those that the engine supports; all selects every quantized layer, "
+        "like the original script.",
+    )
+    max_samples: Annotated[PositiveCount | None, NoneWord] = _option(
+        None, DATA, "Maximum number of calibration samples, selected at random with --seed. None uses all of them."
+    )
+    memory_budget: Annotated[Gibibytes | None, NoneWord] = _option(
+        None,
+        RUNNING,
+        "Maximum size, in GiB, of the activations that are kept in memory between stages. The rest is offloaded to the "
+        "disk of the save folder. None keeps all of them in memory.",
+    )
+    seed: Count = _option(0, DATA, "Seed of the random numbers that select the samples of --max_samples.")
+    max_tokens: Annotated[PositiveCount | None, NoneWord] = _option(
+        None, DATA, "Maximum number of tokens per sample. Images are resized until it fits; nothing is truncated."
+    )
+    overwrite: bool = _option(
+        False, OUTPUT, "Replace a save folder that is not empty, and earlier dumps.", is_flag=True
+    )
+    resume: bool = _option(
+        False,
+        RUNNING,
+        "Resume an interrupted run of the same command from the work folder that it left beside the save folder. "
+        "Starts from the beginning if there is none.",
+        is_flag=True,
+    )
+    start_over: bool = _option(
+        False, RUNNING, "Delete the work folder of an interrupted run and start from the beginning.", is_flag=True
+    )
+    skip_bad_images: bool = _option(
+        False, DATA, "Skip images that cannot be read instead of raising an error.", is_flag=True
+    )
+    dump_ir: Annotated[OptionPath | None, NoneWord] = _option(
+        None, DEBUGGING, "Folder to which every stage is dumped, as traced and after each pass."
+    )
+    dump_stages: Globs = _option(
+        (),
+        DEBUGGING,
+        "Dump and print only these stages: a glob pattern such as 'model.layers.1*'. May be repeated.",
+        metavar="GLOB",
+    )
+    dump_formats: Annotated[str, AfterValidator(_formats)] = _option(
+        "text",
+        DEBUGGING,
+        "Formats of --dump_ir, separated by commas: text, json, onnx (for Netron), bundle (the input of "
+        "`vlqc run-pass`).",
+        metavar="|".join(DUMP_FORMATS),
+        choices=list(DUMP_FORMATS),
+        comma_separated=True,
+    )
+    print_after: Annotated[str | None, NoneWord] = _option(
+        None, DEBUGGING, "Print the text of every stage to stderr after this pass.", metavar="PASS"
+    )
+    timings: Annotated[OptionPath | None, NoneWord] = _option(
+        None, DEBUGGING, "File for the time and memory of each pass, which `vlqc report --timings` displays."
+    )
+    pipeline: Annotated[str | None, NoneWord] = _option(
+        None, DEBUGGING, "Passes to run instead of those that the other options select. `vlqc passes` lists them."
+    )
+
+    @property
+    def scheme(self) -> "Scheme":
+        """The quantization scheme that w_bit and is_dynamic select."""
+        from vlqc.targets.schemes import Scheme
+
+        if self.w_bit == 4:
+            return Scheme.W4A8_DYNAMIC
+        return Scheme.W8A8_DYNAMIC if self.is_dynamic else Scheme.W8A8
+
+    @property
+    def layout(self) -> Engine:
+        """The engine in whose layout the folder is written: the first of the target."""
+        return parse_target(self.engine_target).engines[0]
+
+    @property
+    def engine_target(self) -> str:
+        """`target`, or its default: "vllm-ascend", "mindie" or "both", followed by "@version" if one is set."""
+        if self.target is not None:
+            return self.target
+        if self.mindie_format:
+            return MINDIE.name
+        return BOTH if self.w_bit == 8 and not self.is_dynamic and not self.shift else VLLM_ASCEND.name
+
+
+@dataclass(frozen=True)
+class OptionInfo:
+    """How an option appears on the command line and in the documentation.
+
+    legal: its legal values in words; choices: its legal values, if it is a choice between words or numbers;
+    is_flag: whether it takes no value; multiple: whether it may be repeated.
+    """
+
+    flag: str
+    panel: str
+    help: str
+    metavar: str
+    legal: str
+    choices: tuple[str, ...]
+    is_flag: bool
+    multiple: bool
+    comma_separated: bool
+
+
+def flag_of(name: str) -> str:
+    return f"--{name}"
+
+
+@functools.cache
+def option_info(name: str) -> OptionInfo:
+    """Describes the option of this name."""
+    schema = _schemas()[name]
+    kind = next((each for each in schema.get("anyOf", ()) if each["type"] != "null"), schema)
+    values = [kind["const"]] if "const" in kind else kind.get("enum", schema.get("choices", []))
+    choices = tuple(map(str, values))
+    return OptionInfo(
+        flag=flag_of(name),
+        panel=schema["panel"],
+        help=schema["description"],
+        metavar=schema.get("metavar") or "|".join(choices) or _metavar(kind),
+        legal=schema.get("legal") or _legal_values(kind, choices),
+        choices=choices,
+        is_flag=schema.get("is_flag", False),
+        multiple=kind["type"] == "array",
+        comma_separated=schema.get("comma_separated", False),
+    )
+
+
+@functools.cache
+def _schemas() -> dict[str, Any]:
+    """JSON schema of every option."""
+    return cast(dict[str, Any], OptionFields.model_json_schema()["properties"])
+
+
+def _metavar(schema: Mapping[str, Any]) -> str:
+    if schema.get("format") == "path":
+        return "PATH"
+    return {"boolean": "True|False", "integer": "NUMBER", "number": "NUMBER"}.get(schema["type"], "TEXT")
+
+
+def _legal_values(schema: Mapping[str, Any], choices: tuple[str, ...]) -> str:
+    if choices:
+        return choices[0] if len(choices) == 1 else f"{', '.join(choices[:-1])} or {choices[-1]}"
+    if schema["type"] == "integer":
+        return f"an integer >= {schema['minimum']}"
+    if schema["type"] == "number":
+        return f"a number from {schema['minimum']:g} to {schema['maximum']:g}"
+    if schema["type"] == "array":
+        return "glob patterns"
+    if schema.get("format") == "path":
+        return "a path"
+    return {"boolean": "True or False"}.get(schema["type"], "text")

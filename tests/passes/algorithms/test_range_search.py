@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.support.numpy_ranges import DTYPES, FIVE, MANY, limits, numpy_search, observation, rows_of, true_error
@@ -90,6 +90,7 @@ def test_blur_falls_with_the_samples() -> None:
     assert widths == [1.25, 1.15, 1.0] and UNSEEN_DEVIATION == 0.25
 
 
+@example(seed=88, kind="normal", dtype=torch.bfloat16, samples=1)
 @settings(deadline=None, max_examples=12)
 @given(
     seed=st.integers(0, 10**6),
@@ -100,12 +101,13 @@ def test_blur_falls_with_the_samples() -> None:
 def test_never_much_worse_than_minmax_in_truth(seed: int, kind: str, dtype: torch.dtype, samples: int) -> None:
     """Bins that deceive: the error of the values themselves (not of their bins) may be 10 % above min-max at most.
 
-    Margins for unseen inputs increase the error on observed ones by at most the growth of the range, a quarter.
+    Margins for unseen inputs increase the error on observed ones by at most the growth of the range, a quarter. The
+    scale is rounded to the emitted dtype, by up to half an eps, upwards for one range and downwards for the other.
     """
     seen, energy = observation(rows_of(seed, kind), samples=samples), torch.linspace(0.5, 4, 8)
     low, high = limits(seen)
     found = true_error(seen, energy, *search_clipped_range(seen, energy, low, high, dtype), dtype)
-    allowed = 1.1 if samples == MANY else 1.1 * 1.25**2
+    allowed = (1.1 if samples == MANY else 1.1 * 1.25**2) * (1 + torch.finfo(dtype).eps) ** 2
     assert found <= allowed * true_error(seen, energy, low, high, dtype)
 
 

@@ -1,14 +1,17 @@
 """The digests by which changed tensors are noticed, and the small computations of the IR's types."""
 
+from operator import attrgetter
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.small_stage import traced
 from vlqc.ir.execution import first_tensor
 from vlqc.ir.snapshot import WEIGHT_PARTS, summarize
-from vlqc.ir.stage import WeightQuantization, observe
+from vlqc.ir.stage import RENAMED, WeightQuantization, observe
 from vlqc.ir.tensor_digest import absmax, digest, fingerprint, fingerprints
 
 BYTES = st.binary(min_size=1, max_size=200)
@@ -138,3 +141,18 @@ def test_small_functions() -> None:
     value = torch.ones(2)
     assert observe(value) is value
     assert first_tensor(value) is first_tensor((None, value)) is first_tensor({"a": value}) is value
+
+
+def test_renamed_attributes_still_work() -> None:
+    """Catches a pass written for 0.1 that fails on attributes that have moved."""
+    stage = traced()
+    with pytest.warns(DeprecationWarning, match=r"Stage\.module"):
+        assert stage.live is stage.module
+    with pytest.warns(DeprecationWarning):
+        assert torch.equal(stage.run_probe(), stage.execution.probe_output().flatten())
+    for name in ("calls", "outputs", "probe", "world"):
+        with pytest.warns(DeprecationWarning):
+            assert getattr(stage, name) is attrgetter(RENAMED[name])(stage)
+    with pytest.warns(DeprecationWarning):
+        assert stage.run == stage.execution.forward
+    assert not hasattr(stage, "nonsense")

@@ -5,8 +5,11 @@ module with its weights, the graph recorded from it, and the results of passes. 
 `execution.StageRun`, the text form in `printer`, its contents in `snapshot`, the invariants in `verifier`.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,6 +18,17 @@ from vlqc.errors import Fault, UserError
 from vlqc.ir.execution import StageRun
 from vlqc.ir.observation import Observation
 from vlqc.targets.schemes import Scheme
+
+RENAMED = {  # attributes of Stage in 0.1 -> in 0.2; removed in the next version
+    "live": "module",
+    "run": "execution.forward",
+    "run_probe": "execution.probe_output",
+    "probe_rows": "execution.probe_output",
+    "calls": "execution.calls",
+    "outputs": "execution.outputs",
+    "probe": "execution.probe",
+    "world": "execution.process_group",
+}
 
 
 @dataclass(frozen=True)
@@ -115,6 +129,15 @@ class Stage:
     edges: tuple[Edge, ...] | None = None
     sensitivities: list[Sensitivity] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def __getattr__(self, name: str) -> Any:
+        """The attributes of `RENAMED`, with a DeprecationWarning; called only for names that do not exist."""
+        if name not in RENAMED:
+            raise AttributeError(f"'Stage' object has no attribute {name!r}")
+        warnings.warn(f"Stage.{name} is renamed to Stage.{RENAMED[name]}", DeprecationWarning, stacklevel=2)
+        if name == "run_probe":
+            return lambda: self.execution.probe_output().flatten()
+        return attrgetter(RENAMED[name])(self)
 
     def __repr__(self) -> str:
         """One line for notebooks; `print_stage` returns the whole text."""

@@ -1,4 +1,4 @@
-"""Shared by all tests: golden texts, and the flag that writes them anew."""
+"""Fixtures of all tests: the comparison with golden files, and --update-golden, which rewrites them."""
 
 import difflib
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def float32_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
-    """golden(file name, text): fails with a diff unless tests/goldens/FILE holds exactly that text."""
+    """golden(name, text) fails with a diff unless the file tests/goldens/NAME equals the text."""
 
     def compare(name: str, text: str) -> None:
         file = GOLDENS / name

@@ -1,4 +1,4 @@
-"""The rules of the house: who may import whom, what files are called, what is packaged, what the API promises."""
+"""Project rules: imports, file names, the wheel, the public API."""
 
 import ast
 import importlib
@@ -23,7 +23,7 @@ FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "base", "core
 
 
 def python_files(folder: str) -> list[Path]:
-    """All below a folder of the project, except what is reached through the two links."""
+    """Python files below a folder of the project, except those reached through the two links."""
     links = {ROOT / "vlqc" / name for name in LINKED}
     return [path for path in sorted((ROOT / folder).rglob("*.py")) if not links & set(path.parents)]
 
@@ -34,7 +34,7 @@ def module_of(path: Path) -> str:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Modules that a file imports anywhere, inside functions, too; `from a import b` gives a.b."""
+    """Modules that a file imports, also inside functions; `from a import b` yields a.b."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -51,7 +51,7 @@ def is_standard(name: str) -> bool:
     return name.partition(".")[0] in sys.stdlib_module_names
 
 
-# ---- who may import whom ---------------------------------------------------------------------------------------------
+# ---- imports --------------------------------------------------------------------------------------------------------
 
 
 NAME_PASSES = {f"vlqc/pipeline/{name}.py" for name in ("registry", "ordering", "presets")}
@@ -67,7 +67,7 @@ def test_only_the_pipeline_names_passes() -> None:
             assert not any(within(name, ("vlqc.passes",)) for name in imports(path)), path
 
 
-def test_importing_vlqc_costs_nothing() -> None:
+def test_importing_vlqc_is_lazy() -> None:
     """Catches `vlqc --help` that takes seconds because torch or transformers is loaded for it."""
     code = "import sys, vlqc; print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -87,8 +87,8 @@ def test_one_name_one_file_one_test_file(name: str) -> None:
     assert (ROOT / "tests" / "passes" / f"test_{stem}.py").is_file()
 
 
-def test_no_file_is_called_after_nothing() -> None:
-    """Catches a drawer for odds and ends: a file's name says what is in it."""
+def test_no_generic_file_names() -> None:
+    """Catches files such as utils.py, whose name does not describe their content."""
     for folder in ("vlqc", *LINKED, "tests", "tools"):
         for path in python_files(folder):
             parts = set(path.relative_to(ROOT).with_suffix("").parts)
@@ -96,8 +96,8 @@ def test_no_file_is_called_after_nothing() -> None:
 
 
 @pytest.mark.parametrize("name", LINKED)
-def test_the_links_are_links(name: str) -> None:
-    """Catches a copy of a folder where a link belongs: one of the two would be edited, the other one run."""
+def test_the_links_are_symbolic(name: str) -> None:
+    """Catches a copy of a folder in place of a symbolic link: edits of one would not change the other."""
     link = ROOT / "vlqc" / name
     assert link.is_symlink() and os.readlink(link) == f"../{name}"
     assert importlib.import_module(f"vlqc.{name}").__name__ == f"vlqc.{name}"
@@ -112,8 +112,8 @@ def test_a_second_copy_under_another_name_is_refused(name: str) -> None:
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
-def test_every_test_says_what_it_would_catch() -> None:
-    """Catches a test without a reason, and one that is skipped."""
+def test_every_test_has_a_docstring() -> None:
+    """Catches a test without a docstring, and one that is skipped."""
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         text = path.read_text(encoding="utf-8")
         for node in ast.walk(ast.parse(text)):
@@ -124,7 +124,7 @@ def test_every_test_says_what_it_would_catch() -> None:
 
 
 def project_files() -> list[Path]:
-    """What belongs to the project: what git tracks or would track."""
+    """Files of the project: those that git tracks or would track."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
         cwd=ROOT,
@@ -141,14 +141,14 @@ def project_files() -> list[Path]:
     ]
 
 
-def test_no_path_of_somebodys_machine() -> None:
-    """Catches a file that only works, or only makes sense, where it was written."""
+def test_no_absolute_path_of_a_machine() -> None:
+    """Catches a file that depends on the machine on which it was written."""
     machine = re.compile(rb"(?<![\w.>*/-])/(work|root|Users|home|tmp/w)/\w")
     files = project_files()
     assert ROOT / "vlqc" / "compiler.py" in files
     for path in files:
-        found = machine.search(path.read_bytes())
-        assert not found, f"{path}: {found.group() if found else ''}"
+        match = machine.search(path.read_bytes())
+        assert not match, f"{path}: {match.group() if match else ''}"
 
 
 # ---- the API ---------------------------------------------------------------------------------------------------------
@@ -157,13 +157,13 @@ def test_no_path_of_somebodys_machine() -> None:
 @pytest.mark.every_transformers
 @pytest.mark.parametrize("name", vlqc.__all__)
 def test_every_public_name_resolves(name: str) -> None:
-    """Catches a promised name that is not there (any more)."""
+    """Catches a public name that does not exist."""
     assert getattr(vlqc, name) is not None
     assert f"{name}" in (vlqc.__doc__ or "") or isinstance(getattr(vlqc, name), type)
 
 
 def test_renamed_names_warn() -> None:
-    """Catches an old public name that is gone at once, or that gives no warning."""
+    """Catches an old public name that was removed without a deprecation period, or gives no warning."""
     for old, new in vlqc._RENAMED.items():
         with pytest.warns(DeprecationWarning, match=new):
             assert getattr(vlqc, old) is getattr(vlqc, new)
@@ -217,27 +217,27 @@ def test_the_wheel_holds_the_tree(wheel: Path) -> None:
 
 
 def test_the_wheel_works_without_the_links(wheel: Path, tmp_path: Path) -> None:
-    """Catches passes or kernels that are found only where the links are: every module of the wheel is imported."""
+    """Catches passes or kernels that import only in a checkout with the links: imports every module of the wheel."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
         modules = [re.sub(r"(/__init__)?\.py$", "", name) for name in archive.namelist() if name.endswith(".py")]
-    wanted = [module.replace("/", ".") for module in modules if not module.endswith("__main__")]
+    expected = [module.replace("/", ".") for module in modules if not module.endswith("__main__")]
     code = (
-        f"import importlib; found = [importlib.import_module(name) for name in {wanted!r}]\n"
+        f"import importlib; modules = [importlib.import_module(name) for name in {expected!r}]\n"
         "from vlqc.pipeline.registry import REGISTRY, load_pass\n"
         "print(len([load_pass(name) for name in REGISTRY]))\n"
-        "print(*{module.__file__ for module in found}, sep='\\n')"
+        "print(*{module.__file__ for module in modules}, sep='\\n')"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     count, *files = ran.stdout.split()
     assert int(count) == len(REGISTRY)
-    assert len(files) == len(wanted) and all(file.startswith(str(tmp_path)) for file in files)
+    assert len(files) == len(expected) and all(file.startswith(str(tmp_path)) for file in files)
 
 
 def test_the_readme_is_finished() -> None:
-    """Catches placeholders, and Python examples that do not even compile."""
+    """Catches placeholders, and Python examples that do not compile."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "<!--" not in text
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)

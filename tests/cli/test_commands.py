@@ -212,10 +212,10 @@ def test_usage_errors(arguments: list[str], words: list[str]) -> None:
 def test_verify(verified: dict[str, Any], tmp_path: Path) -> None:
     """Catches a failed verification that exits with 0, and arguments that are not passed on."""
     report = tmp_path / "report.json"
-    ended = run("verify", "out", "--model-path", "float", "--calib_images", "pictures", "--json_file", str(report))
+    ended = run("verify", "out", "--model-path", "float", "--calib_images", "images", "--json_file", str(report))
     assert ended.exit_code == 0 and "the report" in ended.stdout
     assert {name: verified[name] for name in verified if name != "ok"} == {
-        "folder": Path("out"), "model_path": Path("float"), "calib_images": Path("pictures"), "engine": None,
+        "folder": Path("out"), "model_path": Path("float"), "calib_images": Path("images"), "engine": None,
         "min_sqnr": None, "trust_remote_code": False,
     }  # fmt: skip
     assert json.loads(report.read_text()) == {"ok": True}

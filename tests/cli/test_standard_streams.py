@@ -50,7 +50,7 @@ def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
         assert run(redirected, "verify", str(tmp_path / "nowhere")).returncode == 2
 
 
-def test_a_pipe_that_nobody_reads(tmp_path: Path) -> None:
+def test_a_closed_pipe(tmp_path: Path) -> None:
     """Catches an error message for `vlqc ... | head`."""
     ended = run("| true", "passes", "--json")
     assert ended.stderr == ""

@@ -48,11 +48,11 @@ def cookbook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[s
 
 def stage_of(name: str) -> Stage:
     """A stage of the tiny model with its weights, as passes get it."""
-    lived = tiny.lived()[name]
+    recorded = tiny.recorded_stages()[name]
     model = tiny.float_model()
-    module = next(it for path, it in model.module.named_modules() if path == lived.path)
+    module = next(it for path, it in model.module.named_modules() if path == recorded.path)
     model.materialize(module, model.checkpoint.tensor)
-    call = Call(0, lived.call.args, lived.call.kwargs, lived.call.modality)
+    call = Call(0, recorded.call.args, recorded.call.kwargs, recorded.call.modality)
     graph = trace(module, call, name)
 
     def canonical(target: str) -> str:

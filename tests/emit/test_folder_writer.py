@@ -10,8 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.support import small_stage as little_stage
-from tests.support import tiny
+from tests.support import small_stage, tiny
 from vlqc.emit.folder_writer import FolderWriter
 from vlqc.emit.stage_tensors import EmittedTensor, emitted_dtype, float_tensor, header_bytes, stage_tensors
 from vlqc.errors import InternalError, UserError
@@ -218,7 +217,7 @@ def test_a_value_beyond_the_emitted_dtype_is_named() -> None:
 
 def test_tensors_of_a_stage() -> None:
     """Catches a missing tensor, a float bias listed as quantized, and a name that no engine reads."""
-    stage = little_stage.decided()
+    stage = small_stage.decided()
     LowerLinears().run(stage)
     tensors = {emitted.name: emitted for emitted in stage_tensors(stage, VLLM_ASCEND, Scheme.W8A8)}
     suffixes = "weight weight_scale weight_offset input_scale input_offset quant_bias deq_scale".split()

@@ -23,7 +23,7 @@ from vlqc.targets.vllm_ascend import VLLM_ASCEND
 
 QUICK: dict[str, Any] = {"weight_method": "round", "anti_method": "none", "act_method": 1}
 FOUR_BITS = {"w_bit": 4, "is_dynamic": True, "is_lowbit": True, "open_outlier": False}
-SAMPLES = [tiny.made_up((8, 8), seed=1), tiny.made_up((8, 10), seed=2)]
+SAMPLES = [tiny.synthetic_sample((8, 8), seed=1), tiny.synthetic_sample((8, 10), seed=2)]
 pytestmark = pytest.mark.slow
 Disk = namedtuple("Disk", "total used free")
 

@@ -117,14 +117,14 @@ def test_architecture_that_cannot_be_traced(tmp_path: Path, monkeypatch: pytest.
     assert not list(tmp_path.iterdir())
 
 
-def test_pictures(tmp_path: Path) -> None:
+def test_images(tmp_path: Path) -> None:
     """Catches an empty folder or an unreadable image that is ignored, and --skip_bad_images without effect."""
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    arguments = ["--model_path", TINY, "--calib_images", pictures, "--save_directory", tmp_path / "out"]
-    refused(run(*arguments), str(pictures), "--calib_images")
-    shutil.copy(next(PHOTOS.glob("*.jpg")), pictures / "good.jpg")
-    (pictures / "bad.jpg").write_bytes(b"not a picture")
+    images = tmp_path / "images"
+    images.mkdir()
+    arguments = ["--model_path", TINY, "--calib_images", images, "--save_directory", tmp_path / "out"]
+    refused(run(*arguments), str(images), "--calib_images")
+    shutil.copy(next(PHOTOS.glob("*.jpg")), images / "good.jpg")
+    (images / "bad.jpg").write_bytes(b"not an image")
     refused(run(*arguments), "bad.jpg", "--skip_bad_images")
     assert not (tmp_path / "out").exists()
     done = run(*arguments, "--skip_bad_images")

@@ -23,7 +23,7 @@ from vlqc.ir.execution import StageRun
 from vlqc.ir.stage import Stage
 
 TINY = Path(tiny_task.__file__).parent / "tiny_vl"
-EVALUATED = 64  # pictures, 8 answers each: half a point is 2.6 answers
+EVALUATED = 64  # images, 8 answers each: half a point is 2.6 answers
 Sample = dict[str, Tensor]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]  # the same path wherever there is a GPU
 

@@ -17,7 +17,7 @@ from vlqc.targets.schemes import Scheme
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tools" / "quant_qwen2_5vl.py"
-FOLDERS = "--model_path {float} --calib_images {pictures}  --save_directory {quantized}"
+FOLDERS = "--model_path {float} --calib_images {images}  --save_directory {quantized}"
 W8A8 = "--w_bit 8 --a_bit 8 --device_type cpu --trust_remote_code True"
 M2 = {"anti_method": "m2", "act_method": 2, "is_dynamic": False, "is_lowbit": False, "open_outlier": True}
 W4A8 = {"anti_method": "m4", "act_method": 1, "is_dynamic": True, "is_lowbit": True, "open_outlier": False}
@@ -60,14 +60,14 @@ def test_published_command_lines(
     (tmp_path / "float").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    words = line.format(float="float", pictures="pictures", quantized="a/quantized").split()
+    words = line.format(float="float", images="images", quantized="a/quantized").split()
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *words])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(SCRIPT), run_name="__main__")
     assert not ended.value.code
     meant, scheme, target = LINES[line]
     options = Options.from_user(**compiled)
-    wanted = {**UNTOUCHED, **meant, "trust_remote_code": True, "device_type": "cpu", "calib_images": Path("pictures")}
+    wanted = {**UNTOUCHED, **meant, "trust_remote_code": True, "device_type": "cpu", "calib_images": Path("images")}
     assert {name: getattr(options, name) for name in wanted} == wanted
     assert (options.model_path, options.save_directory) == (Path("float"), Path("a/quantized"))
     assert (options.scheme, options.engine_target) == (scheme, target)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import vlqc
 from tests.support.compiled_folder import make_content
-from tests.support.tiny import damaged, made_up
+from tests.support.tiny import damaged, synthetic_sample
 from vlqc.emit.stage_tensors import float_tensor
 from vlqc.errors import UserError
 from vlqc.passes.algorithms.hessian import hessian_blocks
@@ -247,7 +247,7 @@ def test_valid_extremes_are_compiled_correctly(tmp_path: Path, case: str) -> Non
 def test_valid_extremes_match_the_float_weights(tmp_path: Path, change: Change) -> None:
     """Catches verification faults for weights that are zero or denormal in the float checkpoint."""
     model = damaged(tmp_path / "model", tensors=change)
-    samples = [made_up((4, 8), seed=1), made_up(words=9, seed=2)]
+    samples = [synthetic_sample((4, 8), seed=1), synthetic_sample(words=9, seed=2)]
     report = compiled(model, tmp_path / "out", *samples, weight_method="round")
     assert [f"{finding.where}: {finding.what}" for finding in report.faults] == []
 

@@ -21,7 +21,7 @@ import vlqc
 from tests.support.compiled_folder import make_content
 from tests.support.fuzz.tiny import TINY
 from tests.support.tensors import safetensors_bytes
-from tests.support.tiny import made_up
+from tests.support.tiny import synthetic_sample
 from tests.support.untrusted_files import edit, photo
 from tools.fuzz import bounded
 from vlqc.cli.commands import app
@@ -220,7 +220,7 @@ def test_header_lengths_are_checked_against_the_file_size(tmp_path: Path) -> Non
 
 def test_config_sizes_are_checked_against_the_tensors(tmp_path: Path) -> None:
     """Catches a model of the size in config.json, such as a billion blocks, for a weight file of kilobytes."""
-    samples = [made_up((4, 4))]
+    samples = [synthetic_sample((4, 4))]
     for key, value in (("hidden_size", 10**12), ("num_hidden_layers", 10**9), ("vocab_size", 2**40)):
         model = tmp_path / key
         shutil.copytree(TINY, model)

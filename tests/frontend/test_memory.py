@@ -18,7 +18,7 @@ OPTIONS = {"model_path": tiny.TINY, "weight_method": "round"}
 
 def test_estimate_matches_a_manual_sum() -> None:
     """Catches an estimate from another stage than the largest, without samples, or with a budget applied to weights."""
-    model, sample = tiny.float_model(), tiny.made_up((8, 10))
+    model, sample = tiny.float_model(), tiny.synthetic_sample((8, 10))
     sizes = [sum(it.numel() for it in stage.parameters()) for stage in model.stages.values()]
     alone = estimate_memory(model, [])
     assert alone == 9 * max(sizes) + OBSERVED_BYTES

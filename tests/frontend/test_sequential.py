@@ -25,7 +25,7 @@ def test_logits_are_bit_equal_with_an_ordinary_forward() -> None:
         names = []
         for inputs in forward:
             names.append(inputs.name)
-            tiny.answer(model, inputs)
+            tiny.run_float_stage(model, inputs)
     assert names == tiny.STAGES
     for sample, result in zip(samples, forward.results, strict=True):
         assert torch.equal(result.logits, tiny.plain_logits(sample))
@@ -33,12 +33,12 @@ def test_logits_are_bit_equal_with_an_ordinary_forward() -> None:
 
 @RUN_ANYTHING
 def test_text_only_samples_skip_the_vision_tower() -> None:
-    """Catches a sample without a picture that waits in the vision tower, or is counted there."""
+    """Catches a sample without an image that runs through the vision tower, or is counted there."""
     model, samples = tiny.float_model(), tiny.mixed_samples()
     with model.non_stage_weights(model.checkpoint.tensor), SequentialForward(model, samples) as forward:
         for inputs in forward:
             assert [call.sample for call in inputs.calls] == ([0, 2, 3] if "visual" in inputs.name else [0, 1, 2, 3])
-            tiny.answer(model, inputs)
+            tiny.run_float_stage(model, inputs)
 
 
 @RUN_ANYTHING
@@ -52,10 +52,10 @@ def test_the_head_never_runs_without_to_the_end() -> None:
     for run_to_end in (False, True):
         with (
             model.non_stage_weights(model.checkpoint.tensor, head=True),
-            SequentialForward(model, [tiny.made_up()], run_to_end=run_to_end) as forward,
+            SequentialForward(model, [tiny.synthetic_sample()], run_to_end=run_to_end) as forward,
         ):
             for inputs in forward:
-                tiny.answer(model, inputs)
+                tiny.run_float_stage(model, inputs)
         assert ran == (["norm", "lm_head"] if run_to_end else [])
         assert len(forward.results) == run_to_end
 
@@ -77,7 +77,7 @@ def test_everything_is_put_back_after_an_error(stage: str, held: bool) -> None:
             suspended = [one.greenlet for one in forward._forwards]
             if inputs.name == stage:
                 _ = 1 / 0
-            tiny.answer(model, inputs)
+            tiny.run_float_stage(model, inputs)
     stops.close()
     assert suspended and all(run.dead for run in suspended)
     assert not any("forward" in module.__dict__ for module in model.stages.values())
@@ -91,12 +91,12 @@ def test_a_stage_runs_itself_while_it_is_due() -> None:
     model = tiny.float_model()
     with (
         model.non_stage_weights(model.checkpoint.tensor),
-        SequentialForward(model, [tiny.made_up((4, 4))]) as forward,
+        SequentialForward(model, [tiny.synthetic_sample((4, 4))]) as forward,
     ):
         for inputs in forward:
             shut = {name for name, stage in model.stages.items() if "forward" in stage.__dict__}
             assert shut == set(tiny.STAGES) - {inputs.name}
-            tiny.answer(model, inputs)
+            tiny.run_float_stage(model, inputs)
 
 
 @RUN_ANYTHING
@@ -104,11 +104,11 @@ def test_a_stage_runs_itself_while_it_is_due() -> None:
 def test_a_missing_answer_is_an_internal_error(given: int) -> None:
     """Catches a sample that goes on with another sample's output because an answer was forgotten."""
     model = tiny.float_model()
-    samples = [tiny.made_up((4, 4), seed=number) for number in range(2)]
+    samples = [tiny.synthetic_sample((4, 4), seed=number) for number in range(2)]
     with model.non_stage_weights(model.checkpoint.tensor), SequentialForward(model, samples) as forward:
         stops = iter(forward)
         inputs = next(stops)
-        tiny.answer(model, inputs)
+        tiny.run_float_stage(model, inputs)
         inputs.outputs = (inputs.outputs * 2)[:given]
         with pytest.raises(InternalError, match=rf"visual.blocks.0: {given} outputs for 2 samples"):
             next(stops)
@@ -118,15 +118,15 @@ def test_a_missing_answer_is_an_internal_error(given: int) -> None:
 def test_an_error_in_the_models_own_code_comes_through() -> None:
     """Catches an error between two stages that disappears in a coroutine, or reaches the user as a traceback."""
     model = tiny.float_model()
-    sample = tiny.made_up((4, 4))
+    sample = tiny.synthetic_sample((4, 4))
     sample["pixel_values"] = sample["pixel_values"][:, :100]
     with (
         model.non_stage_weights(model.checkpoint.tensor),
         pytest.raises(UserError, match=r"cannot be run on a sample[\s\S]*RuntimeError: shape"),
-        SequentialForward(model, [tiny.made_up(), sample]) as forward,
+        SequentialForward(model, [tiny.synthetic_sample(), sample]) as forward,
     ):
         for inputs in forward:
-            tiny.answer(model, inputs)
+            tiny.run_float_stage(model, inputs)
     assert not any("forward" in module.__dict__ for module in model.stages.values())
 
 
@@ -142,8 +142,8 @@ def test_modality_of_rows() -> None:
 
 @RUN_ANYTHING
 def test_calls_say_which_rows_are_pictures() -> None:
-    """Catches a modality on picture patches, or none on the tokens of the prompt."""
-    model, sample = tiny.float_model(), tiny.made_up((4, 4), words=2)
+    """Catches a modality on image patches, or none on the tokens of the prompt."""
+    model, sample = tiny.float_model(), tiny.synthetic_sample((4, 4), words=2)
     with model.non_stage_weights(model.checkpoint.tensor), SequentialForward(model, [sample]) as forward:
         for inputs in forward:
             (call,) = inputs.calls
@@ -151,7 +151,7 @@ def test_calls_say_which_rows_are_pictures() -> None:
                 assert call.modality is None
             else:
                 assert call.modality is not None and call.modality.tolist() == [0, 0, 1, 1, 1, 1, 0, 0, 0]
-            tiny.answer(model, inputs)
+            tiny.run_float_stage(model, inputs)
 
 
 # ---- models that do unusual things, made by hand ---------------------------------------------------------------------

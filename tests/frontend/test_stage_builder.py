@@ -21,7 +21,7 @@ def at_each_stage(work: Callable[[StreamedModel, StageInputs], None]) -> Streame
     model = tiny.float_model()
     with (
         model.non_stage_weights(model.checkpoint.tensor),
-        SequentialForward(model, [tiny.made_up((4, 4))]) as forward,
+        SequentialForward(model, [tiny.synthetic_sample((4, 4))]) as forward,
     ):
         for inputs in forward:
             work(model, inputs)
@@ -77,7 +77,7 @@ def test_nothing_of_a_stage_stays_behind() -> None:
     at_each_stage(lower)
 
 
-def test_who_still_holds_a_stage_holds_little() -> None:
+def test_a_reference_to_a_finished_stage_keeps_little_memory() -> None:
     """Catches the loop variable of the compiler: a stage's integers and kept rows would stay while the next is read."""
     stages = []
 
@@ -127,7 +127,7 @@ def test_a_stage_that_no_sample_reaches_is_named() -> None:
     model = tiny.float_model()
     with (
         model.non_stage_weights(model.checkpoint.tensor),
-        SequentialForward(model, [tiny.made_up()]) as forward,
+        SequentialForward(model, [tiny.synthetic_sample()]) as forward,
         pytest.raises(UserError, match=r"no calibration sample reaches visual\.blocks\.0"),
     ):
         for inputs in forward:
@@ -167,7 +167,7 @@ def test_a_block_that_needs_real_weights_to_be_traced(monkeypatch: pytest.Monkey
     [([3, 9, 5], 1), ([3, PROBE_ROWS, PROBE_ROWS + 1], 1), ([PROBE_ROWS + 2, PROBE_ROWS + 1], 1), ([4, 4], 0)],
 )
 def test_probe_is_the_largest_that_is_quick(rows: list[int], chosen: int) -> None:
-    """Catches proofs that run on a huge picture, or on a sample too small to tell."""
+    """Catches proofs that run on a huge image, or on a sample too small to show a difference."""
     calls = [Call(number, (torch.ones(1, count, 2),), {}) for number, count in enumerate(rows)]
     assert choose_probe([SampleShape.from_call(call).rows for call in calls]) == chosen
     named = [Call(number, (), {"hidden_states": torch.ones(count, 2)}) for number, count in enumerate(rows)]

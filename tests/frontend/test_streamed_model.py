@@ -218,7 +218,7 @@ def test_a_model_without_blocks_is_unsupported(tmp_path: Path) -> None:
 @pytest.mark.every_transformers
 def test_model_inputs_fit_the_installed_transformers() -> None:
     """Catches inputs that the installed transformers rejects, or that give wrong outputs without token types."""
-    model, sample = tiny.plain(), tiny.made_up((4, 8))
+    model, sample = tiny.plain(), tiny.synthetic_sample((4, 8))
     types = (sample["input_ids"] == 5).int()
     bare, typed = model_inputs(model, sample), model_inputs(model, {**sample, "mm_token_type_ids": types})
     assert bare.keys() == typed.keys()

@@ -58,7 +58,7 @@ def assert_complete(module: nn.Module, graph: fx.Graph, call: Call) -> None:
 @pytest.mark.parametrize("name", ["visual.blocks.0", "visual.blocks.1", "visual.merger", "model.layers.0"])
 def test_graph_computes_the_same_output(name: str) -> None:
     """Catches an operation that is missing in the graph of a windowed block, full block, merger or decoder layer."""
-    stage = tiny.lived()[name]
+    stage = tiny.recorded_stages()[name]
     graph = trace(stage.module, stage.call, name)
     graph.lint()
     assert_complete(stage.module, graph, stage.call)
@@ -69,20 +69,20 @@ def test_graph_computes_the_same_output(name: str) -> None:
 @pytest.mark.every_transformers
 def test_tracing_needs_no_weights() -> None:
     """Catches a tracer that reads weights, or does not remove its hooks."""
-    model, lived = tiny.float_model(), tiny.lived()
+    model, recorded = tiny.float_model(), tiny.recorded_stages()
     for name in ("visual.blocks.0", "visual.merger", "model.layers.0"):
         bare = model.stages[name]
-        graph = trace(bare, lived[name].call, name)
+        graph = trace(bare, recorded[name].call, name)
         assert all(parameter.is_meta for parameter in bare.parameters())
         assert not any(child._forward_hooks or child._forward_pre_hooks for child in bare.modules())
-        assert str(graph) == str(trace(lived[name].module, lived[name].call, name))
-        assert_complete(lived[name].module, graph, lived[name].call)
+        assert str(graph) == str(trace(recorded[name].module, recorded[name].call, name))
+        assert_complete(recorded[name].module, graph, recorded[name].call)
 
 
 @pytest.mark.every_transformers
 def test_every_leaf_is_one_node() -> None:
     """Catches a norm that is traced into (it could not start an edge), and a Linear traced as a function."""
-    for stage in tiny.lived().values():
+    for stage in tiny.recorded_stages().values():
         called = [n.target for n in trace(stage.module, stage.call, stage.name).nodes if n.op == "call_module"]
         owners = {path for path, child in stage.module.named_modules() if any(True for _ in child.parameters(False))}
         assert owners <= set(called)

@@ -25,7 +25,7 @@ STATES: dict[str, Callable[[], Stage]] = {"traced": traced, "decided": decided, 
 @pytest.mark.parametrize("state", STATES)
 def test_golden(state: str, golden: Callable[[str, str], None]) -> None:
     """Any change of the text form, or of what the recorder puts into a graph, shows here side by side."""
-    golden(f"little_stage_{state}.vlqc", print_stage(STATES[state]()))
+    golden(f"small_stage_{state}.vlqc", print_stage(STATES[state]()))
 
 
 @pytest.mark.parametrize("state", STATES)

@@ -33,7 +33,7 @@ def known_edges() -> dict[str, dict[str, dict[int, int]]]:
 def test_edges_of_the_real_model_are_the_known_ones() -> None:
     """Catches an edge that is missed, invented or mapped wrongly: grouped queries, fused qkv, 2x2 patches included."""
     found = {}
-    for stage in tiny.lived().values():
+    for stage in tiny.recorded_stages().values():
         for edge in find_edges(stage.module, trace(stage.module, stage.call, stage.name)):
             found[f"{stage.name}.{edge.producer}"] = {
                 f"{stage.name}.{target}": {
@@ -49,7 +49,7 @@ def test_edges_of_the_real_model_are_the_known_ones() -> None:
 @pytest.mark.every_transformers
 def test_usable_channels_are_those_that_are_consumed() -> None:
     """Catches a fold into the q and k thirds of a fused qkv, or into channels that nothing makes up for."""
-    for stage in tiny.lived().values():
+    for stage in tiny.recorded_stages().values():
         for edge in find_edges(stage.module, trace(stage.module, stage.call, stage.name)):
             used = torch.zeros_like(edge.usable)
             for channels in edge.consumers.values():
@@ -60,7 +60,7 @@ def test_usable_channels_are_those_that_are_consumed() -> None:
 
 
 def module_and_graph(name: str) -> tuple[nn.Module, Any]:
-    stage = tiny.lived()[name]
+    stage = tiny.recorded_stages()[name]
     return stage.module, trace(stage.module, stage.call, name)
 
 
@@ -68,7 +68,7 @@ def module_and_graph(name: str) -> tuple[nn.Module, Any]:
 @pytest.mark.parametrize("name", ["visual.blocks.0", "visual.blocks.1", "visual.merger", "model.layers.0"])
 def test_every_edge_of_the_real_model_holds(name: str) -> None:
     """Catches a column-to-channel map that is off by anything: float64 outputs must not move."""
-    stage = tiny.lived()[name]
+    stage = tiny.recorded_stages()[name]
     module = copy.deepcopy(stage.module).double()
     args, kwargs = tree_map(
         lambda leaf: leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf,

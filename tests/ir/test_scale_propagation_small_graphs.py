@@ -1,4 +1,4 @@
-"""Scale propagation in any little graph: whatever edge is claimed holds."""
+"""Scale propagation in random small graphs: every reported edge holds."""
 
 from collections.abc import Callable
 
@@ -122,7 +122,7 @@ def check_claims(program: Program) -> int:
     return len(edges)
 
 
-def test_little_graphs_do_have_edges() -> None:
+def test_small_graphs_have_edges() -> None:
     """Catches an implementation that finds no edges at all."""
     kept = "swap, twice, each twice, beside, first half, every other, heads, two rows, row chosen, first row, doubled"
     for name in (*kept.split(", "), "attended", "attending", "scaled in place"):

@@ -84,7 +84,7 @@ def sample(channels: int = 6) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def test_shifted_norm_calls_the_norms_own_forward() -> None:
-    """Catches the norm's formula being written anew, and a bias that is dropped, doubled or scaled by the weight."""
+    """Catches a second implementation of the norm, and a bias that is dropped, doubled or scaled by the weight."""
     x, weight, bias = sample()
     assert torch.equal(ShiftedNorm(OddNorm(weight), bias)(x), x.sign() * 3 * weight + bias)
     for norm in (model_norm(6), torch.nn.RMSNorm(6, eps=1e-6)):

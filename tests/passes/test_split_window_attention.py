@@ -229,9 +229,9 @@ def test_the_stand_in_is_proven_too(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.every_transformers
 def test_the_real_model_computes_windows_only() -> None:
     """Catches a vision tower that still computes all pairs of patches, in the transformers version at hand."""
-    sample = tiny.made_up((8, 10), (4, 6), words=4)
+    sample = tiny.synthetic_sample((8, 10), (4, 6), words=4)
     per_block = {"visual.blocks.0": windows_on_grid((8, 10), (4, 6)), "visual.blocks.1": [80, 24]}
-    with real_stages(sample, tiny.made_up((4, 4))) as stages:
+    with real_stages(sample, tiny.synthetic_sample((4, 4))) as stages:
         for stage in stages:
             attention = [node for node in stage.graph.nodes if node.target is ATTENTION]
             masked = any(tested._by_name(node.args, node.kwargs).get("attn_mask") for node in attention)
@@ -264,7 +264,7 @@ def test_stand_ins_are_gone_with_the_stage() -> None:
     with (
         torch.no_grad(),
         model.non_stage_weights(read),
-        SequentialForward(model, [tiny.made_up((8, 8))]) as forward,
+        SequentialForward(model, [tiny.synthetic_sample((8, 8))]) as forward,
     ):
         for inputs in forward:
             with materialized_stage(model, inputs, torch.bfloat16, read) as stage:

@@ -169,7 +169,7 @@ def test_what_is_in_reach_stays_in_reach(groups: list[SearchGroup], asked: list[
     assert met == sorted(met, reverse=True)
 
 
-def test_what_the_user_is_told() -> None:
+def test_notes_and_table() -> None:
     """Catches a predicted figure that is not called so, unnamed groups, and shares that do not add up."""
     groups = [group(4, W8A8=(4e-4, 300), FLOAT=(0.0, 600)), group(6, W8A8=(1e-4, 100), FLOAT=(0.0, 200))]
     plan = search_schemes(groups, target=FREE, max_float_groups=1)

@@ -1,4 +1,4 @@
-"""The little stage with noise that rounds nothing, so that its text after any pass is alike on every machine."""
+"""The small stage with noise that needs no rounding, so that its text after any pass is equal on every machine."""
 
 import pytest
 import torch

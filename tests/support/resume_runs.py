@@ -19,7 +19,7 @@ from typing import Any
 
 from tests.support import tiny
 
-SAMPLES = [tiny.made_up((4, 4), seed=1), tiny.made_up(words=3, seed=2)]
+SAMPLES = [tiny.synthetic_sample((4, 4), seed=1), tiny.synthetic_sample(words=3, seed=2)]
 QUICK: dict[str, Any] = {"weight_method": "round", "anti_method": "none", "act_method": 1}
 CASES: dict[str, dict[str, Any]] = {
     "plain": QUICK,

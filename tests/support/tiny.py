@@ -1,4 +1,4 @@
-"""The trained tiny Qwen2.5-VL that ships in tools/demo/tiny_vl, as tests use it: whole, stage by stage, and damaged."""
+"""Helpers for the trained tiny Qwen2.5-VL of tools/demo/tiny_vl: models, samples, recorded stages, damaged copies."""
 
 import functools
 import json
@@ -25,8 +25,8 @@ STAGES = [*(f"visual.blocks.{n}" for n in range(4)), "visual.merger", *(f"model.
 
 def config() -> dict[str, Any]:
     """A fresh copy of the tiny model's config.json."""
-    read: dict[str, Any] = json.loads((TINY / "config.json").read_text(encoding="utf-8"))
-    return read
+    document: dict[str, Any] = json.loads((TINY / "config.json").read_text(encoding="utf-8"))
+    return document
 
 
 def damaged(
@@ -35,20 +35,20 @@ def damaged(
     tensors: Callable[[dict[str, Tensor]], None] = lambda tensors: None,
     config: Callable[[dict[str, Any]], None] = lambda config: None,
 ) -> Path:
-    """A copy of the tiny checkpoint in `folder`, its tensors and its config.json changed in place by the callers."""
+    """A copy of the tiny checkpoint in `folder`, modified in place by `tensors` and `config`."""
     shutil.copytree(TINY, folder, dirs_exist_ok=True)
     loaded = load_file(TINY / "model.safetensors")
     tensors(loaded)
     save_file(loaded, folder / "model.safetensors", {"format": "pt"})
-    described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config(described)
-    (folder / "config.json").write_text(json.dumps(described), encoding="utf-8")
+    document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config(document)
+    (folder / "config.json").write_text(json.dumps(document), encoding="utf-8")
     return folder
 
 
 @functools.cache
 def plain() -> nn.Module:
-    """The model as transformers itself loads it, float32: what everything is compared with. Not to be changed."""
+    """The float32 model as transformers loads it, the reference of the tests. Cached: do not modify it."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     model: nn.Module = Qwen2_5_VLForConditionalGeneration.from_pretrained(TINY).float().eval()
@@ -68,8 +68,8 @@ def float_model(folder: Path = TINY) -> StreamedModel:
     return StreamedModel.open(Checkpoint(folder))
 
 
-def made_up(*grids: tuple[int, int], words: int = 6, seed: int = 0) -> dict[str, Tensor]:
-    """A sample with one random picture per grid (patches down, patches across), or with text only."""
+def synthetic_sample(*grids: tuple[int, int], words: int = 6, seed: int = 0) -> dict[str, Tensor]:
+    """A sample with one random image per grid (patches down, patches across), or with text only."""
     random = torch.Generator().manual_seed(seed)
     ids = [tiny_task.BEGIN]
     for down, across in grids:
@@ -83,27 +83,27 @@ def made_up(*grids: tuple[int, int], words: int = 6, seed: int = 0) -> dict[str,
     return sample
 
 
-def asked_again(sample: dict[str, Tensor], *words: int) -> dict[str, Tensor]:
-    """A sample with the same pictures, in tensors of its own, and other words behind them."""
+def with_other_text(sample: dict[str, Tensor], *words: int) -> dict[str, Tensor]:
+    """A sample with copies of the same image tensors and other text tokens after them."""
     ids = sample["input_ids"][0].tolist()
-    pictures = ids[: len(ids) - ids[::-1].index(tiny_task.VISION_END)]
-    again = torch.tensor([[*pictures, *words]])
+    images = ids[: len(ids) - ids[::-1].index(tiny_task.VISION_END)]
+    input_ids = torch.tensor([[*images, *words]])
     copies = {key: sample[key].clone() for key in ("pixel_values", "image_grid_thw")}
-    return {"input_ids": again, "attention_mask": torch.ones_like(again), **copies}
+    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), **copies}
 
 
 def mixed_samples() -> list[dict[str, Tensor]]:
-    """One picture, none, two pictures of different sizes, one larger picture: no two samples have the same shapes."""
+    """Samples with one image, none, two images of different sizes, one larger image; all shapes differ."""
     return [
-        made_up((4, 8), seed=1),
-        made_up(words=9, seed=2),
-        made_up((4, 4), (6, 4), seed=3),
-        made_up((8, 10), seed=4),
+        synthetic_sample((4, 8), seed=1),
+        synthetic_sample(words=9, seed=2),
+        synthetic_sample((4, 4), (6, 4), seed=3),
+        synthetic_sample((8, 10), seed=4),
     ]
 
 
-def answer(model: StreamedModel, inputs: StageInputs) -> None:
-    """What a compiler that changes nothing answers: the float stage's outputs, its weights in memory only now."""
+def run_float_stage(model: StreamedModel, inputs: StageInputs) -> None:
+    """Sets the outputs of the float stage, with its weights in memory only during the call."""
     model.materialize(inputs.module, model.checkpoint.tensor)
     with torch.no_grad():
         inputs.outputs = [inputs.module(*call.args, **call.kwargs) for call in inputs.calls]
@@ -111,8 +111,8 @@ def answer(model: StreamedModel, inputs: StageInputs) -> None:
 
 
 @dataclass(frozen=True)
-class Lived:
-    """A stage with its real weights, how one sample entered it, and what it returned."""
+class RecordedStage:
+    """A stage with its real weights, the arguments of one call, and the output of that call."""
 
     name: str
     module: nn.Module
@@ -122,25 +122,27 @@ class Lived:
 
 
 @functools.cache
-def lived() -> dict[str, Lived]:
-    """Every stage of the tiny model by name, as the sample with the larger picture met it. Not to be changed."""
+def recorded_stages() -> dict[str, RecordedStage]:
+    """Every stage of the tiny model by name, called with the sample with the larger image. Cached: do not modify it."""
     model, stages = float_model(), {}
-    read = model.checkpoint.tensor
+    read_tensor = model.checkpoint.tensor
     with (
         torch.no_grad(),
-        model.non_stage_weights(read),
+        model.non_stage_weights(read_tensor),
         SequentialForward(model, [mixed_samples()[3]]) as forward,
     ):
         for inputs in forward:
-            model.materialize(inputs.module, read)
+            model.materialize(inputs.module, read_tensor)
             (call,) = inputs.calls
             inputs.outputs = [inputs.module(*call.args, **call.kwargs)]
-            stages[inputs.name] = Lived(inputs.name, inputs.module, call, inputs.outputs[0], model.path(inputs.module))
+            stages[inputs.name] = RecordedStage(
+                inputs.name, inputs.module, call, inputs.outputs[0], model.path(inputs.module)
+            )
     return stages
 
 
 def tensors_of(output: Any) -> list[Tensor]:
-    """The tensors in what a stage returned."""
+    """The tensors in the output of a stage."""
     if isinstance(output, Tensor):
         return [output]
     values = output.values() if isinstance(output, dict) else output

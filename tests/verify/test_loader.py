@@ -84,7 +84,7 @@ def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
     write_description(folder, {})
     loaded = load(folder)
     assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
-    assert tiny.plain_logits(tiny.made_up(), loaded).isfinite().all()
+    assert tiny.plain_logits(tiny.synthetic_sample(), loaded).isfinite().all()
 
 
 @pytest.mark.every_transformers
@@ -104,7 +104,7 @@ def test_described_layers_are_quantized(tmp_path: Path) -> None:
         float_output = torch.nn.functional.linear(rows, stored[f"{layer}.weight"], stored.get(f"{layer}.bias"))
         assert (module(rows) - float_output).abs().max() < 0.1 * float_output.abs().max()
     assert not any(parameter.is_meta for parameter in loaded.parameters())
-    assert tiny.plain_logits(tiny.made_up((4, 4)), loaded).isfinite().all()
+    assert tiny.plain_logits(tiny.synthetic_sample((4, 4)), loaded).isfinite().all()
 
 
 @pytest.mark.every_transformers
@@ -115,7 +115,7 @@ def test_another_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
     assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
     scales = [module.weight_scale.dtype for module in loaded.modules() if isinstance(module, StaticQuantLinear)]
     assert scales == [torch.float32] * len(QUANTIZED)
-    sample = tiny.made_up((4, 4))
+    sample = tiny.synthetic_sample((4, 4))
     sample["pixel_values"] = sample["pixel_values"].to(dtype)
     logits = tiny.plain_logits(sample, loaded)
     assert logits.dtype == dtype and logits.isfinite().all()

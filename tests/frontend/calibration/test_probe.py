@@ -90,7 +90,7 @@ def test_every_stage_is_proven_on_it() -> None:
     """Catches a probe that the model rejects, that counts as a calibration sample, that does not reach the
     next stage, or that the proofs do not use."""
     model = tiny.float_model()
-    samples = check_samples([tiny.made_up((24, 24))], model.module)
+    samples = check_samples([tiny.synthetic_sample((24, 24))], model.module)
     probe = probe_sample(samples, model.module.config)
     assert probe is not None and check_samples([probe], model.module)
     seen: list[tuple[str, int]] = []

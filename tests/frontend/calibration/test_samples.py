@@ -36,12 +36,13 @@ def faults_of(*samples: Any) -> list[tuple[str, str]]:
 
 def test_good_samples_pass() -> None:
     """Catches a check that rejects text only, several images, padding, token types or another integer type."""
-    padded = tiny.made_up(words=4)
+    padded = tiny.synthetic_sample(words=4)
     padded["attention_mask"][0, :2] = 0
-    typed = tiny.made_up((4, 4))
+    typed = tiny.synthetic_sample((4, 4))
     typed["mm_token_type_ids"] = torch.zeros_like(typed["input_ids"])
     small = {
-        name: value.int() if not value.is_floating_point() else value for name, value in tiny.made_up((4, 4)).items()
+        name: value.int() if not value.is_floating_point() else value
+        for name, value in tiny.synthetic_sample((4, 4)).items()
     }
     check_samples([*tiny.mixed_samples(), padded, typed, small], Model())
 
@@ -153,14 +154,14 @@ FAULTS: list[tuple[str, Callable[[Sample], None], list[str]]] = [
 @pytest.mark.parametrize(("damage", "faults"), [row[1:] for row in FAULTS], ids=[row[0] for row in FAULTS])
 def test_every_fault_is_named_with_its_sample(damage: Callable[[Sample], None], faults: list[str]) -> None:
     """Catches invalid input that reaches the model."""
-    sample = tiny.made_up((4, 4))
+    sample = tiny.synthetic_sample((4, 4))
     damage(sample)
-    assert faults_of(tiny.made_up(), sample) == [("samples[1]", what) for what in faults]
+    assert faults_of(tiny.synthetic_sample(), sample) == [("samples[1]", what) for what in faults]
 
 
 def test_image_tokens_without_an_image() -> None:
     """Catches a text-only sample with image tokens."""
-    sample = tiny.made_up((4, 4))
+    sample = tiny.synthetic_sample((4, 4))
     del sample["pixel_values"], sample["image_grid_thw"]
     assert faults_of(sample) == [("samples[0]", "4 image tokens without an image")]
 
@@ -180,16 +181,16 @@ def test_a_sample_that_is_no_dict() -> None:
 
 def test_faults_of_all_samples_at_once() -> None:
     """Catches a check that stops at the first bad sample."""
-    bad = tiny.made_up()
+    bad = tiny.synthetic_sample()
     del bad["attention_mask"]
-    assert [where for where, _ in faults_of(bad, tiny.made_up(), bad)] == ["samples[0]", "samples[2]"]
+    assert [where for where, _ in faults_of(bad, tiny.synthetic_sample(), bad)] == ["samples[0]", "samples[2]"]
 
 
 @pytest.mark.every_transformers
 @pytest.mark.parametrize(("left", "right"), [(3, 0), (0, 2), (1, 1)])
 def test_padding_is_dropped_and_nothing_else_changes(left: int, right: int) -> None:
     """Catches tokens that change their positions, token types or patches of another length, padding that is kept."""
-    sample = tiny.made_up((4, 8), words=9)
+    sample = tiny.synthetic_sample((4, 8), words=9)
     pad = {"input_ids": 7, "attention_mask": 0}
     padded = sample | {
         name: torch.nn.functional.pad(sample[name], (left, right), value=value) for name, value in pad.items()
@@ -203,17 +204,17 @@ def test_padding_is_dropped_and_nothing_else_changes(left: int, right: int) -> N
 
 def test_a_masked_image_stays() -> None:
     """Catches image tokens that are dropped while their patches stay."""
-    sample = tiny.made_up((4, 4))
+    sample = tiny.synthetic_sample((4, 4))
     sample["attention_mask"][0, sample["input_ids"][0] == 5] = 0
     assert drop_padding(sample, 5) is sample
 
 
 def test_duplicates_are_dropped() -> None:
     """Catches a sample that is dropped because only its text, its image or its shape equals another sample's."""
-    one = tiny.made_up((4, 8), seed=1)
+    one = tiny.synthetic_sample((4, 8), seed=1)
     other_text = one | {"input_ids": one["input_ids"].roll(1)}
     other_picture = one | {"pixel_values": one["pixel_values"] + 1}
-    text_only = tiny.made_up(words=4)
+    text_only = tiny.synthetic_sample(words=4)
     copy = {name: it.clone() for name, it in one.items()}
     given = [one, other_text, copy, text_only, other_picture, one]
     assert [id(it) for it in drop_duplicates(given)] == [id(it) for it in (one, other_text, text_only, other_picture)]

@@ -125,7 +125,7 @@ def test_the_sqnr_of_a_stage_is_that_of_the_folder(name: str, compiled: tuple[Re
     The reference is the output of the loaded folder's stage for the inputs of the float stage.
     """
     result, data, _ = compiled
-    stage = tiny.lived()[name]
+    stage = tiny.recorded_stages()[name]
     loaded = {original_name(path): module for path, module in vlqc.load(result.folder).named_modules()}
     outputs = (stage.output, loaded[name](*stage.call.args, **stage.call.kwargs))
     signal, other = (tiny.tensors_of(output)[0].flatten(0, -2).double().numpy() for output in outputs)

@@ -186,8 +186,8 @@ def check_config(case: Any, folder: Path) -> bool:
         demand(type(getattr(found.vision_config, name)) is int, f"vision {name}")
     demand(type(text.rms_norm_eps) in (int, float) and 0 < text.rms_norm_eps < 1, f"eps {text.rms_norm_eps!r}")
     blocks = found.vision_config.fullatt_block_indexes
-    told = "fullatt_block_indexes" in case["vision_config"]
-    demand(not told or all(type(each) is int and 0 <= each < 4 for each in blocks), f"full attention in {blocks!r}")
+    listed = "fullatt_block_indexes" in case["vision_config"]
+    demand(not listed or all(type(each) is int and 0 <= each < 4 for each in blocks), f"full attention in {blocks!r}")
     demand(type(found.vision_config.window_size) is int, "window_size")
     demand(0 < found.vision_config.window_size < 10**6, "window_size")
     demand(

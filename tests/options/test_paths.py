@@ -37,9 +37,9 @@ def test_save_folder_apart_from_model_folder(tmp_path: Path) -> None:
         (model, "model folder itself"),
         (tmp_path / "link", "model folder itself"),
         (model / "x" / ".." / ".." / "model", "model folder itself"),
-        (model / "quantized", "lies inside the model folder"),
-        (tmp_path / "link" / "quantized", "lies inside the model folder"),
-        (tmp_path / "above", "lies inside it"),
+        (model / "quantized", "is inside the model folder"),
+        (tmp_path / "link" / "quantized", "is inside the model folder"),
+        (tmp_path / "above", "is inside it"),
     ):
         (fault,) = faults_of(model_path=model, save_directory=save, overwrite=True)
         assert words in fault, save
@@ -68,7 +68,7 @@ def test_folders_out_of_bounds(folders: dict[str, Any], tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path / "work" / "here")
     for save in (tmp_path / "home", "~", ".", "..", "/"):
         faults = faults_of(model_path=folders["model_path"], save_directory=save, overwrite=True)
-        assert "replaced as a whole" in faults[0] or "lies inside it" in faults[0], save
+        assert "replaced as a whole" in faults[0] or "is inside it" in faults[0], save
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

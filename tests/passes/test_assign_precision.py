@@ -59,7 +59,7 @@ def test_without_the_reference_only_engines_decide(name: str, target: str, refus
     """A scheme that an engine of the target refuses, or fear of one that it accepts."""
     decision = choose(members_with(name), fallback="none", target=target)
     if refused:
-        reason = f"W8A8 is not accepted here by {target}"
+        reason = f"W8A8 is not supported here by {target}"
         assert decision == Decision(Scheme.FLOAT, reason, f"W8A8 only where {target} runs it; elsewhere FLOAT")
     else:
         assert decision == Decision(Scheme.W8A8)
@@ -112,7 +112,7 @@ def test_one_refused_member_keeps_its_whole_group_float() -> None:
     members = [*members_with(GROUPS[0][0]), Site("model.layers.27.extra", "extra", "x", (4, 4))]
     for order in (members, members[::-1]):
         decision = choose(order, target="both")
-        assert (decision.scheme, decision.reason) == (Scheme.FLOAT, "W8A8 is not accepted here by both")
+        assert (decision.scheme, decision.reason) == (Scheme.FLOAT, "W8A8 is not supported here by both")
 
 
 # ---- exclude and include ---------------------------------------------------------------------------------------------

@@ -110,8 +110,8 @@ def test_dynamic_for_mindie_says_once_that_vision_stays_float() -> None:
 @pytest.mark.parametrize(
     ("shape", "why"),
     [
-        ((64, 192), "its 192 inputs are no multiple of the group of 128"),
-        ((60, 256), "its 60 outputs are no multiple of 8"),
+        ((64, 192), "its 192 inputs are not divisible by group size 128"),
+        ((60, 256), "its 60 outputs are not divisible by 8"),
     ],
 )
 @pytest.mark.parametrize("scope", ["engine", "all"])

@@ -124,11 +124,11 @@ BROKEN_NUMBERS: list[tuple[Callable[[Stage], None], str]] = [
     (lambda stage: set_input(stage, offset=math.nan), f"site {QKV} has the input offset nan"),
     (
         lambda stage: set_weight(stage, integers=weight_of(stage, QKV).integers.T),
-        f"site {QKV} has integers torch.int8 [4, 12]: int8 [12, 4] is wanted",
+        f"site {QKV} has integers torch.int8 [4, 12]: expected int8 [12, 4]",
     ),
     (
         lambda stage: set_weight(stage, integers=weight_of(stage, QKV).integers.short()),
-        f"site {QKV} has integers torch.int16 [12, 4]: int8 [12, 4] is wanted",
+        f"site {QKV} has integers torch.int16 [12, 4]: expected int8 [12, 4]",
     ),
     (
         lambda stage: set_weight(stage, integers=first(weight_of(stage, QKV).integers, -128)),
@@ -136,11 +136,11 @@ BROKEN_NUMBERS: list[tuple[Callable[[Stage], None], str]] = [
     ),
     (
         lambda stage: set_weight(stage, scale=weight_of(stage, QKV).scale[:, 0]),
-        f"site {QKV} has scales torch.float32 [12]: float32 [12, 1] is wanted",
+        f"site {QKV} has scales torch.float32 [12]: expected float32 [12, 1]",
     ),
     (
         lambda stage: set_weight(stage, scale=weight_of(stage, QKV).scale.half()),
-        f"site {QKV} has scales torch.float16 [12, 1]: float32 [12, 1] is wanted",
+        f"site {QKV} has scales torch.float16 [12, 1]: expected float32 [12, 1]",
     ),
     *(
         (
@@ -154,7 +154,7 @@ BROKEN_NUMBERS: list[tuple[Callable[[Stage], None], str]] = [
             lambda stage, wrong=wrong: set_groups(
                 stage, integers=first(weight_of(stage, QKV).integers.clamp(-8, 7), wrong)
             ),
-            f"site {QKV} has integers beyond 4 bits: -8 to 7 are wanted",
+            f"site {QKV} has integers beyond 4 bits: expected -8 to 7",
         )
         for wrong in (8, -9)
     ),
@@ -162,11 +162,11 @@ BROKEN_NUMBERS: list[tuple[Callable[[Stage], None], str]] = [
     (lambda stage: set_groups(stage, size=None), f"site {QKV} has group scales or a group size, but not both"),
     (
         lambda stage: set_groups(stage, group_scale=torch.ones(12, 4)),
-        f"site {QKV} has group scales torch.float32 [12, 4]: float32 [12, 2] is wanted",
+        f"site {QKV} has group scales torch.float32 [12, 4]: expected float32 [12, 2]",
     ),
     (
         lambda stage: set_groups(stage, group_scale=torch.ones(12, 2).half()),
-        f"site {QKV} has group scales torch.float16 [12, 2]: float32 [12, 2] is wanted",
+        f"site {QKV} has group scales torch.float16 [12, 2]: expected float32 [12, 2]",
     ),
     (
         lambda stage: set_groups(stage, size=3, group_scale=torch.ones(12, 1)),
@@ -186,28 +186,28 @@ BROKEN_NUMBERS: list[tuple[Callable[[Stage], None], str]] = [
     (lambda stage: set_edge(stage, producer="norm3"), "edge from visual.blocks.0.norm3: the graph does not call it"),
     (
         lambda stage: set_edge(stage, usable=torch.ones(3, dtype=torch.bool)),
-        "edge from visual.blocks.0.norm1: usable is torch.bool [3], bool [4] is wanted",
+        "edge from visual.blocks.0.norm1: usable is torch.bool [3], expected bool [4]",
     ),
     (
         lambda stage: set_edge(stage, usable=torch.ones(4)),
-        "edge from visual.blocks.0.norm1: usable is torch.float32 [4], bool [4] is wanted",
+        "edge from visual.blocks.0.norm1: usable is torch.float32 [4], expected bool [4]",
     ),
     (lambda stage: set_edge(stage, consumers={}), "edge from visual.blocks.0.norm1: it has no consumer"),
     (
         lambda stage: set_edge(stage, consumers={"norm2": torch.arange(4)}),
-        "edge from visual.blocks.0.norm1 to visual.blocks.0.norm2: the consumer is no site",
+        "edge from visual.blocks.0.norm1 to visual.blocks.0.norm2: the consumer is not a site",
     ),
     (
         lambda stage: set_edge(stage, consumers={"attn.qkv": torch.arange(3)}),
-        f"edge from visual.blocks.0.norm1 to {QKV}: the map is torch.int64 [3], int64 [4] is wanted",
+        f"edge from visual.blocks.0.norm1 to {QKV}: the map is torch.int64 [3], expected int64 [4]",
     ),
     (
         lambda stage: set_edge(stage, consumers={"attn.qkv": torch.arange(0)}),
-        f"edge from visual.blocks.0.norm1 to {QKV}: the map is torch.int64 [0], int64 [4] is wanted",
+        f"edge from visual.blocks.0.norm1 to {QKV}: the map is torch.int64 [0], expected int64 [4]",
     ),
     (
         lambda stage: set_edge(stage, consumers={"attn.qkv": torch.arange(4).int()}),
-        f"edge from visual.blocks.0.norm1 to {QKV}: the map is torch.int32 [4], int64 [4] is wanted",
+        f"edge from visual.blocks.0.norm1 to {QKV}: the map is torch.int32 [4], expected int64 [4]",
     ),
     *(
         (
@@ -220,14 +220,14 @@ BROKEN_NUMBERS: list[tuple[Callable[[Stage], None], str]] = [
         lambda stage: set_edge(stage, usable=torch.tensor([True, True, False, True])),
         f"edge from visual.blocks.0.norm1 to {QKV}: columns refer to channels that are not usable",
     ),
-    (observation_of_no_node, "observation of %norm9: there is no such node"),
+    (observation_of_no_node, "observation of %norm9: the node does not exist"),
     (
         lambda stage: setattr(stage.observations["norm1"], "channels", 5),
         "observation of %norm1: it counts 5 channels, but the node has the shape [2, 4]",
     ),
     (
         lambda stage: setattr(stage.observations["norm1"], "kept", torch.zeros(3, 4).double()),
-        "observation of %norm1: kept rows are torch.float64 [3, 4], float32 [T, 4] is wanted",
+        "observation of %norm1: kept rows are torch.float64 [3, 4], expected float32 [T, 4]",
     ),
     (
         lambda stage: setattr(stage.observations["norm1"], "kept_modality", torch.zeros(2, dtype=torch.int8)),
@@ -249,11 +249,11 @@ BROKEN_NUMBERS: list[tuple[Callable[[Stage], None], str]] = [
     ),
     (
         lambda stage: set_range(stage, sum=torch.zeros(4)),
-        "observation of %norm1, text: sum is torch.float32 [4], torch.float64 [4] is wanted",
+        "observation of %norm1, text: sum is torch.float32 [4], expected torch.float64 [4]",
     ),
     (
         lambda stage: set_range(stage, minimum=-torch.ones(5)),
-        "observation of %norm1, text: minimum is torch.float32 [5], torch.float32 [4] is wanted",
+        "observation of %norm1, text: minimum is torch.float32 [5], expected torch.float32 [4]",
     ),
     (
         lambda stage: set_range(stage, sum_of_squares=-torch.ones(4).double()),

@@ -33,9 +33,9 @@ def test_targets(text: str, engines: tuple[str, ...], version: str | None) -> No
         ("", "choose from vllm-ascend, mindie, both"),
         ("tensorrt", "choose from vllm-ascend, mindie, both"),
         ("both@0.18", "both without a version"),
-        ("vllm-ascend@", "give a version such as 0.18"),
-        ("mindie@newest", "give a version such as 2.2"),
-        ("mindie@2.2@1", "give a version such as 2.2"),
+        ("vllm-ascend@", "pass a version such as 0.18"),
+        ("mindie@newest", "pass a version such as 2.2"),
+        ("mindie@2.2@1", "pass a version such as 2.2"),
     ],
 )
 def test_what_is_no_target_is_refused_with_a_hint(text: str, hint: str) -> None:

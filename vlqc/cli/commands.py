@@ -16,6 +16,7 @@ from vlqc.cli.parameters import (
     GUIDE,
     PATH,
     CommandGroup,
+    argument,
     compile_options,
     complete_pass,
     option,
@@ -113,7 +114,7 @@ def _compile(options: dict[str, Any], output: CommandOutput) -> None:
 
 
 @app.command("inspect")
-@click.argument("folder", type=PATH, metavar="FOLDER")
+@argument("folder", type=PATH, metavar="FOLDER", description="Folder of a float or compiled checkpoint.")
 @output_options
 def inspect_command(folder: Path, output: CommandOutput) -> None:
     """Show what a checkpoint contains.
@@ -127,7 +128,7 @@ def inspect_command(folder: Path, output: CommandOutput) -> None:
 
 
 @app.command("verify")
-@click.argument("folder", type=PATH, metavar="FOLDER")
+@argument("folder", type=PATH, metavar="FOLDER", description="Folder of the compiled checkpoint.")
 @option(
     "--engine",
     default=None,
@@ -198,7 +199,7 @@ def verify_command(
 
 
 @app.command("report")
-@click.argument("folder", type=PATH, metavar="FOLDER")
+@argument("folder", type=PATH, metavar="FOLDER", description="Folder of the compiled checkpoint.")
 @option("--output", "-o", "page", type=PATH, default="vlqc_report.html", metavar="FILE", help="The page to write.")
 @option(
     "--timings",

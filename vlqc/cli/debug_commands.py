@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from vlqc.cli.output import FAILED, CommandOutput, check_output_file, print_lines, stderr, write_file
-from vlqc.cli.parameters import PATH, Command, complete_list, complete_pass, option, output_options
+from vlqc.cli.parameters import PATH, Command, argument, complete_list, complete_pass, option, output_options
 from vlqc.errors import Fault, UserError
 from vlqc.formatting import pluralize
 from vlqc.options.fields import DUMP_FORMATS
@@ -24,16 +24,15 @@ def compile_until(stop_after: str, output: CommandOutput, options: dict[str, Any
         result = run_until(stop_after, progress=progress, **options)
     finally:
         progress.finish()
-    line = (
-        f"stopped after {stop_after} on {len(result.stages)} of {pluralize(result.of, 'stage')}; no save folder written"
-    )
+    stages = f"{len(result.stages)} of {pluralize(result.total, 'stage')}"
+    line = f"stopped after {stop_after} on {stages}; no save folder written"
     if result.folder is not None:
         line += f"; the dump is in {result.folder}"
     output.write({"stop_after": stop_after, **result.to_dict()}, lambda _: print_lines([line], stderr()))
 
 
 @click.command("dump", cls=Command)
-@click.argument("model", type=PATH, metavar="MODEL")
+@argument("model", type=PATH, metavar="MODEL", description="Folder of the float checkpoint.")
 @option(
     "--output",
     "-o",
@@ -48,7 +47,7 @@ def compile_until(stop_after: str, output: CommandOutput, options: dict[str, Any
     multiple=True,
     default=(),
     metavar="GLOB",
-    help="Only these stages, for example 'model.layers.1*'. Can be repeated.",
+    help="Only these stages, for example 'model.layers.1*'. May be repeated.",
 )
 @option(
     "--formats",
@@ -87,7 +86,8 @@ def dump_command(
     As traced: graph, tensors and sites. Nothing is quantized.
     """
     if output.quiet and folder is None and not output.as_json and output.json_file is None:
-        raise UserError(Fault("--quiet without an output", why="the stages would not be shown", fix="add --output DIR"))
+        what, why = "--quiet needs --output or --json_file", "the stages would not be shown"
+        raise UserError(Fault(what, why=why, fix="add --output DIR"))
     try:
         checked = Options.without_paths(
             model_path=model, dump_ir=folder or ".", dump_formats=formats, dump_stages=stages,
@@ -124,14 +124,18 @@ def _with_flags_of_dump(fault: Fault) -> Fault:
 
 
 @click.command("diff", cls=Command)
-@click.argument("first", type=PATH, metavar="A")
-@click.argument("second", type=PATH, metavar="B")
+@argument(
+    "first",
+    type=PATH,
+    metavar="A",
+    description="A folder of --dump_ir, the folder of one stage in it, a bundle, or a text.",
+)
+@argument("second", type=PATH, metavar="B", description="A dump of the same kind.")
 @output_options
 def diff_command(first: Path, second: Path, output: CommandOutput) -> int:
     """Compare two dumps.
 
-    A and B: a folder of --dump_ir, the folder of one stage in it, a bundle, or a text. The exit code is 1 if they
-    differ.
+    The exit code is 1 if they differ.
     """
     from vlqc.reporting.dumps.diff import diff_dumps
 
@@ -141,16 +145,22 @@ def diff_command(first: Path, second: Path, output: CommandOutput) -> int:
 
 
 @click.command("run-pass", cls=Command)
-@click.argument("bundle", type=PATH, metavar="BUNDLE")
-@click.argument("pipeline", metavar="PASS", shell_complete=complete_pass)
-@option("--output", "-o", "file", type=PATH, default=None, metavar="FILE", help="Also write the stage's text.")
+@argument("bundle", type=PATH, metavar="BUNDLE", description="A folder NN-STATE.bundle of --dump_formats bundle.")
+@argument(
+    "pipeline",
+    metavar="PASS",
+    shell_complete=complete_pass,
+    description="A pass with its options, or several: 'a{b=1},c'.",
+)
+@option(
+    "--output", "-o", "file", type=PATH, default=None, metavar="FILE", help="Also write the stage's text to this file."
+)
 @option("--text", is_flag=True, help="Print the stage's text instead of what changed.")
 @output_options
 def run_pass_command(bundle: Path, pipeline: str, file: Path | None, text: bool, output: CommandOutput) -> None:
     """Run passes on one stage from a bundle.
 
-    Prints what they changed. BUNDLE: a folder NN-STATE.bundle of --dump_formats bundle. PASS: a pass with its options,
-    or several: 'a{b=1},c'.
+    Prints what they changed.
     """
     check_output_file("--output", file)
     from vlqc.reporting.dumps.replay import run_pass

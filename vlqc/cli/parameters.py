@@ -68,6 +68,18 @@ class PanelOption(click.Option):
         self.panel = panel
 
 
+class DescribedArgument(click.Argument):
+    """A positional argument with a description in the help."""
+
+    def __init__(self, *args: Any, description: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.panel = "Arguments"
+        self.description = description
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str]:
+        return self.make_metavar(ctx), self.description
+
+
 class Command(click.Command):
     """A command whose help lists its options under their panels, and whose errors `run_and_exit` reports."""
 
@@ -97,6 +109,7 @@ class CommandGroup(Command, click.Group):
 
 
 option = functools.partial(click.option, cls=PanelOption)
+argument = functools.partial(click.argument, cls=DescribedArgument)
 
 
 def output_options(command: Callable[..., int | None]) -> Callable[..., int | None]:

@@ -25,7 +25,7 @@ BEFORE, MARKER = "before", "moved_aside"  # during an exchange: the old folder, 
 # Errors of a write that are due to the disk or its settings; others are not due to the save folder.
 DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
 REMEDIES = {
-    errno.EFBIG: "give --part_file_size for smaller files, raise `ulimit -f`, or choose a disk without that limit",
+    errno.EFBIG: "pass --part_file_size for smaller files, raise `ulimit -f`, or choose a disk without that limit",
     errno.EROFS: "choose a folder that may be written",
     errno.EACCES: "choose a folder that may be written",
     errno.EPERM: "choose a folder that may be written",

@@ -69,7 +69,7 @@ def _targets(stage: Stage, modules: dict[str, nn.Module]) -> Iterator[str]:
         if node.op == "call_module" and target not in modules:
             yield f"%{node.name} calls {stage.checkpoint_name(target)}, which the module does not have"
         elif node.op == "call_module" and isinstance(modules[target], nn.Linear) and target not in at:
-            yield f"%{node.name} calls the Linear {stage.checkpoint_name(target)}, which is no site"
+            yield f"%{node.name} calls the Linear {stage.checkpoint_name(target)}, which is not a site"
         elif node.op == "get_attr" and "constant" not in node.meta and not _has(stage.module, target):
             yield f"%{node.name} reads {target}, which the module does not have"
 
@@ -142,13 +142,13 @@ def _quantized(site: Site, weight: WeightQuantization) -> Iterator[str]:
     integers, scale, group_scale = weight.integers, weight.scale, weight.group_scale
     if integers.dtype != torch.int8 or tuple(integers.shape) != site.shape:
         found = f"{integers.dtype} {list(integers.shape)}"
-        yield f"site {site.name} has integers {found}: int8 {list(site.shape)} is wanted"
+        yield f"site {site.name} has integers {found}: expected int8 {list(site.shape)}"
     elif integers.numel() and group_scale is None and int(integers.min()) == -128:
         yield f"site {site.name} has the integer -128: symmetric weights end at -127"
     elif integers.numel() and group_scale is not None and not -8 <= int(integers.min()) <= int(integers.max()) <= 7:
-        yield f"site {site.name} has integers beyond 4 bits: -8 to 7 are wanted"
+        yield f"site {site.name} has integers beyond 4 bits: expected -8 to 7"
     if scale.dtype != torch.float32 or tuple(scale.shape) != (site.shape[0], 1):
-        yield f"site {site.name} has scales {scale.dtype} {list(scale.shape)}: float32 [{site.shape[0]}, 1] is wanted"
+        yield f"site {site.name} has scales {scale.dtype} {list(scale.shape)}: expected float32 [{site.shape[0]}, 1]"
     elif scale.numel() and not (is_finite(scale) and float(scale.min()) > 0):
         yield f"site {site.name} has weight scales that are not positive and finite"
     if (group_scale is None) != (site.group_size is None):
@@ -160,7 +160,7 @@ def _quantized(site: Site, weight: WeightQuantization) -> Iterator[str]:
         wanted = (site.shape[0], site.shape[1] // site.group_size)
         if group_scale.dtype != torch.float32 or tuple(group_scale.shape) != wanted:
             found = f"{group_scale.dtype} {list(group_scale.shape)}"
-            yield f"site {site.name} has group scales {found}: float32 {list(wanted)} is wanted"
+            yield f"site {site.name} has group scales {found}: expected float32 {list(wanted)}"
         elif group_scale.numel() and not (is_finite(group_scale) and float(group_scale.min()) > 0):
             yield f"site {site.name} has group scales that are not positive and finite"
 
@@ -168,7 +168,7 @@ def _quantized(site: Site, weight: WeightQuantization) -> Iterator[str]:
 def _groups(stage: Stage | StageSnapshot) -> Iterator[str]:
     for source, members in stage.groups().items():
         if not any(node.name == source for node in stage.graph.nodes):
-            yield f"sites {_names(members)} read %{source}, which is no node"
+            yield f"sites {_names(members)} read %{source}, which does not exist"
         if len({site.scheme for site in members}) > 1:
             schemes = ", ".join(f"{site.name} {site.scheme}" for site in members)
             yield f"the group that reads %{source} has several schemes: {schemes}"
@@ -190,16 +190,16 @@ def _edge(stage: Stage, edge: Edge) -> Iterator[str]:
     if produced is None:
         yield f"{name}: the graph does not call it"
     elif edge.usable.dtype != torch.bool or edge.usable.shape != (produced,):
-        yield f"{name}: usable is {edge.usable.dtype} {list(edge.usable.shape)}, bool [{produced}] is wanted"
+        yield f"{name}: usable is {edge.usable.dtype} {list(edge.usable.shape)}, expected bool [{produced}]"
     if not edge.consumers:
         yield f"{name}: it has no consumer"
     inputs = {site.target: site.shape[1] for site in stage.sites.values()}
     for target, columns in edge.consumers.items():
         consumer = f"{name} to {stage.checkpoint_name(target)}"
         if target not in inputs:
-            yield f"{consumer}: the consumer is no site"
+            yield f"{consumer}: the consumer is not a site"
         elif columns.dtype != torch.int64 or columns.shape != (inputs[target],):
-            yield f"{consumer}: the map is {columns.dtype} {list(columns.shape)}, int64 [{inputs[target]}] is wanted"
+            yield f"{consumer}: the map is {columns.dtype} {list(columns.shape)}, expected int64 [{inputs[target]}]"
         if not columns.numel():
             continue
         if int(columns.min()) < -1 or int(columns.max()) >= channels:
@@ -220,14 +220,14 @@ def _observation(stage: Stage, name: str, observation: Observation) -> Iterator[
     where = f"observation of %{name}"
     shapes = [node.meta.get("shape") for node in stage.graph.nodes if node.name == name]
     if not shapes:
-        yield f"{where}: there is no such node"
+        yield f"{where}: the node does not exist"
     elif shapes[0] is not None and (not shapes[0] or shapes[0][-1] != observation.channels):
         yield f"{where}: it counts {observation.channels} channels, but the node has the shape {list(shapes[0])}"
     for modality, span in observation.ranges.items():
         yield from (f"{where}, {modality}: {fault}" for fault in _range(modality, span, observation.channels))
     kept = observation.kept
     if kept.numel() and (kept.dtype != torch.float32 or kept.shape[1:] != (observation.channels,)):
-        yield f"{where}: kept rows are {kept.dtype} {list(kept.shape)}, float32 [T, {observation.channels}] is wanted"
+        yield f"{where}: kept rows are {kept.dtype} {list(kept.shape)}, expected float32 [T, {observation.channels}]"
         return
     if len(kept) != len(observation.kept_modality):
         yield f"{where}: {len(kept)} rows are kept, but {len(observation.kept_modality)} modalities"
@@ -269,7 +269,7 @@ def _range(modality: str, span: ChannelRange, channels: int) -> Iterator[str]:
     for what, part in parts.items():
         wanted = torch.float64 if what.startswith("sum") else torch.float32
         if part.dtype != wanted or part.shape != (channels,):
-            yield f"{what} is {part.dtype} {list(part.shape)}, {wanted} [{channels}] is wanted"
+            yield f"{what} is {part.dtype} {list(part.shape)}, expected {wanted} [{channels}]"
         elif not is_finite(part):
             yield f"{what} has NaN or infinite values"
     if span.minimum.shape == span.maximum.shape and bool((span.minimum > span.maximum).any()):

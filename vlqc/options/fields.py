@@ -81,7 +81,7 @@ def _target(value: str) -> str:
 
 def _glob(pattern: str) -> str:
     if not pattern or NOT_IN_A_GLOB.search(pattern):
-        fix = "give one pattern per option, for example 'visual.blocks.*.attn.proj' or '*.o_proj'"
+        fix = "pass one pattern per option, for example 'visual.blocks.*.attn.proj' or '*.o_proj'"
         raise InvalidValue(f"{pattern!r} is not a glob pattern of names", fix)
     return pattern
 

@@ -62,7 +62,7 @@ def _dump_rule(options: NamedPaths) -> list[Fault]:
 
 
 def output_faults(what: str, output: Path, flag: str = "") -> list[Fault]:
-    """Faults of an output path: it is a file of a checkpoint, or lies in one.
+    """Faults of an output path: it is a file of a checkpoint, or is inside one.
 
     Args:
         what: names the path in the fault.
@@ -76,7 +76,7 @@ def output_faults(what: str, output: Path, flag: str = "") -> list[Fault]:
             return [Fault(what, why="it is a file of a checkpoint, which vlqc does not modify", fix=fix)]
         checkpoint = next((folder for folder in (path, *path.parents) if _is_checkpoint(folder)), None)
         if checkpoint is not None:
-            why = f"it lies in the checkpoint {checkpoint}, which vlqc does not modify"
+            why = f"it is inside the checkpoint {checkpoint}, which vlqc does not modify"
             return [Fault(what, why=why, fix=fix)]
     return []
 
@@ -93,7 +93,7 @@ def _timings_rule(options: NamedPaths) -> list[Fault]:
     timings = options.timings
     if timings is None:
         return []
-    what, fix = f"--timings {timings}", "give a file in an existing folder"
+    what, fix = f"--timings {timings}", "pass a file in an existing folder"
     if timings.is_dir():
         return [Fault(what, why="it is a folder", fix=fix)]
     if timings.exists() and not timings.is_file():  # writing to a pipe may block forever
@@ -104,7 +104,7 @@ def _timings_rule(options: NamedPaths) -> list[Fault]:
         return [Fault(what, why="permission denied", fix="choose another path")]
     for folder, kind in ((options.save_directory, "save"), (options.model_path, "model")):
         if folder is not None and _within(timings.resolve(), folder.resolve()):
-            why = f"it lies in the {kind} folder, and timings are not part of a checkpoint"
+            why = f"it is inside the {kind} folder, and timings are not part of a checkpoint"
             return [Fault(what, why=why, fix="choose another path")]
     return output_faults(what, timings)
 
@@ -114,7 +114,7 @@ def _images_rule(options: NamedPaths) -> list[Fault]:
         return []
     if not _within(options.calib_images.resolve(), options.save_directory.resolve()):
         return []
-    what, why = f"--calib_images {options.calib_images}", "it lies in the save folder, which is replaced as a whole"
+    what, why = f"--calib_images {options.calib_images}", "it is inside the save folder, which is replaced as a whole"
     return [Fault(what, why=why, fix="choose another save folder, or move the images")]
 
 
@@ -124,7 +124,7 @@ def model_faults(folder: Path, flag: str = "--model_path") -> list[Fault]:
         return []
     what = f"{flag} {folder}"
     if folder.exists():
-        return [Fault(what, why="it is a file", fix=f"give its folder: {flag} {folder.parent}")]
+        return [Fault(what, why="it is a file", fix=f"pass its folder: {flag} {folder.parent}")]
     is_hub_name = not folder.is_absolute() and len(folder.parts) == 2 and not folder.parent.exists()
     if is_hub_name:
         fix = "vlqc reads local folders only: download the model first and give its folder"
@@ -139,9 +139,9 @@ def dump_faults(flag: str, folder: Path, *, model: Path | None, save: Path | Non
     if folder.exists() and not folder.is_dir():
         return [Fault(what, why="it is a file", fix=fix)]
     if save is not None and _within(folder.resolve(), save.resolve()):
-        return [Fault(what, why="it lies in the save folder, which contains the finished checkpoint only", fix=fix)]
+        return [Fault(what, why="it is inside the save folder, which contains the finished checkpoint only", fix=fix)]
     if model is not None and _within(folder.resolve(), model.resolve()):
-        return [Fault(what, why="it lies in the model folder, which vlqc does not modify", fix=fix)]
+        return [Fault(what, why="it is inside the model folder, which vlqc does not modify", fix=fix)]
     return output_faults(what, folder)
 
 
@@ -155,33 +155,33 @@ def _similar_names(folder: Path) -> str:
 def _save_faults(save: Path, overwrite: bool) -> list[Fault]:
     what, real = f"--save_directory {save}", save.resolve()
     if real.is_file():
-        return [Fault(what, why="there is a file with this name", fix="give a new or empty folder")]
+        return [Fault(what, why="there is a file with this name", fix="pass a new or empty folder")]
     existing = next((parent for parent in real.parents if parent.exists()), None)
     if existing is not None and not existing.is_dir():
-        return [Fault(what, why=f"{existing} is a file", fix="give a folder in a folder")]
+        return [Fault(what, why=f"{existing} is a file", fix="choose another parent folder")]
     if not real.is_dir():
         return []
     if real == Path(real.anchor) or _within(Path.home(), real) or _within(Path.cwd(), real):
         why = "the save folder is replaced as a whole, and this is the home or current folder, or contains it"
-        return [Fault(what, why=why, fix="give a new folder")]
+        return [Fault(what, why=why, fix="pass a new folder")]
     if os.path.ismount(real):
         why = "the save folder is replaced as a whole, and a mount point cannot be renamed"
-        return [Fault(what, why=why, fix="give a folder inside it")]
+        return [Fault(what, why=why, fix="pass a folder inside it")]
     if not overwrite and any(real.iterdir()):
-        return [Fault(what, why="the folder is not empty", fix="give a new folder, or add --overwrite to replace it")]
+        return [Fault(what, why="the folder is not empty", fix="pass a new folder, or add --overwrite to replace it")]
     return []
 
 
 def _overlap_faults(model: Path, save: Path) -> list[Fault]:
     what = f"--save_directory {save}"
     real_model, real_save = model.resolve(), save.resolve()
-    fix = "give a folder outside the model folder"
+    fix = "pass a folder outside the model folder"
     if real_model == real_save:
         return [Fault(what, why=f"it is the model folder itself ({real_model})", fix=fix)]
     if _within(real_save, real_model):
-        return [Fault(what, why=f"it lies inside the model folder {real_model}", fix=fix)]
+        return [Fault(what, why=f"it is inside the model folder {real_model}", fix=fix)]
     if _within(real_model, real_save):
-        return [Fault(what, why=f"the model folder {real_model} lies inside it", fix=fix)]
+        return [Fault(what, why=f"the model folder {real_model} is inside it", fix=fix)]
     return []
 
 

@@ -58,6 +58,6 @@ def _order_faults(passes: Sequence[Pass]) -> list[Fault]:
                 faults.append(Fault(f"{step.name} needs {name} before it", "--pipeline", fix=f"put {name} before it"))
         for name in step.before:
             if name in earlier:
-                what, why = f"{step.name} comes after {name}", f"{name} leaves nothing for {step.name} to do"
-                faults.append(Fault(what, "--pipeline", why, f"put it before {name}"))
+                what, why = f"{step.name} comes after {name}", f"{step.name} must run before {name}"
+                faults.append(Fault(what, "--pipeline", why, f"move {step.name} before {name}"))
     return faults

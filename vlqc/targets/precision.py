@@ -62,7 +62,7 @@ def choose_scheme(
         return Decision(chosen, misfit, f"{first} is {chosen}: {misfit}")
     if chosen == scheme:
         return Decision(scheme)
-    reason = f"{scheme} is not accepted here by {target}"
+    reason = f"{scheme} is not supported here by {target}"
     return Decision(chosen, reason, f"{scheme} only where {target} runs it; elsewhere {chosen}")
 
 
@@ -89,7 +89,7 @@ def _misfit(layers: Mapping[str, Sequence[int] | None], scheme: Scheme, group_si
             continue
         outputs, inputs = shape
         if inputs % group_size:
-            return f"its {inputs} inputs are no multiple of the group of {group_size}"
+            return f"its {inputs} inputs are not divisible by group size {group_size}"
         if outputs % spec.output_multiple:
-            return f"its {outputs} outputs are no multiple of {spec.output_multiple}"
+            return f"its {outputs} outputs are not divisible by {spec.output_multiple}"
     return ""

@@ -84,7 +84,7 @@ def mixed_group_faults(target: TargetLike, schemes: Mapping[str, Scheme]) -> lis
         if len(set(members.values())) > 1 and not all(engine.runs_unfused(members) for engine in target.engines):
             mixed = ", ".join(f"{layer.rpartition('.')[2]} {scheme}" for layer, scheme in members.items())
             why = "engines multiply the members as one matrix, so all need the same scheme"
-            fix = "give the whole group one scheme"
+            fix = "use one scheme for the whole group"
             faults.append(Fault(f"one fused group has several schemes: {mixed}", group[0], why, fix))
     return faults
 

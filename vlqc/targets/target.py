@@ -53,10 +53,10 @@ def parse_target(text: str, where: str = "--target") -> Target:
     engines = NAMES[name]
     if at and len(engines) > 1:
         why = "each engine has its own versions"
-        raise UserError(Fault(f"{where} {text}", where, why, f"give {name} without a version, or one engine"))
+        raise UserError(Fault(f"{where} {text}", where, why, f"pass {name} without a version, or one engine"))
     if at and not is_version(version):
         why = f"{version!r} is not a version of {engines[0].title}"
-        fix = f"give a version such as {engines[0].example_versions} after the @"
+        fix = f"pass a version such as {engines[0].example_versions} after the @"
         raise UserError(Fault(f"{where} {text}", where, why, fix))
     return Target(engines, version or None)
 

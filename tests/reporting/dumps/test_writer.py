@@ -281,7 +281,7 @@ def test_stop_after(dump: Path, tmp_path: Path) -> None:
         "smooth-m2", model_path=TINY, save_directory=tmp_path / "out", samples=tiny_task.samples(3, seed=1),
         dump_ir=tmp_path / "ir", dump_stages=CHOSEN[:2], **SHIFTED,
     )  # fmt: skip
-    assert result.stages == CHOSEN[:2] and result.of == 9
+    assert result.stages == CHOSEN[:2] and result.total == 9
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ir", "out"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["kept"]
     for name in CHOSEN[:2]:

@@ -118,7 +118,7 @@ def load_samples(
         total = Fault(f"{len(samples)} of {len(selected)} samples can be used", fix=fix)
         raise UserError(*image_faults, *text_faults, total)
     if not samples:
-        raise UserError(*image_faults, Fault(f"{calib_images} has no usable sample", fix="give readable images"))
+        raise UserError(*image_faults, Fault(f"{calib_images} has no usable sample", fix="pass readable images"))
     notes = [f"skipped {fault.what}: {fault.why}" for fault in image_faults]
     if max_samples is not None and max_samples < len(sources):
         notes.append(f"calibrated on {len(samples)} of {len(sources)} samples, selected with --seed {seed}")

@@ -15,7 +15,7 @@ LINE_KEYS = ("image", "prompt", "response")
 NO_VIDEOS = "videos are not supported; extract frames and pass those"
 EXAMPLE = '{"image": "cat.jpg", "prompt": "What is this?"}'
 AS_TEXT = "save it as UTF-8, one JSON object per line"
-KINDS = "give a folder of images, one image, or a .jsonl file"
+KINDS = "pass a folder of images, one image, or a .jsonl file"
 
 
 @dataclass(frozen=True)

@@ -230,7 +230,7 @@ class Checkpoint:
             why = f"{integers[0]} has dtype {self.stored_dtype(integers[0])}".replace("torch.", "")
         else:
             return
-        fix = "give the float checkpoint that it was made from"
+        fix = "pass the float checkpoint that it was made from"
         raise UserError(Fault("the checkpoint is quantized already", str(self.folder), why, fix))
 
     def side_files(self, *, code: bool = False) -> list[str]:

@@ -31,8 +31,8 @@ def tensor_ranges(path: Path) -> dict[str, ByteRange]:
 def read_config(folder: Path) -> dict[str, Any]:
     """The object in config.json. UserError without one."""
     if not folder.is_dir():
-        raise UserError(Fault("no such checkpoint folder", str(folder), fix="give the folder that holds config.json"))
-    fix = "give the folder of a Hugging Face checkpoint"
+        raise UserError(Fault("no such checkpoint folder", str(folder), fix="pass the folder that holds config.json"))
+    fix = "pass the folder of a Hugging Face checkpoint"
     missing = UserError(Fault("the folder has no config.json", str(folder), fix=fix))
     return read_json_object(folder / "config.json", missing=lambda: missing)
 

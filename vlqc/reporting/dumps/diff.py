@@ -55,10 +55,10 @@ class DumpDiff:
     def to_dict(self) -> dict[str, Any]:
         """The differences as JSON-compatible values."""
         states = [
-            {"title": state.title, "found": state.changes, "repeated": state.repeated, "only": state.only}
+            {"title": state.title, "changes": state.changes, "repeated": state.repeated, "only_in": state.only}
             for state in self.states
         ]
-        return {"states": states, "same": self.equal}
+        return {"states": states, "equal": self.equal}
 
     def lines(self) -> Iterator[str]:
         """The differences as text."""

@@ -31,15 +31,20 @@ from vlqc.reporting.progress import Progress
 
 @dataclass(frozen=True)
 class TraceResult:
-    """stages: names of the dumped stages. of: number of stages of the model. folder: of the dump, None if printed."""
+    """Result of a command that only dumps stages.
+
+    stages: names of the dumped stages.
+    total: number of stages of the model.
+    folder: of the dump, None if printed.
+    """
 
     stages: tuple[str, ...]
-    of: int
+    total: int
     folder: Path | None
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON-compatible values."""
-        return {"stages": list(self.stages), "of": self.of, "folder": self.folder and str(self.folder)}
+        return {"stages": list(self.stages), "total": self.total, "folder": self.folder and str(self.folder)}
 
 
 @torch.no_grad()

@@ -244,7 +244,7 @@ def _check_shift(folder: CompiledFolder, norm: str, result: VerificationResult) 
         linear = folder.model.linears.get(layer)
         if linear and not linear.bias and folder.schemes.get(layer) != Scheme.W8A8:
             what = f"{layer} reads the norm and has no bias to compensate the norm's bias"
-            why, fix = "the model's outputs change", "compile again without shift_norms"
+            why, fix = "the model's outputs change", "compile again without --shift"
             result.add_fault("shifts", name, what, why, fix)
 
 

@@ -127,7 +127,7 @@ class Journal:
         self._records: list[Record] = run.stages if run else []
         self._finished = [str(record["name"]) for record in self._records]  # names of stages
         self.saved_stages = len(self._records)
-        self.summary_states: list[Any] = [record["tally"] for record in self._records]
+        self.summary_states: list[Any] = [record["summary"] for record in self._records]
         # Per sample, the number of the stage whose outputs are kept for it.
         self._outputs_of = {sample: number for number, it in enumerate(self._records) for sample in it["samples"]}
         self._disabled = False  # whether a stage returned something that cannot be saved
@@ -230,7 +230,7 @@ class Journal:
         in_use = set(self._outputs_of.values())
         # Listed now: the background thread must not see files that the main thread writes meanwhile.
         stale = [self._outputs_path(earlier) for earlier in range(number) if earlier not in in_use]
-        record: Record = {"kind": "stage", "name": stage.name, "samples": samples, "tally": summary_state()}
+        record: Record = {"kind": "stage", "name": stage.name, "samples": samples, "summary": summary_state()}
         record["read"], self._checkpoint.digests = self._checkpoint.digests, {}
 
         def write(emitted: dict[str, Any]) -> None:
@@ -278,7 +278,7 @@ class Journal:
 
     def _disable(self, stage: Stage, error: NotSerializable) -> None:
         self._disabled = True
-        self._append({"kind": "gave up"})
+        self._append({"kind": "disabled"})
         self._note(f"this run cannot be resumed if interrupted: outputs of type {error} of {stage.name} are not saved")
 
     def _record_deferred(self, number: int, discard: Callable[[], None]) -> None:

@@ -152,7 +152,7 @@ def _read(folder: WorkFolder) -> RunFolder | None:
     except DamagedJournal as error:
         return RunFolder(folder, {}, {}, [], [{}], damage=str(error))
     kinds = [record["kind"] for record in records]
-    if not records or "gave up" in kinds or "stage" not in kinds:
+    if not records or "disabled" in kinds or "stage" not in kinds:
         return None
     begin, *rest = records
     complete: dict[str, Any] = next((record for record in reversed(rest) if record["kind"] == "complete"), {})

@@ -1,5 +1,6 @@
 """assign-precision: choose one scheme per group of linear layers, within what the target engine accepts."""
 
+import warnings
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -38,6 +39,11 @@ class AssignPrecision(Pass):
     include: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.fallback == "seed":  # type: ignore[comparison-overlap]
+            warnings.warn("fallback='seed' is renamed to 'reference'", DeprecationWarning, stacklevel=3)
+            object.__setattr__(self, "fallback", "reference")
+        require(self.fallback in ("reference", "none"), "fallback must be reference or none")
+        require(self.scope in ("engine", "all"), "scope must be engine or all")
         require(self.group_size >= 1, "group_size must be 1 or more")
         parse_target(self.target)
 

@@ -264,4 +264,4 @@ def test_singular_correlations(tmp_path: Path) -> None:
     rows[1] *= -1e19  # squares beyond float32
     weight, importance = torch.full((3,), 1 / 3, dtype=torch.float64), torch.ones(4)
     (block,) = hessian_blocks(rows, weight, importance, torch.arange(4), 4)
-    assert bool(torch.isfinite(block.importance).all()) and torch.equal(block.reach, torch.eye(4))
+    assert bool(torch.isfinite(block.importance).all()) and torch.equal(block.propagation, torch.eye(4))

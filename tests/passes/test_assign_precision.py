@@ -196,3 +196,12 @@ def test_seed_is_an_alias_of_reference() -> None:
     parsed = parse_pipeline("assign-precision{fallback=seed}")
     assert parsed == [AssignPrecision(fallback="reference")]
     assert print_pipeline(parsed) == "assign-precision"
+
+
+def test_the_old_word_for_the_reference_exclusions() -> None:
+    """Catches a pipeline built in Python for 0.1 that quantizes layers which it left in float."""
+    with pytest.warns(DeprecationWarning):
+        assert AssignPrecision(fallback="seed") == AssignPrecision(fallback="reference")  # type: ignore[arg-type]
+    for values in ({"fallback": "nothing"}, {"scope": "nothing"}):
+        with pytest.raises(ValueError, match="must be"):
+            AssignPrecision(**values)  # type: ignore[arg-type]

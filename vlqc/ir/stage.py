@@ -75,6 +75,12 @@ class Site:
     input: InputQuantization | None = None
     weight: WeightQuantization | None = None
 
+    @property
+    def gained_bias(self) -> bool:
+        """`added_bias` under its name in 0.1; removed in the next version."""
+        warnings.warn("Site.gained_bias is renamed to Site.added_bias", DeprecationWarning, stacklevel=2)
+        return self.added_bias
+
 
 @dataclass(frozen=True)
 class Edge:

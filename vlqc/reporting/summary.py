@@ -3,6 +3,7 @@
 import json
 import shlex
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -74,6 +75,11 @@ class Result(JupyterMixin):
         ]
         precision = [asdict(group) for group in self.precision]
         return {**vars(self), "folder": str(self.folder), "counts": counts, "precision": precision}
+
+    def described(self) -> dict[str, Any]:
+        """`to_dict` under its name in 0.1; removed in the next version."""
+        warnings.warn("Result.described is renamed to Result.to_dict", DeprecationWarning, stacklevel=2)
+        return self.to_dict()
 
     def render(self, console: Console) -> None:
         """Prints the summary."""

@@ -1,7 +1,7 @@
 """One compilation run: its folder and journal, its share of the samples, progress, callbacks and summary."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 from vlqc.emit.folder_writer import FolderWriter, committed_plan
@@ -11,8 +11,7 @@ from vlqc.frontend.activation_offload import ActivationOffload
 from vlqc.frontend.calibration.dataset import CalibrationDataset
 from vlqc.frontend.calibration.samples import group_by_images
 from vlqc.frontend.distributed import current_process_group
-from vlqc.frontend.sequential import SequentialForward
-from vlqc.frontend.stage_builder import traced_stage
+from vlqc.frontend.stage_builder import traced_stages
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.memory import release_unused_memory
 from vlqc.ir.stage import Stage
@@ -92,16 +91,23 @@ class CompilationRun:
         cached = self._journal.restore(self._writer, checkpoint, indices, self._offload.offload)
         self._summary.restore(self._journal.summary_states)
         self._progress.begin(len(model.stages), len(samples), done=len(cached.stages))
-        forward = SequentialForward(model, samples, first=first, probe=probe, cached=cached, share_images=True)
-        with model.non_stage_weights(self._writer.copy if self._writer else checkpoint.tensor), forward:
-            for index, inputs in enumerate(forward.loaded_stages(), len(cached.stages)):
-                self._progress.stage(index, inputs.name)
-                with traced_stage(model, inputs, emitted_dtype(checkpoint.dtype), self._process_group) as stage:
-                    stage.execution.after_sample = self._after_sample
-                    for callback in self._callbacks:
-                        callback.traced(stage)
-                    yield stage
-                    inputs.outputs = stage.execution.next_inputs()
+        stages = traced_stages(
+            model,
+            samples,
+            emitted_dtype(checkpoint.dtype),
+            read=self._writer.copy if self._writer else checkpoint.tensor,
+            process_group=self._process_group,
+            first=first,
+            probe=probe,
+            cached=cached,
+        )
+        with closing(stages):
+            for index, stage in enumerate(stages, len(cached.stages)):
+                self._progress.stage(index, stage.name)
+                stage.execution.after_sample = self._after_sample
+                for callback in self._callbacks:
+                    callback.traced(stage)
+                yield stage
                 self._progress.stage_done(index)
 
     def apply_passes(self, stage: Stage) -> None:

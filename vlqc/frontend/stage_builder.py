@@ -1,20 +1,46 @@
 """Builds the IR of a stage from the inputs of all samples."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from vlqc.errors import Fault, UserError
 from vlqc.families.qwen2_5_vl import model_part
 from vlqc.frontend.calibration.probe import PROBE, choose_probe
 from vlqc.frontend.process_group import ProcessGroup
-from vlqc.frontend.sequential import StageInputs
+from vlqc.frontend.sequential import CachedOutputs, SequentialForward, StageInputs
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.frontend.tracing import trace
 from vlqc.ir.execution import Call, SampleShape, StageRun
 from vlqc.ir.stage import Site, Stage
+
+
+def traced_stages(
+    model: StreamedModel,
+    samples: Sequence[dict[str, Tensor]],
+    dtype: torch.dtype,
+    *,
+    read: Callable[[str], Tensor],
+    process_group: ProcessGroup | None = None,
+    first: int = 0,
+    probe: dict[str, Tensor] | None = None,
+    cached: CachedOutputs | None = None,
+) -> Generator[Stage, None, None]:
+    """The stages of the model in order, each traced and with its weights while the caller works on it.
+
+    The next stage gets the outputs that `stage.execution` has when it is requested.
+
+    samples, first, probe, cached: see `SequentialForward`; dtype, process_group: see `traced_stage`; read: loads the
+    parameters outside the stages, by checkpoint name.
+    """
+    forward = SequentialForward(model, samples, first=first, probe=probe, cached=cached, share_images=True)
+    with model.non_stage_weights(read), forward:
+        for inputs in forward.loaded_stages():
+            with traced_stage(model, inputs, dtype, process_group) as stage:
+                yield stage
+                inputs.outputs = stage.execution.next_inputs()
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Dumps without a compiled folder: `vlqc dump` traces stages, `vlqc compile --stop_after` runs their first passes."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,7 @@ from vlqc.frontend.calibration.dataset import CalibrationDataset, load_calibrati
 from vlqc.frontend.calibration.probe import synthetic_sample
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.distributed import current_process_group
-from vlqc.frontend.sequential import SequentialForward
-from vlqc.frontend.stage_builder import traced_stage
+from vlqc.frontend.stage_builder import traced_stages
 from vlqc.frontend.streamed_model import StreamedModel, open_model
 from vlqc.ir.stage import Stage
 from vlqc.options.options import Options
@@ -138,22 +138,20 @@ def _run_stages(
     selected = [name for name in model.stages if dumper.selects(name)]
     finished: list[str] = []
     progress.begin(len(selected), len(dataset.samples))
-    forward = SequentialForward(model, dataset.samples, probe=dataset.probe, share_images=True)
-    with model.non_stage_weights(model.checkpoint.tensor), forward:
-        for inputs in forward.loaded_stages():
-            progress.stage(len(finished), inputs.name)
-            with traced_stage(model, inputs, emitted_dtype(model.checkpoint.dtype)) as stage:
-                stage.execution.after_sample = lambda done, *values: progress.sample(done)
-                if stage.name in selected:
-                    dumper.traced(stage)
-                    dumped.run(stage)
-                    finished.append(stage.name)
-                    progress.stage_done(len(finished) - 1)
-                if finished == selected:
-                    break
-                (remaining if stage.name in selected else skipped).run(stage)
-                if not stage.execution.outputs:
-                    stage.execution.forward()
-                inputs.outputs = stage.execution.next_inputs()
+    read, dtype = model.checkpoint.tensor, emitted_dtype(model.checkpoint.dtype)
+    with closing(traced_stages(model, dataset.samples, dtype, read=read, probe=dataset.probe)) as stages:
+        for stage in stages:
+            progress.stage(len(finished), stage.name)
+            stage.execution.after_sample = lambda done, *values: progress.sample(done)
+            if stage.name in selected:
+                dumper.traced(stage)
+                dumped.run(stage)
+                finished.append(stage.name)
+                progress.stage_done(len(finished) - 1)
+            if finished == selected:
+                break
+            (remaining if stage.name in selected else skipped).run(stage)
+            if not stage.execution.outputs:
+                stage.execution.forward()
     progress.finish()
     return TraceResult(tuple(finished), len(model.stages), dumper.folder)

@@ -1,22 +1,6 @@
-"""Root-mean-square normalization of the Ascend, and a norm with an added bias."""
+"""A norm with an added bias."""
 
 import torch
-
-
-def rms_norm(
-    x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor | None, eps: float, dtype: torch.dtype
-) -> torch.Tensor:
-    """x [..., C], gamma [C], beta [C] or None -> dtype [..., C] = dt(dt(x * rsqrt(mean(x^2) + eps)) * gamma + beta).
-
-    Computed in float32 with the two roundings to `dtype` (dt) only. Source: npu_rms_norm; the float model's norm does
-    the same.
-    """
-    x32 = x.to(torch.float32)  # [..., C]
-    normalized = (x32 * torch.rsqrt(x32.square().mean(dim=-1, keepdim=True) + eps)).to(dtype)  # [..., C]
-    scaled = normalized.to(torch.float32) * gamma.to(torch.float32)  # [..., C]
-    if beta is not None:
-        scaled += beta.to(torch.float32)
-    return scaled.to(dtype)
 
 
 class ShiftedNorm(torch.nn.Module):

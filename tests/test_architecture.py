@@ -197,7 +197,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_wheel_holds_the_tree(wheel: Path) -> None:
-    """Catches a new folder that is not listed as a package, a file too many, a licence or entry point that is lost."""
+    """Catches a new folder that is not listed as a package, a file too many, a license or entry point that is lost."""
     expected = {module_of(path).replace(".", "/") for folder in ("vlqc", *LINKED) for path in python_files(folder)}
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()

@@ -16,7 +16,7 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
 
 
 def escape_control_chars(text: str) -> str:
-    """The text as a terminal can show it: what would move the cursor, hide or recolour is written out, as \\x1b.
+    """The text as a terminal can show it: what would move the cursor, hide or recolor is written out, as \\x1b.
 
     File and tensor names are untrusted: otherwise a crafted name could hide an error message with escape sequences.
     """

@@ -71,7 +71,7 @@ def test_accuracy_collapses_without_smoothing(planted: Path, samples: list[Sampl
 
 @pytest.mark.every_transformers
 def test_same_input_same_bytes(planted: Path, samples: list[Sample], compiled: Path, tmp_path: Path) -> None:
-    """Catches dates, paths, hash order, and uninitialised memory in anything that is written."""
+    """Catches dates, paths, hash order, and uninitialized memory in anything that is written."""
     vlqc.compile(model_path=planted, save_directory=tmp_path / "again", samples=samples)
     names = sorted(path.name for path in compiled.iterdir())
     assert names == sorted(path.name for path in (tmp_path / "again").iterdir())

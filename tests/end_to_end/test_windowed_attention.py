@@ -27,7 +27,7 @@ def test_any_other_value_is_no_window(windows: list[int], kind: str, data: st.Da
 
 
 def test_pairs_that_change_places() -> None:
-    """Catches a mask that passes for block-diagonal because it allows as many pairs, and neighbours the same way."""
+    """Catches a mask that passes for block-diagonal because it allows as many pairs, and neighbors the same way."""
     mask = mask_of([3, 3])[0]
     mask[0, 2] = mask[2, 0] = False
     mask[0, 5] = mask[5, 0] = True

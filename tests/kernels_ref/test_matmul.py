@@ -80,7 +80,7 @@ def test_int8_matmul_at_the_largest_k() -> None:
 
 @pytest.mark.parametrize("shape", [(0, 4, 3), (2, 0, 3), (2, 4, 0)])
 def test_int8_matmul_without_elements(shape: tuple[int, int, int]) -> None:
-    """Catches uninitialised memory for K = 0 and an error for no tokens (a text-only batch in a vision layer)."""
+    """Catches uninitialized memory for K = 0 and an error for no tokens (a text-only batch in a vision layer)."""
     rows, columns, features = shape
     product = int8_matmul(random_int8(0, rows, columns), random_int8(1, features, columns))
     assert product.shape == (rows, features) and product.dtype == torch.int32 and not product.any()

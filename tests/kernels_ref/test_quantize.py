@@ -288,7 +288,7 @@ def test_token_ties_round_to_even() -> None:
 
 
 def test_token_of_zeros() -> None:
-    """Catches NaN in padding or in a token that a dead layer made, and its neighbours getting its scale."""
+    """Catches NaN in padding or in a token that a dead layer made, and its neighbors getting its scale."""
     quantized, scale = quantize_per_token(torch.tensor([[0.0, 0.0], [-127.0, 64.0], [-0.0, 0.0]]))
     assert quantized.tolist() == [[0, 0], [-127, 64], [0, 0]]
     assert scale.tolist() == [[SMALLEST_TOKEN_SCALE], [1.0], [SMALLEST_TOKEN_SCALE]]

@@ -18,6 +18,7 @@ from tests.support.chosen_precision import (
 )
 from tests.support.exact_stage import text_after
 from tests.support.random_stage import decoder, staged, through
+from tests.support.reference_schemes import assignment_faults
 from vlqc.families.layer_names import layer_pattern
 from vlqc.ir.execution import Call
 from vlqc.ir.printer import print_stage
@@ -25,7 +26,6 @@ from vlqc.ir.stage import Site, Stage
 from vlqc.passes.assign_precision import AssignPrecision
 from vlqc.pipeline.registry import parse_pipeline, print_pipeline
 from vlqc.targets.precision import Decision
-from vlqc.targets.rules import assignment_faults
 from vlqc.targets.schemes import Scheme
 
 
@@ -151,7 +151,7 @@ def test_exclude_wins_over_include() -> None:
 
 
 def test_globs_reach_a_stage() -> None:
-    """Options that `choose` honours and `run` loses; reason and notes must arrive where they are printed."""
+    """Options that `choose` honors and `run` loses; reason and notes must arrive where they are printed."""
     stage = through(decoder(), AssignPrecision(exclude=("*.gate_proj",), include=("*.down_proj",)))
     schemes = {site.target: site.scheme for site in stage.sites.values()}
     assert [target for target, scheme in schemes.items() if scheme == F] == ["mlp.gate_proj", "mlp.up_proj"]

@@ -17,10 +17,10 @@ from tests.support.chosen_precision import (
     members_with,
 )
 from tests.support.random_stage import decoder, through
+from tests.support.reference_schemes import assignment_faults
 from vlqc.ir.stage import Site
 from vlqc.passes.assign_precision import AssignPrecision
 from vlqc.targets.precision import Decision
-from vlqc.targets.rules import assignment_faults
 from vlqc.targets.schemes import Scheme
 
 # Kinds of layers as the engines tell them apart, by one group of each; stated from the engines' own rules:

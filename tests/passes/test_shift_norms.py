@@ -212,7 +212,7 @@ def test_second_run_changes_nothing() -> None:
 # ---- what it is for --------------------------------------------------------------------------------------------------
 
 
-def test_ranges_are_centred_and_smaller() -> None:
+def test_ranges_are_centered_and_smaller() -> None:
     """A shift that helps nothing: the widest range shrinks, and the stage's int8 form comes closer to the float one."""
     before = through(observed(one_sided()), QuantizeActivations(method="minmax"))
     after = through(observed(one_sided()), ShiftNorms(), QuantizeActivations(method="minmax"))

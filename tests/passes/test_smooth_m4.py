@@ -225,7 +225,7 @@ def test_edges_have_alphas_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-def test_fixed_alpha_is_honoured(alpha: float) -> None:
+def test_fixed_alpha_is_honored(alpha: float) -> None:
     """`anti_alpha` that is only a starting point of the search, or 0.0 taken for None: the first round by hand."""
     stage = observed(decoder(outliers=True))
     wanted = {

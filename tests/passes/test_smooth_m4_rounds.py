@@ -70,7 +70,7 @@ def test_rounds_are_bounded(rounds: int) -> None:
     assert len(asked) == rounds and all(asked)
 
 
-def test_scales_belong_to_the_rescaled_neighbours() -> None:
+def test_scales_belong_to_the_rescaled_neighbors() -> None:
     """Catches missing iteration: at the end every edge has the closed-form scale of its current neighbors."""
     stage = observed(decoder(outliers=True))
     through(stage, SmoothM4(alpha=0.5, rounds=8))

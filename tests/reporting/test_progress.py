@@ -89,7 +89,7 @@ def test_a_terminal_that_cannot_redraw(environment: dict[str, str]) -> None:
 
 
 def test_no_color() -> None:
-    """Catches colours in spite of NO_COLOR. Bold type is allowed."""
+    """Catches colors in spite of NO_COLOR. Bold type is allowed."""
     shown = io.StringIO()
     console = Console(file=shown, force_terminal=True, _environ={"TERM": "xterm-256color", "NO_COLOR": "1"})
     TerminalProgress(console).note("no version of E loads this\nwhy: a")
@@ -98,7 +98,7 @@ def test_no_color() -> None:
 
 
 def test_a_warning_is_printed_at_once() -> None:
-    """Catches a warning that is delayed to the summary, loses its lines, or is parsed as colour markup."""
+    """Catches a warning that is delayed to the summary, loses its lines, or is parsed as color markup."""
     shown = io.StringIO()
     TerminalProgress(Console(file=shown, width=30)).note("no version of [E] loads this\nwhy: a\n  what to do: b")
     assert shown.getvalue() == "warning: no version of [E] loads this\n  why: a\n  what to do: b\n"

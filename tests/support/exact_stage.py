@@ -28,7 +28,7 @@ PASSES: tuple[Pass, ...] = (
     AssignPrecision(),
     SmoothM2(candidates=8),
     QuantizeActivations(),
-    QuantizeWeights(method="round"),  # the other methods factorise matrices
+    QuantizeWeights(method="round"),  # the other methods factorize matrices
     LowerLinears(),
     PropagateQuantized(),
 )

@@ -72,13 +72,13 @@ def numpy_search(
         np.histogram(kept * factor, edges, weights=part * share[:, None] * energy[None, :])[0]
         for factor, part in factors
     )
-    centres = (edges[1:] + edges[:-1]) / 2
+    centers = (edges[1:] + edges[:-1]) / 2
     shares = [1.25, 1.15, 1.05, *(2.0 ** (-step / 8) for step in range(41))]
     errors = {}
     for below in shares if low < 0 else [1.0]:
         for above in shares if high > 0 else [1.0]:
-            rounded = numpy_rounded(centres, low * below, high * above, dtype)
-            errors[low * below, high * above] = float(((rounded - centres) ** 2 * mass).sum())
+            rounded = numpy_rounded(centers, low * below, high * above, dtype)
+            errors[low * below, high * above] = float(((rounded - centers) ** 2 * mass).sum())
     return min(errors.values()), errors
 
 

@@ -45,8 +45,8 @@ class RmsNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
 
     def forward(self, rows: Tensor) -> Tensor:
-        normalised: Tensor = self.weight * (rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + 1e-6))
-        return normalised
+        normalized: Tensor = self.weight * (rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + 1e-6))
+        return normalized
 
 
 class Attention(nn.Module):

@@ -1,6 +1,11 @@
-"""The schemes that the reference script gives the layers of a small model."""
+"""The schemes that the reference script gives the layers of a small model, and all faults of an assignment."""
 
+from collections.abc import Mapping
+
+from vlqc.errors import Fault
+from vlqc.targets.rules import group_faults, layer_faults
 from vlqc.targets.schemes import Scheme
+from vlqc.targets.target import TargetLike
 
 FLOAT, W8A8, DYNAMIC, W4A8 = Scheme.FLOAT, Scheme.W8A8, Scheme.W8A8_DYNAMIC, Scheme.W4A8_DYNAMIC
 
@@ -19,3 +24,8 @@ def reference_assignment(blocks: int = 2) -> dict[str, Scheme]:
         schemes |= {f"{layer}.mlp.{name}_proj": W8A8 for name in ("gate", "up")}
         schemes |= {f"{block}.mlp.down_proj": FLOAT, f"{layer}.mlp.down_proj": FLOAT}
     return schemes
+
+
+def assignment_faults(target: TargetLike, schemes: Mapping[str, Scheme]) -> list[Fault]:
+    """Scheme per checkpoint layer name -> faults of single layers and of groups."""
+    return layer_faults(target, schemes) + group_faults(target, schemes)

@@ -19,7 +19,7 @@ from vlqc.frontend.streamed_model import StreamedModel, model_inputs
 from vlqc.ir.execution import Call
 
 TINY = Path(__file__).parents[2] / "tools" / "demo" / "tiny_vl"
-PATCH_VALUES = 1176  # 3 colours x 2 frames x 14 x 14 pixels
+PATCH_VALUES = 1176  # 3 colors x 2 frames x 14 x 14 pixels
 STAGES = [*(f"visual.blocks.{n}" for n in range(4)), "visual.merger", *(f"model.layers.{n}" for n in range(4))]
 
 

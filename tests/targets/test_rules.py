@@ -6,11 +6,11 @@ import sys
 import pytest
 from packaging.version import Version
 
-from tests.support.reference_schemes import DYNAMIC, FLOAT, W4A8, W8A8, reference_assignment
+from tests.support.reference_schemes import DYNAMIC, FLOAT, W4A8, W8A8, assignment_faults, reference_assignment
 from vlqc.errors import UserError
 from vlqc.families.qwen2_5_vl import REFERENCE_FLOAT, fused_group, model_part, stays_float_in_reference
 from vlqc.targets.mindie import MINDIE
-from vlqc.targets.rules import assignment_faults, supported_schemes, supports_scheme, target_supporting
+from vlqc.targets.rules import supported_schemes, supports_scheme, target_supporting
 from vlqc.targets.schemes import Scheme
 from vlqc.targets.target import ENGINES, Target
 from vlqc.targets.vllm_ascend import VLLM_ASCEND

@@ -2,7 +2,7 @@
 
     python -m tools.demo.demo FOLDER       # replaces FOLDER
 
-The tiny Qwen2.5-VL of tools/demo/tiny_vl reads coloured digits in images. Outliers are added without changing the
+The tiny Qwen2.5-VL of tools/demo/tiny_vl reads colored digits in images. Outliers are added without changing the
 function of the model: 2 % of the channels of every edge in both towers, times 128. `vlqc compile` then runs on images
 and questions of the model's task, and the compiled folders are loaded and evaluated.
 """

@@ -1,8 +1,8 @@
-"""The task of the tiny checkpoint `tools/demo/tiny_vl`: questions about images of coloured digits.
+"""The task of the tiny checkpoint `tools/demo/tiny_vl`: questions about images of colored digits.
 
 An image is 56 x 112 pixels: 2 x 4 cells of 28 x 28, one merged image token of Qwen2.5-VL per cell. Each cell shows one
-of ten digits in one of eight colours on a noisy background; no digit and no colour occurs twice. A sequence names every
-cell once, by colour or by digit, followed by the other of the two: "red 7 3 blue ...". Images are drawn with Pillow's
+of ten digits in one of eight colors on a noisy background; no digit and no color occurs twice. A sequence names every
+cell once, by color or by digit, followed by the other of the two: "red 7 3 blue ...". Images are drawn with Pillow's
 default font; nothing is downloaded. The splits "train" and "test" use different renderings of the digits (size,
 position, angle).
 
@@ -28,7 +28,7 @@ BoolArray = npt.NDArray[np.bool_]
 
 ROWS, COLUMNS, CELL = 2, 4, 28  # cells of an image; side of a cell in pixels
 CELLS = ROWS * COLUMNS
-COLOURS = {
+COLORS = {
     "red": (220, 40, 40),
     "green": (40, 180, 60),
     "blue": (50, 80, 230),
@@ -41,13 +41,13 @@ COLOURS = {
 
 # Token ids of tools/demo/tiny_vl/tokenizer.json.
 PAD, BEGIN, END, VISION_START, VISION_END, IMAGE, VIDEO, VISION_PAD = range(8)
-FIRST_DIGIT, FIRST_COLOUR, VOCABULARY = 12, 22, 64
+FIRST_DIGIT, FIRST_COLOR, VOCABULARY = 12, 22, 64
 WORDS = {FIRST_DIGIT + digit: str(digit) for digit in range(10)} | {
-    FIRST_COLOUR + index: name for index, name in enumerate(COLOURS)
+    FIRST_COLOR + index: name for index, name in enumerate(COLORS)
 }
 HEAD = (BEGIN, VISION_START, *[IMAGE] * CELLS, VISION_END)
 
-# Constants of Qwen2VLImageProcessor: OpenAI CLIP's mean and standard deviation per colour channel.
+# Constants of Qwen2VLImageProcessor: OpenAI CLIP's mean and standard deviation per color channel.
 PATCH, MERGE, FRAMES = 14, 2, 2
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
@@ -63,7 +63,7 @@ class Drawing(NamedTuple):
 
     images: npt.NDArray[np.uint8]  # [count, 56, 112, 3]
     digits: IntArray  # [count, CELLS], 0..9
-    colours: IntArray  # [count, CELLS], index into COLOURS
+    colors: IntArray  # [count, CELLS], index into COLORS
 
 
 @functools.cache
@@ -75,8 +75,8 @@ def glyph_masks(split: str) -> FloatArray:
         for rendering in range(256):
             font = ImageFont.load_default(int(random.integers(18, 26)))
             canvas = Image.new("L", (2 * CELL, 2 * CELL), 0)  # twice the cell, so that rotation cuts no corner
-            centre = (float(CELL + random.integers(-3, 4)), float(CELL + random.integers(-3, 4)))
-            ImageDraw.Draw(canvas).text(centre, str(digit), fill=255, font=font, anchor="mm")
+            center = (float(CELL + random.integers(-3, 4)), float(CELL + random.integers(-3, 4)))
+            ImageDraw.Draw(canvas).text(center, str(digit), fill=255, font=font, anchor="mm")
             turned = canvas.rotate(float(random.uniform(-20, 20)), resample=Image.Resampling.BILINEAR)
             cut = turned.crop((CELL // 2, CELL // 2, CELL // 2 + CELL, CELL // 2 + CELL))
             masks[digit, rendering] = np.asarray(cut, np.float32) / 255
@@ -87,16 +87,16 @@ def draw(count: int, random: np.random.Generator, split: str) -> Drawing:
     """Draws `count` images: their content from `random`, the renderings from `split` ("train" or "test")."""
     masks = glyph_masks(split)
     digits = np.argsort(random.random((count, 10)), 1)[:, :CELLS]
-    colours = np.argsort(random.random((count, len(COLOURS))), 1)[:, :CELLS]
+    colors = np.argsort(random.random((count, len(COLORS))), 1)[:, :CELLS]
     rendering = random.integers(0, masks.shape[1], (count, CELLS))
     opacity = masks[digits, rendering][..., None]  # [count, CELLS, CELL, CELL, 1]
     background = random.uniform(0, 70, (count, CELLS, 1, 1, 3)) + random.normal(0, 12, (count, CELLS, CELL, CELL, 1))
-    paint = np.array(list(COLOURS.values()), np.float32)[colours][:, :, None, None, :]
+    paint = np.array(list(COLORS.values()), np.float32)[colors][:, :, None, None, :]
     foreground = paint * random.uniform(0.8, 1.05, (count, CELLS, 1, 1, 1))
     cells = opacity * foreground + (1 - opacity) * background
     cells = cells.reshape(count, ROWS, COLUMNS, CELL, CELL, 3).transpose(0, 1, 3, 2, 4, 5)
     images = np.clip(cells.reshape(count, ROWS * CELL, COLUMNS * CELL, 3), 0, 255).astype(np.uint8)
-    return Drawing(images, digits, colours)
+    return Drawing(images, digits, colors)
 
 
 def write_sentences(drawing: Drawing, random: np.random.Generator) -> tuple[IntArray, BoolArray]:
@@ -104,9 +104,9 @@ def write_sentences(drawing: Drawing, random: np.random.Generator) -> tuple[IntA
     count = len(drawing.images)
     order = np.argsort(random.random((count, CELLS)), 1)
     digit = FIRST_DIGIT + np.take_along_axis(drawing.digits, order, 1)
-    colour = FIRST_COLOUR + np.take_along_axis(drawing.colours, order, 1)
-    by_colour = random.integers(0, 2, (count, CELLS)).astype(bool)
-    pairs = np.stack([np.where(by_colour, colour, digit), np.where(by_colour, digit, colour)], 2)  # question, answer
+    color = FIRST_COLOR + np.take_along_axis(drawing.colors, order, 1)
+    by_color = random.integers(0, 2, (count, CELLS)).astype(bool)
+    pairs = np.stack([np.where(by_color, color, digit), np.where(by_color, digit, color)], 2)  # question, answer
     input_ids = np.concatenate([np.tile(HEAD, (count, 1)), pairs.reshape(count, 2 * CELLS)], 1)
     is_answer = np.zeros(input_ids.shape, bool)
     is_answer[:, len(HEAD) + 1 :: 2] = True
@@ -114,14 +114,14 @@ def write_sentences(drawing: Drawing, random: np.random.Generator) -> tuple[IntA
 
 
 def cut_patches(images: npt.NDArray[np.uint8]) -> FloatArray:
-    """Normalised patches [count * 32, 3 * 2 * 14 * 14] as Qwen2VLImageProcessor orders them.
+    """Normalized patches [count * 32, 3 * 2 * 14 * 14] as Qwen2VLImageProcessor orders them.
 
     Merge block by merge block; an image counts as two equal frames.
     """
     count = len(images)
-    normalised = (images.astype(np.float32) / 255 - MEAN) / DEVIATION
-    blocks = normalised.transpose(0, 3, 1, 2).reshape(count, 3, ROWS, MERGE, PATCH, COLUMNS, MERGE, PATCH)
-    blocks = blocks.transpose(0, 2, 5, 3, 6, 1, 4, 7)  # count, block row, block column, row, column, colour, y, x
+    normalized = (images.astype(np.float32) / 255 - MEAN) / DEVIATION
+    blocks = normalized.transpose(0, 3, 1, 2).reshape(count, 3, ROWS, MERGE, PATCH, COLUMNS, MERGE, PATCH)
+    blocks = blocks.transpose(0, 2, 5, 3, 6, 1, 4, 7)  # count, block row, block column, row, column, color, y, x
     frames = np.repeat(blocks[..., None, :, :], FRAMES, axis=-3)
     return np.ascontiguousarray(frames.reshape(count * CELLS * MERGE**2, 3 * FRAMES * PATCH**2))
 
@@ -133,7 +133,7 @@ def drawn_batches(count: int, seed: int, split: str) -> Iterator[tuple[Drawing, 
         drawing = draw(BATCH, random, split)
         input_ids, is_answer = write_sentences(drawing, random)
         rows = slice(0, min(BATCH, count - start))
-        drawing = Drawing(drawing.images[rows], drawing.digits[rows], drawing.colours[rows])
+        drawing = Drawing(drawing.images[rows], drawing.digits[rows], drawing.colors[rows])
         yield drawing, input_ids[rows], is_answer[rows]
 
 

@@ -100,12 +100,12 @@ def attend_in_equal_windows(
 
 
 def naming_loss(logits: Tensor, drawing: task.Drawing) -> Tensor:
-    """Cross-entropy of predicting each cell's digit and colour at its image token; logits [batch, length, 64]."""
+    """Cross-entropy of predicting each cell's digit and color at its image token; logits [batch, length, 64]."""
     cells = logits[:, 2 : 2 + task.CELLS].float()  # after <bos> and <|vision_start|>
     digits = cells[..., task.FIRST_DIGIT : task.FIRST_DIGIT + 10].flatten(0, 1)
-    colours = cells[..., task.FIRST_COLOUR : task.FIRST_COLOUR + len(task.COLOURS)].flatten(0, 1)
+    colors = cells[..., task.FIRST_COLOR : task.FIRST_COLOR + len(task.COLORS)].flatten(0, 1)
     return F.cross_entropy(digits, torch.from_numpy(drawing.digits).flatten()) + F.cross_entropy(
-        colours, torch.from_numpy(drawing.colours).flatten()
+        colors, torch.from_numpy(drawing.colors).flatten()
     )
 
 
@@ -158,7 +158,7 @@ def train(
 
 def main() -> None:
     """Entry point: trains, saves the checkpoint folder and prints its accuracy."""
-    parser = argparse.ArgumentParser(description="Train a tiny Qwen2.5-VL on images of coloured digits.")
+    parser = argparse.ArgumentParser(description="Train a tiny Qwen2.5-VL on images of colored digits.")
     parser.add_argument("target", type=Path)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--minutes", type=float, default=10.0, help="processor time after which training ends")

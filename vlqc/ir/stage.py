@@ -117,7 +117,7 @@ class Stage:
     """One unit of compilation.
 
     name: checkpoint prefix; part: vision, merger or language; dtype: of emitted float tensors; module: the submodule
-    with float32 weights; graph: recorded once, specialised to the shapes of the traced call, nodes carry meta["shape"]
+    with float32 weights; graph: recorded once, specialized to the shapes of the traced call, nodes carry meta["shape"]
     and meta["dtype"]; sites: by checkpoint name; execution: inputs and outputs of this run; checkpoint_name: path of a
     module or parameter in the stage -> checkpoint name; observations: by name of the observed node; edges: None until
     they are computed; sensitivities: of quantized groups, where they were measured, not part of the text.

@@ -35,11 +35,6 @@ def parse_spec(text: str, resolve: Callable[[str], type]) -> list[Any]:
     return steps
 
 
-def names_in(text: str) -> list[str]:
-    """The names before the braces, without resolving them."""
-    return [part.partition("{")[0].strip() for part in _split_outside_braces(text)]
-
-
 def print_value(value: Any) -> str:
     """The text of an option's value: booleans in lower case, items of a tuple separated by semicolons."""
     if isinstance(value, bool):

@@ -29,7 +29,7 @@ from vlqc.options.options import Options
 from vlqc.pipeline.layer_selection import check_layers
 from vlqc.pipeline.presets import build_pipeline
 from vlqc.reporting.summary import target_warnings
-from vlqc.reporting.tables import labelled_lines, layer_table
+from vlqc.reporting.tables import labeled_lines, layer_table
 from vlqc.targets.engine import Engine
 from vlqc.targets.rules import group_faults
 from vlqc.targets.schemes import Scheme
@@ -89,7 +89,7 @@ class CompilationPlan:
             *(("reason", f"{layer}: {reason}") for reason, layer in self.reasons.items()),
             *(("note", note.split("\n")[0]) for note in self.notes),
         ]
-        for line in labelled_lines(rows):
+        for line in labeled_lines(rows):
             console.print(line, soft_wrap=True)
 
 

@@ -30,7 +30,7 @@ from vlqc.pipeline.registry import print_pipeline
 from vlqc.reporting.html.collector import StageMetrics
 from vlqc.reporting.html.command_line import command, replace_paths
 from vlqc.reporting.html.schema import ReportData, Timings, installed_version, machine, rounded
-from vlqc.reporting.tables import is_warning, labelled_lines, layer_table
+from vlqc.reporting.tables import is_warning, labeled_lines, layer_table
 from vlqc.targets.advice import engine_notes, incompatibilities, serve_commands
 from vlqc.targets.schemes import Scheme
 from vlqc.targets.versions import loading_engines
@@ -98,7 +98,7 @@ class Result(JupyterMixin):
             *(("warning", note.split("\n")[0]) for note in self.notes if is_warning(note)),  # printed in full before
             *(("note", note) for note in self.notes if not is_warning(note)),
         ]
-        return Group(layer_table("Schemes", self.counts), *labelled_lines(rows))
+        return Group(layer_table("Schemes", self.counts), *labeled_lines(rows))
 
 
 def target_warnings(options: Options, dtype: torch.dtype) -> list[str]:

@@ -1,4 +1,4 @@
-"""Tables and labelled lines that the summary of a compilation, `--plan` and the report page have in common."""
+"""Tables and labeled lines that the summary of a compilation, `--plan` and the report page have in common."""
 
 from collections.abc import Iterable, Mapping
 
@@ -27,7 +27,7 @@ def layer_table(title: str, counts: Mapping[tuple[str, str], int]) -> Table:
     return table
 
 
-def labelled_lines(rows: Iterable[tuple[str, str]]) -> list[Text]:
+def labeled_lines(rows: Iterable[tuple[str, str]]) -> list[Text]:
     """(label, text) -> one line each, never wrapped, so that commands can be copied. Warnings are highlighted.
 
     A label is shown on the first of several consecutive lines only, except on notes and warnings.

@@ -93,8 +93,3 @@ def run_together(target: TargetLike, schemes: Iterable[Scheme]) -> bool:
     """Whether every engine of the target runs one folder with these schemes in different decoder layers."""
     layers = {SINGLE_LAYER.replace("*", str(number)): scheme for number, scheme in enumerate(schemes)}
     return not group_faults(target, layers)
-
-
-def assignment_faults(target: TargetLike, schemes: Mapping[str, Scheme], dtype: str | None = None) -> list[Fault]:
-    """Scheme per checkpoint layer name -> everything an engine of the target would refuse or compute wrongly."""
-    return layer_faults(target, schemes, dtype) + group_faults(target, schemes)

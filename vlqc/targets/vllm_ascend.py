@@ -12,7 +12,7 @@ from vlqc.targets.engine import Engine, Rule, join_or
 from vlqc.targets.schemes import Scheme
 
 DESCRIPTION = "quant_model_description.json"
-DESCRIPTION_VERSION = "1.0.0"  # by which it recognises packed 4-bit weights
+DESCRIPTION_VERSION = "1.0.0"  # by which it recognizes packed 4-bit weights
 ONLY_BFLOAT16 = ("bfloat16",)
 FAST_GROUP_SIZES = (64, 128)  # what its int4 kernels are written for
 

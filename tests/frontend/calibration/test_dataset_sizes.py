@@ -101,7 +101,7 @@ def test_an_image_is_shrunk_from_the_whole_of_it(tmp_path: Path) -> None:
     Image.fromarray(halves).save(tmp_path / "halves.png")
     (sample,) = load_samples(TINY, tmp_path, max_tokens=9 + 8).samples
     assert grids(sample) == [[1, 4, 8]]
-    black, white = (np.subtract(colour, MEAN) / STD for colour in (0, 1))
+    black, white = (np.subtract(color, MEAN) / STD for color in (0, 1))
     patches = sample["pixel_values"].numpy().reshape(2, 4, 2, 2, 3, 2, 14, 14)  # by tokens: row, column; 2 x 2 patches
     np.testing.assert_allclose(patches[:, 0].mean(axis=(0, 1, 2, 4, 5, 6)), black, atol=0.05)
     np.testing.assert_allclose(patches[:, 3].mean(axis=(0, 1, 2, 4, 5, 6)), white, atol=0.05)

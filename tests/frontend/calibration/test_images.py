@@ -51,8 +51,8 @@ def test_transparent_parts_become_white(tmp_path: Path, mode: str) -> None:
 
 def test_sixteen_bit_grey_keeps_its_shades(tmp_path: Path) -> None:
     """Catches 16-bit images that are clipped to white."""
-    grey = np.array([[0, 0x4000, 0x80FF, 0xFFFF]], dtype=np.uint16)
-    Image.fromarray(grey).save(tmp_path / "scan.png")
+    gray = np.array([[0, 0x4000, 0x80FF, 0xFFFF]], dtype=np.uint16)
+    Image.fromarray(gray).save(tmp_path / "scan.png")
     assert pixels(tmp_path / "scan.png")[0, :, 0].tolist() == [0, 0x40, 0x80, 0xFF]
 
 
@@ -65,7 +65,7 @@ def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
 
 def test_first_frame_of_an_animation(tmp_path: Path) -> None:
     """Catches another frame than the first."""
-    frames = [Image.new("RGB", (2, 2), colour) for colour in (RED, BLUE)]
+    frames = [Image.new("RGB", (2, 2), color) for color in (RED, BLUE)]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
     assert (pixels(tmp_path / "moving.gif") == RED).all()
 

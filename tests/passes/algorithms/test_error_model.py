@@ -272,7 +272,7 @@ def test_columns() -> None:
     ],
 )
 def test_arithmetic_of(scheme: Scheme | None, expected: SchemeNoise) -> None:
-    """A search that optimises for another scheme than the site will run in."""
+    """A search that optimizes for another scheme than the site will run in."""
     assert (
         scheme_noise(Site("a", "a", "x", (8, 128), scheme, 64 if scheme == Scheme.W4A8_DYNAMIC else None)) == expected
     )

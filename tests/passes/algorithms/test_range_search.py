@@ -41,16 +41,16 @@ def test_search_against_numpy(kind: str, dtype: torch.dtype, samples: int) -> No
 
 
 def test_histogram_against_numpy() -> None:
-    """Mass that gets lost, is not weighted by modality and energy, or is put into the neighbouring bin."""
+    """Mass that gets lost, is not weighted by modality and energy, or is put into the neighboring bin."""
     text, image = rows_of(3, "normal"), 10 * rows_of(4, "normal")[:7]
     seen, energy = observation(text, image), torch.arange(1.0, 9.0)
     low, high = limits(seen)
-    centres, mass = weighted_histogram(seen, energy, low, high)
-    assert len(centres) == len(mass) == BINS
+    centers, mass = weighted_histogram(seen, energy, low, high)
+    assert len(centers) == len(mass) == BINS
     share = np.concatenate([np.full(64, 0.5 / 64), np.full(7, 0.5 / 7)])
     values = torch.cat([text, image]).double().numpy()
     expected, edges = np.histogram(values, BINS, (low, high), weights=share[:, None] * np.arange(1.0, 9.0))
-    np.testing.assert_allclose(centres, (edges[1:] + edges[:-1]) / 2, atol=1e-12)
+    np.testing.assert_allclose(centers, (edges[1:] + edges[:-1]) / 2, atol=1e-12)
     assert mass.sum().item() == pytest.approx(36)
     assert np.abs(mass.numpy() - expected).sum() < 0.01 * 36  # of values at an edge
 
@@ -60,17 +60,17 @@ def test_histogram_against_numpy() -> None:
 def test_blur_against_numpy(low: float, high: float, deviation: float) -> None:
     """Mass lost at the ends, or moved by another factor: no bin's mass may end more than a bin from where it belongs.
 
-    What belongs where: five copies of the bins' centres, sorted. Compared are the amounts below every point.
+    What belongs where: five copies of the bins' centers, sorted. Compared are the amounts below every point.
     """
     random = np.random.default_rng(0)
     width = (high - low) / BINS
-    centres, mass = low + (np.arange(BINS) + 0.5) * width, random.random(BINS) ** 4
-    got, spread = blur_histogram(torch.from_numpy(centres), torch.from_numpy(mass), deviation)
+    centers, mass = low + (np.arange(BINS) + 0.5) * width, random.random(BINS) ** 4
+    got, spread = blur_histogram(torch.from_numpy(centers), torch.from_numpy(mass), deviation)
     wider = float(got[1] - got[0])
     assert got.shape == spread.shape == (BINS,) and wider == pytest.approx(width * math.exp(2 * deviation))
     assert float(spread.sum()) == pytest.approx(mass.sum()) and tuple(FIVE) == GAUSSIAN_NODES
     assert float(got[0]) - wider / 2 == pytest.approx(low * math.exp(2 * deviation), abs=1e-9)
-    values = np.concatenate([centres * math.exp(number * deviation) for number, _ in FIVE])
+    values = np.concatenate([centers * math.exp(number * deviation) for number, _ in FIVE])
     parts = np.concatenate([mass * share for _, share in FIVE])
     order = values.argsort()
     for point in np.linspace(values.min(), values.max(), 40):

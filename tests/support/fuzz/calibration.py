@@ -61,30 +61,30 @@ def check_lines(case: bytes, folder: Path) -> bool:
 def image_files() -> dict[str, bytes]:
     """Small image files by suffix and kind, for all common kinds."""
     random = np.random.default_rng(1)
-    colour = Image.fromarray(random.integers(0, 256, (13, 17, 3), dtype=np.uint8))
+    color = Image.fromarray(random.integers(0, 256, (13, 17, 3), dtype=np.uint8))
     clear = Image.fromarray(random.integers(0, 256, (9, 9, 4), dtype=np.uint8))
     deep = Image.fromarray(random.integers(0, 65536, (8, 5)).astype(np.uint16))
     turned = Image.Exif()
     turned[0x0112] = 6
     made: dict[str, tuple[Image.Image, str, dict[str, Any]]] = {
-        "png": (colour, "PNG", {}),
-        "png 1x1": (colour.crop((0, 0, 1, 1)), "PNG", {}),
+        "png": (color, "PNG", {}),
+        "png 1x1": (color.crop((0, 0, 1, 1)), "PNG", {}),
         "png 16 bits": (deep, "PNG", {}),
         "png rgba": (clear, "PNG", {}),
         "png palette": (clear.quantize(8), "PNG", {}),
-        "png wide": (colour.resize((3000, 1)), "PNG", {}),
-        "jpg": (colour, "JPEG", {}),
-        "jpg cmyk": (colour.convert("CMYK"), "JPEG", {}),
-        "jpg turned": (colour, "JPEG", {"exif": turned}),
-        "jpg progressive": (colour, "JPEG", {"progressive": True}),
-        "gif moving": (colour, "GIF", {"save_all": True, "append_images": [colour.rotate(90)]}),
+        "png wide": (color.resize((3000, 1)), "PNG", {}),
+        "jpg": (color, "JPEG", {}),
+        "jpg cmyk": (color.convert("CMYK"), "JPEG", {}),
+        "jpg turned": (color, "JPEG", {"exif": turned}),
+        "jpg progressive": (color, "JPEG", {"progressive": True}),
+        "gif moving": (color, "GIF", {"save_all": True, "append_images": [color.rotate(90)]}),
         "webp": (clear, "WEBP", {"lossless": True}),
-        "webp moving": (colour, "WEBP", {"save_all": True, "append_images": [colour.rotate(90)]}),
-        "bmp": (colour, "BMP", {}),
-        "tif": (colour, "TIFF", {}),
-        "tif lzw": (colour, "TIFF", {"compression": "tiff_lzw"}),
-        "tif cmyk": (colour.convert("CMYK"), "TIFF", {}),
-        "tif float": (colour.convert("F"), "TIFF", {}),
+        "webp moving": (color, "WEBP", {"save_all": True, "append_images": [color.rotate(90)]}),
+        "bmp": (color, "BMP", {}),
+        "tif": (color, "TIFF", {}),
+        "tif lzw": (color, "TIFF", {"compression": "tiff_lzw"}),
+        "tif cmyk": (color.convert("CMYK"), "TIFF", {}),
+        "tif float": (color.convert("F"), "TIFF", {}),
     }
     files = {}
     for kind, (image, form, more) in made.items():

@@ -65,7 +65,7 @@ def _sqnr_chart(towers: Sequence[Tower], stages: Sequence[StageData]) -> Chart:
                 inside = [value if index in positions else None for index, value in enumerate(rows_per_modality)]
                 chart.line(f"sqnr {name}", inside, axis)
         chart.dots(f"sqnr {name}", rows_per_modality, axis)
-        if name == "image":  # hollow: a smaller dot in the colour of the background
+        if name == "image":  # hollow: a smaller dot in the color of the background
             chart.dots("hole", rows_per_modality, axis)
     chart.y_ticks = [Tick(tick.at, f"{tick.text} dB") for tick in chart.y_ticks]
     return chart

@@ -37,8 +37,8 @@ def export_module(builder: Builder, module: nn.Module, name: str, x: str, shape:
         if isinstance(module, kind):
             return quantized(builder, module, name, x, shape, output)
     if isinstance(module, ShiftedNorm):
-        normalised = _norm(builder, module._norm[0], module.weight, name, x, f"{output}_unshifted")
-        return builder.op("Add", normalised, builder.tensor(module.bias, f"{name}.bias"), output=output)
+        normalized = _norm(builder, module._norm[0], module.weight, name, x, f"{output}_unshifted")
+        return builder.op("Add", normalized, builder.tensor(module.bias, f"{name}.bias"), output=output)
     if isinstance(module, nn.LayerNorm):
         inputs = [x, builder.tensor(module.weight, f"{name}.weight")]
         inputs += [builder.tensor(module.bias, f"{name}.bias")] if module.bias is not None else []
@@ -83,8 +83,8 @@ def _norm(builder: Builder, norm: Any, weight: Tensor, name: str, x: str, output
     root = builder.op(
         "Sqrt", builder.op("Add", mean, builder.scalar(eps), output=f"{output}_eps"), output=f"{output}_root"
     )
-    normalised = builder.op("Div", x, root, output=f"{output}_normalised")
-    return builder.op("Mul", builder.tensor(weight, f"{name}.weight"), normalised, output=output)
+    normalized = builder.op("Div", x, root, output=f"{output}_normalized")
+    return builder.op("Mul", builder.tensor(weight, f"{name}.weight"), normalized, output=output)
 
 
 # ---- linear layers ---------------------------------------------------------------------------------------------------

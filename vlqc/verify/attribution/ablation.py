@@ -310,7 +310,7 @@ class _Ablation:
         power = hidden.reshape(-1, hidden.shape[-1]).double().square().sum(dim=1)
         for group, rows in inputs.items():
             modality = call.modality if call.modality is not None else torch.ones(len(rows), dtype=torch.int8)
-            # Every token is normalised before the logits, so its error counts relative to its power.
+            # Every token is normalized before the logits, so its error counts relative to its power.
             weight = 1 / power.clamp(min=1e-30) if len(power) == len(rows) else torch.ones(len(rows)).double()
             real = modality >= 0
             captured[group].append(CapturedInput(rows[real], modality[real], weight[real]))

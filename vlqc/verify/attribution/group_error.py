@@ -103,16 +103,16 @@ def measure_group(pair: StagePair, layers: Sequence[str], captured: CapturedInpu
         error.from_inputs += from_inputs
         folded = linear.weight * transform.columns * transform.rows[:, None]
         error.nearest_share += _nearest_share(stored, folded) / len(layers)
-        centred = inputs if transform.shift is None else inputs - transform.shift
+        centered = inputs if transform.shift is None else inputs - transform.shift
         tried: dict[str, float] = {}
         if isinstance(stored, StaticQuantLinear):
             tried[PER_TOKEN] = from_weights + input_noise(_per_token(inputs))
             tried[WIDER] = from_weights + input_noise(_static(inputs, 1.0, dtype))
             tried[TIGHTER] = from_weights + min(input_noise(_static(inputs, share, dtype)) for share in NARROWER)
         if isinstance(stored, GroupQuantLinear):
-            tried[EIGHT_BITS] = from_inputs + weight_noise(_eight_bits(folded, dtype) - folded, centred)
+            tried[EIGHT_BITS] = from_inputs + weight_noise(_eight_bits(folded, dtype) - folded, centered)
             if stored.group_size > SMALLEST_GROUP:
-                tried[SMALL_GROUPS] = from_inputs + weight_noise(_four_bits(folded, SMALLEST_GROUP) - folded, centred)
+                tried[SMALL_GROUPS] = from_inputs + weight_noise(_four_bits(folded, SMALLEST_GROUP) - folded, centered)
         if smooth is not None:
             smoothed, weight = captured.rows / smooth, linear.weight * smooth
             low_bit = _nearest_as(stored, weight, dtype)

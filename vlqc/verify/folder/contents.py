@@ -176,7 +176,7 @@ def _check_numbers(names: list[str], result: VerificationResult) -> None:
             "files",
             format_list(names),
             f"missing weight files: {format_list(missing)} of {max(totals)}",
-            "vLLM Ascend loads the folder without an error and runs their layers on uninitialised memory",
+            "vLLM Ascend loads the folder without an error and runs their layers on uninitialized memory",
             COPY_AGAIN,
         )
 

@@ -1,6 +1,6 @@
 """Checks the structure of a compiled folder: config, description, and dtype and shape of every tensor.
 
-vLLM Ascend does not check completeness when it loads a folder: a missing tensor stays uninitialised without an error.
+vLLM Ascend does not check completeness when it loads a folder: a missing tensor stays uninitialized without an error.
 """
 
 from collections.abc import Mapping
@@ -177,7 +177,7 @@ def _check_tensors(
             "tensors",
             layer,
             f"missing: {', '.join(f'{layer}.{suffix}' for suffix in suffixes)}",
-            "vLLM Ascend loads the folder without an error and runs the layer on uninitialised memory",
+            "vLLM Ascend loads the folder without an error and runs the layer on uninitialized memory",
             "copy the folder again, or compile again",
         )
     for name in sorted(files.tensors.keys() - expected.keys() - allowed.keys() - set(renamed)):

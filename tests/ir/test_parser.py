@@ -287,3 +287,13 @@ def test_deep_nesting_is_refused() -> None:
     deep = "[" * 5000 + "]" * 5000
     with pytest.raises(UserError, match="not an expression"):
         parse_stage(DECIDED.replace("(%hidden_states, %constant_0)", f"(%hidden_states, {deep})"))
+
+
+@pytest.mark.parametrize("digits", [19, 5000])
+def test_a_number_that_is_too_long(digits: int) -> None:
+    """Catches a ValueError of int() in place of an error that names the line."""
+    huge = "9" * digits
+    for old, new in (("float32[2, 4]", f"float32[2, {huge}]"), ("[12, 4] from", f"[{huge}, 4] from")):
+        assert old in DECIDED
+        with pytest.raises(UserError, match="line "):
+            parse_stage(DECIDED.replace(old, new, 1))

@@ -19,7 +19,7 @@ from vlqc.targets.schemes import Scheme
 
 NUMBER = r"-?(?:inf|nan|\d[\w.+-]*)"
 DIGEST = r"[0-9a-f]{8}"
-SHAPE = r"(?:\d+(?:, \d+)*)?"
+SHAPE = r"(?:\d{1,18}(?:, \d{1,18})*)?"
 TYPE_AT_END = re.compile(rf" : (\w+)\[({SHAPE})\](?: absmax=({NUMBER}) digest=({DIGEST}))?$")
 
 
@@ -100,7 +100,7 @@ class _Line:
         return TensorSummary(dtype, shape, self.number_after(" absmax="), self.digest())
 
     def map(self) -> MapSummary:
-        used, total = self.take(r" (\d+) of (\d+)", "a count such as ' 3 of 4'").groups()
+        used, total = self.take(r" (\d{1,18}) of (\d{1,18})", "a count such as ' 3 of 4'").groups()
         return MapSummary(int(used), int(total), self.digest())
 
 
@@ -182,7 +182,7 @@ class _Reader:
 
     def _read_sites(self, stage: StageSnapshot, line: _Line) -> None:
         name = self._new(line, line.string("the name of a site"), stage.sites)
-        outputs, inputs = line.take(r" \[(\d+), (\d+)\]", "a shape such as ' [384, 128]'").groups()
+        outputs, inputs = line.take(r" \[(\d{1,18}), (\d{1,18})\]", "a shape such as ' [384, 128]'").groups()
         site = Site(name, name, line.take(r" from %(\w+)", "' from %NODE'").group(1), (int(outputs), int(inputs)))
         stage.sites[name] = site
         if line.sees(" scheme="):
@@ -190,7 +190,7 @@ class _Reader:
             word = line.take(rf"(?:{'|'.join(sorted(Scheme, reverse=True))})\b", f"one of {', '.join(Scheme)}").group()
             site.scheme = Scheme(word)
         if line.sees(" group_size="):
-            site.group_size = int(line.take(r" group_size=(\d+)", "' group_size=' and a whole number").group(1))
+            site.group_size = int(line.take(r" group_size=(\d{1,18})", "' group_size=' and a whole number").group(1))
         if line.sees(r" added_bias\b"):
             line.take(" added_bias", "added_bias")
             site.added_bias = True
@@ -224,13 +224,13 @@ class _Reader:
     def _read_observations(self, stage: StageSnapshot, line: _Line) -> None:
         observations = stage.observations
         name = self._new(line, line.take(r"%(\w+)", "%NODE").group(1), observations)
-        channels = int(line.take(r" channels=(\d+)", "' channels=' and a whole number").group(1))
+        channels = int(line.take(r" channels=(\d{1,18})", "' channels=' and a whole number").group(1))
         rows: dict[str, int] = {}
-        while line.sees(r" (?!kept=)\w+=\d+(?= )") and not line.sees(" min="):
-            modality, count = line.take(r" (\w+)=(\d+)", "rows of a modality").groups()
+        while line.sees(r" (?!kept=)\w+=\d{1,18}(?= )") and not line.sees(" min="):
+            modality, count = line.take(r" (\w+)=(\d{1,18})", "rows of a modality").groups()
             rows[modality] = int(count)
         low, high = (line.number_after(" min="), line.number_after(" max=")) if rows else (None, None)
-        kept = int(line.take(r" kept=(\d+)", "' kept=' and a whole number").group(1))
+        kept = int(line.take(r" kept=(\d{1,18})", "' kept=' and a whole number").group(1))
         observations[name] = ObservationSummary(channels, rows, low, high, kept, line.digest())
         line.end()
 

@@ -50,9 +50,8 @@ def _save_rule(options: NamedPaths) -> list[Fault]:
     if options.save_directory is None:
         return []
     overlap = [] if options.model_path is None else _overlap_faults(options.model_path, options.save_directory)
-    # An interrupted run may have moved its result into the save folder already, before it removed its work folder.
-    interrupted = options.resume and any(options.save_directory.resolve().parent.glob(".*.partial-*"))
-    return overlap or _save_faults(options.save_directory, options.overwrite or interrupted)
+    # With --resume the folder may be complete: `emit.resume.open_run` decides when it has looked for interrupted runs.
+    return overlap or _save_faults(options.save_directory, options.overwrite or options.resume)
 
 
 def _dump_rule(options: NamedPaths) -> list[Fault]:

@@ -135,7 +135,7 @@ class CompilationSummary:
         self.add_notes(target_warnings(options, checkpoint.dtype))
 
     def add_notes(self, notes: Iterable[str], *, of_run: bool = False) -> None:
-        """of_run: the notes are on this run and not on its output, so the output folder must not contain them."""
+        """of_run: the notes are on this run and not on its output, so the save folder must not contain them."""
         for text in notes:
             if text not in self.notes:
                 self.notes.append(text)
@@ -235,7 +235,7 @@ class CompilationSummary:
         self.counts[part, str(scheme)] = self.counts.get((part, str(scheme)), 0) + 1
 
     def result(self, passes: dict[str, float]) -> Result:
-        """The result, once the output folder is in place. Writes the file of --timings.
+        """The result, once the save folder is in place. Writes the file of --timings.
 
         passes: seconds per pass.
         """

@@ -27,6 +27,7 @@ from vlqc.errors import UserError
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[3]
 SEARCH = QUICK | {"fallback": "auto", "max_float_groups": 2, "target": "vllm-ascend"}
+WAITING = Path("result") / ".waiting"  # folder of deferred stages
 
 
 @pytest.fixture(scope="module")
@@ -171,8 +172,8 @@ DAMAGES: dict[str, tuple[dict[str, Any], Callable[[Path], object], str]] = {
     "a weight file cut": (QUICK, lambda work: os.truncate(work / "result" / ".00000.partial", 99_999), " to "),
     "an output": (QUICK, lambda work: flip_bit(next((work / "outputs").iterdir())), "outputs/2"),
     "outputs gone": (QUICK, lambda work: shutil.rmtree(work / "outputs"), "outputs/2"),
-    "a deferred stage": (SEARCH, lambda work: flip_bit(work / "result" / ".waiting" / "1.safe"), "1.safetensors"),
-    "a deferred stage gone": (SEARCH, lambda work: next((work / "result" / ".waiting").glob("0*")).unlink(), "0.safe"),
+    "a deferred stage": (SEARCH, lambda work: flip_bit(work / WAITING / "1.safetensors"), "1.safetensors"),
+    "a deferred stage gone": (SEARCH, lambda work: next((work / WAITING).glob("0*")).unlink(), "0.safetensors"),
 }  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Records which stages are finished on disk, so that an interrupted run can be resumed.
 
-The journal lies in the run folder, beside the result under construction. It has one record per finished stage: what was
+The journal is a file in the work folder, beside the unfinished result. It has one record per finished stage: what was
 emitted, and what the end of the run needs to know. The outputs of a sample are kept for the last finished stage that it
 passed through; a resumed run starts the model's forwards again and returns them there in place of running the stages.
 """
@@ -20,7 +20,7 @@ from vlqc.emit.folder_writer import FolderWriter
 from vlqc.emit.manifest import MANIFEST, write_manifest
 from vlqc.emit.resume.fingerprint import run_fingerprint, source_digests
 from vlqc.emit.resume.journal_file import JournalWriter, Record
-from vlqc.emit.resume.open_run import RunFolder, open_or_resume
+from vlqc.emit.resume.open_run import InterruptedRun, open_or_resume
 from vlqc.emit.resume.stage_outputs import OutputsWriter, read_output
 from vlqc.emit.shard_writer import Damaged, sync
 from vlqc.emit.size_estimate import required_disk_space
@@ -50,7 +50,7 @@ def open_journal(
 ) -> Iterator["Journal"]:
     """Opens the journal of a new run or, with --resume, of an interrupted run with the same inputs.
 
-    On exit the result is renamed to save_directory. After an error the run folder is kept if a stage is finished, else
+    On exit the result is renamed to save_directory. After an error the work folder is kept if a stage is finished, else
     removed. Raises UserError if the run cannot be resumed, or lacks memory or disk space.
 
     samples: all samples, on rank 0. note: callback for messages to the user.
@@ -110,7 +110,7 @@ class Journal:
         stages: Sequence[str],
         device: torch.device,
         process_group: ProcessGroup,
-        run: RunFolder | None,
+        run: InterruptedRun | None,
         save_directory: Path,
         note: Callable[[str], None],
     ) -> None:

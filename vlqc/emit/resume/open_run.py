@@ -1,10 +1,10 @@
-"""Finds the run folder of an interrupted run, and decides whether a command resumes it, refuses or starts a new run.
+"""Finds the work folder of an interrupted run, and decides whether a command resumes it, refuses or starts a new run.
 
 | left by an interrupted run | default | --resume | --start_over |
 |---|---|---|---|
 | nothing, or no finished stage | starts | starts, with a note | starts |
 | finished stages | error naming both options | resumes if the fingerprint is the same, else error naming the differences | starts |
-| the renamed result and a run folder | cleans up and starts | cleans up; nothing else to do | cleans up and starts |
+| the renamed result and a work folder | cleans up and starts | cleans up; nothing else to do | cleans up and starts |
 """  # noqa: E501 - a table
 
 from collections.abc import Callable
@@ -26,8 +26,8 @@ VERSION = 1  # of the journal format
 
 
 @dataclass
-class RunFolder:
-    """A run folder and the content of its journal.
+class InterruptedRun:
+    """A work folder and the content of its journal.
 
     fingerprint, file_times: as recorded when the run was started; stages: records of finished stages; emitted: those
     and the records of deferred stages emitted since, in order; published: whether the result has been renamed to
@@ -49,8 +49,8 @@ class RunFolder:
 
 def open_or_resume(
     options: Options, fingerprint: Fingerprint, needed_bytes: int, note: Callable[[str], None]
-) -> RunFolder:
-    """The run folder to resume, or a new one.
+) -> InterruptedRun:
+    """The work folder to resume, or a new one.
 
     note: callback for messages to the user. Raises UserError as in the table above, or if the disk has fewer than
     `needed_bytes` free.
@@ -86,31 +86,31 @@ def file_times(model: Path) -> dict[str, list[int]]:
     return {path.name: file_stamp(path) for path in sorted(model.glob("*.safetensors"))}
 
 
-def _require_no_other_run(options: Options, runs: list[RunFolder], *, busy: bool) -> None:
+def _require_no_other_run(options: Options, runs: list[InterruptedRun], *, busy: bool) -> None:
     """UserError for an interrupted run, or for a concurrent run that would conflict with a new one."""
     where = str(options.save_directory)
     if runs:
         raise _interrupted_run_error(runs[0])
     if busy and not options.resume and not options.overwrite:
-        why = "the output folder would not be empty when this run finishes"
+        why = "the save folder would not be empty when this run finishes"
         fix = "wait for that run to end, or choose another --save_directory"
-        raise UserError(Fault("another run is writing to this output folder", where, why, fix))
+        raise UserError(Fault("another run is writing to this save folder", where, why, fix))
     if busy and options.resume:
-        why = "another run is using its run folder"
+        why = "another run is using its work folder"
         raise UserError(Fault("nothing to resume yet", where, why, "wait for that run to end"))
 
 
-def _require_free_target(options: Options, resumed: RunFolder | None) -> None:
+def _require_free_target(options: Options, resumed: InterruptedRun | None) -> None:
     target = options.save_directory
     occupied = not options.overwrite and target.is_dir() and any(target.iterdir())
     if occupied and not (resumed and resumed.published):
         why = "there is no interrupted run to resume; it may have finished"
         why = "it was created after the run was interrupted" if resumed else why
         fix = "check it with `vlqc verify`, or add --overwrite to replace it"
-        raise UserError(Fault("output folder is not empty", str(target), why, fix))
+        raise UserError(Fault("save folder is not empty", str(target), why, fix))
 
 
-def _new_run(options: Options, fingerprint: Fingerprint) -> RunFolder:
+def _new_run(options: Options, fingerprint: Fingerprint) -> InterruptedRun:
     folder = WorkFolder(options.save_directory)
     try:
         times = file_times(options.model_path)
@@ -121,10 +121,10 @@ def _new_run(options: Options, fingerprint: Fingerprint) -> RunFolder:
         folder.remove()
         folder.close()
         raise
-    return RunFolder(folder, fingerprint, times, [], [])
+    return InterruptedRun(folder, fingerprint, times, [], [])
 
 
-def _existing_runs(target: Path, *, remove_all: bool) -> tuple[list[RunFolder], bool]:
+def _existing_runs(target: Path, *, remove_all: bool) -> tuple[list[InterruptedRun], bool]:
     """(runs that can be resumed, the most advanced first; whether another run is active). Other folders are removed."""
     runs, busy = [], False
     for path in work_folders(target):
@@ -142,15 +142,15 @@ def _existing_runs(target: Path, *, remove_all: bool) -> tuple[list[RunFolder], 
     return sorted(runs, key=lambda run: (not run.published, -len(run.emitted), run.folder.folder)), busy
 
 
-def _read(folder: WorkFolder) -> RunFolder | None:
-    """Reads the journal of a run folder; None if there is nothing to resume."""
+def _read(folder: WorkFolder) -> InterruptedRun | None:
+    """Reads the journal of a work folder; None if there is nothing to resume."""
     path = folder.folder / JOURNAL
     if not path.is_file():
         return None
     try:
         records, _ = read_lines(path)
     except DamagedJournal as error:
-        return RunFolder(folder, {}, {}, [], [{}], damage=str(error))
+        return InterruptedRun(folder, {}, {}, [], [{}], damage=str(error))
     kinds = [record["kind"] for record in records]
     if not records or "disabled" in kinds or "stage" not in kinds:
         return None
@@ -159,7 +159,7 @@ def _read(folder: WorkFolder) -> RunFolder | None:
     manifest = folder.target / MANIFEST
     published = bool(complete) and manifest.is_file() and sha256_of(manifest) == complete["manifest"]
     damage = "" if begin.get("journal") == VERSION else "it was written by another version of vlqc"
-    return RunFolder(
+    return InterruptedRun(
         folder,
         begin["facts"],
         begin["file_times"],
@@ -170,7 +170,7 @@ def _read(folder: WorkFolder) -> RunFolder | None:
     )
 
 
-def _select(runs: list[RunFolder], fingerprint: Fingerprint) -> RunFolder | None:
+def _select(runs: list[InterruptedRun], fingerprint: Fingerprint) -> InterruptedRun | None:
     """The first run with the same fingerprint, None if there are no runs. UserError if none of them matches."""
     for run in runs:
         if not run.damage and not differences(run.fingerprint, fingerprint):
@@ -186,10 +186,10 @@ def _select(runs: list[RunFolder], fingerprint: Fingerprint) -> RunFolder | None
     raise UserError(Fault(what, where, abbreviate(differences(run.fingerprint, fingerprint)), fix))
 
 
-def _interrupted_run_error(run: RunFolder) -> UserError:
+def _interrupted_run_error(run: InterruptedRun) -> UserError:
     return UserError(
         Fault(
-            "an interrupted run into this output folder exists",
+            "an interrupted run into this save folder exists",
             str(run.folder.folder),
             run.damage or f"it has {pluralize(len(run.stages), 'finished stage')}",
             "add --resume to continue it, or --start_over to discard it and start again",
@@ -197,6 +197,6 @@ def _interrupted_run_error(run: RunFolder) -> UserError:
     )
 
 
-def _discard(run: RunFolder) -> None:
+def _discard(run: InterruptedRun) -> None:
     run.folder.remove()
     run.folder.close()

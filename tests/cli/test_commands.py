@@ -30,13 +30,13 @@ def folders(tmp_path: Path) -> list[str]:
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Replaces the compiler: what it was called with; "raises": what it shall raise; "notes": what it shall say."""
-    seen: dict[str, Any] = {}
+    received: dict[str, Any] = {}
 
     def compile(*, progress: Progress, options: Options) -> Result:
-        if "raises" in seen:
-            raise seen["raises"]
-        seen["options"] = options
-        notes = seen.pop("notes", ["a note"])
+        if "raises" in received:
+            raise received["raises"]
+        received["options"] = options
+        notes = received.pop("notes", ["a note"])
         for note in notes:
             progress.note(note)
         counts = {("language", "W8A8"): 7, ("vision", "FLOAT"): 3}
@@ -45,23 +45,23 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     placeholder = types.ModuleType("vlqc.compiler")
     placeholder.__dict__["compile"] = compile
     monkeypatch.setitem(sys.modules, "vlqc.compiler", placeholder)
-    return seen
+    return received
 
 
 @pytest.fixture
 def verified(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Replaces verification: what it was called with, and under "ok" what it shall find."""
-    seen: dict[str, Any] = {"ok": True}
+    received: dict[str, Any] = {"ok": True}
 
     def verify_folder(folder: Path, **given: Any) -> Any:
-        seen.update(folder=folder, **given)
+        received.update(folder=folder, **given)
         render = lambda console: console.print("the report")  # noqa: E731
-        return types.SimpleNamespace(ok=seen["ok"], render=render, to_dict=lambda: {"ok": True})
+        return types.SimpleNamespace(ok=received["ok"], render=render, to_dict=lambda: {"ok": True})
 
     placeholder = types.ModuleType("vlqc.verify")
     placeholder.__dict__["verify_folder"] = verify_folder
     monkeypatch.setitem(sys.modules, "vlqc.verify", placeholder)
-    return seen
+    return received
 
 
 def run(*arguments: str, **environment: str) -> Any:
@@ -262,5 +262,5 @@ def test_inspect_writes_what_it_shows(tmp_path: Path) -> None:
     """Catches a JSON file that differs from the printed result."""
     ended = run("inspect", str(ROOT / "tools" / "demo" / "tiny_vl"), "--json_file", str(tmp_path / "found.json"))
     assert ended.exit_code == 0 and "language layers" in ended.stdout
-    found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
-    assert {row["part"] for row in found["rows"]} >= {"vision blocks", "merger", "language layers"}
+    report = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
+    assert {row["part"] for row in report["rows"]} >= {"vision blocks", "merger", "language layers"}

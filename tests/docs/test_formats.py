@@ -117,8 +117,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Compiled]:
             if dtype == "float32":
                 (source / "config.json").write_text(json.dumps({**config, "dtype": dtype}))
             samples = outliers.random_samples(config, 2)
-            given = {"weight_method": "round", **options}
-            vlqc.compile(model_path=source, save_directory=folder, samples=samples, **given)
+            arguments = {"weight_method": "round", **options}
+            vlqc.compile(model_path=source, save_directory=folder, samples=samples, **arguments)
             (described,) = folder.glob("quant_model_description*.json")
             weights = [load_file(file) for file in folder.glob("*.safetensors")]
             folders[name] = Compiled(
@@ -155,9 +155,9 @@ def test_tensors(compiled: dict[str, Compiled]) -> None:
     for name, case in compiled.items():
         for layer in sorted(layers_of(case)):
             scheme = case.description[f"{layer}.weight"]
-            wanted = {row["tensor"].strip("`").replace("LAYER", layer): row for row in rows_of(case, layer, rows)}
-            assert {key for key in case.tensors if key.rpartition(".")[0] == layer} == wanted.keys(), (name, layer)
-            for key, row in wanted.items():
+            expected = {row["tensor"].strip("`").replace("LAYER", layer): row for row in rows_of(case, layer, rows)}
+            assert {key for key in case.tensors if key.rpartition(".")[0] == layer} == expected.keys(), (name, layer)
+            for key, row in expected.items():
                 check_tensor(case, key, row)
                 assert case.description[key] == ("FLOAT" if key.endswith(".bias") else scheme), key
                 seen.add(row)
@@ -218,12 +218,12 @@ def test_norms(compiled: dict[str, Compiled]) -> None:
         }
         for norm in norms:
             shifted = f"{norm}.bias" in case.tensors
-            wanted = {}
+            expected = {}
             for row in rows:
                 if case.layout in row.layouts and (row["presence"] == "MUST" or shifted):
-                    wanted[row["tensor"].strip("`").replace("NORM", norm)] = row
-            assert {key for key in case.tensors if key.startswith(f"{norm}.")} == wanted.keys()
-            for key, row in wanted.items():
+                    expected[row["tensor"].strip("`").replace("NORM", norm)] = row
+            assert {key for key in case.tensors if key.startswith(f"{norm}.")} == expected.keys()
+            for key, row in expected.items():
                 word = "FLOAT" if row["word in the description"] == "FLOAT" else case.description["model_quant_type"]
                 assert case.description[key] == word, key
                 assert case.tensors[key].shape == case.floats[f"{norm}.weight"].shape, key
@@ -243,21 +243,21 @@ def test_no_other_tensors(compiled: dict[str, Compiled]) -> None:
 def test_description_keys(compiled: dict[str, Compiled]) -> None:
     """Catches a key of the description that the page does not list, lists for another layout, or that never occurs."""
     rows = {row["key"].strip("`"): row for row in tables("key")}
-    seen = set()
+    covered = set()
     for case in compiled.values():
         keys = {key for key in case.description if "." not in key}
         assert all(case.layout in rows[key].layouts for key in keys)
         assert {key for key, row in rows.items() if row["presence"] == "MUST" and case.layout in row.layouts} <= keys
         assert ("group_size" in keys) == ("W4A8_DYNAMIC" in case.description.values())
         assert ("quant_bias_correction" in keys) == ("pipeline" in case.options)
-        seen |= keys
-    assert seen == rows.keys()
+        covered |= keys
+    assert covered == rows.keys()
 
 
 def test_config_keys(compiled: dict[str, Compiled]) -> None:
     """Catches a key of config.json that is changed without being listed, and a listed one that never changes."""
     listed = {row["config key"].strip("`") for row in tables("config key")}
-    seen = set()
+    covered = set()
     for case in compiled.values():
         source, config = (nested(path / "config.json") for path in (case.source, case.folder))
         changed = {key for key in {*source, *config} if source.get(key) != config.get(key)}
@@ -268,8 +268,8 @@ def test_config_keys(compiled: dict[str, Compiled]) -> None:
         vision = any(key.startswith("visual.") and word != "FLOAT" for key, word in case.description.items())
         assert ("vision_config.quantize" in config) == (both and vision)
         assert config.get("dtype", case.dtype) == config["torch_dtype"] == case.dtype
-        seen |= changed
-    assert seen == listed
+        covered |= changed
+    assert covered == listed
 
 
 def nested(file: Path) -> dict[str, Any]:

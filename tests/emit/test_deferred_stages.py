@@ -139,11 +139,11 @@ def test_vision_noise_is_weighted_by_image_tokens(tmp_path: Path) -> None:
         name = "visual.merger" if part == "visual" else "model.layers.0"
         stage = staged(block, [Call(0, (torch.randn(8, 16),), {}, modality)], name=name)
         for old in list(stage.sites):
-            wanted = (
+            expected = (
                 {"0": "mlp.0", "2": "mlp.2"} if part == "visual" else {"0": "self_attn.o_proj", "2": "mlp.down_proj"}
             )
             site = stage.sites.pop(old)
-            site.name = f"{name}.{wanted[site.target]}"
+            site.name = f"{name}.{expected[site.target]}"
             stage.sites[site.name] = site
         assign = AssignPrecision(target="vllm-ascend", fallback="none")
         stage = through(stage, InsertObservers(), assign, QuantizeActivations(), QuantizeWeights())
@@ -153,7 +153,7 @@ def test_vision_noise_is_weighted_by_image_tokens(tmp_path: Path) -> None:
     deferred = DeferredStages(tmp_path / "waiting")
     for stage in stages:
         deferred.store(stage, [], packed=True)
-    found = [found.noise[STATIC] for stage in stages for found in stage.sensitivities]
+    sensitivity = [sensitivity.noise[STATIC] for stage in stages for sensitivity in stage.sensitivities]
     noises = [group.candidates[STATIC].noise for group in deferred.groups()]
-    assert noises[:2] == pytest.approx([2 / 5 * it for it in found[:2]])
-    assert noises[2:] == found[2:]
+    assert noises[:2] == pytest.approx([2 / 5 * it for it in sensitivity[:2]])
+    assert noises[2:] == sensitivity[2:]

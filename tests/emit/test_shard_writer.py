@@ -32,14 +32,14 @@ def write(folder: Path, tensors: dict[str, Tensor], limit: int | None = None) ->
 
 
 def read(paths: list[Path]) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+    actual: dict[str, Tensor] = {}
     for path in paths:
         with safe_open(path, "pt") as file:
             assert file.metadata() == {"format": "pt"}
             for name in file.keys():  # noqa: SIM118 - no mapping
-                assert name not in found
-                found[name] = file.get_tensor(name)
-    return found
+                assert name not in actual
+                actual[name] = file.get_tensor(name)
+    return actual
 
 
 def header(path: Path) -> tuple[dict[str, Any], int, int]:
@@ -92,17 +92,17 @@ def test_round_trip(described: dict[str, tuple[tuple[int, ...], torch.dtype]], l
         paths = write(Path(folder), tensors, limit)
         for path in paths:
             assert_well_formed(path)
-        found = read(paths)
-    assert found.keys() == tensors.keys()
-    assert all(same(found[name], tensor) for name, tensor in tensors.items())
+        actual = read(paths)
+    assert actual.keys() == tensors.keys()
+    assert all(same(actual[name], tensor) for name, tensor in tensors.items())
 
 
 def test_views_are_written_by_their_values(tmp_path: Path) -> None:
     """Catches a transposed, strided or expanded tensor of which the storage is written in place of the values."""
     base = torch.arange(24.0).reshape(4, 6)
     tensors = {"t": base.T, "strided": base[::2, 1::2], "expanded": base[:1].expand(5, 6), "offset": base[1:, 3]}
-    found = read(write(tmp_path, tensors))
-    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    actual = read(write(tmp_path, tensors))
+    assert all(torch.equal(actual[name], tensor) for name, tensor in tensors.items())
 
 
 def test_an_unaligned_tensor_is_copied(tmp_path: Path) -> None:
@@ -114,8 +114,8 @@ def test_an_unaligned_tensor_is_copied(tmp_path: Path) -> None:
     odd.zero_()
     even.zero_()
     writer.close("weights")
-    found = read([tmp_path / "weights.safetensors"])
-    assert found["odd"].tolist() == [1] * 3 and found["even"].tolist() == [1] * 8
+    actual = read([tmp_path / "weights.safetensors"])
+    assert actual["odd"].tolist() == [1] * 3 and actual["even"].tolist() == [1] * 8
 
 
 def test_parameters_can_be_written(tmp_path: Path) -> None:
@@ -170,8 +170,8 @@ def test_a_tensor_larger_than_the_limit_gets_its_own_file(tmp_path: Path) -> Non
     tensors = {"a": torch.ones(10), "huge": torch.ones(5000), "b": torch.ones(10), "c": torch.ones(10)}
     paths = write(tmp_path, tensors, header_bytes(tensors) + 1000)
     assert [sorted(header(path)[0]) for path in paths] == [["a"], ["huge"], ["b", "c"]]
-    found = read(paths)
-    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    actual = read(paths)
+    assert all(torch.equal(actual[name], tensor) for name, tensor in tensors.items())
 
 
 @pytest.mark.parametrize("limit", [None, 1500])

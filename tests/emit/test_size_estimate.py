@@ -49,38 +49,38 @@ def test_plan_and_run_require_the_same_space(
     options: dict[str, Any], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches a run that is refused although its plan fits, and one that starts although its plan does not."""
-    given = {"model_path": checkpoint, "save_directory": tmp_path / "out", "samples": SAMPLES, **QUICK, **options}
-    needed = plan_compilation(**given).disk_needed
+    arguments = {"model_path": checkpoint, "save_directory": tmp_path / "out", "samples": SAMPLES, **QUICK, **options}
+    needed = plan_compilation(**arguments).disk_needed
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Disk(2 * needed, needed, needed - 1))
-    assert plan_compilation(**given).to_dict()["fits"] is False
+    assert plan_compilation(**arguments).to_dict()["fits"] is False
     with pytest.raises(UserError, match="not enough disk space"):
-        vlqc.compile(**given)
+        vlqc.compile(**arguments)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Disk(2 * needed, needed, needed))
-    assert plan_compilation(**given).to_dict()["fits"] is True
-    vlqc.compile(**given)
+    assert plan_compilation(**arguments).to_dict()["fits"] is True
+    vlqc.compile(**arguments)
 
 
 def test_offloaded_activations_are_counted(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches offloaded tensors that are not counted, and space required where all tensors stay in memory."""
     model = tiny.float_model(checkpoint)
     assert offloaded_bytes(model, SAMPLES, None) == 0 == offloaded_bytes(model, SAMPLES, 1.0)
-    given = {"model_path": checkpoint, "save_directory": tmp_path / "out", "samples": SAMPLES}
-    without, beyond = (plan_compilation(**given, memory_budget=budget).disk_needed for budget in (None, 0))
+    arguments = {"model_path": checkpoint, "save_directory": tmp_path / "out", "samples": SAMPLES}
+    without, beyond = (plan_compilation(**arguments, memory_budget=budget).disk_needed for budget in (None, 0))
     assert beyond - without == offloaded_bytes(model, SAMPLES, 0) > 0
 
-    held: dict[int, int] = {}
+    live_bytes: dict[int, int] = {}
     most = [0]
     track = ActivationOffload._track
 
     def tracked(self: ActivationOffload, tensor: torch.Tensor, bound: int) -> None:
         track(self, tensor, bound)
-        held[id(tensor)] = tensor.nbytes
-        alive = {key: size for key, size in held.items() if key in self._tracked}
+        live_bytes[id(tensor)] = tensor.nbytes
+        alive = {key: size for key, size in live_bytes.items() if key in self._tracked}
         most[0] = max(most[0], sum(alive.values()))
 
     monkeypatch.setattr(ActivationOffload, "_track", tracked)
     monkeypatch.setattr("vlqc.frontend.activation_offload.MIN_BYTES", 1)
-    vlqc.compile(**given, **QUICK, memory_budget=0)
+    vlqc.compile(**arguments, **QUICK, memory_budget=0)
     pixels = sum(sample["pixel_values"].nbytes for sample in SAMPLES)
     assert 0 < most[0] <= 2 * (offloaded_bytes(model, SAMPLES, 0) + pixels)
 
@@ -101,9 +101,9 @@ def test_output_bytes_are_those_of_the_weight_files(
         tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items()})
 
     source = tiny.damaged(tmp_path / "float", tensors=cast)
-    given = {"model_path": source, "samples": SAMPLES[:1], **QUICK, **scheme, **layout}
-    estimate = plan_compilation(save_directory=tmp_path / "out", **given).bytes_after
-    vlqc.compile(save_directory=tmp_path / "out", **given)
+    arguments = {"model_path": source, "samples": SAMPLES[:1], **QUICK, **scheme, **layout}
+    estimate = plan_compilation(save_directory=tmp_path / "out", **arguments).bytes_after
+    vlqc.compile(save_directory=tmp_path / "out", **arguments)
     assert estimate == sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
 
 
@@ -122,7 +122,7 @@ def test_alternatives_of_a_search_are_counted(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(FolderWriter, "resolve_schemes", measured)
-    given = {"model_path": checkpoint, "save_directory": tmp_path / "out", "samples": SAMPLES[:1], **QUICK}
+    arguments = {"model_path": checkpoint, "save_directory": tmp_path / "out", "samples": SAMPLES[:1], **QUICK}
     with pytest.raises(KeyboardInterrupt):
-        vlqc.compile(fallback="auto", max_float_groups=2, target="vllm-ascend", **given)
+        vlqc.compile(fallback="auto", max_float_groups=2, target="vllm-ascend", **arguments)
     assert 0.7 * estimate < on_disk[0] < 1.1 * estimate

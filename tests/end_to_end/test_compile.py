@@ -242,10 +242,10 @@ def test_dumps_show_every_stage_after_every_pass(planted: Path, samples: list[Sa
         pipeline=pipeline,
     )
     passes = ["insert-observers", "assign-precision", "quantize-activations", "quantize-weights", "lower-linears"]
-    wanted = ["00-traced.vlqc", *(f"{number:02}-after-{name}.vlqc" for number, name in enumerate(passes, 1))]
+    expected = ["00-traced.vlqc", *(f"{number:02}-after-{name}.vlqc" for number, name in enumerate(passes, 1))]
     stages = {path.name: sorted(file.name for file in path.iterdir()) for path in (tmp_path / "d").iterdir()}
     blocks = [f"visual.blocks.{k}" for k in range(4)] + ["visual.merger"] + [f"model.layers.{k}" for k in range(4)]
-    assert stages == {name: wanted for name in blocks}
+    assert stages == {name: expected for name in blocks}
     for file in (tmp_path / "d").glob("*/*.vlqc"):
         text = file.read_text()
         assert vlqc.print_stage(vlqc.parse_stage(text)) == text

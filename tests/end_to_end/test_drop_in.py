@@ -40,16 +40,16 @@ UNTOUCHED = {"w_bit": 8, "a_bit": 8, "group_size": 64, "mindie_format": False, "
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Replaces the compiler: the options it was called with."""
-    seen: dict[str, Any] = {}
+    received: dict[str, Any] = {}
 
     def compile(*, progress: object, options: Options) -> Result:
-        seen["options"] = options
+        received["options"] = options
         return Result(options.save_directory, {}, 4, 1, 1.0, 1)
 
     placeholder = types.ModuleType("vlqc.compiler")
     placeholder.__dict__["compile"] = compile
     monkeypatch.setitem(sys.modules, "vlqc.compiler", placeholder)
-    return seen
+    return received
 
 
 @pytest.mark.parametrize("line", LINES)
@@ -67,8 +67,8 @@ def test_published_command_lines(
     assert not ended.value.code
     meant, scheme, target = LINES[line]
     options = Options.from_user(**compiled)
-    wanted = {**UNTOUCHED, **meant, "trust_remote_code": True, "device_type": "cpu", "calib_images": Path("images")}
-    assert {name: getattr(options, name) for name in wanted} == wanted
+    expected = {**UNTOUCHED, **meant, "trust_remote_code": True, "device_type": "cpu", "calib_images": Path("images")}
+    assert {name: getattr(options, name) for name in expected} == expected
     assert (options.model_path, options.save_directory) == (Path("float"), Path("a/quantized"))
     assert (options.scheme, options.engine_target) == (scheme, target)
 

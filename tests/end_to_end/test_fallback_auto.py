@@ -36,8 +36,8 @@ def samples() -> list[Sample]:
 
 def compiled(planted: Path, samples: list[Sample], save: Path, **options: object) -> Result:
     """Rounds weights to the nearest: the fastest method, and verify can check every integer."""
-    given = {"model_path": planted, "save_directory": save, "samples": samples, "weight_method": "round", **options}
-    return vlqc.compile(fallback="auto", **given)
+    arguments = {"model_path": planted, "save_directory": save, "samples": samples, "weight_method": "round", **options}
+    return vlqc.compile(fallback="auto", **arguments)
 
 
 def schemes(save: Path) -> dict[str, Scheme]:
@@ -97,8 +97,8 @@ def test_no_float_group_is_everything_quantized(planted: Path, samples: list[Sam
     result = compiled(planted, samples, tmp_path / "auto", max_float_groups=0, target="vllm-ascend")
     assert floats(result) == 0 and {scheme for part, scheme in result.counts if part != "other"} == {"W8A8"}
     assert schemes(tmp_path / "auto")["model.layers.3.mlp.down_proj"] == Scheme.W8A8
-    given = {"model_path": planted, "samples": samples, "weight_method": "round", "target": "vllm-ascend"}
-    vlqc.compile(save_directory=tmp_path / "none", fallback="none", **given)
+    arguments = {"model_path": planted, "samples": samples, "weight_method": "round", "target": "vllm-ascend"}
+    vlqc.compile(save_directory=tmp_path / "none", fallback="none", **arguments)
     names = sorted(path.name for path in (tmp_path / "none").iterdir() if path.name not in (DATA_FILE, "MANIFEST.json"))
     assert filecmp.cmpfiles(tmp_path / "auto", tmp_path / "none", names, shallow=False) == (names, [], [])
 

@@ -150,8 +150,8 @@ def _found(name: str) -> Callable[..., Any]:
     from _pytest.monkeypatch import derive_importpath
 
     attribute, owner = derive_importpath(name, True)
-    found: Callable[..., Any] = getattr(owner, attribute)
-    return found
+    original: Callable[..., Any] = getattr(owner, attribute)
+    return original
 
 
 def test_ctrl_c_on_the_command_line(checkpoint: Path, tmp_path: Path) -> None:
@@ -228,10 +228,10 @@ def test_files_created_since_the_interruption_stay(checkpoint: Path, whole: dict
 def test_two_runs_do_not_use_the_same_run_folder(checkpoint: Path, tmp_path: Path) -> None:
     """Catches two commands with --resume that write into one run folder."""
     work = interrupt_compile(tmp_path / "out", checkpoint)
-    held = WorkFolder(tmp_path / "out", work)
+    folder = WorkFolder(tmp_path / "out", work)
     with pytest.raises(UserError, match="another run"):
         compile_into(tmp_path / "out", checkpoint, resume=True)
-    held.close()
+    folder.close()
     compile_into(tmp_path / "out", checkpoint, resume=True)
 
 

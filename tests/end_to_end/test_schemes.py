@@ -34,16 +34,16 @@ def test_every_combination(source: Source, tmp_path: Path, scheme: str, layout: 
     assert row.sqnr > LEAST.get(scheme, LEAST_W4A8)
     mindie, fp16 = layout == "mindie", source.dtype == "float16"
     if scheme.startswith("W8A8 "):
-        wanted = (
+        expected = (
             ["MindIE 2.2.RC1 and later"] if mindie else ["vLLM Ascend 0.10.2rc2 and later", "MindIE 2.2.RC1 and later"]
         )
     elif scheme.startswith("W8A8_DYNAMIC"):
-        wanted = ["MindIE 2.2.RC1 and later"] if mindie else [] if fp16 else ["vLLM Ascend 0.16 and later"]
+        expected = ["MindIE 2.2.RC1 and later"] if mindie else [] if fp16 else ["vLLM Ascend 0.16 and later"]
     elif scheme == "W4A8 group 64, m4" and not mindie and not fp16:
-        wanted = ["vLLM Ascend 0.16 and later, before 0.26"]
+        expected = ["vLLM Ascend 0.16 and later, before 0.26"]
     else:
-        wanted = []  # no version loads it
-    assert list(row.loads_in) == wanted
+        expected = []  # no version loads it
+    assert list(row.loads_in) == expected
 
 
 def test_parts_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,6 +55,6 @@ def test_grouped_queries_and_scale() -> None:
     torch.manual_seed(0)
     q, (k, v) = torch.randn(1, 4, 9, DEPTH), torch.randn(2, 1, 2, 9, DEPTH)
     each_k, each_v = (it.repeat_interleave(2, 1) for it in (k, v))
-    wanted = by_hand(q * 0.5 * DEPTH**0.5, each_k, each_v, mask_of([4, 4, 1]))
+    expected = by_hand(q * 0.5 * DEPTH**0.5, each_k, each_v, mask_of([4, 4, 1]))
     got = windowed_attention(q, k, v, [4, 4, 1], scale=0.5, enable_gqa=True)
-    torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)

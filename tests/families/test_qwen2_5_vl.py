@@ -87,10 +87,10 @@ BETWEEN = {"rope_theta": 1000000.0, "rope_scaling": FLAT["rope_scaling"]}  # nes
 @pytest.mark.parametrize("rope", [JOINED, BETWEEN], ids=["rope_parameters", "rope_scaling"])
 def test_nested_becomes_flat(rope: dict[str, Any]) -> None:
     """Catches a key that is lost, stays nested, or is taken from the nested part (model_type, dtype)."""
-    given = nested(**copy.deepcopy(rope))
-    before = copy.deepcopy(given)
-    assert flatten_config(given) == FLAT
-    assert given == before  # the source's text is still needed as it was
+    config = nested(**copy.deepcopy(rope))
+    before = copy.deepcopy(config)
+    assert flatten_config(config) == FLAT
+    assert config == before  # the source's text is still needed as it was
 
 
 def test_flat_stays_as_it_is() -> None:
@@ -101,10 +101,10 @@ def test_flat_stays_as_it_is() -> None:
 
 def test_the_whole_wins_over_its_part() -> None:
     """Catches tie_word_embeddings of text_config that replaces the top-level value, which engines use."""
-    given = nested(**JOINED)
-    given["tie_word_embeddings"] = True
-    given["text_config"]["tie_word_embeddings"] = False
-    assert flatten_config(given)["tie_word_embeddings"] is True
+    config = nested(**JOINED)
+    config["tie_word_embeddings"] = True
+    config["text_config"]["tie_word_embeddings"] = False
+    assert flatten_config(config)["tie_word_embeddings"] is True
 
 
 @pytest.mark.parametrize(

@@ -29,61 +29,61 @@ def in_memory(*sizes: int) -> float:
 
 def test_all_references_keep_their_values(tmp_path: Path) -> None:
     """Catches a tensor object that is replaced, so that other references keep the data in memory."""
-    held = [rows(2, seed) for seed in range(3)]
-    frame, before = {"kept": held[1]}, [it.clone() for it in held]
+    tensors = [rows(2, seed) for seed in range(3)]
+    frame, before = {"kept": tensors[1]}, [it.clone() for it in tensors]
     offload = ActivationOffload(tmp_path, in_memory(2))
-    offload.offload((held[0],), {"x": held[1]}, [held[2]])
-    offload.offload(held)
-    assert frame["kept"] is held[1]
-    assert all(torch.equal(one, other) for one, other in zip(held, before, strict=True))
+    offload.offload((tensors[0],), {"x": tensors[1]}, [tensors[2]])
+    offload.offload(tensors)
+    assert frame["kept"] is tensors[1]
+    assert all(torch.equal(one, other) for one, other in zip(tensors, before, strict=True))
     assert offload.offloaded == 2 * 2 * MIN_BYTES and offload.resident == 2 * MIN_BYTES
 
 
 def test_in_place_changes_are_kept(tmp_path: Path) -> None:
     """Catches pages that are dropped before they are written, so that in-place additions are lost."""
-    held = rows(3)
-    expected = held + 1
+    tensors = rows(3)
+    expected = tensors + 1
     offload = ActivationOffload(tmp_path, 0.0)
-    offload.offload(held)
-    held.add_(1)
-    offload.offload(held)
-    assert torch.equal(held, expected)
+    offload.offload(tensors)
+    tensors.add_(1)
+    offload.offload(tensors)
+    assert torch.equal(tensors, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
 def test_every_dtype_and_stride(tmp_path: Path, dtype: torch.dtype) -> None:
     """Catches a mask or a transposed tensor with other values."""
-    held = (rows(16).T > 0).to(dtype)
-    before = held.clone()
-    ActivationOffload(tmp_path, 0.0).offload(held)
-    assert torch.equal(held, before) and held.dtype == dtype
+    tensors = (rows(16).T > 0).to(dtype)
+    before = tensors.clone()
+    ActivationOffload(tmp_path, 0.0).offload(tensors)
+    assert torch.equal(tensors, before) and tensors.dtype == dtype
 
 
 def test_deleted_tensors_free_the_budget(tmp_path: Path) -> None:
     """Catches a budget that is never freed, so that later stages are offloaded completely."""
     offload = ActivationOffload(tmp_path, in_memory(4))
     for seed in range(5):
-        held = rows(4, seed)
-        offload.offload(held)
-        del held
+        tensors = rows(4, seed)
+        offload.offload(tensors)
+        del tensors
         gc.collect()
     assert offload.offloaded == 0 and offload.resident == 0
 
 
 def test_files_are_unnamed(tmp_path: Path) -> None:
     """Catches files that remain after a crash, or get into the result."""
-    held = rows(2)
-    ActivationOffload(tmp_path, 0.0).offload(held)
+    tensors = rows(2)
+    ActivationOffload(tmp_path, 0.0).offload(tensors)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_without_a_budget_nothing_is_offloaded(tmp_path: Path) -> None:
     """Catches offloading without a budget, and of small tensors."""
-    held, small = rows(2), torch.ones(3)
-    address = held.data_ptr()
-    ActivationOffload(tmp_path / "none", None).offload(held, small)
+    tensors, small = rows(2), torch.ones(3)
+    address = tensors.data_ptr()
+    ActivationOffload(tmp_path / "none", None).offload(tensors, small)
     ActivationOffload(tmp_path / "none", 0.0).offload(small)
-    assert held.data_ptr() == address
+    assert tensors.data_ptr() == address
 
 
 def test_a_budget_does_not_change_the_result(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def at_each_stage(work: Callable[[StreamedModel, StageInputs], None]) -> Streame
 @pytest.mark.every_transformers
 def test_sites_are_all_linears_by_checkpoint_name() -> None:
     """Catches a Linear that no pass would see, and names that engines do not know."""
-    found: dict[str, tuple[int, int]] = {}
+    shapes: dict[str, tuple[int, int]] = {}
     parts = {}
 
     def look(model: StreamedModel, inputs: StageInputs) -> None:
@@ -46,15 +46,15 @@ def test_sites_are_all_linears_by_checkpoint_name() -> None:
                 assert stage.module.get_submodule(site.target) is stage.linear(site)
                 assert stage.node(site.source).meta["shape"][-1] == site.shape[1]
                 assert torch.equal(stage.linear(site).weight, model.checkpoint.tensor(f"{name}.weight"))
-                found[name] = site.shape
+                shapes[name] = site.shape
 
     model = at_each_stage(look)
     matrices = {name for name in model.checkpoint.names if len(model.checkpoint.shape(name)) == 2} - {
         "lm_head.weight",
         "model.embed_tokens.weight",
     }
-    assert {f"{name}.weight" for name in found} == matrices
-    assert all(model.checkpoint.shape(f"{name}.weight") == shape for name, shape in found.items())
+    assert {f"{name}.weight" for name in shapes} == matrices
+    assert all(model.checkpoint.shape(f"{name}.weight") == shape for name, shape in shapes.items())
     assert [parts[name] for name in tiny.STAGES] == ["vision"] * 4 + ["merger"] + ["language"] * 4
 
 

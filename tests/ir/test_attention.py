@@ -26,14 +26,14 @@ def test_same_numbers(mask: str | None, by_name: bool) -> None:
     scores = q @ k.mT / DEPTH**0.5
     if mask is not None:
         scores = scores.masked_fill(~allowed, -torch.inf)
-    wanted = scores.softmax(-1) @ v
+    expected = scores.softmax(-1) @ v
     with FusedAttention():
         if by_name:
             got = attention(query=q, key=k, value=v, attn_mask=masks[mask])
         else:
             got = attention(q, k, v, masks[mask], dropout_p=0.0)
     assert got.shape == (HEADS, ROWS, DEPTH)
-    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_four_dimensions_stay_as_they_are() -> None:

@@ -15,10 +15,10 @@ def with_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def linear(exact: bool, bias: bool = True, seed: int = 0) -> nn.Linear:
     torch.manual_seed(seed)
-    made = nn.Linear(48, 130, bias=bias).requires_grad_(False)
+    layer = nn.Linear(48, 130, bias=bias).requires_grad_(False)
     if exact:
-        made.weight.copy_(made.weight.bfloat16())
-    return made
+        layer.weight.copy_(layer.weight.bfloat16())
+    return layer
 
 
 def test_exact_values_only() -> None:
@@ -32,14 +32,14 @@ def test_exact_values_only() -> None:
 @pytest.mark.parametrize("bias", [True, False])
 def test_products_of_rounded_inputs(bias: bool) -> None:
     """Catches a bias that is left out or rounded, and outputs in another dtype: everything else stays float32."""
-    made, rows = linear(exact=True, bias=bias), torch.randn(2, 5, 48)
-    product = rows.bfloat16().double() @ made.weight.double().T
-    with bfloat16_linears(made):
-        found = made(rows)
+    layer, rows = linear(exact=True, bias=bias), torch.randn(2, 5, 48)
+    product = rows.bfloat16().double() @ layer.weight.double().T
+    with bfloat16_linears(layer):
+        output = layer(rows)
     if bias:
-        found = found - made.bias
-    assert found.dtype == torch.float32
-    assert torch.allclose(found.double(), product, rtol=2**-8, atol=1e-4)
+        output = output - layer.bias
+    assert output.dtype == torch.float32
+    assert torch.allclose(output.double(), product, rtol=2**-8, atol=1e-4)
 
 
 def test_afterwards_all_is_as_it_was() -> None:
@@ -76,7 +76,7 @@ def test_others_multiply_as_ever() -> None:
 def test_without_instructions_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a processor that emulates bfloat16, slower than float32."""
     monkeypatch.setattr("vlqc.ir.execution.multiplies_bfloat16", lambda device: False)
-    made, rows = linear(True), torch.randn(3, 48)
-    expected = made(rows)
-    with bfloat16_linears(made):
-        assert made.weight.dtype == torch.float32 and torch.equal(made(rows), expected)
+    layer, rows = linear(True), torch.randn(3, 48)
+    expected = layer(rows)
+    with bfloat16_linears(layer):
+        assert layer.weight.dtype == torch.float32 and torch.equal(layer(rows), expected)

@@ -38,9 +38,9 @@ def test_each_invariant_is_noticed(damage: Callable[[Stage], None], message: str
     """Damage that goes unnoticed here would reach a checkpoint; a message without a name does not help to find it."""
     stage = decided()
     damage(stage)
-    found = check(stage)
-    assert any(message in fault for fault in found), found
-    assert all(fault.startswith("visual.blocks.0: ") for fault in found)
+    faults = check(stage)
+    assert any(message in fault for fault in faults), faults
+    assert all(fault.startswith("visual.blocks.0: ") for fault in faults)
 
 
 def test_all_faults_at_once() -> None:
@@ -48,9 +48,9 @@ def test_all_faults_at_once() -> None:
     stage = decided()
     for damage in (nan_weight, mixed_group, wrong_kept_bound, observer_is_read):
         damage(stage)
-    found = "\n".join(check(stage))
+    faults = "\n".join(check(stage))
     for message in ("attn.proj.weight has NaN", "several schemes", "4 rows are kept of 2", "is an observer"):
-        assert message in found
+        assert message in faults
 
 
 def test_parsed_stages_are_checked_as_far_as_text_goes() -> None:

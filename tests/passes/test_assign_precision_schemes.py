@@ -1,5 +1,6 @@
 """assign-precision: what becomes of every scheme on every layer, for every target."""
 
+import re
 from typing import Any
 
 import pytest
@@ -90,6 +91,11 @@ def test_every_scheme_for_every_target(target: str, wanted: Scheme) -> None:
         assert choose(members_with(layer), scheme="FLOAT", fallback="none", target=target) == Decision(F)
 
 
+def named_in(note: str) -> list[str]:
+    """The schemes and engines that a note names, in order."""
+    return re.findall(r"\b(W\dA\d\w*|FLOAT|vllm-ascend|mindie)\b", note)
+
+
 def test_w4a8_of_the_reference_for_vllm_ascend() -> None:
     """The mix that loads: 4 bits for o, gate and up only; q, k, v (biases!) and vision per token; one note about it."""
     notes = set()
@@ -98,32 +104,35 @@ def test_w4a8_of_the_reference_for_vllm_ascend() -> None:
         four_bits = name.startswith("model.") and not name.endswith(("q_proj", "k_proj", "v_proj"))
         assert decision.scheme == (G if four_bits else D), name
         notes.add(decision.note)
-    assert notes == {"", "W4A8_DYNAMIC only where vllm-ascend runs it; elsewhere W8A8_DYNAMIC"}
+    (note,) = notes - {""}
+    assert "" in notes and named_in(note) == [G, "vllm-ascend", D]
 
 
 def test_dynamic_for_mindie_says_once_that_vision_stays_float() -> None:
     """A note per layer, or none at all: what is shown once must be one and the same sentence."""
     notes = [choose(members_with(layer), scheme="W8A8_DYNAMIC", target="mindie").note for layer in KINDS.values()]
-    assert set(notes) == {"", "W8A8_DYNAMIC only where mindie runs it; elsewhere FLOAT"}
+    (note,) = set(notes) - {""}
+    assert "" in notes and named_in(note) == [D, "mindie", F]
 
 
 @pytest.mark.parametrize(
-    ("shape", "why"),
+    ("shape", "numbers"),
     [
-        ((64, 192), "its 192 inputs are not divisible by group size 128"),
-        ((60, 256), "its 60 outputs are not divisible by 8"),
+        ((64, 192), {"192", "128"}),  # inputs, size of a group
+        ((60, 256), {"60", "8"}),  # outputs, multiple that engines need
     ],
 )
 @pytest.mark.parametrize("scope", ["engine", "all"])
-def test_groups_that_do_not_fit(shape: tuple[int, int], why: str, scope: str) -> None:
+def test_groups_that_do_not_fit(shape: tuple[int, int], numbers: set[str], scope: str) -> None:
     """Catches 4-bit weights whose shape the groups do not divide: they are per token with one note."""
     options = {"scheme": "W4A8_DYNAMIC", "group_size": 128, "target": "vllm-ascend", "scope": scope}
     notes = set()
     for layer in range(3):
         decision = choose([Site(f"model.layers.{layer}.self_attn.o_proj", "o", "x", shape)], **options)
-        assert (decision.scheme, decision.reason) == (D, why)
+        assert decision.scheme == D and set(re.findall(r"\d+", decision.reason)) == numbers
         notes.add(decision.note)
-    assert notes == {f"model.layers.*.self_attn.o_proj is W8A8_DYNAMIC: {why}"}
+    (note,) = notes
+    assert "model.layers.*.self_attn.o_proj" in note and named_in(note) == [D] and note.endswith(decision.reason)
     names = GROUPS[1]
     for odd in (0, 1):  # one member is enough
         members = [Site(name, name, "x", shape if number == odd else (64, 256)) for number, name in enumerate(names)]

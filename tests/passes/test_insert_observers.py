@@ -33,15 +33,15 @@ TARGETS = {  # a linear that reads each node
 
 def inputs(stage: Stage) -> dict[str, list[np.ndarray]]:
     """By module path: what each Linear is given, call by call, float64 [rows, K], by plain hooks of its own."""
-    seen: dict[str, list[np.ndarray]] = {}
+    recorded: dict[str, list[np.ndarray]] = {}
     handles = []
     for path, linear in linears(stage.module).items():
-        rows = seen.setdefault(path, [])
+        rows = recorded.setdefault(path, [])
         handles.append(linear.register_forward_pre_hook(lambda _, args, rows=rows: rows.append(flat(args[0]))))
     outputs(stage)
     for handle in handles:
         handle.remove()
-    return seen
+    return recorded
 
 
 def flat(value: Tensor) -> np.ndarray:
@@ -79,29 +79,29 @@ def test_statistics_count_every_row_but_padding(source: str) -> None:
     stage = through(decoder(), InsertObservers(tokens=6))
     rows = np.concatenate(inputs(stage)[TARGETS[source]])
     modality = np.concatenate([call.modality.numpy() for call in stage.execution.calls if call.modality is not None])
-    seen = stage.observations[source]
-    assert seen.kept.shape[0] <= 6 < (modality == 0).sum() and (modality == -1).sum() == 3
-    assert set(seen.ranges) == {"text", "image"}
+    observation = stage.observations[source]
+    assert observation.kept.shape[0] <= 6 < (modality == 0).sum() and (modality == -1).sum() == 3
+    assert set(observation.ranges) == {"text", "image"}
     for number, name in enumerate(MODALITIES):
-        mine, span = rows[modality == number], seen.ranges[name]
+        mine, span = rows[modality == number], observation.ranges[name]
         assert span.rows == len(mine)
         np.testing.assert_array_equal(span.minimum, mine.min(0))
         np.testing.assert_array_equal(span.maximum, mine.max(0))
         np.testing.assert_array_less(np.abs(span.sum - mine.sum(0)), 1e-6 * np.abs(mine).sum(0))  # parts are float32
         np.testing.assert_allclose(span.sum_of_squares, (mine**2).sum(0), rtol=1e-6)  # squares are float32
     present = rows[modality >= 0]
-    assert seen.rows == len(present)
-    np.testing.assert_array_equal(seen.minimum(), present.min(0))
-    np.testing.assert_array_equal(seen.maximum(), present.max(0))
+    assert observation.rows == len(present)
+    np.testing.assert_array_equal(observation.minimum(), present.min(0))
+    np.testing.assert_array_equal(observation.maximum(), present.max(0))
 
 
 def test_rows_beyond_one_step_count() -> None:
     """An observer that reduces by parts and forgets all but the last part."""
     rows = torch.randn(5000, 3, generator=torch.Generator().manual_seed(0))
     rows[0], rows[2500] = 9, -9
-    seen = Observation(3)
-    add_rows(seen, rows, None, 7)
-    span = seen.ranges["image"]
+    observation = Observation(3)
+    add_rows(observation, rows, None, 7)
+    span = observation.ranges["image"]
     assert (span.rows, span.minimum.tolist(), span.maximum.tolist()) == (5000, [-9.0] * 3, [9.0] * 3)
     np.testing.assert_allclose(span.sum, rows.double().numpy().sum(0), rtol=1e-6)
 
@@ -109,17 +109,17 @@ def test_rows_beyond_one_step_count() -> None:
 def test_without_modality_all_rows_are_images() -> None:
     """Vision stages, and pooled tokens whose number fits no mask, losing their rows or counting as text."""
     for modality in (None, torch.zeros(8, dtype=torch.int8)):
-        seen = Observation(2)
-        add_rows(seen, torch.ones(2, 2), modality, 4)
-        assert {name: span.rows for name, span in seen.ranges.items()} == {"image": 2}
-        assert seen.kept_modality.tolist() == [1, 1]
+        observation = Observation(2)
+        add_rows(observation, torch.ones(2, 2), modality, 4)
+        assert {name: span.rows for name, span in observation.ranges.items()} == {"image": 2}
+        assert observation.kept_modality.tolist() == [1, 1]
 
 
 def test_second_moment_balances_modalities() -> None:
     """Catches modalities weighted by rows: 99 image rows of 1 and one text row of 3 give (1 + 9) / 2, not 1.08."""
-    seen = Observation(1)
-    add_rows(seen, torch.cat([torch.ones(99, 1), torch.full((1, 1), 3.0)]), torch.tensor([1] * 99 + [0]), 4)
-    assert seen.second_moment().tolist() == [5.0]
+    observation = Observation(1)
+    add_rows(observation, torch.cat([torch.ones(99, 1), torch.full((1, 1), 3.0)]), torch.tensor([1] * 99 + [0]), 4)
+    assert observation.second_moment().tolist() == [5.0]
 
 
 def test_energy_of_kept_rows() -> None:
@@ -131,20 +131,20 @@ def test_energy_of_kept_rows() -> None:
     for call in stage.execution.calls[1:]:
         call.args[0].mul_(2.0**-6)
     through(stage, InsertObservers(tokens=14))
-    given = inputs(stage)
+    linear_inputs = inputs(stage)
     returned = [flat(stage.module(*call.args)[0]) for call in stage.execution.calls]
     for source, target in TARGETS.items():
-        seen, energies = stage.observations[source], []
-        for row in seen.kept.double().numpy():
-            (found,) = (
+        observation, energies = stage.observations[source], []
+        for row in observation.kept.double().numpy():
+            (output_energy,) = (
                 (returned[sample][number] ** 2).mean()
-                for sample, rows in enumerate(given[target])
+                for sample, rows in enumerate(linear_inputs[target])
                 for number in np.flatnonzero((rows == row).all(1))
             )
-            energies.append(found)
+            energies.append(output_energy)
         assert len(energies) == 14 and max(energies) > 2.5 * min(energies)
-        np.testing.assert_allclose(seen.kept_energy, energies, rtol=1e-5)
-        assert seen.kept_energy.dtype == torch.float32 and seen.samples == 3
+        np.testing.assert_allclose(observation.kept_energy, energies, rtol=1e-5)
+        assert observation.kept_energy.dtype == torch.float32 and observation.samples == 3
 
 
 class Merger(nn.Module):
@@ -176,10 +176,10 @@ def test_balance_reaches_the_observation() -> None:
     """`--modality_balance False` that changes nothing: modalities then count by all rows seen, not by those kept."""
     for balance in (True, False):
         stage = through(decoder(), InsertObservers(tokens=6, balance=balance))
-        for seen in stage.observations.values():
-            text = float(seen.row_weight()[seen.kept_modality == 0].sum())
-            assert text == pytest.approx(0.5 if balance else seen.ranges["text"].rows / seen.rows)
-            assert (seen.ranges["text"].rows / seen.rows) < 0.45 and seen.balance is balance
+        for observation in stage.observations.values():
+            text = float(observation.row_weight()[observation.kept_modality == 0].sum())
+            assert text == pytest.approx(0.5 if balance else observation.ranges["text"].rows / observation.rows)
+            assert (observation.ranges["text"].rows / observation.rows) < 0.45 and observation.balance is balance
 
 
 @settings(deadline=None, max_examples=60)
@@ -190,16 +190,16 @@ def test_balance_reaches_the_observation() -> None:
 )
 def test_kept_rows_stay_within_the_budget(lengths: list[int], tokens: int, kinds: list[int]) -> None:
     """More samples or modalities than the budget has rows must not keep more; none may be kept as another."""
-    seen, started = Observation(1), 0
+    observation, started = Observation(1), 0
     for length, share in zip(lengths, split_evenly(tokens, len(lengths)), strict=True):
         rows = torch.arange(started, started + length, dtype=torch.float32)[:, None]
         started += length
         modality = torch.tensor([kinds[int(row) % len(kinds)] for row in rows], dtype=torch.int8)
-        add_rows(seen, rows, modality, share)
-    assert seen.kept.shape[0] == seen.kept_modality.shape[0] <= tokens
+        add_rows(observation, rows, modality, share)
+    assert observation.kept.shape[0] == observation.kept_modality.shape[0] <= tokens
     assert all(
         kinds[int(row) % len(kinds)] == kind
-        for row, kind in zip(seen.kept.flatten(), seen.kept_modality.tolist(), strict=True)
+        for row, kind in zip(observation.kept.flatten(), observation.kept_modality.tolist(), strict=True)
     )
 
 
@@ -224,25 +224,25 @@ def test_kept_rows_are_bounded_by_megabytes() -> None:
 
     stage = staged(Wide().requires_grad_(False), [Call(sample, (torch.ones(9, 2**16),), {}) for sample in range(2)])
     through(stage, InsertObservers(tokens=4096, megabytes=1))
-    (seen,) = stage.observations.values()
-    assert seen.kept.shape == (4, 2**16) and seen.rows == 18
+    (observation,) = stage.observations.values()
+    assert observation.kept.shape == (4, 2**16) and observation.rows == 18
 
 
 def test_kept_rows_are_evenly_spread_from_the_first() -> None:
     """Keeping only the beginning or the end of a sample, or losing its first row with the massive activations."""
-    seen = Observation(1)
+    observation = Observation(1)
     modality = torch.tensor([-1] * 2 + [0] * 10 + [1] * 100)
-    add_rows(seen, torch.arange(112.0)[:, None], modality, 10)
-    kept = {kind: seen.kept[seen.kept_modality == kind].flatten().tolist() for kind in (0, 1)}
+    add_rows(observation, torch.arange(112.0)[:, None], modality, 10)
+    kept = {kind: observation.kept[observation.kept_modality == kind].flatten().tolist() for kind in (0, 1)}
     assert kept == {0: [2, 4, 6, 8, 10], 1: [12, 32, 52, 72, 92]}
 
 
 def test_more_samples_than_rows_keeps_both_modalities() -> None:
     """Catches single-row quotas that are always given to text."""
-    seen = Observation(1)
+    observation = Observation(1)
     for _ in range(10):
-        add_rows(seen, torch.ones(4, 1), torch.tensor([0, 0, 1, 1]), 1)
-    assert seen.kept_modality.tolist() == [0, 1] * 5
+        add_rows(observation, torch.ones(4, 1), torch.tensor([0, 0, 1, 1]), 1)
+    assert observation.kept_modality.tolist() == [0, 1] * 5
 
 
 def test_observations_are_deterministic() -> None:

@@ -63,12 +63,12 @@ def test_noise_of_one_group_at_a_time(assigned: Scheme) -> None:
     stage = measured(assigned)
     reference = rows(decoder(outliers=True))
     assert len(stage.sensitivities) == 4
-    for found in stage.sensitivities:
-        assert found.assigned == stage.sites[found.sites[0]].scheme
-        for scheme in set(found.noise) - {FLOAT}:
-            alone = only(found.sites, scheme)
-            assert {name for name, one in alone.sites.items() if one.scheme == scheme} == set(found.sites)
-            assert found.noise[scheme] == pytest.approx(relative(rows(alone), reference), rel=1e-3)
+    for sensitivity in stage.sensitivities:
+        assert sensitivity.assigned == stage.sites[sensitivity.sites[0]].scheme
+        for scheme in set(sensitivity.noise) - {FLOAT}:
+            alone = only(sensitivity.sites, scheme)
+            assert {name for name, one in alone.sites.items() if one.scheme == scheme} == set(sensitivity.sites)
+            assert sensitivity.noise[scheme] == pytest.approx(relative(rows(alone), reference), rel=1e-3)
 
 
 def test_a_float_is_rounded_too() -> None:
@@ -83,14 +83,16 @@ def test_a_float_is_rounded_too() -> None:
         QuantizeWeights(),
         MeasureSensitivity(target=FREE),
     )
-    attention = next(found for found in stage.sensitivities if f"{NAME}.self_attn.q_proj" in found.sites)
-    output = next(found for found in stage.sensitivities if f"{NAME}.self_attn.o_proj" in found.sites)
+    attention = next(
+        sensitivity for sensitivity in stage.sensitivities if f"{NAME}.self_attn.q_proj" in sensitivity.sites
+    )
+    output = next(sensitivity for sensitivity in stage.sensitivities if f"{NAME}.self_attn.o_proj" in sensitivity.sites)
     assert 0 < attention.noise[FLOAT] < attention.noise[STATIC] / 10
     assert output.noise[FLOAT] == 0  # its weight is one of bfloat16 as it stands
 
 
 @pytest.mark.parametrize(
-    ("assigned", "target", "wanted"),
+    ("assigned", "target", "supported"),
     [
         (STATIC, "vllm-ascend", [STATIC, DYNAMIC, FLOAT]),
         (STATIC, "vllm-ascend@0.10.2rc2", [STATIC, FLOAT]),
@@ -101,13 +103,17 @@ def test_a_float_is_rounded_too() -> None:
         (INT4, "vllm-ascend", [INT4, DYNAMIC, FLOAT]),
     ],
 )
-def test_only_what_the_target_runs(assigned: Scheme, target: str, wanted: list[Scheme]) -> None:
+def test_only_what_the_target_runs(assigned: Scheme, target: str, supported: list[Scheme]) -> None:
     """Catches alternatives that the engine does not run in this layer, or not together with the others."""
-    for found in measured(assigned, target).sensitivities:
-        expected = wanted if found.assigned == assigned else [DYNAMIC, FLOAT]  # of biased linears beside 4 bits
-        assert list(found.noise) == list(found.modules) == expected
-        assert all(scheme in supported_schemes(target, name) for name in found.sites for scheme in found.noise)
-        assert {member for name in found.sites for member in fused_group(name)} == set(found.sites)
+    for sensitivity in measured(assigned, target).sensitivities:
+        expected = (
+            supported if sensitivity.assigned == assigned else [DYNAMIC, FLOAT]
+        )  # of biased linears beside 4 bits
+        assert list(sensitivity.noise) == list(sensitivity.modules) == expected
+        assert all(
+            scheme in supported_schemes(target, name) for name in sensitivity.sites for scheme in sensitivity.noise
+        )
+        assert {member for name in sensitivity.sites for member in fused_group(name)} == set(sensitivity.sites)
 
 
 def test_float16_has_no_dynamic_scheme() -> None:
@@ -116,7 +122,7 @@ def test_float16_has_no_dynamic_scheme() -> None:
         decoder(dtype=torch.float16), InsertObservers(), AssignPrecision(target=FREE), QuantizeActivations()
     )
     stage = through(stage, QuantizeWeights(), MeasureSensitivity(target=FREE))
-    assert [list(found.noise) for found in stage.sensitivities] == [[STATIC, FLOAT]] * 3
+    assert [list(sensitivity.noise) for sensitivity in stage.sensitivities] == [[STATIC, FLOAT]] * 3
 
 
 def test_a_shifted_norm_keeps_its_readers_static() -> None:
@@ -125,15 +131,15 @@ def test_a_shifted_norm_keeps_its_readers_static() -> None:
     biased = {name for name, _ in shifted.module.named_buffers() if name.endswith("norm.bias")}
     biased |= {name for name, _ in shifted.module.named_parameters() if name.endswith("norm.bias")}
     assert biased, "nothing was shifted: this test is about nothing"
-    for found in shifted.sensitivities:
-        behind = any(found.source in name.replace(".", "_") for name in biased)
-        assert list(found.noise) == ([STATIC] if behind else [STATIC, DYNAMIC, FLOAT])
+    for sensitivity in shifted.sensitivities:
+        behind = any(sensitivity.source in name.replace(".", "_") for name in biased)
+        assert list(sensitivity.noise) == ([STATIC] if behind else [STATIC, DYNAMIC, FLOAT])
 
 
 def test_excluded_groups_are_left_alone() -> None:
     """Catches a search over groups that the user excluded."""
     stage = measured(STATIC, FREE, exclude=("*.down_proj",))
-    assert all("down_proj" not in name for found in stage.sensitivities for name in found.sites)
+    assert all("down_proj" not in name for sensitivity in stage.sensitivities for name in sensitivity.sites)
     assert len(stage.sensitivities) == 3
 
 
@@ -146,25 +152,25 @@ def test_nothing_is_changed() -> None:
     assert MeasureSensitivity(target=FREE).run(stage) is False
     assert dict(stage.module.named_modules()) == modules and list(stage.sites.values()) == facts
     assert prints == {name: fingerprint(tensor) for name, tensor in stage.module.named_parameters()}
-    for found in stage.sensitivities:
-        assert found.modules[FLOAT] == {
-            stage.sites[name].target: stage.linear(stage.sites[name]) for name in found.sites
+    for sensitivity in stage.sensitivities:
+        assert sensitivity.modules[FLOAT] == {
+            stage.sites[name].target: stage.linear(stage.sites[name]) for name in sensitivity.sites
         }
-        assert all(not isinstance(module, nn.Linear) for module in found.modules[found.assigned].values())
+        assert all(not isinstance(module, nn.Linear) for module in sensitivity.modules[sensitivity.assigned].values())
 
 
 def test_the_modules_are_those_that_lowering_makes() -> None:
     """Catches a module kept for the emitter that differs from what the scheme means elsewhere."""
     stage = measured(STATIC)
-    for found in stage.sensitivities:
+    for sensitivity in stage.sensitivities:
         for scheme in (STATIC, DYNAMIC):
-            alone = only(found.sites, scheme)
-            for name in found.sites:
+            alone = only(sensitivity.sites, scheme)
+            for name in sensitivity.sites:
                 target = stage.sites[name].target
-                wanted = dict(alone.module.get_submodule(target).named_buffers())
-                kept = dict(found.modules[scheme][target].named_buffers())
-                assert wanted.keys() == kept.keys()
-                assert all(torch.equal(wanted[part], kept[part]) for part in wanted)
+                expected = dict(alone.module.get_submodule(target).named_buffers())
+                kept = dict(sensitivity.modules[scheme][target].named_buffers())
+                assert expected.keys() == kept.keys()
+                assert all(torch.equal(expected[part], kept[part]) for part in expected)
 
 
 def test_a_large_token_does_not_hide_the_others() -> None:

@@ -192,7 +192,8 @@ def test_a_failing_proof_puts_everything_back() -> None:
     observations = dict(stage.observations)
     before = {path: parameter.clone() for path, parameter in stage.module.named_parameters()}
     through(stage, ShiftNorms())
-    assert stage.notes == [f"the shift of {NAME}.norm changes the output and was left out"]
+    (note,) = stage.notes
+    assert f"{NAME}.norm " in note
     assert stage.module.get_submodule("norm") is norm and stage.linear(site_at(stage, "linear")).bias is None
     assert {path for path, _ in stage.module.named_parameters()} == set(before)
     assert all(torch.equal(parameter, before[path]) for path, parameter in stage.module.named_parameters())

@@ -66,39 +66,39 @@ def test_every_sample_keeps_its_outputs(kind: str) -> None:
     stage = block_stage(*SAMPLES, kind=kind)
     dense = scores_of(stage)
     assert dense == sum(sum(windows) ** 2 for windows in SAMPLES)
-    wanted, names = stage.execution.outputs, [name for name, _ in stage.module.named_parameters()]
+    expected, names = stage.execution.outputs, [name for name, _ in stage.module.named_parameters()]
     manager = PassManager([SplitWindowAttention()])
     manager.run(stage)
     assert not stage.notes and [name for name, _ in stage.module.named_parameters()] == names
     assert scores_of(stage) == sum(length**2 for windows in SAMPLES for length in windows) < dense / 2
-    for one, other in zip(wanted, stage.execution.outputs, strict=True):
+    for one, other in zip(expected, stage.execution.outputs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
     manager.run(stage)  # a second time there is nothing left to split, and the manager holds the pass to that
 
 
 def test_a_sample_does_not_depend_on_the_others() -> None:
     """Catches windows of several samples in one batch: the same sample has to give the same bytes in any company."""
-    together, wanted = split(block_stage(*SAMPLES)), []
+    together, expected = split(block_stage(*SAMPLES)), []
     together.execution.forward()
     for call in together.execution.calls:
         alone = block_stage(*SAMPLES)
         alone.execution.calls = alone.execution.calls[call.sample : call.sample + 1]
         alone.execution.probe = together.execution.probe
         split(alone).execution.forward()
-        wanted += alone.execution.outputs
-    assert all(torch.equal(one, other) for one, other in zip(together.execution.outputs, wanted, strict=True))
+        expected += alone.execution.outputs
+    assert all(torch.equal(one, other) for one, other in zip(together.execution.outputs, expected, strict=True))
 
 
 def test_one_window_needs_no_mask() -> None:
     """Catches full attention that keeps its mask, and several images that attend to each other."""
     stage = block_stage([9], [5, 4], [3, 3, 3])
     stage.execution.forward()
-    wanted = stage.execution.outputs
+    expected = stage.execution.outputs
     through(stage, SplitWindowAttention())
     with Counter() as counter:
         stage.execution.forward()
     assert (counter.scores, counter.masks) == (81 + 25 + 16 + 27, 0)
-    for one, other in zip(wanted, stage.execution.outputs, strict=True):
+    for one, other in zip(expected, stage.execution.outputs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
@@ -108,8 +108,8 @@ def test_sites_observers_and_other_modules_see_nothing_of_it() -> None:
     through(plain, InsertObservers())
     through(stage, SplitWindowAttention(), InsertObservers())
     assert stage.observations.keys() == plain.observations.keys()
-    for source, seen in plain.observations.items():
-        torch.testing.assert_close(stage.observations[source].maximum(), seen.maximum())
+    for source, attended in plain.observations.items():
+        torch.testing.assert_close(stage.observations[source].maximum(), attended.maximum())
     copied = copy.deepcopy(stage.module)
     stage.module.set_submodule("attn.proj", nn.Identity())
     stage.execution.forward()
@@ -132,8 +132,8 @@ def test_a_linear_that_reads_attention_itself() -> None:
 
         def forward(self, rows: Tensor, windows: Tensor) -> Tensor:
             q, k, v = self.qkv(rows).reshape(len(rows), 3, HEADS, DEPTH).permute(1, 2, 0, 3).unbind(0)
-            seen = nn.functional.scaled_dot_product_attention(q, k, v, mask_of(windows.tolist()))
-            mixed: Tensor = self.per_head(seen)
+            attended = nn.functional.scaled_dot_product_attention(q, k, v, mask_of(windows.tolist()))
+            mixed: Tensor = self.per_head(attended)
             return mixed.transpose(0, 1).reshape(rows.shape)
 
     plain = block_stage([3, 2])
@@ -172,10 +172,10 @@ def test_dropout_stays_random() -> None:
     """Catches a call with dropout that is split, which would drop other scores, or none."""
     q, k, v = torch.randn(3, HEADS, 4, DEPTH, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(1)
-    wanted = ATTENTION(q, k, v, mask_of([2, 2]), dropout_p=0.5)
+    expected = ATTENTION(q, k, v, mask_of([2, 2]), dropout_p=0.5)
     torch.manual_seed(1)
     with tested.SplitWindows():
-        assert torch.equal(ATTENTION(q, k, v, mask_of([2, 2]), dropout_p=0.5), wanted)
+        assert torch.equal(ATTENTION(q, k, v, mask_of([2, 2]), dropout_p=0.5), expected)
 
 
 def test_attention_inside_a_leaf_is_left_alone() -> None:
@@ -210,7 +210,8 @@ def test_a_split_that_changes_the_output_is_left_out(probe: list[int], monkeypat
     monkeypatch.setattr(tested, "windowed_attention", wrong)
     assert not SplitWindowAttention().run(stage)
     assert print_stage(stage) == before and stage.module.get_submodule("attn") is attention
-    assert stage.notes == ["splitting the attention of visual.blocks.0.attn into windows changes its output; left out"]
+    (note,) = stage.notes
+    assert "visual.blocks.0.attn " in note
 
 
 def test_the_stand_in_is_proven_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,13 +237,13 @@ def test_the_real_model_computes_windows_only() -> None:
             attention = [node for node in stage.graph.nodes if node.target is ATTENTION]
             masked = any(tested._by_name(node.args, node.kwargs).get("attn_mask") for node in attention)
             stage.execution.forward()
-            wanted, modules = stage.execution.outputs, dict(stage.module.named_modules())
+            expected, modules = stage.execution.outputs, dict(stage.module.named_modules())
             assert SplitWindowAttention().run(stage) == (masked and stage.part == "vision") and not stage.notes
             if stage.name in per_block:
                 assert scores_of(stage) == sum(length**2 for length in [*per_block[stage.name], *([16])])
             else:
                 stage.execution.forward()
-            for one, other in zip(wanted, stage.execution.outputs, strict=True):
+            for one, other in zip(expected, stage.execution.outputs, strict=True):
                 for left, right in zip(tiny.tensors_of(one), tiny.tensors_of(other), strict=True):
                     torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
     assert dict(stage.module.named_modules()) == modules

@@ -1,5 +1,6 @@
 """PassManager: the checks of what a pass reports and changes."""
 
+import re
 import typing
 from dataclasses import dataclass
 from typing import Any
@@ -40,20 +41,20 @@ def decide(stage: Stage) -> bool:
 
 def test_third_party_passes_run() -> None:
     """Catches a subclass of Pass that PassManager does not run, time, or pass to its callbacks."""
-    seen: list[Any] = []
+    events: list[Any] = []
     manager = PassManager(
         [pass_of("analysis", decide, "decide"), pass_of("rewrite", scale_weight, "scale")],
-        before=lambda stage, coming: seen.append(("before", coming.name)),
-        after=lambda stage, number, done: seen.append((number, done.name, "by request" in print_stage(stage))),
+        before=lambda stage, coming: events.append(("before", coming.name)),
+        after=lambda stage, number, done: events.append((number, done.name, "by request" in print_stage(stage))),
     )
     manager.run(traced())
-    assert seen == [("before", "decide"), (0, "decide", True), ("before", "scale"), (1, "scale", True)]
+    assert events == [("before", "decide"), (0, "decide", True), ("before", "scale"), (1, "scale", True)]
     assert set(manager.seconds) == {"decide", "scale"}
 
 
 def test_a_pass_without_run_says_so() -> None:
     """Catches a missing `run` that counts as a pass without changes."""
-    with pytest.raises(TypeError, match="does not implement run"):
+    with pytest.raises(TypeError, match=r"\brun\b"):
         PassManager([Pass()]).run(traced())
 
 
@@ -62,7 +63,7 @@ def test_an_analysis_must_not_change_weights() -> None:
     for says in (True, False):
         step = pass_of("analysis", lambda stage, says=says: scale_weight(stage) and says)
         with pytest.raises(
-            InternalError, match=r"is an analysis but changed mlp\.down\.weight, mlp\.up\.weight of visual\.blocks\.0"
+            InternalError, match=r"made-up\b.* analysis .*mlp\.down\.weight, mlp\.up\.weight\b.*visual\.blocks\.0"
         ):
             PassManager([step]).run(traced())
 
@@ -89,7 +90,7 @@ def test_a_rewrite_that_hides_a_change(change: str) -> None:
         CHANGES[change](stage)
         return False
 
-    with pytest.raises(InternalError, match=r"made-up returned False but changed something on visual\.blocks\.0"):
+    with pytest.raises(InternalError, match=r"made-up\b.*\bFalse\b.*visual\.blocks\.0"):
         PassManager([pass_of("rewrite", work)]).run(traced())
     PassManager([pass_of("rewrite", lambda stage: work(stage) or True)]).run(traced())
 
@@ -178,8 +179,8 @@ def test_an_invalid_stage_is_refused_with_all_its_faults() -> None:
     with pytest.raises(InternalError) as caught:
         PassManager([pass_of("rewrite", work)]).run(traced())
     message = str(caught.value)
-    assert "visual.blocks.0 is not valid after made-up" in message
-    assert "several schemes" in message and "norm2.weight has NaN" in message
+    assert re.search(r"visual\.blocks\.0\b.*\bmade-up\b", message)
+    assert "schemes" in message and re.search(r"norm2\.weight\b.*\bNaN\b", message)
     assert '\nstage "visual.blocks.0" part=vision' in message
 
 

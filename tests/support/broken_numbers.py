@@ -45,8 +45,8 @@ def set_edge(stage: Stage, number: int = 0, **parts: Any) -> None:
 
 
 def set_range(stage: Stage, **parts: Any) -> None:
-    seen = stage.observations["norm1"]
-    seen.ranges["text"] = replace(seen.ranges["text"], **parts)
+    observation = stage.observations["norm1"]
+    observation.ranges["text"] = replace(observation.ranges["text"], **parts)
 
 
 def first(tensor: Tensor, value: Any) -> Tensor:
@@ -86,9 +86,9 @@ def infinite_buffer(stage: Stage) -> None:
 
 
 def wrong_kept_bound(stage: Stage) -> None:
-    seen = stage.observations["norm1"]
-    seen.kept = torch.cat([seen.kept, seen.kept])
-    seen.kept_modality = torch.cat([seen.kept_modality, seen.kept_modality])
+    observation = stage.observations["norm1"]
+    observation.kept = torch.cat([observation.kept, observation.kept])
+    observation.kept_modality = torch.cat([observation.kept_modality, observation.kept_modality])
 
 
 def kept_of_a_modality_that_was_not_seen(stage: Stage) -> None:

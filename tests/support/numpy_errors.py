@@ -28,15 +28,15 @@ def reader_of(
     weight: torch.Tensor,
     noise: SchemeNoise = STATIC,
     share: torch.Tensor | None = None,
-    seen: torch.Tensor | None = None,
+    range_rows: torch.Tensor | None = None,
 ) -> ConsumerGroup:
-    """Every column is a channel; rows weighted by `share`, else equally; `seen`: the rows that give the range."""
+    """Every column is a channel; rows weighted by `share`, else equally; `range_rows`: the rows that give the range."""
     equal = torch.full((len(rows),), 1 / len(rows), dtype=torch.float64)
-    seen = rows if seen is None else seen
+    range_rows = rows if range_rows is None else range_rows
     return ConsumerGroup(
         channel=torch.arange(rows.shape[1]),
-        low=seen.amin(0),
-        high=seen.amax(0),
+        low=range_rows.amin(0),
+        high=range_rows.amax(0),
         second_moment=rows.square().mean(0),
         rows=rows,
         row_weight=equal if share is None else share,

@@ -14,15 +14,15 @@ MANY = 10**12  # samples of which nothing unseen differs
 
 def observation(text: torch.Tensor, image: torch.Tensor | None = None, samples: int = MANY) -> Observation:
     """All rows kept, float32 [T, K] of either modality."""
-    seen = Observation(text.shape[1], samples=samples)
-    add_rows(seen, text, torch.zeros(len(text), dtype=torch.int8), len(text))
+    observed = Observation(text.shape[1], samples=samples)
+    add_rows(observed, text, torch.zeros(len(text), dtype=torch.int8), len(text))
     if image is not None:
-        add_rows(seen, image, torch.ones(len(image), dtype=torch.int8), len(image))
-    return seen
+        add_rows(observed, image, torch.ones(len(image), dtype=torch.int8), len(image))
+    return observed
 
 
-def limits(seen: Observation) -> tuple[float, float]:
-    return float(seen.minimum().amin()), float(seen.maximum().amax())
+def limits(observed: Observation) -> tuple[float, float]:
+    return float(observed.minimum().amin()), float(observed.maximum().amax())
 
 
 def rows_of(seed: int, kind: str) -> torch.Tensor:
@@ -42,9 +42,9 @@ def rows_of(seed: int, kind: str) -> torch.Tensor:
 
 def numpy_rounded(values: np.ndarray, low: float, high: float, dtype: torch.dtype) -> np.ndarray:
     """The engines' int8 and back, float64, for a range whose scale is rounded up to dtype."""
-    wanted = max((high - low) / 255, 2.0**-23 if dtype == torch.bfloat16 else 2.0**-16 + 2.0**-24)
-    scale = float(torch.tensor(wanted, dtype=torch.float64).to(dtype))
-    if scale < wanted:
+    least_scale = max((high - low) / 255, 2.0**-23 if dtype == torch.bfloat16 else 2.0**-16 + 2.0**-24)
+    scale = float(torch.tensor(least_scale, dtype=torch.float64).to(dtype))
+    if scale < least_scale:
         bits = 7 if dtype == torch.bfloat16 else 10
         scale += 2.0 ** (math.floor(math.log2(scale)) - bits)  # one unit in the last place
     offset = -128 - np.rint(low / scale)
@@ -56,14 +56,14 @@ FIVE = [(-2, 0.06), (-1, 0.24), (0, 0.4), (1, 0.24), (2, 0.06)]  # standard devi
 
 
 def numpy_search(
-    seen: Observation, energy: np.ndarray, low: float, high: float, dtype: torch.dtype
+    observed: Observation, energy: np.ndarray, low: float, high: float, dtype: torch.dtype
 ) -> tuple[float, dict[tuple[float, float], float]]:
     """(smallest error, error per candidate range) on a histogram that is made and judged in NumPy, in float64.
 
     Every value stands for five, which differ from it as values of unseen inputs may.
     """
-    kept, kinds = seen.kept.double().numpy(), seen.kept_modality.numpy()
-    deviation = 0.25 / math.sqrt(seen.samples)
+    kept, kinds = observed.kept.double().numpy(), observed.kept_modality.numpy()
+    deviation = 0.25 / math.sqrt(observed.samples)
     factors = [(math.exp(number * deviation), share) for number, share in FIVE]
     present = np.unique(kinds)
     share = sum((kinds == kind) / (kinds == kind).sum() / len(present) for kind in present)
@@ -82,8 +82,8 @@ def numpy_search(
     return min(errors.values()), errors
 
 
-def true_error(seen: Observation, energy: torch.Tensor, low: float, high: float, dtype: torch.dtype) -> float:
+def true_error(observed: Observation, energy: torch.Tensor, low: float, high: float, dtype: torch.dtype) -> float:
     """Weighted squared error of the kept values themselves, float64, every modality counting the same."""
-    values = seen.kept.double().numpy()
+    values = observed.kept.double().numpy()
     error = (numpy_rounded(values, min(low, 0.0), max(high, 0.0), dtype) - values) ** 2 * energy.double().numpy()
-    return float((error.sum(1) * seen.row_weight().numpy()).sum())
+    return float((error.sum(1) * observed.row_weight().numpy()).sum())

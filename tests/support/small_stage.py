@@ -26,8 +26,8 @@ class Attention(nn.Module):
         mask = torch.zeros(1, 2, 2, dtype=torch.bool)
         mask[..., :1, :1] = True
         mask[..., 1:, 1:] = True
-        seen = nn.functional.scaled_dot_product_attention(q, k, v, mask)
-        projected: Tensor = self.proj(seen.transpose(0, 1).reshape(2, 4))
+        attended = nn.functional.scaled_dot_product_attention(q, k, v, mask)
+        projected: Tensor = self.proj(attended.transpose(0, 1).reshape(2, 4))
         return projected
 
 

@@ -57,8 +57,8 @@ class Attention(nn.Module):
             mask = torch.ones(len(rows), len(rows), dtype=torch.bool).tril()
         else:
             mask = mask_of(windows.tolist(), self.kind)
-        seen = nn.functional.scaled_dot_product_attention(q, k, v, mask, dropout_p=0.0)
-        projected: Tensor = self.proj(seen.transpose(0, 1).reshape(rows.shape))
+        attended = nn.functional.scaled_dot_product_attention(q, k, v, mask, dropout_p=0.0)
+        projected: Tensor = self.proj(attended.transpose(0, 1).reshape(rows.shape))
         return projected
 
 

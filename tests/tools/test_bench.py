@@ -39,11 +39,11 @@ def test_agreement_against_numpy() -> None:
     """Catches a wrong sum, sign or base of a logarithm, or a mean per sample instead of per token."""
     random = np.random.default_rng(0)
     shapes = [(3, 5), (7, 5)]
-    wanted = [random.normal(size=shape) for shape in shapes]
-    got = [one + 0.3 * random.normal(size=shape) for one, shape in zip(wanted, shapes, strict=True)]
+    expected = [random.normal(size=shape) for shape in shapes]
+    got = [one + 0.3 * random.normal(size=shape) for one, shape in zip(expected, shapes, strict=True)]
     ids = [random.integers(0, 5, (1, shape[0])) for shape in shapes]
-    result = metrics.agreement(*([torch.from_numpy(each) for each in group] for group in (wanted, got, ids)))
-    one, other = np.concatenate(wanted), np.concatenate(got)
+    result = metrics.agreement(*([torch.from_numpy(each) for each in group] for group in (expected, got, ids)))
+    one, other = np.concatenate(expected), np.concatenate(got)
     p, q = (np.exp(each) / np.exp(each).sum(1, keepdims=True) for each in (one, other))
     assert result.sqnr == pytest.approx(10 * np.log10((one**2).sum() / ((one - other) ** 2).sum()))
     assert result.cosine == pytest.approx((one * other).sum() / np.sqrt((one**2).sum() * (other**2).sum()))
@@ -52,15 +52,15 @@ def test_agreement_against_numpy() -> None:
     nexts = [q[token, ids[0][0, token + 1]] for token in range(2)]
     nexts += [q[3 + token, ids[1][0, token + 1]] for token in range(6)]
     assert result.loss == pytest.approx(-np.log(nexts).mean())
-    same = metrics.agreement(*([torch.from_numpy(each) for each in group] for group in (wanted, wanted, ids)))
+    same = metrics.agreement(*([torch.from_numpy(each) for each in group] for group in (expected, expected, ids)))
     assert same.sqnr == math.inf and same.top1 == 1.0
 
 
 def test_different_layers_are_named() -> None:
     """Catches a comparison that accepts layers which only one tool quantizes."""
     one, other = {"a": "W8A8", "b": "W8A8"}, {"b": "W8A8_DYNAMIC", "c": "W8A8"}
-    wanted = ["a: W8A8 against FLOAT", "b: W8A8 against W8A8_DYNAMIC", "c: FLOAT against W8A8"]
-    assert metrics.different_sites(one, other) == wanted
+    expected = ["a: W8A8 against FLOAT", "b: W8A8 against W8A8_DYNAMIC", "c: FLOAT against W8A8"]
+    assert metrics.different_sites(one, other) == expected
     description = {"version": "1", "a.weight": "W8A8", "a.weight_scale": "W8A8", "b.weight": "FLOAT"}
     assert metrics.sites_of(description) == {"a": "W8A8"}
 
@@ -78,8 +78,8 @@ def test_every_scheme_is_a_legal_combination(scheme: str) -> None:
     """Catches a scheme that vlqc refuses, or whose name does not match its options."""
     chosen = {**reference.SCHEMES, **reference.VLQC_ONLY}[scheme]
     options = Options.without_paths(**{"group_size": 256, **chosen})
-    wanted = {"static": "W8A8", "dynamic": "W8A8_DYNAMIC", "w4a8": "W4A8_DYNAMIC"}[scheme.partition("-")[0]]
-    assert options.scheme == wanted and options.anti_method in scheme
+    expected = {"static": "W8A8", "dynamic": "W8A8_DYNAMIC", "w4a8": "W4A8_DYNAMIC"}[scheme.partition("-")[0]]
+    assert options.scheme == expected and options.anti_method in scheme
 
 
 def test_both_tools_have_the_same_defaults() -> None:

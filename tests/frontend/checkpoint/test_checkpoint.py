@@ -33,10 +33,10 @@ def test_rows_are_gathered_exactly(indices: list[int], nested: bool) -> None:
     """Catches rows in the wrong order, lost duplicates, or another shape than that of the indices."""
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Checkpoint(write(Path(folder)))
-        wanted = torch.tensor([indices, indices[::-1]] if nested else indices)
-        rows = checkpoint.rows("model.embed_tokens.weight", wanted)
+        expected = torch.tensor([indices, indices[::-1]] if nested else indices)
+        rows = checkpoint.rows("model.embed_tokens.weight", expected)
     assert rows.dtype == torch.bfloat16
-    assert torch.equal(rows, TENSORS["model.embed_tokens.weight"][wanted])
+    assert torch.equal(rows, TENSORS["model.embed_tokens.weight"][expected])
 
 
 def test_dtype_is_that_of_most_elements(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_bytes_are_those_of_the_weight_files(tmp_path: Path) -> None:
 def test_side_files_are_what_an_engine_needs_beside_weights(tmp_path: Path) -> None:
     """Catches weights, indices, code or folders that are copied, and a tokenizer that is not (also as a link)."""
     write(tmp_path)
-    wanted = [
+    expected = [
         "chat_template.jinja",
         "generation_config.json",
         "merges.txt",
@@ -63,7 +63,7 @@ def test_side_files_are_what_an_engine_needs_beside_weights(tmp_path: Path) -> N
         "tokenizer.json",
     ]
     for name in [
-        *wanted,
+        *expected,
         "pytorch_model.bin",
         "pytorch_model.bin.index.json",
         "old.pt",
@@ -77,7 +77,7 @@ def test_side_files_are_what_an_engine_needs_beside_weights(tmp_path: Path) -> N
     (tmp_path / "cache" / "blob").write_text("x")
     (tmp_path / "vocab.json").symlink_to("cache/blob")
     (tmp_path / "broken.txt").symlink_to("nowhere")
-    assert Checkpoint(tmp_path).side_files() == [*wanted, "vocab.json"]
+    assert Checkpoint(tmp_path).side_files() == [*expected, "vocab.json"]
 
 
 def test_a_cache_of_links_is_read(tmp_path: Path) -> None:

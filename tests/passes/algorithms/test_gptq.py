@@ -95,25 +95,25 @@ def test_better_on_rows_never_seen(rows: int, width: int, group_size: int | None
     columns = 256
     if group_size and group_size > width:
         width = group_size
-    seen, unseen = correlated(rows, columns, seed)
+    calibration, held_out = correlated(rows, columns, seed)
     weight = weight_of(48, columns, seed)
-    plain = decibels(weight, by_rounding(weight, group_size), unseen)
-    clipped = decibels(weight, by_clipping(weight, group_size, seen), unseen)
-    best = decibels(weight, by_gptq(weight, group_size, seen, width), unseen)
+    plain = decibels(weight, by_rounding(weight, group_size), held_out)
+    clipped = decibels(weight, by_clipping(weight, group_size, calibration), held_out)
+    best = decibels(weight, by_gptq(weight, group_size, calibration, width), held_out)
     assert clipped >= plain - 0.1
     assert best >= max(clipped, plain) + (2 if rows > columns else 1)
 
 
 def test_blocks_compensate_earlier_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches blocks that do not compensate earlier blocks' errors, or with a wrong sign or scale."""
-    seen, unseen = correlated(4096, 256, 5)
+    calibration, held_out = correlated(4096, 256, 5)
     weight = weight_of(48, 256, 5)
-    whole, parts = (decibels(weight, by_gptq(weight, 64, seen, width), unseen) for width in (256, 64))
+    whole, parts = (decibels(weight, by_gptq(weight, 64, calibration, width), held_out) for width in (256, 64))
     block = hessian_algorithm._block
     monkeypatch.setattr(
-        hessian_algorithm, "_block", lambda *given, several, first: block(*given, several=False, first=True)
+        hessian_algorithm, "_block", lambda *arguments, several, first: block(*arguments, several=False, first=True)
     )
-    alone = decibels(weight, by_gptq(weight, 64, seen, 64), unseen)
+    alone = decibels(weight, by_gptq(weight, 64, calibration, 64), held_out)
     assert alone + 0.2 < parts < whole + 0.1
 
 
@@ -136,24 +136,26 @@ def test_the_integers_of_the_published_algorithm(
 ) -> None:
     """A factor that is flipped, transposed or scaled the wrong way, a column that misses the errors of some before."""
     monkeypatch.setattr(hessian_algorithm, "search_shrinkage", lambda *_: shrinkage)
-    seen, _ = correlated(300, columns, columns)
-    seen = seen[:, seen.square().sum(0).argsort(descending=True)]  # in the order in which columns are taken
+    calibration, _ = correlated(300, columns, columns)
+    calibration = calibration[
+        :, calibration.square().sum(0).argsort(descending=True)
+    ]  # in the order in which columns are taken
     weight = weight_of(7, columns, columns)
-    chosen = ChannelScaleGrid(weight, moments(seen), None, DTYPE)
-    (integers,) = gptq_quantize([weight], [chosen], seen, uniform(seen), moments(seen))
-    hessian = seen.double().numpy().T @ seen.double().numpy() / len(seen)
+    chosen = ChannelScaleGrid(weight, moments(calibration), None, DTYPE)
+    (integers,) = gptq_quantize([weight], [chosen], calibration, uniform(calibration), moments(calibration))
+    hessian = calibration.double().numpy().T @ calibration.double().numpy() / len(calibration)
     shrunk = (1 - shrinkage) * hessian + shrinkage * np.diag(np.diag(hessian))
     np.testing.assert_array_equal(integers, textbook(weight, chosen.scale, shrunk, 127))
 
 
 def test_weights_that_share_an_input_are_independent() -> None:
     """Catches integers or errors that are written to another weight of the group, or to other rows."""
-    seen, _ = correlated(64, 128, 3)
+    calibration, _ = correlated(64, 128, 3)
     weights = [weight_of(rows, 128, rows) for rows in (2050, 3, 1)]  # more rows than go through at a time, and few
-    grids = [grid(weight, 64, moments(seen)) for weight in weights]
-    together = gptq_quantize(weights, grids, seen, uniform(seen), moments(seen), 64)
+    grids = [grid(weight, 64, moments(calibration)) for weight in weights]
+    together = gptq_quantize(weights, grids, calibration, uniform(calibration), moments(calibration), 64)
     for weight, integers, one in zip(weights, together, grids, strict=True):
-        apart = by_gptq(weight, 64, seen, 64)
+        apart = by_gptq(weight, 64, calibration, 64)
         wrong = (value(integers, one.stored_scales()) != apart).float().mean()
         assert float(wrong) < 0.02  # other shapes of products, other last bits
 
@@ -161,46 +163,46 @@ def test_weights_that_share_an_input_are_independent() -> None:
 @pytest.mark.parametrize("group_size", [None, 64])
 def test_one_row_allows_no_compensation(group_size: int | None) -> None:
     """A single row of statistics taken for the whole truth: every column would make up for every other one."""
-    seen, _ = correlated(1, 128, 1)
+    calibration, _ = correlated(1, 128, 1)
     weight = weight_of(16, 128, 1)
-    assert torch.equal(by_gptq(weight, group_size, seen), by_clipping(weight, group_size, seen))
+    assert torch.equal(by_gptq(weight, group_size, calibration), by_clipping(weight, group_size, calibration))
 
 
 @pytest.mark.parametrize("group_size", [None, 64])
 @pytest.mark.parametrize("width", [4096, 64])
 def test_dead_columns_and_rows(group_size: int | None, width: int) -> None:
     """A division by zero, or columns that were silent at first and are destroyed by errors pushed into them."""
-    seen, unseen = correlated(200, 128, 2)
+    calibration, held_out = correlated(200, 128, 2)
     weight = weight_of(16, 128, 2)
     dead, weight[3] = torch.tensor([0, 64, 65, 127]), 0
-    seen[:, dead] = 0
-    stored = by_gptq(weight, group_size, seen, width)
+    calibration[:, dead] = 0
+    stored = by_gptq(weight, group_size, calibration, width)
     assert bool(stored.isfinite().all()) and not bool(stored[3].any())
     plain = by_rounding(weight, group_size)
-    kept, usual = (decibels(weight[:, dead], one[:, dead], unseen[:, dead]) for one in (stored, plain))
+    kept, usual = (decibels(weight[:, dead], one[:, dead], held_out[:, dead]) for one in (stored, plain))
     assert kept > usual - 6  # a row's outlier may be cut that only a dead column has
-    unseen[:, dead] = 0
-    assert decibels(weight, stored, unseen) > decibels(weight, plain, unseen) + 1
-    silent = torch.zeros_like(seen)
+    held_out[:, dead] = 0
+    assert decibels(weight, stored, held_out) > decibels(weight, plain, held_out) + 1
+    silent = torch.zeros_like(calibration)
     assert bool(by_gptq(weight, group_size, silent, width).isfinite().all())
 
 
 @pytest.mark.parametrize("width", [4096, 256])
 def test_threads_change_no_bit(width: int) -> None:
     """Integers that depend on how many threads happened to share a matrix product."""
-    seen, _ = correlated(300, 512, 4)
+    calibration, _ = correlated(300, 512, 4)
     weights = [weight_of(rows, 512, rows) for rows in (2500, 40)]
-    threads, found = torch.get_num_threads(), []
+    threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            grids = [GroupScaleGrid(weight, moments(seen), 128, DTYPE) for weight in weights]
-            integers = gptq_quantize(weights, grids, seen, uniform(seen), moments(seen), width)
+            grids = [GroupScaleGrid(weight, moments(calibration), 128, DTYPE) for weight in weights]
+            integers = gptq_quantize(weights, grids, calibration, uniform(calibration), moments(calibration), width)
             assert torch.get_num_threads() == count
-            found.append([*integers, *(scale for one in grids for scale in one.stored_scales())])
+            results.append([*integers, *(scale for one in grids for scale in one.stored_scales())])
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(*pair) for other in found[1:] for pair in zip(found[0], other, strict=True))
+    assert all(torch.equal(*pair) for other in results[1:] for pair in zip(results[0], other, strict=True))
 
 
 # ---- the Gram matrix -------------------------------------------------------------------------------------------------
@@ -214,16 +216,16 @@ def test_gram_in_panels() -> None:
 
 def test_shrinkage_follows_the_rows() -> None:
     """A constant: rows without correlations, and few rows, need more of it than many rows with strong ones."""
-    found = []
+    shrinkages = []
     for rows, columns in ((4000, 64), (30, 64)):
-        seen, _ = correlated(rows, columns, 0)
-        size = seen.square().mean(0).sqrt()
-        known, unseen = hessian_algorithm.holdout_split(seen / size / len(seen) ** 0.5)
-        found.append(search_shrinkage(gram_matrix(known), unseen, size))
+        calibration, _ = correlated(rows, columns, 0)
+        size = calibration.square().mean(0).sqrt()
+        known, held_out = hessian_algorithm.holdout_split(calibration / size / len(calibration) ** 0.5)
+        shrinkages.append(search_shrinkage(gram_matrix(known), held_out, size))
     noise = torch.randn(300, 64, generator=torch.Generator().manual_seed(1)) / 300**0.5
-    known, unseen = hessian_algorithm.holdout_split(noise)
-    assert found[0] < found[1] <= search_shrinkage(gram_matrix(known), unseen, torch.ones(64))
-    assert found[0] <= 0.1
+    known, held_out = hessian_algorithm.holdout_split(noise)
+    assert shrinkages[0] < shrinkages[1] <= search_shrinkage(gram_matrix(known), held_out, torch.ones(64))
+    assert shrinkages[0] <= 0.1
 
 
 def test_order_keeps_groups_together() -> None:
@@ -241,14 +243,14 @@ def test_search_scales_against_every_candidate() -> None:
     generator = torch.Generator().manual_seed(0)
     values, importance = torch.randn(300, 700, generator=generator), torch.rand(700, generator=generator)
     shares, covering = (1.0, 0.8, 0.6, 0.4), values.abs().amax(1) / 7
-    found = search_scales(values, importance, covering, (-8, 7), shares, lambda step, rows: step + rows.start * 1e-9)
+    scales = search_scales(values, importance, covering, (-8, 7), shares, lambda step, rows: step + rows.start * 1e-9)
     exact, weights = values.double().numpy(), importance.double().numpy()
     errors = []
     for share in shares:
         step = (covering.double().numpy() * share)[:, None]
         errors.append(((np.clip(np.rint(exact / step), -8, 7) * step - exact) ** 2) @ weights)
     expected = covering.numpy() * np.array(shares, np.float32)[np.argmin(errors, 0)]
-    assert float((torch.isclose(found, torch.from_numpy(expected), rtol=1e-4)).float().mean()) > 0.99
+    assert float((torch.isclose(scales, torch.from_numpy(expected), rtol=1e-4)).float().mean()) > 0.99
     assert len(set(np.argmin(errors, 0))) > 1
 
 

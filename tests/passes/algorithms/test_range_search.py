@@ -28,12 +28,12 @@ pytestmark = pytest.mark.usefixtures("float32_runs")  # the same numbers on ever
 @pytest.mark.parametrize("kind", ["normal", "heavy tail", "positive", "negative", "outlier"])
 def test_search_against_numpy(kind: str, dtype: torch.dtype, samples: int) -> None:
     """A wrong bin, weight, blur, candidate or rounding: the range found must be the best of a search in NumPy."""
-    seen = observation(rows_of(0, kind), rows_of(1, kind)[:5], samples)
+    observed = observation(rows_of(0, kind), rows_of(1, kind)[:5], samples)
     energy = torch.linspace(0.5, 4, 8)
-    low, high = limits(seen)
-    found = search_clipped_range(seen, energy, low, high, dtype)
-    smallest, errors = numpy_search(seen, energy.double().numpy(), min(low, 0.0), max(high, 0.0), dtype)
-    (mine,) = (error for limits, error in errors.items() if limits == pytest.approx(found, rel=1e-12))
+    low, high = limits(observed)
+    actual = search_clipped_range(observed, energy, low, high, dtype)
+    smallest, errors = numpy_search(observed, energy.double().numpy(), min(low, 0.0), max(high, 0.0), dtype)
+    (mine,) = (error for limits, error in errors.items() if limits == pytest.approx(actual, rel=1e-12))
     # Values at a bin's edge may fall to either side (float32 here, float64 there); blurred ones were binned twice.
     assert mine <= (1.005 if samples == MANY else 1.03) * smallest
     covering = [error for (bottom, top), error in errors.items() if bottom <= low and top >= high]
@@ -43,9 +43,9 @@ def test_search_against_numpy(kind: str, dtype: torch.dtype, samples: int) -> No
 def test_histogram_against_numpy() -> None:
     """Mass that gets lost, is not weighted by modality and energy, or is put into the neighboring bin."""
     text, image = rows_of(3, "normal"), 10 * rows_of(4, "normal")[:7]
-    seen, energy = observation(text, image), torch.arange(1.0, 9.0)
-    low, high = limits(seen)
-    centers, mass = weighted_histogram(seen, energy, low, high)
+    observed, energy = observation(text, image), torch.arange(1.0, 9.0)
+    low, high = limits(observed)
+    centers, mass = weighted_histogram(observed, energy, low, high)
     assert len(centers) == len(mass) == BINS
     share = np.concatenate([np.full(64, 0.5 / 64), np.full(7, 0.5 / 7)])
     values = torch.cat([text, image]).double().numpy()
@@ -83,8 +83,8 @@ def test_blur_falls_with_the_samples() -> None:
     """A blur that stays however much was seen: the range is widest for one sample, and the seen one for very many."""
     widths = []
     for samples in (1, 16, MANY):
-        seen = observation(rows_of(0, "positive") * 0 + 1.0, samples=samples)
-        _, high = search_clipped_range(seen, torch.ones(8), 1.0, 1.0, torch.bfloat16)
+        observed = observation(rows_of(0, "positive") * 0 + 1.0, samples=samples)
+        _, high = search_clipped_range(observed, torch.ones(8), 1.0, 1.0, torch.bfloat16)
         widths.append(high)
     # All values are 1. The farthest of the five lie at exp(2 * 0.25), further than a range may reach, and exp(2 / 16).
     assert widths == [1.25, 1.15, 1.0] and UNSEEN_DEVIATION == 0.25
@@ -104,11 +104,11 @@ def test_never_much_worse_than_minmax_in_truth(seed: int, kind: str, dtype: torc
     Margins for unseen inputs increase the error on observed ones by at most the growth of the range, a quarter. The
     scale is rounded to the emitted dtype, by up to half an eps, upwards for one range and downwards for the other.
     """
-    seen, energy = observation(rows_of(seed, kind), samples=samples), torch.linspace(0.5, 4, 8)
-    low, high = limits(seen)
-    found = true_error(seen, energy, *search_clipped_range(seen, energy, low, high, dtype), dtype)
+    observed, energy = observation(rows_of(seed, kind), samples=samples), torch.linspace(0.5, 4, 8)
+    low, high = limits(observed)
+    error = true_error(observed, energy, *search_clipped_range(observed, energy, low, high, dtype), dtype)
     allowed = (1.1 if samples == MANY else 1.1 * 1.25**2) * (1 + torch.finfo(dtype).eps) ** 2
-    assert found <= allowed * true_error(seen, energy, low, high, dtype)
+    assert error <= allowed * true_error(observed, energy, low, high, dtype)
 
 
 def drawn(generator: torch.Generator, kind: str, samples: int) -> torch.Tensor:
@@ -132,12 +132,12 @@ def test_room_for_what_is_unseen(samples: int, gain: float) -> None:
     gains = []
     for kind, seed in itertools.product(("normal", "heavy tail", "positive", "uniform"), range(3)):
         generator = torch.Generator().manual_seed(seed)
-        calibration, unseen = drawn(generator, kind, samples), observation(drawn(generator, kind, 100))
+        calibration, held_out = drawn(generator, kind, samples), observation(drawn(generator, kind, 100))
         errors = []
         for count in (samples, MANY):
-            seen = observation(calibration, samples=count)
-            found = search_clipped_range(seen, torch.ones(8), *limits(seen), torch.bfloat16)
-            errors.append(true_error(unseen, torch.ones(8), *found, torch.bfloat16))
+            observed = observation(calibration, samples=count)
+            clipped = search_clipped_range(observed, torch.ones(8), *limits(observed), torch.bfloat16)
+            errors.append(true_error(held_out, torch.ones(8), *clipped, torch.bfloat16))
         gains.append(10 * math.log10(errors[1] / errors[0]))
     assert sum(gains) / len(gains) > gain
 
@@ -146,11 +146,13 @@ def test_clipping_where_it_pays() -> None:
     """Catches a method that never clips: 200 000 values within 1 and two of 1.5 cost more than 1 dB."""
     rows = torch.rand(25000, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     rows[5, 3], rows[7, 1] = 1.5, -1.5
-    seen, energy = observation(rows), torch.ones(8)
-    low, high = limits(seen)
-    found = search_clipped_range(seen, energy, low, high, torch.bfloat16)
-    gain = true_error(seen, energy, low, high, torch.bfloat16) / true_error(seen, energy, *found, torch.bfloat16)
-    assert 10 * math.log10(gain) > 1 and low < found[0] < -0.9 and 0.9 < found[1] < high
+    observed, energy = observation(rows), torch.ones(8)
+    low, high = limits(observed)
+    clipped = search_clipped_range(observed, energy, low, high, torch.bfloat16)
+    gain = true_error(observed, energy, low, high, torch.bfloat16) / true_error(
+        observed, energy, *clipped, torch.bfloat16
+    )
+    assert 10 * math.log10(gain) > 1 and low < clipped[0] < -0.9 and 0.9 < clipped[1] < high
 
 
 def test_rare_modality_is_not_clipped_away() -> None:
@@ -168,8 +170,8 @@ def test_columns_that_do_not_matter_are_clipped() -> None:
     """Catches a search that minimizes the input's error: a column with zero weights must not affect the range."""
     rows = torch.rand(500, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     rows[:, 2] *= 20
-    seen, energy = observation(rows), torch.ones(8)
-    wide = search_clipped_range(seen, energy, -20.0, 20.0, torch.bfloat16)
+    observed, energy = observation(rows), torch.ones(8)
+    wide = search_clipped_range(observed, energy, -20.0, 20.0, torch.bfloat16)
     energy[2] = 0
-    narrow = search_clipped_range(seen, energy, -20.0, 20.0, torch.bfloat16)
+    narrow = search_clipped_range(observed, energy, -20.0, 20.0, torch.bfloat16)
     assert wide[1] > 15 and 0.9 < narrow[1] < 2.5 and -2.5 < narrow[0] < -0.9

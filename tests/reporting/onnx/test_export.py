@@ -54,8 +54,8 @@ def run(model: onnx.ModelProto | Path, inputs: dict[str, Tensor]) -> np.ndarray[
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = 1
-    given = str(model) if isinstance(model, Path) else model.SerializeToString()
-    session = onnxruntime.InferenceSession(given, options)
+    source = str(model) if isinstance(model, Path) else model.SerializeToString()
+    session = onnxruntime.InferenceSession(source, options)
     output: np.ndarray[Any, Any] = session.run(None, {it.name: inputs[it.name].numpy() for it in session.get_inputs()})[
         0
     ]
@@ -63,13 +63,13 @@ def run(model: onnx.ModelProto | Path, inputs: dict[str, Tensor]) -> np.ndarray[
 
 
 def deviation(reference: Tensor, other: np.ndarray[Any, Any]) -> float:
-    wanted = reference.double().numpy().reshape(-1)
-    return float(np.abs(wanted - other.reshape(-1)).max() / np.sqrt(np.square(wanted).mean()))
+    expected = reference.double().numpy().reshape(-1)
+    return float(np.abs(expected - other.reshape(-1)).max() / np.sqrt(np.square(expected).mean()))
 
 
 def mean_deviation(reference: Tensor, other: np.ndarray[Any, Any]) -> float:
-    wanted = reference.double().numpy().reshape(-1)
-    return float(np.sqrt(np.square(wanted - other.reshape(-1)).mean() / np.square(wanted).mean()))
+    expected = reference.double().numpy().reshape(-1)
+    return float(np.sqrt(np.square(expected - other.reshape(-1)).mean() / np.square(expected).mean()))
 
 
 def of_probe(stage: Stage) -> dict[str, Tensor]:
@@ -104,8 +104,8 @@ def test_onnxruntime_agrees_with_the_stage(tmp_path: Path, scheme: Scheme) -> No
         assert kinds.count("QuantizeLinear") == len(sites)
         stored = {it.name: it.data_type for it in model.graph.initializer}
         for site in sites:
-            wanted = "INT4" if site.scheme == Scheme.W4A8_DYNAMIC else "INT8"
-            assert stored[f"{site.name}.weight"] == getattr(onnx.TensorProto, wanted)
+            expected = "INT4" if site.scheme == Scheme.W4A8_DYNAMIC else "INT8"
+            assert stored[f"{site.name}.weight"] == getattr(onnx.TensorProto, expected)
 
 
 # ---- single layers ---------------------------------------------------------------------------------------------------

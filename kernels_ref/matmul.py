@@ -97,8 +97,8 @@ def quantized_bias(
 
 def _correction(steps: torch.Tensor, wq: torch.Tensor) -> torch.Tensor:
     """Mean errors in steps of deq_scale, float64 [N] -> the corrections subtracted in quant_bias, float64 [N]."""
-    most = torch.linalg.vector_norm(wq.to(torch.float32), dim=1).cpu().to(torch.float64)  # [N]
-    whole = (most / CORRECTION_STEP).floor_()
+    largest = torch.linalg.vector_norm(wq.to(torch.float32), dim=1).cpu().to(torch.float64)  # [N]
+    whole = (largest / CORRECTION_STEP).floor_()
     return CORRECTION_STEP * (steps / CORRECTION_STEP).round_().clamp_(-whole, whole)
 
 

@@ -76,7 +76,7 @@ class InsertObservers(Pass):
 
 
 def insert_observe_nodes(stage: Stage) -> bool:
-    """Adds an `observe` node behind every node that sites read, if it has none. Returns whether any was added."""
+    """Adds an `observe` node after every node that sites read, unless one exists. Returns whether any was added."""
     inserted = False
     for source in stage.groups():
         node = stage.node(source)

@@ -146,6 +146,6 @@ def emitted_bias(stage: Stage, site: Site) -> Tensor | None:
     return bias.detach().to(stage.dtype).float()
 
 
-def _equal(one: WeightQuantization, other: WeightQuantization) -> bool:
-    pairs = zip(one.tensors(), other.tensors(), strict=False)
-    return len(one.tensors()) == len(other.tensors()) and all(torch.equal(left, right) for left, right in pairs)
+def _equal(first: WeightQuantization, second: WeightQuantization) -> bool:
+    pairs = zip(first.tensors(), second.tensors(), strict=False)
+    return len(first.tensors()) == len(second.tensors()) and all(torch.equal(left, right) for left, right in pairs)

@@ -191,7 +191,7 @@ class _CompareWindows(TorchFunctionMode):
             arguments, whole = _by_name(args, kwargs or {}), output
             windows = compared = _windows_of_call(arguments)
             if len(windows) == 1:  # verifies nothing about several windows, which other samples may have
-                compared = _made_up_windows(windows[0])
+                compared = _windows_of_different_lengths(windows[0])
                 whole = ATTENTION(**_without_mask(arguments), attn_mask=_window_mask(compared, output.device))
             split = windowed_attention(windows=compared, **_without_mask(arguments)) if windows else whole
             error = max_relative_error(whole.float().flatten(), split.float().flatten())
@@ -199,7 +199,7 @@ class _CompareWindows(TorchFunctionMode):
         return output
 
 
-def _made_up_windows(rows: int) -> list[int]:
+def _windows_of_different_lengths(rows: int) -> list[int]:
     """Window lengths that sum to `rows`: one row, two thirds of the rest in two equal windows, and the remainder."""
     third = (rows - 1) // 3
     return [length for length in (1, third, third, rows - 1 - 2 * third) if length]

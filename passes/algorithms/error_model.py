@@ -29,10 +29,10 @@ WeightMethod = Literal["auto", "round", "clip", "gptq"]
 WEIGHT_NOISE = {"round": 1.0, "clip": 0.85, "gptq": 0.6, "auto": 0.6}  # measured, relative to round-to-nearest
 
 
-def representative_rows(weights: Sequence[Tensor], most: int = MAX_WEIGHT_ROWS) -> Tensor:
-    """Weights [N_i, K] of all consumers -> float32 [<= most, K]: evenly spread rows of all of them, in order."""
+def representative_rows(weights: Sequence[Tensor], max_rows: int = MAX_WEIGHT_ROWS) -> Tensor:
+    """Weights [N_i, K] of all consumers -> float32 [<= max_rows, K]: evenly spread rows of all of them, in order."""
     total = sum(weight.shape[0] for weight in weights)
-    step = max(1, -(-total // most))
+    step = max(1, -(-total // max_rows))
     return torch.cat([weight[::step] for weight in weights]).float().cpu()
 
 

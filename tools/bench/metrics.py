@@ -133,10 +133,10 @@ def description_of(folder: Path) -> dict[str, Any]:
     raise FileNotFoundError(f"no quant_model_description*.json in {folder}")
 
 
-def different_sites(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
+def different_sites(first: Mapping[str, str], second: Mapping[str, str]) -> list[str]:
     """A line "layer: scheme against scheme" for each layer that differs between two results of `sites_of`."""
-    layers = sorted({*one, *other})
-    pairs = {layer: (one.get(layer, FLOAT), other.get(layer, FLOAT)) for layer in layers}
+    layers = sorted({*first, *second})
+    pairs = {layer: (first.get(layer, FLOAT), second.get(layer, FLOAT)) for layer in layers}
     return [f"{layer}: {mine} against {yours}" for layer, (mine, yours) in pairs.items() if mine != yours]
 
 

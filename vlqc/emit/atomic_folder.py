@@ -42,7 +42,7 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux: <fcntl.h>, <linux/fs.h>
 def work_folders(target: Path) -> list[Path]:
     """Work folders next to `target`, of running or interrupted runs; only folders with nothing but their entries."""
     target = Path(os.path.realpath(target))
-    return [folder for folder in _made_by_runs(target, _prefix(target)) if _names_in(folder) <= set(WORK)]
+    return [folder for folder in _folders_with_prefix(target, _prefix(target)) if _names_in(folder) <= set(WORK)]
 
 
 class WorkFolder:
@@ -109,31 +109,31 @@ class InUse(Exception):
     """Another running process uses this work folder."""
 
 
-def exchange(one: Path, other: Path) -> None:
+def exchange(first: Path, second: Path) -> None:
     """Exchanges two folders of one file system, atomically where the file system supports it.
 
-    Elsewhere `other` is missing for a moment; after a crash in that moment, `restore_replaced` puts it back.
+    Elsewhere `second` is missing for a moment; after a crash in that moment, `restore_replaced` puts it back.
     """
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is not None:
-        if renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
+        if renameat2(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE) == 0:
             return
         code = ctypes.get_errno()
         if code not in (errno.EINVAL, errno.ENOSYS):  # not supported by this file system
-            raise OSError(code, os.strerror(code), str(other))
-    aside = Path(tempfile.mkdtemp(prefix=_replaced(other), dir=other.parent))
-    before = aside / BEFORE
+            raise OSError(code, os.strerror(code), str(second))
+    replaced = Path(tempfile.mkdtemp(prefix=_replaced(second), dir=second.parent))
+    before = replaced / BEFORE
     try:
-        _mark(aside, other)
-        other.rename(before)
+        _mark(replaced, second)
+        second.rename(before)
         try:
-            one.rename(other)
+            first.rename(second)
         except OSError:
-            before.rename(other)
+            before.rename(second)
             raise
-        before.rename(one)
+        before.rename(first)
     finally:
-        _unmark(aside)
+        _unmark(replaced)
 
 
 def restore_replaced(target: Path) -> None:
@@ -142,16 +142,16 @@ def restore_replaced(target: Path) -> None:
     Only folders with a marker file that a previous run wrote are touched.
     """
     target = Path(os.path.realpath(target))
-    for aside in _made_by_runs(target, _replaced(target)):
-        before = aside / BEFORE
-        if not (_names_in(aside) <= {BEFORE, MARKER} and _marked(aside, target)):
+    for replaced in _folders_with_prefix(target, _replaced(target)):
+        before = replaced / BEFORE
+        if not (_names_in(replaced) <= {BEFORE, MARKER} and _marked(replaced, target)):
             continue
         with contextlib.suppress(OSError):
             if not target.exists() and before.is_dir():
                 before.rename(target)
             elif before.is_dir():
                 shutil.rmtree(before)
-        _unmark(aside)
+        _unmark(replaced)
 
 
 def unwritable(target: Path, error: OSError) -> UserError:
@@ -181,7 +181,7 @@ def require_space(target: Path, needed: int) -> None:
         )
 
 
-def _made_by_runs(target: Path, prefix: str) -> list[Path]:
+def _folders_with_prefix(target: Path, prefix: str) -> list[Path]:
     """Folders next to `target` with names as `mkdtemp` creates them; no links."""
     named = re.compile(re.escape(prefix) + "[a-z0-9_]{8}")
     there = target.parent.iterdir() if target.parent.is_dir() else ()
@@ -216,28 +216,28 @@ def _marker_of(target: Path) -> bytes:
     return b"vlqc has moved aside " + os.fsencode(target.name)
 
 
-def _mark(aside: Path, target: Path) -> None:
+def _mark(replaced: Path, target: Path) -> None:
     """Writes the marker file, synced before anything is moved: the folder holds the old content of `target`."""
-    marker = aside / MARKER
+    marker = replaced / MARKER
     marker.write_bytes(_marker_of(target))
     sync(marker)
-    sync(aside)
+    sync(replaced)
 
 
-def _marked(aside: Path, target: Path) -> bool:
-    marker = aside / MARKER
+def _marked(replaced: Path, target: Path) -> bool:
+    marker = replaced / MARKER
     try:
         return not marker.is_symlink() and marker.is_file() and marker.read_bytes() == _marker_of(target)
     except OSError:
         return False
 
 
-def _unmark(aside: Path) -> None:
+def _unmark(replaced: Path) -> None:
     """Deletes the folder unless it still holds the old content."""
-    if _names_in(aside) <= {MARKER}:
+    if _names_in(replaced) <= {MARKER}:
         with contextlib.suppress(OSError):
-            (aside / MARKER).unlink(missing_ok=True)
-            aside.rmdir()
+            (replaced / MARKER).unlink(missing_ok=True)
+            replaced.rmdir()
 
 
 def _locked(folder: Path) -> int | None:

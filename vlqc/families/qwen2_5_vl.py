@@ -353,8 +353,8 @@ def config_limits(config: Mapping[str, Any], largest: int, tensors: int) -> Conf
     )
 
 
-def _is_integer(value: Any, most: int) -> bool:
-    return type(value) is int and 1 <= value <= most
+def _is_integer(value: Any, maximum: int) -> bool:
+    return type(value) is int and 1 <= value <= maximum
 
 
 def _head_size(config: Mapping[str, Any]) -> int:
@@ -368,9 +368,9 @@ def _head_size(config: Mapping[str, Any]) -> int:
 
 def _at_most(limit: str, meaning: str) -> AfterValidator:
     def check(value: int, info: ValidationInfo) -> int:
-        most = getattr(info.context, limit)
-        if value > most:
-            raise ValueError(f"it must be at most {most}, {meaning}")
+        maximum = getattr(info.context, limit)
+        if value > maximum:
+            raise ValueError(f"it must be at most {maximum}, {meaning}")
         return value
 
     return AfterValidator(check)
@@ -553,13 +553,13 @@ def smart_resize(height: int, width: int) -> tuple[int, int]:
     ratio = max(height, width) / min(height, width)
     if ratio > MAX_ASPECT_RATIO:
         raise ValueError(f"the aspect ratio must be at most {MAX_ASPECT_RATIO}, it is {ratio:g}")
-    least, most = MIN_IMAGE_TOKENS * side**2, MAX_IMAGE_TOKENS * side**2
+    min_pixels, max_pixels = MIN_IMAGE_TOKENS * side**2, MAX_IMAGE_TOKENS * side**2
     rows, columns = (max(1, round(pixels / side)) for pixels in (height, width))
-    if rows * columns * side**2 > most:
-        factor = math.sqrt((height * width) / most)
+    if rows * columns * side**2 > max_pixels:
+        factor = math.sqrt((height * width) / max_pixels)
         rows, columns = (math.floor(pixels / factor / side) for pixels in (height, width))
-    elif rows * columns * side**2 < least:
-        factor = math.sqrt(least / (height * width))
+    elif rows * columns * side**2 < min_pixels:
+        factor = math.sqrt(min_pixels / (height * width))
         rows, columns = (math.ceil(pixels * factor / side) for pixels in (height, width))
     return rows * side, columns * side
 

@@ -31,7 +31,9 @@ def estimate_memory(model: StreamedModel, samples: Sequence[Mapping[str, Tensor]
 
     budget: GiB of activations between stages that stay in memory (--memory_budget); None for all.
     """
-    largest = max(sum(it.numel() for it in model.parameters(stage).values()) for stage in model.stages.values())
+    largest = max(
+        sum(parameter.numel() for parameter in model.parameters(stage).values()) for stage in model.stages.values()
+    )
     return largest * STAGE_BYTES + OBSERVED_BYTES + _activation_bytes(model, samples, budget)
 
 
@@ -85,7 +87,7 @@ def _hidden_size(model: StreamedModel, *, language: bool) -> int:
     """Number of channels between stages, which is the size of the norms in the first stage of that tower."""
     stages = [stage for stage in model.stages.values() if model.is_language(stage) == language]
     norms = [module for stage in stages[:1] for module in stage.modules() if not isinstance(module, nn.Linear)]
-    sizes = (it.numel() for norm in norms for it in norm.parameters(recurse=False) if it.ndim == 1)
+    sizes = (weight.numel() for norm in norms for weight in norm.parameters(recurse=False) if weight.ndim == 1)
     return max(sizes, default=0)
 
 

@@ -89,8 +89,8 @@ class Observation:
             selected[in_class] = part / part.sum() * weight[members].sum()
         return selected / selected.sum()
 
-    def representative(self, most: int) -> Tensor:
-        """Ascending positions of at most `most` kept rows, int64, spread over every class of rows.
+    def representative(self, max_rows: int) -> Tensor:
+        """Ascending positions of at most `max_rows` kept rows, int64, spread over every class of rows.
 
         Rows are stored sample by sample, text before image, so a constant stride could select a single class or only
         first rows. Multiples of the golden ratio modulo 1 are equidistributed without a period.
@@ -99,7 +99,7 @@ class Observation:
         selected = []
         for members in classes:
             order = (torch.arange(len(members), dtype=torch.float64) * GOLDEN_RATIO).frac().argsort()
-            selected.append(members[order[: max(1, most // len(classes))]])
+            selected.append(members[order[: max(1, max_rows // len(classes))]])
         return torch.cat([torch.empty(0, dtype=torch.int64), *selected]).sort().values
 
     def second_moment(self) -> Tensor:
@@ -146,12 +146,12 @@ def row_classes(modality: Tensor, energy: Tensor) -> list[Tensor]:
 
     modality: int8 [T]; energy: float [T].
     """
-    found = []
+    classes = []
     for number in sorted(set(modality.tolist())):
         members = (modality == number).nonzero().flatten()
         massive = energy[members] > MASSIVE * energy[members].median()
-        found += [members[~massive], members[massive]]
-    return [members for members in found if len(members)]
+        classes += [members[~massive], members[massive]]
+    return [members for members in classes if len(members)]
 
 
 def row_weights(

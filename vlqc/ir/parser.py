@@ -41,55 +41,55 @@ def parse_stage(text: str) -> StageSnapshot:
 
 
 class _Line:
-    """One line with a place up to which it has been read; lines never continue."""
+    """One line with the column up to which it has been read; lines never continue."""
 
     def __init__(self, number: int, text: str) -> None:
         self.number, self.text = number, text
-        self.place = len(text) - len(text.lstrip())
+        self.column = len(text) - len(text.lstrip())
 
-    def fault(self, what: str, place: int | None = None, fix: str = "") -> UserError:
-        place = self.place if place is None else min(place, len(self.text))
-        where = f"line {self.number}, column {place + 1}\n    {self.text}\n    {' ' * place}^"
+    def fault(self, what: str, column: int | None = None, fix: str = "") -> UserError:
+        column = self.column if column is None else min(column, len(self.text))
+        where = f"line {self.number}, column {column + 1}\n    {self.text}\n    {' ' * column}^"
         return UserError(Fault(what, where, fix=fix))
 
-    def sees(self, pattern: str) -> bool:
-        return re.compile(pattern).match(self.text, self.place) is not None
+    def matches(self, pattern: str) -> bool:
+        return re.compile(pattern).match(self.text, self.column) is not None
 
     def take(self, pattern: str, expected: str) -> re.Match[str]:
-        found = re.compile(pattern).match(self.text, self.place)
-        if found is None:
+        match = re.compile(pattern).match(self.text, self.column)
+        if match is None:
             raise self.fault(f"expected {expected}")
-        self.place = found.end()
-        return found
+        self.column = match.end()
+        return match
 
     def end(self) -> None:
-        if self.place < len(self.text.rstrip()):
+        if self.column < len(self.text.rstrip()):
             raise self.fault("expected the end of the line")
 
     def string(self, expected: str) -> str:
-        place = self.place
+        column = self.column
         quoted = self.take(STRING, f'{expected} in "quotes"').group()
         try:
             return unquote(quoted)
         except (SyntaxError, ValueError) as error:
-            raise self.fault(f"this string cannot be read: {error}", place) from None
+            raise self.fault(f"this string cannot be read: {error}", column) from None
 
     def number_after(self, label: str) -> float:
         self.take(re.escape(label), f"{label}NUMBER")
-        place = self.place
+        column = self.column
         try:
             return float(self.take(NUMBER, "a number").group())
         except ValueError:
-            raise self.fault("expected a number", place) from None
+            raise self.fault("expected a number", column) from None
 
     def dtype(self) -> torch.dtype:
-        place = self.place
+        column = self.column
         name = self.take(r"\w+", "a dtype such as float32").group()
-        found = getattr(torch, name, None)
-        if not isinstance(found, torch.dtype):
+        dtype = getattr(torch, name, None)
+        if not isinstance(dtype, torch.dtype):
             known = [word for word in dir(torch) if isinstance(getattr(torch, word), torch.dtype)]
-            raise self.fault("expected a dtype such as float32", place, did_you_mean(name, known))
-        return found
+            raise self.fault("expected a dtype such as float32", column, did_you_mean(name, known))
+        return dtype
 
     def digest(self) -> str:
         return self.take(f" digest=({DIGEST})", "digest= and eight hexadecimal digits").group(1)
@@ -109,34 +109,34 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 class _Reader:
-    """Where in the text we are, and what has been read so far."""
+    """Reads a text line by line; keeps the open section and what has been read."""
 
     def __init__(self) -> None:
         self.stage: StageSnapshot | None = None
-        self.section = ""  # the open one
-        self.seen: set[str] = set()
+        self.section = ""  # the open section
+        self.sections_read: set[str] = set()
         self.nodes: dict[str, fx.Node] = {}
         self.faults: list[Fault] = []
 
     def read(self, line: _Line) -> None:
         if not self.section:
             self._open(line)
-        elif line.sees(r"\}\s*$"):
+        elif line.matches(r"\}\s*$"):
             self.section = ""
-        elif self.stage is not None and self.section in self.seen:
+        elif self.stage is not None and self.section in self.sections_read:
             getattr(self, f"_read_{self.section}")(self.stage, line)
 
     def _open(self, line: _Line) -> None:
-        sections = ["tensors", "sites", "edges", "observations"] if self.seen else ["stage"]
-        place = line.place
+        sections = ["tensors", "sites", "edges", "observations"] if self.sections_read else ["stage"]
+        column = line.column
         word = line.take(r"\w*", "a section").group()
-        if word not in sections or word in self.seen:
-            wanted = [section for section in sections if section not in self.seen]
+        if word not in sections or word in self.sections_read:
+            expected = [section for section in sections if section not in self.sections_read]
             self.section = "?"  # its lines are passed over
             raise line.fault(
-                f"expected {' or '.join(wanted) or 'the end of the text'}", place, did_you_mean(word, wanted)
+                f"expected {' or '.join(expected) or 'the end of the text'}", column, did_you_mean(word, expected)
             )
-        self.seen.add(word)
+        self.sections_read.add(word)
         self.section = word
         if word == "stage":
             line.take(" ", "a space")
@@ -150,7 +150,7 @@ class _Reader:
             self.stage.edges = ()
 
     def _read_stage(self, stage: StageSnapshot, line: _Line) -> None:
-        if line.sees("return "):
+        if line.matches("return "):
             line.take("return ", "return")
             stage.graph.create_node("output", "output", (self._expression(line, len(line.text)).value(),))
             return
@@ -168,10 +168,10 @@ class _Reader:
         if node.name != name:
             raise line.fault(f"a graph cannot name a node %{name}", line.text.index("%"), f"take %{node.name}")
         if end_of_type:
-            line.place = end_of_type.start(1)
+            line.column = end_of_type.start(1)
             node.meta["dtype"], node.meta["shape"] = line.dtype(), _shape(end_of_type[2])
             if end_of_type[3]:
-                line.place = end_of_type.start(1)
+                line.column = end_of_type.start(1)
                 node.meta["summary"] = line.summary()
 
     def _read_tensors(self, stage: StageSnapshot, line: _Line) -> None:
@@ -185,26 +185,26 @@ class _Reader:
         outputs, inputs = line.take(r" \[(\d{1,18}), (\d{1,18})\]", "a shape such as ' [384, 128]'").groups()
         site = Site(name, name, line.take(r" from %(\w+)", "' from %NODE'").group(1), (int(outputs), int(inputs)))
         stage.sites[name] = site
-        if line.sees(" scheme="):
+        if line.matches(" scheme="):
             line.take(" scheme=", "scheme=")
             word = line.take(rf"(?:{'|'.join(sorted(Scheme, reverse=True))})\b", f"one of {', '.join(Scheme)}").group()
             site.scheme = Scheme(word)
-        if line.sees(" group_size="):
+        if line.matches(" group_size="):
             site.group_size = int(line.take(r" group_size=(\d{1,18})", "' group_size=' and a whole number").group(1))
-        if line.sees(r" added_bias\b"):
+        if line.matches(r" added_bias\b"):
             line.take(" added_bias", "added_bias")
             site.added_bias = True
-        if line.sees(" reason="):
+        if line.matches(" reason="):
             line.take(" reason=", "reason=")
             site.reason = line.string("the reason")
-        if line.sees(r" input\("):
+        if line.matches(r" input\("):
             scale, offset = line.number_after(" input(scale="), line.number_after(", offset=")
             line.take(r"\)", ")")
             site.input = InputQuantization(scale, offset)
-        if line.sees(r" weight\("):
-            wanted = WEIGHT_PARTS if site.group_size is not None else WEIGHT_PARTS[:2]
+        if line.matches(r" weight\("):
+            expected = WEIGHT_PARTS if site.group_size is not None else WEIGHT_PARTS[:2]
             stage.weights[name] = weight = []
-            for word in wanted:
+            for word in expected:
                 line.take(rf" {word}\(", f"{word}(")
                 weight.append(line.summary())
                 line.take(r"\)", ")")
@@ -214,7 +214,7 @@ class _Reader:
         producer, usable = line.string("the name of a producer"), line.map()
         line.take(" ->", "' ->'")
         consumers: dict[str, MapSummary] = {}
-        while not consumers or line.sees(","):
+        while not consumers or line.matches(","):
             line.take(", " if consumers else " ", "a space")
             name = self._new(line, line.string("the name of a consumer"), consumers)
             consumers[name] = line.map()
@@ -226,7 +226,7 @@ class _Reader:
         name = self._new(line, line.take(r"%(\w+)", "%NODE").group(1), observations)
         channels = int(line.take(r" channels=(\d{1,18})", "' channels=' and a whole number").group(1))
         rows: dict[str, int] = {}
-        while line.sees(r" (?!kept=)\w+=\d{1,18}(?= )") and not line.sees(" min="):
+        while line.matches(r" (?!kept=)\w+=\d{1,18}(?= )") and not line.matches(" min="):
             modality, count = line.take(r" (\w+)=(\d{1,18})", "rows of a modality").groups()
             rows[modality] = int(count)
         low, high = (line.number_after(" min="), line.number_after(" max=")) if rows else (None, None)
@@ -235,7 +235,7 @@ class _Reader:
         line.end()
 
     def _expression(self, line: _Line, end: int) -> Expression:
-        start = line.place
+        start = line.column
         return Expression(line.text[start:end], self.nodes, lambda what, at, fix: line.fault(what, start + at, fix))
 
     def _new(self, line: _Line, name: str, known: dict[str, Any]) -> str:

@@ -63,8 +63,8 @@ def function_name(function: Any) -> str:
 def find_function(name: str) -> Callable[..., Any] | None:
     """The function with a dotted name in `NAMESPACES`; None for anything else, including classes and modules."""
     space, _, attribute = name.rpartition(".")
-    found = getattr(NAMESPACES.get(space), attribute, None) if space in NAMESPACES else None
-    return found if callable(found) and not isinstance(found, type) else None
+    function = getattr(NAMESPACES.get(space), attribute, None) if space in NAMESPACES else None
+    return function if callable(function) and not isinstance(function, type) else None
 
 
 def literal(value: Any) -> str:
@@ -181,12 +181,12 @@ class Expression:
                 op, make = kinds[func.func.id]
                 return op, make(self._one_string(func))
         name = self._dotted(func)
-        if (found := find_function(name)) is None:
+        if (function := find_function(name)) is None:
             space, _, attribute = name.rpartition(".")
             close = did_you_mean(attribute, dir(NAMESPACES[space])) if space in NAMESPACES else ""
             fix = close or f'functions come from {", ".join(NAMESPACES)}; others are written unknown("NAME")'
             raise self.fault(func, f"unknown function {name}", fix)
-        return "call_function", found
+        return "call_function", function
 
     def _one_string(self, called: ast.Call) -> str:
         match called:

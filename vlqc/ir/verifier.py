@@ -141,8 +141,8 @@ def _site(stage: Stage | StageSnapshot, modules: dict[str, nn.Module], key: str,
 def _quantized(site: Site, weight: WeightQuantization) -> Iterator[str]:
     integers, scale, group_scale = weight.integers, weight.scale, weight.group_scale
     if integers.dtype != torch.int8 or tuple(integers.shape) != site.shape:
-        found = f"{integers.dtype} {list(integers.shape)}"
-        yield f"site {site.name} has integers {found}: expected int8 {list(site.shape)}"
+        actual = f"{integers.dtype} {list(integers.shape)}"
+        yield f"site {site.name} has integers {actual}: expected int8 {list(site.shape)}"
     elif integers.numel() and group_scale is None and int(integers.min()) == -128:
         yield f"site {site.name} has the integer -128: symmetric weights end at -127"
     elif integers.numel() and group_scale is not None and not -8 <= int(integers.min()) <= int(integers.max()) <= 7:
@@ -157,10 +157,10 @@ def _quantized(site: Site, weight: WeightQuantization) -> Iterator[str]:
         if site.group_size < 1 or site.shape[1] % site.group_size:
             yield f"site {site.name} has {site.shape[1]} inputs, which groups of {site.group_size} do not divide"
             return
-        wanted = (site.shape[0], site.shape[1] // site.group_size)
-        if group_scale.dtype != torch.float32 or tuple(group_scale.shape) != wanted:
-            found = f"{group_scale.dtype} {list(group_scale.shape)}"
-            yield f"site {site.name} has group scales {found}: expected float32 {list(wanted)}"
+        expected = (site.shape[0], site.shape[1] // site.group_size)
+        if group_scale.dtype != torch.float32 or tuple(group_scale.shape) != expected:
+            actual = f"{group_scale.dtype} {list(group_scale.shape)}"
+            yield f"site {site.name} has group scales {actual}: expected float32 {list(expected)}"
         elif group_scale.numel() and not (is_finite(group_scale) and float(group_scale.min()) > 0):
             yield f"site {site.name} has group scales that are not positive and finite"
 
@@ -267,9 +267,9 @@ def _range(modality: str, span: ChannelRange, channels: int) -> Iterator[str]:
     if span.rows < 1:
         yield f"it counts {span.rows} rows: a modality that never appeared is left out"
     for what, part in parts.items():
-        wanted = torch.float64 if what.startswith("sum") else torch.float32
-        if part.dtype != wanted or part.shape != (channels,):
-            yield f"{what} is {part.dtype} {list(part.shape)}, expected {wanted} [{channels}]"
+        expected = torch.float64 if what.startswith("sum") else torch.float32
+        if part.dtype != expected or part.shape != (channels,):
+            yield f"{what} is {part.dtype} {list(part.shape)}, expected {expected} [{channels}]"
         elif not is_finite(part):
             yield f"{what} has NaN or infinite values"
     if span.minimum.shape == span.maximum.shape and bool((span.minimum > span.maximum).any()):

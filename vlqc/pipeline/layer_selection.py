@@ -21,7 +21,9 @@ def check_layers(model: StreamedModel, options: Options) -> None:
     check_globs(model.linear_layers, include=options.include)
     check_globs(model.stages, what="stage", dump_stages=options.dump_stages)
     if any(matches_any(layer, options.exclude) for layer in model.linear_layers):
-        shapes = {name.removesuffix(".weight"): tuple(it.shape) for name, it in model.parameters(model.module).items()}
+        shapes = {
+            name.removesuffix(".weight"): tuple(tensor.shape) for name, tensor in model.parameters(model.module).items()
+        }
         check_exclusions({layer: shapes[layer] for layer in model.linear_layers}, options)
 
 

@@ -255,10 +255,10 @@ def _undo_unnecessary(groups: Sequence[SearchGroup], schemes: Sequence[Scheme], 
     return kept
 
 
-def _search_by_count(groups: Sequence[SearchGroup], most: int) -> list[Scheme] | None:
-    """FLOAT for at most `most` groups, those whose noise falls most; None if more than that must be float."""
+def _search_by_count(groups: Sequence[SearchGroup], max_groups: int) -> list[Scheme] | None:
+    """FLOAT for at most `max_groups` groups, those whose noise falls most; None if more than that must be float."""
     schemes = [_initial(group) for group in groups]
-    left = most - sum(scheme != group.assigned for group, scheme in zip(groups, schemes, strict=True))
+    left = max_groups - sum(scheme != group.assigned for group, scheme in zip(groups, schemes, strict=True))
     if left < 0:
         return None
     gains = [

@@ -152,8 +152,8 @@ def _ranges(checkpoint: Checkpoint) -> list[ParameterRange]:
     for part, parameter in order:
         values = torch.cat(tensors[part, parameter])
         if values.numel():
-            least, median, largest = (float(each) for each in (values.min(), values.median(), values.max()))
-            ranges.append(ParameterRange(part, parameter, values.numel(), least, median, largest))
+            smallest, median, largest = (float(each) for each in (values.min(), values.median(), values.max()))
+            ranges.append(ParameterRange(part, parameter, values.numel(), smallest, median, largest))
     return ranges
 
 

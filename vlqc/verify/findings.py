@@ -38,8 +38,8 @@ class VerificationResult:
     """The result of `verify_folder`. `ok` is True when no check found a fault; warnings do not change it.
 
     folder, engine: what was verified, and for which target. manifest: SHA-256 of the folder's MANIFEST.json, which
-    identifies the folder wherever it lies; empty without one. examined: check -> number of items checked. facts:
-    measured values by title. advice: how to make the folder more accurate, the largest share of the error first.
+    identifies the folder independently of its path; empty without one. examined: check -> number of items checked.
+    facts: measured values by title. advice: how to make the folder more accurate, the largest share of the error first.
     """
 
     folder: str

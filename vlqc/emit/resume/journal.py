@@ -129,7 +129,9 @@ class Journal:
         self.saved_stages = len(self._records)
         self.summary_states: list[Any] = [record["summary"] for record in self._records]
         # Per sample, the number of the stage whose outputs are kept for it.
-        self._outputs_of = {sample: number for number, it in enumerate(self._records) for sample in it["samples"]}
+        self._outputs_of = {
+            sample: number for number, record in enumerate(self._records) for sample in record["samples"]
+        }
         self._disabled = False  # whether a stage returned something that cannot be saved
         self.restored = False
         self._folder_writer: FolderWriter | None = None
@@ -189,7 +191,9 @@ class Journal:
             if self._folder_writer is not None:
                 written = {record["number"] for record in self._run.emitted if record["kind"] == "taken"}
                 self._folder_writer.restore(self.commits, written)
-            outputs_of = {} if self.all_stages_finished else {int(it): self._outputs_of[it] for it in self._outputs_of}
+            outputs_of = (
+                {} if self.all_stages_finished else {int(sample): number for sample, number in self._outputs_of.items()}
+            )
             for number in set(outputs_of.values()):
                 path = self._outputs_path(number)
                 if not path.is_file() or sha256_of(path) != self._records[number]["outputs"]:

@@ -127,14 +127,14 @@ def load_samples(
     return CalibrationDataset([sample.tensors for sample in ordered], processor.notes + notes)
 
 
-def _select(count: int, most: int | None, seed: int) -> tuple[list[int], list[int]]:
+def _select(count: int, max_samples: int | None, seed: int) -> tuple[list[int], list[int]]:
     """Indices below `count` -> those to read, ascending, and the others in random order."""
-    if most is None or most >= count:
+    if max_samples is None or max_samples >= count:
         return list(range(count)), []
     generator = random.Random(seed)  # of its methods, only random() is guaranteed not to change between versions
     keys = [generator.random() for _ in range(count)]
     order = sorted(range(count), key=keys.__getitem__)
-    return sorted(order[:most]), order[most:]
+    return sorted(order[:max_samples]), order[max_samples:]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from vlqc.families.qwen2_5_vl import MAX_ASPECT_RATIO
 
 
-def split_budget(tokens: Sequence[int], budget: int, least: int) -> list[int] | None:
+def split_budget(tokens: Sequence[int], budget: int, min_tokens: int) -> list[int] | None:
     """Limits the image tokens of each image so that all images together fit a budget.
 
     Every image has the same limit, the highest for which they fit; images below it keep their size.
@@ -14,10 +14,10 @@ def split_budget(tokens: Sequence[int], budget: int, least: int) -> list[int] | 
     Args:
         tokens: image tokens of every image at its full size.
         budget: image tokens of all images together.
-        least: the smallest number of image tokens of an image.
+        min_tokens: the smallest number of image tokens of an image.
 
     Returns:
-        Image tokens of every image; None if the limit would be below `least`.
+        Image tokens of every image; None if the limit would be below `min_tokens`.
     """
     if budget < 0:
         return None
@@ -29,22 +29,24 @@ def split_budget(tokens: Sequence[int], budget: int, least: int) -> list[int] | 
         if count > limit:
             break
         left -= count
-    return [min(count, limit) for count in tokens] if limit >= least else None
+    return [min(count, limit) for count in tokens] if limit >= min_tokens else None
 
 
-def fit_grid(height_to_width: float, least: int, most: int) -> tuple[int, int]:
-    """Shape of an image in image tokens, (rows, columns) with least <= rows * columns <= most.
+def fit_grid(height_to_width: float, min_tokens: int, max_tokens: int) -> tuple[int, int]:
+    """Shape of an image in image tokens, (rows, columns) with min_tokens <= rows * columns <= max_tokens.
 
     Minimizes distortion and unused tokens; distortion counts twice. Raises ValueError if no shape fits.
     """
     best, lowest = (0, 0), math.inf
-    for rows in range(1, most + 1):
+    for rows in range(1, max_tokens + 1):
         undistorted = rows / height_to_width
-        for columns in {min(max(1, each), most // rows) for each in (int(undistorted), int(undistorted) + 1, most)}:
-            loss = 2 * abs(math.log(undistorted / columns)) + math.log(most / (rows * columns))
+        for columns in {
+            min(max(1, each), max_tokens // rows) for each in (int(undistorted), int(undistorted) + 1, max_tokens)
+        }:
+            loss = 2 * abs(math.log(undistorted / columns)) + math.log(max_tokens / (rows * columns))
             elongated = max(rows, columns) > MAX_ASPECT_RATIO * min(rows, columns)
-            if rows * columns >= least and not elongated and loss < lowest:
+            if rows * columns >= min_tokens and not elongated and loss < lowest:
                 best, lowest = (rows, columns), loss
     if best == (0, 0):
-        raise ValueError(f"no grid has between {least} and {most} tokens")
+        raise ValueError(f"no grid has between {min_tokens} and {max_tokens} tokens")
     return best

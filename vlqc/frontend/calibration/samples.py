@@ -69,9 +69,9 @@ def group_by_images(samples: Sequence[dict[str, Tensor]]) -> list[list[dict[str,
     return groups
 
 
-def same_images(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    """Whether both samples have images, and the same ones."""
-    return all(key in one and key in other and torch.equal(one[key], other[key]) for key in IMAGE_INPUTS)
+def same_images(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
+    """Whether both samples have images, and the same images."""
+    return all(key in first and key in second and torch.equal(first[key], second[key]) for key in IMAGE_INPUTS)
 
 
 def drop_padding(sample: dict[str, Tensor], image_token_id: int) -> dict[str, Tensor]:
@@ -87,10 +87,10 @@ def drop_padding(sample: dict[str, Tensor], image_token_id: int) -> dict[str, Te
     return {key: tensor[:, mask] if key in per_token else tensor for key, tensor in sample.items()}
 
 
-def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    if one.keys() != other.keys() or any(one[key].dtype != other[key].dtype for key in one):
+def _equal(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
+    if first.keys() != second.keys() or any(first[key].dtype != second[key].dtype for key in first):
         return False
-    return all(torch.equal(one[key], other[key]) for key in one)
+    return all(torch.equal(first[key], second[key]) for key in first)
 
 
 def _faults(where: str, sample: dict[str, Tensor], model: nn.Module) -> list[Fault]:

@@ -308,8 +308,8 @@ def _diff_edges(before: StageSnapshot, after: StageSnapshot) -> Iterator[tuple[s
             continue
         if old_edge.usable != new_edge.usable:
             yield producer, f"usable channels: {_format_map(old_edge.usable)} -> {_format_map(new_edge.usable)}"
-        for consumer, one, other in _pairs(old_edge.consumers, new_edge.consumers):
-            yield producer, f"columns of {consumer}: {_format_map(one)} -> {_format_map(other)}"
+        for consumer, old_map, new_map in _pairs(old_edge.consumers, new_edge.consumers):
+            yield producer, f"columns of {consumer}: {_format_map(old_map)} -> {_format_map(new_map)}"
 
 
 def _format_map(summary: MapSummary | None) -> str:

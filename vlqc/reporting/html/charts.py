@@ -128,8 +128,8 @@ def scale_charts(tower: Tower) -> list[Chart]:
         if not smoothed:
             continue
         axis = logarithmic_axis([scale for scales in smoothed for scale in (scales[0], scales[-1])], base=2)
-        most = max(scales[0] for scales in smoothed)
-        chart = Chart(label, f"Smoothing divides channels of the input of {label} by up to {most:.3g}.")
+        largest = max(scales[0] for scales in smoothed)
+        chart = Chart(label, f"Smoothing divides channels of the input of {label} by up to {largest:.3g}.")
         chart.ticks(axis)
         low, high = ([None if scales is None else scales[edge] for scales in curves] for edge in BAND_EDGES)
         chart.band("scale", high, low, axis)

@@ -148,10 +148,12 @@ def magnitude(value: float) -> str:
     return f"{value:.3g}"
 
 
-def layer_ticks(labels: Sequence[str], most: int = 6) -> list[Tick]:
-    """At most `most` of the labels along x, at round numbers."""
+def layer_ticks(labels: Sequence[str], max_ticks: int = 6) -> list[Tick]:
+    """At most `max_ticks` of the labels along x, at round numbers."""
     count = len(labels)
-    step = next(step for step in (1, 2, 4, 5, 8, 10, 20, 25, 50, 100, count) if count / step <= most or step >= count)
+    step = next(
+        step for step in (1, 2, 4, 5, 8, 10, 20, 25, 50, 100, count) if count / step <= max_ticks or step >= count
+    )
     return [Tick(round((index + 0.5) / count * 100, 2), labels[index]) for index in range(0, count, step)]
 
 

@@ -133,9 +133,9 @@ def _getitem(node: NodeExporter, x: Any, index: Any) -> Any:
         return x[index]
     parts = list(index) if isinstance(index, tuple) else [index]
     if Ellipsis in [part for part in parts if not isinstance(part, Tensor)]:
-        place = next(number for number, part in enumerate(parts) if part is Ellipsis)
+        position = next(number for number, part in enumerate(parts) if part is Ellipsis)
         taken = sum(part is not None and part is not Ellipsis for part in parts)
-        parts[place : place + 1] = [slice(None)] * (len(x.shape) - taken)
+        parts[position : position + 1] = [slice(None)] * (len(x.shape) - taken)
     name, axis = x.name, 0
     for part in parts:
         if part is None:

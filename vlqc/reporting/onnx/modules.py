@@ -144,14 +144,14 @@ def _shaped(builder: Builder, module: QuantLinear, shape: Shape, output: str, pr
 def _per_token(builder: Builder, x: str, shape: Shape, output: str) -> str:
     """x [..., K] -> [M, K], quantized to int8 with one scale per token, and dequantized."""
     flat = _rows(builder, x, shape, output)
-    most = builder.op(
+    absmax = builder.op(
         "ReduceMax",
         builder.op("Abs", flat, output=f"{output}_abs"),
         builder.numbers(-1),
         output=f"{output}_absmax",
         keepdims=0,
     )
-    step = builder.op("Div", most, builder.scalar(INT8_MAX), output=f"{output}_step")
+    step = builder.op("Div", absmax, builder.scalar(INT8_MAX), output=f"{output}_step")
     scale = builder.op("Max", step, builder.scalar(SMALLEST_TOKEN_SCALE), output=f"{output}_token_scale")  # [M]
     # Without int8 zeros, onnxruntime's optimizer interprets the integers as unsigned.
     zero = builder.tensor(torch.zeros(math.prod(shape[:-1]), dtype=torch.int8), f"{output}_token_offset")

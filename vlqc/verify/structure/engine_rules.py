@@ -137,8 +137,9 @@ def _module_faults(files: FolderFiles, norm: str, biased: bool) -> list[Fault]:
             why = "MindIE applies the bias of exactly those norms whose tensors are repeated under X.module"
             faults.append(Fault(what, name, why, COMPILE_AGAIN))
         elif biased and name in files.tensors:
-            one, other = files.tensors[name], files.tensors[copy]
-            if (one.dtype, one.shape) != (other.dtype, other.shape) or not np.array_equal(one.read(), other.read()):
+            first, second = files.tensors[name], files.tensors[copy]
+            same_form = (first.dtype, first.shape) == (second.dtype, second.shape)
+            if not (same_form and np.array_equal(first.read(), second.read())):
                 why = "they must be equal, because MindIE reads one or the other"
                 faults.append(Fault(f"differs from {name}", copy, why, COPY_AGAIN))
     return faults

@@ -139,7 +139,7 @@ def test_what_is_installed_comes_first(folder: Path) -> None:
         ("third_party:Usurper", ["third_party:Usurper", "smooth-m2", "rename"]),
         ("third_party:Needy", ["must is missing", "third_party:Needy{must=...}"]),
         ("third_party:Needy{must=1,table=x}", ["table=x", "dictionary"]),
-        ("third_party:Good{mots=2,most=x}", ["has no option 'mots=2'", "did you mean most", "most=x", "integer"]),
+        ("third_party:Good{mots=2,most=x}", ["has no option 'mots'", "did you mean most", "most=x", "integer"]),
     ],
 )
 def test_faults(folder: Path, text: str, words: list[str]) -> None:

@@ -100,9 +100,10 @@ def _root_node(path: Path) -> Any:
         if mark := getattr(error, "problem_mark", None):
             where = f"{path}, line {mark.line + 1}"
         why = getattr(error, "problem", None) or getattr(error, "reason", None) or "it is not YAML"
-        raise UserError(Fault(what, where, str(why))) from error
+        raise UserError(Fault(what, where, str(why), "check the indentation and the colons there")) from error
     except (OSError, ValueError) as error:
-        raise UserError(Fault(what, where, getattr(error, "strerror", None) or str(error))) from error
+        why = getattr(error, "strerror", None) or str(error)
+        raise UserError(Fault(what, where, why, "check the path of --recipe")) from error
 
 
 def _value_of(node: Any) -> Any:

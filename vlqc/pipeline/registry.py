@@ -61,7 +61,7 @@ def load_pass(name: str) -> type[Pass]:
     if name not in plugins:
         known = [*REGISTRY, *(plugin for plugin in plugins if plugin not in REGISTRY)]
         fix = did_you_mean(name, known) or f"choose from {', '.join(known)}, or write module:Class"
-        raise UserError(Fault(f"unknown pass {name!r}", fix=fix))
+        raise UserError(Fault(f"unknown pass {name!r}", "--pipeline", fix=fix))
     if len(plugins[name]) > 1:
         why = f"installed packages register {' and '.join(plugins[name])} under this name"
         raise UserError(Fault(f"ambiguous pass {name!r}", "--pipeline", why, "write the import path of one of them"))

@@ -77,7 +77,7 @@ def _parse_step(text: str, resolve: Callable[[str], type]) -> Any:
         key, equals, value = (part.strip() for part in item.partition("="))
         if key not in fields or not equals:
             takes = f"the options of {name} are {', '.join(fields)}" if fields else f"{name} has no options"
-            faults.append(Fault(f"{name} has no option {item!r}", text, fix=did_you_mean(key, fields) or takes))
+            faults.append(Fault(f"{name} has no option {key!r}", text, fix=did_you_mean(key, fields) or takes))
             continue
         if key in values:
             faults.append(Fault(f"{name}: {key} is given twice", text))

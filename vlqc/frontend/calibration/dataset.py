@@ -113,9 +113,10 @@ def load_samples(
             text_faults += [fault for fault in error.text_faults if fault not in text_faults]
             selected += [spare.pop(0)] if skip_bad_images and spare else []
     if text_faults or (image_faults and not skip_bad_images):
-        skip = ", or add --skip_bad_images to skip these images" if not text_faults else ""
+        can_skip = samples and not text_faults
+        skip = ", or add --skip_bad_images to skip these images" if can_skip else ""
         fix = f"repair or remove the files named above{skip}"
-        total = Fault(f"{len(samples)} of {len(selected)} samples can be used", fix=fix)
+        total = Fault(f"only {len(samples)} of {len(selected)} samples can be used", fix=fix)
         raise UserError(*image_faults, *text_faults, total)
     if not samples:
         raise UserError(*image_faults, Fault(f"{calib_images} has no usable sample", fix="pass readable images"))

@@ -178,8 +178,10 @@ def fit_columns(parts: Sequence[tuple[WeightPair, int]]) -> Scales:
             beyond += int((distance > NEAREST).sum())
     rows = sum(end for _, end in parts)
     noise = _noise(distances, largest, rows)  # of each column
-    least = LEANING_COLUMNS if parts[0][0].bits == 4 else 1.0  # rounding to few integers is biased
-    scales.sigma[:] *= _widening(parts[0][0], noise, _is_other_rounding(beyond, rows * columns), LEANING_COLUMNS, least)
+    min_factor = LEANING_COLUMNS if parts[0][0].bits == 4 else 1.0  # rounding to few integers is biased
+    scales.sigma[:] *= _widening(
+        parts[0][0], noise, _is_other_rounding(beyond, rows * columns), LEANING_COLUMNS, min_factor
+    )
     if _is_other_rounding(beyond, rows * columns):  # many are suspicious: only a gross distance is a damaged weight
         pulled = largest > GROSS_STEPS[parts[0][0].bits]
         without = _scales(product - worst[0] * worst[1], square - worst[0] ** 2).values
@@ -230,15 +232,15 @@ def _is_other_rounding(further: int, total: int) -> bool:
     return further > max(FEW, FURTHER_THAN_NEAREST * total)
 
 
-def _widening(pair: WeightPair, noise: Array, other_rounding: bool, leaning: float, least: float = 1.0) -> Array:
+def _widening(pair: WeightPair, noise: Array, other_rounding: bool, leaning: float, min_factor: float = 1.0) -> Array:
     """Factor of a fit's uncertainty over that for independent errors of NOISE. noise: of rows or columns, in steps."""
     usual = np.full_like(noise, np.median(noise))
     if other_rounding and pair.scale is not None:
-        usual, least = (
+        usual, min_factor = (
             np.maximum(noise, usual),
-            max(least, leaning),
+            max(min_factor, leaning),
         )  # small columns compensate others' errors
-    return np.asarray(np.maximum(usual / NOISE, 1.0) * (1.0 if pair.scale is None else least), np.float32)
+    return np.asarray(np.maximum(usual / NOISE, 1.0) * (1.0 if pair.scale is None else min_factor), np.float32)
 
 
 def misfits(pair: WeightPair, rows: Scales, columns: Scales) -> Misfits:

@@ -216,8 +216,8 @@ print([one is other for one, other in zip(before, after)])
 def test_signals_that_are_left_alone(first: str, environment: dict[str, str], kept: str) -> None:
     """Catches a background job that SIGINT ends, and torchrun's SIGTERM reported as an interruption."""
     command = [sys.executable, "-c", HANDLERS.format(first=first)]
-    given = {**os.environ, **environment}
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True, env=given)
+    variables = {**os.environ, **environment}
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True, env=variables)
     assert ended.stdout.strip() == kept
 
 

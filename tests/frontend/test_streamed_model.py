@@ -112,10 +112,10 @@ def test_non_stage_weights_loads_only_what_runs(head: bool) -> None:
 
     ids = torch.tensor([[3, 60, 3]])
     with model.non_stage_weights(note, head=head):
-        wanted = [name for name in OUTSIDE if "embed_tokens" not in name and (head or "lm_head" not in name)]
-        assert sorted(read) == wanted
+        expected = [name for name in OUTSIDE if "embed_tokens" not in name and (head or "lm_head" not in name)]
+        assert sorted(read) == expected
         real = {name for name, parameter in model.parameters(model.module).items() if not parameter.is_meta}
-        assert sorted(real) == wanted
+        assert sorted(real) == expected
         assert torch.equal(model.embedding(ids), model.checkpoint.tensor("model.embed_tokens.weight")[ids])
     assert {parameter.device.type for parameter in model.module.parameters()} == {"meta"}
     with pytest.raises(Exception, match="meta"):  # the real table's forward is back

@@ -36,8 +36,8 @@ def copied(call: Call) -> Call:
 def replay(module: nn.Module, graph: fx.Graph, call: Call) -> tuple[Tensor, ...]:
     call = copied(call)
     inputs = dict(input_tensors(module, call.args, call.kwargs))
-    wanted = [str(node.target) for node in graph.nodes if node.op == "placeholder"]
-    outputs: tuple[Tensor, ...] = Replay(module, graph=graph).run(*(inputs[name] for name in wanted))
+    expected = [str(node.target) for node in graph.nodes if node.op == "placeholder"]
+    outputs: tuple[Tensor, ...] = Replay(module, graph=graph).run(*(inputs[name] for name in expected))
     return outputs
 
 

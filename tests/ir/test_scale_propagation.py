@@ -216,11 +216,11 @@ EDGES: dict[str, tuple[Callable[[Made, Tensor], Any], dict[str, dict[str, list[i
 def test_edges_and_their_maps(body: Callable[[Made, Tensor], Any], expected: dict[str, dict[str, list[int]]]) -> None:
     """Catches a missing edge, and a column mapped to the wrong channel."""
     made, edges = edges_of(body)
-    found = {
+    actual = {
         producer: {target: channels.tolist() for target, channels in edge.consumers.items()}
         for producer, edge in edges.items()
     }
-    assert found == {producer: consumers for producer, consumers in expected.items() if consumers}
+    assert actual == {producer: consumers for producer, consumers in expected.items() if consumers}
     for edge in edges.values():
         assert_holds(made, edge, CALL)
 

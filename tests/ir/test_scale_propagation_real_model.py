@@ -32,10 +32,10 @@ def known_edges() -> dict[str, dict[str, dict[int, int]]]:
 @pytest.mark.every_transformers
 def test_edges_of_the_real_model_are_the_known_ones() -> None:
     """Catches an edge that is missed, invented or mapped wrongly: grouped queries, fused qkv, 2x2 patches included."""
-    found = {}
+    edges_by_name = {}
     for stage in tiny.recorded_stages().values():
         for edge in find_edges(stage.module, trace(stage.module, stage.call, stage.name)):
-            found[f"{stage.name}.{edge.producer}"] = {
+            edges_by_name[f"{stage.name}.{edge.producer}"] = {
                 f"{stage.name}.{target}": {
                     column: channel for column, channel in enumerate(channels.tolist()) if channel >= 0
                 }
@@ -43,7 +43,7 @@ def test_edges_of_the_real_model_are_the_known_ones() -> None:
             }
     known = known_edges()
     assert len(known) == 4 * 4 + 1 + 4 * 4
-    assert found == known
+    assert edges_by_name == known
 
 
 @pytest.mark.every_transformers

@@ -44,12 +44,12 @@ def test_words_far_apart_show() -> None:
     """Long tensors are taken in chunks: words swapped between chunks, and whole chunks swapped, must show."""
     chunk = 1 << 16
     words = torch.arange(3 * chunk)
-    seen = {fingerprint(words)}
+    fingerprints = {fingerprint(words)}
     swapped = words.clone()
     swapped[[5, chunk + 5]] = words[[chunk + 5, 5]]
-    seen.add(fingerprint(swapped))
-    seen.add(fingerprint(words.reshape(3, chunk)[[1, 0, 2]]))
-    assert len(seen) == 3
+    fingerprints.add(fingerprint(swapped))
+    fingerprints.add(fingerprint(words.reshape(3, chunk)[[1, 0, 2]]))
+    assert len(fingerprints) == 3
 
 
 @given(BYTES)

@@ -33,12 +33,12 @@ def read(file: Path) -> dict[str, Any]:
 
 def test_every_option_can_stand_in_it(write: Write) -> None:
     """Catches an option that a recipe cannot set, or whose default is read as another value there."""
-    given = Options.without_paths()
+    options = Options.without_paths()
     lines = []
     for name in Options.model_fields:
-        value = getattr(given, name)
+        value = getattr(options, name)
         lines.append(f"{name}: {list(value) if isinstance(value, tuple) else value}")
-    assert Options.without_paths(recipe=write("\n".join(lines))) == given
+    assert Options.without_paths(recipe=write("\n".join(lines))) == options
 
 
 def test_values(write: Write) -> None:

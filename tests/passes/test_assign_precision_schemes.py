@@ -76,8 +76,8 @@ def test_every_scheme_for_every_target(target: str, wanted: Scheme) -> None:
     """A layer in a scheme that its engine refuses, or left in float without need; the whole table, layer by layer."""
     expected = dict(zip(KINDS, EXPECTED[target][wanted], strict=True))
     options: dict[str, Any] = {"scheme": str(wanted), "target": target}
-    found = {kind: choose(members_with(layer), fallback="none", **options).scheme for kind, layer in KINDS.items()}
-    assert found == expected
+    schemes = {kind: choose(members_with(layer), fallback="none", **options).scheme for kind, layer in KINDS.items()}
+    assert schemes == expected
     for kind, layer in KINDS.items():
         decision = choose(members_with(layer), fallback="none", **options)
         note = f"{wanted} only where {target} runs it; elsewhere {decision.scheme}"

@@ -66,9 +66,9 @@ def test_a_later_stage_is_calibrated_on_them() -> None:
             [second.module.get_submodule("input_layernorm")(call.args[0])[0] for call in second.execution.calls]
         )
         kinds = torch.cat([call.modality for call in second.execution.calls if call.modality is not None])
-        seen = second.observations["input_layernorm"]
-        assert torch.equal(seen.maximum(), rows[kinds >= 0].amax(0))
-        ranges.append(seen.maximum())
+        observed = second.observations["input_layernorm"]
+        assert torch.equal(observed.maximum(), rows[kinds >= 0].amax(0))
+        ranges.append(observed.maximum())
     assert not torch.equal(*ranges)
 
 

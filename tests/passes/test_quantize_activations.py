@@ -107,7 +107,7 @@ def test_float_sites_stay_without() -> None:
 def test_output_error_against_numpy() -> None:
     """An error of the input, of one modality, or of another grid: x W^T in float64 with x rounded as engines round."""
     text, image = rows_of(3, "normal"), 10 * rows_of(4, "normal")[:7]
-    seen = observation(text, image)
+    observed = observation(text, image)
     weight = torch.randn(6, 8, generator=torch.Generator().manual_seed(5))
     for low, high in ((-12.0, 12.0), (-3.0, 2.0)):
         grid = InputQuantization(*activation_scale_and_offset(low, high, torch.bfloat16))
@@ -115,7 +115,7 @@ def test_output_error_against_numpy() -> None:
         values = torch.cat([text, image]).double().numpy()
         error = (numpy_rounded(values, low, high, torch.bfloat16) - values) @ weight.double().numpy().T
         expected = float(((error**2).sum(1) * share).sum())
-        assert input_rounding_error(seen, weight, grid) == pytest.approx(expected, rel=0.02)
+        assert input_rounding_error(observed, weight, grid) == pytest.approx(expected, rel=0.02)
 
 
 def of_weight(weight: torch.Tensor) -> Stage:
@@ -141,11 +141,11 @@ def test_automatic_takes_the_smaller_measured_error(signs: list[float]) -> None:
 
     The histogram sees the same mass in both cases and clips; only the outputs themselves can tell.
     """
-    seen, weight = observation(wide_row()), torch.ones(8, 512)
+    observed, weight = observation(wide_row()), torch.ones(8, 512)
     weight[:, :4] = torch.tensor(signs)
     stage = of_weight(weight)
     (source,) = stage.observations
-    stage.observations[source] = seen
+    stage.observations[source] = observed
     chosen = {}
     for method in ("minmax", "histogram", "automatic"):
         through(stage, QuantizeActivations(method=method))
@@ -155,7 +155,7 @@ def test_automatic_takes_the_smaller_measured_error(signs: list[float]) -> None:
     assert chosen["histogram"].scale < 0.97 * chosen["minmax"].scale
     better = "minmax" if len(set(signs)) == 1 else "histogram"
     assert chosen["automatic"] == chosen[better]
-    errors = {method: input_rounding_error(seen, weight, grid) for method, grid in chosen.items()}
+    errors = {method: input_rounding_error(observed, weight, grid) for method, grid in chosen.items()}
     assert errors["automatic"] == min(errors.values()) < 0.95 * max(errors.values())
 
 

@@ -228,7 +228,7 @@ def test_edges_have_alphas_of_their_own() -> None:
 def test_fixed_alpha_is_honored(alpha: float) -> None:
     """`anti_alpha` that is only a starting point of the search, or 0.0 taken for None: the first round by hand."""
     stage = observed(decoder(outliers=True))
-    wanted = {
+    expected = {
         producer: closed_form_scale(task.input_absmax(), task.weight_absmax(), alpha, 1024.0)
         for producer, task in searched(stage).items()
     }
@@ -237,4 +237,4 @@ def test_fixed_alpha_is_honored(alpha: float) -> None:
     first = {fold.edge.producer: fold.scale for fold in rounds_of(stage, step)[0]}
     assert sorted(first) == sorted(PRODUCERS)
     for producer, scale in first.items():
-        torch.testing.assert_close(scale, wanted[producer], rtol=2**-8, atol=0)
+        torch.testing.assert_close(scale, expected[producer], rtol=2**-8, atol=0)

@@ -79,5 +79,5 @@ def test_exclusions_with_a_target_that_does_not_run_the_scheme() -> None:
     """Catches "nothing would be quantized" for a folder that only the target's version or engine does not load."""
     low_bit = {"w_bit": 4, "is_dynamic": True, "is_lowbit": True, "open_outlier": False}
     for options in ({"target": "vllm-ascend@0.10.1"}, {"mindie_format": True, **low_bit}):
-        given = Options.from_user(model_path=tiny.TINY, save_directory="out", exclude=["*.o_proj"], **options)
-        check_layers(tiny.float_model(), given)
+        chosen = Options.from_user(model_path=tiny.TINY, save_directory="out", exclude=["*.o_proj"], **options)
+        check_layers(tiny.float_model(), chosen)

@@ -55,19 +55,19 @@ def options_of(kind: type[Pass]) -> st.SearchStrategy[Pass]:
     """Instances of a pass with any value in each of its options."""
     values: dict[str, st.SearchStrategy[Any]] = {}
     for field in dataclasses.fields(kind):
-        wanted = typing.get_type_hints(kind)[field.name]
+        expected = typing.get_type_hints(kind)[field.name]
         if field.name in NARROWER:
             values[field.name] = NARROWER[field.name]
-        elif typing.get_origin(wanted) is Literal:
-            values[field.name] = st.sampled_from(typing.get_args(wanted))
-        elif wanted in (int, bool):
-            values[field.name] = st.integers(14, 10**9) if wanted is int else st.booleans()
-        elif wanted is float:
+        elif typing.get_origin(expected) is Literal:
+            values[field.name] = st.sampled_from(typing.get_args(expected))
+        elif expected in (int, bool):
+            values[field.name] = st.integers(14, 10**9) if expected is int else st.booleans()
+        elif expected is float:
             values[field.name] = st.floats(allow_nan=False)
-        elif wanted == tuple[str, ...]:
+        elif expected == tuple[str, ...]:
             values[field.name] = st.lists(st.from_regex(r"[a-z.*0-9]{1,8}", fullmatch=True)).map(tuple)
         else:
-            assert wanted == float | None, f"{kind.name}.{field.name}: teach this test the type {wanted}"
+            assert expected == float | None, f"{kind.name}.{field.name}: teach this test the type {expected}"
             values[field.name] = st.none() | st.floats(allow_nan=False)
     return st.builds(kind, **values)
 

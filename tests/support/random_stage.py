@@ -190,8 +190,8 @@ def through(stage: Stage, *passes: Pass) -> Stage:
 
 def integers(stage: Stage, method: str = "histogram", correct_bias: bool = False) -> Stage:
     """What comes after smoothing."""
-    wanted = QuantizeActivations(method="minmax" if method == "minmax" else "histogram")
-    return through(stage, wanted, QuantizeWeights(), LowerLinears(correct_bias=correct_bias))
+    quantize = QuantizeActivations(method="minmax" if method == "minmax" else "histogram")
+    return through(stage, quantize, QuantizeWeights(), LowerLinears(correct_bias=correct_bias))
 
 
 def observed(stage: Stage, scheme: Scheme = Scheme.W8A8) -> Stage:
@@ -222,21 +222,21 @@ def group_errors(stage: Stage, like: Stage | None = None) -> dict[str, float]:
     """
     errors = {}
     for source, members in stage.groups().items():
-        seen, weight = stage.observations[source], weight_of(stage, members)
+        observed, weight = stage.observations[source], weight_of(stage, members)
         if like is not None:
             before = like.observations[source].kept @ weight_of(like, members).T
-            weight = weight * (before.norm(dim=0) / (seen.kept @ weight.T).norm(dim=0))[:, None]
+            weight = weight * (before.norm(dim=0) / (observed.kept @ weight.T).norm(dim=0))[:, None]
         group = ConsumerGroup(
-            channel=torch.arange(seen.channels),
-            low=seen.minimum(),
-            high=seen.maximum(),
-            second_moment=seen.second_moment(),
-            rows=seen.kept,
-            row_weight=seen.row_weight(),
+            channel=torch.arange(observed.channels),
+            low=observed.minimum(),
+            high=observed.maximum(),
+            second_moment=observed.second_moment(),
+            rows=observed.kept,
+            row_weight=observed.row_weight(),
             weight=weight,
             noise=scheme_noise(members[0]),
         )
-        errors[source] = group.measured_error(torch.ones(seen.channels))
+        errors[source] = group.measured_error(torch.ones(observed.channels))
     return errors
 
 

@@ -158,8 +158,8 @@ def finished_stages(target: Path) -> list[str]:
     """Names of the finished stages in the journal."""
     from vlqc.emit.resume.journal_file import read_lines
 
-    found = [path for path in target.parent.glob(".*.partial-*/journal.jsonl")]
-    return [record["name"] for path in found for record in read_lines(path)[0] if record["kind"] == "stage"]
+    journals = [path for path in target.parent.glob(".*.partial-*/journal.jsonl")]
+    return [record["name"] for path in journals for record in read_lines(path)[0] if record["kind"] == "stage"]
 
 
 def old_result(target: Path) -> None:

@@ -79,10 +79,10 @@ def test_source_digests(code: Path, module: str, included: set[str]) -> None:
     for name in FILES:
         path = code / name
         path.write_text(path.read_text() + "\n")
-        found = differences(before, source_digests([kind]))
-        changed |= {each.partition(":")[0] for each in found}
+        changes = differences(before, source_digests([kind]))
+        changed |= {each.partition(":")[0] for each in changes}
         path.write_text(path.read_text()[:-1])
-        assert len(found) <= 1 and source_digests([kind]) == before
+        assert len(changes) <= 1 and source_digests([kind]) == before
     assert changed == set(before)
 
 

@@ -57,10 +57,10 @@ if transformers.__version__.startswith("4."):
         text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         image = read_image(path)
         height, width = smart_resize(image.height, image.width)
-        wanted = processor(text=[text], images=[image.resize((width, height))], return_tensors="pt")
+        expected = processor(text=[text], images=[image.resize((width, height))], return_tensors="pt")
         (sample,) = load_samples(TINY, path).samples
-        assert set(sample) == set(wanted)
-        assert all(torch.equal(sample[name], wanted[name]) for name in sample)
+        assert set(sample) == set(expected)
+        assert all(torch.equal(sample[name], expected[name]) for name in sample)
 
 
 def test_folder_is_read_in_order_of_names(tmp_path: Path) -> None:

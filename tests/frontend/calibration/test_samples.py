@@ -216,5 +216,5 @@ def test_duplicates_are_dropped() -> None:
     other_picture = one | {"pixel_values": one["pixel_values"] + 1}
     text_only = tiny.synthetic_sample(words=4)
     copy = {name: it.clone() for name, it in one.items()}
-    given = [one, other_text, copy, text_only, other_picture, one]
-    assert [id(it) for it in drop_duplicates(given)] == [id(it) for it in (one, other_text, text_only, other_picture)]
+    samples = [one, other_text, copy, text_only, other_picture, one]
+    assert [id(it) for it in drop_duplicates(samples)] == [id(it) for it in (one, other_text, text_only, other_picture)]

@@ -135,9 +135,9 @@ def test_missing_and_misshapen_tensors_are_listed_together(tmp_path: Path) -> No
     """Catches an error that names the first missing tensor only, or lets a wrong shape pass."""
     checkpoint = Checkpoint(write(tmp_path))
     checkpoint.check_tensors([("lm_head.weight", (5, 4))])
-    wanted = [("lm_head.weight", (5, 4)), ("a", (1,)), ("visual.blocks.0.attn.qkv.weight", (2, 6)), ("b", (2, 3))]
+    expected = [("lm_head.weight", (5, 4)), ("a", (1,)), ("visual.blocks.0.attn.qkv.weight", (2, 6)), ("b", (2, 3))]
     with pytest.raises(UserError) as caught:
-        checkpoint.check_tensors(wanted)
+        checkpoint.check_tensors(expected)
     whats = [fault.what for fault in caught.value.faults]
     assert whats == [
         "tensor a is missing",

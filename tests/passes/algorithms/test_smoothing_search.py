@@ -50,10 +50,10 @@ def test_edges_against_hooks(scheme: Scheme) -> None:
     """Catches a peak of one sample, sign or consumer only, and wrong scheme noise, against sums by hand."""
     stage = observed(decoder(outliers=True), scheme)
     assert update_edges(stage) is True and update_edges(stage) is False
-    found = {task.edge.producer: task for task in smoothing_tasks(stage, "a test")}
-    assert list(found) == PRODUCERS
+    tasks = {task.edge.producer: task for task in smoothing_tasks(stage, "a test")}
+    assert list(tasks) == PRODUCERS
     maps = {"self_attn.v_proj": [columns_of_value(row) for row in range(16)]}
-    for producer, task in found.items():
+    for producer, task in tasks.items():
         assert task.producer is stage.module.get_submodule(producer) and len(task.consumers) == 1
         (source,) = task.sources
         rows = stage.observations[source].kept.abs().amax(0)  # all rows but padding: the budget is larger than they are

@@ -55,8 +55,8 @@ def test_chosen_stages_in_chosen_formats(dump: Path) -> None:
     names = ["00-traced", *(f"{n:02}-after-{step.partition('{')[0]}" for n, step in enumerate(steps_of(**SHIFTED), 1))]
     assert sorted(path.name for path in dump.iterdir()) == sorted(CHOSEN)
     for stage in dump.iterdir():
-        wanted = {f"{name}.{suffix}" for name in names for suffix in ("vlqc", "json", "bundle")}
-        assert {path.name for path in stage.iterdir()} == wanted
+        expected = {f"{name}.{suffix}" for name in names for suffix in ("vlqc", "json", "bundle")}
+        assert {path.name for path in stage.iterdir()} == expected
 
 
 def test_json_agrees_with_the_text(dump: Path) -> None:

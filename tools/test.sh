@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Creates the environment and runs all checks: style, types, layers, all tests with the pinned transformers, and the tests marked
-# every_transformers with the newest transformers. Works from any folder. Arguments are passed to the first pytest run.
+# Creates the environment and runs all checks: style, types, layers, all tests with the pinned transformers, and the
+# tests marked every_transformers with the newest transformers. Works from any folder. Arguments are passed to the first
+# pytest run.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/ci/environment.sh"
 make_environment

@@ -45,7 +45,8 @@ def compile(
     model = open_model(options)  # parameters on the meta device
     check_layers(model, options)
     dataset = load_calibration(options, model.module, samples)
-    with open_run(options, pipeline, model, dataset, progress) as run:  # folder, journal, progress, summary
+    # folder, journal, progress, summary; renames the result on exit
+    with open_run(options, pipeline, model, dataset, progress) as run:
         for stage in run.stages():  # sequential calibration: one stage's weights in memory
             run.apply_passes(stage)
             run.emit(stage)

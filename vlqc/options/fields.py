@@ -145,7 +145,7 @@ class OptionFields(BaseModel):
         ..., OUTPUT, "Output folder of the quantized checkpoint. Written only if the compilation succeeds."
     )
     part_file_size: Annotated[PositiveCount | None, NoneWord] = _option(
-        None, OUTPUT, "Maximum size of one weight file, in GiB. None writes a single file."
+        None, OUTPUT, "Maximum size of one weight file, in GiB. Default: a single file."
     )
     w_bit: Bits = _option(8, SCHEME, "Number of bits per weight.")
     a_bit: Annotated[Literal[8], Integer] = _option(8, SCHEME, "Number of bits per activation.")
@@ -184,7 +184,7 @@ class OptionFields(BaseModel):
         None,
         OUTPUT,
         "Engine that loads the checkpoint: vllm-ascend, mindie or both; a version may follow, as in vllm-ascend@0.18 "
-        "or mindie@2.2. None selects both for static W8A8 and vllm-ascend for other schemes.",
+        "or mindie@2.2. Default: both for static W8A8, vllm-ascend for other schemes.",
         metavar="ENGINE",
         legal="vllm-ascend, mindie or both, or one engine with @version",
     )
@@ -195,7 +195,7 @@ class OptionFields(BaseModel):
         None,
         SCHEME,
         "Migration strength (SmoothQuant's alpha) of --anti_method m4: 0 leaves outliers in the activations, 1 moves "
-        "them into the weights. None selects the value per edge.",
+        "them into the weights. Default: selected per edge.",
     )
     shift: bool = _option(
         False,
@@ -257,13 +257,13 @@ class OptionFields(BaseModel):
         "like the original script.",
     )
     max_samples: Annotated[PositiveCount | None, NoneWord] = _option(
-        None, DATA, "Maximum number of calibration samples, selected at random with --seed. None uses all of them."
+        None, DATA, "Maximum number of calibration samples, selected at random with --seed. Default: all."
     )
     memory_budget: Annotated[Gibibytes | None, NoneWord] = _option(
         None,
         RUNNING,
         "Maximum size, in GiB, of the activations that are kept in memory between stages. The rest is offloaded to the "
-        "disk of the save folder. None keeps all of them in memory.",
+        "disk of the save folder. Default: all are kept in memory.",
     )
     seed: Count = _option(0, DATA, "Seed of the random numbers that select the samples of --max_samples.")
     max_tokens: Annotated[PositiveCount | None, NoneWord] = _option(

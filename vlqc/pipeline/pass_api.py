@@ -27,7 +27,11 @@ class Pass:
     before: ClassVar[tuple[str, ...]] = ()
 
     def run(self, stage: "Stage") -> bool:
-        """Modifies `stage` in place. Returns whether anything changed."""
+        """Modifies `stage` in place.
+
+        Returns whether it changed a weight, a module, or anything that the text of the stage shows; notes,
+        sensitivities and outputs do not count.
+        """
         raise TypeError(f"{type(self).__name__} does not implement run(stage) -> bool")
 
 

@@ -1,11 +1,7 @@
 """Finds the work folder of an interrupted run, and decides whether a command resumes it, refuses or starts a new run.
 
-| left by an interrupted run | default | --resume | --start_over |
-|---|---|---|---|
-| nothing, or no finished stage | starts | starts, with a note | starts |
-| finished stages | error naming both options | resumes if the fingerprint is the same, else error naming the differences | starts |
-| the renamed result and a work folder | cleans up and starts | cleans up; nothing else to do | cleans up and starts |
-"""  # noqa: E501 - a table
+The table in `vlqc/docs/resume.md` states what happens in each case.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,8 +48,8 @@ def open_or_resume(
 ) -> InterruptedRun:
     """The work folder to resume, or a new one.
 
-    note: callback for messages to the user. Raises UserError as in the table above, or if the disk has fewer than
-    `needed_bytes` free.
+    note: callback for messages to the user. Raises UserError as in the table of `vlqc/docs/resume.md`, or if the disk
+    has fewer than `needed_bytes` free.
     """
     target = options.save_directory
     runs, busy = _existing_runs(target, remove_all=options.start_over)

@@ -118,7 +118,7 @@ def check_integers(
     live = rows.absmax > 0
     usual = float(np.median(scale[live])) if live.any() else 0.0
     # A scale may also be at the floor that keeps the bias in int32; then quant_bias is near its limit. A matrix of
-    # zeros (blocks added to a trained model are initialised so) has no median scale to compare with.
+    # zeros (blocks added to a trained model are initialized so) has no median scale to compare with.
     at_floor = (not live.any()) | (scale <= DEAD_ROW_SCALE * usual) | (np.abs(quant_bias) > INT32_MAX // 4)
     dead = np.flatnonzero(~live & ~at_floor)
     if dead.size:

@@ -15,12 +15,13 @@ from torch import Tensor
 import vlqc
 from tools.bench.scheme_table import LOW_BIT
 from tools.checkpoints import outlier_checkpoint as outliers
+from tools.checkpoints.families import Shape
 
 pytestmark = pytest.mark.slow
 
 PAGE = (Path(vlqc.__file__).parent / "docs" / "formats.md").read_text(encoding="utf-8")
 VLLM, MINDIE = "vLLM Ascend", "MindIE"
-SHAPE = outliers.Shape(
+SHAPE = Shape(
     layers=1,
     hidden=256,
     intermediate=256,

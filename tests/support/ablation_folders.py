@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tools.checkpoints import outlier_checkpoint as make_outlier_checkpoint
+from tools.checkpoints.families import Shape
 from vlqc.verify import verify_folder
 from vlqc.verify.findings import VerificationResult
 
 IMAGE = 45  # of compiled_folder's model
-SMALL = make_outlier_checkpoint.Shape(
+SMALL = Shape(
     layers=2, hidden=128, intermediate=192, heads=4, value_heads=2, vision_layers=1, vision_hidden=64,
     vision_intermediate=96, vision_heads=2, vocabulary=128,
 )  # fmt: skip

@@ -4,27 +4,34 @@ Written against transformers alone, so that the checkpoint makers are judged by 
 """
 
 import copy
+import json
 import re
+from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import Qwen2_5_VLForConditionalGeneration
 
 from tools.demo.tiny_task import with_token_types
 
-LEFT_FLOAT = re.compile(r"lm_head|merger\.mlp|down_proj")
+LEFT_FLOAT = re.compile(r"lm_head|merger|down_proj|linear_fc2|mlp\.gate$")
 
 
-def load_float(folder: object) -> nn.Module:
-    """The checkpoint in float32."""
-    model: nn.Module = Qwen2_5_VLForConditionalGeneration.from_pretrained(str(folder))
+def load_float(folder: Path) -> nn.Module:
+    """The checkpoint in float32, in the class that its config names."""
+    architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
+    model: nn.Module = getattr(transformers, architecture).from_pretrained(folder)
     return model.float().eval()
+
+
+def _with_token_types(sample: dict[str, Tensor]) -> dict[str, Tensor]:
+    return with_token_types(sample) if "pixel_values" in sample else sample
 
 
 @torch.no_grad()
 def logits(model: nn.Module, samples: list[dict[str, Tensor]]) -> Tensor:
     """Logits [all tokens, vocabulary] of the samples one after the other."""
-    return torch.cat([model(**with_token_types(sample), use_cache=False).logits[0].float() for sample in samples])
+    return torch.cat([model(**_with_token_types(sample), use_cache=False).logits[0].float() for sample in samples])
 
 
 def signal_to_noise(reference: Tensor, other: Tensor) -> float:

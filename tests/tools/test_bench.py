@@ -28,7 +28,7 @@ from tools.bench.metrics import Agreement
 from tools.bench.process import CommandFailed, Usage, measured
 from tools.bench.scale_bounds import Rates, work_of
 from tools.bench.scale_checkpoint import Case, checkpoint_bytes, make, samples_of
-from tools.checkpoints.outlier_checkpoint import Shape
+from tools.checkpoints.families import Shape
 from vlqc.options.options import Options
 
 LITTLE = Shape(3, 64, 96, 4, 2, 9, 32, 48, 4, 256)

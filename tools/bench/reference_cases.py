@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tools.checkpoints import outlier_checkpoint as outliers
 from tools.checkpoints import smol_vl as smol
+from tools.checkpoints.families import Shape
 from tools.demo import plant_outliers, tiny_task
 
 Samples = list[dict[str, Tensor]]
@@ -24,10 +25,10 @@ LARGE_SAMPLES, LARGE_EVALUATION, LARGE_GRID = 8, 2, (24, 32)  # 192 image tokens
 
 # The MLP of the vision tower is wider by four than elsewhere: 4-bit weights need a multiple of eight outputs, and both
 # tools have to quantize the same layers.
-STANDARD = outliers.Shape(vision_intermediate=344)
-DEEP = outliers.Shape(layers=4, vision_layers=4, vision_intermediate=344)
+STANDARD = Shape(vision_intermediate=344)
+DEEP = Shape(layers=4, vision_layers=4, vision_intermediate=344)
 SHAPES = {"standard": (STANDARD, 0.0), "deep": (DEEP, 0.0), "dead": (STANDARD, 0.04)}  # shape, share of dead channels
-LARGE = outliers.Shape(
+LARGE = Shape(
     layers=8,
     hidden=1024,
     intermediate=4096,

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tools.checkpoints.outlier_checkpoint import IMAGE, MERGE, PATCH_VALUES, VISION_END, VISION_START, Shape, config_of
+from tools.checkpoints.families import IMAGE, MERGE, VISION_END, VISION_START, Shape, config_of, patch_values
 
 SIZES = {
     "3B": Shape(36, 2048, 11008, 16, 2, 32, 1280, 3420, 16, 151936),
@@ -199,7 +199,7 @@ def _write_shard(path: Path, content: Mapping[str, tuple[int, ...]], numbers: Nu
                 file.write(piece.view(torch.int16).numpy().data)
 
 
-def samples_of(config: Mapping[str, Any], count: int, tokens: int, seed: int = 0) -> list[dict[str, Tensor]]:
+def samples_of(config: dict[str, Any], count: int, tokens: int, seed: int = 0) -> list[dict[str, Tensor]]:
     """`count` model inputs of `tokens` tokens each, most of them of one random image between words."""
     generator = torch.Generator().manual_seed(seed)
     side = max(1, math.isqrt(int(tokens * 0.95)) // 4 * 4)  # in tokens; windows are 4 x 4
@@ -212,7 +212,7 @@ def samples_of(config: Mapping[str, Any], count: int, tokens: int, seed: int = 0
             {
                 "input_ids": ids,
                 "attention_mask": torch.ones_like(ids),
-                "pixel_values": torch.randn(side**2 * MERGE**2, PATCH_VALUES, generator=generator),
+                "pixel_values": torch.randn(side**2 * MERGE**2, patch_values(config), generator=generator),
                 "image_grid_thw": torch.tensor([[1, side * MERGE, side * MERGE]]),
             }
         )

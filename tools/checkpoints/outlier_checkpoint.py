@@ -1,26 +1,29 @@
-"""Writes a Qwen2.5-VL checkpoint with random weights, whose activations are as hard to quantize as in large models.
+"""Writes a checkpoint with random weights, whose activations are as hard to quantize as in large models.
 
-It has, in both towers unless stated otherwise:
+For every family of `families.py`. It has, in both towers unless stated otherwise:
 
-- a few channels of every norm weight that are 5 to 24 times larger, with the consumers' columns divided by that factor
-  to the power of 0.8 to 1.2, so that smoothing cannot undo them exactly, as in `plant_outliers.py`;
-- a few large value and up rows, which are not compensated elsewhere;
+- a few channels of every norm (weight, and bias of a LayerNorm) that are 5 to 32 times larger, with the consumers'
+  columns divided by that factor to the power of 0.8 to 1.2, so that smoothing cannot undo them exactly, unlike those of
+  `plant_outliers.py`;
+- a few large value and up rows, which are not compensated elsewhere; no up rows where a GELU follows;
 - residual channels of constant sign;
 - one massive token of the language model: `<bos>` has 400 in one residual channel, like the first token of large
   models;
+- with experts: weights that are similar in all experts of a layer, and a last expert that no token is sent to;
 - with `--dead SHARE`, zero channels: that share of every norm, of the value rows and of the up rows.
 
-The processor and tokenizer of the folder are those of `tools/demo/tiny_vl`.
+The processor and tokenizer of the folder are those of `tools/demo/tiny_vl`, with the patches of the family.
 
-    python -m tools.checkpoints.outlier_checkpoint TARGET [--seed 0] [--dtype bfloat16] [--tied] [--dead 0] ...
+    python -m tools.checkpoints.outlier_checkpoint TARGET [--family qwen2_5_vl] [--seed 0] [--dtype bfloat16] [--tied]
+        [--dead 0] ...
 """
 
 import argparse
 import json
 import math
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,109 +31,62 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-SIDE_FILES = (
-    "chat_template.json",
-    "preprocessor_config.json",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
+from tools.checkpoints.families import (
+    BEGIN,
+    BRANCH_GAIN,
+    COLORS,
+    FAMILIES,
+    FRAMES,
+    IMAGE,
+    MERGE,
+    TEXT,
+    VISION,
+    VISION_END,
+    VISION_START,
+    Embedding,
+    Entry,
+    Experts,
+    Family,
+    FinalNorm,
+    Linear,
+    Norm,
+    PatchEmbedding,
+    Router,
+    Shape,
+    Values,
+    config_of,
+    patch_values,
+    text_entries,
+    vision_entries,
+    vocabulary,
 )
-MASSIVE_TOKEN, MASSIVE_VALUE = 1, 400.0  # <bos> of tools/demo/tiny_vl, the first token of every sequence
-VISION_START, VISION_END, IMAGE, VIDEO, VISION_PAD = 3, 4, 5, 6, 7
+
+TINY = Path(__file__).parents[1] / "demo" / "tiny_vl"
+MASSIVE_VALUE = 400.0
 FIRST_WORD = 8
-MERGE, PATCH_VALUES = 2, 3 * 2 * 14 * 14
 GRIDS = ((8, 8), (8, 12), (12, 10), (16, 12))  # patches down and across of the images of `random_samples`, in turn
 
 OUTLIER_SHARE = 0.02  # of the channels of every norm
-OUTLIER_FACTORS = (5.0, 24.0)
 COMPENSATION_POWERS = (0.8, 1.2)
-LARGE_ROWS, LARGE_FACTORS = 0.01, (4.0, 8.0)  # share of the value and up rows
-BRANCH_GAIN = 0.75  # of linear layers that write to the residual stream
+LARGE_SHARE, LARGE_FACTORS = 0.01, (4.0, 8.0)  # of the value and up rows
+BIAS = 0.1  # standard deviation
 SIGNED_SHARE, SIGNED_VALUE = 0.01, 3.0  # residual channels of constant sign, in standard deviations of the residual
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of the checkpoint. hidden / heads must be a multiple of 16 (vision: 4), vocabulary at least 64."""
-
-    layers: int = 2
-    hidden: int = 512
-    intermediate: int = 768
-    heads: int = 8
-    value_heads: int = 2
-    vision_layers: int = 2  # the last block has full attention, the others are windowed
-    vision_hidden: int = 256
-    vision_intermediate: int = 340
-    vision_heads: int = 4
-    vocabulary: int = 512
-
-
-def config_of(shape: Shape, dtype: str, tied: bool) -> dict[str, Any]:
-    """The flat config.json that transformers 4.49 writes and 5.x reads."""
-    head = shape.hidden // shape.heads
-    if shape.hidden % (16 * shape.heads) or shape.vision_hidden % (4 * shape.vision_heads):
-        raise ValueError(f"hidden / heads must be a multiple of 16 (language) and 4 (vision): {shape}")
-    if shape.heads % shape.value_heads or shape.vocabulary < 64:
-        raise ValueError(f"value_heads must divide heads, and the vocabulary must be at least 64: {shape}")
-    sections = [head // 8, head // 16 * 3, head // 16 * 3]  # of head / 2: time, height, width
-    return {
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-        "attention_dropout": 0.0,
-        "bos_token_id": MASSIVE_TOKEN,
-        "eos_token_id": 2,
-        "hidden_act": "silu",
-        "hidden_size": shape.hidden,
-        "image_token_id": IMAGE,
-        "initializer_range": 0.02,
-        "intermediate_size": shape.intermediate,
-        "max_position_embeddings": 32768,
-        "max_window_layers": shape.layers,
-        "model_type": "qwen2_5_vl",
-        "num_attention_heads": shape.heads,
-        "num_hidden_layers": shape.layers,
-        "num_key_value_heads": shape.value_heads,
-        "pad_token_id": 0,
-        "rms_norm_eps": 1e-06,
-        "rope_scaling": {"mrope_section": sections, "type": "mrope"},
-        "rope_theta": 1000000.0,
-        "sliding_window": 32768,
-        "tie_word_embeddings": tied,
-        "torch_dtype": dtype,
-        "transformers_version": "4.49.0",
-        "use_cache": True,
-        "use_sliding_window": False,
-        "video_token_id": VIDEO,
-        "vision_config": {
-            "depth": shape.vision_layers,
-            "fullatt_block_indexes": [shape.vision_layers - 1],
-            "hidden_act": "silu",
-            "hidden_size": shape.vision_hidden,
-            "in_channels": 3,
-            "in_chans": 3,
-            "intermediate_size": shape.vision_intermediate,
-            "model_type": "qwen2_5_vl",
-            "num_heads": shape.vision_heads,
-            "out_hidden_size": shape.hidden,
-            "patch_size": 14,
-            "spatial_merge_size": MERGE,
-            "spatial_patch_size": 14,
-            "temporal_patch_size": 2,
-            "tokens_per_second": 2,
-            "window_size": 112,
-        },
-        "vision_end_token_id": VISION_END,
-        "vision_start_token_id": VISION_START,
-        "vision_token_id": VISION_PAD,
-        "vocab_size": shape.vocabulary,
-    }
+EXPERT_DIFFERENCE = 0.15  # of an expert's weights that is not common to all: bounds the error of another choice
+# With experts there are more channels of constant sign: their sum, which makes the score of the last expert, is then
+# large compared with its deviation among tokens.
+SIGNED_SHARE_EXPERTS = 0.03
+NEVER_CHOSEN = -4.0  # weight of the last expert's score
 
 
 class CheckpointBuilder:
     """Creates the tensors of one checkpoint, all from one seeded generator."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, outlier_factors: tuple[float, float]) -> None:
+        self.outlier_factors = outlier_factors
         self.generator = torch.Generator().manual_seed(seed)
         self.tensors: dict[str, Tensor] = {}
+        self.offset = torch.zeros(0)  # of the residual stream of the current tower
+        self.massive = 0  # channel of the massive value
 
     def normal(self, *size: int) -> Tensor:
         """Standard normal numbers, float32."""
@@ -144,43 +100,128 @@ class CheckpointBuilder:
         """Indices of a share of the channels, at least two."""
         return torch.randperm(channels, generator=self.generator)[: max(2, round(share * channels))]
 
-    def linear(self, name: str, rows: int, columns: int, bias: float | None = None, gain: float = 1.0) -> None:
-        """A linear layer with this gain; bias: standard deviation of its bias, None for no bias."""
-        self.tensors[f"{name}.weight"] = gain * self.normal(rows, columns) / math.sqrt(columns)
-        if bias is not None:
-            self.tensors[f"{name}.bias"] = bias * self.normal(rows)
+    def residual_offset(self, channels: int, share: float = SIGNED_SHARE) -> Tensor:
+        """Offset of the residual stream [channels]: zero except for a few channels of constant sign."""
+        offset = torch.zeros(channels)
+        chosen = self.random_channels(channels, share)
+        offset[chosen] = SIGNED_VALUE * (1 - 2 * torch.randint(2, (len(chosen),), generator=self.generator).float())
+        return offset
 
-    def norm(self, name: str, signed: Tensor, consumers: list[str], repeat: int = 1) -> None:
-        """A norm weight with outlier channels, including those of constant sign.
+    def vision(self, family: Family, shape: Shape) -> None:
+        """The vision tower and the mergers."""
+        self.offset = self.residual_offset(shape.vision_hidden)
+        self.add(vision_entries(family, shape))
+
+    def text(self, family: Family, shape: Shape, tied: bool) -> None:
+        """The language model, after the vision tower: image tokens get the same offset of the residual stream."""
+        self.offset = self.residual_offset(shape.hidden, SIGNED_SHARE_EXPERTS if shape.experts else SIGNED_SHARE)
+        self.massive = int(torch.randint(shape.hidden, (1,), generator=self.generator))
+        self.add(text_entries(family, shape, tied))
+        for entry in vision_entries(family, shape):
+            if isinstance(entry, Linear) and entry.stream == TEXT:
+                self.tensors[f"{entry.name}.bias"] += self.offset
+
+    def add(self, entries: Iterable[Entry]) -> None:
+        """The tensors of these entries, in their order."""
+        for entry in entries:
+            match entry:
+                case Linear():
+                    self.linear(entry)
+                case Norm():
+                    self.norm(entry)
+                case PatchEmbedding():
+                    self.patch_embedding(entry)
+                case Embedding():
+                    embedding = self.normal(entry.tokens, entry.channels) + self.offset
+                    embedding[BEGIN, self.massive] = MASSIVE_VALUE
+                    self.tensors[f"{entry.name}.weight"] = embedding
+                case Values():
+                    self.tensors[f"{entry.name}.weight"] = entry.mean + entry.deviation * self.normal(*entry.size)
+                case FinalNorm():
+                    weight = 1 + 0.1 * self.normal(entry.channels)
+                    weight[self.massive] = 1 / MASSIVE_VALUE  # otherwise that channel would dominate the logits
+                    self.tensors[f"{entry.name}.weight"] = weight
+                case Router():
+                    self.router(entry)
+                case Experts():
+                    self.experts(entry)
+
+    def linear(self, entry: Linear) -> None:
+        """A linear layer, with a few large rows."""
+        weight = entry.gain * self.normal(entry.rows, entry.columns) / math.sqrt(entry.columns)
+        self.tensors[f"{entry.name}.weight"] = weight
+        if entry.has_bias:
+            self.tensors[f"{entry.name}.bias"] = BIAS * self.normal(entry.rows)
+        if entry.stream == VISION:
+            self.tensors[f"{entry.name}.bias"] += self.offset
+        if entry.large:
+            first, rows = entry.large
+            chosen = self.random_channels(rows, LARGE_SHARE)
+            weight[first + chosen] *= self.uniform(LARGE_FACTORS, len(chosen))[:, None]
+
+    def patch_embedding(self, entry: PatchEmbedding) -> None:
+        """The first weight of the vision tower, in the shape of a convolution."""
+        values = COLORS * FRAMES * entry.patch**2
+        weight = self.normal(entry.rows, values) / math.sqrt(values)
+        self.tensors[f"{entry.name}.weight"] = weight.reshape(entry.rows, COLORS, FRAMES, entry.patch, entry.patch)
+        if entry.has_bias:
+            self.tensors[f"{entry.name}.bias"] = BIAS * self.normal(entry.rows) + self.offset
+
+    def norm(self, entry: Norm) -> None:
+        """A norm with outlier channels, including those of constant sign.
 
         They are mostly compensated in the consumers' columns, which read the channels `repeat` times.
         """
-        channels = len(signed)
-        weight = 1 + 0.1 * self.normal(channels)
+        signed = self.offset.repeat(entry.channels // len(self.offset))
+        weight = 1 + 0.1 * self.normal(entry.channels)
+        bias = BIAS * self.normal(entry.channels) if entry.has_bias else None
         chosen = torch.tensor(
-            sorted({*self.random_channels(channels, OUTLIER_SHARE).tolist(), *signed.nonzero()[:, 0].tolist()})
+            sorted({*self.random_channels(entry.channels, OUTLIER_SHARE).tolist(), *signed.nonzero()[:, 0].tolist()})
         )
-        factors = self.uniform(OUTLIER_FACTORS, len(chosen))
+        factors = self.uniform(self.outlier_factors, len(chosen))
         weight[chosen] *= factors
-        self.tensors[f"{name}.weight"] = weight
-        compensation = torch.ones(channels)
+        self.tensors[f"{entry.name}.weight"] = weight
+        if bias is not None:
+            bias[chosen] *= factors
+            self.tensors[f"{entry.name}.bias"] = bias
+        compensation = torch.ones(entry.channels)
         compensation[chosen] = factors ** self.uniform(COMPENSATION_POWERS, len(chosen))
-        for consumer in consumers:
-            self.tensors[f"{consumer}.weight"] /= compensation.repeat(repeat)
+        for consumer in entry.consumers:
+            if f"{consumer}.gate_up_proj" in self.tensors:  # experts: inputs x outputs
+                self.tensors[f"{consumer}.gate_up_proj"] /= compensation[:, None]
+            else:
+                self.tensors[f"{consumer}.weight"] /= compensation.repeat(entry.repeat)
 
-    def enlarge_rows(self, name: str, first_row: int, rows: int) -> None:
-        """Enlarges a few of the rows first_row .. first_row + rows - 1 of a linear layer."""
-        chosen = self.random_channels(rows, LARGE_ROWS)
-        self.tensors[f"{name}.weight"][first_row + chosen] *= self.uniform(LARGE_FACTORS, len(chosen))[:, None]
+    def router(self, entry: Router) -> None:
+        """Scores of a standard deviation of about two; the last one is negative for every token."""
+        weight = 2 * self.normal(entry.experts, entry.channels) / math.sqrt(entry.channels)
+        weight[-1] = NEVER_CHOSEN * self.offset.sign()
+        weight[-1, self.massive] = NEVER_CHOSEN / 4  # `<bos>` has little else
+        self.tensors[f"{entry.name}.weight"] = weight
 
-    def zero_channels(self, share: float) -> None:
+    def experts(self, entry: Experts) -> None:
+        """Experts that differ by EXPERT_DIFFERENCE, with a few large outputs of every up projection."""
+        channels, middle = entry.channels, entry.middle
+
+        def weights(inputs: int, outputs: int) -> Tensor:
+            common, own = self.normal(inputs, outputs), self.normal(entry.experts, inputs, outputs)
+            return (math.sqrt(1 - EXPERT_DIFFERENCE**2) * common + EXPERT_DIFFERENCE * own) / math.sqrt(inputs)
+
+        gate_up = weights(channels, 2 * middle)
+        for expert in range(entry.experts):
+            chosen = middle + self.random_channels(middle, LARGE_SHARE)
+            gate_up[expert, :, chosen] *= self.uniform(LARGE_FACTORS, len(chosen))
+        self.tensors[f"{entry.name}.gate_up_proj"] = gate_up
+        self.tensors[f"{entry.name}.down_proj"] = BRANCH_GAIN * weights(middle, channels)
+
+    def zero_channels(self, share: float, final_norm: str) -> None:
         """Zeroes a share of the channels of every norm but the last, and of the value and up rows of every layer.
 
         These are the last draws, so that all other values do not depend on the share.
         """
         for name in list(self.tensors) if share else ():
             tensor, stem = self.tensors[name], name.removesuffix(".weight").removesuffix(".bias")
-            if name == "model.norm.weight":
+            if stem == final_norm:
                 continue
             if name.endswith(".weight") and (tensor.ndim == 1 or stem.endswith(("attn.qkv", "v_proj", "up_proj"))):
                 first = 2 * len(tensor) // 3 if stem.endswith("attn.qkv") else 0  # values are the last third
@@ -188,66 +229,19 @@ class CheckpointBuilder:
                 for part in {f"{stem}.weight", f"{stem}.bias"} & self.tensors.keys():
                     self.tensors[part][dead] = 0.0
 
-    def residual_offset(self, channels: int) -> Tensor:
-        """Offset of the residual stream [channels]: zero except for a few channels of constant sign."""
-        offset = torch.zeros(channels)
-        chosen = self.random_channels(channels, SIGNED_SHARE)
-        offset[chosen] = SIGNED_VALUE * (1 - 2 * torch.randint(2, (len(chosen),), generator=self.generator).float())
-        return offset
 
-    def vision(self, shape: Shape) -> None:
-        """The vision tower and the merger."""
-        signed = self.residual_offset(shape.vision_hidden)
-        hidden, middle, merged = shape.vision_hidden, shape.vision_intermediate, shape.vision_hidden * MERGE**2
-        patch = self.normal(hidden, PATCH_VALUES) / math.sqrt(PATCH_VALUES)
-        self.tensors["visual.patch_embed.proj.weight"] = patch.reshape(hidden, 3, 2, 14, 14)
-        for index in range(shape.vision_layers):
-            block = f"visual.blocks.{index}"
-            qkv, gate, up = f"{block}.attn.qkv", f"{block}.mlp.gate_proj", f"{block}.mlp.up_proj"
-            self.linear(qkv, 3 * hidden, hidden, bias=0.1)
-            self.enlarge_rows(qkv, 2 * hidden, hidden)
-            self.linear(f"{block}.attn.proj", hidden, hidden, bias=0.1, gain=BRANCH_GAIN)
-            self.linear(gate, middle, hidden, bias=0.1)
-            self.linear(up, middle, hidden, bias=0.1)
-            self.enlarge_rows(up, 0, middle)
-            self.linear(f"{block}.mlp.down_proj", hidden, middle, bias=0.1, gain=BRANCH_GAIN)
-            if index == 0:  # the patch embedding has no bias
-                self.tensors[f"{block}.attn.proj.bias"] += signed
-            self.norm(f"{block}.norm1", signed, [qkv])
-            self.norm(f"{block}.norm2", signed, [gate, up])
-        self.linear("visual.merger.mlp.0", merged, merged, bias=0.1)
-        self.linear("visual.merger.mlp.2", shape.hidden, merged, bias=0.1)
-        self.norm("visual.merger.ln_q", signed, ["visual.merger.mlp.0"], repeat=MERGE**2)
-
-    def text(self, shape: Shape, tied: bool) -> None:
-        """The language model."""
-        hidden, middle, values = shape.hidden, shape.intermediate, shape.hidden // shape.heads * shape.value_heads
-        offset = self.residual_offset(hidden)
-        massive = int(torch.randint(hidden, (1,), generator=self.generator))
-        embedding = self.normal(shape.vocabulary, hidden) + offset
-        embedding[MASSIVE_TOKEN, massive] = MASSIVE_VALUE
-        self.tensors["model.embed_tokens.weight"] = embedding
-        self.tensors["visual.merger.mlp.2.bias"] += offset  # image tokens have the same residual stream
-        for index in range(shape.layers):
-            layer = f"model.layers.{index}"
-            query, key, value, out = (f"{layer}.self_attn.{name}_proj" for name in "qkvo")
-            gate, up = f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj"
-            self.linear(query, hidden, hidden, bias=0.1)
-            self.linear(key, values, hidden, bias=0.1)
-            self.linear(value, values, hidden, bias=0.1)
-            self.enlarge_rows(value, 0, values)
-            self.linear(out, hidden, hidden, gain=BRANCH_GAIN)
-            self.linear(gate, middle, hidden)
-            self.linear(up, middle, hidden)
-            self.enlarge_rows(up, 0, middle)
-            self.linear(f"{layer}.mlp.down_proj", hidden, middle, gain=BRANCH_GAIN)
-            self.norm(f"{layer}.input_layernorm", offset, [query, key, value])
-            self.norm(f"{layer}.post_attention_layernorm", offset, [gate, up])
-        final = 1 + 0.1 * self.normal(hidden)
-        final[massive] = 1 / MASSIVE_VALUE  # otherwise the massive channel would dominate the logits
-        self.tensors["model.norm.weight"] = final
-        if not tied:
-            self.linear("lm_head", shape.vocabulary, hidden)
+def side_files(family: Family) -> dict[str, Any]:
+    """File name -> content of the tokenizer's settings, and of the image processor's and chat template with images."""
+    names = ("tokenizer_config.json", *(("chat_template.json", "preprocessor_config.json") if family.vision else ()))
+    contents = {name: json.loads((TINY / name).read_text(encoding="utf-8")) for name in names}
+    if not family.vision:
+        del contents["tokenizer_config.json"]["processor_class"]
+        return contents
+    processor = family.architecture.removesuffix("ForConditionalGeneration").removesuffix("Moe") + "Processor"
+    contents["tokenizer_config.json"]["processor_class"] = processor
+    settings = contents["preprocessor_config.json"] | {"processor_class": processor} | family.vision.image_settings
+    contents["preprocessor_config.json"] = {name: value for name, value in settings.items() if value is not None}
+    return contents
 
 
 def make(
@@ -257,26 +251,30 @@ def make(
     tied: bool = False,
     shape: Shape | None = None,
     dead: float = 0.0,
+    family: str = "qwen2_5_vl",
 ) -> dict[str, Any]:
     """Writes the checkpoint folder `target` and returns its config; the same arguments give the same bytes.
 
-    dtype: "bfloat16", "float16" or "float32"; dead: share of zero channels. Raises ValueError for invalid sizes.
+    dtype: "bfloat16", "float16" or "float32"; dead: share of zero channels; shape: of the family if None. Raises
+    ValueError for invalid sizes.
     """
-    shape = shape or Shape()
-    config = config_of(shape, dtype, tied)
-    builder = CheckpointBuilder(seed)
-    builder.vision(shape)
-    builder.text(shape, tied)
-    builder.zero_channels(dead)
+    row = FAMILIES[family]
+    shape = shape or row.shape
+    config = config_of(shape, dtype, tied, family)
+    builder = CheckpointBuilder(seed, row.outlier_factors)
+    if row.vision:
+        builder.vision(row, shape)
+    builder.text(row, shape, tied)
+    builder.zero_channels(dead, final_norm=f"{row.text}.norm")
     target = Path(target)
     target.mkdir(parents=True, exist_ok=True)
     tensors = {name: builder.tensors[name].to(getattr(torch, dtype)).contiguous() for name in sorted(builder.tensors)}
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    generation = {"bos_token_id": MASSIVE_TOKEN, "eos_token_id": 2, "pad_token_id": 0, "transformers_version": "4.49.0"}
-    for name, content in (("config.json", config), ("generation_config.json", generation)):
+    generation = {"bos_token_id": BEGIN, "eos_token_id": 2, "pad_token_id": 0, "transformers_version": row.version}
+    for name, content in {"config.json": config, "generation_config.json": generation, **side_files(row)}.items():
         (target / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    for name in SIDE_FILES:
-        shutil.copyfile(Path(__file__).parents[1] / "demo" / "tiny_vl" / name, target / name)
+    for name in ("tokenizer.json", "special_tokens_map.json"):
+        shutil.copyfile(TINY / name, target / name)
     return config
 
 
@@ -285,42 +283,51 @@ def random_samples(
 ) -> list[dict[str, Tensor]]:
     """`count` model inputs of one random image each, between random words; the first token is `<bos>`.
 
-    input_ids and attention_mask int64 [1, length], pixel_values float32 [patches, 1176] (standard normal),
-    image_grid_thw int64 [1, 3]. Image sizes rotate through `grids` (patches down, patches across). transformers 5 also
-    requires `mm_token_type_ids`: see `tiny_task.with_token_types`.
+    input_ids and attention_mask int64 [1, length], pixel_values float32 [patches, C*T*p*p] (standard normal),
+    image_grid_thw int64 [1, 3]. Image sizes rotate through `grids` (patches down, patches across). For a language model
+    the image tokens are words, and there are no other inputs. transformers 5 also requires `mm_token_type_ids`: see
+    `tiny_task.with_token_types`.
     """
     generator = torch.Generator().manual_seed(seed)
+    tokens, values = vocabulary(config), patch_values(config)
     samples = []
     for index in range(count):
         down, across = grids[index % len(grids)]
         before, after = torch.randint(4, 25, (2,), generator=generator).tolist()
-        words = torch.randint(FIRST_WORD, config["vocab_size"], (before + after,), generator=generator).tolist()
-        image = [VISION_START, *[IMAGE] * (down * across // MERGE**2), VISION_END]
-        input_ids = torch.tensor([[MASSIVE_TOKEN, *words[:before], *image, *words[before:]]])
-        samples.append(
-            {
-                "input_ids": input_ids,
-                "attention_mask": torch.ones_like(input_ids),
-                "pixel_values": torch.randn(down * across, PATCH_VALUES, generator=generator),
-                "image_grid_thw": torch.tensor([[1, down, across]]),
-            }
-        )
+        image_tokens = down * across // MERGE**2
+        if not values:
+            after += image_tokens
+        words = torch.randint(FIRST_WORD, tokens, (before + after,), generator=generator).tolist()
+        image = [VISION_START, *[IMAGE] * image_tokens, VISION_END] if values else []
+        input_ids = torch.tensor([[BEGIN, *words[:before], *image, *words[before:]]])
+        sample = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+        if values:
+            sample["pixel_values"] = torch.randn(down * across, values, generator=generator)
+            sample["image_grid_thw"] = torch.tensor([[1, down, across]])
+        samples.append(sample)
     return samples
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(",") if number)
 
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(description="Write a random Qwen2.5-VL checkpoint with activation outliers.")
+    parser = argparse.ArgumentParser(description="Write a random checkpoint with activation outliers.")
     parser.add_argument("target", type=Path)
+    parser.add_argument("--family", choices=FAMILIES, default="qwen2_5_vl")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--tied", action="store_true", help="tie lm_head to the embedding")
     parser.add_argument("--dead", type=float, default=0.0, help="share of channels that are zero")
     for field in fields(Shape):
-        parser.add_argument("--" + field.name.replace("_", "-"), type=int, default=field.default)
+        kind = _numbers if field.name == "deepstack" else int
+        parser.add_argument("--" + field.name.replace("_", "-"), type=kind, help="default: of the family")
     options = parser.parse_args()
-    shape = Shape(**{field.name: getattr(options, field.name) for field in fields(Shape)})
-    make(options.target, options.seed, options.dtype, options.tied, shape, options.dead)
+    sizes = {field.name: getattr(options, field.name) for field in fields(Shape)}
+    shape = replace(FAMILIES[options.family].shape, **{name: size for name, size in sizes.items() if size is not None})
+    make(options.target, options.seed, options.dtype, options.tied, shape, options.dead, options.family)
     print(options.target)
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Creates the environment and runs all checks: style, types, layers, all tests with the pinned transformers, and the
-# tests marked every_transformers with the newest transformers. Works from any folder. Arguments are passed to the first
-# pytest run.
+# Creates the environment and runs all checks: style, types, layers, all tests with the pinned transformers, the tests
+# marked every_transformers or qwen3_vl with the newest transformers, and those marked qwen3_vl with transformers 4.57.
+# Works from any folder. Arguments are passed to the first pytest run.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/ci/environment.sh"
 make_environment
@@ -21,10 +21,15 @@ say "Layers: import-linter"
 export OMP_NUM_THREADS=1
 workers=(-n "$("$python" -c 'import os; print(min(4, len(os.sched_getaffinity(0))))')" --dist loadscope)
 
-say "Tests with transformers $("$python" -c 'import transformers; print(transformers.__version__)')"
+version_of() { PYTHONPATH=$1 "$python" -c 'import transformers; print(transformers.__version__)'; }
+
+say "Tests with transformers $(version_of "")"
 "$python" -m pytest "${workers[@]}" "$@"
 
-say "End-to-end tests with transformers $(PYTHONPATH=$newest "$python" -c 'import transformers; print(transformers.__version__)')"
-PYTHONPATH=$newest "$python" -m pytest "${workers[@]}" -m every_transformers
+say "End-to-end tests with transformers $(version_of "$newest")"
+PYTHONPATH=$newest "$python" -m pytest "${workers[@]}" -m "every_transformers or qwen3_vl"
+
+say "Tests of Qwen3-VL with transformers $(version_of "$first_with_qwen3_vl")"
+PYTHONPATH=$first_with_qwen3_vl "$python" -m pytest "${workers[@]}" -m qwen3_vl
 
 say "All checks passed"

@@ -6,6 +6,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
 environment=$root/.venv
 python=$environment/bin/python
 newest=$environment/newest-transformers # overlay with the newest transformers and its requirements
+first_with_qwen3_vl=$environment/transformers-4.57 # overlay with the first transformers series that has Qwen3-VL
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONDONTWRITEBYTECODE=1
 unset PYTHONPATH PYTHONHOME
 
@@ -13,7 +14,7 @@ say() { printf '\n== %s\n' "$*"; }
 
 make_environment() {
     local stamp
-    stamp=$(cat "$root/pyproject.toml" "$root/tools/ci/constraints.txt" "$root/tools/ci/constraints-newest.txt" | cksum)
+    stamp=$(cat "$root/pyproject.toml" "$root"/tools/ci/constraints{,-newest,-4.57}.txt | cksum)
     if [ "$(cat "$environment/made-from" 2>/dev/null)" = "$stamp $root" ]; then
         say "Using the environment in $environment"
         return
@@ -30,5 +31,7 @@ make_environment() {
     # Makes tools/ and tests/ importable for scripts started from any folder.
     echo "$root" > "$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/checkout.pth"
     "$python" -m pip install -qq --no-deps --target "$newest" --requirement "$root/tools/ci/constraints-newest.txt"
+    "$python" -m pip install -qq --no-deps --target "$first_with_qwen3_vl" \
+        --requirement "$root/tools/ci/constraints-4.57.txt"
     echo "$stamp $root" > "$environment/made-from"
 }

@@ -1,12 +1,13 @@
 """Quantized linear layers as modules, with exactly the tensors of an emitted folder."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import ClassVar, Self
 
 import torch
 
 from vlqc.kernels_ref.deq_scale import decode_deq_scale, encode_deq_scale
-from vlqc.kernels_ref.int4_groups import group_size_of, int4_fault
+from vlqc.kernels_ref.int4_groups import group_size_of, int4_fault, pack_int4, scale_bias, unpack_int4
 from vlqc.kernels_ref.matmul import (
     dynamic_quant_matmul,
     group_quant_matmul,
@@ -14,7 +15,7 @@ from vlqc.kernels_ref.matmul import (
     static_quant_matmul,
     weight_only_group_matmul,
 )
-from vlqc.kernels_ref.quantize import quantize_per_tensor, quantize_per_token
+from vlqc.kernels_ref.quantize import dequantize_per_tensor, quantize_per_tensor, quantize_per_token
 
 Shape = tuple[int, ...]
 Dtypes = tuple[torch.dtype, ...]
@@ -27,6 +28,21 @@ def rows_and_columns(weight: torch.Tensor) -> tuple[int, int]:
     return weight.shape[0], weight.shape[1]
 
 
+@dataclass(frozen=True)
+class LayerQuantization:
+    """What quantization chose for one linear layer.
+
+    integers: int8 [N, K]; scale: float32 [N, 1]; group_scale: float32 [N, K/G], None without groups; input: scale and
+    offset, None if they are not static; mean_error: float [N], of the outputs, to be corrected.
+    """
+
+    integers: torch.Tensor
+    scale: torch.Tensor
+    group_scale: torch.Tensor | None = None
+    input: tuple[float, float] | None = None
+    mean_error: torch.Tensor | None = None
+
+
 class QuantLinear(torch.nn.Module):
     """Base class of the schemes: x [..., K] float -> [..., N] in x's dtype, with the stored tensors as buffers.
 
@@ -36,9 +52,15 @@ class QuantLinear(torch.nn.Module):
         weight_scale   float [N, 1]
         weight_offset  [N, 1]           zeros
         bias           float [N] or None
+
+    A subclass defines `scheme`, its additional buffers, `from_quantized` and `multiply`, and the other methods where it
+    differs from them.
+
+    scheme: its name; settings: names of attributes that change the arithmetic and are not stored.
     """
 
     scheme: ClassVar[str]
+    settings: ClassVar[tuple[str, ...]] = ()
 
     weight: torch.Tensor
     weight_scale: torch.Tensor
@@ -79,6 +101,30 @@ class QuantLinear(torch.nn.Module):
         if messages:
             raise ValueError("; ".join(messages))
 
+    @classmethod
+    def from_quantized(cls, result: LayerQuantization, bias: torch.Tensor | None, dtype: torch.dtype) -> Self:
+        """Computes the stored tensors from what quantization chose; a scheme ignores what it has no use for.
+
+        bias: float [N]; dtype: of the checkpoint. Raises ValueError if something is missing, or if a stored tensor
+        cannot hold its values.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def from_stored(cls, tensors: Mapping[str, torch.Tensor], bias: torch.Tensor | None) -> Self:
+        """The layer from the tensors of a folder, without copying, by name without that of the layer.
+
+        Raises ValueError with every one of wrong shape or dtype.
+        """
+        return cls(**tensors, bias=bias)  # type: ignore[arg-type]  # subclasses take their stored tensors by name
+
+    def stored(self, *, packed: bool, row_parallel: bool) -> dict[str, torch.Tensor]:
+        """The tensors of a folder, by name without that of the layer; the inverse of `from_stored`.
+
+        packed: two rows of 4-bit weights share their bytes; row_parallel: engines divide the columns among devices.
+        """
+        return dict(self.named_buffers(recurse=False))
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.multiply(x.reshape(-1, self.in_features))  # [M, N]
         return y.reshape(*x.shape[:-1], self.out_features)  # [..., N]
@@ -86,6 +132,23 @@ class QuantLinear(torch.nn.Module):
     def multiply(self, tokens: torch.Tensor) -> torch.Tensor:
         """The scheme's arithmetic: [M, K] float -> [M, N] in the same dtype."""
         raise NotImplementedError
+
+    def rounded_input(self, x: torch.Tensor) -> torch.Tensor:
+        """x float [M, K] -> float32 [M, K], quantized as the layer does it and dequantized; x if it stays float."""
+        return x
+
+    @property
+    def group_size(self) -> int:
+        """Number of columns of a row that share a scale."""
+        return self.in_features
+
+    def weight_steps(self) -> torch.Tensor:
+        """Quantization step of each weight, float32 [N, 1] or [N, K]."""
+        return self.weight_scale.float()
+
+    def effective_bias(self) -> torch.Tensor:
+        """What the layer adds to the product of dequantized inputs and weights, float32 [N]."""
+        return torch.zeros(self.out_features) if self.bias is None else self.bias.float()
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """`.to(...)` and `.half()` change the device only: the stored tensors must not be rounded."""
@@ -119,6 +182,7 @@ class StaticQuantLinear(QuantLinear):
     """
 
     scheme = "W8A8"
+    settings = ("corrected",)
     corrected: bool = False  # whether quant_bias corrects a mean error
 
     input_scale: torch.Tensor
@@ -180,10 +244,26 @@ class StaticQuantLinear(QuantLinear):
         lowered.corrected = mean_error is not None
         return lowered
 
+    @classmethod
+    def from_quantized(cls, result: LayerQuantization, bias: torch.Tensor | None, dtype: torch.dtype) -> Self:
+        if result.input is None:
+            raise ValueError(f"a layer in {cls.scheme} needs a static input scale")
+        return cls.from_float(result.integers, result.scale, *result.input, bias, dtype, result.mean_error)
+
     def multiply(self, tokens: torch.Tensor) -> torch.Tensor:
         xq = quantize_per_tensor(tokens, self.input_scale, self.input_offset)  # [M, K] int8
         deq_scale = decode_deq_scale(self.deq_scale, truncate=tokens.dtype == torch.float16)  # [N]
         return static_quant_matmul(xq, self.weight, self.quant_bias, deq_scale, tokens.dtype)
+
+    def rounded_input(self, x: torch.Tensor) -> torch.Tensor:
+        integers = quantize_per_tensor(x, self.input_scale, self.input_offset)
+        return dequantize_per_tensor(integers, self.input_scale, self.input_offset, torch.float32)
+
+    def effective_bias(self) -> torch.Tensor:
+        """quant_bias without the correction of the input's offset."""
+        sums = self.weight.sum(dim=1, dtype=torch.int64).double()
+        added = self.quant_bias.double() + self.input_offset.double() * sums
+        return (added * decode_deq_scale(self.deq_scale, truncate=False).double()).float()
 
 
 class DynamicQuantLinear(QuantLinear):
@@ -210,9 +290,16 @@ class DynamicQuantLinear(QuantLinear):
         weight_scale = weight_scale.to(torch.float32)
         return cls(weight_q, weight_scale, torch.zeros_like(weight_scale), bias)
 
+    @classmethod
+    def from_quantized(cls, result: LayerQuantization, bias: torch.Tensor | None, dtype: torch.dtype) -> Self:
+        return cls.from_float(result.integers, result.scale, bias)
+
     def multiply(self, tokens: torch.Tensor) -> torch.Tensor:
         xq, scale_per_token = quantize_per_token(tokens)  # [M, K] int8, [M, 1]
         return dynamic_quant_matmul(xq, scale_per_token, self.weight, self.weight_scale, self.bias, tokens.dtype)
+
+    def rounded_input(self, x: torch.Tensor) -> torch.Tensor:
+        return _rounded_per_token(x)
 
 
 class GroupQuantLinear(QuantLinear):
@@ -229,6 +316,7 @@ class GroupQuantLinear(QuantLinear):
     """
 
     scheme = "W4A8_DYNAMIC"
+    settings = ("weight_only",)
     weight_only: bool = False
 
     weight_scale_second: torch.Tensor
@@ -273,6 +361,27 @@ class GroupQuantLinear(QuantLinear):
         first, second = weight_scale.to(torch.float32), weight_scale_second.to(torch.float32)
         return cls(weight_q, first, torch.zeros_like(first), second, torch.zeros_like(second), bias)
 
+    @classmethod
+    def from_quantized(cls, result: LayerQuantization, bias: torch.Tensor | None, dtype: torch.dtype) -> Self:
+        if result.group_scale is None:
+            raise ValueError(f"a layer in {cls.scheme} needs scales per group")
+        return cls.from_float(result.integers, result.scale, result.group_scale, bias)
+
+    @classmethod
+    def from_stored(cls, tensors: Mapping[str, torch.Tensor], bias: torch.Tensor | None) -> Self:
+        """Unpacks the weight if there is a `scale_bias`, which exists in packed folders only."""
+        unpacked = dict(tensors)
+        if unpacked.pop("scale_bias", None) is not None:
+            unpacked["weight"] = unpack_int4(unpacked["weight"])
+        return super().from_stored(unpacked, bias)
+
+    def stored(self, *, packed: bool, row_parallel: bool) -> dict[str, torch.Tensor]:
+        tensors = super().stored(packed=packed, row_parallel=row_parallel)
+        if packed:
+            correction = scale_bias(self.weight, self.weight_scale, self.weight_scale_second, row_parallel)
+            tensors |= {"weight": pack_int4(self.weight), "scale_bias": correction}
+        return tensors
+
     @property
     def group_size(self) -> int:
         return self.in_features // self.weight_scale_second.shape[1]
@@ -284,6 +393,22 @@ class GroupQuantLinear(QuantLinear):
         xq, scale_per_token = quantize_per_token(tokens)  # [M, K] int8, [M, 1]
         return group_quant_matmul(xq, scale_per_token, self.weight, *scales, self.bias, tokens.dtype)
 
+    def rounded_input(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.weight_only else _rounded_per_token(x)
+
+    def weight_steps(self) -> torch.Tensor:
+        steps = self.weight_scale.float()
+        return steps * self.weight_scale_second.float().repeat_interleave(self.group_size, dim=1)
+
+    def effective_bias(self) -> torch.Tensor:
+        return torch.zeros(self.out_features) if self.weight_only else super().effective_bias()
+
     def extra_repr(self) -> str:
         arithmetic = ", weight_only=True" if self.weight_only else ""
         return f"{super().extra_repr()}, group_size={self.group_size}{arithmetic}"
+
+
+def _rounded_per_token(x: torch.Tensor) -> torch.Tensor:
+    """x float [M, K] -> float32 [M, K], quantized to int8 with one scale per token and dequantized."""
+    integers, scale = quantize_per_token(x)
+    return integers.float() * scale

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from vlqc.ir.stage import Site, Stage
 from vlqc.pipeline.pass_api import Pass, require
 from vlqc.targets.precision import Decision, choose_scheme
-from vlqc.targets.schemes import SPECS, Scheme
+from vlqc.targets.schemes import DEFAULT_SCHEME, Scheme
 from vlqc.targets.target import parse_target
 
 
@@ -30,7 +30,7 @@ class AssignPrecision(Pass):
     summary: ClassVar[str] = "choose a scheme per group, within what the target engine accepts"
     before: ClassVar[tuple[str, ...]] = ("quantize-activations", "quantize-weights", "lower-linears")
 
-    scheme: Literal["W8A8", "W8A8_DYNAMIC", "W4A8_DYNAMIC", "FLOAT"] = "W8A8"
+    scheme: str = DEFAULT_SCHEME
     group_size: int = 64
     target: str = "both"
     scope: Literal["engine", "all"] = "engine"
@@ -42,6 +42,7 @@ class AssignPrecision(Pass):
         if self.fallback == "seed":  # type: ignore[comparison-overlap]
             warnings.warn("fallback='seed' is renamed to 'reference'", DeprecationWarning, stacklevel=3)
             object.__setattr__(self, "fallback", "reference")
+        require(self.scheme in tuple(Scheme), f"scheme must be one of {', '.join(Scheme)}")
         require(self.fallback in ("reference", "none"), "fallback must be reference or none")
         require(self.scope in ("engine", "all"), "scope must be engine or all")
         require(self.group_size >= 1, "group_size must be 1 or more")
@@ -51,7 +52,7 @@ class AssignPrecision(Pass):
         changed = False
         for members in stage.groups().values():
             decision = self.choose(members)
-            group_size = self.group_size if SPECS[decision.scheme].grouped else None
+            group_size = self.group_size if decision.scheme.spec.weight.per_group else None
             for site in members:
                 before = (site.scheme, site.group_size, site.reason)
                 site.scheme, site.group_size, site.reason = decision.scheme, group_size, decision.reason

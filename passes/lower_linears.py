@@ -9,11 +9,10 @@ from torch import Tensor
 from vlqc.errors import Fault, UserError
 from vlqc.ir.observation import row_weights
 from vlqc.ir.stage import Site, Stage
-from vlqc.kernels_ref.quant_linear import DynamicQuantLinear, GroupQuantLinear, QuantLinear, StaticQuantLinear
+from vlqc.kernels_ref.quant_linear import LayerQuantization, QuantLinear
 from vlqc.kernels_ref.quantize import dequantize_per_tensor, quantize_per_tensor
 from vlqc.passes.quantize_weights import emitted_bias
 from vlqc.pipeline.pass_api import Pass
-from vlqc.targets.schemes import Scheme
 
 ROWS_PER_CHUNK = 512  # of observed inputs and of weights: bounds the temporaries
 
@@ -35,7 +34,7 @@ class LowerLinears(Pass):
     correct_bias: bool = False
 
     def run(self, stage: Stage) -> bool:
-        sites = [site for site in stage.sites.values() if site.scheme not in (None, Scheme.FLOAT)]
+        sites = [site for site in stage.sites.values() if site.is_quantized]
         lowered = {site.target: lower(stage, site, self.correct_bias) for site in sites}
         for target, module in lowered.items():
             stage.module.set_submodule(target, module)
@@ -45,30 +44,24 @@ class LowerLinears(Pass):
 def lower(stage: Stage, site: Site, correct_bias: bool = False) -> QuantLinear:
     """Returns the quantized module of a site. UserError if an earlier pass is missing from the pipeline."""
     fix = "in the pipeline, let quantize-activations, quantize-weights and lower-linears follow each other"
-    weight, grouped = site.weight, site.scheme == Scheme.W4A8_DYNAMIC
-    if weight is None or grouped != (weight.group_scale is not None):
+    spec, weight = site.spec, site.weight
+    if weight is None or spec.weight.per_group != (weight.group_scale is not None):
         why = f"its weight is not quantized as {site.scheme}"
         raise UserError(Fault(f"{site.name} cannot be lowered", stage.name, why, fix))
-    bias = emitted_bias(stage, site)
-    if weight.group_scale is not None:
-        return GroupQuantLinear.from_float(weight.integers, weight.scale, weight.group_scale, bias)
-    if site.scheme == Scheme.W8A8_DYNAMIC:
-        return DynamicQuantLinear.from_float(weight.integers, weight.scale, bias)
-    if site.input is None:
+    if spec.activation.is_static and site.input is None:
         raise UserError(Fault(f"{site.name} cannot be lowered", stage.name, "its input is not quantized", fix))
+    result = LayerQuantization(
+        weight.integers,
+        weight.scale,
+        weight.group_scale,
+        input=None if site.input is None else (site.input.scale, site.input.offset),
+        mean_error=mean_output_error(stage, site) if correct_bias and spec.activation.is_static else None,
+    )
     try:
-        lowered = StaticQuantLinear.from_float(
-            weight.integers,
-            weight.scale,
-            site.input.scale,
-            site.input.offset,
-            bias,
-            stage.dtype,
-            mean_output_error(stage, site) if correct_bias else None,
-        )
+        lowered = spec.quant_linear().from_quantized(result, emitted_bias(stage, site), stage.dtype)
     except ValueError as error:  # the bias overflows: weights were quantized before the input scale was known
         raise UserError(Fault(f"{site.name} cannot be lowered", stage.name, str(error), fix)) from error
-    if site.added_bias:
+    if site.added_bias and spec.takes_added_bias:
         lowered.bias = None  # it is part of quant_bias; engines expect no bias of this layer
     return lowered
 

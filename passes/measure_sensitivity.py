@@ -13,7 +13,7 @@ from vlqc.passes.lower_linears import lower
 from vlqc.passes.quantize_weights import quantize_site_weights
 from vlqc.pipeline.pass_api import Pass
 from vlqc.targets.rules import run_together, supported_schemes, target_supporting
-from vlqc.targets.schemes import SPECS, Scheme
+from vlqc.targets.schemes import Scheme
 from vlqc.targets.target import parse_target
 
 
@@ -46,7 +46,7 @@ class MeasureSensitivity(Pass):
         sensitivities = []
         for source, members in stage.groups().items():
             assigned = members[0].scheme
-            if assigned is None or assigned == Scheme.FLOAT:
+            if assigned is None or not assigned.is_quantized:
                 continue
             modules = {scheme: self._modules_in(stage, members, scheme) for scheme in self.choices(stage, members)}
             noise = {
@@ -68,24 +68,31 @@ class MeasureSensitivity(Pass):
             return [assigned]
         target, dtype = target_supporting(self.target, assigned), str(stage.dtype).removeprefix("torch.")
         if target is None:
-            return [assigned, *SPECS[assigned].alternatives]
+            return [assigned, *assigned.alternatives]
         return [assigned] + [
             scheme
-            for scheme in SPECS[assigned].alternatives
+            for scheme in assigned.alternatives
             if all(scheme in supported_schemes(target, site.name, dtype) for site in members)
             and run_together(target, [assigned, scheme])
         ]
 
     def _modules_in(self, stage: Stage, members: list[Site], scheme: Scheme) -> dict[str, nn.Module]:
         """Module of each member in a scheme, by target; for FLOAT the float Linear itself."""
-        if scheme == Scheme.FLOAT:
+        if not scheme.is_quantized:
             return {site.target: stage.linear(site) for site in members}
         if scheme != members[0].scheme:
-            members = [replace(site, scheme=scheme, group_size=None, input=None, weight=None) for site in members]
+            members = [_in_scheme(site, scheme) for site in members]
             weights = quantize_site_weights(stage, members[0].source, members, self.method)
             for site, weight in zip(members, weights, strict=True):
                 site.weight = weight
         return {site.target: lower(stage, site) for site in members}
+
+
+def _in_scheme(site: Site, scheme: Scheme) -> Site:
+    """The site with another scheme, without the weight and what that scheme does not use."""
+    group_size = site.group_size if scheme.spec.weight.per_group else None
+    input_quantization = site.input if scheme.spec.activation.is_static else None
+    return replace(site, scheme=scheme, group_size=group_size, input=input_quantization, weight=None)
 
 
 def reads_added_bias(stage: Stage, members: list[Site]) -> bool:

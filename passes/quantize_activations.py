@@ -12,7 +12,6 @@ from vlqc.passes.algorithms.error_model import representative_rows
 from vlqc.passes.algorithms.observer import require_observation
 from vlqc.passes.algorithms.range_search import energy_per_column, input_rounding_error, search_clipped_range
 from vlqc.pipeline.pass_api import Pass
-from vlqc.targets.schemes import Scheme
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class QuantizeActivations(Pass):
 
     def run(self, stage: Stage) -> bool:
         changed = False
-        groups = {source: members for source, members in stage.groups().items() if members[0].scheme == Scheme.W8A8}
+        groups = {source: members for source, members in stage.groups().items() if members[0].spec.activation.is_static}
         tasks = [partial(self._choose, stage, source, members) for source, members in groups.items()]
         quantizations = stage.execution.process_group.parallel_map(tasks)
         for members, quantization in zip(groups.values(), quantizations, strict=True):

@@ -19,7 +19,6 @@ from vlqc.passes.algorithms.gptq import gptq_quantize, single_threaded_pool
 from vlqc.passes.algorithms.observer import require_observation
 from vlqc.passes.algorithms.weight_clipping import ChannelScaleGrid, GroupScaleGrid, column_importance
 from vlqc.pipeline.pass_api import Pass
-from vlqc.targets.schemes import Scheme
 
 T = TypeVar("T")
 CONCURRENT_GROUPS = 2  # each holds a Gram matrix
@@ -62,10 +61,7 @@ class QuantizeWeights(Pass):
 
 def _work_items(stage: Stage, *, split_groups: bool) -> list[tuple[str, list[Site]]]:
     """(source, quantized sites that read it). With `split_groups` one item per site, to occupy more processes."""
-    groups = {
-        source: [site for site in members if site.scheme not in (None, Scheme.FLOAT)]
-        for source, members in stage.groups().items()
-    }
+    groups = {source: [site for site in members if site.is_quantized] for source, members in stage.groups().items()}
     if split_groups:
         return [(source, [site]) for source, sites in groups.items() for site in sites]
     return list(groups.items())
@@ -101,22 +97,23 @@ def quantize_site_weights(stage: Stage, source: str, sites: Sequence[Site], meth
 
 def round_weight(stage: Stage, site: Site) -> WeightQuantization:
     """Rounds the weight of a quantized site to nearest, with the absmax scale of each row or group."""
-    weight = stage.linear(site).weight
-    if site.scheme == Scheme.W4A8_DYNAMIC:
-        return WeightQuantization(*quantize_weight_per_group_absmax(weight, group_size(stage, site), stage.dtype))
-    if site.scheme == Scheme.W8A8_DYNAMIC:
-        return WeightQuantization(*quantize_weight_per_channel_absmax(weight, scale_dtype=stage.dtype))
-    return WeightQuantization(*quantize_weight_per_channel_absmax(weight, min_weight_scale(stage, site)))
+    weight, dtype = stage.linear(site).weight, scale_dtype(stage, site)
+    if site.spec.weight.per_group:
+        return WeightQuantization(*quantize_weight_per_group_absmax(weight, group_size(stage, site), dtype))
+    return WeightQuantization(*quantize_weight_per_channel_absmax(weight, min_weight_scale(stage, site), dtype))
 
 
 def scale_grid(stage: Stage, site: Site, importance: Tensor) -> ChannelScaleGrid | GroupScaleGrid:
     """Returns the quantization grid of a site's scheme, with scales in the dtype in which engines read them."""
-    weight = stage.linear(site).weight
-    if site.scheme == Scheme.W4A8_DYNAMIC:
-        return GroupScaleGrid(weight, importance, group_size(stage, site), stage.dtype)
-    if site.scheme == Scheme.W8A8_DYNAMIC:
-        return ChannelScaleGrid(weight, importance, None, stage.dtype)
-    return ChannelScaleGrid(weight, importance, min_weight_scale(stage, site), torch.float32)
+    weight, dtype = stage.linear(site).weight, scale_dtype(stage, site)
+    if site.spec.weight.per_group:
+        return GroupScaleGrid(weight, importance, group_size(stage, site), dtype)
+    return ChannelScaleGrid(weight, importance, min_weight_scale(stage, site), dtype)
+
+
+def scale_dtype(stage: Stage, site: Site) -> torch.dtype:
+    """The dtype in which engines read the scales of a site's weight."""
+    return torch.float32 if site.spec.weight.float32_scale else stage.dtype
 
 
 def group_size(stage: Stage, site: Site) -> int:
@@ -129,7 +126,7 @@ def group_size(stage: Stage, site: Site) -> int:
 def min_weight_scale(stage: Stage, site: Site) -> Tensor | None:
     """Smallest weight scales float32 [N, 1] with which the bias of a static site fits into int32; None for any."""
     bias = emitted_bias(stage, site)
-    if site.input is None or bias is None:
+    if not site.spec.activation.is_static or site.input is None or bias is None:
         return None
     return smallest_weight_scale_for_bias(bias, site.input.scale, stage.linear(site).in_features)
 

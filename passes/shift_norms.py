@@ -20,7 +20,6 @@ from vlqc.passes.algorithms.smoothing_search import SmoothingTask, amax_per_chan
 from vlqc.passes.smooth_m2 import range_scales
 from vlqc.pipeline.pass_api import Pass
 from vlqc.targets.rules import adds_norm_bias
-from vlqc.targets.schemes import Scheme
 
 CANDIDATES = 32  # smoothing ranges under which a shift is evaluated
 
@@ -57,7 +56,7 @@ def can_shift(stage: Stage, edge: Edge) -> bool:
     tensors = [name for name, _ in (*producer.named_parameters(), *producer.named_buffers())]
     is_plain_norm = not isinstance(producer, nn.Linear) and tensors == ["weight"]
     sites = [stage.site_at(target) for target in edge.consumers]
-    return is_plain_norm and bool(edge.usable.all()) and all(site.scheme == Scheme.W8A8 for site in sites)
+    return is_plain_norm and bool(edge.usable.all()) and all(site.spec.takes_added_bias for site in sites)
 
 
 def range_center(stage: Stage, edge: Edge, pass_name: str) -> Tensor:

@@ -14,14 +14,13 @@ from torch import Tensor
 
 from vlqc.ir.stage import Site
 from vlqc.kernels_ref.quantize import INT8_MAX, INT8_STEPS, WEIGHT_INT8_MAX
-from vlqc.targets.schemes import Scheme
+from vlqc.targets.schemes import DEFAULT_SCHEME
 
 MAX_WEIGHT_ROWS = 512  # rows of W per search, evenly spread: bounds its cost, whatever the layer
 MAX_INPUT_ROWS = 256  # rows of x per search
 TAIL_VALUES = 16  # values at either end of a column that are evaluated one by one, as clipping may affect only these
 STRATA = 16  # into which the other values of a column are averaged; clipping affects them in columns that are large
 CLIPPED_SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # of the full range
-WEIGHT_INT4_MAX = 7
 MIN_WEIGHT_SCALE = 1e-30
 MIN_INPUT_SCALE = 1e-12
 
@@ -41,6 +40,7 @@ class SchemeNoise:
     """The properties of a scheme that determine its quantization error.
 
     per_token: one symmetric input scale per row of x; else one asymmetric scale for all rows.
+    rounds_input: whether x is rounded at all.
     weight_max: largest integer of a weight.
     group_size: columns that share a weight scale; None for the whole row.
     clips: whether a static input range may be clipped.
@@ -52,6 +52,7 @@ class SchemeNoise:
     group_size: int | None = None
     clips: bool = False
     weight_noise: float = 1.0
+    rounds_input: bool = True
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,17 @@ ROUND_TO_NEAREST = QuantizationPreview()
 
 
 def scheme_noise(site: Site, preview: QuantizationPreview = ROUND_TO_NEAREST) -> SchemeNoise:
-    """The noise of the scheme that a site is assigned; that of static W8A8 if it has none yet."""
-    weight_noise = WEIGHT_NOISE[preview.weights]
-    if site.scheme == Scheme.W4A8_DYNAMIC:
-        return SchemeNoise(True, WEIGHT_INT4_MAX, site.group_size, False, weight_noise)
-    per_token = site.scheme == Scheme.W8A8_DYNAMIC
-    return SchemeNoise(per_token, clips=preview.clip and not per_token, weight_noise=weight_noise)
+    """The noise of the scheme that a site is assigned; that of the default scheme if it has none yet."""
+    spec = (site.scheme or DEFAULT_SCHEME).spec
+    per_token = spec.activation.is_dynamic
+    return SchemeNoise(
+        per_token,
+        spec.weight.largest,
+        site.group_size if spec.weight.per_group else None,
+        clips=preview.clip and not per_token,
+        weight_noise=WEIGHT_NOISE[preview.weights],
+        rounds_input=spec.activation.is_quantized,
+    )
 
 
 @dataclass(frozen=True)
@@ -132,6 +138,8 @@ class ConsumerGroup:
 
     def _input_error(self, scale: Tensor) -> Tensor:
         """Expected squared error of the outputs from rounding x / s, float64 scalar."""
+        if not self.noise.rounds_input:
+            return torch.zeros((), dtype=torch.float64)
         if self.noise.per_token:
             energy = (self.energy_per_column.double() * scale.double().square()).sum()
             step_per_token = (self.rows / scale).abs().amax(1).double() / INT8_MAX
@@ -181,6 +189,8 @@ class ConsumerGroup:
         return (self.low / scale).amin().clamp(max=0), (self.high / scale).amax().clamp(min=0)
 
     def _rounded_input(self, scaled_input: Tensor, scale: Tensor) -> Tensor:
+        if not self.noise.rounds_input:
+            return scaled_input.clone()
         if self.noise.per_token:
             step = scaled_input.abs().amax(1, keepdim=True).clamp(min=MIN_INPUT_SCALE) / INT8_MAX
             return (scaled_input / step).round_().mul_(step)

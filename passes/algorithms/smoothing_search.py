@@ -20,7 +20,6 @@ from vlqc.passes.algorithms.error_model import (
     scheme_noise,
 )
 from vlqc.passes.algorithms.observer import require_observation
-from vlqc.targets.schemes import Scheme
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ def smoothing_tasks(
 def quantized_consumers(stage: Stage, edge: Edge) -> list[Site]:
     """The consumers that will be quantized: all of them, if no scheme is assigned yet."""
     sites = [stage.site_at(target) for target in edge.consumers]
-    return [site for site in sites if site.scheme != Scheme.FLOAT]
+    return [site for site in sites if site.scheme is None or site.is_quantized]
 
 
 def amax_per_channel(absmax_per_column: Tensor, channel: Tensor, channels: int) -> Tensor:

@@ -226,7 +226,7 @@ FAULTS = [
     ('"visual.blocks.0.mlp.gate" [6, 4]', '"visual.blocks.0.mlp.gate" [6]', "expected a shape", " [6]"),
     ('reason="kept', 'reason="\\d kept', "this string cannot be read", '"\\d kept'),
     ("(%hidden_states, %constant_0)", "(%hidden_states, 1if)", "this is not an expression", "1if)"),
-    ("scheme=FLOAT", "scheme=INT8", "expected one of FLOAT, W8A8", "INT8"),
+    ("scheme=FLOAT", "scheme=INT8", "expected one of W8A8, W8A8_DYNAMIC", "INT8"),
     ("input(scale=0.03125", "input(scale=0.0.3", "expected a number", "0.0.3"),
     ('norm1.bias" float32[4]', 'norm1.weight" float32[4]', "appears twice", " float32[4] absmax=1.5 "),
     ('norm1" 4 of 4', 'norm1" 4 from 4', "expected a count", " 4 from 4"),

@@ -20,7 +20,6 @@ from vlqc.ir.parser import parse_stage
 from vlqc.ir.printer import print_stage
 from vlqc.ir.stage import Edge, Stage
 from vlqc.ir.verifier import check
-from vlqc.targets.schemes import Scheme
 
 
 @pytest.mark.parametrize("make", [traced, decided, lowered])
@@ -80,5 +79,4 @@ def test_four_bit_groups_are_legal() -> None:
     """-8 is no fault in 4 bits, as -128 is in 8; the text must be checked as the stage is."""
     stage = decided()
     set_groups(stage, integers=first(weight_of(stage, QKV).integers.clamp(-8, 7), -8))
-    stage.sites[QKV].scheme, stage.sites[QKV].input = Scheme.W4A8_DYNAMIC, None
     assert check(stage) == [] and check(parse_stage(print_stage(stage))) == []

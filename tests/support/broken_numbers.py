@@ -33,7 +33,7 @@ def set_weight(stage: Stage, integers: Tensor | None = None, scale: Tensor | Non
 def set_groups(stage: Stage, size: int | None = 2, **parts: Tensor | None) -> None:
     """Makes qkv's weight one of 4-bit groups of two columns, but for the given parts."""
     site = stage.sites[QKV]
-    site.group_size, whole = size, torch.ones(12, 2)
+    site.scheme, site.input, site.group_size, whole = Scheme.W4A8_DYNAMIC, None, size, torch.ones(12, 2)
     known = {"integers": weight_of(stage, QKV).integers.clamp(-8, 7), "group_scale": whole} | parts
     site.weight = replace(weight_of(stage, QKV), **known)  # type: ignore[arg-type]
 
@@ -132,7 +132,7 @@ BROKEN_NUMBERS: list[tuple[Callable[[Stage], None], str]] = [
     ),
     (
         lambda stage: set_weight(stage, integers=first(weight_of(stage, QKV).integers, -128)),
-        f"site {QKV} has the integer -128",
+        f"site {QKV} has integers from -128 to ",
     ),
     (
         lambda stage: set_weight(stage, scale=weight_of(stage, QKV).scale[:, 0]),
@@ -154,7 +154,7 @@ BROKEN_NUMBERS: list[tuple[Callable[[Stage], None], str]] = [
             lambda stage, wrong=wrong: set_groups(
                 stage, integers=first(weight_of(stage, QKV).integers.clamp(-8, 7), wrong)
             ),
-            f"site {QKV} has integers beyond 4 bits: expected -8 to 7",
+            "W4A8_DYNAMIC has -8 to 7",
         )
         for wrong in (8, -9)
     ),

@@ -4,7 +4,7 @@ import pytest
 
 from tests.support.reference_schemes import DYNAMIC, FLOAT, W4A8, W8A8
 from vlqc.families.model_structure import Linear
-from vlqc.targets.schemes import NAMING_ORDER, SPECS, Scheme, StorageFormat, linear_bytes, quant_type
+from vlqc.targets.schemes import Scheme, StorageFormat, linear_bytes, quant_linears, quant_type, scheme_of_tensors
 
 BF16, F16 = StorageFormat("BF16", group_size=64), StorageFormat("F16", group_size=64)
 UNPACKED = StorageFormat("BF16", packed=False, group_size=64)
@@ -12,11 +12,28 @@ WIDE, ROW_PARALLEL = Linear(16, 128), Linear(16, 128, row_parallel=True)
 
 
 def test_every_scheme_is_described() -> None:
-    """Catches a new scheme without stored tensors, without a place in the order of names, or with itself as
-    alternative."""
-    assert set(SPECS) == set(Scheme) == {*NAMING_ORDER, FLOAT}
-    for scheme, spec in SPECS.items():
-        assert spec.stored and scheme not in (spec.substitute, *spec.alternatives)
+    """Catches a new scheme without stored tensors or quantized layer, one that shares its place in the order of names
+    or its letter with another, and one that has itself as alternative."""
+    for scheme in Scheme:
+        assert scheme.spec.name == scheme and scheme not in (scheme.substitute, *scheme.alternatives)
+        assert scheme.spec.stored[0].suffix == "weight"
+    assert {kind.scheme for kind in quant_linears()} == set(Scheme) - {FLOAT}
+    assert len({scheme.spec.naming_priority for scheme in Scheme}) == len(Scheme)
+    assert len({scheme.spec.report.letter for scheme in Scheme}) == len(Scheme)
+
+
+def test_float_has_no_quantized_layer() -> None:
+    """Catches a float layer that is replaced."""
+    with pytest.raises(ValueError, match="FLOAT"):
+        FLOAT.spec.quant_linear()
+
+
+@pytest.mark.parametrize("scheme", [W8A8, DYNAMIC, W4A8])
+def test_scheme_of_tensors(scheme: Scheme) -> None:
+    """Catches a layer without a description that is taken for another scheme, also when a tensor is missing."""
+    suffixes = [tensor.suffix for tensor in scheme.spec.stored]
+    assert scheme_of_tensors([*suffixes, "bias"]) == scheme
+    assert scheme_of_tensors(suffixes[1:]) == scheme
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from vlqc.kernels_ref.matmul import CORRECTION_STEP
 from vlqc.options.options import Options
 from vlqc.pipeline.precision_search import SearchResult, search_schemes
 from vlqc.targets.engine import QUANT_BIAS_CORRECTION, FolderContent
-from vlqc.targets.schemes import SPECS, Scheme
+from vlqc.targets.schemes import Scheme
 from vlqc.targets.target import parse_target
 
 GIB = 1024**3
@@ -107,7 +107,7 @@ class FolderWriter:
 
     def _description(self, content: FolderContent) -> dict[str, Any]:
         header = self.layout.description_header(content.quant_type)
-        if SPECS[content.quant_type].grouped:
+        if content.quant_type.spec.weight.per_group:
             header["group_size"] = self.options.group_size
         if self.corrected:
             header[QUANT_BIAS_CORRECTION] = CORRECTION_STEP

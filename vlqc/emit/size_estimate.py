@@ -16,7 +16,7 @@ from vlqc.ir.stage import Site
 from vlqc.options.options import Options
 from vlqc.pipeline.pass_api import Pass
 from vlqc.targets.engine import Engine
-from vlqc.targets.schemes import SPECS, Scheme, StorageFormat, linear_bytes
+from vlqc.targets.schemes import Scheme, StorageFormat, linear_bytes
 
 
 def required_disk_space(
@@ -48,7 +48,7 @@ def predict_schemes(model: StreamedModel, passes: Sequence[Pass]) -> dict[str, S
             decision = assign.choose(members)
             for member in members:
                 member.scheme, member.reason = decision.scheme, decision.reason
-                member.group_size = assign.group_size if SPECS[decision.scheme].grouped else None
+                member.group_size = assign.group_size if decision.scheme.spec.weight.per_group else None
     return sites
 
 
@@ -67,13 +67,13 @@ def output_bytes(
         layer = name.removesuffix(".weight")
         site = sites.get(layer)
         scheme = (site.scheme if site else None) or Scheme.FLOAT
-        if site is None or scheme == Scheme.FLOAT:
+        if site is None or not scheme.is_quantized:
             total += parameter.numel() * dtype.itemsize
             continue
         outputs, inputs = site.shape
         linear = Linear(outputs, inputs, is_row_parallel(layer))
         form = StorageFormat(code, layout.packs_int4, site.group_size or inputs)
-        stored = [scheme, *SPECS[scheme].alternatives] if with_alternatives else [scheme]
+        stored = [scheme, *scheme.alternatives] if with_alternatives else [scheme]
         total += sum(linear_bytes(each, linear, form) for each in stored)
     return total
 

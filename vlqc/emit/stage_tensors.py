@@ -11,8 +11,7 @@ from vlqc.errors import Fault, UserError
 from vlqc.families.qwen2_5_vl import is_row_parallel
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.ir.stage import Stage
-from vlqc.kernels_ref.int4_groups import pack_int4, scale_bias
-from vlqc.kernels_ref.quant_linear import GroupQuantLinear
+from vlqc.kernels_ref.quant_linear import QuantLinear
 from vlqc.targets.engine import Engine
 from vlqc.targets.schemes import Scheme
 
@@ -51,7 +50,7 @@ def stage_tensors(stage: Stage, layout: Engine, scheme: Scheme) -> Iterator[Emit
     scheme but not lowered.
     """
     for site in stage.sites.values():
-        if site.scheme not in (None, Scheme.FLOAT) and not stage.is_lowered(site):
+        if site.is_quantized and not stage.is_lowered(site):
             fix = "let the pipeline end with the passes that quantize activations and weights and lower linears"
             raise UserError(Fault(f"{site.name} was assigned {site.scheme} but is still float", stage.name, fix=fix))
     for path, module in stage.module.named_modules():
@@ -65,34 +64,24 @@ def module_tensors(stage: Stage, path: str, module: nn.Module, *, packed: bool) 
 
     packed: two rows of 4-bit weights share their bytes and come with a scale_bias, else each takes bytes of its own.
     """
-    scheme = getattr(module, "scheme", None)
-    if scheme is None:
+    if not isinstance(module, QuantLinear):
         for name, parameter in module.named_parameters(recurse=False):
             local = f"{path}.{name}" if path else name
             yield float_tensor(stage.checkpoint_name(local), parameter, stage.dtype)
         return
     layer = stage.checkpoint_name(path)
-    tensors = dict(module.named_buffers(recurse=False))
-    if packed and isinstance(module, GroupQuantLinear):
-        tensors |= _packed_int4(module, layer)
-    for name, buffer in tensors.items():
+    for name, buffer in module.stored(packed=packed, row_parallel=is_row_parallel(layer)).items():
         full_name = f"{layer}.{name}"
         if name == "bias":
             yield float_tensor(full_name, buffer, stage.dtype)
         else:
-            yield EmittedTensor(full_name, buffer, Scheme(scheme))
+            yield EmittedTensor(full_name, buffer, Scheme(module.scheme))
 
 
 def header_bytes(checkpoint: Checkpoint) -> int:
     """An upper bound of the header of a file that holds everything made of this checkpoint."""
     needed = 1024 + sum((len(name.encode()) + 24 + ENTRY_BYTES) * TENSORS_PER_LINEAR for name in checkpoint.names)
     return -(-needed // ALIGNMENT) * ALIGNMENT
-
-
-def _packed_int4(module: GroupQuantLinear, layer: str) -> dict[str, Tensor]:
-    """The tensors of a 4-bit layer that differ where two rows share their bytes."""
-    correction = scale_bias(module.weight, module.weight_scale, module.weight_scale_second, is_row_parallel(layer))
-    return {"weight": pack_int4(module.weight), "scale_bias": correction}
 
 
 def _norm_copies(stage: Stage, submodule: str, scheme: Scheme) -> Iterator[EmittedTensor]:

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from vlqc.errors import Fault, UserError
 from vlqc.ir.execution import StageRun
 from vlqc.ir.observation import Observation
-from vlqc.targets.schemes import Scheme
+from vlqc.targets.schemes import Scheme, SchemeSpec
 
 RENAMED = {  # attributes of Stage in 0.1 -> in 0.2; removed in the next version
     "live": "module",
@@ -74,6 +74,16 @@ class Site:
     added_bias: bool = False
     input: InputQuantization | None = None
     weight: WeightQuantization | None = None
+
+    @property
+    def spec(self) -> SchemeSpec:
+        """The facts of its scheme; those of FLOAT if no scheme is assigned yet."""
+        return (self.scheme or Scheme.FLOAT).spec
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether it is assigned a scheme that stores integers."""
+        return self.spec.is_quantized
 
     @property
     def gained_bias(self) -> bool:

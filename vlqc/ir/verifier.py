@@ -16,7 +16,6 @@ from vlqc.ir.snapshot import StageSnapshot
 from vlqc.ir.stage import Edge, Site, Stage, WeightQuantization, observe
 from vlqc.ir.tensor_cache import TensorCache
 from vlqc.ir.tensor_digest import is_finite
-from vlqc.targets.schemes import Scheme
 
 OPS = ("placeholder", "get_attr", "call_function", "call_module", "call_method", "output")
 
@@ -122,12 +121,12 @@ def _site(stage: Stage | StageSnapshot, modules: dict[str, nn.Module], key: str,
     if isinstance(module, nn.Linear) and tuple(module.weight.shape) != site.shape:
         yield f"site {site.name} is [{outputs}, {inputs}], but its weight is {list(module.weight.shape)}"
     lowered = module is not None and not isinstance(module, nn.Linear)
-    if lowered and (site.weight is None or site.scheme in (None, Scheme.FLOAT)):
+    if lowered and (site.weight is None or not site.is_quantized):
         yield f"site {site.name} is lowered to {type(module).__name__} without a scheme and a quantized weight"
-    if lowered and site.scheme == Scheme.W8A8 and site.input is None:
-        yield f"site {site.name} is lowered as W8A8 without an input scale"
-    if site.scheme == Scheme.FLOAT and (site.weight is not None or site.input is not None):
-        yield f"site {site.name} is FLOAT but has quantization parameters"
+    if lowered and site.spec.activation.is_static and site.input is None:
+        yield f"site {site.name} is lowered as {site.scheme} without an input scale"
+    if site.scheme is not None and not site.is_quantized and (site.weight is not None or site.input is not None):
+        yield f"site {site.name} is {site.scheme} but has quantization parameters"
     if site.input is not None:
         scale, offset = site.input.scale, site.input.offset
         if not (math.isfinite(scale) and scale > 0):
@@ -143,10 +142,11 @@ def _quantized(site: Site, weight: WeightQuantization) -> Iterator[str]:
     if integers.dtype != torch.int8 or tuple(integers.shape) != site.shape:
         actual = f"{integers.dtype} {list(integers.shape)}"
         yield f"site {site.name} has integers {actual}: expected int8 {list(site.shape)}"
-    elif integers.numel() and group_scale is None and int(integers.min()) == -128:
-        yield f"site {site.name} has the integer -128: symmetric weights end at -127"
-    elif integers.numel() and group_scale is not None and not -8 <= int(integers.min()) <= int(integers.max()) <= 7:
-        yield f"site {site.name} has integers beyond 4 bits: expected -8 to 7"
+    elif integers.numel() and site.is_quantized:
+        smallest, largest, form = int(integers.min()), int(integers.max()), site.spec.weight
+        if smallest < form.smallest or largest > form.largest:
+            limits = f"{site.scheme} has {form.smallest} to {form.largest}"
+            yield f"site {site.name} has integers from {smallest} to {largest}: {limits}"
     if scale.dtype != torch.float32 or tuple(scale.shape) != (site.shape[0], 1):
         yield f"site {site.name} has scales {scale.dtype} {list(scale.shape)}: expected float32 [{site.shape[0]}, 1]"
     elif scale.numel() and not (is_finite(scale) and float(scale.min()) > 0):

@@ -163,4 +163,4 @@ RULES: tuple[tuple[frozenset[str], Callable[[OptionFields], Iterator[Fault]]], .
 
 
 def _static(options: OptionFields) -> bool:
-    return options.w_bit == 8 and not options.is_dynamic
+    return options.scheme.spec.activation.is_static

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -17,11 +17,9 @@ from vlqc.errors import UserError
 from vlqc.formatting import did_you_mean
 from vlqc.targets.engine import Engine
 from vlqc.targets.mindie import MINDIE
+from vlqc.targets.schemes import Scheme, scheme_of_flags
 from vlqc.targets.target import BOTH, parse_target
 from vlqc.targets.vllm_ascend import VLLM_ASCEND
-
-if TYPE_CHECKING:
-    from vlqc.targets.schemes import Scheme
 
 DATA, SCHEME, LAYERS, OUTPUT, RUNNING, DEBUGGING = PANELS = (
     "Model and calibration data",
@@ -314,13 +312,9 @@ class OptionFields(BaseModel):
     )
 
     @property
-    def scheme(self) -> "Scheme":
-        """The quantization scheme that w_bit and is_dynamic select."""
-        from vlqc.targets.schemes import Scheme
-
-        if self.w_bit == 4:
-            return Scheme.W4A8_DYNAMIC
-        return Scheme.W8A8_DYNAMIC if self.is_dynamic else Scheme.W8A8
+    def scheme(self) -> Scheme:
+        """The quantization scheme that w_bit, a_bit and is_dynamic select."""
+        return scheme_of_flags(self.w_bit, self.a_bit, is_dynamic=self.is_dynamic)
 
     @property
     def layout(self) -> Engine:
@@ -334,7 +328,7 @@ class OptionFields(BaseModel):
             return self.target
         if self.mindie_format:
             return MINDIE.name
-        return BOTH if self.w_bit == 8 and not self.is_dynamic and not self.shift else VLLM_ASCEND.name
+        return BOTH if self.scheme.spec.activation.is_static and not self.shift else VLLM_ASCEND.name
 
 
 @dataclass(frozen=True)

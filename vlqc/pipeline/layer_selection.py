@@ -49,7 +49,7 @@ def check_exclusions(layers: Mapping[str, Sequence[int] | None], options: Option
             include=options.include,
         )
         schemes |= dict.fromkeys(members, decision.scheme)
-    if all(scheme == Scheme.FLOAT for scheme in schemes.values()):
+    if not any(scheme.is_quantized for scheme in schemes.values()):
         raise UserError(Fault("nothing would be quantized", "--exclude", "every layer stays float", "exclude less"))
     if faults := group_faults(target, schemes):
         raise UserError(*(replace(fault, where=f"--exclude, for {target}") for fault in faults))

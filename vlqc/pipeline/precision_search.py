@@ -14,7 +14,6 @@ from vlqc.targets.rules import group_faults
 from vlqc.targets.schemes import Scheme
 from vlqc.targets.target import Target
 
-PER_TOKEN_COST = 0.1  # run-time cost of dynamic over static scales, as a fraction of the group's bytes
 MAX_NAMES = 3  # groups that a note names
 MAX_COST_RATIO = 2  # upper bound of the result's extra cost, relative to the optimum
 
@@ -39,9 +38,14 @@ class SearchGroup:
     def name(self) -> str:
         return self.sites[0]
 
+    @property
+    def float_candidate(self) -> Candidate | None:
+        """The group in float, None if it must be quantized."""
+        return self.candidates.get(Scheme.FLOAT)
+
     def extra_cost(self, scheme: Scheme) -> float:
-        """Bytes above those of the assigned scheme, plus the run-time cost of dynamic scales. Not negative."""
-        overhead = PER_TOKEN_COST if scheme == Scheme.W8A8_DYNAMIC and self.assigned == Scheme.W8A8 else 0.0
+        """Bytes above those of the assigned scheme, plus the run-time cost of its activations. Not negative."""
+        overhead = max(0.0, scheme.spec.activation.cost - self.assigned.spec.activation.cost)
         base = self.candidates[self.assigned].bytes if self.assigned in self.candidates else 0
         return max(0.0, self.candidates[scheme].bytes * (1 + overhead) - base)
 
@@ -169,15 +173,17 @@ def restrictions(groups: Sequence[SearchGroup], target: str | Target) -> Iterato
         for scheme, candidate in group.candidates.items():
             if scheme == group.assigned or not group_faults(target, assigned | dict.fromkeys(group.sites, scheme)):
                 legal[scheme] = candidate
-            elif scheme == Scheme.FLOAT:
+            elif not scheme.is_quantized:
                 coupled.add(_tower(group))
         independent.append(replace(group, candidates=legal))
     yield independent
     inside = [group for group in groups if _tower(group) in coupled]
-    if inside and all(Scheme.FLOAT in group.candidates for group in inside):
-        floats = {
-            group.name: replace(group, candidates={Scheme.FLOAT: group.candidates[Scheme.FLOAT]}) for group in inside
-        }
+    floats = {
+        group.name: replace(group, candidates={Scheme.FLOAT: group.float_candidate})
+        for group in inside
+        if group.float_candidate is not None
+    }
+    if inside and len(floats) == len(inside):
         yield [floats.get(group.name, group) for group in independent]
 
 
@@ -262,9 +268,9 @@ def _search_by_count(groups: Sequence[SearchGroup], max_groups: int) -> list[Sch
     if left < 0:
         return None
     gains = [
-        (group.candidates[scheme].noise - group.candidates[Scheme.FLOAT].noise, number)
+        (group.candidates[scheme].noise - group.float_candidate.noise, number)
         for number, (group, scheme) in enumerate(zip(groups, schemes, strict=True))
-        if Scheme.FLOAT in group.candidates and scheme != Scheme.FLOAT
+        if group.float_candidate is not None and scheme.is_quantized
     ]
     for gain, number in sorted(gains, key=lambda gain: (-gain[0], groups[gain[1]].name))[:left]:
         if gain > 0:
@@ -302,9 +308,9 @@ def _tower(group: SearchGroup) -> str:
 
 
 def _describe(names: Sequence[str], scheme: Scheme) -> str:
-    what = "stay float" if scheme == Scheme.FLOAT else f"become {scheme}"
+    what = f"become {scheme}" if scheme.is_quantized else "stay float"
     if len(names) == 1:
-        what = "stays float" if scheme == Scheme.FLOAT else f"becomes {scheme}"
+        what = f"becomes {scheme}" if scheme.is_quantized else "stays float"
     more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
     return f"{len(names)} group{'s' * (len(names) > 1)} {what}: {', '.join(names[:MAX_NAMES])}{more}"
 

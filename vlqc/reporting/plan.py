@@ -156,7 +156,7 @@ def estimate_seconds(model: StreamedModel, sites: dict[str, Site], tokens: int, 
         rows = tokens if model.is_language(stage) else patches // (4 if model_part(f"{name}.") == "merger" else 1)
         forward_flops += 2.0 * rows * sum(tensor.numel() for tensor in model.parameters(stage).values())
     for site in sites.values():
-        if site.scheme not in (None, Scheme.FLOAT):
+        if site.is_quantized:
             rounding_flops += 2.0 * site.shape[0] * site.shape[1] ** 2
     forward_dtype = torch.bfloat16 if model.checkpoint.dtype == torch.bfloat16 else torch.float32
     disk = bytes_per_second(model.checkpoint)

@@ -186,7 +186,7 @@ class CompilationSummary:
         self.add_notes(search_result.notes())
 
     def _require_quantized(self) -> None:
-        if all(scheme == Scheme.FLOAT for _, scheme in self.counts):
+        if not any(Scheme(scheme).is_quantized for _, scheme in self.counts):
             why = "no pass assigned a scheme to any layer, or every layer is excluded"
             fix = "check --pipeline and --exclude"
             if self.search_result is not None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from vlqc.families.layer_names import layer_pattern, matches_any
 from vlqc.families.qwen2_5_vl import fused_group, stays_float_in_reference
 from vlqc.targets.rules import supported_schemes, target_supporting
-from vlqc.targets.schemes import SPECS, Scheme
+from vlqc.targets.schemes import Scheme
 from vlqc.targets.target import TargetLike
 
 
@@ -49,8 +49,7 @@ def choose_scheme(
     if missing:
         reason = f"the engine fuses it with {', '.join(missing)}, which reads another input"
         return Decision(Scheme.FLOAT, reason, f"{first} stays float: {reason}")
-    substitute = SPECS[scheme].substitute
-    choices = [scheme] if substitute is None else [scheme, substitute]
+    choices = [scheme] if scheme.substitute is None else [scheme, scheme.substitute]
     rules = target_supporting(target, scheme)
     if scope == "engine" and rules is not None:
         choices = [each for each in choices if all(each in supported_schemes(rules, layer) for layer in layers)]
@@ -83,13 +82,12 @@ def _excluded(layers: Sequence[str], fallback: str, exclude: Sequence[str], incl
 
 def _misfit(layers: Mapping[str, Sequence[int] | None], scheme: Scheme, group_size: int) -> str:
     """Returns why the weights cannot be stored in groups, or an empty string."""
-    spec = SPECS[scheme]
     for shape in layers.values():
-        if shape is None or not spec.grouped:
+        if shape is None or not scheme.spec.weight.per_group:
             continue
         outputs, inputs = shape
         if inputs % group_size:
             return f"its {inputs} inputs are not divisible by group size {group_size}"
-        if outputs % spec.output_multiple:
-            return f"its {outputs} outputs are not divisible by {spec.output_multiple}"
+        if outputs % scheme.spec.output_multiple:
+            return f"its {outputs} outputs are not divisible by {scheme.spec.output_multiple}"
     return ""

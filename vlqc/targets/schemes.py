@@ -1,21 +1,20 @@
-"""The quantization schemes: how one Linear is stored and run."""
+"""The quantization schemes: how one Linear is stored and run.
+
+A scheme is one row of `Scheme`, plus its quantized layer in `vlqc.kernels_ref`. The rest of the compiler reads the row,
+`scheme.spec`, and does not compare schemes with each other; only the rules of the engines name them.
+"""
 
 import math
+import pkgutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from vlqc.families.model_structure import Linear, Shape
 
-
-class Scheme(StrEnum):
-    """How one Linear is stored and run; the values are those of quant_model_description.json."""
-
-    FLOAT = "FLOAT"
-    W8A8 = "W8A8"  # int8 weight per output channel, int8 activation per tensor with stored scale and offset
-    W8A8_DYNAMIC = "W8A8_DYNAMIC"  # int8 weight per output channel, int8 activation per token
-    W4A8_DYNAMIC = "W4A8_DYNAMIC"  # int4 weight per group, int8 activation per token
-
+if TYPE_CHECKING:  # it imports torch, which the command line loads late
+    from vlqc.kernels_ref.quant_linear import QuantLinear
 
 # ---- the stored tensors of one Linear ------------------------------------------------------------------------------
 
@@ -89,82 +88,250 @@ def _vector(linear: Linear, _: StorageFormat) -> Shape:
 
 
 PER_CHANNEL = (TensorSpec("weight_scale", SCALE, _per_channel), TensorSpec("weight_offset", ZEROS, _per_channel))
+INT8_WEIGHT = (TensorSpec("weight", ("I8",), _matrix), *PER_CHANNEL)
+INT4_WEIGHT = (
+    TensorSpec("weight", ("I8",), _int4_matrix),
+    *PER_CHANNEL,
+    TensorSpec("weight_scale_second", SCALE, _per_group),
+    TensorSpec("weight_offset_second", ZEROS, _per_group),
+    TensorSpec("scale_bias", ("F32",), _per_part, only_packed=True),
+)
+STATIC_INPUT = (
+    TensorSpec("input_scale", SCALE, _one),
+    TensorSpec("input_offset", SCALE, _one),
+    TensorSpec("quant_bias", ("I32",), _vector),
+    TensorSpec("deq_scale", (DEQ_SCALE,), _vector),
+)
 
 
-# ---- facts per scheme ----------------------------------------------------------------------------------------------
+# ---- the formats of weights and activations --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """Symmetric integers with a scale per output channel, or float.
+
+    bits: of one weight; smallest, largest: integers that quantization produces, both 0 for a float weight; per_group:
+    whether `group_size` columns of a row share a second scale; float32_scale: whether engines use the weight's scale
+    as float32, and not in the checkpoint's dtype.
+    """
+
+    bits: int
+    smallest: int = 0
+    largest: int = 0
+    per_group: bool = False
+    float32_scale: bool = False
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.largest > 0
+
+    def is_packed(self, form: StorageFormat) -> bool:
+        """Whether two rows share their bytes in a folder of this format."""
+        return form.packed and self.bits == 4
+
+
+@dataclass(frozen=True)
+class ActivationFormat:
+    """int8 or float inputs.
+
+    bits: of one value; is_static: int8 with one stored scale and offset for all inputs; is_dynamic: int8 with a scale
+    per token, computed at run time (both: the engine decides when it runs the layer); cost: time that quantizing at run
+    time takes, as a fraction of the time to read the layer's tensors.
+    """
+
+    bits: int
+    is_static: bool = False
+    is_dynamic: bool = False
+    cost: float = 0.0
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.is_static or self.is_dynamic
+
+
+FLOAT_WEIGHT = WeightFormat(16)
+INT8_STATIC = WeightFormat(8, -127, 127, float32_scale=True)  # engines read deq_scale, a product in float32
+INT8 = WeightFormat(8, -127, 127)
+INT4_GROUPS = WeightFormat(4, -8, 7, per_group=True)
+
+FLOAT_ACTIVATION = ActivationFormat(16)
+PER_TENSOR = ActivationFormat(8, is_static=True)
+PER_TOKEN = ActivationFormat(8, is_dynamic=True, cost=0.1)
+
+
+# ---- the schemes -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ReportStyle:
+    """How the report page shows a scheme.
+
+    title: in words; letter: in the precision map; light, dark: background and text color of each color scheme, as
+    "#rrggbb".
+    """
+
+    title: str
+    letter: str
+    light: tuple[str, str]
+    dark: tuple[str, str]
 
 
 @dataclass(frozen=True)
 class SchemeSpec:
     """Facts of a scheme that do not depend on an engine.
 
-    stored: the tensors of a Linear, its bias aside; substitute: the scheme for layers on which an engine does not run
-    this one, tried before FLOAT; alternatives: what the precision search may choose in its place, in this order;
-    grouped: whether `group_size` columns share a weight scale; output_multiple: of which the number of outputs must be
-    a multiple.
+    name: in quant_model_description.json; stored: the tensors of a Linear, its bias aside; module: the quantized
+    layer, as "module:class" in `vlqc.kernels_ref`, empty for float layers; substitute: name of the scheme for layers on
+    which an engine does not run this one, tried before FLOAT; alternatives: names of those that the precision search
+    may choose in its place, in this order; output_multiple: of which the number of outputs must be a multiple;
+    naming_priority: a folder of several schemes is named after the one with the highest.
     """
 
+    name: str
+    weight: WeightFormat
+    activation: ActivationFormat
     stored: tuple[TensorSpec, ...]
-    substitute: Scheme | None = None
-    alternatives: tuple[Scheme, ...] = ()
-    grouped: bool = False
+    report: ReportStyle
+    module: str = ""
+    substitute: str | None = None
+    alternatives: tuple[str, ...] = ()
     output_multiple: int = 1
+    naming_priority: int = 0
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the layer is stored as integers."""
+        return self.weight.is_quantized
+
+    @property
+    def takes_added_bias(self) -> bool:
+        """Whether a pass may add a bias to a layer without one, as part of its quant_bias.
+
+        Engines apply the bias of a norm before such layers only.
+        """
+        return self.activation.is_static and not self.activation.is_dynamic
+
+    def quant_linear(self) -> type["QuantLinear"]:
+        """The class of the quantized layer. Raises ValueError for a scheme without one."""
+        if not self.module:
+            raise ValueError(f"{self.name} has no quantized layer")
+        kind: type[QuantLinear] = pkgutil.resolve_name(f"vlqc.kernels_ref.{self.module}")
+        return kind
 
 
-SPECS: dict[Scheme, SchemeSpec] = {
-    Scheme.FLOAT: SchemeSpec(stored=(TensorSpec("weight", (FLOAT_DTYPE,), _matrix),)),
-    Scheme.W8A8: SchemeSpec(
-        stored=(
-            TensorSpec("weight", ("I8",), _matrix),
-            *PER_CHANNEL,
-            TensorSpec("input_scale", SCALE, _one),
-            TensorSpec("input_offset", SCALE, _one),
-            TensorSpec("quant_bias", ("I32",), _vector),
-            TensorSpec("deq_scale", (DEQ_SCALE,), _vector),
+class Scheme(StrEnum):
+    """How one Linear is stored and run. The value is the name in quant_model_description.json; the row is `spec`.
+
+    `Scheme("W8A8")` returns a scheme by name. Raises ValueError for a name that does not exist.
+    """
+
+    spec: SchemeSpec
+
+    def __new__(cls, spec: SchemeSpec | str) -> "Scheme":  # str: type checkers compare Scheme("W8A8") with this
+        assert isinstance(spec, SchemeSpec)
+        member = str.__new__(cls, spec.name)
+        member._value_, member.spec = spec.name, spec
+        return member
+
+    W8A8 = SchemeSpec(
+        "W8A8",
+        INT8_STATIC,
+        PER_TENSOR,
+        stored=(*INT8_WEIGHT, *STATIC_INPUT),
+        report=ReportStyle("W8A8, static", "8", light=("#2f6fb0", "#ffffff"), dark=("#6cabea", "#10141a")),
+        module="quant_linear:StaticQuantLinear",
+        alternatives=("W8A8_DYNAMIC", "FLOAT"),
+        naming_priority=2,
+    )
+    W8A8_DYNAMIC = SchemeSpec(
+        "W8A8_DYNAMIC",
+        INT8,
+        PER_TOKEN,
+        stored=INT8_WEIGHT,
+        report=ReportStyle("W8A8, dynamic per token", "d", light=("#0b7a7c", "#ffffff"), dark=("#53c5bd", "#10141a")),
+        module="quant_linear:DynamicQuantLinear",
+        alternatives=("FLOAT",),
+        naming_priority=1,
+    )
+    W4A8_DYNAMIC = SchemeSpec(
+        "W4A8_DYNAMIC",
+        INT4_GROUPS,
+        PER_TOKEN,
+        stored=INT4_WEIGHT,
+        report=ReportStyle(
+            "W4A8, 4-bit weights per group", "4", light=("#e8953a", "#1c2027"), dark=("#f3aa5c", "#10141a")
         ),
-        alternatives=(Scheme.W8A8_DYNAMIC, Scheme.FLOAT),
-    ),
-    Scheme.W8A8_DYNAMIC: SchemeSpec(
-        stored=(TensorSpec("weight", ("I8",), _matrix), *PER_CHANNEL),
-        alternatives=(Scheme.FLOAT,),
-    ),
-    Scheme.W4A8_DYNAMIC: SchemeSpec(
-        stored=(
-            TensorSpec("weight", ("I8",), _int4_matrix),
-            *PER_CHANNEL,
-            TensorSpec("weight_scale_second", SCALE, _per_group),
-            TensorSpec("weight_offset_second", ZEROS, _per_group),
-            TensorSpec("scale_bias", ("F32",), _per_part, only_packed=True),
-        ),
-        substitute=Scheme.W8A8_DYNAMIC,
-        alternatives=(Scheme.W8A8_DYNAMIC, Scheme.FLOAT),
-        grouped=True,
+        module="quant_linear:GroupQuantLinear",
+        substitute="W8A8_DYNAMIC",
+        alternatives=("W8A8_DYNAMIC", "FLOAT"),
         output_multiple=8,  # vLLM Ascend's int4 operator reads eight outputs at a time
-    ),
-}
+        naming_priority=3,
+    )
+    FLOAT = SchemeSpec(
+        "FLOAT",
+        FLOAT_WEIGHT,
+        FLOAT_ACTIVATION,
+        stored=(TensorSpec("weight", (FLOAT_DTYPE,), _matrix),),
+        report=ReportStyle("float", "f", light=("#ddd8cf", "#4c4a45"), dark=("#3a3f49", "#d5d2cb")),
+    )
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether a layer in this scheme is stored as integers."""
+        return self.spec.is_quantized
+
+    @property
+    def substitute(self) -> "Scheme | None":
+        """The scheme for layers on which an engine does not run this one, tried before FLOAT."""
+        return None if self.spec.substitute is None else Scheme(self.spec.substitute)
+
+    @property
+    def alternatives(self) -> tuple["Scheme", ...]:
+        """What the precision search may choose in its place, in this order."""
+        return tuple(Scheme(name) for name in self.spec.alternatives)
+
+
+DEFAULT_SCHEME = Scheme.W8A8
+
+
+def quant_linears() -> list[type["QuantLinear"]]:
+    """The classes of all quantized layers."""
+    return [scheme.spec.quant_linear() for scheme in Scheme if scheme.is_quantized]
+
+
+def scheme_of_flags(w_bit: int, a_bit: int, *, is_dynamic: bool) -> Scheme:
+    """The scheme with these bits; if there are several, the one with activations quantized as `is_dynamic` says."""
+    fitting = [each for each in Scheme if (each.spec.weight.bits, each.spec.activation.bits) == (w_bit, a_bit)]
+    return next((each for each in fitting if each.spec.activation.is_dynamic == is_dynamic), fitting[0])
 
 
 def stored_tensors(scheme: Scheme, form: StorageFormat) -> tuple[TensorSpec, ...]:
     """The tensors of a Linear in a folder of this format, its bias aside."""
-    return tuple(spec for spec in SPECS[scheme].stored if form.packed or not spec.only_packed)
+    return tuple(tensor for tensor in scheme.spec.stored if form.packed or not tensor.only_packed)
 
 
 def linear_bytes(scheme: Scheme, linear: Linear, form: StorageFormat) -> int:
     """Bytes of the stored tensors of a Linear, its bias aside."""
     return sum(
-        math.prod(spec.shape(linear, form)) * ITEM_BYTES[form.dtype_codes(spec.dtypes)[0]]
-        for spec in stored_tensors(scheme, form)
+        math.prod(tensor.shape(linear, form)) * ITEM_BYTES[form.dtype_codes(tensor.dtypes)[0]]
+        for tensor in stored_tensors(scheme, form)
     )
 
 
-# ---- the scheme that names a folder --------------------------------------------------------------------------------
+def scheme_of_tensors(suffixes: Iterable[str]) -> Scheme:
+    """Names of the tensors of a quantized Linear without their layer -> the scheme of which most are there.
 
-# A folder of several schemes is named after the first of these that occurs in it.
-NAMING_ORDER = (Scheme.W4A8_DYNAMIC, Scheme.W8A8, Scheme.W8A8_DYNAMIC)
+    Of several such schemes the one with the fewest tensors. A folder describes its schemes; this is for faults in it.
+    """
+    present = set(suffixes)
+    expected = {each: {tensor.suffix for tensor in each.spec.stored} for each in Scheme if each.is_quantized}
+    return max(expected, key=lambda each: (len(expected[each] & present), -len(expected[each])))
 
 
 def quant_type(schemes: Iterable[Scheme]) -> Scheme:
     """Schemes of a folder's layers -> the one that names its files and is its model_quant_type; FLOAT if none is
     quantized."""
     present = set(schemes)
-    return next((scheme for scheme in NAMING_ORDER if scheme in present), Scheme.FLOAT)
+    quantized = (each for each in Scheme if each in present and each.is_quantized)
+    return max(quantized, key=lambda each: each.spec.naming_priority, default=Scheme.FLOAT)

@@ -14,23 +14,10 @@ from vlqc.files import read_json_object
 from vlqc.formatting import did_you_mean
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.streamed_model import build_meta_model
-from vlqc.kernels_ref.int4_groups import unpack_int4
 from vlqc.kernels_ref.norm import ShiftedNorm
-from vlqc.kernels_ref.quant_linear import DynamicQuantLinear, GroupQuantLinear, QuantLinear, StaticQuantLinear
 from vlqc.targets.schemes import Scheme
 
 DESCRIPTIONS = ("quant_model_description.json", "quant_model_description_*.json")
-MODULES: dict[Scheme, type[QuantLinear]] = {
-    Scheme.W8A8: StaticQuantLinear,
-    Scheme.W8A8_DYNAMIC: DynamicQuantLinear,
-    Scheme.W4A8_DYNAMIC: GroupQuantLinear,
-}
-WEIGHT = ("weight", "weight_scale", "weight_offset")
-COMPANIONS: dict[Scheme, tuple[str, ...]] = {
-    Scheme.W8A8: (*WEIGHT, "input_scale", "input_offset", "quant_bias", "deq_scale"),
-    Scheme.W8A8_DYNAMIC: WEIGHT,
-    Scheme.W4A8_DYNAMIC: (*WEIGHT, "weight_scale_second", "weight_offset_second"),
-}
 
 
 def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> nn.Module:
@@ -80,14 +67,15 @@ class WeightLoader:
     def fill(self, model: nn.Module, path: str, module: nn.Module) -> None:
         """Loads the module at `path` of the model, without its children, or replaces a quantized linear layer."""
         name = original_name(path + ".").removesuffix(".")
-        scheme = str(self.description.get(f"{name}.weight", Scheme.FLOAT))
-        if isinstance(module, nn.Linear) and scheme != Scheme.FLOAT:
-            if scheme not in MODULES:
-                why = did_you_mean(scheme, map(str, MODULES)) or f"supported schemes: {', '.join(MODULES)}"
-                self.faults.append(Fault(f"{name} has the unknown scheme {scheme}", str(self.checkpoint.folder), why))
+        entry = str(self.description.get(f"{name}.weight", Scheme.FLOAT))
+        if isinstance(module, nn.Linear):
+            if entry not in tuple(Scheme):
+                why = did_you_mean(entry, map(str, Scheme)) or f"supported schemes: {', '.join(Scheme)}"
+                self.faults.append(Fault(f"{name} has the unknown scheme {entry}", str(self.checkpoint.folder), why))
                 return
-            self._quantize(model, path, module, name, Scheme(scheme))
-            return
+            if (scheme := Scheme(entry)).is_quantized:
+                self._quantize(model, path, module, name, scheme)
+                return
         for part, parameter in list(module.named_parameters(recurse=False)):
             value = self._read(f"{name}.{part}", tuple(parameter.shape))
             if value is not None:
@@ -98,14 +86,17 @@ class WeightLoader:
                 model.set_submodule(path, ShiftedNorm(module, bias.to(self.dtype)))
 
     def _quantize(self, model: nn.Module, path: str, linear: nn.Linear, name: str, scheme: Scheme) -> None:
-        tensors = {part: self._read(f"{name}.{part}") for part in COMPANIONS[scheme]}
+        tensors = {
+            part.suffix: self._read(f"{name}.{part.suffix}")
+            for part in scheme.spec.stored
+            if not part.only_packed or f"{name}.{part.suffix}" in self.checkpoint
+        }
         bias = None if linear.bias is None else self._read(f"{name}.bias")
-        if any(tensor is None for tensor in tensors.values()):
+        found = {part: tensor for part, tensor in tensors.items() if tensor is not None}
+        if len(found) < len(tensors):
             return
-        if f"{name}.scale_bias" in self.checkpoint and tensors["weight"] is not None:  # two 4-bit weights share a byte
-            tensors["weight"] = unpack_int4(tensors["weight"])
         try:
-            model.set_submodule(path, MODULES[scheme](**tensors, bias=bias))  # type: ignore[arg-type]
+            model.set_submodule(path, scheme.spec.quant_linear().from_stored(found, bias))
         except ValueError as error:
             self.faults.append(Fault(f"layer {name} cannot be loaded", str(self.checkpoint.folder), str(error)))
 

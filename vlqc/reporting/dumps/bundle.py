@@ -43,10 +43,11 @@ from vlqc.ir.tensor_cache import TensorCache
 from vlqc.ir.tensor_digest import digest, fingerprint
 from vlqc.ir.verifier import check
 from vlqc.kernels_ref.norm import ShiftedNorm
-from vlqc.kernels_ref.quant_linear import DynamicQuantLinear, GroupQuantLinear, QuantLinear, StaticQuantLinear
+from vlqc.kernels_ref.quant_linear import QuantLinear
 from vlqc.pipeline.registry import WRAPPERS, load_wrapper
 from vlqc.reporting.dumps.diff import BUNDLE_GRAPH, read_stage_text
 from vlqc.reporting.dumps.writer import DumpContext, add_suffix, write_or_link
+from vlqc.targets.schemes import quant_linears
 
 CONFIG, METADATA = "config.json", "bundle.json"
 WEIGHTS, OBSERVATIONS, INPUTS = "weights.safetensors", "observations.safetensors", "inputs.safetensors"
@@ -55,9 +56,6 @@ HALVED = "float32 tensors that are stored in bfloat16, which holds them"
 RANGE_PARTS = ("minimum", "maximum", "sum", "sum_of_squares")
 KEPT_PARTS = ("kept", "kept_modality", "kept_energy")
 PACKAGES = ("vlqc", "torch", "transformers", "numpy")
-QUANTIZED: dict[str, type[QuantLinear]] = {
-    kind.__name__: kind for kind in (StaticQuantLinear, DynamicQuantLinear, GroupQuantLinear)
-}
 LARGEST_SIZE = 2**20  # limit of all dimensions in config.json; the largest vocabularies have some 150 000 entries
 MOST_TENSORS = 10_000  # limit of the tensors of a model, and so of the blocks that are built
 FIX = "write the bundle again: vlqc compile --dump_ir FOLDER --dump_formats bundle"
@@ -188,11 +186,9 @@ def _checkpoint_names(stage: Stage) -> Iterator[tuple[str, str]]:
 def _replaced_modules(module: nn.Module) -> Iterator[ReplacedModule]:
     for path, child in module.named_modules():
         kind = type(child).__name__
-        if isinstance(child, StaticQuantLinear):
-            yield ReplacedModule(path=path, kind=kind, flags={"corrected": child.corrected})
-        elif isinstance(child, GroupQuantLinear):
-            yield ReplacedModule(path=path, kind=kind, flags={"weight_only": child.weight_only})
-        elif isinstance(child, QuantLinear | ShiftedNorm) or kind in WRAPPERS:
+        if isinstance(child, QuantLinear):
+            yield ReplacedModule(path=path, kind=kind, flags={name: getattr(child, name) for name in child.settings})
+        elif isinstance(child, ShiftedNorm) or kind in WRAPPERS:
             yield ReplacedModule(path=path, kind=kind)
 
 
@@ -355,10 +351,11 @@ def _restore_module(folder: Path, metadata: BundleMetadata, weights: Mapping[str
 def _restore_replaced(replaced: ReplacedModule, original: nn.Module, values: Tensors) -> nn.Module:
     prefix = f"{replaced.path}."
     tensors = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
-    if replaced.kind in QUANTIZED:
-        module = QUANTIZED[replaced.kind](**tensors)  # type: ignore[arg-type]
+    quantized = {kind.__name__: kind for kind in quant_linears()}
+    if replaced.kind in quantized:
+        module = quantized[replaced.kind](**tensors)  # type: ignore[arg-type]
         for flag, value in replaced.flags.items():
-            if not isinstance(getattr(type(module), flag, None), bool):
+            if flag not in module.settings:
                 raise ValueError(f"{replaced.kind} has no flag {flag}")
             setattr(module, flag, value)
         return module

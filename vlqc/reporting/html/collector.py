@@ -132,7 +132,7 @@ class StageMetrics:
 
     def _sqnr(self, stage: Stage) -> dict[Modality, float]:
         """SQNR in dB of the stage's output for the probe, by modality; empty if no site is quantized."""
-        if stage.execution.probe is None or all(site.scheme in (None, Scheme.FLOAT) for site in stage.sites.values()):
+        if stage.execution.probe is None or not any(site.is_quantized for site in stage.sites.values()):
             return {}
         reference, output = self._reference, stage.execution.probe_output()
         modality = stage.execution.probe.modality
@@ -152,7 +152,7 @@ def site_data(site: Site) -> SiteData:
     return SiteData(
         name=site.name,
         shape=site.shape,
-        scheme=str(site.scheme or Scheme.FLOAT),  # type: ignore[arg-type]
+        scheme=site.spec.name,
         group_size=site.group_size,
         reason=site.reason,
         low=None if grid is None else rounded((INT8_MIN - grid.offset) * grid.scale),

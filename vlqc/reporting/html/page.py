@@ -17,14 +17,8 @@ from vlqc.reporting.html.svg import Chart
 from vlqc.reporting.html.towers import Tower, group_stages, lowest_sqnr, site_role, stage_label
 from vlqc.reporting.html.verification import Verification
 from vlqc.reporting.tables import is_warning, part_order
+from vlqc.targets.schemes import Scheme
 
-# Scheme -> CSS class, letter in the precision map, title.
-SCHEMES = {
-    "W8A8": ("static", "8", "W8A8, static"),
-    "W8A8_DYNAMIC": ("dynamic", "d", "W8A8, dynamic per token"),
-    "W4A8_DYNAMIC": ("four", "4", "W4A8, 4-bit weights per group"),
-    "FLOAT": ("float", "f", "float"),
-}
 LISTED_STAGES = 5  # stages in the table of the lowest SQNR
 
 
@@ -80,7 +74,7 @@ def render(folder: FolderInfo, data: ReportData, timings: Timings | None, verifi
     """The HTML text, which depends on the arguments only."""
     towers = group_stages(data)
     templates = files("vlqc.reporting.html") / "templates"
-    style = (templates / "style.css").read_text(encoding="utf-8")
+    style = (templates / "style.css").read_text(encoding="utf-8") + scheme_style()
     script = (templates / "script.js").read_text(encoding="utf-8")
     environment = Environment(
         loader=PackageLoader("vlqc.reporting.html"),
@@ -100,7 +94,7 @@ def render(folder: FolderInfo, data: ReportData, timings: Timings | None, verifi
         style=style,
         script=script,
         script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        schemes=SCHEMES,
+        schemes={str(scheme): scheme_marks(scheme) for scheme in Scheme},
         scheme_counts=count_schemes([*(site.scheme for stage in data.stages for site in stage.sites), *heads]),
         part_counts=[(*key, count) for key, count in sorted(data.counts().items(), key=lambda row: part_order(row[0]))],
         warnings=[note.split("\n") for note in data.notes if is_warning(note)],
@@ -124,9 +118,32 @@ def render(folder: FolderInfo, data: ReportData, timings: Timings | None, verifi
     )
 
 
+def scheme_marks(scheme: Scheme) -> tuple[str, str, str]:
+    """CSS class, letter in the precision map, title."""
+    return scheme.lower(), scheme.spec.report.letter, scheme.spec.report.title
+
+
+def scheme_style() -> str:
+    """The colors of the schemes, in CSS. Float layers are hatched; their rule is in style.css."""
+    specs = {scheme.lower(): scheme.spec for scheme in Scheme}
+    light = "".join(_color_variables(name, spec.report.light) for name, spec in specs.items())
+    dark = "".join(_color_variables(name, spec.report.dark) for name, spec in specs.items())
+    rules = "".join(
+        f".scheme.{name} {{ background: var(--{name}); color: var(--on-{name}); }}\n"
+        for name, spec in specs.items()
+        if spec.is_quantized
+    )
+    return f":root {{{light} }}\n@media (prefers-color-scheme: dark) {{ :root {{{dark} }} }}\n{rules}"
+
+
+def _color_variables(name: str, colors: tuple[str, str]) -> str:
+    background, text = colors
+    return f" --{name}: {background}; --on-{name}: {text};"
+
+
 def count_schemes(layers: Sequence[str]) -> list[SchemeCount]:
-    """layers: scheme of each linear layer -> schemes that occur, in the order of SCHEMES."""
-    counts = {scheme: layers.count(scheme) for scheme in SCHEMES}
+    """layers: scheme of each linear layer -> schemes that occur, in the order of `Scheme`."""
+    counts = {str(scheme): layers.count(scheme) for scheme in Scheme}
     return [SchemeCount(scheme, count, 100 * count / len(layers)) for scheme, count in counts.items() if count]
 
 
@@ -139,7 +156,7 @@ def precision_map(tower: Tower) -> PrecisionMap:
 
 
 def _map_cell(site: SiteData) -> MapCell:
-    css, letter, title = SCHEMES[site.scheme]
+    css, letter, title = scheme_marks(Scheme(site.scheme))
     texts = [title + (f" of {site.group_size}" if site.group_size else "")]
     if site.reason:
         texts.append(site.reason)

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 
 from vlqc.errors import Fault, UserError
 from vlqc.files import read_regular_file
+from vlqc.targets.schemes import Scheme
 
 DATA_FILE = "vlqc_report.json"
 LARGEST = 3.4e38  # bound of all magnitudes in a file: about the largest float32
@@ -32,11 +33,17 @@ def _require_curve_length(values: tuple[float, ...]) -> tuple[float, ...]:
     return values
 
 
+def _require_scheme(value: str) -> str:
+    if value not in tuple(Scheme):
+        raise ValueError(f"a scheme is one of {', '.join(Scheme)}")
+    return value
+
+
 Finite = Annotated[float, Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)]
 Magnitude = Annotated[float, Field(ge=0, le=LARGEST, allow_inf_nan=False)]
 Curve = Annotated[tuple[Magnitude, ...], AfterValidator(_require_curve_length)]  # values at SHARES, descending
 Count = Annotated[int, Field(ge=0, lt=2**63)]
-SchemeName = Literal["W8A8", "W8A8_DYNAMIC", "W4A8_DYNAMIC", "FLOAT"]
+SchemeName = Annotated[str, AfterValidator(_require_scheme)]
 Modality = Literal["text", "image"]
 Name = Annotated[str, StringConstraints(max_length=4096)]
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from vlqc.kernels_ref.deq_scale import decode_deq_scale
 from vlqc.kernels_ref.norm import ShiftedNorm
-from vlqc.kernels_ref.quant_linear import DynamicQuantLinear, GroupQuantLinear, QuantLinear, StaticQuantLinear
+from vlqc.kernels_ref.quant_linear import GroupQuantLinear, QuantLinear
 from vlqc.kernels_ref.quantize import INT8_MAX, SMALLEST_TOKEN_SCALE
 from vlqc.reporting.onnx.builder import Builder
+from vlqc.targets.schemes import Scheme
 
 Shape = tuple[int, ...]
 
@@ -33,9 +34,8 @@ def export_module(builder: Builder, module: nn.Module, name: str, x: str, shape:
     """
     if isinstance(module, nn.Linear):
         return _linear(builder, module, name, x, output)
-    for kind, quantized in QUANTIZED.items():
-        if isinstance(module, kind):
-            return quantized(builder, module, name, x, shape, output)
+    if isinstance(module, QuantLinear):
+        return _quantized(builder, module, name, x, shape, output)
     if isinstance(module, ShiftedNorm):
         normalized = _norm(builder, module._norm[0], module.weight, name, x, f"{output}_unshifted")
         return builder.op("Add", normalized, builder.tensor(module.bias, f"{name}.bias"), output=output)
@@ -103,6 +103,17 @@ def _linear(builder: Builder, linear: nn.Linear, name: str, x: str, output: str)
     return _product(builder, x, builder.tensor(linear.weight, f"{name}.weight"), bias, output)
 
 
+def _quantized(builder: Builder, module: QuantLinear, name: str, x: str, shape: Shape, output: str) -> str:
+    spec = Scheme(module.scheme).spec
+    if spec.activation.is_static and not spec.activation.is_dynamic:
+        return _static(builder, module, name, x, shape, output)
+    weight_only = isinstance(module, GroupQuantLinear) and module.weight_only
+    rounds_input = spec.activation.is_dynamic and not weight_only
+    if spec.weight.per_group:
+        return _groups(builder, module, name, x, shape, output, rounds_input=rounds_input)
+    return _channels(builder, module, name, x, shape, output, rounds_input=rounds_input)
+
+
 def _per_channel(builder: Builder, module: QuantLinear, name: str, output: str) -> str:
     """The int8 weight [N, K], dequantized by one scale per output channel."""
     weight = builder.tensor(module.weight, f"{name}.weight")
@@ -110,17 +121,17 @@ def _per_channel(builder: Builder, module: QuantLinear, name: str, output: str) 
     return builder.op("DequantizeLinear", weight, scale, output=f"{output}_weight", axis=0)
 
 
-def _static(builder: Builder, module: StaticQuantLinear, name: str, x: str, shape: Shape, output: str) -> str:
+def _static(builder: Builder, module: QuantLinear, name: str, x: str, shape: Shape, output: str) -> str:
     """The int32 bias that runtimes expect is quant_bias + offset * sum of a row's integers, in units of deq_scale."""
-    offset = int(module.input_offset)
-    scale = builder.tensor(module.input_scale.float().reshape(()), f"{name}.input_scale")
-    zero = builder.tensor(module.input_offset.to(torch.int8).reshape(()), f"{name}.input_offset")
+    input_scale, input_offset, quant_bias = map(module.get_buffer, ("input_scale", "input_offset", "quant_bias"))
+    scale = builder.tensor(input_scale.float().reshape(()), f"{name}.input_scale")
+    zero = builder.tensor(input_offset.to(torch.int8).reshape(()), f"{name}.input_offset")
     q = builder.op("QuantizeLinear", _rows(builder, x, shape, output), scale, zero, output=f"{output}_input_q")
     values = builder.op("DequantizeLinear", q, scale, zero, output=f"{output}_input")
-    steps = module.quant_bias.long() + offset * module.weight.sum(1, dtype=torch.int64)
+    steps = quant_bias.long() + int(input_offset) * module.weight.sum(1, dtype=torch.int64)
     if int(steps.abs().max()) >= 2**31:
         raise UnsupportedOperation(f"the bias of {name}, which has more than 32 bits without the offset of the input")
-    deq_scale = builder.tensor(decode_deq_scale(module.deq_scale), f"{name}.deq_scale")
+    deq_scale = builder.tensor(decode_deq_scale(module.get_buffer("deq_scale")), f"{name}.deq_scale")
     bias_q = builder.tensor(steps.to(torch.int32), f"{name}.bias_in_steps")
     bias = builder.op("DequantizeLinear", bias_q, deq_scale, output=f"{output}_bias", axis=0)
     weight = _per_channel(builder, module, name, output)
@@ -159,35 +170,39 @@ def _per_token(builder: Builder, x: str, shape: Shape, output: str) -> str:
     return builder.op("DequantizeLinear", q, scale, zero, output=f"{output}_input", axis=0)
 
 
-def _dynamic(builder: Builder, module: DynamicQuantLinear, name: str, x: str, shape: Shape, output: str) -> str:
-    values = _per_token(builder, x, shape, output)
-    bias = None if module.bias is None else builder.tensor(module.bias.float(), f"{name}.bias")
+def _channels(
+    builder: Builder, module: QuantLinear, name: str, x: str, shape: Shape, output: str, *, rounds_input: bool
+) -> str:
+    """int8 weights; the input is quantized per token, or float."""
+    values = _per_token(builder, x, shape, output) if rounds_input else x
+    bias = _bias(builder, module, name)
     weight = _per_channel(builder, module, name, output)
+    if not rounds_input:
+        return _product(builder, x, weight, bias, output)
     return _shaped(builder, module, shape, output, lambda prefix: _product(builder, values, weight, bias, prefix))
 
 
-def _groups(builder: Builder, module: GroupQuantLinear, name: str, x: str, shape: Shape, output: str) -> str:
-    """The scale of a block is the product of weight_scale and weight_scale_second."""
+def _groups(
+    builder: Builder, module: QuantLinear, name: str, x: str, shape: Shape, output: str, *, rounds_input: bool
+) -> str:
+    """4-bit weights. The scale of a block is the product of weight_scale and weight_scale_second."""
     if module.in_features % 2 and module.out_features % 2:
         raise UnsupportedOperation(f"the 4-bit weight of {name}, which has an odd number of values")
-    scale = (module.weight_scale.float() * module.weight_scale_second.float()).contiguous()  # [N, K/G]
+    second = module.get_buffer("weight_scale_second")
     weight = builder.op(
         "DequantizeLinear",
         builder.int4(module.weight, f"{name}.weight"),
-        builder.tensor(scale, f"{name}.weight_scale"),
+        builder.tensor((module.weight_scale.float() * second.float()).contiguous(), f"{name}.weight_scale"),  # [N, K/G]
         output=f"{output}_weight",
         axis=1,
         block_size=module.group_size,
     )
-    if module.weight_only:
-        return _product(builder, x, weight, None, output)
-    bias = None if module.bias is None else builder.tensor(module.bias.float(), f"{name}.bias")
+    bias = None if isinstance(module, GroupQuantLinear) and module.weight_only else _bias(builder, module, name)
+    if not rounds_input:
+        return _product(builder, x, weight, bias, output)
     values = _per_token(builder, x, shape, output)
     return _shaped(builder, module, shape, output, lambda prefix: _product(builder, values, weight, bias, prefix))
 
 
-QUANTIZED: dict[type[QuantLinear], Callable[..., str]] = {
-    StaticQuantLinear: _static,
-    DynamicQuantLinear: _dynamic,
-    GroupQuantLinear: _groups,
-}
+def _bias(builder: Builder, module: QuantLinear, name: str) -> str | None:
+    return None if module.bias is None else builder.tensor(module.bias.float(), f"{name}.bias")

@@ -171,7 +171,7 @@ def find_groups(model: StreamedModel, schemes: Mapping[str, Scheme]) -> list[Lay
     groups: dict[tuple[str, ...], LayerGroup] = {}
     stages = list(model.stages)
     for layer in model.linear_layers:
-        members = tuple(member for member in fused_group(layer) if schemes.get(member, Scheme.FLOAT) != Scheme.FLOAT)
+        members = tuple(member for member in fused_group(layer) if schemes.get(member, Scheme.FLOAT).is_quantized)
         if layer in members and members not in groups:
             stage = next(stage for stage in stages if layer.startswith(f"{stage}."))
             groups[members] = LayerGroup(stage, members)

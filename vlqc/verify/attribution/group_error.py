@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vlqc.ir.observation import MODALITIES
-from vlqc.kernels_ref.quant_linear import GroupQuantLinear, QuantLinear, StaticQuantLinear
+from vlqc.kernels_ref.quant_linear import QuantLinear
 from vlqc.kernels_ref.quantize import (
     INT8_MAX,
     INT8_MIN,
@@ -20,7 +20,8 @@ from vlqc.kernels_ref.quantize import (
     quantize_per_token,
     quantize_weight_per_channel_absmax,
 )
-from vlqc.verify.attribution.stage_pair import StagePair, stored_bias, stored_weight, weight_steps
+from vlqc.targets.schemes import Scheme, SchemeSpec
+from vlqc.verify.attribution.stage_pair import StagePair, stored_weight
 
 NARROWER = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # shares of the samples' range that are tried as the input's range
 SMOOTHING = 0.5  # exponent of the closed-form smoothing (SmoothQuant's alpha) that is tried
@@ -78,7 +79,7 @@ def measure_group(pair: StagePair, layers: Sequence[str], captured: CapturedInpu
     error = GroupError()
     inputs = pair.transforms[layers[0]].input_to_stored(captured.rows)
     first = pair.stored[layers[0]]
-    if isinstance(first, StaticQuantLinear):
+    if isinstance(first, QuantLinear) and Scheme(first.scheme).spec.activation.is_static:
         _measure_range(error, first, inputs, captured.modality)
     size = inputs.abs().amax(dim=0)
     error.outlier_ratio = float(size.amax() / size.median().clamp(min=torch.finfo(torch.float32).tiny))
@@ -87,6 +88,7 @@ def measure_group(pair: StagePair, layers: Sequence[str], captured: CapturedInpu
     for layer in layers:
         linear, stored, transform = pair.linears[layer], pair.stored[layer], pair.transforms[layer]
         assert isinstance(stored, QuantLinear)
+        spec = Scheme(stored.scheme).spec
         exact = linear.forward(captured.rows)
 
         def input_noise(rounded: Tensor, linear: nn.Linear = linear, columns: Tensor = transform.columns) -> float:
@@ -96,8 +98,8 @@ def measure_group(pair: StagePair, layers: Sequence[str], captured: CapturedInpu
             output = inputs @ difference.T
             return captured.power(output if rows is None else output / rows)
 
-        product = transform.output_from_stored(inputs @ stored_weight(stored).T + stored_bias(stored))
-        from_weights, from_inputs = captured.power(product - exact), input_noise(_rounded_input(stored, inputs))
+        product = transform.output_from_stored(inputs @ stored_weight(stored).T + stored.effective_bias())
+        from_weights, from_inputs = captured.power(product - exact), input_noise(stored.rounded_input(inputs))
         error.total += captured.power(transform.output_from_stored(stored.forward(inputs)) - exact)
         error.from_weights += from_weights
         error.from_inputs += from_inputs
@@ -105,18 +107,18 @@ def measure_group(pair: StagePair, layers: Sequence[str], captured: CapturedInpu
         error.nearest_share += _nearest_share(stored, folded) / len(layers)
         centered = inputs if transform.shift is None else inputs - transform.shift
         tried: dict[str, float] = {}
-        if isinstance(stored, StaticQuantLinear):
+        if spec.activation.is_static:
             tried[PER_TOKEN] = from_weights + input_noise(_per_token(inputs))
             tried[WIDER] = from_weights + input_noise(_static(inputs, 1.0, dtype))
             tried[TIGHTER] = from_weights + min(input_noise(_static(inputs, share, dtype)) for share in NARROWER)
-        if isinstance(stored, GroupQuantLinear):
+        if spec.weight.per_group:
             tried[EIGHT_BITS] = from_inputs + weight_noise(_eight_bits(folded, dtype) - folded, centered)
             if stored.group_size > SMALLEST_GROUP:
                 tried[SMALL_GROUPS] = from_inputs + weight_noise(_four_bits(folded, SMALLEST_GROUP) - folded, centered)
         if smooth is not None:
             smoothed, weight = captured.rows / smooth, linear.weight * smooth
             low_bit = _nearest_as(stored, weight, dtype)
-            rounded = _static(smoothed, 1.0, dtype) if isinstance(stored, StaticQuantLinear) else _per_token(smoothed)
+            rounded = _rounded_as(spec, smoothed, dtype)
             of_inputs = captured.power((rounded - smoothed) @ weight.T)
             tried[SMOOTHED] = weight_noise(low_bit - weight, smoothed, None) + of_inputs
         for name, noise in tried.items():
@@ -125,9 +127,9 @@ def measure_group(pair: StagePair, layers: Sequence[str], captured: CapturedInpu
     return error
 
 
-def _measure_range(error: GroupError, stored: StaticQuantLinear, inputs: Tensor, modality: Tensor) -> None:
+def _measure_range(error: GroupError, stored: QuantLinear, inputs: Tensor, modality: Tensor) -> None:
     """Counts the inputs that lie outside the static range by more than half a step."""
-    scale, offset = float(stored.input_scale), float(stored.input_offset)
+    scale, offset = float(stored.get_buffer("input_scale")), float(stored.get_buffer("input_offset"))
     low, high = (INT8_MIN - offset) * scale, (INT8_MAX - offset) * scale
     outside = (inputs < low - scale / 2) | (inputs > high + scale / 2)
     for number, name in enumerate(MODALITIES):
@@ -139,7 +141,7 @@ def _measure_range(error: GroupError, stored: StaticQuantLinear, inputs: Tensor,
 
 def _nearest_share(stored: QuantLinear, folded: Tensor) -> float:
     """Share of a stored layer's integers that are the nearest to the folded float weight [N, K]."""
-    steps = (stored_weight(stored) - folded).abs() / weight_steps(stored)
+    steps = (stored_weight(stored) - folded).abs() / stored.weight_steps()
     return float((steps <= 0.5 + NEAREST_TOLERANCE).float().mean())
 
 
@@ -148,14 +150,11 @@ def _ratio(value: float, limit: float) -> float:
     return value / limit if limit != 0 and value / limit > 0 else 0.0
 
 
-def _rounded_input(stored: QuantLinear, inputs: Tensor) -> Tensor:
-    """The input as the stored layer quantizes it, dequantized to float32."""
-    if isinstance(stored, StaticQuantLinear):
-        integers = quantize_per_tensor(inputs, stored.input_scale, stored.input_offset)
-        return dequantize_per_tensor(integers, stored.input_scale, stored.input_offset, torch.float32)
-    if isinstance(stored, GroupQuantLinear) and stored.weight_only:
+def _rounded_as(spec: SchemeSpec, inputs: Tensor, dtype: torch.dtype) -> Tensor:
+    """Inputs quantized in a scheme, with their own range, and dequantized to float32."""
+    if not spec.activation.is_quantized:
         return inputs
-    return _per_token(inputs)
+    return _static(inputs, 1.0, dtype) if spec.activation.is_static else _per_token(inputs)
 
 
 def _per_token(inputs: Tensor) -> Tensor:
@@ -179,7 +178,7 @@ def _smoothing_scale(pair: StagePair, layers: Sequence[str], rows: Tensor) -> Te
 
 def _nearest_as(stored: QuantLinear, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight rounded to the nearest, with the bits and groups of a stored layer, dequantized."""
-    if isinstance(stored, GroupQuantLinear):
+    if Scheme(stored.scheme).spec.weight.per_group:
         return _four_bits(weight, stored.group_size)
     return _eight_bits(weight, dtype)
 

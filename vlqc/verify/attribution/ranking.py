@@ -154,7 +154,7 @@ def _causes(error: GroupError, scheme: Scheme) -> list[str]:
         causes.append(f"the largest input is {error.overshoot:.3g} times the end of the range")
     if error.nearest_share >= PLAIN and share <= 1 - ONE_SIDE:
         causes.append("every weight is rounded to the nearest integer")
-    if error.outlier_ratio > OUTLIERS and scheme != Scheme.FLOAT:
+    if error.outlier_ratio > OUTLIERS and scheme.is_quantized:
         causes.append(f"the largest channel of its input is {error.outlier_ratio:.3g} times the median channel")
     return causes
 

@@ -19,9 +19,9 @@ from vlqc.families.model_structure import ModelStructure
 from vlqc.families.qwen2_5_vl import original_name
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.streamed_model import build_meta_model
-from vlqc.kernels_ref.deq_scale import decode_deq_scale
 from vlqc.kernels_ref.norm import ShiftedNorm
-from vlqc.kernels_ref.quant_linear import GroupQuantLinear, QuantLinear, StaticQuantLinear
+from vlqc.kernels_ref.quant_linear import QuantLinear
+from vlqc.targets.schemes import Scheme
 from vlqc.verify.loader import WeightLoader, read_description
 
 EXACT = 1e-14  # relative variance of a scale that fits perfectly, the limit of float32 arithmetic
@@ -183,28 +183,8 @@ def replaced_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> 
 def stored_weight(module: nn.Module) -> Tensor:
     """The dequantized weight of a stored layer, float32 [N, K]."""
     if isinstance(module, QuantLinear):
-        return module.weight.float() * weight_steps(module)
+        return module.weight.float() * module.weight_steps()
     return module.get_parameter("weight")
-
-
-def weight_steps(module: QuantLinear) -> Tensor:
-    """Quantization step of each weight, float32 [N, 1] or [N, K]."""
-    steps = module.weight_scale.float()
-    if isinstance(module, GroupQuantLinear):
-        steps = steps * module.weight_scale_second.float().repeat_interleave(module.group_size, dim=1)
-    return steps
-
-
-def stored_bias(module: QuantLinear) -> Tensor:
-    """The bias that a stored layer adds to its matrix product, float32 [N]."""
-    if isinstance(module, StaticQuantLinear):
-        sums = module.weight.sum(dim=1, dtype=torch.int64).double()
-        added = module.quant_bias.double() + module.input_offset.double() * sums
-        return (added * decode_deq_scale(module.deq_scale, truncate=False).double()).float()
-    bias = module.bias
-    if bias is None or (isinstance(module, GroupQuantLinear) and module.weight_only):
-        return torch.zeros(module.out_features)
-    return bias.float()
 
 
 @dataclass(frozen=True)
@@ -261,9 +241,9 @@ def _weight_in_steps(module: nn.Module, first: int = 0) -> tuple[Tensor, Tensor,
     if not isinstance(module, QuantLinear):
         steps = values.abs().amax(dim=1, keepdim=True).clamp(min=1e-30).expand_as(values)
         return values, steps, torch.ones_like(values, dtype=torch.bool)
-    low, high = (-8, 7) if isinstance(module, GroupQuantLinear) else (-127, 127)
-    integers = module.weight[first:]
-    return values, weight_steps(module)[first:].expand_as(values), (integers > low) & (integers < high)
+    form, integers = Scheme(module.scheme).spec.weight, module.weight[first:]
+    inside = (integers > form.smallest) & (integers < form.largest)
+    return values, module.weight_steps()[first:].expand_as(values), inside
 
 
 def _norm_transform(norm: nn.Module, stored: nn.Module) -> tuple[Tensor, Tensor | None]:

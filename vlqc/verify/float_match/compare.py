@@ -12,7 +12,6 @@ import numpy as np
 from vlqc.errors import Fault, UserError
 from vlqc.families.model_structure import ModelStructure
 from vlqc.families.qwen2_5_vl import FINAL_NORM, OUTPUT_HEAD, original_name
-from vlqc.targets.schemes import Scheme
 from vlqc.verify.findings import COPY_AGAIN, VerificationResult, format_list
 from vlqc.verify.float_match.scale_fit import NOISE, SIGMAS, ULP, Scales, WeightPair, fit_columns, fit_rows, misfits
 from vlqc.verify.folder.reader import FLOATS, Array, StoredTensor, read_json_object, read_tensors, round_to
@@ -107,7 +106,7 @@ class _Comparison:
 
     def unscaled(self, layer: str) -> None:
         """A linear layer to whose input no scale can be folded, because its producer is an activation function."""
-        if self.folder.schemes[layer] != Scheme.FLOAT:
+        if self.folder.schemes[layer].is_quantized:
             self.weight(layer, None, Scales.ones(self.model.linears[layer].inputs))
             return
         self.unchanged(f"{layer}.weight")
@@ -137,12 +136,12 @@ class _Comparison:
         stored, scheme = self.folder.files.tensors.get(f"{layer}.weight"), self.folder.schemes[layer]
         if stored is None or f"{layer}.weight" not in self.folder.valid_tensors:
             return None  # a fault already
-        integers = None if scheme == Scheme.FLOAT else StoredIntegers.of(stored, scheme, self.folder.form)
+        integers = StoredIntegers.of(stored, scheme, self.folder.form) if scheme.is_quantized else None
         pair = self.pair(f"{layer}.weight", integers.shape if integers else None)
         if pair is None or integers is None:
             return WeightPair(layer, *pair, None) if pair else None
         scale = np.ones((1, 1), np.float32)
-        for suffix in ("weight_scale", "weight_scale_second")[: 2 if scheme == Scheme.W4A8_DYNAMIC else 1]:
+        for suffix in ("weight_scale", "weight_scale_second")[: 2 if scheme.spec.weight.per_group else 1]:
             if f"{layer}.{suffix}" not in self.folder.valid_tensors:
                 return None
             scale = scale * self.folder.files.tensors[f"{layer}.{suffix}"].read().astype(np.float32)

@@ -40,7 +40,7 @@ def check_arithmetic(folder: CompiledFolder, result: VerificationResult) -> None
         if name in folder.valid_tensors and stored.dtype in FLOATS:
             _check_finite(stored, result)
     for layer, scheme in folder.schemes.items():
-        if scheme != Scheme.FLOAT:
+        if scheme.is_quantized:
             _check_layer(folder, layer, scheme, result)
     if folder.model:
         for group in dict.fromkeys(fused_group(layer) for layer in folder.model.linears):
@@ -76,7 +76,7 @@ def _check_layer(folder: CompiledFolder, layer: str, scheme: Scheme, result: Ver
         if name in stored:
             values = stored[name].read().astype(np.float32)
             _check_positive(f"{layer}.{name}", values, result)
-            if scheme != Scheme.W8A8:  # of a W8A8 layer engines read deq_scale, not weight_scale
+            if not scheme.spec.weight.float32_scale:
                 _check_representable(folder, f"{layer}.{name}", values, result)
     for name in ("weight_offset", "weight_offset_second"):
         if name in stored and (offsets := stored[name].read()).any():
@@ -92,7 +92,7 @@ def _check_layer(folder: CompiledFolder, layer: str, scheme: Scheme, result: Ver
     check_integers(layer, integers, rows, largest, quant_bias, exact_scales, result)
     if len(stored) < len(names):
         return
-    if scheme == Scheme.W8A8:
+    if scheme.spec.activation.is_static:
         _check_static(folder, layer, stored, scale.reshape(-1), quant_bias, rows, result)
     elif "scale_bias" in stored:
         check_scale_bias(stored["scale_bias"], integers, scale, result)
@@ -191,7 +191,7 @@ def _check_quant_bias(
         if shift is not None:
             slack = np.abs(bias) * HALF[folder.float_dtype]  # quant_bias may use the bias before rounding
     elif shift is not None:
-        integers = StoredIntegers.of(folder.files.tensors[f"{layer}.weight"], Scheme.W8A8, folder.form)
+        integers = StoredIntegers.of(folder.files.tensors[f"{layer}.weight"], folder.schemes[layer], folder.form)
         parts = [part.astype(np.float64) for _, part in integers.rows()]
         bias = -weight_scale * np.concatenate([part @ shift for part in parts])
         # Bound for the rounding of the float weights to integers and of the shift to the float dtype.
@@ -242,15 +242,15 @@ def _check_shift(folder: CompiledFolder, norm: str, result: VerificationResult) 
     result.add_examined("shifts")
     for layer in folder.model.norm_consumers[norm]:
         linear = folder.model.linears.get(layer)
-        if linear and not linear.bias and folder.schemes.get(layer) != Scheme.W8A8:
+        if linear and not linear.bias and not folder.schemes.get(layer, Scheme.FLOAT).spec.takes_added_bias:
             what = f"{layer} reads the norm and has no bias to compensate the norm's bias"
             why, fix = "the model's outputs change", "compile again without --shift"
             result.add_fault("shifts", name, what, why, fix)
 
 
 def _check_group(folder: CompiledFolder, group: tuple[str, ...], result: VerificationResult) -> None:
-    """All W8A8 members of a fused group must have the same input_scale and input_offset."""
-    static = [layer for layer in group if folder.schemes.get(layer) == Scheme.W8A8]
+    """All static members of a fused group must have the same input_scale and input_offset."""
+    static = [layer for layer in group if folder.schemes.get(layer, Scheme.FLOAT).spec.activation.is_static]
     result.add_examined("groups")
     for suffix in ("input_scale", "input_offset"):
         names = [name for layer in static if (name := f"{layer}.{suffix}") in folder.valid_tensors]

@@ -32,9 +32,8 @@ class StoredIntegers:
 
     @classmethod
     def of(cls, stored: StoredTensor, scheme: Scheme, form: StorageFormat) -> "StoredIntegers":
-        if scheme == Scheme.W4A8_DYNAMIC:
-            return cls(stored, 4, form.packed)
-        return cls(stored, 8)
+        weight = scheme.spec.weight
+        return cls(stored, weight.bits, weight.is_packed(form))
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -84,9 +84,9 @@ def _check_mindie_keys(
         result.add_fault("config", "config.json", "nested config (text_config)", "MindIE reads a flat config only", fix)
     vision_config = config.get("vision_config")
     vision_key = vision_config.get("quantize") if isinstance(vision_config, Mapping) else None
-    vision = {scheme for layer, scheme in schemes.items() if in_vision_tower(layer)} - {Scheme.FLOAT}
+    vision = {scheme for layer, scheme in schemes.items() if in_vision_tower(layer) and scheme.is_quantized}
     wanted = {"quantize": type_name, "vision_config.quantize": "w8a8" if vision else None}
-    if vision - {Scheme.W8A8} and vision_key:
+    if vision_key and not all(scheme.spec.takes_added_bias for scheme in vision):
         wanted["vision_config.quantize"] = vision_key  # no version supports it; the engine rules report that
     for key, value in (("quantize", config.get("quantize")), ("vision_config.quantize", vision_key)):
         if value != wanted[key]:
@@ -124,7 +124,7 @@ def check_description_keys(files: FolderFiles, schemes: Mapping[str, Scheme], re
     claimed = description.get("model_quant_type")
     if not description:
         return scheme
-    if scheme == Scheme.FLOAT and isinstance(claimed, str):
+    if not scheme.is_quantized and isinstance(claimed, str):
         result.add_warning("description", where, "no layer is quantized")
         return claimed
     wanted = {"model_quant_type": str(scheme)}
@@ -149,8 +149,8 @@ def check_description_keys(files: FolderFiles, schemes: Mapping[str, Scheme], re
 
 
 def group_size(files: FolderFiles, schemes: Mapping[str, Scheme], result: VerificationResult) -> int:
-    """Number of inputs that share a scale, from the key that engines read, else from shapes; 0 without W4A8_DYNAMIC."""
-    layer = next((layer for layer, scheme in schemes.items() if scheme == Scheme.W4A8_DYNAMIC), None)
+    """Number of inputs that share a scale, from the key that engines read, else from shapes; 0 without groups."""
+    layer = next((layer for layer, scheme in schemes.items() if scheme.spec.weight.per_group), None)
     if layer is None:
         return 0
     options = files.config.get("quantization_config")

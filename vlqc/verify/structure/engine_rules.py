@@ -11,7 +11,7 @@ from vlqc.families.model_structure import ModelStructure
 from vlqc.targets.engine import Engine
 from vlqc.targets.mindie import MINDIE
 from vlqc.targets.rules import group_faults, layer_faults, mixed_group_faults, supported_schemes
-from vlqc.targets.schemes import SPECS, Scheme
+from vlqc.targets.schemes import Scheme
 from vlqc.targets.target import ENGINES, Target
 from vlqc.targets.versions import loading_versions, supporting_versions
 from vlqc.targets.vllm_ascend import VLLM_ASCEND
@@ -72,7 +72,7 @@ def check_engine_rules(
 
 
 def _is_never_quantized(layer: str) -> bool:
-    return all(supported_schemes(engine, layer) == {Scheme.FLOAT} for engine in ENGINES)
+    return not any(scheme.is_quantized for engine in ENGINES for scheme in supported_schemes(engine, layer))
 
 
 def _merge_repeated(faults: list[Fault]) -> list[Fault]:
@@ -89,17 +89,15 @@ def _merge_repeated(faults: list[Fault]) -> list[Fault]:
 
 def _int4_faults(model: ModelStructure | None, schemes: Mapping[str, Scheme]) -> list[Fault]:
     """vLLM Ascend's int4 operator needs a number of outputs that is a multiple of 8."""
-    multiple = SPECS[Scheme.W4A8_DYNAMIC].output_multiple
-    int4 = [layer for layer, scheme in schemes.items() if scheme == Scheme.W4A8_DYNAMIC]
     return [
         Fault(
-            f"{model.linears[layer].outputs} outputs in 4 bits",
+            f"{model.linears[layer].outputs} outputs in {scheme.spec.weight.bits} bits",
             layer,
-            f"vLLM Ascend's int4 operator needs a multiple of {multiple}",
+            f"vLLM Ascend's int4 operator needs a multiple of {scheme.spec.output_multiple}",
             f"compile again with --exclude {layer}",
         )
-        for layer in int4
-        if model and layer in model.linears and model.linears[layer].outputs % multiple
+        for layer, scheme in schemes.items()
+        if model and layer in model.linears and model.linears[layer].outputs % scheme.spec.output_multiple
     ]
 
 
@@ -119,7 +117,7 @@ def _norm_faults(
     faults = []
     for norm in biased:
         consumers = [layer for layer in model.norm_consumers[norm] if layer in schemes]
-        if any(schemes[layer] != Scheme.W8A8 for layer in consumers):
+        if not all(schemes[layer].spec.takes_added_bias for layer in consumers):
             why = "MindIE applies a norm bias only if every layer that reads the norm is W8A8"
             faults.append(Fault(IGNORED_BIAS, f"{norm}.bias", why, COMPILE_AGAIN))
     for norm in model.norms:

@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vlqc.families.model_structure import ModelStructure, Shape
-from vlqc.targets.schemes import SPECS, Scheme, StorageFormat, quant_type, stored_tensors
+from vlqc.targets.schemes import Scheme, StorageFormat, quant_type, stored_tensors
 
 # torch_dtype of config.json -> safetensors dtype code
 DTYPE_CODES = {"bfloat16": "BF16", "float16": "F16"}
-CHECKED_SCHEMES = tuple(SPECS)
 
 
 @dataclass(frozen=True)

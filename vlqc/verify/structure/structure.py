@@ -12,7 +12,7 @@ from vlqc.families.model_structure import ModelStructure
 from vlqc.families.qwen2_5_vl import original_name
 from vlqc.formatting import pluralize
 from vlqc.targets.mindie import MINDIE
-from vlqc.targets.schemes import Scheme, StorageFormat
+from vlqc.targets.schemes import Scheme, StorageFormat, scheme_of_tensors
 from vlqc.targets.target import BOTH, Target, as_target
 from vlqc.targets.vllm_ascend import VLLM_ASCEND
 from vlqc.verify.findings import COMPILE_AGAIN, VerificationResult, format_list
@@ -26,7 +26,6 @@ from vlqc.verify.structure.configuration import (
 )
 from vlqc.verify.structure.engine_rules import check_engine_rules
 from vlqc.verify.structure.expected import (
-    CHECKED_SCHEMES,
     DTYPE_CODES,
     ExpectedTensor,
     expected_tensors,
@@ -100,14 +99,12 @@ def _schemes(files: FolderFiles, model: ModelStructure, result: VerificationResu
     schemes = {}
     for layer in model.embeddings_and_linears():
         entry = files.description.get(f"{layer}.weight")
-        if entry in CHECKED_SCHEMES:
+        if entry in tuple(Scheme):
             scheme = Scheme(entry)
         else:
             scheme = _scheme_by_tensors(files, layer)
             what = "has no entry" if entry is None else f"has the unknown scheme {entry!r}"
             why = "engines look up every linear layer and embedding there; without it they stop or misread the layer"
-            if entry in tuple(Scheme):
-                what, why = f"has the scheme {entry!r}", "this version of vlqc cannot verify that scheme"
             if files.description:
                 result.add_fault("description", files.description_name, f"{layer}.weight {what}", why, COMPILE_AGAIN)
         schemes[layer] = scheme
@@ -118,9 +115,8 @@ def _scheme_by_tensors(files: FolderFiles, layer: str) -> Scheme:
     weight = files.tensors.get(f"{layer}.weight")
     if weight is None or weight.dtype != "I8":
         return Scheme.FLOAT
-    if f"{layer}.weight_scale_second" in files.tensors:
-        return Scheme.W4A8_DYNAMIC
-    return Scheme.W8A8 if f"{layer}.deq_scale" in files.tensors else Scheme.W8A8_DYNAMIC
+    prefix = f"{layer}."
+    return scheme_of_tensors(name.removeprefix(prefix) for name in files.tensors if name.startswith(prefix))
 
 
 # ---- tensors ---------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import pkgutil
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from rich.console import Console
 
 from tools.bench import (
@@ -27,12 +29,18 @@ from tools.bench import scale as bench_scale
 from tools.bench.metrics import Agreement
 from tools.bench.process import CommandFailed, Usage, measured
 from tools.bench.scale_bounds import Rates, work_of
-from tools.bench.scale_checkpoint import Case, checkpoint_bytes, make, samples_of
+from tools.bench.scale_checkpoint import Case, checkpoint_bytes, make, samples_of, tensor_shapes
 from tools.checkpoints.families import Shape
 from vlqc.options.options import Options
 
 LITTLE = Shape(3, 64, 96, 4, 2, 9, 32, 48, 4, 256)
+LITTLE_MOE = Shape(
+    3, 64, 96, 4, 2, 5, 32, 48, 4, 256, head=24, deepstack=(1, 2, 3), experts=4, used_experts=2, expert_intermediate=48
+)
 MIB = 2**20
+EVERY_SIZE = [
+    pytest.param(name, marks=pytest.mark.qwen3_vl if "qwen3" in name else ()) for name in scale_checkpoint.SIZES
+]
 
 
 def test_agreement_against_numpy() -> None:
@@ -147,8 +155,9 @@ def test_the_table() -> None:
 
 @pytest.fixture
 def little(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small model in place of the 7B."""
-    monkeypatch.setitem(scale_checkpoint.SIZES, "7B", LITTLE)
+    """A small model in place of the 7B, and a small one with experts."""
+    monkeypatch.setitem(scale_checkpoint.SIZES, "7B", scale_checkpoint.Size("qwen2_5_vl", LITTLE))
+    monkeypatch.setitem(scale_checkpoint.SIZES, "little-moe", scale_checkpoint.Size("qwen3_vl_moe", LITTLE_MOE))
     monkeypatch.setattr("tools.bench.scale_checkpoint.POOL", 10007)
 
 
@@ -166,6 +175,38 @@ def test_work_by_hand(little: None) -> None:
     assert work.bounds(Rates(*(1.0 for _ in range(7))))["reading"] == work.read_bytes
 
 
+def test_work_of_experts_by_hand(little: None) -> None:
+    """Catches experts that each count all tokens, or are not read one by one."""
+    case = Case.of("little-moe", 1, 1)
+    quantized = {f"model.language_model.layers.0.mlp.experts.{expert}.up_proj.weight" for expert in range(4)}
+    work = work_of(case, samples=2, tokens=50, patches=100, written=7, proof_rows=512, quantized=quantized)
+    assert work.weight_values == 4 * 64 * 48
+    vision = 100 * (4 * 32 * 32 + 2 * 32 * 48)
+    mergers = 2 * 25 * (128 * 128 + 128 * 64)
+    text = 50 * (2 * 64 * 96 + 2 * 64 * 48 + 64 * 4 + 2 * 3 * 64 * 48)  # two of the four experts
+    assert work.forward_flops == 2 * 2 * (vision + mergers + text)
+    assert work.attention_flops == 2 * (4 * 32 * 100**2 + 2 * 96 * 50**2)
+    assert work.read_bytes == checkpoint_bytes(case)
+
+
+@pytest.mark.parametrize("size", EVERY_SIZE)
+def test_shapes_of_published_sizes(size: str) -> None:
+    """Catches a tensor that the model with this config.json does not have, and a wrong shape."""
+    case = Case.of(size, 1, 1)
+    config = transformers.AutoConfig.for_model(**case.config)
+    with torch.device("meta"):
+        model = getattr(transformers, case.config["architectures"][0])(config)
+    found = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    prefix = re.compile("(language_model|model|visual)[.]")  # differs between files and versions of transformers
+    shapes, expected = ({prefix.sub("", name): each[name] for name in each} for each in (found, tensor_shapes(case)))
+    if case.tied:
+        shapes.pop("lm_head.weight")
+    assert shapes.keys() == expected.keys()
+    # transformers 5 transposes the experts.
+    assert all(sorted(shapes[name]) == sorted(shape) for name, shape in expected.items())
+    assert all(shapes[name] == shape for name, shape in expected.items() if ".experts." not in name)
+
+
 def test_extrapolation(little: None) -> None:
     """Catches fixed costs that are multiplied, and vision blocks that count as decoder layers."""
     stages = {
@@ -177,6 +218,18 @@ def test_extrapolation(little: None) -> None:
     phases = {"forward": 37.0, "weights": 4.0, "imports": 3.0}
     every = bench_scale.extrapolated({"phases": phases, "stages": stages}, Case.of("7B", 2, 1))
     assert every == {"forward": 37.0 + 8 * 2 + 15, "weights": 4.0 + 2, "imports": 3.0}
+
+
+def test_extrapolation_with_mergers_between_blocks(little: None) -> None:
+    """Catches mergers that are not extrapolated, or counted once per block."""
+    stages = {
+        "model.visual.blocks.0": {"forward": 2.0},
+        "model.visual.deepstack_merger_list.0": {"forward": 3.0},
+        "model.visual.merger": {"forward": 5.0},
+        "model.language_model.layers.0": {"forward": 10.0},
+    }
+    every = bench_scale.extrapolated({"phases": {"forward": 20.0}, "stages": stages}, Case.of("little-moe", 1, 1))
+    assert every == {"forward": 20.0 + 4 * 2 + 2 * 3 + 2 * 10}
 
 
 @pytest.mark.parametrize("name", scale_runner.PHASES)

@@ -1,13 +1,15 @@
-"""Measures time and memory of `vlqc compile` at the sizes of Qwen2.5-VL, and compares the time with lower bounds.
+"""Measures time and memory of `vlqc compile` at the sizes of published models, and compares the time with lower bounds.
 
-    python -m tools.bench.scale --size {3B,7B,32B,72B} --folder FOLDER [--layers 2] [--vision_layers 2]
-        [--samples 4] [--tokens 2048] [--threads 2] [--json FILE] [--keep] [--option NAME=VALUE ...]
+    python -m tools.bench.scale --size {3B,7B,32B,72B,qwen3-vl-8b,qwen3-vl-32b,qwen3-vl-30b-a3b} --folder FOLDER
+        [--layers 2] [--vision_layers 2] [--samples 4] [--tokens 2048] [--threads 2] [--json FILE] [--keep]
+        [--option NAME=VALUE ...]
 
 Writes a checkpoint with the real shapes to FOLDER and compiles it in a new process, with samples of --tokens tokens,
 most of them of one image. The lower bound of a phase is its amount of reading, matrix products, rounding or writing,
 divided by the rate of this machine, measured in the same run with the same number of threads. With --layers or
 --vision_layers, the time of all layers is extrapolated from the mean of those that ran. If the disk is too small for
-all layers, fewer are run. Other load on the machine distorts the results, so the load is reported.
+all layers, fewer are run. Other load on the machine distorts the results, so the load is reported. Qwen3-VL needs
+transformers 4.57 or later, for example with PYTHONPATH=.venv/transformers-4.57.
 """
 
 import argparse
@@ -49,16 +51,19 @@ def fitting(case: Case, free_bytes: int) -> Case:
 def extrapolated(measured: Mapping[str, Any], case: Case) -> dict[str, float]:
     """Seconds per phase for all layers, extrapolated from the mean of the layers that ran.
 
-    Vision blocks with full and with windowed attention are extrapolated separately.
+    Vision blocks with full and with windowed attention, and mergers between vision blocks are extrapolated separately.
     """
     total: dict[str, float] = dict(measured["phases"])
     full = Case.of(case.size)
-    full_attention = {f"visual.blocks.{number}" for number in case.full_attention_blocks}
-    blocks = {f"visual.blocks.{number}" for number in range(case.vision_layers)}
+    vision, text = case.vision_prefix, case.text_prefix
+    full_attention = {f"{vision}.blocks.{number}" for number in case.full_attention_blocks}
+    blocks = {f"{vision}.blocks.{number}" for number in range(case.vision_layers)}
+    mergers = {f"{vision}.deepstack_merger_list.{number}" for number in range(len(case.shape.deepstack))}
     kinds = [
         (full_attention, len(full.full_attention_blocks)),
         (blocks - full_attention, full.vision_layers - len(full.full_attention_blocks)),
-        ({f"model.layers.{number}" for number in range(case.layers)}, full.layers),
+        ({f"{text}.layers.{number}" for number in range(case.layers)}, full.layers),
+        (mergers, len(full.shape.deepstack)),
     ]
     if not blocks - full_attention:  # no block with windowed attention ran
         kinds[:2] = [(full_attention, full.vision_layers)]
@@ -73,9 +78,10 @@ def extrapolated(measured: Mapping[str, Any], case: Case) -> dict[str, float]:
 def compiled(checkpoint: Path, save: Path, samples: Path, options: list[str], threads: int) -> dict[str, Any]:
     """Runs the compilation and returns its measurements. Raises SystemExit with the end of its output."""
     result = samples.with_name("figures.json")
+    overlays = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]  # another transformers
     ran = subprocess.run(
         [sys.executable, str(RUNNER), str(checkpoint), str(save), str(samples), str(result), *options],
-        env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join([str(ROOT), *overlays])},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

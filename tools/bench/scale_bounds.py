@@ -153,13 +153,15 @@ def work_of(
     Float layers take part in forwards and fold checks, but not in searches and rounding.
     """
     shapes = tensor_shapes(case)
-    outside = ("model.embed_tokens", "lm_head", "visual.patch_embed")
-    linears = {name: shape for name, shape in shapes.items() if len(shape) == 2 and not name.startswith(outside)}
+    linears = linear_shapes(case)
+    used, experts = case.shape.used_experts, case.shape.experts
 
-    def rows(name: str) -> int:
+    def rows(name: str) -> float:
+        if ".experts." in name:
+            return tokens * used / experts
         if "merger" in name:
             return patches // MERGE**2
-        return patches if name.startswith("visual") else tokens
+        return patches if name.startswith(case.vision_prefix) else tokens
 
     chosen = {name: shape for name, shape in linears.items() if name in quantized}
     values = sum(math.prod(shape) for shape in chosen.values())
@@ -187,8 +189,25 @@ def work_of(
     )
 
 
+def linear_shapes(case: Case) -> dict[str, tuple[int, int]]:
+    """Name of the weight -> outputs and inputs of every linear layer but the output head; experts one by one."""
+    linears: dict[str, tuple[int, int]] = {}
+    for name, shape in tensor_shapes(case).items():
+        if len(shape) == 3:
+            experts, inputs, outputs = shape
+            stem, _, kind = name.rpartition(".")
+            parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
+            for expert in range(experts):
+                for part in parts:
+                    linears[f"{stem}.{expert}.{part}.weight"] = (outputs // len(parts), inputs)
+        elif len(shape) == 2 and not any(outside in name for outside in ("embed_tokens", "pos_embed", "lm_head")):
+            linears[name] = (shape[0], shape[1])
+    return linears
+
+
 def _attention(case: Case, samples: int, tokens: int, patches: int) -> float:
     shape = case.shape
-    full = len(case.config["vision_config"]["fullatt_block_indexes"])
+    full = len(case.full_attention_blocks)
     vision = 4.0 * shape.vision_hidden * patches * (full * patches + (case.vision_layers - full) * WINDOW)
-    return samples * (vision + shape.layers * 2.0 * shape.hidden * tokens**2)  # half of the scores are masked
+    text = 2.0 * shape.layers * shape.heads * shape.head_size * tokens**2  # half of the scores are masked
+    return samples * (vision + text)

@@ -1,4 +1,4 @@
-"""Writes checkpoints with the real shapes of Qwen2.5-VL and random bf16 weights.
+"""Writes checkpoints with the real shapes of Qwen2.5-VL, Qwen3-VL and Qwen3-VL-MoE, and random bf16 weights.
 
     python -m tools.bench.scale_checkpoint TARGET --size 7B [--layers 2] [--vision_layers 2]
 
@@ -17,19 +17,54 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tools.checkpoints.families import IMAGE, MERGE, VISION_END, VISION_START, Shape, config_of, patch_values
+from tools.checkpoints.families import (
+    FAMILIES,
+    IMAGE,
+    MERGE,
+    VISION_END,
+    VISION_START,
+    Shape,
+    config_of,
+    patch_values,
+    tensor_sizes,
+    vocabulary,
+)
 
+
+@dataclass(frozen=True)
+class Size:
+    """A published model."""
+
+    family: str
+    shape: Shape
+    tied: bool = False
+
+
+QWEN3_8B = Shape(36, 4096, 12288, 32, 8, 27, 1152, 4304, 16, 151936, head=128, positions=2304, deepstack=(8, 16, 24))
+QWEN3_32B = replace(QWEN3_8B, layers=64, hidden=5120, intermediate=25600, heads=64)
+QWEN3_30B_A3B = replace(
+    QWEN3_8B,
+    layers=48,
+    hidden=2048,
+    intermediate=6144,
+    value_heads=4,
+    experts=128,
+    used_experts=8,
+    expert_intermediate=768,
+)
 SIZES = {
-    "3B": Shape(36, 2048, 11008, 16, 2, 32, 1280, 3420, 16, 151936),
-    "7B": Shape(28, 3584, 18944, 28, 4, 32, 1280, 3420, 16, 152064),
-    "32B": Shape(64, 5120, 27648, 40, 8, 32, 1280, 3456, 16, 152064),
-    "72B": Shape(80, 8192, 29568, 64, 8, 32, 1280, 3456, 16, 152064),
+    "3B": Size("qwen2_5_vl", Shape(36, 2048, 11008, 16, 2, 32, 1280, 3420, 16, 151936), tied=True),
+    "7B": Size("qwen2_5_vl", Shape(28, 3584, 18944, 28, 4, 32, 1280, 3420, 16, 152064)),
+    "32B": Size("qwen2_5_vl", Shape(64, 5120, 27648, 40, 8, 32, 1280, 3456, 16, 152064)),
+    "72B": Size("qwen2_5_vl", Shape(80, 8192, 29568, 64, 8, 32, 1280, 3456, 16, 152064)),
+    "qwen3-vl-8b": Size("qwen3_vl", QWEN3_8B),
+    "qwen3-vl-32b": Size("qwen3_vl", QWEN3_32B),
+    "qwen3-vl-30b-a3b": Size("qwen3_vl_moe", QWEN3_30B_A3B),
 }
-TIED = {"3B"}
 SHARD_BYTES = 4 * 2**30
 POOL = (1 << 24) + 43  # a prime, so that rows do not repeat within a matrix
 BYTES = 2  # of a bf16 weight
-FULL_EVERY = 8  # vision blocks: every eighth has full attention
+FULL_EVERY = 8  # vision blocks of Qwen2.5-VL: every eighth has full attention
 
 
 @dataclass(frozen=True)
@@ -43,7 +78,7 @@ class Case:
     @classmethod
     def of(cls, size: str, layers: int | None = None, vision_layers: int | None = None) -> "Case":
         """None: all layers of the size. Raises ValueError for other numbers of layers."""
-        full = SIZES[size]
+        full = SIZES[size].shape
         case = cls(
             size,
             full.layers if layers is None else layers,
@@ -54,70 +89,56 @@ class Case:
         return case
 
     @property
+    def family(self) -> str:
+        return SIZES[self.size].family
+
+    @property
+    def vision_prefix(self) -> str:
+        """Of the names of the vision tower's tensors and stages."""
+        vision = FAMILIES[self.family].vision
+        assert vision is not None
+        return vision.prefix
+
+    @property
+    def text_prefix(self) -> str:
+        """Of the names of the language model's tensors and stages."""
+        return FAMILIES[self.family].text
+
+    @property
     def full(self) -> Shape:
-        return SIZES[self.size]
+        return SIZES[self.size].shape
 
     @property
     def shape(self) -> Shape:
-        return replace(self.full, layers=self.layers, vision_layers=self.vision_layers)
+        """With fewer vision blocks, their last ones are followed by the mergers of their own."""
+        deepstack = self.full.deepstack
+        if self.vision_layers < self.full.vision_layers or len(deepstack) > self.layers:
+            count = min(len(deepstack), self.vision_layers, self.layers)
+            deepstack = tuple(range(self.vision_layers - count, self.vision_layers))
+        return replace(self.full, layers=self.layers, vision_layers=self.vision_layers, deepstack=deepstack)
 
     @property
     def tied(self) -> bool:
-        return self.size in TIED
+        return SIZES[self.size].tied
 
     @property
     def full_attention_blocks(self) -> list[int]:
         """Numbers of the vision blocks with full attention, at least one."""
+        if self.family != "qwen2_5_vl":
+            return list(range(self.vision_layers))
         return list(range(FULL_EVERY - 1, self.vision_layers, FULL_EVERY)) or [self.vision_layers - 1]
 
     @property
     def config(self) -> dict[str, Any]:
-        config = config_of(self.shape, "bfloat16", self.tied)
-        config["vision_config"]["fullatt_block_indexes"] = self.full_attention_blocks
+        config = config_of(self.shape, "bfloat16", self.tied, self.family)
+        if self.family == "qwen2_5_vl":
+            config["vision_config"]["fullatt_block_indexes"] = self.full_attention_blocks
         return config
 
 
-def vision_shapes(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every tensor of the vision tower."""
-    hidden, middle, merged = shape.vision_hidden, shape.vision_intermediate, shape.vision_hidden * MERGE**2
-    yield "visual.patch_embed.proj.weight", (hidden, 3, 2, 14, 14)
-    for index in range(shape.vision_layers):
-        block = f"visual.blocks.{index}"
-        yield f"{block}.norm1.weight", (hidden,)
-        yield f"{block}.norm2.weight", (hidden,)
-        linears = (("attn.qkv", 3 * hidden, hidden), ("attn.proj", hidden, hidden))
-        gated = (("mlp.gate_proj", middle, hidden), ("mlp.up_proj", middle, hidden), ("mlp.down_proj", hidden, middle))
-        for name, outputs, inputs in (*linears, *gated):
-            yield f"{block}.{name}.weight", (outputs, inputs)
-            yield f"{block}.{name}.bias", (outputs,)
-    yield "visual.merger.ln_q.weight", (hidden,)
-    for name, outputs in (("visual.merger.mlp.0", merged), ("visual.merger.mlp.2", shape.hidden)):
-        yield f"{name}.weight", (outputs, merged)
-        yield f"{name}.bias", (outputs,)
-
-
-def text_shapes(shape: Shape, tied: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every tensor of the language model."""
-    hidden, middle, values = shape.hidden, shape.intermediate, shape.hidden // shape.heads * shape.value_heads
-    yield "model.embed_tokens.weight", (shape.vocabulary, hidden)
-    for index in range(shape.layers):
-        layer = f"model.layers.{index}"
-        for name, outputs in (("q_proj", hidden), ("k_proj", values), ("v_proj", values)):
-            yield f"{layer}.self_attn.{name}.weight", (outputs, hidden)
-            yield f"{layer}.self_attn.{name}.bias", (outputs,)
-        yield f"{layer}.self_attn.o_proj.weight", (hidden, hidden)
-        yield f"{layer}.mlp.gate_proj.weight", (middle, hidden)
-        yield f"{layer}.mlp.up_proj.weight", (middle, hidden)
-        yield f"{layer}.mlp.down_proj.weight", (hidden, middle)
-        yield f"{layer}.input_layernorm.weight", (hidden,)
-        yield f"{layer}.post_attention_layernorm.weight", (hidden,)
-    yield "model.norm.weight", (hidden,)
-    if not tied:
-        yield "lm_head.weight", (shape.vocabulary, hidden)
-
-
 def tensor_shapes(case: Case) -> dict[str, tuple[int, ...]]:
-    return dict([*vision_shapes(case.shape), *text_shapes(case.shape, case.tied)])
+    """Name and shape of every tensor of the checkpoint."""
+    return tensor_sizes(case.family, case.shape, case.tied)
 
 
 def checkpoint_bytes(case: Case) -> int:
@@ -155,11 +176,16 @@ class Numbers:
     def of(self, name: str, shape: tuple[int, ...]) -> Iterator[Tensor]:
         """The values of a tensor, in pieces."""
         if len(shape) == 1:
-            is_norm = "norm" in name or "ln_q" in name
+            is_norm = name.endswith(".weight") and ("norm" in name or "ln_q" in name)
             yield self.norm(shape[0]) if is_norm else self.pool(-4)[: shape[0]]
             return
-        writes_residual = name.endswith(("o_proj.weight", "down_proj.weight", "attn.proj.weight"))
-        inputs = 1 if "embed_tokens" in name else math.prod(shape[1:])
+        writes_residual = name.removesuffix(".weight").endswith(("o_proj", "down_proj", "attn.proj", "mlp.linear_fc2"))
+        if "embed_tokens" in name:
+            inputs = 1
+        elif ".experts." in name:  # experts x inputs x outputs
+            inputs = shape[1]
+        else:
+            inputs = math.prod(shape[1:])
         yield from self.matrix(math.prod(shape), inputs, 0.25 if writes_residual else 1.0)
 
 
@@ -206,7 +232,7 @@ def samples_of(config: dict[str, Any], count: int, tokens: int, seed: int = 0) -
     image = [VISION_START, *[IMAGE] * side**2, VISION_END]
     samples = []
     for _ in range(count):
-        words = torch.randint(8, config["vocab_size"], (tokens - len(image) - 1,), generator=generator).tolist()
+        words = torch.randint(8, vocabulary(config), (tokens - len(image) - 1,), generator=generator).tolist()
         ids = torch.tensor([[1, *words[: len(words) // 2], *image, *words[len(words) // 2 :]]])
         samples.append(
             {
@@ -220,7 +246,7 @@ def samples_of(config: dict[str, Any], count: int, tokens: int, seed: int = 0) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make a random checkpoint with the shapes of Qwen2.5-VL.")
+    parser = argparse.ArgumentParser(description="Make a random checkpoint with the shapes of a published model.")
     parser.add_argument("target", type=Path)
     parser.add_argument("--size", choices=SIZES, required=True)
     parser.add_argument("--layers", type=int)

@@ -10,7 +10,6 @@ from typing import Any
 
 BEGIN, VISION_START, VISION_END, IMAGE, VIDEO, VISION_PAD = 1, 3, 4, 5, 6, 7  # token ids of tools/demo/tiny_vl
 MERGE, FRAMES, COLORS = 2, 2, 3
-POSITIONS = 256  # of the vision tower's position embedding: a square number
 BRANCH_GAIN = 0.75  # of linear layers that write to the residual stream
 
 
@@ -19,7 +18,7 @@ class Shape:
     """Sizes of the checkpoint; the vocabulary is at least 64.
 
     head: channels of a head of the language model, 0: hidden / heads. It must be a multiple of 16 in Qwen2-VL and
-    Qwen2.5-VL; a vision head must be a multiple of 4. The numbers from `deepstack` on are of Qwen3-VL.
+    Qwen2.5-VL; a vision head must be a multiple of 4. The numbers from `positions` on are of Qwen3-VL.
     """
 
     layers: int = 2
@@ -33,6 +32,7 @@ class Shape:
     vision_heads: int = 4
     vocabulary: int = 512
     head: int = 0
+    positions: int = 256  # of the vision tower's position embedding: a square number
     deepstack: tuple[int, ...] = ()  # numbers of the vision blocks whose output goes through a merger of its own
     experts: int = 0
     used_experts: int = 2  # per token
@@ -264,7 +264,7 @@ def vision_entries(family: Family, shape: Shape) -> Iterator[Entry]:
     vision, hidden, middle = family.vision, shape.vision_hidden, shape.vision_intermediate
     yield PatchEmbedding(f"{vision.prefix}.patch_embed.proj", hidden, vision.patch, vision.has_patch_bias)
     if vision.has_positions:
-        yield Values(f"{vision.prefix}.pos_embed", (POSITIONS, hidden), 0.0, 0.3)
+        yield Values(f"{vision.prefix}.pos_embed", (shape.positions, hidden), 0.0, 0.3)
     for index in range(shape.vision_layers):
         block = f"{vision.prefix}.blocks.{index}"
         qkv, up = f"{block}.attn.qkv", f"{block}.{vision.up}"
@@ -461,7 +461,7 @@ def _vision_config(family: str, shape: Shape) -> dict[str, Any]:
             "deepstack_visual_indexes": list(shape.deepstack),
             "hidden_act": "gelu_pytorch_tanh",
             "initializer_range": 0.02,
-            "num_position_embeddings": POSITIONS,
+            "num_position_embeddings": shape.positions,
             "patch_size": 16,
         }
     return dict(sorted(config.items()))

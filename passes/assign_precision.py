@@ -4,6 +4,7 @@ import warnings
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from vlqc.families.family import ModelFamily
 from vlqc.ir.stage import Site, Stage
 from vlqc.pipeline.pass_api import Pass, require
 from vlqc.targets.precision import Decision, choose_scheme
@@ -51,7 +52,7 @@ class AssignPrecision(Pass):
     def run(self, stage: Stage) -> bool:
         changed = False
         for members in stage.groups().values():
-            decision = self.choose(members)
+            decision = self.choose(members, stage.family)
             group_size = self.group_size if decision.scheme.spec.weight.per_group else None
             for site in members:
                 before = (site.scheme, site.group_size, site.reason)
@@ -61,10 +62,11 @@ class AssignPrecision(Pass):
                 stage.notes.append(decision.note)
         return changed
 
-    def choose(self, members: list[Site]) -> Decision:
+    def choose(self, members: list[Site], family: ModelFamily) -> Decision:
         """Returns the common scheme of sites that share an input; see `choose_scheme`."""
         return choose_scheme(
             {site.name: site.shape for site in members},
+            family=family,
             scheme=Scheme(self.scheme),
             target=self.target,
             group_size=self.group_size,

@@ -66,14 +66,14 @@ class MeasureSensitivity(Pass):
         assigned = members[0].scheme or Scheme.FLOAT
         if reads_added_bias(stage, members):
             return [assigned]
-        target, dtype = target_supporting(self.target, assigned), str(stage.dtype).removeprefix("torch.")
+        target, dtype = target_supporting(self.target, stage.family, assigned), str(stage.dtype).removeprefix("torch.")
         if target is None:
             return [assigned, *assigned.alternatives]
         return [assigned] + [
             scheme
             for scheme in assigned.alternatives
-            if all(scheme in supported_schemes(target, site.name, dtype) for site in members)
-            and run_together(target, [assigned, scheme])
+            if all(scheme in supported_schemes(target, stage.family, site.name, dtype) for site in members)
+            and run_together(target, stage.family, [assigned, scheme])
         ]
 
     def _modules_in(self, stage: Stage, members: list[Site], scheme: Scheme) -> dict[str, nn.Module]:

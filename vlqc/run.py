@@ -133,7 +133,9 @@ class CompilationRun:
             self._writer.copy_rest(self.model.non_stage_parameters())
             self._writer.finish()
         else:  # resumed when the result was already in place
-            self._summary.apply_search(committed_plan(self._journal.result, self.options, self._journal.commits))
+            self._summary.apply_search(
+                committed_plan(self._journal.result, self.options, self.model.family, self._journal.commits)
+            )
         self._summary.write_report_data(self._journal.result, self.pipeline, ready_samples=ready_samples)
         require_valid(self._journal.result)
         self._summary.require_loadable(self._journal.result)

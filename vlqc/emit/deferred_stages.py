@@ -86,7 +86,7 @@ class DeferredStages:
         for measured, size in zip(self._sensitivities, self._bytes, strict=True):
             weight = 1.0 if measured.part == "language" else share
             choices = {scheme: Candidate(noise * weight, size[scheme]) for scheme, noise in measured.noise.items()}
-            groups.append(SearchGroup(measured.sites, measured.assigned, choices))
+            groups.append(SearchGroup(measured.part, measured.sites, measured.assigned, choices))
         return groups
 
     def load(self, plan: SearchResult) -> Iterator[tuple[int, Iterator[EmittedTensor]]]:

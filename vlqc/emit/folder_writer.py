@@ -14,6 +14,7 @@ from vlqc.emit.deferred_stages import FOLDER, DeferredStages
 from vlqc.emit.manifest import MANIFEST
 from vlqc.emit.shard_writer import ShardWriter
 from vlqc.emit.stage_tensors import EmittedTensor, emitted_dtype, float_tensor, header_bytes, stage_tensors
+from vlqc.families.family import ModelFamily
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.ir.stage import Stage
 from vlqc.kernels_ref.matmul import CORRECTION_STEP
@@ -68,7 +69,7 @@ class FolderWriter:
         """
         if self._deferred is None:
             return None
-        deferred, plan = self._deferred, choose_schemes(self._deferred, self.options)
+        deferred, plan = self._deferred, choose_schemes(self._deferred, self.options, self.checkpoint.family)
         for number, tensors in deferred.load(plan):
             self.add(tensors)
             self.on_stage_written(number, partial(deferred.discard, number))
@@ -95,7 +96,7 @@ class FolderWriter:
 
     def finish(self) -> None:
         """Completes the weight files and writes everything else."""
-        content = FolderContent(self.schemes, self.options.scheme, vars(self.options))
+        content = FolderContent(self.checkpoint.family, self.schemes, self.options.scheme, vars(self.options))
         self._writer.close(f"quant_model_weight_{content.quant_type.lower()}")
         if self._deferred is not None:
             self._deferred.remove()
@@ -114,7 +115,8 @@ class FolderWriter:
         return header | {name: str(scheme) for name, scheme in sorted(self.schemes.items())}
 
     def _config(self, content: FolderContent) -> dict[str, Any]:
-        """The source's config.json, flat, with only those keys changed that the written weights make untrue."""
+        """The source's config.json in the form that engines expect. Only keys that the written weights make untrue are
+        changed."""
         config: dict[str, Any] = json.loads(json.dumps(self.checkpoint.config))
         dtype = str(self.dtype).removeprefix("torch.")
         for key in ("torch_dtype", "dtype"):
@@ -169,23 +171,26 @@ class FolderWriter:
         self._writer.stop()
 
 
-def choose_schemes(deferred: DeferredStages, options: Options) -> SearchResult:
+def choose_schemes(deferred: DeferredStages, options: Options, family: ModelFamily) -> SearchResult:
     """The precision search over all groups of the deferred stages."""
     return search_schemes(
         deferred.groups(),
         target=options.engine_target,
+        family=family,
         min_sqnr=options.min_sqnr,
         max_float_groups=options.max_float_groups,
     )
 
 
-def committed_plan(folder: Path, options: Options, records: Sequence[Mapping[str, Any]]) -> SearchResult | None:
+def committed_plan(
+    folder: Path, options: Options, family: ModelFamily, records: Sequence[Mapping[str, Any]]
+) -> SearchResult | None:
     """The search's result for a folder that is complete, from the records of its commits; None without a search."""
     if options.fallback != "auto":
         return None
     deferred, states = DeferredStages(folder / FOLDER), _deferred_records(records)
     deferred.restore(states, set(range(len(states))))
-    plan = choose_schemes(deferred, options)
+    plan = choose_schemes(deferred, options, family)
     return plan if plan.groups else None
 
 

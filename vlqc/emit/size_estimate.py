@@ -9,7 +9,6 @@ from torch import Tensor
 from vlqc.emit.shard_writer import LENGTH_FIELD
 from vlqc.emit.stage_tensors import emitted_dtype, header_bytes
 from vlqc.families.model_structure import Linear
-from vlqc.families.qwen2_5_vl import fused_group, is_row_parallel
 from vlqc.frontend.memory import offloaded_bytes
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.stage import Site
@@ -41,11 +40,13 @@ def predict_schemes(model: StreamedModel, passes: Sequence[Pass]) -> dict[str, S
         for name, parameter in model.parameters(stage).items():
             layer = name.removesuffix(".weight")
             if layer in layers:
-                sites[layer] = Site(layer, layer, fused_group(layer)[0], (parameter.shape[0], parameter.shape[1]))
+                sites[layer] = Site(
+                    layer, layer, model.family.fused_group(layer)[0], (parameter.shape[0], parameter.shape[1])
+                )
     for layer, site in sites.items():
-        members = [sites[member] for member in fused_group(layer) if member in sites]
+        members = [sites[member] for member in model.family.fused_group(layer) if member in sites]
         if assign is not None and site is members[0]:
-            decision = assign.choose(members)
+            decision = assign.choose(members, model.family)
             for member in members:
                 member.scheme, member.reason = decision.scheme, decision.reason
                 member.group_size = assign.group_size if decision.scheme.spec.weight.per_group else None
@@ -71,7 +72,7 @@ def output_bytes(
             total += parameter.numel() * dtype.itemsize
             continue
         outputs, inputs = site.shape
-        linear = Linear(outputs, inputs, is_row_parallel(layer))
+        linear = Linear(outputs, inputs, model.family.is_row_parallel(layer))
         form = StorageFormat(code, layout.packs_int4, site.group_size or inputs)
         stored = [scheme, *scheme.alternatives] if with_alternatives else [scheme]
         total += sum(linear_bytes(each, linear, form) for each in stored)
@@ -81,8 +82,10 @@ def output_bytes(
 def stage_output_bytes(model: StreamedModel, samples: Sequence[Mapping[str, Tensor]]) -> int:
     """Bytes of the outputs of two stages for all samples, in float32: those of a stage are deleted once those of the
     next are complete."""
-    config = model.checkpoint.config
+    family, config = model.family, model.checkpoint.config
     tokens = sum(sample["input_ids"].numel() for sample in samples)
     patches = sum(len(sample["pixel_values"]) for sample in samples if "pixel_values" in sample)
-    widths = int(config["hidden_size"]), int(config["vision_config"].get("hidden_size", 0))
+    widths = [
+        int((part or {}).get("hidden_size", 0)) for part in (family.text_config(config), family.vision_config(config))
+    ]
     return 2 * 4 * max(tokens * widths[0], patches * widths[1])

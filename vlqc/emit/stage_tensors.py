@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from vlqc.emit.shard_writer import ALIGNMENT, ENTRY_BYTES
 from vlqc.errors import Fault, UserError
-from vlqc.families.qwen2_5_vl import is_row_parallel
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.ir.stage import Stage
 from vlqc.kernels_ref.quant_linear import QuantLinear
@@ -70,7 +69,7 @@ def module_tensors(stage: Stage, path: str, module: nn.Module, *, packed: bool) 
             yield float_tensor(stage.checkpoint_name(local), parameter, stage.dtype)
         return
     layer = stage.checkpoint_name(path)
-    for name, buffer in module.stored(packed=packed, row_parallel=is_row_parallel(layer)).items():
+    for name, buffer in module.stored(packed=packed, row_parallel=stage.family.is_row_parallel(layer)).items():
         full_name = f"{layer}.{name}"
         if name == "bias":
             yield float_tensor(full_name, buffer, stage.dtype)

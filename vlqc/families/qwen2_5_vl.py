@@ -1,114 +1,33 @@
 """Qwen2.5-VL: names, layers, config.json and model inputs."""
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import AfterValidator, Field, ValidationInfo
+from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict  # pydantic accepts typing.TypedDict from Python 3.12 on
 
-from vlqc.families.layer_names import matches_any
+from vlqc.families.config_values import (
+    BlockIndex,
+    Blocks,
+    ConfigLimits,
+    Deviation,
+    ImageTokens,
+    Mrope,
+    Size,
+    TextConfig,
+)
+from vlqc.families.family import ModelFamily, Role
 from vlqc.families.model_structure import Linear, ModelStructure
-
-if TYPE_CHECKING:  # torch-free: the command line imports this module for its help
-    from torch import Tensor
-
-MODEL_TYPES = ("qwen2_5_vl",)  # model_type in config.json
-ARCHITECTURES = ("Qwen2_5_VLForConditionalGeneration",)
 
 # ---- layers, as patterns over checkpoint names ---------------------------------------------------------------------
 
-VISION_QKV = ("visual.blocks.*.attn.qkv",)
-VISION_PROJ = ("visual.blocks.*.attn.proj",)
 VISION_GATE_UP = ("visual.blocks.*.mlp.gate_proj", "visual.blocks.*.mlp.up_proj")
-VISION_DOWN = ("visual.blocks.*.mlp.down_proj",)
-MERGER = ("visual.merger.mlp.0", "visual.merger.mlp.2")
-LANGUAGE_QKV = tuple(f"model.layers.*.self_attn.{member}_proj" for member in "qkv")
-LANGUAGE_WITHOUT_BIAS = (
-    "model.layers.*.self_attn.o_proj",
-    "model.layers.*.mlp.gate_proj",
-    "model.layers.*.mlp.up_proj",
-    "model.layers.*.mlp.down_proj",
-)
-VISION = VISION_QKV + VISION_PROJ + VISION_GATE_UP + VISION_DOWN
-LANGUAGE = LANGUAGE_QKV + LANGUAGE_WITHOUT_BIAS
-
-# Engines multiply the members of a group as one matrix: one input, one scheme, one input scale.
-FUSED_GROUPS = (
-    LANGUAGE_QKV,
-    ("model.layers.*.mlp.gate_proj", "model.layers.*.mlp.up_proj"),
-    VISION_GATE_UP,
-)
-
-# What the reference quantization script of Qwen2.5-VL leaves in float: the default of `--fallback`.
-REFERENCE_FLOAT: tuple[str, ...] = (
-    "visual.patch_embed*",  # a convolution; engines run it in float
-    "visual.blocks.*.mlp.down_proj",  # products of two activations: the widest ranges of a vision block
-    "visual.merger.mlp.*",  # every image feature passes through it; two matrices in all
-    "model.embed_tokens",  # a table, not a matrix product
-    "model.layers.*.mlp.down_proj",  # holds the massive activations of a language model
-    "lm_head",  # engines run it in float
-)
+QKV = tuple(f"model.layers.*.self_attn.{member}_proj" for member in "qkv")
+GATE_UP = ("model.layers.*.mlp.gate_proj", "model.layers.*.mlp.up_proj")
 
 ROW_PARALLEL = ("o_proj", "down_proj", "proj")  # last name component of layers sharded along their inputs
-PARTS = (("visual.merger.", "merger"), ("visual.", "vision"), ("model.", "language"))  # prefix, part
-SUBPARTS = ("vision blocks", "merger", "vision, other", "language layers", "embeddings", "lm_head", "other")
-SUBPART_PREFIXES = {
-    "visual.blocks.": "vision blocks",
-    "visual.merger.": "merger",
-    "visual.": "vision, other",
-    "model.layers.": "language layers",
-    "model.embed_tokens.": "embeddings",
-    "lm_head.": "lm_head",
-}
-
-
-BLOCK = re.compile(r"(?:model\.layers|visual\.blocks)\.\d+(?=\.)")
-
-
-def block_of(name: str) -> str | None:
-    """Checkpoint name of a layer or tensor -> its block, such as "model.layers.3"; None outside of the blocks."""
-    block = BLOCK.match(name)
-    return block and block[0]
-
-
-def fused_group(layer: str) -> tuple[str, ...]:
-    """Checkpoint layer name -> all members of its fused group, in the engines' order; a layer on its own: itself."""
-    for group in FUSED_GROUPS:
-        if matches_any(layer, group):
-            parent = layer.rpartition(".")[0]
-            return tuple(f"{parent}.{member.rpartition('.')[2]}" for member in group)
-    return (layer,)
-
-
-def model_part(name: str) -> str:
-    """Checkpoint name of a layer or tensor -> "vision", "merger", "language" or "other" (lm_head, unknown names)."""
-    return next((part for prefix, part in PARTS if name.startswith(prefix)), "other")
-
-
-def model_subpart(name: str) -> str:
-    """Original tensor name -> one of SUBPARTS."""
-    return next((part for prefix, part in SUBPART_PREFIXES.items() if name.startswith(prefix)), "other")
-
-
-def in_vision_tower(name: str) -> bool:
-    """Whether a layer or tensor belongs to the vision tower, the merger included."""
-    return model_part(name) in ("vision", "merger")
-
-
-def stays_float_in_reference(layer: str) -> bool:
-    """Whether the reference quantization script leaves this layer in float."""
-    return matches_any(layer, REFERENCE_FLOAT)
-
-
-def is_row_parallel(layer: str) -> bool:
-    """Whether tensor parallelism shards this Linear along its inputs."""
-    return layer.rpartition(".")[2] in ROW_PARALLEL
-
-
-# ---- names -----------------------------------------------------------------------------------------------------------
 
 RENAMED_PREFIXES = {"model.visual.": "visual.", "model.language_model.": "model."}  # newer transformers: original
 
@@ -246,7 +165,7 @@ def model_structure(config: Mapping[str, Any]) -> ModelStructure | str:
             consumers[f"{block}.{name}"] = tuple(f"{block}.{reader}" for reader in readers)
         for name, outputs, inputs, bias in linear_rows:
             layer = f"{block}.{name}"
-            linears[layer] = Linear(sizes[outputs], sizes[inputs], is_row_parallel(layer), bias)
+            linears[layer] = Linear(sizes[outputs], sizes[inputs], layer.rpartition(".")[2] in ROW_PARALLEL, bias)
         for producer, consumer in edge_rows:
             edges[f"{block}.{producer}"] = f"{block}.{consumer}"
 
@@ -321,77 +240,7 @@ def _integers(part: str, config: Mapping[str, Any], defaults: Mapping[str, int])
     return values
 
 
-# ---- bounds of the values in config.json ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ConfigLimits:
-    """Upper bounds of values in config.json, from the tensors of the checkpoint and from other values.
-
-    size: the largest dimension of any tensor; blocks: the number of tensors; last_block: index of the last block of the
-    vision tower; last_token: the largest token id; rotary: half the channels of a head of the language model.
-    """
-
-    size: int
-    blocks: int
-    last_block: int
-    last_token: int
-    rotary: int
-
-
-def config_limits(config: Mapping[str, Any], largest: int, tensors: int) -> ConfigLimits:
-    """Limits for a config that may be invalid. largest: largest dimension of any tensor; tensors: their number."""
-    vision = config.get("vision_config")
-    depth = vision.get("depth") if isinstance(vision, dict) else None
-    vocabulary = config["vocab_size"]
-    return ConfigLimits(
-        size=largest,
-        blocks=tensors,
-        last_block=(int(depth or 0) if _is_integer(depth, tensors) else tensors) - 1,
-        last_token=(vocabulary if _is_integer(vocabulary, largest) else largest) - 1,
-        rotary=_head_size(config) // 2,
-    )
-
-
-def _is_integer(value: Any, maximum: int) -> bool:
-    return type(value) is int and 1 <= value <= maximum
-
-
-def _head_size(config: Mapping[str, Any]) -> int:
-    """Channels of a head of the language model; 0 if the config does not determine it."""
-    size = config.get("head_dim")
-    if _is_integer(size, 2**31):
-        return int(size or 0)
-    heads, hidden = config.get("num_attention_heads", 64), config["hidden_size"]
-    return hidden // heads if _is_integer(heads, 2**31) and _is_integer(hidden, 2**31) else 0
-
-
-def _at_most(limit: str, meaning: str) -> AfterValidator:
-    def check(value: int, info: ValidationInfo) -> int:
-        maximum = getattr(info.context, limit)
-        if value > maximum:
-            raise ValueError(f"it must be at most {maximum}, {meaning}")
-        return value
-
-    return AfterValidator(check)
-
-
-def _mrope(value: Any, info: ValidationInfo) -> Any:
-    sections: Any = value.get("mrope_section") if isinstance(value, dict) else None
-    half = getattr(info.context, "rotary", 0)
-    are_sizes = isinstance(sections, list) and all(_is_integer(size, 2**20) for size in sections)
-    if not are_sizes or len(sections) != 3 or sum(sections) != half:
-        raise ValueError(f"it needs an mrope_section of three integers above 0 whose sum is {half}, half of a head")
-    return value
-
-
-Size = Annotated[int, Field(ge=1), _at_most("size", "the largest dimension of any tensor")]
-Blocks = Annotated[int, Field(ge=1), _at_most("blocks", "the number of tensors")]
-BlockIndex = Annotated[int, Field(ge=0), _at_most("last_block", "the index of the last block")]
-Token = Annotated[int, Field(ge=0), _at_most("last_token", "the last id of the vocabulary")]
-Tokens = Token | list[Token] | None
-Positions = Annotated[int, Field(ge=1, le=2**31 - 1)]
-Deviation = Annotated[float, Field(ge=0, le=1e3)]
+# ---- keys of config.json -------------------------------------------------------------------------------------------
 
 # Values that the model's config class gives to missing keys, where they are large or invalid for the checkpoint.
 CONFIG_DEFAULTS = {
@@ -423,41 +272,14 @@ class VisionConfig(TypedDict, total=False):
     dtype: str
 
 
-class Config(TypedDict, total=False):
+class Config(TextConfig, ImageTokens, total=False):
     """Keys of a flat config.json; validated with a `ConfigLimits` as context."""
 
-    vocab_size: Size
-    hidden_size: Size
-    intermediate_size: Size
-    num_attention_heads: Size
-    num_key_value_heads: Size
-    head_dim: Size | None
-    num_hidden_layers: Blocks
-    image_token_id: Token
-    video_token_id: Token
-    vision_start_token_id: Token
-    vision_end_token_id: Token
-    vision_token_id: Token
-    bos_token_id: Tokens
-    eos_token_id: Tokens
-    pad_token_id: Tokens
-    hidden_act: str
-    model_type: str
-    torch_dtype: str
-    dtype: str
-    tie_word_embeddings: bool
-    use_sliding_window: bool
-    use_cache: bool
-    rms_norm_eps: Annotated[float, Field(ge=1e-12, le=1e-2)]
-    rope_theta: Annotated[float, Field(ge=1, le=1e12)]
-    attention_dropout: Annotated[float, Field(ge=0, le=1)]
-    initializer_range: Deviation
-    max_position_embeddings: Positions
-    max_window_layers: Annotated[int, Field(ge=0, le=2**31 - 1)]
-    sliding_window: Positions | None
-    rope_scaling: Annotated[Any, AfterValidator(_mrope)]
+    rope_scaling: Mrope
     vision_config: VisionConfig
-    architectures: list[str]
+
+
+CONFIG = TypeAdapter(Config)
 
 
 # ---- model inputs ----------------------------------------------------------------------------------------------------
@@ -532,12 +354,6 @@ class InputLayout:
         return patches // self.merge_size**2
 
 
-def is_image_token(input_ids: "Tensor", config: Any) -> "Tensor":
-    """input_ids [B, S] -> bool [B, S]. config: of the transformers model."""
-    image_tokens: Tensor = input_ids == config.image_token_id
-    return image_tokens
-
-
 def smart_resize(height: int, width: int) -> tuple[int, int]:
     """Pixels of an image -> pixels to which it is resized before the image processor resizes it once more.
 
@@ -580,3 +396,95 @@ def chat_text(images: int, prompt: str, response: str | None, *, image_token: st
         turns.append(("assistant", response))
     text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
     return text if response is not None else f"{text}<|im_start|>assistant\n"
+
+
+# ---- the family ------------------------------------------------------------------------------------------------------
+
+
+class Qwen25VL(ModelFamily):
+    """Qwen2.5-VL, 3B to 72B."""
+
+    name = "qwen2_5_vl"
+    title = "Qwen2.5-VL"
+    model_types = ("qwen2_5_vl",)
+    architectures = ("Qwen2_5_VLForConditionalGeneration",)
+    transformers_version = "4.49"
+
+    roles: ClassVar[Mapping[Role, tuple[str, ...]]] = {
+        Role.VISION_QKV: ("visual.blocks.*.attn.qkv",),
+        Role.VISION_PROJ: ("visual.blocks.*.attn.proj",),
+        Role.VISION_UP: VISION_GATE_UP,
+        Role.VISION_DOWN: ("visual.blocks.*.mlp.down_proj",),
+        Role.MERGER: ("visual.merger.mlp.0", "visual.merger.mlp.2"),
+        Role.QKV: QKV,
+        Role.OUT: ("model.layers.*.self_attn.o_proj",),
+        Role.UP: GATE_UP,
+        Role.DOWN: ("model.layers.*.mlp.down_proj",),
+    }
+    fused_groups = (QKV, GATE_UP, VISION_GATE_UP)
+    reference_float = (
+        "visual.patch_embed*",  # a convolution; engines run it in float
+        "visual.blocks.*.mlp.down_proj",  # products of two activations: the widest ranges of a vision block
+        "visual.merger.mlp.*",  # every image feature passes through it; two matrices in all
+        "model.embed_tokens",  # a table, not a matrix product
+        "model.layers.*.mlp.down_proj",  # holds the massive activations of a language model
+        "lm_head",  # engines run it in float
+    )
+    row_parallel = ROW_PARALLEL
+
+    parts = (("visual.merger.", "merger"), ("visual.", "vision"), ("model.", "language"))
+    subparts = (
+        ("visual.blocks.", "vision blocks"),
+        ("visual.merger.", "merger"),
+        ("visual.", "vision, other"),
+        ("model.layers.", "language layers"),
+        ("model.embed_tokens.", "embeddings"),
+        ("lm_head.", "lm_head"),
+    )
+    block_lists = ("model.layers.", "visual.blocks.")
+
+    def checkpoint_name(self, name: str) -> str:
+        return original_name(name)
+
+    def engine_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The flat form of the first release."""
+        return flatten_config(config)
+
+    def text_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        nested = config.get("text_config")
+        return nested if isinstance(nested, Mapping) else config
+
+    def vision_config(self, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        vision = config.get("vision_config")
+        return vision if isinstance(vision, Mapping) else None
+
+    def is_tied(self, config: Mapping[str, Any]) -> bool:
+        """The top-level key takes precedence, as in the engines."""
+        return is_tied(config)
+
+    def config_values(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        text, vision = self.text_config(config), self.vision_config(config) or {}
+        return {
+            "dtype": config.get("torch_dtype", config.get("dtype", text.get("dtype"))),
+            "language layers": text.get("num_hidden_layers"),
+            "hidden size": text.get("hidden_size"),
+            "vision blocks": vision.get("depth"),
+            "vision hidden size": vision.get("hidden_size"),
+            "tied embeddings": config.get("tie_word_embeddings", text.get("tie_word_embeddings")),
+        }
+
+    def config_schema(self) -> TypeAdapter[Any]:
+        return CONFIG
+
+    def config_limits(self, config: Mapping[str, Any], largest: int, tensors: int) -> ConfigLimits:
+        return ConfigLimits.of(config, self.vision_config(config), largest, tensors)
+
+    def config_defaults(self) -> Mapping[str, Any]:
+        return CONFIG_DEFAULTS
+
+    def image_token_id(self, config: Any) -> int | None:
+        token: int = config.image_token_id
+        return token
+
+
+QWEN2_5_VL = Qwen25VL()

@@ -125,7 +125,7 @@ class SequentialForward:
             for sample in self.samples:
                 inputs = self.model.inputs(sample)
                 run = greenlet.greenlet(lambda inputs=inputs: (None, (self.model.module(**inputs),), {}), caller)
-                self._forwards.append(_SuspendedForward(run, row_modality(sample, self.model.module)))
+                self._forwards.append(_SuspendedForward(run, row_modality(sample, self.model)))
         except BaseException:
             self.__exit__()
             raise
@@ -251,10 +251,10 @@ def _image_owners(samples: Sequence[dict[str, Tensor]], count: int) -> list[int]
     return owners
 
 
-def row_modality(sample: dict[str, Tensor], model: nn.Module) -> Tensor:
+def row_modality(sample: dict[str, Tensor], model: StreamedModel) -> Tensor:
     """input_ids and attention_mask [B, S] of a sample -> int8 [B*S]: 0 text, 1 image (as MODALITIES), -1 padding."""
     ids = sample["input_ids"]
-    modality = (ids == model.config.image_token_id).to(torch.int8)  # type: ignore[union-attr]
+    modality = model.family.is_image_token(ids, model.module.config).to(torch.int8)
     mask = sample.get("attention_mask")
     if mask is not None and mask.shape == ids.shape:
         modality = torch.where(mask == 0, torch.full_like(modality, -1), modality)

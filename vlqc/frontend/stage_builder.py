@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from vlqc.errors import Fault, UserError
-from vlqc.families.qwen2_5_vl import model_part
 from vlqc.frontend.calibration.probe import PROBE, choose_probe
 from vlqc.frontend.process_group import ProcessGroup
 from vlqc.frontend.sequential import CachedOutputs, SequentialForward, StageInputs
@@ -64,7 +63,8 @@ def traced_stage(
         graph = trace(module, execution.probe, inputs.name)
         stage = Stage(
             name=inputs.name,
-            part=model_part(f"{inputs.name}."),
+            part=model.family.part(inputs.name),
+            family=model.family,
             dtype=dtype,
             module=module,
             graph=graph,

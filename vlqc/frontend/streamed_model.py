@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from vlqc.errors import Fault, UserError
-from vlqc.families.qwen2_5_vl import ARCHITECTURES, MODEL_TYPES, block_of, is_image_token, original_name
+from vlqc.families.family import ModelFamily
+from vlqc.families.registry import family_of
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.device import resolve_device
 from vlqc.frontend.distributed import current_process_group
@@ -39,22 +40,14 @@ def parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def check_model_type(config: dict[str, Any], where: str) -> None:
-    """UserError for an unsupported model type. where: path of config.json."""
-    if config.get("model_type") not in MODEL_TYPES:
-        why = f"supported: {', '.join(MODEL_TYPES)}"
-        raise UserError(Fault(f"unsupported model type {config.get('model_type')!r}", where, why))
-
-
 def build_meta_model(folder: Path, config: dict[str, Any], *, trust_remote_code: bool = False) -> nn.Module:
     """The model of a checkpoint folder: parameters on meta, float32, in eval mode.
 
-    config: content of config.json in flat form. Code in the folder runs only with `trust_remote_code`. Raises UserError
-    for an unsupported or invalid config.
+    config: content of config.json in the form of `ModelFamily.engine_config`. Code in the folder runs only with
+    `trust_remote_code`. Raises UserError for an unsupported or invalid config.
     """
     where = str(folder / "config.json")
-    check_model_type(config, where)
-    model_class = _model_class(folder, config, trust_remote_code)
+    model_class = _model_class(folder, family_of(config, where), config, trust_remote_code)
     dtype = {"dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype": torch.float32}
     try:
         if trust_remote_code and "AutoConfig" in config.get("auto_map", {}):
@@ -69,7 +62,7 @@ def build_meta_model(folder: Path, config: dict[str, Any], *, trust_remote_code:
     return model.eval()
 
 
-def _model_class(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> type[nn.Module]:
+def _model_class(folder: Path, family: ModelFamily, config: dict[str, Any], trust_remote_code: bool) -> type[nn.Module]:
     """The class of the first architecture: from code in the folder if that is trusted, else from transformers."""
     architectures = config.get("architectures")
     name = str(architectures[0]) if isinstance(architectures, list) and architectures else "?"
@@ -84,14 +77,18 @@ def _model_class(folder: Path, config: dict[str, Any], trust_remote_code: bool) 
         except Exception as error:  # code in the folder can raise anything
             why = f"{type(error).__name__}: {error}"
             raise UserError(Fault("cannot load the code in the checkpoint", where, why)) from error
-    model_class = getattr(transformers, name, None) if name in ARCHITECTURES else None
+    model_class = getattr(transformers, name, None) if name in family.architectures else None
     if isinstance(model_class, type) and issubclass(model_class, nn.Module):
         return model_class
     if custom:
         why = f"{name} is defined by code in the checkpoint folder ({custom[0]})"
         fix = "read that code; if you trust it, add --trust_remote_code True"
         raise UserError(Fault("the checkpoint needs its own code", where, why, fix))
-    raise UserError(Fault(f"unsupported architecture {name!r}", where, f"supported: {', '.join(ARCHITECTURES)}"))
+    if name in family.architectures:
+        why = f"transformers {transformers.__version__} does not have {name}"
+        fix = f"install transformers {family.transformers_version} or newer"
+        raise UserError(Fault(f"{family.title} is not available", where, why, fix))
+    raise UserError(Fault(f"unsupported architecture {name!r}", where, f"supported: {', '.join(family.architectures)}"))
 
 
 def open_model(options: Options) -> "StreamedModel":
@@ -105,22 +102,24 @@ def open_model(options: Options) -> "StreamedModel":
 class StreamedModel:
     """A model, its checkpoint, and its stages: the modules that are compiled one at a time.
 
-    stages: checkpoint name -> module, in registration order, which is the order in which they run. canonical: name in
-    the module tree -> checkpoint name. embedding: the token embedding. tied: whether the output head shares its weight.
+    family: of the model. stages: checkpoint name -> module, in registration order, which is the order in which they
+    run. canonical: name in the module tree -> checkpoint name. embedding: the token embedding. tied: whether the output
+    head shares its weight.
     """
 
     def __init__(
         self,
         module: nn.Module,
         checkpoint: Checkpoint,
-        canonical: Callable[[str], str] = original_name,
+        canonical: Callable[[str], str] | None = None,
         device: torch.device = CPU,
     ) -> None:
         """Raises UserError if the model has no stages, or a parameter is missing in the checkpoint or has another
         shape there."""
         self.module = module
         self.checkpoint = checkpoint
-        self.canonical = canonical
+        self.family = checkpoint.family
+        self.canonical = canonical or self.family.checkpoint_name
         self.device = device
         for owner in module.modules():
             buffers = owner._buffers.items()
@@ -144,7 +143,6 @@ class StreamedModel:
     ) -> "StreamedModel":
         """The model of a checkpoint. Raises UserError if it is quantized, unsupported or does not fit its config."""
         checkpoint.check_not_quantized()
-        check_model_type(checkpoint.config, str(checkpoint.folder / "config.json"))
         checkpoint.check_config()
         module = build_meta_model(checkpoint.folder, checkpoint.config, trust_remote_code=trust_remote_code)
         return cls(module, checkpoint, device=device)
@@ -190,7 +188,7 @@ class StreamedModel:
         """
         copies = {f"{self.name(self._head)}.weight"} if self.tied and self._head is not None else set()
         unused = sorted(set(self.checkpoint.names) - set(self.parameters(self.module)) - copies)
-        if extra := [name for name in unused if (block := block_of(name)) and block not in self.stages]:
+        if extra := [name for name in unused if (block := self.family.block(name)) and block not in self.stages]:
             why = "config.json has fewer layers than the weight files; the outputs would differ"
             fix = "use the config.json of the same checkpoint"
             raise UserError(Fault(f"unexpected tensor {extra[0]}", str(self.checkpoint.folder), why, fix))
@@ -248,11 +246,11 @@ class StreamedModel:
 
     def inputs(self, sample: dict[str, Tensor]) -> dict[str, Any]:
         """The keyword arguments of the model's forward for one sample, on the device of the model."""
-        kwargs = model_inputs(self.module, sample)
+        kwargs = model_inputs(self.module, self.family, sample)
         return {name: arg.to(self.device) if isinstance(arg, Tensor) else arg for name, arg in kwargs.items()}
 
 
-def model_inputs(model: nn.Module, sample: dict[str, Tensor]) -> dict[str, Any]:
+def model_inputs(model: nn.Module, family: ModelFamily, sample: dict[str, Tensor]) -> dict[str, Any]:
     """The keyword arguments of the model's forward for one sample, for the installed transformers version.
 
     transformers 5 derives image positions from mm_token_type_ids (1 at image tokens) and gives wrong outputs without.
@@ -260,7 +258,7 @@ def model_inputs(model: nn.Module, sample: dict[str, Tensor]) -> dict[str, Any]:
     kwargs: dict[str, Any] = {"use_cache": False, **sample}
     accepted = inspect.signature(type(model).forward).parameters
     if "mm_token_type_ids" in accepted and "mm_token_type_ids" not in kwargs:
-        kwargs["mm_token_type_ids"] = is_image_token(sample["input_ids"], model.config).int()
+        kwargs["mm_token_type_ids"] = family.is_image_token(sample["input_ids"], model.config).int()
     if "mm_token_type_ids" not in accepted:
         kwargs.pop("mm_token_type_ids", None)
     return kwargs

@@ -20,7 +20,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from vlqc.errors import Fault, UserError
-from vlqc.families.qwen2_5_vl import ARCHITECTURES
 from vlqc.ir.execution import Call
 
 
@@ -39,7 +38,7 @@ def trace(module: nn.Module, call: Call, name: str) -> fx.Graph:
             return _trace(module, call.args, call.kwargs, lambda: module(*call.args, **call.kwargs))
         except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
             why = f"{type(error).__name__}: {error}"
-            fix = f"use a checkpoint of a supported architecture: {', '.join(ARCHITECTURES)}"
+            fix = "use a checkpoint of a supported model, with the config.json that belongs to it"
             raise UserError(Fault(f"cannot trace {name}", why=why, fix=fix)) from error
 
 

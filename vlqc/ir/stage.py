@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from vlqc.errors import Fault, UserError
+from vlqc.families.family import ModelFamily
 from vlqc.ir.execution import StageRun
 from vlqc.ir.observation import Observation
 from vlqc.targets.schemes import Scheme, SchemeSpec
@@ -126,15 +127,17 @@ class Sensitivity:
 class Stage:
     """One unit of compilation.
 
-    name: checkpoint prefix; part: vision, merger or language; dtype: of emitted float tensors; module: the submodule
-    with float32 weights; graph: recorded once, specialized to the shapes of the traced call, nodes carry meta["shape"]
-    and meta["dtype"]; sites: by checkpoint name; execution: inputs and outputs of this run; checkpoint_name: path of a
-    module or parameter in the stage -> checkpoint name; observations: by name of the observed node; edges: None until
-    they are computed; sensitivities: of quantized groups, where they were measured, not part of the text.
+    name: checkpoint prefix; part: vision, merger or language; family: of the model; dtype: of emitted float tensors;
+    module: the submodule with float32 weights; graph: recorded once, specialized to the shapes of the traced call,
+    nodes carry meta["shape"] and meta["dtype"]; sites: by checkpoint name; execution: inputs and outputs of this run;
+    checkpoint_name: path of a module or parameter in the stage -> checkpoint name; observations: by name of the
+    observed node; edges: None until they are computed; sensitivities: of quantized groups, where they were measured,
+    not part of the text.
     """
 
     name: str
     part: str
+    family: ModelFamily
     dtype: torch.dtype
     module: nn.Module
     graph: fx.Graph

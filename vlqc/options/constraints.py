@@ -10,8 +10,11 @@ The flags of the original script select these schemes; other combinations are er
 """
 
 from collections.abc import Callable, Iterator, Set
+from pathlib import Path
+from typing import Any
 
-from vlqc.errors import Fault
+from vlqc.errors import Fault, UserError
+from vlqc.files import read_json_object
 from vlqc.options.fields import OptionFields
 from vlqc.targets.mindie import MINDIE
 from vlqc.targets.target import BOTH
@@ -115,11 +118,24 @@ def _strict(options: OptionFields) -> Iterator[Fault]:
     """Incompatibilities of the scheme itself. --exclude may avoid them, so with it the plan of the layers decides."""
     if not options.strict_target or options.exclude:
         return
+    from vlqc.families.registry import find_family
     from vlqc.targets.advice import incompatibilities
 
-    for sentence in incompatibilities(options.engine_target, options.scheme, scope=options.w4a8_scope):
+    family = find_family(_config(options.model_path))
+    if family is None:  # an error when the checkpoint is opened
+        return
+    for sentence in incompatibilities(options.engine_target, family, options.scheme, scope=options.w4a8_scope):
         fix = "remove --strict_target, or use another --target or scheme (--w_bit, --is_dynamic, --w4a8_scope)"
         yield Fault(f"--strict_target with {options.scheme} for {options.engine_target}", why=sentence, fix=fix)
+
+
+def _config(model_path: Path) -> dict[str, Any]:
+    """The object in config.json; empty if it cannot be read, which is an error when the checkpoint is opened."""
+    try:
+        config: dict[str, Any] = read_json_object(model_path / "config.json")
+        return config
+    except UserError:
+        return {}
 
 
 def _resume(options: OptionFields) -> Iterator[Fault]:

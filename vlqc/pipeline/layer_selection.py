@@ -5,8 +5,8 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from vlqc.errors import Fault, UserError
+from vlqc.families.family import ModelFamily
 from vlqc.families.layer_names import matches_any
-from vlqc.families.qwen2_5_vl import fused_group
 from vlqc.formatting import did_you_mean
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.options.options import Options
@@ -24,22 +24,23 @@ def check_layers(model: StreamedModel, options: Options) -> None:
         shapes = {
             name.removesuffix(".weight"): tuple(tensor.shape) for name, tensor in model.parameters(model.module).items()
         }
-        check_exclusions({layer: shapes[layer] for layer in model.linear_layers}, options)
+        check_exclusions({layer: shapes[layer] for layer in model.linear_layers}, model.family, options)
 
 
-def check_exclusions(layers: Mapping[str, Sequence[int] | None], options: Options) -> None:
+def check_exclusions(layers: Mapping[str, Sequence[int] | None], family: ModelFamily, options: Options) -> None:
     """UserError where --exclude leaves schemes that the target does not load, before anything is computed.
 
     An exclusion extends to its fused group, so only rules about whole parts of the model can be broken.
 
-    layers: every Linear by checkpoint name, with its shape.
+    layers: every Linear by checkpoint name, with its shape; family: of the model.
     """
     target = options.engine_target
     schemes: dict[str, Scheme] = {}
-    for group in dict.fromkeys(fused_group(layer) for layer in layers):
+    for group in dict.fromkeys(map(family.fused_group, layers)):
         members = {layer: layers[layer] for layer in group if layer in layers}
         decision = choose_scheme(
             members,
+            family=family,
             scheme=options.scheme,
             target=target,
             group_size=options.group_size,
@@ -51,7 +52,7 @@ def check_exclusions(layers: Mapping[str, Sequence[int] | None], options: Option
         schemes |= dict.fromkeys(members, decision.scheme)
     if not any(scheme.is_quantized for scheme in schemes.values()):
         raise UserError(Fault("nothing would be quantized", "--exclude", "every layer stays float", "exclude less"))
-    if faults := group_faults(target, schemes):
+    if faults := group_faults(target, family, schemes):
         raise UserError(*(replace(fault, where=f"--exclude, for {target}") for fault in faults))
 
 

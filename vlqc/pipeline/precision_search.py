@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from vlqc.families.qwen2_5_vl import model_part
+from vlqc.families.family import ModelFamily
 from vlqc.options.fields import flag_of
 from vlqc.targets.rules import group_faults
 from vlqc.targets.schemes import Scheme
@@ -28,8 +28,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class SearchGroup:
-    """Sites that share one scheme. candidates: the schemes to choose from, usually including the assigned one."""
+    """Sites that share one scheme.
 
+    part: of the model; candidates: the schemes to choose from, usually including the assigned one.
+    """
+
+    part: str
     sites: tuple[str, ...]
     assigned: Scheme
     candidates: Mapping[Scheme, Candidate]
@@ -86,9 +90,9 @@ class SearchResult:
         total = noise_of(self.groups, self.schemes)
         rows = []
         for group, scheme in zip(self.groups, self.schemes, strict=True):
-            candidate, part = group.candidates[scheme], model_part(group.name)
+            candidate = group.candidates[scheme]
             share, sqnr = candidate.noise / total if total else 0.0, decibels(candidate.noise)
-            rows.append(GroupPrecision(group.sites, part, group.assigned, scheme, sqnr, share, candidate.bytes))
+            rows.append(GroupPrecision(group.sites, group.part, group.assigned, scheme, sqnr, share, candidate.bytes))
         return rows
 
     def notes(self) -> list[str]:
@@ -127,6 +131,7 @@ def search_schemes(
     groups: Sequence[SearchGroup],
     *,
     target: str | Target,
+    family: ModelFamily,
     min_sqnr: float | None = None,
     max_float_groups: int | None = None,
 ) -> SearchResult:
@@ -142,7 +147,7 @@ def search_schemes(
     best: tuple[float, ...] | None = None
     schemes: tuple[Scheme, ...] = ()
     lowest_noise = math.inf
-    for limited in restrictions(groups, target):
+    for limited in restrictions(groups, target, family):
         least_noise = _least_noise(limited)
         lowest_noise = min(lowest_noise, noise_of(groups, least_noise))
         if min_sqnr is not None:
@@ -160,7 +165,9 @@ def search_schemes(
     return SearchResult(tuple(groups), schemes, min_sqnr, decibels(lowest_noise))
 
 
-def restrictions(groups: Sequence[SearchGroup], target: str | Target) -> Iterator[list[SearchGroup]]:
+def restrictions(
+    groups: Sequence[SearchGroup], target: str | Target, family: ModelFamily
+) -> Iterator[list[SearchGroup]]:
     """Yields the groups with fewer candidates, such that every combination of the candidates is legal.
 
     First without the candidates that break a rule while all other groups keep their schemes. FLOAT in the vision tower
@@ -171,13 +178,15 @@ def restrictions(groups: Sequence[SearchGroup], target: str | Target) -> Iterato
     for group in groups:
         legal = {}
         for scheme, candidate in group.candidates.items():
-            if scheme == group.assigned or not group_faults(target, assigned | dict.fromkeys(group.sites, scheme)):
+            if scheme == group.assigned or not group_faults(
+                target, family, assigned | dict.fromkeys(group.sites, scheme)
+            ):
                 legal[scheme] = candidate
             elif not scheme.is_quantized:
-                coupled.add(_tower(group))
+                coupled.add(_in_language_model(group))
         independent.append(replace(group, candidates=legal))
     yield independent
-    inside = [group for group in groups if _tower(group) in coupled]
+    inside = [group for group in groups if _in_language_model(group) in coupled]
     floats = {
         group.name: replace(group, candidates={Scheme.FLOAT: group.float_candidate})
         for group in inside
@@ -302,9 +311,9 @@ def _of_site(groups: Sequence[SearchGroup], schemes: Sequence[Scheme]) -> dict[s
     return {site: scheme for group, scheme in zip(groups, schemes, strict=True) for site in group.sites}
 
 
-def _tower(group: SearchGroup) -> str:
-    """ "visual" or "model": whole parts that rules are about."""
-    return group.name.partition(".")[0]
+def _in_language_model(group: SearchGroup) -> bool:
+    """Whether a group is in the language model or the vision tower: the two sets of layers that rules are about."""
+    return group.part == "language"
 
 
 def _describe(names: Sequence[str], scheme: Scheme) -> str:

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vlqc.families.qwen2_5_vl import SUBPARTS, model_subpart
+from vlqc.families.family import OTHER, ModelFamily
+from vlqc.families.registry import find_family
 from vlqc.files import format_json, read_json_object
 from vlqc.formatting import escape_control_chars, format_bytes
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
@@ -92,16 +93,17 @@ class CheckpointSummary:
 def inspect_folder(folder: Path) -> CheckpointSummary:
     """Summarizes a float or compiled checkpoint. UserError if the folder or a file in it is missing or invalid."""
     checkpoint = Checkpoint(folder)
-    schemes = _schemes(folder)
+    family, schemes = find_family(checkpoint.source_config), _schemes(folder)
     names: dict[tuple[str, str], list[str]] = defaultdict(list)  # by (part, scheme)
     for name in checkpoint.names:
-        names[model_subpart(name), _scheme_of(name, schemes)].append(name)
-    ordered = sorted(names, key=lambda key: (SUBPARTS.index(key[0]), key[1]))
+        names[_subpart(name, family), _scheme_of(name, schemes)].append(name)
+    titles = _subparts(family)
+    ordered = sorted(names, key=lambda key: (titles.index(key[0]), key[1]))
     return CheckpointSummary(
         folder=str(folder),
-        facts=_facts(checkpoint.config, bool(schemes)),
+        facts=_facts(checkpoint.config, family, bool(schemes)),
         rows=[_part_summary(part, scheme, names[part, scheme], checkpoint) for part, scheme in ordered],
-        ranges=_ranges(checkpoint) if schemes else [],
+        ranges=_ranges(checkpoint, family) if schemes else [],
         files={path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))},
     )
 
@@ -141,14 +143,22 @@ def _dtype_name(checkpoint: Checkpoint, name: str) -> str:
     return str(checkpoint.stored_dtype(name)).removeprefix("torch.")
 
 
-def _ranges(checkpoint: Checkpoint) -> list[ParameterRange]:
+def _subparts(family: ModelFamily | None) -> list[str]:
+    return [*(title for _, title in (family.subparts if family else ())), OTHER]
+
+
+def _subpart(name: str, family: ModelFamily | None) -> str:
+    return family.subpart(name) if family else OTHER
+
+
+def _ranges(checkpoint: Checkpoint, family: ModelFamily | None) -> list[ParameterRange]:
     tensors: dict[tuple[str, str], list[torch.Tensor]] = defaultdict(list)  # by (part, parameter)
     for name in checkpoint.names:
         parameter = name.rpartition(".")[2]
         if parameter in QUANTIZATION_PARAMETERS:
-            tensors[model_subpart(name), parameter].append(checkpoint.tensor(name).flatten().to(torch.float64))
-    ranges = []
-    order = sorted(tensors, key=lambda key: (SUBPARTS.index(key[0]), QUANTIZATION_PARAMETERS.index(key[1])))
+            tensors[_subpart(name, family), parameter].append(checkpoint.tensor(name).flatten().to(torch.float64))
+    ranges, titles = [], _subparts(family)
+    order = sorted(tensors, key=lambda key: (titles.index(key[0]), QUANTIZATION_PARAMETERS.index(key[1])))
     for part, parameter in order:
         values = torch.cat(tensors[part, parameter])
         if values.numel():
@@ -157,19 +167,11 @@ def _ranges(checkpoint: Checkpoint) -> list[ParameterRange]:
     return ranges
 
 
-def _facts(config: dict[str, Any], compiled: bool) -> dict[str, Any]:
-    """Values of config.json that identify the model. Newer files have those of the language model in text_config."""
-    text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
-    vision = config["vision_config"] if isinstance(config.get("vision_config"), dict) else {}
-    facts = {
-        "model": config.get("model_type"),
-        "kind": "compiled" if compiled else "float",
-        "dtype": config.get("torch_dtype", config.get("dtype", text.get("dtype"))),
-        "language layers": text.get("num_hidden_layers"),
-        "hidden size": text.get("hidden_size"),
-        "vision blocks": vision.get("depth"),
-        "tied embeddings": config.get("tie_word_embeddings", text.get("tie_word_embeddings")),
-    }
+def _facts(config: dict[str, Any], family: ModelFamily | None, compiled: bool) -> dict[str, Any]:
+    """Values of config.json that identify the model."""
+    facts = {"model": config.get("model_type"), "kind": "compiled" if compiled else "float"}
+    if family:
+        facts |= family.config_values(config)
     return {name: value for name, value in facts.items() if value is not None}
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from vlqc.emit.atomic_folder import nearest_folder
 from vlqc.emit.size_estimate import output_bytes, predict_schemes, required_disk_space
 from vlqc.emit.stage_tensors import emitted_dtype
-from vlqc.families.qwen2_5_vl import model_part
+from vlqc.families.family import ModelFamily
 from vlqc.formatting import format_bytes, format_duration, pluralize
 from vlqc.frontend.calibration.dataset import load_calibration
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
@@ -117,14 +117,15 @@ def plan_compilation(
     schemes = {name: site.scheme or Scheme.FLOAT for name, site in sites.items()}
     dtype = str(emitted_dtype(checkpoint.dtype)).removeprefix("torch.")
     notes = [
-        *target_warnings(options, checkpoint.dtype),
+        *target_warnings(options, model.family, checkpoint.dtype),
         *calibration.notes,
         *memory_notes,
         *([BEFORE_SEARCH] if options.fallback == "auto" else []),
     ]
     counts: dict[tuple[str, str], int] = {}
     for name, scheme in (schemes | dict.fromkeys(model.heads, Scheme.FLOAT)).items():
-        counts[model_part(name), str(scheme)] = counts.get((model_part(name), str(scheme)), 0) + 1
+        part = model.family.part(name)
+        counts[part, str(scheme)] = counts.get((part, str(scheme)), 0) + 1
     after = output_bytes(model, sites, options.layout)
     return CompilationPlan(
         counts=counts,
@@ -140,7 +141,7 @@ def plan_compilation(
         engines=[
             str(versions)
             for engine in ENGINES
-            if (versions := loadable_versions(engine, schemes, dtype, options)) is not None
+            if (versions := loadable_versions(engine, model.family, schemes, dtype, options)) is not None
         ],
         notes=list(dict.fromkeys(notes)),
     )
@@ -153,7 +154,7 @@ def estimate_seconds(model: StreamedModel, sites: dict[str, Site], tokens: int, 
     """
     forward_flops = rounding_flops = 0.0
     for name, stage in model.stages.items():
-        rows = tokens if model.is_language(stage) else patches // (4 if model_part(f"{name}.") == "merger" else 1)
+        rows = tokens if model.is_language(stage) else patches // (4 if model.family.part(name) == "merger" else 1)
         forward_flops += 2.0 * rows * sum(tensor.numel() for tensor in model.parameters(stage).values())
     for site in sites.values():
         if site.is_quantized:
@@ -187,11 +188,13 @@ def calls_per_second(function: Callable[[], object]) -> float:
     return calls / (time.perf_counter() - started)
 
 
-def loadable_versions(engine: Engine, schemes: dict[str, Scheme], dtype: str, options: Options) -> VersionRange | None:
+def loadable_versions(
+    engine: Engine, family: ModelFamily, schemes: dict[str, Scheme], dtype: str, options: Options
+) -> VersionRange | None:
     """Versions of an engine that load the result; None if none does or the layout is that of the other engine.
 
     schemes: by layer; dtype: of the emitted float tensors.
     """
-    if engine not in parse_target(options.engine_target).engines or group_faults(engine, schemes):
+    if engine not in parse_target(options.engine_target).engines or group_faults(engine, family, schemes):
         return None
-    return supporting_versions(engine, schemes, dtype)
+    return supporting_versions(engine, family, schemes, dtype)

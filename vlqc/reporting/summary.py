@@ -15,7 +15,7 @@ from rich.jupyter import JupyterMixin
 
 from vlqc.emit.stage_tensors import emitted_dtype
 from vlqc.errors import Fault, UserError
-from vlqc.families.qwen2_5_vl import model_part
+from vlqc.families.family import ModelFamily
 from vlqc.files import sha256_of
 from vlqc.formatting import format_bytes, format_duration
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
@@ -101,13 +101,13 @@ class Result(JupyterMixin):
         return Group(layer_table("Schemes", self.counts), *labeled_lines(rows))
 
 
-def target_warnings(options: Options, dtype: torch.dtype) -> list[str]:
+def target_warnings(options: Options, family: ModelFamily, dtype: torch.dtype) -> list[str]:
     """Notes on the chosen target: which engines refuse the result, and what they expect of it.
 
-    dtype: of the float checkpoint.
+    family, dtype: of the float checkpoint.
     """
     name = str(dtype).removeprefix("torch.")
-    target = (options.engine_target, options.scheme, name)
+    target = (options.engine_target, family, options.scheme, name)
     refusals = incompatibilities(*target, scope=options.w4a8_scope)
     why, fix = "the folder is written anyway", "see --target, --strict_target"
     notes = [str(Fault(sentence, why=why, fix=fix)) for sentence in refusals]
@@ -132,7 +132,7 @@ class CompilationSummary:
         self.search_result: SearchResult | None = None
         self.metrics = StageMetrics(active=current_process_group().is_rank0)
         self._started = time.perf_counter()
-        self.add_notes(target_warnings(options, checkpoint.dtype))
+        self.add_notes(target_warnings(options, checkpoint.family, checkpoint.dtype))
 
     def add_notes(self, notes: Iterable[str], *, of_run: bool = False) -> None:
         """of_run: the notes are on this run and not on its output, so the save folder must not contain them."""
@@ -179,7 +179,7 @@ class CompilationSummary:
         self.search_result = search_result
         self.metrics.apply_search(search_result)
         for group, chosen in zip(search_result.groups, search_result.schemes, strict=True):
-            part, sites = model_part(group.name), len(group.sites)
+            part, sites = group.part, len(group.sites)
             for scheme, change in ((group.assigned, -sites), (chosen, sites)):
                 self.counts[part, str(scheme)] = self.counts.get((part, str(scheme)), 0) + change
         self.counts = {key: count for key, count in self.counts.items() if count}
@@ -225,11 +225,16 @@ class CompilationSummary:
             target=options.engine_target,
             dtype="float16" if emitted_dtype(self.checkpoint.dtype) == torch.float16 else "bfloat16",
             bytes_before=self.checkpoint.bytes,
-            heads=("lm_head",) if "lm_head.weight" in self.checkpoint else (),
+            heads=self._heads(),
             notes=replace_paths([note for note in self.notes if note not in self._run_notes], options),
             predicted=rounded(self.search_result.sqnr) if self.search_result else None,
             stages=tuple(self.metrics.stages),
         ).write(folder)
+
+    def _heads(self) -> tuple[str, ...]:
+        """The output head, if it has a weight of its own."""
+        head = self.checkpoint.family.output_head
+        return (head,) if f"{head}.weight" in self.checkpoint else ()
 
     def _count(self, part: str, scheme: Scheme) -> None:
         self.counts[part, str(scheme)] = self.counts.get((part, str(scheme)), 0) + 1
@@ -240,8 +245,8 @@ class CompilationSummary:
         passes: seconds per pass.
         """
         folder = self.options.save_directory
-        if "lm_head.weight" in self.checkpoint:
-            self._count(model_part("lm_head"), Scheme.FLOAT)
+        for head in self._heads():
+            self._count(self.checkpoint.family.part(head), Scheme.FLOAT)
         description = read_description(folder)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         dtype = str(emitted_dtype(self.checkpoint.dtype)).removeprefix("torch.")

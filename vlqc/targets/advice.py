@@ -2,14 +2,16 @@
 
 from pathlib import Path
 
-from vlqc.families.qwen2_5_vl import LANGUAGE, MERGER, VISION, fused_group
+from vlqc.families.family import ModelFamily
 from vlqc.targets.precision import choose_scheme
 from vlqc.targets.schemes import Scheme
 from vlqc.targets.target import Target, TargetLike, as_target
 from vlqc.targets.versions import supporting_versions
 
 
-def incompatibilities(target: TargetLike, scheme: Scheme, dtype: str = "bfloat16", scope: str = "engine") -> list[str]:
+def incompatibilities(
+    target: TargetLike, family: ModelFamily, scheme: Scheme, dtype: str = "bfloat16", scope: str = "engine"
+) -> list[str]:
     """One sentence per engine of the target that does not load a compilation in `scheme`; [] when all do.
 
     scope: "engine" gives layers that the target does not run in `scheme` another one, "all" gives them `scheme`, too.
@@ -18,12 +20,12 @@ def incompatibilities(target: TargetLike, scheme: Scheme, dtype: str = "bfloat16
     dtype = _emitted(dtype)
     sentences = []
     for engine in target.engines:
-        versions = supporting_versions(engine, _default_schemes(target, scheme, scope), dtype)
+        versions = supporting_versions(engine, family, _default_schemes(target, family, scheme, scope), dtype)
         if versions is None:
-            where = engine.unsupported_where(scheme)
-            if supporting_versions(engine, _default_schemes(target, scheme, scope), "bfloat16"):
+            where = engine.unsupported_where(family, scheme)
+            if supporting_versions(engine, family, _default_schemes(target, family, scheme, scope), "bfloat16"):
                 where = f" of a {dtype} model (bfloat16 only)"
-            elif supporting_versions(engine, _default_schemes(target, scheme, "engine"), dtype):
+            elif supporting_versions(engine, family, _default_schemes(target, family, scheme, "engine"), dtype):
                 where = " on layers with a bias or in the vision tower"
             sentences.append(f"no version of {engine.title} loads {scheme}{where}")
         elif target.version and target.version not in versions:
@@ -33,6 +35,7 @@ def incompatibilities(target: TargetLike, scheme: Scheme, dtype: str = "bfloat16
 
 def engine_notes(
     target: TargetLike,
+    family: ModelFamily,
     scheme: Scheme,
     dtype: str = "bfloat16",
     group_size: int | None = None,
@@ -40,9 +43,9 @@ def engine_notes(
 ) -> list[str]:
     """Notes for the user before compiling: `incompatibilities`, limits to some versions, slow group sizes."""
     target = as_target(target)
-    notes = incompatibilities(target, scheme, dtype, scope)
+    notes = incompatibilities(target, family, scheme, dtype, scope)
     for engine in target.engines:
-        versions = supporting_versions(engine, _default_schemes(target, scheme, scope), _emitted(dtype))
+        versions = supporting_versions(engine, family, _default_schemes(target, family, scheme, scope), _emitted(dtype))
         if versions and versions.before and not target.version:
             notes.append(f"{versions} load {scheme}, other versions do not")
         elif versions and versions.since != engine.since and not target.version:
@@ -55,12 +58,12 @@ def serve_commands(target: TargetLike, folder: str | Path) -> list[str]:
     return [engine.serve_command(str(folder)) for engine in as_target(target).engines]
 
 
-def _default_schemes(target: Target, scheme: Scheme, scope: str) -> dict[str, Scheme]:
+def _default_schemes(target: Target, family: ModelFamily, scheme: Scheme, scope: str) -> dict[str, Scheme]:
     """Layer pattern -> the scheme that a compilation in `scheme` gives these layers by default."""
     schemes: dict[str, Scheme] = {}
-    for group in dict.fromkeys(fused_group(layer) for layer in VISION + MERGER + LANGUAGE):
+    for group in dict.fromkeys(map(family.fused_group, family.layers())):
         layers = dict.fromkeys(group)
-        decision = choose_scheme(layers, scheme=scheme, target=target, scope=scope, fallback="reference")
+        decision = choose_scheme(layers, family=family, scheme=scheme, target=target, scope=scope, fallback="reference")
         schemes |= dict.fromkeys(group, decision.scheme)
     return schemes
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from packaging.version import Version
 
 from vlqc.errors import Fault
-from vlqc.families.layer_names import matches_any
+from vlqc.families.family import ModelFamily, Role
 from vlqc.targets.schemes import Scheme, quant_type
 
 # Key of the description, in every layout: every quant_bias has a mean error subtracted, a multiple of so many steps.
@@ -17,13 +17,14 @@ QUANT_BIAS_CORRECTION = "quant_bias_correction"
 
 @dataclass(frozen=True)
 class Rule:
-    """The engine runs `layers` in `scheme` from version `since` on, in versions below `before` (None: no known end).
+    """The engine runs linear layers with one of `roles` in `scheme` from version `since` on, in versions below `before`
+    (None: no known end).
 
-    layers: patterns over checkpoint layer names; dtypes: of the float tensors with which it does so.
+    dtypes: of the float tensors with which it does so.
     """
 
     scheme: Scheme
-    layers: tuple[str, ...]
+    roles: tuple[Role, ...]
     since: str
     before: str | None = None
     dtypes: tuple[str, ...] = ("bfloat16", "float16")
@@ -41,10 +42,11 @@ class Rule:
 class FolderContent:
     """What the description and config.json of a compiled folder depend on.
 
-    schemes: tensor name -> scheme; scheme: the one that the compilation asked for; options: of the compilation, by
-    name.
+    family: of the model; schemes: tensor name -> scheme; scheme: the one that the compilation asked for; options: of
+    the compilation, by name.
     """
 
+    family: ModelFamily
     schemes: Mapping[str, Scheme]
     scheme: Scheme
     options: Mapping[str, Any]
@@ -59,8 +61,8 @@ class Engine(ABC):
     """Versions, rules and folder layout of one engine.
 
     name: on the command line; title: as its users write it; example_versions: for messages; since: the first version
-    that loads a quantized folder; rules: which layers it runs in which scheme; group_sizes: that it accepts, 0 for
-    scales without groups, empty for any; packs_int4: whether two rows of 4-bit weights share their bytes, with a
+    that loads a quantized folder; rules: which layers it runs in which scheme, by family; group_sizes: that it accepts,
+    0 for scales without groups, empty for any; packs_int4: whether two rows of 4-bit weights share their bytes, with a
     scale_bias per layer; norm_bias_parts: parts of the model in which it adds the bias of a norm; norm_copies: name of
     the submodule under which it wants the tensors of a norm with a bias a second time, empty for none.
     """
@@ -69,7 +71,7 @@ class Engine(ABC):
     title: ClassVar[str]
     example_versions: ClassVar[str]
     since: ClassVar[str]
-    rules: ClassVar[tuple[Rule, ...]]
+    rules: ClassVar[Mapping[str, tuple[Rule, ...]]]
     group_sizes: ClassVar[tuple[int, ...]] = ()
     packs_int4: ClassVar[bool]
     norm_bias_parts: ClassVar[tuple[str, ...]] = ()
@@ -78,18 +80,24 @@ class Engine(ABC):
     def __repr__(self) -> str:
         return self.name
 
-    def supported_schemes(self, layer: str, version: Version | None, dtype: str | None) -> set[Scheme]:
+    def rules_of(self, family: ModelFamily) -> tuple[Rule, ...]:
+        """The rules for models of a family; empty if the engine does not load them quantized."""
+        return self.rules.get(family.engine_rows or family.name, ())
+
+    def supported_schemes(
+        self, family: ModelFamily, layer: str, version: Version | None, dtype: str | None
+    ) -> set[Scheme]:
         """Checkpoint layer name -> the schemes in which the engine runs it, FLOAT always among them."""
-        applicable = (rule for rule in self.rules if rule.applies(version, dtype))
-        return {Scheme.FLOAT} | {rule.scheme for rule in applicable if matches_any(layer, rule.layers)}
+        applicable = (rule for rule in self.rules_of(family) if rule.applies(version, dtype))
+        return {Scheme.FLOAT} | {rule.scheme for rule in applicable if family.role(layer) in rule.roles}
 
     # ---- rules about several layers --------------------------------------------------------------------------------
 
-    def group_faults(self, schemes: Mapping[str, Scheme]) -> list[Fault]:
+    def group_faults(self, family: ModelFamily, schemes: Mapping[str, Scheme]) -> list[Fault]:
         """Scheme per checkpoint layer name -> combinations of schemes that the engine does not run together."""
         return []
 
-    def runs_unfused(self, schemes: Mapping[str, Scheme]) -> bool:
+    def runs_unfused(self, family: ModelFamily, schemes: Mapping[str, Scheme]) -> bool:
         """Whether it runs the members of one fused group, which have these schemes, each on its own."""
         return False
 
@@ -112,7 +120,7 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def reads_config(self, schemes: Mapping[str, Scheme], config: Mapping[str, Any]) -> bool:
+    def reads_config(self, family: ModelFamily, schemes: Mapping[str, Scheme], config: Mapping[str, Any]) -> bool:
         """Whether the engine, with this config.json, builds the layers of a folder in these schemes (per layer)."""
 
     # ---- notes for the user ----------------------------------------------------------------------------------------
@@ -121,7 +129,7 @@ class Engine(ABC):
     def serve_command(self, folder: str) -> str:
         """The command or setting with which the engine serves a folder."""
 
-    def unsupported_where(self, scheme: Scheme) -> str:
+    def unsupported_where(self, family: ModelFamily, scheme: Scheme) -> str:
         """Where no version runs the scheme, such as " for vision-language models"; empty if there is nothing to add."""
         return ""
 

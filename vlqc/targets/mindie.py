@@ -5,19 +5,10 @@ Source: the rules of its own loader for Qwen2.5-VL.
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from vlqc.errors import Fault
-from vlqc.families.layer_names import matches_any
-from vlqc.families.qwen2_5_vl import (
-    LANGUAGE,
-    MERGER,
-    VISION_GATE_UP,
-    VISION_PROJ,
-    VISION_QKV,
-    in_vision_tower,
-    model_part,
-)
+from vlqc.families.family import DECODER_ROLES, ModelFamily, Role
 from vlqc.targets.engine import Engine, FolderContent, Rule, join_or
 from vlqc.targets.schemes import Scheme, quant_type
 
@@ -32,21 +23,27 @@ class MindIE(Engine):
     title = "MindIE"
     example_versions = "2.2 or 2.2.RC1"
     since = "2.2.RC1"
-    rules = (
-        # It keeps the vision down_proj in float. See also `group_faults`.
-        Rule(Scheme.W8A8, VISION_QKV + VISION_PROJ + VISION_GATE_UP + MERGER + LANGUAGE, since="2.2.RC1"),
-        Rule(Scheme.W8A8_DYNAMIC, LANGUAGE, since="2.2.RC1"),
-        # No rule for W4A8_DYNAMIC: no version runs it in a vision-language model.
-    )
+    rules: ClassVar[Mapping[str, tuple[Rule, ...]]] = {
+        "qwen2_5_vl": (
+            # It keeps the last layer of the vision MLP in float. See also `group_faults`.
+            Rule(
+                Scheme.W8A8,
+                (Role.VISION_QKV, Role.VISION_PROJ, Role.VISION_UP, Role.MERGER, *DECODER_ROLES),
+                since="2.2.RC1",
+            ),
+            Rule(Scheme.W8A8_DYNAMIC, DECODER_ROLES, since="2.2.RC1"),
+            # No rule for W4A8_DYNAMIC: no version runs it in a vision-language model.
+        ),
+    }
     group_sizes = (0, 64, 128, 256)  # what its config reader accepts
     packs_int4 = False
     norm_bias_parts = ("language",)
     norm_copies = "module"  # `X.module.weight` makes it build the norm that has a bias
 
-    def group_faults(self, schemes: Mapping[str, Scheme]) -> list[Fault]:
+    def group_faults(self, family: ModelFamily, schemes: Mapping[str, Scheme]) -> list[Fault]:
         """The vision tower is all float, or W8A8 with qkv quantized in every block; one scheme for all that is not
         float, since the one `quantize` of config.json names it."""
-        vision = {layer: scheme for layer, scheme in schemes.items() if in_vision_tower(layer)}
+        vision = {layer: scheme for layer, scheme in schemes.items() if family.in_vision_tower(layer)}
         quantized = [layer for layer, scheme in vision.items() if scheme != Scheme.FLOAT]
         faults = [
             Fault(
@@ -56,7 +53,7 @@ class MindIE(Engine):
                 "quantize qkv in every vision block, leave the vision tower float, or serve with vLLM Ascend only",
             )
             for layer, scheme in vision.items()
-            if quantized and matches_any(layer, VISION_QKV) and scheme == Scheme.FLOAT
+            if quantized and family.role(layer) == Role.VISION_QKV and scheme == Scheme.FLOAT
         ]
         static = [layer for layer, scheme in schemes.items() if scheme == Scheme.W8A8]
         dynamic = [layer for layer, scheme in schemes.items() if scheme == Scheme.W8A8_DYNAMIC]
@@ -71,9 +68,9 @@ class MindIE(Engine):
             )
         return faults
 
-    def runs_unfused(self, schemes: Mapping[str, Scheme]) -> bool:
+    def runs_unfused(self, family: ModelFamily, schemes: Mapping[str, Scheme]) -> bool:
         """It runs float members of a static language group next to quantized ones, unfused."""
-        return all(model_part(layer) == "language" for layer in schemes) and (
+        return all(family.part(layer) == "language" for layer in schemes) and (
             set(schemes.values()) <= {Scheme.FLOAT, Scheme.W8A8}
         )
 
@@ -91,9 +88,11 @@ class MindIE(Engine):
         if not own_layout and Scheme.W8A8 not in content.schemes.values():
             return
         config["quantize"] = content.quant_type.lower()
-        config["vision_config"].pop("quantize", None)
-        if any(in_vision_tower(name) for name, scheme in content.schemes.items() if scheme != Scheme.FLOAT):
-            config["vision_config"]["quantize"] = content.quant_type.lower()
+        family, vision_config = content.family, content.family.vision_config(config)
+        if isinstance(vision_config, dict):
+            vision_config.pop("quantize", None)
+            if any(family.in_vision_tower(name) for name, scheme in content.schemes.items() if scheme != Scheme.FLOAT):
+                vision_config["quantize"] = content.quant_type.lower()
         if own_layout:
             options = content.options
             grouped = content.scheme == Scheme.W4A8_DYNAMIC and options["group_size"] in self.group_sizes
@@ -101,20 +100,22 @@ class MindIE(Engine):
                 name: options[name] for name in CONFIG_OPTIONS
             }
 
-    def reads_config(self, schemes: Mapping[str, Scheme], config: Mapping[str, Any]) -> bool:
+    def reads_config(self, family: ModelFamily, schemes: Mapping[str, Scheme], config: Mapping[str, Any]) -> bool:
         """A flat config whose `quantize` keys name the folder's type, the vision tower's only if it is quantized."""
-        vision_config = config.get("vision_config")
-        vision_key = vision_config.get("quantize") if isinstance(vision_config, Mapping) else None
-        vision_quantized = any(in_vision_tower(name) and scheme != Scheme.FLOAT for name, scheme in schemes.items())
-        quantize = quant_type(schemes.values()).lower()
+        vision_config = family.vision_config(config) or {}
+        vision_quantized = any(
+            family.in_vision_tower(name) and scheme != Scheme.FLOAT for name, scheme in schemes.items()
+        )
         return (
-            "text_config" not in config and config.get("quantize") == quantize and vision_quantized == bool(vision_key)
+            family.engine_config(dict(config)) == config
+            and config.get("quantize") == quant_type(schemes.values()).lower()
+            and vision_quantized == bool(vision_config.get("quantize"))
         )
 
     def serve_command(self, folder: str) -> str:
         return f'"modelWeightPath": {json.dumps(folder, ensure_ascii=False)} in the config.json of the MindIE service'
 
-    def unsupported_where(self, scheme: Scheme) -> str:
+    def unsupported_where(self, family: ModelFamily, scheme: Scheme) -> str:
         return " for vision-language models" if scheme == Scheme.W4A8_DYNAMIC else ""
 
     def scheme_notes(self, scheme: Scheme, group_size: int | None) -> list[str]:

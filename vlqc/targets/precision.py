@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from vlqc.families.family import ModelFamily
 from vlqc.families.layer_names import layer_pattern, matches_any
-from vlqc.families.qwen2_5_vl import fused_group, stays_float_in_reference
 from vlqc.targets.rules import supported_schemes, target_supporting
 from vlqc.targets.schemes import Scheme
 from vlqc.targets.target import TargetLike
@@ -22,6 +22,7 @@ class Decision:
 def choose_scheme(
     layers: Mapping[str, Sequence[int] | None],
     *,
+    family: ModelFamily,
     scheme: Scheme,
     target: TargetLike,
     group_size: int = 64,
@@ -34,25 +35,25 @@ def choose_scheme(
 
     The group is FLOAT if the engines fuse a member with a layer outside of it: their scales would differ.
 
-    layers: checkpoint name -> (outputs, inputs), or None if the shape does not matter. scheme: the default scheme.
-    target: engines whose rules apply; where the target's version does not run the scheme at all, those of the other
-    versions. scope: `engine` uses 4-bit weights only in layers where the target runs them, `all` in every layer.
-    fallback: `reference` leaves the layers that the reference script excludes in float, `none` only those that the
-    engine cannot run quantized. exclude: globs of layers that stay float. include: globs of layers that are quantized
-    in spite of the reference exclusions; `exclude` takes precedence.
+    layers: checkpoint name -> (outputs, inputs), or None if the shape does not matter. family: of the model. scheme:
+    the default scheme. target: engines whose rules apply; where the target's version does not run the scheme at all,
+    those of the other versions. scope: `engine` uses 4-bit weights only in layers where the target runs them, `all` in
+    every layer. fallback: `reference` leaves the layers that the reference script excludes in float, `none` only those
+    that the engine cannot run quantized. exclude: globs of layers that stay float. include: globs of layers that are
+    quantized in spite of the reference exclusions; `exclude` takes precedence.
     """
-    excluded = _excluded(list(layers), fallback, exclude, include)
+    excluded = _excluded(family, list(layers), fallback, exclude, include)
     if excluded is not None:
         return excluded
     first = layer_pattern(next(iter(layers)))
-    missing = sorted({other for layer in layers for other in fused_group(layer)} - layers.keys())
+    missing = sorted({other for layer in layers for other in family.fused_group(layer)} - layers.keys())
     if missing:
         reason = f"the engine fuses it with {', '.join(missing)}, which reads another input"
         return Decision(Scheme.FLOAT, reason, f"{first} stays float: {reason}")
     choices = [scheme] if scheme.substitute is None else [scheme, scheme.substitute]
-    rules = target_supporting(target, scheme)
+    rules = target_supporting(target, family, scheme)
     if scope == "engine" and rules is not None:
-        choices = [each for each in choices if all(each in supported_schemes(rules, layer) for layer in layers)]
+        choices = [each for each in choices if all(each in supported_schemes(rules, family, layer) for layer in layers)]
     misfit = _misfit(layers, scheme, group_size) if scheme in choices else ""
     if misfit:
         choices.remove(scheme)
@@ -65,7 +66,9 @@ def choose_scheme(
     return Decision(chosen, reason, f"{scheme} only where {target} runs it; elsewhere {chosen}")
 
 
-def _excluded(layers: Sequence[str], fallback: str, exclude: Sequence[str], include: Sequence[str]) -> Decision | None:
+def _excluded(
+    family: ModelFamily, layers: Sequence[str], fallback: str, exclude: Sequence[str], include: Sequence[str]
+) -> Decision | None:
     """Returns FLOAT if the user's globs or the reference script exclude any member, else None."""
     for layer in layers:
         pattern = next((pattern for pattern in exclude if matches_any(layer, [pattern])), None)
@@ -75,7 +78,7 @@ def _excluded(layers: Sequence[str], fallback: str, exclude: Sequence[str], incl
             note = f"{', '.join(others)} {stay} float with {layer_pattern(layer)}, which --exclude names"
             return Decision(Scheme.FLOAT, f"excluded by {pattern}", note if others else "")
     included = any(matches_any(layer, include) for layer in layers)
-    if fallback == "reference" and not included and any(stays_float_in_reference(layer) for layer in layers):
+    if fallback == "reference" and not included and any(map(family.stays_float_in_reference, layers)):
         return Decision(Scheme.FLOAT, "kept in float by the reference exclusions")
     return None
 

@@ -8,41 +8,41 @@ either. The rules themselves are in the engines' files.
 from collections.abc import Iterable, Mapping
 
 from vlqc.errors import Fault
-from vlqc.families.qwen2_5_vl import LANGUAGE, fused_group
+from vlqc.families.family import DECODER_ROLES, ModelFamily
 from vlqc.targets.engine import join_or
 from vlqc.targets.schemes import Scheme
 from vlqc.targets.target import ENGINES, Target, TargetLike, as_target
 
-SINGLE_LAYER = next(layer for layer in LANGUAGE if len(fused_group(layer)) == 1)  # a layer without a fused group
-
 # ---- one layer -------------------------------------------------------------------------------------------------------
 
 
-def supported_schemes(target: TargetLike, layer: str, dtype: str | None = None) -> frozenset[Scheme]:
+def supported_schemes(
+    target: TargetLike, family: ModelFamily, layer: str, dtype: str | None = None
+) -> frozenset[Scheme]:
     """Checkpoint layer name -> schemes that every engine of the target runs, in its version or in some version.
 
-    lm_head, embeddings, norms, the patch embedding and layers without a rule: FLOAT only.
+    The output head, embeddings, norms, convolutions and layers without a rule: FLOAT only.
     """
     target = as_target(target)
-    per_engine = (engine.supported_schemes(layer, target.parsed_version, dtype) for engine in target.engines)
+    per_engine = (engine.supported_schemes(family, layer, target.parsed_version, dtype) for engine in target.engines)
     return frozenset(set.intersection(*per_engine))
 
 
-def supports_scheme(target: TargetLike, scheme: Scheme, dtype: str | None = None) -> bool:
+def supports_scheme(target: TargetLike, family: ModelFamily, scheme: Scheme, dtype: str | None = None) -> bool:
     """Whether every engine of the target runs the scheme on at least one layer."""
     target = as_target(target)
     return scheme == Scheme.FLOAT or all(
-        any(rule.scheme == scheme and rule.applies(target.parsed_version, dtype) for rule in engine.rules)
+        any(rule.scheme == scheme and rule.applies(target.parsed_version, dtype) for rule in engine.rules_of(family))
         for engine in target.engines
     )
 
 
-def target_supporting(target: TargetLike, scheme: Scheme) -> Target | None:
+def target_supporting(target: TargetLike, family: ModelFamily, scheme: Scheme) -> Target | None:
     """The target whose rules apply to a compilation in `scheme`: the given one if its version runs the scheme at all,
     else its engines in any version; None if no version runs the scheme."""
     target = as_target(target)
     choices = (target, Target(target.engines))
-    return next((choice for choice in choices if supports_scheme(choice, scheme)), None)
+    return next((choice for choice in choices if supports_scheme(choice, family, scheme)), None)
 
 
 def adds_norm_bias(part: str) -> bool:
@@ -53,35 +53,39 @@ def adds_norm_bias(part: str) -> bool:
 # ---- all layers ------------------------------------------------------------------------------------------------------
 
 
-def layer_faults(target: TargetLike, schemes: Mapping[str, Scheme], dtype: str | None = None) -> list[Fault]:
+def layer_faults(
+    target: TargetLike, family: ModelFamily, schemes: Mapping[str, Scheme], dtype: str | None = None
+) -> list[Fault]:
     """Scheme per checkpoint layer name -> every layer whose scheme an engine of the target does not run there."""
     target = as_target(target)
     faults = []
     for layer, scheme in schemes.items():
         for engine in target.engines:
-            supported = engine.supported_schemes(layer, target.parsed_version, dtype)
+            supported = engine.supported_schemes(family, layer, target.parsed_version, dtype)
             if scheme not in supported:
                 why = f"{target.title(engine)} runs it in {join_or(sorted(supported))} only"
-                if scheme in engine.supported_schemes(layer, target.parsed_version, None):
+                if scheme in engine.supported_schemes(family, layer, target.parsed_version, None):
                     why += f" when the model is {dtype}"
                 faults.append(Fault(f"{layer} is {scheme}", layer, why, f"compile with --exclude {layer}"))
     return faults
 
 
-def group_faults(target: TargetLike, schemes: Mapping[str, Scheme]) -> list[Fault]:
+def group_faults(target: TargetLike, family: ModelFamily, schemes: Mapping[str, Scheme]) -> list[Fault]:
     """Scheme per checkpoint layer name -> combinations of schemes that an engine of the target does not run."""
     target = as_target(target)
-    of_engines = [fault for engine in target.engines for fault in engine.group_faults(schemes)]
-    return mixed_group_faults(target, schemes) + of_engines
+    of_engines = [fault for engine in target.engines for fault in engine.group_faults(family, schemes)]
+    return mixed_group_faults(target, family, schemes) + of_engines
 
 
-def mixed_group_faults(target: TargetLike, schemes: Mapping[str, Scheme]) -> list[Fault]:
+def mixed_group_faults(target: TargetLike, family: ModelFamily, schemes: Mapping[str, Scheme]) -> list[Fault]:
     """Scheme per checkpoint layer name -> fused groups whose members have several schemes."""
     target = as_target(target)
     faults = []
-    for group in dict.fromkeys(fused_group(layer) for layer in schemes):
+    for group in dict.fromkeys(map(family.fused_group, schemes)):
         members = {layer: schemes[layer] for layer in group if layer in schemes}
-        if len(set(members.values())) > 1 and not all(engine.runs_unfused(members) for engine in target.engines):
+        if len(set(members.values())) > 1 and not all(
+            engine.runs_unfused(family, members) for engine in target.engines
+        ):
             mixed = ", ".join(f"{layer.rpartition('.')[2]} {scheme}" for layer, scheme in members.items())
             why = "engines multiply the members as one matrix, so all need the same scheme"
             fix = "use one scheme for the whole group"
@@ -89,7 +93,8 @@ def mixed_group_faults(target: TargetLike, schemes: Mapping[str, Scheme]) -> lis
     return faults
 
 
-def run_together(target: TargetLike, schemes: Iterable[Scheme]) -> bool:
+def run_together(target: TargetLike, family: ModelFamily, schemes: Iterable[Scheme]) -> bool:
     """Whether every engine of the target runs one folder with these schemes in different decoder layers."""
-    layers = {SINGLE_LAYER.replace("*", str(number)): scheme for number, scheme in enumerate(schemes)}
-    return not group_faults(target, layers)
+    single = next(layer for layer in family.layers(*DECODER_ROLES) if len(family.fused_group(layer)) == 1)
+    layers = {single.replace("*", str(number)): scheme for number, scheme in enumerate(schemes)}
+    return not group_faults(target, family, layers)

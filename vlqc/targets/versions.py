@@ -6,7 +6,8 @@ from typing import Any
 
 from packaging.version import Version
 
-from vlqc.families.layer_names import matches_any
+from vlqc.families.family import ModelFamily
+from vlqc.families.registry import find_family
 from vlqc.targets.engine import Engine
 from vlqc.targets.rules import group_faults
 from vlqc.targets.schemes import Scheme
@@ -29,14 +30,16 @@ class VersionRange:
         return Version(self.since) <= parsed and (self.before is None or parsed < Version(self.before))
 
 
-def supporting_versions(engine: Engine, schemes: Mapping[str, Scheme], dtype: str) -> VersionRange | None:
+def supporting_versions(
+    engine: Engine, family: ModelFamily, schemes: Mapping[str, Scheme], dtype: str
+) -> VersionRange | None:
     """The versions of the engine that run every (layer, scheme); None when there is none."""
     since, before = engine.since, None
     for layer, scheme in schemes.items():
         if scheme == Scheme.FLOAT:
             continue
-        rules = (rule for rule in engine.rules if rule.scheme == scheme and rule.applies(None, dtype))
-        rule = next((rule for rule in rules if matches_any(layer, rule.layers)), None)
+        rules = (rule for rule in engine.rules_of(family) if rule.scheme == scheme and rule.applies(None, dtype))
+        rule = next((rule for rule in rules if family.role(layer) in rule.roles), None)
         if rule is None:
             return None
         since = max(since, rule.since, key=Version)
@@ -45,12 +48,12 @@ def supporting_versions(engine: Engine, schemes: Mapping[str, Scheme], dtype: st
 
 
 def loading_versions(
-    engine: Engine, schemes: Mapping[str, Scheme], dtype: str, config: Mapping[str, Any]
+    engine: Engine, family: ModelFamily, schemes: Mapping[str, Scheme], dtype: str, config: Mapping[str, Any]
 ) -> VersionRange | None:
     """The versions of one engine that load a folder of these schemes with this config.json; None when none does."""
-    if not engine.reads_config(schemes, config) or group_faults(engine, schemes):
+    if not engine.reads_config(family, schemes, config) or group_faults(engine, family, schemes):
         return None
-    return supporting_versions(engine, schemes, dtype)
+    return supporting_versions(engine, family, schemes, dtype)
 
 
 def loading_engines(description: Mapping[str, Any], dtype: str, config: Mapping[str, Any]) -> list[str]:
@@ -59,8 +62,10 @@ def loading_engines(description: Mapping[str, Any], dtype: str, config: Mapping[
     description: quant_model_description*.json (tensor name -> scheme); dtype: "bfloat16" or "float16";
     config: config.json.
     """
-    schemes = layer_schemes(description)
-    ranges = (loading_versions(engine, schemes, dtype, config) for engine in ENGINES)
+    family, schemes = find_family(config), layer_schemes(description)
+    if family is None:
+        return []
+    ranges = (loading_versions(engine, family, schemes, dtype, config) for engine in ENGINES)
     return [str(versions) for versions in ranges if versions is not None]
 
 

@@ -5,9 +5,9 @@ Source: the rules of its own loader for Qwen2.5-VL.
 
 import shlex
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
-from vlqc.families.qwen2_5_vl import LANGUAGE, LANGUAGE_WITHOUT_BIAS, MERGER, VISION
+from vlqc.families.family import DECODER_ROLES, VISION_ROLES, ModelFamily, Role
 from vlqc.targets.engine import Engine, Rule, join_or
 from vlqc.targets.schemes import Scheme
 
@@ -24,14 +24,16 @@ class VllmAscend(Engine):
     title = "vLLM Ascend"
     example_versions = "0.18 or 0.17.0rc1"
     since = "0.10.2rc2"
-    rules = (
-        Rule(Scheme.W8A8, VISION + MERGER + LANGUAGE, since="0.10.2rc2"),
-        Rule(Scheme.W8A8_DYNAMIC, LANGUAGE, since="0.11", dtypes=ONLY_BFLOAT16),
-        # The vision tower passes 3-D inputs to its layers; the per-token operator takes them from 0.16 on.
-        Rule(Scheme.W8A8_DYNAMIC, VISION + MERGER, since="0.16", dtypes=ONLY_BFLOAT16),
-        # The int4 operator ignores a bias, and q/k/v of Qwen2.5-VL have one; it takes 2-D inputs only, so never vision.
-        Rule(Scheme.W4A8_DYNAMIC, LANGUAGE_WITHOUT_BIAS, since="0.11", before="0.26"),
-    )
+    rules: ClassVar[Mapping[str, tuple[Rule, ...]]] = {
+        "qwen2_5_vl": (
+            Rule(Scheme.W8A8, (*VISION_ROLES, Role.MERGER, *DECODER_ROLES), since="0.10.2rc2"),
+            Rule(Scheme.W8A8_DYNAMIC, DECODER_ROLES, since="0.11", dtypes=ONLY_BFLOAT16),
+            # The vision tower passes 3-D inputs to its layers; the per-token operator takes them from 0.16 on.
+            Rule(Scheme.W8A8_DYNAMIC, (*VISION_ROLES, Role.MERGER), since="0.16", dtypes=ONLY_BFLOAT16),
+            # The int4 operator ignores a bias, and q/k/v have one; it takes 2-D inputs only, so never vision.
+            Rule(Scheme.W4A8_DYNAMIC, (Role.OUT, Role.UP, Role.DOWN), since="0.11", before="0.26"),
+        ),
+    }
     packs_int4 = True
     norm_bias_parts = ("language",)
 
@@ -41,7 +43,7 @@ class VllmAscend(Engine):
     def description_header(self, quant_type: Scheme) -> dict[str, Any]:
         return {"version": DESCRIPTION_VERSION, "model_quant_type": str(quant_type)}
 
-    def reads_config(self, schemes: Mapping[str, Scheme], config: Mapping[str, Any]) -> bool:
+    def reads_config(self, family: ModelFamily, schemes: Mapping[str, Scheme], config: Mapping[str, Any]) -> bool:
         return "quantization_config" not in config  # vLLM would read that key instead of the description
 
     def serve_command(self, folder: str) -> str:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from vlqc.errors import Fault, UserError
-from vlqc.families.qwen2_5_vl import original_name
 from vlqc.files import read_json_object
 from vlqc.formatting import did_you_mean
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
@@ -66,7 +65,7 @@ class WeightLoader:
 
     def fill(self, model: nn.Module, path: str, module: nn.Module) -> None:
         """Loads the module at `path` of the model, without its children, or replaces a quantized linear layer."""
-        name = original_name(path + ".").removesuffix(".")
+        name = self.checkpoint.family.module_name(path)
         entry = str(self.description.get(f"{name}.weight", Scheme.FLOAT))
         if isinstance(module, nn.Linear):
             if entry not in tuple(Scheme):

@@ -1,12 +1,12 @@
-"""Reads a Hugging Face checkpoint folder, one tensor at a time, under the names of the first transformers release.
+"""Reads a Hugging Face checkpoint folder, one tensor at a time, under the names that engines expect.
 
-Newer transformers save `model.visual.*` and `model.language_model.*`; engines expect `visual.*` and `model.*`. Every
-name in the interface of `Checkpoint` is an original one.
+transformers versions save the tensors of one model under different names. Every name in the interface of `Checkpoint`
+is that of `ModelFamily.checkpoint_name`.
 """
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vlqc.errors import Fault, UserError
-from vlqc.families.qwen2_5_vl import flatten_config, original_name
+from vlqc.families.family import ModelFamily
+from vlqc.families.registry import family_of, find_family
 from vlqc.frontend.checkpoint.config_schema import config_faults
 from vlqc.frontend.checkpoint.files import file_stamp, link_faults, read_config, tensor_ranges, weight_files
 from vlqc.frontend.checkpoint.prefetch import ByteRange, Prefetcher
@@ -45,19 +46,19 @@ class Checkpoint:
 
     Args:
         folder: of the checkpoint.
-        canonical: stored tensor name -> original name.
 
     Raises:
         UserError: with all faults at once, if the folder is not a checkpoint: no such folder, no config.json, no
             safetensors, a truncated or damaged shard, an index with files that are missing or outside the folder.
     """
 
-    def __init__(self, folder: Path, canonical: Callable[[str], str] = original_name) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         if faults := link_faults(folder) if folder.is_dir() else []:
             raise UserError(*faults)
         self.source_config = read_config(folder)
-        self.config = flatten_config(self.source_config)
+        self._family = find_family(self.source_config)
+        self.config = self._family.engine_config(self.source_config) if self._family else self.source_config
         self.digests: dict[str, str] | None = None  # if set, `tensor` adds the SHA-256 of what it reads, by name
         self._open: dict[str, Any] = {}
         self._prefetcher = Prefetcher()
@@ -66,7 +67,7 @@ class Checkpoint:
         for file in self._files:
             try:
                 spans = tensor_ranges(folder / file)
-                faults += self._add_file(file, spans, canonical)
+                faults += self._add_file(file, spans)
             except (SafetensorError, OSError, ValueError) as error:
                 fix = "copy the file again"
                 faults.append(Fault("weight file cannot be read", str(folder / file), str(error), fix))
@@ -86,11 +87,17 @@ class Checkpoint:
         """Unmaps all files but for tensors in use. Pages that were read of a mapped file stay resident until then."""
         self._open.clear()
 
-    def _add_file(self, file: str, spans: Mapping[str, ByteRange], canonical: Callable[[str], str]) -> list[Fault]:
+    @property
+    def family(self) -> ModelFamily:
+        """The model family, by config.json. UserError if there is none for its model type."""
+        return self._family or family_of(self.source_config, str(self.folder / "config.json"))
+
+    def _add_file(self, file: str, spans: Mapping[str, ByteRange]) -> list[Fault]:
         faults = []
         opened = self._opened(file)
         for stored_name in opened.keys():  # noqa: SIM118 - safe_open is not a mapping
-            name, view = canonical(stored_name), opened.get_slice(stored_name)
+            name = self._family.checkpoint_name(stored_name) if self._family else stored_name
+            view = opened.get_slice(stored_name)
             if name in self._stored:
                 where = f"{self._stored[name].file} and {file}"
                 faults.append(Fault(f"tensor {name} is stored twice", where, fix="remove the stale weight file"))
@@ -104,7 +111,7 @@ class Checkpoint:
 
     @property
     def names(self) -> list[str]:
-        """Original names of all tensors, sorted."""
+        """Names of all tensors, sorted."""
         return sorted(self._stored)
 
     def __contains__(self, name: str) -> bool:
@@ -214,7 +221,7 @@ class Checkpoint:
         """UserError with every value of config.json that is out of bounds for the stored tensors."""
         largest = max((size for stored in self._stored.values() for size in stored.shape), default=1)
         where = str(self.folder / "config.json")
-        if faults := config_faults(self.config, where, largest, len(self._stored)):
+        if faults := config_faults(self.family, self.config, where, largest, len(self._stored)):
             raise UserError(*faults)
 
     def check_not_quantized(self) -> None:

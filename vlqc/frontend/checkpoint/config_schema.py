@@ -11,26 +11,29 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from vlqc.errors import Fault
-from vlqc.families.qwen2_5_vl import CONFIG_DEFAULTS, Config, config_limits
+from vlqc.families.family import ModelFamily
 
 DEEPEST = 64  # levels of lists and objects
 SHOWN = 60  # characters of a value in a message
 REPAIR = "copy config.json from the float model again"
-CONFIG = TypeAdapter(Config)
 
 
-def config_faults(config: Mapping[str, Any], where: str, largest: int, tensors: int) -> list[Fault]:
-    """Every value of a flat config.json that is out of bounds. Unknown and missing keys are no faults.
+def config_faults(
+    family: ModelFamily, config: Mapping[str, Any], where: str, largest: int, tensors: int
+) -> list[Fault]:
+    """Every value of config.json that is out of bounds. Unknown and missing keys are no faults.
 
     Args:
-        config: the object in config.json, see `flatten_config`.
+        family: of the model.
+        config: the object in config.json, in the form of `ModelFamily.engine_config`.
         where: path of the file, for messages.
         largest: the largest dimension of any tensor.
         tensors: the number of tensors.
     """
     faults = [] if _depth(config) <= DEEPEST else [Fault("config.json is nested too deeply", where, fix=REPAIR)]
-    complete = {**CONFIG_DEFAULTS, **config}
-    for key, value, why in invalid_values(CONFIG, complete, config_limits(complete, largest, tensors)):
+    complete = {**family.config_defaults(), **config}
+    limits = family.config_limits(complete, largest, tensors)
+    for key, value, why in invalid_values(family.config_schema(), complete, limits):
         verb = "is" if key.partition(".")[0] in config else "is missing, which means"
         faults.append(Fault(f"{key} {verb} {value}", where, why, REPAIR))
     return faults

@@ -27,7 +27,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlqc.errors import Fault, UserError
-from vlqc.families.qwen2_5_vl import flatten_config, original_name
+from vlqc.families.family import ModelFamily
+from vlqc.families.registry import family_of
 from vlqc.files import parse_json, read_json_object
 from vlqc.frontend.checkpoint.config_schema import config_faults
 from vlqc.frontend.checkpoint.files import link_faults
@@ -278,9 +279,11 @@ def read_bundle(folder: Path) -> Stage:
         snapshot = read_stage_text(folder / BUNDLE_GRAPH)
         text = print_stage(snapshot)
         weights, statistics = _read_tensors(folder / WEIGHTS), _read_tensors(folder / OBSERVATIONS)
-        module = _restore_module(folder, metadata, weights)
+        config = read_json_object(folder / CONFIG)
+        family = family_of(config, str(folder / CONFIG))
+        module = _restore_module(folder, family, family.engine_config(config), metadata, weights)
         execution = _restore_execution(module, metadata, _read_tensors(folder / INPUTS))
-        stage = _restore_stage(snapshot, metadata, module, execution, weights, statistics)
+        stage = _restore_stage(snapshot, metadata, family, module, execution, weights, statistics)
         if invalid := check(stage):
             raise ValueError("; ".join(invalid))
         if print_stage(stage) != text:
@@ -317,13 +320,18 @@ def _read_tensors(path: Path) -> Tensors:
     return tensors
 
 
-def _restore_module(folder: Path, metadata: BundleMetadata, weights: Mapping[str, Tensor]) -> nn.Module:
+def _restore_module(
+    folder: Path,
+    family: ModelFamily,
+    config: dict[str, Any],
+    metadata: BundleMetadata,
+    weights: Mapping[str, Tensor],
+) -> nn.Module:
     """The stage's module from the installed transformers, with the modules that passes replaced and all tensors."""
-    config = flatten_config(read_json_object(folder / CONFIG))
-    if faults := config_faults(config, str(folder / CONFIG), LARGEST_SIZE, MOST_TENSORS):
+    if faults := config_faults(family, config, str(folder / CONFIG), LARGEST_SIZE, MOST_TENSORS):
         raise UserError(*faults)
     model = build_meta_model(folder, config)
-    modules = {original_name(f"{path}.").removesuffix("."): child for path, child in model.named_modules()}
+    modules = {family.module_name(path): child for path, child in model.named_modules()}
     if metadata.stage not in modules:
         raise ValueError(f"the model of {CONFIG} has no module {metadata.stage}")
     module: nn.Module = modules[metadata.stage]
@@ -368,6 +376,7 @@ def _restore_replaced(replaced: ReplacedModule, original: nn.Module, values: Ten
 def _restore_stage(
     snapshot: StageSnapshot,
     metadata: BundleMetadata,
+    family: ModelFamily,
     module: nn.Module,
     execution: StageRun,
     weights: Mapping[str, Tensor],
@@ -383,6 +392,7 @@ def _restore_stage(
     stage = Stage(
         name=snapshot.name,
         part=snapshot.part,
+        family=family,
         dtype=snapshot.dtype,
         module=module,
         graph=snapshot.graph,

@@ -8,6 +8,7 @@ its group's stage a variant equals its base model and reuses the base's outputs;
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from vlqc.families.model_structure import ModelStructure
-from vlqc.families.qwen2_5_vl import fused_group
 from vlqc.formatting import format_bytes, format_duration, pluralize
 from vlqc.frontend.calibration.samples import check_samples
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.sequential import SequentialForward, StageInputs, row_modality
+from vlqc.frontend.stage_builder import checkpoint_name
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.execution import Call, first_tensor, observing
 from vlqc.ir.observation import MODALITIES
@@ -171,7 +172,9 @@ def find_groups(model: StreamedModel, schemes: Mapping[str, Scheme]) -> list[Lay
     groups: dict[tuple[str, ...], LayerGroup] = {}
     stages = list(model.stages)
     for layer in model.linear_layers:
-        members = tuple(member for member in fused_group(layer) if schemes.get(member, Scheme.FLOAT).is_quantized)
+        members = tuple(
+            member for member in model.family.fused_group(layer) if schemes.get(member, Scheme.FLOAT).is_quantized
+        )
         if layer in members and members not in groups:
             stage = next(stage for stage in stages if layer.startswith(f"{stage}."))
             groups[members] = LayerGroup(stage, members)
@@ -222,7 +225,7 @@ class _Ablation:
             for sample in range(len(samples))
             if self._differs(variant, sample)
         ]
-        self.modality = [row_modality(sample, model.module) for sample in samples]
+        self.modality = [row_modality(sample, model) for sample in samples]
         self.measured: dict[LayerGroup, GroupError] = {}
         self.stage_runs = 0
 
@@ -263,7 +266,10 @@ class _Ablation:
         return Attribution(error[self.float], error[self.stored], error[self.float_groups], effects)
 
     def _run_stage(self, number: int, inputs: StageInputs, stored: nn.Module) -> None:
-        pair = StagePair(inputs.name, inputs.module, stored, self.structure)
+        model = self.model
+        pair = StagePair(
+            inputs.name, inputs.module, stored, self.structure, partial(checkpoint_name, model, inputs.module)
+        )
         here = {group for group in self.groups if group.stage == inputs.name}
         outputs: dict[tuple[bool, int], Any] = {}  # of the base models, by (stored, sample)
         captured: dict[LayerGroup, list[CapturedInput]] = {group: [] for group in here}

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vlqc.families.qwen2_5_vl import fused_group
+from vlqc.families.family import ModelFamily
 from vlqc.ir.observation import MODALITIES
 from vlqc.targets.rules import group_faults, supported_schemes
 from vlqc.targets.schemes import Scheme, linear_bytes
@@ -68,7 +68,7 @@ def add_ranking(attribution: Attribution, compiled: CompiledFolder, result: Veri
     for rank, group in enumerate(ranked[:ADVISED], 1):
         measured = groups[group].measured
         if measured is not None and groups[group].alone.total > 0:
-            _add_advice(result, rank, rows[group], group.layers, compiled.schemes, measured)
+            _add_advice(result, rank, rows[group], group.layers, compiled, measured)
 
 
 def _row(group: LayerGroup, attribution: Attribution, compiled: CompiledFolder) -> dict[str, Any]:
@@ -121,20 +121,20 @@ def _add_advice(
     rank: int,
     row: Mapping[str, object],
     layers: Sequence[str],
-    schemes: Mapping[str, Scheme],
+    compiled: CompiledFolder,
     error: GroupError,
 ) -> None:
     """Adds one group's advice to the result: the causes of its error, and every option that the measurements support.
 
-    row: of the ranking; layers: the group's members; schemes: of every linear layer of the folder.
+    row: of the ranking; layers: the group's members; compiled: the folder.
     """
-    scheme = schemes[layers[0]]
+    scheme, target = compiled.schemes[layers[0]], parse_target(result.engine)
     what = (
         f"{rank}. {row['group']} ({scheme}) causes {row['share %']} % of the logits' error; keeping it in float raises "
         f"their SQNR by {row['gain dB']} dB"
     )
-    options = _measured_options(layers, scheme, parse_target(result.engine), error)
-    options.append(_exclusion(row, layers, schemes, parse_target(result.engine)))
+    options = _measured_options(layers, scheme, compiled.family, target, error)
+    options.append(_exclusion(row, layers, compiled, target))
     why, fix = "; ".join(_causes(error, scheme)), "; ".join(options)
     result.advice.append(Finding(CHECK, str(row["group"]), what, why, fix))
 
@@ -159,7 +159,9 @@ def _causes(error: GroupError, scheme: Scheme) -> list[str]:
     return causes
 
 
-def _measured_options(layers: Sequence[str], scheme: Scheme, target: Target, error: GroupError) -> list[str]:
+def _measured_options(
+    layers: Sequence[str], scheme: Scheme, family: ModelFamily, target: Target, error: GroupError
+) -> list[str]:
     """Options that lower the group's own error by at least WORTH dB, the best first."""
     own = error.from_inputs + error.from_weights
     gains = {name: _decibels(own, noise) for name, noise in error.alternatives.items()}
@@ -167,10 +169,12 @@ def _measured_options(layers: Sequence[str], scheme: Scheme, target: Target, err
         gains[SMOOTHED] = _decibels(min(own, error.alternatives.get(WIDER, own)), error.alternatives[SMOOTHED])
     clipped = any(count > CLIPPED * total for count, total in error.clipped.values())
     options = {
-        PER_TOKEN: _for_target("--is_dynamic True", Scheme.W8A8_DYNAMIC, layers, target),
+        PER_TOKEN: _for_target("--is_dynamic True", Scheme.W8A8_DYNAMIC, family, layers, target),
         WIDER: "--calib_images with more or other images, like these" if clipped else "",
         TIGHTER: "" if any(count for count, _ in error.clipped.values()) else "--act_method 2 (a narrower range)",
-        EIGHT_BITS: _for_target("--w_bit 8 --is_lowbit False --is_dynamic True", Scheme.W8A8_DYNAMIC, layers, target),
+        EIGHT_BITS: _for_target(
+            "--w_bit 8 --is_lowbit False --is_dynamic True", Scheme.W8A8_DYNAMIC, family, layers, target
+        ),
         SMALL_GROUPS: "--group_size 64",
         SMOOTHED: "--anti_method m4 --anti_alpha 0.5",
     }
@@ -184,17 +188,18 @@ def _measured_options(layers: Sequence[str], scheme: Scheme, target: Target, err
     return advice
 
 
-def _for_target(option: str, scheme: Scheme, layers: Sequence[str], target: Target) -> str:
+def _for_target(option: str, scheme: Scheme, family: ModelFamily, layers: Sequence[str], target: Target) -> str:
     """The option, with another target if the folder's own does not run these layers so; empty if none does."""
-    if scheme in supported_schemes(target, layers[0]):
+    if scheme in supported_schemes(target, family, layers[0]):
         return option
-    return f"{option} --target {WIDEST}" if scheme in supported_schemes(WIDEST, layers[0]) else ""
+    return f"{option} --target {WIDEST}" if scheme in supported_schemes(WIDEST, family, layers[0]) else ""
 
 
-def _exclusion(row: Mapping[str, object], layers: Sequence[str], schemes: Mapping[str, Scheme], target: Target) -> str:
+def _exclusion(row: Mapping[str, object], layers: Sequence[str], compiled: CompiledFolder, target: Target) -> str:
     """--exclude with its measured effect; the other members of the fused group follow the named one."""
-    planned = {**schemes, **{member: Scheme.FLOAT for member in fused_group(layers[0]) if member in schemes}}
-    other = f" --target {WIDEST}" if group_faults(target, planned) else ""
+    schemes, members = compiled.schemes, compiled.family.fused_group(layers[0])
+    planned = {**schemes, **{member: Scheme.FLOAT for member in members if member in schemes}}
+    other = f" --target {WIDEST}" if group_faults(target, compiled.family, planned) else ""
     effect = f"SQNR of the logits {row['gain dB']:+} dB for {row['float MiB']} MiB more"
     return f"--exclude {layers[0]}{other}: {effect}"
 

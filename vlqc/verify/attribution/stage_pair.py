@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from vlqc.errors import UserError
 from vlqc.families.model_structure import ModelStructure
-from vlqc.families.qwen2_5_vl import original_name
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.streamed_model import build_meta_model
 from vlqc.kernels_ref.norm import ShiftedNorm
@@ -91,17 +90,25 @@ class FolderStages:
 class StagePair:
     """A float stage and the stored stage, both with their weights.
 
+    checkpoint_name: path of a module in the stage -> checkpoint name.
     linears: checkpoint name -> float linear layer; stored: -> the stored layer; transforms: -> from float to stored.
     """
 
-    def __init__(self, name: str, float_stage: nn.Module, stored_stage: nn.Module, model: ModelStructure) -> None:
+    def __init__(
+        self,
+        name: str,
+        float_stage: nn.Module,
+        stored_stage: nn.Module,
+        model: ModelStructure,
+        checkpoint_name: Callable[[str], str],
+    ) -> None:
         self.name = name
         self.linears: dict[str, nn.Linear] = {}
         self.stored: dict[str, nn.Module] = {}
         shifts: dict[str, Tensor] = {}
         columns: dict[str, Tensor] = {}
         for path, module in float_stage.named_modules():
-            layer = _checkpoint_name(name, path)
+            layer = checkpoint_name(path)
             counterpart = stored_stage.get_submodule(path)
             if isinstance(module, nn.Linear):
                 self.linears[layer], self.stored[layer] = module, counterpart
@@ -252,7 +259,3 @@ def _norm_transform(norm: nn.Module, stored: nn.Module) -> tuple[Tensor, Tensor 
     scale = before / after
     scale = scale.where((before != 0) & torch.isfinite(scale) & (scale != 0), torch.ones(()))
     return scale, stored.bias.detach() if isinstance(stored, ShiftedNorm) else None
-
-
-def _checkpoint_name(stage: str, path: str) -> str:
-    return original_name(f"{stage}.{path}.").removesuffix(".")

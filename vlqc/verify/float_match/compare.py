@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from vlqc.errors import Fault, UserError
+from vlqc.families.family import ModelFamily
 from vlqc.families.model_structure import ModelStructure
-from vlqc.families.qwen2_5_vl import FINAL_NORM, OUTPUT_HEAD, original_name
+from vlqc.families.qwen2_5_vl import FINAL_NORM, OUTPUT_HEAD
 from vlqc.verify.findings import COPY_AGAIN, VerificationResult, format_list
 from vlqc.verify.float_match.scale_fit import NOISE, SIGMAS, ULP, Scales, WeightPair, fit_columns, fit_rows, misfits
 from vlqc.verify.folder.reader import FLOATS, Array, StoredTensor, read_json_object, read_tensors, round_to
@@ -35,11 +36,11 @@ def check_against_source(folder: CompiledFolder, model_path: Path, result: Verif
     if folder.model is None or not folder.sizes_are_stored:
         return
     with np.errstate(all="ignore"):  # damaged values are faults in the result, not NumPy warnings
-        _Comparison(folder, folder.model, open_source(model_path), result).run()
+        _Comparison(folder, folder.model, open_source(model_path, folder.family), result).run()
 
 
-def open_source(model_path: Path) -> dict[str, StoredTensor]:
-    """Float checkpoint -> its tensors under original names. UserError with every file that cannot be read."""
+def open_source(model_path: Path, family: ModelFamily) -> dict[str, StoredTensor]:
+    """Float checkpoint -> its tensors by checkpoint name. UserError with every file that cannot be read."""
     index, _ = read_json_object(model_path / INDEX)
     weight_map = index.get("weight_map") if index else None
     if isinstance(weight_map, dict):
@@ -51,7 +52,7 @@ def open_source(model_path: Path) -> dict[str, StoredTensor]:
     for file in files:
         stored, _, errors = read_tensors(file)
         faults += [Fault(error, str(file), "the file is damaged", "download the file again") for error in errors]
-        tensors |= {original_name(name): tensor for name, tensor in stored.items()}
+        tensors |= {family.checkpoint_name(name): tensor for name, tensor in stored.items()}
     if faults:
         raise UserError(*faults)
     return tensors

@@ -12,7 +12,6 @@ says that mean errors are compensated, neither is a quant_bias that is off by a 
 
 import numpy as np
 
-from vlqc.families.qwen2_5_vl import fused_group
 from vlqc.kernels_ref.matmul import CORRECTION_STEP
 from vlqc.targets.engine import QUANT_BIAS_CORRECTION
 from vlqc.targets.schemes import Scheme, stored_tensors
@@ -43,7 +42,7 @@ def check_arithmetic(folder: CompiledFolder, result: VerificationResult) -> None
         if scheme.is_quantized:
             _check_layer(folder, layer, scheme, result)
     if folder.model:
-        for group in dict.fromkeys(fused_group(layer) for layer in folder.model.linears):
+        for group in dict.fromkeys(map(folder.family.fused_group, folder.model.linears)):
             _check_group(folder, group, result)
         for norm in folder.model.norms:
             _check_shift(folder, norm, result)

@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 
+from vlqc.families.family import ModelFamily
 from vlqc.families.model_structure import ModelStructure
-from vlqc.families.qwen2_5_vl import EMBEDDING, OUTPUT_HEAD, in_vision_tower, is_tied, model_structure
+from vlqc.families.qwen2_5_vl import EMBEDDING, OUTPUT_HEAD, is_tied, model_structure
 from vlqc.targets.engine import QUANT_BIAS_CORRECTION
 from vlqc.targets.mindie import MINDIE
 from vlqc.targets.schemes import Scheme, quant_type
@@ -49,7 +50,12 @@ def check_model(files: FolderFiles, result: VerificationResult) -> ModelStructur
 
 
 def check_config(
-    files: FolderFiles, target: Target, type_name: str, schemes: Mapping[str, Scheme], result: VerificationResult
+    files: FolderFiles,
+    family: ModelFamily,
+    target: Target,
+    type_name: str,
+    schemes: Mapping[str, Scheme],
+    result: VerificationResult,
 ) -> None:
     """Checks the keys that tell each engine of the target how the folder is quantized."""
     config = files.config
@@ -72,11 +78,15 @@ def check_config(
             COMPILE_AGAIN,
         )
     if MINDIE in target.engines:
-        _check_mindie_keys(files, type_name, schemes, result)
+        _check_mindie_keys(files, family, type_name, schemes, result)
 
 
 def _check_mindie_keys(
-    files: FolderFiles, type_name: str, schemes: Mapping[str, Scheme], result: VerificationResult
+    files: FolderFiles,
+    family: ModelFamily,
+    type_name: str,
+    schemes: Mapping[str, Scheme],
+    result: VerificationResult,
 ) -> None:
     config = files.config
     if "text_config" in config:
@@ -84,7 +94,7 @@ def _check_mindie_keys(
         result.add_fault("config", "config.json", "nested config (text_config)", "MindIE reads a flat config only", fix)
     vision_config = config.get("vision_config")
     vision_key = vision_config.get("quantize") if isinstance(vision_config, Mapping) else None
-    vision = {scheme for layer, scheme in schemes.items() if in_vision_tower(layer) and scheme.is_quantized}
+    vision = {scheme for layer, scheme in schemes.items() if family.in_vision_tower(layer) and scheme.is_quantized}
     wanted = {"quantize": type_name, "vision_config.quantize": "w8a8" if vision else None}
     if vision_key and not all(scheme.spec.takes_added_bias for scheme in vision):
         wanted["vision_config.quantize"] = vision_key  # no version supports it; the engine rules report that

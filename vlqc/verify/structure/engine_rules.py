@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from vlqc.errors import Fault
+from vlqc.families.family import ModelFamily
 from vlqc.families.model_structure import ModelStructure
 from vlqc.targets.engine import Engine
 from vlqc.targets.mindie import MINDIE
@@ -24,6 +25,7 @@ IGNORED_BIAS = "the engine would ignore this bias"
 
 def check_engine_rules(
     files: FolderFiles,
+    family: ModelFamily,
     model: ModelStructure | None,
     schemes: Mapping[str, Scheme],
     target: Target,
@@ -39,13 +41,13 @@ def check_engine_rules(
     that layer; if no version of the target loads the folder, that is a warning, because such a folder can be compiled.
     """
     result.add_examined(CHECK, len(schemes))
-    versions = {engine: supporting_versions(engine, schemes, dtype) for engine in ENGINES}
+    versions = {engine: supporting_versions(engine, family, schemes, dtype) for engine in ENGINES}
     broken = {engine: _norm_faults(files, model, schemes, engine) for engine in ENGINES} if model else {}
     broken.setdefault(VLLM_ASCEND, []).extend(_int4_faults(model, schemes))
     if files.layout == MINDIE:
         why = "vLLM Ascend reads quant_model_description.json, not the description of MindIE's layout"
         broken[VLLM_ASCEND].append(Fault("no description for vLLM Ascend", files.description_name, why))
-    layers = _merge_repeated(layer_faults(target, schemes, dtype))
+    layers = _merge_repeated(layer_faults(target, family, schemes, dtype))
     loads = any(versions[engine] for engine in target.engines)
     if named or loads:
         for engine in target.engines:
@@ -56,23 +58,27 @@ def check_engine_rules(
             elif target.version and target.version not in supported:
                 what, why = f"{title} does not load the folder", f"supported: {supported}"
                 result.add_fault(CHECK, str(files.path), what, why, f"compile again with --target {target}")
-        faults = layers + group_faults(target, schemes)
+        faults = layers + group_faults(target, family, schemes)
     else:
         why = f"{layers[0].what}: {layers[0].why}" if layers else ""
         fix = "compile again with --target and the engine that will serve the folder"
         result.add_warning(CHECK, str(files.path), "no version loads the folder", why, fix)
-        faults = [fault for fault in layers if _is_never_quantized(fault.where)] + mixed_group_faults(target, schemes)
+        faults = [fault for fault in layers if _is_never_quantized(family, fault.where)] + mixed_group_faults(
+            target, family, schemes
+        )
     for engine in target.engines:
         faults += broken.get(engine, [])
     for fault in faults:
         result.add_fault(CHECK, fault.where, fault.what, fault.why, fault.fix)
     _check_permissions(files, target, result)
-    loaded = (loading_versions(engine, schemes, dtype, files.config) for engine in ENGINES if not broken.get(engine))
+    loaded = (
+        loading_versions(engine, family, schemes, dtype, files.config) for engine in ENGINES if not broken.get(engine)
+    )
     return [str(each) for each in loaded if each is not None]
 
 
-def _is_never_quantized(layer: str) -> bool:
-    return not any(scheme.is_quantized for engine in ENGINES for scheme in supported_schemes(engine, layer))
+def _is_never_quantized(family: ModelFamily, layer: str) -> bool:
+    return not any(scheme.is_quantized for engine in ENGINES for scheme in supported_schemes(engine, family, layer))
 
 
 def _merge_repeated(faults: list[Fault]) -> list[Fault]:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlqc.families.family import ModelFamily
 from vlqc.families.model_structure import ModelStructure
-from vlqc.families.qwen2_5_vl import original_name
+from vlqc.families.qwen2_5_vl import QWEN2_5_VL
+from vlqc.families.registry import find_family
 from vlqc.formatting import pluralize
 from vlqc.targets.mindie import MINDIE
 from vlqc.targets.schemes import Scheme, StorageFormat, scheme_of_tensors
@@ -39,11 +41,12 @@ MOST_PACKED = 8  # 4-bit integers in one element, of an int32
 class CompiledFolder:
     """A folder, as the later checks need it.
 
-    model: None if config.json does not describe one. schemes: by linear layer or embedding. valid_tensors: those that
-    exist with the right dtype and shape.
+    family: of the model; model: None if config.json does not describe one. schemes: by linear layer or embedding.
+    valid_tensors: those that exist with the right dtype and shape.
     """
 
     files: FolderFiles
+    family: ModelFamily
     form: StorageFormat
     model: ModelStructure | None
     schemes: dict[str, Scheme]
@@ -72,17 +75,20 @@ def check_structure(path: Path, target: Target | None, result: VerificationResul
     claimed = target or _claimed_target(files)
     result.engine = str(claimed)
     float_dtype = check_dtype(files, result)
+    family = find_family(files.config) or QWEN2_5_VL
     model = check_model(files, result)
     schemes = _schemes(files, model, result) if model else {}
     type_name = check_description_keys(files, schemes, result).lower()
     form = StorageFormat(float_dtype, packed=files.layout.packs_int4, group_size=group_size(files, schemes, result))
     check_files(files, type_name, result)
-    check_config(files, claimed, type_name, schemes, result)
-    valid = _check_tensors(files, model, schemes, form, result) if model else {}
+    check_config(files, family, claimed, type_name, schemes, result)
+    valid = _check_tensors(files, family, model, schemes, form, result) if model else {}
     dtype = next(name for name, code in DTYPE_CODES.items() if code == float_dtype)
-    loads_in = check_engine_rules(files, model, schemes, claimed, dtype, named=target is not None, result=result)
+    loads_in = check_engine_rules(
+        files, family, model, schemes, claimed, dtype, named=target is not None, result=result
+    )
     result.facts |= _facts(files, dtype, schemes, form) | {"loads in": loads_in or ["no known engine version"]}
-    return CompiledFolder(files, form, model, schemes, valid)
+    return CompiledFolder(files, family, form, model, schemes, valid)
 
 
 def _claimed_target(files: FolderFiles) -> Target:
@@ -124,6 +130,7 @@ def _scheme_by_tensors(files: FolderFiles, layer: str) -> Scheme:
 
 def _check_tensors(
     files: FolderFiles,
+    family: ModelFamily,
     model: ModelStructure,
     schemes: Mapping[str, Scheme],
     form: StorageFormat,
@@ -133,13 +140,13 @@ def _check_tensors(
     expected = expected_tensors(model, schemes, form)
     allowed = {name: tensor for name, tensor in norm_biases(model, schemes, form).items() if name in files.tensors}
     result.add_examined("tensors", len(expected))
-    renamed = [name for name in files.tensors if original_name(name) != name]
+    renamed = [name for name in files.tensors if family.checkpoint_name(name) != name]
     if renamed:
         result.add_fault(
             "tensors",
             format_list(renamed, 3),
             f"{pluralize(len(renamed), 'tensor')} named as by newer transformers versions",
-            f"older engine versions accept the original names only, such as {original_name(renamed[0])!r}",
+            f"older engine versions accept the original names only, such as {family.checkpoint_name(renamed[0])!r}",
             COMPILE_AGAIN,
         )
     missing: dict[str, list[str]] = {}

@@ -1,0 +1,177 @@
+"""The interface of a model family: names, parts, groups, config.json and inputs of models of one architecture.
+
+A family is a subclass of `ModelFamily` in a file of its own, listed in `registry.FAMILIES`. No other module of vlqc
+contains a layer name, a config key or an input name of a model.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from vlqc.families.layer_names import matches_any
+
+if TYPE_CHECKING:  # torch-free: the command line imports this module for its help
+    from torch import Tensor
+
+
+class Role(StrEnum):
+    """What a linear layer computes within its block. Engines' rules are stated in terms of roles."""
+
+    VISION_QKV = "query, key and value projection of a vision block"
+    VISION_PROJ = "output projection of the attention of a vision block"
+    VISION_UP = "first linear layers of the MLP of a vision block"
+    VISION_DOWN = "last linear layer of the MLP of a vision block"
+    MERGER = "linear layers of a patch merger"
+    QKV = "query, key and value projections of a decoder layer"
+    OUT = "output projection of the attention of a decoder layer"
+    UP = "gate and up projections of a decoder layer"
+    DOWN = "down projection of a decoder layer"
+    EXPERT_UP = "gate and up projections of an expert"
+    EXPERT_DOWN = "down projection of an expert"
+    ROUTER = "router of a mixture of experts"
+
+
+VISION_ROLES = (Role.VISION_QKV, Role.VISION_PROJ, Role.VISION_UP, Role.VISION_DOWN)
+DECODER_ROLES = (Role.QKV, Role.OUT, Role.UP, Role.DOWN)
+
+OTHER = "other"  # part of names that no prefix matches
+Parts = tuple[tuple[str, str], ...]  # (prefix of names, part); the first prefix that matches decides
+
+
+class ModelFamily(ABC):
+    """Models of one architecture. All names are checkpoint names, as `checkpoint_name` returns them.
+
+    name: of the rows in the engines' tables, and in messages; title: as its users write it; model_types: values of
+    model_type in config.json; architectures: classes of transformers; transformers_version: the first one that has
+    them; engine_rows: name of another family whose rows in the engines' tables apply, empty for its own.
+
+    roles: glob patterns of linear layers by role; fused_groups: patterns of layers that engines multiply as one matrix:
+    one input, one scheme, one input scale; reference_float: patterns of layers that the reference quantization tool
+    keeps in float; row_parallel: last name components of layers that tensor parallelism shards along their inputs.
+
+    parts: "vision", "merger" or "language" by prefix of names; subparts: titles by prefix, in the order of
+    `vlqc inspect`; block_lists: prefixes of the lists of blocks, each followed by the number of a block; output_head:
+    the output projection, which all engines run in float.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    model_types: ClassVar[tuple[str, ...]]
+    architectures: ClassVar[tuple[str, ...]]
+    transformers_version: ClassVar[str]
+    engine_rows: ClassVar[str] = ""
+
+    roles: ClassVar[Mapping[Role, tuple[str, ...]]]
+    fused_groups: ClassVar[tuple[tuple[str, ...], ...]]
+    reference_float: ClassVar[tuple[str, ...]]
+    row_parallel: ClassVar[tuple[str, ...]]
+
+    parts: ClassVar[Parts]
+    subparts: ClassVar[Parts]
+    block_lists: ClassVar[tuple[str, ...]]
+    output_head: ClassVar[str] = "lm_head"
+
+    def __repr__(self) -> str:
+        return self.name
+
+    # ---- names -------------------------------------------------------------------------------------------------------
+
+    def checkpoint_name(self, name: str) -> str:
+        """Name of a tensor or module in any transformers version -> the name that engines expect."""
+        return name
+
+    def module_name(self, path: str) -> str:
+        """Path of a module in the module tree of any transformers version -> its checkpoint name."""
+        return self.checkpoint_name(f"{path}.").removesuffix(".")
+
+    def role(self, layer: str) -> Role | None:
+        """Role of a linear layer; None for layers that no engine quantizes, such as the output head."""
+        return next((role for role, patterns in self.roles.items() if matches_any(layer, patterns)), None)
+
+    def layers(self, *roles: Role) -> tuple[str, ...]:
+        """Patterns of the linear layers with these roles; without roles, of all."""
+        return tuple(pattern for role in roles or self.roles for pattern in self.roles.get(role, ()))
+
+    def fused_group(self, layer: str) -> tuple[str, ...]:
+        """All members of the fused group of a layer, in the engines' order; a layer on its own: itself."""
+        for group in self.fused_groups:
+            if matches_any(layer, group):
+                parent = layer.rpartition(".")[0]
+                return tuple(f"{parent}.{member.rpartition('.')[2]}" for member in group)
+        return (layer,)
+
+    def stays_float_in_reference(self, layer: str) -> bool:
+        """Whether the reference quantization tool leaves this layer in float."""
+        return matches_any(layer, self.reference_float)
+
+    def is_row_parallel(self, layer: str) -> bool:
+        """Whether tensor parallelism shards this linear layer along its inputs."""
+        return layer.rpartition(".")[2] in self.row_parallel
+
+    def part(self, name: str) -> str:
+        """Part of a layer, tensor or stage: "vision", "merger", "language" or "other" (output head, unknown names)."""
+        return next((part for prefix, part in self.parts if f"{name}.".startswith(prefix)), OTHER)
+
+    def subpart(self, name: str) -> str:
+        """Title of the part of a tensor in `vlqc inspect`, one of `subparts` or OTHER."""
+        return next((part for prefix, part in self.subparts if name.startswith(prefix)), OTHER)
+
+    def in_vision_tower(self, name: str) -> bool:
+        """Whether a layer or tensor belongs to the vision tower, its mergers included."""
+        return self.part(name) in ("vision", "merger")
+
+    def block(self, name: str) -> str | None:
+        """The block of a layer or tensor, such as "model.layers.3"; None outside of the blocks."""
+        for prefix in self.block_lists:
+            if match := re.match(rf"{re.escape(prefix)}\d+(?=\.)", name):
+                return match[0]
+        return None
+
+    # ---- config.json -------------------------------------------------------------------------------------------------
+
+    def engine_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """config.json of any transformers version -> the form that engines expect. May return its argument."""
+        return config
+
+    def text_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The keys of the language model."""
+        return config
+
+    def vision_config(self, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """The keys of the vision tower, the object in `config` itself; None if the model has none."""
+        return None
+
+    def is_tied(self, config: Mapping[str, Any]) -> bool:
+        """Whether the output head shares the embedding's weight."""
+        return bool(config.get("tie_word_embeddings", False))
+
+    @abstractmethod
+    def config_values(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Values of config.json that identify the model, by the label under which `vlqc inspect` shows them."""
+
+    @abstractmethod
+    def config_schema(self) -> Any:
+        """pydantic TypeAdapter of the keys of config.json, validated with a `ConfigLimits` as context."""
+
+    @abstractmethod
+    def config_limits(self, config: Mapping[str, Any], largest: int, tensors: int) -> Any:
+        """Limits for a config that may be invalid. largest: largest dimension of any tensor; tensors: their number."""
+
+    def config_defaults(self) -> Mapping[str, Any]:
+        """Values that the model's config class gives to missing keys, where they can be invalid for the checkpoint."""
+        return {}
+
+    # ---- inputs ------------------------------------------------------------------------------------------------------
+
+    def image_token_id(self, config: Any) -> int | None:
+        """Id of the token that stands for one image feature; None if the model has no images. config: of the
+        transformers model."""
+        return None
+
+    def is_image_token(self, input_ids: "Tensor", config: Any) -> "Tensor":
+        """input_ids int64 [B, S] -> bool [B, S]. config: of the transformers model."""
+        token = self.image_token_id(config)
+        is_image: Tensor = input_ids == (-1 if token is None else token)
+        return is_image

@@ -16,6 +16,7 @@ from torch import Tensor
 import vlqc
 from tests.support import tiny
 from tools.demo import tiny_task
+from vlqc.families.qwen2_5_vl import QWEN2_5_VL
 from vlqc.frontend.process_group import ProcessGroup
 from vlqc.frontend.stage_builder import find_sites
 from vlqc.frontend.tracing import trace
@@ -61,7 +62,7 @@ def stage_of(name: str) -> Stage:
     part = "language" if name.startswith("model") else "vision"
     sites = find_sites(module, graph, canonical)
     execution = StageRun(module, ProcessGroup(), [call], call)
-    return Stage(name, part, torch.bfloat16, module, graph, sites, execution, checkpoint_name=canonical)
+    return Stage(name, part, QWEN2_5_VL, torch.bfloat16, module, graph, sites, execution, checkpoint_name=canonical)
 
 
 def run(stage: Stage, *passes: Any) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 import vlqc
 from tests.support.naive_w8a8 import load_float, logits, signal_to_noise
 from tools.demo import plant_outliers, tiny_task
+from vlqc.families.qwen2_5_vl import QWEN2_5_VL
 from vlqc.reporting.html.schema import DATA_FILE
 from vlqc.reporting.summary import Result
 from vlqc.targets.rules import group_faults
@@ -62,7 +63,7 @@ def test_a_higher_sqnr_leaves_more_in_float(planted: Path, samples: list[Sample]
         assert result.predicted_sqnr is not None and result.predicted_sqnr >= least
         report = vlqc.verify_folder(save, engine=target, model_path=planted)
         assert report.ok and not report.warnings
-        assert not group_faults(target, schemes(save))
+        assert not group_faults(target, QWEN2_5_VL, schemes(save))
         assert {p.name for p in tmp_path.iterdir()} >= {save.name} and not list(save.glob(".*"))
         floats_and_bytes.append((floats(result), result.bytes_after))
     assert floats_and_bytes[0][0] == 0 and floats_and_bytes == sorted(set(floats_and_bytes))

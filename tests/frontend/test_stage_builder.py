@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tests.support import tiny
 from tests.support.stages import materialized_stage
 from vlqc.errors import UserError
+from vlqc.families.qwen2_5_vl import QWEN2_5_VL
 from vlqc.frontend.calibration.probe import PROBE_ROWS, choose_probe
 from vlqc.frontend.sequential import SequentialForward, StageInputs
 from vlqc.frontend.streamed_model import StreamedModel
@@ -155,7 +156,7 @@ def test_a_block_that_needs_real_weights_to_be_traced(monkeypatch: pytest.Monkey
         setattr(block.get_submodule(owner), last, nn.Parameter(parameter.to("meta"), requires_grad=False))
     model = StreamedModel.__new__(StreamedModel)
     model.module, model.canonical, model._path = block, lambda name: name.lstrip("."), {block: ""}
-    model.device = torch.device("cpu")
+    model.device, model.family = torch.device("cpu"), QWEN2_5_VL
     monkeypatch.setattr(model, "prefetch_after", lambda name: None)  # there is no stage behind it
     inputs = StageInputs("block", block, [Call(0, (torch.ones(2, 4),), {})])
     with materialized_stage(model, inputs, torch.bfloat16, stored.__getitem__) as stage:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tests.support import tiny
 from vlqc.errors import UserError
+from vlqc.families.qwen2_5_vl import QWEN2_5_VL
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.streamed_model import StreamedModel, build_meta_model, find_stages, model_inputs, parameters_on_meta
 
@@ -220,7 +221,10 @@ def test_model_inputs_fit_the_installed_transformers() -> None:
     """Catches inputs that the installed transformers rejects, or that give wrong outputs without token types."""
     model, sample = tiny.plain(), tiny.synthetic_sample((4, 8))
     types = (sample["input_ids"] == 5).int()
-    bare, typed = model_inputs(model, sample), model_inputs(model, {**sample, "mm_token_type_ids": types})
+    bare, typed = (
+        model_inputs(model, QWEN2_5_VL, sample),
+        model_inputs(model, QWEN2_5_VL, {**sample, "mm_token_type_ids": types}),
+    )
     assert bare.keys() == typed.keys()
     assert bare["use_cache"] is False
     if "mm_token_type_ids" in bare:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.support.option_cases import W4A8, faults_of, two_folders
+from vlqc.options import constraints
 from vlqc.options.options import Options
 from vlqc.targets import advice as engine_advice
 
@@ -85,6 +86,7 @@ def test_every_combination(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         engine_advice, "incompatibilities", functools.cache(engine_advice.incompatibilities)
     )  # called thousands of times
+    monkeypatch.setattr(constraints, "_config", lambda model_path: {"model_type": "qwen2_5_vl"})
     counted = {True: 0, False: 0}
     for values in itertools.product(*CHOICES.values()):
         chosen = dict(zip(CHOICES, values, strict=True))

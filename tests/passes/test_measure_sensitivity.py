@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tests.support.random_stage import GROUP_SIZE, NAME, decoder, outputs, site_at, through
 from vlqc.errors import UserError
-from vlqc.families.qwen2_5_vl import fused_group
+from vlqc.families.qwen2_5_vl import QWEN2_5_VL
 from vlqc.ir.stage import Stage
 from vlqc.ir.tensor_digest import fingerprint
 from vlqc.passes.assign_precision import AssignPrecision
@@ -111,9 +111,13 @@ def test_only_what_the_target_runs(assigned: Scheme, target: str, supported: lis
         )  # of biased linears beside 4 bits
         assert list(sensitivity.noise) == list(sensitivity.modules) == expected
         assert all(
-            scheme in supported_schemes(target, name) for name in sensitivity.sites for scheme in sensitivity.noise
+            scheme in supported_schemes(target, QWEN2_5_VL, name)
+            for name in sensitivity.sites
+            for scheme in sensitivity.noise
         )
-        assert {member for name in sensitivity.sites for member in fused_group(name)} == set(sensitivity.sites)
+        assert {member for name in sensitivity.sites for member in QWEN2_5_VL.fused_group(name)} == set(
+            sensitivity.sites
+        )
 
 
 def test_float16_has_no_dynamic_scheme() -> None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vlqc.families.qwen2_5_vl import QWEN2_5_VL
 from vlqc.pipeline.precision_search import (
     MAX_COST_RATIO,
     Candidate,
@@ -37,7 +38,12 @@ TARGETS = (FREE, "mindie", "both")
 
 
 def group(number: int, assigned: Scheme = STATIC, **candidates: tuple[float, int]) -> SearchGroup:
-    return SearchGroup(LAYERS[number], assigned, {Scheme(name): Candidate(*it) for name, it in candidates.items()})
+    return SearchGroup(
+        QWEN2_5_VL.part(LAYERS[number][0]),
+        LAYERS[number],
+        assigned,
+        {Scheme(name): Candidate(*it) for name, it in candidates.items()},
+    )
 
 
 def by_site(result: SearchResult) -> dict[str, Scheme]:
@@ -49,7 +55,7 @@ def every_plan(groups: Sequence[SearchGroup], target: str) -> Iterator[tuple[Sch
     """All legal combinations."""
     for schemes in itertools.product(*(list(it.candidates) for it in groups)):
         chosen = {site: scheme for it, scheme in zip(groups, schemes, strict=True) for site in it.sites}
-        if not group_faults(target, chosen):
+        if not group_faults(target, QWEN2_5_VL, chosen):
             yield schemes
 
 
@@ -65,7 +71,10 @@ def models(draw: st.DrawFn, target: str = FREE) -> list[SearchGroup]:
     noise, size = st.floats(1e-8, 1e-2), st.integers(1, 1000)
     return [
         SearchGroup(
-            LAYERS[it], assigned, {name: Candidate(draw(noise), draw(size)) for name in (assigned, *draw(others))}
+            QWEN2_5_VL.part(LAYERS[it][0]),
+            LAYERS[it],
+            assigned,
+            {name: Candidate(draw(noise), draw(size)) for name in (assigned, *draw(others))},
         )
         for it in numbers
     ]
@@ -78,10 +87,10 @@ targeted = st.sampled_from(TARGETS).flatmap(lambda target: st.tuples(st.just(tar
 def test_never_short_and_never_dear(model: tuple[str, list[SearchGroup]], least: float) -> None:
     """Catches a target that is missed although some combination meets it, and a cost above the bound."""
     target, groups = model
-    plan = search_schemes(groups, target=target, min_sqnr=least)
+    plan = search_schemes(groups, target=target, family=QWEN2_5_VL, min_sqnr=least)
     legal = list(every_plan(groups, target))
     meeting = [schemes for schemes in legal if noise_of(groups, schemes) <= 10 ** (-least / 10)]
-    assert not group_faults(target, by_site(plan)) and plan.schemes in legal
+    assert not group_faults(target, QWEN2_5_VL, by_site(plan)) and plan.schemes in legal
     assert plan.best_sqnr == pytest.approx(max(decibels(noise_of(groups, schemes)) for schemes in legal))
     if meeting:
         assert noise_of(groups, plan.schemes) <= 10 ** (-least / 10) and len(plan.notes()) == 1
@@ -96,13 +105,13 @@ def test_never_short_and_never_dear(model: tuple[str, list[SearchGroup]], least:
 def test_the_best_with_so_many_floats(model: tuple[str, list[SearchGroup]], most: int) -> None:
     """Catches too many float groups, another scheme that changes, and a suboptimal set of groups."""
     target, groups = model
-    plan = search_schemes(groups, target=target, max_float_groups=most)
+    plan = search_schemes(groups, target=target, family=QWEN2_5_VL, max_float_groups=most)
 
     def allowed(schemes: Sequence[Scheme]) -> bool:
         moved = [it for group, it in zip(groups, schemes, strict=True) if it != group.assigned]
         return set(moved) <= {FLOAT} and len(moved) <= most
 
-    assert allowed(plan.schemes) and not group_faults(target, by_site(plan))
+    assert allowed(plan.schemes) and not group_faults(target, QWEN2_5_VL, by_site(plan))
     best = min(noise_of(groups, schemes) for schemes in every_plan(groups, target) if allowed(schemes))
     assert noise_of(groups, plan.schemes) == pytest.approx(best)
     if most == 0:
@@ -112,17 +121,17 @@ def test_the_best_with_so_many_floats(model: tuple[str, list[SearchGroup]], most
 @given(models(), st.floats(5, 90))
 def test_the_order_of_groups_does_not_matter(groups: list[SearchGroup], least: float) -> None:
     """Catches ties that are broken by position."""
-    forward = search_schemes(groups, target=FREE, min_sqnr=least)
-    backward = search_schemes(groups[::-1], target=FREE, min_sqnr=least)
+    forward = search_schemes(groups, target=FREE, family=QWEN2_5_VL, min_sqnr=least)
+    backward = search_schemes(groups[::-1], target=FREE, family=QWEN2_5_VL, min_sqnr=least)
     assert extra_cost(groups, forward.schemes) == pytest.approx(extra_cost(groups, backward.schemes[::-1]))
-    assert forward.schemes == search_schemes(groups, target=FREE, min_sqnr=least).schemes
+    assert forward.schemes == search_schemes(groups, target=FREE, family=QWEN2_5_VL, min_sqnr=least).schemes
 
 
 def test_ties_go_by_name() -> None:
     """Catches an unstable choice between equal groups."""
     equal = [group(number, W8A8=(1e-3, 100), FLOAT=(0.0, 200)) for number in (6, 5)]
     for least in ({"min_sqnr": 29.0}, {"max_float_groups": 1}):
-        plan = search_schemes(equal, target=FREE, **least)  # type: ignore[arg-type]
+        plan = search_schemes(equal, target=FREE, family=QWEN2_5_VL, **least)  # type: ignore[arg-type]
         assert by_site(plan) == {LAYERS[5][0]: FLOAT, LAYERS[6][0]: STATIC}
 
 
@@ -133,67 +142,69 @@ def test_greedy_alone_would_pay_three_times() -> None:
         group(5, W8A8=(1.0e-3, 100), FLOAT=(0.1e-3, 110)),
         group(6, W8A8=(1.0e-3, 100), FLOAT=(0.0, 10000)),
     ]
-    plan = search_schemes(groups, target=FREE, min_sqnr=decibels(2.15e-3))
+    plan = search_schemes(groups, target=FREE, family=QWEN2_5_VL, min_sqnr=decibels(2.15e-3))
     assert plan.schemes == (STATIC, FLOAT, STATIC)
 
 
 def test_a_scale_per_token_is_not_free() -> None:
     """Catches dynamic scales everywhere because they take fewer bytes than static ones."""
     groups = [group(n, W8A8=(1e-4, 1000), W8A8_DYNAMIC=(1e-5, 990), FLOAT=(0.0, 2000)) for n in (4, 5, 6)]
-    assert search_schemes(groups, target=FREE, min_sqnr=35).schemes == (STATIC,) * 3
-    assert search_schemes(groups, target=FREE, min_sqnr=36).schemes.count(DYNAMIC) == 1
-    assert search_schemes(groups, target=FREE, min_sqnr=51).schemes.count(FLOAT) == 3
+    assert search_schemes(groups, target=FREE, family=QWEN2_5_VL, min_sqnr=35).schemes == (STATIC,) * 3
+    assert search_schemes(groups, target=FREE, family=QWEN2_5_VL, min_sqnr=36).schemes.count(DYNAMIC) == 1
+    assert search_schemes(groups, target=FREE, family=QWEN2_5_VL, min_sqnr=51).schemes.count(FLOAT) == 3
 
 
 def test_mindie_tower_is_whole_or_float() -> None:
     """Catches a float qkv beside quantized ones in the vision tower, which MindIE cannot build."""
     noisy = {0: 1e-2, 1: 1e-4, 2: 1e-4, 3: 1e-4, 5: 1e-4}
     groups = [group(number, W8A8=(noise, 100), FLOAT=(1e-7, 200)) for number, noise in noisy.items()]
-    assert search_schemes(groups, target=FREE, min_sqnr=30).schemes.count(FLOAT) == 1
-    plan = search_schemes(groups, target="both", min_sqnr=30)
+    assert search_schemes(groups, target=FREE, family=QWEN2_5_VL, min_sqnr=30).schemes.count(FLOAT) == 1
+    plan = search_schemes(groups, target="both", family=QWEN2_5_VL, min_sqnr=30)
     assert plan.schemes == (FLOAT,) * 4 + (STATIC,)
-    assert search_schemes(groups, target="both", max_float_groups=3).schemes.count(FLOAT) == 3  # but not of a qkv
-    assert search_schemes(groups, target="both", max_float_groups=4).schemes == plan.schemes
+    assert (
+        search_schemes(groups, target="both", family=QWEN2_5_VL, max_float_groups=3).schemes.count(FLOAT) == 3
+    )  # but not of a qkv
+    assert search_schemes(groups, target="both", family=QWEN2_5_VL, max_float_groups=4).schemes == plan.schemes
 
 
 def test_mindie_never_mixes_static_and_dynamic() -> None:
     """Catches a combination that is legal per group but not as a whole."""
     groups = [group(n, W8A8=(1e-3, 100), W8A8_DYNAMIC=(1e-6, 100), FLOAT=(1e-7, 200)) for n in (4, 5, 6)]
-    assert set(search_schemes(groups, target=FREE, min_sqnr=40).schemes) <= {STATIC, DYNAMIC}
-    assert set(search_schemes(groups, target="mindie", min_sqnr=29.9).schemes) == {STATIC, FLOAT}
+    assert set(search_schemes(groups, target=FREE, family=QWEN2_5_VL, min_sqnr=40).schemes) <= {STATIC, DYNAMIC}
+    assert set(search_schemes(groups, target="mindie", family=QWEN2_5_VL, min_sqnr=29.9).schemes) == {STATIC, FLOAT}
 
 
 @given(models(), st.lists(st.floats(5, 90), min_size=2, max_size=5))
 def test_what_is_in_reach_stays_in_reach(groups: list[SearchGroup], asked: list[float]) -> None:
     """Catches a target that is missed although a higher one is met."""
-    met = [search_schemes(groups, target=FREE, min_sqnr=least).met for least in sorted(asked)]
+    met = [search_schemes(groups, target=FREE, family=QWEN2_5_VL, min_sqnr=least).met for least in sorted(asked)]
     assert met == sorted(met, reverse=True)
 
 
 def test_notes_and_table() -> None:
     """Catches a predicted figure that is not called so, unnamed groups, and shares that do not add up."""
     groups = [group(4, W8A8=(4e-4, 300), FLOAT=(0.0, 600)), group(6, W8A8=(1e-4, 100), FLOAT=(0.0, 200))]
-    plan = search_schemes(groups, target=FREE, max_float_groups=1)
+    plan = search_schemes(groups, target=FREE, family=QWEN2_5_VL, max_float_groups=1)
     (changed,) = plan.notes()
     assert changed.startswith("--fallback auto: ") and "model.layers.0.self_attn.q_proj+k_proj+v_proj;" in changed
     assert re.findall(r"\b\d+ group|predicted SQNR [\d.]+ dB", changed) == ["1 group", "predicted SQNR 40.0 dB"]
-    (unchanged,) = search_schemes(groups, target=FREE, min_sqnr=30).notes()
+    (unchanged,) = search_schemes(groups, target=FREE, family=QWEN2_5_VL, min_sqnr=30).notes()
     assert unchanged.startswith("--fallback auto: ") and "model.layers" not in unchanged
     assert re.findall(r"[\d.]+ dB", unchanged) == ["33.0 dB"]
-    first, second = search_schemes(groups, target=FREE, min_sqnr=30).table()
+    first, second = search_schemes(groups, target=FREE, family=QWEN2_5_VL, min_sqnr=30).table()
     assert (first.part, first.scheme, first.bytes, first.sites) == ("language", STATIC, 300, LAYERS[4])
     assert (first.noise_share, second.noise_share) == (pytest.approx(0.8), pytest.approx(0.2))
     assert first.sqnr == pytest.approx(10 * math.log10(1 / 4e-4))
-    floor = [SearchGroup(it.sites, it.assigned, {STATIC: it.candidates[STATIC]}) for it in groups]
-    warning, summary = search_schemes(floor, target=FREE, min_sqnr=60).notes()
+    floor = [SearchGroup(it.part, it.sites, it.assigned, {STATIC: it.candidates[STATIC]}) for it in groups]
+    warning, summary = search_schemes(floor, target=FREE, family=QWEN2_5_VL, min_sqnr=60).notes()
     assert warning.startswith("--min_sqnr 60 cannot be met") and "33.0 dB" in warning and "33.0" in summary
 
 
 def test_many_groups_are_counted_not_listed() -> None:
     """Catches a note with a thousand names."""
     candidates: Mapping[Scheme, Candidate] = {STATIC: Candidate(1e-4, 10), FLOAT: Candidate(0.0, 20)}
-    groups = [SearchGroup((f"model.layers.{n}.mlp.down_proj",), STATIC, candidates) for n in range(200)]
-    plan: SearchResult = search_schemes(groups, target="both", min_sqnr=20.5)
+    groups = [SearchGroup("language", (f"model.layers.{n}.mlp.down_proj",), STATIC, candidates) for n in range(200)]
+    plan: SearchResult = search_schemes(groups, target="both", family=QWEN2_5_VL, min_sqnr=20.5)
     assert plan.schemes.count(FLOAT) == 200 - 89  # 89 * 1e-4 is the most noise that 20.5 dB allow
     assert "model.layers.1.mlp.down_proj" in plan.notes()[0] and plan.notes()[0].count("down_proj") == 3
     assert "and 108 more" in plan.notes()[0]

@@ -57,7 +57,7 @@ LAYOUTS = [one_file, indexed, many_without_index, indexed_beside_a_stale_file]
 
 def write(folder: Path, tensors: dict[str, Tensor] = TENSORS, layout: Callable[..., None] = one_file) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text('{"model_type": "made_up"}')
+    (folder / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
     layout(folder, tensors)
     return folder
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from vlqc.families.qwen2_5_vl import QWEN2_5_VL
 from vlqc.ir.stage import Site
 from vlqc.passes.assign_precision import AssignPrecision
 from vlqc.targets.precision import Decision
@@ -40,4 +41,4 @@ def members_with(name: str, shape: tuple[int, int] = (64, 256)) -> list[Site]:
 
 
 def choose(members: list[Site], **options: Any) -> Decision:
-    return AssignPrecision(**options).choose(members)
+    return AssignPrecision(**options).choose(members, QWEN2_5_VL)

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.support.small_stage import PREFIX, Attention
+from vlqc.families.qwen2_5_vl import QWEN2_5_VL
 from vlqc.frontend.process_group import ProcessGroup
 from vlqc.frontend.stage_builder import find_sites
 from vlqc.frontend.tracing import trace
@@ -103,7 +104,7 @@ def exact_stage(prefix: str = PREFIX) -> Stage:
     graph = trace(block, calls[0], name)
     sites = find_sites(block, graph, in_checkpoint)
     execution = StageRun(block, ProcessGroup(), calls, calls[0])
-    return Stage(name, part, torch.bfloat16, block, graph, sites, execution, checkpoint_name=in_checkpoint)
+    return Stage(name, part, QWEN2_5_VL, torch.bfloat16, block, graph, sites, execution, checkpoint_name=in_checkpoint)
 
 
 def linears(block: nn.Module) -> dict[str, nn.Linear]:

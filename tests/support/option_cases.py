@@ -14,6 +14,7 @@ W4A8 = {"w_bit": 4, "is_dynamic": True, "is_lowbit": True, "open_outlier": False
 def two_folders(folder: Path) -> dict[str, Any]:
     """The two required options, for folders in this folder."""
     (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
     return {"model_path": folder / "model", "save_directory": folder / "save"}
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vlqc.families.qwen2_5_vl import QWEN2_5_VL
 from vlqc.frontend.process_group import ProcessGroup
 from vlqc.frontend.stage_builder import find_sites
 from vlqc.frontend.tracing import trace
@@ -175,7 +176,7 @@ def staged(block: nn.Module, calls: list[Call], dtype: torch.dtype = torch.bfloa
     sites = find_sites(block, graph, checkpoint_name)
     part = "language" if name.startswith("model.") else "vision"
     execution = StageRun(block, ProcessGroup(), calls, calls[-1])
-    return Stage(name, part, dtype, block, graph, sites, execution, checkpoint_name=checkpoint_name)
+    return Stage(name, part, QWEN2_5_VL, dtype, block, graph, sites, execution, checkpoint_name=checkpoint_name)
 
 
 def site_at(stage: Stage, target: str) -> Site:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from vlqc.errors import Fault
+from vlqc.families.qwen2_5_vl import QWEN2_5_VL
 from vlqc.targets.rules import group_faults, layer_faults
 from vlqc.targets.schemes import Scheme
 from vlqc.targets.target import TargetLike
@@ -28,4 +29,4 @@ def reference_assignment(blocks: int = 2) -> dict[str, Scheme]:
 
 def assignment_faults(target: TargetLike, schemes: Mapping[str, Scheme]) -> list[Fault]:
     """Scheme per checkpoint layer name -> faults of single layers and of groups."""
-    return layer_faults(target, schemes) + group_faults(target, schemes)
+    return layer_faults(target, QWEN2_5_VL, schemes) + group_faults(target, QWEN2_5_VL, schemes)

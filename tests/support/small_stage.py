@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from vlqc.families.qwen2_5_vl import QWEN2_5_VL
 from vlqc.frontend.process_group import ProcessGroup
 from vlqc.frontend.tracing import trace
 from vlqc.ir.execution import Call, StageRun
@@ -81,6 +82,7 @@ def traced() -> Stage:
     return Stage(
         "visual.blocks.0",
         "vision",
+        QWEN2_5_VL,
         torch.bfloat16,
         block,
         graph,

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tools.demo import tiny_task
+from vlqc.families.qwen2_5_vl import QWEN2_5_VL
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.sequential import SequentialForward, StageInputs
 from vlqc.frontend.streamed_model import StreamedModel, model_inputs
@@ -59,7 +60,7 @@ def plain() -> nn.Module:
 def plain_logits(sample: dict[str, Tensor], model: nn.Module | None = None) -> Tensor:
     """Logits float32 [1, S, 64] of an ordinary forward."""
     model = model or plain()
-    logits: Tensor = model(**model_inputs(model, sample)).logits
+    logits: Tensor = model(**model_inputs(model, QWEN2_5_VL, sample)).logits
     return logits
 
 

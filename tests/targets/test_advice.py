@@ -6,6 +6,7 @@ import shlex
 import pytest
 
 from tests.support.reference_schemes import DYNAMIC, W4A8, W8A8
+from vlqc.families.qwen2_5_vl import QWEN2_5_VL
 from vlqc.targets.advice import engine_notes, incompatibilities, serve_commands
 from vlqc.targets.schemes import Scheme
 
@@ -40,8 +41,8 @@ def test_notes(
     target: str, scheme: Scheme, dtype: str, group_size: int | None, scope: str, refusals: list[str], notes: list[str]
 ) -> None:
     """Catches a missing note about a folder that does not load, and a note about one that does."""
-    incompatible = incompatibilities(target, scheme, dtype, scope)
-    actual = engine_notes(target, scheme, dtype, group_size, scope)
+    incompatible = incompatibilities(target, QWEN2_5_VL, scheme, dtype, scope)
+    actual = engine_notes(target, QWEN2_5_VL, scheme, dtype, group_size, scope)
     assert actual[: len(incompatible)] == incompatible
     for expected, sentences in ((refusals, incompatible), (notes, actual[len(incompatible) :])):
         assert len(sentences) == len(expected)

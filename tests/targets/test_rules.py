@@ -8,7 +8,7 @@ from packaging.version import Version
 
 from tests.support.reference_schemes import DYNAMIC, FLOAT, W4A8, W8A8, assignment_faults, reference_assignment
 from vlqc.errors import UserError
-from vlqc.families.qwen2_5_vl import REFERENCE_FLOAT, fused_group, model_part, stays_float_in_reference
+from vlqc.families.qwen2_5_vl import QWEN2_5_VL
 from vlqc.targets.mindie import MINDIE
 from vlqc.targets.rules import supported_schemes, supports_scheme, target_supporting
 from vlqc.targets.schemes import Scheme
@@ -33,13 +33,13 @@ BLOCK = "visual.blocks.0"
 def test_fused_groups(layer: str, members: list[str]) -> None:
     """Catches a group that is split or mixed across blocks, which engines load without an error and compute wrongly."""
     prefix = ".".join(layer.split(".")[:3])
-    assert fused_group(layer) == tuple(f"{prefix}.{member}" for member in members)
+    assert QWEN2_5_VL.fused_group(layer) == tuple(f"{prefix}.{member}" for member in members)
 
 
 @pytest.mark.parametrize("layer", ["lm_head", "visual.merger.mlp.0", "model.norm", "something.else"])
 def test_a_layer_outside_every_group_stands_alone(layer: str) -> None:
     """Catches a pattern that swallows layers which no engine fuses."""
-    assert fused_group(layer) == (layer,)
+    assert QWEN2_5_VL.fused_group(layer) == (layer,)
 
 
 # layer, schemes that vLLM Ascend runs, schemes that MindIE runs
@@ -64,15 +64,15 @@ SUPPORTED = [
 @pytest.mark.parametrize(("layer", "vllm_ascend", "mindie"), SUPPORTED)
 def test_supported_schemes(layer: str, vllm_ascend: set[Scheme], mindie: set[Scheme]) -> None:
     """Catches a scheme offered where an engine refuses it, and `both` being anything but the intersection."""
-    assert supported_schemes("vllm-ascend", layer) == vllm_ascend
-    assert supported_schemes("mindie", layer) == mindie
-    assert supported_schemes("both", layer) == vllm_ascend & mindie
+    assert supported_schemes("vllm-ascend", QWEN2_5_VL, layer) == vllm_ascend
+    assert supported_schemes("mindie", QWEN2_5_VL, layer) == mindie
+    assert supported_schemes("both", QWEN2_5_VL, layer) == vllm_ascend & mindie
 
 
 def test_an_unknown_target_is_refused() -> None:
     """Catches a misspelt target that is treated as one without rules, and so without limits."""
     with pytest.raises(UserError, match="vllm-ascend"):
-        supported_schemes("vllm", "lm_head")
+        supported_schemes("vllm", QWEN2_5_VL, "lm_head")
 
 
 # versions at the ends of the rules: target, layer, schemes in bfloat16, schemes in float16
@@ -101,9 +101,9 @@ VERSIONED = [
 @pytest.mark.parametrize(("target", "layer", "bfloat16", "float16"), VERSIONED)
 def test_supported_schemes_of_a_version(target: str, layer: str, bfloat16: set[Scheme], float16: set[Scheme]) -> None:
     """Catches an end of a version range that is off by one, and an ignored dtype."""
-    assert supported_schemes(target, layer, "bfloat16") == bfloat16
-    assert supported_schemes(target, layer, "float16") == float16
-    assert supported_schemes(target, layer) == bfloat16 | float16
+    assert supported_schemes(target, QWEN2_5_VL, layer, "bfloat16") == bfloat16
+    assert supported_schemes(target, QWEN2_5_VL, layer, "float16") == float16
+    assert supported_schemes(target, QWEN2_5_VL, layer) == bfloat16 | float16
 
 
 @pytest.mark.parametrize(
@@ -120,8 +120,8 @@ def test_supported_schemes_of_a_version(target: str, layer: str, bfloat16: set[S
 )
 def test_target_supporting(target: str, scheme: Scheme, runs: bool, rules: Target | None) -> None:
     """Catches a scheme given to layers that no version runs in it, because the named version does not run it at all."""
-    assert supports_scheme(target, scheme) == runs
-    assert target_supporting(target, scheme) == rules
+    assert supports_scheme(target, QWEN2_5_VL, scheme) == runs
+    assert target_supporting(target, QWEN2_5_VL, scheme) == rules
 
 
 @pytest.mark.parametrize(
@@ -137,13 +137,13 @@ def test_target_supporting(target: str, scheme: Scheme, runs: bool, rules: Targe
 )
 def test_parts(name: str, part: str) -> None:
     """Catches the merger counted as vision, or lm_head as language, in the summaries."""
-    assert model_part(name) == part
+    assert QWEN2_5_VL.part(name) == part
 
 
 def test_reference_exclusions() -> None:
     """Catches an exclusion of the reference script lost, or one too many."""
     layers = [layer for layer, _, _ in SUPPORTED if not layer.startswith("some.")]
-    floats = [layer for layer in layers if stays_float_in_reference(layer)]
+    floats = [layer for layer in layers if QWEN2_5_VL.stays_float_in_reference(layer)]
     assert floats == [
         f"{LAYER}.mlp.down_proj",
         f"{BLOCK}.mlp.down_proj",
@@ -207,9 +207,9 @@ def test_mindie_runs_one_scheme_beside_float() -> None:
 
 def test_versions_of_rules_are_in_order() -> None:
     """Catches a new rule whose end lies before its beginning, or with an invalid version."""
-    assert len(REFERENCE_FLOAT) == 6
+    assert len(QWEN2_5_VL.reference_float) == 6
     for engine in ENGINES:
-        for rule in engine.rules:
+        for rule in engine.rules_of(QWEN2_5_VL):
             assert Version(engine.since) <= Version(rule.since) < Version(rule.before or "9999")
 
 

@@ -11,14 +11,14 @@ def described(schemes: dict[str, Scheme]) -> dict[str, str]:
     return {f"{layer}.weight": str(scheme) for layer, scheme in schemes.items()} | {"version": "1.0.0"}
 
 
-QUANTIZED = {"quantize": "w8a8", "vision_config": {"quantize": "w8a8"}}
+QUANTIZED = {"model_type": "qwen2_5_vl", "quantize": "w8a8", "vision_config": {"quantize": "w8a8"}}
 VLLM, MINDIE = "vLLM Ascend 0.10.2rc2 and later", "MindIE 2.2.RC1 and later"
 
 
 @pytest.mark.parametrize(
     ("change", "config", "expected"),
     [
-        ({}, {"vision_config": {}}, [VLLM]),
+        ({}, {"model_type": "qwen2_5_vl", "vision_config": {}}, [VLLM]),
         ({}, QUANTIZED, [VLLM, MINDIE]),
         ({}, QUANTIZED | {"quantize": "w8a8_dynamic"}, [VLLM]),  # MindIE would build other layers
         ({}, QUANTIZED | {"quantization_config": {}}, [MINDIE]),  # vLLM would read that key

@@ -12,6 +12,7 @@ from rich.console import Console
 from tests.support.compiled_folder import FolderContent, make_content
 from tests.support.tensors import stored
 from vlqc.errors import UserError
+from vlqc.families.qwen2_5_vl import QWEN2_5_VL
 from vlqc.frontend.streamed_model import model_inputs
 from vlqc.verify import verify_folder
 from vlqc.verify.findings import VerificationResult
@@ -48,7 +49,7 @@ def whole_logits(source: Path, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     dtype = {"dtype" if transformers.__version__ >= "5" else "torch_dtype": torch.float32}
     model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(source, **dtype).eval()
     with torch.no_grad():
-        return model(**model_inputs(model, inputs)).logits[0]
+        return model(**model_inputs(model, QWEN2_5_VL, inputs)).logits[0]
 
 
 def test_figures_are_those_of_two_plain_forwards(tmp_path: Path, source: Path) -> None:
@@ -61,7 +62,7 @@ def test_figures_are_those_of_two_plain_forwards(tmp_path: Path, source: Path) -
     for inputs in samples:
         kept = inputs["attention_mask"][0].bool()
         with torch.no_grad():
-            other = quantized(**model_inputs(quantized, inputs)).logits[0]
+            other = quantized(**model_inputs(quantized, QWEN2_5_VL, inputs)).logits[0]
         pairs.append((whole_logits(source, inputs)[kept].double().numpy(), other[kept].double().numpy()))
     for (reference, other), figures in zip(pairs, result.facts["logits per sample"], strict=True):
         check_figures(figures, reference, other)

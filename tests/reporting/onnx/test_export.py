@@ -17,6 +17,7 @@ import vlqc
 from tests.support.tiny import TINY
 from tools.demo import tiny_task
 from vlqc.errors import UserError
+from vlqc.families.qwen2_5_vl import QWEN2_5_VL
 from vlqc.frontend.process_group import ProcessGroup
 from vlqc.frontend.tracing import input_tensors, trace
 from vlqc.ir.execution import Call, StageRun
@@ -236,6 +237,7 @@ def stage_of(module: nn.Module, x: Tensor) -> Stage:
     return Stage(
         "a.0",
         "language",
+        QWEN2_5_VL,
         torch.bfloat16,
         module,
         trace(module, call, "a.0"),
@@ -270,6 +272,7 @@ def test_nothing_is_called_that_is_not_listed(tmp_path: Path) -> None:
     stage = Stage(
         "a.0",
         "vision",
+        QWEN2_5_VL,
         torch.bfloat16,
         nn.Identity(),
         graph,
@@ -294,7 +297,9 @@ def test_what_depends_on_integers_is_constant() -> None:
             return x[: int(lengths.max())]
 
     call = Call(0, (drawn(8, 4, 2), torch.tensor([1, 3], dtype=torch.int32)), {})
-    stage = Stage("a.0", "vision", torch.bfloat16, Cut(), graph, {}, StageRun(Cut(), ProcessGroup(), [call], call))
+    stage = Stage(
+        "a.0", "vision", QWEN2_5_VL, torch.bfloat16, Cut(), graph, {}, StageRun(Cut(), ProcessGroup(), [call], call)
+    )
     assert [it.name for it in export(stage).graph.input] == ["x"]
     assert deviation(stage.execution.probe_output().flatten(), run(export(stage), of_probe(stage))) == 0
     stage.execution.probe = None

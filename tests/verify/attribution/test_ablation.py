@@ -18,6 +18,7 @@ from tests.support.ablation_folders import IMAGE, SAMPLES, SMALL, path_in, sampl
 from tests.support.compiled_folder import make_content
 from tests.support.naive_w8a8 import load_float
 from tools.checkpoints import outlier_checkpoint as make_outlier_checkpoint
+from vlqc.families.qwen2_5_vl import QWEN2_5_VL
 from vlqc.frontend.streamed_model import model_inputs
 from vlqc.verify import verify_folder
 from vlqc.verify.attribution.ablation import choose_samples
@@ -49,7 +50,7 @@ def plain_logits(model: nn.Module) -> tuple[np.ndarray, np.ndarray]:
     for one in SAMPLES:
         kept = one["attention_mask"][0].bool()
         with torch.no_grad():
-            rows.append(model(**model_inputs(model, one)).logits[0][kept].double().numpy())
+            rows.append(model(**model_inputs(model, QWEN2_5_VL, one)).logits[0][kept].double().numpy())
         images.append((one["input_ids"][0][kept] == IMAGE).numpy())
     return np.concatenate(rows), np.concatenate(images)
 

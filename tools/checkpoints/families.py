@@ -64,8 +64,8 @@ class Vision:
 class Family:
     """One model type.
 
-    version: the transformers version that config.json names; outlier_factors: bounds, the larger the fewer channels
-    the default shape has.
+    version: the transformers version that config.json names; outlier_factors: bounds, larger where fewer channels or
+    layers are quantized.
     """
 
     architecture: str
@@ -126,7 +126,7 @@ FAMILIES = {
         "Qwen3VLForConditionalGeneration", NESTED, QWEN3_VISION, False, True, True, "4.57.0", QWEN3_SHAPE
     ),
     "qwen3_vl_moe": Family(
-        "Qwen3VLMoeForConditionalGeneration", NESTED, QWEN3_VISION, False, True, True, "4.57.0", MOE_SHAPE
+        "Qwen3VLMoeForConditionalGeneration", NESTED, QWEN3_VISION, False, True, True, "4.57.0", MOE_SHAPE, (10.0, 40.0)
     ),
     "qwen2": Family("Qwen2ForCausalLM", "model", None, True, False, False, "4.43.1", TEXT_SHAPE),
     "qwen3": Family("Qwen3ForCausalLM", "model", None, False, True, False, "4.51.0", QWEN3_SHAPE),

@@ -61,6 +61,7 @@ class QuantLinear(torch.nn.Module):
 
     scheme: ClassVar[str]
     settings: ClassVar[tuple[str, ...]] = ()
+    weight_only: bool = False  # whether the engine multiplies float inputs and ignores the bias
 
     weight: torch.Tensor
     weight_scale: torch.Tensor
@@ -317,7 +318,6 @@ class GroupQuantLinear(QuantLinear):
 
     scheme = "W4A8_DYNAMIC"
     settings = ("weight_only",)
-    weight_only: bool = False
 
     weight_scale_second: torch.Tensor
     weight_offset_second: torch.Tensor

@@ -16,6 +16,7 @@ from vlqc.families.registry import find_family
 from vlqc.files import format_json, read_json_object
 from vlqc.formatting import escape_control_chars, format_bytes
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
+from vlqc.targets.schemes import Scheme
 
 QUANTIZATION_PARAMETERS = ("input_scale", "input_offset", "weight_scale")
 DESCRIPTIONS = "quant_model_description*.json"
@@ -120,7 +121,7 @@ def _schemes(folder: Path) -> dict[str, str]:
 
 def _scheme_of(name: str, schemes: dict[str, str]) -> str:
     """The scheme of the layer that a tensor belongs to; FLOAT for tensors of layers without a weight."""
-    return schemes.get(name.rpartition(".")[0], "FLOAT")
+    return schemes.get(name.rpartition(".")[0], Scheme.FLOAT)
 
 
 def _part_summary(part: str, scheme: str, names: list[str], checkpoint: Checkpoint) -> PartSummary:

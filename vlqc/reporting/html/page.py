@@ -65,7 +65,7 @@ class PrecisionMap:
 class SchemeCount:
     """Number of linear layers with a scheme, and their share of all layers in percent."""
 
-    scheme: str
+    scheme: Scheme
     count: int
     percent: float
 
@@ -84,7 +84,7 @@ def render(folder: FolderInfo, data: ReportData, timings: Timings | None, verifi
         lstrip_blocks=True,
     )
     environment.filters |= {"bytes": format_bytes, "duration": format_duration, "short_role": short_role}
-    heads = ["FLOAT"] * len(data.heads)
+    heads = [str(Scheme.FLOAT)] * len(data.heads)
     measured = sorted((stage for stage in data.stages if stage.sqnr), key=lambda stage: min(stage.sqnr.values()))
     return environment.get_template("page.html").render(
         folder=folder,
@@ -143,7 +143,7 @@ def _color_variables(name: str, colors: tuple[str, str]) -> str:
 
 def count_schemes(layers: Sequence[str]) -> list[SchemeCount]:
     """layers: scheme of each linear layer -> schemes that occur, in the order of `Scheme`."""
-    counts = {str(scheme): layers.count(scheme) for scheme in Scheme}
+    counts = {scheme: layers.count(scheme) for scheme in Scheme}
     return [SchemeCount(scheme, count, 100 * count / len(layers)) for scheme, count in counts.items() if count]
 
 

@@ -143,7 +143,7 @@ class ReportData(StrictModel):
         """Number of linear layers by (part, scheme), as in `Result`."""
         counts: dict[tuple[str, str], int] = {}
         layers = [(stage.part, site.scheme) for stage in self.stages for site in stage.sites]
-        for part, scheme in [*layers, *(("other", "FLOAT") for _ in self.heads)]:
+        for part, scheme in [*layers, *(("other", str(Scheme.FLOAT)) for _ in self.heads)]:
             counts[part, scheme] = counts.get((part, scheme), 0) + 1
         return counts
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from vlqc.reporting.html.schema import LARGEST, SHARES, InputData, ReportData, SiteData, StageData
+from vlqc.targets.schemes import Scheme
 
 MEDIAN = SHARES.index(0.5)
 TITLES = {"vision": "Vision tower", "merger": "Merger", "language": "Language model"}
@@ -98,7 +99,7 @@ def median_magnitude(data: InputData, *, after: bool) -> float | None:
 
 def outlier_factor(stage: StageData, *, after: bool) -> float | None:
     """Largest magnitude over that of the median channel, at the worst input of a quantized layer; None without any."""
-    quantized = {site.name for site in stage.sites if site.scheme != "FLOAT"}
+    quantized = {site.name for site in stage.sites if Scheme(site.scheme).is_quantized}
     factors = []
     for data in stage.inputs:
         largest, median = largest_magnitude(data, after=after), median_magnitude(data, after=after)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vlqc.kernels_ref.deq_scale import decode_deq_scale
 from vlqc.kernels_ref.norm import ShiftedNorm
-from vlqc.kernels_ref.quant_linear import GroupQuantLinear, QuantLinear
+from vlqc.kernels_ref.quant_linear import QuantLinear
 from vlqc.kernels_ref.quantize import INT8_MAX, SMALLEST_TOKEN_SCALE
 from vlqc.reporting.onnx.builder import Builder
 from vlqc.targets.schemes import Scheme
@@ -107,8 +107,7 @@ def _quantized(builder: Builder, module: QuantLinear, name: str, x: str, shape: 
     spec = Scheme(module.scheme).spec
     if spec.activation.is_static and not spec.activation.is_dynamic:
         return _static(builder, module, name, x, shape, output)
-    weight_only = isinstance(module, GroupQuantLinear) and module.weight_only
-    rounds_input = spec.activation.is_dynamic and not weight_only
+    rounds_input = spec.activation.is_dynamic and not module.weight_only
     if spec.weight.per_group:
         return _groups(builder, module, name, x, shape, output, rounds_input=rounds_input)
     return _channels(builder, module, name, x, shape, output, rounds_input=rounds_input)
@@ -197,7 +196,7 @@ def _groups(
         axis=1,
         block_size=module.group_size,
     )
-    bias = None if isinstance(module, GroupQuantLinear) and module.weight_only else _bias(builder, module, name)
+    bias = _bias(builder, module, name)
     if not rounds_input:
         return _product(builder, x, weight, bias, output)
     values = _per_token(builder, x, shape, output)
@@ -205,4 +204,4 @@ def _groups(
 
 
 def _bias(builder: Builder, module: QuantLinear, name: str) -> str | None:
-    return None if module.bias is None else builder.tensor(module.bias.float(), f"{name}.bias")
+    return None if module.bias is None or module.weight_only else builder.tensor(module.bias.float(), f"{name}.bias")

@@ -118,10 +118,7 @@ class FolderWriter:
         """The source's config.json in the form that engines expect. Only keys that the written weights make untrue are
         changed."""
         config: dict[str, Any] = json.loads(json.dumps(self.checkpoint.config))
-        dtype = str(self.dtype).removeprefix("torch.")
-        for key in ("torch_dtype", "dtype"):
-            if key in config or key == "torch_dtype":
-                config[key] = dtype
+        self.checkpoint.family.set_dtype(config, str(self.dtype).removeprefix("torch."))
         config.pop("quantization_config", None)  # of the source; engines would read it as the result's
         for engine in parse_target(self.options.engine_target).engines:
             engine.edit_config(config, content, own_layout=engine is self.layout)

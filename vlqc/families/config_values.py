@@ -126,3 +126,21 @@ class ImageTokens(TypedDict, total=False):
     vision_start_token_id: Token
     vision_end_token_id: Token
     vision_token_id: Token
+
+
+def rope_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Replaces `rope_parameters`, which transformers 5 writes, by the keys of earlier versions.
+
+    These are `rope_theta` and, unless the rotary embedding is the plain one, `rope_scaling`. Keys of a language model
+    without `rope_parameters` are returned unchanged.
+    """
+    parameters = config.get("rope_parameters")
+    if not isinstance(parameters, Mapping):
+        return dict(config)
+    scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
+    keys = {key: value for key, value in config.items() if key != "rope_parameters"}
+    if "rope_theta" in parameters:
+        keys["rope_theta"] = parameters["rope_theta"]
+    if scaling not in ({}, {"rope_type": "default"}):
+        keys["rope_scaling"] = scaling
+    return keys

@@ -159,9 +159,16 @@ class ModelFamily(ABC):
     def config_limits(self, config: Mapping[str, Any], largest: int, tensors: int) -> Any:
         """Limits for a config that may be invalid. largest: largest dimension of any tensor; tensors: their number."""
 
-    def config_defaults(self) -> Mapping[str, Any]:
-        """Values that the model's config class gives to missing keys, where they can be invalid for the checkpoint."""
-        return {}
+    def complete_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """config.json with the values that the model's config class gives to missing keys, where these can be invalid
+        for the checkpoint."""
+        return dict(config)
+
+    def set_dtype(self, config: dict[str, Any], dtype: str) -> None:
+        """Writes the dtype of the float tensors, "bfloat16" or "float16", into config.json, in place."""
+        for key in ("torch_dtype", "dtype"):
+            if key in config or key == "torch_dtype":
+                config[key] = dtype
 
     # ---- inputs ------------------------------------------------------------------------------------------------------
 

@@ -421,8 +421,8 @@ class Qwen25VL(ModelFamily):
         Role.UP: GATE_UP,
         Role.DOWN: ("model.layers.*.mlp.down_proj",),
     }
-    fused_groups = (QKV, GATE_UP, VISION_GATE_UP)
-    reference_float = (
+    fused_groups: ClassVar[tuple[tuple[str, ...], ...]] = (QKV, GATE_UP, VISION_GATE_UP)
+    reference_float: ClassVar[tuple[str, ...]] = (
         "visual.patch_embed*",  # a convolution; engines run it in float
         "visual.blocks.*.mlp.down_proj",  # products of two activations: the widest ranges of a vision block
         "visual.merger.mlp.*",  # every image feature passes through it; two matrices in all
@@ -430,7 +430,7 @@ class Qwen25VL(ModelFamily):
         "model.layers.*.mlp.down_proj",  # holds the massive activations of a language model
         "lm_head",  # engines run it in float
     )
-    row_parallel = ROW_PARALLEL
+    row_parallel: ClassVar[tuple[str, ...]] = ROW_PARALLEL
 
     parts = (("visual.merger.", "merger"), ("visual.", "vision"), ("model.", "language"))
     subparts = (
@@ -479,8 +479,8 @@ class Qwen25VL(ModelFamily):
     def config_limits(self, config: Mapping[str, Any], largest: int, tensors: int) -> ConfigLimits:
         return ConfigLimits.of(config, self.vision_config(config), largest, tensors)
 
-    def config_defaults(self) -> Mapping[str, Any]:
-        return CONFIG_DEFAULTS
+    def complete_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        return {**CONFIG_DEFAULTS, **config}
 
     def image_token_id(self, config: Any) -> int | None:
         token: int = config.image_token_id

@@ -31,10 +31,10 @@ def config_faults(
         tensors: the number of tensors.
     """
     faults = [] if _depth(config) <= DEEPEST else [Fault("config.json is nested too deeply", where, fix=REPAIR)]
-    complete = {**family.config_defaults(), **config}
+    complete = family.complete_config(config)
     limits = family.config_limits(complete, largest, tensors)
     for key, value, why in invalid_values(family.config_schema(), complete, limits):
-        verb = "is" if key.partition(".")[0] in config else "is missing, which means"
+        verb = "is" if _has(config, key) else "is missing, which means"
         faults.append(Fault(f"{key} {verb} {value}", where, why, REPAIR))
     return faults
 
@@ -57,6 +57,15 @@ def invalid_values(
             invalid.setdefault(path, (path, shown, detail["msg"].removeprefix("Value error, ")))
         return list(invalid.values())
     return []
+
+
+def _has(config: Any, dotted: str) -> bool:
+    """Whether a dotted key exists."""
+    for key in dotted.split("."):
+        if not isinstance(config, Mapping) or key not in config:
+            return False
+        config = config[key]
+    return True
 
 
 def _resolve(location: tuple[int | str, ...], values: Any) -> tuple[str, Any]:

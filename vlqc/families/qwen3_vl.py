@@ -1,0 +1,187 @@
+"""Qwen3-VL, dense: names, config.json and roles of its layers.
+
+The vision tower has LayerNorms, an MLP without a gate, and besides the merger after its last block further ones between
+blocks ("deepstack"), whose outputs are added to the first layers of the language model.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict  # pydantic accepts typing.TypedDict from Python 3.12 on
+
+from vlqc.families.config_values import (
+    BlockIndex,
+    Blocks,
+    ConfigLimits,
+    Deviation,
+    ImageTokens,
+    Mrope,
+    Size,
+    TextConfig,
+    rope_keys,
+)
+from vlqc.families.family import ModelFamily, Role
+
+QKV = tuple(f"model.language_model.layers.*.self_attn.{member}_proj" for member in "qkv")
+GATE_UP = ("model.language_model.layers.*.mlp.gate_proj", "model.language_model.layers.*.mlp.up_proj")
+MERGERS = tuple(
+    f"model.visual.{merger}.linear_fc{number}" for merger in ("merger", "deepstack_merger_list.*") for number in (1, 2)
+)
+
+
+class VisionConfig(TypedDict, total=False):
+    """Keys of `vision_config`."""
+
+    depth: Blocks
+    hidden_size: Size
+    intermediate_size: Size
+    num_heads: Size
+    in_channels: Size
+    patch_size: Size
+    spatial_merge_size: Size
+    temporal_patch_size: Size
+    out_hidden_size: Size
+    num_position_embeddings: Size
+    deepstack_visual_indexes: list[BlockIndex]
+    initializer_range: Deviation
+    hidden_act: str
+    model_type: str
+    torch_dtype: str
+    dtype: str
+
+
+class LanguageConfig(TextConfig, total=False):
+    """Keys of `text_config`."""
+
+    attention_bias: bool
+    rope_scaling: Mrope
+
+
+class Config(ImageTokens, total=False):
+    """Keys of config.json; validated with a `ConfigLimits` as context."""
+
+    model_type: str
+    architectures: list[str]
+    tie_word_embeddings: bool
+    torch_dtype: str
+    dtype: str
+    text_config: LanguageConfig
+    vision_config: VisionConfig
+
+
+CONFIG = TypeAdapter(Config)
+# Values that the model's config class gives to missing keys, where they can be invalid for the checkpoint.
+TEXT_DEFAULTS = {
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 32,
+    "head_dim": 128,
+    "rope_scaling": None,
+}
+
+
+class Qwen3VL(ModelFamily):
+    """Qwen3-VL, 2B to 32B."""
+
+    name = "qwen3_vl"
+    title = "Qwen3-VL"
+    model_types = ("qwen3_vl",)
+    architectures = ("Qwen3VLForConditionalGeneration",)
+    transformers_version = "4.57"
+
+    roles: ClassVar[Mapping[Role, tuple[str, ...]]] = {
+        Role.VISION_QKV: ("model.visual.blocks.*.attn.qkv",),
+        Role.VISION_PROJ: ("model.visual.blocks.*.attn.proj",),
+        Role.VISION_UP: ("model.visual.blocks.*.mlp.linear_fc1",),
+        Role.VISION_DOWN: ("model.visual.blocks.*.mlp.linear_fc2",),
+        Role.MERGER: MERGERS,
+        Role.QKV: QKV,
+        Role.OUT: ("model.language_model.layers.*.self_attn.o_proj",),
+        Role.UP: GATE_UP,
+        Role.DOWN: ("model.language_model.layers.*.mlp.down_proj",),
+    }
+    fused_groups: ClassVar[tuple[tuple[str, ...], ...]] = (QKV, GATE_UP)
+    reference_float: ClassVar[tuple[str, ...]] = (
+        "model.visual.patch_embed*",  # a convolution; engines run it in float
+        "model.visual.pos_embed",  # a table, not a matrix product
+        "model.visual.blocks.*.mlp.linear_fc2",  # reads the output of an activation function
+        *MERGERS,  # every image feature passes through one of them
+        "model.language_model.embed_tokens",  # a table, not a matrix product
+        "model.language_model.layers.*.mlp.down_proj",  # holds the massive activations of a language model
+        "lm_head",  # engines run it in float
+    )
+    row_parallel: ClassVar[tuple[str, ...]] = ("o_proj", "down_proj", "proj", "linear_fc2")
+
+    parts = (
+        ("model.visual.merger.", "merger"),
+        ("model.visual.deepstack_merger_list.", "merger"),
+        ("model.visual.", "vision"),
+        ("model.language_model.", "language"),
+    )
+    subparts = (
+        ("model.visual.blocks.", "vision blocks"),
+        ("model.visual.merger.", "merger"),
+        ("model.visual.deepstack_merger_list.", "deepstack mergers"),
+        ("model.visual.", "vision, other"),
+        ("model.language_model.layers.", "language layers"),
+        ("model.language_model.embed_tokens.", "embeddings"),
+        ("lm_head.", "lm_head"),
+    )
+    block_lists = (
+        "model.language_model.layers.",
+        "model.visual.blocks.",
+        "model.visual.deepstack_merger_list.",
+    )
+
+    def engine_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Nested, as published; newer transformers versions write `rope_parameters` in place of two other keys."""
+        text = config.get("text_config")
+        if not isinstance(text, dict) or not isinstance(text.get("rope_parameters"), dict):
+            return config
+        converted = copy.deepcopy(config)
+        converted["text_config"] = rope_keys(converted["text_config"])
+        return converted
+
+    def text_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        text = config.get("text_config")
+        return text if isinstance(text, Mapping) else {}
+
+    def vision_config(self, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        vision = config.get("vision_config")
+        return vision if isinstance(vision, Mapping) else None
+
+    def set_dtype(self, config: dict[str, Any], dtype: str) -> None:
+        """At the top and in `text_config`, where engines read it."""
+        super().set_dtype(config, dtype)
+        if isinstance(text := config.get("text_config"), dict):
+            super().set_dtype(text, dtype)
+
+    def config_values(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        text, vision = self.text_config(config), self.vision_config(config) or {}
+        return {
+            "dtype": config.get("torch_dtype", config.get("dtype", text.get("dtype"))),
+            "language layers": text.get("num_hidden_layers"),
+            "hidden size": text.get("hidden_size"),
+            "vision blocks": vision.get("depth"),
+            "vision hidden size": vision.get("hidden_size"),
+            "tied embeddings": self.is_tied(config),
+        }
+
+    def config_schema(self) -> TypeAdapter[Any]:
+        return CONFIG
+
+    def config_limits(self, config: Mapping[str, Any], largest: int, tensors: int) -> ConfigLimits:
+        return ConfigLimits.of(self.text_config(config), self.vision_config(config), largest, tensors)
+
+    def complete_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        return {**config, "text_config": TEXT_DEFAULTS | dict(self.text_config(config))}
+
+    def image_token_id(self, config: Any) -> int | None:
+        token: int = config.image_token_id
+        return token
+
+
+QWEN3_VL = Qwen3VL()

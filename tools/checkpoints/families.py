@@ -5,7 +5,7 @@ numbers. Names are those of the files of published models.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 BEGIN, VISION_START, VISION_END, IMAGE, VIDEO, VISION_PAD = 1, 3, 4, 5, 6, 7  # token ids of tools/demo/tiny_vl
@@ -69,13 +69,13 @@ class Family:
     """
 
     architecture: str
-    text: str  # prefix of the language model
-    vision: Vision | None
-    has_qkv_bias: bool
-    has_head_norms: bool  # q_norm and k_norm
-    is_nested: bool  # config.json has a text_config
     version: str
     shape: Shape
+    vision: Vision | None = None
+    text: str = "model"  # prefix of the language model
+    has_qkv_bias: bool = False
+    has_head_norms: bool = False  # q_norm and k_norm
+    is_nested: bool = False  # config.json has a text_config
     outlier_factors: tuple[float, float] = (8.0, 32.0)
 
 
@@ -101,35 +101,41 @@ QWEN3_VISION = Vision(
         "size": {"longest_edge": 16777216, "shortest_edge": 65536},
     },
 )
-TEXT_SHAPE = Shape(3, 256, 512, 8, 2, 4, 128, 512, 4)
+QWEN2_SHAPE = Shape(layers=3, hidden=256, intermediate=512, vision_layers=4, vision_hidden=128, vision_intermediate=512)
 # o_proj is not square, a vision head has 36 channels, and vision_intermediate is not a multiple of 32.
-QWEN3_SHAPE = Shape(3, 256, 512, 8, 2, 4, 144, 304, 4, head=48, deepstack=(0, 1, 2))
-MOE_SHAPE = Shape(3, 256, 512, 8, 2, 4, 144, 304, 4, head=48, deepstack=(0, 1, 2), experts=8, expert_intermediate=96)
-NESTED = "model.language_model"
+QWEN3_SHAPE = replace(QWEN2_SHAPE, head=48, vision_hidden=144, vision_intermediate=304, deepstack=(0, 1, 2))
 
 FAMILIES = {
     "qwen2_5_vl": Family(
         "Qwen2_5_VLForConditionalGeneration",
-        "model",
-        QWEN2_5_VISION,
-        True,
-        False,
-        False,
         "4.49.0",
         Shape(),
-        (5.0, 24.0),
+        QWEN2_5_VISION,
+        has_qkv_bias=True,
+        outlier_factors=(5.0, 24.0),
     ),
-    "qwen2_vl": Family(
-        "Qwen2VLForConditionalGeneration", "model", QWEN2_VISION, True, False, False, "4.45.0", TEXT_SHAPE
-    ),
+    "qwen2_vl": Family("Qwen2VLForConditionalGeneration", "4.45.0", QWEN2_SHAPE, QWEN2_VISION, has_qkv_bias=True),
     "qwen3_vl": Family(
-        "Qwen3VLForConditionalGeneration", NESTED, QWEN3_VISION, False, True, True, "4.57.0", QWEN3_SHAPE
+        "Qwen3VLForConditionalGeneration",
+        "4.57.0",
+        QWEN3_SHAPE,
+        QWEN3_VISION,
+        text="model.language_model",
+        has_head_norms=True,
+        is_nested=True,
     ),
     "qwen3_vl_moe": Family(
-        "Qwen3VLMoeForConditionalGeneration", NESTED, QWEN3_VISION, False, True, True, "4.57.0", MOE_SHAPE, (10.0, 40.0)
+        "Qwen3VLMoeForConditionalGeneration",
+        "4.57.0",
+        replace(QWEN3_SHAPE, experts=8, expert_intermediate=96),
+        QWEN3_VISION,
+        text="model.language_model",
+        has_head_norms=True,
+        is_nested=True,
+        outlier_factors=(10.0, 40.0),
     ),
-    "qwen2": Family("Qwen2ForCausalLM", "model", None, True, False, False, "4.43.1", TEXT_SHAPE),
-    "qwen3": Family("Qwen3ForCausalLM", "model", None, False, True, False, "4.51.0", QWEN3_SHAPE),
+    "qwen2": Family("Qwen2ForCausalLM", "4.43.1", QWEN2_SHAPE, has_qkv_bias=True),
+    "qwen3": Family("Qwen3ForCausalLM", "4.51.0", QWEN3_SHAPE, has_head_norms=True),
 }
 
 

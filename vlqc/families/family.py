@@ -6,7 +6,7 @@ contains a layer name, a config key or an input name of a model.
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -128,6 +128,16 @@ class ModelFamily(ABC):
             if match := re.match(rf"{re.escape(prefix)}\d+(?=\.)", name):
                 return match[0]
         return None
+
+    # ---- order of execution ------------------------------------------------------------------------------------------
+
+    def stage_order(self, stages: Sequence[str], config: Mapping[str, Any]) -> list[str]:
+        """Names of the stages in registration order -> in the order in which they run."""
+        return list(stages)
+
+    def outputs_read_later(self, stages: Sequence[str]) -> frozenset[str]:
+        """Of the stages, in the order in which they run, those whose outputs not only the next stage reads."""
+        return frozenset()
 
     # ---- config.json -------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ blocks ("deepstack"), whose outputs are added to the first layers of the languag
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from pydantic import TypeAdapter
@@ -24,6 +24,7 @@ from vlqc.families.config_values import (
 )
 from vlqc.families.family import ModelFamily, Role
 
+BLOCKS, DEEPSTACK = "model.visual.blocks.", "model.visual.deepstack_merger_list."
 QKV = tuple(f"model.language_model.layers.*.self_attn.{member}_proj" for member in "qkv")
 GATE_UP = ("model.language_model.layers.*.mlp.gate_proj", "model.language_model.layers.*.mlp.up_proj")
 MERGERS = tuple(
@@ -130,11 +131,22 @@ class Qwen3VL(ModelFamily):
         ("model.language_model.embed_tokens.", "embeddings"),
         ("lm_head.", "lm_head"),
     )
-    block_lists = (
-        "model.language_model.layers.",
-        "model.visual.blocks.",
-        "model.visual.deepstack_merger_list.",
-    )
+    block_lists = ("model.language_model.layers.", BLOCKS, DEEPSTACK)
+
+    def stage_order(self, stages: Sequence[str], config: Mapping[str, Any]) -> list[str]:
+        """A deepstack merger runs right after the block whose output it reads."""
+        indices = (self.vision_config(config) or {}).get("deepstack_visual_indexes", ())
+        mergers = {f"{BLOCKS}{block}": f"{DEEPSTACK}{number}" for number, block in enumerate(indices)}
+        order: list[str] = []
+        for stage in stages:
+            if stage not in mergers.values():
+                order += [stage, mergers[stage]] if mergers.get(stage) in stages else [stage]
+        return order
+
+    def outputs_read_later(self, stages: Sequence[str]) -> frozenset[str]:
+        """Deepstack mergers, whose outputs are added in the language model, and the blocks before them."""
+        mergers = [number for number, stage in enumerate(stages) if stage.startswith(DEEPSTACK)]
+        return frozenset(stages[index] for number in mergers for index in (number - 1, number))
 
     def engine_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """Nested, as published; newer transformers versions write `rope_parameters` in place of two other keys."""

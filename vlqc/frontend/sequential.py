@@ -13,7 +13,7 @@ from typing import Any
 import greenlet
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from vlqc.errors import Fault, InternalError, UserError, VlqcError
 from vlqc.frontend.calibration.probe import PROBE
@@ -39,30 +39,31 @@ class CachedOutputs:
     """Outputs of the stages that an interrupted run has finished.
 
     stages: their names in order; specs: stage -> sample -> structure of the outputs, as `serialization` describes it;
-    values: sample -> (last finished stage of the sample, its outputs).
+    values: sample -> stage -> outputs, of the last finished stage of the sample and of those that stages read which are
+    not finished.
     """
 
     stages: Sequence[str] = ()
     specs: Mapping[str, Mapping[int, Any]] = field(default_factory=dict)
-    values: dict[int, tuple[str, Any]] = field(default_factory=dict)
+    values: dict[int, dict[str, Any]] = field(default_factory=dict)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def pop(self, stage: str, sample: int, owner: int) -> Any:
         """Outputs of a stage for a sample; to be called once.
 
-        Values are kept for the last finished stage only. For earlier stages, whose outputs only finished stages read,
-        it returns tensors of the same shape, with NaN in place of floats.
+        For a stage without values, whose outputs only finished stages read, it returns tensors of the same shape, with
+        NaN in place of floats.
 
         owner: the sample that ran through the stage; another one if both have the same images.
         """
-        if self.values.get(sample, ("", None))[0] == stage:
-            return self.values.pop(sample)[1]
+        if stage in self.values.get(sample, {}):
+            return self.values[sample].pop(stage)
         return placeholder(self.specs[stage][owner], self.device)
 
     def share(self, sample: int, owner: int) -> None:
-        """Copies the entry of `owner` to a sample that has none."""
-        if sample not in self.values and owner in self.values:
-            self.values[sample] = self.values[owner]
+        """Copies the entries of `owner` that a sample does not have."""
+        if owner in self.values:
+            self.values[sample] = self.values[owner] | self.values.get(sample, {})
 
 
 @dataclass
@@ -183,8 +184,11 @@ class SequentialForward:
             if name == last and not self.run_to_end:
                 return
             outputs = dict(zip(running, inputs.outputs, strict=True))
+            shared = self.model.is_language(stage) and len({id(output) for output in inputs.outputs}) < len(calls)
             for position in suspended:
-                self._resume(self._forwards[position], outputs[self._owner(position, stage)])
+                output = outputs[self._owner(position, stage)]
+                # Models may write into the outputs of decoder layers (Qwen3-VL in transformers 4 adds image features).
+                self._resume(self._forwards[position], tree_map_only(Tensor, torch.clone, output) if shared else output)
         for forward in self._forwards:
             if forward.stage is not None:
                 where = self.model.name(forward.stage)

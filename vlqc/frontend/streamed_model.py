@@ -102,9 +102,8 @@ def open_model(options: Options) -> "StreamedModel":
 class StreamedModel:
     """A model, its checkpoint, and its stages: the modules that are compiled one at a time.
 
-    family: of the model. stages: checkpoint name -> module, in registration order, which is the order in which they
-    run. canonical: name in the module tree -> checkpoint name. embedding: the token embedding. tied: whether the output
-    head shares its weight.
+    family: of the model. stages: checkpoint name -> module, in the order in which they run. canonical: name in the
+    module tree -> checkpoint name. embedding: the token embedding. tied: whether the output head shares its weight.
     """
 
     def __init__(
@@ -125,7 +124,8 @@ class StreamedModel:
             buffers = owner._buffers.items()
             owner._buffers.update({name: buffer.to(device) for name, buffer in buffers if buffer is not None})
         self._path: dict[nn.Module, str] = {child: path for path, child in module.named_modules()}
-        self.stages = {self.name(stage): stage for stage in find_stages(module) if stage is not module}
+        found = {self.name(stage): stage for stage in find_stages(module) if stage is not module}
+        self.stages = {name: found[name] for name in self.family.stage_order(list(found), checkpoint.config)}
         self.embedding: nn.Module = module.get_input_embeddings()  # type: ignore[operator]
         head = module.get_output_embeddings()  # type: ignore[operator]
         self.tied = bool(module.config.tie_word_embeddings)  # type: ignore[union-attr]

@@ -6,13 +6,12 @@ passed through; a resumed run starts the model's forwards again and returns them
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vlqc.emit.atomic_folder import DISK_FAULTS, JOURNAL, OUTPUTS, nearest_folder, restore_replaced, unwritable
@@ -59,13 +58,13 @@ def open_journal(
     check_memory(memory, model.checkpoint.files, note)
     stages = list(model.stages)
     if not process_group.is_rank0:
-        yield Journal(stages, model.device, process_group, None, options.save_directory, note)
+        yield Journal(model, process_group, None, options.save_directory, note)
         return
     restore_replaced(options.save_directory)
     fingerprint = run_fingerprint(options, print_pipeline(pipeline), model, samples)
     fingerprint |= source_digests(map(type, pipeline))
     run = open_or_resume(options, fingerprint, required_disk_space(model, options, pipeline, samples), note)
-    journal = Journal(stages, model.device, process_group, run, options.save_directory, note)
+    journal = Journal(model, process_group, run, options.save_directory, note)
     keep = True
     try:
         yield journal
@@ -107,20 +106,15 @@ class Journal:
 
     def __init__(
         self,
-        stages: Sequence[str],
-        device: torch.device,
+        model: StreamedModel,
         process_group: ProcessGroup,
         run: InterruptedRun | None,
         save_directory: Path,
         note: Callable[[str], None],
     ) -> None:
-        self._stages, self._device, self._process_group, self._run, self._note = (
-            stages,
-            device,
-            process_group,
-            run,
-            note,
-        )
+        self._stages, self._device = list(model.stages), model.device
+        self._process_group, self._run, self._note = process_group, run, note
+        self._read_later = model.family.outputs_read_later(self._stages)
         self.folder = run.folder.folder if run else nearest_folder(save_directory)
         self.result = run.result if run else self.folder
         self.writes = run is not None and not run.published
@@ -128,10 +122,10 @@ class Journal:
         self._finished = [str(record["name"]) for record in self._records]  # names of stages
         self.saved_stages = len(self._records)
         self.summary_states: list[Any] = [record["summary"] for record in self._records]
-        # Per sample, the number of the stage whose outputs are kept for it.
-        self._outputs_of = {
-            sample: number for number, record in enumerate(self._records) for sample in record["samples"]
-        }
+        # Per sample, the numbers of the stages whose outputs are kept for it.
+        self._outputs_of: dict[str, list[int]] = {}
+        for number, record in enumerate(self._records):
+            self._keep_outputs(number, record["samples"])
         self._disabled = False  # whether a stage returned something that cannot be saved
         self.restored = False
         self._folder_writer: FolderWriter | None = None
@@ -140,6 +134,13 @@ class Journal:
         if run is not None and self.writes:
             (self.folder / OUTPUTS).mkdir(exist_ok=True)
             self._writer = JournalWriter(self.folder / JOURNAL)
+
+    def _keep_outputs(self, stage: int, samples: Iterable[str]) -> None:
+        """Keeps the outputs of a stage in place of those of earlier stages that no unfinished stage reads."""
+        for sample in samples:
+            earlier = self._outputs_of.get(sample, [])
+            read_later = [number for number in earlier if self._stages[number] in self._read_later]
+            self._outputs_of[sample] = [*read_later, stage]
 
     @property
     def commits(self) -> list[dict[str, Any]]:
@@ -171,18 +172,19 @@ class Journal:
             writer.on_stage_written = self._record_deferred
         names, specs, outputs_of = self._process_group.broadcast_from_rank0(self._restore_rank0)
         self._finished = list(names)
-        values = {}
-        for sample, number in sorted(outputs_of.items()):
-            read = partial(read_output, self._outputs_path(number), specs[names[number]][sample], self._device)
-            value = self._process_group.broadcast_from_rank0(read)
-            if sample in samples or sample == PROBE:
-                values[sample] = names[number], value
-                offload(value)
+        values: dict[int, dict[str, Any]] = {}
+        for sample, numbers in sorted(outputs_of.items()):
+            for number in numbers:
+                read = partial(read_output, self._outputs_path(number), specs[names[number]][sample], self._device)
+                value = self._process_group.broadcast_from_rank0(read)
+                if sample in samples or sample == PROBE:
+                    values.setdefault(sample, {})[names[number]] = value
+                    offload(value)
         self.restored = True
         return CachedOutputs(names, specs, values, self._device)
 
-    def _restore_rank0(self) -> tuple[list[str], dict[str, dict[int, Any]], dict[int, int]]:
-        """(finished stages, stage -> sample -> spec of its outputs, sample -> number of the stage whose outputs are
+    def _restore_rank0(self) -> tuple[list[str], dict[str, dict[int, Any]], dict[int, list[int]]]:
+        """(finished stages, stage -> sample -> spec of its outputs, sample -> numbers of the stages whose outputs are
         kept)."""
         assert self._run is not None and self._checkpoint is not None
         if not self._records:
@@ -191,10 +193,10 @@ class Journal:
             if self._folder_writer is not None:
                 written = {record["number"] for record in self._run.emitted if record["kind"] == "taken"}
                 self._folder_writer.restore(self.commits, written)
-            outputs_of = (
-                {} if self.all_stages_finished else {int(sample): number for sample, number in self._outputs_of.items()}
-            )
-            for number in set(outputs_of.values()):
+            outputs_of = {
+                int(sample): numbers for sample, numbers in self._outputs_of.items() if not self.all_stages_finished
+            }
+            for number in {number for numbers in outputs_of.values() for number in numbers}:
                 path = self._outputs_path(number)
                 if not path.is_file() or sha256_of(path) != self._records[number]["outputs"]:
                     raise Damaged(f"checksum mismatch in {OUTPUTS}/{path.name}")
@@ -230,8 +232,8 @@ class Journal:
         if self._folder_writer is None or self._disabled:
             return
         assert self._checkpoint is not None
-        self._outputs_of |= dict.fromkeys(samples, number)
-        in_use = set(self._outputs_of.values())
+        self._keep_outputs(number, samples)
+        in_use = {kept for numbers in self._outputs_of.values() for kept in numbers}
         # Listed now: the background thread must not see files that the main thread writes meanwhile.
         stale = [self._outputs_path(earlier) for earlier in range(number) if earlier not in in_use]
         record: Record = {"kind": "stage", "name": stage.name, "samples": samples, "summary": summary_state()}

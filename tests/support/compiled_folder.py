@@ -90,6 +90,8 @@ def make_content(
     if scheme == "W4A8_DYNAMIC":
         config |= WIDE | (wide or {})
         config["vision_config"] |= WIDE_VISION
+        half, third = (config["hidden_size"] // config["num_attention_heads"] // parts for parts in (2, 6))
+        config["rope_scaling"] = {"type": "mrope", "mrope_section": [half - 2 * third, third, third]}
     code = {"bfloat16": "BF16", "float16": "F16"}[dtype]
     values = {name: rounded(value, code) for name, value in float_tensors(config, np.random.default_rng(5))}
     content = FolderContent(config, {name: stored(value, code) for name, value in values.items()}, mindie=mindie)

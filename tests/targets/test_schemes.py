@@ -3,7 +3,7 @@
 import pytest
 
 from tests.support.reference_schemes import DYNAMIC, FLOAT, W4A8, W8A8
-from vlqc.families.model_structure import Linear
+from vlqc.families.linear import Linear
 from vlqc.targets.schemes import Scheme, StorageFormat, linear_bytes, quant_linears, quant_type, scheme_of_tensors
 
 BF16, F16 = StorageFormat("BF16", group_size=64), StorageFormat("F16", group_size=64)

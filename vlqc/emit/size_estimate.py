@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vlqc.emit.shard_writer import LENGTH_FIELD
 from vlqc.emit.stage_tensors import emitted_dtype, header_bytes
-from vlqc.families.model_structure import Linear
+from vlqc.families.linear import Linear
 from vlqc.frontend.memory import offloaded_bytes
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.stage import Site

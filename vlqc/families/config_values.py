@@ -17,13 +17,15 @@ class ConfigLimits:
     """Upper bounds of values in config.json, from the tensors of the checkpoint and from other values.
 
     size: the largest dimension of any tensor; blocks: the number of tensors; last_block: index of the last block of the
-    vision tower; last_token: the largest token id; rotary: half the channels of a head of the language model.
+    vision tower; last_token: the largest token id; heads: query heads of the language model, 0 if unknown; rotary: half
+    the channels of one of them.
     """
 
     size: int
     blocks: int
     last_block: int
     last_token: int
+    heads: int
     rotary: int
 
     @classmethod
@@ -36,11 +38,13 @@ class ConfigLimits:
         tensors: their number.
         """
         depth, vocabulary = (vision or {}).get("depth"), text.get("vocab_size")
+        heads = text.get("num_attention_heads")
         return cls(
             size=largest,
             blocks=tensors,
             last_block=(int(depth or 0) if is_size(depth, tensors) else tensors) - 1,
             last_token=(int(vocabulary or 0) if is_size(vocabulary, largest) else largest) - 1,
+            heads=int(heads or 0) if is_size(heads, 2**31) else 0,
             rotary=head_size(text) // 2,
         )
 
@@ -69,6 +73,13 @@ def _at_most(limit: str, meaning: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _divides_heads(value: int, info: ValidationInfo) -> int:
+    heads = getattr(info.context, "heads", 0)
+    if heads % value:
+        raise ValueError(f"it must divide num_attention_heads, which is {heads}")
+    return value
+
+
 def check_mrope(value: Any, info: ValidationInfo) -> Any:
     sections: Any = value.get("mrope_section") if isinstance(value, dict) else None
     half = getattr(info.context, "rotary", 0)
@@ -95,7 +106,7 @@ class TextConfig(TypedDict, total=False):
     hidden_size: Size
     intermediate_size: Size
     num_attention_heads: Size
-    num_key_value_heads: Size
+    num_key_value_heads: Annotated[Size, AfterValidator(_divides_heads)]
     head_dim: Size | None
     num_hidden_layers: Blocks
     bos_token_id: Tokens

@@ -1,7 +1,7 @@
 """A transformers model whose weights are loaded one module at a time; until then its parameters are on meta."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from vlqc.errors import Fault, UserError
@@ -23,6 +24,16 @@ from vlqc.options.options import Options
 CPU = torch.device("cpu")
 
 
+class _EmptyOnMeta(TorchFunctionMode):
+    """Places tensors of `torch.empty`, of which constructors make large parameters, on the meta device."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        options = dict(kwargs or {})
+        return func(*args, **(options | {"device": "meta"} if func is torch.empty else options))
+
+
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
     """Inside, new parameters are on the meta device. Buffers are not, because constructors compute their values."""
@@ -35,7 +46,8 @@ def parameters_on_meta() -> Iterator[None]:
 
     nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
     try:
-        yield
+        with _EmptyOnMeta():
+            yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
@@ -85,10 +97,16 @@ def _model_class(folder: Path, family: ModelFamily, config: dict[str, Any], trus
         fix = "read that code; if you trust it, add --trust_remote_code True"
         raise UserError(Fault("the checkpoint needs its own code", where, why, fix))
     if name in family.architectures:
-        why = f"transformers {transformers.__version__} does not have {name}"
+        check_available(family, where)
+    raise UserError(Fault(f"unsupported architecture {name!r}", where, f"supported: {', '.join(family.architectures)}"))
+
+
+def check_available(family: ModelFamily, where: str) -> None:
+    """UserError if the installed version of transformers has no model of a family. where: path of config.json."""
+    if not any(hasattr(transformers, name) for name in family.architectures):
+        why = f"transformers {transformers.__version__} does not have {', '.join(family.architectures)}"
         fix = f"install transformers {family.transformers_version} or newer"
         raise UserError(Fault(f"{family.title} is not available", where, why, fix))
-    raise UserError(Fault(f"unsupported architecture {name!r}", where, f"supported: {', '.join(family.architectures)}"))
 
 
 def open_model(options: Options) -> "StreamedModel":

@@ -42,15 +42,29 @@ def trace(module: nn.Module, call: Call, name: str) -> fx.Graph:
             raise UserError(Fault(f"cannot trace {name}", why=why, fix=fix)) from error
 
 
+def run_on_meta(module: nn.Module, call: Call) -> Any:
+    """The output of `module` for the arguments in `call`, with its shapes and dtypes, on the meta device."""
+    state, args, kwargs = _on_meta(module, call)
+    with torch.no_grad():
+        return functional_call(module, state, args, kwargs)
+
+
 def _trace_on_meta(module: nn.Module, call: Call) -> fx.Graph:
+    state, args, kwargs = _on_meta(module, call)
+    device = next((leaf.device for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor)), None)
+    return _trace(module, args, kwargs, lambda: functional_call(module, state, args, kwargs), state, device)
+
+
+def _on_meta(module: nn.Module, call: Call) -> tuple[dict[str, Tensor], tuple[Any, ...], dict[str, Any]]:
+    """Parameters and buffers by path, and the arguments, on the meta device; integer arguments stay as they are."""
+
     def to_meta(value: Any) -> Any:
         keep = not isinstance(value, Tensor) or not (value.is_floating_point() or value.dtype == torch.bool)
         return value if keep else value.to("meta")
 
-    args, kwargs = tree_map(to_meta, (call.args, call.kwargs))
-    device = next((leaf.device for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor)), None)
     state = {path: tensor.to("meta") for path, tensor in [*module.named_parameters(), *module.named_buffers()]}
-    return _trace(module, args, kwargs, lambda: functional_call(module, state, args, kwargs), state, device)
+    args, kwargs = tree_map(to_meta, (call.args, call.kwargs))
+    return state, args, kwargs
 
 
 def _trace(

@@ -204,7 +204,9 @@ class CompilationSummary:
         """With --strict_target, UserError unless the target's engines load the finished folder."""
         if not self.options.strict_target:
             return
-        verification = verify_unfinished(folder, self.options.engine_target)
+        verification = verify_unfinished(
+            folder, self.options.engine_target, trust_remote_code=self.options.trust_remote_code
+        )
         if not verification.ok:
             what = f"{self.options.engine_target} does not load the result"
             why = "; ".join(dict.fromkeys(finding.what for finding in verification.faults))

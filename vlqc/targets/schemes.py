@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from vlqc.families.model_structure import Linear, Shape
+from vlqc.families.linear import Linear, Shape
 
 if TYPE_CHECKING:  # it imports torch, which the command line loads late
     from vlqc.kernels_ref.quant_linear import QuantLinear

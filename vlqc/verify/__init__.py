@@ -45,7 +45,7 @@ def verify_folder(
     model_path: the float checkpoint; every tensor is compared with it.
     calib_images or samples (model inputs), with model_path: outputs of stages and logits are compared as well.
     min_sqnr: least SQNR of the logits against the float model, in dB; below it the result has a fault.
-    trust_remote_code: run model code from the float checkpoint.
+    trust_remote_code: run model code from the folder and the float checkpoint.
     locate: also rank the layers by their share of the logits' error and give advice. locate_tokens: number of tokens to
     measure on (256 if None), see `choose_samples`. progress: receives text about the progress of `locate`.
 
@@ -61,7 +61,7 @@ def verify_folder(
     result = VerificationResult(str(folder))
     if model_path is not None and model_path.is_dir() and (faults := link_faults(model_path)):
         raise UserError(*faults)
-    compiled = check_structure(folder, target, result)
+    compiled = check_structure(folder, target, result, trust_remote_code=trust_remote_code)
     check_side_files(compiled.files, result)  # not in verify_unfinished: these files are copies of the user's
     check_manifest(folder, result)
     check_arithmetic(compiled, result)
@@ -120,21 +120,24 @@ def _can_run(compiled: CompiledFolder, result: VerificationResult) -> bool:
     return bool(compiled.valid_tensors) and not any(fault.check in NOT_RUNNABLE for fault in result.faults)
 
 
-def verify_unfinished(folder: Path, engine: str | Target | None = None) -> VerificationResult:
+def verify_unfinished(
+    folder: Path, engine: str | Target | None = None, *, trust_remote_code: bool = False
+) -> VerificationResult:
     """`verify_folder` for a folder that is still being written and has no MANIFEST.json yet."""
     result = VerificationResult(str(folder))
-    compiled = check_structure(folder, parse_target(engine, "--engine") if isinstance(engine, str) else engine, result)
+    target = parse_target(engine, "--engine") if isinstance(engine, str) else engine
+    compiled = check_structure(folder, target, result, trust_remote_code=trust_remote_code)
     check_manifest(folder, result, finished=False)
     check_arithmetic(compiled, result)
     return result
 
 
-def require_valid(folder: Path, engine: str | Target | None = None) -> None:
+def require_valid(folder: Path, engine: str | Target | None = None, *, trust_remote_code: bool = False) -> None:
     """InternalError with every fault of an unfinished folder that vlqc has written.
 
     engine: as for `verify_folder`; None if the user was warned that no version loads the folder.
     """
-    result = verify_unfinished(folder, engine)
+    result = verify_unfinished(folder, engine, trust_remote_code=trust_remote_code)
     if not result.ok:
         faults = "\n".join(f"  {fault.where}: {fault.what}" for fault in result.faults)
         raise InternalError(f"the compiled folder does not pass verification:\n{faults}")

@@ -15,6 +15,7 @@ from vlqc.verify.folder.reader import read_tensors
 from vlqc.verify.numbers.integers import StoredIntegers
 
 ROWS, COLUMNS = 192, 256
+ALL = np.ones(ROWS, bool)
 SCHEMES = pytest.mark.parametrize("group_size", [None, 64, 256])
 
 
@@ -49,7 +50,7 @@ def pair(folder: Path, weight: Tensor, integers: Tensor, steps: Tensor) -> Weigh
 def test_compensated_integers_have_no_scales(tmp_path: Path, seed: int, group_size: int | None) -> None:
     """Catches false scales of rows or columns, or false misfits, because rounding errors are correlated."""
     weights = pair(tmp_path, *rounded(seed, group_size))
-    columns, rows = fit_columns([(weights, ROWS)]), fit_rows(weights, 0, Scales.ones(COLUMNS))
+    columns, rows = fit_columns([(weights, None)]), fit_rows(weights, ALL, Scales.ones(COLUMNS))
     assert (np.abs(columns.values - 1) <= SIGMAS * columns.sigma).all()
     assert (np.abs(rows.values - 1) <= SIGMAS * rows.sigma).all()
     result = misfits(weights, rows, columns)
@@ -62,16 +63,16 @@ def test_damaged_scales_are_detected(tmp_path: Path, group_size: int | None) -> 
     weight, integers, steps = rounded(0, group_size)
     changed = weight.clone()
     changed[7] *= 1.5
-    rows = fit_rows(pair(tmp_path, changed, integers, steps), 0, Scales.ones(COLUMNS))
+    rows = fit_rows(pair(tmp_path, changed, integers, steps), ALL, Scales.ones(COLUMNS))
     assert np.flatnonzero(np.abs(rows.values - 1) > SIGMAS * rows.sigma).tolist() == [7]
     changed = weight.clone()
-    clear = int(fit_columns([(pair(tmp_path, weight, integers, steps), ROWS)]).sigma.argmin())
+    clear = int(fit_columns([(pair(tmp_path, weight, integers, steps), None)]).sigma.argmin())
     changed[:, clear] *= 1.5
-    columns = fit_columns([(pair(tmp_path, changed, integers, steps), ROWS)])
+    columns = fit_columns([(pair(tmp_path, changed, integers, steps), None)])
     assert np.flatnonzero(np.abs(columns.values - 1) > SIGMAS * columns.sigma).tolist() == [clear]
     changed = integers.clone()
     changed[11, clear] = -changed[11, clear] if abs(int(changed[11, clear])) > 60 else changed[11, clear] ^ 0x40
     if not group_size:  # no 4-bit integer is that far from another one
         weights = pair(tmp_path, weight, changed, steps)
-        result = misfits(weights, Scales.ones(ROWS), fit_columns([(weights, ROWS)]))
+        result = misfits(weights, Scales.ones(ROWS), fit_columns([(weights, None)]))
         assert (result.gross, result.first_gross) == (1, (11, clear))

@@ -190,16 +190,19 @@ def test_a_manifest_beyond_memory(tmp_path: Path) -> None:
     assert str(5 << 30) in texts(verify_folder(folder))
 
 
-def test_sizes_beyond_memory_are_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("size", "check"), [(200_000, "tensors"), (10**9, "config")])
+def test_sizes_beyond_memory_are_not_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, check: str
+) -> None:
     """Catches arrays of the sizes in a damaged config.json, which no stored tensor has."""
     content = make_content()
     source = content.write_source(tmp_path / "float")
     folder = content.write(tmp_path / "out")
-    edit(folder / "config.json", lambda config: config["vision_config"].update(hidden_size=10**9))
+    edit(folder / "config.json", lambda config: config["vision_config"].update(hidden_size=size))
     sizes: list[int] = []
     monkeypatch.setattr(Scales, "ones", sizes.append)
     result = verify_folder(folder, model_path=source)
-    assert any(fault.check == "tensors" for fault in result.faults) and not sizes
+    assert any(fault.check == check for fault in result.faults) and not sizes
 
 
 # ---- no faults ------------------------------------------------------------------------------------------------------

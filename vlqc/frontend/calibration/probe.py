@@ -44,17 +44,18 @@ def choose_probe(rows: Sequence[int]) -> int:
     return min(range(len(rows)), key=lambda index: rows[index])
 
 
-def synthetic_sample(config: Any, seed: int = 0) -> dict[str, Tensor]:
+def synthetic_sample(config: Any, seed: int = 0, *, windows: tuple[float, float] = WINDOWS) -> dict[str, Tensor]:
     """Model inputs of random text, an image of noise, and random text.
 
     Args:
         config: of the model, with its token ids and vision_config.
         seed: of the random numbers.
+        windows: height and width of the image in attention windows; it has at least 2 x 2 image tokens.
     """
     vision = config.vision_config
     merge, patch = vision.spatial_merge_size, vision.patch_size
     token_side = merge * patch  # pixels
-    rows, columns = (max(2, round(vision.window_size * share / token_side)) for share in WINDOWS)
+    rows, columns = (max(2, round(vision.window_size * share / token_side)) for share in windows)
     text = getattr(config, "text_config", config)
     generator = torch.Generator().manual_seed(seed)
     special = {config.image_token_id, config.vision_start_token_id, getattr(config, "video_token_id", -1)}

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlqc.families.model_structure import ModelStructure
 from vlqc.formatting import format_bytes, format_duration, pluralize
 from vlqc.frontend.calibration.samples import check_samples
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
+from vlqc.frontend.model_structure import ModelStructure
 from vlqc.frontend.sequential import SequentialForward, StageInputs, row_modality
 from vlqc.frontend.stage_builder import checkpoint_name
 from vlqc.frontend.streamed_model import StreamedModel

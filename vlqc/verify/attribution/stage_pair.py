@@ -6,7 +6,7 @@ the shift follow exactly from the weights of both norms. Scales between two line
 nothing that the compiler recorded is used.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from vlqc.errors import UserError
-from vlqc.families.model_structure import ModelStructure
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
+from vlqc.frontend.model_structure import ModelStructure
 from vlqc.frontend.streamed_model import build_meta_model
+from vlqc.ir.stage import Edge
 from vlqc.kernels_ref.norm import ShiftedNorm
 from vlqc.kernels_ref.quant_linear import QuantLinear
 from vlqc.targets.schemes import Scheme
@@ -105,25 +106,23 @@ class StagePair:
         self.name = name
         self.linears: dict[str, nn.Linear] = {}
         self.stored: dict[str, nn.Module] = {}
-        shifts: dict[str, Tensor] = {}
-        columns: dict[str, Tensor] = {}
+        norms: dict[str, tuple[Tensor, Tensor | None]] = {}
         for path, module in float_stage.named_modules():
             layer = checkpoint_name(path)
             counterpart = stored_stage.get_submodule(path)
             if isinstance(module, nn.Linear):
                 self.linears[layer], self.stored[layer] = module, counterpart
-            elif [part for part, _ in module.named_parameters()] == ["weight"]:
-                scale, bias = _norm_transform(module, counterpart)
-                for consumer in model.norm_consumers[layer]:
-                    columns[consumer] = scale
-                    if bias is not None:
-                        shifts[consumer] = bias
-        self.transforms = {layer: self._behind_norm(layer, columns, shifts) for layer in self.linears}
-        for producer, consumer in model.linear_edges.items():
-            if producer in self.linears and consumer in self.linears:
-                self._between_linears(producer, consumer, model)
-        scaled = {layer for consumers in model.norm_consumers.values() for layer in consumers}
-        self._scaled_inputs = scaled | set(model.linear_edges.values())
+            elif layer in model.norms:
+                norms[layer] = _norm_transform(module, counterpart)
+        self.transforms = {layer: EquivalentTransform.identity(linear) for layer, linear in self.linears.items()}
+        edges = [edge for producer, edge in model.edges.items() if producer in norms or producer in self.linears]
+        for edge in edges:
+            if edge.producer in norms:
+                self._behind_norm(edge, *norms[edge.producer])
+        for edge in edges:  # in the order of the graph
+            if edge.producer in self.linears:
+                self._between_linears(edge)
+        self._scaled_inputs = {layer for edge in edges for layer in edge.consumers}
 
     def smoothable(self, layer: str) -> bool:
         """Whether the producer of this layer's input can absorb a scale of it."""
@@ -141,28 +140,35 @@ class StagePair:
                     stack.enter_context(replaced_forward(linear, stored_in_float(stored, transform)))
             yield
 
-    def _behind_norm(
-        self, layer: str, columns: Mapping[str, Tensor], shifts: Mapping[str, Tensor]
-    ) -> EquivalentTransform:
-        linear = self.linears[layer]
-        identity = EquivalentTransform.identity(linear)
-        if layer not in columns:
-            return identity
-        tiles = linear.in_features // len(columns[layer])  # a patch merger reads several tokens side by side
-        shift = shifts[layer].repeat(tiles) if layer in shifts else None
-        return EquivalentTransform(columns[layer].repeat(tiles), identity.rows, shift)
+    def _behind_norm(self, edge: Edge, scale: Tensor, bias: Tensor | None) -> None:
+        for layer, channel in edge.consumers.items():
+            shift = None if bias is None else _per_column(bias, channel, 0.0)
+            rows = self.transforms[layer].rows
+            self.transforms[layer] = EquivalentTransform(_per_column(scale, channel, 1.0), rows, shift)
 
-    def _between_linears(self, producer: str, consumer: str, model: ModelStructure) -> None:
-        above, below = self.linears[producer], self.linears[consumer]
-        first, channel = model.first_scaled_row(producer), torch.tensor(model.consumer_channels(producer))
-        transform = self.transforms[producer]
-        stored_rows = _weight_in_steps(self.stored[producer], first)
-        rows = fit_scales(above.weight[first:] * transform.columns, stored_rows, dim=1)
-        columns = fit_scales(below.weight, _weight_in_steps(self.stored[consumer]), dim=0)
-        scale = combine_scales(rows, columns, channel)
-        all_rows = torch.cat([torch.ones(first), scale])
-        self.transforms[producer] = EquivalentTransform(transform.columns, all_rows, transform.shift)
-        self.transforms[consumer] = EquivalentTransform(1 / scale[channel], self.transforms[consumer].rows)
+    def _between_linears(self, edge: Edge) -> None:
+        above, transform = self.linears[edge.producer], self.transforms[edge.producer]
+        usable = edge.usable.nonzero().flatten()  # int64 [C], the rows with a scale
+        position = torch.full_like(edge.usable, -1, dtype=torch.int64)  # of each row in `usable`
+        position[usable] = torch.arange(len(usable))
+        rows = fit_scales(
+            above.weight[usable] * transform.columns, _weight_in_steps(self.stored[edge.producer], usable), 1
+        )
+        fits, channels = [], []
+        for layer, channel in edge.consumers.items():
+            read = channel >= 0
+            fit = fit_scales(self.linears[layer].weight, _weight_in_steps(self.stored[layer]), dim=0)
+            fits.append(FittedScales(fit.scale[read], fit.variance[read]))
+            channels.append(position[channel[read]])
+        columns = FittedScales(torch.cat([fit.scale for fit in fits]), torch.cat([fit.variance for fit in fits]))
+        scale = torch.ones(len(edge.usable))
+        scale[usable] = combine_scales(rows, columns, torch.cat(channels))
+        self.transforms[edge.producer] = EquivalentTransform(transform.columns, scale, transform.shift)
+        for layer, channel in edge.consumers.items():
+            before = self.transforms[layer]
+            self.transforms[layer] = EquivalentTransform(
+                before.columns * _per_column(1 / scale, channel, 1.0), before.rows, before.shift
+            )
 
 
 def stored_in_float(stored: nn.Module, transform: EquivalentTransform) -> Callable[[Tensor], Tensor]:
@@ -242,20 +248,29 @@ def combine_scales(rows: FittedScales, columns: FittedScales, channel: Tensor) -
     return scale.float()
 
 
-def _weight_in_steps(module: nn.Module, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows from `first` on of a stored layer: values, steps, and a mask of those that are not clipped, all [n, K]."""
-    values = stored_weight(module)[first:]
+def _per_column(values: Tensor, channel: Tensor, default: float) -> Tensor:
+    """Per channel of a producer [C] -> per input column [K], by an edge's map; `default` where no channel is read."""
+    return torch.where(channel >= 0, values[channel.clamp(min=0)], default)
+
+
+def _weight_in_steps(module: nn.Module, rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of a stored layer: values, steps, and a mask of those that are not clipped, all [n, K]. rows: int64 [n]."""
+    chosen = slice(None) if rows is None else rows
+    values = stored_weight(module)[chosen]
     if not isinstance(module, QuantLinear):
         steps = values.abs().amax(dim=1, keepdim=True).clamp(min=1e-30).expand_as(values)
         return values, steps, torch.ones_like(values, dtype=torch.bool)
-    form, integers = Scheme(module.scheme).spec.weight, module.weight[first:]
+    form, integers = Scheme(module.scheme).spec.weight, module.weight[chosen]
     inside = (integers > form.smallest) & (integers < form.largest)
-    return values, module.weight_steps()[first:].expand_as(values), inside
+    return values, module.weight_steps()[chosen].expand_as(values), inside
 
 
 def _norm_transform(norm: nn.Module, stored: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """A float norm and its stored one -> the column scales of its consumers [C], and the stored norm's bias."""
+    """A float norm and its stored one -> the column scales of its consumers [C], and the shift [C] of its outputs."""
     before, after = norm.get_parameter("weight"), stored.get_parameter("weight")
     scale = before / after
     scale = scale.where((before != 0) & torch.isfinite(scale) & (scale != 0), torch.ones(()))
+    biases = dict(norm.named_parameters())
+    if "bias" in biases:
+        return scale, stored.get_parameter("bias").detach() - biases["bias"].detach() / scale
     return scale, stored.bias.detach() if isinstance(stored, ShiftedNorm) else None

@@ -8,15 +8,15 @@ layers. So one wrong byte in any tensor is detected, down to the rounding of the
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from vlqc.errors import Fault, UserError
 from vlqc.families.family import ModelFamily
-from vlqc.families.model_structure import ModelStructure
-from vlqc.families.qwen2_5_vl import FINAL_NORM, OUTPUT_HEAD
+from vlqc.frontend.model_structure import ModelStructure
 from vlqc.verify.findings import COPY_AGAIN, VerificationResult, format_list
 from vlqc.verify.float_match.scale_fit import NOISE, SIGMAS, ULP, Scales, WeightPair, fit_columns, fit_rows, misfits
 from vlqc.verify.folder.reader import FLOATS, Array, StoredTensor, read_json_object, read_tensors, round_to
-from vlqc.verify.numbers.arithmetic import input_shift
+from vlqc.verify.numbers.arithmetic import input_shift, per_column
 from vlqc.verify.numbers.integers import StoredIntegers, row_sums
 from vlqc.verify.structure.structure import CompiledFolder
 
@@ -27,7 +27,7 @@ BROKEN_WEIGHTS = {8: 15.0, 4: 6.0}
 INDEX = "model.safetensors.index.json"
 STEP_AT_ZERO = {"BF16": 2.0**-133, "F16": 2.0**-24}  # distance between the smallest numbers
 UNCANCELLED = "these scales must cancel, otherwise the model's outputs change"
-NO_SCALES = (FINAL_NORM, OUTPUT_HEAD)  # no pass folds a scale into them
+FITTED = 8  # linear layers behind one norm from which its scales are fitted; all others are compared under these
 PAIR_TOLERANCE = 0.01  # relative difference between the scales of two linear layers, beyond their uncertainty
 
 
@@ -36,7 +36,7 @@ def check_against_source(folder: CompiledFolder, model_path: Path, result: Verif
     if folder.model is None or not folder.sizes_are_stored:
         return
     with np.errstate(all="ignore"):  # damaged values are faults in the result, not NumPy warnings
-        _Comparison(folder, folder.model, open_source(model_path, folder.family), result).run()
+        _Comparison(folder, folder.model, open_source(model_path, folder.model.family), result).run()
 
 
 def open_source(model_path: Path, family: ModelFamily) -> dict[str, StoredTensor]:
@@ -71,19 +71,19 @@ class _Comparison:
         self.folder, self.model, self.source, self.result = folder, model, source, result
         self.sqnr: dict[str, float] = {}
         self.compared: set[str] = set()
-        self.done: set[str] = set()  # linear layers
+        self.rows: dict[str, Scales] = {}  # of the outputs of every linear layer that is done
+        self.columns: dict[str, Scales] = {}  # of the inputs of linear layers behind a norm
+        self.own_shifts: dict[str, Array] = {}  # of norms that have a bias of their own, [C]
 
     def run(self) -> None:
-        for name in (*self.model.other_tensors, *(f"{layer}.weight" for layer in NO_SCALES)):
-            if name.removesuffix(".weight") != OUTPUT_HEAD or OUTPUT_HEAD in self.model.linears:
-                self.unchanged(name)
-        self.done.update(NO_SCALES)
+        for name in self.model.other_parameters:
+            self.unchanged(name)
         for norm in self.model.norms:
-            if norm not in NO_SCALES:
-                self.norm_and_consumers(norm)
+            self.norm(norm)
+            for layer in self.model.edges[norm].consumers:
+                self.linear(layer)
         for layer in self.model.linears:
-            if layer not in self.done:
-                self.unscaled(layer)
+            self.linear(layer)
         worst = sorted(self.sqnr.items(), key=lambda item: item[1])[:5]
         self.result.facts["weights furthest from float"] = [
             {"layer": layer, "SQNR dB": round(value, 2)} for layer, value in worst
@@ -91,28 +91,39 @@ class _Comparison:
 
     # ---- layers by the edges between them ----------------------------------------------------------------------------
 
-    def norm_and_consumers(self, norm: str) -> None:
-        """A norm, the linear layers that read it, and those that read the scaled rows of one of these."""
-        layers = self.model.norm_consumers[norm]
-        edges = self.model.linear_edges
-        # Rows that have no scale of their own determine the column scales.
-        first_scaled = {layer: self.model.first_scaled_row(layer) if layer in edges else None for layer in layers}
-        columns = self.columns_behind(norm, [(layer, end) for layer, end in first_scaled.items() if end != 0])
-        for layer in sorted(layers, key=lambda layer: layer in edges):
-            rows = self.rows_of(layer, first_scaled[layer] or 0, columns) if layer in edges else None
-            self.weight(layer, rows, columns)
-            if rows is not None:
-                channels = self.model.first_scaled_row(layer) + np.array(self.model.consumer_channels(layer))
-                self.consumer(edges[layer], rows.values[channels], rows.sigma[channels], layer)
+    def norm(self, norm: str) -> None:
+        """Weight and bias of a norm; fits the column scales of the linear layers that read it."""
+        by_map: dict[bytes, list[str]] = {}
+        for layer, channel in self.model.edges[norm].consumers.items():
+            by_map.setdefault(channel.numpy().tobytes(), []).append(layer)
+        for layers in by_map.values():
+            columns = self.columns_behind(norm, layers, self.model.edges[norm].consumers[layers[0]])
+            self.columns |= dict.fromkeys(layers, columns)
+        if self.model.has_bias(norm):
+            self.norm_bias(norm)
 
-    def unscaled(self, layer: str) -> None:
-        """A linear layer to whose input no scale can be folded, because its producer is an activation function."""
-        if self.folder.schemes[layer].is_quantized:
-            self.weight(layer, None, Scales.ones(self.model.linears[layer].inputs))
+    def linear(self, layer: str) -> None:
+        """A linear layer, after those whose scaled rows it reads."""
+        if layer in self.rows:
             return
-        self.unchanged(f"{layer}.weight")
-        if self.model.linears[layer].bias:
-            self.bias(layer, None)
+        edge, producers, linear = self.model.edges.get(layer), self.model.producers[layer], self.model.linears[layer]
+        self.rows[layer] = Scales.ones(linear.outputs)
+        for producer, _ in producers:
+            if producer in self.model.linears:
+                self.linear(producer)
+        if not producers and edge is None and not self.folder.schemes[layer].is_quantized:
+            self.unchanged(f"{layer}.weight")
+            if linear.bias:
+                self.bias(layer, None)
+            return
+        if len(producers) == 1 and layer in self.columns:
+            columns = self.columns[layer]
+        else:
+            columns = self.columns_by_producers(layer) if producers else Scales.ones(linear.inputs)
+        pair = self.weight_pair(layer)
+        if edge is not None and pair is not None:
+            self.rows[layer] = fit_rows(pair, edge.usable.numpy(), columns)
+        self.weight(layer, None if edge is None else self.rows[layer], columns)
 
     # ---- tensors -----------------------------------------------------------------------------------------------------
 
@@ -165,64 +176,138 @@ class _Comparison:
             what = f"{count} values differ from the float checkpoint, first at {first}"
             self.result.add_fault(CHECK, name, what, "only the dtype of this tensor may change", COPY_AGAIN)
 
-    def columns_behind(self, norm: str, parts: list[tuple[str, int | None]]) -> Scales:
+    def unscaled_rows(self, layer: str) -> Array:
+        """Mask bool [N] of the rows that no consumer's columns can cancel: they determine the column scales."""
+        edge = self.model.edges.get(layer)
+        return np.ones(self.model.linears[layer].outputs, bool) if edge is None else ~edge.usable.numpy()
+
+    def columns_behind(self, norm: str, layers: list[str], channel: Tensor) -> Scales:
         """Column scales of a norm's consumers, fitted; a fault where stored norm * columns is not the source's norm.
 
-        parts: the consumers to fit, each with the number of its first rows to use (None: all).
+        layers: consumers with the same map, int64 [K].
         """
-        pairs = [(pair, pair.rows if end is None else end) for layer, end in parts if (pair := self.weight_pair(layer))]
-        inputs = self.model.linears[parts[0][0]].inputs
-        columns = fit_columns(pairs) if pairs else Scales.ones(inputs)
-        norm_pair = self.pair(f"{norm}.weight")
-        if norm_pair is None or not pairs:
-            return columns
-        source, stored = norm_pair[0].read().astype(np.float32), norm_pair[1].read().astype(np.float32)
-        tiles = inputs // len(source)  # a merger reads several tokens side by side: one norm channel, several columns
-        expected, product = np.tile(source, tiles), np.tile(stored, tiles) * columns.values
-        allowed = np.abs(expected) * (2 * ULP[self.folder.float_dtype] + SIGMAS * columns.sigma)
+        norm_pair, read = self.pair(f"{norm}.weight"), channel.numpy() >= 0
+        source, stored = (
+            (per_column(tensor.read().astype(np.float32), channel, 1.0) for tensor in norm_pair)
+            if norm_pair
+            else (np.ones(len(read), np.float32), np.ones(len(read), np.float32))
+        )
+        parts = self.parts_to_fit(layers)
+        if not parts:  # all their rows are scaled, too: only the norm tells the scales of their columns
+            known = (source != 0) & (stored != 0)
+            values = np.where(known, source / np.where(known, stored, 1), 1).astype(np.float32)
+            return Scales(values, np.where(known & read, ULP[self.folder.float_dtype], 0).astype(np.float32))
+        columns = fit_columns(parts)
+        columns.values[~read], columns.sigma[~read] = 1, 0
+        product = stored * columns.values
+        allowed = np.abs(source) * (2 * ULP[self.folder.float_dtype] + SIGMAS * columns.sigma)
         allowed += STEP_AT_ZERO[self.folder.float_dtype] * columns.values  # absolute distance of the smallest numbers
-        wrong = np.flatnonzero(np.isfinite(columns.sigma) & ~(np.abs(product - expected) <= allowed)) % len(source)
+        wrong = np.flatnonzero(np.isfinite(columns.sigma) & ~(np.abs(product - source) <= allowed))
         if wrong.size:
-            first = int(wrong[0])
+            first, channels = int(wrong[0]), np.unique(channel.numpy()[wrong])
             what = (
-                f"channels {format_list(np.unique(wrong))}: stored {stored[first]:.6g}, but the columns of "
-                f"{format_list(self.model.norm_consumers[norm])} imply {source[first] / columns.values[first]:.6g}"
+                f"channels {format_list(channels)}: stored {stored[first]:.6g}, but the columns of "
+                f"{format_list(layers)} imply {source[first] / columns.values[first]:.6g}"
             )
             self.result.add_fault(CHECK, f"{norm}.weight", what, UNCANCELLED, COPY_AGAIN)
         return columns
 
-    def rows_of(self, layer: str, begin: int, columns: Scales) -> Scales:
-        """Row scales of a layer whose column scales are known, fitted from row `begin` on."""
-        pair = self.weight_pair(layer)
-        return fit_rows(pair, begin, columns) if pair else Scales.ones(self.model.linears[layer].outputs)
+    def parts_to_fit(self, layers: list[str]) -> list[tuple[WeightPair, Array]]:
+        """At most FITTED layers that are stored alike, with their unscaled rows: the kind with most of these."""
+        kinds: dict[tuple[int, bool], list[tuple[WeightPair, Array]]] = {}
+        for layer in layers:
+            mask, pair = self.unscaled_rows(layer), self.weight_pair(layer)
+            if pair is not None and mask.any():
+                kinds.setdefault((pair.bits, pair.scale is None), []).append((pair, mask))
+        return max(kinds.values(), key=lambda parts: sum(int(mask.sum()) for _, mask in parts), default=[])[:FITTED]
 
-    def consumer(self, layer: str, producer: Array, producer_sigma: Array, producer_layer: str) -> None:
-        """A linear layer that reads scaled rows. producer: scale of each of its input channels [K], with sigma [K]."""
-        pair = self.weight_pair(layer)
-        self.done.add(layer)
-        if pair is None:
-            return
-        columns = fit_columns([(pair, pair.rows)])
-        sigma = columns.sigma + producer_sigma
+    def columns_by_producers(self, layer: str) -> Scales:
+        """Column scales of a linear layer that reads scaled rows; a fault where they do not cancel."""
+        producer, sigma = np.ones(self.model.linears[layer].inputs), np.zeros(self.model.linears[layer].inputs)
+        read = np.zeros(len(producer), bool)
+        for name, channel in self.model.producers[layer]:
+            scales = self.rows[name] if name in self.rows else self.norm_scales(name)
+            producer *= per_column(scales.values, channel, 1.0)
+            sigma += per_column(scales.sigma, channel, 0.0)
+            read |= channel.numpy() >= 0
+        pair, mask = self.weight_pair(layer), self.unscaled_rows(layer)
+        if pair is None or not mask.any():
+            return Scales((1 / producer).astype(np.float32), sigma.astype(np.float32))
+        columns = fit_columns([(pair, mask)])
+        columns.values[~read], columns.sigma[~read] = 1, 0
+        sigma += columns.sigma
         difference = np.abs(columns.values * producer - 1)
-        wrong = np.flatnonzero(np.isfinite(sigma) & ~(difference <= PAIR_TOLERANCE + SIGMAS * sigma))
+        wrong = np.flatnonzero(read & np.isfinite(sigma) & ~(difference <= PAIR_TOLERANCE + SIGMAS * sigma))
         if wrong.size:
-            first = int(wrong[0])
+            first, names = int(wrong[0]), format_list([name for name, _ in self.model.producers[layer]])
             what = (
                 f"channels {format_list(wrong)}: columns are scaled by {columns.values[first]:.6g}, "
-                f"the rows of {producer_layer} by {producer[first]:.6g}"
+                f"the rows of {names} by {producer[first]:.6g}"
             )
             self.result.add_fault(CHECK, f"{layer}.weight", what, UNCANCELLED, COPY_AGAIN)
-        self.weight(layer, None, columns)
+        return columns
+
+    def norm_scales(self, norm: str) -> Scales:
+        """What a norm's channels are multiplied by, by its weights, [C]; 1 where they do not tell it."""
+        pair, channels = self.pair(f"{norm}.weight"), self.model.norms[norm]
+        if pair is None:
+            return Scales.ones(channels)
+        source, stored = (tensor.read().astype(np.float32) for tensor in pair)
+        known = (source != 0) & (stored != 0)
+        values = np.where(known, stored / np.where(known, source, 1), 1).astype(np.float32)
+        return Scales(values, np.full(channels, ULP[self.folder.float_dtype], np.float32))
+
+    def norm_bias(self, norm: str) -> None:
+        """The bias that a norm has in the source: it must be scaled as the weight, unless the norm is shifted.
+
+        A shift is what is left of the bias; then the consumers' biases must compensate it.
+        """
+        weights, biases = self.pair(f"{norm}.weight"), self.pair(f"{norm}.bias")
+        if weights is None or biases is None:
+            return
+        dtype = self.folder.float_dtype
+        source, stored = (tensor.read().astype(np.float32) for tensor in biases)
+        expected, allowed = round_to(dtype, source), np.zeros_like(source)
+        if (round_to(dtype, weights[0].read()) != weights[1].read()).any():
+            expected = source * self.norm_scales(norm).values
+            allowed += 2 * ULP[dtype] * np.abs(expected) + STEP_AT_ZERO[dtype]
+        shift = stored - expected
+        if not (np.abs(shift) <= allowed).all() and self.is_compensated(norm, shift):
+            self.own_shifts[norm] = shift
+            return
+        why = "it must be scaled as the norm's weight"
+        self.require_close(f"{norm}.bias", stored, expected, allowed, why)
+
+    def is_compensated(self, norm: str, shift: Array) -> bool:
+        """Whether the biases of a norm's consumers are nearer to those that undo a shift [C] than to the source's."""
+        unchanged = shifted = 0.0
+        for layer, channel in self.model.edges[norm].consumers.items():
+            pair = self.weight_pair(layer) if self.model.linears[layer].bias else None
+            biases = self.pair(f"{layer}.bias") if pair else None
+            if pair is None or biases is None:
+                continue
+            column = self.columns[layer].values * per_column(shift.astype(np.float64), channel, 0.0)
+            products = [source.astype(np.float64) @ column for _, source in pair.source.rows()]
+            rows = self.unscaled_rows(layer)
+            difference = (biases[1].read().astype(np.float64) - biases[0].read())[rows]
+            unchanged += float(np.abs(difference).sum())
+            shifted += float(np.abs(difference + np.concatenate(products)[rows]).sum())
+        return shifted < unchanged
+
+    def shift(self, layer: str) -> Array | None:
+        """Shift of the norm before a linear layer, per input channel, float64 [K]; None without one."""
+        before = self.model.norm_before(layer)
+        if before and before[0] in self.own_shifts:
+            return per_column(self.own_shifts[before[0]].astype(np.float64), before[1], 0.0)
+        return input_shift(self.folder, layer)
 
     def weight(self, layer: str, rows: Scales | None, columns: Scales) -> None:
         """Weight and bias of a linear layer under fitted scales. rows: None if they are not scaled."""
-        self.done.add(layer)
         pair = self.weight_pair(layer)
         if pair is None:
             return
         self.rounded(pair, rows or Scales.ones(pair.rows), columns)
-        shift = input_shift(self.folder, layer)
+        shift = self.shift(layer)
         if shift is not None:
             self.shifted_bias(pair, rows or Scales.ones(pair.rows), columns, shift)
         elif self.model.linears[layer].bias:

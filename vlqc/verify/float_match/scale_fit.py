@@ -66,32 +66,33 @@ class WeightPair:
                 )
                 self.floor[start : start + len(rows)] += subnormal
 
-    def chunks(self, begin: int = 0, end: int | None = None) -> Iterator[tuple[int, Array, Array]]:
-        """(first row, float weight, stored weight) of rows begin..end, both in steps, float32 [n, K].
+    def chunks(self, mask: Array | None = None) -> Iterator[tuple[Array, Array, Array]]:
+        """(row numbers [n], float weight, stored weight) of the rows in `mask` bool [N], both in steps, float32 [n, K].
 
-        The step of integers is their scale, that of a float row 1/127 of its largest float weight.
+        mask: None for all rows. The step of integers is their scale, that of a float row 1/127 of its largest float
+        weight.
         """
-        end = self.rows if end is None else end
         for start, source in self.source.rows():
-            low, high = max(begin - start, 0), min(end - start, len(source))
-            if low >= high:
+            here, value = np.arange(start, start + len(source)), self.stored.part(start, start + len(source))
+            if mask is not None:
+                chosen = mask[here]
+                here, source, value = here[chosen], source[chosen], value[chosen]
+            if not len(here):
                 continue
-            wide = source[low:high].astype(np.float32)
-            value = self.stored.part(start, start + len(source))[low:high].astype(np.float32)
+            wide, value = source.astype(np.float32), value.astype(np.float32)
             if self.scale is not None:
-                step = self.steps(start + low, start + high)
-                yield start + low, wide / step, value
+                yield here, wide / self.steps(here), value
             else:
                 step = np.maximum(np.abs(wide).max(axis=1, keepdims=True), np.float32(1e-30)) / INT8_MAX
                 # A damaged exponent may give infinity, which would turn the sums of its column into NaN.
                 with np.errstate(over="ignore"):
                     value = np.nan_to_num(value / step, nan=FAR, posinf=FAR, neginf=-FAR)
-                yield start + low, wide / step, np.clip(value, -FAR, FAR)
+                yield here, wide / step, np.clip(value, -FAR, FAR)
 
-    def steps(self, start: int, stop: int) -> Array:
-        """Steps of the integers of rows start..stop, [n, 1] or [n, K]."""
+    def steps(self, here: Array) -> Array:
+        """Steps of the integers of these rows, [n, 1] or [n, K]."""
         assert self.scale is not None
-        scale = self.scale[start:stop]
+        scale = self.scale[here]
         return scale if scale.shape[1] == 1 else np.repeat(scale, self.columns // scale.shape[1], axis=1)
 
     def unclipped(self, stored: Array) -> Array:
@@ -100,12 +101,12 @@ class WeightPair:
             return np.asarray(np.True_)
         return (stored > self.limits[0]) & (stored < self.limits[1])
 
-    def allowed(self, start: int, predicted: Array, sigma: Array) -> Array:
-        """Distance in steps that rounding and the fit's uncertainty explain. predicted: [n, K] from row `start` on."""
+    def allowed(self, here: Array, predicted: Array, sigma: Array) -> Array:
+        """Distance in steps that rounding and the fit's uncertainty explain. predicted: [n, K], of the rows `here`."""
         if self.scale is not None:
             rounding: Array = np.full((), INTEGER_ROUNDING, np.float32)
         else:
-            rounding = np.abs(predicted) * self._ulp() + self.floor[start : start + len(predicted)]
+            rounding = np.abs(predicted) * self._ulp() + self.floor[here]
         return np.asarray(rounding + SIGMAS * sigma * np.abs(predicted), np.float32)
 
     def slack(self, stored: Array) -> Array:
@@ -148,15 +149,15 @@ class Misfits:
         return self.integers and self.count > max(FEW, OTHER_ROUNDING_SHARE * self.total)
 
 
-def fit_columns(parts: Sequence[tuple[WeightPair, int]]) -> Scales:
-    """[(pair, number of its first rows to use)], all with the same input -> scales of the input channels [K].
+def fit_columns(parts: Sequence[tuple[WeightPair, Array | None]]) -> Scales:
+    """[(pair, mask of the rows to use, None for all)], all with the same input -> scales of the input channels [K].
 
     Least squares; where a damaged weight distorts that, the scale that most weights agree with.
     """
     columns = parts[0][0].columns
     product, square = np.zeros(columns), np.zeros(columns)
-    for pair, end in parts:
-        for _, source, stored in pair.chunks(end=end):
+    for pair, mask in parts:
+        for _, source, stored in pair.chunks(mask):
             unclipped = pair.unclipped(stored)
             product += (source * stored * unclipped).sum(axis=0, dtype=np.float64)
             square += (source * source * unclipped).sum(axis=0, dtype=np.float64)
@@ -164,11 +165,11 @@ def fit_columns(parts: Sequence[tuple[WeightPair, int]]) -> Scales:
     suspicious, beyond = np.zeros(columns, bool), 0
     distances, largest = np.zeros(columns), np.zeros(columns)
     worst = np.zeros((2, columns))  # source and stored of the weight with the largest distance
-    for pair, end in parts:
-        for start, source, stored in pair.chunks(end=end):
+    for pair, mask in parts:
+        for here, source, stored in pair.chunks(mask):
             predicted = source * scales.values
             distance = pair.distance(stored, predicted)
-            suspicious |= (distance > pair.allowed(start, predicted, _finite(scales.sigma))).any(axis=0)
+            suspicious |= (distance > pair.allowed(here, predicted, _finite(scales.sigma))).any(axis=0)
             distances += distance.sum(axis=0, dtype=np.float64)
             furthest = np.expand_dims(distance.argmax(axis=0), 0)
             values = [np.take_along_axis(array, furthest, axis=0) for array in (distance, source, stored)]
@@ -176,7 +177,7 @@ def fit_columns(parts: Sequence[tuple[WeightPair, int]]) -> Scales:
             worst = np.where(of_chunk[0] > largest, of_chunk[1:], worst)
             largest = np.maximum(largest, of_chunk[0])
             beyond += int((distance > NEAREST).sum())
-    rows = sum(end for _, end in parts)
+    rows = sum(pair.rows if mask is None else int(mask.sum()) for pair, mask in parts)
     noise = _noise(distances, largest, rows)  # of each column
     min_factor = LEANING_COLUMNS if parts[0][0].bits == 4 else 1.0  # rounding to few integers is biased
     scales.sigma[:] *= _widening(
@@ -190,18 +191,21 @@ def fit_columns(parts: Sequence[tuple[WeightPair, int]]) -> Scales:
         drowned = noise > np.abs(scales.values) * np.sqrt(square / rows)
         scales.sigma[drowned] = np.inf
     elif suspicious.sum() <= max(8, columns // 10):
-        for column in np.flatnonzero(suspicious):
-            pieces = [chunk for pair, end in parts for chunk in pair.chunks(end=end)]
-            source = np.concatenate([source[:, column] for _, source, _ in pieces])
-            stored = np.concatenate([stored[:, column] for _, _, stored in pieces])
+        numbers = np.flatnonzero(suspicious)
+        pieces = [
+            (source[:, numbers], stored[:, numbers]) for pair, mask in parts for _, source, stored in pair.chunks(mask)
+        ]
+        for position, column in enumerate(numbers):
+            source = np.concatenate([source[:, position] for source, _ in pieces])
+            stored = np.concatenate([stored[:, position] for _, stored in pieces])
             scales.values[column] = most_agreed_scale(source, stored, parts[0][0].slack(stored))
     return scales
 
 
-def fit_rows(pair: WeightPair, begin: int, columns: Scales) -> Scales:
-    """Scales of the rows from `begin` on of a pair whose column scales are known; 1 for the rows before."""
+def fit_rows(pair: WeightPair, mask: Array, columns: Scales) -> Scales:
+    """Scales of the rows in `mask` bool [N] of a pair whose column scales are known; 1 for all others."""
     result = Scales.ones(pair.rows)
-    for start, source, stored in pair.chunks(begin):
+    for here, source, stored in pair.chunks(mask):
         scaled = source * columns.values
         unclipped = pair.unclipped(stored)
         product = (scaled * stored * unclipped).sum(axis=1, dtype=np.float64)
@@ -210,15 +214,15 @@ def fit_rows(pair: WeightPair, begin: int, columns: Scales) -> Scales:
         sigma = _finite(fitted.sigma)[:, None] + _finite(columns.sigma)
         distance = pair.distance(stored, predicted)
         other_rounding = pair.scale is not None and _is_other_rounding(int((distance > NEAREST).sum()), distance.size)
-        beyond = np.asarray((distance > pair.allowed(start, predicted, sigma)).any(axis=1))
+        beyond = np.asarray((distance > pair.allowed(here, predicted, sigma)).any(axis=1))
         # If integers are not the nearest ones, no scale makes them so, and least squares is the best estimate.
         for row in [] if other_rounding else np.flatnonzero(beyond):
             # Rounding errors are not random if the row's largest weight puts the others on a grid of half steps.
             slack = pair.slack(stored[row]) + SIGMAS * _finite(columns.sigma) * np.abs(scaled[row])
             fitted.values[row] = most_agreed_scale(scaled[row], stored[row], slack)
-        result.values[start : start + len(source)] = fitted.values
+        result.values[here] = fitted.values
         noise = _noise(distance.sum(axis=1, dtype=np.float64), distance.max(axis=1), pair.columns)
-        result.sigma[start : start + len(source)] = fitted.sigma * _widening(pair, noise, other_rounding, LEANING_ROWS)
+        result.sigma[here] = fitted.sigma * _widening(pair, noise, other_rounding, LEANING_ROWS)
     return result
 
 
@@ -260,20 +264,19 @@ def _misfits_under(pair: WeightPair, rows: Scales, columns: Scales) -> Misfits:
     count, first, distances, largest = 0, None, np.zeros(pair.columns), np.zeros(pair.columns)
     signal = noise = 0.0
     scaled: list[tuple[int, int, float]] = []
-    for start, source, stored in pair.chunks():
-        here = slice(start, start + len(source))
+    for here, source, stored in pair.chunks():
         predicted = source * columns.values * rows.values[here, None]
         distance = pair.distance(stored, predicted)
         sigma = _finite(rows.sigma[here])[:, None] + _finite(columns.sigma)
-        allowed = pair.allowed(start, predicted, sigma)
+        allowed = pair.allowed(here, predicted, sigma)
         beyond = ~(distance <= allowed)
         if first is None:
-            first = _first(beyond, start)
+            first = _first(beyond, here)
         count += int(beyond.sum())
         distances += distance.sum(axis=0, dtype=np.float64)
         largest = np.maximum(largest, distance.max(axis=0))
         if pair.scale is not None:
-            scaled += _scaled(pair, start, stored, predicted, sigma)
+            scaled += _scaled(pair, here, stored, predicted, sigma)
         signal += float((predicted.astype(np.float64) ** 2).sum())
         noise += float((distance.astype(np.float64) ** 2).sum())
     sqnr = 10 * float(np.log10(max(signal, 1e-300) / noise)) if noise else 200.0  # 200 also for a matrix of zeros
@@ -288,18 +291,17 @@ def _misfits_under(pair: WeightPair, rows: Scales, columns: Scales) -> Misfits:
 def _gross(pair: WeightPair, rows: Scales, columns: Scales, limit: Array) -> tuple[int, tuple[int, int] | None]:
     """(number, first) of the weights whose distance exceeds the allowed one by more than `limit` [K] steps."""
     count, first = 0, None
-    for start, source, stored in pair.chunks():
-        here = slice(start, start + len(source))
+    for here, source, stored in pair.chunks():
         predicted = source * columns.values * rows.values[here, None]
         sigma = _finite(rows.sigma[here])[:, None] + _finite(columns.sigma)
-        far = ~(pair.distance(stored, predicted) <= pair.allowed(start, predicted, sigma) + limit)
-        first = _first(far, start) if first is None else first
+        far = ~(pair.distance(stored, predicted) <= pair.allowed(here, predicted, sigma) + limit)
+        first = _first(far, here) if first is None else first
         count += int(far.sum())
     return count, first
 
 
 def _scaled(
-    pair: WeightPair, start: int, stored: Array, predicted: Array, sigma: Array
+    pair: WeightPair, here: Array, stored: Array, predicted: Array, sigma: Array
 ) -> list[tuple[int, int, float]]:
     """(row, group, factor) where all integers of a row or group are the prediction times a factor other than 1."""
     assert pair.scale is not None
@@ -310,8 +312,7 @@ def _scaled(
     uncertain = np.sqrt((known**2 * (sigma**2).reshape(groups)).sum(axis=2))
     allowed = 0.01 + SIGMAS * (OTHER_NOISE + uncertain) / np.sqrt(np.where(square > 0, square, 1e-12))
     return [
-        (int(row) + start, int(group), float(factor[row, group]))
-        for row, group in np.argwhere(abs(factor - 1) > allowed)
+        (int(here[row]), int(group), float(factor[row, group])) for row, group in np.argwhere(abs(factor - 1) > allowed)
     ]
 
 
@@ -344,6 +345,6 @@ def _finite(sigma: Array) -> Array:
     return np.where(np.isfinite(sigma), sigma, np.float32(0))
 
 
-def _first(mask: Array, start: int) -> tuple[int, int] | None:
+def _first(mask: Array, here: Array) -> tuple[int, int] | None:
     where = np.argwhere(mask)
-    return (int(where[0][0]) + start, int(where[0][1])) if len(where) else None
+    return (int(here[where[0][0]]), int(where[0][1])) if len(where) else None

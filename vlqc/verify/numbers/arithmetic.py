@@ -11,6 +11,7 @@ says that mean errors are compensated, neither is a quant_bias that is off by a 
 """
 
 import numpy as np
+from torch import Tensor
 
 from vlqc.kernels_ref.matmul import CORRECTION_STEP
 from vlqc.targets.engine import QUANT_BIAS_CORRECTION
@@ -180,14 +181,17 @@ def _check_quant_bias(
     If the description says so, it may also compensate a mean error, in multiples of CORRECTION_STEP, by at most the
     root of the row's sum of squares. If the norm before the layer has a bias, the layer's bias compensates that. A
     layer that has no bias compensates it in quant_bias alone; the expected value is then computed from the integers,
-    which are the float weights up to rounding.
+    which are the float weights up to rounding. The shift of a norm with a bias of its own is unknown.
     """
+    has_bias = f"{layer}.bias" in folder.valid_tensors
+    if _has_own_bias(folder, layer) and not has_bias:
+        return
     result.add_examined("quant_bias", len(quant_bias))
     shift = input_shift(folder, layer)
     slack: Array = np.zeros(len(deq_scale))
-    if f"{layer}.bias" in folder.valid_tensors:
+    if has_bias:
         bias = folder.files.tensors[f"{layer}.bias"].read().astype(np.float64)
-        if shift is not None:
+        if shift is not None or _has_own_bias(folder, layer):
             slack = np.abs(bias) * HALF[folder.float_dtype]  # quant_bias may use the bias before rounding
     elif shift is not None:
         integers = StoredIntegers.of(folder.files.tensors[f"{layer}.weight"], folder.schemes[layer], folder.form)
@@ -223,25 +227,42 @@ def _check_quant_bias(
 
 
 def input_shift(folder: CompiledFolder, layer: str) -> Array | None:
-    """Bias of the norm before a linear layer, per input channel of the layer, float64 [K]; None without a bias."""
-    if folder.model is None:
+    """Shift that was folded into the norm before a linear layer, per input channel of the layer, float64 [K].
+
+    None without a shift, and where the norm has a bias of its own, of which the folder does not tell the shift.
+    """
+    before = folder.model and folder.model.norm_before(layer)
+    if not folder.model or not before or folder.model.has_bias(before[0]):
         return None
-    norm = folder.model.norm_before(layer)
-    if norm is None or f"{norm}.bias" not in folder.valid_tensors:
+    norm, channel = before
+    if f"{norm}.bias" not in folder.valid_tensors:
         return None
     bias = folder.files.tensors[f"{norm}.bias"].read().astype(np.float64)
-    return np.tile(bias, folder.model.linears[layer].inputs // len(bias))  # a merger reads several tokens at once
+    return per_column(bias, channel, 0.0)
+
+
+def per_column(values: Array, channel: Tensor, default: float) -> Array:
+    """Per channel of a producer [C] -> per input column [K], by an edge's map; `default` where no channel is read."""
+    channels = channel.numpy()
+    return np.where(channels >= 0, values[np.maximum(channels, 0)], default)
+
+
+def _has_own_bias(folder: CompiledFolder, layer: str) -> bool:
+    """Whether the norm before a linear layer has a bias of its own, which a shift may have changed."""
+    before = folder.model and folder.model.norm_before(layer)
+    return bool(folder.model and before and folder.model.has_bias(before[0]))
 
 
 def _check_shift(folder: CompiledFolder, norm: str, result: VerificationResult) -> None:
-    """Every layer that reads a norm with a bias (a folded shift) must have a bias or quant_bias to compensate it."""
+    """Every layer that reads a norm with a folded shift must have a bias or quant_bias to compensate it."""
     name = f"{norm}.bias"
-    if folder.model is None or name not in folder.valid_tensors or not folder.files.tensors[name].read().any():
+    if folder.model is None or folder.model.has_bias(norm) or name not in folder.valid_tensors:
+        return
+    if not folder.files.tensors[name].read().any():
         return
     result.add_examined("shifts")
-    for layer in folder.model.norm_consumers[norm]:
-        linear = folder.model.linears.get(layer)
-        if linear and not linear.bias and not folder.schemes.get(layer, Scheme.FLOAT).spec.takes_added_bias:
+    for layer in folder.model.edges[norm].consumers:
+        if not folder.model.linears[layer].bias and not folder.schemes[layer].spec.takes_added_bias:
             what = f"{layer} reads the norm and has no bias to compensate the norm's bias"
             why, fix = "the model's outputs change", "compile again without --shift"
             result.add_fault("shifts", name, what, why, fix)

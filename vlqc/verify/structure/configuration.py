@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping
 
+from vlqc.errors import UserError
 from vlqc.families.family import ModelFamily
-from vlqc.families.model_structure import ModelStructure
-from vlqc.families.qwen2_5_vl import EMBEDDING, OUTPUT_HEAD, is_tied, model_structure
+from vlqc.families.registry import family_of, find_family
+from vlqc.frontend.checkpoint.config_schema import config_faults
+from vlqc.frontend.model_structure import ModelStructure, model_structure
+from vlqc.frontend.streamed_model import check_available
 from vlqc.targets.engine import QUANT_BIAS_CORRECTION
 from vlqc.targets.mindie import MINDIE
 from vlqc.targets.schemes import Scheme, quant_type
@@ -14,6 +17,7 @@ from vlqc.verify.findings import COMPILE_AGAIN, VerificationResult, format_list
 from vlqc.verify.folder.contents import FolderFiles
 from vlqc.verify.structure.expected import DTYPE_CODES
 
+HARMLESS_SIZE, HARMLESS_BLOCKS = 1 << 18, 256  # a model of these sizes is built, without weights, in a second
 DESCRIPTION_KEYS = ("version", "model_quant_type", "group_size", QUANT_BIAS_CORRECTION)
 
 
@@ -21,7 +25,7 @@ DESCRIPTION_KEYS = ("version", "model_quant_type", "group_size", QUANT_BIAS_CORR
 
 
 def check_dtype(files: FolderFiles, result: VerificationResult) -> str:
-    """dtype code of torch_dtype; if that is missing or unsupported, a fault, and the dtype of the embedding."""
+    """dtype code of torch_dtype; if that is missing or unsupported, a fault, and the dtype of most float tensors."""
     name = files.config.get("torch_dtype", files.config.get("dtype"))
     if isinstance(name, str) and name in DTYPE_CODES:
         return DTYPE_CODES[name]
@@ -33,25 +37,40 @@ def check_dtype(files: FolderFiles, result: VerificationResult) -> str:
             "engines compute the float layers in it and read deq_scale accordingly",
             "set it to bfloat16 or float16, as the float tensors are stored",
         )
-    embedding = files.tensors.get(f"{EMBEDDING}.weight")
-    return "F16" if embedding and embedding.dtype == "F16" else "BF16"
+    stored = [tensor.dtype for tensor in files.tensors.values()]
+    return "F16" if stored.count("F16") > stored.count("BF16") else "BF16"
 
 
-def check_model(files: FolderFiles, result: VerificationResult) -> ModelStructure | None:
-    """The model that config.json describes; None, and a fault, if its sizes are unusable."""
+def check_model(files: FolderFiles, result: VerificationResult, *, trust_remote_code: bool) -> ModelStructure | None:
+    """The model that config.json describes; None, and faults, if it cannot be built. UserError if the installed version
+    of transformers does not have it.
+
+    Sizes up to HARMLESS_SIZE are accepted even if no tensor is as large, because tensors may be missing. Then the
+    faults are the shapes that differ.
+    """
     if not files.config:
         return None
-    model = model_structure(files.config)
-    if isinstance(model, str):
-        why, fix = "the expected tensors follow from it", "restore the values of the float checkpoint's config.json"
-        result.add_fault("config", "config.json", model, why, fix)
-        return None
-    return model
+    if (family := find_family(files.config)) and not trust_remote_code:
+        check_available(family, str(files.path / "config.json"))
+    largest = max((size for tensor in files.tensors.values() for size in tensor.shape), default=1)
+    limits = max(largest, HARMLESS_SIZE), max(len(files.tensors), HARMLESS_BLOCKS)
+    try:
+        family = family_of(files.config, "config.json")
+        config = family.engine_config(files.config)
+        faults = config_faults(family, config, "config.json", *limits)
+        if not faults:
+            return model_structure(files.path, family, config, trust_remote_code=trust_remote_code)
+    except UserError as error:
+        faults = list(error.faults)
+    fix = "restore the values of the float checkpoint's config.json"
+    for fault in faults:
+        result.add_fault("config", "config.json", fault.what, fault.why or "the expected tensors follow from it", fix)
+    return None
 
 
 def check_config(
     files: FolderFiles,
-    family: ModelFamily,
+    model: ModelStructure | None,
     target: Target,
     type_name: str,
     schemes: Mapping[str, Scheme],
@@ -69,7 +88,7 @@ def check_config(
             "vLLM would read that key instead of quant_model_description.json",
             "remove the key",
         )
-    if is_tied(config) and (head := f"{OUTPUT_HEAD}.weight") in files.tensors:
+    if model and model.tied and (head := f"{model.output_head}.weight") in files.tensors:
         result.add_fault(
             "config",
             "config.json",
@@ -77,8 +96,8 @@ def check_config(
             "engines use the embedding's weight, and ignore or reject a second one",
             COMPILE_AGAIN,
         )
-    if MINDIE in target.engines:
-        _check_mindie_keys(files, family, type_name, schemes, result)
+    if MINDIE in target.engines and model:
+        _check_mindie_keys(files, model.family, type_name, schemes, result)
 
 
 def _check_mindie_keys(

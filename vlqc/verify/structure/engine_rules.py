@@ -8,7 +8,7 @@ import numpy as np
 
 from vlqc.errors import Fault
 from vlqc.families.family import ModelFamily
-from vlqc.families.model_structure import ModelStructure
+from vlqc.frontend.model_structure import ModelStructure
 from vlqc.targets.engine import Engine
 from vlqc.targets.mindie import MINDIE
 from vlqc.targets.rules import group_faults, layer_faults, mixed_group_faults, supported_schemes
@@ -25,8 +25,7 @@ IGNORED_BIAS = "the engine would ignore this bias"
 
 def check_engine_rules(
     files: FolderFiles,
-    family: ModelFamily,
-    model: ModelStructure | None,
+    model: ModelStructure,
     schemes: Mapping[str, Scheme],
     target: Target,
     dtype: str,
@@ -41,9 +40,10 @@ def check_engine_rules(
     that layer; if no version of the target loads the folder, that is a warning, because such a folder can be compiled.
     """
     result.add_examined(CHECK, len(schemes))
+    family = model.family
     versions = {engine: supporting_versions(engine, family, schemes, dtype) for engine in ENGINES}
-    broken = {engine: _norm_faults(files, model, schemes, engine) for engine in ENGINES} if model else {}
-    broken.setdefault(VLLM_ASCEND, []).extend(_int4_faults(model, schemes))
+    broken = {engine: _norm_faults(files, model, schemes, engine) for engine in ENGINES}
+    broken[VLLM_ASCEND] += _int4_faults(model, schemes)
     if files.layout == MINDIE:
         why = "vLLM Ascend reads quant_model_description.json, not the description of MindIE's layout"
         broken[VLLM_ASCEND].append(Fault("no description for vLLM Ascend", files.description_name, why))
@@ -93,7 +93,7 @@ def _merge_repeated(faults: list[Fault]) -> list[Fault]:
     ]
 
 
-def _int4_faults(model: ModelStructure | None, schemes: Mapping[str, Scheme]) -> list[Fault]:
+def _int4_faults(model: ModelStructure, schemes: Mapping[str, Scheme]) -> list[Fault]:
     """vLLM Ascend's int4 operator needs a number of outputs that is a multiple of 8."""
     return [
         Fault(
@@ -103,7 +103,7 @@ def _int4_faults(model: ModelStructure | None, schemes: Mapping[str, Scheme]) ->
             f"compile again with --exclude {layer}",
         )
         for layer, scheme in schemes.items()
-        if model and layer in model.linears and model.linears[layer].outputs % scheme.spec.output_multiple
+        if layer in model.linears and model.linears[layer].outputs % scheme.spec.output_multiple
     ]
 
 
@@ -114,33 +114,33 @@ def _norm_faults(
     files: FolderFiles, model: ModelStructure, schemes: Mapping[str, Scheme], engine: Engine
 ) -> list[Fault]:
     """Faults for every norm bias (a folded shift) that the engine does not apply."""
-    biased = [norm for norm in model.norms if f"{norm}.bias" in files.tensors]
+    norms = [norm for norm in model.norms if not model.has_bias(norm)]
+    shifted = [norm for norm in norms if f"{norm}.bias" in files.tensors]
     if engine == VLLM_ASCEND:
         if any("norm.bias" in key for key in files.description):
             return []
         why = "vLLM Ascend loads norm biases only if some key of the description contains 'norm.bias'"
-        return [Fault(IGNORED_BIAS, f"{norm}.bias", why, COMPILE_AGAIN) for norm in biased]
+        return [Fault(IGNORED_BIAS, f"{norm}.bias", why, COMPILE_AGAIN) for norm in shifted]
     faults = []
-    for norm in biased:
-        consumers = [layer for layer in model.norm_consumers[norm] if layer in schemes]
-        if not all(schemes[layer].spec.takes_added_bias for layer in consumers):
+    for norm in shifted:
+        if not all(schemes[layer].spec.takes_added_bias for layer in model.edges[norm].consumers):
             why = "MindIE applies a norm bias only if every layer that reads the norm is W8A8"
             faults.append(Fault(IGNORED_BIAS, f"{norm}.bias", why, COMPILE_AGAIN))
-    for norm in model.norms:
-        faults += _module_faults(files, norm, norm in biased)
+    for norm in norms:
+        faults += _module_faults(files, norm, norm in shifted)
     return faults
 
 
-def _module_faults(files: FolderFiles, norm: str, biased: bool) -> list[Fault]:
+def _module_faults(files: FolderFiles, norm: str, shifted: bool) -> list[Fault]:
     """MindIE needs copies X.module.weight and X.module.bias of exactly the norms that have a bias."""
     faults = []
     for suffix in ("weight", "bias"):
         name, copy = f"{norm}.{suffix}", f"{norm}.module.{suffix}"
-        if (copy in files.tensors) != biased:
-            what = f"{copy} is missing" if biased else f"{copy} exists, but the norm has no bias"
+        if (copy in files.tensors) != shifted:
+            what = f"{copy} is missing" if shifted else f"{copy} exists, but the norm has no bias"
             why = "MindIE applies the bias of exactly those norms whose tensors are repeated under X.module"
             faults.append(Fault(what, name, why, COMPILE_AGAIN))
-        elif biased and name in files.tensors:
+        elif shifted and name in files.tensors:
             first, second = files.tensors[name], files.tensors[copy]
             same_form = (first.dtype, first.shape) == (second.dtype, second.shape)
             if not (same_form and np.array_equal(first.read(), second.read())):

@@ -6,7 +6,8 @@ They follow from the structure of the model, the scheme of every linear layer an
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vlqc.families.model_structure import ModelStructure, Shape
+from vlqc.families.linear import Shape
+from vlqc.frontend.model_structure import ModelStructure
 from vlqc.targets.schemes import Scheme, StorageFormat, quant_type, stored_tensors
 
 # torch_dtype of config.json -> safetensors dtype code
@@ -26,10 +27,10 @@ def expected_tensors(
     model: ModelStructure, schemes: Mapping[str, Scheme], form: StorageFormat
 ) -> dict[str, ExpectedTensor]:
     """Model, scheme per linear layer (FLOAT if absent) and form -> every tensor that the folder must have."""
-    norm_weights = {f"{norm}.weight": (channels,) for norm, channels in model.norms.items()}
     tensors = {
         name: ExpectedTensor((form.float_dtype,), shape, Scheme.FLOAT)
-        for name, shape in (*model.other_tensors.items(), *norm_weights.items())
+        for name, shape in model.parameters.items()
+        if name.rpartition(".")[0] not in model.linears
     }
     for layer, linear in model.linears.items():
         scheme = schemes.get(layer, Scheme.FLOAT)
@@ -41,16 +42,19 @@ def expected_tensors(
     return tensors
 
 
-def norm_biases(model: ModelStructure, schemes: Mapping[str, Scheme], form: StorageFormat) -> dict[str, ExpectedTensor]:
-    """Optional tensors: a bias per norm, left by a folded shift.
+def shift_tensors(
+    model: ModelStructure, schemes: Mapping[str, Scheme], form: StorageFormat
+) -> dict[str, ExpectedTensor]:
+    """Optional tensors: a bias per norm that has none of its own, left by a folded shift.
 
     In MindIE's layout also a copy of that norm's weight and bias under `X.module`, described with the folder's type.
     """
     dtypes = (form.float_dtype,)
-    tensors = {f"{norm}.bias": ExpectedTensor(dtypes, (size,), Scheme.FLOAT) for norm, size in model.norms.items()}
+    norms = {norm: size for norm, size in model.norms.items() if not model.has_bias(norm)}
+    tensors = {f"{norm}.bias": ExpectedTensor(dtypes, (size,), Scheme.FLOAT) for norm, size in norms.items()}
     if not form.packed:
         scheme = quant_type(schemes.values())
-        for norm, size in model.norms.items():
+        for norm, size in norms.items():
             for suffix in ("weight", "bias"):
                 tensors[f"{norm}.module.{suffix}"] = ExpectedTensor(dtypes, (size,), scheme)
     return tensors

@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from vlqc.families.family import ModelFamily
-from vlqc.families.model_structure import ModelStructure
-from vlqc.families.qwen2_5_vl import QWEN2_5_VL
-from vlqc.families.registry import find_family
 from vlqc.formatting import pluralize
+from vlqc.frontend.model_structure import ModelStructure
 from vlqc.targets.mindie import MINDIE
 from vlqc.targets.schemes import Scheme, StorageFormat, scheme_of_tensors
 from vlqc.targets.target import BOTH, Target, as_target
@@ -31,7 +29,7 @@ from vlqc.verify.structure.expected import (
     DTYPE_CODES,
     ExpectedTensor,
     expected_tensors,
-    norm_biases,
+    shift_tensors,
 )
 
 MOST_PACKED = 8  # 4-bit integers in one element, of an int32
@@ -41,16 +39,21 @@ MOST_PACKED = 8  # 4-bit integers in one element, of an int32
 class CompiledFolder:
     """A folder, as the later checks need it.
 
-    family: of the model; model: None if config.json does not describe one. schemes: by linear layer or embedding.
+    model: None if config.json does not describe one. schemes: by linear layer, embedding or convolution.
     valid_tensors: those that exist with the right dtype and shape.
     """
 
     files: FolderFiles
-    family: ModelFamily
     form: StorageFormat
     model: ModelStructure | None
     schemes: dict[str, Scheme]
     valid_tensors: dict[str, ExpectedTensor]
+
+    @property
+    def family(self) -> ModelFamily:
+        """The family of the model, where there is one."""
+        assert self.model is not None
+        return self.model.family
 
     @property
     def float_dtype(self) -> str:
@@ -69,26 +72,28 @@ class CompiledFolder:
         )
 
 
-def check_structure(path: Path, target: Target | None, result: VerificationResult) -> CompiledFolder:
+def check_structure(
+    path: Path, target: Target | None, result: VerificationResult, *, trust_remote_code: bool = False
+) -> CompiledFolder:
     """Reads a folder and checks its structure. target: None for the one that the folder is written for."""
     files = open_folder(path, result)
     claimed = target or _claimed_target(files)
     result.engine = str(claimed)
     float_dtype = check_dtype(files, result)
-    family = find_family(files.config) or QWEN2_5_VL
-    model = check_model(files, result)
+    model = check_model(files, result, trust_remote_code=trust_remote_code)
     schemes = _schemes(files, model, result) if model else {}
     type_name = check_description_keys(files, schemes, result).lower()
     form = StorageFormat(float_dtype, packed=files.layout.packs_int4, group_size=group_size(files, schemes, result))
     check_files(files, type_name, result)
-    check_config(files, family, claimed, type_name, schemes, result)
-    valid = _check_tensors(files, family, model, schemes, form, result) if model else {}
+    check_config(files, model, claimed, type_name, schemes, result)
+    valid = _check_tensors(files, model, schemes, form, result) if model else {}
     dtype = next(name for name, code in DTYPE_CODES.items() if code == float_dtype)
-    loads_in = check_engine_rules(
-        files, family, model, schemes, claimed, dtype, named=target is not None, result=result
-    )
+    loads_in = []
+    if model:
+        named = target is not None
+        loads_in = check_engine_rules(files, model, schemes, claimed, dtype, named=named, result=result)
     result.facts |= _facts(files, dtype, schemes, form) | {"loads in": loads_in or ["no known engine version"]}
-    return CompiledFolder(files, family, form, model, schemes, valid)
+    return CompiledFolder(files, form, model, schemes, valid)
 
 
 def _claimed_target(files: FolderFiles) -> Target:
@@ -101,9 +106,10 @@ def _claimed_target(files: FolderFiles) -> Target:
 
 
 def _schemes(files: FolderFiles, model: ModelStructure, result: VerificationResult) -> dict[str, Scheme]:
-    """Scheme of every linear layer and embedding: its `.weight` entry or, without a known one, by its tensors."""
+    """Scheme of every linear layer, embedding and convolution: its `.weight` entry or, if that is unknown, by its
+    tensors."""
     schemes = {}
-    for layer in model.embeddings_and_linears():
+    for layer in model.layers_with_matrices:
         entry = files.description.get(f"{layer}.weight")
         if entry in tuple(Scheme):
             scheme = Scheme(entry)
@@ -130,7 +136,6 @@ def _scheme_by_tensors(files: FolderFiles, layer: str) -> Scheme:
 
 def _check_tensors(
     files: FolderFiles,
-    family: ModelFamily,
     model: ModelStructure,
     schemes: Mapping[str, Scheme],
     form: StorageFormat,
@@ -138,15 +143,16 @@ def _check_tensors(
 ) -> dict[str, ExpectedTensor]:
     """Checks presence, dtype, shape and description entry of every tensor -> the tensors with right dtype and shape."""
     expected = expected_tensors(model, schemes, form)
-    allowed = {name: tensor for name, tensor in norm_biases(model, schemes, form).items() if name in files.tensors}
+    allowed = {name: tensor for name, tensor in shift_tensors(model, schemes, form).items() if name in files.tensors}
     result.add_examined("tensors", len(expected))
-    renamed = [name for name in files.tensors if family.checkpoint_name(name) != name]
+    renamed = [name for name in files.tensors if model.family.checkpoint_name(name) != name]
     if renamed:
+        original = model.family.checkpoint_name(renamed[0])
         result.add_fault(
             "tensors",
             format_list(renamed, 3),
             f"{pluralize(len(renamed), 'tensor')} named as by newer transformers versions",
-            f"older engine versions accept the original names only, such as {family.checkpoint_name(renamed[0])!r}",
+            f"older engine versions accept the original names only, such as {original!r}",
             COMPILE_AGAIN,
         )
     missing: dict[str, list[str]] = {}

@@ -14,7 +14,7 @@ from vlqc.kernels_ref.quant_linear import QuantLinear
 from vlqc.targets.engine import Engine
 from vlqc.targets.schemes import Scheme
 
-TENSORS_PER_LINEAR = 8  # at most: weight, bias and six more
+TENSORS_PER_LINEAR = max(len(scheme.spec.stored) for scheme in Scheme) + 1  # at most, with the bias
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def supported_schemes(
 def supports_scheme(target: TargetLike, family: ModelFamily, scheme: Scheme, dtype: str | None = None) -> bool:
     """Whether every engine of the target runs the scheme on at least one layer."""
     target = as_target(target)
-    return scheme == Scheme.FLOAT or all(
+    return not scheme.is_quantized or all(
         any(rule.scheme == scheme and rule.applies(target.parsed_version, dtype) for rule in engine.rules_of(family))
         for engine in target.engines
     )

@@ -31,8 +31,8 @@ class StorageFormat:
     """What dtypes and shapes of a folder's tensors depend on besides the model.
 
     float_dtype: safetensors code of the float tensors, "BF16" or "F16"; packed: whether two rows of 4-bit weights share
-    their bytes and come with a scale_bias (vLLM Ascend), or take bytes of their own (MindIE); group_size: of
-    W4A8_DYNAMIC, 0 without it.
+    their bytes and come with a scale_bias (vLLM Ascend), or take bytes of their own (MindIE); group_size: of weights
+    with groups, 0 without any.
     """
 
     float_dtype: str
@@ -184,8 +184,9 @@ class SchemeSpec:
     name: in quant_model_description.json; stored: the tensors of a Linear, its bias aside; module: the quantized
     layer, as "module:class" in `vlqc.kernels_ref`, empty for float layers; substitute: name of the scheme for layers on
     which an engine does not run this one, tried before FLOAT; alternatives: names of those that the precision search
-    may choose in its place, in this order; output_multiple: of which the number of outputs must be a multiple;
-    naming_priority: a folder of several schemes is named after the one with the highest.
+    may choose in its place, in this order, with static inputs or groups only if this one has them; output_multiple: of
+    which the number of outputs must be a multiple; naming_priority: a folder of several schemes is named after the one
+    with the highest.
     """
 
     name: str

@@ -36,7 +36,7 @@ def supporting_versions(
     """The versions of the engine that run every (layer, scheme); None when there is none."""
     since, before = engine.since, None
     for layer, scheme in schemes.items():
-        if scheme == Scheme.FLOAT:
+        if not scheme.is_quantized:
             continue
         rules = (rule for rule in engine.rules_of(family) if rule.scheme == scheme and rule.applies(None, dtype))
         rule = next((rule for rule in rules if family.role(layer) in rule.roles), None)

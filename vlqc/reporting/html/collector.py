@@ -201,5 +201,9 @@ def _with_scheme(site: SiteData, scheme: Scheme, assigned: Scheme, predicted: fl
     if scheme == assigned:
         return site.model_copy(update=prediction)
     reason = f"changed from {assigned} by the precision search"
-    changes = {"scheme": str(scheme), "reason": reason, "low": None, "high": None, "group_size": None}
+    changes: dict[str, Any] = {"scheme": str(scheme), "reason": reason}
+    if not scheme.spec.activation.is_static:
+        changes |= {"low": None, "high": None}
+    if not scheme.spec.weight.per_group:
+        changes["group_size"] = None
     return site.model_copy(update=prediction | changes)

@@ -1,5 +1,6 @@
 """A transformers model whose weights are loaded one module at a time; until then its parameters are on meta."""
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -65,7 +66,8 @@ def build_meta_model(folder: Path, config: dict[str, Any], *, trust_remote_code:
         if trust_remote_code and "AutoConfig" in config.get("auto_map", {}):
             parsed = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=True)
         else:
-            parsed = model_class.config_class.from_dict(config)  # type: ignore[attr-defined]
+            # A copy: some versions of transformers change nested objects, and `config` is what the emitter writes.
+            parsed = model_class.config_class.from_dict(copy.deepcopy(config))  # type: ignore[attr-defined]
         with parameters_on_meta():
             model: nn.Module = model_class._from_config(parsed, **dtype)  # type: ignore[attr-defined]
     except Exception as error:  # an invalid config can make a constructor raise anything

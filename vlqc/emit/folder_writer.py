@@ -21,8 +21,9 @@ from vlqc.kernels_ref.matmul import CORRECTION_STEP
 from vlqc.options.options import Options
 from vlqc.pipeline.precision_search import SearchResult, search_schemes
 from vlqc.targets.engine import QUANT_BIAS_CORRECTION, FolderContent
+from vlqc.targets.rules import folder_type
 from vlqc.targets.schemes import Scheme
-from vlqc.targets.target import parse_target
+from vlqc.targets.target import find_layout, parse_target
 
 GIB = 1024**3
 
@@ -96,23 +97,26 @@ class FolderWriter:
 
     def finish(self) -> None:
         """Completes the weight files and writes everything else."""
-        content = FolderContent(self.checkpoint.family, self.schemes, self.options.scheme, vars(self.options))
+        family, target = self.checkpoint.family, parse_target(self.options.engine_target)
+        layers = {name.removesuffix(".weight"): scheme for name, scheme in self.schemes.items()}
+        content = FolderContent(
+            family, self.schemes, self.options.scheme, folder_type(target, family, layers), vars(self.options)
+        )
         self._writer.close(f"quant_model_weight_{content.quant_type.lower()}")
         if self._deferred is not None:
             self._deferred.remove()
         _write_json(self.folder / self.layout.description_name(content.quant_type), self._description(content))
         _write_json(self.folder / "config.json", self._config(content))
         for name in self.checkpoint.side_files(code=self.options.trust_remote_code):
-            if not name.startswith("quant_model_description") and name != MANIFEST:  # of another compilation
+            if find_layout([name]) is None and name != MANIFEST:  # not of another compilation
                 shutil.copyfile(self.checkpoint.folder / name, self.folder / name)
 
     def _description(self, content: FolderContent) -> dict[str, Any]:
-        header = self.layout.description_header(content.quant_type)
-        if content.quant_type.spec.weight.per_group:
-            header["group_size"] = self.options.group_size
+        header = self.layout.description_header(content)
         if self.corrected:
             header[QUANT_BIAS_CORRECTION] = CORRECTION_STEP
-        return header | {name: str(scheme) for name, scheme in sorted(self.schemes.items())}
+        described = (name for name in sorted(self.schemes) if self.layout.describes(content.family, name))
+        return header | {name: str(self.schemes[name]) for name in described}
 
     def _config(self, content: FolderContent) -> dict[str, Any]:
         """The source's config.json in the form that engines expect. Only keys that the written weights make untrue are

@@ -55,7 +55,7 @@ def stage_tensors(stage: Stage, layout: Engine, scheme: Scheme) -> Iterator[Emit
     for path, module in stage.module.named_modules():
         yield from module_tensors(stage, path, module, packed=layout.packs_int4)
     if layout.norm_copies:
-        yield from _norm_copies(stage, layout.norm_copies, scheme)
+        yield from _norm_copies(stage, layout, scheme)
 
 
 def module_tensors(stage: Stage, path: str, module: nn.Module, *, packed: bool) -> Iterator[EmittedTensor]:
@@ -83,11 +83,14 @@ def header_bytes(checkpoint: Checkpoint) -> int:
     return -(-needed // ALIGNMENT) * ALIGNMENT
 
 
-def _norm_copies(stage: Stage, submodule: str, scheme: Scheme) -> Iterator[EmittedTensor]:
-    """Weight and bias of every norm with a bias once more, as `X.<submodule>.weight` and `X.<submodule>.bias`."""
+def _norm_copies(stage: Stage, layout: Engine, scheme: Scheme) -> Iterator[EmittedTensor]:
+    """Weight and bias of every norm to which the engine adds a bias once more, as `X.<norm_copies>.weight` and
+    `X.<norm_copies>.bias`."""
     for path, module in stage.module.named_modules():
         parameters = dict(module.named_parameters(recurse=False))
-        if list(parameters) == ["weight", "bias"] and parameters["weight"].ndim == 1:
+        norm = stage.checkpoint_name(path)
+        is_part = stage.family.part(norm) in layout.norm_bias_parts
+        if is_part and list(parameters) == ["weight", "bias"] and parameters["weight"].ndim == 1:
             for name, parameter in parameters.items():
-                full_name = f"{stage.checkpoint_name(path)}.{submodule}.{name}"
+                full_name = f"{norm}.{layout.norm_copies}.{name}"
                 yield EmittedTensor(full_name, parameter.to(stage.dtype), scheme)

@@ -16,8 +16,7 @@ from typing import Any
 from vlqc.errors import Fault, UserError
 from vlqc.files import read_json_object
 from vlqc.options.fields import OptionFields
-from vlqc.targets.mindie import MINDIE
-from vlqc.targets.target import BOTH
+from vlqc.targets.target import BOTH, ENGINES, engine_of_option
 
 
 def combination_faults(options: OptionFields, illegal: Set[str] = frozenset()) -> list[Fault]:
@@ -49,7 +48,8 @@ def _scheme(options: OptionFields) -> Iterator[Fault]:
 
 
 def _group(options: OptionFields) -> Iterator[Fault]:
-    flag = "--mindie_format" if options.mindie_format else f"--target {options.target}"
+    engine = engine_of_option(options)
+    flag = f"--{engine.layout_option}" if engine else f"--target {options.target}"
     sizes = options.layout.group_sizes
     if options.w_bit == 4 and sizes and options.group_size not in sizes:
         why = f"{options.layout.title} supports the group sizes {', '.join(str(size) for size in sizes if size)}"
@@ -57,16 +57,17 @@ def _group(options: OptionFields) -> Iterator[Fault]:
 
 
 def _one_layout(options: OptionFields) -> Iterator[Fault]:
-    if options.mindie_format and options.target is not None and options.layout is not MINDIE:
-        what = f"--mindie_format with --target {options.target}"
-        why = "only MindIE loads the layout of --mindie_format"
-        yield Fault(what, why=why, fix="remove --mindie_format or --target")
+    engine = engine_of_option(options)
+    if engine is not None and options.target is not None and options.layout is not engine:
+        flag = f"--{engine.layout_option}"
+        why = f"only {engine.title} loads the layout of {flag}"
+        yield Fault(f"{flag} with --target {options.target}", why=why, fix=f"remove {flag} or --target")
 
 
 def _both(options: OptionFields) -> Iterator[Fault]:
     if options.target == BOTH and not _static(options):
         why = "a folder that both engines load is possible for static W8A8 only"
-        fix = "use --target vllm-ascend, or --w_bit 8 --is_dynamic False"
+        fix = f"use --target {ENGINES[0].name}, or --w_bit 8 --is_dynamic False"
         yield Fault("--target both", why=why, fix=fix)
 
 
@@ -81,7 +82,9 @@ def _shift(options: OptionFields) -> Iterator[Fault]:
         return
     if options.target == BOTH:
         why = "the engines expect the bias of a norm under different names"
-        yield Fault("--shift with --target both", why=why, fix="use --target vllm-ascend, or --mindie_format")
+        yield Fault(
+            "--shift with --target both", why=why, fix=f"use --target {' or '.join(each.name for each in ENGINES)}"
+        )
     if not _static(options):
         why = "engines apply the bias of a norm before static W8A8 layers only"
         fix = "remove --shift, or use --w_bit 8 --is_dynamic False --is_lowbit False"
@@ -162,16 +165,17 @@ def _dumps(options: OptionFields) -> Iterator[Fault]:
 
 # The options that a rule depends on, and the rule.
 SCHEME = frozenset({"w_bit", "is_dynamic", "is_lowbit", "open_outlier", "act_method"})
+LAYOUTS = frozenset(engine.layout_option for engine in ENGINES if engine.layout_option)
 RULES: tuple[tuple[frozenset[str], Callable[[OptionFields], Iterator[Fault]]], ...] = (
     (SCHEME, _scheme),
-    (frozenset({"w_bit", "group_size", "mindie_format", "target"}), _group),
-    (frozenset({"mindie_format", "target"}), _one_layout),
+    (frozenset({"w_bit", "group_size", "target", *LAYOUTS}), _group),
+    (frozenset({"target", *LAYOUTS}), _one_layout),
     (frozenset({"w_bit", "is_dynamic", "target"}), _both),
     (frozenset({"anti_method", "anti_alpha"}), _alpha),
     (frozenset({"w_bit", "is_dynamic", "anti_method", "shift", "target"}), _shift),
     (frozenset({"w_bit", "w4a8_scope"}), _scope),
     (frozenset({"fallback", "min_sqnr", "max_float_groups"}), _fallback),
-    (SCHEME | {"mindie_format", "target", "strict_target", "w4a8_scope", "exclude"}, _strict),
+    (SCHEME | LAYOUTS | {"target", "strict_target", "w4a8_scope", "exclude"}, _strict),
     (frozenset({"exclude", "include"}), _layers),
     (frozenset({"resume", "start_over"}), _resume),
     (frozenset({"dump_ir", "dump_stages", "dump_formats", "print_after"}), _dumps),

@@ -16,10 +16,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from vlqc.errors import UserError
 from vlqc.formatting import did_you_mean
 from vlqc.targets.engine import Engine
-from vlqc.targets.mindie import MINDIE
 from vlqc.targets.schemes import Scheme, scheme_of_flags
-from vlqc.targets.target import BOTH, parse_target
-from vlqc.targets.vllm_ascend import VLLM_ASCEND
+from vlqc.targets.target import BOTH, ENGINES, engine_of_option, parse_target
 
 DATA, SCHEME, LAYERS, OUTPUT, RUNNING, DEBUGGING = PANELS = (
     "Model and calibration data",
@@ -326,9 +324,9 @@ class OptionFields(BaseModel):
         """`target`, or its default: "vllm-ascend", "mindie" or "both", followed by "@version" if one is set."""
         if self.target is not None:
             return self.target
-        if self.mindie_format:
-            return MINDIE.name
-        return BOTH if self.scheme.spec.activation.is_static and not self.shift else VLLM_ASCEND.name
+        if (engine := engine_of_option(self)) is not None:
+            return engine.name
+        return BOTH if self.scheme.spec.activation.is_static and not self.shift else ENGINES[0].name
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from vlqc.files import format_json, read_json_object
 from vlqc.formatting import escape_control_chars, format_bytes
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.targets.schemes import Scheme
+from vlqc.targets.target import find_layout
 
 QUANTIZATION_PARAMETERS = ("input_scale", "input_offset", "weight_scale")
-DESCRIPTIONS = "quant_model_description*.json"
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,9 @@ def inspect_folder(folder: Path) -> CheckpointSummary:
 def _schemes(folder: Path) -> dict[str, str]:
     """Layer -> scheme, from the description of a compiled folder; empty for a float folder."""
     schemes: dict[str, str] = {}
-    for path in sorted(folder.glob(DESCRIPTIONS)):
-        for name, scheme in read_json_object(path).items():
+    described = find_layout(path.name for path in folder.iterdir())
+    if described is not None:
+        for name, scheme in read_json_object(folder / described[1]).items():
             if name.endswith(".weight") and isinstance(scheme, str):
                 schemes[name.removesuffix(".weight")] = scheme
     return schemes

@@ -46,11 +46,13 @@ def engine_notes(
     notes = incompatibilities(target, family, scheme, dtype, scope)
     for engine in target.engines:
         versions = supporting_versions(engine, family, _default_schemes(target, family, scheme, scope), _emitted(dtype))
-        if versions and versions.before and not target.version:
+        if not versions or target.version:
+            continue
+        if not versions.is_open:
             notes.append(f"{versions} load {scheme}, other versions do not")
-        elif versions and versions.since != engine.since and not target.version:
+        elif versions.since != engine.first_version(family):
             notes.append(f"{versions} load {scheme}, earlier versions do not")
-    return notes + [note for engine in target.engines for note in engine.scheme_notes(scheme, group_size)]
+    return notes + [note for engine in target.engines for note in engine.scheme_notes(family, scheme, group_size)]
 
 
 def serve_commands(target: TargetLike, folder: str | Path) -> list[str]:

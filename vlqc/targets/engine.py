@@ -1,24 +1,32 @@
-"""The interface of an inference engine: versions, rules, folder layout; `vllm_ascend` and `mindie` implement it."""
+"""The interface of an inference engine: versions, rules, folder layout and notes.
+
+An engine is a subclass of `Engine` in a file of its own, listed in `target.ENGINES`. No other module of vlqc contains
+an engine's rules, file names or config keys.
+"""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
 
 from packaging.version import Version
 
 from vlqc.errors import Fault
 from vlqc.families.family import ModelFamily, Role
-from vlqc.targets.schemes import Scheme, quant_type
+from vlqc.families.linear import Linear
+from vlqc.targets.schemes import Scheme
 
 # Key of the description, in every layout: every quant_bias has a mean error subtracted, a multiple of so many steps.
 QUANT_BIAS_CORRECTION = "quant_bias_correction"
+COMPILE_AGAIN = "compile again"
+IGNORED_BIAS = "the engine would ignore this bias"
 
 
 @dataclass(frozen=True)
 class Rule:
     """The engine runs linear layers with one of `roles` in `scheme` from version `since` on, in versions below `before`
-    (None: no known end).
+    (None: no known end). Several rules of the same roles and scheme give several ranges of versions.
 
     dtypes: of the float tensors with which it does so.
     """
@@ -42,35 +50,74 @@ class Rule:
 class FolderContent:
     """What the description and config.json of a compiled folder depend on.
 
-    family: of the model; schemes: tensor name -> scheme; scheme: the one that the compilation asked for; options: of
-    the compilation, by name.
+    family: of the model; schemes: tensor name -> scheme; scheme: the one that the compilation asked for; quant_type:
+    the one that names the folder; options: of the compilation, by name.
     """
 
     family: ModelFamily
     schemes: Mapping[str, Scheme]
     scheme: Scheme
+    quant_type: Scheme
     options: Mapping[str, Any]
 
+
+class StoredTensor(Protocol):
+    """A tensor of a weight file. dtype: safetensors code."""
+
     @property
-    def quant_type(self) -> Scheme:
-        """The scheme that names the folder."""
-        return quant_type(self.schemes.values())
+    def dtype(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def read(self) -> Any:
+        """The values as a NumPy array."""
+
+
+@dataclass(frozen=True)
+class FinishedFolder:
+    """A finished folder, as `vlqc verify` reads it.
+
+    layout: the engine whose description it has; files: names of all files; description, config: content of the JSON
+    files, empty if they cannot be read; quant_type: the scheme that names the folder; schemes: by linear layer,
+    embedding and convolution; embedding: of the tokens; linears: all linear layers of the model; norm_readers: norm
+    without a bias of its own in the float model -> linear layers that read it.
+    """
+
+    path: Path
+    layout: "Engine"
+    family: ModelFamily
+    files: Sequence[str]
+    description_name: str
+    description: Mapping[str, Any]
+    config: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]
+    quant_type: Scheme
+    schemes: Mapping[str, Scheme] = field(default_factory=dict)
+    embedding: str = ""
+    linears: Mapping[str, Linear] = field(default_factory=dict)
+    norm_readers: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def shifted_norms(self) -> list[str]:
+        """The norms that got a bias by a folded shift."""
+        return [norm for norm in self.norm_readers if f"{norm}.bias" in self.tensors]
 
 
 class Engine(ABC):
     """Versions, rules and folder layout of one engine.
 
-    name: on the command line; title: as its users write it; example_versions: for messages; since: the first version
-    that loads a quantized folder; rules: which layers it runs in which scheme, by family; group_sizes: that it accepts,
-    0 for scales without groups, empty for any; packs_int4: whether two rows of 4-bit weights share their bytes, with a
-    scale_bias per layer; norm_bias_parts: parts of the model in which it adds the bias of a norm; norm_copies: name of
-    the submodule under which it wants the tensors of a norm with a bias a second time, empty for none.
+    name: on the command line; title: as its users write it; example_versions: for messages; layout_option: name of the
+    option that selects its layout besides `--target`, empty for none; rules: which layers it runs in which scheme, by
+    family; group_sizes: that it accepts, 0 for scales without groups, empty for any; packs_int4: whether two rows of
+    4-bit weights share their bytes, with a scale_bias per layer; norm_bias_parts: parts of the model in which it adds
+    the bias of a norm that the float model does not have; norm_copies: name of the submodule under which it wants the
+    tensors of such a norm a second time, empty for none.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     example_versions: ClassVar[str]
-    since: ClassVar[str]
+    layout_option: ClassVar[str] = ""
     rules: ClassVar[Mapping[str, tuple[Rule, ...]]]
     group_sizes: ClassVar[tuple[int, ...]] = ()
     packs_int4: ClassVar[bool]
@@ -83,6 +130,10 @@ class Engine(ABC):
     def rules_of(self, family: ModelFamily) -> tuple[Rule, ...]:
         """The rules for models of a family; empty if the engine does not load them quantized."""
         return self.rules.get(family.engine_rows or family.name, ())
+
+    def first_version(self, family: ModelFamily) -> str | None:
+        """The first version that loads a quantized model of the family; None if no version does."""
+        return min((rule.since for rule in self.rules_of(family)), key=Version, default=None)
 
     def supported_schemes(
         self, family: ModelFamily, layer: str, version: Version | None, dtype: str | None
@@ -101,15 +152,30 @@ class Engine(ABC):
         """Whether it runs the members of one fused group, which have these schemes, each on its own."""
         return False
 
-    # ---- the folder ------------------------------------------------------------------------------------------------
+    # ---- writing a folder ------------------------------------------------------------------------------------------
+
+    def folder_type(self, family: ModelFamily, schemes: Mapping[str, Scheme]) -> Scheme | None:
+        """Scheme per layer -> the type that a folder must have for this engine; None if it does not read the type."""
+        return None
 
     @abstractmethod
     def description_name(self, quant_type: Scheme) -> str:
         """File name of the description of a folder of this type."""
 
     @abstractmethod
-    def description_header(self, quant_type: Scheme) -> dict[str, Any]:
+    def find_description(self, files: Iterable[str]) -> str | None:
+        """Names of all files of a folder -> that of the description in this engine's layout; None without one."""
+
+    def description_header(self, content: FolderContent) -> dict[str, Any]:
         """Keys of the description in front of those of the tensors."""
+        header: dict[str, Any] = {"model_quant_type": str(content.quant_type)}
+        if content.quant_type.spec.weight.per_group:
+            header["group_size"] = content.options["group_size"]
+        return header
+
+    def describes(self, family: ModelFamily, tensor: str) -> bool:
+        """Whether the description has an entry for this tensor of the folder."""
+        return True
 
     def edit_config(  # noqa: B027
         self, config: dict[str, Any], content: FolderContent, *, own_layout: bool
@@ -119,9 +185,51 @@ class Engine(ABC):
         own_layout: whether the folder has this engine's layout, or that of the target's first engine.
         """
 
+    # ---- a finished folder -----------------------------------------------------------------------------------------
+
     @abstractmethod
     def reads_config(self, family: ModelFamily, schemes: Mapping[str, Scheme], config: Mapping[str, Any]) -> bool:
         """Whether the engine, with this config.json, builds the layers of a folder in these schemes (per layer)."""
+
+    def is_named_in(self, config: Mapping[str, Any]) -> bool:
+        """Whether config.json of a folder in another engine's layout was written for this engine, too."""
+        return False
+
+    def config_faults(self, folder: FinishedFolder) -> list[Fault]:
+        """Keys of config.json with which the engine does not find the quantization."""
+        return []
+
+    def header_faults(self, folder: FinishedFolder) -> list[Fault]:
+        """Name and header of a description in this engine's layout."""
+        return wrong_keys(folder, {"model_quant_type": str(folder.quant_type)})
+
+    def description_faults(self, folder: FinishedFolder) -> list[Fault]:
+        """Entries that the engine looks up in the description and does not find, or does not find as it needs them."""
+        return []
+
+    def description_warnings(self, folder: FinishedFolder) -> list[Fault]:
+        """Entries that slow the engine down but do not change what it computes."""
+        return []
+
+    def tensor_faults(self, folder: FinishedFolder) -> list[Fault]:
+        """Tensors that the engine would ignore or reject although their layer's scheme is right."""
+        return []
+
+    def group_size_entry(self, folder: FinishedFolder) -> tuple[str, str, Any]:
+        """Where the engine reads the group size of 4-bit weights: the file, the key in it, and its value or None."""
+        return folder.description_name, "group_size", folder.description.get("group_size")
+
+    def group_size_warning(self, group_size: int) -> str:
+        """Why the engine runs this group size slowly; empty if it does not."""
+        return ""
+
+    def placement_faults(self, folder: FinishedFolder) -> list[Fault]:
+        """Paths and file modes that the engine rejects in a folder of its own layout."""
+        return []
+
+    def placement_warnings(self, folder: FinishedFolder) -> list[Fault]:
+        """Paths and file modes that the engine rejects and that a copy of the folder changes anyway."""
+        return []
 
     # ---- notes for the user ----------------------------------------------------------------------------------------
 
@@ -133,11 +241,36 @@ class Engine(ABC):
         """Where no version runs the scheme, such as " for vision-language models"; empty if there is nothing to add."""
         return ""
 
-    def scheme_notes(self, scheme: Scheme, group_size: int | None) -> list[str]:
+    def scheme_notes(self, family: ModelFamily, scheme: Scheme, group_size: int | None) -> list[str]:
         """Limits of a scheme in this engine that the user should know of before compiling."""
         return []
+
+
+def wrong_keys(folder: FinishedFolder, wanted: Mapping[str, Any]) -> list[Fault]:
+    """Keys of the description whose value differs from the wanted one."""
+    return [
+        Fault(
+            f"{key} is {folder.description.get(key)!r} instead of {value!r}",
+            folder.description_name,
+            "engines choose how to load the folder by it",
+            f"set {key}",
+        )
+        for key, value in wanted.items()
+        if folder.description.get(key) != value
+    ]
+
+
+def missing_entry(folder: FinishedFolder, layer: str, why: str) -> Fault:
+    """A linear layer or embedding without an entry in the description."""
+    return Fault(f"{layer}.weight has no entry", folder.description_name, why, COMPILE_AGAIN)
 
 
 def join_or(items: Iterable[object]) -> str:
     """(64, 128) -> "64 or 128"."""
     return " or ".join(map(str, items))
+
+
+def join_and(items: Iterable[object]) -> str:
+    """("a", "b", "c") -> "a, b and c"."""
+    *first, last = map(str, items)
+    return f"{', '.join(first)} and {last}" if first else last

@@ -1,19 +1,55 @@
 """MindIE: which layers it runs in which scheme and version, and the folder that it loads.
 
-Source: the rules of its own loader for Qwen2.5-VL.
+Source: its own loader and models (atb_llm), as each row says.
 """
 
 import json
-from collections.abc import Mapping
+import re
+import stat
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from vlqc.errors import Fault
 from vlqc.families.family import DECODER_ROLES, ModelFamily, Role
-from vlqc.targets.engine import Engine, FolderContent, Rule, join_or
+from vlqc.targets.engine import (
+    COMPILE_AGAIN,
+    IGNORED_BIAS,
+    Engine,
+    FinishedFolder,
+    FolderContent,
+    Rule,
+    join_and,
+    join_or,
+    missing_entry,
+)
 from vlqc.targets.schemes import Scheme, quant_type
 
+DESCRIPTION = re.compile(r"quant_model_description_.+\.json")
+ACCEPTED_PATH = re.compile(r"[0-9a-zA-Z_./-]+")
+SHOWN = 5  # names of files in one message
 # Options of the compilation that its config.json repeats.
 CONFIG_OPTIONS = ("w_bit", "a_bit", "is_dynamic", "is_lowbit", "act_method", "anti_method")
+
+
+@dataclass(frozen=True)
+class ModelLoader:
+    """What the loader of one family requires of several layers together.
+
+    static_tower: roles that are W8A8 in every vision block as soon as the vision tower is quantized; needs_tower:
+    whether the tower must be quantized if anything is; tower_with_dynamic: whether it is W8A8 next to a W8A8_DYNAMIC
+    language model, or must be float there; dynamic_experts: whether the experts are W8A8_DYNAMIC if anything is
+    quantized; unfused: roles whose fused groups may have FLOAT members next to W8A8 ones; vision_key: whether it reads
+    `vision_config.quantize`; looked_up: roles whose layers it looks up in the description.
+    """
+
+    static_tower: tuple[Role, ...] = ()
+    needs_tower: bool = False
+    tower_with_dynamic: bool = False
+    dynamic_experts: bool = False
+    unfused: tuple[Role, ...] = ()
+    vision_key: bool = False
+    looked_up: tuple[Role, ...] = (Role.QKV, Role.UP)
 
 
 class MindIE(Engine):
@@ -22,7 +58,7 @@ class MindIE(Engine):
     name = "mindie"
     title = "MindIE"
     example_versions = "2.2 or 2.2.RC1"
-    since = "2.2.RC1"
+    layout_option = "mindie_format"
     rules: ClassVar[Mapping[str, tuple[Rule, ...]]] = {
         "qwen2_5_vl": (
             # It keeps the last layer of the vision MLP in float. See also `group_faults`.
@@ -35,50 +71,96 @@ class MindIE(Engine):
             # No rule for W4A8_DYNAMIC: no version runs it in a vision-language model.
         ),
     }
+    loaders: ClassVar[Mapping[str, ModelLoader]] = {
+        "qwen2_5_vl": ModelLoader(
+            static_tower=(Role.VISION_QKV,),
+            unfused=(Role.QKV, Role.UP),
+            vision_key=True,
+            looked_up=(Role.QKV, Role.UP, Role.VISION_UP),
+        ),
+    }
     group_sizes = (0, 64, 128, 256)  # what its config reader accepts
     packs_int4 = False
     norm_bias_parts = ("language",)
     norm_copies = "module"  # `X.module.weight` makes it build the norm that has a bias
 
+    def _loader(self, family: ModelFamily) -> ModelLoader:
+        return self.loaders.get(family.engine_rows or family.name, ModelLoader())
+
+    # ---- rules about several layers --------------------------------------------------------------------------------
+
     def group_faults(self, family: ModelFamily, schemes: Mapping[str, Scheme]) -> list[Fault]:
-        """The vision tower is all float, or W8A8 with qkv quantized in every block; one scheme for all that is not
-        float, since the one `quantize` of config.json names it."""
+        """The vision tower is all float, or W8A8 with certain layers quantized in every block; one scheme for all that
+        is not float, since the one `quantize` of config.json names it."""
+        loader = self._loader(family)
         vision = {layer: scheme for layer, scheme in schemes.items() if family.in_vision_tower(layer)}
-        quantized = [layer for layer, scheme in vision.items() if scheme != Scheme.FLOAT]
+        quantized = [layer for layer, scheme in schemes.items() if scheme.is_quantized]
+        in_tower = [layer for layer in quantized if layer in vision]
+        reason = (in_tower or (quantized if loader.needs_tower else []))[:1]
         faults = [
             Fault(
-                f"{layer} is FLOAT while {quantized[0]} is {vision[quantized[0]]}",
+                f"{layer} is FLOAT while {other} is {schemes[other]}",
                 layer,
-                "MindIE builds every block's qkv quantized as soon as the vision tower is",
-                "quantize qkv in every vision block, leave the vision tower float, or serve with vLLM Ascend only",
+                f"MindIE builds every block's {_last_names(family, loader.static_tower)} quantized as soon as "
+                f"{'anything' if loader.needs_tower else 'the vision tower'} is",
+                f"quantize {_last_names(family, loader.static_tower)} in every vision block, "
+                + ("" if loader.needs_tower else "leave the vision tower float, ")
+                + "or serve with vLLM Ascend only",
             )
             for layer, scheme in vision.items()
-            if quantized and family.role(layer) == Role.VISION_QKV and scheme == Scheme.FLOAT
+            for other in reason
+            if family.role(layer) in loader.static_tower and scheme == Scheme.FLOAT
         ]
+        return faults + self._mixed_faults(family, loader, schemes)
+
+    def _mixed_faults(self, family: ModelFamily, loader: ModelLoader, schemes: Mapping[str, Scheme]) -> list[Fault]:
+        """Layers whose scheme does not go with the only one that config.json can name."""
         static = [layer for layer, scheme in schemes.items() if scheme == Scheme.W8A8]
         dynamic = [layer for layer, scheme in schemes.items() if scheme == Scheme.W8A8_DYNAMIC]
-        if dynamic and (conflicting := quantized or static):
-            faults.append(
-                Fault(
-                    f"{conflicting[0]} is {schemes[conflicting[0]]} while {dynamic[0]} is {Scheme.W8A8_DYNAMIC}",
-                    conflicting[0],
-                    "MindIE runs W8A8_DYNAMIC only with a float vision tower, and never together with W8A8",
-                    "leave the vision tower float and give all else one scheme, or serve with vLLM Ascend only",
-                )
-            )
-        return faults
+        if loader.dynamic_experts:
+            experts = [layer for layer in schemes if family.role(layer) in (Role.EXPERT_UP, Role.EXPERT_DOWN)]
+            others = [layer for layer in experts if schemes[layer] != Scheme.W8A8_DYNAMIC]
+            if not others or not static + dynamic:
+                return []
+            why = "MindIE runs quantized models of this kind with all experts in W8A8_DYNAMIC"
+            fix = "give all experts W8A8_DYNAMIC, or serve with vLLM Ascend only"
+            return [Fault(f"{others[0]} is {schemes[others[0]]}", others[0], why, fix)]
+        if loader.tower_with_dynamic:
+            conflicting = [layer for layer in static if not family.in_vision_tower(layer)]
+            why = "MindIE runs one scheme in the language model, which config.json names"
+            fix = "give the language model one scheme, or serve with vLLM Ascend only"
+        else:
+            in_tower = [layer for layer in schemes if family.in_vision_tower(layer) and schemes[layer].is_quantized]
+            conflicting = in_tower or static
+            why = "MindIE runs W8A8_DYNAMIC only with a float vision tower, and never together with W8A8"
+            fix = "leave the vision tower float and give all else one scheme, or serve with vLLM Ascend only"
+        if not dynamic or not conflicting:
+            return []
+        what = f"{conflicting[0]} is {schemes[conflicting[0]]} while {dynamic[0]} is {Scheme.W8A8_DYNAMIC}"
+        return [Fault(what, conflicting[0], why, fix)]
 
     def runs_unfused(self, family: ModelFamily, schemes: Mapping[str, Scheme]) -> bool:
-        """It runs float members of a static language group next to quantized ones, unfused."""
-        return all(family.part(layer) == "language" for layer in schemes) and (
+        """It runs float members of some static groups next to quantized ones, unfused."""
+        roles = self._loader(family).unfused
+        return all(family.role(layer) in roles for layer in schemes) and (
             set(schemes.values()) <= {Scheme.FLOAT, Scheme.W8A8}
         )
+
+    # ---- writing a folder ------------------------------------------------------------------------------------------
+
+    def folder_type(self, family: ModelFamily, schemes: Mapping[str, Scheme]) -> Scheme:
+        """The type that its `quantize` names. A static vision tower, or static attention before experts, is implied by
+        W8A8_DYNAMIC there."""
+        loader = self._loader(family)
+        if (loader.tower_with_dynamic or loader.dynamic_experts) and Scheme.W8A8_DYNAMIC in schemes.values():
+            return Scheme.W8A8_DYNAMIC
+        return quant_type(schemes.values())
 
     def description_name(self, quant_type: Scheme) -> str:
         return f"quant_model_description_{quant_type.lower()}.json"
 
-    def description_header(self, quant_type: Scheme) -> dict[str, Any]:
-        return {"model_quant_type": str(quant_type)}
+    def find_description(self, files: Iterable[str]) -> str | None:
+        return min((name for name in files if DESCRIPTION.fullmatch(name)), default=None)
 
     def edit_config(self, config: dict[str, Any], content: FolderContent, *, own_layout: bool) -> None:
         """`quantize` and `vision_config.quantize`, and in its own layout `quantization_config`.
@@ -91,7 +173,7 @@ class MindIE(Engine):
         family, vision_config = content.family, content.family.vision_config(config)
         if isinstance(vision_config, dict):
             vision_config.pop("quantize", None)
-            if any(family.in_vision_tower(name) for name, scheme in content.schemes.items() if scheme != Scheme.FLOAT):
+            if self._loader(family).vision_key and _quantizes_vision(family, content.schemes):
                 vision_config["quantize"] = content.quant_type.lower()
         if own_layout:
             options = content.options
@@ -100,17 +182,117 @@ class MindIE(Engine):
                 name: options[name] for name in CONFIG_OPTIONS
             }
 
+    # ---- a finished folder -----------------------------------------------------------------------------------------
+
     def reads_config(self, family: ModelFamily, schemes: Mapping[str, Scheme], config: Mapping[str, Any]) -> bool:
-        """A flat config whose `quantize` keys name the folder's type, the vision tower's only if it is quantized."""
-        vision_config = family.vision_config(config) or {}
-        vision_quantized = any(
-            family.in_vision_tower(name) and scheme != Scheme.FLOAT for name, scheme in schemes.items()
-        )
+        """`quantize` names the folder's type, and that of the vision tower is there only if it is quantized."""
+        vision_key = bool((family.vision_config(config) or {}).get("quantize"))
         return (
             family.engine_config(dict(config)) == config
-            and config.get("quantize") == quant_type(schemes.values()).lower()
-            and vision_quantized == bool(vision_config.get("quantize"))
+            and config.get("quantize") == self.folder_type(family, schemes).lower()
+            and (not self._loader(family).vision_key or vision_key == _quantizes_vision(family, schemes))
         )
+
+    def is_named_in(self, config: Mapping[str, Any]) -> bool:
+        return "quantize" in config
+
+    def config_faults(self, folder: FinishedFolder) -> list[Fault]:
+        config, family = folder.config, folder.family
+        faults = []
+        if family.engine_config(dict(config)) != config:
+            what = "nested config (text_config)" if "text_config" in config else "keys of a newer transformers version"
+            fix = "compile again, or restore the keys of the published checkpoint"
+            faults.append(Fault(what, "config.json", f"MindIE reads the config of {family.title} as published", fix))
+        vision_key = (family.vision_config(config) or {}).get("quantize")
+        vision = {scheme for layer, scheme in folder.schemes.items() if family.in_vision_tower(layer)} - {Scheme.FLOAT}
+        values: dict[str, tuple[Any, Any]] = {"quantize": (config.get("quantize"), folder.quant_type.lower())}
+        if self._loader(family).vision_key:
+            wanted = Scheme.W8A8.lower() if vision else None
+            if vision_key and not all(scheme.spec.takes_added_bias for scheme in vision):
+                wanted = vision_key  # no version supports it; the engine rules report that
+            values["vision_config.quantize"] = (vision_key, wanted)
+        for key, (value, wanted) in values.items():
+            if value != wanted:
+                what = f"{key} is {value!r} instead of {wanted!r}"
+                why = "MindIE quantizes the layers of this part of the model only if this key says so"
+                faults.append(Fault(what, "config.json", why, f"set {key}" if wanted else f"remove {key}"))
+        options = config.get("quantization_config")
+        if isinstance(options, Mapping) and options.get("group_size", 0) not in self.group_sizes:
+            what = f"quantization_config.group_size is {options['group_size']!r}"
+            why = f"MindIE accepts {join_or(self.group_sizes)}"
+            faults.append(Fault(what, "config.json", why, "compile again with another --group_size"))
+        elif folder.layout is self and not isinstance(options, Mapping):
+            why = "MindIE reads the group size from it"
+            faults.append(Fault("quantization_config is missing", "config.json", why, COMPILE_AGAIN))
+        return faults
+
+    def header_faults(self, folder: FinishedFolder) -> list[Fault]:
+        name, expected = folder.description_name, self.description_name(folder.quant_type)
+        faults = super().header_faults(folder)
+        if name != expected:
+            what, why = (
+                f"named {name} instead of {expected}",
+                f"MindIE derives the name from the type {folder.quant_type}",
+            )
+            faults.append(Fault(what, name, why, "rename the file"))
+        return faults
+
+    def description_faults(self, folder: FinishedFolder) -> list[Fault]:
+        """Its loader looks up the members of fused groups; that of text models looks up all linear layers, and the
+        biases of W8A8_DYNAMIC q/k/v, which it drops if they have no entry."""
+        roles = self._loader(folder.family).looked_up
+        return [
+            missing_entry(folder, layer, "MindIE looks it up there, and stops")
+            for layer in folder.linears
+            if folder.family.role(layer) in roles and f"{layer}.weight" not in folder.description
+        ]
+
+    def tensor_faults(self, folder: FinishedFolder) -> list[Fault]:
+        """Biases of norms (a folded shift) that it does not apply, and their copies."""
+        shifted = folder.shifted_norms()
+        faults = []
+        for norm in shifted:
+            readers = [folder.schemes[layer] for layer in folder.norm_readers[norm] if layer in folder.schemes]
+            if not all(scheme.spec.takes_added_bias for scheme in readers):
+                why = "MindIE applies a norm bias only if every layer that reads the norm is W8A8"
+                faults.append(Fault(IGNORED_BIAS, f"{norm}.bias", why, COMPILE_AGAIN))
+        for norm in folder.norm_readers:
+            faults += self._copy_faults(folder, norm, biased=norm in shifted)
+        return faults
+
+    def _copy_faults(self, folder: FinishedFolder, norm: str, *, biased: bool) -> list[Fault]:
+        """It needs copies X.module.weight and X.module.bias of exactly the norms that have a bias."""
+        faults = []
+        for suffix in ("weight", "bias"):
+            name, copy = f"{norm}.{suffix}", f"{norm}.{self.norm_copies}.{suffix}"
+            if (copy in folder.tensors) != biased:
+                what = f"{copy} is missing" if biased else f"{copy} exists, but the norm has no bias"
+                why = "MindIE applies the bias of exactly those norms whose tensors are repeated under X.module"
+                faults.append(Fault(what, name, why, COMPILE_AGAIN))
+            elif biased and name in folder.tensors:
+                first, second = folder.tensors[name], folder.tensors[copy]
+                same_form = (first.dtype, first.shape) == (second.dtype, second.shape)
+                if not (same_form and first.read().tobytes() == second.read().tobytes()):
+                    why = "they must be equal, because MindIE reads one or the other"
+                    faults.append(Fault(f"differs from {name}", copy, why, "copy the folder again, or compile again"))
+        return faults
+
+    def group_size_entry(self, folder: FinishedFolder) -> tuple[str, str, Any]:
+        options = folder.config.get("quantization_config")
+        value = options.get("group_size") if isinstance(options, Mapping) else None
+        return "config.json", "quantization_config.group_size", value
+
+    def placement_faults(self, folder: FinishedFolder) -> list[Fault]:
+        return _writable_by_all(folder) if folder.layout is self else []
+
+    def placement_warnings(self, folder: FinishedFolder) -> list[Fault]:
+        faults = [] if folder.layout is self else _writable_by_all(folder)
+        if not ACCEPTED_PATH.fullmatch(path := str(folder.path.resolve())):
+            what, fix = "MindIE accepts only letters, digits and _ . / - in paths", "move the folder before serving it"
+            faults.insert(0, Fault(what, path, fix=f"{fix} with MindIE"))
+        return faults
+
+    # ---- notes for the user ----------------------------------------------------------------------------------------
 
     def serve_command(self, folder: str) -> str:
         return f'"modelWeightPath": {json.dumps(folder, ensure_ascii=False)} in the config.json of the MindIE service'
@@ -118,12 +300,32 @@ class MindIE(Engine):
     def unsupported_where(self, family: ModelFamily, scheme: Scheme) -> str:
         return " for vision-language models" if scheme == Scheme.W4A8_DYNAMIC else ""
 
-    def scheme_notes(self, scheme: Scheme, group_size: int | None) -> list[str]:
+    def scheme_notes(self, family: ModelFamily, scheme: Scheme, group_size: int | None) -> list[str]:
         if scheme == Scheme.W8A8_DYNAMIC:
             return ["MindIE runs W8A8_DYNAMIC in the language model only: the vision tower stays float"]
         if scheme == Scheme.W4A8_DYNAMIC and group_size is not None and group_size not in self.group_sizes:
             return [f"group_size {group_size}: MindIE accepts {join_or(self.group_sizes[1:])} only"]
         return []
+
+
+def _quantizes_vision(family: ModelFamily, schemes: Mapping[str, Scheme]) -> bool:
+    """Tensor or layer name -> scheme: whether anything in the vision tower is quantized."""
+    return any(family.in_vision_tower(name) for name, scheme in schemes.items() if scheme != Scheme.FLOAT)
+
+
+def _last_names(family: ModelFamily, roles: Iterable[Role]) -> str:
+    """The layers with these roles, by the last part of their names, such as "qkv"."""
+    return join_and(dict.fromkeys(layer.rpartition(".")[2] for layer in family.layers(*roles)))
+
+
+def _writable_by_all(folder: FinishedFolder) -> list[Fault]:
+    """MindIE checks file modes before it reads."""
+    paths = (folder.path, *sorted(folder.path.iterdir()))
+    writable = [path.name for path in paths if path.stat().st_mode & stat.S_IWOTH]
+    if not writable:
+        return []
+    what = "writable by all users" + (f", and {len(writable) - SHOWN} more" if len(writable) > SHOWN else "")
+    return [Fault(what, ", ".join(writable[:SHOWN]), "MindIE rejects such files", "chmod o-w")]
 
 
 MINDIE = MindIE()

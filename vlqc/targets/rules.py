@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from vlqc.errors import Fault
 from vlqc.families.family import DECODER_ROLES, ModelFamily
 from vlqc.targets.engine import join_or
-from vlqc.targets.schemes import Scheme
+from vlqc.targets.schemes import Scheme, quant_type
 from vlqc.targets.target import ENGINES, Target, TargetLike, as_target
 
 # ---- one layer -------------------------------------------------------------------------------------------------------
@@ -91,6 +91,12 @@ def mixed_group_faults(target: TargetLike, family: ModelFamily, schemes: Mapping
             fix = "use one scheme for the whole group"
             faults.append(Fault(f"one fused group has several schemes: {mixed}", group[0], why, fix))
     return faults
+
+
+def folder_type(target: TargetLike, family: ModelFamily, schemes: Mapping[str, Scheme]) -> Scheme:
+    """Scheme per checkpoint layer name -> the one that names a folder for the target; FLOAT if none is quantized."""
+    types = (engine.folder_type(family, schemes) for engine in as_target(target).engines)
+    return next((each for each in types if each is not None), quant_type(schemes.values()))
 
 
 def run_together(target: TargetLike, family: ModelFamily, schemes: Iterable[Scheme]) -> bool:

@@ -1,7 +1,9 @@
-"""The engines that a result is for, as text: `vllm-ascend`, `mindie@2.2`, or `both` for the pair of them."""
+"""The engines of vlqc, and those that a result is for, as text: `vllm-ascend`, `mindie@2.2`, or `both` for the pair."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
@@ -11,7 +13,7 @@ from vlqc.targets.engine import Engine
 from vlqc.targets.mindie import MINDIE
 from vlqc.targets.vllm_ascend import VLLM_ASCEND
 
-ENGINES: tuple[Engine, ...] = (VLLM_ASCEND, MINDIE)
+ENGINES: tuple[Engine, ...] = (VLLM_ASCEND, MINDIE)  # those that run more schemes first
 BOTH = "both"  # stands for ENGINES
 NAMES = {engine.name: (engine,) for engine in ENGINES} | {BOTH: ENGINES}
 
@@ -27,7 +29,8 @@ class Target:
     version: str | None = None
 
     def __str__(self) -> str:
-        name = next(name for name, engines in NAMES.items() if engines == self.engines)
+        names = (name for name, engines in NAMES.items() if engines == self.engines)
+        name = next(names, None) or " and ".join(engine.name for engine in self.engines)
         return f"{name}@{self.version}" if self.version else name
 
     @cached_property
@@ -42,6 +45,23 @@ class Target:
     def only(self, engine: Engine) -> "Target":
         """The target with one of its engines only."""
         return Target((engine,), self.version)
+
+
+def find_layout(files: Iterable[str]) -> tuple[Engine, str] | None:
+    """Names of all files of a folder -> the engine in whose layout it is and the name of the description, or None."""
+    files = tuple(files)
+    found = ((engine, engine.find_description(files)) for engine in ENGINES)
+    return next(((engine, name) for engine, name in found if name is not None), None)
+
+
+def written_for(layout: Engine, config: Mapping[str, Any]) -> Target:
+    """The engines for which a finished folder was written, by its layout and config.json."""
+    return Target(tuple(engine for engine in ENGINES if engine is layout or engine.is_named_in(config)))
+
+
+def engine_of_option(options: Any) -> Engine | None:
+    """The engine whose layout an option besides `--target` selects."""
+    return next((each for each in ENGINES if each.layout_option and getattr(options, each.layout_option)), None)
 
 
 def parse_target(text: str, where: str = "--target") -> Target:

@@ -1,7 +1,8 @@
 """Which versions of an engine load an assignment of schemes, or a finished folder."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from packaging.version import Version
@@ -13,38 +14,67 @@ from vlqc.targets.rules import group_faults
 from vlqc.targets.schemes import Scheme
 from vlqc.targets.target import ENGINES
 
+Range = tuple[str, str | None]  # the first version, and the first one after it that is outside (None: no known end)
+
 
 @dataclass(frozen=True)
 class VersionRange:
-    """Versions of one engine, from `since` on and below `before` (None: no known end)."""
+    """Versions of one engine: one range or several, the earliest first, that do not touch."""
 
     engine: Engine
-    since: str
-    before: str | None = None
+    ranges: tuple[Range, ...]
 
     def __str__(self) -> str:
-        return f"{self.engine.title} {self.since} and later" + (f", before {self.before}" if self.before else "")
+        texts = (f"{since} and later" + (f", before {before}" if before else "") for since, before in self.ranges)
+        return f"{self.engine.title} {'; '.join(texts)}"
 
     def __contains__(self, version: str) -> bool:
         parsed = Version(version)
-        return Version(self.since) <= parsed and (self.before is None or parsed < Version(self.before))
+        return any(Version(since) <= parsed and _is_before(parsed, before) for since, before in self.ranges)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether all versions from the first one on belong to it."""
+        return len(self.ranges) == 1 and self.ranges[0][1] is None
+
+    @property
+    def since(self) -> str:
+        return self.ranges[0][0]
 
 
 def supporting_versions(
     engine: Engine, family: ModelFamily, schemes: Mapping[str, Scheme], dtype: str
 ) -> VersionRange | None:
     """The versions of the engine that run every (layer, scheme); None when there is none."""
-    since, before = engine.since, None
-    for layer, scheme in schemes.items():
-        if not scheme.is_quantized:
-            continue
+    first = engine.first_version(family)
+    ranges: list[Range] = [] if first is None else [(first, None)]
+    for scheme, role in {(scheme, family.role(layer)) for layer, scheme in schemes.items() if scheme.is_quantized}:
         rules = (rule for rule in engine.rules_of(family) if rule.scheme == scheme and rule.applies(None, dtype))
-        rule = next((rule for rule in rules if family.role(layer) in rule.roles), None)
-        if rule is None:
-            return None
-        since = max(since, rule.since, key=Version)
-        before = min(filter(None, (before, rule.before)), key=Version, default=None)
-    return None if before and Version(before) <= Version(since) else VersionRange(engine, since, before)
+        runs = [(rule.since, rule.before) for rule in rules if role in rule.roles]
+        ranges = [both for pair in product(ranges, runs) if (both := _intersection(*pair)) is not None]
+    return VersionRange(engine, tuple(_merged(ranges))) if ranges else None
+
+
+def _is_before(version: Version, before: str | None) -> bool:
+    return before is None or version < Version(before)
+
+
+def _intersection(first: Range, second: Range) -> Range | None:
+    since = max(first[0], second[0], key=Version)
+    before = min(filter(None, (first[1], second[1])), key=Version, default=None)
+    return (since, before) if _is_before(Version(since), before) else None
+
+
+def _merged(ranges: Iterable[Range]) -> list[Range]:
+    """The ranges in order, those that overlap or touch as one."""
+    merged: list[Range] = []
+    for since, before in sorted(ranges, key=lambda each: Version(each[0])):
+        last = merged[-1] if merged else None
+        if last is None or (last[1] is not None and Version(last[1]) < Version(since)):
+            merged.append((since, before))
+        elif last[1] is not None and (before is None or Version(last[1]) < Version(before)):
+            merged[-1] = (last[0], before)
+    return merged
 
 
 def loading_versions(
@@ -72,7 +102,7 @@ def loading_engines(description: Mapping[str, Any], dtype: str, config: Mapping[
 def layer_schemes(description: Mapping[str, Any]) -> dict[str, Scheme]:
     """Description (tensor name -> scheme) -> scheme per layer, from the entries that end in `.weight`.
 
-    A norm that MindIE's layout repeats as `X.module.weight`, listed with the folder's type, counts once, as FLOAT.
+    A norm whose tensors a layout repeats, listed with the folder's type, counts once, as FLOAT.
     """
     values = {str(scheme) for scheme in Scheme}
     copies = tuple(f".{engine.norm_copies}.weight" for engine in ENGINES if engine.norm_copies)

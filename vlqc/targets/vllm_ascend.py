@@ -1,20 +1,33 @@
 """vLLM Ascend: which layers it runs in which scheme and version, and the folder that it loads.
 
-Source: the rules of its own loader for Qwen2.5-VL.
+Source: its own loader and models, as each row says; VA stands for its repository's folder vllm_ascend at the tag.
 """
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
+from vlqc.errors import Fault
 from vlqc.families.family import DECODER_ROLES, VISION_ROLES, ModelFamily, Role
-from vlqc.targets.engine import Engine, Rule, join_or
+from vlqc.targets.engine import (
+    COMPILE_AGAIN,
+    IGNORED_BIAS,
+    Engine,
+    FinishedFolder,
+    FolderContent,
+    Rule,
+    join_or,
+    missing_entry,
+    wrong_keys,
+)
 from vlqc.targets.schemes import Scheme
 
 DESCRIPTION = "quant_model_description.json"
 DESCRIPTION_VERSION = "1.0.0"  # by which it recognizes packed 4-bit weights
 ONLY_BFLOAT16 = ("bfloat16",)
 FAST_GROUP_SIZES = (64, 128)  # what its int4 kernels are written for
+LARGEST_GROUP_SIZE = 256  # beyond it the kernels may refuse
+NORM_BIAS = "norm.bias"  # part of a key of the description that makes it build every RMSNorm with a bias
 
 
 class VllmAscend(Engine):
@@ -23,40 +36,133 @@ class VllmAscend(Engine):
     name = "vllm-ascend"
     title = "vLLM Ascend"
     example_versions = "0.18 or 0.17.0rc1"
-    since = "0.10.2rc2"
     rules: ClassVar[Mapping[str, tuple[Rule, ...]]] = {
         "qwen2_5_vl": (
             Rule(Scheme.W8A8, (*VISION_ROLES, Role.MERGER, *DECODER_ROLES), since="0.10.2rc2"),
             Rule(Scheme.W8A8_DYNAMIC, DECODER_ROLES, since="0.11", dtypes=ONLY_BFLOAT16),
             # The vision tower passes 3-D inputs to its layers; the per-token operator takes them from 0.16 on.
             Rule(Scheme.W8A8_DYNAMIC, (*VISION_ROLES, Role.MERGER), since="0.16", dtypes=ONLY_BFLOAT16),
-            # The int4 operator ignores a bias, and q/k/v have one; it takes 2-D inputs only, so never vision.
+            # The int4 operator ignores a bias, and q/k/v have one; it takes 2-D inputs only, so never vision. Release
+            # candidates of 0.26, which still load dense 4-bit weights, sort before 0.26.
             Rule(Scheme.W4A8_DYNAMIC, (Role.OUT, Role.UP, Role.DOWN), since="0.11", before="0.26"),
         ),
     }
     packs_int4 = True
     norm_bias_parts = ("language",)
 
+    def group_faults(self, family: ModelFamily, schemes: Mapping[str, Scheme]) -> list[Fault]:
+        """One scheme for all experts of a layer: it takes that of expert 0 for all (VA/quantization, FusedMoE)."""
+        first: dict[str | None, str] = {}
+        faults = []
+        for layer, scheme in schemes.items():
+            if family.role(layer) not in (Role.EXPERT_UP, Role.EXPERT_DOWN):
+                continue
+            other = first.setdefault(family.block(layer), layer)
+            if schemes[other] != scheme:
+                what = f"{layer} is {scheme} while {other} is {schemes[other]}"
+                why = "vLLM Ascend runs all experts of a layer in the scheme of the first one"
+                faults.append(Fault(what, layer, why, "use one scheme for all experts of the layer"))
+        return faults
+
+    # ---- writing a folder ------------------------------------------------------------------------------------------
+
     def description_name(self, quant_type: Scheme) -> str:
         return DESCRIPTION
 
-    def description_header(self, quant_type: Scheme) -> dict[str, Any]:
-        return {"version": DESCRIPTION_VERSION, "model_quant_type": str(quant_type)}
+    def find_description(self, files: Iterable[str]) -> str | None:
+        return DESCRIPTION if DESCRIPTION in files else None
+
+    def description_header(self, content: FolderContent) -> dict[str, Any]:
+        return {"version": DESCRIPTION_VERSION} | super().description_header(content)
+
+    def describes(self, family: ModelFamily, tensor: str) -> bool:
+        """Not the biases of norms outside the language model, whose keys would give its RMSNorms a bias of zeros."""
+        return NORM_BIAS not in tensor or family.part(tensor) in self.norm_bias_parts
+
+    # ---- a finished folder -----------------------------------------------------------------------------------------
 
     def reads_config(self, family: ModelFamily, schemes: Mapping[str, Scheme], config: Mapping[str, Any]) -> bool:
-        return "quantization_config" not in config  # vLLM would read that key instead of the description
+        return not _keys_read_instead(family, config)
+
+    def config_faults(self, folder: FinishedFolder) -> list[Fault]:
+        return [
+            Fault(
+                f"unexpected key {key}",
+                "config.json",
+                f"vLLM would read that key instead of {DESCRIPTION}",
+                "remove the key",
+            )
+            for key in _keys_read_instead(folder.family, folder.config)
+        ]
+
+    def header_faults(self, folder: FinishedFolder) -> list[Fault]:
+        return super().header_faults(folder) + wrong_keys(folder, {"version": DESCRIPTION_VERSION})
+
+    def description_faults(self, folder: FinishedFolder) -> list[Fault]:
+        """Its loader looks up every linear layer, mergers and routers among them, and the embedding of the language
+        model; it stops with a KeyError if one is missing (VA/quantization/quant_config.py and modelslim_config.py).
+        Of experts it looks up those of number 0, but then the shards of all must be there."""
+        if folder.layout is not self:
+            why = f"vLLM Ascend reads {DESCRIPTION}, not the description of {folder.layout.title}'s layout"
+            return [Fault(f"no description for {self.title}", folder.description_name, why)]
+        stored = (name.removesuffix(".weight") for name in folder.tensors if name.endswith(".weight"))
+        routers = (name for name in stored if folder.family.role(name) == Role.ROUTER)
+        return [
+            missing_entry(folder, layer, "vLLM Ascend looks up every linear layer and the embedding there, and stops")
+            for layer in dict.fromkeys((folder.embedding, *folder.linears, *routers))
+            if f"{layer}.weight" not in folder.description
+        ]
+
+    def description_warnings(self, folder: FinishedFolder) -> list[Fault]:
+        parts = {folder.family.part(norm) for norm in folder.shifted_norms()}
+        if parts & set(self.norm_bias_parts):
+            return []
+        why = f"vLLM Ascend builds every RMSNorm with a bias of zeros if a key contains {NORM_BIAS!r}, which is slower"
+        strays = [key for key in folder.description if NORM_BIAS in key]
+        return [Fault(f"it lists {strays[0]!r}", folder.description_name, why, COMPILE_AGAIN)] if strays else []
+
+    def tensor_faults(self, folder: FinishedFolder) -> list[Fault]:
+        """Biases of norms that it does not load, and numbers of outputs that the int4 operator does not take."""
+        faults = []
+        if not any(NORM_BIAS in key for key in folder.description):
+            why = f"vLLM Ascend loads norm biases only if some key of the description contains {NORM_BIAS!r}"
+            faults = [Fault(IGNORED_BIAS, f"{norm}.bias", why, COMPILE_AGAIN) for norm in folder.shifted_norms()]
+        return faults + [
+            Fault(
+                f"{folder.linears[layer].outputs} outputs in {scheme.spec.weight.bits} bits",
+                layer,
+                f"vLLM Ascend's int4 operator needs a multiple of {scheme.spec.output_multiple}",
+                f"compile again with --exclude {layer}",
+            )
+            for layer, scheme in folder.schemes.items()
+            if layer in folder.linears and folder.linears[layer].outputs % scheme.spec.output_multiple
+        ]
+
+    def group_size_warning(self, group_size: int) -> str:
+        if group_size in (*FAST_GROUP_SIZES, LARGEST_GROUP_SIZE):
+            return ""
+        return f"vLLM Ascend's int4 kernels prefer {join_or(FAST_GROUP_SIZES)}"
+
+    # ---- notes for the user ----------------------------------------------------------------------------------------
 
     def serve_command(self, folder: str) -> str:
         # Versions from 0.17.0rc1 on detect the quantization by themselves; the flag does no harm there.
         return f"vllm serve {shlex.quote(folder)} --quantization ascend"
 
-    def scheme_notes(self, scheme: Scheme, group_size: int | None) -> list[str]:
+    def scheme_notes(self, family: ModelFamily, scheme: Scheme, group_size: int | None) -> list[str]:
         if scheme != Scheme.W4A8_DYNAMIC or group_size is None or group_size in FAST_GROUP_SIZES:
             return []
         sizes = join_or(FAST_GROUP_SIZES)
-        if group_size > max(FAST_GROUP_SIZES) * 2:
+        if group_size > LARGEST_GROUP_SIZE:
             return [f"group_size {group_size}: vLLM Ascend's int4 kernels are written for {sizes}, and may refuse it"]
         return [f"group_size {group_size}: vLLM Ascend's int4 kernels prefer {sizes}"]
+
+
+def _keys_read_instead(family: ModelFamily, config: Mapping[str, Any]) -> list[str]:
+    """Keys that vLLM reads instead of the description, at the top or among those of the language model
+    (vllm/model_executor/model_loader/weight_utils.py, 0.18)."""
+    parts = (config, family.text_config(config))
+    return ["quantization_config"] if any("quantization_config" in part for part in parts) else []
 
 
 VLLM_ASCEND = VllmAscend()

@@ -10,6 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from vlqc.errors import Fault
 from vlqc.files import format_json
 from vlqc.formatting import escape_control_chars, pluralize
 
@@ -63,6 +64,11 @@ class VerificationResult:
     def add_examined(self, check: str, count: int = 1) -> None:
         """Record that `check` was made on `count` more items."""
         self.examined[check] = self.examined.get(check, 0) + count
+
+    def add_faults(self, check: str, faults: Iterable[Fault]) -> None:
+        """Adds each of these faults to a check."""
+        for fault in faults:
+            self.add_fault(check, fault.where, fault.what, fault.why, fault.fix)
 
     def add_fault(self, check: str, where: str, what: str, why: str = "", fix: str = "") -> None:
         self.faults.append(Finding(check, *map(escape_control_chars, (where, what, why, fix))))

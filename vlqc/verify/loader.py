@@ -14,9 +14,8 @@ from vlqc.formatting import did_you_mean
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.streamed_model import build_meta_model
 from vlqc.kernels_ref.norm import ShiftedNorm
-from vlqc.targets.schemes import Scheme
-
-DESCRIPTIONS = ("quant_model_description.json", "quant_model_description_*.json")
+from vlqc.targets.schemes import DEFAULT_SCHEME, Scheme
+from vlqc.targets.target import ENGINES, find_layout
 
 
 def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> nn.Module:
@@ -46,11 +45,11 @@ def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, trust_remote
 
 def read_description(folder: Path) -> dict[str, str]:
     """quant_model_description*.json: tensor name -> scheme, and keys of the whole folder. UserError without one."""
-    paths = sorted(path for pattern in DESCRIPTIONS for path in folder.glob(pattern))
-    if not paths:
-        why = "quant_model_description.json is missing"
+    described = find_layout(path.name for path in folder.iterdir())
+    if described is None:
+        why = f"{ENGINES[0].description_name(DEFAULT_SCHEME)} is missing"
         raise UserError(Fault("not a compiled folder", str(folder), why, "pass a folder that vlqc compile wrote"))
-    return read_json_object(paths[0])
+    return read_json_object(folder / described[1])
 
 
 class WeightLoader:

@@ -8,8 +8,7 @@ from vlqc.families.family import ModelFamily
 from vlqc.ir.observation import MODALITIES
 from vlqc.targets.rules import group_faults, supported_schemes
 from vlqc.targets.schemes import Scheme, linear_bytes, scheme_of_flags
-from vlqc.targets.target import Target, parse_target
-from vlqc.targets.vllm_ascend import VLLM_ASCEND as WIDEST  # the engine that runs most schemes
+from vlqc.targets.target import ENGINES, Target, parse_target
 from vlqc.verify.accuracy import Noise
 from vlqc.verify.attribution.ablation import Attribution, LayerGroup, ModalityPower
 from vlqc.verify.attribution.group_error import (
@@ -191,14 +190,14 @@ def _for_target(option: str, scheme: Scheme, family: ModelFamily, layers: Sequen
     """The option, with another target if the folder's own does not run these layers so; empty if none does."""
     if scheme in supported_schemes(target, family, layers[0]):
         return option
-    return f"{option} --target {WIDEST}" if scheme in supported_schemes(WIDEST, family, layers[0]) else ""
+    return f"{option} --target {ENGINES[0]}" if scheme in supported_schemes(ENGINES[0], family, layers[0]) else ""
 
 
 def _exclusion(row: Mapping[str, object], layers: Sequence[str], compiled: CompiledFolder, target: Target) -> str:
     """--exclude with its measured effect; the other members of the fused group follow the named one."""
     schemes, members = compiled.schemes, compiled.family.fused_group(layers[0])
     planned = {**schemes, **{member: Scheme.FLOAT for member in members if member in schemes}}
-    other = f" --target {WIDEST}" if group_faults(target, compiled.family, planned) else ""
+    other = f" --target {ENGINES[0]}" if group_faults(target, compiled.family, planned) else ""
     effect = f"SQNR of the logits {row['gain dB']:+} dB for {row['float MiB']} MiB more"
     return f"--exclude {layers[0]}{other}: {effect}"
 

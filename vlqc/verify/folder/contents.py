@@ -8,15 +8,13 @@ from typing import Any
 
 from vlqc.errors import Fault, UserError
 from vlqc.targets.engine import Engine
-from vlqc.targets.mindie import MINDIE
-from vlqc.targets.vllm_ascend import VLLM_ASCEND
+from vlqc.targets.schemes import DEFAULT_SCHEME
+from vlqc.targets.target import ENGINES, find_layout
 from vlqc.verify.findings import COMPILE_AGAIN, COPY_AGAIN, VerificationResult, format_list
 from vlqc.verify.folder.reader import StoredTensor, read_json, read_json_object, read_tensors
 
 WEIGHT_FILE = re.compile(r"quant_model_weight_(?P<type>.+?)(-(?P<number>\d{5})-of-(?P<total>\d{5}))?\.safetensors")
 MANIFEST = "MANIFEST.json"
-DESCRIPTION = "quant_model_description.json"
-MINDIE_DESCRIPTION = re.compile(r"quant_model_description_.+\.json")
 
 # Needed to serve images and text; a folder compiled from `samples` may lack them. (title, alternatives)
 SIDE_FILES = (
@@ -29,37 +27,41 @@ SIDE_FILES = (
 
 @dataclass
 class FolderFiles:
-    """The content of a folder; that of a file which cannot be read is empty."""
+    """The content of a folder; that of a file which cannot be read is empty.
+
+    names: of all files; layout: the engine whose description it has; description_name: of that file.
+    """
 
     path: Path
-    layout: Engine  # whose description file it has
+    names: list[str]
+    layout: Engine
+    description_name: str
     weights: list[Path] = field(default_factory=list)
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
     description: dict[str, Any] = field(default_factory=dict)
-    description_name: str = DESCRIPTION
     config: dict[str, Any] = field(default_factory=dict)
 
 
 def open_folder(path: Path, result: VerificationResult) -> FolderFiles:
     """Reads a folder, with a fault for every file that cannot be read. UserError if it is not a compiled folder."""
     names = _names(path)
-    mindie = sorted(name for name in names if MINDIE_DESCRIPTION.fullmatch(name))
-    folder = FolderFiles(path, MINDIE if mindie and DESCRIPTION not in names else VLLM_ASCEND)
+    described = find_layout(names)
+    default = ENGINES[0]  # of a folder whose description is missing
+    layout, description_name = described or (default, default.description_name(DEFAULT_SCHEME))
+    folder = FolderFiles(path, names, layout, description_name)
     folder.weights = [path / name for name in names if WEIGHT_FILE.fullmatch(name)]
-    if DESCRIPTION not in names and not mindie and not folder.weights:
+    if described is None and not folder.weights:
         is_float = any(name.endswith(".safetensors") for name in names)
         raise UserError(
             Fault(
                 "not a compiled folder",
                 str(path),
-                f"it has neither {DESCRIPTION} nor quant_model_weight_*.safetensors",
+                f"it has neither {description_name} nor quant_model_weight_*.safetensors",
                 "this looks like a float checkpoint: compile it first, or pass it as --model_path"
                 if is_float
                 else "pass the folder that `vlqc compile --save_directory` wrote",
             )
         )
-    if mindie and folder.layout == MINDIE:
-        folder.description_name = mindie[0]
     for check, name in (("description", folder.description_name), ("config", "config.json")):
         result.add_examined(check)
         content, error = read_json_object(path / name) if name in names else (None, "is missing")

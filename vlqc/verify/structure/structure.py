@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from vlqc.families.family import ModelFamily
+from vlqc.families.registry import FAMILIES
 from vlqc.formatting import pluralize
 from vlqc.frontend.model_structure import ModelStructure
-from vlqc.targets.mindie import MINDIE
+from vlqc.targets.engine import FinishedFolder
+from vlqc.targets.rules import folder_type
 from vlqc.targets.schemes import Scheme, StorageFormat, scheme_of_tensors
-from vlqc.targets.target import BOTH, Target, as_target
-from vlqc.targets.vllm_ascend import VLLM_ASCEND
+from vlqc.targets.target import Target, written_for
 from vlqc.verify.findings import COMPILE_AGAIN, VerificationResult, format_list
 from vlqc.verify.folder.contents import FolderFiles, check_files, open_folder
 from vlqc.verify.structure.configuration import (
@@ -77,29 +78,46 @@ def check_structure(
 ) -> CompiledFolder:
     """Reads a folder and checks its structure. target: None for the one that the folder is written for."""
     files = open_folder(path, result)
-    claimed = target or _claimed_target(files)
+    claimed = target or written_for(files.layout, files.config)
     result.engine = str(claimed)
     float_dtype = check_dtype(files, result)
     model = check_model(files, result, trust_remote_code=trust_remote_code)
     schemes = _schemes(files, model, result) if model else {}
-    type_name = check_description_keys(files, schemes, result).lower()
-    form = StorageFormat(float_dtype, packed=files.layout.packs_int4, group_size=group_size(files, schemes, result))
+    finished = _finished_folder(files, model, schemes)
+    type_name = check_description_keys(finished, result).lower()
+    form = StorageFormat(float_dtype, packed=files.layout.packs_int4, group_size=group_size(finished, result))
     check_files(files, type_name, result)
-    check_config(files, model, claimed, type_name, schemes, result)
+    if model:
+        check_config(finished, model, claimed, result)
     valid = _check_tensors(files, model, schemes, form, result) if model else {}
     dtype = next(name for name, code in DTYPE_CODES.items() if code == float_dtype)
     loads_in = []
     if model:
-        named = target is not None
-        loads_in = check_engine_rules(files, model, schemes, claimed, dtype, named=named, result=result)
+        loads_in = check_engine_rules(finished, claimed, dtype, named=target is not None, result=result)
     result.facts |= _facts(files, dtype, schemes, form) | {"loads in": loads_in or ["no known engine version"]}
     return CompiledFolder(files, form, model, schemes, valid)
 
 
-def _claimed_target(files: FolderFiles) -> Target:
-    if files.layout == MINDIE:
-        return as_target(MINDIE)
-    return as_target(BOTH if "quantize" in files.config else VLLM_ASCEND)
+def _finished_folder(files: FolderFiles, model: ModelStructure | None, schemes: Mapping[str, Scheme]) -> FinishedFolder:
+    """The folder as the engines' rules need it. Without a model, which is a fault already, it has no layers, and rules
+    that depend on the family are not applied."""
+    family = model.family if model else FAMILIES[0]
+    shiftable = [norm for norm in model.norms if not model.has_bias(norm)] if model else []
+    return FinishedFolder(
+        path=files.path,
+        layout=files.layout,
+        family=family,
+        files=files.names,
+        description_name=files.description_name,
+        description=files.description,
+        config=files.config,
+        tensors=files.tensors,
+        quant_type=folder_type(written_for(files.layout, files.config), family, schemes),
+        schemes=schemes,
+        embedding=model.embedding if model else "",
+        linears=model.linears if model else {},
+        norm_readers={norm: tuple(model.edges[norm].consumers) for norm in shiftable} if model else {},
+    )
 
 
 # ---- schemes ---------------------------------------------------------------------------------------------------------
@@ -175,7 +193,8 @@ def _check_tensors(
         if right_shape and right_dtype:
             valid[name] = wanted
         entry = files.description.get(name)
-        if files.description and entry != wanted.scheme and not (name.endswith(".weight") and entry is None):
+        optional = name.endswith(".weight") or not files.layout.describes(model.family, name)  # weights: `_schemes`
+        if files.description and entry != wanted.scheme and not (optional and entry is None):
             what = f"described as {entry!r} instead of {str(wanted.scheme)!r}"
             why = "engines choose how to load a tensor by this entry"
             result.add_fault("description", name, what, why, COMPILE_AGAIN)

@@ -44,7 +44,7 @@ def compile(
     pipeline = build_pipeline(options, passes)
     model = open_model(options)  # parameters on the meta device
     check_layers(model, options)
-    dataset = load_calibration(options, model.module, samples)
+    dataset = load_calibration(options, model, samples)
     # folder, journal, progress, summary; renames the result on exit
     with open_run(options, pipeline, model, dataset, progress) as run:
         for stage in run.stages():  # sequential calibration: one stage's weights in memory

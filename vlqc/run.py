@@ -85,7 +85,7 @@ class CompilationRun:
 
     def _run_stages(self) -> Iterator[Stage]:
         model, checkpoint = self.model, self.model.checkpoint
-        first, samples = self._process_group.scatter(group_by_images(self.dataset.samples))
+        first, samples = self._process_group.scatter(group_by_images(self.dataset.samples, self.model.family.inputs))
         probe = self._process_group.broadcast(0, self.dataset.probe)
         indices = range(first, first + len(samples))
         cached = self._journal.restore(self._writer, checkpoint, indices, self._offload.offload)

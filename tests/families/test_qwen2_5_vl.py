@@ -1,20 +1,11 @@
-"""What vlqc assumes of Qwen2.5-VL: config.json of every transformers version, names, and how images are resized."""
+"""What vlqc assumes of Qwen2.5-VL: config.json of every transformers version, and names."""
 
-import ast
 import copy
-import functools
-import importlib.util
-import math
-import typing
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import example, given
-from hypothesis import strategies as st
 
-from vlqc.families.qwen2_5_vl import flatten_config, original_name, original_rope, smart_resize
+from vlqc.families.qwen2_5_vl import flatten_config, original_name, original_rope
 
 # The language model's keys of Qwen2.5-VL-7B, as the first release wrote them beside the rest ...
 LANGUAGE = {
@@ -150,40 +141,3 @@ def test_no_text_config_to_speak_of() -> None:
 def test_original_names(name: str, original: str) -> None:
     """Catches a prefix that is not removed, or removed from a name that only begins like it."""
     assert original_name(name) == original
-
-
-@functools.cache
-def reference_smart_resize() -> Callable[[int, int, int], tuple[int, int]]:
-    """smart_resize of qwen_vl_utils, compiled from its source: the package cannot be imported without torchvision."""
-    spec = importlib.util.find_spec("qwen_vl_utils")
-    assert spec is not None and spec.submodule_search_locations
-    file = Path(spec.submodule_search_locations[0]) / "vision_process.py"
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    kept = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.Assign) and is_needed(node)]
-    namespace: dict[str, Any] = {"math": math, "Optional": typing.Optional, "Tuple": tuple}
-    exec(compile(ast.Module(kept, []), str(file), "exec"), namespace)
-    function: Callable[[int, int, int], tuple[int, int]] = namespace["smart_resize"]
-    return function
-
-
-def is_needed(node: ast.FunctionDef | ast.Assign) -> bool:
-    if isinstance(node, ast.FunctionDef):
-        return node.name == "smart_resize" or node.name.endswith("_by_factor")
-    return isinstance(node.value, ast.Constant)
-
-
-@given(st.integers(1, 30000), st.integers(1, 30000))
-@example(1, 1)
-@example(27, 2000)
-@example(200, 1)
-@example(201, 1)
-@example(9000, 9000)
-def test_images_are_resized_like_the_reference(height: int, width: int) -> None:
-    """Catches calibration images of another shape than those of qwen_vl_utils, at any size and aspect ratio."""
-    try:
-        expected = reference_smart_resize()(height, width, 28)
-    except ValueError:
-        with pytest.raises(ValueError, match="aspect ratio"):
-            smart_resize(height, width)
-    else:
-        assert smart_resize(height, width) == expected

@@ -14,7 +14,6 @@ from tests.support.float_model import CONFIG
 from vlqc.errors import UserError
 from vlqc.families.linear import Linear
 from vlqc.families.qwen2_5_vl import QWEN2_5_VL, flatten_config, original_name
-from vlqc.frontend.calibration.probe import synthetic_sample
 from vlqc.frontend.model_structure import ModelStructure, model_structure, structure_of
 from vlqc.frontend.streamed_model import build_meta_model, model_inputs
 
@@ -158,7 +157,7 @@ def test_other_names_give_the_same_edges() -> None:
         layer, _, part = name.rpartition(".")
         return f"{renamed[layer]}.{part}" if layer in renamed else original_name(name)
 
-    inputs = model_inputs(model, QWEN2_5_VL, synthetic_sample(model.config))
+    inputs = model_inputs(model, QWEN2_5_VL, QWEN2_5_VL.inputs.synthetic_sample(model.config))
     structure = structure_of(model, QWEN2_5_VL, lambda: inputs, "config.json", canonical)
     assert len(renamed) == len(structure.linears) + 2 * 1 + 1 + 2 * 2 + 1
     assert edges_of(structure) == expected_edges(CONFIG)

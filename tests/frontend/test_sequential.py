@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tests.support import tiny
 from vlqc.errors import InternalError, UserError
 from vlqc.families.qwen2_5_vl import QWEN2_5_VL
-from vlqc.frontend.sequential import SequentialForward, row_modality
+from vlqc.frontend.sequential import SequentialForward
 
 RUN_ANYTHING = pytest.mark.every_transformers
 
@@ -134,12 +134,11 @@ def test_an_error_in_the_models_own_code_comes_through() -> None:
 def test_modality_of_rows() -> None:
     """Catches padding that counts as text, or image tokens that do."""
     config = SimpleNamespace(image_token_id=5)
-    model = SimpleNamespace(family=QWEN2_5_VL, module=SimpleNamespace(config=config))
     sample = {"input_ids": torch.tensor([[0, 1, 5, 5, 9]]), "attention_mask": torch.tensor([[0, 1, 1, 1, 1]])}
-    modality = row_modality(sample, model)  # type: ignore[arg-type]
+    modality = QWEN2_5_VL.inputs.row_modality(sample, config)
     assert modality.dtype == torch.int8 and modality.tolist() == [-1, 0, 1, 1, 0]
     del sample["attention_mask"]
-    assert row_modality(sample, model).tolist() == [0, 0, 1, 1, 0]  # type: ignore[arg-type]
+    assert QWEN2_5_VL.inputs.row_modality(sample, config).tolist() == [0, 0, 1, 1, 0]
 
 
 @RUN_ANYTHING

@@ -11,6 +11,7 @@ import vlqc
 from tests.support import tiny
 from tests.support.interrupted_runs import STAGES, fail_at_stage, file_contents, small_checkpoint
 from tests.support.resume_runs import QUICK
+from vlqc.families.qwen2_5_vl import QWEN2_5_VL
 from vlqc.frontend.calibration.dataset import load_calibration
 from vlqc.frontend.calibration.samples import group_by_images
 from vlqc.frontend.sequential import SequentialForward
@@ -25,7 +26,7 @@ def test_samples_are_grouped_by_images() -> None:
     """Catches grouping by text, text-only samples in one group, and another order of groups."""
     samples = [TEXT, ONE_IMAGE, TWO_IMAGES, ONE_IMAGE_AGAIN, TEXT, TWO_IMAGES_AGAIN, LARGE_IMAGE, ONE_IMAGE_THIRD]
     numbers = {id(sample): number for number, sample in enumerate(samples)}
-    groups = [[numbers[id(sample)] for sample in group] for group in group_by_images(samples)]
+    groups = [[numbers[id(sample)] for sample in group] for group in group_by_images(samples, QWEN2_5_VL.inputs)]
     assert groups == [[4], [1, 3, 7], [2, 5], [4], [6]]
 
 
@@ -34,7 +35,7 @@ def test_different_pixels_or_grids_are_different_images() -> None:
     changed_pixel = tiny.with_other_text(ONE_IMAGE, 9)
     changed_pixel["pixel_values"][-1, -1] += 1e-3
     transposed = ONE_IMAGE | {"image_grid_thw": torch.tensor([[1, 8, 4]])}
-    assert len(group_by_images([ONE_IMAGE, changed_pixel, transposed])) == 3
+    assert len(group_by_images([ONE_IMAGE, changed_pixel, transposed], QWEN2_5_VL.inputs)) == 3
 
 
 @pytest.mark.every_transformers
@@ -71,7 +72,7 @@ def test_the_probe_has_its_own_vision_run() -> None:
 def test_samples_with_the_same_images_are_adjacent() -> None:
     """Catches a second vision run because a sample with other images lies between two that share theirs."""
     options = Options.without_paths(model_path=tiny.TINY)
-    calibration = load_calibration(options, tiny.float_model().module, [ONE_IMAGE, TEXT, ONE_IMAGE_AGAIN])
+    calibration = load_calibration(options, tiny.float_model(), [ONE_IMAGE, TEXT, ONE_IMAGE_AGAIN])
     assert [len(sample["input_ids"][0]) for sample in calibration.samples] == [
         len(sample["input_ids"][0]) for sample in (ONE_IMAGE, ONE_IMAGE_AGAIN, TEXT)
     ]

@@ -9,7 +9,7 @@ from torch import Tensor
 from vlqc.emit.shard_writer import LENGTH_FIELD
 from vlqc.emit.stage_tensors import emitted_dtype, header_bytes
 from vlqc.families.linear import Linear
-from vlqc.frontend.memory import offloaded_bytes
+from vlqc.frontend.memory import offloaded_bytes, stage_values
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.stage import Site
 from vlqc.options.options import Options
@@ -82,10 +82,4 @@ def output_bytes(
 def stage_output_bytes(model: StreamedModel, samples: Sequence[Mapping[str, Tensor]]) -> int:
     """Bytes of the outputs of two stages for all samples, in float32: those of a stage are deleted once those of the
     next are complete."""
-    family, config = model.family, model.checkpoint.config
-    tokens = sum(sample["input_ids"].numel() for sample in samples)
-    patches = sum(len(sample["pixel_values"]) for sample in samples if "pixel_values" in sample)
-    widths = [
-        int((part or {}).get("hidden_size", 0)) for part in (family.text_config(config), family.vision_config(config))
-    ]
-    return 2 * 4 * max(tokens * widths[0], patches * widths[1])
+    return 2 * 4 * stage_values(model, samples)

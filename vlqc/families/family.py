@@ -4,16 +4,18 @@ A family is a subclass of `ModelFamily` in a file of its own, listed in `registr
 contains a layer name, a config key or an input name of a model.
 """
 
+import functools
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from vlqc.families.input_format import ImageFormat, TextFormat
 from vlqc.families.layer_names import matches_any
 
 if TYPE_CHECKING:  # torch-free: the command line imports this module for its help
-    from torch import Tensor
+    from vlqc.families.text_inputs import TextInputs
 
 
 class Role(StrEnum):
@@ -54,6 +56,8 @@ class ModelFamily(ABC):
     parts: "vision", "merger" or "language" by prefix of names; subparts: titles by prefix, in the order of
     `vlqc inspect`; block_lists: prefixes of the lists of blocks, each followed by the number of a block; output_head:
     the output projection, which all engines run in float.
+
+    text_format, image_format: of the inputs, the latter None for text-only models.
     """
 
     name: ClassVar[str]
@@ -72,6 +76,9 @@ class ModelFamily(ABC):
     subparts: ClassVar[Parts]
     block_lists: ClassVar[tuple[str, ...]]
     output_head: ClassVar[str] = "lm_head"
+
+    text_format: ClassVar[TextFormat] = TextFormat()
+    image_format: ClassVar[ImageFormat | None] = None
 
     def __repr__(self) -> str:
         return self.name
@@ -182,13 +189,13 @@ class ModelFamily(ABC):
 
     # ---- inputs ------------------------------------------------------------------------------------------------------
 
-    def image_token_id(self, config: Any) -> int | None:
-        """Id of the token that stands for one image feature; None if the model has no images. config: of the
-        transformers model."""
-        return None
+    @functools.cached_property
+    def inputs(self) -> "TextInputs":
+        """What the model's forward takes, and how samples are built, checked and compared. Imports torch."""
+        if self.image_format is None:
+            from vlqc.families.text_inputs import TextInputs
 
-    def is_image_token(self, input_ids: "Tensor", config: Any) -> "Tensor":
-        """input_ids int64 [B, S] -> bool [B, S]. config: of the transformers model."""
-        token = self.image_token_id(config)
-        is_image: Tensor = input_ids == (-1 if token is None else token)
-        return is_image
+            return TextInputs(self.title, self.text_format)
+        from vlqc.families.image_inputs import ImageInputs
+
+        return ImageInputs(self.title, self.text_format, self.image_format)

@@ -1,9 +1,7 @@
 """Qwen2.5-VL: names, layers, config.json and model inputs."""
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict  # pydantic accepts typing.TypedDict from Python 3.12 on
@@ -19,6 +17,7 @@ from vlqc.families.config_values import (
     TextConfig,
 )
 from vlqc.families.family import ModelFamily, Role
+from vlqc.families.input_format import QWEN_IMAGE_PROCESSORS, ImageFormat, TextFormat
 
 # ---- layers, as patterns over checkpoint names ---------------------------------------------------------------------
 
@@ -126,122 +125,6 @@ class Config(TextConfig, ImageTokens, total=False):
 CONFIG = TypeAdapter(Config)
 
 
-# ---- model inputs ----------------------------------------------------------------------------------------------------
-
-TEXT_INPUTS = ("input_ids", "attention_mask")  # [1, S] int64
-IMAGE_INPUTS = ("pixel_values", "image_grid_thw")  # [P, C*T*p*p] float, [images, 3] int64
-OPTIONAL_INPUTS = ("mm_token_type_ids",)  # [1, S] int64, in newer transformers
-VIDEO_INPUTS = ("pixel_values_videos", "video_grid_thw")  # not supported
-TOKENIZER_CLASSES = ("Qwen2Tokenizer", "Qwen2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
-IMAGE_PROCESSOR_CLASSES = (
-    "Qwen2VLImageProcessor",
-    "Qwen2VLImageProcessorFast",
-    "Qwen2VLImageProcessorPil",
-    "Qwen2_5_VLImageProcessor",
-)
-IMAGE_TOKEN = "<|image_pad|>"
-SYSTEM_PROMPT = "You are a helpful assistant."
-# Limits of the image preprocessing of qwen_vl_utils, which the published models were evaluated with.
-PIXELS_PER_TOKEN_SIDE = 28
-MIN_IMAGE_TOKENS, MAX_IMAGE_TOKENS = 4, 16384
-MAX_ASPECT_RATIO = 200
-MAX_ENLARGED_PIXELS = MAX_IMAGE_TOKENS * PIXELS_PER_TOKEN_SIDE**2  # the settings must not enlarge images beyond it
-
-
-class ImageSize(TypedDict, total=False):
-    """`size` of the image processor's settings, in pixels of the whole image."""
-
-    shortest_edge: Annotated[int, Field(ge=1, le=MAX_ENLARGED_PIXELS)] | None
-    longest_edge: Annotated[int, Field(ge=1, le=2**40)] | None
-
-
-class ImageSettings(TypedDict, total=False):
-    """Keys of preprocessor_config.json. The published models have patch_size 14 and the other two sizes 2."""
-
-    patch_size: Annotated[int, Field(ge=1, le=128)]
-    merge_size: Annotated[int, Field(ge=1, le=8)]
-    temporal_patch_size: Annotated[int, Field(ge=1, le=16)]
-    min_pixels: Annotated[int, Field(ge=1, le=MAX_ENLARGED_PIXELS)] | None
-    max_pixels: Annotated[int, Field(ge=1, le=2**40)] | None
-    image_mean: Annotated[list[Annotated[float, Field(ge=-1e6, le=1e6)]], Field(min_length=3, max_length=3)]
-    image_std: Annotated[list[Annotated[float, Field(ge=1e-6, le=1e6)]], Field(min_length=3, max_length=3)]
-    do_resize: bool
-    do_rescale: bool
-    do_normalize: bool
-    do_convert_rgb: bool
-    rescale_factor: Annotated[float, Field(ge=1e-6, le=1e6)]
-    resample: Annotated[int, Field(ge=0, le=5)]
-    size: ImageSize | None
-
-
-@dataclass(frozen=True)
-class InputLayout:
-    """How images appear in the inputs of a model.
-
-    image_token_id: token that stands for one image feature; merge_size: patches along a side of one image feature;
-    patch_values: values of one patch, C*T*p*p.
-    """
-
-    image_token_id: int
-    merge_size: int
-    patch_values: int
-
-    @classmethod
-    def of(cls, config: Any) -> Self:
-        """config: of a transformers model."""
-        vision = config.vision_config
-        values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        return cls(config.image_token_id, vision.spatial_merge_size, values)
-
-    def image_tokens(self, patches: int) -> int:
-        """Number of image tokens of so many patches."""
-        return patches // self.merge_size**2
-
-
-def smart_resize(height: int, width: int) -> tuple[int, int]:
-    """Pixels of an image -> pixels to which it is resized before the image processor resizes it once more.
-
-    The function of the same name in qwen_vl_utils 0.0.14, at its default limits: both sides become multiples of 28, the
-    number of image tokens lies between 4 and 16384, and the aspect ratio is kept as closely as possible. That package
-    cannot be imported without torchvision, and the function of that name in transformers treats images with a side
-    below 28 pixels differently.
-
-    Raises:
-        ValueError: if one side is more than 200 times as long as the other.
-    """
-    side = PIXELS_PER_TOKEN_SIDE
-    ratio = max(height, width) / min(height, width)
-    if ratio > MAX_ASPECT_RATIO:
-        raise ValueError(f"the aspect ratio must be at most {MAX_ASPECT_RATIO}, it is {ratio:g}")
-    min_pixels, max_pixels = MIN_IMAGE_TOKENS * side**2, MAX_IMAGE_TOKENS * side**2
-    rows, columns = (max(1, round(pixels / side)) for pixels in (height, width))
-    if rows * columns * side**2 > max_pixels:
-        factor = math.sqrt((height * width) / max_pixels)
-        rows, columns = (math.floor(pixels / factor / side) for pixels in (height, width))
-    elif rows * columns * side**2 < min_pixels:
-        factor = math.sqrt(min_pixels / (height * width))
-        rows, columns = (math.ceil(pixels * factor / side) for pixels in (height, width))
-    return rows * side, columns * side
-
-
-def chat_text(images: int, prompt: str, response: str | None, *, image_token: str, marks_turns: bool) -> str:
-    """The conversation as Qwen2.5-VL's chat template writes it, for checkpoints without a template.
-
-    Args:
-        images: how many; they precede the prompt, with one image token each.
-        response: of the assistant. None ends the text where it would begin.
-        marks_turns: whether the tokenizer has the tokens that mark turns.
-    """
-    request = f"<|vision_start|>{image_token}<|vision_end|>" * images + prompt
-    if not marks_turns:
-        return request + ("" if response is None else f" {response}")
-    turns = [("system", SYSTEM_PROMPT), ("user", request)]
-    if response is not None:
-        turns.append(("assistant", response))
-    text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
-    return text if response is not None else f"{text}<|im_start|>assistant\n"
-
-
 # ---- the family ------------------------------------------------------------------------------------------------------
 
 
@@ -287,6 +170,12 @@ class Qwen25VL(ModelFamily):
     )
     block_lists = ("model.layers.", "visual.blocks.")
 
+    text_format: ClassVar[TextFormat] = TextFormat(system_prompt="You are a helpful assistant.")
+    image_format: ClassVar[ImageFormat] = ImageFormat(
+        token_side=28,
+        processor_classes=(*QWEN_IMAGE_PROCESSORS, "Qwen2_5_VLImageProcessor"),  # the latter in the first release
+    )
+
     def checkpoint_name(self, name: str) -> str:
         return original_name(name)
 
@@ -327,10 +216,6 @@ class Qwen25VL(ModelFamily):
 
     def complete_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         return {**CONFIG_DEFAULTS, **config}
-
-    def image_token_id(self, config: Any) -> int | None:
-        token: int = config.image_token_id
-        return token
 
 
 QWEN2_5_VL = Qwen25VL()

@@ -8,6 +8,7 @@ from typing_extensions import TypedDict  # pydantic accepts typing.TypedDict fro
 
 from vlqc.families.config_values import Blocks, Deviation, ImageTokens, Mrope, Size, TextConfig
 from vlqc.families.family import Role
+from vlqc.families.input_format import ImageFormat
 from vlqc.families.qwen2_5_vl import GATE_UP, QKV, Qwen25VL
 
 
@@ -66,6 +67,8 @@ class Qwen2VL(Qwen25VL):
         "lm_head",  # engines run it in float
     )
     row_parallel = (*Qwen25VL.row_parallel, "fc2")
+
+    image_format = ImageFormat(token_side=28)
 
     def config_values(self, config: Mapping[str, Any]) -> dict[str, Any]:
         return super().config_values(config) | {

@@ -23,6 +23,7 @@ from vlqc.families.config_values import (
     rope_keys,
 )
 from vlqc.families.family import ModelFamily, Role
+from vlqc.families.input_format import ImageFormat
 
 BLOCKS, DEEPSTACK = "model.visual.blocks.", "model.visual.deepstack_merger_list."
 QKV = tuple(f"model.language_model.layers.*.self_attn.{member}_proj" for member in "qkv")
@@ -148,6 +149,8 @@ class Qwen3VL(ModelFamily):
         mergers = [number for number, stage in enumerate(stages) if stage.startswith(DEEPSTACK)]
         return frozenset(stages[index] for number in mergers for index in (number - 1, number))
 
+    image_format: ClassVar[ImageFormat] = ImageFormat(token_side=32)
+
     def engine_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """Nested, as published; newer transformers versions write `rope_parameters` in place of two other keys."""
         text = config.get("text_config")
@@ -190,10 +193,6 @@ class Qwen3VL(ModelFamily):
 
     def complete_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         return {**config, "text_config": TEXT_DEFAULTS | dict(self.text_config(config))}
-
-    def image_token_id(self, config: Any) -> int | None:
-        token: int = config.image_token_id
-        return token
 
 
 QWEN3_VL = Qwen3VL()

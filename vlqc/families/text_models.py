@@ -7,6 +7,7 @@ from pydantic import TypeAdapter
 
 from vlqc.families.config_values import ConfigLimits, TextConfig, rope_keys
 from vlqc.families.family import ModelFamily, Role
+from vlqc.families.input_format import TextFormat
 
 QKV = tuple(f"model.layers.*.self_attn.{member}_proj" for member in "qkv")
 GATE_UP = ("model.layers.*.mlp.gate_proj", "model.layers.*.mlp.up_proj")
@@ -44,6 +45,8 @@ class Qwen2(ModelFamily):
         ("lm_head.", "lm_head"),
     )
     block_lists = ("model.layers.",)
+
+    text_format: ClassVar[TextFormat] = TextFormat(system_prompt="You are a helpful assistant.")
 
     # Values that the model's config class gives to missing keys, where they can be invalid for the checkpoint.
     defaults: ClassVar[Mapping[str, Any]] = {
@@ -85,6 +88,8 @@ class Qwen3(Qwen2):
     model_types = ("qwen3",)
     architectures = ("Qwen3ForCausalLM",)
     transformers_version = "4.51"
+
+    text_format = TextFormat()
 
 
 QWEN2, QWEN3 = Qwen2(), Qwen3()

@@ -74,13 +74,18 @@ def peak_memory() -> int:
 def _activation_bytes(model: StreamedModel, samples: Sequence[Mapping[str, Tensor]], budget: float | None) -> int:
     """Bytes of the activations of all samples between two stages (patches in the vision tower, later tokens), and of
     their images."""
-    images = [sample["pixel_values"] for sample in samples if "pixel_values" in sample]
-    tokens = sum(sample["input_ids"].numel() for sample in samples) * _hidden_size(model, language=True)
-    patches = sum(len(image) for image in images) * _hidden_size(model, language=False)
-    activations = ACTIVATION_BYTES * max(tokens, patches)
+    inputs = model.family.inputs
+    activations = ACTIVATION_BYTES * stage_values(model, samples)
     if budget is not None:
         activations = min(activations, int(budget * GIB))
-    return activations + sum(image.numel() * image.element_size() for image in images)
+    return activations + sum(inputs.image_bytes(sample) for sample in samples)
+
+
+def stage_values(model: StreamedModel, samples: Sequence[Mapping[str, Tensor]]) -> int:
+    """Number of values between two stages for all samples, where it is largest: rows times channels."""
+    tokens = sum(sample["input_ids"].numel() for sample in samples)
+    patches = sum(model.family.inputs.patches(sample) for sample in samples)
+    return max(tokens * _hidden_size(model, language=True), patches * _hidden_size(model, language=False))
 
 
 def _hidden_size(model: StreamedModel, *, language: bool) -> int:

@@ -20,16 +20,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from vlqc.errors import Fault, UserError
 from vlqc.families.family import ModelFamily
 from vlqc.families.linear import Linear, Shape
-from vlqc.families.qwen2_5_vl import InputLayout
-from vlqc.frontend.calibration.probe import synthetic_sample
 from vlqc.frontend.streamed_model import build_meta_model, find_stages, model_inputs
 from vlqc.frontend.tracing import run_on_meta, trace
 from vlqc.ir.execution import Call
 from vlqc.ir.scale_propagation import find_edges
 from vlqc.ir.stage import Edge
-
-SMALLEST_IMAGE = (0, 0)  # in attention windows: an image of 2 x 2 image tokens
-LARGEST_SAMPLE = 1 << 24  # values of the sample's image; those of published models need some 20,000
 
 
 @dataclass(frozen=True)
@@ -115,10 +110,7 @@ def _structure(request: _Request) -> ModelStructure:
 
 def _inputs(model: nn.Module, family: ModelFamily) -> dict[str, Any]:
     """Arguments of the model's forward for the smallest synthetic sample."""
-    layout = InputLayout.of(model.config)
-    if 4 * layout.merge_size**2 * layout.patch_values > LARGEST_SAMPLE:
-        raise ValueError(f"a patch of an image has {layout.patch_values} values")
-    return model_inputs(model, family, synthetic_sample(model.config, windows=SMALLEST_IMAGE))
+    return model_inputs(model, family, family.inputs.synthetic_sample(model.config, smallest=True))
 
 
 @torch.no_grad()

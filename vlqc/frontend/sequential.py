@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from vlqc.errors import Fault, InternalError, UserError, VlqcError
+from vlqc.families.text_inputs import TextInputs
 from vlqc.frontend.calibration.probe import PROBE
-from vlqc.frontend.calibration.samples import same_images
 from vlqc.frontend.memory import is_out_of_memory
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.execution import Call
@@ -108,7 +108,7 @@ class SequentialForward:
         self.indices = [*range(first, first + len(samples)), *([] if probe is None else [PROBE])]
         self.run_to_end = run_to_end
         self.cached = cached or CachedOutputs()
-        self._image_owners = _image_owners(self.samples, len(samples) if share_images else 0)
+        self._image_owners = _image_owners(self.samples, len(samples) if share_images else 0, model.family.inputs)
         self.results: list[Any] = []
         self._forwards: list[_SuspendedForward] = []
         for position, owner in enumerate(self._image_owners):
@@ -122,11 +122,12 @@ class SequentialForward:
 
         for stage in self.model.stages.values():
             stage.forward = suspending_forward(stage)
+        config, row_modality = self.model.module.config, self.model.family.inputs.row_modality
         try:
             for sample in self.samples:
                 inputs = self.model.inputs(sample)
                 run = greenlet.greenlet(lambda inputs=inputs: (None, (self.model.module(**inputs),), {}), caller)
-                self._forwards.append(_SuspendedForward(run, row_modality(sample, self.model)))
+                self._forwards.append(_SuspendedForward(run, row_modality(sample, config)))
         except BaseException:
             self.__exit__()
             raise
@@ -243,24 +244,13 @@ class SequentialForward:
             forward.args = args
 
 
-def _image_owners(samples: Sequence[dict[str, Tensor]], count: int) -> list[int]:
+def _image_owners(samples: Sequence[dict[str, Tensor]], count: int, inputs: TextInputs) -> list[int]:
     """Per sample the position of the sample that runs through the vision tower in its place.
 
     Among the first `count` samples that is the first of consecutive ones with the same images, otherwise itself.
     """
     owners = list(range(len(samples)))
     for position in range(1, count):
-        if same_images(samples[owners[position - 1]], samples[position]):
+        if inputs.same_images(samples[owners[position - 1]], samples[position]):
             owners[position] = owners[position - 1]
     return owners
-
-
-def row_modality(sample: dict[str, Tensor], model: StreamedModel) -> Tensor:
-    """input_ids and attention_mask [B, S] of a sample -> int8 [B*S]: 0 text, 1 image (as MODALITIES), -1 padding."""
-    ids = sample["input_ids"]
-    modality = model.family.is_image_token(ids, model.module.config).to(torch.int8)
-    mask = sample.get("attention_mask")
-    if mask is not None and mask.shape == ids.shape:
-        modality = torch.where(mask == 0, torch.full_like(modality, -1), modality)
-    flat: Tensor = modality.flatten()
-    return flat

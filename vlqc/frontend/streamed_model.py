@@ -271,17 +271,9 @@ class StreamedModel:
 
 
 def model_inputs(model: nn.Module, family: ModelFamily, sample: dict[str, Tensor]) -> dict[str, Any]:
-    """The keyword arguments of the model's forward for one sample, for the installed transformers version.
-
-    transformers 5 derives image positions from mm_token_type_ids (1 at image tokens) and gives wrong outputs without.
-    """
-    kwargs: dict[str, Any] = {"use_cache": False, **sample}
+    """The keyword arguments of the model's forward for one sample, for the installed transformers version."""
     accepted = inspect.signature(type(model).forward).parameters
-    if "mm_token_type_ids" in accepted and "mm_token_type_ids" not in kwargs:
-        kwargs["mm_token_type_ids"] = family.is_image_token(sample["input_ids"], model.config).int()
-    if "mm_token_type_ids" not in accepted:
-        kwargs.pop("mm_token_type_ids", None)
-    return kwargs
+    return family.inputs.forward_arguments(sample, model.config, accepted)
 
 
 def find_stages(module: nn.Module) -> list[nn.Module]:

@@ -107,12 +107,12 @@ def plan_compilation(
     checkpoint = Checkpoint(options.model_path)
     model = StreamedModel.open(checkpoint, trust_remote_code=options.trust_remote_code)
     check_layers(model, options)
-    calibration = load_calibration(options, model.module, samples)
+    calibration = load_calibration(options, model, samples)
     memory = estimate_memory(model, calibration.samples, options.memory_budget)
     memory_notes: list[str] = []
     check_memory(memory, model.checkpoint.files, memory_notes.append)
     tokens = sum(sample["input_ids"].numel() for sample in calibration.samples)
-    patches = sum(len(sample["pixel_values"]) for sample in calibration.samples if "pixel_values" in sample)
+    patches = sum(model.family.inputs.patches(sample) for sample in calibration.samples)
     sites = predict_schemes(model, passes)
     schemes = {name: site.scheme or Scheme.FLOAT for name, site in sites.items()}
     dtype = str(emitted_dtype(checkpoint.dtype)).removeprefix("torch.")
@@ -153,8 +153,10 @@ def estimate_seconds(model: StreamedModel, sites: dict[str, Site], tokens: int, 
     written: bytes of the output.
     """
     forward_flops = rounding_flops = 0.0
+    merged = patches // model.family.inputs.patches_per_token(model.module.config)
     for name, stage in model.stages.items():
-        rows = tokens if model.is_language(stage) else patches // (4 if model.family.part(name) == "merger" else 1)
+        is_merger = model.family.part(name) == "merger"
+        rows = tokens if model.is_language(stage) else merged if is_merger else patches
         forward_flops += 2.0 * rows * sum(tensor.numel() for tensor in model.parameters(stage).values())
     for site in sites.values():
         if site.is_quantized:

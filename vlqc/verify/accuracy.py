@@ -76,7 +76,7 @@ def check_accuracy(
         if calib_images is None:
             raise ValueError("calib_images or samples is required")
         samples = load_samples(model_path, calib_images, trust_remote_code=trust_remote_code).samples
-    samples = check_samples(samples, model.module)
+    samples = check_samples(samples, model)
     try:
         quantized = load(folder, dtype=torch.float32, trust_remote_code=trust_remote_code)
     except UserError as error:  # the folder's fault, not the caller's

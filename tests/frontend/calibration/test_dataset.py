@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.support.calibration_files import BOS, END, MEAN, PAD, START, STD, TINY, UNKNOWN, lines, write_image
 from vlqc.errors import UserError
-from vlqc.families.qwen2_5_vl import smart_resize
+from vlqc.families.qwen2_5_vl import QWEN2_5_VL
 from vlqc.frontend.calibration.dataset import load_samples
 from vlqc.frontend.calibration.images import read_image
 from vlqc.frontend.calibration.sources import PROMPT
@@ -56,7 +56,8 @@ if transformers.__version__.startswith("4."):
         messages = [{"role": "user", "content": content}]
         text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         image = read_image(path)
-        height, width = smart_resize(image.height, image.width)
+        assert QWEN2_5_VL.inputs.processing is not None
+        height, width = QWEN2_5_VL.inputs.processing.resize(image.height, image.width)
         expected = processor(text=[text], images=[image.resize((width, height))], return_tensors="pt")
         (sample,) = load_samples(TINY, path).samples
         assert set(sample) == set(expected)
@@ -149,13 +150,14 @@ def test_all_bad_pictures_are_listed_at_once(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         load_samples(TINY, tmp_path)
     *bad, total = caught.value.faults
-    assert [fault.what for fault in bad] == [str(tmp_path / "broken.jpg"), str(tmp_path / "narrow.png")]
+    names = [str(tmp_path / "broken.jpg"), str(tmp_path / "narrow.png")]
+    assert [fault.what for fault in bad] == [f"image {name} cannot be used" for name in names]
     assert "aspect ratio" in bad[1].why
     assert "--skip_bad_images" in total.fix
 
     calibration = load_samples(TINY, tmp_path, skip_bad_images=True)
     assert len(calibration.samples) == 1
-    assert [note.split(":")[0] for note in calibration.notes[:2]] == [f"skipped {fault.what}" for fault in bad]
+    assert [note.split(":")[0] for note in calibration.notes[:2]] == [f"skipped image {name}" for name in names]
 
 
 def test_skipping_everything_is_an_error(tmp_path: Path) -> None:

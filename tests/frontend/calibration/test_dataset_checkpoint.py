@@ -10,6 +10,7 @@ from transformers import dynamic_module_utils
 
 from tests.support.calibration_files import END, PAD, START, TINY, lines, model_without, write_image
 from vlqc.errors import UserError
+from vlqc.families.qwen2_5_vl import QWEN2_5_VL
 from vlqc.frontend.calibration.dataset import load_samples
 from vlqc.frontend.calibration.processor import SampleProcessor
 
@@ -62,7 +63,7 @@ def test_checkpoint_without_chat_template(tmp_path: Path) -> None:
 
 def test_unmarked_turns_and_marked_ones(tmp_path: Path) -> None:
     """Catches a default chat form that differs from Qwen2.5-VL's template."""
-    processor = SampleProcessor(TINY)
+    processor = SampleProcessor(TINY, QWEN2_5_VL.inputs)
     processor._template = None
     assert processor._chat_text(1, "Hi", None) == "<|vision_start|><|image_pad|><|vision_end|>Hi"
     processor._tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)

@@ -8,21 +8,15 @@ from torch import Tensor
 
 from tests.support import tiny
 from tests.support.stages import materialized_stage
-from vlqc.frontend.calibration.probe import (
-    AFTER,
-    CROP_HEIGHT,
-    CROP_WIDTH,
-    FIRST,
-    NEAREST,
-    PROBE,
-    PROBE_ROWS,
-    probe_sample,
-)
+from vlqc.families.image_inputs import AFTER, CROP_HEIGHT, CROP_WIDTH, FIRST, NEAREST
+from vlqc.families.qwen2_5_vl import QWEN2_5_VL
+from vlqc.frontend.calibration.probe import PROBE, PROBE_ROWS, probe_sample
 from vlqc.frontend.calibration.samples import check_samples
 from vlqc.frontend.sequential import SequentialForward, StageInputs
 from vlqc.ir.stage import Stage
 
 IMAGE, MERGE = 60, 2
+INPUTS = QWEN2_5_VL.inputs
 CONFIG = SimpleNamespace(image_token_id=IMAGE, vision_config=SimpleNamespace(spatial_merge_size=MERGE))
 
 
@@ -47,7 +41,7 @@ def write_image(before: int, grids: list[tuple[int, int, int]], behind: int, pad
 
 def test_a_corner_of_the_first_image() -> None:
     """Catches patches from outside the corner, or not in the order in which they are merged."""
-    probe = probe_sample([write_image(3, [(1, 40, 30), (1, 4, 4)], 5)], CONFIG)
+    probe = probe_sample([write_image(3, [(1, 40, 30), (1, 4, 4)], 5)], INPUTS, CONFIG)
     assert probe is not None
     expected = write_image(3, [(1, CROP_HEIGHT, CROP_WIDTH)], 0)
     assert torch.equal(probe["pixel_values"], expected["pixel_values"])
@@ -58,8 +52,8 @@ def test_a_corner_of_the_first_image() -> None:
 @pytest.mark.parametrize("padding", [0, 4])
 def test_text_that_is_kept(padding: int) -> None:
     """Catches padding that is kept, text from the wrong side, a lost first token, image tokens without an image."""
-    few = probe_sample([write_image(5, [(2, 24, 20)], 2, padding)], CONFIG)
-    many = probe_sample([write_image(40, [(1, 24, 24)], 200, padding)], CONFIG)
+    few = probe_sample([write_image(5, [(2, 24, 20)], 2, padding)], INPUTS, CONFIG)
+    many = probe_sample([write_image(40, [(1, 24, 24)], 200, padding)], INPUTS, CONFIG)
     assert few is not None and many is not None
     tokens = CROP_HEIGHT * CROP_WIDTH // MERGE**2
     assert few["input_ids"].tolist() == [[1, 2, 3, 4, 5, *[IMAGE] * tokens, 50, 70, 71]]
@@ -70,7 +64,7 @@ def test_text_that_is_kept(padding: int) -> None:
 
 def test_the_text_behind_ends_before_the_next_image() -> None:
     """Catches image tokens of a second image, and the token that precedes them."""
-    probe = probe_sample([write_image(2, [(1, 24, 24), (1, 2, 2)], 30)], CONFIG)
+    probe = probe_sample([write_image(2, [(1, 24, 24), (1, 2, 2)], 30)], INPUTS, CONFIG)
     assert probe is not None
     assert int((probe["input_ids"] == IMAGE).sum()) == len(probe["pixel_values"]) // MERGE**2
 
@@ -80,9 +74,9 @@ def test_none_where_none_is_needed() -> None:
     small, large = write_image(3, [(1, 16, 16)], 5), write_image(3, [(1, 24, 24)], 5)
     text = {key: large[key][:, :2] for key in ("input_ids", "attention_mask")}
     assert len(large["pixel_values"]) > PROBE_ROWS
-    assert probe_sample([large, small], CONFIG) is None
-    assert probe_sample([text], CONFIG) is None
-    assert probe_sample([text, large], CONFIG) is not None
+    assert probe_sample([large, small], INPUTS, CONFIG) is None
+    assert probe_sample([text], INPUTS, CONFIG) is None
+    assert probe_sample([text, large], INPUTS, CONFIG) is not None
 
 
 @pytest.mark.every_transformers
@@ -90,9 +84,9 @@ def test_every_stage_is_proven_on_it() -> None:
     """Catches a probe that the model rejects, that counts as a calibration sample, that does not reach the
     next stage, or that the proofs do not use."""
     model = tiny.float_model()
-    samples = check_samples([tiny.synthetic_sample((24, 24))], model.module)
-    probe = probe_sample(samples, model.module.config)
-    assert probe is not None and check_samples([probe], model.module)
+    samples = check_samples([tiny.synthetic_sample((24, 24))], model)
+    probe = probe_sample(samples, INPUTS, model.module.config)
+    assert probe is not None and check_samples([probe], model)
     seen: list[tuple[str, int]] = []
 
     def look(inputs: StageInputs, stage: Stage) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tests.support import tiny
 from vlqc.errors import UserError
+from vlqc.families.qwen2_5_vl import QWEN2_5_VL
 from vlqc.frontend.calibration.samples import check_samples, drop_duplicates, drop_padding
 
 Sample = dict[str, Any]
@@ -27,10 +28,14 @@ class Model(nn.Module):
         return nn.Embedding(64, 4)
 
 
+MODULE = Model()
+MODEL: Any = SimpleNamespace(module=MODULE, family=QWEN2_5_VL)
+
+
 def faults_of(*samples: Any) -> list[tuple[str, str]]:
     """(where, what) of every fault."""
     with pytest.raises(UserError) as caught:
-        check_samples(samples, Model())
+        check_samples(samples, MODEL)
     return [(fault.where, fault.what) for fault in caught.value.faults]
 
 
@@ -44,13 +49,17 @@ def test_good_samples_pass() -> None:
         name: value.int() if not value.is_floating_point() else value
         for name, value in tiny.synthetic_sample((4, 4)).items()
     }
-    check_samples([*tiny.mixed_samples(), padded, typed, small], Model())
+    check_samples([*tiny.mixed_samples(), padded, typed, small], MODEL)
 
 
 @pytest.mark.every_transformers
 def test_good_samples_pass_with_the_real_model() -> None:
     """Catches an attribute of the config that has another name in some transformers version."""
-    check_samples(tiny.mixed_samples(), tiny.float_model().module)
+    check_samples(tiny.mixed_samples(), tiny.float_model())
+
+
+def dropped(sample: dict[str, Tensor]) -> dict[str, Tensor]:
+    return drop_padding(sample, QWEN2_5_VL.inputs, MODULE.config)
 
 
 def without(name: str) -> Callable[[Sample], None]:
@@ -196,17 +205,17 @@ def test_padding_is_dropped_and_nothing_else_changes(left: int, right: int) -> N
         name: torch.nn.functional.pad(sample[name], (left, right), value=value) for name, value in pad.items()
     }
     there = padded["attention_mask"][0].bool()
-    cut = drop_padding(padded, 5)
+    cut = dropped(padded)
     assert all(torch.equal(cut[name], it) for name, it in sample.items()) and cut.keys() == sample.keys()
     torch.testing.assert_close(tiny.plain_logits(cut), tiny.plain_logits(padded)[:, there], rtol=0, atol=1e-4)
-    assert drop_padding(cut, 5) is cut
+    assert dropped(cut) is cut
 
 
 def test_a_masked_image_stays() -> None:
     """Catches image tokens that are dropped while their patches stay."""
     sample = tiny.synthetic_sample((4, 4))
     sample["attention_mask"][0, sample["input_ids"][0] == 5] = 0
-    assert drop_padding(sample, 5) is sample
+    assert dropped(sample) is sample
 
 
 def test_duplicates_are_dropped() -> None:

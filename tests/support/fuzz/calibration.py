@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.support.fuzz.damage import as_json, damaged_bytes, damaged_json, values
-from tests.support.fuzz.tiny import tiny_module
+from tests.support.fuzz.tiny import tiny_model
 from tests.support.fuzz.verdict import demand, strict
 from vlqc.frontend.calibration.images import ImageError, read_image
 from vlqc.frontend.calibration.samples import check_samples
@@ -159,7 +159,7 @@ def sample_cases(draw: st.DrawFn) -> Any:
 
 def check_ready_samples(case: Any, folder: Path) -> bool:
     """Accepted samples fit the forward of the model."""
-    (sample,) = check_samples(case, tiny_module())
+    (sample,) = check_samples(case, tiny_model())
     ids = sample["input_ids"]
     demand(ids.dtype == torch.int64 and ids.ndim == 2 and 0 <= int(ids.min()) <= int(ids.max()) < 64, "input_ids")
     if "pixel_values" in sample:

@@ -13,8 +13,9 @@ from PIL import Image
 
 from tests.support.compiled_folder import make_content
 from tests.support.fuzz.damage import as_json, damaged_bytes, damaged_json, values
-from tests.support.fuzz.tiny import TINY, tiny_module
+from tests.support.fuzz.tiny import TINY, tiny_model
 from tests.support.fuzz.verdict import demand, strict
+from vlqc.families.qwen2_5_vl import QWEN2_5_VL
 from vlqc.frontend.calibration.images import ImageError
 from vlqc.frontend.calibration.processor import SampleProcessor
 from vlqc.frontend.calibration.samples import check_samples
@@ -231,7 +232,7 @@ def check_side_file(case: tuple[str, bytes], folder: Path) -> bool:
         (folder / "model.safetensors").symlink_to(TINY / "model.safetensors")
     (folder / name).write_bytes(content)
     try:
-        processor = SampleProcessor(folder)
+        processor = SampleProcessor(folder, QWEN2_5_VL.inputs)
         sample = processor.build_sample([processor.process_image(example_image())], "what is red ?", "blue")
     except ImageError:
         return False
@@ -240,5 +241,5 @@ def check_side_file(case: tuple[str, bytes], folder: Path) -> bool:
         return False
     finally:
         shutil.copyfile(TINY / name, folder / name)
-    check_samples([sample], tiny_module())
+    check_samples([sample], tiny_model())
     return True

@@ -3,8 +3,6 @@
 from functools import cache
 from pathlib import Path
 
-from torch import nn
-
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.streamed_model import StreamedModel
 
@@ -12,5 +10,5 @@ TINY = Path(__file__).parents[3] / "tools" / "demo" / "tiny_vl"
 
 
 @cache
-def tiny_module() -> nn.Module:
-    return StreamedModel.open(Checkpoint(TINY)).module
+def tiny_model() -> StreamedModel:
+    return StreamedModel.open(Checkpoint(TINY))

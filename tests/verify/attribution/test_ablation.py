@@ -241,7 +241,8 @@ def test_short_samples_are_chosen_first() -> None:
     samples = [
         sample(n, has_image=has_image, words=size - 18 * has_image) for n, (size, has_image) in enumerate(lengths)
     ]
-    assert choose_samples(samples, 1) == [2, 3]
-    assert choose_samples(samples, 24 + 4 + 6 + 9) == [1, 2, 3, 5]
-    assert choose_samples(samples, 1000) == [0, 1, 2, 3, 4, 5]
-    assert choose_samples(samples[3:], 11) == [0, 2]
+    inputs = QWEN2_5_VL.inputs
+    assert choose_samples(samples, 1, inputs) == [2, 3]
+    assert choose_samples(samples, 24 + 4 + 6 + 9, inputs) == [1, 2, 3, 5]
+    assert choose_samples(samples, 1000, inputs) == [0, 1, 2, 3, 4, 5]
+    assert choose_samples(samples[3:], 11, inputs) == [0, 2]

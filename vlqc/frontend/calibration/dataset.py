@@ -4,20 +4,23 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
 from vlqc.errors import Fault, UserError
+from vlqc.families.image_processing import Patches
+from vlqc.families.registry import family_of
+from vlqc.families.text_inputs import TextInputs
+from vlqc.files import read_json_object
 from vlqc.formatting import pluralize
 from vlqc.frontend.calibration.image_budget import split_budget
 from vlqc.frontend.calibration.images import ImageError, is_video, read_image
 from vlqc.frontend.calibration.probe import probe_sample
-from vlqc.frontend.calibration.processor import Patches, SampleProcessor
+from vlqc.frontend.calibration.processor import SampleProcessor
 from vlqc.frontend.calibration.samples import check_samples, drop_duplicates, drop_padding, group_by_images
 from vlqc.frontend.calibration.sources import SampleSource, list_samples
 from vlqc.frontend.distributed import current_process_group
+from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.options.options import Options
 
 RECOMMENDED_IMAGES = 30
@@ -27,8 +30,8 @@ RECOMMENDED_IMAGES = 30
 class CalibrationDataset:
     """Model inputs in a fixed order, and notes for the user.
 
-    samples: input_ids and attention_mask [1, S] int64; with images also pixel_values [P, C*T*p*p] float32 (P patches of
-    all images) and image_grid_thw [images, 3] int64. probe: a small sample, see `probe_sample`.
+    samples: input_ids and attention_mask [1, S] int64; with images also those of the family's inputs. probe: a small
+    sample, see `probe_sample`.
     """
 
     samples: list[dict[str, torch.Tensor]]
@@ -37,7 +40,7 @@ class CalibrationDataset:
 
 
 def load_calibration(
-    options: Options, model: nn.Module, samples: Sequence[dict[str, torch.Tensor]] | None = None
+    options: Options, model: StreamedModel, samples: Sequence[dict[str, torch.Tensor]] | None = None
 ) -> CalibrationDataset:
     """Loads, checks and orders the calibration samples; samples with the same images are adjacent.
 
@@ -65,13 +68,13 @@ def load_calibration(
             max_tokens=options.max_tokens,
         )
         samples, notes = loaded.samples, loaded.notes
-    config: Any = model.config
-    without_padding = [drop_padding(sample, config.image_token_id) for sample in check_samples(samples, model)]
+    inputs, config = model.family.inputs, model.module.config
+    without_padding = [drop_padding(sample, inputs, config) for sample in check_samples(samples, model)]
     unique = drop_duplicates(without_padding)
     if duplicates := len(without_padding) - len(unique):
         notes = [*notes, f"{pluralize(duplicates, 'duplicate sample')} dropped"]
-    ordered = [sample for group in group_by_images(unique) for sample in group]
-    return CalibrationDataset(ordered, notes, probe_sample(ordered, config))
+    ordered = [sample for group in group_by_images(unique, inputs) for sample in group]
+    return CalibrationDataset(ordered, notes, probe_sample(ordered, inputs, config))
 
 
 def load_samples(
@@ -88,7 +91,7 @@ def load_samples(
 
     Args:
         model_path: folder of the checkpoint.
-        calib_images: a folder of images, one image, or a .jsonl file.
+        calib_images: a folder of images, one image, or a .jsonl file; for text-only models a .jsonl file of prompts.
         trust_remote_code: allow the checkpoint's code to run.
         skip_bad_images: turn every unreadable image into a note; the next sample in the random order of `seed` takes
             the place of its sample, as long as one is left. Faulty text is never skipped.
@@ -99,19 +102,22 @@ def load_samples(
     Raises:
         UserError: with all unusable samples, and every faulty line of a .jsonl file.
     """
-    sources = list_samples(calib_images)
-    processor = SampleProcessor(model_path, trust_remote_code=trust_remote_code)
+    config_file = model_path / "config.json"
+    inputs = family_of(read_json_object(config_file), str(config_file)).inputs
+    sources = list_samples(calib_images, text_only=inputs.title if inputs.processing is None else None)
+    processor = SampleProcessor(model_path, inputs, trust_remote_code=trust_remote_code)
     selected, spare = _select(len(sources), max_samples, seed)
     samples: dict[int, _Sample] = {}
-    image_faults: list[Fault] = []
+    bad_images: list[_BadImage] = []
     text_faults: list[Fault] = []
     for index in selected:  # grows while samples are skipped
         try:
             samples[index] = _read_sample(processor, sources[index], max_tokens)
         except _UnusableSample as error:
-            image_faults += [fault for fault in error.image_faults if fault not in image_faults]
+            bad_images += [image for image in error.bad_images if image not in bad_images]
             text_faults += [fault for fault in error.text_faults if fault not in text_faults]
             selected += [spare.pop(0)] if skip_bad_images and spare else []
+    image_faults = [image.fault for image in bad_images]
     if text_faults or (image_faults and not skip_bad_images):
         can_skip = samples and not text_faults
         skip = ", or add --skip_bad_images to skip these images" if can_skip else ""
@@ -120,11 +126,11 @@ def load_samples(
         raise UserError(*image_faults, *text_faults, total)
     if not samples:
         raise UserError(*image_faults, Fault(f"{calib_images} has no usable sample", fix="pass readable images"))
-    notes = [f"skipped {fault.what}: {fault.why}" for fault in image_faults]
+    notes = [f"skipped image {image.path}: {image.why}" for image in bad_images]
     if max_samples is not None and max_samples < len(sources):
         notes.append(f"calibrated on {len(samples)} of {len(sources)} samples, selected with --seed {seed}")
     ordered = [sample for _, sample in sorted(samples.items())]
-    notes += _video_notes(calib_images) + _resize_notes(ordered, max_tokens) + _image_count_notes(ordered)
+    notes += _video_notes(calib_images) + _resize_notes(ordered, max_tokens) + _image_count_notes(ordered, inputs)
     return CalibrationDataset([sample.tensors for sample in ordered], processor.notes + notes)
 
 
@@ -147,11 +153,24 @@ class _Sample:
     resized: int = 0
 
 
+@dataclass(frozen=True)
+class _BadImage:
+    """An image that cannot be used. where: names the sample; why: the reason."""
+
+    path: Path
+    where: str
+    why: str
+
+    @property
+    def fault(self) -> Fault:
+        return Fault(f"image {self.path} cannot be used", where=self.where, why=self.why)
+
+
 class _UnusableSample(Exception):
     """Faults of the images and of the text of one sample."""
 
-    def __init__(self, image_faults: Sequence[Fault] = (), text_faults: Sequence[Fault] = ()) -> None:
-        self.image_faults, self.text_faults = image_faults, text_faults
+    def __init__(self, bad_images: Sequence[_BadImage] = (), text_faults: Sequence[Fault] = ()) -> None:
+        self.bad_images, self.text_faults = bad_images, text_faults
         super().__init__()
 
 
@@ -164,9 +183,10 @@ def _read_sample(processor: SampleProcessor, source: SampleSource, max_tokens: i
         return _Sample(tensors, len(patches))
     tokens = [processor.image_tokens(each) for each in patches]
     text = length - sum(tokens)
-    budgets = split_budget(tokens, max_tokens - text, processor.min_image_tokens)
+    smallest = processor.min_image_tokens if tokens else 0
+    budgets = split_budget(tokens, max_tokens - text, smallest)
     if not budgets:
-        fault = _too_long(source, text, processor.min_image_tokens * len(tokens), max_tokens)
+        fault = _too_long(source, text, smallest * len(tokens), max_tokens)
         raise _UnusableSample(text_faults=[fault])
     limits = [budget if budget < count else None for budget, count in zip(budgets, tokens, strict=True)]
     # Read again rather than kept: full-size images of a whole sample may not fit in memory.
@@ -176,14 +196,14 @@ def _read_sample(processor: SampleProcessor, source: SampleSource, max_tokens: i
 
 def _read_images(processor: SampleProcessor, source: SampleSource, limits: Sequence[int | None]) -> list[Patches]:
     """Patches of every image, with at most so many image tokens each where there is a limit."""
-    patches, faults = [], []
+    patches, bad_images = [], []
     for path, limit in zip(source.images, limits, strict=True):
         try:
             patches.append(processor.process_image(read_image(path), limit))
         except ImageError as error:
-            faults.append(Fault(str(path), where=source.where, why=str(error)))
-    if faults:
-        raise _UnusableSample(image_faults=faults)
+            bad_images.append(_BadImage(path, source.where, str(error)))
+    if bad_images:
+        raise _UnusableSample(bad_images)
     return patches
 
 
@@ -215,8 +235,10 @@ def _resize_notes(samples: list[_Sample], max_tokens: int | None) -> list[str]:
     return [f"{resized} of {pluralize(images, 'image')} resized to keep samples within {max_tokens} tokens"]
 
 
-def _image_count_notes(samples: list[_Sample]) -> list[str]:
+def _image_count_notes(samples: list[_Sample], inputs: TextInputs) -> list[str]:
     images = sum(sample.images for sample in samples)
+    if inputs.processing is None:
+        return []
     if images == 0:
         return ["no sample has an image: the vision tower has no activations to calibrate on"]
     if images < RECOMMENDED_IMAGES:

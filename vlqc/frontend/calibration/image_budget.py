@@ -3,8 +3,6 @@
 import math
 from collections.abc import Sequence
 
-from vlqc.families.qwen2_5_vl import MAX_ASPECT_RATIO
-
 
 def split_budget(tokens: Sequence[int], budget: int, min_tokens: int) -> list[int] | None:
     """Limits the image tokens of each image so that all images together fit a budget.
@@ -32,10 +30,11 @@ def split_budget(tokens: Sequence[int], budget: int, min_tokens: int) -> list[in
     return [min(count, limit) for count in tokens] if limit >= min_tokens else None
 
 
-def fit_grid(height_to_width: float, min_tokens: int, max_tokens: int) -> tuple[int, int]:
+def fit_grid(height_to_width: float, min_tokens: int, max_tokens: int, max_aspect_ratio: float) -> tuple[int, int]:
     """Shape of an image in image tokens, (rows, columns) with min_tokens <= rows * columns <= max_tokens.
 
-    Minimizes distortion and unused tokens; distortion counts twice. Raises ValueError if no shape fits.
+    Minimizes distortion and unused tokens; distortion counts twice. No side is more than max_aspect_ratio times as long
+    as the other. Raises ValueError if no shape fits.
     """
     best, lowest = (0, 0), math.inf
     for rows in range(1, max_tokens + 1):
@@ -44,7 +43,7 @@ def fit_grid(height_to_width: float, min_tokens: int, max_tokens: int) -> tuple[
             min(max(1, each), max_tokens // rows) for each in (int(undistorted), int(undistorted) + 1, max_tokens)
         }:
             loss = 2 * abs(math.log(undistorted / columns)) + math.log(max_tokens / (rows * columns))
-            elongated = max(rows, columns) > MAX_ASPECT_RATIO * min(rows, columns)
+            elongated = max(rows, columns) > max_aspect_ratio * min(rows, columns)
             if rows * columns >= min_tokens and not elongated and loss < lowest:
                 best, lowest = (rows, columns), loss
     if best == (0, 0):

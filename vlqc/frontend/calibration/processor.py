@@ -1,11 +1,10 @@
-"""Images and text -> the tensors of Qwen2.5-VL's forward, with the tokenizer and image processor of the checkpoint.
+"""Images and text -> the tensors of a model's forward, with the tokenizer and image processor of the checkpoint.
 
 The processor class of transformers is not used, because in 5.x it needs torchvision. Calling the image processor (its
-Pillow variant), the chat template and the tokenizer directly gives the tensors of the 4.49 processor in every version.
+Pillow variant), the chat template and the tokenizer directly gives the tensors of the 4.x processor in every version.
 """
 
 import importlib.util
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -13,18 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import TypeAdapter
 
-from vlqc.errors import Fault, UserError
-from vlqc.families.qwen2_5_vl import (
-    IMAGE_PROCESSOR_CLASSES,
-    IMAGE_TOKEN,
-    MIN_IMAGE_TOKENS,
-    TOKENIZER_CLASSES,
-    ImageSettings,
-    chat_text,
-    smart_resize,
-)
+from vlqc.errors import Fault, InternalError, UserError
+from vlqc.families.image_processing import ImageProcessing, Patches
+from vlqc.families.text_inputs import TextInputs
 from vlqc.files import read_json_object
 from vlqc.frontend.calibration.image_budget import fit_grid
 from vlqc.frontend.calibration.images import ImageError
@@ -38,25 +29,24 @@ TOKENIZER_FILES = (FAST_TOKENIZER, "vocab.json", "tokenizer.model", "tokenizer_c
 IMAGE_SETTINGS = "preprocessor_config.json"
 PROCESSOR_SETTINGS = "processor_config.json"  # newer transformers store the settings of all parts in this file
 READY_SAMPLES = "or call vlqc.compile from Python with samples=[...], ready model inputs that need neither"
-SETTINGS = TypeAdapter(ImageSettings)
-
-Patches = tuple[torch.Tensor, torch.Tensor]  # pixel_values [P, C*T*p*p] float32, image_grid_thw [1, 3] int64
 
 
 class SampleProcessor:
     """Builds model inputs with the files in `model_path`. No network.
 
-    notes: for the user, on how prompts are built. Raises UserError if the tokenizer or the settings are unusable.
+    inputs: of the model's family. notes: for the user, on how prompts are built. Raises UserError if the tokenizer or
+    the settings are unusable. Text-only models need no image processor; they have only `build_sample`.
     """
 
-    def __init__(self, model_path: Path, *, trust_remote_code: bool = False) -> None:
+    def __init__(self, model_path: Path, inputs: TextInputs, *, trust_remote_code: bool = False) -> None:
         self._model_path = model_path
+        self._inputs = inputs
         self._trust_remote_code = trust_remote_code
         self._tokenizer = self._load_tokenizer()
-        self._image_token: str = getattr(self._tokenizer, "image_token", None) or IMAGE_TOKEN
+        self._image_token = self._find_image_token()
         self._template = _read_chat_template(model_path) or _default_template(self._tokenizer.chat_template)
         self.notes = (
-            [] if self._template else [f"{model_path} has no chat template: prompts have Qwen2.5-VL's default form"]
+            [] if self._template else [f"{model_path} has no chat template: prompts have {inputs.title}'s default form"]
         )
 
     def process_image(self, image: "Image", max_tokens: int | None = None) -> Patches:
@@ -72,71 +62,74 @@ class SampleProcessor:
         self._check_image_token()
         height, width = image.height, image.width
         if max_tokens is not None:
-            rows, columns = fit_grid(height / width, self.min_image_tokens, max_tokens)
-            height, width = rows * self._token_side, columns * self._token_side
+            ratio = self._processing.form.max_aspect_ratio
+            rows, columns = fit_grid(height / width, self.min_image_tokens, max_tokens, ratio)
+            side = self._processing.token_side(self._image_processor)
+            height, width = rows * side, columns * side
+        processor = self._image_processor
         try:
-            height, width = smart_resize(height, width)
-            inputs = self._image_processor(images=[image.resize((width, height))], return_tensors="pt")
-            return inputs["pixel_values"].to(torch.float32), inputs["image_grid_thw"].to(torch.int64)
+            return self._processing.process(processor, image, height, width)
         except Exception as error:  # its checks of sizes and shapes, and whatever unusual settings cause
             raise ImageError(f"image processing failed: {str(error).strip() or type(error).__name__}") from error
 
     def image_tokens(self, patches: Patches) -> int:
         """Number of image tokens of an image."""
-        return int(patches[1].prod()) // int(self._image_processor.merge_size**2)
+        return self._processing.image_tokens(self._image_processor, patches)
 
     @property
     def min_image_tokens(self) -> int:
         """The smallest number of image tokens of an image: smaller images are enlarged."""
-        processor = self._image_processor
-        pixels = int(getattr(processor, "min_pixels", None) or processor.size["shortest_edge"])
-        return max(MIN_IMAGE_TOKENS, math.ceil(pixels / self._token_side**2))
+        return self._processing.min_tokens(self._image_processor)
 
     @property
-    def _token_side(self) -> int:
-        """Pixels along a side of one image token."""
-        return int(self._image_processor.patch_size * self._image_processor.merge_size)
+    def _processing(self) -> ImageProcessing:
+        if self._inputs.processing is None:
+            raise InternalError(f"{self._inputs.title} has no images to process")
+        return self._inputs.processing
 
     def build_sample(self, images: list[Patches], prompt: str, response: str | None = None) -> dict[str, torch.Tensor]:
         """Images, prompt and response, in this order -> model inputs.
 
         Returns:
-            input_ids and attention_mask [1, S] int64, with images also pixel_values [P, C*T*p*p] float32 and
-            image_grid_thw [images, 3] int64.
+            input_ids and attention_mask [1, S] int64, with images also the tensors of
+            `ImageProcessing.model_inputs`.
 
         Raises:
             ValueError: if a text contains image tokens.
         """
-        if any(self._image_token in text for text in (prompt, response or "")):
+        if self._image_token and any(self._image_token in text for text in (prompt, response or "")):
             raise ValueError(f"the text contains {self._image_token}, which stands for an image")
         text = self._chat_text(len(images), prompt, response)
-        pieces = text.split(self._image_token)
-        if len(pieces) != len(images) + 1:
-            what = f"the chat template of {self._model_path} does not insert every image once"
-            raise UserError(Fault(what, why=f"{len(images)} images, {len(pieces) - 1} times {self._image_token}"))
-        text = pieces[0] + "".join(
-            self._image_token * self.image_tokens(patches) + piece
-            for patches, piece in zip(images, pieces[1:], strict=True)
-        )
+        if self._image_token:
+            text = self._repeat_image_tokens(text, images)
         with _checkpoint_errors(
             f"the tokenizer in {self._model_path} cannot be used", f"copy its files again, {READY_SAMPLES}"
         ):
             tokens = self._tokenizer([text], padding=False, return_attention_mask=True, return_tensors="pt")
             sample = {name: tokens[name].to(torch.int64) for name in ("input_ids", "attention_mask")}
-        if images:
-            sample["pixel_values"] = torch.cat([patches for patches, _ in images])
-            sample["image_grid_thw"] = torch.cat([grid for _, grid in images])
-        return sample
+        return sample | (self._processing.model_inputs(images) if images else {})
+
+    def _repeat_image_tokens(self, text: str, images: list[Patches]) -> str:
+        """A text with one image token per image -> one image token per image feature."""
+        first, *pieces = text.split(self._image_token)
+        if len(pieces) != len(images):
+            what = f"the chat template of {self._model_path} does not insert every image once"
+            raise UserError(Fault(what, why=f"{len(images)} images, {len(pieces)} times {self._image_token}"))
+        return first + "".join(
+            self._image_token * self.image_tokens(patches) + piece
+            for patches, piece in zip(images, pieces, strict=True)
+        )
 
     def _chat_text(self, images: int, prompt: str, response: str | None) -> str:
         """The conversation as one text, with one image token per image."""
         if self._template is None:
             marks_turns = "<|im_start|>" in self._tokenizer.get_vocab()
-            return chat_text(images, prompt, response, image_token=self._image_token, marks_turns=marks_turns)
-        request = [{"type": "image", "image": "picture"}] * images + [{"type": "text", "text": prompt}]
-        messages: list[dict[str, Any]] = [{"role": "user", "content": request}]
+            return self._inputs.chat_text(
+                images, prompt, response, image_token=self._image_token, marks_turns=marks_turns
+            )
+        messages: list[dict[str, Any]] = [{"role": "user", "content": self._inputs.request(images, prompt)}]
         if response is not None:
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": response}]})
+            messages.append({"role": "assistant", "content": self._inputs.answer(response)})
         # A template is a program from the checkpoint: it may raise anything.
         with _checkpoint_errors(
             f"the chat template of {self._model_path} cannot be used", f"repair it, {READY_SAMPLES}"
@@ -146,10 +139,16 @@ class SampleProcessor:
             )
         return str(text)
 
+    def _find_image_token(self) -> str:
+        """The tokenizer's image token, or the family's; empty for text-only models."""
+        if self._inputs.processing is None:
+            return ""
+        return getattr(self._tokenizer, "image_token", None) or self._inputs.processing.form.image_token
+
     def _check_image_token(self) -> None:
         """UserError unless the tokenizer and the model have the same id for the image token."""
         token_id = self._tokenizer.get_vocab().get(self._image_token)
-        expected = _read_json(self._model_path / "config.json").get("image_token_id", token_id)
+        expected = self._processing.expected_image_token(_read_json(self._model_path / "config.json"), token_id)
         if token_id is None or token_id != expected:
             what = f"the tokenizer of {self._model_path} does not match the model"
             why = f"{self._image_token} has id {token_id} in the tokenizer and {expected} in config.json"
@@ -161,17 +160,18 @@ class SampleProcessor:
         if not any((self._model_path / name).is_file() for name in TOKENIZER_FILES):
             what, why = f"{self._model_path} has no tokenizer", f"there is none of {', '.join(TOKENIZER_FILES)}"
             raise UserError(Fault(what, why=why, fix=f"copy the tokenizer files of the model, {READY_SAMPLES}"))
-        self._check_class(self._model_path / "tokenizer_config.json", "tokenizer_class", TOKENIZER_CLASSES)
+        settings = self._model_path / "tokenizer_config.json"
+        self._check_class(settings, "tokenizer_class", self._inputs.form.tokenizer_classes)
         return self._load("tokenizer", AutoTokenizer)
 
     def _check_class(self, path: Path, key: str, known: tuple[str, ...]) -> None:
-        """UserError if the settings select a class that Qwen2.5-VL does not use.
+        """UserError if the settings select a class that the family does not use.
 
         Other classes of transformers read other files, pickles among them.
         """
         name = _read_json(path).get(key)
         if name is not None and name not in known and not self._trust_remote_code:
-            why = f"{key} is {name!r}; Qwen2.5-VL uses {' or '.join(known)}"
+            why = f"{key} is {name!r}; {self._inputs.title} uses {' or '.join(known)}"
             fix = f"add --trust_remote_code True if you trust it, {READY_SAMPLES}"
             raise UserError(Fault(f"{path.name} names an unsupported class", str(path), why, fix))
 
@@ -183,9 +183,10 @@ class SampleProcessor:
         own_file = _read_json(self._model_path / IMAGE_SETTINGS)
         shared_file = _read_json(self._model_path / PROCESSOR_SETTINGS).get("image_processor", {})
         settings = own_file or shared_file
-        if faults := settings_faults(settings, str(self._model_path / IMAGE_SETTINGS)):
+        if faults := settings_faults(settings, str(self._model_path / IMAGE_SETTINGS), self._processing):
             raise UserError(*faults)
-        self._check_class(self._model_path / IMAGE_SETTINGS, "image_processor_type", IMAGE_PROCESSOR_CLASSES)
+        known = self._processing.form.processor_classes
+        self._check_class(self._model_path / IMAGE_SETTINGS, "image_processor_type", known)
         if not settings:
             what = f"{self._model_path} has no image processor settings"
             why = f"there is no {IMAGE_SETTINGS}, and no {PROCESSOR_SETTINGS} with the key image_processor"
@@ -198,11 +199,8 @@ class SampleProcessor:
             with _checkpoint_errors(
                 f"the image processor in {self._model_path} cannot be loaded", f"repair {PROCESSOR_SETTINGS}"
             ):
-                processor = transformers.Qwen2VLImageProcessor.from_dict(shared_file)
-        if hasattr(processor, "min_pixels"):  # transformers 4 ignores `size`, which is all that newer versions write
-            size = settings.get("size") or {}
-            processor.min_pixels = settings.get("min_pixels") or size.get("shortest_edge", processor.min_pixels)
-            processor.max_pixels = settings.get("max_pixels") or size.get("longest_edge", processor.max_pixels)
+                processor = self._processing.processor_from(shared_file)
+        self._processing.configure(processor, settings)
         return processor
 
     def _load(self, part: str, auto_class: Any, **options: Any) -> Any:
@@ -240,13 +238,13 @@ def _is_error_of_callee(error: BaseException) -> bool:
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
-def settings_faults(settings: Any, where: str) -> list[Fault]:
+def settings_faults(settings: Any, where: str, processing: ImageProcessing) -> list[Fault]:
     """Image processor settings of the wrong type, or with sizes that exhaust the memory. Unknown keys are no faults."""
     if not isinstance(settings, dict):
         return [Fault("the image processor settings are not a JSON object", where)]
     return [
         Fault(f"{key} is {value}", where, why, f"copy {IMAGE_SETTINGS} again")
-        for key, value, why in invalid_values(SETTINGS, settings)
+        for key, value, why in invalid_values(processing.settings_schema, settings, processing.form)
     ]
 
 

@@ -14,8 +14,10 @@ PROMPT = "Please describe this picture in detail."
 LINE_KEYS = ("image", "prompt", "response")
 NO_VIDEOS = "videos are not supported; extract frames and pass those"
 EXAMPLE = '{"image": "cat.jpg", "prompt": "What is this?"}'
+TEXT_EXAMPLE = '{"prompt": "What is this?"}'
 AS_TEXT = "save it as UTF-8, one JSON object per line"
 KINDS = "pass a folder of images, one image, or a .jsonl file"
+TEXT_KINDS = f"pass --calib_images FILE.jsonl with lines such as {TEXT_EXAMPLE}"
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,14 @@ class SampleSource:
     where: str = ""
 
 
-def list_samples(source: Path) -> list[SampleSource]:
-    """The samples in a fixed order. Opens no image. Raises UserError for an unusable source."""
+def list_samples(source: Path, text_only: str | None = None) -> list[SampleSource]:
+    """The samples in a fixed order. Opens no image. Raises UserError for an unusable source.
+
+    text_only: title of a model that takes no images; None for others.
+    """
+    if text_only is not None and not (source.suffix.lower() == ".jsonl" and source.is_file()):
+        why = f"{text_only} has no vision tower: it is calibrated with prompts"
+        raise UserError(Fault(f"--calib_images {source} is not a .jsonl file", why=why, fix=TEXT_KINDS))
     what, suffixes = f"--calib_images {source}", " ".join(IMAGE_SUFFIXES)
     if source.is_dir():
         images = [path for path in sorted(source.iterdir()) if is_image(path) and not path.is_dir()]
@@ -44,7 +52,7 @@ def list_samples(source: Path) -> list[SampleSource]:
     if not source.is_file():
         raise UserError(Fault(what, why="it is not a regular file", fix=KINDS))
     if source.suffix.lower() == ".jsonl":
-        return _read_json_lines(source)
+        return _read_json_lines(source, text_only)
     if is_image(source):
         return [SampleSource((source,))]
     if is_video(source):
@@ -52,7 +60,7 @@ def list_samples(source: Path) -> list[SampleSource]:
     raise UserError(Fault(what, why=f"it is neither a folder, nor .jsonl, nor one of {suffixes}", fix=KINDS))
 
 
-def _read_json_lines(source: Path) -> list[SampleSource]:
+def _read_json_lines(source: Path, text_only: str | None) -> list[SampleSource]:
     """Lines of {"image": path or [paths], "prompt": text, "response": text}. UserError with every faulty line."""
     try:
         lines = source.read_text(encoding="utf-8-sig").split("\n")
@@ -61,17 +69,17 @@ def _read_json_lines(source: Path) -> list[SampleSource]:
     except OSError as error:
         fix = "check its permissions"
         raise UserError(Fault(f"--calib_images {source}", why=f"it cannot be read: {error}", fix=fix)) from error
-    samples, faults = [], []
+    samples, faults, example = [], [], EXAMPLE if text_only is None else TEXT_EXAMPLE
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         where = f"{source} line {number}"
         try:
-            samples.append(_parse_line(line, source.parent, where))
+            samples.append(_parse_line(line, source.parent, where, text_only))
         except _LineError as error:
             faults.append(Fault(error.what, where=where, fix=error.fix))
     if not samples and not faults:
-        faults = [Fault(f"--calib_images {source}", why="it has no lines", fix=f"write lines such as {EXAMPLE}")]
+        faults = [Fault(f"--calib_images {source}", why="it has no lines", fix=f"write lines such as {example}")]
     if faults:
         raise UserError(*faults)
     return samples
@@ -83,23 +91,24 @@ class _LineError(Exception):
         super().__init__(what)
 
 
-def _parse_line(line: str, folder: Path, where: str) -> SampleSource:
+def _parse_line(line: str, folder: Path, where: str, text_only: str | None) -> SampleSource:
     """One line; paths are relative to `folder`. Raises _LineError with everything that is wrong in it."""
+    keys, example = (LINE_KEYS, EXAMPLE) if text_only is None else (LINE_KEYS[1:], TEXT_EXAMPLE)
     try:
         values = parse_json(line)
     except ValueError as error:
-        raise _LineError(f"not JSON: {error}", f"write {EXAMPLE}") from error
+        raise _LineError(f"not JSON: {error}", f"write {example}") from error
     if not isinstance(values, dict):
-        raise _LineError("not a JSON object", f"write {EXAMPLE}")
-    faults = list(_line_faults(values))
+        raise _LineError("not a JSON object", f"write {example}")
+    faults = list(_line_faults(values, text_only))
     if faults:
-        raise _LineError("; ".join(faults), f"a line has the keys {', '.join(LINE_KEYS)}")
+        raise _LineError("; ".join(faults), f"a line has the keys {', '.join(keys)}")
     names = values.get("image") or []
     images = tuple(folder / name for name in ([names] if isinstance(names, str) else names))
     return SampleSource(images, values.get("prompt", PROMPT), values.get("response"), where)
 
 
-def _line_faults(values: dict[str, Any]) -> Iterator[str]:
+def _line_faults(values: dict[str, Any], text_only: str | None) -> Iterator[str]:
     for key in values:
         if "video" in key:
             yield NO_VIDEOS
@@ -116,5 +125,7 @@ def _line_faults(values: dict[str, Any]) -> Iterator[str]:
         yield NO_VIDEOS
     elif any("://" in name for name in names):
         yield "'image' is a URL; images are read from files only"
+    if names and text_only is not None:
+        yield f"'image' is given, but {text_only} has no vision tower"
     if not names and not values.get("prompt"):
-        yield "neither 'image' nor 'prompt' is given"
+        yield "neither 'image' nor 'prompt' is given" if text_only is None else "'prompt' is not given"

@@ -12,7 +12,6 @@ from torch import Tensor
 from vlqc.emit.stage_tensors import emitted_dtype
 from vlqc.errors import Fault, UserError
 from vlqc.frontend.calibration.dataset import CalibrationDataset, load_calibration
-from vlqc.frontend.calibration.probe import synthetic_sample
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.distributed import current_process_group
 from vlqc.frontend.stage_builder import traced_stages
@@ -62,7 +61,7 @@ def trace(
     Args:
         model_path: folder of the float checkpoint.
         dumper: selects the stages and writes or prints them.
-        samples: model inputs; without samples and calib_images, one image of random noise.
+        samples: model inputs; without samples and calib_images, random text and an image of noise.
         calib_images: folder or file of images.
 
     Raises:
@@ -73,12 +72,11 @@ def trace(
     checkpoint = Checkpoint(model_path)
     model = StreamedModel.open(checkpoint, trust_remote_code=trust_remote_code)
     check_globs(model.stages, what="stage", stages=dumper.stages)
-    config: Any = model.module.config
     if samples is None and calib_images is None:
-        samples = [synthetic_sample(config)]
+        samples = [model.family.inputs.synthetic_sample(model.module.config)]
     paths = {} if calib_images is None else {"calib_images": calib_images}
     options = Options.without_paths(model_path=model_path, trust_remote_code=trust_remote_code, **paths)
-    dataset = load_calibration(options, model.module, samples)
+    dataset = load_calibration(options, model, samples)
     return _run_stages(model, dataset, [], 0, dumper, progress or Progress())
 
 
@@ -114,7 +112,7 @@ def run_until(
     dumper = Dumper.from_options(options, pipeline, active=True)
     model = open_model(options)
     check_layers(model, options)
-    dataset = load_calibration(options, model.module, samples)
+    dataset = load_calibration(options, model, samples)
     return _run_stages(model, dataset, pipeline, last + 1, dumper, progress or Progress())
 
 

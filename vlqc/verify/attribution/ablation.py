@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlqc.families.text_inputs import TextInputs
 from vlqc.formatting import format_bytes, format_duration, pluralize
 from vlqc.frontend.calibration.samples import check_samples
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.model_structure import ModelStructure
-from vlqc.frontend.sequential import SequentialForward, StageInputs, row_modality
+from vlqc.frontend.sequential import SequentialForward, StageInputs
 from vlqc.frontend.stage_builder import checkpoint_name
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.execution import Call, first_tensor, observing
@@ -132,8 +133,8 @@ def attribute_error(
         raise ValueError("the folder must describe a model")
     checkpoint = Checkpoint(model_path)
     model = StreamedModel.open(checkpoint, trust_remote_code=trust_remote_code)
-    samples = check_samples(samples, model.module)
-    numbers = choose_samples(samples, tokens)
+    samples = check_samples(samples, model)
+    numbers = choose_samples(samples, tokens, model.family.inputs)
     groups = find_groups(model, compiled.schemes)
     if not groups:
         result.facts["measured on"] = "nothing: no layer is quantized"
@@ -149,15 +150,15 @@ def attribute_error(
     return attribution
 
 
-def choose_samples(samples: Sequence[dict[str, Tensor]], tokens: int) -> list[int]:
+def choose_samples(samples: Sequence[dict[str, Tensor]], tokens: int, inputs: TextInputs) -> list[int]:
     """Indices of the samples to use, ascending: always the shortest one with images and the shortest one without, then
     the others from short to long as long as all together have at most `tokens` tokens."""
     length = [int(sample["attention_mask"].sum()) for sample in samples]
     order = sorted(range(len(samples)), key=lambda number: length[number])
     chosen = [
-        next(number for number in order if ("pixel_values" in samples[number]) == has_image)
+        next(number for number in order if inputs.has_images(samples[number]) == has_image)
         for has_image in (True, False)
-        if any(("pixel_values" in sample) == has_image for sample in samples)
+        if any(inputs.has_images(sample) == has_image for sample in samples)
     ]
     left = tokens - sum(length[number] for number in chosen)
     for number in order:
@@ -225,7 +226,8 @@ class _Ablation:
             for sample in range(len(samples))
             if self._differs(variant, sample)
         ]
-        self.modality = [row_modality(sample, model) for sample in samples]
+        row_modality, config = model.family.inputs.row_modality, model.module.config
+        self.modality = [row_modality(sample, config) for sample in samples]
         self.measured: dict[LayerGroup, GroupError] = {}
         self.stage_runs = 0
 
@@ -341,7 +343,8 @@ class _Ablation:
         return not variant.groups or any(self._visits(sample, group.stage) for group in variant.groups)
 
     def _visits(self, sample: int, stage: str) -> bool:
-        return "pixel_values" in self.samples[sample] or self.model.is_language(self.model.stages[stage])
+        has_images = self.model.family.inputs.has_images(self.samples[sample])
+        return has_images or self.model.is_language(self.model.stages[stage])
 
 
 def head_gram(model: StreamedModel) -> Tensor:

@@ -1,0 +1,48 @@
+"""How prompts and images of a family are given to the model: values that a family's file states.
+
+This module imports no torch, because the command line imports the families for its help.
+"""
+
+from dataclasses import dataclass
+
+QWEN_TOKENIZERS = ("Qwen2Tokenizer", "Qwen2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
+QWEN_IMAGE_PROCESSORS = ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLImageProcessorPil")
+
+
+@dataclass(frozen=True)
+class TextFormat:
+    """Tokenizer and chat form.
+
+    tokenizer_classes: values of tokenizer_class in tokenizer_config.json; system_prompt: of the family's chat template,
+    empty if it has none.
+    """
+
+    tokenizer_classes: tuple[str, ...] = QWEN_TOKENIZERS
+    system_prompt: str = ""
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """Image processor, and how images appear in a prompt.
+
+    token_side: pixels along a side of one image token. processor_classes: values of image_processor_type in
+    preprocessor_config.json, the class that needs Pillow only first. image_token: repeated once per image feature,
+    between vision_start and vision_end.
+
+    min_tokens, max_tokens: image tokens of one image; max_aspect_ratio: of its sides. These are the limits of the image
+    preprocessing of qwen_vl_utils, which the published models were evaluated with.
+    """
+
+    token_side: int
+    processor_classes: tuple[str, ...] = QWEN_IMAGE_PROCESSORS
+    image_token: str = "<|image_pad|>"
+    vision_start: str = "<|vision_start|>"
+    vision_end: str = "<|vision_end|>"
+    min_tokens: int = 4
+    max_tokens: int = 16384
+    max_aspect_ratio: int = 200
+
+    @property
+    def max_pixels(self) -> int:
+        """Pixels of the largest image; the settings of the image processor must not enlarge images beyond it."""
+        return self.max_tokens * self.token_side**2

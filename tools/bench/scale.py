@@ -29,7 +29,8 @@ from rich.table import Table
 
 from tools.bench.scale_bounds import Rates, drop_from_page_cache, measured_rates, work_of
 from tools.bench.scale_checkpoint import SIZES, Case, checkpoint_bytes, make, samples_of
-from vlqc.frontend.calibration.probe import CROP_HEIGHT, CROP_WIDTH, PROBE_ROWS
+from vlqc.families.image_inputs import CROP_HEIGHT, CROP_WIDTH
+from vlqc.frontend.calibration.probe import PROBE_ROWS
 
 ROOT = Path(__file__).parents[2]
 RUNNER = ROOT / "tools" / "bench" / "scale_runner.py"

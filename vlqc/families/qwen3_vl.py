@@ -168,6 +168,10 @@ class Qwen3VL(ModelFamily):
         vision = config.get("vision_config")
         return vision if isinstance(vision, Mapping) else None
 
+    def is_tied(self, config: Mapping[str, Any]) -> bool:
+        """The key in `text_config` takes precedence, as in the engines and transformers 4."""
+        return bool(self.text_config(config).get("tie_word_embeddings", config.get("tie_word_embeddings", False)))
+
     def set_dtype(self, config: dict[str, Any], dtype: str) -> None:
         """At the top and in `text_config`, where engines read it."""
         super().set_dtype(config, dtype)

@@ -103,9 +103,11 @@ class _Request:
 
 @lru_cache(maxsize=32)
 def _structure(request: _Request) -> ModelStructure:
-    model = build_meta_model(request.folder, json.loads(request.config), trust_remote_code=bool(request.trusted))
+    config = json.loads(request.config)
+    model = build_meta_model(request.folder, config, trust_remote_code=bool(request.trusted))
     where = str(request.folder / "config.json")
-    return structure_of(model, request.family, lambda: _inputs(model, request.family), where)
+    tied = request.family.is_tied(config)
+    return structure_of(model, request.family, lambda: _inputs(model, request.family), where, tied=tied)
 
 
 def _inputs(model: nn.Module, family: ModelFamily) -> dict[str, Any]:
@@ -120,11 +122,14 @@ def structure_of(
     inputs: Callable[[], Mapping[str, Any]],
     where: str,
     canonical: Callable[[str], str] | None = None,
+    *,
+    tied: bool = False,
 ) -> ModelStructure:
     """The structure of a transformers model whose parameters are on the meta device. The model is unusable afterwards.
 
     inputs: returns the arguments of its forward for a sample that passes all stages; where: path of config.json, for
-    messages; canonical: name in the module tree -> checkpoint name, the family's by default. Raises UserError if the
+    messages; canonical: name in the module tree -> checkpoint name, the family's by default; tied: whether the output
+    head shares the embedding's weight. Raises UserError if the
     model cannot be run.
     """
     canonical = canonical or family.checkpoint_name
@@ -135,7 +140,6 @@ def structure_of(
 
     embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
-    tied = bool(model.config.tie_word_embeddings)  # type: ignore[union-attr]
     shared = {f"{paths[head]}.weight"} if tied else set()
     parameters = {
         canonical(path): tuple(parameter.shape)

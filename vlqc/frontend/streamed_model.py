@@ -148,7 +148,7 @@ class StreamedModel:
         self.stages = {name: found[name] for name in self.family.stage_order(list(found), checkpoint.config)}
         self.embedding: nn.Module = module.get_input_embeddings()  # type: ignore[operator]
         head = module.get_output_embeddings()  # type: ignore[operator]
-        self.tied = bool(module.config.tie_word_embeddings)  # type: ignore[union-attr]
+        self.tied = self.family.is_tied(checkpoint.config)
         self._head: nn.Module | None = head
         language = self._path[self.embedding].rpartition(".")[0]
         self._language_modules = set(module.get_submodule(language).modules()) if language else set()

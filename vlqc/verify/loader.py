@@ -32,7 +32,7 @@ def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, trust_remote
     model = build_meta_model(folder, checkpoint.config, trust_remote_code=trust_remote_code)
     loader = WeightLoader(checkpoint, description, dtype)
     head = model.get_output_embeddings()  # type: ignore[operator]
-    tied = bool(model.config.tie_word_embeddings)  # type: ignore[union-attr]
+    tied = checkpoint.family.is_tied(checkpoint.config)
     for path, module in list(model.named_modules()):
         if not (tied and module is head):
             loader.fill(model, path, module)

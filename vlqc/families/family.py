@@ -37,6 +37,7 @@ class Role(StrEnum):
 
 VISION_ROLES = (Role.VISION_QKV, Role.VISION_PROJ, Role.VISION_UP, Role.VISION_DOWN)
 DECODER_ROLES = (Role.QKV, Role.OUT, Role.UP, Role.DOWN)
+EXPERT_ROLES = (Role.EXPERT_UP, Role.EXPERT_DOWN)
 
 OTHER = "other"  # part of names that no prefix matches
 Parts = tuple[tuple[str, str], ...]  # (prefix of names, part); the first prefix that matches decides

@@ -1,4 +1,4 @@
-"""Checks the layer patterns of --exclude and --include before anything is computed."""
+"""Checks the layer patterns of --exclude and --include, and the schemes of all layers, before anything is computed."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -11,26 +11,29 @@ from vlqc.formatting import did_you_mean
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.options.options import Options
 from vlqc.targets.precision import choose_scheme
-from vlqc.targets.rules import group_faults
+from vlqc.targets.rules import group_faults, layer_faults
 from vlqc.targets.schemes import Scheme
 
 
 def check_layers(model: StreamedModel, options: Options) -> None:
-    """UserError for patterns that match nothing, or exclude layers that an engine runs quantized only."""
+    """UserError for patterns that match nothing, and for schemes that an engine of the target does not run together."""
     check_globs([*model.linear_layers, *model.heads], exclude=options.exclude)
     check_globs(model.linear_layers, include=options.include)
     check_globs(model.stages, what="stage", dump_stages=options.dump_stages)
-    if any(matches_any(layer, options.exclude) for layer in model.linear_layers):
+    excludes = any(matches_any(layer, options.exclude) for layer in model.linear_layers)
+    if excludes or options.pipeline is None:  # passes that the user chose may assign other schemes
         shapes = {
             name.removesuffix(".weight"): tuple(tensor.shape) for name, tensor in model.parameters(model.module).items()
         }
-        check_exclusions({layer: shapes[layer] for layer in model.linear_layers}, model.family, options)
+        check_schemes({layer: shapes[layer] for layer in model.linear_layers}, model.family, options)
 
 
-def check_exclusions(layers: Mapping[str, Sequence[int] | None], family: ModelFamily, options: Options) -> None:
-    """UserError where --exclude leaves schemes that the target does not load, before anything is computed.
+def check_schemes(layers: Mapping[str, Sequence[int] | None], family: ModelFamily, options: Options) -> None:
+    """UserError where the options, --exclude among them, give schemes that the target does not load together.
 
-    An exclusion extends to its fused group, so only rules about whole parts of the model can be broken.
+    An exclusion extends to its fused group, so only rules about whole parts of the model can be broken. If some layer's
+    scheme alone is more than the target runs, the folder is written for none of its versions, and nothing is checked
+    without --exclude.
 
     layers: every Linear by checkpoint name, with its shape; family: of the model.
     """
@@ -50,10 +53,13 @@ def check_exclusions(layers: Mapping[str, Sequence[int] | None], family: ModelFa
             include=options.include,
         )
         schemes |= dict.fromkeys(members, decision.scheme)
-    if not any(scheme.is_quantized for scheme in schemes.values()):
-        raise UserError(Fault("nothing would be quantized", "--exclude", "every layer stays float", "exclude less"))
-    if faults := group_faults(target, family, schemes):
-        raise UserError(*(replace(fault, where=f"--exclude, for {target}") for fault in faults))
+    if any(matches_any(layer, options.exclude) for layer in layers):
+        if not any(scheme.is_quantized for scheme in schemes.values()):
+            raise UserError(Fault("nothing would be quantized", "--exclude", "every layer stays float", "exclude less"))
+        if faults := group_faults(target, family, schemes):
+            raise UserError(*(replace(fault, where=f"--exclude, for {target}") for fault in faults))
+    elif not layer_faults(target, family, schemes) and (faults := group_faults(target, family, schemes)):
+        raise UserError(replace(faults[0], where=f"{options.scheme} of {family.title}, for {target}"))
 
 
 def check_globs(layers: Iterable[str], what: str = "layer", **globs: tuple[str, ...]) -> None:

@@ -192,7 +192,8 @@ def restrictions(
         for group in inside
         if group.float_candidate is not None
     }
-    if inside and len(floats) == len(inside):
+    all_float = {site: Scheme.FLOAT for group in inside for site in group.sites}
+    if inside and len(floats) == len(inside) and not group_faults(target, family, assigned | all_float):
         yield [floats.get(group.name, group) for group in independent]
 
 

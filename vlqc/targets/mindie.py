@@ -1,6 +1,8 @@
 """MindIE: which layers it runs in which scheme and version, and the folder that it loads.
 
-Source: its own loader and models (atb_llm), as each row says.
+Source: its own loader and models at the versions that each row names: atb_llm/models/FAMILY for those with a vision
+tower, and mindie_llm/runtime for text models from 3.0.0.beta.1 on. No source of versions before 3.0.0alpha1 is public;
+rows with such versions follow the README of msModelSlim.
 """
 
 import json
@@ -11,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from vlqc.errors import Fault
-from vlqc.families.family import DECODER_ROLES, ModelFamily, Role
+from vlqc.families.family import DECODER_ROLES, EXPERT_ROLES, VISION_ROLES, ModelFamily, Role
 from vlqc.targets.engine import (
     COMPILE_AGAIN,
     IGNORED_BIAS,
@@ -26,8 +28,11 @@ from vlqc.targets.engine import (
 from vlqc.targets.schemes import Scheme, quant_type
 
 DESCRIPTION = re.compile(r"quant_model_description_.+\.json")
+ANY_DESCRIPTION = re.compile(r"quant_model_description(_.+)?\.json")
 ACCEPTED_PATH = re.compile(r"[0-9a-zA-Z_./-]+")
 SHOWN = 5  # names of files in one message
+# Vision layers that it can run quantized in the families after Qwen2.5-VL; all others are plain float operators.
+QUANTIZED_VISION = (Role.VISION_QKV, Role.VISION_PROJ, Role.VISION_UP)
 # Options of the compilation that its config.json repeats.
 CONFIG_OPTIONS = ("w_bit", "a_bit", "is_dynamic", "is_lowbit", "act_method", "anti_method")
 
@@ -40,7 +45,8 @@ class ModelLoader:
     whether the tower must be quantized if anything is; tower_with_dynamic: whether it is W8A8 next to a W8A8_DYNAMIC
     language model, or must be float there; dynamic_experts: whether the experts are W8A8_DYNAMIC if anything is
     quantized; unfused: roles whose fused groups may have FLOAT members next to W8A8 ones; vision_key: whether it reads
-    `vision_config.quantize`; looked_up: roles whose layers it looks up in the description.
+    `vision_config.quantize`; looked_up: roles whose layers it looks up in the description; by_entries: whether it reads
+    biases only if they have an entry there, and refuses a second description.
     """
 
     static_tower: tuple[Role, ...] = ()
@@ -50,6 +56,10 @@ class ModelLoader:
     unfused: tuple[Role, ...] = ()
     vision_key: bool = False
     looked_up: tuple[Role, ...] = (Role.QKV, Role.UP)
+    by_entries: bool = False
+
+
+TEXT_LOADER = ModelLoader(looked_up=DECODER_ROLES, by_entries=True)  # of 3.0.0.beta.1 and later
 
 
 class MindIE(Engine):
@@ -70,6 +80,31 @@ class MindIE(Engine):
             Rule(Scheme.W8A8_DYNAMIC, DECODER_ROLES, since="2.2.RC1"),
             # No rule for W4A8_DYNAMIC: no version runs it in a vision-language model.
         ),
+        # The last layer of the vision MLP and the merger are plain float operators (modeling_qwen2_vl_vit_atb.py,
+        # 3.0.0alpha1 to 3.0.0). W8A8_DYNAMIC: modeling_qwen2.py, 3.0.0alpha1.
+        "qwen2_vl": (
+            Rule(Scheme.W8A8, (*QUANTIZED_VISION, *DECODER_ROLES), since="2.1.RC1"),
+            Rule(Scheme.W8A8_DYNAMIC, DECODER_ROLES, since="3.0.0alpha1"),
+        ),
+        # modeling_qwen3_vl_vit.py and _text.py, first in 3.0.0.beta.1. FlashLayer has no 4-bit weights.
+        "qwen3_vl": (
+            Rule(Scheme.W8A8, (*QUANTIZED_VISION, *DECODER_ROLES), since="3.0.0.beta.1"),
+            Rule(Scheme.W8A8_DYNAMIC, DECODER_ROLES, since="3.0.0.beta.1"),
+        ),
+        # modeling_qwen3_vl_moe_text.py, first in 3.0.0.beta.1: static attention, experts per token, router in float.
+        "qwen3_vl_moe": (
+            Rule(Scheme.W8A8, (*QUANTIZED_VISION, Role.QKV, Role.OUT), since="3.0.0.beta.1"),
+            Rule(Scheme.W8A8_DYNAMIC, EXPERT_ROLES, since="3.0.0.beta.1"),
+        ),
+        # Two loaders: modeling_qwen2.py in 3.0.0alpha1, runtime/layers/quantization/ms_model_slim from 3.0.0.beta.1 on.
+        "qwen2": (
+            Rule(Scheme.W8A8, DECODER_ROLES, since="3.0.0alpha1"),
+            Rule(Scheme.W8A8_DYNAMIC, DECODER_ROLES, since="3.0.0alpha1"),
+        ),
+        "qwen3": (
+            Rule(Scheme.W8A8, DECODER_ROLES, since="3.0.0alpha1"),
+            Rule(Scheme.W8A8_DYNAMIC, DECODER_ROLES, since="3.0.0alpha1"),
+        ),
     }
     loaders: ClassVar[Mapping[str, ModelLoader]] = {
         "qwen2_5_vl": ModelLoader(
@@ -78,6 +113,23 @@ class MindIE(Engine):
             vision_key=True,
             looked_up=(Role.QKV, Role.UP, Role.VISION_UP),
         ),
+        # One graph reads the static tensors of qkv, proj and fc1 in every block.
+        "qwen2_vl": ModelLoader(static_tower=QUANTIZED_VISION, unfused=(Role.QKV, Role.UP), vision_key=True),
+        # flash_causal_qwen3_vl.py: the tower takes the `quantize` of the model. q/k/v are always one matrix.
+        "qwen3_vl": ModelLoader(
+            static_tower=(Role.VISION_QKV, Role.VISION_UP),
+            needs_tower=True,
+            tower_with_dynamic=True,
+            unfused=(Role.UP,),
+        ),
+        "qwen3_vl_moe": ModelLoader(
+            static_tower=(Role.VISION_QKV, Role.VISION_UP),
+            needs_tower=True,
+            dynamic_experts=True,
+            looked_up=(Role.QKV, *EXPERT_ROLES),
+        ),
+        "qwen2": TEXT_LOADER,
+        "qwen3": TEXT_LOADER,
     }
     group_sizes = (0, 64, 128, 256)  # what its config reader accepts
     packs_int4 = False
@@ -118,14 +170,14 @@ class MindIE(Engine):
         static = [layer for layer, scheme in schemes.items() if scheme == Scheme.W8A8]
         dynamic = [layer for layer, scheme in schemes.items() if scheme == Scheme.W8A8_DYNAMIC]
         if loader.dynamic_experts:
-            experts = [layer for layer in schemes if family.role(layer) in (Role.EXPERT_UP, Role.EXPERT_DOWN)]
+            experts = [layer for layer in schemes if family.role(layer) in EXPERT_ROLES]
             others = [layer for layer in experts if schemes[layer] != Scheme.W8A8_DYNAMIC]
             if not others or not static + dynamic:
                 return []
             why = "MindIE runs quantized models of this kind with all experts in W8A8_DYNAMIC"
             fix = "give all experts W8A8_DYNAMIC, or serve with vLLM Ascend only"
             return [Fault(f"{others[0]} is {schemes[others[0]]}", others[0], why, fix)]
-        if loader.tower_with_dynamic:
+        if loader.tower_with_dynamic or not family.layers(*VISION_ROLES):
             conflicting = [layer for layer in static if not family.in_vision_tower(layer)]
             why = "MindIE runs one scheme in the language model, which config.json names"
             fix = "give the language model one scheme, or serve with vLLM Ascend only"
@@ -238,14 +290,27 @@ class MindIE(Engine):
         return faults
 
     def description_faults(self, folder: FinishedFolder) -> list[Fault]:
-        """Its loader looks up the members of fused groups; that of text models looks up all linear layers, and the
-        biases of W8A8_DYNAMIC q/k/v, which it drops if they have no entry."""
-        roles = self._loader(folder.family).looked_up
-        return [
+        """The loader of most models looks up the members of fused groups; that of text models all linear layers and the
+        biases of norms and W8A8_DYNAMIC layers."""
+        loader, family = self._loader(folder.family), folder.family
+        faults = [
             missing_entry(folder, layer, "MindIE looks it up there, and stops")
             for layer in folder.linears
-            if folder.family.role(layer) in roles and f"{layer}.weight" not in folder.description
+            if family.role(layer) in loader.looked_up and f"{layer}.weight" not in folder.description
         ]
+        if not loader.by_entries:
+            return faults
+        layers = (layer for layer in folder.linears if folder.schemes.get(layer) == Scheme.W8A8_DYNAMIC)
+        biases = (f"{name}.bias" for name in (*layers, *folder.shifted_norms()))
+        for bias in biases:
+            if bias in folder.tensors and bias not in folder.description:
+                why = "MindIE ignores a bias without an entry"
+                faults.append(Fault(f"{bias} has no entry", folder.description_name, why, COMPILE_AGAIN))
+        descriptions = [name for name in folder.files if ANY_DESCRIPTION.fullmatch(name)]
+        if len(descriptions) > 1:
+            why = "MindIE refuses a text model with several descriptions"
+            faults.append(Fault("several descriptions", ", ".join(descriptions), why, "remove all but one"))
+        return faults
 
     def tensor_faults(self, folder: FinishedFolder) -> list[Fault]:
         """Biases of norms (a folded shift) that it does not apply, and their copies."""
@@ -298,10 +363,12 @@ class MindIE(Engine):
         return f'"modelWeightPath": {json.dumps(folder, ensure_ascii=False)} in the config.json of the MindIE service'
 
     def unsupported_where(self, family: ModelFamily, scheme: Scheme) -> str:
-        return " for vision-language models" if scheme == Scheme.W4A8_DYNAMIC else ""
+        if scheme == Scheme.W4A8_DYNAMIC and family.layers(*VISION_ROLES):
+            return " for vision-language models"
+        return "" if any(rule.scheme == scheme for rule in self.rules_of(family)) else f" of {family.title}"
 
     def scheme_notes(self, family: ModelFamily, scheme: Scheme, group_size: int | None) -> list[str]:
-        if scheme == Scheme.W8A8_DYNAMIC:
+        if scheme == Scheme.W8A8_DYNAMIC and self._loader(family).vision_key:
             return ["MindIE runs W8A8_DYNAMIC in the language model only: the vision tower stays float"]
         if scheme == Scheme.W4A8_DYNAMIC and group_size is not None and group_size not in self.group_sizes:
             return [f"group_size {group_size}: MindIE accepts {join_or(self.group_sizes[1:])} only"]

@@ -242,6 +242,7 @@ class Scheme(StrEnum):
         stored=(*INT8_WEIGHT, *STATIC_INPUT),
         report=ReportStyle("W8A8, static", "8", light=("#2f6fb0", "#ffffff"), dark=("#6cabea", "#10141a")),
         module="quant_linear:StaticQuantLinear",
+        substitute="W8A8_DYNAMIC",
         alternatives=("W8A8_DYNAMIC", "FLOAT"),
         naming_priority=2,
     )

@@ -1,6 +1,7 @@
 """vLLM Ascend: which layers it runs in which scheme and version, and the folder that it loads.
 
-Source: its own loader and models, as each row says; VA stands for its repository's folder vllm_ascend at the tag.
+Source: its own loader at the tags that each row names (quantization/quant_config.py, from 0.14.0rc1 on
+quantization/modelslim_config.py), and vLLM's models at the version that it runs with.
 """
 
 import shlex
@@ -8,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from vlqc.errors import Fault
-from vlqc.families.family import DECODER_ROLES, VISION_ROLES, ModelFamily, Role
+from vlqc.families.family import DECODER_ROLES, EXPERT_ROLES, VISION_ROLES, ModelFamily, Role
 from vlqc.targets.engine import (
     COMPILE_AGAIN,
     IGNORED_BIAS,
@@ -46,16 +47,59 @@ class VllmAscend(Engine):
             # candidates of 0.26, which still load dense 4-bit weights, sort before 0.26.
             Rule(Scheme.W4A8_DYNAMIC, (Role.OUT, Role.UP, Role.DOWN), since="0.11", before="0.26"),
         ),
+        # Needs no row of its own there: vLLM 0.13 to 0.23 pass the quantization to the tower and its merger
+        # (qwen2_vl.py). Up to 0.11 a class of its own pads the weight of the vision qkv, and not its scales.
+        "qwen2_vl": (
+            Rule(Scheme.W8A8, (*VISION_ROLES, Role.MERGER, *DECODER_ROLES), since="0.12.0rc1"),
+            Rule(Scheme.W8A8_DYNAMIC, DECODER_ROLES, since="0.12.0rc1", dtypes=ONLY_BFLOAT16),
+            # 3-D inputs from 0.16.0rc1 on: quantization/methods/w8a8_dynamic.py, `need_unsqz`.
+            Rule(Scheme.W8A8_DYNAMIC, (*VISION_ROLES, Role.MERGER), since="0.16.0rc1", dtypes=ONLY_BFLOAT16),
+            # q/k/v have a bias, as in Qwen2.5-VL.
+            Rule(Scheme.W4A8_DYNAMIC, (Role.OUT, Role.UP, Role.DOWN), since="0.12.0rc1", before="0.26"),
+        ),
+        # 0.13.0rc2 is the first tag that maps the names of this model to those of the description. 0.14.0rc1 to
+        # 0.17.0rc1 have that map under the key qwen3_vl_text, which they compare with qwen3_vl: they stop with a
+        # KeyError. 0.18.0rc1 stops at an untied lm_head; 0.18.0 does not.
+        "qwen3_vl": (
+            Rule(Scheme.W8A8, (*VISION_ROLES, Role.MERGER, *DECODER_ROLES), since="0.13.0rc2", before="0.14.0rc1"),
+            Rule(Scheme.W8A8, (*VISION_ROLES, Role.MERGER, *DECODER_ROLES), since="0.18"),
+            Rule(Scheme.W8A8_DYNAMIC, DECODER_ROLES, since="0.13.0rc2", before="0.14.0rc1", dtypes=ONLY_BFLOAT16),
+            Rule(Scheme.W8A8_DYNAMIC, (*VISION_ROLES, Role.MERGER, *DECODER_ROLES), since="0.18", dtypes=ONLY_BFLOAT16),
+            # q/k/v have no bias.
+            Rule(Scheme.W4A8_DYNAMIC, DECODER_ROLES, since="0.13.0rc2", before="0.14.0rc1"),
+            Rule(Scheme.W4A8_DYNAMIC, DECODER_ROLES, since="0.18", before="0.26"),
+        ),
+        # Has its row and its map of names in every tag from 0.13.0rc1 on. No version that has them registers static
+        # W8A8 for experts (quantization/methods, "moe").
+        "qwen3_vl_moe": (
+            Rule(Scheme.W8A8, (*VISION_ROLES, Role.MERGER, *DECODER_ROLES), since="0.13.0rc1"),
+            Rule(Scheme.W8A8_DYNAMIC, (*DECODER_ROLES, *EXPERT_ROLES), since="0.13.0rc1", dtypes=ONLY_BFLOAT16),
+            Rule(Scheme.W8A8_DYNAMIC, (*VISION_ROLES, Role.MERGER), since="0.16.0rc1", dtypes=ONLY_BFLOAT16),
+            # Groups of weights in experts are deprecated in 0.26.0rc and an error after it (methods/w4a8.py).
+            Rule(Scheme.W4A8_DYNAMIC, DECODER_ROLES, since="0.13.0rc1", before="0.26"),
+            Rule(Scheme.W4A8_DYNAMIC, EXPERT_ROLES, since="0.13.0rc1", before="0.26", dtypes=ONLY_BFLOAT16),
+        ),
+        # Need no row of their own there: vLLM's classes name the fused layers (qwen2.py, qwen3.py, 0.13).
+        "qwen2": (
+            Rule(Scheme.W8A8, DECODER_ROLES, since="0.11"),
+            Rule(Scheme.W8A8_DYNAMIC, DECODER_ROLES, since="0.11", dtypes=ONLY_BFLOAT16),
+            Rule(Scheme.W4A8_DYNAMIC, (Role.OUT, Role.UP, Role.DOWN), since="0.11", before="0.26"),
+        ),
+        "qwen3": (
+            Rule(Scheme.W8A8, DECODER_ROLES, since="0.11"),
+            Rule(Scheme.W8A8_DYNAMIC, DECODER_ROLES, since="0.11", dtypes=ONLY_BFLOAT16),
+            Rule(Scheme.W4A8_DYNAMIC, DECODER_ROLES, since="0.11", before="0.26"),  # q/k/v have no bias
+        ),
     }
     packs_int4 = True
     norm_bias_parts = ("language",)
 
     def group_faults(self, family: ModelFamily, schemes: Mapping[str, Scheme]) -> list[Fault]:
-        """One scheme for all experts of a layer: it takes that of expert 0 for all (VA/quantization, FusedMoE)."""
+        """One scheme for all experts of a layer: it takes that of expert 0 for all (row of packed modules)."""
         first: dict[str | None, str] = {}
         faults = []
         for layer, scheme in schemes.items():
-            if family.role(layer) not in (Role.EXPERT_UP, Role.EXPERT_DOWN):
+            if family.role(layer) not in EXPERT_ROLES:
                 continue
             other = first.setdefault(family.block(layer), layer)
             if schemes[other] != scheme:
@@ -100,8 +144,7 @@ class VllmAscend(Engine):
 
     def description_faults(self, folder: FinishedFolder) -> list[Fault]:
         """Its loader looks up every linear layer, mergers and routers among them, and the embedding of the language
-        model; it stops with a KeyError if one is missing (VA/quantization/quant_config.py and modelslim_config.py).
-        Of experts it looks up those of number 0, but then the shards of all must be there."""
+        model; it stops with a KeyError if one is missing. Of the experts of a layer it looks up the first one."""
         if folder.layout is not self:
             why = f"vLLM Ascend reads {DESCRIPTION}, not the description of {folder.layout.title}'s layout"
             return [Fault(f"no description for {self.title}", folder.description_name, why)]

@@ -1,19 +1,21 @@
 """The structure of a model by running it without weights, compared with tables of Qwen2.5-VL's layers."""
 
-import itertools
 import json
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from tests.support import tiny
 from tests.support.float_model import CONFIG
+from tests.support.renamed_modules import rename_children
+from tools.checkpoints.families import FAMILIES, config_of
 from vlqc.errors import UserError
 from vlqc.families.linear import Linear
 from vlqc.families.qwen2_5_vl import QWEN2_5_VL, flatten_config, original_name
+from vlqc.families.registry import family_of
 from vlqc.frontend.model_structure import ModelStructure, model_structure, structure_of
 from vlqc.frontend.streamed_model import build_meta_model, model_inputs
 
@@ -140,27 +142,83 @@ def test_equal_configs_share_a_structure() -> None:
 def test_other_names_give_the_same_edges() -> None:
     """Catches an edge that is found by the name of a module."""
     model = build_meta_model(Path("checkpoint"), CONFIG)
-    numbers, renamed = itertools.count(), dict[str, str]()
-    for path, module in list(model.named_modules()):
-        children = dict(module._modules)
-        module._modules.clear()
-        for name, child in children.items():
-            new = name
-            if isinstance(child, nn.Linear) or type(child).__name__.endswith("RMSNorm"):
-                new = f"m{next(numbers)}"
-                module.__dict__[name] = child  # the model's code finds it under its old name
-                old = original_name(f"{path}.{name}.".removeprefix(".")).removesuffix(".")
-                renamed[f"{path}.{new}".removeprefix(".")] = old
-            module._modules[new] = child
-
-    def canonical(name: str) -> str:
-        layer, _, part = name.rpartition(".")
-        return f"{renamed[layer]}.{part}" if layer in renamed else original_name(name)
-
     inputs = model_inputs(model, QWEN2_5_VL, QWEN2_5_VL.inputs.synthetic_sample(model.config))
-    structure = structure_of(model, QWEN2_5_VL, lambda: inputs, "config.json", canonical)
-    assert len(renamed) == len(structure.linears) + 2 * 1 + 1 + 2 * 2 + 1
+    old_name = rename_children(model)
+    structure = structure_of(
+        model, QWEN2_5_VL, lambda: inputs, "config.json", lambda name: original_name(old_name(name))
+    )
+    assert structure.linears == expected_linears(CONFIG)
     assert edges_of(structure) == expected_edges(CONFIG)
+
+
+# Relative names: edges of the blocks and mergers of the other families, where "2." stands for a number
+DECODER = {
+    "input_layernorm": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "self_attn.v_proj": ["self_attn.o_proj"],
+    "post_attention_layernorm": ["mlp.gate_proj", "mlp.up_proj"],
+    "mlp.up_proj": ["mlp.down_proj"],
+}
+QWEN2_VISION = {"norm1": ["attn.qkv"], "attn.qkv": ["attn.proj"], "norm2": ["mlp.fc1"]}
+QWEN3_VISION = {"norm1": ["attn.qkv"], "attn.qkv": ["attn.proj"], "norm2": ["mlp.linear_fc1"]}
+QWEN3_MERGER = {"norm": ["linear_fc1"]}
+NEW = pytest.mark.qwen3_vl
+FAMILY_EDGES = {
+    "qwen2_vl": {
+        "visual.blocks.*": QWEN2_VISION,
+        "visual.merger": {"ln_q": ["mlp.0"]},
+        "model.layers.*": DECODER,
+    },
+    "qwen3_vl": {
+        "model.visual.blocks.*": QWEN3_VISION,
+        "model.visual.merger": QWEN3_MERGER,
+        "model.visual.deepstack_merger_list.*": QWEN3_MERGER,
+        "model.language_model.layers.*": DECODER,
+    },
+    "qwen2": {"model.layers.*": DECODER},
+    "qwen3": {"model.layers.*": DECODER},
+}
+
+
+def family_structure(name: str) -> ModelStructure:
+    config = config_of(FAMILIES[name].shape, "bfloat16", tied=False, family=name)
+    family = family_of(config, "config.json")
+    return model_structure(Path("checkpoint"), family, family.engine_config(config))
+
+
+@pytest.mark.every_transformers
+@pytest.mark.parametrize(
+    "name", ["qwen2_vl", "qwen2", pytest.param("qwen3", marks=NEW), pytest.param("qwen3_vl", marks=NEW)]
+)
+def test_edges_of_every_family(name: str) -> None:
+    """Catches an edge across an activation function, a merger without edges, and q_norm as a producer."""
+    structure = family_structure(name)
+    found: dict[str, dict[str, list[str]]] = {}
+    for producer, edge in structure.edges.items():
+        block = next(prefix for prefix in FAMILY_EDGES[name] if fnmatchcase(producer, f"{prefix}.*"))
+        prefix = ".".join(producer.split(".")[: block.count(".") + 1])
+        consumers = [layer.removeprefix(f"{prefix}.") for layer in edge.consumers]
+        kind = found.setdefault(block, {}).setdefault(producer.removeprefix(f"{prefix}."), consumers)
+        assert kind == consumers
+    assert found == FAMILY_EDGES[name]
+    assert {norm for norm in structure.norms if structure.has_bias(norm)} == {
+        norm for norm in structure.norms if "visual" in norm
+    }
+
+
+@NEW
+def test_columns_of_the_mergers_of_qwen3_vl() -> None:
+    """Catches a norm before the merge, of which four columns read each channel, that is taken for one after it, and the
+    other way round; and an output projection that is not square."""
+    structure, shape = family_structure("qwen3_vl"), FAMILIES["qwen3_vl"].shape
+    width, edges = shape.vision_hidden, edges_of(structure)
+    assert edges["model.visual.merger.norm"]["model.visual.merger.linear_fc1"] == [*range(width)] * 4
+    deepstack = "model.visual.deepstack_merger_list.0"
+    assert edges[f"{deepstack}.norm"][f"{deepstack}.linear_fc1"] == list(range(4 * width))
+    attention = "model.language_model.layers.0.self_attn"
+    channels = edges[f"{attention}.v_proj"][f"{attention}.o_proj"]
+    values = torch.arange(shape.value_heads * shape.head_size).reshape(shape.value_heads, -1)
+    assert channels == values.repeat_interleave(shape.heads // shape.value_heads, 0).flatten().tolist()
+    assert f"{attention}.q_norm.weight" in structure.other_parameters
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,12 @@ from vlqc.verify.folder.reader import StoredTensor, read_json, read_json_object,
 WEIGHT_FILE = re.compile(r"quant_model_weight_(?P<type>.+?)(-(?P<number>\d{5})-of-(?P<total>\d{5}))?\.safetensors")
 MANIFEST = "MANIFEST.json"
 
+IMAGE_SETTINGS = "preprocessor_config.json"
 # Needed to serve images and text; a folder compiled from `samples` may lack them. (title, alternatives)
 SIDE_FILES = (
     ("a tokenizer", ("tokenizer.json", "vocab.json", "tokenizer.model")),
     ("tokenizer_config.json", ("tokenizer_config.json",)),
-    ("preprocessor_config.json", ("preprocessor_config.json",)),
+    (IMAGE_SETTINGS, (IMAGE_SETTINGS,)),
     ("generation_config.json", ("generation_config.json",)),
 )
 
@@ -109,10 +110,10 @@ def _open_weights(file: Path, tensors: dict[str, StoredTensor], result: Verifica
         tensors[name] = tensor
 
 
-def check_files(folder: FolderFiles, type_name: str, result: VerificationResult) -> None:
+def check_files(folder: FolderFiles, type_name: str, result: VerificationResult, *, has_images: bool = True) -> None:
     """Checks names and numbers of the weight files, their index, and that no other weight files lie beside them.
 
-    type_name: the folder's type in lower case, "w8a8".
+    type_name: the folder's type in lower case, "w8a8"; has_images: whether the model reads images.
     """
     names = _names(folder.path)
     result.add_examined("files", len(names))
@@ -140,7 +141,7 @@ def check_files(folder: FolderFiles, type_name: str, result: VerificationResult)
     _check_numbers(sorted(known), result)
     _check_index(folder, type_name, result)
     for title, choices in SIDE_FILES:
-        if not any(choice in names for choice in choices):
+        if not any(choice in names for choice in choices) and (has_images or title != IMAGE_SETTINGS):
             result.add_warning(
                 "files",
                 title,

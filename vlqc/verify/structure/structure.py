@@ -86,7 +86,8 @@ def check_structure(
     finished = _finished_folder(files, model, schemes)
     type_name = check_description_keys(finished, result).lower()
     form = StorageFormat(float_dtype, packed=files.layout.packs_int4, group_size=group_size(finished, result))
-    check_files(files, type_name, result)
+    has_images = model is None or model.family.image_format is not None
+    check_files(files, type_name, result, has_images=has_images)
     if model:
         check_config(finished, model, claimed, result)
     valid = _check_tensors(files, model, schemes, form, result) if model else {}

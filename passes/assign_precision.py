@@ -14,7 +14,8 @@ from vlqc.targets.target import parse_target
 
 @dataclass(frozen=True)
 class AssignPrecision(Pass):
-    """Sets `scheme`, `group_size` and `reason` of every site; sites that share an input get the same scheme.
+    """Sets `scheme`, `group_size` and `reason` of every site; sites that share an input get the same scheme, as do all
+    experts of a block.
 
     scheme: the default scheme of all groups.
     group_size: number of input columns that share a scale in 4-bit weights.
@@ -51,7 +52,7 @@ class AssignPrecision(Pass):
 
     def run(self, stage: Stage) -> bool:
         changed = False
-        for members in stage.groups().values():
+        for members in stage.scheme_groups():
             decision = self.choose(members, stage.family)
             group_size = self.group_size if decision.scheme.spec.weight.per_group else None
             for site in members:
@@ -63,7 +64,7 @@ class AssignPrecision(Pass):
         return changed
 
     def choose(self, members: list[Site], family: ModelFamily) -> Decision:
-        """Returns the common scheme of sites that share an input; see `choose_scheme`."""
+        """Returns the common scheme of sites of `Stage.scheme_groups`; see `choose_scheme`."""
         return choose_scheme(
             {site.name: site.shape for site in members},
             family=family,

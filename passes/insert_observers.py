@@ -1,11 +1,12 @@
 """insert-observers: record statistics of every linear layer's input while the samples run through the stage once."""
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from vlqc.ir.execution import first_tensor
 from vlqc.ir.observation import Observation
-from vlqc.ir.stage import Stage, observe
+from vlqc.ir.stage import Site, Stage, observe
 from vlqc.passes.algorithms.observer import (
     Observer,
     check_magnitude,
@@ -17,6 +18,7 @@ from vlqc.passes.algorithms.observer import (
 from vlqc.pipeline.pass_api import Pass, require
 
 BYTES_PER_VALUE = 4  # kept rows are float32
+EXPERTS_BUDGET = 6  # observers
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class InsertObservers(Pass):
     Ranges and moments are exact over all rows; `tokens` and `megabytes` only bound the rows kept for later searches.
 
     tokens: maximum number of kept rows per observer.
-    megabytes: maximum size of the kept rows per observer, in MiB.
+    megabytes: maximum size of the kept rows per observer, in MiB; all experts of a block have that of six observers.
     balance: weight errors in text and image tokens equally, regardless of how many rows each modality has.
     """
 
@@ -45,7 +47,7 @@ class InsertObservers(Pass):
         previous = dict(stage.observations)
         inserted = insert_observe_nodes(stage)
         run, groups = stage.execution, stage.groups()
-        observers = {source: self._observer(stage, source) for source in groups}
+        observers = self._observers(stage)
         run.forward({members[0].target: observers[source] for source, members in groups.items()})
         for call, output in zip(run.calls, run.outputs, strict=True):
             check_magnitude(first_tensor(output), f"the output of {stage.name}", stage.name, call.sample)
@@ -62,10 +64,28 @@ class InsertObservers(Pass):
             for source, observation in stage.observations.items()
         )
 
-    def _observer(self, stage: Stage, source: str) -> Observer:
-        site, shapes = stage.groups()[source][0], stage.execution.sample_shapes
-        bytes_per_row = BYTES_PER_VALUE * site.shape[1]
-        budget = max(1, min(self.tokens, self.megabytes * 2**20 // bytes_per_row))
+    def _observers(self, stage: Stage) -> dict[str, Observer]:
+        """One per group. Those of all experts of a block share the bytes of EXPERTS_BUDGET observers."""
+        sites = {source: members[0] for source, members in stage.groups().items()}
+        experts = {source: stage.family.experts_of(site.name) for source, site in sites.items()}
+        channels = Counter[str | None]()
+        for source, site in sites.items():
+            channels[experts[source]] += site.shape[1]
+        allowed = self.megabytes * 2**20 // BYTES_PER_VALUE
+        return {
+            source: self._observer(
+                stage,
+                source,
+                site,
+                EXPERTS_BUDGET * allowed // channels[block] if (block := experts[source]) else allowed // site.shape[1],
+            )
+            for source, site in sites.items()
+        }
+
+    def _observer(self, stage: Stage, source: str, site: Site, rows: int) -> Observer:
+        """rows: that fit into the memory of this observer."""
+        shapes = stage.execution.sample_shapes
+        budget = max(1, min(self.tokens, rows))
         quotas = plan_quotas([shape.rows_per_modality for shape in shapes], budget)
         return Observer(
             site=site.name,

@@ -7,8 +7,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from vlqc.ir.memory import file_backed_copy, release_pages
 from vlqc.ir.observation import noise_to_signal
-from vlqc.ir.stage import Sensitivity, Site, Stage
+from vlqc.ir.stage import Sensitivity, Site, Stage, group_by_source
 from vlqc.passes.lower_linears import lower
 from vlqc.passes.quantize_weights import quantize_site_weights
 from vlqc.pipeline.pass_api import Pass
@@ -44,7 +45,7 @@ class MeasureSensitivity(Pass):
     def run(self, stage: Stage) -> bool:
         reference = probe_rows(stage)
         sensitivities = []
-        for source, members in stage.groups().items():
+        for members in stage.scheme_groups():
             assigned = members[0].scheme
             if assigned is None or not assigned.is_quantized:
                 continue
@@ -54,7 +55,7 @@ class MeasureSensitivity(Pass):
                 for scheme, by_target in modules.items()
             }
             names = tuple(site.name for site in members)
-            sensitivities.append(Sensitivity(source, stage.part, names, assigned, noise, modules))
+            sensitivities.append(Sensitivity(members[0].source, stage.part, names, assigned, noise, modules))
         stage.sensitivities = sensitivities
         return False  # weights and text are unchanged
 
@@ -82,9 +83,10 @@ class MeasureSensitivity(Pass):
             return {site.target: stage.linear(site) for site in members}
         if scheme != members[0].scheme:
             members = [_in_scheme(site, scheme) for site in members]
-            weights = quantize_site_weights(stage, members[0].source, members, self.method)
-            for site, weight in zip(members, weights, strict=True):
-                site.weight = weight
+            for source, sites in group_by_source(members).items():
+                weights = quantize_site_weights(stage, source, sites, self.method)
+                for site, weight in zip(sites, weights, strict=True):
+                    site.weight = weight
         return {site.target: lower(stage, site) for site in members}
 
 
@@ -127,6 +129,8 @@ def _as_stored(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     if not isinstance(module, nn.Linear):
         return module
     stored = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-    stored.weight = nn.Parameter(module.weight.to(dtype).float(), requires_grad=False)
+    rounded = file_backed_copy(module.weight.to(dtype).float(), module.weight)
+    release_pages(module.weight)
+    stored.weight = nn.Parameter(rounded, requires_grad=False)
     stored.bias = None if module.bias is None else nn.Parameter(module.bias.to(dtype).float(), requires_grad=False)
     return stored

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vlqc.errors import Fault, UserError
+from vlqc.ir.memory import release_pages
 from vlqc.ir.stage import Site, Stage, WeightQuantization
 from vlqc.kernels_ref.int4_groups import quantize_weight_per_group_absmax
 from vlqc.kernels_ref.matmul import smallest_weight_scale_for_bias
@@ -47,7 +48,7 @@ class QuantizeWeights(Pass):
     def run(self, stage: Stage) -> bool:
         single_process = stage.execution.process_group.size == 1
         parts = _work_items(stage, split_groups=not single_process)
-        tasks = [partial(quantize_site_weights, stage, source, sites, self.method) for source, sites in parts]
+        tasks = [partial(_quantize_and_release, stage, source, sites, self.method) for source, sites in parts]
         costs = [sum(site.shape[0] * site.shape[1] ** 2 for site in sites) for _, sites in parts]
         with _started(tasks if single_process else []) as started:
             results = stage.execution.process_group.parallel_map(started or tasks, costs)
@@ -80,9 +81,19 @@ def _started(tasks: Sequence[Callable[[], T]]) -> Iterator[list[Callable[[], T]]
         yield [future.result for future in [pool.submit(torch.no_grad()(task)) for task in tasks]]
 
 
+def _quantize_and_release(stage: Stage, source: str, sites: Sequence[Site], method: str) -> list[WeightQuantization]:
+    weights = quantize_site_weights(stage, source, sites, method)
+    release_pages(*(stage.linear(site).weight for site in sites))
+    return weights
+
+
 def quantize_site_weights(stage: Stage, source: str, sites: Sequence[Site], method: str) -> list[WeightQuantization]:
-    """Quantizes the weights of sites that read the node `source`, each in its scheme; method: as `QuantizeWeights`."""
-    if not sites or method == "round" or (method == "auto" and source not in stage.observations):
+    """Quantizes the weights of sites that read the node `source`, each in its scheme; method: as `QuantizeWeights`.
+
+    Weights that no row of any sample reaches, such as those of an expert, are rounded to nearest.
+    """
+    observed = stage.observations.get(source)
+    if not sites or method == "round" or (method == "auto" if observed is None else observed.is_empty):
         return [round_weight(stage, site) for site in sites]
     observation = require_observation(stage, source, QuantizeWeights.name)
     importance = column_importance(observation.second_moment())

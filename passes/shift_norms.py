@@ -91,7 +91,9 @@ def shifted_task(stage: Stage, task: SmoothingTask, center: Tensor) -> Smoothing
 def smallest_error(task: SmoothingTask) -> float:
     """The expected error of an edge under the best of CANDIDATES smoothing ranges."""
     candidates = range_scales(task.input_absmax(), CANDIDATES)
-    return float(torch.stack([group.expected_error(candidates) for group in task.consumers]).sum(0).amin())
+    return float(
+        torch.stack([group.share * group.expected_error(candidates) for group in task.consumers]).sum(0).amin()
+    )
 
 
 @torch.no_grad()

@@ -63,7 +63,7 @@ class SmoothM2(Pass):
         """Returns the producer of an edge and its best scale float32 [C]."""
         candidates = candidate_scales(task, self.candidates)  # [R, C]
         best = candidates[task.best_candidate(candidates, self.confirm)]
-        return task.edge.producer, folding.exact_scale(task.producer, task.edge.usable, best, dtype)
+        return task.edge.producer, task.exact_scale(best, dtype)
 
 
 def candidate_scales(task: SmoothingTask, count: int) -> Tensor:

@@ -104,7 +104,7 @@ class SmoothM4(Pass):
             previous = total.setdefault(producer, torch.ones(task.channels))
             inputs, weights = task.input_absmax() * previous, task.weight_absmax() / previous
             wanted = closed_form_scale(inputs, weights, alpha, self.bound)
-            scale = folding.exact_scale(task.producer, task.edge.usable, wanted / previous, stage.dtype)
+            scale = task.exact_scale(wanted / previous, stage.dtype)
             if float(scale.log().abs().amax()) > CONVERGED:
                 folds.append(folding.Fold(task.edge, scale))
         return folds

@@ -48,6 +48,7 @@ def open_run(
         summary.add_notes([text], of_run=True)
 
     with open_journal(options, pipeline, model, dataset.samples, process_group, note) as journal:
+        model.weights_folder = journal.folder
         run = CompilationRun(options, pipeline, model, dataset, journal, summary, dumper, shown)
         try:
             yield run

@@ -88,6 +88,7 @@ class ConsumerGroup:
     low, high, second_moment: float32 [K], range and mean square of each column.
     rows: float32 [T, K], a selection of x; row_weight: float64 [T], sums to 1.
     weight: float32 [N, K], rows of all consumers.
+    share: weight of the group's error, 1 if all rows reach it.
     """
 
     channel: Tensor
@@ -98,6 +99,7 @@ class ConsumerGroup:
     row_weight: Tensor
     weight: Tensor
     noise: SchemeNoise = SchemeNoise()
+    share: float = 1.0
 
     def scale_per_column(self, scales: Tensor) -> Tensor:
         """Scales per producer channel [..., C] -> per input column [..., K]; 1 for columns without a channel."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vlqc.errors import InternalError
 from vlqc.ir.execution import exact_bfloat16
+from vlqc.ir.memory import file_backed_copy, release_pages
 from vlqc.ir.stage import Edge, Stage
 from vlqc.ir.tensor_digest import TOLERANCE, max_relative_error
 from vlqc.kernels_ref.norm import ShiftedNorm
@@ -35,14 +36,21 @@ def channel_to_column(values: Tensor, channel: Tensor, default: float) -> Tensor
     return torch.where(channel >= 0, values[channel.clamp(min=0)], default)
 
 
-def exact_scale(producer: nn.Module, usable: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def exact_scale(
+    producer: nn.Module, usable: Tensor, scale: Tensor, dtype: torch.dtype, *, powers_of_two: bool = False
+) -> Tensor:
     """Returns the scale float32 [C] closest to the given one whose fold into the producer is exact in `dtype`.
 
     A norm's weight is stored in `dtype`, so its divided weight is rounded to `dtype`, and the scale is the quotient of
     old and new weight; the consumers' integers then absorb the difference. The rows of a linear layer have a scale of
     their own once they are quantized, so its scale is returned as it is. Unusable and dead channels get 1.
+
+    powers_of_two: round the scale to one. Folding it then changes no bit of the products of a consumer that stays
+    float: a router makes the same choices.
     """
     wanted = torch.where(usable, scale, 1.0)
+    if powers_of_two:
+        wanted = wanted.log2().round().exp2()
     if isinstance(producer, nn.Linear):
         return wanted
     weight = producer.get_parameter("weight").float().cpu()
@@ -66,6 +74,7 @@ def apply_folds(stage: Stage, folds: Sequence[Fold]) -> list[Fold]:
     def restore() -> None:
         for parameter, original in originals:
             parameter.copy_(original)
+            release_pages(parameter, original)
 
     def keeps_output(candidates: Sequence[Fold]) -> bool:
         for fold in candidates:
@@ -96,9 +105,11 @@ def _affected_parameters(stage: Stage, folds: Sequence[Fold]) -> list[nn.Paramet
 
 
 def _copy(parameter: Tensor) -> Tensor:
-    """A copy, in bfloat16 if that is exact, as it is for most checkpoints: half the memory."""
+    """A copy, in a file if the parameter is in one; in bfloat16 if that is exact, as for most checkpoints: half the size."""
     half = exact_bfloat16(parameter)
-    return parameter.clone() if half is None else half
+    copy = file_backed_copy(parameter if half is None else half, parameter)
+    release_pages(parameter)
+    return parameter.clone() if copy is parameter else copy
 
 
 @torch.no_grad()
@@ -109,9 +120,11 @@ def _fold(stage: Stage, fold: Fold) -> Tensor:
         scale = fold.scale.to(parameter.device)
         divided = parameter / (scale if parameter.ndim == 1 else scale[:, None])
         parameter.copy_(divided if isinstance(producer, nn.Linear) else _snap(divided, stage.dtype))
+        release_pages(parameter)
     for target in fold.edge.consumers:
         weight = stage.module.get_submodule(target).get_parameter("weight")
         weight.mul_(fold.scale_per_column(target).to(weight.device))
+        release_pages(weight)
     if isinstance(producer, ShiftedNorm):
         return _move_bias_error(stage, fold, producer)
     return torch.zeros_like(fold.scale)

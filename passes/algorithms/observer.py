@@ -21,12 +21,18 @@ from vlqc.ir.tensor_digest import digest
 
 IMAGE = MODALITIES.index("image")
 MAX_MAGNITUDE = 1e15  # of activations: sums of squares of such values fit into float32; real ones end near 1e5
+ALL_ROWS = -1  # in place of the number of rows: positions are those in the stage's output
 ROWS_PER_STEP = 1024  # rows reduced at a time: bounds the temporaries, whatever the sample
 
 
 def require_observation(stage: Stage, source: str, pass_name: str) -> Observation:
-    """Returns the observation at a node; UserError if the pass `pass_name` runs before insert-observers."""
+    """Returns the observation at a node; UserError if the pass `pass_name` runs before insert-observers, or if no row
+    of any sample reaches the node."""
     observation = stage.observations.get(source)
+    if observation is not None and observation.is_empty:
+        why = f"no row of any sample reaches %{source} of {stage.name}"
+        fix = "add samples, or choose a scheme with dynamic inputs"
+        raise UserError(Fault(f"{pass_name} needs observations", stage.name, why, fix))
     if observation is None or not observation.ranges:
         why = f"nothing was observed at %{source} of {stage.name}"
         raise UserError(Fault(f"{pass_name} needs observations", "--pipeline", why, "put insert-observers before it"))
@@ -82,9 +88,9 @@ def spread_positions(available: int, wanted: int) -> Tensor:
 class SampleObservation:
     """Statistics of one sample at one node.
 
-    sample: index of the sample; statistics: its ranges and kept rows; rows: number of rows; index: int64 [T], positions
-    of the kept rows; has_energy: whether the stage returned as many rows as the node has. A linear layer before a
-    pooling operation has more, so its rows have no output energy of their own.
+    sample: index of the sample; statistics: its ranges and kept rows; rows: number of rows, or ALL_ROWS; index: int64
+    [T], positions of the kept rows; has_energy: whether the rows of the node are those of the stage's output, or some
+    of them. A linear layer before a pooling operation has more, so its rows have no output energy of their own.
     """
 
     sample: int
@@ -114,7 +120,10 @@ class Observer:
     def __call__(self, value: Tensor, call: Call) -> None:
         check_magnitude(value, f"the input of {self.site}", self.where, call.sample)
         statistics, index = observe_rows(value.detach().cpu(), call.modality, self.quota_per_sample[call.sample])
-        self.samples.append(SampleObservation(call.sample, statistics, value.numel() // value.shape[-1], index))
+        rows = value.numel() // value.shape[-1]
+        if call.rows is not None and len(call.rows) == rows:
+            rows, index = ALL_ROWS, call.rows[index]
+        self.samples.append(SampleObservation(call.sample, statistics, rows, index))
         if self.merge_early and len(self.samples) > 1:
             add_ranges(self.samples[0].statistics, statistics)
             statistics.ranges.clear()
@@ -123,7 +132,7 @@ class Observer:
         """Returns the samples with `kept_energy` set; energies: per sample index the `row_energy` of the output."""
         for sample in self.samples:
             energy = energies[sample.sample]
-            if sample.rows == len(energy):
+            if sample.rows in (ALL_ROWS, len(energy)):
                 sample.has_energy, sample.statistics.kept_energy = True, energy[sample.index]
         return self.samples
 

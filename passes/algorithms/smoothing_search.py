@@ -4,22 +4,36 @@ Notation: C channels of the producer, K input columns of a consumer.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from vlqc.ir.memory import release_pages
 from vlqc.ir.scale_propagation import find_edges
 from vlqc.ir.stage import Edge, Site, Stage
 from vlqc.passes.algorithms.error_model import (
     MAX_INPUT_ROWS,
+    MAX_WEIGHT_ROWS,
     ROUND_TO_NEAREST,
     ConsumerGroup,
     QuantizationPreview,
     representative_rows,
     scheme_noise,
 )
+from vlqc.passes.algorithms.folding import exact_scale
 from vlqc.passes.algorithms.observer import require_observation
+
+MIN_ROWS = 16  # of inputs and of weights, per group of an edge with many, such as that of a norm before experts
+
+
+@dataclass(frozen=True)
+class RowLimits:
+    """Largest number of rows of the inputs, and of the weights, of one group of consumers in a search."""
+
+    inputs: int
+    weights: int
 
 
 @dataclass(frozen=True)
@@ -27,13 +41,18 @@ class SmoothingTask:
     """An edge whose scale is searched.
 
     producer: module of the norm or linear layer; sources: the nodes that the consumers read; consumers: one group of
-    quantized consumers per source.
+    quantized consumers per source; has_float_consumer: whether a layer that stays float reads the producer, too.
     """
 
     edge: Edge
     producer: nn.Module
     sources: tuple[str, ...]
     consumers: tuple[ConsumerGroup, ...]
+    has_float_consumer: bool = False
+
+    def exact_scale(self, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """float32 [C]: see `folding.exact_scale`."""
+        return exact_scale(self.producer, self.edge.usable, scale, dtype, powers_of_two=self.has_float_consumer)
 
     @property
     def channels(self) -> int:
@@ -76,11 +95,13 @@ class SmoothingTask:
         error measured on rows. Channels that are not usable are evaluated with scale 1, as they would be folded.
         """
         candidates = torch.where(self.edge.usable, candidates, 1.0)
-        expected = torch.stack([group.expected_error(candidates) for group in self.consumers]).sum(0)
+        expected = torch.stack([group.share * group.expected_error(candidates) for group in self.consumers]).sum(0)
         best = expected.argsort(stable=True)[:confirm].tolist()
         if 0 not in best:
             best.append(0)
-        measured = [sum(group.measured_error(candidates[number]) for group in self.consumers) for number in best]
+        measured = [
+            sum(group.share * group.measured_error(candidates[number]) for group in self.consumers) for number in best
+        ]
         return int(best[measured.index(min(measured))])
 
 
@@ -101,23 +122,31 @@ def smoothing_tasks(
     is yielded.
     """
     taken = set[str]()
+    unreached = {source for source, observation in stage.observations.items() if observation.is_empty}
     for edge in stage.edges or ():
-        sites = quantized_consumers(stage, edge)
+        sites = [site for site in quantized_consumers(stage, edge) if site.source not in unreached]
         sources = tuple(dict.fromkeys(site.source for site in sites))
         if not sites or taken.intersection(sources):
             continue
         taken.update(sources)
-        consumers = tuple(
-            _consumer_group(stage, edge, [site for site in sites if site.source == source], pass_name, preview)
-            for source in sources
-        )
-        yield SmoothingTask(edge, stage.module.get_submodule(edge.producer), sources, consumers)
+        limits = (max(MIN_ROWS, limit // len(sources)) for limit in (MAX_INPUT_ROWS, MAX_WEIGHT_ROWS))
+        group = partial(_consumer_group, stage, edge, pass_name, preview, RowLimits(*limits))
+        consumers = [group([site for site in sites if site.source == source]) for source in sources]
+        rows = [stage.observations[source].rows for source in sources]
+        consumers = [replace(each, share=count / max(rows)) for each, count in zip(consumers, rows, strict=True)]
+        producer, has_float = stage.module.get_submodule(edge.producer), has_float_consumer(stage, edge)
+        yield SmoothingTask(edge, producer, sources, tuple(consumers), has_float)
 
 
 def quantized_consumers(stage: Stage, edge: Edge) -> list[Site]:
     """The consumers that will be quantized: all of them, if no scheme is assigned yet."""
     sites = [stage.site_at(target) for target in edge.consumers]
     return [site for site in sites if site.scheme is None or site.is_quantized]
+
+
+def has_float_consumer(stage: Stage, edge: Edge) -> bool:
+    """Whether a consumer stays float; False if no scheme is assigned yet."""
+    return len(quantized_consumers(stage, edge)) < len(edge.consumers)
 
 
 def amax_per_channel(absmax_per_column: Tensor, channel: Tensor, channels: int) -> Tensor:
@@ -128,11 +157,14 @@ def amax_per_channel(absmax_per_column: Tensor, channel: Tensor, channels: int) 
 
 
 def _consumer_group(
-    stage: Stage, edge: Edge, sites: list[Site], pass_name: str, preview: QuantizationPreview
+    stage: Stage, edge: Edge, pass_name: str, preview: QuantizationPreview, limits: RowLimits, sites: list[Site]
 ) -> ConsumerGroup:
     """sites: consumers that read the same node."""
     observation = require_observation(stage, sites[0].source, pass_name)
-    index = observation.representative(MAX_INPUT_ROWS)
+    index = observation.representative(limits.inputs)
+    weights = [stage.linear(site).weight for site in sites]
+    selected = representative_rows(weights, limits.weights)
+    release_pages(*weights)
     return ConsumerGroup(
         channel=edge.consumers[sites[0].target],
         low=observation.minimum(),
@@ -140,7 +172,7 @@ def _consumer_group(
         second_moment=observation.second_moment(),
         rows=observation.kept[index],
         row_weight=observation.row_weight(index),
-        weight=representative_rows([stage.linear(site).weight for site in sites]),
+        weight=selected,
         noise=scheme_noise(sites[0], preview),
     )
 

@@ -43,9 +43,9 @@ def predict_schemes(model: StreamedModel, passes: Sequence[Pass]) -> dict[str, S
                 sites[layer] = Site(
                     layer, layer, model.family.fused_group(layer)[0], (parameter.shape[0], parameter.shape[1])
                 )
-    for layer, site in sites.items():
-        members = [sites[member] for member in model.family.fused_group(layer) if member in sites]
-        if assign is not None and site is members[0]:
+    for group in model.family.scheme_groups(sites) if assign is not None else ():
+        members = [sites[member] for member in group]
+        if members:
             decision = assign.choose(members, model.family)
             for member in members:
                 member.scheme, member.reason = decision.scheme, decision.reason

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from vlqc.emit.shard_writer import ALIGNMENT, ENTRY_BYTES
 from vlqc.errors import Fault, UserError
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
+from vlqc.ir.memory import release_pages
 from vlqc.ir.stage import Stage
 from vlqc.kernels_ref.quant_linear import QuantLinear
 from vlqc.targets.engine import Engine
@@ -67,6 +68,7 @@ def module_tensors(stage: Stage, path: str, module: nn.Module, *, packed: bool) 
         for name, parameter in module.named_parameters(recurse=False):
             local = f"{path}.{name}" if path else name
             yield float_tensor(stage.checkpoint_name(local), parameter, stage.dtype)
+            release_pages(parameter)
         return
     layer = stage.checkpoint_name(path)
     for name, buffer in module.stored(packed=packed, row_parallel=stage.family.is_row_parallel(layer)).items():

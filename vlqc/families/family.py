@@ -7,7 +7,8 @@ contains a layer name, a config key or an input name of a model.
 import functools
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,6 +16,8 @@ from vlqc.families.input_format import ImageFormat, TextFormat
 from vlqc.families.layer_names import matches_any
 
 if TYPE_CHECKING:  # torch-free: the command line imports this module for its help
+    from torch import nn
+
     from vlqc.families.text_inputs import TextInputs
 
 
@@ -39,8 +42,27 @@ VISION_ROLES = (Role.VISION_QKV, Role.VISION_PROJ, Role.VISION_UP, Role.VISION_D
 DECODER_ROLES = (Role.QKV, Role.OUT, Role.UP, Role.DOWN)
 EXPERT_ROLES = (Role.EXPERT_UP, Role.EXPERT_DOWN)
 
+EXPERT_ROLES = (Role.EXPERT_UP, Role.EXPERT_DOWN)
+
 OTHER = "other"  # part of names that no prefix matches
 Parts = tuple[tuple[str, str], ...]  # (prefix of names, part); the first prefix that matches decides
+
+
+@dataclass(frozen=True)
+class TensorSlice:
+    """A matrix [outputs, inputs] inside a stored tensor of three dimensions.
+
+    `stored[index, begin:end]`, or if `transposed`, `stored[index, :, begin:end]` transposed.
+    """
+
+    index: int
+    begin: int
+    end: int
+    transposed: bool
+
+    def shape(self, stored: Sequence[int]) -> tuple[int, int]:
+        """(outputs, inputs) of the matrix in a stored tensor of this shape."""
+        return self.end - self.begin, stored[1] if self.transposed else stored[2]
 
 
 class ModelFamily(ABC):
@@ -94,6 +116,19 @@ class ModelFamily(ABC):
         """Path of a module in the module tree of any transformers version -> its checkpoint name."""
         return self.checkpoint_name(f"{path}.").removesuffix(".")
 
+    def matrices(
+        self, shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any]
+    ) -> dict[str, dict[str, TensorSlice]]:
+        """Stored tensors that hold the weights of several linear layers -> name and place of each of these.
+
+        shapes: of all tensors of a checkpoint, by checkpoint name; config: content of config.json, which may be
+        invalid.
+        """
+        return {}
+
+    def prepare(self, model: "nn.Module") -> None:  # noqa: B027
+        """Replaces modules of a transformers model on meta, in place, that do not consist of linear layers."""
+
     def role(self, layer: str) -> Role | None:
         """Role of a linear layer; None for layers that no engine quantizes, such as the output head."""
         return next((role for role, patterns in self.roles.items() if matches_any(layer, patterns)), None)
@@ -109,6 +144,17 @@ class ModelFamily(ABC):
                 parent = layer.rpartition(".")[0]
                 return tuple(f"{parent}.{member.rpartition('.')[2]}" for member in group)
         return (layer,)
+
+    def experts_of(self, layer: str) -> str | None:
+        """The block among whose experts a layer is, which all get one scheme; None for other layers."""
+        return (self.block(layer) or self.name) if self.role(layer) in EXPERT_ROLES else None
+
+    def scheme_groups(self, layers: Iterable[str]) -> list[list[str]]:
+        """Layers -> groups that must have one scheme, in their order: fused groups, and all experts of a block."""
+        groups: dict[object, list[str]] = {}
+        for layer in layers:
+            groups.setdefault(self.experts_of(layer) or self.fused_group(layer), []).append(layer)
+        return list(groups.values())
 
     def stays_float_in_reference(self, layer: str) -> bool:
         """Whether the reference quantization tool leaves this layer in float."""

@@ -10,10 +10,11 @@ from vlqc.families.family import ModelFamily
 from vlqc.families.qwen2_5_vl import QWEN2_5_VL
 from vlqc.families.qwen2_vl import QWEN2_VL
 from vlqc.families.qwen3_vl import QWEN3_VL
+from vlqc.families.qwen3_vl_moe import QWEN3_VL_MOE
 from vlqc.families.text_models import QWEN2, QWEN3
 from vlqc.formatting import did_you_mean
 
-FAMILIES: tuple[ModelFamily, ...] = (QWEN2_5_VL, QWEN2_VL, QWEN3_VL, QWEN2, QWEN3)
+FAMILIES: tuple[ModelFamily, ...] = (QWEN2_5_VL, QWEN2_VL, QWEN3_VL, QWEN3_VL_MOE, QWEN2, QWEN3)
 ENTRY_POINTS = "vlqc.families"  # group of entry points, each a subclass of ModelFamily or an object of one
 GUIDE = "docs/contributing.md describes how to add a family"
 

@@ -19,7 +19,7 @@ from vlqc.families.registry import family_of
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.device import resolve_device
 from vlqc.frontend.distributed import current_process_group
-from vlqc.ir.memory import release_unused_memory
+from vlqc.ir.memory import file_backed, release_pages, release_unused_memory
 from vlqc.options.options import Options
 
 CPU = torch.device("cpu")
@@ -60,7 +60,8 @@ def build_meta_model(folder: Path, config: dict[str, Any], *, trust_remote_code:
     `trust_remote_code`. Raises UserError for an unsupported or invalid config.
     """
     where = str(folder / "config.json")
-    model_class = _model_class(folder, family_of(config, where), config, trust_remote_code)
+    family = family_of(config, where)
+    model_class = _model_class(folder, family, config, trust_remote_code)
     dtype = {"dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype": torch.float32}
     try:
         if trust_remote_code and "AutoConfig" in config.get("auto_map", {}):
@@ -70,6 +71,7 @@ def build_meta_model(folder: Path, config: dict[str, Any], *, trust_remote_code:
             parsed = model_class.config_class.from_dict(copy.deepcopy(config))  # type: ignore[attr-defined]
         with parameters_on_meta():
             model: nn.Module = model_class._from_config(parsed, **dtype)  # type: ignore[attr-defined]
+        family.prepare(model)
     except Exception as error:  # an invalid config can make a constructor raise anything
         why = f"{type(error).__name__}: {error}"
         raise UserError(Fault("cannot create the model", where, why)) from error
@@ -140,6 +142,8 @@ class StreamedModel:
         self.family = checkpoint.family
         self.canonical = canonical or self.family.checkpoint_name
         self.device = device
+        self.weights_folder: Path | None = None
+        self._hooks: list[Any] = []
         for owner in module.modules():
             buffers = owner._buffers.items()
             owner._buffers.update({name: buffer.to(device) for name, buffer in buffers if buffer is not None})
@@ -220,15 +224,33 @@ class StreamedModel:
         return sorted(set(self.parameters(self.module)) - in_stages)
 
     def materialize(self, module: nn.Module, read: Callable[[str], Tensor]) -> None:
-        """Loads all parameters of a module and its children as float32 copies. read: checkpoint name -> tensor."""
+        """Loads all parameters of a module and its children as float32 copies. read: checkpoint name -> tensor.
+
+        With a `weights_folder`, the weights of experts are in files there, and in memory only while an expert runs.
+        """
         for name, parameter in list(module.named_parameters()):
-            value = read(self.canonical(f"{self._path[module]}.{name}"))
-            _set_parameter(module, name, value.to(self.device, torch.float32, copy=True).reshape(parameter.shape))
+            full_name = self.canonical(f"{self._path[module]}.{name}")
+            value = read(full_name).reshape(parameter.shape)
+            if self._is_in_file(full_name) and self.weights_folder is not None:
+                loaded = file_backed(value.shape, torch.float32, self.weights_folder).copy_(value)
+                release_pages(loaded)
+                owner = module.get_submodule(name.rpartition(".")[0])
+                self._hooks.append(owner.register_forward_hook(_release_parameters))
+            else:
+                loaded = value.to(self.device, torch.float32, copy=True)
+            _set_parameter(module, name, loaded)
+
+    def _is_in_file(self, name: str) -> bool:
+        is_expert = self.family.experts_of(name.rpartition(".")[0]) is not None
+        return is_expert and self.weights_folder is not None and self.device.type == "cpu"
 
     def to_meta(self, module: nn.Module) -> None:
         """Moves all parameters of a module and its children to meta, which frees their memory."""
         for name, parameter in list(module.named_parameters()):
             _set_parameter(module, name, torch.empty_like(parameter, device="meta"))
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
         release_unused_memory()
 
     def prefetch_after(self, name: str) -> None:
@@ -291,6 +313,11 @@ def find_stages(module: nn.Module) -> list[nn.Module]:
 
 def _has_linear(module: nn.Module) -> bool:
     return any(isinstance(child, nn.Linear) for child in module.modules())
+
+
+def _release_parameters(module: nn.Module, args: object, output: object) -> None:
+    """Forward hook that drops the pages of file-backed parameters."""
+    release_pages(*module.parameters(recurse=False))
 
 
 def _set_parameter(root: nn.Module, path: str, value: Tensor) -> None:

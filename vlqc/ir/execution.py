@@ -12,7 +12,7 @@ Two changes of the execution save time and memory. Both are exact up to rounding
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vlqc.errors import InternalError
+from vlqc.ir.memory import is_file_backed
 from vlqc.ir.observation import MODALITIES
 
 T = TypeVar("T")
@@ -56,13 +57,20 @@ class Call:
     """Arguments of the stage for one sample.
 
     modality: int8 [rows], an index into `MODALITIES` per token row of the inputs, -1 for padding; None if every row is
-    an image patch.
+    an image patch. rows: where an observer gets only some of the rows, their positions, int64 [n]; `modality` is then
+    theirs.
     """
 
     sample: int
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     modality: Tensor | None = None
+    rows: Tensor | None = None
+
+    def of_rows(self, rows: Tensor) -> "Call":
+        """The call for an observer of these rows."""
+        rows = rows.cpu()
+        return replace(self, modality=None if self.modality is None else self.modality[rows], rows=rows)
 
 
 @dataclass(frozen=True)
@@ -148,20 +156,37 @@ class StageRun:
 def observing(root: nn.Module, observers: Mapping[str, Callable[[Tensor, Call], None]], call: Call) -> Iterator[None]:
     """Registers forward pre-hooks that pass the first argument of each named submodule to its observer."""
 
-    def hook_for(observer: Callable[[Tensor, Call], None]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def hook_for(path: str, observer: Callable[[Tensor, Call], None]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        owner = _row_owner(root, path)
+
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            observer(args[0], call)
+            rows = None if owner is None else owner.row_positions
+            observer(args[0], call.of_rows(rows) if isinstance(rows, Tensor) else call)
 
         return hook
 
     handles = [
-        root.get_submodule(path).register_forward_pre_hook(hook_for(observer)) for path, observer in observers.items()
+        root.get_submodule(path).register_forward_pre_hook(hook_for(path, observer))
+        for path, observer in observers.items()
     ]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _row_owner(root: nn.Module, path: str) -> nn.Module | None:
+    """The innermost module around a submodule that runs on some of the rows only, such as an expert.
+
+    It has `row_positions`: while it runs, their positions among the rows of the stage.
+    """
+    while path:
+        path = path.rpartition(".")[0]
+        module = root.get_submodule(path)
+        if hasattr(module, "row_positions"):
+            return module
+    return None
 
 
 def first_tensor(output: Any) -> Tensor:
@@ -222,7 +247,7 @@ def bfloat16_linears(root: nn.Module) -> Iterator[None]:
         for module in root.modules():
             if type(module) is nn.Linear and "forward" not in module.__dict__:
                 weight = module.weight
-                if weight.dtype == torch.float32 and multiplies_bfloat16(weight.device):
+                if weight.dtype == torch.float32 and multiplies_bfloat16(weight.device) and not is_file_backed(weight):
                     half = exact_bfloat16(weight)
                     if half is not None:
                         undo.callback(_restore, module)

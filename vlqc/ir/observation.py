@@ -58,6 +58,11 @@ class Observation:
     def rows(self) -> int:
         return sum(span.rows for span in self.ranges.values())
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether samples were observed, but no row of theirs reaches the node, as with an expert never chosen."""
+        return self.samples > 0 and not self.rows
+
     def minimum(self) -> Tensor:
         """float32 [K], over all modalities."""
         return torch.stack([span.minimum for span in self.ranges.values()]).amin(0)

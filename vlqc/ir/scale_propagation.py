@@ -28,6 +28,9 @@ QUOTIENT = frozenset("div __truediv__ true_divide divide div_ __itruediv__".spli
 SUM = frozenset("add __add__ __radd__ add_ __iadd__ sub __sub__".split())
 IN_PLACE = frozenset("mul_ __imul__ div_ __itruediv__ add_ __iadd__".split())
 LIKE_ANOTHER = frozenset("expand_as view_as reshape_as".split())  # use the other tensor only for its shape
+READ_NO_VALUES = frozenset(
+    "observe zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty".split()
+)
 MATRIX_PRODUCT = frozenset("matmul __matmul__ bmm".split())
 
 
@@ -127,7 +130,7 @@ class _Propagation:
         if node.op == "call_module":
             return self._enter_module(node, sources)
         name = getattr(node.target, "__name__", str(node.target))
-        if node.op == "call_function" and name == "observe":
+        if node.op == "call_function" and name in READ_NO_VALUES:
             return None
         for names, rule in self._rules:
             if node.op == "call_function" and name in names and self._keeps_scales(node, name):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
+from vlqc.ir.memory import release_pages
 from vlqc.ir.observation import MODALITIES, Observation
 from vlqc.ir.stage import Edge, Site, Stage, group_by_source
 from vlqc.ir.tensor_cache import TensorCache
@@ -105,7 +106,10 @@ def snapshot(stage: Stage, *, tensors: bool = True) -> StageSnapshot:
 
 
 def summarize(tensor: Tensor) -> TensorSummary:
-    return TensorSummary(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), absmax(tensor), digest(tensor))
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    summary = TensorSummary(dtype, tuple(tensor.shape), absmax(tensor), digest(tensor))
+    release_pages(tensor)
+    return summary
 
 
 def _named(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, TensorSummary]:

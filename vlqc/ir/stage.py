@@ -166,6 +166,14 @@ class Stage:
         """Sites by the node that they read: a group that an engine fuses shares one input."""
         return group_by_source(self.sites.values())
 
+    def scheme_groups(self) -> list[list[Site]]:
+        """Sites that must have one scheme: those that share an input, and all experts of a block."""
+        groups: dict[str, list[Site]] = {}
+        for source, members in self.groups().items():
+            experts = self.family.experts_of(members[0].name)
+            groups.setdefault(f"experts of {experts}" if experts else source, []).extend(members)
+        return list(groups.values())
+
     def node(self, name: str) -> fx.Node:
         node: fx.Node = next(node for node in self.graph.nodes if node.name == name)
         return node

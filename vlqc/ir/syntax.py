@@ -20,6 +20,7 @@ import torch
 from torch import fx
 from torch.overrides import resolve_name
 
+import vlqc.families.experts
 import vlqc.ir.stage
 from vlqc.errors import UserError
 from vlqc.formatting import did_you_mean
@@ -34,6 +35,7 @@ NAMESPACES: dict[str, Any] = {
     "operator": operator,
     "math": math,
     "builtins": types.SimpleNamespace(getattr=builtins.getattr),
+    "vlqc.families.experts": types.SimpleNamespace(chosen_rows=vlqc.families.experts.chosen_rows),
     "vlqc.ir.stage": types.SimpleNamespace(observe=vlqc.ir.stage.observe),
 }
 

@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from vlqc.ir.memory import release_pages
+
 WORDS_PER_CHUNK = 1 << 17  # 64-bit words per step of a fingerprint
 TOLERANCE = 1e-4  # largest `max_relative_error` of an equivalent rewrite; float32 rounding alone causes about 1e-6
 
@@ -37,7 +39,13 @@ def fingerprint(tensor: Tensor) -> int:
 def fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """The fingerprint of each tensor, computed in parallel."""
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        return dict(zip(tensors, pool.map(fingerprint, tensors.values()), strict=True))
+        return dict(zip(tensors, pool.map(_fingerprint_and_release, tensors.values()), strict=True))
+
+
+def _fingerprint_and_release(tensor: Tensor) -> int:
+    value = fingerprint(tensor)
+    release_pages(tensor)
+    return value
 
 
 def _logical_right_shift(words: Tensor, bits: int, *, out: Tensor) -> None:

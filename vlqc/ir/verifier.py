@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from vlqc.ir.execution import StageRun
+from vlqc.ir.memory import release_pages
 from vlqc.ir.observation import MODALITIES, ChannelRange, Observation
 from vlqc.ir.snapshot import StageSnapshot
 from vlqc.ir.stage import Edge, Site, Stage, WeightQuantization, observe
@@ -90,6 +91,7 @@ def _finite(module: nn.Module) -> Iterator[str]:
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if tensor.is_floating_point() and not is_finite(tensor):
             yield f"{name} has NaN or infinite values"
+        release_pages(tensor)
 
 
 # ---- sites -----------------------------------------------------------------------------------------------------------

@@ -39,8 +39,8 @@ def check_schemes(layers: Mapping[str, Sequence[int] | None], family: ModelFamil
     """
     target = options.engine_target
     schemes: dict[str, Scheme] = {}
-    for group in dict.fromkeys(map(family.fused_group, layers)):
-        members = {layer: layers[layer] for layer in group if layer in layers}
+    for group in family.scheme_groups(layers):
+        members = {layer: layers[layer] for layer in group}
         decision = choose_scheme(
             members,
             family=family,

@@ -63,7 +63,7 @@ def serve_commands(target: TargetLike, folder: str | Path) -> list[str]:
 def _default_schemes(target: Target, family: ModelFamily, scheme: Scheme, scope: str) -> dict[str, Scheme]:
     """Layer pattern -> the scheme that a compilation in `scheme` gives these layers by default."""
     schemes: dict[str, Scheme] = {}
-    for group in dict.fromkeys(map(family.fused_group, family.layers())):
+    for group in family.scheme_groups(family.layers()):
         layers = dict.fromkeys(group)
         decision = choose_scheme(layers, family=family, scheme=scheme, target=target, scope=scope, fallback="reference")
         schemes |= dict.fromkeys(group, decision.scheme)

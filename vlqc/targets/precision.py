@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from vlqc.families.family import ModelFamily
+from vlqc.families.family import ModelFamily, Role
 from vlqc.families.layer_names import layer_pattern, matches_any
 from vlqc.targets.rules import supported_schemes, target_supporting
 from vlqc.targets.schemes import Scheme
@@ -31,7 +31,7 @@ def choose_scheme(
     exclude: Sequence[str] = (),
     include: Sequence[str] = (),
 ) -> Decision:
-    """Returns the common scheme of layers that share an input, with the reason if it is not the default scheme.
+    """Returns the common scheme of layers that must have one, with the reason if it is not the default scheme.
 
     The group is FLOAT if the engines fuse a member with a layer outside of it: their scales would differ.
 
@@ -69,11 +69,16 @@ def choose_scheme(
 def _excluded(
     family: ModelFamily, layers: Sequence[str], fallback: str, exclude: Sequence[str], include: Sequence[str]
 ) -> Decision | None:
-    """Returns FLOAT if the user's globs or the reference script exclude any member, else None."""
+    """Returns FLOAT if one layer is a router, or if the user's globs or the reference script exclude one, else None."""
+    if any(family.role(layer) == Role.ROUTER for layer in layers):
+        return Decision(Scheme.FLOAT, "a router stays float: it decides which experts run")
     for layer in layers:
         pattern = next((pattern for pattern in exclude if matches_any(layer, [pattern])), None)
         if pattern is not None:
             others = [layer_pattern(other) for other in layers if not matches_any(other, exclude)]
+            if block := family.experts_of(layer):
+                note = f"all experts of {block} stay float with {layer}, which --exclude names"
+                return Decision(Scheme.FLOAT, f"excluded by {pattern}", note if others else "")
             stay = "stay" if len(others) > 1 else "stays"
             note = f"{', '.join(others)} {stay} float with {layer_pattern(layer)}, which --exclude names"
             return Decision(Scheme.FLOAT, f"excluded by {pattern}", note if others else "")

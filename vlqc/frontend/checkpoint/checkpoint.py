@@ -7,7 +7,7 @@ is that of `ModelFamily.checkpoint_name`.
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vlqc.errors import Fault, UserError
-from vlqc.families.family import ModelFamily
+from vlqc.families.family import ModelFamily, TensorSlice
 from vlqc.families.registry import family_of, find_family
 from vlqc.frontend.checkpoint.config_schema import config_faults
 from vlqc.frontend.checkpoint.files import file_stamp, link_faults, read_config, tensor_ranges, weight_files
@@ -26,19 +26,38 @@ DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+MAX_FAULTS = 100  # tensors that a message names
 # Weight files of any format, which an emitted folder replaces, and their indices.
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
 
 @dataclass(frozen=True)
 class _StoredTensor:
-    """Where and how a tensor is stored. name: in the file; span: None if the header does not list it."""
+    """Where and how a tensor is stored.
+
+    name, stored_shape: in the file; span: None if the header does not list it; part: where it is in the stored tensor,
+    None if it is all of it.
+    """
 
     file: str
     name: str
-    shape: tuple[int, ...]
+    stored_shape: tuple[int, ...]
     dtype: torch.dtype
     span: ByteRange | None
+    part: TensorSlice | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored_shape if self.part is None else self.part.shape(self.stored_shape)
+
+    @property
+    def pages(self) -> ByteRange | None:
+        """The bytes to read; of a stored tensor with several matrices those of all outputs of this index."""
+        if self.part is None or self.span is None:
+            return self.span
+        size = (self.span.end - self.span.begin) // self.stored_shape[0]
+        begin = self.span.begin + self.part.index * size
+        return ByteRange(self.span.file, begin, begin + size)
 
 
 class Checkpoint:
@@ -71,6 +90,7 @@ class Checkpoint:
             except (SafetensorError, OSError, ValueError) as error:
                 fix = "copy the file again"
                 faults.append(Fault("weight file cannot be read", str(folder / file), str(error), fix))
+        faults = faults or self._split_tensors()
         if not faults and not self._stored:
             faults.append(Fault("the weight files hold no tensors", str(folder)))
         if faults:
@@ -99,8 +119,7 @@ class Checkpoint:
             name = self._family.checkpoint_name(stored_name) if self._family else stored_name
             view = opened.get_slice(stored_name)
             if name in self._stored:
-                where = f"{self._stored[name].file} and {file}"
-                faults.append(Fault(f"tensor {name} is stored twice", where, fix="remove the stale weight file"))
+                faults.append(self._twice(name, file))
             elif view.get_dtype() not in DTYPES:
                 why = "only float checkpoints are supported"
                 faults.append(Fault(f"tensor {name} has dtype {view.get_dtype()}", file, why))
@@ -108,6 +127,23 @@ class Checkpoint:
                 shape, dtype = tuple(view.get_shape()), DTYPES[view.get_dtype()]
                 self._stored[name] = _StoredTensor(file, stored_name, shape, dtype, spans.get(stored_name))
         return faults
+
+    def _split_tensors(self) -> list[Fault]:
+        """Replaces tensors that hold the weights of several linear layers by these."""
+        faults = []
+        shapes = {name: stored.shape for name, stored in self._stored.items()}
+        split = self._family.matrices(shapes, self.config) if self._family else {}
+        for name, parts in split.items():
+            stored = self._stored.pop(name)
+            for each, part in parts.items():
+                if each in self._stored:
+                    faults.append(self._twice(each, stored.file))
+                self._stored[each] = replace(stored, part=part)
+        return faults
+
+    def _twice(self, name: str, file: str) -> Fault:
+        where = f"{self._stored[name].file} and {file}"
+        return Fault(f"tensor {name} is stored twice", where, fix="remove the stale weight file")
 
     @property
     def names(self) -> list[str]:
@@ -145,7 +181,7 @@ class Checkpoint:
         return sum(path.stat().st_size for path in self.files)
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor as stored. The only method that reads whole tensors.
+        """The tensor as stored, or the matrix in a stored tensor. The only method that reads whole tensors.
 
         It has a memory mapping of its own, which is unmapped together with it.
 
@@ -161,7 +197,13 @@ class Checkpoint:
     def _read(self, name: str) -> Tensor:
         stored = self._stored[name]
         self.release()
-        tensor: Tensor = self._opened(stored.file).get_tensor(stored.name)
+        opened, part = self._opened(stored.file), stored.part
+        if part is None:
+            tensor: Tensor = opened.get_tensor(stored.name)
+        else:
+            view, outputs = opened.get_slice(stored.name), slice(part.begin, part.end)
+            tensor = view[part.index, :, outputs].T if part.transposed else view[part.index, outputs]
+            tensor = tensor.contiguous()
         self.release()
         return tensor
 
@@ -184,7 +226,8 @@ class Checkpoint:
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Begins to load these tensors into the page cache, in the background."""
-        self._prefetcher.start(span for name in names if name in self and (span := self._stored[name].span))
+        spans = dict.fromkeys(self._stored[name].pages for name in names if name in self)
+        self._prefetcher.start(span for span in spans if span is not None)
 
     def _check_finite(self, name: str, tensor: Tensor) -> None:
         if not tensor.is_floating_point() or not tensor.numel():
@@ -207,15 +250,20 @@ class Checkpoint:
 
     def check_tensors(self, expected: Iterable[tuple[str, tuple[int, ...]]]) -> None:
         """UserError with every tensor that is missing or has another shape. expected: names and shapes."""
-        faults, where = [], str(self.folder)
+        faults: dict[str, Fault] = {}  # by stored tensor
+        where = str(self.folder)
         for name, shape in expected:
             if name not in self:
-                faults.append(Fault(f"tensor {name} is missing", where, f"config.json implies shape {list(shape)}"))
+                faults[name] = Fault(f"tensor {name} is missing", where, f"config.json implies shape {list(shape)}")
             elif self.shape(name) != tuple(shape):
-                what = f"tensor {name} has shape {list(self.shape(name))}"
-                faults.append(Fault(what, where, f"config.json implies {list(shape)}"))
+                stored, why = self._stored[name], f"config.json implies {list(shape)}"
+                if stored.part is not None:
+                    why = f"so {name} is {list(stored.shape)}, but {why}"
+                what = f"tensor {name if stored.part is None else stored.name} has shape {list(stored.stored_shape)}"
+                faults.setdefault(stored.name, Fault(what, where, why))
         if faults:
-            raise UserError(*faults)
+            shown, more = list(faults.values())[:MAX_FAULTS], len(faults) - MAX_FAULTS
+            raise UserError(*shown, *([Fault(f"{more} more tensors do not fit", where)] if more > 0 else []))
 
     def check_config(self) -> None:
         """UserError with every value of config.json that is out of bounds for the stored tensors."""

@@ -66,7 +66,7 @@ class StageMetrics:
         self.peak_growth[done.name] = self.peak_growth.get(done.name, 0) + peak - self._peak
         self._peak = peak
         for source, observation in stage.observations.items():
-            if source not in self._first_ranges:
+            if source not in self._first_ranges and observation.ranges:
                 self._first_ranges[source] = Observation(observation.channels, observation.ranges)
 
     def finished(self, stage: Stage) -> None:

@@ -105,7 +105,7 @@ def _affected_parameters(stage: Stage, folds: Sequence[Fold]) -> list[nn.Paramet
 
 
 def _copy(parameter: Tensor) -> Tensor:
-    """A copy, in a file if the parameter is in one; in bfloat16 if that is exact, as for most checkpoints: half the size."""
+    """A copy, in bfloat16 if that is exact, as for most checkpoints: half the size. In a file if the parameter is."""
     half = exact_bfloat16(parameter)
     copy = file_backed_copy(parameter if half is None else half, parameter)
     release_pages(parameter)

@@ -44,7 +44,8 @@ class ModelLoader:
     static_tower: roles that are W8A8 in every vision block as soon as the vision tower is quantized; needs_tower:
     whether the tower must be quantized if anything is; tower_with_dynamic: whether it is W8A8 next to a W8A8_DYNAMIC
     language model, or must be float there; dynamic_experts: whether the experts are W8A8_DYNAMIC if anything is
-    quantized; unfused: roles whose fused groups may have FLOAT members next to W8A8 ones; vision_key: whether it reads
+    quantized; unfused: roles whose fused groups may have FLOAT members next to W8A8 ones; documented: sizes that its
+    documentation lists as quantized, empty if others are not worth a note; vision_key: whether it reads
     `vision_config.quantize`; looked_up: roles whose layers it looks up in the description; by_entries: whether it reads
     biases only if they have an entry there, and refuses a second description.
     """
@@ -54,6 +55,7 @@ class ModelLoader:
     tower_with_dynamic: bool = False
     dynamic_experts: bool = False
     unfused: tuple[Role, ...] = ()
+    documented: str = ""
     vision_key: bool = False
     looked_up: tuple[Role, ...] = (Role.QKV, Role.UP)
     by_entries: bool = False
@@ -121,11 +123,13 @@ class MindIE(Engine):
             needs_tower=True,
             tower_with_dynamic=True,
             unfused=(Role.UP,),
+            documented="8B and 32B",
         ),
         "qwen3_vl_moe": ModelLoader(
             static_tower=(Role.VISION_QKV, Role.VISION_UP),
             needs_tower=True,
             dynamic_experts=True,
+            documented="30B-A3B",
             looked_up=(Role.QKV, *EXPERT_ROLES),
         ),
         "qwen2": TEXT_LOADER,
@@ -145,25 +149,31 @@ class MindIE(Engine):
         """The vision tower is all float, or W8A8 with certain layers quantized in every block; one scheme for all that
         is not float, since the one `quantize` of config.json names it."""
         loader = self._loader(family)
-        vision = {layer: scheme for layer, scheme in schemes.items() if family.in_vision_tower(layer)}
+        return self._tower_faults(family, loader, schemes) + self._mixed_faults(family, loader, schemes)
+
+    def _tower_faults(self, family: ModelFamily, loader: ModelLoader, schemes: Mapping[str, Scheme]) -> list[Fault]:
+        """Float layers of a vision tower in which the loader builds them quantized."""
         quantized = [layer for layer, scheme in schemes.items() if scheme.is_quantized]
-        in_tower = [layer for layer in quantized if layer in vision]
-        reason = (in_tower or (quantized if loader.needs_tower else []))[:1]
-        faults = [
+        reasons = quantized if loader.needs_tower else [layer for layer in quantized if family.in_vision_tower(layer)]
+        layers = [layer for layer, scheme in schemes.items() if scheme == Scheme.FLOAT]
+        layers = [layer for layer in layers if family.role(layer) in loader.static_tower]
+        if not reasons or not layers:
+            return []
+        names = join_and(dict.fromkeys(each.rpartition(".")[2] for each in family.layers(*loader.static_tower)))
+        why = f"MindIE builds every block's {names} quantized as soon as "
+        if loader.needs_tower:
+            why, fix = f"{why}anything is", f"quantize {names} to W8A8 in every vision block"
+        else:
+            why, fix = f"{why}the vision tower is", f"quantize {names} in every vision block, leave the tower float"
+        return [
             Fault(
-                f"{layer} is FLOAT while {other} is {schemes[other]}",
+                f"{layer} is FLOAT while {reasons[0]} is {schemes[reasons[0]]}",
                 layer,
-                f"MindIE builds every block's {_last_names(family, loader.static_tower)} quantized as soon as "
-                f"{'anything' if loader.needs_tower else 'the vision tower'} is",
-                f"quantize {_last_names(family, loader.static_tower)} in every vision block, "
-                + ("" if loader.needs_tower else "leave the vision tower float, ")
-                + "or serve with vLLM Ascend only",
+                why,
+                f"{fix}, or serve with vLLM Ascend only",
             )
-            for layer, scheme in vision.items()
-            for other in reason
-            if family.role(layer) in loader.static_tower and scheme == Scheme.FLOAT
+            for layer in layers
         ]
-        return faults + self._mixed_faults(family, loader, schemes)
 
     def _mixed_faults(self, family: ModelFamily, loader: ModelLoader, schemes: Mapping[str, Scheme]) -> list[Fault]:
         """Layers whose scheme does not go with the only one that config.json can name."""
@@ -368,7 +378,10 @@ class MindIE(Engine):
         return "" if any(rule.scheme == scheme for rule in self.rules_of(family)) else f" of {family.title}"
 
     def scheme_notes(self, family: ModelFamily, scheme: Scheme, group_size: int | None) -> list[str]:
-        if scheme == Scheme.W8A8_DYNAMIC and self._loader(family).vision_key:
+        loader = self._loader(family)
+        if scheme == Scheme.W8A8 and loader.documented:
+            return [f"MindIE documents {scheme} of {family.title} for {loader.documented} only"]
+        if scheme == Scheme.W8A8_DYNAMIC and loader.vision_key:
             return ["MindIE runs W8A8_DYNAMIC in the language model only: the vision tower stays float"]
         if scheme == Scheme.W4A8_DYNAMIC and group_size is not None and group_size not in self.group_sizes:
             return [f"group_size {group_size}: MindIE accepts {join_or(self.group_sizes[1:])} only"]
@@ -378,11 +391,6 @@ class MindIE(Engine):
 def _quantizes_vision(family: ModelFamily, schemes: Mapping[str, Scheme]) -> bool:
     """Tensor or layer name -> scheme: whether anything in the vision tower is quantized."""
     return any(family.in_vision_tower(name) for name, scheme in schemes.items() if scheme != Scheme.FLOAT)
-
-
-def _last_names(family: ModelFamily, roles: Iterable[Role]) -> str:
-    """The layers with these roles, by the last part of their names, such as "qkv"."""
-    return join_and(dict.fromkeys(layer.rpartition(".")[2] for layer in family.layers(*roles)))
 
 
 def _writable_by_all(folder: FinishedFolder) -> list[Fault]:

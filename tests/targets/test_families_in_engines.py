@@ -1,0 +1,230 @@
+"""The rows of every family in the engines' tables: which layers each engine runs in which scheme and version."""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import pytest
+
+from vlqc.families.family import ModelFamily, Role
+from vlqc.families.qwen2_5_vl import QWEN2_5_VL
+from vlqc.families.qwen2_vl import QWEN2_VL
+from vlqc.families.qwen3_vl import QWEN3_VL, Qwen3VL
+from vlqc.families.text_models import QWEN2, QWEN3
+from vlqc.targets.engine import Rule
+from vlqc.targets.mindie import MINDIE
+from vlqc.targets.precision import choose_scheme
+from vlqc.targets.rules import folder_type, group_faults, layer_faults, supported_schemes
+from vlqc.targets.schemes import Scheme
+from vlqc.targets.versions import supporting_versions
+from vlqc.targets.vllm_ascend import VLLM_ASCEND, VllmAscend
+
+W8A8, DYNAMIC, W4A8, FLOAT = Scheme.W8A8, Scheme.W8A8_DYNAMIC, Scheme.W4A8_DYNAMIC, Scheme.FLOAT
+LANGUAGE = "model.language_model.layers"
+
+
+class Experts(Qwen3VL):
+    """The layers of Qwen3-VL with a mixture of experts."""
+
+    name = "qwen3_vl_moe"
+    roles: ClassVar[Mapping[Role, tuple[str, ...]]] = {
+        **Qwen3VL.roles,
+        Role.EXPERT_UP: (f"{LANGUAGE}.*.mlp.experts.*.gate_proj", f"{LANGUAGE}.*.mlp.experts.*.up_proj"),
+        Role.EXPERT_DOWN: (f"{LANGUAGE}.*.mlp.experts.*.down_proj",),
+        Role.ROUTER: (f"{LANGUAGE}.*.mlp.gate",),
+    }
+    fused_groups = (*Qwen3VL.fused_groups, roles[Role.EXPERT_UP])
+
+
+EXPERTS = Experts()
+ALL = {W8A8, DYNAMIC, W4A8}
+# family, role, schemes besides FLOAT that vLLM Ascend runs, that MindIE runs
+ROWS: list[tuple[ModelFamily, Role, set[Scheme], set[Scheme]]] = [
+    (QWEN2_VL, Role.VISION_QKV, {W8A8, DYNAMIC}, {W8A8}),
+    (QWEN2_VL, Role.VISION_DOWN, {W8A8, DYNAMIC}, set()),
+    (QWEN2_VL, Role.MERGER, {W8A8, DYNAMIC}, set()),
+    (QWEN2_VL, Role.QKV, {W8A8, DYNAMIC}, {W8A8, DYNAMIC}),
+    (QWEN2_VL, Role.DOWN, ALL, {W8A8, DYNAMIC}),
+    (QWEN3_VL, Role.VISION_UP, {W8A8, DYNAMIC}, {W8A8}),
+    (QWEN3_VL, Role.VISION_DOWN, {W8A8, DYNAMIC}, set()),
+    (QWEN3_VL, Role.MERGER, {W8A8, DYNAMIC}, set()),
+    (QWEN3_VL, Role.QKV, ALL, {W8A8, DYNAMIC}),
+    (EXPERTS, Role.VISION_PROJ, {W8A8, DYNAMIC}, {W8A8}),
+    (EXPERTS, Role.QKV, ALL, {W8A8}),
+    (EXPERTS, Role.EXPERT_UP, {DYNAMIC, W4A8}, {DYNAMIC}),
+    (EXPERTS, Role.EXPERT_DOWN, {DYNAMIC, W4A8}, {DYNAMIC}),
+    (EXPERTS, Role.ROUTER, set(), set()),
+    (QWEN2, Role.QKV, {W8A8, DYNAMIC}, {W8A8, DYNAMIC}),
+    (QWEN2, Role.UP, ALL, {W8A8, DYNAMIC}),
+    (QWEN3, Role.QKV, ALL, {W8A8, DYNAMIC}),
+    (QWEN3, Role.DOWN, ALL, {W8A8, DYNAMIC}),
+]
+
+
+@pytest.mark.parametrize(("family", "role", "vllm_ascend", "mindie"), ROWS)
+def test_schemes_of_a_role(family: ModelFamily, role: Role, vllm_ascend: set[Scheme], mindie: set[Scheme]) -> None:
+    """Catches a scheme offered where an engine refuses it, such as static experts or 4-bit weights next to a bias."""
+    for layer in family.layers(role):
+        assert supported_schemes("vllm-ascend", family, layer) == vllm_ascend | {FLOAT}
+        assert supported_schemes("mindie", family, layer) == mindie | {FLOAT}
+
+
+# target, family, role, schemes besides FLOAT
+VERSIONS: list[tuple[str, ModelFamily, Role, set[Scheme]]] = [
+    ("vllm-ascend@0.11", QWEN2_VL, Role.QKV, set()),
+    ("vllm-ascend@0.12.0rc1", QWEN2_VL, Role.VISION_QKV, {W8A8}),
+    ("vllm-ascend@0.16.0rc1", QWEN2_VL, Role.VISION_QKV, {W8A8, DYNAMIC}),
+    ("vllm-ascend@0.13.0rc1", QWEN3_VL, Role.QKV, set()),
+    ("vllm-ascend@0.13.0rc2", QWEN3_VL, Role.QKV, ALL),
+    ("vllm-ascend@0.13", QWEN3_VL, Role.VISION_QKV, {W8A8}),
+    ("vllm-ascend@0.14.0rc1", QWEN3_VL, Role.QKV, set()),
+    ("vllm-ascend@0.17.0rc1", QWEN3_VL, Role.QKV, set()),
+    ("vllm-ascend@0.18.0rc1", QWEN3_VL, Role.QKV, set()),
+    ("vllm-ascend@0.18", QWEN3_VL, Role.VISION_QKV, {W8A8, DYNAMIC}),
+    ("vllm-ascend@0.26.0rc1", QWEN3_VL, Role.QKV, ALL),
+    ("vllm-ascend@0.26", QWEN3_VL, Role.QKV, {W8A8, DYNAMIC}),
+    ("vllm-ascend@0.13.0rc1", EXPERTS, Role.EXPERT_UP, {DYNAMIC, W4A8}),
+    ("vllm-ascend@0.15.0rc1", EXPERTS, Role.VISION_QKV, {W8A8}),
+    ("vllm-ascend@0.26", EXPERTS, Role.EXPERT_UP, {DYNAMIC}),
+    ("mindie@2.1.RC1", QWEN2_VL, Role.QKV, {W8A8}),
+    ("mindie@3.0.0", QWEN2_VL, Role.QKV, {W8A8, DYNAMIC}),
+    ("mindie@2.2", QWEN3_VL, Role.QKV, set()),
+    ("mindie@3.0.0alpha1", QWEN3_VL, Role.QKV, set()),
+    ("mindie@3.0.0.beta.1", QWEN3_VL, Role.QKV, {W8A8, DYNAMIC}),
+    ("mindie@3.0.RC1", EXPERTS, Role.EXPERT_DOWN, {DYNAMIC}),
+    ("mindie@3.0.0alpha1", QWEN3, Role.QKV, {W8A8, DYNAMIC}),
+]
+
+
+@pytest.mark.parametrize(("target", "family", "role", "schemes"), VERSIONS)
+def test_schemes_of_a_version(target: str, family: ModelFamily, role: Role, schemes: set[Scheme]) -> None:
+    """Catches an end of a range that is off by one release, and versions without the map of names that load nothing."""
+    assert supported_schemes(target, family, family.layers(role)[0]) == schemes | {FLOAT}
+
+
+def schemes_of(family: ModelFamily, **changes: Scheme) -> dict[str, Scheme]:
+    """One vision block, one decoder layer and all else, W8A8 as the reference quantizes; changes: by role."""
+    schemes = {
+        layer.replace("*", "0"): FLOAT if family.stays_float_in_reference(layer) else W8A8 for layer in family.layers()
+    }
+    for role, scheme in changes.items():
+        schemes |= {layer.replace("*", "0"): scheme for layer in family.layers(Role[role])}
+    return schemes
+
+
+LANGUAGE_DYNAMIC = {"QKV": DYNAMIC, "OUT": DYNAMIC, "UP": DYNAMIC}
+FLOAT_TOWER = {"VISION_QKV": FLOAT, "VISION_PROJ": FLOAT, "VISION_UP": FLOAT}
+WITH_EXPERTS = {"UP": FLOAT, "EXPERT_UP": DYNAMIC, "EXPERT_DOWN": DYNAMIC, "ROUTER": FLOAT}
+# family, changes to `schemes_of`, whether vLLM Ascend runs all layers together, whether MindIE does
+TOGETHER: list[tuple[ModelFamily, dict[str, Scheme], bool, bool]] = [
+    (QWEN2_5_VL, {"VISION_PROJ": FLOAT}, True, True),
+    (QWEN2_VL, {}, True, True),
+    (QWEN2_VL, {"VISION_PROJ": FLOAT}, True, False),  # one graph reads the static tensors of qkv, proj and fc1
+    (QWEN2_VL, {"VISION_UP": FLOAT}, True, False),
+    (QWEN2_VL, FLOAT_TOWER, True, True),
+    (QWEN2_VL, LANGUAGE_DYNAMIC | FLOAT_TOWER, True, True),
+    (QWEN2_VL, LANGUAGE_DYNAMIC, True, False),
+    (QWEN3_VL, {}, True, True),
+    (QWEN3_VL, {"VISION_PROJ": FLOAT}, True, True),
+    (QWEN3_VL, {"VISION_QKV": FLOAT}, True, False),
+    (QWEN3_VL, {"VISION_UP": FLOAT}, True, False),
+    (QWEN3_VL, FLOAT_TOWER, True, False),  # the tower takes the `quantize` of the model
+    (QWEN3_VL, LANGUAGE_DYNAMIC, True, True),
+    (QWEN3_VL, {"QKV": DYNAMIC}, True, False),
+    (EXPERTS, WITH_EXPERTS, True, True),
+    (EXPERTS, WITH_EXPERTS | {"EXPERT_DOWN": FLOAT}, False, False),
+    (EXPERTS, WITH_EXPERTS | {"EXPERT_UP": FLOAT, "EXPERT_DOWN": FLOAT}, True, False),
+    (EXPERTS, WITH_EXPERTS | FLOAT_TOWER, True, False),
+    (QWEN2, {}, True, True),
+    (QWEN2, LANGUAGE_DYNAMIC, True, True),
+    (QWEN3, {"QKV": DYNAMIC}, True, False),
+]
+
+
+@pytest.mark.parametrize(("family", "changes", "vllm_ascend", "mindie"), TOGETHER)
+def test_layers_that_run_together(
+    family: ModelFamily, changes: dict[str, Scheme], vllm_ascend: bool, mindie: bool
+) -> None:
+    """Catches a folder that an engine refuses as a whole although it runs each of its layers."""
+    schemes = schemes_of(family, **changes)
+    for engine, runs in ((VLLM_ASCEND, vllm_ascend), (MINDIE, mindie)):
+        assert layer_faults(engine, family, schemes) == []
+        assert (group_faults(engine, family, schemes) == []) == runs
+
+
+@pytest.mark.parametrize(
+    ("family", "member", "runs"),
+    [
+        (QWEN2_VL, "self_attn.q_proj", True),
+        (QWEN2_VL, "mlp.up_proj", True),
+        (QWEN3_VL, "self_attn.q_proj", False),  # always one matrix
+        (QWEN3_VL, "mlp.up_proj", True),
+        (QWEN2, "self_attn.q_proj", False),
+        (QWEN3, "mlp.up_proj", False),  # in 3.0.0 only
+    ],
+)
+def test_float_members_of_a_fused_group_in_mindie(family: ModelFamily, member: str, runs: bool) -> None:
+    """Catches a mixed group that MindIE multiplies as one matrix of floats."""
+    schemes = schemes_of(family)
+    (layer,) = (layer for layer in schemes if layer.endswith(member))
+    assert (group_faults("mindie", family, schemes | {layer: FLOAT}) == []) == runs
+
+
+def test_experts_of_different_schemes() -> None:
+    """Catches an expert in another scheme than the first one, which vLLM Ascend would read in that one's."""
+    names = [f"{LANGUAGE}.{block}.mlp.experts.{index}.up_proj" for block in (0, 1) for index in (0, 1)]
+    assert VLLM_ASCEND.group_faults(EXPERTS, dict.fromkeys(names, DYNAMIC)) == []
+    schemes = dict.fromkeys(names, DYNAMIC) | {names[3]: W4A8}
+    assert [fault.where for fault in VLLM_ASCEND.group_faults(EXPERTS, schemes)] == [names[3]]
+    schemes[names[2]] = W4A8  # layers may differ
+    assert VLLM_ASCEND.group_faults(EXPERTS, schemes) == []
+
+
+@pytest.mark.parametrize("target", ["vllm-ascend", "mindie", "both"])
+def test_experts_are_dynamic_where_w8a8_is_asked_for(target: str) -> None:
+    """Catches experts left in float because no engine runs them with static scales."""
+    layers = {layer: (64, 64) for layer in EXPERTS.layers(Role.EXPERT_UP)}
+    decision = choose_scheme(layers, family=EXPERTS, scheme=W8A8, target=target)
+    assert decision.scheme == DYNAMIC and "W8A8" in decision.note
+
+
+def test_folder_type() -> None:
+    """Catches MindIE reading static attention next to experts as `w8a8`, with which it does not find the experts'
+    scales; vLLM Ascend does not read the type, so that a folder for both has MindIE's."""
+    schemes = schemes_of(EXPERTS, **WITH_EXPERTS)
+    assert folder_type("vllm-ascend", EXPERTS, schemes) == W8A8
+    assert folder_type("mindie", EXPERTS, schemes) == folder_type("both", EXPERTS, schemes) == DYNAMIC
+    assert folder_type("both", QWEN2_5_VL, schemes_of(QWEN2_5_VL) | {"x": DYNAMIC}) == W8A8
+    config = {"text_config": {}, "vision_config": {}}
+    assert MINDIE.reads_config(EXPERTS, schemes, config | {"quantize": "w8a8_dynamic"})
+    assert not MINDIE.reads_config(EXPERTS, schemes, config | {"quantize": "w8a8"})
+
+
+def test_versions_with_a_gap() -> None:
+    """Catches a gap closed by taking the first version and the last end, and versions in the gap that are accepted."""
+    versions = supporting_versions(VLLM_ASCEND, QWEN3_VL, schemes_of(QWEN3_VL), "bfloat16")
+    assert versions is not None and versions.ranges == (("0.13.0rc2", "0.14.0rc1"), ("0.18", None))
+    inside = {version: version in versions for version in ("0.12", "0.13", "0.13.0rc1", "0.16.0rc1", "0.18.0", "0.27")}
+    assert inside == {"0.12": False, "0.13": True, "0.13.0rc1": False, "0.16.0rc1": False, "0.18.0": True, "0.27": True}
+    assert str(versions) == "vLLM Ascend 0.13.0rc2 and later, before 0.14.0rc1; 0.18 and later"
+    schemes = schemes_of(QWEN3_VL, QKV=W4A8, VISION_QKV=DYNAMIC)
+    versions = supporting_versions(VLLM_ASCEND, QWEN3_VL, schemes, "bfloat16")
+    assert versions is not None and versions.ranges == (("0.18", "0.26"),)
+
+
+def test_ranges_that_touch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches two ranges without a gap printed as two, and an order that depends on the rules' order."""
+    roles = (Role.QKV,)
+    rules = (Rule(W8A8, roles, "0.14"), Rule(W8A8, roles, "0.12", before="0.14"), Rule(W8A8, roles, "0.10", "0.11"))
+    monkeypatch.setattr(VllmAscend, "rules", {"qwen2": rules})
+    versions = supporting_versions(VLLM_ASCEND, QWEN2, {QWEN2.layers(Role.QKV)[0]: W8A8}, "bfloat16")
+    assert versions is not None and versions.ranges == (("0.10", "0.11"), ("0.12", None))
+
+
+def test_a_family_without_rows() -> None:
+    """Catches a promise for a family that no engine lists."""
+
+    class Other(Qwen3VL):
+        name = "other"
+
+    assert supporting_versions(VLLM_ASCEND, Other(), {}, "bfloat16") is None
+    assert VLLM_ASCEND.first_version(Other()) is None and MINDIE.first_version(QWEN2_VL) == "2.1.RC1"

@@ -9,6 +9,8 @@ import torch
 
 import vlqc
 from tests.support import tiny
+from tools.checkpoints import outlier_checkpoint as outliers
+from vlqc.emit.size_estimate import stage_output_bytes
 from vlqc.frontend.memory import GIB, OBSERVED_BYTES, check_memory, estimate_memory, is_out_of_memory
 from vlqc.passes.quantize_weights import QuantizeWeights
 
@@ -26,6 +28,24 @@ def test_estimate_matches_a_manual_sum() -> None:
     pixels = sample["pixel_values"].numel() * 4
     assert estimate_memory(model, [sample] * 3) - alone == 3 * (pixels + 80 * hidden * 8)
     assert estimate_memory(model, [sample] * 3, budget=0) - alone == 3 * pixels
+
+
+@pytest.mark.parametrize(
+    ("family", "channels"),
+    [("qwen2", 256), ("qwen2_vl", 128), pytest.param("qwen3_vl", 144, marks=pytest.mark.qwen3_vl)],
+)
+def test_activations_of_other_families(tmp_path: Path, family: str, channels: int) -> None:
+    """Catches a text-only model for which images are expected, and channels of a vision tower from another key.
+
+    Images have more patches than the text has tokens, so that the channels of the vision tower count.
+    """
+    config = outliers.make(tmp_path, family=family)
+    model = tiny.float_model(tmp_path)
+    (sample,) = outliers.random_samples(config, 1, grids=[(16, 20)])
+    rows = len(sample["pixel_values"]) if "pixel_values" in sample else sample["input_ids"].numel()
+    image = sample["pixel_values"].nbytes if "pixel_values" in sample else 0
+    assert estimate_memory(model, [sample] * 3) - estimate_memory(model, []) == 3 * (8 * rows * channels + image)
+    assert stage_output_bytes(model, [sample] * 3) == 3 * 8 * rows * channels
 
 
 LIMITED = """

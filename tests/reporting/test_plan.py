@@ -8,9 +8,13 @@ from click.testing import CliRunner
 from torch import Tensor
 
 import vlqc
+from tests.support.calibration_files import lines
+from tools.checkpoints import outlier_checkpoint as outliers
 from tools.demo import tiny_task
 from vlqc.cli.commands import app
 from vlqc.errors import UserError
+from vlqc.reporting.dumps.trace_only import trace
+from vlqc.reporting.dumps.writer import Dumper
 from vlqc.reporting.plan import plan_compilation
 
 TINY = Path(tiny_task.__file__).parent / "tiny_vl"
@@ -55,6 +59,18 @@ def test_more_data_takes_longer(samples: list[dict[str, Tensor]], tmp_path: Path
     few, many = plan_compilation(samples=samples, **arguments), plan_compilation(samples=[*samples, *long], **arguments)
     assert many.tokens == few.tokens + 400_000
     assert many.seconds > few.seconds > 0 and many.memory >= few.memory > 0
+
+
+def test_plan_of_a_text_only_model(tmp_path: Path) -> None:
+    """Catches a plan or a dump that expects images, and a note about images."""
+    outliers.make(tmp_path / "model", family="qwen2")
+    source = lines(tmp_path / "q.jsonl", {"prompt": "red"}, {"prompt": "red green", "response": "7"})
+    plan = plan_compilation(model_path=tmp_path / "model", calib_images=source)
+    assert plan.patches == 0 < plan.tokens and plan.seconds > 0
+    assert {part for part, _ in plan.counts} == {"language", "other"}
+    assert not any("image" in note for note in plan.notes)
+    result = trace(tmp_path / "model", Dumper(tmp_path / "dump", stages=("model.layers.1",)))
+    assert result.stages == ("model.layers.1",)
 
 
 @pytest.mark.parametrize(

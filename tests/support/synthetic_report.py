@@ -59,7 +59,8 @@ def report_data(layers: int = 80, blocks: int = 32, **changes: Any) -> ReportDat
 def write_folder(path: Path, data: ReportData) -> Path:
     """A folder with this report data and the other files that the report reads."""
     path.mkdir(parents=True)
-    config = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "num_hidden_layers": 80, "hidden_size": 8192}
+    config: dict[str, Any] = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl"}
+    config |= {"num_hidden_layers": 80, "hidden_size": 8192}
     (path / "config.json").write_text(json.dumps(config | {"vision_config": {"depth": 32, "hidden_size": 1280}}))
     description = {f"{site.name}.weight": site.scheme for stage in data.stages for site in stage.sites}
     (path / "quant_model_description.json").write_text(json.dumps({"model_quant_type": "W8A8", **description}))

@@ -61,7 +61,7 @@ def compile_until(stop_after: str, output: CommandOutput, options: dict[str, Any
     type=PATH,
     default=None,
     metavar="IMAGES",
-    help="Images to trace with. Default: one image of random noise.",
+    help="Images to trace with. Default: random text and, unless text-only, an image of noise.",
 )
 @option(
     "--trust_remote_code",

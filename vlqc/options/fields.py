@@ -135,7 +135,7 @@ class OptionFields(BaseModel):
         Path("../calibImages"),
         DATA,
         "Calibration data: a folder of images, one image, or a .jsonl file with image paths and prompts. At least 30 "
-        "varied images are recommended.",
+        "varied images are recommended. For a text-only model a .jsonl file with prompts.",
     )
     save_directory: OptionPath = _option(
         ..., OUTPUT, "Output folder of the quantized checkpoint. Written only if the compilation succeeds."

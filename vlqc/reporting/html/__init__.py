@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from vlqc.errors import Fault, UserError
+from vlqc.families.registry import find_family
 from vlqc.files import sha256_of
 from vlqc.formatting import escape_control_chars
 from vlqc.options.paths import output_faults
@@ -100,12 +101,16 @@ def folder_info(files: FolderFiles, data: ReportData) -> FolderInfo:
 
 
 def _model_title(config: dict[str, object]) -> str:
-    """Architecture and sizes: "Qwen2.5-VL · language: 28 layers of 3584 · vision: 32 layers of 1280"."""
-    architectures = config.get("architectures")
-    name = str(architectures[0]) if isinstance(architectures, list) and architectures else str(config.get("model_type"))
-    words = [name.removesuffix("ForConditionalGeneration").replace("_", " ").replace("Qwen2 5 VL", "Qwen2.5-VL")]
-    vision = config.get("vision_config")
-    for label, part, key in (("language", config, "num_hidden_layers"), ("vision", vision, "depth")):
-        if isinstance(part, dict) and isinstance(part.get(key), int):
-            words.append(f"{label}: {part[key]} layers of {part.get('hidden_size', '?')}")
+    """Family and sizes: "Qwen2.5-VL · language: 28 layers of 3584 · vision: 32 layers of 1280"."""
+    family = find_family(config)
+    if family is None:
+        architectures = config.get("architectures")
+        return str(architectures[0] if isinstance(architectures, list) and architectures else "unknown model")
+    values, words = family.config_values(config), [family.title]
+    for label, layers, size in (
+        ("language", "language layers", "hidden size"),
+        ("vision", "vision blocks", "vision hidden size"),
+    ):
+        if isinstance(values.get(layers), int):
+            words.append(f"{label}: {values[layers]} layers of {values.get(size) or '?'}")
     return " · ".join(words)

@@ -6,8 +6,8 @@
     vlqc.write_report(folder, "page.html")                                             HTML page about a folder
 
 To write passes and build pipelines: Pass, PassManager, parse_pipeline, print_pipeline, Stage, Site, Edge, Observation,
-print_stage, parse_stage. TerminalProgress shows the progress of `compile`. Names are imported on first use, so that
-`import vlqc` takes milliseconds.
+print_stage, parse_stage. To add models: ModelFamily, register_family. TerminalProgress shows the progress of `compile`.
+Names are imported on first use, so that `import vlqc` takes milliseconds.
 """
 
 import ast

@@ -2,6 +2,8 @@
 from vlqc.compiler import compile as compile
 from vlqc.errors import InternalError as InternalError
 from vlqc.errors import UserError as UserError
+from vlqc.families.family import ModelFamily as ModelFamily
+from vlqc.families.registry import register_family as register_family
 from vlqc.ir.observation import Observation as Observation
 from vlqc.ir.parser import parse_stage as parse_stage
 from vlqc.ir.printer import print_stage as print_stage

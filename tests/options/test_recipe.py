@@ -107,6 +107,7 @@ def test_surprises_of_yaml(write: Write, line: str, name: str | None, value: Any
         ("[" * 50_000, ["nested too deeply"]),
         ("trust_remote_code: true", ["--trust_remote_code True", "command line"]),
         ("pipeline: insert-observers,my_module:Class", ["--pipeline", "command line"]),
+        ("family: my_module:Class", ["--family", "command line"]),
     ],
 )
 def test_faults(write: Write, text: str, words: list[str]) -> None:

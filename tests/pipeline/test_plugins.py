@@ -16,9 +16,9 @@ from vlqc.cli.commands import app
 from vlqc.cli.pass_listing import describe_passes
 from vlqc.emit.resume.fingerprint import source_digests
 from vlqc.errors import InternalError, UserError
+from vlqc.import_paths import _entry_points
 from vlqc.pipeline.manager import PassManager
 from vlqc.pipeline.ordering import check_order
-from vlqc.pipeline.plugins import _entry_points
 from vlqc.pipeline.registry import load_pass, parse_pipeline, print_pipeline
 
 PASSES = """

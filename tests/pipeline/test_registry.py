@@ -45,5 +45,5 @@ def test_the_table_imports_nothing_until_used(monkeypatch: pytest.MonkeyPatch) -
         return module
 
     monkeypatch.setitem(REGISTRY, "thing", "not_installed.anywhere:Thing")
-    monkeypatch.setattr("vlqc.pipeline.plugins.importlib.import_module", record)
+    monkeypatch.setattr("vlqc.import_paths.importlib.import_module", record)
     assert imported == [] and load_pass("thing") is Nothing and imported == ["not_installed.anywhere"]

@@ -19,6 +19,7 @@ from vlqc.cli.parameters import (
     argument,
     compile_options,
     complete_pass,
+    family_option,
     option,
     output_options,
 )
@@ -55,7 +56,7 @@ def _print_versions(context: click.Context, parameter: click.Parameter, value: b
     "--version", is_flag=True, expose_value=False, is_eager=True, callback=_print_versions, help="Print versions."
 )
 def app() -> None:
-    """Quantization compiler for Qwen2.5-VL checkpoints that vLLM Ascend and MindIE serve."""
+    """Quantization compiler for checkpoints of vision-language models that vLLM Ascend and MindIE serve."""
 
 
 @app.command("compile", epilog=EXAMPLES, context_settings=CONTEXT)
@@ -115,6 +116,7 @@ def _compile(options: dict[str, Any], output: CommandOutput) -> None:
 
 @app.command("inspect")
 @argument("folder", type=PATH, metavar="FOLDER", description="Folder of a float or compiled checkpoint.")
+@family_option
 @output_options
 def inspect_command(folder: Path, output: CommandOutput) -> None:
     """Show what a checkpoint contains.
@@ -169,6 +171,7 @@ def inspect_command(folder: Path, output: CommandOutput) -> None:
     help="Number of tokens for --locate, in whole samples, shortest first. Default: 256.",
     panel=COMPARISON,
 )
+@family_option
 @output_options
 def verify_command(
     folder: Path,
@@ -215,6 +218,7 @@ def verify_command(
     metavar="FILE",
     help="Output of `vlqc verify --locate --json_file FILE`: error of the logits, and of each layer.",
 )
+@family_option
 @output_options
 def report_command(
     folder: Path, page: Path, timings: Path | None, verification: Path | None, output: CommandOutput

@@ -7,7 +7,16 @@ from typing import Any
 import click
 
 from vlqc.cli.output import FAILED, CommandOutput, check_output_file, print_lines, stderr, write_file
-from vlqc.cli.parameters import PATH, Command, argument, complete_list, complete_pass, option, output_options
+from vlqc.cli.parameters import (
+    PATH,
+    Command,
+    argument,
+    complete_list,
+    complete_pass,
+    family_option,
+    option,
+    output_options,
+)
 from vlqc.errors import Fault, UserError
 from vlqc.formatting import pluralize
 from vlqc.options.fields import DUMP_FORMATS
@@ -70,6 +79,7 @@ def compile_until(stop_after: str, output: CommandOutput, options: dict[str, Any
     help="Allow model code from the checkpoint folder to run.",
 )
 @option("--overwrite", is_flag=True, help="Replace older dumps of the same stages in --output.")
+@family_option
 @output_options
 def dump_command(
     model: Path,
@@ -156,6 +166,7 @@ def diff_command(first: Path, second: Path, output: CommandOutput) -> int:
     "--output", "-o", "file", type=PATH, default=None, metavar="FILE", help="Also write the stage's text to this file."
 )
 @option("--text", is_flag=True, help="Print the stage's text instead of what changed.")
+@family_option
 @output_options
 def run_pass_command(bundle: Path, pipeline: str, file: Path | None, text: bool, output: CommandOutput) -> None:
     """Run passes on one stage from a bundle.

@@ -10,9 +10,11 @@ import click
 from click.core import ParameterSource
 
 from vlqc.cli.output import CommandOutput, check_output_file, run_and_exit
+from vlqc.families.registry import load_family, register_family
 from vlqc.options.fields import PANELS, OptionInfo, option_info
 from vlqc.options.options import Options
-from vlqc.pipeline.registry import REGISTRY, plugin_passes
+from vlqc.pipeline.plugins import plugin_passes
+from vlqc.pipeline.registry import REGISTRY
 from vlqc.targets.target import NAMES
 
 Completion = Callable[[click.Context, click.Parameter, str], list[str]]
@@ -130,6 +132,19 @@ def output_options(command: Callable[..., int | None]) -> Callable[..., int | No
     ):
         decorated = decorator(decorated)
     return decorated
+
+
+def family_option(command: Callable[..., int | None]) -> Callable[..., int | None]:
+    """Adds --family, which registers a model family before the command runs."""
+
+    @functools.wraps(command)
+    def with_family(*, family: str | None, **values: Any) -> int | None:
+        if family is not None:
+            register_family(load_family(family))
+        return command(**values)
+
+    info = option_info("family")
+    return option(info.flag, default=None, metavar=info.metavar, help=info.help)(with_family)
 
 
 def compile_options(command: Callable[..., int | None]) -> Callable[..., int | None]:

@@ -193,6 +193,18 @@ class ModelFamily(ABC):
         """Of the stages, in the order in which they run, those whose outputs not only the next stage reads."""
         return frozenset()
 
+    # ---- the model ---------------------------------------------------------------------------------------------------
+
+    def model_class(self, architecture: str) -> "type[nn.Module] | None":
+        """The class of one of `architectures`; None if the installed version of transformers does not have it.
+
+        It is built as transformers builds its own: `config_class.from_dict(config)`, `_from_config(config)`.
+        """
+        import transformers
+
+        cls = getattr(transformers, architecture, None)
+        return cls if isinstance(cls, type) else None  # transformers has a placeholder where a dependency is missing
+
     # ---- config.json -------------------------------------------------------------------------------------------------
 
     def engine_config(self, config: dict[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """The known model families: those of vlqc, those of installed packages, and those that the user names."""
 
 import functools
-import importlib.metadata
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from vlqc.errors import Fault, UserError
 from vlqc.families.family import ModelFamily
@@ -13,55 +14,105 @@ from vlqc.families.qwen3_vl import QWEN3_VL
 from vlqc.families.qwen3_vl_moe import QWEN3_VL_MOE
 from vlqc.families.text_models import QWEN2, QWEN3
 from vlqc.formatting import did_you_mean
+from vlqc.import_paths import entry_points, import_path, resolve_class
 
 FAMILIES: tuple[ModelFamily, ...] = (QWEN2_5_VL, QWEN2_VL, QWEN3_VL, QWEN3_VL_MOE, QWEN2, QWEN3)
-ENTRY_POINTS = "vlqc.families"  # group of entry points, each a subclass of ModelFamily or an object of one
-GUIDE = "docs/contributing.md describes how to add a family"
+ENTRY_POINTS = "vlqc.families"  # group of entry points; the name of each is a model type, its object a ModelFamily
+FLAG = "--family"
+GUIDE = "vlqc/docs/contributing.md"
 
 _registered: list[ModelFamily] = []
 
 
-def register(family: ModelFamily) -> None:
-    """Adds a family for this process. It takes precedence over known ones with the same model type."""
-    if all(type(family) is not type(known) for known in _registered):
-        _registered.insert(0, family)
+def register_family(family: type[ModelFamily]) -> None:
+    """Adds a family for this process. It takes precedence over all others with the same model type.
+
+    Raises:
+        UserError: with every missing and every malformed attribute of the class.
+    """
+    if not (isinstance(family, type) and issubclass(family, ModelFamily)):
+        raise UserError(Fault(f"{family!r} is not a subclass of vlqc.ModelFamily", "register_family"))
+    _check_complete(family)
+    _registered[:] = [family(), *(known for known in _registered if type(known) is not family)]
 
 
-def known_families() -> tuple[ModelFamily, ...]:
-    """All families, those with precedence first."""
-    return (*_registered, *_installed(), *FAMILIES)
+def load_family(path: str, flag: str = FLAG) -> type[ModelFamily]:
+    """Imports a family. path: "module:Class", see `resolve_class`. Raises UserError."""
+    base: type[ModelFamily] = ModelFamily  # type: ignore[type-abstract]
+    cls = resolve_class(path, base, flag=flag, example="my_families:MyVL", guide=GUIDE)
+    _check_complete(cls)
+    return cls
 
 
-@functools.cache
-def _installed() -> tuple[ModelFamily, ...]:
-    """Families that installed packages declare as entry points."""
-    families = []
-    for entry in sorted(importlib.metadata.entry_points(group=ENTRY_POINTS), key=lambda entry: entry.name):
+def _check_complete(cls: type[ModelFamily]) -> None:
+    """UserError with the methods and attributes that are missing, or have another type than ModelFamily declares."""
+    faults = [f"{name} is not defined" for name in sorted(getattr(cls, "__abstractmethods__", ()))]
+    for name, hint in get_type_hints(ModelFamily).items():
+        if not hasattr(cls, name):
+            faults.append(f"{name} is not defined")
+            continue
+        (declared,) = get_args(hint)  # of ClassVar[...]
         try:
-            value = entry.load()
-            family = value() if isinstance(value, type) else value
-        except Exception as error:  # code of another package
-            why = f"{type(error).__name__}: {error}"
-            raise UserError(Fault(f"cannot load the model family {entry.name}", entry.value, why)) from error
-        if not isinstance(family, ModelFamily):
-            raise UserError(Fault(f"{entry.value} is not a ModelFamily", f"entry point {entry.name}"))
-        families.append(family)
-    return tuple(families)
+            value = TypeAdapter(declared).validate_python(getattr(cls, name), strict=True)
+        except ValidationError as error:
+            row = error.errors()[0]
+            place = "".join(f"[{key!r}]" for key in row["loc"] if key != "[key]")
+            faults.append(f"{name}{place}: {row['msg']}")
+            continue
+        if name in ("name", "model_types") and not value:
+            faults.append(f"{name} is empty")
+    if faults:
+        fix = f"see vlqc.ModelFamily, and {GUIDE}"
+        raise UserError(Fault(f"{import_path(cls)} is incomplete", import_path(cls), "; ".join(faults), fix))
+
+
+def known_model_types() -> list[str]:
+    """The model types that have a family. Imports no family of an installed package."""
+    types = [model_type for each in (*_registered, *FAMILIES) for model_type in each.model_types]
+    return list(dict.fromkeys([*types, *entry_points(ENTRY_POINTS)]))
 
 
 def find_family(config: Mapping[str, Any]) -> ModelFamily | None:
-    """The family of a config.json, by model_type; None if there is none."""
+    """The family of a config.json, by model_type; None if there is none.
+
+    Families that the user registers take precedence over those of vlqc, and these over those of installed packages.
+
+    Raises:
+        UserError: if two installed packages have a family for the model type, or the only one cannot be used.
+    """
     model_type = config.get("model_type")
-    return next((family for family in known_families() if model_type in family.model_types), None)
+    found = next((each for each in (*_registered, *FAMILIES) if model_type in each.model_types), None)
+    return found or (_installed(model_type) if isinstance(model_type, str) else None)
+
+
+def _installed(model_type: str) -> ModelFamily | None:
+    """The family that an installed package registers for a model type."""
+    paths = entry_points(ENTRY_POINTS).get(model_type, [])
+    if len(paths) > 1:
+        why = f"installed packages register {' and '.join(paths)} for it"
+        raise UserError(
+            Fault(f"two families for the model type {model_type}", "config.json", why, f"add {FLAG} with one of them")
+        )
+    if not paths:
+        return None
+    cls = load_family(paths[0], f"entry point {model_type}")
+    if model_type not in cls.model_types:
+        why = f"its entry point is {model_type}, its model types are {', '.join(cls.model_types)}"
+        raise UserError(Fault(f"{paths[0]} has no model type {model_type}", paths[0], why))
+    return _instance(cls)
+
+
+@functools.cache
+def _instance(cls: type[ModelFamily]) -> ModelFamily:
+    return cls()
 
 
 def family_of(config: Mapping[str, Any], where: str) -> ModelFamily:
-    """The family of a config.json. UserError, with all known families, if there is none. where: path of the file."""
+    """The family of a config.json. UserError, with all model types, if there is none. where: path of the file."""
     if (family := find_family(config)) is not None:
         return family
-    known = [model_type for each in known_families() for model_type in each.model_types]
-    model_type = config.get("model_type")
-    suggestion = did_you_mean(str(model_type), known)
-    fix = f"{suggestion} {GUIDE}" if suggestion else GUIDE
-    why = f"supported: {', '.join(dict.fromkeys(known))}"
-    raise UserError(Fault(f"unsupported model type {model_type!r}", where, why, fix))
+    known, model_type = known_model_types(), config.get("model_type")
+    fix = f"add a family as {GUIDE} describes, or name one with {FLAG} module:Class"
+    if suggestion := did_you_mean(str(model_type), known):
+        fix = f"{suggestion} Else {fix}"
+    raise UserError(Fault(f"unsupported model type {model_type!r}", where, f"supported: {', '.join(known)}", fix))

@@ -93,8 +93,7 @@ def _model_class(folder: Path, family: ModelFamily, config: dict[str, Any], trus
         except Exception as error:  # code in the folder can raise anything
             why = f"{type(error).__name__}: {error}"
             raise UserError(Fault("cannot load the code in the checkpoint", where, why)) from error
-    model_class = getattr(transformers, name, None) if name in family.architectures else None
-    if isinstance(model_class, type) and issubclass(model_class, nn.Module):
+    if name in family.architectures and (model_class := family.model_class(name)) is not None:
         return model_class
     if custom:
         why = f"{name} is defined by code in the checkpoint folder ({custom[0]})"
@@ -107,7 +106,7 @@ def _model_class(folder: Path, family: ModelFamily, config: dict[str, Any], trus
 
 def check_available(family: ModelFamily, where: str) -> None:
     """UserError if the installed version of transformers has no model of a family. where: path of config.json."""
-    if not any(hasattr(transformers, name) for name in family.architectures):
+    if not any(map(family.model_class, family.architectures)):
         why = f"transformers {transformers.__version__} does not have {', '.join(family.architectures)}"
         fix = f"install transformers {family.transformers_version} or newer"
         raise UserError(Fault(f"{family.title} is not available", where, why, fix))

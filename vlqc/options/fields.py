@@ -176,6 +176,13 @@ class OptionFields(BaseModel):
     )
 
     # Options that the original script does not have.
+    family: Annotated[str | None, NoneWord] = _option(
+        None,
+        DATA,
+        "Model family as module:Class, for a model type that vlqc does not have. Its module is imported, and runs with "
+        "your rights.",
+        metavar="MODULE:CLASS",
+    )
     target: Annotated[Annotated[str, AfterValidator(_target)] | None, NoneWord] = _option(
         None,
         OUTPUT,

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from vlqc.errors import Fault, UserError
+from vlqc.families.registry import load_family, register_family
 from vlqc.formatting import did_you_mean
 from vlqc.options.constraints import combination_faults
 from vlqc.options.fields import InvalidValue, OptionFields, flag_of, option_info
@@ -82,6 +83,7 @@ class Options(OptionFields):
             legal = {name: value for name, value in known.items() if name not in illegal}
             required = {name: "." for name in illegal if cls.model_fields[name].is_required()}
             options = cls.model_validate(legal | required).model_copy(update=dict.fromkeys(required))
+        faults += _family_faults(options)  # registers it, for checks that depend on the model
         return options, faults + combination_faults(options, illegal)
 
 
@@ -95,6 +97,16 @@ def _merged(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
         {name: entry.value for name, entry in entries.items()} | named,
         {name: entry.where for name, entry in entries.items()},
     )
+
+
+def _family_faults(options: OptionFields) -> list[Fault]:
+    """Registers the family of --family. Faults if there is no such class, or it is incomplete."""
+    if options.family is not None:
+        try:
+            register_family(load_family(options.family))
+        except UserError as error:
+            return list(error.faults)
+    return []
 
 
 def _unknown_option(name: str, where: str) -> Fault:

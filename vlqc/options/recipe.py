@@ -9,7 +9,7 @@
 
 Names and values are those of the command line. Every scalar stays text, so that YAML's own reading of `no`, `010` and
 `1:30` does not apply. Recipes are shared between users, so they cannot make code run: tags, anchors, trust_remote_code
-and `module:Class` in a pipeline are refused.
+and `module:Class` are refused.
 """
 
 import stat
@@ -121,9 +121,9 @@ def _code_faults(name: str, value: Any, where: str) -> list[Fault]:
         why = "a recipe is shared between users, and this option runs code from the checkpoint folder"
         fix = "add --trust_remote_code True to the command line"
         return [Fault("a recipe cannot set trust_remote_code", where, why, fix)]
-    if name == "pipeline" and ":" in str(value):
+    if name in ("pipeline", "family") and ":" in str(value):
         why = "a recipe is shared between users, and module:Class imports that module"
-        return [Fault("a recipe cannot name code", where, why, "add --pipeline to the command line")]
+        return [Fault("a recipe cannot name code", where, why, f"add --{name} to the command line")]
     return []
 
 

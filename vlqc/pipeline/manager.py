@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from vlqc.errors import InternalError, VlqcError, third_party_fix
+from vlqc.import_paths import import_path
 from vlqc.ir.memory import release_unused_memory
 from vlqc.ir.printer import print_stage
 from vlqc.ir.stage import Stage
@@ -14,7 +15,6 @@ from vlqc.ir.tensor_cache import TensorVersion
 from vlqc.ir.tensor_digest import TOLERANCE, fingerprints, max_relative_error
 from vlqc.ir.verifier import check
 from vlqc.pipeline.pass_api import Pass
-from vlqc.pipeline.plugins import import_path
 
 
 @dataclass

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from vlqc.errors import Fault, UserError
+from vlqc.import_paths import import_path
 from vlqc.pipeline.pass_api import Pass
-from vlqc.pipeline.plugins import import_path
 
 CALIBRATION = "insert-observers"  # forwards the calibration samples through the stage
 SENSITIVITY = "measure-sensitivity"  # measures what the precision search minimizes

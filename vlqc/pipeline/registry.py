@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 from vlqc.errors import Fault, UserError
 from vlqc.formatting import did_you_mean
+from vlqc.import_paths import import_path, is_import_path
 from vlqc.pipeline.pass_api import Pass
-from vlqc.pipeline.plugins import entry_points, import_path, is_import_path, resolve_class
+from vlqc.pipeline.plugins import plugin_passes, resolve_pass
 from vlqc.pipeline.spec import parse_spec, print_spec
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ REGISTRY: dict[str, str] = {
     "lower-linears": "vlqc.passes.lower_linears:LowerLinears",
     "propagate-quantized": "vlqc.passes.propagate_quantized:PropagateQuantized",
 }
-ENTRY_POINTS = "vlqc.passes"  # entry point group in which installed packages register passes
 
 # Modules that passes wrap around modules of the model, by class name; each is constructed with the wrapped module.
 WRAPPERS: dict[str, str] = {"Windowed": "vlqc.passes.split_window_attention:Windowed"}
@@ -50,9 +50,9 @@ def load_pass(name: str) -> type[Pass]:
         UserError: unknown name (with the closest known ones), or one that two classes claim.
     """
     if name in REGISTRY:
-        return resolve_class(REGISTRY[name], Pass)
+        return resolve_pass(REGISTRY[name])
     if is_import_path(name):
-        cls = resolve_class(name, Pass)
+        cls = resolve_pass(name)
         if cls.name in REGISTRY and REGISTRY[cls.name] != import_path(cls):
             why = f"{cls.name} is the name of a pass of vlqc, and the order of passes is checked by name"
             raise UserError(Fault(f"the name of {name} is {cls.name}", "--pipeline", why, "rename the class's `name`"))
@@ -66,16 +66,11 @@ def load_pass(name: str) -> type[Pass]:
         why = f"installed packages register {' and '.join(plugins[name])} under this name"
         raise UserError(Fault(f"ambiguous pass {name!r}", "--pipeline", why, "write the import path of one of them"))
     (path,) = plugins[name]
-    cls = resolve_class(path, Pass)
+    cls = resolve_pass(path)
     if cls.name != name:
         why = f"its entry point is {name}, its class attribute `name` is {cls.name}"
         raise UserError(Fault(f"{path} has two names", "--pipeline", why, f"write {path}"))
     return cls
-
-
-def plugin_passes() -> dict[str, list[str]]:
-    """Name -> import paths of the passes that installed packages register. Imports none of them."""
-    return entry_points(ENTRY_POINTS)
 
 
 def load_wrapper(name: str) -> "type[nn.Module]":

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vlqc.families.family import OTHER, ModelFamily
-from vlqc.families.registry import find_family
+from vlqc.families.registry import find_family, known_model_types
 from vlqc.files import format_json, read_json_object
 from vlqc.formatting import escape_control_chars, format_bytes
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
@@ -103,7 +103,7 @@ def inspect_folder(folder: Path) -> CheckpointSummary:
     return CheckpointSummary(
         folder=str(folder),
         facts=_facts(checkpoint.config, family, bool(schemes)),
-        rows=[_part_summary(part, scheme, names[part, scheme], checkpoint) for part, scheme in ordered],
+        rows=[_part_summary(part, scheme, names[part, scheme], checkpoint, family) for part, scheme in ordered],
         ranges=_ranges(checkpoint, family) if schemes else [],
         files={path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))},
     )
@@ -125,8 +125,10 @@ def _scheme_of(name: str, schemes: dict[str, str]) -> str:
     return schemes.get(name.rpartition(".")[0], Scheme.FLOAT)
 
 
-def _part_summary(part: str, scheme: str, names: list[str], checkpoint: Checkpoint) -> PartSummary:
-    linears = [name for name in names if _is_linear(name, checkpoint)]
+def _part_summary(
+    part: str, scheme: str, names: list[str], checkpoint: Checkpoint, family: ModelFamily | None
+) -> PartSummary:
+    linears = [name for name in names if _is_linear(name, checkpoint, family)]
     weights_and_biases = [name for name in names if name.endswith((".weight", ".bias"))] or names
     elements: Counter[str] = Counter()
     for name in weights_and_biases:
@@ -136,9 +138,12 @@ def _part_summary(part: str, scheme: str, names: list[str], checkpoint: Checkpoi
     return PartSummary(part, scheme, len(linears), len(names), size, dtypes)
 
 
-def _is_linear(name: str, checkpoint: Checkpoint) -> bool:
-    """Whether a tensor is the weight of a linear layer: a matrix, but not an embedding table."""
-    return name.endswith(".weight") and len(checkpoint.shape(name)) == 2 and "embed" not in name
+def _is_linear(name: str, checkpoint: Checkpoint, family: ModelFamily | None) -> bool:
+    """Whether a tensor is the weight of a linear layer; without a family, whether it is a matrix."""
+    layer, _, tensor = name.rpartition(".")
+    if tensor != "weight" or len(checkpoint.shape(name)) != 2:
+        return False
+    return family is None or family.role(layer) is not None or layer == family.output_head
 
 
 def _dtype_name(checkpoint: Checkpoint, name: str) -> str:
@@ -174,6 +179,8 @@ def _facts(config: dict[str, Any], family: ModelFamily | None, compiled: bool) -
     facts = {"model": config.get("model_type"), "kind": "compiled" if compiled else "float"}
     if family:
         facts |= family.config_values(config)
+    else:
+        facts["family"] = f"none, so the parts are unknown; supported: {', '.join(known_model_types())}"
     return {name: value for name, value in facts.items() if value is not None}
 
 

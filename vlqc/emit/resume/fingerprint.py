@@ -21,6 +21,7 @@ from vlqc.files import sha256_of
 from vlqc.frontend.checkpoint.checkpoint import tensor_sha256
 from vlqc.frontend.checkpoint.header import read_header_bytes
 from vlqc.frontend.streamed_model import StreamedModel
+from vlqc.import_paths import import_path
 from vlqc.options.fields import flag_of
 from vlqc.options.options import Options
 
@@ -30,7 +31,7 @@ PACKAGES = ("torch", "transformers", "safetensors", "numpy")
 # Options that do not change the emitted bytes.
 IGNORED_OPTIONS = {
     "model_path", "save_directory", "calib_images", "overwrite", "resume", "start_over", "memory_budget", "dump_ir",
-    "strict_target", "pipeline", "timings", "dump_stages", "dump_formats", "print_after",
+    "strict_target", "pipeline", "family", "timings", "dump_stages", "dump_formats", "print_after",
 }  # fmt: skip
 SITE_PACKAGES = {"site-packages", "dist-packages"}  # folders of installed packages
 MISSING = "missing"
@@ -49,6 +50,7 @@ def run_fingerprint(
     fingerprint["floating-point results"] = _numerics()
     for name in sorted(Options.model_fields.keys() - IGNORED_OPTIONS):
         fingerprint[flag_of(name)] = str(getattr(options, name))
+    fingerprint["model family"] = import_path(type(model.family))
     fingerprint["pipeline"] = pipeline
     fingerprint["config.json"] = _short(sha256_of(checkpoint.folder / "config.json"))
     for file in checkpoint.files:

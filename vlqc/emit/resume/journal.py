@@ -62,7 +62,7 @@ def open_journal(
         return
     restore_replaced(options.save_directory)
     fingerprint = run_fingerprint(options, print_pipeline(pipeline), model, samples)
-    fingerprint |= source_digests(map(type, pipeline))
+    fingerprint |= source_digests([*map(type, pipeline), type(model.family)])
     run = open_or_resume(options, fingerprint, required_disk_space(model, options, pipeline, samples), note)
     journal = Journal(model, process_group, run, options.save_directory, note)
     keep = True

@@ -58,7 +58,9 @@ def check_model(files: FolderFiles, result: VerificationResult, *, trust_remote_
         faults = list(error.faults)
     fix = "restore the values of the float checkpoint's config.json"
     for fault in faults:
-        result.add_fault("config", "config.json", fault.what, fault.why or "the expected tensors follow from it", fix)
+        result.add_fault(
+            "config", "config.json", fault.what, fault.why or "the expected tensors follow from it", fault.fix or fix
+        )
     return None
 
 

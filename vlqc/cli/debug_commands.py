@@ -56,7 +56,7 @@ def compile_until(stop_after: str, output: CommandOutput, options: dict[str, Any
     multiple=True,
     default=(),
     metavar="GLOB",
-    help="Only these stages, for example 'model.layers.1*'. May be repeated.",
+    help="Only these stages, for example '*.layers.1*'. May be repeated.",
 )
 @option(
     "--formats",

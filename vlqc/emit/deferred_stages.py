@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from vlqc.emit.shard_writer import ENTRY_BYTES, Damaged, ShardWriter, sync
 from vlqc.emit.stage_tensors import TENSORS_PER_LINEAR, EmittedTensor, module_tensors
+from vlqc.families.family import Part
 from vlqc.files import sha256_of
 from vlqc.ir.observation import MODALITIES
 from vlqc.ir.stage import Sensitivity, Stage
@@ -84,7 +85,7 @@ class DeferredStages:
         share = self._image_tokens / self._tokens if self._tokens else 1.0
         groups = []
         for measured, size in zip(self._sensitivities, self._bytes, strict=True):
-            weight = 1.0 if measured.part == "language" else share
+            weight = 1.0 if measured.part == Part.LANGUAGE else share
             choices = {scheme: Candidate(noise * weight, size[scheme]) for scheme, noise in measured.noise.items()}
             groups.append(SearchGroup(measured.part, measured.sites, measured.assigned, choices))
         return groups

@@ -44,8 +44,20 @@ EXPERT_ROLES = (Role.EXPERT_UP, Role.EXPERT_DOWN)
 
 EXPERT_ROLES = (Role.EXPERT_UP, Role.EXPERT_DOWN)
 
-OTHER = "other"  # part of names that no prefix matches
-Parts = tuple[tuple[str, str], ...]  # (prefix of names, part); the first prefix that matches decides
+
+class Part(StrEnum):
+    """Part of a model, in the order of the forward. OTHER is the output head, and names that no prefix matches."""
+
+    VISION = "vision"
+    MERGER = "merger"
+    LANGUAGE = "language"
+    OTHER = "other"
+
+
+def part_title(part: str) -> str:
+    """The heading of a part in the report."""
+    titles = {Part.VISION: "Vision tower", Part.MERGER: "Merger", Part.LANGUAGE: "Language model"}
+    return next((title for known, title in titles.items() if known == part), part)
 
 
 @dataclass(frozen=True)
@@ -76,7 +88,7 @@ class ModelFamily(ABC):
     one input, one scheme, one input scale; reference_float: patterns of layers that the reference quantization tool
     keeps in float; row_parallel: last name components of layers that tensor parallelism shards along their inputs.
 
-    parts: "vision", "merger" or "language" by prefix of names; subparts: titles by prefix, in the order of
+    parts: by prefix of names, the first that matches decides; subparts: titles by prefix, likewise, in the order of
     `vlqc inspect`; block_lists: prefixes of the lists of blocks, each followed by the number of a block; output_head:
     the output projection, which all engines run in float.
 
@@ -95,8 +107,8 @@ class ModelFamily(ABC):
     reference_float: ClassVar[tuple[str, ...]]
     row_parallel: ClassVar[tuple[str, ...]]
 
-    parts: ClassVar[Parts]
-    subparts: ClassVar[Parts]
+    parts: ClassVar[tuple[tuple[str, Part], ...]]
+    subparts: ClassVar[tuple[tuple[str, str], ...]]
     block_lists: ClassVar[tuple[str, ...]]
     output_head: ClassVar[str] = "lm_head"
 
@@ -164,17 +176,17 @@ class ModelFamily(ABC):
         """Whether tensor parallelism shards this linear layer along its inputs."""
         return layer.rpartition(".")[2] in self.row_parallel
 
-    def part(self, name: str) -> str:
-        """Part of a layer, tensor or stage: "vision", "merger", "language" or "other" (output head, unknown names)."""
-        return next((part for prefix, part in self.parts if f"{name}.".startswith(prefix)), OTHER)
+    def part(self, name: str) -> Part:
+        """Part of a layer, tensor or stage."""
+        return next((part for prefix, part in self.parts if f"{name}.".startswith(prefix)), Part.OTHER)
 
     def subpart(self, name: str) -> str:
-        """Title of the part of a tensor in `vlqc inspect`, one of `subparts` or OTHER."""
-        return next((part for prefix, part in self.subparts if name.startswith(prefix)), OTHER)
+        """Title of the part of a tensor in `vlqc inspect`, one of `subparts` or "other"."""
+        return next((part for prefix, part in self.subparts if name.startswith(prefix)), Part.OTHER)
 
     def in_vision_tower(self, name: str) -> bool:
         """Whether a layer or tensor belongs to the vision tower, its mergers included."""
-        return self.part(name) in ("vision", "merger")
+        return self.part(name) in (Part.VISION, Part.MERGER)
 
     def block(self, name: str) -> str | None:
         """The block of a layer or tensor, such as "model.layers.3"; None outside of the blocks."""

@@ -16,7 +16,7 @@ from vlqc.families.config_values import (
     Size,
     TextConfig,
 )
-from vlqc.families.family import ModelFamily, Role
+from vlqc.families.family import ModelFamily, Part, Role
 from vlqc.families.input_format import QWEN_IMAGE_PROCESSORS, ImageFormat, TextFormat
 
 # ---- layers, as patterns over checkpoint names ---------------------------------------------------------------------
@@ -159,7 +159,7 @@ class Qwen25VL(ModelFamily):
     )
     row_parallel: ClassVar[tuple[str, ...]] = ROW_PARALLEL
 
-    parts = (("visual.merger.", "merger"), ("visual.", "vision"), ("model.", "language"))
+    parts = (("visual.merger.", Part.MERGER), ("visual.", Part.VISION), ("model.", Part.LANGUAGE))
     subparts = (
         ("visual.blocks.", "vision blocks"),
         ("visual.merger.", "merger"),

@@ -22,7 +22,7 @@ from vlqc.families.config_values import (
     TextConfig,
     rope_keys,
 )
-from vlqc.families.family import ModelFamily, Role
+from vlqc.families.family import ModelFamily, Part, Role
 from vlqc.families.input_format import ImageFormat
 
 BLOCKS, DEEPSTACK = "model.visual.blocks.", "model.visual.deepstack_merger_list."
@@ -118,10 +118,10 @@ class Qwen3VL(ModelFamily):
     row_parallel: ClassVar[tuple[str, ...]] = ("o_proj", "down_proj", "proj", "linear_fc2")
 
     parts = (
-        ("model.visual.merger.", "merger"),
-        ("model.visual.deepstack_merger_list.", "merger"),
-        ("model.visual.", "vision"),
-        ("model.language_model.", "language"),
+        ("model.visual.merger.", Part.MERGER),
+        ("model.visual.deepstack_merger_list.", Part.MERGER),
+        ("model.visual.", Part.VISION),
+        ("model.language_model.", Part.LANGUAGE),
     )
     subparts = (
         ("model.visual.blocks.", "vision blocks"),

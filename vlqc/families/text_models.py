@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from pydantic import TypeAdapter
 
 from vlqc.families.config_values import ConfigLimits, TextConfig, rope_keys
-from vlqc.families.family import ModelFamily, Role
+from vlqc.families.family import ModelFamily, Part, Role
 from vlqc.families.input_format import TextFormat
 
 QKV = tuple(f"model.layers.*.self_attn.{member}_proj" for member in "qkv")
@@ -37,7 +37,7 @@ class Qwen2(ModelFamily):
     )
     row_parallel = ("o_proj", "down_proj")
 
-    parts = (("model.", "language"),)
+    parts = (("model.", Part.LANGUAGE),)
     subparts = (
         ("model.layers.", "language layers"),
         ("model.embed_tokens.", "embeddings"),

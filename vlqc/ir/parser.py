@@ -141,7 +141,7 @@ class _Reader:
         if word == "stage":
             line.take(" ", "a space")
             name = line.string("the name of the stage")
-            part = line.take(r" part=(\w+)", "part= and one of vision, merger, language").group(1)
+            part = line.take(r" part=(\w+)", "part= and the part of the model").group(1)
             line.take(" dtype=", "dtype=")
             self.stage = StageSnapshot(name, part, line.dtype(), fx.Graph())
         line.take(r" \{", "{")

@@ -127,7 +127,7 @@ class Sensitivity:
 class Stage:
     """One unit of compilation.
 
-    name: checkpoint prefix; part: vision, merger or language; family: of the model; dtype: of emitted float tensors;
+    name: checkpoint prefix; part: of the model, one of `Part`; family: of the model; dtype: of emitted float tensors;
     module: the submodule with float32 weights; graph: recorded once, specialized to the shapes of the traced call,
     nodes carry meta["shape"] and meta["dtype"]; sites: by checkpoint name; execution: inputs and outputs of this run;
     checkpoint_name: path of a module or parameter in the stage -> checkpoint name; observations: by name of the

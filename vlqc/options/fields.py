@@ -77,7 +77,7 @@ def _target(value: str) -> str:
 
 def _glob(pattern: str) -> str:
     if not pattern or NOT_IN_A_GLOB.search(pattern):
-        fix = "pass one pattern per option, for example 'visual.blocks.*.attn.proj' or '*.o_proj'"
+        fix = "pass one pattern per option, for example '*.layers.3.*'"
         raise InvalidValue(f"{pattern!r} is not a glob pattern of names", fix)
     return pattern
 
@@ -294,7 +294,7 @@ class OptionFields(BaseModel):
     dump_stages: Globs = _option(
         (),
         DEBUGGING,
-        "Dump and print only these stages: a glob pattern such as 'model.layers.1*'. May be repeated.",
+        "Dump and print only these stages: a glob pattern such as '*.layers.1*'. May be repeated.",
         metavar="GLOB",
     )
     dump_formats: Annotated[str, AfterValidator(_formats)] = _option(

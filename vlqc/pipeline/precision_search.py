@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from vlqc.families.family import ModelFamily
+from vlqc.families.family import ModelFamily, Part
 from vlqc.options.fields import flag_of
 from vlqc.targets.rules import group_faults
 from vlqc.targets.schemes import Scheme
@@ -314,7 +314,7 @@ def _of_site(groups: Sequence[SearchGroup], schemes: Sequence[Scheme]) -> dict[s
 
 def _in_language_model(group: SearchGroup) -> bool:
     """Whether a group is in the language model or the vision tower: the two sets of layers that rules are about."""
-    return group.part == "language"
+    return group.part == Part.LANGUAGE
 
 
 def _describe(names: Sequence[str], scheme: Scheme) -> str:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vlqc.families.family import OTHER, ModelFamily
+from vlqc.families.family import ModelFamily, Part
 from vlqc.families.registry import find_family, known_model_types
 from vlqc.files import format_json, read_json_object
 from vlqc.formatting import escape_control_chars, format_bytes
@@ -151,11 +151,11 @@ def _dtype_name(checkpoint: Checkpoint, name: str) -> str:
 
 
 def _subparts(family: ModelFamily | None) -> list[str]:
-    return [*(title for _, title in (family.subparts if family else ())), OTHER]
+    return [*(title for _, title in (family.subparts if family else ())), Part.OTHER]
 
 
 def _subpart(name: str, family: ModelFamily | None) -> str:
-    return family.subpart(name) if family else OTHER
+    return family.subpart(name) if family else Part.OTHER
 
 
 def _ranges(checkpoint: Checkpoint, family: ModelFamily | None) -> list[ParameterRange]:

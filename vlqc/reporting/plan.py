@@ -17,7 +17,7 @@ from torch import Tensor
 from vlqc.emit.atomic_folder import nearest_folder
 from vlqc.emit.size_estimate import output_bytes, predict_schemes, required_disk_space
 from vlqc.emit.stage_tensors import emitted_dtype
-from vlqc.families.family import ModelFamily
+from vlqc.families.family import ModelFamily, Part
 from vlqc.formatting import format_bytes, format_duration, pluralize
 from vlqc.frontend.calibration.dataset import load_calibration
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
@@ -155,7 +155,7 @@ def estimate_seconds(model: StreamedModel, sites: dict[str, Site], tokens: int, 
     forward_flops = rounding_flops = 0.0
     merged = patches // model.family.inputs.patches_per_token(model.module.config)
     for name, stage in model.stages.items():
-        is_merger = model.family.part(name) == "merger"
+        is_merger = model.family.part(name) == Part.MERGER
         rows = tokens if model.is_language(stage) else merged if is_merger else patches
         forward_flops += 2.0 * rows * sum(tensor.numel() for tensor in model.parameters(stage).values())
     for site in sites.values():

@@ -44,7 +44,7 @@ class Result(JupyterMixin):
     """A compiled folder and what the compilation did. A notebook shows it as a table.
 
     folder: the save folder.
-    counts: number of linear layers by (part, scheme); part is "vision", "merger", "language" or "other".
+    counts: number of linear layers by (part, scheme); part is one of `Part`.
     bytes_before, bytes_after: size of all weight files of the float checkpoint and of the compiled folder.
     seconds: wall time. peak_memory_bytes: largest resident set of this process.
     notes: messages to the user; those of several lines are warnings.

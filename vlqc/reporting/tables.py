@@ -5,16 +5,17 @@ from collections.abc import Iterable, Mapping
 from rich.table import Table
 from rich.text import Text
 
+from vlqc.families.family import Part
 from vlqc.formatting import escape_control_chars
 
-PARTS = ("vision", "merger", "language", "other")
 LABEL_WIDTH = 12
 
 
 def part_order(part_and_scheme: tuple[str, str]) -> tuple[int, str, str]:
     """Sort key of (part, scheme): parts in the order of the model's forward."""
+    order: list[str] = list(Part)
     part, scheme = part_and_scheme
-    return (PARTS.index(part) if part in PARTS else len(PARTS), part, scheme)
+    return (order.index(part) if part in order else len(order), part, scheme)
 
 
 def layer_table(title: str, counts: Mapping[tuple[str, str], int]) -> Table:

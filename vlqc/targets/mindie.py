@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from vlqc.errors import Fault
-from vlqc.families.family import DECODER_ROLES, EXPERT_ROLES, VISION_ROLES, ModelFamily, Role
+from vlqc.families.family import DECODER_ROLES, EXPERT_ROLES, VISION_ROLES, ModelFamily, Part, Role
 from vlqc.targets.engine import (
     COMPILE_AGAIN,
     IGNORED_BIAS,
@@ -137,7 +137,7 @@ class MindIE(Engine):
     }
     group_sizes = (0, 64, 128, 256)  # what its config reader accepts
     packs_int4 = False
-    norm_bias_parts = ("language",)
+    norm_bias_parts = (Part.LANGUAGE,)
     norm_copies = "module"  # `X.module.weight` makes it build the norm that has a bias
 
     def _loader(self, family: ModelFamily) -> ModelLoader:

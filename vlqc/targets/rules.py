@@ -46,7 +46,7 @@ def target_supporting(target: TargetLike, family: ModelFamily, scheme: Scheme) -
 
 
 def adds_norm_bias(part: str) -> bool:
-    """Whether all engines add the bias of a norm in this part of the model ("vision", "merger" or "language")."""
+    """Whether all engines add the bias of a norm in this part of the model, one of `Part`."""
     return all(part in engine.norm_bias_parts for engine in ENGINES)
 
 

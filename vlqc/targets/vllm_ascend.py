@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from vlqc.errors import Fault
-from vlqc.families.family import DECODER_ROLES, EXPERT_ROLES, VISION_ROLES, ModelFamily, Role
+from vlqc.families.family import DECODER_ROLES, EXPERT_ROLES, VISION_ROLES, ModelFamily, Part, Role
 from vlqc.targets.engine import (
     COMPILE_AGAIN,
     IGNORED_BIAS,
@@ -92,7 +92,7 @@ class VllmAscend(Engine):
         ),
     }
     packs_int4 = True
-    norm_bias_parts = ("language",)
+    norm_bias_parts = (Part.LANGUAGE,)
 
     def group_faults(self, family: ModelFamily, schemes: Mapping[str, Scheme]) -> list[Fault]:
         """One scheme for all experts of a layer: it takes that of expert 0 for all (row of packed modules)."""

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support import synthetic_report
+from vlqc.families.layer_names import combine_names
 from vlqc.reporting.html.charts import channel_charts, depth_charts, range_charts, scale_charts, time_chart
 from vlqc.reporting.html.svg import Chart, Tick, layer_ticks, linear_axis, logarithmic_axis, magnitude
 from vlqc.reporting.html.towers import (
-    combine_names,
     group_stages,
     input_label,
     largest_magnitude,
@@ -91,6 +91,8 @@ def test_layer_ticks(count: int) -> None:
         (["mlp.down_proj"], "mlp.down_proj"),
         (["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], "self_attn.{q,k,v}_proj"),
         (["mlp.w1", "mlp.w3"], "mlp.{w1,w3}"),
+        (["mlp.big_in", "mlp.own_in"], "mlp.{big,own}_in"),
+        (["mlp.a_b_c", "mlp.d_b_c"], "mlp.{a,d}_b_c"),
         (["a", "b"], "{a,b}"),
         (["x.a", "y.a"], "x.a, y.a"),
     ],

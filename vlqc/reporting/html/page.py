@@ -9,6 +9,7 @@ from importlib.resources import files
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from vlqc.families.family import Part
 from vlqc.formatting import format_bytes, format_duration
 from vlqc.reporting.html.charts import channel_charts, depth_charts, range_charts, scale_charts, time_chart
 from vlqc.reporting.html.command_line import shell_text
@@ -112,7 +113,7 @@ def render(folder: FolderInfo, data: ReportData, timings: Timings | None, verifi
         command=shell_text(data.command),
         passes=re.split(r",(?![^{]*\})", data.pipeline),  # at commas outside braces
         samples=max((stage.samples for stage in data.stages), default=0),
-        tokens=next((stage.rows for stage in data.stages if stage.part == "language"), {}),
+        tokens=next((stage.rows for stage in data.stages if stage.part == Part.LANGUAGE), {}),
         pass_times=pass_times(timings) if timings else [],
         time_chart=time_chart(towers, timings) if timings else None,
     )

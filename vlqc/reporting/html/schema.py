@@ -14,6 +14,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from vlqc.errors import Fault, UserError
+from vlqc.families.family import Part
 from vlqc.files import read_regular_file
 from vlqc.targets.schemes import Scheme
 
@@ -143,7 +144,7 @@ class ReportData(StrictModel):
         """Number of linear layers by (part, scheme), as in `Result`."""
         counts: dict[tuple[str, str], int] = {}
         layers = [(stage.part, site.scheme) for stage in self.stages for site in stage.sites]
-        for part, scheme in [*layers, *(("other", str(Scheme.FLOAT)) for _ in self.heads)]:
+        for part, scheme in [*layers, *((str(Part.OTHER), str(Scheme.FLOAT)) for _ in self.heads)]:
             counts[part, scheme] = counts.get((part, scheme), 0) + 1
         return counts
 

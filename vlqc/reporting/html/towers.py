@@ -4,11 +4,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from vlqc.families.family import part_title
+from vlqc.families.layer_names import combine_names
 from vlqc.reporting.html.schema import LARGEST, SHARES, InputData, ReportData, SiteData, StageData
 from vlqc.targets.schemes import Scheme
 
 MEDIAN = SHARES.index(0.5)
-TITLES = {"vision": "Vision tower", "merger": "Merger", "language": "Language model"}
 
 
 @dataclass
@@ -52,7 +53,7 @@ def group_stages(data: ReportData) -> list[Tower]:
     for stage in data.stages:
         prefix = re.sub(r"\.?\d+$", "", stage.name)
         if not towers or towers[-1].prefix != prefix:
-            towers.append(Tower(TITLES.get(stage.part, stage.part), prefix))
+            towers.append(Tower(part_title(stage.part), prefix))
         towers[-1].stages.append(stage)
     return towers
 
@@ -70,19 +71,6 @@ def site_role(site: SiteData, stage: StageData) -> str:
 def input_label(data: InputData, stage: StageData) -> str:
     """Names of the layers that read an activation, combined: self_attn.{q,k,v}_proj"""
     return combine_names([name.removeprefix(f"{stage.name}.") for name in data.sites])
-
-
-def combine_names(names: Sequence[str]) -> str:
-    """mlp.gate_proj, mlp.up_proj -> mlp.{gate,up}_proj"""
-    if len(names) == 1:
-        return names[0]
-    parents = {name.rpartition(".")[0] for name in names}
-    members = [name.rpartition(".")[2] for name in names]
-    if len(parents) > 1:
-        return ", ".join(names)
-    suffix = "_proj" if all(member.endswith("_proj") for member in members) else ""
-    parent = parents.pop()
-    return f"{parent}{'.' if parent else ''}{{{','.join(member.removesuffix(suffix) for member in members)}}}{suffix}"
 
 
 def largest_magnitude(data: InputData, *, after: bool) -> float | None:

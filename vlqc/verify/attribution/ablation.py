@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlqc.families.layer_names import combine_names
 from vlqc.families.text_inputs import TextInputs
 from vlqc.formatting import format_bytes, format_duration, pluralize
 from vlqc.frontend.calibration.samples import check_samples
@@ -48,12 +49,7 @@ class LayerGroup:
     @property
     def name(self) -> str:
         """`model.layers.3.mlp.{gate,up}_proj`; the layer's name where there is only one."""
-        if len(self.layers) == 1:
-            return self.layers[0]
-        parent = self.layers[0].rpartition(".")[0]
-        members = [layer.rpartition(".")[2] for layer in self.layers]
-        end = "_proj" if all(member.endswith("_proj") for member in members) else ""
-        return f"{parent}.{{{','.join(member.removesuffix(end) for member in members)}}}{end}"
+        return combine_names(self.layers)
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,8 +13,7 @@ from vlqc.cli.output import CommandOutput, check_output_file, run_and_exit
 from vlqc.families.registry import load_family, register_family
 from vlqc.options.fields import PANELS, OptionInfo, option_info
 from vlqc.options.options import Options
-from vlqc.pipeline.plugins import plugin_passes
-from vlqc.pipeline.registry import REGISTRY
+from vlqc.pipeline.registry import REGISTRY, plugin_passes
 from vlqc.targets.target import NAMES
 
 Completion = Callable[[click.Context, click.Parameter, str], list[str]]

@@ -8,8 +8,7 @@ from rich.text import Text
 
 from vlqc.errors import UserError
 from vlqc.formatting import escape_control_chars
-from vlqc.pipeline.plugins import plugin_passes
-from vlqc.pipeline.registry import REGISTRY, load_pass
+from vlqc.pipeline.registry import REGISTRY, load_pass, plugin_passes
 from vlqc.pipeline.spec import print_value
 
 

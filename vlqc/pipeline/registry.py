@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 from vlqc.errors import Fault, UserError
 from vlqc.formatting import did_you_mean
-from vlqc.import_paths import import_path, is_import_path
+from vlqc.import_paths import entry_points, import_path, is_import_path
 from vlqc.pipeline.pass_api import Pass
-from vlqc.pipeline.plugins import plugin_passes, resolve_pass
+from vlqc.pipeline.pass_class import resolve_pass
 from vlqc.pipeline.spec import parse_spec, print_spec
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ REGISTRY: dict[str, str] = {
     "lower-linears": "vlqc.passes.lower_linears:LowerLinears",
     "propagate-quantized": "vlqc.passes.propagate_quantized:PropagateQuantized",
 }
+ENTRY_POINTS = "vlqc.passes"  # entry point group in which installed packages register passes
 
 # Modules that passes wrap around modules of the model, by class name; each is constructed with the wrapped module.
 WRAPPERS: dict[str, str] = {"Windowed": "vlqc.passes.split_window_attention:Windowed"}
@@ -71,6 +72,11 @@ def load_pass(name: str) -> type[Pass]:
         why = f"its entry point is {name}, its class attribute `name` is {cls.name}"
         raise UserError(Fault(f"{path} has two names", "--pipeline", why, f"write {path}"))
     return cls
+
+
+def plugin_passes() -> dict[str, list[str]]:
+    """Name -> import paths of the passes that installed packages register. Imports none of them."""
+    return entry_points(ENTRY_POINTS)
 
 
 def load_wrapper(name: str) -> "type[nn.Module]":

@@ -1,14 +1,13 @@
-"""Third-party passes: classes named by an import path, and entry points of installed packages, see `import_paths`."""
+"""Checks the classes of third-party passes, which `import_paths` resolves."""
 
 import inspect
 import re
 from collections.abc import Iterator
 
 from vlqc.errors import Fault, UserError
-from vlqc.import_paths import entry_points, resolve_class
+from vlqc.import_paths import resolve_class
 from vlqc.pipeline.pass_api import Pass
 
-ENTRY_POINTS = "vlqc.passes"  # entry point group in which installed packages register passes
 PASS_NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 KINDS = ("analysis", "rewrite")
 
@@ -19,11 +18,6 @@ def resolve_pass(path: str) -> type[Pass]:
     if faults := [Fault(f"{path} is incomplete", path, why, fix) for why, fix in _missing_attributes(cls)]:
         raise UserError(*faults)
     return cls
-
-
-def plugin_passes() -> dict[str, list[str]]:
-    """Name -> import paths of the passes that installed packages register. Imports none of them."""
-    return entry_points(ENTRY_POINTS)
 
 
 def _missing_attributes(cls: type) -> Iterator[tuple[str, str]]:

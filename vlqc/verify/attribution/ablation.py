@@ -301,23 +301,25 @@ class _Ablation:
         self, pair: StagePair, stage: nn.Module, call: Call, captured: dict[LayerGroup, list[CapturedInput]]
     ) -> Any:
         """Runs the float stage and appends the input of each group to `captured`."""
-        inputs: dict[LayerGroup, Tensor] = {}
+        inputs: dict[LayerGroup, tuple[Tensor, Call]] = {}
         paths = {module: path for path, module in stage.named_modules()}
 
         def keep(group: LayerGroup) -> Callable[[Tensor, Call], None]:
-            return lambda x, _: inputs.__setitem__(group, x.reshape(-1, x.shape[-1]).float())
+            return lambda x, of_rows: inputs.__setitem__(group, (x.reshape(-1, x.shape[-1]).float(), of_rows))
 
         watch = {paths[pair.linears[group.layers[0]]]: keep(group) for group in captured}
         with observing(stage, watch, call):
             output = stage(*call.args, **call.kwargs)
         hidden = first_tensor(output)
         power = hidden.reshape(-1, hidden.shape[-1]).double().square().sum(dim=1)
-        for group, rows in inputs.items():
-            modality = call.modality if call.modality is not None else torch.ones(len(rows), dtype=torch.int8)
+        for group, (rows, of_rows) in inputs.items():
+            modality = of_rows.modality if of_rows.modality is not None else torch.ones(len(rows), dtype=torch.int8)
+            of_group = power if of_rows.rows is None else power[of_rows.rows]
             # Every token is normalized before the logits, so its error counts relative to its power.
-            weight = 1 / power.clamp(min=1e-30) if len(power) == len(rows) else torch.ones(len(rows)).double()
+            weight = 1 / of_group.clamp(min=1e-30) if len(of_group) == len(rows) else torch.ones(len(rows)).double()
             real = modality >= 0
-            captured[group].append(CapturedInput(rows[real], modality[real], weight[real]))
+            if real.any():  # an expert may get no rows
+                captured[group].append(CapturedInput(rows[real], modality[real], weight[real]))
         return output
 
     def _error_power(self, hidden: list[Tensor]) -> dict[Variant, ModalityPower]:

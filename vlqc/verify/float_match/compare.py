@@ -15,7 +15,15 @@ from vlqc.families.family import ModelFamily
 from vlqc.frontend.model_structure import ModelStructure
 from vlqc.verify.findings import COPY_AGAIN, VerificationResult, format_list
 from vlqc.verify.float_match.scale_fit import NOISE, SIGMAS, ULP, Scales, WeightPair, fit_columns, fit_rows, misfits
-from vlqc.verify.folder.reader import FLOATS, Array, StoredTensor, read_json_object, read_tensors, round_to
+from vlqc.verify.folder.reader import (
+    FLOATS,
+    Array,
+    StoredMatrix,
+    StoredTensor,
+    read_json_object,
+    read_tensors,
+    round_to,
+)
 from vlqc.verify.numbers.arithmetic import input_shift, per_column
 from vlqc.verify.numbers.integers import StoredIntegers, row_sums
 from vlqc.verify.structure.structure import CompiledFolder
@@ -55,6 +63,11 @@ def open_source(model_path: Path, family: ModelFamily) -> dict[str, StoredTensor
         tensors |= {family.checkpoint_name(name): tensor for name, tensor in stored.items()}
     if faults:
         raise UserError(*faults)
+    config, _ = read_json_object(model_path / "config.json")
+    split = family.matrices({name: tensor.shape for name, tensor in tensors.items()}, config or {})
+    for name, places in split.items():
+        whole = tensors.pop(name)
+        tensors |= {matrix: StoredMatrix.at(matrix, whole, place) for matrix, place in places.items()}
     return tensors
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vlqc.families.family import TensorSlice
 from vlqc.files import parse_json, read_regular_file
 from vlqc.frontend.checkpoint.header import read_header
 
@@ -83,6 +84,28 @@ class StoredTensor:
         if self.dtype == "BF16":
             return (values.astype(np.uint32) << 16).view(np.float32)
         return values.astype(np.float32) if self.dtype == "F16" else values
+
+
+@dataclass(frozen=True)
+class StoredMatrix(StoredTensor):
+    """A matrix inside a stored tensor of three dimensions, read as a tensor of its own. whole: that tensor."""
+
+    whole: StoredTensor
+    place: TensorSlice
+
+    @classmethod
+    def at(cls, name: str, whole: StoredTensor, place: TensorSlice) -> "StoredMatrix":
+        """The matrix at a place of `whole`, under the name of its linear layer's weight."""
+        return cls(name, whole.file, whole.dtype, place.shape(whole.shape), whole.begin, whole, place)
+
+    def _elements(self, start: int, stop: int) -> Array:
+        rows, columns = self.whole.shape[1:]
+        first = self.place.index * rows * columns
+        if not self.place.transposed:
+            first += self.place.begin * columns
+            return self.whole._elements(first + start, first + stop)
+        stored = self.whole._elements(first, first + rows * columns).reshape(rows, columns)
+        return stored[:, self.place.begin : self.place.end].T.reshape(-1)[start:stop]
 
 
 def round_to(dtype: str, values: Array) -> Array:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from vlqc.families.family import ModelFamily
 from vlqc.families.registry import FAMILIES
 
-TOKEN_SIDES = {"qwen2_vl": 28, "qwen2_5_vl": 28, "qwen3_vl": 32}  # pixels: patch size times 2
+TOKEN_SIDES = {"qwen2_vl": 28, "qwen2_5_vl": 28, "qwen3_vl": 32, "qwen3_vl_moe": 32}  # pixels: patch size times 2
 WITH_IMAGES = [family for family in FAMILIES if family.name in TOKEN_SIDES]
 
 

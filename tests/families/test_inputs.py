@@ -17,7 +17,8 @@ from vlqc.frontend.streamed_model import parameters_on_meta
 
 QWEN3_VL = pytest.param("qwen3_vl", marks=pytest.mark.qwen3_vl)
 QWEN3 = [] if not hasattr(transformers, "Qwen3ForCausalLM") else ["qwen3"]
-WITH_IMAGES = ["qwen2_5_vl", "qwen2_vl", QWEN3_VL]
+QWEN3_VL_MOE = pytest.param("qwen3_vl_moe", marks=pytest.mark.qwen3_vl)
+WITH_IMAGES = ["qwen2_5_vl", "qwen2_vl", QWEN3_VL, QWEN3_VL_MOE]
 EVERY_FAMILY = pytest.mark.parametrize("name", [*WITH_IMAGES, "qwen2", *QWEN3])
 IMAGE_FAMILIES = pytest.mark.parametrize("name", WITH_IMAGES)
 

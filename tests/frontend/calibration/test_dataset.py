@@ -46,7 +46,7 @@ def test_tensors_of_an_image(tmp_path: Path) -> None:
     assert sample["attention_mask"].tolist() == [[1] * (9 + words)]
 
 
-if transformers.__version__.startswith("4."):
+if transformers.__version__.startswith("4.49"):  # later ones need torchvision for it
 
     def test_equal_to_the_stock_processor(tmp_path: Path) -> None:
         """Catches any difference from transformers' own processor (the one of 5.x needs torchvision)."""

@@ -100,9 +100,14 @@ def test_classes_of_other_families(tmp_path: Path) -> None:
     model = make(tmp_path, "qwen2_vl")
     settings = json.loads((model / "preprocessor_config.json").read_text())
     settings["image_processor_type"] = "Qwen2_5_VLImageProcessor"
+    path = write_image(tmp_path / "a.png")
     (model / "preprocessor_config.json").write_text(json.dumps(settings))
-    with pytest.raises(UserError, match="Qwen2-VL uses Qwen2VLImageProcessor"):
-        load_samples(model, write_image(tmp_path / "a.png"))
+    with pytest.raises(UserError, match=r"preprocessor_config\.json[\s\S]*Qwen2-VL uses Qwen2VLImageProcessor"):
+        load_samples(model, path)
+    (model / "preprocessor_config.json").unlink()
+    (model / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
+    with pytest.raises(UserError, match=r"processor_config\.json[\s\S]*Qwen2-VL uses Qwen2VLImageProcessor"):
+        load_samples(model, path)
 
 
 @pytest.mark.parametrize(("inputs", "system"), [(QWEN2_VL.inputs, True), (QWEN3_VL.inputs, False)], ids=["2", "3"])

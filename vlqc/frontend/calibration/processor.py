@@ -160,16 +160,16 @@ class SampleProcessor:
         if not any((self._model_path / name).is_file() for name in TOKENIZER_FILES):
             what, why = f"{self._model_path} has no tokenizer", f"there is none of {', '.join(TOKENIZER_FILES)}"
             raise UserError(Fault(what, why=why, fix=f"copy the tokenizer files of the model, {READY_SAMPLES}"))
-        settings = self._model_path / "tokenizer_config.json"
-        self._check_class(settings, "tokenizer_class", self._inputs.form.tokenizer_classes)
+        path = self._model_path / "tokenizer_config.json"
+        self._check_class(path, _read_json(path), "tokenizer_class", self._inputs.form.tokenizer_classes)
         return self._load("tokenizer", AutoTokenizer)
 
-    def _check_class(self, path: Path, key: str, known: tuple[str, ...]) -> None:
+    def _check_class(self, path: Path, settings: dict[str, Any], key: str, known: tuple[str, ...]) -> None:
         """UserError if the settings select a class that the family does not use.
 
         Other classes of transformers read other files, pickles among them.
         """
-        name = _read_json(path).get(key)
+        name = settings.get(key)
         if name is not None and name not in known and not self._trust_remote_code:
             why = f"{key} is {name!r}; {self._inputs.title} uses {' or '.join(known)}"
             fix = f"add --trust_remote_code True if you trust it, {READY_SAMPLES}"
@@ -183,10 +183,10 @@ class SampleProcessor:
         own_file = _read_json(self._model_path / IMAGE_SETTINGS)
         shared_file = _read_json(self._model_path / PROCESSOR_SETTINGS).get("image_processor", {})
         settings = own_file or shared_file
-        if faults := settings_faults(settings, str(self._model_path / IMAGE_SETTINGS), self._processing):
+        path = self._model_path / (IMAGE_SETTINGS if own_file or not shared_file else PROCESSOR_SETTINGS)
+        if faults := settings_faults(settings, str(path), self._processing):
             raise UserError(*faults)
-        known = self._processing.form.processor_classes
-        self._check_class(self._model_path / IMAGE_SETTINGS, "image_processor_type", known)
+        self._check_class(path, settings, "image_processor_type", self._processing.form.processor_classes)
         if not settings:
             what = f"{self._model_path} has no image processor settings"
             why = f"there is no {IMAGE_SETTINGS}, and no {PROCESSOR_SETTINGS} with the key image_processor"
@@ -243,7 +243,7 @@ def settings_faults(settings: Any, where: str, processing: ImageProcessing) -> l
     if not isinstance(settings, dict):
         return [Fault("the image processor settings are not a JSON object", where)]
     return [
-        Fault(f"{key} is {value}", where, why, f"copy {IMAGE_SETTINGS} again")
+        Fault(f"{key} is {value}", where, why, f"copy {Path(where).name} again")
         for key, value, why in invalid_values(processing.settings_schema, settings, processing.form)
     ]
 

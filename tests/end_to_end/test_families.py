@@ -3,6 +3,7 @@
 import filecmp
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 import vlqc
 from tests.support import naive_w8a8
-from tests.support.fake_quantized import fake_quantized
+from tests.support.fake_quantized import deviations, fake_quantized
 from tests.support.interrupted_runs import fail_at_stage
 from tests.support.renamed_modules import rename_children
 from tools.checkpoints.outlier_checkpoint import make, random_samples
@@ -76,9 +77,9 @@ def test_accuracy_with_outliers(case: Case, scheme: str) -> None:
 def test_loaded_folder_equals_a_simulation(case: Case, scheme: str) -> None:
     """Catches a tensor under another layer's name, a wrong scale or offset, and a norm or router left unscaled."""
     folder = case.compiled(scheme)
-    simulated = logits_of(case, fake_quantized(folder, case.source))
-    # Inputs within float32 rounding of a step's middle are rounded the other way in one of the two.
-    assert naive_w8a8.signal_to_noise(simulated, logits_of(case, vlqc.load(folder))) >= 50
+    of_layers, of_logits = deviations(fake_quantized(folder, case.source), vlqc.load(folder), partial(logits_of, case))
+    # A layer's input within float32 rounding of the middle between two integers is rounded the other way.
+    assert of_layers < 2e-3 and of_logits < 1e-5
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

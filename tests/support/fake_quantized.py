@@ -4,6 +4,7 @@ Written against transformers and NumPy, so that `vlqc.load` is compared with ari
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
+
+from vlqc.kernels_ref.quant_linear import QuantLinear
 
 Array = npt.NDArray[Any]
 
@@ -53,6 +56,39 @@ def fake_quantized(folder: Path, source: Path) -> nn.Module:
                 if f"{path}.{name}" in tensors:
                     parameter.copy_(torch.from_numpy(tensors[f"{path}.{name}"]))
     return model
+
+
+def deviations(simulated: nn.Module, loaded: nn.Module, run: Callable[[nn.Module], Tensor]) -> tuple[float, float]:
+    """How far both models are apart when rounding in one layer does not change what other layers read.
+
+    The outputs of the loaded model's quantized layers replace those of the simulated one, layer by layer. Returns the
+    relative error of a quantized layer's output for the same input, the largest of all layers, and that of what `run`
+    returns, which only float operations contribute to.
+    """
+    outputs: list[tuple[str, Tensor]] = []
+    layers = {path: module for path, module in loaded.named_modules() if isinstance(module, QuantLinear)}
+    handles = [
+        module.register_forward_hook(lambda _, __, output, path=path: outputs.append((path, output)))
+        for path, module in layers.items()
+    ]
+    expected = run(loaded)
+    largest = 0.0
+
+    def replace(path: str) -> Any:
+        def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+            nonlocal largest
+            recorded_path, recorded = outputs.pop(0)
+            assert recorded_path == path
+            largest = max(largest, float((output - recorded).norm() / recorded.norm()))
+            return recorded
+
+        return hook
+
+    handles += [simulated.get_submodule(path).register_forward_hook(replace(path)) for path in layers]
+    actual = run(simulated)
+    for handle in handles:
+        handle.remove()
+    return largest, float((actual - expected).norm() / expected.norm())
 
 
 def per_tensor(scale: float, offset: float) -> Any:

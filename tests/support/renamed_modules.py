@@ -13,8 +13,8 @@ def rename_children(root: nn.Module) -> Callable[[str], str]:
     """
     old_name: dict[str, str] = {}
     for module in list(root.modules()):
-        if isinstance(module, nn.ModuleList | nn.Sequential):
-            continue  # numbers are positions, not names
+        if isinstance(module, nn.ModuleList | nn.Sequential) or not module._modules:
+            continue  # numbers are positions, not names; modules without children keep their class
         new_name = {name: f"x{len(old_name) + number}y" for number, name in enumerate(module._modules)}
         old_name |= {new: old for old, new in new_name.items()}
         module._modules = {new_name[name]: child for name, child in module._modules.items()}

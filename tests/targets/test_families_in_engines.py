@@ -1,14 +1,12 @@
 """The rows of every family in the engines' tables: which layers each engine runs in which scheme and version."""
 
-from collections.abc import Mapping
-from typing import ClassVar
-
 import pytest
 
 from vlqc.families.family import ModelFamily, Role
 from vlqc.families.qwen2_5_vl import QWEN2_5_VL
 from vlqc.families.qwen2_vl import QWEN2_VL
 from vlqc.families.qwen3_vl import QWEN3_VL, Qwen3VL
+from vlqc.families.qwen3_vl_moe import QWEN3_VL_MOE
 from vlqc.families.text_models import QWEN2, QWEN3
 from vlqc.targets.engine import Rule
 from vlqc.targets.mindie import MINDIE
@@ -20,22 +18,6 @@ from vlqc.targets.vllm_ascend import VLLM_ASCEND, VllmAscend
 
 W8A8, DYNAMIC, W4A8, FLOAT = Scheme.W8A8, Scheme.W8A8_DYNAMIC, Scheme.W4A8_DYNAMIC, Scheme.FLOAT
 LANGUAGE = "model.language_model.layers"
-
-
-class Experts(Qwen3VL):
-    """The layers of Qwen3-VL with a mixture of experts."""
-
-    name = "qwen3_vl_moe"
-    roles: ClassVar[Mapping[Role, tuple[str, ...]]] = {
-        **Qwen3VL.roles,
-        Role.EXPERT_UP: (f"{LANGUAGE}.*.mlp.experts.*.gate_proj", f"{LANGUAGE}.*.mlp.experts.*.up_proj"),
-        Role.EXPERT_DOWN: (f"{LANGUAGE}.*.mlp.experts.*.down_proj",),
-        Role.ROUTER: (f"{LANGUAGE}.*.mlp.gate",),
-    }
-    fused_groups = (*Qwen3VL.fused_groups, roles[Role.EXPERT_UP])
-
-
-EXPERTS = Experts()
 ALL = {W8A8, DYNAMIC, W4A8}
 # family, role, schemes besides FLOAT that vLLM Ascend runs, that MindIE runs
 ROWS: list[tuple[ModelFamily, Role, set[Scheme], set[Scheme]]] = [
@@ -48,11 +30,11 @@ ROWS: list[tuple[ModelFamily, Role, set[Scheme], set[Scheme]]] = [
     (QWEN3_VL, Role.VISION_DOWN, {W8A8, DYNAMIC}, set()),
     (QWEN3_VL, Role.MERGER, {W8A8, DYNAMIC}, set()),
     (QWEN3_VL, Role.QKV, ALL, {W8A8, DYNAMIC}),
-    (EXPERTS, Role.VISION_PROJ, {W8A8, DYNAMIC}, {W8A8}),
-    (EXPERTS, Role.QKV, ALL, {W8A8}),
-    (EXPERTS, Role.EXPERT_UP, {DYNAMIC, W4A8}, {DYNAMIC}),
-    (EXPERTS, Role.EXPERT_DOWN, {DYNAMIC, W4A8}, {DYNAMIC}),
-    (EXPERTS, Role.ROUTER, set(), set()),
+    (QWEN3_VL_MOE, Role.VISION_PROJ, {W8A8, DYNAMIC}, {W8A8}),
+    (QWEN3_VL_MOE, Role.QKV, ALL, {W8A8}),
+    (QWEN3_VL_MOE, Role.EXPERT_UP, {DYNAMIC, W4A8}, {DYNAMIC}),
+    (QWEN3_VL_MOE, Role.EXPERT_DOWN, {DYNAMIC, W4A8}, {DYNAMIC}),
+    (QWEN3_VL_MOE, Role.ROUTER, set(), set()),
     (QWEN2, Role.QKV, {W8A8, DYNAMIC}, {W8A8, DYNAMIC}),
     (QWEN2, Role.UP, ALL, {W8A8, DYNAMIC}),
     (QWEN3, Role.QKV, ALL, {W8A8, DYNAMIC}),
@@ -82,15 +64,15 @@ VERSIONS: list[tuple[str, ModelFamily, Role, set[Scheme]]] = [
     ("vllm-ascend@0.18", QWEN3_VL, Role.VISION_QKV, {W8A8, DYNAMIC}),
     ("vllm-ascend@0.26.0rc1", QWEN3_VL, Role.QKV, ALL),
     ("vllm-ascend@0.26", QWEN3_VL, Role.QKV, {W8A8, DYNAMIC}),
-    ("vllm-ascend@0.13.0rc1", EXPERTS, Role.EXPERT_UP, {DYNAMIC, W4A8}),
-    ("vllm-ascend@0.15.0rc1", EXPERTS, Role.VISION_QKV, {W8A8}),
-    ("vllm-ascend@0.26", EXPERTS, Role.EXPERT_UP, {DYNAMIC}),
+    ("vllm-ascend@0.13.0rc1", QWEN3_VL_MOE, Role.EXPERT_UP, {DYNAMIC, W4A8}),
+    ("vllm-ascend@0.15.0rc1", QWEN3_VL_MOE, Role.VISION_QKV, {W8A8}),
+    ("vllm-ascend@0.26", QWEN3_VL_MOE, Role.EXPERT_UP, {DYNAMIC}),
     ("mindie@2.1.RC1", QWEN2_VL, Role.QKV, {W8A8}),
     ("mindie@3.0.0", QWEN2_VL, Role.QKV, {W8A8, DYNAMIC}),
     ("mindie@2.2", QWEN3_VL, Role.QKV, set()),
     ("mindie@3.0.0alpha1", QWEN3_VL, Role.QKV, set()),
     ("mindie@3.0.0.beta.1", QWEN3_VL, Role.QKV, {W8A8, DYNAMIC}),
-    ("mindie@3.0.RC1", EXPERTS, Role.EXPERT_DOWN, {DYNAMIC}),
+    ("mindie@3.0.RC1", QWEN3_VL_MOE, Role.EXPERT_DOWN, {DYNAMIC}),
     ("mindie@3.0.0alpha1", QWEN3, Role.QKV, {W8A8, DYNAMIC}),
 ]
 
@@ -130,10 +112,10 @@ TOGETHER: list[tuple[ModelFamily, dict[str, Scheme], bool, bool]] = [
     (QWEN3_VL, FLOAT_TOWER, True, False),  # the tower takes the `quantize` of the model
     (QWEN3_VL, LANGUAGE_DYNAMIC, True, True),
     (QWEN3_VL, {"QKV": DYNAMIC}, True, False),
-    (EXPERTS, WITH_EXPERTS, True, True),
-    (EXPERTS, WITH_EXPERTS | {"EXPERT_DOWN": FLOAT}, False, False),
-    (EXPERTS, WITH_EXPERTS | {"EXPERT_UP": FLOAT, "EXPERT_DOWN": FLOAT}, True, False),
-    (EXPERTS, WITH_EXPERTS | FLOAT_TOWER, True, False),
+    (QWEN3_VL_MOE, WITH_EXPERTS, True, True),
+    (QWEN3_VL_MOE, WITH_EXPERTS | {"EXPERT_DOWN": FLOAT}, False, False),
+    (QWEN3_VL_MOE, WITH_EXPERTS | {"EXPERT_UP": FLOAT, "EXPERT_DOWN": FLOAT}, True, False),
+    (QWEN3_VL_MOE, WITH_EXPERTS | FLOAT_TOWER, True, False),
     (QWEN2, {}, True, True),
     (QWEN2, LANGUAGE_DYNAMIC, True, True),
     (QWEN3, {"QKV": DYNAMIC}, True, False),
@@ -172,31 +154,31 @@ def test_float_members_of_a_fused_group_in_mindie(family: ModelFamily, member: s
 def test_experts_of_different_schemes() -> None:
     """Catches an expert in another scheme than the first one, which vLLM Ascend would read in that one's."""
     names = [f"{LANGUAGE}.{block}.mlp.experts.{index}.up_proj" for block in (0, 1) for index in (0, 1)]
-    assert VLLM_ASCEND.group_faults(EXPERTS, dict.fromkeys(names, DYNAMIC)) == []
+    assert VLLM_ASCEND.group_faults(QWEN3_VL_MOE, dict.fromkeys(names, DYNAMIC)) == []
     schemes = dict.fromkeys(names, DYNAMIC) | {names[3]: W4A8}
-    assert [fault.where for fault in VLLM_ASCEND.group_faults(EXPERTS, schemes)] == [names[3]]
+    assert [fault.where for fault in VLLM_ASCEND.group_faults(QWEN3_VL_MOE, schemes)] == [names[3]]
     schemes[names[2]] = W4A8  # layers may differ
-    assert VLLM_ASCEND.group_faults(EXPERTS, schemes) == []
+    assert VLLM_ASCEND.group_faults(QWEN3_VL_MOE, schemes) == []
 
 
 @pytest.mark.parametrize("target", ["vllm-ascend", "mindie", "both"])
 def test_experts_are_dynamic_where_w8a8_is_asked_for(target: str) -> None:
     """Catches experts left in float because no engine runs them with static scales."""
-    layers = {layer: (64, 64) for layer in EXPERTS.layers(Role.EXPERT_UP)}
-    decision = choose_scheme(layers, family=EXPERTS, scheme=W8A8, target=target)
+    layers = {layer: (64, 64) for layer in QWEN3_VL_MOE.layers(Role.EXPERT_UP)}
+    decision = choose_scheme(layers, family=QWEN3_VL_MOE, scheme=W8A8, target=target)
     assert decision.scheme == DYNAMIC and "W8A8" in decision.note
 
 
 def test_folder_type() -> None:
     """Catches MindIE reading static attention next to experts as `w8a8`, with which it does not find the experts'
     scales; vLLM Ascend does not read the type, so that a folder for both has MindIE's."""
-    schemes = schemes_of(EXPERTS, **WITH_EXPERTS)
-    assert folder_type("vllm-ascend", EXPERTS, schemes) == W8A8
-    assert folder_type("mindie", EXPERTS, schemes) == folder_type("both", EXPERTS, schemes) == DYNAMIC
+    schemes = schemes_of(QWEN3_VL_MOE, **WITH_EXPERTS)
+    assert folder_type("vllm-ascend", QWEN3_VL_MOE, schemes) == W8A8
+    assert folder_type("mindie", QWEN3_VL_MOE, schemes) == folder_type("both", QWEN3_VL_MOE, schemes) == DYNAMIC
     assert folder_type("both", QWEN2_5_VL, schemes_of(QWEN2_5_VL) | {"x": DYNAMIC}) == W8A8
     config = {"text_config": {}, "vision_config": {}}
-    assert MINDIE.reads_config(EXPERTS, schemes, config | {"quantize": "w8a8_dynamic"})
-    assert not MINDIE.reads_config(EXPERTS, schemes, config | {"quantize": "w8a8"})
+    assert MINDIE.reads_config(QWEN3_VL_MOE, schemes, config | {"quantize": "w8a8_dynamic"})
+    assert not MINDIE.reads_config(QWEN3_VL_MOE, schemes, config | {"quantize": "w8a8"})
 
 
 def test_versions_with_a_gap() -> None:

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.targets.test_families_in_engines import EXPERTS, WITH_EXPERTS, schemes_of
+from tests.targets.test_families_in_engines import WITH_EXPERTS, schemes_of
 from vlqc.families.family import ModelFamily
 from vlqc.families.linear import Linear
 from vlqc.families.qwen2_vl import QWEN2_VL
 from vlqc.families.qwen3_vl import QWEN3_VL
+from vlqc.families.qwen3_vl_moe import QWEN3_VL_MOE
 from vlqc.families.text_models import QWEN2
 from vlqc.targets.engine import Engine, FinishedFolder, StoredTensor
 from vlqc.targets.mindie import MINDIE
@@ -76,7 +77,7 @@ def without(made: FinishedFolder, *entries: str) -> FinishedFolder:
 FAMILIES: list[tuple[ModelFamily, dict[str, Scheme]]] = [
     (QWEN2_VL, {}),
     (QWEN3_VL, {}),
-    (EXPERTS, WITH_EXPERTS),
+    (QWEN3_VL_MOE, WITH_EXPERTS),
     (QWEN2, {}),
 ]
 
@@ -100,8 +101,8 @@ MISSING: list[tuple[ModelFamily, dict[str, Scheme], str, tuple[Engine, ...]]] = 
     (QWEN3_VL, {}, "model.language_model.embed_tokens", (VLLM_ASCEND,)),
     (QWEN3_VL, {}, "lm_head", (VLLM_ASCEND,)),
     (QWEN3_VL, {}, f"{LANGUAGE}.self_attn.q_proj", ENGINES),
-    (EXPERTS, WITH_EXPERTS, f"{LANGUAGE}.mlp.gate", (VLLM_ASCEND,)),
-    (EXPERTS, WITH_EXPERTS, f"{LANGUAGE}.mlp.experts.0.down_proj", ENGINES),
+    (QWEN3_VL_MOE, WITH_EXPERTS, f"{LANGUAGE}.mlp.gate", (VLLM_ASCEND,)),
+    (QWEN3_VL_MOE, WITH_EXPERTS, f"{LANGUAGE}.mlp.experts.0.down_proj", ENGINES),
     (QWEN2, {}, "model.layers.0.mlp.down_proj", ENGINES),
 ]
 
@@ -165,7 +166,7 @@ def test_biases_of_text_models_in_mindie() -> None:
 def test_shifted_norms_in_front_of_experts() -> None:
     """Catches a norm bias that MindIE drops, because experts and their router read the norm."""
     norm = f"{LANGUAGE}.post_attention_layernorm"
-    experts = tuple(layer for layer in schemes_of(EXPERTS) if ".experts." in layer)
+    experts = tuple(layer for layer in schemes_of(QWEN3_VL_MOE) if ".experts." in layer)
     names = (f"{norm}.bias", f"{norm}.module.weight", f"{norm}.module.bias")
-    made = folder(EXPERTS, MINDIE, WITH_EXPERTS, tensors=names, norms={norm: experts})
+    made = folder(QWEN3_VL_MOE, MINDIE, WITH_EXPERTS, tensors=names, norms={norm: experts})
     assert "ignore" in MINDIE.tensor_faults(made)[0].what

@@ -42,7 +42,7 @@ VISION_ROLES = (Role.VISION_QKV, Role.VISION_PROJ, Role.VISION_UP, Role.VISION_D
 DECODER_ROLES = (Role.QKV, Role.OUT, Role.UP, Role.DOWN)
 EXPERT_ROLES = (Role.EXPERT_UP, Role.EXPERT_DOWN)
 
-EXPERT_ROLES = (Role.EXPERT_UP, Role.EXPERT_DOWN)
+LAYERS = 1 << 16  # names to remember: models with experts have some 20,000 linear layers, which rules go through often
 
 
 class Part(StrEnum):
@@ -141,6 +141,7 @@ class ModelFamily(ABC):
     def prepare(self, model: "nn.Module") -> None:  # noqa: B027
         """Replaces modules of a transformers model on meta, in place, that do not consist of linear layers."""
 
+    @functools.lru_cache(maxsize=LAYERS)  # noqa: B019  (families live as long as the process)
     def role(self, layer: str) -> Role | None:
         """Role of a linear layer; None for layers that no engine quantizes, such as the output head."""
         return next((role for role, patterns in self.roles.items() if matches_any(layer, patterns)), None)
@@ -149,6 +150,7 @@ class ModelFamily(ABC):
         """Patterns of the linear layers with these roles; without roles, of all."""
         return tuple(pattern for role in roles or self.roles for pattern in self.roles.get(role, ()))
 
+    @functools.lru_cache(maxsize=LAYERS)  # noqa: B019
     def fused_group(self, layer: str) -> tuple[str, ...]:
         """All members of the fused group of a layer, in the engines' order; a layer on its own: itself."""
         for group in self.fused_groups:

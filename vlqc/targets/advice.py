@@ -20,12 +20,12 @@ def incompatibilities(
     dtype = _emitted(dtype)
     sentences = []
     for engine in target.engines:
-        versions = supporting_versions(engine, family, _default_schemes(target, family, scheme, scope), dtype)
+        versions = supporting_versions(engine, family, default_schemes(target, family, scheme, scope), dtype)
         if versions is None:
             where = engine.unsupported_where(family, scheme)
-            if supporting_versions(engine, family, _default_schemes(target, family, scheme, scope), "bfloat16"):
+            if supporting_versions(engine, family, default_schemes(target, family, scheme, scope), "bfloat16"):
                 where = f" of a {dtype} model (bfloat16 only)"
-            elif supporting_versions(engine, family, _default_schemes(target, family, scheme, "engine"), dtype):
+            elif supporting_versions(engine, family, default_schemes(target, family, scheme, "engine"), dtype):
                 where = " on layers with a bias or in the vision tower"
             sentences.append(f"no version of {engine.title} loads {scheme}{where}")
         elif target.version and target.version not in versions:
@@ -45,7 +45,7 @@ def engine_notes(
     target = as_target(target)
     notes = incompatibilities(target, family, scheme, dtype, scope)
     for engine in target.engines:
-        versions = supporting_versions(engine, family, _default_schemes(target, family, scheme, scope), _emitted(dtype))
+        versions = supporting_versions(engine, family, default_schemes(target, family, scheme, scope), _emitted(dtype))
         if not versions or target.version:
             continue
         if not versions.is_open:
@@ -60,7 +60,7 @@ def serve_commands(target: TargetLike, folder: str | Path) -> list[str]:
     return [engine.serve_command(str(folder)) for engine in as_target(target).engines]
 
 
-def _default_schemes(target: Target, family: ModelFamily, scheme: Scheme, scope: str) -> dict[str, Scheme]:
+def default_schemes(target: Target, family: ModelFamily, scheme: Scheme, scope: str) -> dict[str, Scheme]:
     """Layer pattern -> the scheme that a compilation in `scheme` gives these layers by default."""
     schemes: dict[str, Scheme] = {}
     for group in family.scheme_groups(family.layers()):

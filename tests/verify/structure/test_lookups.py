@@ -14,15 +14,16 @@ from tools.checkpoints.outlier_checkpoint import make, random_samples
 from vlqc.verify import verify_folder
 
 pytestmark = pytest.mark.slow
-NEW = pytest.mark.qwen3_vl
+NEW, NONE = pytest.mark.qwen3_vl, ["no known engine version"]
 SIZES = {"layers": 1, "hidden": 128, "intermediate": 128, "heads": 4, "vision_layers": 1, "vision_hidden": 64}
 SIZES |= {"vision_intermediate": 128, "vision_heads": 2, "vocabulary": 64}
 SHAPES = {
     "qwen2_vl": Shape(**SIZES),
     "qwen2": Shape(**SIZES),
     "qwen3_vl": Shape(**SIZES, head=32, deepstack=(0,)),
+    "qwen3_vl_moe": Shape(**SIZES, head=32, deepstack=(0,), experts=2, expert_intermediate=64),
 }
-FAMILIES = ["qwen2_vl", "qwen2", pytest.param("qwen3_vl", marks=NEW)]
+FAMILIES = ["qwen2_vl", "qwen2", pytest.param("qwen3_vl", marks=NEW), pytest.param("qwen3_vl_moe", marks=NEW)]
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +79,7 @@ def test_a_folder_for_both_engines(family: str, compiled: Callable[[str], Path])
         ("qwen2_vl", "model.embed_tokens", ["MindIE"]),
         ("qwen2", "model.layers.0.mlp.down_proj", []),
         pytest.param("qwen3_vl", "model.visual.deepstack_merger_list.0.linear_fc2", ["MindIE"], marks=NEW),
+        pytest.param("qwen3_vl_moe", "model.language_model.layers.0.mlp.gate", ["MindIE"], marks=NEW),
     ],
 )
 def test_a_missing_entry(change: Any, family: str, layer: str, loads_in: list[str]) -> None:
@@ -85,6 +87,14 @@ def test_a_missing_entry(change: Any, family: str, layer: str, loads_in: list[st
     result = change(family, lambda description: description.pop(f"{layer}.weight"))
     assert [fault.what for fault in result.faults] == [f"{layer}.weight has no entry"]
     assert [each.split()[0] for each in result.facts["loads in"]] == (loads_in or ["no"])
+
+
+@NEW
+def test_an_expert_of_another_scheme(change: Any) -> None:
+    """Catches an expert described with another scheme than the first one, which engines read in that one's."""
+    names = [f"model.language_model.layers.0.mlp.experts.1.{name}_proj.weight" for name in ("gate", "up", "down")]
+    result = change("qwen3_vl_moe", lambda description: description.update(dict.fromkeys(names, "FLOAT")))
+    assert "experts" in texts(result) and "while" in texts(result) and result.facts["loads in"] == NONE
 
 
 @NEW

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vlqc.errors import Fault, UserError
 from vlqc.ir.memory import release_pages
+from vlqc.ir.observation import Observation
 from vlqc.ir.stage import Site, Stage, WeightQuantization
 from vlqc.kernels_ref.int4_groups import quantize_weight_per_group_absmax
 from vlqc.kernels_ref.matmul import smallest_weight_scale_for_bias
@@ -22,6 +23,7 @@ from vlqc.passes.algorithms.weight_clipping import ChannelScaleGrid, GroupScaleG
 from vlqc.pipeline.pass_api import Pass
 
 T = TypeVar("T")
+MIN_EXPERT_ROWS = 32
 CONCURRENT_GROUPS = 2  # each holds a Gram matrix
 
 
@@ -90,10 +92,14 @@ def _quantize_and_release(stage: Stage, source: str, sites: Sequence[Site], meth
 def quantize_site_weights(stage: Stage, source: str, sites: Sequence[Site], method: str) -> list[WeightQuantization]:
     """Quantizes the weights of sites that read the node `source`, each in its scheme; method: as `QuantizeWeights`.
 
-    Weights that no row of any sample reaches, such as those of an expert, are rounded to nearest.
+    Those of an expert that hardly any row reaches are rounded to nearest.
     """
     observed = stage.observations.get(source)
-    if not sites or method == "round" or (method == "auto" if observed is None else observed.is_empty):
+    if (
+        not sites
+        or method == "round"
+        or (method == "auto" if observed is None else _too_few_rows(stage, sites, observed))
+    ):
         return [round_weight(stage, site) for site in sites]
     observation = require_observation(stage, source, QuantizeWeights.name)
     importance = column_importance(observation.second_moment())
@@ -104,6 +110,12 @@ def quantize_site_weights(stage: Stage, source: str, sites: Sequence[Site], meth
         weights = [stage.linear(site).weight for site in sites]
         integers = gptq_quantize(weights, grids, observation.kept, observation.row_weight(), importance)
     return [WeightQuantization(values, *grid.stored_scales()) for values, grid in zip(integers, grids, strict=True)]
+
+
+def _too_few_rows(stage: Stage, sites: Sequence[Site], observation: Observation) -> bool:
+    """Whether the weights are of an expert that few rows reach: it would only be fitted to these."""
+    is_expert = stage.family.experts_of(sites[0].name) is not None
+    return observation.is_empty or (is_expert and observation.rows < MIN_EXPERT_ROWS)
 
 
 def round_weight(stage: Stage, site: Site) -> WeightQuantization:

@@ -15,7 +15,7 @@ from rich.jupyter import JupyterMixin
 
 from vlqc.emit.stage_tensors import emitted_dtype
 from vlqc.errors import Fault, UserError
-from vlqc.families.family import ModelFamily
+from vlqc.families.family import ModelFamily, Role
 from vlqc.files import sha256_of
 from vlqc.formatting import format_bytes, format_duration
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
@@ -129,6 +129,7 @@ class CompilationSummary:
         self.counts: dict[tuple[str, str], int] = {}
         self.notes: list[str] = []
         self._run_notes: set[str] = set()
+        self.experts: dict[str, tuple[int, int]] = {}  # block -> experts without calibration tokens, all experts
         self.search_result: SearchResult | None = None
         self.metrics = StageMetrics(active=current_process_group().is_rank0)
         self._started = time.perf_counter()
@@ -147,6 +148,7 @@ class CompilationSummary:
         """Adds a finished stage: its layers by scheme, its notes, and a warning if its SQNR is low."""
         for site in stage.sites.values():
             self._count(stage.part, site.scheme or Scheme.FLOAT)
+        self._count_experts(stage)
         self.add_notes(stage.notes)
         self.metrics.finished(stage)
         if self.options.fallback != "auto":  # the precision search chooses the schemes after the last stage
@@ -156,13 +158,14 @@ class CompilationSummary:
         """Counts and notes so far and the metrics of the last stage, as JSON-compatible values."""
         notes = [note for note in self.notes if note not in self._run_notes]
         counts = [[*key, count] for key, count in self.counts.items()]
-        return {"counts": counts, "notes": notes, "stage": self.metrics.last_stage()}
+        return {"counts": counts, "notes": notes, "experts": self.experts, "stage": self.metrics.last_stage()}
 
     def restore(self, states: Sequence[dict[str, Any]]) -> None:
         """Continues from the `state` of an interrupted run after each of its stages; nothing to do without any."""
         if not states:
             return
         self.counts = {(part, scheme): count for part, scheme, count in states[-1]["counts"]}
+        self.experts = {block: (unreached, every) for block, (unreached, every) in states[-1]["experts"].items()}
         self.add_notes(states[-1]["notes"])
         self.metrics.restore([state["stage"] for state in states])
 
@@ -193,6 +196,35 @@ class CompilationSummary:
                 why = f"the precision search kept all layers in float, at {self.search_result.sqnr:.1f} dB"
                 fix = "set a lower --min_sqnr or a lower --max_float_groups"
             raise UserError(Fault("no layer was quantized", why=why, fix=fix))
+
+    def _count_experts(self, stage: Stage) -> None:
+        """Counts the experts of a stage by what their first linear layers read, which is their own selection of rows."""
+        family = stage.family
+        inputs = {
+            site.source: block
+            for site in stage.sites.values()
+            if family.role(site.name) == Role.EXPERT_UP and (block := family.experts_of(site.name))
+        }
+        for source, block in inputs.items():
+            observation = stage.observations.get(source)
+            unreached, every = self.experts.get(block, (0, 0))
+            is_unreached = observation is not None and observation.is_empty
+            self.experts[block] = unreached + is_unreached, every + 1
+
+    def note_unreached_experts(self) -> None:
+        """One note on the experts of all blocks that no calibration token reached."""
+        blocks = {block: counts for block, counts in self.experts.items() if counts[0]}
+        if not blocks:
+            return
+        unreached, every = (sum(column) for column in zip(*self.experts.values(), strict=True))
+        most, counts = max(blocks.items(), key=lambda item: item[1][0])
+        self.add_notes(
+            [
+                f"{unreached} of {every} experts received no calibration tokens, most of them in {most} "
+                f"({counts[0]} of {counts[1]}): their weights are rounded to nearest, without smoothing; "
+                "more samples may reach them"
+            ]
+        )
 
     def note_unused_tensors(self, names: list[str]) -> None:
         """names: of tensors in the checkpoint that the model does not have."""

@@ -95,11 +95,8 @@ def quantize_site_weights(stage: Stage, source: str, sites: Sequence[Site], meth
     Those of an expert that hardly any row reaches are rounded to nearest.
     """
     observed = stage.observations.get(source)
-    if (
-        not sites
-        or method == "round"
-        or (method == "auto" if observed is None else _too_few_rows(stage, sites, observed))
-    ):
+    too_few = method == "auto" if observed is None else _too_few_rows(stage, sites, observed)
+    if not sites or method == "round" or too_few:
         return [round_weight(stage, site) for site in sites]
     observation = require_observation(stage, source, QuantizeWeights.name)
     importance = column_importance(observation.second_moment())

@@ -8,6 +8,7 @@ with its exact column-to-channel map, which covers grouped-query repetition, the
 patches.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -39,10 +40,10 @@ def find_edges(module: nn.Module, graph: fx.Graph) -> tuple[Edge, ...]:
 
     `passes.algorithms.folding.apply_folds` verifies every fold on the probe.
     """
-    called = [node.target for node in graph.nodes if node.op == "call_module"]
+    called = Counter(node.target for node in graph.nodes if node.op == "call_module")
     edges = []
     for node in graph.nodes:
-        if node.op != "call_module" or called.count(node.target) != 1:
+        if node.op != "call_module" or called[node.target] != 1:
             continue
         producer, shape = module.get_submodule(str(node.target)), node.meta.get("shape")
         if shape and (isinstance(producer, nn.Linear) or scales_its_channels(producer, shape[-1])):
@@ -82,6 +83,14 @@ def _keeps_last(node: fx.Node, dimensions: int) -> bool:
     return indexed < dimensions
 
 
+def _without_copies(labels: Tensor) -> Tensor:
+    """Labels without the copies that `expand` makes along a dimension, of which there may be one per token."""
+    for dimension, stride in enumerate(labels.stride()):
+        if stride == 0 and labels.shape[dimension] > 1:
+            labels = labels.narrow(dimension, 0, 1)
+    return labels
+
+
 class _Propagation:
     """Propagates the labels of one producer.
 
@@ -89,7 +98,7 @@ class _Propagation:
     labels of its input columns, int64 [K].
     """
 
-    def __init__(self, module: nn.Module, graph: fx.Graph, producer: fx.Node, called: list[Any]) -> None:
+    def __init__(self, module: nn.Module, graph: fx.Graph, producer: fx.Node, called: Counter[Any]) -> None:
         self.module, self.graph, self.producer, self.called = module, graph, producer, called
         shape = producer.meta["shape"]
         self.labels: dict[fx.Node, Any] = {producer: torch.arange(shape[-1], dtype=torch.int32).expand(shape)}
@@ -97,13 +106,13 @@ class _Propagation:
         self.columns: dict[str, Tensor] = {}
 
     def edge(self) -> Edge | None:
-        reached_producer = False
+        readers = set(self.producer.users)
         for node in self.graph.nodes:
-            if reached_producer and any(source in self.labels for source in node.all_input_nodes):
+            if node in readers:
                 result = self._step(node)
                 if result is not None:
                     self.labels[node] = result
-            reached_producer = reached_producer or node is self.producer
+                    readers.update(node.users)
         consumers, foldable = {}, torch.zeros_like(self.unusable)
         for target, columns in self.columns.items():
             usable = (columns >= 0) & ~self.unusable[columns.clamp(min=0)]
@@ -115,6 +124,7 @@ class _Propagation:
     def _exclude(self, *values: Any) -> None:
         for labels in tree_flatten(values)[0]:
             if isinstance(labels, Tensor):
+                labels = _without_copies(labels)
                 self.unusable[labels[labels >= 0].long()] = True
 
     def _replace_nodes(self, value: Any) -> Any:
@@ -140,6 +150,7 @@ class _Propagation:
 
     @staticmethod
     def _equal_rows(rows: Tensor) -> bool:
+        rows = _without_copies(rows)
         return bool((rows == rows[..., :1, :]).all())
 
     def _keeps_scales(self, node: fx.Node, name: str) -> bool:
@@ -155,7 +166,7 @@ class _Propagation:
         target, labels = str(node.target), self.labels[sources[0]]
         rows = labels.reshape(-1, labels.shape[-1])
         linear = isinstance(self.module.get_submodule(target), nn.Linear)
-        if linear and self.called.count(target) == 1 and self._equal_rows(rows):
+        if linear and self.called[target] == 1 and self._equal_rows(rows):
             self.columns[target] = rows[0].long()
         else:
             self._exclude(*(self.labels[source] for source in sources))

@@ -5,7 +5,7 @@ The checks are cheap: weights are read once without temporaries, everything else
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,15 +25,18 @@ def check(stage: Stage | StageSnapshot) -> list[str]:
     """Describes every violated invariant; empty if the stage is valid. A snapshot is checked without its tensors."""
     modules = dict(stage.module.named_modules()) if isinstance(stage, Stage) else {}
     faults = [*_graph(stage), *_unique(stage), *_groups(stage)]
-    faults += [fault for name, site in stage.sites.items() for fault in _site(stage, modules, name, site)]
+    calls: dict[str, list[fx.Node]] = {}
+    for node in stage.graph.nodes:
+        if node.op == "call_module":
+            calls.setdefault(str(node.target), []).append(node)
+    for name, site in stage.sites.items():
+        faults += _site(calls.get(site.target, []), modules, name, site)
     if isinstance(stage, Stage):
         faults += [*_outputs(stage.execution), *_targets(stage, modules), *_finite(stage.module)]
         faults += [fault for edge in stage.edges or () for fault in _edge(stage, edge)]
-        faults += [
-            fault
-            for name, observation in stage.observations.items()
-            for fault in _observation(stage, name, observation)
-        ]
+        shapes = {node.name: node.meta.get("shape") for node in stage.graph.nodes}
+        for name, observation in stage.observations.items():
+            faults += _observation(shapes, name, observation)
     return [f"{stage.name}: {fault}" for fault in faults]
 
 
@@ -104,11 +107,10 @@ def _unique(stage: Stage | StageSnapshot) -> Iterator[str]:
                 yield f"{count} sites have the {what} {value}"
 
 
-def _site(stage: Stage | StageSnapshot, modules: dict[str, nn.Module], key: str, site: Site) -> Iterator[str]:
+def _site(calls: list[fx.Node], modules: dict[str, nn.Module], key: str, site: Site) -> Iterator[str]:
     outputs, inputs = site.shape
     if key != site.name:
         yield f"site {site.name} is listed as {key}"
-    calls = [node for node in stage.graph.nodes if node.op == "call_module" and node.target == site.target]
     if not calls:
         yield f"site {site.name} is not called by the graph"
     for call in calls:
@@ -168,8 +170,9 @@ def _quantized(site: Site, weight: WeightQuantization) -> Iterator[str]:
 
 
 def _groups(stage: Stage | StageSnapshot) -> Iterator[str]:
+    nodes = {node.name for node in stage.graph.nodes}
     for source, members in stage.groups().items():
-        if not any(node.name == source for node in stage.graph.nodes):
+        if source not in nodes:
             yield f"sites {_names(members)} read %{source}, which does not exist"
         if len({site.scheme for site in members}) > 1:
             schemes = ", ".join(f"{site.name} {site.scheme}" for site in members)
@@ -218,13 +221,13 @@ def _channels(stage: Stage, target: str) -> int | None:
     return int(shapes[0][-1]) if shapes and shapes[0] else None
 
 
-def _observation(stage: Stage, name: str, observation: Observation) -> Iterator[str]:
-    where = f"observation of %{name}"
-    shapes = [node.meta.get("shape") for node in stage.graph.nodes if node.name == name]
-    if not shapes:
+def _observation(shapes: Mapping[str, tuple[int, ...] | None], name: str, observation: Observation) -> Iterator[str]:
+    """shapes: of all nodes, by name."""
+    where, shape = f"observation of %{name}", shapes.get(name)
+    if name not in shapes:
         yield f"{where}: the node does not exist"
-    elif shapes[0] is not None and (not shapes[0] or shapes[0][-1] != observation.channels):
-        yield f"{where}: it counts {observation.channels} channels, but the node has the shape {list(shapes[0])}"
+    elif shape is not None and (not shape or shape[-1] != observation.channels):
+        yield f"{where}: it counts {observation.channels} channels, but the node has the shape {list(shape)}"
     for modality, span in observation.ranges.items():
         yield from (f"{where}, {modality}: {fault}" for fault in _range(modality, span, observation.channels))
     kept = observation.kept

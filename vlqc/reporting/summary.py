@@ -198,7 +198,7 @@ class CompilationSummary:
             raise UserError(Fault("no layer was quantized", why=why, fix=fix))
 
     def _count_experts(self, stage: Stage) -> None:
-        """Counts the experts of a stage by what their first linear layers read, which is their own selection of rows."""
+        """Counts the experts of a stage by what their first linear layers read: each a selection of rows of its own."""
         family = stage.family
         inputs = {
             site.source: block

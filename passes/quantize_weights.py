@@ -111,7 +111,7 @@ def quantize_site_weights(stage: Stage, source: str, sites: Sequence[Site], meth
 
 def _too_few_rows(stage: Stage, sites: Sequence[Site], observation: Observation) -> bool:
     """Whether the weights are of an expert that few rows reach: it would only be fitted to these."""
-    is_expert = stage.family.experts_of(sites[0].name) is not None
+    is_expert = any(stage.family.experts_of(site.name) for site in sites)
     return observation.is_empty or (is_expert and observation.rows < MIN_EXPERT_ROWS)
 
 

@@ -67,6 +67,46 @@ def test_only_the_pipeline_names_passes() -> None:
             assert not any(within(name, ("vlqc.passes",)) for name in imports(path)), path
 
 
+# Layer names, and in other files than those of the engines also config keys and input names, of any model.
+LAYER_NAMES = re.compile(
+    r"visual|language_model|model\.layers|\bmerger\b|deepstack|self_attn|\battn\b|\bmlp\b|qkv|[qkvo]_proj|gate_proj"
+    r"|up_proj|down_proj|linear_fc|fc[12]\b|lm_head|embed_tokens|patch_embed|pos_embed|\bexperts\.|layernorm"
+)
+MODEL_KEYS = re.compile(
+    r"vision_config|text_config|(image|video)_token_id|vision_(start|end|token)|spatial_merge|merge_size|patch_size"
+    r"|pixel_values|(image|video)_grid|mm_token|hidden_size|num_hidden_layers|num_attention|num_key_value|num_experts"
+    r"|intermediate_size|vocab_size|tie_word|rope_|mrope|head_dim|embed_dim|out_hidden|image_pad"
+)
+
+
+def constants_and_attributes(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, text) of string constants, attribute names and keyword names; docstrings are left out."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    bodies = [node.body for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)]
+    texts = {each.value for body in bodies for each in body if isinstance(each, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in texts:
+            yield node.lineno, node.value
+        elif isinstance(node, ast.Attribute):
+            yield node.lineno, node.attr
+        elif isinstance(node, ast.keyword) and node.arg:
+            yield node.value.lineno, node.arg
+
+
+def test_only_families_name_layers_and_keys_of_models() -> None:
+    """Catches a layer name, config key or input name outside of vlqc/families/, which other models do not have."""
+    engines = {ROOT / "vlqc" / "targets" / f"{name}.py" for name in ("mindie", "vllm_ascend")}
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {text}"
+        for folder in ("vlqc", *LINKED)
+        for path in python_files(folder)
+        if ROOT / "vlqc" / "families" not in path.parents
+        for line, text in constants_and_attributes(path)
+        if LAYER_NAMES.search(text) or (path not in engines and MODEL_KEYS.search(text))
+    ]
+    assert not found, "\n".join(found)
+
+
 def test_importing_vlqc_is_lazy() -> None:
     """Catches `vlqc --help` that takes seconds because torch or transformers is loaded for it."""
     code = "import sys, vlqc; print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"

@@ -70,7 +70,7 @@ def check_config(folder: FinishedFolder, model: ModelStructure, target: Target, 
         result.add_fault(
             "config",
             "config.json",
-            f"tie_word_embeddings is true, but {head} is stored",
+            f"{head} is stored, but it is tied to the embedding",
             "engines use the embedding's weight, and ignore or reject a second one",
             COMPILE_AGAIN,
         )

@@ -1,11 +1,16 @@
 """Patterns of --exclude and --include: those that match nothing are faults, with a suggestion."""
 
+from typing import Any
+
 import pytest
 
 from tests.support import tiny
 from vlqc.errors import UserError
+from vlqc.families.family import ModelFamily
+from vlqc.families.qwen2_5_vl import QWEN2_5_VL
+from vlqc.families.qwen3_vl import QWEN3_VL
 from vlqc.options.options import Options
-from vlqc.pipeline.layer_selection import check_globs, check_layers
+from vlqc.pipeline.layer_selection import check_globs, check_layers, check_schemes
 
 LAYERS = [
     "visual.blocks.0.attn.qkv",
@@ -81,3 +86,24 @@ def test_exclusions_with_a_target_that_does_not_run_the_scheme() -> None:
     for options in ({"target": "vllm-ascend@0.10.1"}, {"mindie_format": True, **low_bit}):
         chosen = Options.from_user(model_path=tiny.TINY, save_directory="out", exclude=["*.o_proj"], **options)
         check_layers(tiny.float_model(), chosen)
+
+
+@pytest.mark.parametrize(
+    ("family", "chosen", "runs"),
+    [
+        (QWEN2_5_VL, {"is_dynamic": True, "target": "mindie"}, True),
+        (QWEN3_VL, {"is_dynamic": True, "target": "mindie"}, False),  # its vision tower must be static
+        (QWEN3_VL, {"is_dynamic": True, "target": "vllm-ascend"}, True),
+        (QWEN3_VL, {"target": "both"}, True),
+        (QWEN3_VL, {"target": "vllm-ascend@0.15"}, True),  # a warning: other versions load it
+    ],
+)
+def test_schemes_that_no_version_runs_together(family: ModelFamily, chosen: dict[str, Any], runs: bool) -> None:
+    """Catches a compilation of hours for a folder that its engine refuses, and one refused that it loads."""
+    options = Options.from_user(model_path=tiny.TINY, save_directory="out", **chosen)
+    layers = {layer.replace("*", "0"): (64, 64) for layer in family.layers()}
+    if runs:
+        check_schemes(layers, family, options)
+    else:
+        with pytest.raises(UserError, match="qkv is FLOAT while"):
+            check_schemes(layers, family, options)

@@ -1,9 +1,13 @@
 """vlqc.targets.target: targets as text."""
 
+import ast
+from pathlib import Path
+
 import pytest
 
+import vlqc
 from vlqc.errors import UserError
-from vlqc.targets.target import parse_target
+from vlqc.targets.target import ENGINES, find_layout, parse_target, written_for
 
 
 @pytest.mark.parametrize(
@@ -43,3 +47,30 @@ def test_what_is_no_target_is_refused_with_a_hint(text: str, hint: str) -> None:
     with pytest.raises(UserError, match="--engine") as caught:
         parse_target(text, "--engine")
     assert hint in str(caught.value)
+
+
+def test_only_the_list_of_engines_imports_them() -> None:
+    """Catches a module with the rules of one engine, which a third engine would have to repeat."""
+    root = Path(vlqc.__file__).parent
+    modules = {type(engine).__module__ for engine in ENGINES}
+    allowed = {root / "targets" / "target.py"}
+    for path in sorted(set(root.rglob("*.py")) - allowed):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            assert not (isinstance(node, ast.ImportFrom) and node.module in modules), f"{path}:{node.lineno}"
+
+
+@pytest.mark.parametrize(
+    ("files", "config", "layout", "engines"),
+    [
+        (["quant_model_description.json"], {}, "vllm-ascend", "vllm-ascend"),
+        (["quant_model_description.json"], {"quantize": "w8a8"}, "vllm-ascend", "both"),
+        (["quant_model_description_w8a8.json"], {"quantize": "w8a8"}, "mindie", "mindie"),
+        (["quant_model_description_w8a8.json", "quant_model_description.json"], {}, "vllm-ascend", "vllm-ascend"),
+    ],
+)
+def test_the_layout_of_a_folder(files: list[str], config: dict[str, str], layout: str, engines: str) -> None:
+    """Catches a folder read in the layout of the wrong engine, or verified for one that it was not written for."""
+    found = find_layout(["config.json", *files])
+    assert found is not None and found[0].name == layout and found[1] in files
+    assert str(written_for(found[0], config)) == engines
+    assert find_layout(["config.json", "model.safetensors"]) is None

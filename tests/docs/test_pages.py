@@ -12,6 +12,7 @@ import pytest
 
 import vlqc
 from tools.docs import options as options_page
+from vlqc.families.registry import FAMILIES
 from vlqc.options.fields import option_info
 from vlqc.options.options import Options
 from vlqc.options.recipe import read_recipe
@@ -145,6 +146,13 @@ def test_both_readmes_have_the_same_parts() -> None:
 def test_every_pass_is_in_the_readme(page: Path) -> None:
     """Catches a pass that is missing in the table of passes."""
     assert all(f"`{name}`" in text(page) for name in REGISTRY)
+
+
+@both_readmes
+def test_table_of_models(page: Path) -> None:
+    """Catches a family that is missing in the table of models, or that needs another version of transformers."""
+    rows = re.findall(r"^\| (Q[^ |（]*)[^|]*\| `(\w+)` \| ([\d.]+)", text(page), re.MULTILINE)
+    assert rows == [(each.title, *each.model_types, each.transformers_version) for each in FAMILIES]
 
 
 @both_readmes

@@ -3,7 +3,7 @@
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from vlqc.errors import UserError
 from vlqc.families import registry
 from vlqc.families.registry import family_of, find_family, load_family, register_family
 from vlqc.import_paths import _entry_points
+from vlqc.reporting.dumps import trace_only
+from vlqc.reporting.dumps.writer import Dumper
 
 FAMILIES = """
 from vlqc import ModelFamily
@@ -43,6 +45,14 @@ class WithoutTypes(MadeUp):
 class OneWord(MadeUp):
     model_types = "made_up_vl"
     roles = {"qkv": ("*.qkv",)}
+
+
+class NotReleased(MadeUp):
+    architectures = ("Qwen2_5_VLForConditionalGeneration",)
+    transformers_version = "99.1"
+
+    def model_class(self, architecture):
+        return None
 
 
 class Bare(ModelFamily):
@@ -160,6 +170,23 @@ def test_only_families_are_registered(folder: Path) -> None:
     for value in wrong:
         with pytest.raises(UserError, match="not a subclass of"):
             register_family(value)
+
+
+@pytest.mark.every_transformers
+def test_transformers_without_the_model(folder: Path) -> None:
+    """Catches a command that fails for an old transformers without the version that has the model."""
+    register_family(load_family("other_families:NotReleased"))
+    shutil.copytree("model", "compiled")
+    (folder / "compiled" / "quant_model_description.json").write_text("{}")
+    commands: list[Callable[[], Any]] = [
+        lambda: vlqc.compile(model_path="model", save_directory="out", samples=tiny_task.samples(1)),
+        lambda: vlqc.load("compiled"),
+        lambda: vlqc.verify_folder("compiled"),
+        lambda: trace_only.trace(Path("model"), Dumper(None, model_path=Path("model"))),
+    ]
+    for command in commands:
+        with pytest.raises(UserError, match=r"(?s)MadeUp-VL is not available.*install transformers 99\.1 or newer"):
+            command()
 
 
 @pytest.mark.slow

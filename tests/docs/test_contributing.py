@@ -45,6 +45,7 @@ def float_model(folder: Path) -> MadeUpForImageText:
 
 
 @pytest.mark.slow
+@pytest.mark.every_transformers
 @pytest.mark.parametrize("is_dynamic", [False, True])
 def test_the_family_of_the_page(folder: Path, is_dynamic: bool) -> None:
     """Catches a name of Qwen models outside of vlqc/families/, an edge that is not found, and a faulty page."""

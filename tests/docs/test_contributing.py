@@ -70,3 +70,14 @@ def test_every_attribute_is_described() -> None:
     attributes = {name for name, value in vars(ModelFamily).items() if not name.startswith("_") and not callable(value)}
     declared = {*ModelFamily.__annotations__, *ModelFamily.__abstractmethods__, *attributes}
     assert not {name for name in declared if f"`{name}`" not in section}
+
+
+@pytest.mark.slow
+def test_a_family_that_no_engine_has(folder: Path) -> None:
+    """Catches a compilation that ends in an internal error, or without a warning, where no engine has the family."""
+    code = (folder / "made_up_family.py").read_text(encoding="utf-8")
+    (folder / "made_up_family.py").write_text(code.replace('engine_rows = "qwen2_vl"', 'engine_rows = ""'))
+    result = vlqc.compile(model_path="float", save_directory="out", calib_images=PHOTOS, family=FAMILY)
+    assert any("no version of MindIE loads W8A8" in note for note in result.notes)
+    verified = vlqc.verify_folder("out")
+    assert verified.ok and any(warning.what == "no version loads the folder" for warning in verified.warnings)

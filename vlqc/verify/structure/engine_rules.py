@@ -62,6 +62,8 @@ def check_engine_rules(
 
 
 def _is_never_quantized(family: ModelFamily, layer: str) -> bool:
+    if not any(engine.rules_of(family) for engine in ENGINES):  # no engine has this family
+        return family.role(layer) is None
     return not any(scheme.is_quantized for engine in ENGINES for scheme in supported_schemes(engine, family, layer))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -16,11 +17,15 @@ from tests.support import naive_w8a8
 from tests.support.fake_quantized import deviations, fake_quantized
 from tests.support.interrupted_runs import fail_at_stage
 from tests.support.renamed_modules import rename_children
+from tests.support.subprocesses import run_python
 from tools.checkpoints.outlier_checkpoint import make, random_samples
+from vlqc.cli.commands import app
+from vlqc.families.layer_names import layer_pattern
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.streamed_model import StreamedModel, build_meta_model
 from vlqc.verify import verify_folder
 
+PHOTOS = Path(__file__).parents[1] / "photos"
 NEW = pytest.mark.qwen3_vl
 FAMILIES = [
     "qwen2_vl",
@@ -30,7 +35,14 @@ FAMILIES = [
     pytest.param("qwen3_vl_moe", marks=NEW),
 ]
 SCHEMES: dict[str, dict[str, Any]] = {"static": {}, "dynamic": {"is_dynamic": True}}
-LEAST = {"static": 28.0, "dynamic": 33.0}  # SQNR of the logits, dB
+OTHER_SCHEMES: dict[str, dict[str, Any]] = {
+    "m4": {"anti_method": "m4"},
+    "int4": {
+        "w_bit": 4, "is_dynamic": True, "is_lowbit": True, "open_outlier": False, "anti_method": "m4",
+        "target": "vllm-ascend@0.18",
+    },
+}  # fmt: skip
+LEAST = {"static": 28.0, "dynamic": 33.0, "m4": 28.0, "int4": 14.0}  # SQNR of the logits, dB
 PLAIN = 15.0  # that of W8A8 without smoothing stays below it
 Sample = dict[str, Tensor]
 
@@ -51,7 +63,7 @@ class Case:
         return result
 
     def options(self, scheme: str) -> dict[str, Any]:
-        return {"target": "vllm-ascend", **SCHEMES[scheme]}
+        return {"target": "vllm-ascend", **(SCHEMES | OTHER_SCHEMES)[scheme]}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -105,7 +117,8 @@ def test_verify_finds_one_damaged_channel(case: Case, tmp_path: Path) -> None:
         if path != file and path.name != "MANIFEST.json":
             (damaged / path.name).symlink_to(path)
     vectors = [name for name, tensor in tensors.items() if tensor.ndim == 1 and tensor.is_floating_point()]
-    for name in [name for name in vectors if "norm" in name or "ln_q" in name]:
+    of_norms = {layer_pattern(name): name for name in vectors if "norm" in name or "ln_q" in name}
+    for name in of_norms.values():
         changed = tensors[name].clone()
         changed[3] = changed[3] * 1.25 + 0.01
         save_file(tensors | {name: changed}, damaged / file.name, metadata={"format": "pt"})
@@ -158,3 +171,43 @@ def test_config_is_the_source_with_keys_of_the_engines(case: Case) -> None:
                 assert result[key] == value, key
 
     compare(case.config, emitted)
+
+
+@pytest.mark.parametrize("scheme", OTHER_SCHEMES)
+def test_other_schemes(case: Case, scheme: str) -> None:
+    """Catches a scheme or smoothing method that works for one family only."""
+    folder, least = case.compiled(scheme), LEAST[scheme]
+    result = verify_folder(folder, model_path=case.source, samples=case.unseen[:2], min_sqnr=least)
+    assert result.ok, [fault.what for fault in result.faults]
+    assert "vLLM Ascend" in str(result.facts["loads in"])
+
+
+def test_dump_and_report(case: Case, tmp_path: Path) -> None:
+    """Catches a stage that is not dumped, and a page without the layers of a part of the model."""
+    done = CliRunner().invoke(app, ["dump", str(case.source), "--output", str(tmp_path / "dump")])
+    assert done.exit_code == 0, done.output
+    stages = list(StreamedModel.open(Checkpoint(case.source)).stages)
+    assert sorted(path.name for path in (tmp_path / "dump").iterdir() if path.is_dir()) == sorted(stages)
+    page = tmp_path / "page.html"
+    done = CliRunner().invoke(app, ["report", str(case.compiled("static")), "--output", str(page)])
+    assert done.exit_code == 0, done.output
+    text = page.read_text(encoding="utf-8")
+    assert all(stage in text for stage in stages)
+
+
+def test_two_processes_give_the_bytes_of_one(case: Case, tmp_path: Path) -> None:
+    """Catches a decision that depends on the samples of one process, such as which experts received tokens."""
+    prompts = tmp_path / "prompts.jsonl"
+    has_images = "vision_config" in case.config
+    lines = [{"prompt": f"{word} and {word}", **({"image": str(PHOTOS / photo)} if has_images else {})}
+             for word, photo in zip(("one", "two", "three"), ("chelsea.jpg", "rocket.jpg", "text.jpg"), strict=True)]  # fmt: skip
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    results = []
+    for count in (1, 2):
+        results.append(tmp_path / f"of {count}")
+        arguments = ["-m", "vlqc", "compile", "--model_path", case.source, "--calib_images", prompts,
+                     "--save_directory", results[-1], "--max_tokens", 100]  # fmt: skip
+        done = run_python(*arguments, processes=count)
+        assert done.returncode == 0, done.stderr
+    names = sorted(path.name for path in results[0].iterdir())
+    assert filecmp.cmpfiles(*results, names, shallow=False) == (names, [], [])

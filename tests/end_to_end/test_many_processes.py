@@ -1,10 +1,7 @@
 """Several processes under torchrun: the same bytes as from one process, and an error on one ends all."""
 
 import filecmp
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +9,10 @@ import pytest
 from torch import Tensor
 
 from tests.support import tiny
+from tests.support.subprocesses import ROOT, run_python
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tests" / "support" / "distributed_runs.py"
 
 
@@ -36,24 +33,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.damaged(tmp_path_factory.mktemp("checkpoint"), tensors=drop, config=change)
 
 
-def environment() -> dict[str, str]:
-    """Environment of a child process: one thread, and no variables of an outer torchrun."""
-    single = {name: it for name, it in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return single | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-
-def ran(*arguments: object, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    """Runs Python with these arguments, under torchrun if there are several processes."""
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes) if processes > 1 else ()
-    command = [sys.executable, *map(str, torchrun), *map(str, arguments)]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
-
-
 @pytest.fixture(scope="module")
 def alone(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of a single process."""
     folder = tmp_path_factory.mktemp("alone")
-    done = ran(SCRIPT, checkpoint, folder)
+    done = run_python(SCRIPT, checkpoint, folder)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -70,7 +54,7 @@ def test_the_same_bytes(processes: int, checkpoint: Path, alone: Path, tmp_path:
     The printed stages after every pass are compared as well. In one case the last rank fails: the case ends on all
     ranks with the same error, and the next one runs.
     """
-    done = ran(SCRIPT, checkpoint, tmp_path, processes=processes)
+    done = run_python(SCRIPT, checkpoint, tmp_path, processes=processes)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Schemes") == 1 and done.stderr.count("4 stages") == 1
     errors = [name for name in files(tmp_path) if name.startswith("refused error")]
@@ -88,14 +72,14 @@ def test_a_killed_process_ends_all(checkpoint: Path, alone: Path, tmp_path: Path
     stage outputs that are lost with the killed rank or assigned to another sample."""
     killed = tmp_path / "killed"
     killed.mkdir()
-    done = ran(SCRIPT, checkpoint, killed, 1, "model.layers.0", processes=2)
+    done = run_python(SCRIPT, checkpoint, killed, 1, "model.layers.0", processes=2)
     assert done.returncode != 0
     assert done.stderr.count("error: ") == 1 and "connection lost" in done.stderr
     assert "3 of 4" in done.stderr
     assert [path.name[:16] for path in killed.iterdir()] == [".photos.partial-"]
     for processes in (1, 2):  # resumed with another and with the same number of processes
         copy = shutil.copytree(killed, tmp_path / f"{processes}")
-        done = ran(SCRIPT, checkpoint, copy, "resume", processes=processes)
+        done = run_python(SCRIPT, checkpoint, copy, "resume", processes=processes)
         assert done.returncode == 0, done.stderr
         assert done.stderr.count("3 of 4") == 1
         assert [path.name for path in copy.iterdir()] == ["photos"]
@@ -107,6 +91,6 @@ def test_a_killed_process_ends_all(checkpoint: Path, alone: Path, tmp_path: Path
 def test_an_invalid_option_is_reported_once(checkpoint: Path, tmp_path: Path) -> None:
     """Catches one error message per rank, and ranks that wait for one that has ended already."""
     options = ["--model_path", checkpoint, "--save_directory", tmp_path / "out", "--w_bit", "5"]
-    done = ran("-m", "vlqc", "compile", *options, processes=2)
+    done = run_python("-m", "vlqc", "compile", *options, processes=2)
     assert done.returncode != 0
     assert done.stderr.count("error: ") == done.stderr.count("error: --w_bit") == 1 and "(exitcode: 2)" in done.stderr

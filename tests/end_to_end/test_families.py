@@ -199,8 +199,9 @@ def test_two_processes_give_the_bytes_of_one(case: Case, tmp_path: Path) -> None
     """Catches a decision that depends on the samples of one process, such as which experts received tokens."""
     prompts = tmp_path / "prompts.jsonl"
     has_images = "vision_config" in case.config
-    lines = [{"prompt": f"{word} and {word}", **({"image": str(PHOTOS / photo)} if has_images else {})}
-             for word, photo in zip(("one", "two", "three"), ("chelsea.jpg", "rocket.jpg", "text.jpg"), strict=True)]  # fmt: skip
+    words, photos = ("one", "two", "three"), ("chelsea.jpg", "rocket.jpg", "text.jpg")
+    images = [{"image": str(PHOTOS / photo)} if has_images else {} for photo in photos]
+    lines = [{"prompt": f"{word} and {word}", **image} for word, image in zip(words, images, strict=True)]
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
     results = []
     for count in (1, 2):

@@ -215,14 +215,18 @@ def fit_rows(pair: WeightPair, mask: Array, columns: Scales) -> Scales:
         distance = pair.distance(stored, predicted)
         other_rounding = pair.scale is not None and _is_other_rounding(int((distance > NEAREST).sum()), distance.size)
         beyond = np.asarray((distance > pair.allowed(here, predicted, sigma)).any(axis=1))
+        moved = np.zeros(len(source), np.float32)
         # If integers are not the nearest ones, no scale makes them so, and least squares is the best estimate.
         for row in [] if other_rounding else np.flatnonzero(beyond):
             # Rounding errors are not random if the row's largest weight puts the others on a grid of half steps.
             slack = pair.slack(stored[row]) + SIGMAS * _finite(columns.sigma) * np.abs(scaled[row])
+            least_squares = fitted.values[row]
             fitted.values[row] = most_agreed_scale(scaled[row], stored[row], slack)
+            moved[row] = abs(fitted.values[row] / least_squares - 1)  # both may explain the row, or neither
         result.values[here] = fitted.values
         noise = _noise(distance.sum(axis=1, dtype=np.float64), distance.max(axis=1), pair.columns)
-        result.sigma[here] = fitted.sigma * _widening(pair, noise, other_rounding, LEANING_ROWS)
+        sigma = fitted.sigma * _widening(pair, noise, other_rounding, LEANING_ROWS)
+        result.sigma[here] = np.maximum(sigma, _finite(moved))
     return result
 
 

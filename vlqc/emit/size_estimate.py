@@ -9,7 +9,7 @@ from torch import Tensor
 from vlqc.emit.shard_writer import LENGTH_FIELD
 from vlqc.emit.stage_tensors import emitted_dtype, header_bytes
 from vlqc.families.linear import Linear
-from vlqc.frontend.memory import offloaded_bytes, stage_values
+from vlqc.frontend.memory import expert_file_bytes, offloaded_bytes, stage_values
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.stage import Site
 from vlqc.options.options import Options
@@ -24,11 +24,12 @@ def required_disk_space(
     """Bytes that a compilation needs on the disk of the save folder at one time.
 
     The sum of the result (under --fallback auto with the alternatives to choose from), the stage outputs kept for
-    --resume, and what samples hold beyond --memory_budget.
+    --resume, the weights of experts, and what samples hold beyond --memory_budget.
     """
     sites = predict_schemes(model, passes)
     result = output_bytes(model, sites, options.layout, with_alternatives=options.fallback == "auto")
-    return result + stage_output_bytes(model, samples) + offloaded_bytes(model, samples, options.memory_budget)
+    temporary = expert_file_bytes(model) + offloaded_bytes(model, samples, options.memory_budget)
+    return result + stage_output_bytes(model, samples) + temporary
 
 
 def predict_schemes(model: StreamedModel, passes: Sequence[Pass]) -> dict[str, Site]:

@@ -14,6 +14,7 @@ from vlqc.errors import Fault, UserError
 from vlqc.frontend.streamed_model import StreamedModel
 
 GIB = 1 << 30
+EXPERT_BYTES = 2  # per weight of an expert: its integers, twice; the float32 weights are in files
 STAGE_BYTES = 9  # per weight of the largest stage: float32, its integers, temporaries; measured at 3B to 72B
 OBSERVED_BYTES = 6 * 64 << 20  # upper bound of the rows that observers keep of all groups of a stage
 ACTIVATION_BYTES = 2 * 4  # per token and channel: input and output of a stage, float32
@@ -31,10 +32,35 @@ def estimate_memory(model: StreamedModel, samples: Sequence[Mapping[str, Tensor]
 
     budget: GiB of activations between stages that stay in memory (--memory_budget); None for all.
     """
-    largest = max(
-        sum(parameter.numel() for parameter in model.parameters(stage).values()) for stage in model.stages.values()
+    largest = max(_stage_bytes(model, stage) for stage in model.stages.values())
+    return largest + OBSERVED_BYTES + _activation_bytes(model, samples, budget)
+
+
+def _stage_bytes(model: StreamedModel, stage: nn.Module) -> int:
+    """Bytes of the weights of a stage while it is compiled, and of the rows that observers of experts keep."""
+    total, observed = 0, 0
+    for name, parameter in model.parameters(stage).items():
+        is_expert = model.family.experts_of(name.rpartition(".")[0]) is not None
+        total += parameter.numel() * (EXPERT_BYTES if is_expert else STAGE_BYTES)
+        observed = OBSERVED_BYTES if is_expert else observed
+    return total + observed
+
+
+def expert_file_bytes(model: StreamedModel) -> int:
+    """Bytes on the disk of the float32 weights of all experts of one stage, and of the copies that prove folds."""
+    family = model.family
+    return (
+        2
+        * 4
+        * max(
+            sum(
+                parameter.numel()
+                for name, parameter in model.parameters(stage).items()
+                if family.experts_of(name.rpartition(".")[0])
+            )
+            for stage in model.stages.values()
+        )
     )
-    return largest * STAGE_BYTES + OBSERVED_BYTES + _activation_bytes(model, samples, budget)
 
 
 def offloaded_bytes(model: StreamedModel, samples: Sequence[Mapping[str, Tensor]], budget: float | None) -> int:

@@ -280,3 +280,16 @@ def test_wrong_fold_of_a_shifted_norm_is_undone() -> None:
 def test_per_column() -> None:
     """The last channel's value for a column that no channel feeds."""
     assert channel_to_column(torch.tensor([2.0, 3.0]), torch.tensor([1, -1, 0]), 0.0).tolist() == [3, 0, 2]
+
+
+def test_powers_of_two_change_no_bit_of_a_product() -> None:
+    """Would catch a router whose rounded scores choose other experts after a fold."""
+    generator = torch.Generator().manual_seed(0)
+    norm, router = nn.LayerNorm(64), torch.randn(8, 64, generator=generator).to(torch.bfloat16).float()
+    norm.weight.data = torch.randn(64, generator=generator).to(torch.bfloat16).float()
+    usable = torch.arange(64) % 8 != 0
+    scale = exact_scale(norm, usable, random_scale(64, 1), torch.bfloat16, powers_of_two=True)
+    assert bool((scale[~usable] == 1).all())
+    assert bool((scale != 1).any())
+    folded = (norm.weight / scale).to(torch.bfloat16).float(), (router * scale).to(torch.bfloat16).float()
+    assert torch.equal(folded[0] * folded[1], norm.weight * router)

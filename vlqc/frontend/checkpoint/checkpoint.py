@@ -6,6 +6,7 @@ is that of `ModelFamily.checkpoint_name`.
 
 import hashlib
 import math
+import mmap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -196,8 +197,11 @@ class Checkpoint:
 
     def _read(self, name: str) -> Tensor:
         stored = self._stored[name]
+        part = stored.part
+        if part is None and stored.span is not None:
+            return _map_tensor(stored.span, stored.dtype, stored.shape)
         self.release()
-        opened, part = self._opened(stored.file), stored.part
+        opened = self._opened(stored.file)
         if part is None:
             tensor: Tensor = opened.get_tensor(stored.name)
         else:
@@ -303,6 +307,20 @@ class Checkpoint:
             and not path.name.startswith(".")
             and (code or path.suffix != ".py")
         )
+
+
+def _map_tensor(span: ByteRange, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """A tensor whose data is a private mapping of these bytes of a file.
+
+    safetensors reads the header of a file each time it is opened, which takes long where it lists every expert.
+    """
+    if span.begin == span.end:
+        return torch.empty(shape, dtype=dtype)
+    start = span.begin - span.begin % mmap.ALLOCATIONGRANULARITY
+    with open(span.file, "rb") as file:
+        mapping = mmap.mmap(file.fileno(), span.end - start, access=mmap.ACCESS_COPY, offset=start)
+    flat = torch.frombuffer(mapping, dtype=dtype, count=math.prod(shape), offset=span.begin - start)
+    return flat.view(shape)
 
 
 def tensor_sha256(tensor: Tensor) -> str:

@@ -15,6 +15,7 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from vlqc.families.registry import family_of
 from vlqc.kernels_ref.quant_linear import QuantLinear
 
 Array = npt.NDArray[Any]
@@ -36,6 +37,11 @@ def fake_quantized(folder: Path, source: Path) -> nn.Module:
     """The float32 Hugging Face model of `source` with the folder's weights dequantized, and inputs rounded by hooks."""
     config = json.loads((source / "config.json").read_text())
     model: nn.Module = getattr(transformers, config["architectures"][0]).from_pretrained(source).float().eval()
+    family_of(config, "config.json").prepare(model)  # experts as linear layers; equal to the original by its own tests
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                setattr(module, name, nn.Parameter(torch.zeros(parameter.shape), requires_grad=False))
     tensors, description = folder_tensors(folder)
     for path, module in model.named_modules():
         weight = tensors.get(f"{path}.weight")

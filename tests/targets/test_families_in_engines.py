@@ -3,11 +3,12 @@
 import pytest
 
 from vlqc.families.family import ModelFamily, Role
+from vlqc.families.qwen2 import QWEN2
 from vlqc.families.qwen2_5_vl import QWEN2_5_VL
 from vlqc.families.qwen2_vl import QWEN2_VL
+from vlqc.families.qwen3 import QWEN3
 from vlqc.families.qwen3_vl import QWEN3_VL, Qwen3VL
 from vlqc.families.qwen3_vl_moe import QWEN3_VL_MOE
-from vlqc.families.text_models import QWEN2, QWEN3
 from vlqc.targets.engine import Rule
 from vlqc.targets.mindie import MINDIE
 from vlqc.targets.precision import choose_scheme

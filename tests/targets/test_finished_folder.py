@@ -10,10 +10,10 @@ import pytest
 from tests.targets.test_families_in_engines import WITH_EXPERTS, schemes_of
 from vlqc.families.family import ModelFamily
 from vlqc.families.linear import Linear
+from vlqc.families.qwen2 import QWEN2
 from vlqc.families.qwen2_vl import QWEN2_VL
 from vlqc.families.qwen3_vl import QWEN3_VL
 from vlqc.families.qwen3_vl_moe import QWEN3_VL_MOE
-from vlqc.families.text_models import QWEN2
 from vlqc.targets.engine import Engine, FinishedFolder, StoredTensor
 from vlqc.targets.mindie import MINDIE
 from vlqc.targets.rules import folder_type

@@ -29,7 +29,7 @@ from rich.table import Table
 
 from tools.bench.scale_bounds import Rates, drop_from_page_cache, measured_rates, work_of
 from tools.bench.scale_checkpoint import SIZES, Case, checkpoint_bytes, make, samples_of
-from vlqc.families.image_inputs import CROP_HEIGHT, CROP_WIDTH
+from vlqc.families.inputs.image_inputs import CROP_HEIGHT, CROP_WIDTH
 from vlqc.frontend.calibration.probe import PROBE_ROWS
 
 ROOT = Path(__file__).parents[2]

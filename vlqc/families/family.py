@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vlqc.families.input_format import ImageFormat, TextFormat
+from vlqc.families.inputs.input_format import ImageFormat, TextFormat
 from vlqc.families.layer_names import matches_any
 
 if TYPE_CHECKING:  # torch-free: the command line imports this module for its help
     from torch import nn
 
-    from vlqc.families.text_inputs import TextInputs
+    from vlqc.families.inputs.text_inputs import TextInputs
 
 
 class Role(StrEnum):
@@ -266,9 +266,9 @@ class ModelFamily(ABC):
     def inputs(self) -> "TextInputs":
         """What the model's forward takes, and how samples are built, checked and compared. Imports torch."""
         if self.image_format is None:
-            from vlqc.families.text_inputs import TextInputs
+            from vlqc.families.inputs.text_inputs import TextInputs
 
             return TextInputs(self.title, self.text_format)
-        from vlqc.families.image_inputs import ImageInputs
+        from vlqc.families.inputs.image_inputs import ImageInputs
 
         return ImageInputs(self.title, self.text_format, self.image_format)

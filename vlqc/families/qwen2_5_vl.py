@@ -17,7 +17,7 @@ from vlqc.families.config_values import (
     TextConfig,
 )
 from vlqc.families.family import ModelFamily, Part, Role
-from vlqc.families.input_format import QWEN_IMAGE_PROCESSORS, ImageFormat, TextFormat
+from vlqc.families.inputs.input_format import QWEN_IMAGE_PROCESSORS, ImageFormat, TextFormat
 
 # ---- layers, as patterns over checkpoint names ---------------------------------------------------------------------
 

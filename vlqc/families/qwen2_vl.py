@@ -8,7 +8,7 @@ from typing_extensions import TypedDict  # pydantic accepts typing.TypedDict fro
 
 from vlqc.families.config_values import Blocks, Deviation, ImageTokens, Mrope, Size, TextConfig
 from vlqc.families.family import Role
-from vlqc.families.input_format import ImageFormat
+from vlqc.families.inputs.input_format import ImageFormat
 from vlqc.families.qwen2_5_vl import GATE_UP, QKV, Qwen25VL
 
 

@@ -23,7 +23,7 @@ from vlqc.families.config_values import (
     rope_keys,
 )
 from vlqc.families.family import ModelFamily, Part, Role
-from vlqc.families.input_format import ImageFormat
+from vlqc.families.inputs.input_format import ImageFormat
 
 BLOCKS, DEEPSTACK = "model.visual.blocks.", "model.visual.deepstack_merger_list."
 QKV = tuple(f"model.language_model.layers.*.self_attn.{member}_proj" for member in "qkv")

@@ -8,11 +8,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from vlqc.errors import Fault, UserError
 from vlqc.families.family import ModelFamily
+from vlqc.families.qwen2 import QWEN2
 from vlqc.families.qwen2_5_vl import QWEN2_5_VL
 from vlqc.families.qwen2_vl import QWEN2_VL
+from vlqc.families.qwen3 import QWEN3
 from vlqc.families.qwen3_vl import QWEN3_VL
 from vlqc.families.qwen3_vl_moe import QWEN3_VL_MOE
-from vlqc.families.text_models import QWEN2, QWEN3
 from vlqc.formatting import did_you_mean
 from vlqc.import_paths import entry_points, import_path, resolve_class
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from vlqc.errors import Fault, InternalError, UserError, VlqcError
-from vlqc.families.text_inputs import TextInputs
+from vlqc.families.inputs.text_inputs import TextInputs
 from vlqc.frontend.calibration.probe import PROBE
 from vlqc.frontend.memory import is_out_of_memory
 from vlqc.frontend.streamed_model import StreamedModel

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.support import tiny
 from tests.support.stages import materialized_stage
-from vlqc.families.image_inputs import AFTER, CROP_HEIGHT, CROP_WIDTH, FIRST, NEAREST
+from vlqc.families.inputs.image_inputs import AFTER, CROP_HEIGHT, CROP_WIDTH, FIRST, NEAREST
 from vlqc.families.qwen2_5_vl import QWEN2_5_VL
 from vlqc.frontend.calibration.probe import PROBE, PROBE_ROWS, probe_sample
 from vlqc.frontend.calibration.samples import check_samples

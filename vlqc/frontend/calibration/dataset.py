@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from vlqc.errors import Fault, UserError
-from vlqc.families.image_processing import Patches
+from vlqc.families.inputs.image_processing import Patches
+from vlqc.families.inputs.text_inputs import TextInputs
 from vlqc.families.registry import family_of
-from vlqc.families.text_inputs import TextInputs
 from vlqc.files import read_json_object
 from vlqc.formatting import pluralize
 from vlqc.frontend.calibration.image_budget import split_budget

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vlqc.families.text_inputs import TextInputs
+from vlqc.families.inputs.text_inputs import TextInputs
 
 PROBE = -1  # index of the probe, which is not one of the calibration samples
 PROBE_ROWS = 512  # if a sample has at most this many rows, the largest such sample is the probe

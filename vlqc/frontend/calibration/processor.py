@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlqc.errors import Fault, InternalError, UserError
-from vlqc.families.image_processing import ImageProcessing, Patches
-from vlqc.families.text_inputs import TextInputs
+from vlqc.families.inputs.image_processing import ImageProcessing, Patches
+from vlqc.families.inputs.text_inputs import TextInputs
 from vlqc.files import read_json_object
 from vlqc.frontend.calibration.image_budget import fit_grid
 from vlqc.frontend.calibration.images import ImageError

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vlqc.errors import Fault, UserError
-from vlqc.families.text_inputs import TextInputs
+from vlqc.families.inputs.text_inputs import TextInputs
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.options.options import Options
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlqc.families.inputs.text_inputs import TextInputs
 from vlqc.families.layer_names import combine_names
-from vlqc.families.text_inputs import TextInputs
 from vlqc.formatting import format_bytes, format_duration, pluralize
 from vlqc.frontend.calibration.samples import check_samples
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint

@@ -1,4 +1,4 @@
-"""Qwen2, Qwen2.5 and Qwen3 language models without a vision tower."""
+"""Qwen2 and Qwen2.5, language models without a vision tower."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -7,7 +7,7 @@ from pydantic import TypeAdapter
 
 from vlqc.families.config_values import ConfigLimits, TextConfig, rope_keys
 from vlqc.families.family import ModelFamily, Part, Role
-from vlqc.families.input_format import TextFormat
+from vlqc.families.inputs.input_format import TextFormat
 
 QKV = tuple(f"model.layers.*.self_attn.{member}_proj" for member in "qkv")
 GATE_UP = ("model.layers.*.mlp.gate_proj", "model.layers.*.mlp.up_proj")
@@ -80,16 +80,4 @@ class Qwen2(ModelFamily):
         return {**self.defaults, **config}
 
 
-class Qwen3(Qwen2):
-    """Qwen3, dense."""
-
-    name = "qwen3"
-    title = "Qwen3"
-    model_types = ("qwen3",)
-    architectures = ("Qwen3ForCausalLM",)
-    transformers_version = "4.51"
-
-    text_format = TextFormat()
-
-
-QWEN2, QWEN3 = Qwen2(), Qwen3()
+QWEN2 = Qwen2()

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tools.checkpoints.families import FAMILIES, config_of
+from vlqc.families.inputs.text_inputs import PROBE_TOKENS, TextInputs
 from vlqc.families.registry import find_family
-from vlqc.families.text_inputs import PROBE_TOKENS, TextInputs
 from vlqc.frontend.streamed_model import parameters_on_meta
 
 QWEN3_VL = pytest.param("qwen3_vl", marks=pytest.mark.qwen3_vl)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from vlqc.errors import Fault
-from vlqc.families.image_processing import ImageProcessing
-from vlqc.families.input_format import TextFormat
+from vlqc.families.inputs.image_processing import ImageProcessing
+from vlqc.families.inputs.input_format import TextFormat
 from vlqc.formatting import did_you_mean
 
 TEXT_INPUTS = ("input_ids", "attention_mask")  # [1, S] int64

@@ -8,7 +8,7 @@ import torch
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationInfo
 from typing_extensions import TypedDict  # pydantic accepts typing.TypedDict from Python 3.12 on
 
-from vlqc.families.input_format import ImageFormat
+from vlqc.families.inputs.input_format import ImageFormat
 
 if TYPE_CHECKING:
     from PIL.Image import Image

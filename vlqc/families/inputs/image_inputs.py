@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from vlqc.errors import Fault
-from vlqc.families.image_processing import ImageProcessing
-from vlqc.families.input_format import ImageFormat, TextFormat
-from vlqc.families.text_inputs import (
+from vlqc.families.inputs.image_processing import ImageProcessing
+from vlqc.families.inputs.input_format import ImageFormat, TextFormat
+from vlqc.families.inputs.text_inputs import (
     LARGEST_SAMPLE,
     SYNTHETIC_TOKENS,
     TEXT_INPUTS,

@@ -24,6 +24,7 @@ from vlqc.reporting.dumps.writer import Dumper
 
 FAMILIES = """
 from vlqc import ModelFamily
+from vlqc.families.family import Role
 from vlqc.families.qwen2_5_vl import Qwen25VL
 
 
@@ -45,6 +46,14 @@ class WithoutTypes(MadeUp):
 class OneWord(MadeUp):
     model_types = "made_up_vl"
     roles = {"qkv": ("*.qkv",)}
+
+
+class Incomplete(MadeUp):
+    roles = {
+        **Qwen25VL.roles,
+        Role.OUT: ("model.layers.*.self_attn.o_porj",),
+        Role.MERGER: ("visual.merger.mlp.0",),
+    }
 
 
 class NotReleased(MadeUp):
@@ -170,6 +179,17 @@ def test_only_families_are_registered(folder: Path) -> None:
     for value in wrong:
         with pytest.raises(UserError, match="not a subclass of"):
             register_family(value)
+
+
+@pytest.mark.parametrize("command", ["compile", "plan", "dump"])
+def test_layers_without_a_role(folder: Path, command: str) -> None:
+    """Catches a family without some layers, which is found when all stages are compiled, as a bug of vlqc."""
+    compiling = ("compile", "--model_path", "model", "--calib_images", ".", "--save_directory", "out")
+    words = {"compile": compiling, "plan": (*compiling, "--plan"), "dump": ("dump", "model")}[command]
+    code, output = run(*words, "--family", "other_families:Incomplete")
+    assert code == 2 and "where: other_families:Incomplete\n" in output
+    assert "no role for visual.merger.mlp.2, model.layers.*.self_attn.o_proj\n" in output
+    assert "model matches model.layers.*.self_attn.o_porj\n" in output
 
 
 @pytest.mark.every_transformers

@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,12 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from vlqc.errors import Fault, UserError
 from vlqc.families.family import ModelFamily
+from vlqc.families.layer_names import layer_pattern, matches_any
 from vlqc.families.registry import family_of
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.device import resolve_device
 from vlqc.frontend.distributed import current_process_group
+from vlqc.import_paths import import_path
 from vlqc.ir.memory import file_backed, release_pages, release_unused_memory
 from vlqc.options.options import Options
 
@@ -101,7 +103,9 @@ def _model_class(folder: Path, family: ModelFamily, config: dict[str, Any], trus
         raise UserError(Fault("the checkpoint needs its own code", where, why, fix))
     if name in family.architectures:
         check_available(family, where)
-    raise UserError(Fault(f"unsupported architecture {name!r}", where, f"supported: {', '.join(family.architectures)}"))
+    why = f"supported: {', '.join(family.architectures)}"
+    fix = f"check architectures in config.json, or add {name} to `architectures` of {import_path(type(family))}"
+    raise UserError(Fault(f"unsupported architecture {name!r}", where, why, fix))
 
 
 def check_available(family: ModelFamily, where: str) -> None:
@@ -110,6 +114,21 @@ def check_available(family: ModelFamily, where: str) -> None:
         why = f"transformers {transformers.__version__} does not have {', '.join(family.architectures)}"
         fix = f"install transformers {family.transformers_version} or newer"
         raise UserError(Fault(f"{family.title} is not available", where, why, fix))
+
+
+def check_roles(family: ModelFamily, layers: Iterable[str]) -> None:
+    """UserError, with the pattern of every linear layer of the stages that has no role in the family.
+
+    No engine's rule applies to such a layer. Patterns that match none of the layers are named in the same error only:
+    a family may have layers that some of its models do not have.
+    """
+    layers = list(layers)
+    if missing := dict.fromkeys(layer_pattern(layer) for layer in layers if family.role(layer) is None):
+        unused = [pattern for pattern in family.layers() if not any(matches_any(layer, [pattern]) for layer in layers)]
+        why = f"no linear layer of the model matches {', '.join(unused)}" if unused else ""
+        fix = "add them to `roles`" + (", or correct these patterns" if unused else "")
+        what = f"{family.title} has no role for {', '.join(missing)}"
+        raise UserError(Fault(what, import_path(type(family)), why, fix))
 
 
 def open_model(options: Options) -> "StreamedModel":
@@ -157,7 +176,8 @@ class StreamedModel:
         self._language_modules = set(module.get_submodule(language).modules()) if language else set()
         if not self.stages:
             why = "it has no ModuleList of blocks with linear layers"
-            raise UserError(Fault("unsupported architecture", str(checkpoint.folder), why))
+            fix = "vlqc compiles models whose blocks are modules of an nn.ModuleList"
+            raise UserError(Fault("unsupported architecture", str(checkpoint.folder), why, fix))
         checkpoint.check_tensors((name, tuple(parameter.shape)) for name, parameter in self.parameters(module).items())
 
     @classmethod
@@ -168,7 +188,9 @@ class StreamedModel:
         checkpoint.check_not_quantized()
         checkpoint.check_config()
         module = build_meta_model(checkpoint.folder, checkpoint.config, trust_remote_code=trust_remote_code)
-        return cls(module, checkpoint, device=device)
+        model = cls(module, checkpoint, device=device)
+        check_roles(model.family, model.linear_layers)
+        return model
 
     @property
     def linear_layers(self) -> list[str]:

@@ -92,6 +92,9 @@ class ModelFamily(ABC):
     `vlqc inspect`; block_lists: prefixes of the lists of blocks, each followed by the number of a block; output_head:
     the output projection, which all engines run in float.
 
+    config_objects: keys of config.json, in the form of `engine_config`, whose values are objects -> whether the key is
+    required.
+
     text_format, image_format: of the inputs, the latter None for text-only models.
     """
 
@@ -111,6 +114,8 @@ class ModelFamily(ABC):
     subparts: ClassVar[tuple[tuple[str, str], ...]]
     block_lists: ClassVar[tuple[str, ...]]
     output_head: ClassVar[str] = "lm_head"
+
+    config_objects: ClassVar[Mapping[str, bool]] = {}
 
     text_format: ClassVar[TextFormat] = TextFormat()
     image_format: ClassVar[ImageFormat | None] = None

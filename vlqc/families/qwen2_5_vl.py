@@ -169,6 +169,7 @@ class Qwen25VL(ModelFamily):
         ("lm_head.", "lm_head"),
     )
     block_lists = ("model.layers.", "visual.blocks.")
+    config_objects: ClassVar[Mapping[str, bool]] = {"text_config": False, "vision_config": True}
 
     text_format: ClassVar[TextFormat] = TextFormat(system_prompt="You are a helpful assistant.")
     image_format: ClassVar[ImageFormat] = ImageFormat(

@@ -6,9 +6,9 @@ blocks ("deepstack"), whose outputs are added to the first layers of the languag
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import TypeAdapter
+from pydantic import AfterValidator, TypeAdapter
 from typing_extensions import TypedDict  # pydantic accepts typing.TypedDict from Python 3.12 on
 
 from vlqc.families.config_values import (
@@ -33,6 +33,12 @@ MERGERS = tuple(
 )
 
 
+def _distinct(indices: list[int]) -> list[int]:
+    if len(set(indices)) < len(indices):
+        raise ValueError("each block can be listed only once")
+    return indices
+
+
 class VisionConfig(TypedDict, total=False):
     """Keys of `vision_config`."""
 
@@ -46,7 +52,7 @@ class VisionConfig(TypedDict, total=False):
     temporal_patch_size: Size
     out_hidden_size: Size
     num_position_embeddings: Size
-    deepstack_visual_indexes: list[BlockIndex]
+    deepstack_visual_indexes: Annotated[list[BlockIndex], AfterValidator(_distinct)]
     initializer_range: Deviation
     hidden_act: str
     model_type: str
@@ -133,6 +139,7 @@ class Qwen3VL(ModelFamily):
         ("lm_head.", "lm_head"),
     )
     block_lists = ("model.language_model.layers.", BLOCKS, DEEPSTACK)
+    config_objects: ClassVar[Mapping[str, bool]] = {"text_config": True, "vision_config": True}
 
     def stage_order(self, stages: Sequence[str], config: Mapping[str, Any]) -> list[str]:
         """A deepstack merger runs right after the block whose output it reads."""

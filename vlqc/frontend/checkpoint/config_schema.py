@@ -15,6 +15,9 @@ from vlqc.families.family import ModelFamily
 
 DEEPEST = 64  # levels of lists and objects
 SHOWN = 60  # characters of a value in a message
+JSON_TYPES = {
+    type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list",
+}  # fmt: skip
 REPAIR = "copy config.json from the float model again"
 
 
@@ -31,12 +34,24 @@ def config_faults(
         tensors: the number of tensors.
     """
     faults = [] if _depth(config) <= DEEPEST else [Fault("config.json is nested too deeply", where, fix=REPAIR)]
+    if objects := list(_object_faults(family.config_objects, config, where)):
+        return faults + objects  # their keys have no values to check
     complete = family.complete_config(config)
     limits = family.config_limits(complete, largest, tensors)
     for key, value, why in invalid_values(family.config_schema(), complete, limits):
         verb = "is" if _has(config, key) else "is missing, which means"
         faults.append(Fault(f"{key} {verb} {value}", where, why, REPAIR))
     return faults
+
+
+def _object_faults(objects: Mapping[str, bool], config: Mapping[str, Any], where: str) -> Iterator[Fault]:
+    """A fault for each of `ModelFamily.config_objects` that is missing although required, or not an object."""
+    for key, required in objects.items():
+        value = config.get(key)
+        if required and key not in config:
+            yield Fault(f"{key} is missing", where, fix=REPAIR)
+        elif not isinstance(value, Mapping) and (required or value is not None):
+            yield Fault(f"{key} is {JSON_TYPES[type(value)]}, not an object", where, fix=REPAIR)
 
 
 def invalid_values(

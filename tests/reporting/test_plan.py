@@ -19,6 +19,7 @@ from vlqc.reporting.plan import plan_compilation
 
 TINY = Path(tiny_task.__file__).parent / "tiny_vl"
 FOUR_BITS = {"w_bit": 4, "is_dynamic": True, "is_lowbit": True, "open_outlier": False}
+TEXT = {"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.ones(1, 2, dtype=torch.int64)}
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +76,14 @@ def test_plan_of_a_text_only_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"exclude": ["nowhere.*"]}, {"pipeline": "lower-linears"}, {"device_type": "npu"}, {"samples": []}],
-    ids=["no such layer", "order of passes", "no such device", "no samples"],
+    [
+        {"exclude": ["nowhere.*"]},
+        {"pipeline": "lower-linears"},
+        {"device_type": "npu"},
+        {"samples": []},
+        {"samples": [TEXT]},
+    ],
+    ids=["no such layer", "order of passes", "no such device", "no samples", "no image"],
 )
 def test_the_plan_refuses_what_the_compilation_refuses(
     samples: list[dict[str, Tensor]], tmp_path: Path, options: dict[str, object]

@@ -74,7 +74,17 @@ def load_calibration(
     if duplicates := len(without_padding) - len(unique):
         notes = [*notes, f"{pluralize(duplicates, 'duplicate sample')} dropped"]
     ordered = [sample for group in group_by_images(unique, inputs) for sample in group]
+    _require_image(ordered, inputs, options)
     return CalibrationDataset(ordered, notes, probe_sample(ordered, inputs, config))
+
+
+def _require_image(samples: Sequence[dict[str, torch.Tensor]], inputs: TextInputs, options: Options) -> None:
+    """UserError if the model has a vision tower and no sample reaches it: every stage is traced on some sample."""
+    if inputs.processing is None or any(inputs.patches(sample) for sample in samples):
+        return
+    where = str(options.calib_images) if "calib_images" in options.model_fields_set else "samples"
+    why = "the vision tower has no activations to calibrate on"
+    raise UserError(Fault("no calibration sample has an image", where, why, "add a sample with an image"))
 
 
 def load_samples(

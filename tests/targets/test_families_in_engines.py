@@ -1,5 +1,7 @@
 """The rows of every family in the engines' tables: which layers each engine runs in which scheme and version."""
 
+from typing import Any
+
 import pytest
 
 from vlqc.families.family import ModelFamily, Role
@@ -180,6 +182,33 @@ def test_folder_type() -> None:
     config = {"text_config": {}, "vision_config": {}}
     assert MINDIE.reads_config(QWEN3_VL_MOE, schemes, config | {"quantize": "w8a8_dynamic"})
     assert not MINDIE.reads_config(QWEN3_VL_MOE, schemes, config | {"quantize": "w8a8"})
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "config", "loads"),
+    [
+        (QWEN3_VL, {}, {"vision_config": {"deepstack_visual_indexes": [1, 2, 4]}}, (True, True)),
+        (QWEN3_VL, {}, {"vision_config": {"deepstack_visual_indexes": [1]}}, (True, False)),
+        (QWEN3_VL, {}, {"vision_config": {"deepstack_visual_indexes": []}}, (True, False)),
+        (QWEN3_VL, {}, {"text_config": {"tie_word_embeddings": True}}, (True, True)),
+        (QWEN3_VL_MOE, WITH_EXPERTS, {"vision_config": {"deepstack_visual_indexes": [0, 1]}}, (True, False)),
+        (QWEN3_VL_MOE, WITH_EXPERTS, {"text_config": {"tie_word_embeddings": True}}, (False, False)),
+        (QWEN3_VL_MOE, WITH_EXPERTS, {"text_config": {"tie_word_embeddings": False}}, (True, True)),
+    ],
+)
+def test_models_that_an_engine_does_not_run(
+    family: ModelFamily, changes: dict[str, Scheme], config: dict[str, Any], loads: tuple[bool, bool]
+) -> None:
+    """Catches a promise for models with other numbers of deepstack mergers than MindIE's three, and for tied models
+    with experts, whose output head both engines load from the files."""
+    schemes = schemes_of(family, **changes)
+    config = config | {"quantize": folder_type("mindie", family, schemes).lower()}
+    assert tuple(engine.reads_config(family, schemes, config) for engine in (VLLM_ASCEND, MINDIE)) == loads
+
+
+def test_each_family_of_mindie_has_rules_about_several_layers() -> None:
+    """Catches a family with rows and without a loader, of which MindIE would be said to run any combination."""
+    assert MINDIE.rules.keys() == MINDIE.loaders.keys()
 
 
 def test_versions_with_a_gap() -> None:

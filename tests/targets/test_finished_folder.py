@@ -1,6 +1,7 @@
 """What each engine looks up in the description of a finished folder, and which keys and tensors it would ignore."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,19 @@ def test_a_complete_description(family: ModelFamily, changes: dict[str, Scheme])
     for layout in ENGINES:
         made = folder(family, layout, changes)
         assert layout.description_faults(made) == layout.header_faults(made) == MINDIE.description_faults(made) == []
+
+
+def test_models_that_an_engine_does_not_run() -> None:
+    """Catches a folder of such a model that `vlqc verify` passes, or for which it names no reason."""
+    text = {"num_hidden_layers": 1, "tie_word_embeddings": True}
+    config = {"text_config": text, "vision_config": {"deepstack_visual_indexes": [0]}, "quantize": "w8a8_dynamic"}
+    made = replace(folder(QWEN3_VL_MOE, VLLM_ASCEND, WITH_EXPERTS), quant_type=Scheme.W8A8_DYNAMIC, config=config)
+    tied, outputs = "the output head is tied to the embedding", "1 outputs of the vision tower besides the last one"
+    assert [fault.what for fault in VLLM_ASCEND.config_faults(made)] == [tied]
+    assert [fault.what for fault in MINDIE.config_faults(made)] == [tied, outputs]
+    dense = replace(folder(QWEN3_VL), config=config | {"quantize": "w8a8"})
+    assert VLLM_ASCEND.config_faults(dense) == []
+    assert [fault.what for fault in MINDIE.config_faults(dense)] == [outputs]
 
 
 MERGER, DEEPSTACK = "model.visual.merger.linear_fc2", "model.visual.deepstack_merger_list.0.linear_fc1"

@@ -238,6 +238,10 @@ class ModelFamily(ABC):
         """The keys of the vision tower, the object in `config` itself; None if the model has none."""
         return None
 
+    def extra_vision_outputs(self, config: Mapping[str, Any]) -> int:
+        """How many outputs of the vision tower the language model reads besides that of the last block."""
+        return 0
+
     def is_tied(self, config: Mapping[str, Any]) -> bool:
         """Whether the output head shares the embedding's weight."""
         return bool(config.get("tie_word_embeddings", False))

@@ -80,6 +80,7 @@ class Config(ImageTokens, total=False):
 
 
 CONFIG = TypeAdapter(Config)
+DEFAULT_DEEPSTACK = (8, 16, 24)
 # Values that the model's config class gives to missing keys, where they can be invalid for the checkpoint.
 TEXT_DEFAULTS = {
     "vocab_size": 151936,
@@ -174,6 +175,11 @@ class Qwen3VL(ModelFamily):
     def vision_config(self, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
         vision = config.get("vision_config")
         return vision if isinstance(vision, Mapping) else None
+
+    def extra_vision_outputs(self, config: Mapping[str, Any]) -> int:
+        """Of the deepstack mergers; the model's config class has three if the key is missing."""
+        indices = (self.vision_config(config) or {}).get("deepstack_visual_indexes", DEFAULT_DEEPSTACK)
+        return len(indices) if isinstance(indices, Sequence) else 0
 
     def is_tied(self, config: Mapping[str, Any]) -> bool:
         """The key in `text_config` takes precedence, as in the engines and transformers 4."""

@@ -265,6 +265,16 @@ def missing_entry(folder: FinishedFolder, layer: str, why: str) -> Fault:
     return Fault(f"{layer}.weight has no entry", folder.description_name, why, COMPILE_AGAIN)
 
 
+def tied_head(engine: Engine, family: ModelFamily, config: Mapping[str, Any]) -> list[Fault]:
+    """The fault of a tied output head, for a family of which the engine always loads the weight of the head."""
+    if not family.is_tied(config):
+        return []
+    head = f"{family.output_head}.weight"
+    why = f"{engine.title} loads {head} of {family.title} in any case, and a tied checkpoint has none"
+    fix = f"in the float checkpoint store a copy of the embedding as {head}, and set tie_word_embeddings to false"
+    return [Fault("the output head is tied to the embedding", "config.json", why, f"{fix}; then compile again")]
+
+
 def join_or(items: Iterable[object]) -> str:
     """(64, 128) -> "64 or 128"."""
     return " or ".join(map(str, items))

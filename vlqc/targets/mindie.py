@@ -24,6 +24,7 @@ from vlqc.targets.engine import (
     join_and,
     join_or,
     missing_entry,
+    tied_head,
 )
 from vlqc.targets.schemes import Scheme, quant_type
 
@@ -47,7 +48,9 @@ class ModelLoader:
     quantized; unfused: roles whose fused groups may have FLOAT members next to W8A8 ones; documented: sizes that its
     documentation lists as quantized, empty if others are not worth a note; vision_key: whether it reads
     `vision_config.quantize`; looked_up: roles whose layers it looks up in the description; by_entries: whether it reads
-    biases only if they have an entry there, and refuses a second description.
+    biases only if they have an entry there, and refuses a second description; extra_vision_outputs: how many outputs of
+    the vision tower besides the last one its graph has, None if that does not matter; loads_head: whether it loads the
+    weight of the output head even of tied models.
     """
 
     static_tower: tuple[Role, ...] = ()
@@ -59,6 +62,8 @@ class ModelLoader:
     vision_key: bool = False
     looked_up: tuple[Role, ...] = (Role.QKV, Role.UP)
     by_entries: bool = False
+    extra_vision_outputs: int | None = None
+    loads_head: bool = False
 
 
 TEXT_LOADER = ModelLoader(looked_up=DECODER_ROLES, by_entries=True)  # of 3.0.0.beta.1 and later
@@ -124,12 +129,15 @@ class MindIE(Engine):
             tower_with_dynamic=True,
             unfused=(Role.UP,),
             documented="8B and 32B",
+            extra_vision_outputs=3,
         ),
         "qwen3_vl_moe": ModelLoader(
             static_tower=(Role.VISION_QKV, Role.VISION_UP),
             needs_tower=True,
             dynamic_experts=True,
             documented="30B-A3B",
+            extra_vision_outputs=3,  # modeling_qwen3_vl_vit.py, of both families
+            loads_head=True,
             looked_up=(Role.QKV, *EXPERT_ROLES),
         ),
         "qwen2": TEXT_LOADER,
@@ -141,7 +149,7 @@ class MindIE(Engine):
     norm_copies = "module"  # `X.module.weight` makes it build the norm that has a bias
 
     def _loader(self, family: ModelFamily) -> ModelLoader:
-        return self.loaders.get(family.engine_rows or family.name, ModelLoader())
+        return self.loaders[family.engine_rows or family.name] if self.rules_of(family) else ModelLoader()
 
     # ---- rules about several layers --------------------------------------------------------------------------------
 
@@ -251,6 +259,7 @@ class MindIE(Engine):
         vision_key = bool((family.vision_config(config) or {}).get("quantize"))
         return (
             family.engine_config(dict(config)) == config
+            and not self._model_faults(family, config)
             and config.get("quantize") == self.folder_type(family, schemes).lower()
             and (not self._loader(family).vision_key or vision_key == _quantizes_vision(family, schemes))
         )
@@ -265,6 +274,7 @@ class MindIE(Engine):
             what = "nested config (text_config)" if "text_config" in config else "keys of a newer transformers version"
             fix = "compile again, or restore the keys of the published checkpoint"
             faults.append(Fault(what, "config.json", f"MindIE reads the config of {family.title} as published", fix))
+        faults += self._model_faults(family, config)
         vision_key = (family.vision_config(config) or {}).get("quantize")
         vision = {scheme for layer, scheme in folder.schemes.items() if family.in_vision_tower(layer)} - {Scheme.FLOAT}
         values: dict[str, tuple[Any, Any]] = {"quantize": (config.get("quantize"), folder.quant_type.lower())}
@@ -286,6 +296,16 @@ class MindIE(Engine):
         elif folder.layout is self and not isinstance(options, Mapping):
             why = "MindIE reads the group size from it"
             faults.append(Fault("quantization_config is missing", "config.json", why, COMPILE_AGAIN))
+        return faults
+
+    def _model_faults(self, family: ModelFamily, config: Mapping[str, Any]) -> list[Fault]:
+        """Models of the family that its code does not run at all."""
+        loader, outputs = self._loader(family), family.extra_vision_outputs(config)
+        faults = tied_head(self, family, config) if loader.loads_head else []
+        if loader.extra_vision_outputs not in (None, outputs):
+            what = f"{outputs} outputs of the vision tower besides the last one"
+            why = f"MindIE runs {family.title} with exactly {loader.extra_vision_outputs}"
+            faults.append(Fault(what, "config.json", why, "serve with vLLM Ascend only"))
         return faults
 
     def header_faults(self, folder: FinishedFolder) -> list[Fault]:

@@ -19,6 +19,7 @@ from vlqc.targets.engine import (
     Rule,
     join_or,
     missing_entry,
+    tied_head,
     wrong_keys,
 )
 from vlqc.targets.schemes import Scheme
@@ -28,6 +29,7 @@ DESCRIPTION_VERSION = "1.0.0"  # by which it recognizes packed 4-bit weights
 ONLY_BFLOAT16 = ("bfloat16",)
 FAST_GROUP_SIZES = (64, 128)  # what its int4 kernels are written for
 LARGEST_GROUP_SIZE = 256  # beyond it the kernels may refuse
+ALWAYS_LOADS_HEAD = ("qwen3_vl_moe",)  # families of which it loads the output head even if that is tied
 NORM_BIAS = "norm.bias"  # part of a key of the description that makes it build every RMSNorm with a bias
 
 
@@ -126,7 +128,7 @@ class VllmAscend(Engine):
     # ---- a finished folder -----------------------------------------------------------------------------------------
 
     def reads_config(self, family: ModelFamily, schemes: Mapping[str, Scheme], config: Mapping[str, Any]) -> bool:
-        return not _keys_read_instead(family, config)
+        return not _keys_read_instead(family, config) and not self._head_faults(family, config)
 
     def config_faults(self, folder: FinishedFolder) -> list[Fault]:
         return [
@@ -137,7 +139,12 @@ class VllmAscend(Engine):
                 "remove the key",
             )
             for key in _keys_read_instead(folder.family, folder.config)
-        ]
+        ] + self._head_faults(folder.family, folder.config)
+
+    def _head_faults(self, family: ModelFamily, config: Mapping[str, Any]) -> list[Fault]:
+        """vLLM's qwen3_vl_moe.py builds an output head of its own for tied models, too, and looks its entry up."""
+        loads_head = (family.engine_rows or family.name) in ALWAYS_LOADS_HEAD
+        return tied_head(self, family, config) if loads_head else []
 
     def header_faults(self, folder: FinishedFolder) -> list[Fault]:
         return super().header_faults(folder) + wrong_keys(folder, {"version": DESCRIPTION_VERSION})

@@ -15,13 +15,21 @@ from vlqc.verify import verify_folder
 
 pytestmark = pytest.mark.slow
 NEW, NONE = pytest.mark.qwen3_vl, ["no known engine version"]
-SIZES = {"layers": 1, "hidden": 128, "intermediate": 128, "heads": 4, "vision_layers": 1, "vision_hidden": 64}
+SIZES: dict[str, Any] = {
+    "layers": 1,
+    "hidden": 128,
+    "intermediate": 128,
+    "heads": 4,
+    "vision_layers": 1,
+    "vision_hidden": 64,
+}
 SIZES |= {"vision_intermediate": 128, "vision_heads": 2, "vocabulary": 64}
+DEEPSTACK = {"layers": 3, "vision_layers": 3, "head": 32, "deepstack": (0, 1, 2)}  # MindIE needs three of these mergers
 SHAPES = {
     "qwen2_vl": Shape(**SIZES),
     "qwen2": Shape(**SIZES),
-    "qwen3_vl": Shape(**SIZES, head=32, deepstack=(0,)),
-    "qwen3_vl_moe": Shape(**SIZES, head=32, deepstack=(0,), experts=2, expert_intermediate=64),
+    "qwen3_vl": Shape(**SIZES | DEEPSTACK),
+    "qwen3_vl_moe": Shape(**SIZES | DEEPSTACK, experts=2, expert_intermediate=64),
 }
 FAMILIES = ["qwen2_vl", "qwen2", pytest.param("qwen3_vl", marks=NEW), pytest.param("qwen3_vl_moe", marks=NEW)]
 

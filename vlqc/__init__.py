@@ -1,4 +1,4 @@
-"""vlqc: a quantization compiler for vision-language models on Ascend.
+"""vlqc: a quantization compiler for vision-language and language models on Ascend.
 
     vlqc.compile(model_path=..., save_directory=..., calib_images=... | samples=[...])  -> Result
     vlqc.load(folder)                                                                  -> nn.Module

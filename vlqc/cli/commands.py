@@ -56,7 +56,7 @@ def _print_versions(context: click.Context, parameter: click.Parameter, value: b
     "--version", is_flag=True, expose_value=False, is_eager=True, callback=_print_versions, help="Print versions."
 )
 def app() -> None:
-    """Quantization compiler for checkpoints of vision-language models that vLLM Ascend and MindIE serve."""
+    """Quantization compiler for vision-language and language models that vLLM Ascend and MindIE serve."""
 
 
 @app.command("compile", epilog=EXAMPLES, context_settings=CONTEXT)

@@ -56,6 +56,29 @@ class Incomplete(MadeUp):
     }
 
 
+class UnknownRows(MadeUp):
+    engine_rows = "qwen3x"
+
+
+class OldTypedDict(MadeUp):
+    def config_schema(self):
+        raise TypeError("use another TypedDict\\n\\nand more lines")
+
+
+class Uncallable(MadeUp):
+    def __init__(self, size):
+        pass
+
+
+class NoLimits(MadeUp):
+    def config_limits(self, config, largest, tensors):
+        return config["absent"]
+
+
+class OtherType(MadeUp):
+    model_types = ("other", "another")
+
+
 class NotReleased(MadeUp):
     architectures = ("Qwen2_5_VLForConditionalGeneration",)
     transformers_version = "99.1"
@@ -118,6 +141,9 @@ MODEL_TYPE = {"model_type": "made_up_vl"}
         ("other_families", ["'other_families'", "write module:Class"]),
         ("other_families:WithoutTypes", ["model_types is empty"]),
         ("other_families:OneWord", ["model_types", "valid tuple", "roles['qkv']"]),
+        ("other_families:UnknownRows", ["engine_rows: no engine has rows", "'qwen3x'; did you mean qwen3"]),
+        ("other_families:OldTypedDict", ["OldTypedDict.config_schema failed", "TypeError: use another TypedDict"]),
+        ("other_families:Uncallable", ["Uncallable.__init__ failed", "'size'"]),
         ("other_families:Bare", ["config_schema is not defined", "title is not defined", "model_types is not"]),
     ],
 )
@@ -179,6 +205,27 @@ def test_only_families_are_registered(folder: Path) -> None:
     for value in wrong:
         with pytest.raises(UserError, match="not a subclass of"):
             register_family(value)
+
+
+def test_a_method_that_fails(folder: Path) -> None:
+    """Catches an error in a family's own code that is reported as a bug of vlqc."""
+    with pytest.raises(UserError, match=r"(?s)other_families:NoLimits.config_limits failed.*KeyError: 'absent'"):
+        vlqc.compile(
+            model_path="model", save_directory="out", family="other_families:NoLimits", samples=tiny_task.samples(1)
+        )
+
+
+@pytest.mark.parametrize("command", ["compile", "inspect", "verify", "report", "dump", "run-pass"])
+def test_a_family_for_another_model_type(folder: Path, command: str) -> None:
+    """Catches --family that is ignored without an error."""
+    compiling = ("--model_path", "model", "--calib_images", ".", "--save_directory", "out")
+    words = {"compile": compiling, "dump": ("model", "--output", "out"), "run-pass": ("model", "insert-observers")}
+    code, output = run(command, *words.get(command, ("model",)), "--family", "other_families:OtherType")
+    assert (
+        code == 2 and "other_families:OtherType is for model type other or another; config.json has made_up" in output
+    )
+    with pytest.raises(UserError, match="unsupported model type"):
+        family_of({"model_type": "another"}, "config.json")
 
 
 @pytest.mark.parametrize("command", ["compile", "plan", "dump"])

@@ -10,7 +10,7 @@ import click
 from click.core import ParameterSource
 
 from vlqc.cli.output import CommandOutput, check_output_file, run_and_exit
-from vlqc.families.registry import load_family, register_family
+from vlqc.families.registry import check_model_type, load_family, register_family
 from vlqc.options.fields import PANELS, OptionInfo, option_info
 from vlqc.options.options import Options
 from vlqc.pipeline.registry import REGISTRY, plugin_passes
@@ -134,12 +134,14 @@ def output_options(command: Callable[..., int | None]) -> Callable[..., int | No
 
 
 def family_option(command: Callable[..., int | None]) -> Callable[..., int | None]:
-    """Adds --family, which registers a model family before the command runs."""
+    """Adds --family, which registers a model family before the command runs. It must be one for the command's model."""
 
     @functools.wraps(command)
     def with_family(*, family: str | None, **values: Any) -> int | None:
         if family is not None:
-            register_family(load_family(family))
+            cls = load_family(family)
+            check_model_type(cls, next(values[name] for name in ("model", "bundle", "folder") if name in values))
+            register_family(cls)
         return command(**values)
 
     info = option_info("family")

@@ -1,7 +1,9 @@
 """The known model families: those of vlqc, those of installed packages, and those that the user names."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -14,6 +16,7 @@ from vlqc.families.qwen2_vl import QWEN2_VL
 from vlqc.families.qwen3 import QWEN3
 from vlqc.families.qwen3_vl import QWEN3_VL
 from vlqc.families.qwen3_vl_moe import QWEN3_VL_MOE
+from vlqc.files import read_json_object
 from vlqc.formatting import did_you_mean
 from vlqc.import_paths import entry_points, import_path, resolve_class
 
@@ -33,7 +36,7 @@ def register_family(family: type[ModelFamily]) -> None:
     """
     if not (isinstance(family, type) and issubclass(family, ModelFamily)):
         raise UserError(Fault(f"{family!r} is not a subclass of vlqc.ModelFamily", "register_family"))
-    _check_complete(family)
+    _check(family)
     _registered[:] = [family(), *(known for known in _registered if type(known) is not family)]
 
 
@@ -41,8 +44,45 @@ def load_family(path: str, flag: str = FLAG) -> type[ModelFamily]:
     """Imports a family. path: "module:Class", see `resolve_class`. Raises UserError."""
     base: type[ModelFamily] = ModelFamily  # type: ignore[type-abstract]
     cls = resolve_class(path, base, flag=flag, example="my_families:MyVL", guide=GUIDE)
-    _check_complete(cls)
+    _check(cls)
     return cls
+
+
+def check_model_type(cls: type[ModelFamily], folder: Path) -> None:
+    """UserError if a family that the user names is not for the model type in the config.json of a folder.
+
+    Without a config.json that can be read there is none: that is an error when the folder is opened.
+    """
+    try:
+        config = read_json_object(folder / "config.json")
+    except UserError:
+        return
+    if (found := config.get("model_type")) not in cls.model_types:
+        path, types = import_path(cls), " or ".join(cls.model_types)
+        what = f"{path} is for model type {types}; config.json has {'none' if found is None else found}"
+        fix = f"name a family for it, add it to `model_types` of {path}, or omit {FLAG}"
+        raise UserError(Fault(what, str(folder / "config.json"), fix=fix))
+
+
+@contextmanager
+def errors_of(cls: type[ModelFamily], method: str) -> Iterator[None]:
+    """Turns what a method of a family outside of vlqc raises into a UserError; errors in vlqc's own are bugs."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or cls.__module__.split(".")[0] == __name__.split(".")[0]:
+            raise
+        path, why = import_path(cls), f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise UserError(Fault(f"{path}.{method} failed", path, why, f"see vlqc.ModelFamily, and {GUIDE}")) from error
+
+
+def _check(cls: type[ModelFamily]) -> None:
+    """UserError if a class is incomplete, or its methods that take no config fail."""
+    _check_complete(cls)
+    with errors_of(cls, "__init__"):
+        family = cls()
+    with errors_of(cls, "config_schema"):
+        family.config_schema()
 
 
 def _check_complete(cls: type[ModelFamily]) -> None:
@@ -62,6 +102,9 @@ def _check_complete(cls: type[ModelFamily]) -> None:
             continue
         if name in ("name", "model_types") and not value:
             faults.append(f"{name} is empty")
+        if name == "engine_rows" and value and value not in (known := [each.name for each in FAMILIES]):
+            hint = did_you_mean(value, known) or f"it is one of {', '.join(known)}"
+            faults.append(f"{name}: no engine has rows of a family {value!r}; {hint}")
     if faults:
         fix = f"see vlqc.ModelFamily, and {GUIDE}"
         raise UserError(Fault(f"{import_path(cls)} is incomplete", import_path(cls), "; ".join(faults), fix))

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from vlqc.errors import Fault, UserError
-from vlqc.families.registry import load_family, register_family
+from vlqc.families.registry import check_model_type, load_family, register_family
 from vlqc.formatting import did_you_mean
 from vlqc.options.constraints import combination_faults
 from vlqc.options.fields import InvalidValue, OptionFields, flag_of, option_info
@@ -100,10 +100,13 @@ def _merged(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _family_faults(options: OptionFields) -> list[Fault]:
-    """Registers the family of --family. Faults if there is no such class, or it is incomplete."""
+    """Registers the family of --family. Faults if there is none, or it is incomplete or for another model type."""
     if options.family is not None:
         try:
-            register_family(load_family(options.family))
+            family = load_family(options.family)
+            if options.model_path is not None:  # None: it is missing or invalid
+                check_model_type(family, options.model_path)
+            register_family(family)
         except UserError as error:
             return list(error.faults)
     return []

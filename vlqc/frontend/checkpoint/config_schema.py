@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from vlqc.errors import Fault
 from vlqc.families.family import ModelFamily
+from vlqc.families.registry import errors_of
 
 DEEPEST = 64  # levels of lists and objects
 SHOWN = 60  # characters of a value in a message
@@ -26,6 +27,8 @@ def config_faults(
 ) -> list[Fault]:
     """Every value of config.json that is out of bounds. Unknown and missing keys are no faults.
 
+    UserError if a method of a family outside of vlqc fails.
+
     Args:
         family: of the model.
         config: the object in config.json, in the form of `ModelFamily.engine_config`.
@@ -36,9 +39,13 @@ def config_faults(
     faults = [] if _depth(config) <= DEEPEST else [Fault("config.json is nested too deeply", where, fix=REPAIR)]
     if objects := list(_object_faults(family.config_objects, config, where)):
         return faults + objects  # their keys have no values to check
-    complete = family.complete_config(config)
-    limits = family.config_limits(complete, largest, tensors)
-    for key, value, why in invalid_values(family.config_schema(), complete, limits):
+    with errors_of(type(family), "complete_config"):
+        complete = family.complete_config(config)
+    with errors_of(type(family), "config_limits"):
+        limits = family.config_limits(complete, largest, tensors)
+    with errors_of(type(family), "config_schema"):
+        invalid = invalid_values(family.config_schema(), complete, limits)
+    for key, value, why in invalid:
         verb = "is" if _has(config, key) else "is missing, which means"
         faults.append(Fault(f"{key} {verb} {value}", where, why, REPAIR))
     return faults

@@ -1,4 +1,4 @@
-"""The rows of every family in the engines' tables: which layers each engine runs in which scheme and version."""
+"""What engines require of several layers of each family, and of its config.json. Their rows: test_engine_rows.py."""
 
 from typing import Any
 
@@ -21,69 +21,6 @@ from vlqc.targets.vllm_ascend import VLLM_ASCEND, VllmAscend
 
 W8A8, DYNAMIC, W4A8, FLOAT = Scheme.W8A8, Scheme.W8A8_DYNAMIC, Scheme.W4A8_DYNAMIC, Scheme.FLOAT
 LANGUAGE = "model.language_model.layers"
-ALL = {W8A8, DYNAMIC, W4A8}
-# family, role, schemes besides FLOAT that vLLM Ascend runs, that MindIE runs
-ROWS: list[tuple[ModelFamily, Role, set[Scheme], set[Scheme]]] = [
-    (QWEN2_VL, Role.VISION_QKV, {W8A8, DYNAMIC}, {W8A8}),
-    (QWEN2_VL, Role.VISION_DOWN, {W8A8, DYNAMIC}, set()),
-    (QWEN2_VL, Role.MERGER, {W8A8, DYNAMIC}, set()),
-    (QWEN2_VL, Role.QKV, {W8A8, DYNAMIC}, {W8A8, DYNAMIC}),
-    (QWEN2_VL, Role.DOWN, ALL, {W8A8, DYNAMIC}),
-    (QWEN3_VL, Role.VISION_UP, {W8A8, DYNAMIC}, {W8A8}),
-    (QWEN3_VL, Role.VISION_DOWN, {W8A8, DYNAMIC}, set()),
-    (QWEN3_VL, Role.MERGER, {W8A8, DYNAMIC}, set()),
-    (QWEN3_VL, Role.QKV, ALL, {W8A8, DYNAMIC}),
-    (QWEN3_VL_MOE, Role.VISION_PROJ, {W8A8, DYNAMIC}, {W8A8}),
-    (QWEN3_VL_MOE, Role.QKV, ALL, {W8A8}),
-    (QWEN3_VL_MOE, Role.EXPERT_UP, {DYNAMIC, W4A8}, {DYNAMIC}),
-    (QWEN3_VL_MOE, Role.EXPERT_DOWN, {DYNAMIC, W4A8}, {DYNAMIC}),
-    (QWEN3_VL_MOE, Role.ROUTER, set(), set()),
-    (QWEN2, Role.QKV, {W8A8, DYNAMIC}, {W8A8, DYNAMIC}),
-    (QWEN2, Role.UP, ALL, {W8A8, DYNAMIC}),
-    (QWEN3, Role.QKV, ALL, {W8A8, DYNAMIC}),
-    (QWEN3, Role.DOWN, ALL, {W8A8, DYNAMIC}),
-]
-
-
-@pytest.mark.parametrize(("family", "role", "vllm_ascend", "mindie"), ROWS)
-def test_schemes_of_a_role(family: ModelFamily, role: Role, vllm_ascend: set[Scheme], mindie: set[Scheme]) -> None:
-    """Catches a scheme offered where an engine refuses it, such as static experts or 4-bit weights next to a bias."""
-    for layer in family.layers(role):
-        assert supported_schemes("vllm-ascend", family, layer) == vllm_ascend | {FLOAT}
-        assert supported_schemes("mindie", family, layer) == mindie | {FLOAT}
-
-
-# target, family, role, schemes besides FLOAT
-VERSIONS: list[tuple[str, ModelFamily, Role, set[Scheme]]] = [
-    ("vllm-ascend@0.11", QWEN2_VL, Role.QKV, set()),
-    ("vllm-ascend@0.12.0rc1", QWEN2_VL, Role.VISION_QKV, {W8A8}),
-    ("vllm-ascend@0.16.0rc1", QWEN2_VL, Role.VISION_QKV, {W8A8, DYNAMIC}),
-    ("vllm-ascend@0.13.0rc1", QWEN3_VL, Role.QKV, set()),
-    ("vllm-ascend@0.13.0rc2", QWEN3_VL, Role.QKV, ALL),
-    ("vllm-ascend@0.13", QWEN3_VL, Role.VISION_QKV, {W8A8}),
-    ("vllm-ascend@0.14.0rc1", QWEN3_VL, Role.QKV, set()),
-    ("vllm-ascend@0.17.0rc1", QWEN3_VL, Role.QKV, set()),
-    ("vllm-ascend@0.18.0rc1", QWEN3_VL, Role.QKV, set()),
-    ("vllm-ascend@0.18", QWEN3_VL, Role.VISION_QKV, {W8A8, DYNAMIC}),
-    ("vllm-ascend@0.26.0rc1", QWEN3_VL, Role.QKV, ALL),
-    ("vllm-ascend@0.26", QWEN3_VL, Role.QKV, {W8A8, DYNAMIC}),
-    ("vllm-ascend@0.13.0rc1", QWEN3_VL_MOE, Role.EXPERT_UP, {DYNAMIC, W4A8}),
-    ("vllm-ascend@0.15.0rc1", QWEN3_VL_MOE, Role.VISION_QKV, {W8A8}),
-    ("vllm-ascend@0.26", QWEN3_VL_MOE, Role.EXPERT_UP, {DYNAMIC}),
-    ("mindie@2.1.RC1", QWEN2_VL, Role.QKV, {W8A8}),
-    ("mindie@3.0.0", QWEN2_VL, Role.QKV, {W8A8, DYNAMIC}),
-    ("mindie@2.2", QWEN3_VL, Role.QKV, set()),
-    ("mindie@3.0.0alpha1", QWEN3_VL, Role.QKV, set()),
-    ("mindie@3.0.0.beta.1", QWEN3_VL, Role.QKV, {W8A8, DYNAMIC}),
-    ("mindie@3.0.RC1", QWEN3_VL_MOE, Role.EXPERT_DOWN, {DYNAMIC}),
-    ("mindie@3.0.0alpha1", QWEN3, Role.QKV, {W8A8, DYNAMIC}),
-]
-
-
-@pytest.mark.parametrize(("target", "family", "role", "schemes"), VERSIONS)
-def test_schemes_of_a_version(target: str, family: ModelFamily, role: Role, schemes: set[Scheme]) -> None:
-    """Catches an end of a range that is off by one release, and versions without the map of names that load nothing."""
-    assert supported_schemes(target, family, family.layers(role)[0]) == schemes | {FLOAT}
 
 
 def schemes_of(family: ModelFamily, **changes: Scheme) -> dict[str, Scheme]:

@@ -49,8 +49,9 @@ class VllmAscend(Engine):
             # candidates of 0.26, which still load dense 4-bit weights, sort before 0.26.
             Rule(Scheme.W4A8_DYNAMIC, (Role.OUT, Role.UP, Role.DOWN), since="0.11", before="0.26"),
         ),
-        # Needs no row of its own there: vLLM 0.13 to 0.23 pass the quantization to the tower and its merger
-        # (qwen2_vl.py). Up to 0.11 a class of its own pads the weight of the vision qkv, and not its scales.
+        # The engine's table of fused layers has no row for Qwen2-VL, and needs none: vLLM 0.13 to 0.23 pass the
+        # quantization to the tower and its merger (qwen2_vl.py). Up to 0.11 the engine has its own class of the model,
+        # which pads the weight of the vision qkv, and not its scales.
         "qwen2_vl": (
             Rule(Scheme.W8A8, (*VISION_ROLES, Role.MERGER, *DECODER_ROLES), since="0.12.0rc1"),
             Rule(Scheme.W8A8_DYNAMIC, DECODER_ROLES, since="0.12.0rc1", dtypes=ONLY_BFLOAT16),
@@ -65,14 +66,16 @@ class VllmAscend(Engine):
         "qwen3_vl": (
             Rule(Scheme.W8A8, (*VISION_ROLES, Role.MERGER, *DECODER_ROLES), since="0.13.0rc2", before="0.14.0rc1"),
             Rule(Scheme.W8A8, (*VISION_ROLES, Role.MERGER, *DECODER_ROLES), since="0.18"),
+            # Of the tower, 0.13 runs only the mergers per token, because their inputs are 2-D. They have no row here:
+            # by default they are float, and a version that runs them and no vision block per token is of little use.
             Rule(Scheme.W8A8_DYNAMIC, DECODER_ROLES, since="0.13.0rc2", before="0.14.0rc1", dtypes=ONLY_BFLOAT16),
             Rule(Scheme.W8A8_DYNAMIC, (*VISION_ROLES, Role.MERGER, *DECODER_ROLES), since="0.18", dtypes=ONLY_BFLOAT16),
             # q/k/v have no bias.
             Rule(Scheme.W4A8_DYNAMIC, DECODER_ROLES, since="0.13.0rc2", before="0.14.0rc1"),
             Rule(Scheme.W4A8_DYNAMIC, DECODER_ROLES, since="0.18", before="0.26"),
         ),
-        # Has its row and its map of names in every tag from 0.13.0rc1 on. No version that has them registers static
-        # W8A8 for experts (quantization/methods, "moe").
+        # Every tag from 0.13.0rc1 on has a row for Qwen3-VL-MoE in the table of fused layers, and a map of its names.
+        # None of these tags registers static W8A8 for experts (quantization/methods, "moe").
         "qwen3_vl_moe": (
             Rule(Scheme.W8A8, (*VISION_ROLES, Role.MERGER, *DECODER_ROLES), since="0.13.0rc1"),
             Rule(Scheme.W8A8_DYNAMIC, (*DECODER_ROLES, *EXPERT_ROLES), since="0.13.0rc1", dtypes=ONLY_BFLOAT16),
@@ -81,7 +84,8 @@ class VllmAscend(Engine):
             Rule(Scheme.W4A8_DYNAMIC, DECODER_ROLES, since="0.13.0rc1", before="0.26"),
             Rule(Scheme.W4A8_DYNAMIC, EXPERT_ROLES, since="0.13.0rc1", before="0.26", dtypes=ONLY_BFLOAT16),
         ),
-        # Need no row of their own there: vLLM's classes name the fused layers (qwen2.py, qwen3.py, 0.13).
+        # The table of fused layers has no rows for Qwen2 and Qwen3, and needs none: vLLM's classes name their fused
+        # layers (qwen2.py, qwen3.py, 0.13).
         "qwen2": (
             Rule(Scheme.W8A8, DECODER_ROLES, since="0.11"),
             Rule(Scheme.W8A8_DYNAMIC, DECODER_ROLES, since="0.11", dtypes=ONLY_BFLOAT16),

@@ -14,7 +14,7 @@ from vlqc.families.qwen3_vl_moe import QWEN3_VL_MOE
 from vlqc.targets.engine import Rule
 from vlqc.targets.mindie import MINDIE
 from vlqc.targets.precision import choose_scheme
-from vlqc.targets.rules import folder_type, group_faults, layer_faults, supported_schemes
+from vlqc.targets.rules import folder_type, group_faults, layer_faults
 from vlqc.targets.schemes import Scheme
 from vlqc.targets.versions import supporting_versions
 from vlqc.targets.vllm_ascend import VLLM_ASCEND, VllmAscend

@@ -103,7 +103,8 @@ class MindIE(Engine):
             Rule(Scheme.W8A8, (*QUANTIZED_VISION, Role.QKV, Role.OUT), since="3.0.0.beta.1"),
             Rule(Scheme.W8A8_DYNAMIC, EXPERT_ROLES, since="3.0.0.beta.1"),
         ),
-        # Two loaders: modeling_qwen2.py in 3.0.0alpha1, runtime/layers/quantization/ms_model_slim from 3.0.0.beta.1 on.
+        # Text models have two loaders: modeling_qwen2.py in 3.0.0alpha1, and from 3.0.0.beta.1 on
+        # runtime/layers/quantization/ms_model_slim.
         "qwen2": (
             Rule(Scheme.W8A8, DECODER_ROLES, since="3.0.0alpha1"),
             Rule(Scheme.W8A8_DYNAMIC, DECODER_ROLES, since="3.0.0alpha1"),

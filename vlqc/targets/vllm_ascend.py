@@ -101,7 +101,8 @@ class VllmAscend(Engine):
     norm_bias_parts = (Part.LANGUAGE,)
 
     def group_faults(self, family: ModelFamily, schemes: Mapping[str, Scheme]) -> list[Fault]:
-        """One scheme for all experts of a layer: it takes that of expert 0 for all (row of packed modules)."""
+        """One scheme for all experts of a layer: the engine looks up the entries of expert 0, and runs all in its
+        scheme."""
         first: dict[str | None, str] = {}
         faults = []
         for layer, scheme in schemes.items():

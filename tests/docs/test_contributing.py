@@ -78,6 +78,9 @@ def test_a_family_that_no_engine_has(folder: Path) -> None:
     code = (folder / "made_up_family.py").read_text(encoding="utf-8")
     (folder / "made_up_family.py").write_text(code.replace('engine_rows = "qwen2_vl"', 'engine_rows = ""'))
     result = vlqc.compile(model_path="float", save_directory="out", calib_images=PHOTOS, family=FAMILY)
-    assert any("no version of MindIE loads W8A8" in note for note in result.notes)
+    refusals = [note for note in result.notes if "loads W8A8 of MadeUp-VL" in note]
+    assert len(refusals) == 2 and all(f"set `engine_rows` of {FAMILY}" in note for note in refusals)
+    assert result.serve == []
     verified = vlqc.verify_folder("out")
-    assert verified.ok and any(warning.what == "no version loads the folder" for warning in verified.warnings)
+    (warning,) = (warning for warning in verified.warnings if warning.what == "no version loads the folder")
+    assert verified.ok and "engine_rows" in warning.fix

@@ -122,13 +122,14 @@ def _strict(options: OptionFields) -> Iterator[Fault]:
     if not options.strict_target or options.exclude:
         return
     from vlqc.families.registry import find_family
-    from vlqc.targets.advice import incompatibilities
+    from vlqc.targets.advice import incompatibilities, missing_rows_fix
 
     family = find_family(_config(options.model_path))
     if family is None:  # an error when the checkpoint is opened
         return
     for sentence in incompatibilities(options.engine_target, family, options.scheme, scope=options.w4a8_scope):
-        fix = "remove --strict_target, or use another --target or scheme (--w_bit, --is_dynamic, --w4a8_scope)"
+        other = missing_rows_fix(family) or "use another --target or scheme (--w_bit, --is_dynamic, --w4a8_scope)"
+        fix = f"remove --strict_target, or {other}"
         yield Fault(f"--strict_target with {options.scheme} for {options.engine_target}", why=sentence, fix=fix)
 
 

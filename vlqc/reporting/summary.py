@@ -31,7 +31,7 @@ from vlqc.reporting.html.collector import StageMetrics
 from vlqc.reporting.html.command_line import command, replace_paths
 from vlqc.reporting.html.schema import ReportData, Timings, installed_version, machine, rounded
 from vlqc.reporting.tables import is_warning, labeled_lines, layer_table
-from vlqc.targets.advice import engine_notes, incompatibilities, serve_commands
+from vlqc.targets.advice import engine_notes, incompatibilities, missing_rows_fix, serve_commands
 from vlqc.targets.schemes import Scheme
 from vlqc.targets.versions import loading_engines
 from vlqc.verify import verify_unfinished
@@ -48,7 +48,8 @@ class Result(JupyterMixin):
     bytes_before, bytes_after: size of all weight files of the float checkpoint and of the compiled folder.
     seconds: wall time. peak_memory_bytes: largest resident set of this process.
     notes: messages to the user; those of several lines are warnings.
-    engines: versions of inference engines that load the folder, as text. serve: one command or setting per engine.
+    engines: versions of inference engines that load the folder, as text. serve: one command or setting per engine of
+    the target; none if no engine loads the folder.
     passes: seconds per pass, summed over stages.
     precision: with --fallback auto, the scheme that the search chose for every group of layers.
     predicted_sqnr: with --fallback auto, SQNR of the logits in dB, predicted from the noise of all groups. It is
@@ -109,7 +110,7 @@ def target_warnings(options: Options, family: ModelFamily, dtype: torch.dtype) -
     name = str(dtype).removeprefix("torch.")
     target = (options.engine_target, family, options.scheme, name)
     refusals = incompatibilities(*target, scope=options.w4a8_scope)
-    why, fix = "the folder is written anyway", "see --target, --strict_target"
+    why, fix = "the folder is written anyway", missing_rows_fix(family) or "see --target, --strict_target"
     notes = [str(Fault(sentence, why=why, fix=fix)) for sentence in refusals]
     others = engine_notes(*target, group_size=options.group_size, scope=options.w4a8_scope)
     notes += [sentence for sentence in others if sentence not in refusals]
@@ -284,6 +285,7 @@ class CompilationSummary:
         description = read_description(folder)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         dtype = str(emitted_dtype(self.checkpoint.dtype)).removeprefix("torch.")
+        engines = loading_engines(description, dtype, config)
         if self.options.timings is not None:
             self._timings(passes).write(self.options.timings)
         return Result(
@@ -294,8 +296,8 @@ class CompilationSummary:
             seconds=time.perf_counter() - self._started,
             peak_memory_bytes=peak_memory(),
             notes=self.notes,
-            engines=loading_engines(description, dtype, config),
-            serve=serve_commands(self.options.engine_target, folder.resolve()),
+            engines=engines,
+            serve=serve_commands(self.options.engine_target, folder.resolve()) if engines else [],
             passes=passes,
             precision=self.search_result.table() if self.search_result else [],
             predicted_sqnr=self.search_result.sqnr if self.search_result else None,

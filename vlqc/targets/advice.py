@@ -3,9 +3,11 @@
 from pathlib import Path
 
 from vlqc.families.family import ModelFamily
+from vlqc.families.registry import GUIDE
+from vlqc.import_paths import import_path
 from vlqc.targets.precision import choose_scheme
 from vlqc.targets.schemes import Scheme
-from vlqc.targets.target import Target, TargetLike, as_target
+from vlqc.targets.target import ENGINES, Target, TargetLike, as_target
 from vlqc.targets.versions import supporting_versions
 
 
@@ -22,7 +24,7 @@ def incompatibilities(
     for engine in target.engines:
         versions = supporting_versions(engine, family, default_schemes(target, family, scheme, scope), dtype)
         if versions is None:
-            where = engine.unsupported_where(family, scheme)
+            where = engine.unsupported_where(family, scheme) if engine.rules_of(family) else f" of {family.title}"
             if supporting_versions(engine, family, default_schemes(target, family, scheme, scope), "bfloat16"):
                 where = f" of a {dtype} model (bfloat16 only)"
             elif supporting_versions(engine, family, default_schemes(target, family, scheme, "engine"), dtype):
@@ -53,6 +55,13 @@ def engine_notes(
         elif versions.since != engine.first_version(family):
             notes.append(f"{versions} load {scheme}, earlier versions do not")
     return notes + [note for engine in target.engines for note in engine.scheme_notes(family, scheme, group_size)]
+
+
+def missing_rows_fix(family: ModelFamily) -> str:
+    """What to do about a family for which no engine has rules; empty for other families."""
+    if any(engine.rules_of(family) for engine in ENGINES):
+        return ""
+    return f"set `engine_rows` of {import_path(type(family))}, or add rules for {family.name}, see {GUIDE}"
 
 
 def serve_commands(target: TargetLike, folder: str | Path) -> list[str]:

@@ -26,6 +26,17 @@ def test_a_correct_folder_passes(tmp_path: Path, dtype: str, tied: bool, both: b
     assert result.examined["tensors"] == len(content.tensors)
 
 
+def test_a_model_type_without_a_family_is_one_fault(tmp_path: Path) -> None:
+    """Catches findings that only follow from the missing family, which hide what is wrong."""
+    content = make_content()
+    content.config["model_type"] = "nonsense"
+    path = content.write(tmp_path / "out")
+    (path / "preprocessor_config.json").unlink()
+    result = verify_folder(path)
+    assert [(fault.check, fault.what) for fault in result.faults] == [("config", "unsupported model type 'nonsense'")]
+    assert result.warnings == [] and "layers per scheme" not in result.facts
+
+
 # ---- damaged content: name, change, check that must fail, what the fault must name --------------------------------
 
 

@@ -81,17 +81,19 @@ def check_config(folder: FinishedFolder, model: ModelStructure, target: Target, 
 # ---- quant_model_description*.json -----------------------------------------------------------------------------------
 
 
-def check_description_keys(folder: FinishedFolder, result: VerificationResult) -> str:
+def check_description_keys(folder: FinishedFolder, result: VerificationResult, *, has_model: bool) -> str:
     """Checks the header and unknown keys -> the folder's type.
 
-    The type follows from the schemes; it is model_quant_type if nothing is quantized.
+    The type follows from the schemes; it is model_quant_type if nothing is quantized. has_model: whether config.json
+    describes a model; otherwise the schemes are unknown, and that is a fault already.
     """
     description, where = folder.description, folder.description_name
     claimed = description.get("model_quant_type")
     if not description:
         return folder.quant_type
     if not folder.quant_type.is_quantized and isinstance(claimed, str):
-        result.add_warning("description", where, "no layer is quantized")
+        if has_model:
+            result.add_warning("description", where, "no layer is quantized")
         return claimed
     result.add_faults("description", folder.layout.header_faults(folder))
     for key, value in description.items():

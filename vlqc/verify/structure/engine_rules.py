@@ -4,6 +4,7 @@ import re
 
 from vlqc.errors import Fault
 from vlqc.families.family import ModelFamily
+from vlqc.targets.advice import missing_rows_fix
 from vlqc.targets.engine import FinishedFolder
 from vlqc.targets.rules import group_faults, layer_faults, mixed_group_faults, supported_schemes
 from vlqc.targets.target import ENGINES, Target
@@ -34,14 +35,15 @@ def check_engine_rules(
             supported, title = versions[engine], target.title(engine)
             if supported is None:
                 what, why = f"no version of {engine.title} loads the folder", layers[0].why if layers else ""
-                result.add_fault(CHECK, str(folder.path), what, why, f"compile again with --target {engine}")
+                fix = missing_rows_fix(family) or f"compile again with --target {engine}"
+                result.add_fault(CHECK, str(folder.path), what, why, fix)
             elif target.version and target.version not in supported:
                 what, why = f"{title} does not load the folder", f"supported: {supported}"
                 result.add_fault(CHECK, str(folder.path), what, why, f"compile again with --target {target}")
         faults = layers + group_faults(target, family, schemes)
     else:
         why = f"{layers[0].what}: {layers[0].why}" if layers else ""
-        fix = "compile again with --target and the engine that will serve the folder"
+        fix = missing_rows_fix(family) or "compile again with --target and the engine that will serve the folder"
         result.add_warning(CHECK, str(folder.path), "no version loads the folder", why, fix)
         faults = [fault for fault in layers if _is_never_quantized(family, fault.where)] + mixed_group_faults(
             target, family, schemes

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlqc.families.family import ModelFamily
-from vlqc.families.registry import FAMILIES
+from vlqc.families.registry import FAMILIES, find_family
 from vlqc.formatting import pluralize
 from vlqc.frontend.model_structure import ModelStructure
 from vlqc.targets.engine import FinishedFolder
@@ -84,9 +84,10 @@ def check_structure(
     model = check_model(files, result, trust_remote_code=trust_remote_code)
     schemes = _schemes(files, model, result) if model else {}
     finished = _finished_folder(files, model, schemes)
-    type_name = check_description_keys(finished, result).lower()
+    type_name = check_description_keys(finished, result, has_model=model is not None).lower()
     form = StorageFormat(float_dtype, packed=files.layout.packs_int4, group_size=group_size(finished, result))
-    has_images = model is None or model.family.image_format is not None
+    family = find_family(files.config)
+    has_images = not files.config or (family is not None and family.image_format is not None)
     check_files(files, type_name, result, has_images=has_images)
     if model:
         check_config(finished, model, claimed, result)
@@ -226,6 +227,6 @@ def _facts(files: FolderFiles, dtype: str, schemes: Mapping[str, Scheme], form: 
         "tensors": len(files.tensors),
         "bytes": sum(tensor.nbytes for tensor in files.tensors.values()),
         "float dtype": dtype,
-        "layers per scheme": counts,
     }
+    facts |= {"layers per scheme": counts} if counts else {}
     return facts | ({"group size": form.group_size} if form.group_size else {})

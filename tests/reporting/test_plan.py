@@ -1,10 +1,12 @@
 """vlqc.reporting.plan against a compilation with the same options."""
 
+import io
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
+from rich.console import Console
 from torch import Tensor
 
 import vlqc
@@ -69,7 +71,9 @@ def test_plan_of_a_text_only_model(tmp_path: Path) -> None:
     plan = plan_compilation(model_path=tmp_path / "model", calib_images=source)
     assert plan.patches == 0 < plan.tokens and plan.seconds > 0
     assert {part for part, _ in plan.counts} == {"language", "other"}
-    assert not any("image" in note for note in plan.notes)
+    written = io.StringIO()
+    plan.render(Console(file=written, width=200))
+    assert f"{plan.tokens} tokens" in written.getvalue() and "image" not in written.getvalue()
     result = trace(tmp_path / "model", Dumper(tmp_path / "dump", stages=("model.layers.1",)))
     assert result.stages == ("model.layers.1",)
 

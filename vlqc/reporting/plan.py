@@ -79,9 +79,10 @@ class CompilationPlan:
         """Prints the plan."""
         console.print(layer_table("Planned schemes", self.counts))
         too_small = " (not enough)" if self.disk_free < self.disk_needed else ""
+        patches = f", {self.patches} image patches" if self.patches else ""
         rows = [
             ("size", f"{format_bytes(self.bytes_before)} -> {format_bytes(self.bytes_after)}"),
-            ("calibration", f"{pluralize(self.tokens, 'token')}, {self.patches} image patches"),
+            ("calibration", f"{pluralize(self.tokens, 'token')}{patches}"),
             ("memory", f"about {format_bytes(self.memory)}"),
             ("time", f"about {format_duration(self.seconds)} on this machine at its current load"),
             ("disk", f"{format_bytes(self.disk_needed)} of {format_bytes(self.disk_free)} free{too_small}"),

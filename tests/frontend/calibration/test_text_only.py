@@ -28,7 +28,8 @@ def test_prompts_and_responses(tmp_path: Path, model_type: str) -> None:
     model = write_text_checkpoint(tmp_path / "model", model_type)
     entries = [{"prompt": "What is 2 + 3?"}, {"prompt": "Größe?", "response": "5 <|image_pad|>"}, {"prompt": "a"}]
     calibration = load_samples(model, lines(tmp_path / "q.jsonl", *entries))
-    assert calibration.notes == []
+    (note,) = calibration.notes
+    assert note.startswith("3 calibration prompts") and "image" not in note
     assert all(sample.keys() == {"input_ids", "attention_mask"} for sample in calibration.samples)
     expected = [byte_ids(chat(entry["prompt"], entry.get("response"))) for entry in entries]
     assert [sample["input_ids"][0].tolist() for sample in calibration.samples] == expected
@@ -42,7 +43,17 @@ def test_the_form_without_a_template(tmp_path: Path, model_type: str, system: st
     calibration = load_samples(model, lines(tmp_path / "q.jsonl", {"prompt": "Hi", "response": "Ho"}, {"prompt": "Hi"}))
     first, second = (sample["input_ids"][0].tolist() for sample in calibration.samples)
     assert first == byte_ids(chat("Hi", "Ho", system)) and second == byte_ids(chat("Hi", None, system))
-    assert len(calibration.notes) == 1 and "no chat template" in calibration.notes[0]
+    assert len(calibration.notes) == 2 and "no chat template" in calibration.notes[0]
+
+
+def test_the_number_of_prompts(tmp_path: Path) -> None:
+    """Catches a note about few prompts where there are enough, and none where there are not."""
+    model = write_text_checkpoint(tmp_path / "model")
+    counts = {}
+    for count in (1, 29, 30, 31):
+        source = lines(tmp_path / f"{count}.jsonl", *({"prompt": f"{number} + 1"} for number in range(count)))
+        counts[count] = len(load_samples(model, source).notes)
+    assert counts == {1: 1, 29: 1, 30: 0, 31: 0}
 
 
 @FAMILIES
@@ -61,7 +72,8 @@ def test_images_are_refused(tmp_path: Path, model_type: str, source: str) -> Non
     with pytest.raises(UserError) as caught:
         load_samples(model, paths[source])
     (fault,) = caught.value.faults
-    assert str(paths[source]) in fault.what and '.jsonl with lines such as {"prompt"' in fault.fix
+    assert str(paths[source]) in fault.what and ("default" in fault.what) == (source == "default")
+    assert '.jsonl with lines such as {"prompt"' in fault.fix
 
 
 def test_every_bad_line_is_named(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from vlqc.frontend.distributed import current_process_group
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.options.options import Options
 
-RECOMMENDED_IMAGES = 30
+RECOMMENDED = 30  # images, or prompts of text-only models
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def load_samples(
     if max_samples is not None and max_samples < len(sources):
         notes.append(f"calibrated on {len(samples)} of {len(sources)} samples, selected with --seed {seed}")
     ordered = [sample for _, sample in sorted(samples.items())]
-    notes += _video_notes(calib_images) + _resize_notes(ordered, max_tokens) + _image_count_notes(ordered, inputs)
+    notes += _video_notes(calib_images) + _resize_notes(ordered, max_tokens) + _count_notes(ordered, inputs)
     return CalibrationDataset([sample.tensors for sample in ordered], processor.notes + notes)
 
 
@@ -245,12 +245,10 @@ def _resize_notes(samples: list[_Sample], max_tokens: int | None) -> list[str]:
     return [f"{resized} of {pluralize(images, 'image')} resized to keep samples within {max_tokens} tokens"]
 
 
-def _image_count_notes(samples: list[_Sample], inputs: TextInputs) -> list[str]:
-    images = sum(sample.images for sample in samples)
-    if inputs.processing is None:
-        return []
-    if images == 0:
+def _count_notes(samples: list[_Sample], inputs: TextInputs) -> list[str]:
+    has_images = inputs.processing is not None
+    count = sum(sample.images for sample in samples) if has_images else len(samples)
+    if count == 0:
         return ["no sample has an image: the vision tower has no activations to calibrate on"]
-    if images < RECOMMENDED_IMAGES:
-        return [f"{pluralize(images, 'calibration image')}: {RECOMMENDED_IMAGES} varied ones are recommended"]
-    return []
+    kind = "calibration image" if has_images else "calibration prompt"
+    return [f"{pluralize(count, kind)}: {RECOMMENDED} varied ones are recommended"] if count < RECOMMENDED else []

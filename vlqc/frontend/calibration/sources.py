@@ -9,6 +9,7 @@ from vlqc.errors import Fault, UserError
 from vlqc.files import parse_json
 from vlqc.formatting import did_you_mean
 from vlqc.frontend.calibration.images import IMAGE_SUFFIXES, is_image, is_video
+from vlqc.options.fields import OptionFields
 
 PROMPT = "Please describe this picture in detail."
 LINE_KEYS = ("image", "prompt", "response")
@@ -37,8 +38,8 @@ def list_samples(source: Path, text_only: str | None = None) -> list[SampleSourc
     """
     if text_only is not None and not (source.suffix.lower() == ".jsonl" and source.is_file()):
         why = f"{text_only} has no vision tower: it is calibrated with prompts"
-        raise UserError(Fault(f"--calib_images {source} is not a .jsonl file", why=why, fix=TEXT_KINDS))
-    what, suffixes = f"--calib_images {source}", " ".join(IMAGE_SUFFIXES)
+        raise UserError(Fault(f"{_named(source)} is not a .jsonl file", why=why, fix=TEXT_KINDS))
+    what, suffixes = _named(source), " ".join(IMAGE_SUFFIXES)
     if source.is_dir():
         images = [path for path in sorted(source.iterdir()) if is_image(path) and not path.is_dir()]
         if not images:
@@ -58,6 +59,12 @@ def list_samples(source: Path, text_only: str | None = None) -> list[SampleSourc
     if is_video(source):
         raise UserError(Fault(what, why=NO_VIDEOS, fix=KINDS))
     raise UserError(Fault(what, why=f"it is neither a folder, nor .jsonl, nor one of {suffixes}", fix=KINDS))
+
+
+def _named(source: Path) -> str:
+    """The option and its value, with a remark if the user may not have given it."""
+    is_default = source == OptionFields.model_fields["calib_images"].default
+    return f"--calib_images {source}{' (the default)' if is_default else ''}"
 
 
 def _read_json_lines(source: Path, text_only: str | None) -> list[SampleSource]:

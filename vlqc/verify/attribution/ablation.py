@@ -234,7 +234,8 @@ class _Ablation:
         width = self.model.embedding.get_parameter("weight").shape[1]
         held = sum(len(self.modality[run.sample]) for run in self.runs) * width * 4
         work = f"{self.expected_stage_runs()} stage runs, {format_bytes(held)} of hidden states"
-        return f"{text} text and {image} image tokens, {pluralize(len(self.groups), 'group')}: {work}"
+        tokens = f"{text} text and {image} image tokens" if image else pluralize(text, "token")
+        return f"{tokens}, {pluralize(len(self.groups), 'group')}: {work}"
 
     def expected_stage_runs(self) -> int:
         return sum(

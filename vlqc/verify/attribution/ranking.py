@@ -57,10 +57,11 @@ def add_ranking(attribution: Attribution, compiled: CompiledFolder, result: Veri
             f"errors {effect} each other, so rely on the gain more than on the share"
         )
     result.facts[LEGEND] = (
-        "alone, text, image: SQNR of the logits of the float model with only this group quantized; share: part of the "
-        "folder's error that this causes; gain: of the folder's logits with only this group float; inputs: part of the "
-        "group's own error that comes from rounding its inputs, not its weights; MiB: what the folder grows by if the "
-        "group is float"
+        f"{', '.join(['alone', *_modalities(signal)])}: SQNR of the logits of the float model with only this group "
+        "quantized; share: the error of these logits relative to the folder's, where errors that add to or cancel each "
+        "other make the sum differ from 100 %; gain: of the folder's logits with only this group float; inputs: part of "
+        "the group's own error that comes from rounding its inputs, not its weights; MiB: what the folder grows by if "
+        "the group is float"
     )
     rows = {group: _row(group, attribution, compiled) for group in ranked}
     result.facts[RANKING] = [row | {"gain rank": by_gain.index(group) + 1} for group, row in rows.items()]
@@ -86,10 +87,13 @@ def _row(group: LayerGroup, attribution: Attribution, compiled: CompiledFolder) 
 
 
 def _by_modality(signal: ModalityPower, noise: ModalityPower) -> dict[str, Any]:
-    """SQNR of the logits of text tokens and of image tokens; "-" where the samples have none."""
-    return {
-        f"{name} dB": _sqnr(signal.power[name], noise.power[name]) if signal.power[name] else "-" for name in MODALITIES
-    }
+    """SQNR of the logits of text tokens and of image tokens, as far as the samples have them."""
+    return {f"{name} dB": _sqnr(signal.power[name], noise.power[name]) for name in _modalities(signal)}
+
+
+def _modalities(signal: ModalityPower) -> list[str]:
+    """Those that the samples have."""
+    return [name for name in MODALITIES if signal.power[name]]
 
 
 def _float_cost(layers: Sequence[str], compiled: CompiledFolder) -> int:
@@ -118,7 +122,7 @@ def _percent(part: float, whole: float) -> float:
 def _add_advice(
     result: VerificationResult,
     rank: int,
-    row: Mapping[str, object],
+    row: Mapping[str, Any],
     layers: Sequence[str],
     compiled: CompiledFolder,
     error: GroupError,
@@ -128,12 +132,15 @@ def _add_advice(
     row: of the ranking; layers: the group's members; compiled: the folder.
     """
     scheme, target = compiled.schemes[layers[0]], parse_target(result.engine)
-    what = (
-        f"{rank}. {row['group']} ({scheme}) causes {row['share %']} % of the logits' error; keeping it in float raises "
-        f"their SQNR by {row['gain dB']} dB"
-    )
     options = _measured_options(layers, scheme, compiled.family, target, error)
-    options.append(_exclusion(row, layers, compiled, target))
+    effect = "does not raise the SQNR of the folder's logits"
+    if row["gain dB"] > 0:
+        effect = f"raises the SQNR of the folder's logits by {row['gain dB']} dB"
+        options.append(_exclusion(row, layers, compiled, target))
+    what = (
+        f"{rank}. {row['group']} ({scheme}): with only this group quantized, the logits' error is {row['share %']} % "
+        f"of the folder's; keeping it in float {effect}"
+    )
     why, fix = "; ".join(_causes(error, scheme)), "; ".join(options)
     result.advice.append(Finding(CHECK, str(row["group"]), what, why, fix))
 

@@ -60,8 +60,8 @@ def add_ranking(attribution: Attribution, compiled: CompiledFolder, result: Veri
         f"{', '.join(['alone', *_modalities(signal)])}: SQNR of the logits of the float model with only this group "
         "quantized; share: the error of these logits relative to the folder's, where errors that add to or cancel each "
         "other make the sum differ from 100 %; gain: of the folder's logits with only this group float; inputs: part "
-        "of the group's own error that comes from rounding its inputs, not its weights; MiB: what the folder grows by if "
-        "the group is float"
+        "of the group's own error that comes from rounding its inputs, not its weights; MiB: what the folder grows by "
+        "if the group is float"
     )
     rows = {group: _row(group, attribution, compiled) for group in ranked}
     result.facts[RANKING] = [row | {"gain rank": by_gain.index(group) + 1} for group, row in rows.items()]

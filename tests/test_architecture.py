@@ -75,7 +75,7 @@ LAYER_NAMES = re.compile(
 MODEL_KEYS = re.compile(
     r"vision_config|text_config|(image|video)_token_id|vision_(start|end|token)|spatial_merge|merge_size|patch_size"
     r"|pixel_values|(image|video)_grid|mm_token|hidden_size|num_hidden_layers|num_attention|num_key_value|num_experts"
-    r"|intermediate_size|vocab_size|tie_word|rope_|mrope|head_dim|embed_dim|out_hidden|image_pad"
+    r"|intermediate_size|vocab_size|tie_word|rope_|mrope|head_dim|embed_dim|out_hidden|image_pad|torch_dtype"
 )
 
 

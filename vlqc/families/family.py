@@ -42,6 +42,7 @@ VISION_ROLES = (Role.VISION_QKV, Role.VISION_PROJ, Role.VISION_UP, Role.VISION_D
 DECODER_ROLES = (Role.QKV, Role.OUT, Role.UP, Role.DOWN)
 EXPERT_ROLES = (Role.EXPERT_UP, Role.EXPERT_DOWN)
 
+DTYPE_KEYS = ("torch_dtype", "dtype")  # of the dtype, in transformers 4 and 5
 LAYERS = 1 << 16  # names to remember: models with experts have some 20,000 linear layers, which rules go through often
 
 
@@ -52,6 +53,11 @@ class Part(StrEnum):
     MERGER = "merger"
     LANGUAGE = "language"
     OTHER = "other"
+
+
+def dtype_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of config.json, or of an object in it, under one of DTYPE_KEYS."""
+    return {key: config[key] for key in DTYPE_KEYS if key in config}
 
 
 def part_title(part: str) -> str:
@@ -263,11 +269,16 @@ class ModelFamily(ABC):
         for the checkpoint."""
         return dict(config)
 
+    def dtypes(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Keys of config.json that state the dtype of the float tensors -> their values, which must be equal.
+
+        One key, with None, if there is none.
+        """
+        return dtype_keys(config) or {DTYPE_KEYS[0]: None}
+
     def set_dtype(self, config: dict[str, Any], dtype: str) -> None:
         """Writes the dtype of the float tensors, "bfloat16" or "float16", into config.json, in place."""
-        for key in ("torch_dtype", "dtype"):
-            if key in config or key == "torch_dtype":
-                config[key] = dtype
+        config |= dict.fromkeys((DTYPE_KEYS[0], *dtype_keys(config)), dtype)
 
     # ---- inputs ------------------------------------------------------------------------------------------------------
 

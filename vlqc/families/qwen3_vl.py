@@ -22,7 +22,7 @@ from vlqc.families.config_values import (
     TextConfig,
     rope_keys,
 )
-from vlqc.families.family import ModelFamily, Part, Role
+from vlqc.families.family import ModelFamily, Part, Role, dtype_keys
 from vlqc.families.inputs.input_format import ImageFormat
 
 BLOCKS, DEEPSTACK = "model.visual.blocks.", "model.visual.deepstack_merger_list."
@@ -184,6 +184,11 @@ class Qwen3VL(ModelFamily):
     def is_tied(self, config: Mapping[str, Any]) -> bool:
         """The key in `text_config` takes precedence, as in the engines and transformers 4."""
         return bool(self.text_config(config).get("tie_word_embeddings", config.get("tie_word_embeddings", False)))
+
+    def dtypes(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Those at the top and in `text_config`; engines read the one or the other."""
+        text = {f"text_config.{key}": value for key, value in dtype_keys(self.text_config(config)).items()}
+        return dtype_keys(config) | text or super().dtypes(config)
 
     def set_dtype(self, config: dict[str, Any], dtype: str) -> None:
         """At the top and in `text_config`, where engines read it."""

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from vlqc.errors import Fault, UserError
-from vlqc.families.family import ModelFamily
+from vlqc.families.family import DTYPE_KEYS, ModelFamily
 from vlqc.families.layer_names import layer_pattern, matches_any
 from vlqc.families.registry import family_of
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
@@ -64,7 +64,7 @@ def build_meta_model(folder: Path, config: dict[str, Any], *, trust_remote_code:
     where = str(folder / "config.json")
     family = family_of(config, where)
     model_class = _model_class(folder, family, config, trust_remote_code)
-    dtype = {"dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype": torch.float32}
+    dtype = {DTYPE_KEYS[int(transformers.__version__.split(".")[0]) >= 5]: torch.float32}
     try:
         if trust_remote_code and "AutoConfig" in config.get("auto_map", {}):
             parsed = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=True)

@@ -271,7 +271,9 @@ def tied_head(engine: Engine, family: ModelFamily, config: Mapping[str, Any]) ->
         return []
     head = f"{family.output_head}.weight"
     why = f"{engine.title} loads {head} of {family.title} in any case, and a tied checkpoint has none"
-    fix = f"in the float checkpoint store a copy of the embedding as {head}, and set tie_word_embeddings to false"
+    fix = (
+        f"store a copy of the embedding as {head} in the float checkpoint, and set both as not tied in its config.json"
+    )
     return [Fault("the output head is tied to the embedding", "config.json", why, f"{fix}; then compile again")]
 
 

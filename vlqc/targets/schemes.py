@@ -31,7 +31,7 @@ class StorageFormat:
     """What dtypes and shapes of a folder's tensors depend on besides the model.
 
     float_dtype: safetensors code of the float tensors, "BF16" or "F16"; packed: whether two rows of 4-bit weights share
-    their bytes and come with a scale_bias (vLLM Ascend), or take bytes of their own (MindIE); group_size: of weights
+    their bytes and come with a scale_bias, or take bytes of their own (`Engine.packs_int4`); group_size: of weights
     with groups, 0 without any.
     """
 
@@ -267,7 +267,7 @@ class Scheme(StrEnum):
         module="quant_linear:GroupQuantLinear",
         substitute="W8A8_DYNAMIC",
         alternatives=("W8A8_DYNAMIC", "FLOAT"),
-        output_multiple=8,  # vLLM Ascend's int4 operator reads eight outputs at a time
+        output_multiple=8,  # operators that take packed int4 weights read eight outputs at a time
         naming_priority=3,
     )
     FLOAT = SchemeSpec(

@@ -99,6 +99,8 @@ CONTENT_DAMAGES: dict[str, tuple[Change, str, str]] = {
     ),
     "quantization_config": (lambda c: c.config.update({"quantization_config": {}}), "config", "quantization_config"),
     "a float32 config": (lambda c: c.config.update({"torch_dtype": "float32"}), "config", "torch_dtype"),
+    "two dtypes": (lambda c: c.config.update({"dtype": "float16"}), "config", "dtype is 'float16'"),
+    "a list as dtype": (lambda c: c.config.update({"torch_dtype": ["bfloat16"]}), "config", "torch_dtype"),
     "no dtype": (lambda c: c.config.pop("torch_dtype"), "config", "torch_dtype"),
     "a size as text": (lambda c: c.config.update({"hidden_size": "64"}), "config", "hidden_size"),
     "heads that do not fit": (lambda c: c.config.update({"num_key_value_heads": 3}), "config", "num_key_value_heads"),

@@ -104,7 +104,7 @@ def _open_weights(file: Path, tensors: dict[str, StoredTensor], result: Verifica
                 "files",
                 file.name,
                 f"tensor {name!r} is also in {tensors[name].file.name}",
-                "MindIE rejects a tensor in two files, vLLM Ascend keeps the one it reads last",
+                "engines reject a tensor in two files, or keep the one that they read last",
                 COMPILE_AGAIN,
             )
         tensors[name] = tensor
@@ -125,7 +125,7 @@ def check_files(folder: FolderFiles, type_name: str, result: VerificationResult,
                 "files",
                 name,
                 f"{name} does not belong to a compiled folder",
-                "engines load every *.safetensors file, and vLLM Ascend ignores all files that are not listed in a "
+                "engines load every *.safetensors file, and may ignore all files that are not listed in a "
                 "model.safetensors.index.json",
                 "remove it",
             )
@@ -179,7 +179,7 @@ def _check_numbers(names: list[str], result: VerificationResult) -> None:
             "files",
             format_list(names),
             f"missing weight files: {format_list(missing)} of {max(totals)}",
-            "vLLM Ascend loads the folder without an error and runs their layers on uninitialized memory",
+            "an engine may load the folder without an error and run their layers on uninitialized memory",
             COPY_AGAIN,
         )
 

@@ -5,7 +5,7 @@ group scales. So one wrong byte in a scale, an offset, deq_scale, quant_bias or 
 weight is detected through quant_bias wherever input_offset is not 0, one in a packed 4-bit weight through scale_bias.
 
 Not detectable without the float model: an int8 weight of a layer whose input_offset is 0 or whose scheme is
-W8A8_DYNAMIC; a 4-bit weight in MindIE's layout; a bias that is stored as a tensor, or that changes by less than half a
+W8A8_DYNAMIC; 4-bit weights that are not packed; a bias that is stored as a tensor, or that changes by less than half a
 step of deq_scale; a per-token scale that stays a value of its dtype; float tensors that stay finite. If the description
 says that mean errors are compensated, neither is a quant_bias that is off by a multiple of CORRECTION_STEP.
 """
@@ -280,6 +280,6 @@ def _check_group(folder: CompiledFolder, group: tuple[str, ...], result: Verific
                 "groups",
                 names[0],
                 "; ".join(f"{name.split('.')[-2]} has {suffix} {value!r}" for name, value in values.items()),
-                "it is one matrix product: vLLM Ascend keeps the last member's value, MindIE rejects a difference",
+                "it is one matrix product: engines keep the value of the last member, or reject a difference",
                 COMPILE_AGAIN,
             )

@@ -1,11 +1,11 @@
 """Checks the keys of config.json and quant_model_description*.json that apply to the whole folder."""
 
 from vlqc.errors import UserError
-from vlqc.families.registry import family_of, find_family
+from vlqc.families.registry import FAMILIES, family_of, find_family
 from vlqc.frontend.checkpoint.config_schema import config_faults
 from vlqc.frontend.model_structure import ModelStructure, model_structure
 from vlqc.frontend.streamed_model import check_available
-from vlqc.targets.engine import QUANT_BIAS_CORRECTION, FinishedFolder
+from vlqc.targets.engine import QUANT_BIAS_CORRECTION, FinishedFolder, join_and
 from vlqc.targets.target import Target
 from vlqc.verify.findings import COMPILE_AGAIN, VerificationResult
 from vlqc.verify.folder.contents import FolderFiles
@@ -19,17 +19,19 @@ DESCRIPTION_KEYS = ("version", "model_quant_type", "group_size", QUANT_BIAS_CORR
 
 
 def check_dtype(files: FolderFiles, result: VerificationResult) -> str:
-    """dtype code of torch_dtype; if that is missing or unsupported, a fault, and the dtype of most float tensors."""
-    name = files.config.get("torch_dtype", files.config.get("dtype"))
-    if isinstance(name, str) and name in DTYPE_CODES:
-        return DTYPE_CODES[name]
+    """dtype code of the dtype in config.json; if that is missing, unsupported or stated twice with different values, a
+    fault, and the dtype of most float tensors."""
+    dtypes = (find_family(files.config) or FAMILIES[0]).dtypes(files.config)
+    first, *others = dtypes.values()
+    if first in tuple(DTYPE_CODES) and all(other == first for other in others):
+        return DTYPE_CODES[first]
     if files.config:
         result.add_fault(
             "config",
             "config.json",
-            f"torch_dtype is {name!r}",
+            ", ".join(f"{key} is {value!r}" for key, value in dtypes.items()),
             "engines compute the float layers in it and read deq_scale accordingly",
-            "set it to bfloat16 or float16, as the float tensors are stored",
+            f"set {join_and(dtypes)} to bfloat16 or float16, as the float tensors are stored",
         )
     stored = [tensor.dtype for tensor in files.tensors.values()]
     return "F16" if stored.count("F16") > stored.count("BF16") else "BF16"

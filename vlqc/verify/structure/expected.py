@@ -10,7 +10,7 @@ from vlqc.families.linear import Shape
 from vlqc.frontend.model_structure import ModelStructure
 from vlqc.targets.schemes import Scheme, StorageFormat, quant_type, stored_tensors
 
-# torch_dtype of config.json -> safetensors dtype code
+# dtype in config.json -> safetensors dtype code
 DTYPE_CODES = {"bfloat16": "BF16", "float16": "F16"}
 
 
@@ -43,18 +43,19 @@ def expected_tensors(
 
 
 def shift_tensors(
-    model: ModelStructure, schemes: Mapping[str, Scheme], form: StorageFormat
+    model: ModelStructure, schemes: Mapping[str, Scheme], form: StorageFormat, copies: str
 ) -> dict[str, ExpectedTensor]:
     """Optional tensors: a bias per norm that has none of its own, left by a folded shift.
 
-    In MindIE's layout also a copy of that norm's weight and bias under `X.module`, described with the folder's type.
+    copies: `norm_copies` of the layout. If it is not empty, there is also a copy of that norm's weight and bias in the
+    submodule of this name, described with the folder's type.
     """
     dtypes = (form.float_dtype,)
     norms = {norm: size for norm, size in model.norms.items() if not model.has_bias(norm)}
     tensors = {f"{norm}.bias": ExpectedTensor(dtypes, (size,), Scheme.FLOAT) for norm, size in norms.items()}
-    if not form.packed:
+    if copies:
         scheme = quant_type(schemes.values())
         for norm, size in norms.items():
             for suffix in ("weight", "bias"):
-                tensors[f"{norm}.module.{suffix}"] = ExpectedTensor(dtypes, (size,), scheme)
+                tensors[f"{norm}.{copies}.{suffix}"] = ExpectedTensor(dtypes, (size,), scheme)
     return tensors

@@ -11,7 +11,7 @@ from vlqc.errors import Fault, InternalError, UserError
 from vlqc.frontend.checkpoint.files import link_faults
 from vlqc.targets.target import Target, parse_target
 from vlqc.verify.findings import VerificationResult
-from vlqc.verify.float_match.compare import check_against_source
+from vlqc.verify.float_match.compare import check_against_source, is_of_family
 from vlqc.verify.folder.contents import check_side_files
 from vlqc.verify.folder.manifest import check_manifest
 from vlqc.verify.numbers.arithmetic import check_arithmetic
@@ -65,6 +65,8 @@ def verify_folder(
     check_side_files(compiled.files, result)  # not in verify_unfinished: these files are copies of the user's
     check_manifest(folder, result)
     check_arithmetic(compiled, result)
+    if model_path is not None and not is_of_family(compiled, model_path, result):
+        return result
     if model_path is not None:
         check_against_source(compiled, model_path, result)
     if model_path is not None and has_inputs:

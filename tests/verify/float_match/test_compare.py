@@ -1,5 +1,6 @@
 """Verification of one wrong byte in any tensor of any scheme: with the float checkpoint it is always detected."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -197,3 +198,13 @@ def test_a_float16_weight_among_subnormal_numbers(tmp_path: Path) -> None:
     content.tensors[f"{DOWN}.weight"].flip(2 * 1000, 0x40)
     result = verify_folder(content.write(tmp_path / "bad"), model_path=content.write_source(tmp_path / "float2"))
     assert f"[float weights] {DOWN}.weight: 1 of 6144" in texts(result)
+
+
+def test_a_checkpoint_of_another_model_type(tmp_path: Path) -> None:
+    """Catches one fault per weight for a --model_path of another model."""
+    content = make_content()
+    folder, source = content.write(tmp_path / "out"), content.write_source(tmp_path / "float")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"model_type": "qwen2"}))
+    result = verify_folder(folder, model_path=source)
+    assert [fault.what for fault in result.faults] == ["--model_path is qwen2, the folder is qwen2_5_vl"]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vlqc.errors import Fault, UserError
 from vlqc.families.family import ModelFamily
+from vlqc.families.registry import find_family
 from vlqc.frontend.model_structure import ModelStructure
 from vlqc.verify.findings import COPY_AGAIN, VerificationResult, format_list
 from vlqc.verify.float_match.scale_fit import NOISE, SIGMAS, ULP, Scales, WeightPair, fit_columns, fit_rows, misfits
@@ -37,6 +38,19 @@ STEP_AT_ZERO = {"BF16": 2.0**-133, "F16": 2.0**-24}  # distance between the smal
 UNCANCELLED = "these scales must cancel, otherwise the model's outputs change"
 FITTED = 8  # linear layers behind one norm from which its scales are fitted; all others are compared under these
 PAIR_TOLERANCE = 0.01  # relative difference between the scales of two linear layers, beyond their uncertainty
+
+
+def is_of_family(folder: CompiledFolder, model_path: Path, result: VerificationResult) -> bool:
+    """Whether the float checkpoint may be the folder's: False, and a fault, for one of another model type."""
+    config, _ = read_json_object(model_path / "config.json")
+    other = find_family(config) if config else None
+    if config is None or folder.model is None or other is None or other is folder.family:
+        return True
+    own = folder.files.config
+    what = f"--model_path is {config.get('model_type')}, the folder is {own.get('model_type')}"
+    why, fix = "the folder was not made from this checkpoint", "pass the right checkpoint as --model_path"
+    result.add_fault(CHECK, str(model_path), what, why, fix)
+    return False
 
 
 def check_against_source(folder: CompiledFolder, model_path: Path, result: VerificationResult) -> None:

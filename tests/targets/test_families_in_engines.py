@@ -154,7 +154,7 @@ def test_versions_with_a_gap() -> None:
     assert versions is not None and versions.ranges == (("0.13.0rc2", "0.14.0rc1"), ("0.18", None))
     inside = {version: version in versions for version in ("0.12", "0.13", "0.13.0rc1", "0.16.0rc1", "0.18.0", "0.27")}
     assert inside == {"0.12": False, "0.13": True, "0.13.0rc1": False, "0.16.0rc1": False, "0.18.0": True, "0.27": True}
-    assert str(versions) == "vLLM Ascend 0.13.0rc2 and later, before 0.14.0rc1; 0.18 and later"
+    assert str(versions) == "vLLM Ascend 0.13.0rc2 to before 0.14.0rc1, 0.18 and later"
     schemes = schemes_of(QWEN3_VL, QKV=W4A8, VISION_QKV=DYNAMIC)
     versions = supporting_versions(VLLM_ASCEND, QWEN3_VL, schemes, "bfloat16")
     assert versions is not None and versions.ranges == (("0.18", "0.26"),)

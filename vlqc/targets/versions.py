@@ -25,8 +25,11 @@ class VersionRange:
     ranges: tuple[Range, ...]
 
     def __str__(self) -> str:
-        texts = (f"{since} and later" + (f", before {before}" if before else "") for since, before in self.ranges)
-        return f"{self.engine.title} {'; '.join(texts)}"
+        if len(self.ranges) == 1:
+            since, before = self.ranges[0]
+            return f"{self.engine.title} {since} and later" + (f", before {before}" if before else "")
+        texts = (f"{since} to before {before}" if before else f"{since} and later" for since, before in self.ranges)
+        return f"{self.engine.title} {', '.join(texts)}"
 
     def __contains__(self, version: str) -> bool:
         parsed = Version(version)

@@ -20,12 +20,13 @@ from tests.support.exact_stage import text_after
 from tests.support.random_stage import decoder, staged, through
 from tests.support.reference_schemes import assignment_faults
 from vlqc.families.layer_names import layer_pattern
+from vlqc.families.qwen3_vl_moe import QWEN3_VL_MOE
 from vlqc.ir.execution import Call
 from vlqc.ir.printer import print_stage
 from vlqc.ir.stage import Site, Stage
 from vlqc.passes.assign_precision import AssignPrecision
 from vlqc.pipeline.registry import parse_pipeline, print_pipeline
-from vlqc.targets.precision import Decision
+from vlqc.targets.precision import Decision, choose_scheme
 from vlqc.targets.schemes import Scheme
 
 
@@ -46,21 +47,22 @@ def test_reference_exclusions(target: str) -> None:
 @pytest.mark.parametrize(
     ("name", "target", "refused"),
     [
-        ("visual.blocks.3.mlp.down_proj", "vllm-ascend", False),
-        ("visual.blocks.3.mlp.down_proj", "mindie", True),  # MindIE always builds it in float
-        ("visual.blocks.3.mlp.down_proj", "both", True),
-        ("model.layers.27.mlp.down_proj", "both", False),
-        ("visual.merger.mlp.2", "both", False),
-        ("lm_head", "vllm-ascend", True),
-        ("model.layers.27.self_attn.gate", "both", True),  # a layer without a rule
+        ("visual.blocks.3.mlp.down_proj", "vllm-ascend", ""),
+        ("visual.blocks.3.mlp.down_proj", "mindie", "MindIE"),  # MindIE always builds it in float
+        ("visual.blocks.3.mlp.down_proj", "both", "MindIE"),
+        ("model.layers.27.mlp.down_proj", "both", ""),
+        ("visual.merger.mlp.2", "both", ""),
+        ("lm_head", "vllm-ascend", "vLLM Ascend"),
+        ("model.layers.27.self_attn.gate", "both", "vLLM Ascend and MindIE"),  # a layer without a rule
     ],
 )
-def test_without_the_reference_only_engines_decide(name: str, target: str, refused: bool) -> None:
+def test_without_the_reference_only_engines_decide(name: str, target: str, refused: str) -> None:
     """A scheme that an engine of the target refuses, or fear of one that it accepts."""
     decision = choose(members_with(name), fallback="none", target=target)
     if refused:
-        reason = f"W8A8 is not supported here by {target}"
-        assert decision == Decision(Scheme.FLOAT, reason, f"W8A8 only where {target} runs it; elsewhere FLOAT")
+        reason = f"W8A8 is not supported here by {refused}"
+        where = {"vllm-ascend": "vLLM Ascend runs", "mindie": "MindIE runs", "both": "vLLM Ascend and MindIE run"}
+        assert decision == Decision(Scheme.FLOAT, reason, f"W8A8 only where {where[target]} it; elsewhere FLOAT")
     else:
         assert decision == Decision(Scheme.W8A8)
 
@@ -112,7 +114,10 @@ def test_one_refused_member_keeps_its_whole_group_float() -> None:
     members = [*members_with(GROUPS[0][0]), Site("model.layers.27.extra", "extra", "x", (4, 4))]
     for order in (members, members[::-1]):
         decision = choose(order, target="both")
-        assert (decision.scheme, decision.reason) == (Scheme.FLOAT, "W8A8 is not supported here by both")
+        assert (decision.scheme, decision.reason) == (
+            Scheme.FLOAT,
+            "W8A8 is not supported here by vLLM Ascend and MindIE",
+        )
 
 
 # ---- exclude and include ---------------------------------------------------------------------------------------------
@@ -129,6 +134,17 @@ def test_exclude_takes_the_whole_group_and_says_so() -> None:
     assert choose(members, exclude=("model.layers.27.*",)) == Decision(F, "excluded by model.layers.27.*")
     assert choose(members, exclude=("model.layers.2.*", "*.o_proj")) == Decision(S)
     assert choose(members, exclude=("*.Q_PROJ",)) == Decision(S)  # checkpoint names are what they are
+
+
+def test_excluding_one_expert_says_that_all_stay_float() -> None:
+    """Catches experts in float without a note, and a reason that is not true of the layer that it is printed for."""
+    experts = {f"model.language_model.layers.0.mlp.experts.{number}.down_proj": None for number in range(3)}
+    decision = choose_scheme(
+        experts, family=QWEN3_VL_MOE, scheme=Scheme.W8A8_DYNAMIC, target="vllm-ascend", exclude=("*.experts.2.*",)
+    )
+    why = "all experts of a layer have one scheme"
+    note = f"{why}: excluding *.experts.2.* keeps all 3 in float"
+    assert decision == Decision(Scheme.FLOAT, f"{why}, and *.experts.2.* excludes some", note)
 
 
 def test_include_overrides_the_reference_but_no_engine() -> None:

@@ -23,6 +23,7 @@ from vlqc.ir.stage import Site
 from vlqc.passes.assign_precision import AssignPrecision
 from vlqc.targets.precision import Decision
 from vlqc.targets.schemes import Scheme
+from vlqc.targets.target import parse_target
 
 # Kinds of layers as the engines tell them apart, by one group of each; stated from the engines' own rules:
 # what W8A8, W8A8_DYNAMIC and W4A8_DYNAMIC become there with `fallback=none` and a group size that divides everything.
@@ -80,7 +81,9 @@ def test_every_scheme_for_every_target(target: str, wanted: Scheme) -> None:
     assert schemes == expected
     for kind, layer in KINDS.items():
         decision = choose(members_with(layer), fallback="none", **options)
-        note = f"{wanted} only where {target} runs it; elsewhere {decision.scheme}"
+        engines = parse_target(target)
+        run = "runs" if len(engines.engines) == 1 else "run"
+        note = f"{wanted} only where {engines.text} {run} it; elsewhere {decision.scheme}"
         assert decision.note == (note if decision.scheme != wanted else "")
         assert bool(decision.reason) == (decision.scheme != wanted)
         by_reference = choose(
@@ -93,7 +96,7 @@ def test_every_scheme_for_every_target(target: str, wanted: Scheme) -> None:
 
 def named_in(note: str) -> list[str]:
     """The schemes and engines that a note names, in order."""
-    return re.findall(r"\b(W\dA\d\w*|FLOAT|vllm-ascend|mindie)\b", note)
+    return re.findall(r"\b(W\dA\d\w*|FLOAT|vLLM Ascend|MindIE)\b", note)
 
 
 def test_w4a8_of_the_reference_for_vllm_ascend() -> None:
@@ -105,14 +108,14 @@ def test_w4a8_of_the_reference_for_vllm_ascend() -> None:
         assert decision.scheme == (G if four_bits else D), name
         notes.add(decision.note)
     (note,) = notes - {""}
-    assert "" in notes and named_in(note) == [G, "vllm-ascend", D]
+    assert "" in notes and named_in(note) == [G, "vLLM Ascend", D]
 
 
 def test_dynamic_for_mindie_says_once_that_vision_stays_float() -> None:
     """A note per layer, or none at all: what is shown once must be one and the same sentence."""
     notes = [choose(members_with(layer), scheme="W8A8_DYNAMIC", target="mindie").note for layer in KINDS.values()]
     (note,) = set(notes) - {""}
-    assert "" in notes and named_in(note) == [D, "mindie", F]
+    assert "" in notes and named_in(note) == [D, "MindIE", F]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from vlqc.errors import UserError
 from vlqc.families.family import ModelFamily
 from vlqc.families.qwen2_5_vl import QWEN2_5_VL
 from vlqc.families.qwen3_vl import QWEN3_VL
+from vlqc.families.qwen3_vl_moe import QWEN3_VL_MOE
 from vlqc.options.options import Options
 from vlqc.pipeline.layer_selection import check_globs, check_layers, check_schemes
 
@@ -105,5 +106,43 @@ def test_schemes_that_no_version_runs_together(family: ModelFamily, chosen: dict
     if runs:
         check_schemes(layers, family, options)
     else:
-        with pytest.raises(UserError, match="qkv is FLOAT while"):
+        with pytest.raises(UserError, match="no version of MindIE loads W8A8_DYNAMIC"):
             check_schemes(layers, family, options)
+
+
+EXPERTS = [f"model.language_model.layers.0.mlp.experts.{number}.down_proj" for number in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("family", "layers", "exclude", "what"),
+    [
+        (QWEN3_VL_MOE, EXPERTS, "*.experts.2.*", f"{EXPERTS[2]} is FLOAT"),  # not its first expert
+        (
+            QWEN3_VL,
+            [
+                f"model.visual.blocks.{number}.{layer}"
+                for number in range(2)
+                for layer in ("attn.qkv", "mlp.linear_fc1")
+            ],
+            "model.visual.*",
+            "model.visual.blocks.0.attn.qkv is FLOAT while model.language_model.layers.0.self_attn.q_proj is W8A8, "
+            "and 3 more like it",
+        ),
+    ],
+)
+def test_the_error_of_an_exclusion(family: ModelFamily, layers: list[str], exclude: str, what: str) -> None:
+    """Catches an error that names a layer that the user did not exclude, and one error per layer."""
+    options = Options.from_user(model_path=tiny.TINY, save_directory="out", exclude=[exclude])
+    quantized = [f"model.language_model.layers.0.self_attn.{member}_proj" for member in "qkv"]
+    with pytest.raises(UserError) as caught:
+        check_schemes(dict.fromkeys([*quantized, *layers], (64, 64)), family, options)
+    (fault,) = caught.value.faults
+    assert fault.what == what and f"--exclude {exclude}" in fault.where and "--target vllm-ascend" in fault.fix
+
+
+def test_layers_that_all_engines_run_in_float() -> None:
+    """Catches --include that is ignored without an error."""
+    options = Options.from_user(model_path=tiny.TINY, save_directory="out", include=["lm_head", "*"])
+    with pytest.raises(UserError) as caught:
+        check_layers(tiny.float_model(), options)
+    assert [fault.what for fault in caught.value.faults] == ["--include lm_head: lm_head stays float"]

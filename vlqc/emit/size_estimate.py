@@ -1,6 +1,6 @@
 """What a compilation will write, estimated before it runs: the scheme of every layer, and bytes on the disk."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,9 +32,11 @@ def required_disk_space(
     return result + stage_output_bytes(model, samples) + temporary
 
 
-def predict_schemes(model: StreamedModel, passes: Sequence[Pass]) -> dict[str, Site]:
+def predict_schemes(
+    model: StreamedModel, passes: Sequence[Pass], note: Callable[[str], object] = lambda text: None
+) -> dict[str, Site]:
     """Every Linear of the stages by checkpoint name, with the scheme that the first pass with a `choose`
-    method will give it."""
+    method will give it. note: receives that pass's messages for the user, some more than once."""
     assign: Any = next((step for step in passes if hasattr(step, "choose")), None)
     sites, layers = {}, set(model.linear_layers)
     for stage in model.stages.values():
@@ -48,6 +50,8 @@ def predict_schemes(model: StreamedModel, passes: Sequence[Pass]) -> dict[str, S
         members = [sites[member] for member in group]
         if members:
             decision = assign.choose(members, model.family)
+            if decision.note:
+                note(decision.note)
             for member in members:
                 member.scheme, member.reason = decision.scheme, decision.reason
                 member.group_size = assign.group_size if decision.scheme.spec.weight.per_group else None

@@ -16,7 +16,7 @@ from typing import Any
 from vlqc.errors import Fault, UserError
 from vlqc.files import read_json_object
 from vlqc.options.fields import OptionFields
-from vlqc.targets.target import BOTH, ENGINES, engine_of_option
+from vlqc.targets.target import BOTH, ENGINES, engine_of_option, parse_target
 
 
 def combination_faults(options: OptionFields, illegal: Set[str] = frozenset()) -> list[Fault]:
@@ -130,7 +130,8 @@ def _strict(options: OptionFields) -> Iterator[Fault]:
     for sentence in incompatibilities(options.engine_target, family, options.scheme, scope=options.w4a8_scope):
         other = missing_rows_fix(family) or "use another --target or scheme (--w_bit, --is_dynamic, --w4a8_scope)"
         fix = f"remove --strict_target, or {other}"
-        yield Fault(f"--strict_target with {options.scheme} for {options.engine_target}", why=sentence, fix=fix)
+        target = parse_target(options.engine_target).text
+        yield Fault(f"--strict_target with {options.scheme} for {target}", why=sentence, fix=fix)
 
 
 def _config(model_path: Path) -> dict[str, Any]:

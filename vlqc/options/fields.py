@@ -244,7 +244,11 @@ class OptionFields(BaseModel):
         "the engine or --exclude keeps in float do not count.",
     )
     exclude: Globs = _option(
-        (), LAYERS, "Keep these layers in float: a glob pattern of layer names. May be repeated.", metavar="GLOB"
+        (),
+        LAYERS,
+        "Keep these layers in float: a glob pattern of layer names. May be repeated. Layers that must have one scheme "
+        "with them stay float, too: the other members of a fused group, and all experts of a layer.",
+        metavar="GLOB",
     )
     include: Globs = _option(
         (),

@@ -5,20 +5,23 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from vlqc.errors import Fault, UserError
-from vlqc.families.family import ModelFamily
-from vlqc.families.layer_names import matches_any
+from vlqc.families.family import ModelFamily, Role
+from vlqc.families.layer_names import layer_pattern, matches_any
 from vlqc.formatting import did_you_mean
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.options.options import Options
+from vlqc.targets.engine import join_or
 from vlqc.targets.precision import choose_scheme
-from vlqc.targets.rules import group_faults, layer_faults
+from vlqc.targets.rules import group_faults, layer_faults, merge_repeated, supports_scheme
 from vlqc.targets.schemes import Scheme
+from vlqc.targets.target import ENGINES, engine_of_option, parse_target
 
 
 def check_layers(model: StreamedModel, options: Options) -> None:
     """UserError for patterns that match nothing, and for schemes that an engine of the target does not run together."""
     check_globs([*model.linear_layers, *model.heads], exclude=options.exclude)
-    check_globs(model.linear_layers, include=options.include)
+    check_globs([*model.linear_layers, *model.heads], include=options.include)
+    _check_float(model, options.include)
     check_globs(model.stages, what="stage", dump_stages=options.dump_stages)
     excludes = any(matches_any(layer, options.exclude) for layer in model.linear_layers)
     if excludes or options.pipeline is None:  # passes that the user chose may assign other schemes
@@ -39,6 +42,7 @@ def check_schemes(layers: Mapping[str, Sequence[int] | None], family: ModelFamil
     """
     target = options.engine_target
     schemes: dict[str, Scheme] = {}
+    excluded: dict[str, str] = {}  # layers that stay float with another one -> the one that --exclude names
     for group in family.scheme_groups(layers):
         members = {layer: layers[layer] for layer in group}
         decision = choose_scheme(
@@ -53,13 +57,52 @@ def check_schemes(layers: Mapping[str, Sequence[int] | None], family: ModelFamil
             include=options.include,
         )
         schemes |= dict.fromkeys(members, decision.scheme)
+        if named := [layer for layer in group if matches_any(layer, options.exclude)]:
+            excluded |= {layer: named[0] for layer in group if layer not in named}
     if any(matches_any(layer, options.exclude) for layer in layers):
         if not any(scheme.is_quantized for scheme in schemes.values()):
             raise UserError(Fault("nothing would be quantized", "--exclude", "every layer stays float", "exclude less"))
-        if faults := group_faults(target, family, schemes):
-            raise UserError(*(replace(fault, where=f"--exclude, for {target}") for fault in faults))
+        faults = [_of_excluded(fault, excluded) for fault in group_faults(target, family, schemes)]
+        where = f"--exclude {' '.join(options.exclude)}, for {parse_target(target).text}"
+        if faults := merge_repeated(faults, across_layers=True):
+            raise UserError(*(replace(fault, where=where) for fault in faults))
     elif not layer_faults(target, family, schemes) and (faults := group_faults(target, family, schemes)):
-        raise UserError(replace(faults[0], where=f"{options.scheme} of {family.title}, for {target}"))
+        raise UserError(_unsupported(options, family, faults[0], schemes))
+
+
+def _of_excluded(fault: Fault, excluded: Mapping[str, str]) -> Fault:
+    """A fault of a layer that stays float with an excluded one -> that of the excluded layer."""
+    layer = excluded.get(fault.where, fault.where)
+    return replace(fault, what=fault.what.replace(fault.where, layer, 1), where=layer)
+
+
+def _unsupported(options: Options, family: ModelFamily, fault: Fault, schemes: Mapping[str, Scheme]) -> Fault:
+    """The scheme of the options breaks a rule of the target about several layers: fault. schemes: by layer."""
+    target, by_option = parse_target(options.engine_target), engine_of_option(options)
+    fixes = ["omit --is_dynamic True" if options.is_dynamic else "use another scheme (--w_bit, --is_dynamic)"]
+    instead = f" instead of --{by_option.layout_option}" if by_option else ""
+    fixes += [
+        f"compile for {engine.title} (--target {engine}{instead})"
+        for engine in ENGINES
+        if target.engines != (engine,) and supports_scheme(engine, family, options.scheme)
+    ]
+    refusing = [engine.title for engine in target.engines if group_faults(engine, family, schemes)]
+    what = f"no version of {join_or(refusing)} loads {options.scheme} of {family.title}"
+    return Fault(what, why=f"{fault.what}: {fault.why}", fix=", or ".join(fixes))
+
+
+def _check_float(model: StreamedModel, include: Sequence[str]) -> None:
+    """UserError for every pattern of --include that matches only layers that all engines run in float."""
+    routers = [layer for layer in model.linear_layers if model.family.role(layer) == Role.ROUTER]
+    quantizable = [layer for layer in model.linear_layers if layer not in set(routers)]
+    faults = []
+    for pattern in include:
+        if not any(matches_any(layer, [pattern]) for layer in quantizable):
+            layer = next(layer for layer in (*routers, *model.heads) if matches_any(layer, [pattern]))
+            what = f"--include {pattern}: {layer_pattern(layer)} stays float"
+            faults.append(Fault(what, why="engines run it in float", fix=f"remove --include {pattern}"))
+    if faults:
+        raise UserError(*faults)
 
 
 def check_globs(layers: Iterable[str], what: str = "layer", **globs: tuple[str, ...]) -> None:

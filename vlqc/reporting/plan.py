@@ -114,13 +114,15 @@ def plan_compilation(
     check_memory(memory, model.checkpoint.files, memory_notes.append)
     tokens = sum(sample["input_ids"].numel() for sample in calibration.samples)
     patches = sum(model.family.inputs.patches(sample) for sample in calibration.samples)
-    sites = predict_schemes(model, passes)
+    scheme_notes: list[str] = []
+    sites = predict_schemes(model, passes, scheme_notes.append)
     schemes = {name: site.scheme or Scheme.FLOAT for name, site in sites.items()}
     dtype = str(emitted_dtype(checkpoint.dtype)).removeprefix("torch.")
     notes = [
         *target_warnings(options, model.family, checkpoint.dtype),
         *calibration.notes,
         *memory_notes,
+        *scheme_notes,
         *([BEFORE_SEARCH] if options.fallback == "auto" else []),
     ]
     counts: dict[tuple[str, str], int] = {}

@@ -33,6 +33,7 @@ from vlqc.reporting.html.schema import ReportData, Timings, installed_version, m
 from vlqc.reporting.tables import is_warning, labeled_lines, layer_table
 from vlqc.targets.advice import engine_notes, incompatibilities, missing_rows_fix, serve_commands
 from vlqc.targets.schemes import Scheme
+from vlqc.targets.target import parse_target
 from vlqc.targets.versions import loading_engines
 from vlqc.verify import verify_unfinished
 from vlqc.verify.folder.contents import MANIFEST
@@ -241,7 +242,7 @@ class CompilationSummary:
             folder, self.options.engine_target, trust_remote_code=self.options.trust_remote_code
         )
         if not verification.ok:
-            what = f"{self.options.engine_target} does not load the result"
+            what = f"the result does not load in {parse_target(self.options.engine_target).text}"
             why = "; ".join(dict.fromkeys(finding.what for finding in verification.faults))
             fix = "choose another --target, change the scheme, or omit --strict_target"
             raise UserError(Fault(what, "--strict_target", why, fix))

@@ -31,6 +31,7 @@ from vlqc.targets.schemes import Scheme, quant_type
 DESCRIPTION = re.compile(r"quant_model_description_.+\.json")
 ANY_DESCRIPTION = re.compile(r"quant_model_description(_.+)?\.json")
 ACCEPTED_PATH = re.compile(r"[0-9a-zA-Z_./-]+")
+ELSEWHERE = "or compile for vLLM Ascend only (--target vllm-ascend)"
 SHOWN = 5  # names of files in one message
 # Vision layers that it can run quantized in the families after Qwen2.5-VL; all others are plain float operators.
 QUANTIZED_VISION = (Role.VISION_QKV, Role.VISION_PROJ, Role.VISION_UP)
@@ -179,7 +180,7 @@ class MindIE(Engine):
                 f"{layer} is FLOAT while {reasons[0]} is {schemes[reasons[0]]}",
                 layer,
                 why,
-                f"{fix}, or serve with vLLM Ascend only",
+                f"{fix}, {ELSEWHERE}",
             )
             for layer in layers
         ]
@@ -194,17 +195,17 @@ class MindIE(Engine):
             if not others or not static + dynamic:
                 return []
             why = "MindIE runs quantized models of this kind with all experts in W8A8_DYNAMIC"
-            fix = "give all experts W8A8_DYNAMIC, or serve with vLLM Ascend only"
+            fix = f"give all experts W8A8_DYNAMIC, {ELSEWHERE}"
             return [Fault(f"{others[0]} is {schemes[others[0]]}", others[0], why, fix)]
         if loader.tower_with_dynamic or not family.layers(*VISION_ROLES):
             conflicting = [layer for layer in static if not family.in_vision_tower(layer)]
             why = "MindIE runs one scheme in the language model, which config.json names"
-            fix = "give the language model one scheme, or serve with vLLM Ascend only"
+            fix = f"give the language model one scheme, {ELSEWHERE}"
         else:
             in_tower = [layer for layer in schemes if family.in_vision_tower(layer) and schemes[layer].is_quantized]
             conflicting = in_tower or static
             why = "MindIE runs W8A8_DYNAMIC only with a float vision tower, and never together with W8A8"
-            fix = "leave the vision tower float and give all else one scheme, or serve with vLLM Ascend only"
+            fix = f"leave the vision tower float and give all else one scheme, {ELSEWHERE}"
         if not dynamic or not conflicting:
             return []
         what = f"{conflicting[0]} is {schemes[conflicting[0]]} while {dynamic[0]} is {Scheme.W8A8_DYNAMIC}"

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 from vlqc.families.family import ModelFamily, Role
 from vlqc.families.layer_names import layer_pattern, matches_any
+from vlqc.targets.engine import join_and
 from vlqc.targets.rules import supported_schemes, target_supporting
 from vlqc.targets.schemes import Scheme
-from vlqc.targets.target import TargetLike
+from vlqc.targets.target import TargetLike, as_target
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,15 @@ def choose_scheme(
         return Decision(chosen, misfit, f"{first} is {chosen}: {misfit}")
     if chosen == scheme:
         return Decision(scheme)
-    reason = f"{scheme} is not supported here by {target}"
-    return Decision(chosen, reason, f"{scheme} only where {target} runs it; elsewhere {chosen}")
+    target = as_target(target)
+    refusing = [
+        target.title(engine)
+        for engine in target.engines
+        if rules and not all(scheme in supported_schemes(rules.only(engine), family, layer) for layer in layers)
+    ]
+    reason = f"{scheme} is not supported here by {join_and(refusing)}"
+    run = "run" if len(target.engines) > 1 else "runs"
+    return Decision(chosen, reason, f"{scheme} only where {target.text} {run} it; elsewhere {chosen}")
 
 
 def _excluded(
@@ -76,9 +84,11 @@ def _excluded(
         pattern = next((pattern for pattern in exclude if matches_any(layer, [pattern])), None)
         if pattern is not None:
             others = [layer_pattern(other) for other in layers if not matches_any(other, exclude)]
-            if block := family.experts_of(layer):
-                note = f"all experts of {block} stay float with {layer}, which --exclude names"
-                return Decision(Scheme.FLOAT, f"excluded by {pattern}", note if others else "")
+            if others and family.experts_of(layer):
+                why = "all experts of a layer have one scheme"
+                count = len({expert.rpartition(".")[0] for expert in layers})
+                note = f"{why}: excluding {pattern} keeps all {count} in float"
+                return Decision(Scheme.FLOAT, f"{why}, and {pattern} excludes some", note)
             stay = "stay" if len(others) > 1 else "stays"
             note = f"{', '.join(others)} {stay} float with {layer_pattern(layer)}, which --exclude names"
             return Decision(Scheme.FLOAT, f"excluded by {pattern}", note if others else "")

@@ -6,9 +6,11 @@ either. The rules themselves are in the engines' files.
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from vlqc.errors import Fault
 from vlqc.families.family import DECODER_ROLES, ModelFamily
+from vlqc.families.layer_names import layer_pattern
 from vlqc.targets.engine import join_or
 from vlqc.targets.schemes import Scheme, quant_type
 from vlqc.targets.target import ENGINES, Target, TargetLike, as_target
@@ -75,6 +77,18 @@ def group_faults(target: TargetLike, family: ModelFamily, schemes: Mapping[str, 
     target = as_target(target)
     of_engines = [fault for engine in target.engines for fault in engine.group_faults(family, schemes)]
     return mixed_group_faults(target, family, schemes) + of_engines
+
+
+def merge_repeated(faults: Iterable[Fault], *, across_layers: bool = False) -> list[Fault]:
+    """Merges equal faults of the same layer in different blocks, or of any layers, into the first of them."""
+    kinds: dict[tuple[str, ...], list[Fault]] = {}
+    for fault in faults:
+        layer = "" if across_layers else layer_pattern(fault.where)
+        kinds.setdefault((layer, fault.what.removeprefix(fault.where), fault.why), []).append(fault)
+    return [
+        replace(first, what=f"{first.what}, and {len(rest)} more like it") if rest else first
+        for first, *rest in kinds.values()
+    ]
 
 
 def mixed_group_faults(target: TargetLike, family: ModelFamily, schemes: Mapping[str, Scheme]) -> list[Fault]:

@@ -9,7 +9,7 @@ from packaging.version import InvalidVersion, Version
 
 from vlqc.errors import Fault, UserError
 from vlqc.formatting import did_you_mean
-from vlqc.targets.engine import Engine
+from vlqc.targets.engine import Engine, join_and
 from vlqc.targets.mindie import MINDIE
 from vlqc.targets.vllm_ascend import VLLM_ASCEND
 
@@ -37,6 +37,11 @@ class Target:
     def parsed_version(self) -> Version | None:
         """The version in a form that can be compared."""
         return Version(self.version) if self.version else None
+
+    @property
+    def text(self) -> str:
+        """Its engines in a sentence, such as "vLLM Ascend and MindIE" or "MindIE 2.2"."""
+        return join_and(self.title(engine) for engine in self.engines)
 
     def title(self, engine: Engine) -> str:
         """An engine's name as its users write it, with the version if the target has one."""

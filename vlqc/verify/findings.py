@@ -13,6 +13,7 @@ from rich.text import Text
 from vlqc.errors import Fault
 from vlqc.files import format_json
 from vlqc.formatting import escape_control_chars, pluralize
+from vlqc.targets.target import parse_target
 
 COMPILE_AGAIN = "compile again"
 COPY_AGAIN = "copy the folder again, or compile again"
@@ -100,7 +101,7 @@ class VerificationResult:
 
     def render(self, console: Console) -> None:
         """Print a table of the checks, the measured values, then every fault and warning in full."""
-        title = f"{escape_control_chars(self.folder)}, checked for {self.engine}"
+        title = f"{escape_control_chars(self.folder)}, checked for {self._target_text()}"
         table = Table(title=Text(title, "table.title"), title_justify="left")  # Text: the path is no console markup
         for column in ("check", "result", "examined", "faults", "warnings"):
             table.add_column(column, justify="left" if column in ("check", "result") else "right")
@@ -118,6 +119,9 @@ class VerificationResult:
             _print_findings(console, label, style, findings)
         conclusion = "ok: no faults" if self.ok else pluralize(len(self.faults), "fault")
         console.print(Text(conclusion, "bold green" if self.ok else "bold red"))
+
+    def _target_text(self) -> str:
+        return parse_target(self.engine).text if self.engine else "no engine"
 
     def _check_rows(self) -> list[dict[str, Any]]:
         faults = Counter(finding.check for finding in self.faults)

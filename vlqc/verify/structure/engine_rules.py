@@ -1,12 +1,9 @@
 """Checks a folder against the rules of each engine: schemes, look-ups, norm biases, shapes and file permissions."""
 
-import re
-
-from vlqc.errors import Fault
 from vlqc.families.family import ModelFamily
 from vlqc.targets.advice import missing_rows_fix
 from vlqc.targets.engine import FinishedFolder
-from vlqc.targets.rules import group_faults, layer_faults, mixed_group_faults, supported_schemes
+from vlqc.targets.rules import group_faults, layer_faults, merge_repeated, mixed_group_faults, supported_schemes
 from vlqc.targets.target import ENGINES, Target
 from vlqc.targets.versions import loading_versions, supporting_versions
 from vlqc.verify.findings import VerificationResult
@@ -28,7 +25,7 @@ def check_engine_rules(
     versions = {engine: supporting_versions(engine, family, schemes, dtype) for engine in ENGINES}
     entries = {engine: engine.description_faults(folder) for engine in ENGINES}
     tensors = {engine: engine.tensor_faults(folder) for engine in ENGINES}
-    layers = _merge_repeated(layer_faults(target, family, schemes, dtype))
+    layers = merge_repeated(layer_faults(target, family, schemes, dtype))
     loads = any(versions[engine] for engine in target.engines)
     if named or loads:
         for engine in target.engines:
@@ -67,15 +64,3 @@ def _is_never_quantized(family: ModelFamily, layer: str) -> bool:
     if not any(engine.rules_of(family) for engine in ENGINES):  # no engine has this family
         return family.role(layer) is None
     return not any(scheme.is_quantized for engine in ENGINES for scheme in supported_schemes(engine, family, layer))
-
-
-def _merge_repeated(faults: list[Fault]) -> list[Fault]:
-    """Merges equal faults of the same layer in different blocks into that of the first block."""
-    kinds: dict[tuple[str, ...], list[Fault]] = {}
-    for fault in faults:
-        numberless = re.sub(r"\.\d+\.", ".*.", fault.where)
-        kinds.setdefault((numberless, fault.what.removeprefix(fault.where), fault.why), []).append(fault)
-    return [
-        Fault(f"{first.what}, and {len(rest)} more like it" if rest else first.what, first.where, first.why, first.fix)
-        for first, *rest in kinds.values()
-    ]

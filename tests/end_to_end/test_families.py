@@ -24,6 +24,7 @@ from vlqc.families.layer_names import layer_pattern
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.streamed_model import StreamedModel, build_meta_model
 from vlqc.verify import verify_folder
+from vlqc.verify.findings import RANKING
 
 PHOTOS = Path(__file__).parents[1] / "photos"
 NEW = pytest.mark.qwen3_vl
@@ -43,6 +44,7 @@ OTHER_SCHEMES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 LEAST = {"static": 28.0, "dynamic": 33.0, "m4": 28.0, "int4": 14.0}  # SQNR of the logits, dB
+TIED = ("qwen2", "qwen3_vl")  # the output head shares the embedding's weight, as in the small published models
 PLAIN = 15.0  # that of W8A8 without smoothing stays below it
 Sample = dict[str, Tensor]
 
@@ -52,7 +54,7 @@ class Case:
 
     def __init__(self, family: str, folder: Path) -> None:
         self.family, self.folder, self.source = family, folder, folder / "float"
-        self.config = make(self.source, family=family)
+        self.config = make(self.source, family=family, tied=family in TIED)
         self.samples = random_samples(self.config, 6, seed=100)
         self.unseen = random_samples(self.config, 4, seed=7)
 
@@ -124,6 +126,14 @@ def test_verify_finds_one_damaged_channel(case: Case, tmp_path: Path) -> None:
         save_file(tensors | {name: changed}, damaged / file.name, metadata={"format": "pt"})
         result = verify_folder(damaged, model_path=case.source)
         assert any(fault.check == "float weights" for fault in result.faults), name
+
+
+def test_locate_explains_the_error_of_the_logits(case: Case) -> None:
+    """Catches variants of the model that share a tensor which the model writes into: transformers 4 adds image features
+    to the outputs of decoder layers in place."""
+    result = verify_folder(case.compiled("static"), model_path=case.source, samples=case.unseen[:2], locate=True)
+    shares = [row["share %"] for row in result.facts[RANKING]]
+    assert result.ok and 60 < sum(shares) < 200 and max(shares) < 90
 
 
 def test_resume_gives_the_same_bytes(case: Case, tmp_path: Path) -> None:

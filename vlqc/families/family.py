@@ -7,7 +7,7 @@ contains a layer name, a config key or an input name of a model.
 import functools
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -251,6 +251,10 @@ class ModelFamily(ABC):
     def is_tied(self, config: Mapping[str, Any]) -> bool:
         """Whether the output head shares the embedding's weight."""
         return bool(config.get("tie_word_embeddings", False))
+
+    def checkpoint_faults(self, config: Mapping[str, Any], names: Collection[str]) -> list[str]:
+        """What config.json, as it is stored, and the names of the stored tensors say differently; [] if nothing."""
+        return []
 
     @abstractmethod
     def config_values(self, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,8 +4,7 @@ The vision tower has LayerNorms, an MLP without a gate, and besides the merger a
 blocks ("deepstack"), whose outputs are added to the first layers of the language model.
 """
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, TypeAdapter
@@ -25,6 +24,7 @@ from vlqc.families.config_values import (
 from vlqc.families.family import ModelFamily, Part, Role, dtype_keys
 from vlqc.families.inputs.input_format import ImageFormat
 
+DEEPSTACK_INDEXES = (8, 16, 24)  # blocks before deepstack mergers, where config.json does not list them
 BLOCKS, DEEPSTACK = "model.visual.blocks.", "model.visual.deepstack_merger_list."
 QKV = tuple(f"model.language_model.layers.*.self_attn.{member}_proj" for member in "qkv")
 GATE_UP = ("model.language_model.layers.*.mlp.gate_proj", "model.language_model.layers.*.mlp.up_proj")
@@ -33,9 +33,10 @@ MERGERS = tuple(
 )
 
 
-def _distinct(indices: list[int]) -> list[int]:
+def check_distinct(indices: list[int]) -> list[int]:
+    """ValueError if a number occurs twice: only one merger runs after a block."""
     if len(set(indices)) < len(indices):
-        raise ValueError("each block can be listed only once")
+        raise ValueError("its numbers must be distinct")
     return indices
 
 
@@ -52,7 +53,7 @@ class VisionConfig(TypedDict, total=False):
     temporal_patch_size: Size
     out_hidden_size: Size
     num_position_embeddings: Size
-    deepstack_visual_indexes: Annotated[list[BlockIndex], AfterValidator(_distinct)]
+    deepstack_visual_indexes: Annotated[list[BlockIndex], AfterValidator(check_distinct)]
     initializer_range: Deviation
     hidden_act: str
     model_type: str
@@ -80,7 +81,7 @@ class Config(ImageTokens, total=False):
 
 
 CONFIG = TypeAdapter(Config)
-DEFAULT_DEEPSTACK = (8, 16, 24)
+DEEPSTACK_INDEXES = (8, 16, 24)
 # Values that the model's config class gives to missing keys, where they can be invalid for the checkpoint.
 TEXT_DEFAULTS = {
     "vocab_size": 151936,
@@ -144,7 +145,7 @@ class Qwen3VL(ModelFamily):
 
     def stage_order(self, stages: Sequence[str], config: Mapping[str, Any]) -> list[str]:
         """A deepstack merger runs right after the block whose output it reads."""
-        indices = (self.vision_config(config) or {}).get("deepstack_visual_indexes", ())
+        indices = (self.vision_config(config) or {}).get("deepstack_visual_indexes", DEEPSTACK_INDEXES)
         mergers = {f"{BLOCKS}{block}": f"{DEEPSTACK}{number}" for number, block in enumerate(indices)}
         order: list[str] = []
         for stage in stages:
@@ -162,11 +163,13 @@ class Qwen3VL(ModelFamily):
     def engine_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """Nested, as published; newer transformers versions write `rope_parameters` in place of two other keys."""
         text = config.get("text_config")
-        if not isinstance(text, dict) or not isinstance(text.get("rope_parameters"), dict):
+        if not isinstance(text, dict):
             return config
-        converted = copy.deepcopy(config)
-        converted["text_config"] = rope_keys(converted["text_config"])
-        return converted
+        converted = rope_keys(text) if isinstance(text.get("rope_parameters"), dict) else dict(text)
+        if self.is_tied(config):  # engines read the key there, transformers 5 reads the one at the top
+            converted["tie_word_embeddings"] = True
+            config = {**config, "tie_word_embeddings": True}
+        return config if converted == text else {**config, "text_config": converted}
 
     def text_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         text = config.get("text_config")
@@ -178,17 +181,24 @@ class Qwen3VL(ModelFamily):
 
     def extra_vision_outputs(self, config: Mapping[str, Any]) -> int:
         """Of the deepstack mergers; the model's config class has three if the key is missing."""
-        indices = (self.vision_config(config) or {}).get("deepstack_visual_indexes", DEFAULT_DEEPSTACK)
+        indices = (self.vision_config(config) or {}).get("deepstack_visual_indexes", DEEPSTACK_INDEXES)
         return len(indices) if isinstance(indices, Sequence) else 0
 
     def is_tied(self, config: Mapping[str, Any]) -> bool:
-        """The key in `text_config` takes precedence, as in the engines and transformers 4."""
+        """The key in `text_config`, which engines read; `engine_config` adds it where only the top-level key is set."""
         return bool(self.text_config(config).get("tie_word_embeddings", config.get("tie_word_embeddings", False)))
 
     def dtypes(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Those at the top and in `text_config`; engines read the one or the other."""
         text = {f"text_config.{key}": value for key, value in dtype_keys(self.text_config(config)).items()}
         return dtype_keys(config) | text or super().dtypes(config)
+
+    def checkpoint_faults(self, config: Mapping[str, Any], names: Collection[str]) -> list[str]:
+        """transformers 5 writes a tie at the top level only, where transformers 4 and the engines do not read it."""
+        only_at_the_top = config.get("tie_word_embeddings") and "tie_word_embeddings" not in self.text_config(config)
+        if only_at_the_top and f"{self.output_head}.weight" in names:
+            return [f"tie_word_embeddings is true, text_config lacks it, and {self.output_head}.weight is stored"]
+        return []
 
     def set_dtype(self, config: dict[str, Any], dtype: str) -> None:
         """At the top and in `text_config`, where engines read it."""
@@ -214,7 +224,10 @@ class Qwen3VL(ModelFamily):
         return ConfigLimits.of(self.text_config(config), self.vision_config(config), largest, tensors)
 
     def complete_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        return {**config, "text_config": TEXT_DEFAULTS | dict(self.text_config(config))}
+        complete = {**config, "text_config": TEXT_DEFAULTS | dict(self.text_config(config))}
+        if (vision := self.vision_config(config)) is not None:
+            complete["vision_config"] = {"deepstack_visual_indexes": list(DEEPSTACK_INDEXES), **vision}
+        return complete
 
 
 QWEN3_VL = Qwen3VL()

@@ -19,7 +19,7 @@ from torch import Tensor
 from vlqc.errors import Fault, UserError
 from vlqc.families.family import ModelFamily, TensorSlice
 from vlqc.families.registry import family_of, find_family
-from vlqc.frontend.checkpoint.config_schema import config_faults
+from vlqc.frontend.checkpoint.config_schema import REPAIR, config_faults
 from vlqc.frontend.checkpoint.files import file_stamp, link_faults, read_config, tensor_ranges, weight_files
 from vlqc.frontend.checkpoint.prefetch import ByteRange, Prefetcher
 
@@ -273,7 +273,10 @@ class Checkpoint:
         """UserError with every value of config.json that is out of bounds for the stored tensors."""
         largest = max((size for stored in self._stored.values() for size in stored.shape), default=1)
         where = str(self.folder / "config.json")
-        if faults := config_faults(self.family, self.config, where, largest, len(self._stored)):
+        faults = config_faults(self.family, self.config, where, largest, len(self._stored))
+        for contradiction in self.family.checkpoint_faults(self.source_config, self.names):
+            faults.append(Fault("config.json does not fit the weights", where, contradiction, REPAIR))
+        if faults:
             raise UserError(*faults)
 
     def check_not_quantized(self) -> None:

@@ -151,6 +151,7 @@ def test_resume_gives_the_same_bytes(case: Case, tmp_path: Path) -> None:
         assert filecmp.cmpfiles(whole, target, names, shallow=False) == (names, [], [])
 
 
+@pytest.mark.one_version
 def test_names_of_modules_do_not_matter(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches anything found by what a module is called instead of by what it does: same edges, same integers."""
 
@@ -167,6 +168,7 @@ def test_names_of_modules_do_not_matter(case: Case, tmp_path: Path, monkeypatch:
     assert filecmp.cmpfiles(whole, target, names, shallow=False) == (names, [], [])
 
 
+@pytest.mark.one_version
 def test_config_is_the_source_with_keys_of_the_engines(case: Case) -> None:
     """Catches a config that transformers has rewritten, and one in another form than the published models have."""
     emitted = json.loads((case.compiled("static") / "config.json").read_text())
@@ -183,6 +185,7 @@ def test_config_is_the_source_with_keys_of_the_engines(case: Case) -> None:
     compare(case.config, emitted)
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("scheme", OTHER_SCHEMES)
 def test_other_schemes(case: Case, scheme: str) -> None:
     """Catches a scheme or smoothing method that works for one family only."""
@@ -192,6 +195,7 @@ def test_other_schemes(case: Case, scheme: str) -> None:
     assert "vLLM Ascend" in str(result.facts["loads in"])
 
 
+@pytest.mark.one_version
 def test_dump_and_report(case: Case, tmp_path: Path) -> None:
     """Catches a stage that is not dumped, and a page without the layers of a part of the model."""
     done = CliRunner().invoke(app, ["dump", str(case.source), "--output", str(tmp_path / "dump")])
@@ -205,8 +209,11 @@ def test_dump_and_report(case: Case, tmp_path: Path) -> None:
     assert all(stage in text for stage in stages)
 
 
-def test_two_processes_give_the_bytes_of_one(case: Case, tmp_path: Path) -> None:
+@pytest.mark.one_version
+@pytest.mark.parametrize("family", ["qwen2", pytest.param("qwen3_vl_moe", marks=NEW)])
+def test_two_processes_give_the_bytes_of_one(family: str, tmp_path: Path) -> None:
     """Catches a decision that depends on the samples of one process, such as which experts received tokens."""
+    case = Case(family, tmp_path)
     prompts = tmp_path / "prompts.jsonl"
     has_images = "vision_config" in case.config
     words, photos = ("one", "two", "three"), ("chelsea.jpg", "rocket.jpg", "text.jpg")

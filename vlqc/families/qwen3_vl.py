@@ -81,7 +81,6 @@ class Config(ImageTokens, total=False):
 
 
 CONFIG = TypeAdapter(Config)
-DEEPSTACK_INDEXES = (8, 16, 24)
 # Values that the model's config class gives to missing keys, where they can be invalid for the checkpoint.
 TEXT_DEFAULTS = {
     "vocab_size": 151936,

@@ -42,7 +42,7 @@ VISION_ROLES = (Role.VISION_QKV, Role.VISION_PROJ, Role.VISION_UP, Role.VISION_D
 DECODER_ROLES = (Role.QKV, Role.OUT, Role.UP, Role.DOWN)
 EXPERT_ROLES = (Role.EXPERT_UP, Role.EXPERT_DOWN)
 
-DTYPE_KEYS = ("torch_dtype", "dtype")  # of the dtype, in transformers 4 and 5
+DTYPE_KEYS = ("torch_dtype", "dtype")  # of the dtype, in older and newer versions of transformers
 LAYERS = 1 << 16  # names to remember: models with experts have some 20,000 linear layers, which rules go through often
 
 
@@ -234,6 +234,10 @@ class ModelFamily(ABC):
 
     def engine_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """config.json of any transformers version -> the form that engines expect. May return its argument."""
+        return config
+
+    def model_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """config.json in the form of `engine_config` -> from which `model_class` is built. May return its argument."""
         return config
 
     def text_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -62,6 +62,10 @@ class Qwen2(ModelFamily):
             return config
         return {"torch_dtype" if key == "dtype" else key: value for key, value in rope_keys(config).items()}
 
+    def model_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """transformers 4.49 masks by `sliding_window` even without `use_sliding_window`; newer versions drop it."""
+        return config if config.get("use_sliding_window") else {**config, "sliding_window": None}
+
     def config_values(self, config: Mapping[str, Any]) -> dict[str, Any]:
         return {
             "dtype": config.get("torch_dtype", config.get("dtype")),

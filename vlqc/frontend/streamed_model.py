@@ -25,6 +25,7 @@ from vlqc.ir.memory import file_backed, release_pages, release_unused_memory
 from vlqc.options.options import Options
 
 CPU = torch.device("cpu")
+DTYPE_RENAMED = (4, 56)  # version of transformers from which on `torch_dtype` is deprecated
 
 
 class _EmptyOnMeta(TorchFunctionMode):
@@ -64,13 +65,14 @@ def build_meta_model(folder: Path, config: dict[str, Any], *, trust_remote_code:
     where = str(folder / "config.json")
     family = family_of(config, where)
     model_class = _model_class(folder, family, config, trust_remote_code)
-    dtype = {DTYPE_KEYS[int(transformers.__version__.split(".")[0]) >= 5]: torch.float32}
+    dtype = {DTYPE_KEYS[_version() >= DTYPE_RENAMED]: torch.float32}
     try:
         if trust_remote_code and "AutoConfig" in config.get("auto_map", {}):
             parsed = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=True)
         else:
             # A copy: some versions of transformers change nested objects, and `config` is what the emitter writes.
-            parsed = model_class.config_class.from_dict(copy.deepcopy(config))  # type: ignore[attr-defined]
+            values = family.model_config(copy.deepcopy(config))
+            parsed = model_class.config_class.from_dict(values)  # type: ignore[attr-defined]
         with parameters_on_meta():
             model: nn.Module = model_class._from_config(parsed, **dtype)  # type: ignore[attr-defined]
         family.prepare(model)
@@ -78,6 +80,12 @@ def build_meta_model(folder: Path, config: dict[str, Any], *, trust_remote_code:
         why = f"{type(error).__name__}: {error}"
         raise UserError(Fault("cannot create the model", where, why)) from error
     return model.eval()
+
+
+def _version() -> tuple[int, int]:
+    """Major and minor version of transformers."""
+    major, minor, *_ = transformers.__version__.split(".")
+    return int(major), int(minor)
 
 
 def _model_class(folder: Path, family: ModelFamily, config: dict[str, Any], trust_remote_code: bool) -> type[nn.Module]:

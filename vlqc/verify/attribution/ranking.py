@@ -177,7 +177,7 @@ def _measured_options(
     per_token = scheme_of_flags(w_bit=8, a_bit=8, is_dynamic=True)
     options = {
         PER_TOKEN: _for_target("--is_dynamic True", per_token, family, layers, target),
-        WIDER: "--calib_images with more or other images, like these" if clipped else "",
+        WIDER: "--calib_images with more or other samples, like these" if clipped else "",
         TIGHTER: "" if any(count for count, _ in error.clipped.values()) else "--act_method 2 (a narrower range)",
         EIGHT_BITS: _for_target("--w_bit 8 --is_lowbit False --is_dynamic True", per_token, family, layers, target),
         SMALL_GROUPS: "--group_size 64",

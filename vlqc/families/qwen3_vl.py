@@ -165,9 +165,8 @@ class Qwen3VL(ModelFamily):
         if not isinstance(text, dict):
             return config
         converted = rope_keys(text) if isinstance(text.get("rope_parameters"), dict) else dict(text)
-        if self.is_tied(config):  # engines read the key there, transformers 5 reads the one at the top
+        if self.is_tied(config):  # engines read the key there, transformers 5 writes the one at the top
             converted["tie_word_embeddings"] = True
-            config = {**config, "tie_word_embeddings": True}
         return config if converted == text else {**config, "text_config": converted}
 
     def text_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:

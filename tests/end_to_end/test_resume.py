@@ -106,7 +106,7 @@ def test_a_failed_verification_leaves_nothing(
 ) -> None:
     """Catches a run folder that is kept although resuming would fail again."""
 
-    def refuse(folder: Path) -> None:
+    def refuse(folder: Path, **options: object) -> None:
         raise InternalError("not sound")
 
     monkeypatch.setattr("vlqc.run.require_valid", refuse)

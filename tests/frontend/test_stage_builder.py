@@ -156,7 +156,7 @@ def test_a_block_that_needs_real_weights_to_be_traced(monkeypatch: pytest.Monkey
         setattr(block.get_submodule(owner), last, nn.Parameter(parameter.to("meta"), requires_grad=False))
     model = StreamedModel.__new__(StreamedModel)
     model.module, model.canonical, model._path = block, lambda name: name.lstrip("."), {block: ""}
-    model.device, model.family = torch.device("cpu"), QWEN2_5_VL
+    model.device, model.family, model._hooks = torch.device("cpu"), QWEN2_5_VL, []
     monkeypatch.setattr(model, "prefetch_after", lambda name: None)  # there is no stage behind it
     inputs = StageInputs("block", block, [Call(0, (torch.ones(2, 4),), {})])
     with materialized_stage(model, inputs, torch.bfloat16, stored.__getitem__) as stage:

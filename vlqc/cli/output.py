@@ -30,6 +30,7 @@ from vlqc.options.paths import output_faults
 
 FAILED, INVALID_INPUT, INTERNAL, INTERRUPTED = 1, 2, 70, 130
 BUG = "this is a bug in vlqc; please report it with the traceback above"
+_is_program = False  # whether this process runs the command line, and not a test or a notebook
 _signals: list[int] = []  # SIGINT and SIGTERM received so far
 
 # ---- results ---------------------------------------------------------------------------------------------------------
@@ -105,6 +106,12 @@ def run_and_exit(run: Callable[[], int | None], *, as_json: bool) -> NoReturn:
         code = run() or 0
     except (Exception, KeyboardInterrupt) as error:
         code = _report(error, as_json=as_json)
+    if _is_program and "TORCHELASTIC_RUN_ID" in os.environ:
+        # Threads of torch.distributed can abort a process while the interpreter is torn down, after all work is done.
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or None
+                stream.flush()
+        os._exit(code)
     sys.exit(code)
 
 
@@ -200,6 +207,8 @@ def prepare_process() -> None:
     error. An ignored SIGINT (a background job) stays ignored. Under torchrun signals are left alone: it ends the other
     processes by SIGTERM when one fails.
     """
+    global _is_program
+    _is_program = True
     if isinstance(sys.stdout, io.TextIOWrapper):  # None if it was closed before the start
         sys.stdout.reconfigure(errors="backslashreplace")
     if isinstance(sys.stderr, io.TextIOWrapper):

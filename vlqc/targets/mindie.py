@@ -272,8 +272,9 @@ class MindIE(Engine):
     def config_faults(self, folder: FinishedFolder) -> list[Fault]:
         config, family = folder.config, folder.family
         faults = []
-        if family.engine_config(dict(config)) != config:
-            what = "nested config (text_config)" if "text_config" in config else "keys of a newer transformers version"
+        published = family.engine_config(dict(config))
+        if others := [key for key, value in config.items() if key not in published or published[key] != value]:
+            what = f"in the form of another transformers version: {join_and(others)}"
             fix = "compile again, or restore the keys of the published checkpoint"
             faults.append(Fault(what, "config.json", f"MindIE reads the config of {family.title} as published", fix))
         faults += self._model_faults(family, config)

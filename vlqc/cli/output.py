@@ -102,11 +102,14 @@ def stderr() -> Console:
 
 def run_and_exit(run: Callable[[], int | None], *, as_json: bool) -> NoReturn:
     """Runs a command and exits. The only place that turns errors into messages and exit codes."""
+    under_torchrun = _is_program and "TORCHELASTIC_RUN_ID" in os.environ
     try:
         code = run() or 0
     except (Exception, KeyboardInterrupt) as error:
+        if under_torchrun:  # it sends SIGTERM when another process fails; the error is printed before this one ends
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         code = _report(error, as_json=as_json)
-    if _is_program and "TORCHELASTIC_RUN_ID" in os.environ:
+    if under_torchrun:
         # Threads of torch.distributed can abort a process while the interpreter is torn down, after all work is done.
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or None

@@ -82,7 +82,7 @@ class Rotation:
         return self._multiply_rows(x, x, transposed=False)
 
     @torch.no_grad()
-    def rotate_rows_(self, x: torch.Tensor) -> torch.Tensor:
+    def rotate_columns_(self, x: torch.Tensor) -> torch.Tensor:
         """x float32 [size, ...] -> x, overwritten with R^T x. Raises ValueError for another size or dtype.
 
         For a weight or a bias that writes the rotated channels. The dimensions after the first must have strides that

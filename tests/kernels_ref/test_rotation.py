@@ -107,7 +107,9 @@ def test_rotation_is_the_defined_matrix(size: int, keeps_mean: bool) -> None:
     rotated = Rotation(size, 7, "residual", keeps_mean)
     np.testing.assert_allclose(rotated.rotate(x).numpy(), x.double().numpy() @ r, rtol=0, atol=3e-6)
     np.testing.assert_allclose(rotated.unrotate(x).numpy(), x.double().numpy() @ r.T, rtol=0, atol=3e-6)
-    np.testing.assert_allclose(rotated.rotate_rows_(x.T.clone()).numpy(), r.T @ x.double().numpy().T, rtol=0, atol=3e-6)
+    np.testing.assert_allclose(
+        rotated.rotate_columns_(x.T.clone()).numpy(), r.T @ x.double().numpy().T, rtol=0, atol=3e-6
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -152,7 +154,7 @@ def test_same_bytes_for_all_threads_and_pieces(keeps_mean: bool, monkeypatch: py
         for count, piece_bytes in ((1, 2**21), (2, 2**21), (2, 2**19), (1, 2**27)):
             torch.set_num_threads(count)
             monkeypatch.setattr(rotation, "CPU_PIECE_BYTES", piece_bytes)
-            results.append((rotated.rotate(x), rotated.unrotate(x), rotated.rotate_rows_(x.T.clone())))
+            results.append((rotated.rotate(x), rotated.unrotate(x), rotated.rotate_columns_(x.T.clone())))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(results[0], result, strict=True))
@@ -172,12 +174,12 @@ def test_forms_in_place_write_to_views(monkeypatch: pytest.MonkeyPatch) -> None:
     expected.view(13, 3, 80)[:, ::2] = rotated.rotate(weight.view(13, 3, 80)[:, ::2])
     torch.testing.assert_close(changed, expected, rtol=0, atol=0)
     written = weight.T.clone()  # [240, 13]
-    rotated.rotate_rows_(written[80:160])
+    rotated.rotate_columns_(written[80:160])
     torch.testing.assert_close(written[80:160], rotated.rotate(weight[:, 80:160]).T, rtol=0, atol=1e-6)
     assert torch.equal(written[160:], weight.T[160:]) and torch.equal(written[:80], weight.T[:80])
     convolution = weight.T[:80].reshape(80, 13, 1).clone()
-    assert torch.equal(rotated.rotate_rows_(convolution)[..., 0], rotated.rotate_rows_(weight.T[:80].clone()))
-    assert torch.equal(rotated.rotate_rows_(weight[0, :80].clone()), rotated.rotate(weight[0, :80]))
+    assert torch.equal(rotated.rotate_columns_(convolution)[..., 0], rotated.rotate_columns_(weight.T[:80].clone()))
+    assert torch.equal(rotated.rotate_columns_(weight[0, :80].clone()), rotated.rotate(weight[0, :80]))
 
 
 def test_input_dtypes_and_empty_inputs() -> None:
@@ -187,7 +189,7 @@ def test_input_dtypes_and_empty_inputs() -> None:
     assert torch.equal(rotated.rotate(x.double()), rotated.rotate(x))
     assert torch.equal(rotated.rotate(x.bfloat16()), rotated.rotate(x.bfloat16().float()))
     assert rotated.rotate(x[:0]).shape == (0, 64)
-    assert rotated.rotate_rows_(x.T[:, :0]).shape == (64, 0)
+    assert rotated.rotate_columns_(x.T[:, :0]).shape == (64, 0)
 
 
 def test_other_sizes_and_dtypes_are_refused() -> None:
@@ -200,7 +202,7 @@ def test_other_sizes_and_dtypes_are_refused() -> None:
     with pytest.raises(ValueError, match="in place"):
         rotated.rotate_(torch.zeros(2, 64, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="expected"):
-        rotated.rotate_rows_(torch.zeros(128, 2))
+        rotated.rotate_columns_(torch.zeros(128, 2))
     with pytest.raises(ValueError, match="positive"):
         Rotation(0, 3, "residual")
 

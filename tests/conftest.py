@@ -40,7 +40,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture
 def float32_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Samples run through stages in float32, as proofs do, also where a processor multiplies bfloat16 faster."""
-    monkeypatch.setattr("vlqc.ir.execution.multiplies_bfloat16", lambda device: False)
+    monkeypatch.setattr("vlqc.ir.bfloat16_linears.multiplies_bfloat16", lambda device: False)
 
 
 @pytest.fixture

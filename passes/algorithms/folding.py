@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vlqc.errors import InternalError
-from vlqc.ir.execution import exact_bfloat16
+from vlqc.ir.bfloat16_linears import exact_bfloat16
 from vlqc.ir.memory import file_backed_copy, release_pages
 from vlqc.ir.stage import Edge, Stage
 from vlqc.ir.tensor_digest import TOLERANCE, max_relative_error

@@ -5,13 +5,11 @@ Two changes of the execution save time and memory. Both are exact up to rounding
 * attention in three dimensions runs through the fused kernel. transformers 4.49 calls the attention of the vision tower
   with queries [heads, S, D], for which PyTorch has no fused kernel and writes out all scores: heads * S * S float32
   numbers, tens of GiB for an image of three megapixels. With a batch dimension of one the fused kernel is used.
-* Linear layers whose weights bfloat16 represents exactly are multiplied in bfloat16 where samples are only observed.
-  Inputs and products are rounded to 8 bits, about 52 dB below the signal, as in an engine that runs the float model.
-  All other operations stay in float32. Proofs never run in bfloat16.
+* Linear layers multiply in bfloat16 where samples are only observed (`bfloat16_linears`). Proofs never run in bfloat16.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
@@ -20,11 +18,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vlqc.errors import InternalError
-from vlqc.ir.memory import is_file_backed
+from vlqc.ir.bfloat16_linears import bfloat16_linears
 from vlqc.ir.observation import MODALITIES
 
 T = TypeVar("T")
-ROWS_COMPARED = 64  # rows compared at a time, so that temporaries stay in the cache
 ATTENTION = torch.nn.functional.scaled_dot_product_attention
 
 
@@ -97,6 +94,8 @@ class StageRun:
     module: the module of the stage; calls: one per sample of this rank; probe: the call that proofs use, the same on
     all ranks; probe_is_separate: whether the probe is none of the calibration samples, so that `forward` runs it in
     addition and does not observe it; shapes: of the samples of all ranks, None if `calls` are all of them;
+    rounds_weights: whether `forward` rounds weights to bfloat16 for its products, as the engine rounds them: for a
+    stage of a bfloat16 checkpoint whose weights a pass has rotated, which leaves them with more bits;
     after_sample: called after each sample with the number of finished samples and all values that it used; outputs:
     return values per call, filled by `forward`; probe_outputs: of a separate probe, at most one; name: of the stage.
     """
@@ -107,6 +106,7 @@ class StageRun:
     probe: Call | None = None
     probe_is_separate: bool = False
     shapes: Sequence[SampleShape] | None = None
+    rounds_weights: bool = False
     after_sample: Callable[..., None] = lambda done, *values: None
     outputs: list[Any] = field(default_factory=list)
     probe_outputs: list[Any] = field(default_factory=list)
@@ -122,10 +122,11 @@ class StageRun:
         """Runs every sample through the stage once and keeps the outputs.
 
         observers: per path of a submodule, called with its first argument and the sample's call.
-        Weights that bfloat16 represents exactly are multiplied in bfloat16 where that is faster.
+        Weights that bfloat16 represents exactly, with `rounds_weights` all, are multiplied in bfloat16 where that is
+        faster.
         """
         self.outputs = []
-        with bfloat16_linears(self.module):
+        with bfloat16_linears(self.module, round_weights=self.rounds_weights):
             for done, call in enumerate(self.calls):
                 with observing(self.module, observers or {}, call), FusedAttention():
                     self.outputs.append(self.module(*call.args, **call.kwargs))
@@ -216,54 +217,3 @@ class FusedAttention(TorchFunctionMode):
 def _batched(value: Any) -> Any:
     """[heads, S, ...] -> [1, heads, S, ...]; a mask [S, S] broadcasts over heads already; other values unchanged."""
     return value.unsqueeze(0) if isinstance(value, Tensor) and value.ndim == 3 else value
-
-
-def exact_bfloat16(tensor: Tensor) -> Tensor | None:
-    """The same values in bfloat16; None if bfloat16 cannot represent all of them."""
-    half = torch.empty(tensor.shape, dtype=torch.bfloat16, device=tensor.device)
-    for source, target in zip(
-        torch.split(tensor.detach(), ROWS_COMPARED), torch.split(half, ROWS_COMPARED), strict=True
-    ):
-        target.copy_(source)
-        if not torch.equal(target.float(), source):
-            return None
-    return half
-
-
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the device has bfloat16 instructions; without them float32 is as fast and more exact."""
-    if device.type != "cpu":
-        return True
-    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
-
-
-@contextmanager
-def bfloat16_linears(root: nn.Module) -> Iterator[None]:
-    """Linear layers below `root` whose weights bfloat16 represents exactly multiply in bfloat16.
-
-    Afterwards the weights are float32 again, with the same bits.
-    """
-    with ExitStack() as undo:
-        for module in root.modules():
-            if type(module) is nn.Linear and "forward" not in module.__dict__:
-                weight = module.weight
-                if weight.dtype == torch.float32 and multiplies_bfloat16(weight.device) and not is_file_backed(weight):
-                    half = exact_bfloat16(weight)
-                    if half is not None:
-                        undo.callback(_restore, module)
-                        weight.data = half
-                        module.forward = _bfloat16_forward(module)  # type: ignore[method-assign, assignment]
-        yield
-
-
-def _bfloat16_forward(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
-    def forward(rows: Tensor) -> Tensor:
-        product = nn.functional.linear(rows.to(torch.bfloat16), linear.weight).to(rows.dtype)
-        return product if linear.bias is None else product.add_(linear.bias)
-
-    return forward
-
-
-def _restore(linear: nn.Linear) -> None:
-    del linear.__dict__["forward"]
-    linear.weight.data = linear.weight.data.float()

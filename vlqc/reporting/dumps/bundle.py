@@ -34,7 +34,8 @@ from vlqc.frontend.checkpoint.config_schema import config_faults
 from vlqc.frontend.checkpoint.files import link_faults
 from vlqc.frontend.process_group import ProcessGroup
 from vlqc.frontend.streamed_model import build_meta_model
-from vlqc.ir.execution import Call, StageRun, exact_bfloat16
+from vlqc.ir.bfloat16_linears import exact_bfloat16
+from vlqc.ir.execution import Call, StageRun
 from vlqc.ir.observation import ChannelRange, Observation
 from vlqc.ir.printer import print_stage
 from vlqc.ir.serialization import NotSerializable, deserialize, serialize, span
@@ -106,6 +107,7 @@ class BundleMetadata(_StrictModel):
     name, where it is not the stage's name plus the path. replaced: outer modules first. constants: node -> path of the
     parameter that it reads, or None. edges: (producer, consumers), None if edges were not computed. probe: index into
     calls, or a call. before_run: whether the samples have not run through the stage, so that calls has all of them.
+    rounds_weights: as in `StageRun`.
     """
 
     format: Literal[1] = 1
@@ -119,6 +121,7 @@ class BundleMetadata(_StrictModel):
     calls: tuple[SerializedCall, ...]
     probe: int | SerializedCall | None
     before_run: bool
+    rounds_weights: bool = False
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -142,6 +145,7 @@ def write_bundle(stage: Stage, path: Path, context: DumpContext) -> None:
         calls=tuple(inputs.calls),
         probe=inputs.probe,
         before_run=inputs.before_run,
+        rounds_weights=stage.execution.rounds_weights,
     )
     (folder / BUNDLE_GRAPH).write_text(print_stage(stage), encoding="utf-8")
     (folder / METADATA).write_text(metadata.model_dump_json(indent=1) + "\n", encoding="utf-8")
@@ -458,4 +462,4 @@ def _restore_execution(module: nn.Module, metadata: BundleMetadata, tensors: Ten
         probe = calls[metadata.probe]
     elif metadata.probe is not None:
         probe = restore_call(metadata.probe)
-    return StageRun(module, ProcessGroup(), calls, probe, name=metadata.stage)
+    return StageRun(module, ProcessGroup(), calls, probe, rounds_weights=metadata.rounds_weights, name=metadata.stage)

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from vlqc.errors import InternalError
-from vlqc.ir.bfloat16_linears import exact_bfloat16
-from vlqc.ir.memory import file_backed_copy, release_pages
 from vlqc.ir.stage import Edge, Stage
 from vlqc.ir.tensor_digest import TOLERANCE, max_relative_error
 from vlqc.kernels_ref.norm import ShiftedNorm
+from vlqc.passes.algorithms.reversible_scaling import Scaling, scaled
 
 SNAP_TOLERANCE = 2**-22  # relative error that float32 division leaves on a value of a shorter dtype
 
@@ -68,17 +67,19 @@ def apply_folds(stage: Stage, folds: Sequence[Fold]) -> list[Fold]:
     if not folds:
         return []
     before = stage.execution.probe_output()
-    originals = [(parameter, _copy(parameter)) for parameter in _affected_parameters(stage, folds)]
+    vectors = [(parameter, parameter.clone()) for parameter in _affected_parameters(stage, folds) if parameter.ndim < 2]
+    scalings: list[Scaling] = []  # of matrices, whose copies would be large
     bias_errors: dict[str, Tensor] = {}  # per producer: what its bias lost by rounding
 
     def restore() -> None:
-        for parameter, original in originals:
+        while scalings:
+            scalings.pop().undo()
+        for parameter, original in vectors:
             parameter.copy_(original)
-            release_pages(parameter, original)
 
     def keeps_output(candidates: Sequence[Fold]) -> bool:
         for fold in candidates:
-            bias_errors[fold.edge.producer] = _fold(stage, fold)
+            bias_errors[fold.edge.producer] = _fold(stage, fold, scalings)
         return max_relative_error(before, stage.execution.probe_output()) <= TOLERANCE
 
     applied = list(folds)
@@ -104,27 +105,23 @@ def _affected_parameters(stage: Stage, folds: Sequence[Fold]) -> list[nn.Paramet
     return [parameter for path in targets for parameter in stage.module.get_submodule(path).parameters(recurse=False)]
 
 
-def _copy(parameter: Tensor) -> Tensor:
-    """A copy, in bfloat16 if that is exact, as for most checkpoints: half the size. In a file if the parameter is."""
-    half = exact_bfloat16(parameter)
-    copy = file_backed_copy(parameter if half is None else half, parameter)
-    release_pages(parameter)
-    return parameter.clone() if copy is parameter else copy
-
-
 @torch.no_grad()
-def _fold(stage: Stage, fold: Fold) -> Tensor:
-    """Changes the weights; returns float32 [C], what the producer's bias lost by rounding."""
+def _fold(stage: Stage, fold: Fold, scalings: list[Scaling]) -> Tensor:
+    """Changes the weights; returns float32 [C], what the producer's bias lost by rounding.
+
+    scalings: receives those of matrices, in order.
+    """
     producer = stage.module.get_submodule(fold.edge.producer)
     for parameter in producer.parameters(recurse=False):  # weight [C] or [C, K], bias [C]
         scale = fold.scale.to(parameter.device)
-        divided = parameter / (scale if parameter.ndim == 1 else scale[:, None])
-        parameter.copy_(divided if isinstance(producer, nn.Linear) else _snap(divided, stage.dtype))
-        release_pages(parameter)
+        if parameter.ndim == 2:
+            scalings.append(scaled(parameter, scale[:, None], divide=True))
+        else:
+            divided = parameter / scale
+            parameter.copy_(divided if isinstance(producer, nn.Linear) else _snap(divided, stage.dtype))
     for target in fold.edge.consumers:
         weight = stage.module.get_submodule(target).get_parameter("weight")
-        weight.mul_(fold.scale_per_column(target).to(weight.device))
-        release_pages(weight)
+        scalings.append(scaled(weight, fold.scale_per_column(target).to(weight.device)))
     if isinstance(producer, ShiftedNorm):
         return _move_bias_error(stage, fold, producer)
     return torch.zeros_like(fold.scale)

@@ -116,7 +116,7 @@ def probe_rows(stage: Stage, modules: Mapping[str, nn.Module] | None = None) -> 
     try:
         for target, module in (modules or {}).items():
             stage.module.set_submodule(target, _as_stored(module, stage.dtype))
-        rows = stage.execution.probe_output()
+        rows = stage.execution.probe_output(reuse=True)
     finally:
         for target, original in originals.items():
             stage.module.set_submodule(target, original)

@@ -102,7 +102,7 @@ def shift(stage: Stage, edge: Edge, center: Tensor) -> bool:
 
     Returns whether the stage's output for its probe call is unchanged; otherwise everything is restored, with a note.
     """
-    norm, before = stage.module.get_submodule(edge.producer), stage.execution.probe_output()
+    norm, before = stage.module.get_submodule(edge.producer), stage.execution.probe_output(reuse=True)
     linears = {target: stage.linear(stage.site_at(target)) for target in edge.consumers}
     offsets = {target: channel_to_column(center, channel, 0.0) for target, channel in edge.consumers.items()}
     biases = {target: linear.bias for target, linear in linears.items()}

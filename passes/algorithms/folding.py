@@ -66,7 +66,7 @@ def apply_folds(stage: Stage, folds: Sequence[Fold]) -> list[Fold]:
     """
     if not folds:
         return []
-    before = stage.execution.probe_output()
+    before = stage.execution.probe_output(reuse=True)
     vectors = [(parameter, parameter.clone()) for parameter in _affected_parameters(stage, folds) if parameter.ndim < 2]
     scalings: list[Scaling] = []  # of matrices, whose copies would be large
     bias_errors: dict[str, Tensor] = {}  # per producer: what its bias lost by rounding

@@ -59,7 +59,8 @@ def scaled(weight: Tensor, factor: Tensor, *, divide: bool = False) -> Scaling:
             rows.mul_(part)
         difference = original.view(torch.int32) - _inverse(rows, part, divide).view(torch.int32)
         correction.copy_(difference)
-        if not bool((correction == difference).all()):
+        low, high = torch.aminmax(difference)
+        if not -128 <= int(low) <= int(high) <= 127:
             copies[step] = original
     release_pages(weight)
     return Scaling(weight, factor, divide, file_backed_copy(corrections, weight), copies)

@@ -1,12 +1,14 @@
-"""TensorCache: when results are reused, recomputed and dropped."""
+"""TensorCache: when results are reused, recomputed and dropped. ModuleVersion: which changes it notices."""
 
+import copy
 import gc
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vlqc.ir.tensor_cache import TensorCache
+from vlqc.ir.tensor_cache import ModuleVersion, TensorCache
 
 
 @pytest.fixture
@@ -60,3 +62,28 @@ def test_a_changed_tensor_has_one_entry(total: TensorCache[float]) -> None:
     for factor in (1, 2, 3):
         assert total(tensor.mul_(factor)) == float(tensor.sum())
     assert len(total._results) == 1
+
+
+MODULE_CHANGES: dict[str, Callable[[nn.Sequential], object]] = {
+    "a write in place": lambda module: module[0].weight[1].mul_(2),
+    "a write to a buffer": lambda module: module[1].num_batches_tracked.add_(1),
+    "new data": lambda module: setattr(module[0].weight, "data", module[0].weight.detach().clone()),
+    "another parameter": lambda module: setattr(module[0], "bias", nn.Parameter(module[0].bias.detach().clone())),
+    "no bias": lambda module: setattr(module[0], "bias", None),
+    "another module": lambda module: module.set_submodule("2", nn.SiLU()),
+    "a module around another": lambda module: module.set_submodule("2", nn.Sequential(module[2])),
+    "swapped modules": lambda module: module._modules.update({"2": module[3], "3": module[2]}),
+    "a module more": lambda module: module.append(nn.SiLU()),
+}
+
+
+@pytest.mark.parametrize("change", MODULE_CHANGES)
+@torch.no_grad()
+def test_changes_of_a_module_are_noticed(change: str) -> None:
+    """Catches a stale result for a module with other weights, buffers or submodules, also equal or reordered ones."""
+    module = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.SiLU(), nn.SiLU())
+    version = ModuleVersion.of(module)
+    module.eval()(torch.ones(2, 4))
+    assert version.matches(module) and not version.matches(copy.deepcopy(module))
+    MODULE_CHANGES[change](module)
+    assert not version.matches(module) and ModuleVersion.of(module).matches(module)

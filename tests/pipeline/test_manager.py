@@ -13,7 +13,8 @@ from vlqc.errors import InternalError, third_party_fix
 from vlqc.ir.execution import StageRun
 from vlqc.ir.printer import print_stage
 from vlqc.ir.stage import Stage
-from vlqc.ir.tensor_digest import TOLERANCE, max_relative_error
+from vlqc.ir.tensor_digest import TOLERANCE, fingerprints, max_relative_error
+from vlqc.pipeline import manager
 from vlqc.pipeline.manager import PassManager
 from vlqc.pipeline.pass_api import Pass
 from vlqc.targets.schemes import Scheme
@@ -110,6 +111,32 @@ def test_a_rewrite_must_not_change_what_the_stage_computes() -> None:
     PassManager([pass_of("rewrite", spoil)], verify=False).run(traced())
 
 
+def spoil_behind_autograd(stage: Stage) -> bool:
+    for site in stage.sites.values():
+        stage.linear(site).weight.data.mul_(1.5)
+    return True
+
+
+def test_outputs_are_not_reused_after_a_third_party_pass() -> None:
+    """Catches an output from before a write that PyTorch does not count, in the same check or in a later pass."""
+    with pytest.raises(InternalError, match="changed the output"):
+        PassManager([pass_of("rewrite", spoil_behind_autograd)]).run(traced())
+    stage = traced()
+    before = stage.execution.probe_output()
+    PassManager([pass_of("rewrite", spoil_behind_autograd)], verify=False).run(stage)
+    assert not torch.equal(stage.execution.probe_output(reuse=True), before)
+
+
+def test_digests_of_unmodified_tensors_are_reused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches digests of all weights after every built-in rewrite, and none after a third-party one."""
+    computed: list[set[str]] = []
+    monkeypatch.setattr(manager, "fingerprints", lambda named: (computed.append(set(named)), fingerprints(named))[1])
+    own = pass_of("rewrite", scale_weight)
+    monkeypatch.setattr(type(own), "__module__", "vlqc.passes.made_up")
+    PassManager([own, pass_of("rewrite", lambda stage: False)]).run(traced())
+    assert computed[1] == {"mlp.up.weight", "mlp.down.weight"} and computed[0] == computed[2] > computed[1]
+
+
 def test_a_rewrite_may_lower() -> None:
     """Catches a lowering pass that is refused because integers change the output."""
 
@@ -131,7 +158,7 @@ def test_only_a_strangers_rewrite_costs_forwards(monkeypatch: pytest.MonkeyPatch
     """Catches forwards for built-in rewrites, which check themselves."""
     ran: list[str] = []
     run_probe = StageRun.probe_output
-    monkeypatch.setattr(StageRun, "probe_output", lambda run: (ran.append(run.name), run_probe(run))[1])
+    monkeypatch.setattr(StageRun, "probe_output", lambda run, **options: (ran.append(run.name), run_probe(run))[1])
     own = pass_of("rewrite", scale_weight)
     monkeypatch.setattr(type(own), "__module__", "vlqc.passes.made_up")
     PassManager([own, pass_of("analysis", lambda stage: False)]).run(traced())

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from vlqc.errors import InternalError
 from vlqc.ir.bfloat16_linears import bfloat16_linears
 from vlqc.ir.observation import MODALITIES
+from vlqc.ir.tensor_cache import ModuleVersion
 
 T = TypeVar("T")
 ATTENTION = torch.nn.functional.scaled_dot_product_attention
@@ -87,6 +88,15 @@ class SampleShape:
         return cls(call.sample, rows, tuple(counts))
 
 
+@dataclass(frozen=True)
+class _ProbeResult:
+    """The output of a stage for one call and the state of the stage in that run."""
+
+    call: Call
+    version: ModuleVersion
+    output: Tensor
+
+
 @dataclass
 class StageRun:
     """Inputs and outputs of one stage in one run.
@@ -111,6 +121,7 @@ class StageRun:
     outputs: list[Any] = field(default_factory=list)
     probe_outputs: list[Any] = field(default_factory=list)
     name: str = ""
+    _last_probe: _ProbeResult | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def sample_shapes(self) -> Sequence[SampleShape]:
@@ -126,6 +137,7 @@ class StageRun:
         faster.
         """
         self.outputs = []
+        last = self._last_probe if self._last_probe and self._last_probe.version.matches(self.module) else None
         with bfloat16_linears(self.module, round_weights=self.rounds_weights):
             for done, call in enumerate(self.calls):
                 with observing(self.module, observers or {}, call), FusedAttention():
@@ -134,23 +146,41 @@ class StageRun:
             if self.probe is not None and self.probe_is_separate:
                 with FusedAttention():
                     self.probe_outputs = [self.module(*self.probe.args, **self.probe.kwargs)]
+        if last is not None:  # the weights have new memory, but the same bits
+            self._last_probe = replace(last, version=ModuleVersion.of(self.module))
 
     def next_inputs(self) -> list[Any]:
         """What the suspended forwards resume with: one output per call, then that of a separate probe."""
         return [*self.outputs, *self.probe_outputs]
 
     @torch.no_grad()
-    def probe_output(self) -> Tensor:
-        """Runs the probe in float32 and returns the first output tensor, float32 [rows, K], on the CPU."""
-        if self.probe is None:
+    def probe_output(self, call: Call | None = None, *, reuse: bool = False) -> Tensor:
+        """Runs the probe in float32 and returns the first output tensor, float32 [rows, K], on the CPU.
+
+        call: run this call instead of `probe`. reuse: return the last result instead if it is of the same call and no
+        parameter, buffer or submodule of the stage has changed since. Writes through `Tensor.data` go unnoticed:
+        `forget_probe_output` after them.
+        """
+        call = call or self.probe
+        if call is None:
             raise InternalError(f"stage {self.name} has no probe")
+        last = self._last_probe
+        if reuse and last is not None and last.call is call and last.version.matches(self.module):
+            return last.output
         with FusedAttention():
-            output = first_tensor(self.module(*self.probe.args, **self.probe.kwargs))
-        return output.float().reshape(-1, output.shape[-1]).cpu()
+            output = first_tensor(self.module(*call.args, **call.kwargs))
+        output = output.float().reshape(-1, output.shape[-1]).cpu()
+        self._last_probe = _ProbeResult(call, ModuleVersion.of(self.module), output)
+        return output
+
+    def forget_probe_output(self) -> None:
+        """Makes the next `probe_output` run, for after changes that its check does not notice."""
+        self._last_probe = None
 
     def release(self) -> None:
         """Drops all inputs and outputs."""
         self.calls, self.probe, self.outputs, self.probe_outputs = (), None, [], []
+        self.forget_probe_output()
 
 
 @contextmanager

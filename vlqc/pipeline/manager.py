@@ -66,7 +66,10 @@ class _State:
 
     @classmethod
     def of(cls, stage: Stage, earlier: "_State | None" = None) -> "_State":
-        """earlier: a state whose digests are reused for tensors that PyTorch's version counter shows unmodified."""
+        """earlier: a state whose digests are reused for tensors that PyTorch's version counter shows unmodified.
+
+        Third-party rewrites may write through `Tensor.data`, which it does not count.
+        """
         tensors = {**dict(stage.module.named_parameters()), **dict(stage.module.named_buffers())}
         reused = {}
         if earlier is not None:
@@ -82,11 +85,14 @@ class _State:
 def _run(step: Pass, stage: Stage) -> bool:
     """Runs the pass; an exception of a third-party pass gets a note with the stage and the import path of the pass."""
     try:
-        return step.run(stage)
+        changed = step.run(stage)
     except Exception as error:
         if not isinstance(error, VlqcError) and not _is_builtin(step):
             error.add_note(f"on stage {stage.name}: {third_party_fix(import_path(type(step)))}")
         raise
+    if not _is_builtin(step):
+        stage.execution.forget_probe_output()  # it may have written through Tensor.data
+    return changed
 
 
 def _check_valid(stage: Stage, step: Pass) -> None:
@@ -99,7 +105,7 @@ def _check_changes(stage: Stage, step: Pass, changed: bool, before: _State) -> _
     """Compares the stage with its state before the pass. Returns the state after it."""
     if not isinstance(changed, bool):
         raise _pass_error(step, f"{step.name}: run returned {changed!r} on {stage.name}; it must return True or False")
-    after = _State.of(stage, before if step.kind == "analysis" else None)
+    after = _State.of(stage, before if step.kind == "analysis" or _is_builtin(step) else None)
     if step.kind == "analysis" and after.digests != before.digests:
         names = sorted({*after.digests, *before.digests})
         modified = ", ".join(name for name in names if after.digests.get(name) != before.digests.get(name))
@@ -134,7 +140,7 @@ def _check_output(stage: Stage, step: Pass, before: Tensor) -> None:
 
 
 def _probe_output(stage: Stage) -> Tensor:
-    return stage.execution.probe_output().flatten()
+    return stage.execution.probe_output(reuse=True).flatten()
 
 
 def _is_float(stage: Stage) -> bool:

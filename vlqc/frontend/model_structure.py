@@ -14,15 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from vlqc.errors import Fault, UserError
 from vlqc.families.family import ModelFamily
 from vlqc.families.linear import Linear, Shape
+from vlqc.frontend.rotatable import Rotatable, find_rotatable
 from vlqc.frontend.streamed_model import build_meta_model, find_stages, model_inputs
-from vlqc.frontend.tracing import run_on_meta, trace
+from vlqc.frontend.tracing import run_on_meta, trace, trace_between
 from vlqc.ir.execution import Call
+from vlqc.ir.rotation_analysis import GraphBases, find_bases
 from vlqc.ir.scale_propagation import find_edges
 from vlqc.ir.stage import Edge
 
@@ -33,7 +35,8 @@ class ModelStructure:
 
     parameters: name -> shape of every parameter, without the weight of a tied output head. linears: its linear layers.
     edges: producer -> edge, with names of layers in place of targets. embedding: of the tokens; output_head: the layer
-    that computes the logits; tied: whether both share the embedding's weight.
+    that computes the logits; tied: whether both share the embedding's weight; rotatable: what can be
+    rotated.
     """
 
     family: ModelFamily
@@ -43,6 +46,7 @@ class ModelStructure:
     embedding: str
     output_head: str
     tied: bool
+    rotatable: tuple[Rotatable, ...] = ()
 
     @cached_property
     def norms(self) -> dict[str, int]:
@@ -153,29 +157,21 @@ def structure_of(
         for path, module in model.named_modules()
         if isinstance(module, nn.Linear) and not (tied and module is head)
     }
+    tracer = _StageTracer({stage: paths[stage] for stage in find_stages(model) if stage is not model})
+    between = tracer.run(model, inputs, where)
     edges: dict[str, Edge] = {}
-    for path, of_stage in _edges_by_stage(model, inputs, paths, where).items():
-        for edge in of_stage:
+    for stage, path in tracer.stages.items():
+        for edge in tracer.edges.get(_kind(stage), ()):
             consumers = {name(f"{path}.{target}"): channel for target, channel in edge.consumers.items()}
             producer = name(f"{path}.{edge.producer}")
             edges[producer] = Edge(producer, edge.usable, consumers)
-    return ModelStructure(family, parameters, linears, edges, name(paths[embedding]), name(paths[head]), tied)
-
-
-def _edges_by_stage(
-    model: nn.Module, inputs: Callable[[], Mapping[str, Any]], paths: Mapping[nn.Module, str], where: str
-) -> dict[str, tuple[Edge, ...]]:
-    """Path of every stage -> its edges, with targets in the stage."""
-    tracer = _StageTracer({stage: paths[stage] for stage in find_stages(model) if stage is not model})
-    try:
-        with tracer.replaced_forwards(model):
-            model(**inputs())
-    except UserError:
-        raise
-    except Exception as error:  # raised by the model's code, for which any config.json is possible
-        why, fix = f"{type(error).__name__}: {error}", "check config.json"
-        raise UserError(Fault("the model cannot be run", where, why, fix)) from error
-    return {path: tracer.edges.get(_kind(stage), ()) for stage, path in tracer.stages.items()}
+    stage_bases = {
+        path: tracer.bases[kind] for stage, path in tracer.stages.items() if (kind := _kind(stage)) in tracer.bases
+    }
+    rotatable = find_rotatable(model, between, stage_bases, name)
+    return ModelStructure(
+        family, parameters, linears, edges, name(paths[embedding]), name(paths[head]), tied, rotatable
+    )
 
 
 def _kind(stage: nn.Module) -> tuple[Any, ...]:
@@ -187,13 +183,25 @@ def _kind(stage: nn.Module) -> tuple[Any, ...]:
 class _StageTracer:
     """Stands in for all stages while the model runs: traces one of each kind, and returns zeros.
 
-    stages: stage -> path in the module tree; edges: kind -> edges with targets in the stage.
+    stages: stage -> path in the module tree; edges, bases: by kind, with targets in the stage.
     """
 
     def __init__(self, stages: Mapping[nn.Module, str]) -> None:
         self.stages = stages
         self.edges: dict[Any, tuple[Edge, ...]] = {}
+        self.bases: dict[Any, GraphBases] = {}
         self._outputs: dict[Any, Any] = {}  # by kind and shapes of the inputs, on meta
+
+    def run(self, model: nn.Module, inputs: Callable[[], Mapping[str, Any]], where: str) -> fx.Graph:
+        """Runs the model once -> what it does between the stages. UserError if it cannot be run."""
+        try:
+            with self.replaced_forwards(model):
+                return trace_between(model, self.stages, inputs())
+        except UserError:
+            raise
+        except Exception as error:  # raised by the model's code, for which any config.json is possible
+            why, fix = f"{type(error).__name__}: {error}", "check config.json"
+            raise UserError(Fault("the model cannot be run", where, why, fix)) from error
 
     @contextmanager
     def replaced_forwards(self, model: nn.Module) -> Iterator[None]:
@@ -234,7 +242,8 @@ class _StageTracer:
         """Traces the stage if it is the first of its kind -> its output for these shapes, on meta."""
         kind = _kind(stage)
         if kind not in self.edges:
-            self.edges[kind] = find_edges(stage, trace(stage, call, self.stages[stage]))
+            graph = trace(stage, call, self.stages[stage])
+            self.edges[kind], self.bases[kind] = find_edges(stage, graph), find_bases(stage, graph)
         shapes = tuple(tuple(leaf.shape) for leaf in tree_leaves((call.args, call.kwargs)) if _is_tensor(leaf))
         if (kind, shapes) not in self._outputs:
             self._outputs[kind, shapes] = run_on_meta(stage, call)

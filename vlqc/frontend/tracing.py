@@ -42,6 +42,20 @@ def trace(module: nn.Module, call: Call, name: str) -> fx.Graph:
             raise UserError(Fault(f"cannot trace {name}", why=why, fix=fix)) from error
 
 
+def trace_between(model: nn.Module, stages: Mapping[nn.Module, str], kwargs: Mapping[str, Any]) -> fx.Graph:
+    """The graph of `model(**kwargs)` in which each stage is one call_module node.
+
+    stages: module -> path. Such a node has meta["arguments"]: name of each tensor among its arguments -> node.
+    """
+    tracer = _Tracer(model, None, None, stages)
+    for name, tensor in input_tensors(model, (), dict(kwargs)):
+        tracer.bind(tensor, tracer.graph.placeholder(name))
+    with torch.no_grad(), tracer:
+        model(**kwargs)
+    tracer.graph.output(())
+    return tracer.graph
+
+
 def run_on_meta(module: nn.Module, call: Call) -> Any:
     """The output of `module` for the arguments in `call`, with its shapes and dtypes, on the meta device."""
     state, args, kwargs = _on_meta(module, call)
@@ -115,9 +129,15 @@ def _get_tensor(root: nn.Module, path: str) -> Tensor:
 class _Tracer(TorchFunctionMode):
     """Builds the graph while it is active; its hooks are removed on exit."""
 
-    def __init__(self, root: nn.Module, state: dict[str, Tensor] | None, device: torch.device | None) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        state: dict[str, Tensor] | None,
+        device: torch.device | None,
+        stages: Mapping[nn.Module, str] | None = None,
+    ) -> None:
         super().__init__()
-        self.root, self.device = root, device
+        self.root, self.device, self.stages = root, device, stages or {}
         self.graph = fx.Graph()
         self._node_of: dict[int, fx.Node] = {}  # by id of the tensor
         self._state = state or {**dict(root.named_parameters()), **dict(root.named_buffers())}
@@ -128,8 +148,9 @@ class _Tracer(TorchFunctionMode):
         self._handles: list[Any] = []
 
     def __enter__(self) -> "_Tracer":
+        inside = {child for stage in self.stages for child in stage.modules() if child is not stage}
         for path, module in self.root.named_modules():
-            if path and is_leaf(module):
+            if module in self.stages or (path and is_leaf(module) and module not in inside):
                 self._handles.append(module.register_forward_pre_hook(self._enter_leaf))
                 self._handles.append(module.register_forward_hook(self._leave_leaf(path), with_kwargs=True))
         super().__enter__()  # type: ignore[no-untyped-call]
@@ -149,7 +170,10 @@ class _Tracer(TorchFunctionMode):
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
             self._leaf_depth -= 1
             if not self._leaf_depth:
-                self._add_node("call_module", path, args, kwargs, output)
+                node = self._add_node("call_module", path, args, kwargs, output)
+                if module in self.stages:
+                    arguments = input_tensors(module, args, dict(kwargs))
+                    node.meta["arguments"] = {name: self._node(tensor) for name, tensor in arguments}
 
         return hook
 
@@ -173,7 +197,7 @@ class _Tracer(TorchFunctionMode):
         self._alive.append(tensor)
         node.meta["shape"], node.meta["dtype"] = tuple(tensor.shape), tensor.dtype
 
-    def _add_node(self, op: str, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+    def _add_node(self, op: str, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> fx.Node:
         node = self.graph.create_node(op, target, self._to_nodes(tuple(args)), self._to_nodes(dict(kwargs)))
         if isinstance(output, Tensor):
             self.bind(output, node)
@@ -181,6 +205,7 @@ class _Tracer(TorchFunctionMode):
             for number, item in enumerate(output):
                 if isinstance(item, Tensor):
                     self.bind(item, self.graph.call_function(operator.getitem, (node, number)))
+        return node
 
     def _to_nodes(self, value: Any) -> Any:
         """Replaces tensors by nodes, and the meta device by the device of the real inputs."""

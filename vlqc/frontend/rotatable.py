@@ -1,0 +1,103 @@
+"""What can be rotated in a model: residual streams through all stages, and the heads of attention layers."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import fx, nn
+
+from vlqc.ir.rotation_analysis import Basis, GraphBases, find_bases
+
+
+class RotationKind(StrEnum):
+    """What is rotated."""
+
+    RESIDUAL = "residual stream"
+    HEADS = "attention heads"
+
+
+@dataclass(frozen=True)
+class Rotatable:
+    """A residual stream, or the heads between two linear layers. All names are checkpoint names.
+
+    name: of the first layer that writes it; size: of the rotation: channels of the stream or of one head.
+    writers: layers whose outputs are rotated -> first rows of the blocks of `size` rows; tables: those of them that are
+    embeddings, whose columns are rotated. readers: linear layers whose columns are rotated, block by block -> the norm
+    before them, or None. norms: that read the stream; their weights are folded into the readers.
+    keeps_mean: whether a norm subtracts the mean, so that the rotation must keep it.
+    inputs, outputs: (stage, name of an input or position of an output) that are rotated.
+    obstacle: why it cannot be rotated; "" if it can be.
+    """
+
+    kind: RotationKind
+    name: str
+    size: int
+    writers: Mapping[str, tuple[int, ...]]
+    tables: tuple[str, ...]
+    readers: Mapping[str, str | None]
+    norms: tuple[str, ...] = ()
+    keeps_mean: bool = False
+    inputs: tuple[tuple[str, str], ...] = ()
+    outputs: tuple[tuple[str, int], ...] = ()
+    obstacle: str = ""
+
+
+def find_rotatable(
+    model: nn.Module, graph: fx.Graph, stages: Mapping[str, GraphBases], name: Callable[[str], str]
+) -> tuple[Rotatable, ...]:
+    """Everything that can be rotated, and streams that cannot, in the order of the forward.
+
+    graph: of the model between its stages; stages: path -> bases of the stage; name: path of a module -> checkpoint
+    name.
+    """
+    bases = find_bases(model, graph, stages).bases
+    return tuple(rotatable for basis in bases for rotatable in _of_basis(basis, name))
+
+
+def _of_basis(basis: Basis, name: Callable[[str], str]) -> Iterator[Rotatable]:
+    if basis.is_stream():
+        yield Rotatable(
+            kind=RotationKind.RESIDUAL,
+            name=name(basis.writers[0]),
+            size=basis.size,
+            writers={name(target): (0,) for target in basis.writers},
+            tables=tuple(name(target) for target in basis.tables),
+            readers={name(target): norm and name(norm) for target, (_, norm) in basis.readers.items()},
+            norms=tuple(map(name, basis.norms)),
+            keeps_mean=basis.keeps_mean,
+            inputs=tuple((name(stage), argument) for stage, argument in basis.inputs),
+            outputs=tuple((name(stage), position) for stage, position in basis.outputs),
+            obstacle=basis.obstacle,
+        )
+    elif (heads := _heads(basis)) is not None:
+        starts, size = heads
+        yield Rotatable(
+            kind=RotationKind.HEADS,
+            name=name(basis.writers[0]),
+            size=size,
+            writers={name(basis.writers[0]): starts},
+            tables=(),
+            readers={name(target): None for target in basis.readers},
+        )
+
+
+def _heads(basis: Basis) -> tuple[tuple[int, ...], int] | None:
+    """First rows and size of the heads that can be rotated; None if the basis is not of heads."""
+    if basis.heads is None or len(basis.writers) != 1 or basis.tables or not basis.readers:
+        return None
+    starts, size = basis.heads
+    channels = torch.cat([torch.arange(start, start + size) for start in starts])
+    if len(torch.unique(channels)) < len(channels) or bool(basis.fixed[channels].any()):
+        return None
+    for columns, norm in basis.readers.values():
+        if (
+            norm is not None
+            or len(columns) % size
+            or not all(
+                int(block[0]) in starts and bool((block == block[0] + torch.arange(size)).all())
+                for block in torch.split(columns, size)
+            )
+        ):
+            return None
+    return tuple(sorted(starts)), size

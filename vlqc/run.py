@@ -11,17 +11,30 @@ from vlqc.frontend.activation_offload import ActivationOffload
 from vlqc.frontend.calibration.dataset import CalibrationDataset
 from vlqc.frontend.calibration.samples import group_by_images
 from vlqc.frontend.distributed import current_process_group
+from vlqc.frontend.model_structure import model_structure
 from vlqc.frontend.stage_builder import traced_stages
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.memory import release_unused_memory
 from vlqc.ir.stage import Stage
 from vlqc.options.options import Options
+from vlqc.passes.algorithms.rotation import RotationPass, plan_rotations
 from vlqc.pipeline.manager import PassManager
 from vlqc.pipeline.pass_api import Pass
 from vlqc.reporting.dumps.writer import Dumper
 from vlqc.reporting.progress import Progress, resolve_progress
 from vlqc.reporting.summary import CompilationSummary, Result
 from vlqc.verify import require_valid
+
+
+def rotate(model: StreamedModel, pipeline: Sequence[Pass]) -> None:
+    """Plans the rotations of the passes over the whole model. From now on, the tensors outside stages are rotated."""
+    if not any(isinstance(step, RotationPass) for step in pipeline):
+        return
+    checkpoint = model.checkpoint
+    structure = model_structure(
+        checkpoint.folder, model.family, checkpoint.config, trust_remote_code=model.trust_remote_code
+    )
+    model.rotate(plan_rotations(pipeline, structure.rotatable_parts, list(model.stages)), stages=False)
 
 
 @contextmanager
@@ -75,7 +88,9 @@ class CompilationRun:
         self._callbacks = (dumper, summary.metrics)
         self._process_group = current_process_group()
         self._manager = PassManager(pipeline, before=self._before_pass, after=self._after_pass)
-        self._writer = FolderWriter(journal.result, model.checkpoint, options) if journal.writes else None
+        self._writer = (
+            FolderWriter(journal.result, model.checkpoint, options, model.tensors) if journal.writes else None
+        )
         self._offload = ActivationOffload(journal.folder, options.memory_budget)
         self._stages: Iterator[Stage] = iter(())
 
@@ -96,7 +111,7 @@ class CompilationRun:
             model,
             samples,
             emitted_dtype(checkpoint.dtype),
-            read=self._writer.copy if self._writer else checkpoint.tensor,
+            read=self._writer.copy if self._writer else model.tensors.tensor,
             process_group=self._process_group,
             first=first,
             probe=probe,

@@ -10,8 +10,8 @@ from torch.utils._pytree import tree_map
 
 from tests.support import tiny
 from vlqc.errors import UserError
-from vlqc.frontend.tracing import input_tensors, trace
-from vlqc.ir.execution import Call
+from vlqc.frontend.tracing import trace
+from vlqc.ir.execution import Call, input_tensors
 
 
 class Replay(fx.Interpreter):

@@ -16,6 +16,7 @@ from vlqc.emit.shard_writer import ShardWriter
 from vlqc.emit.stage_tensors import EmittedTensor, emitted_dtype, float_tensor, header_bytes, stage_tensors
 from vlqc.families.family import ModelFamily
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
+from vlqc.frontend.rotated_tensors import RotatedTensors
 from vlqc.ir.stage import Stage
 from vlqc.kernels_ref.matmul import CORRECTION_STEP
 from vlqc.options.options import Options
@@ -34,13 +35,18 @@ class FolderWriter:
     Order of calls: `add_stage` for each stage, `resolve_schemes`, `copy_rest`, `finish`; `copy` at any time before.
     With --fallback auto, stages are deferred until `resolve_schemes`; otherwise they are written at once.
 
+    tensors: reads the tensors outside the stages, default: those of the checkpoint.
+
     dtype: of the float tensors; schemes: of the tensors written so far, by name; corrected: whether any quant_bias has
     a mean error subtracted; on_stage_written: called with the number of a deferred stage, and a function that deletes
     its file, once all its tensors have been passed on for writing.
     """
 
-    def __init__(self, folder: Path, checkpoint: Checkpoint, options: Options) -> None:
+    def __init__(
+        self, folder: Path, checkpoint: Checkpoint, options: Options, tensors: Checkpoint | RotatedTensors | None = None
+    ) -> None:
         self.folder, self.checkpoint, self.options = folder, checkpoint, options
+        self._tensors = tensors or checkpoint
         self.layout = options.layout
         self.dtype = emitted_dtype(checkpoint.dtype)
         self.schemes: dict[str, Scheme] = {}
@@ -84,7 +90,7 @@ class FolderWriter:
 
     def copy(self, name: str) -> Tensor:
         """Reads a tensor of the source, writes it in float unless it was written before, and returns it as stored."""
-        tensor = self.checkpoint.tensor(name)
+        tensor = self._tensors.tensor(name)
         if name not in self.schemes:
             self.add([float_tensor(name, tensor, self.dtype)])
         return tensor
@@ -123,6 +129,8 @@ class FolderWriter:
         changed."""
         config: dict[str, Any] = json.loads(json.dumps(self.checkpoint.config))
         self.checkpoint.family.set_dtype(config, str(self.dtype).removeprefix("torch."))
+        if isinstance(self._tensors, RotatedTensors) and self._tensors.plan.untied_head:
+            self.checkpoint.family.untie(config)
         config.pop("quantization_config", None)  # of the source; engines would read it as the result's
         for engine in parse_target(self.options.engine_target).engines:
             engine.edit_config(config, content, own_layout=engine is self.layout)

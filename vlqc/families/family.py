@@ -256,6 +256,13 @@ class ModelFamily(ABC):
         """Whether the output head shares the embedding's weight."""
         return bool(config.get("tie_word_embeddings", False))
 
+    def untie(self, config: dict[str, Any]) -> None:
+        """Writes into config.json, in place, that the output head has a weight of its own."""
+        config["tie_word_embeddings"] = False
+        for key in self.config_objects:
+            if isinstance(nested := config.get(key), dict) and "tie_word_embeddings" in nested:
+                nested["tie_word_embeddings"] = False
+
     def checkpoint_faults(self, config: Mapping[str, Any], names: Collection[str]) -> list[str]:
         """What config.json, as it is stored, and the names of the stored tensors say differently; [] if nothing."""
         return []

@@ -20,11 +20,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 from vlqc.errors import Fault, UserError
 from vlqc.families.family import ModelFamily
 from vlqc.families.linear import Linear, Shape
-from vlqc.frontend.rotatable import Rotatable, find_rotatable
 from vlqc.frontend.streamed_model import build_meta_model, find_stages, model_inputs
 from vlqc.frontend.tracing import run_on_meta, trace, trace_between
 from vlqc.ir.execution import Call
+from vlqc.ir.rotatable import find_rotatable
 from vlqc.ir.rotation_analysis import GraphBases, find_bases
+from vlqc.ir.rotations import Rotatable, RotatableParts
 from vlqc.ir.scale_propagation import find_edges
 from vlqc.ir.stage import Edge
 
@@ -47,6 +48,10 @@ class ModelStructure:
     output_head: str
     tied: bool
     rotatable: tuple[Rotatable, ...] = ()
+
+    @property
+    def rotatable_parts(self) -> RotatableParts:
+        return RotatableParts(self.rotatable, self.embedding, self.output_head, self.tied)
 
     @cached_property
     def norms(self) -> dict[str, int]:

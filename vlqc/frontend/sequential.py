@@ -150,7 +150,7 @@ class SequentialForward:
         """
         for inputs in self:
             try:
-                self.model.materialize(inputs.module, self.model.checkpoint.tensor)
+                self.model.materialize(inputs.module, self.model.read_stage_tensor)
                 self.model.prefetch_after(inputs.name)
                 yield inputs
             finally:

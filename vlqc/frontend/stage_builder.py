@@ -71,6 +71,7 @@ def traced_stage(
             sites=find_sites(module, graph, lambda target: checkpoint_name(model, module, target)),
             execution=execution,
             checkpoint_name=lambda target: checkpoint_name(model, module, target),
+            rotations=model.rotation_plan.stages.get(inputs.name, ()),
         )
         yield stage
     finally:

@@ -20,8 +20,10 @@ from vlqc.families.registry import family_of
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.device import resolve_device
 from vlqc.frontend.distributed import current_process_group
+from vlqc.frontend.rotated_tensors import RotatedTensors
 from vlqc.import_paths import import_path
 from vlqc.ir.memory import file_backed, release_pages, release_unused_memory
+from vlqc.ir.rotations import RotationPlan
 from vlqc.options.options import Options
 
 CPU = torch.device("cpu")
@@ -150,8 +152,9 @@ def open_model(options: Options) -> "StreamedModel":
 class StreamedModel:
     """A model, its checkpoint, and its stages: the modules that are compiled one at a time.
 
-    family: of the model. stages: checkpoint name -> module, in the order in which they run. canonical: name in the
-    module tree -> checkpoint name. embedding: the token embedding. tied: whether the output head shares its weight.
+    family: of the model. rotation_plan: the rotations of the model; tensors: of the checkpoint, rotated accordingly;
+    read_stage_tensor: reads a parameter of a stage. stages: checkpoint name -> module, in the order in which they run.
+    canonical: name in the module tree -> checkpoint name. embedding: the token embedding. tied: whether the output head shares its weight.
     """
 
     def __init__(
@@ -168,7 +171,11 @@ class StreamedModel:
         self.family = checkpoint.family
         self.canonical = canonical or self.family.checkpoint_name
         self.device = device
+        self.trust_remote_code = False
         self.weights_folder: Path | None = None
+        self.rotation_plan = RotationPlan()
+        self.tensors: Checkpoint | RotatedTensors = checkpoint
+        self.read_stage_tensor = checkpoint.tensor
         self._hooks: list[Any] = []
         for owner in module.modules():
             buffers = owner._buffers.items()
@@ -197,6 +204,7 @@ class StreamedModel:
         checkpoint.check_config()
         module = build_meta_model(checkpoint.folder, checkpoint.config, trust_remote_code=trust_remote_code)
         model = cls(module, checkpoint, device=device)
+        model.trust_remote_code = trust_remote_code
         check_roles(model.family, model.linear_layers)
         return model
 
@@ -226,6 +234,18 @@ class StreamedModel:
     def is_language(self, stage: nn.Module) -> bool:
         """Whether a stage belongs to the language model: its rows are tokens, not image patches."""
         return stage in self._language_modules
+
+    def rotate(self, plan: RotationPlan, *, stages: bool) -> None:
+        """Rotates all tensors that are read from now on.
+
+        stages: also those of stages, and without rounding to the stored dtype; otherwise passes rotate the stages.
+        """
+        self.rotation_plan = plan
+        self.tensors = RotatedTensors(self.checkpoint, plan, self.name(self.embedding), rounded=not stages)
+        if stages:
+            self.read_stage_tensor = self.tensors.tensor
+        if plan.untied_head:
+            self.tied = False
 
     def parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
         """Checkpoint name -> parameter, for a module and its children; without the weight of a tied head."""
@@ -304,7 +324,7 @@ class StreamedModel:
             if child not in in_stage and child is not self.embedding and (head or child is not self._head)
             and any(True for _ in child.parameters(recurse=False))
         ]  # fmt: skip
-        self.embedding.forward = lambda ids: self.checkpoint.rows(embedding_name, ids.cpu()).to(ids.device).float()
+        self.embedding.forward = lambda ids: self.tensors.rows(embedding_name, ids.cpu()).to(ids.device).float()
         try:
             for child in loaded:
                 tied_head = child is self._head and self.tied

@@ -6,7 +6,6 @@ inputs, whose values determine the attention windows. So tracing computes nothin
 kernels are missing, the stage runs on its real inputs.
 """
 
-import inspect
 import operator
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -20,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from vlqc.errors import Fault, UserError
-from vlqc.ir.execution import Call
+from vlqc.ir.execution import Call, input_tensors
 
 
 def trace(module: nn.Module, call: Call, name: str) -> fx.Graph:
@@ -99,18 +98,6 @@ def _trace(
     with torch.no_grad(), tracer:
         output = run()
     return tracer.finish(output)
-
-
-def input_tensors(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, Tensor]]:
-    """(name, tensor) of each distinct tensor in the arguments; in a tuple of several as `position_embeddings_0`."""
-    parameters = [p.name for p in inspect.signature(type(module).forward).parameters.values()][1:]
-    by_name = {**dict(zip(parameters, args, strict=False)), **kwargs}
-    inputs: dict[int, tuple[str, Tensor]] = {}
-    for name, value in by_name.items():
-        leaves = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-        for number, leaf in enumerate(leaves):
-            inputs.setdefault(id(leaf), (name if len(leaves) == 1 else f"{name}_{number}", leaf))
-    return list(inputs.values())
 
 
 def is_leaf(module: nn.Module) -> bool:

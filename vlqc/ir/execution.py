@@ -8,6 +8,7 @@ Two changes of the execution save time and memory. Both are exact up to rounding
 * Linear layers multiply in bfloat16 where samples are only observed (`bfloat16_linears`). Proofs never run in bfloat16.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from vlqc.errors import InternalError
 from vlqc.ir.bfloat16_linears import bfloat16_linears
@@ -218,6 +220,18 @@ def _row_owner(root: nn.Module, path: str) -> nn.Module | None:
         if hasattr(module, "row_positions"):
             return module
     return None
+
+
+def input_tensors(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, Tensor]]:
+    """(name, tensor) of each distinct tensor in the arguments; in a tuple of several as `position_embeddings_0`."""
+    parameters = [p.name for p in inspect.signature(type(module).forward).parameters.values()][1:]
+    by_name = {**dict(zip(parameters, args, strict=False)), **kwargs}
+    inputs: dict[int, tuple[str, Tensor]] = {}
+    for name, value in by_name.items():
+        leaves = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+        for number, leaf in enumerate(leaves):
+            inputs.setdefault(id(leaf), (name if len(leaves) == 1 else f"{name}_{number}", leaf))
+    return list(inputs.values())
 
 
 def first_tensor(output: Any) -> Tensor:

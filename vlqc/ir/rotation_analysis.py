@@ -409,9 +409,14 @@ class _Analysis(LabelPropagation):
         yield MATRIX_PRODUCT, self._matrix_product
 
     def layout(self, node: fx.Node, name: str) -> Any:
-        """As `LabelPropagation.layout`, also where sizes are tensors, of which the graph has the resulting shape only."""
+        """As `LabelPropagation.layout`, also for sizes that are tensors: the graph has the resulting shape only."""
         first, *others = node.all_input_nodes
-        if name not in RESIZING or first not in self.labels or not others or any(other in self.labels for other in others):
+        if (
+            name not in RESIZING
+            or first not in self.labels
+            or not others
+            or any(other in self.labels for other in others)
+        ):
             return super().layout(node, name)
         rows = self.labels[first].reshape(-1, self.labels[first].shape[-1])
         results = [node] if node.meta.get("shape") else list(node.users)

@@ -18,6 +18,7 @@ from vlqc.errors import Fault, UserError
 from vlqc.families.family import ModelFamily
 from vlqc.ir.execution import StageRun
 from vlqc.ir.observation import Observation
+from vlqc.ir.rotations import AppliedRotation
 from vlqc.targets.schemes import Scheme, SchemeSpec
 
 RENAMED = {  # attributes of Stage in 0.1 -> in 0.2; removed in the next version
@@ -131,8 +132,8 @@ class Stage:
     module: the submodule with float32 weights; graph: recorded once, specialized to the shapes of the traced call,
     nodes carry meta["shape"] and meta["dtype"]; sites: by checkpoint name; execution: inputs and outputs of this run;
     checkpoint_name: path of a module or parameter in the stage -> checkpoint name; observations: by name of the
-    observed node; edges: None until they are computed; sensitivities: of quantized groups, where they were measured,
-    not part of the text.
+    observed node; edges: None until they are computed; rotations: of the model, the parts in this stage; sensitivities:
+    of quantized groups, where they were measured, not part of the text.
     """
 
     name: str
@@ -146,6 +147,7 @@ class Stage:
     checkpoint_name: Callable[[str], str] = lambda path: path
     observations: dict[str, Observation] = field(default_factory=dict)
     edges: tuple[Edge, ...] | None = None
+    rotations: tuple[AppliedRotation, ...] = ()
     sensitivities: list[Sensitivity] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 

@@ -263,6 +263,14 @@ class OptionFields(BaseModel):
         "Layers with 4-bit weights: engine selects those that the engine supports; all selects every quantized layer, "
         "like the original script.",
     )
+    rotate: Literal["auto", "none", "heads", "all"] = _option(
+        "auto",
+        SCHEME,
+        "Rotations that spread outliers over all channels, absorbed by the weights: auto rotates attention heads and "
+        "residual streams, but not a stream whose output head shares the embedding's weight; all stores such a head "
+        "separately; heads rotates attention heads only. Adapters (LoRA) and draft models made for the float model do "
+        "not fit a rotated one.",
+    )
     max_samples: Annotated[PositiveCount | None, NoneWord] = _option(
         None, DATA, "Maximum number of calibration samples, selected at random with --seed. Default: all."
     )

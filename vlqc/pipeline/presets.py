@@ -31,6 +31,10 @@ def pipeline_text(options: Options) -> str:
 
 def _selected(options: Options) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name of a pass, its options)."""
+    if options.rotate in ("auto", "all"):
+        yield "rotate-residual", {"untie": options.rotate == "all"}
+    if options.rotate != "none":
+        yield "rotate-heads", {}
     yield "split-window-attention", {}
     yield "insert-observers", {"balance": options.modality_balance}
     yield (

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 REGISTRY: dict[str, str] = {
+    "rotate-residual": "vlqc.passes.rotate_residual:RotateResidual",
+    "rotate-heads": "vlqc.passes.rotate_heads:RotateHeads",
     "split-window-attention": "vlqc.passes.split_window_attention:SplitWindowAttention",
     "insert-observers": "vlqc.passes.insert_observers:InsertObservers",
     "assign-precision": "vlqc.passes.assign_precision:AssignPrecision",

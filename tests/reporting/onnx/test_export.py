@@ -19,8 +19,8 @@ from tools.demo import tiny_task
 from vlqc.errors import UserError
 from vlqc.families.qwen2_5_vl import QWEN2_5_VL
 from vlqc.frontend.process_group import ProcessGroup
-from vlqc.frontend.tracing import input_tensors, trace
-from vlqc.ir.execution import Call, StageRun
+from vlqc.frontend.tracing import trace
+from vlqc.ir.execution import Call, StageRun, input_tensors
 from vlqc.ir.stage import Stage
 from vlqc.kernels_ref.int4_groups import quantize_weight_per_group_absmax
 from vlqc.kernels_ref.norm import ShiftedNorm

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
 from vlqc.errors import Fault, UserError
-from vlqc.frontend.tracing import input_tensors
+from vlqc.ir.execution import input_tensors
 from vlqc.ir.stage import Stage
 from vlqc.reporting.onnx.builder import IR_VERSION, OPSET, Builder, type_of
 from vlqc.reporting.onnx.functions import RULES, NodeExporter, Value

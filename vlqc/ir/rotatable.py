@@ -1,46 +1,12 @@
 """What can be rotated in a model: residual streams through all stages, and the heads of attention layers."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from enum import StrEnum
 
 import torch
 from torch import fx, nn
 
 from vlqc.ir.rotation_analysis import Basis, GraphBases, find_bases
-
-
-class RotationKind(StrEnum):
-    """What is rotated."""
-
-    RESIDUAL = "residual stream"
-    HEADS = "attention heads"
-
-
-@dataclass(frozen=True)
-class Rotatable:
-    """A residual stream, or the heads between two linear layers. All names are checkpoint names.
-
-    name: of the first layer that writes it; size: of the rotation: channels of the stream or of one head.
-    writers: layers whose outputs are rotated -> first rows of the blocks of `size` rows; tables: those of them that are
-    embeddings, whose columns are rotated. readers: linear layers whose columns are rotated, block by block -> the norm
-    before them, or None. norms: that read the stream; their weights are folded into the readers.
-    keeps_mean: whether a norm subtracts the mean, so that the rotation must keep it.
-    inputs, outputs: (stage, name of an input or position of an output) that are rotated.
-    obstacle: why it cannot be rotated; "" if it can be.
-    """
-
-    kind: RotationKind
-    name: str
-    size: int
-    writers: Mapping[str, tuple[int, ...]]
-    tables: tuple[str, ...]
-    readers: Mapping[str, str | None]
-    norms: tuple[str, ...] = ()
-    keeps_mean: bool = False
-    inputs: tuple[tuple[str, str], ...] = ()
-    outputs: tuple[tuple[str, int], ...] = ()
-    obstacle: str = ""
+from vlqc.ir.rotations import Rotatable, RotationKind
 
 
 def find_rotatable(
@@ -52,10 +18,10 @@ def find_rotatable(
     name.
     """
     bases = find_bases(model, graph, stages).bases
-    return tuple(rotatable for basis in bases for rotatable in _of_basis(basis, name))
+    return tuple(rotatable for basis in bases for rotatable in _of_basis(model, basis, name))
 
 
-def _of_basis(basis: Basis, name: Callable[[str], str]) -> Iterator[Rotatable]:
+def _of_basis(model: nn.Module, basis: Basis, name: Callable[[str], str]) -> Iterator[Rotatable]:
     if basis.is_stream():
         yield Rotatable(
             kind=RotationKind.RESIDUAL,
@@ -68,7 +34,7 @@ def _of_basis(basis: Basis, name: Callable[[str], str]) -> Iterator[Rotatable]:
             keeps_mean=basis.keeps_mean,
             inputs=tuple((name(stage), argument) for stage, argument in basis.inputs),
             outputs=tuple((name(stage), position) for stage, position in basis.outputs),
-            obstacle=basis.obstacle,
+            obstacle=basis.obstacle or _missing_bias(model, basis),
         )
     elif (heads := _heads(basis)) is not None:
         starts, size = heads
@@ -80,6 +46,15 @@ def _of_basis(basis: Basis, name: Callable[[str], str]) -> Iterator[Rotatable]:
             tables=(),
             readers={name(target): None for target in basis.readers},
         )
+
+
+def _missing_bias(model: nn.Module, basis: Basis) -> str:
+    """A reader without a bias, into which the bias of the norm before it would be folded; "" if there is none."""
+    for target, (_, norm) in basis.readers.items():
+        has_shift = norm is not None and getattr(model.get_submodule(norm), "bias", None) is not None
+        if has_shift and model.get_submodule(target).bias is None:
+            return f"{target} has no bias and the norm before it has one"
+    return ""
 
 
 def _heads(basis: Basis) -> tuple[tuple[int, ...], int] | None:

@@ -1,0 +1,82 @@
+"""The tensors of a checkpoint in the basis of a rotation plan, rotated as they are read."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from vlqc.frontend.checkpoint.checkpoint import Checkpoint
+from vlqc.ir.rotations import ROWS_PER_PIECE, AppliedRotation, RotationPlan
+
+
+class RotatedTensors:
+    """Reads tensors of a checkpoint under their names, and an untied output head in place of the embedding.
+
+    embedding: name of the token embedding. rounded: return the stored dtype, in which the result is written; otherwise
+    float32. Rotations are computed in float32.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, plan: RotationPlan, embedding: str, *, rounded: bool) -> None:
+        self.checkpoint, self.plan, self.embedding, self.rounded = checkpoint, plan, embedding, rounded
+
+    def tensor(self, name: str) -> Tensor:
+        """As `Checkpoint.tensor`. Every call returns a tensor of its own."""
+        layer, _, parameter = name.rpartition(".")
+        rotations = self.plan.changing(layer)
+        if not rotations:
+            return self._stored(name)
+        if parameter == "weight":
+            stored = self._stored(name)
+            if all(layer in (*rotation.readers, *rotation.tables) for rotation in rotations) and stored.ndim == 2:
+                return self._with_rotated_columns(stored, layer, rotations)
+            weight, bias = _copy(stored), None
+        else:
+            weight, bias = self._weight_for_bias(layer, rotations), _copy(stored := self._stored(name))
+        for rotation in rotations:
+            rotation.apply_(layer, weight, bias, partial(self._norm, rotation, layer))
+        result = weight if bias is None else bias
+        return result.to(stored.dtype) if self.rounded else result
+
+    def rows(self, name: str, indices: Tensor) -> Tensor:
+        """As `Checkpoint.rows`, of the token embedding."""
+        stored = self.checkpoint.rows(name, indices)
+        rows = stored.float()
+        for rotation in self.plan.changing(name.removesuffix(".weight")):
+            rotation.rotation.rotate_(rows)
+        return rows.to(stored.dtype) if self.rounded else rows
+
+    def _stored(self, name: str) -> Tensor:
+        layer, _, parameter = name.rpartition(".")
+        return self.checkpoint.tensor(f"{self.embedding}.{parameter}" if layer == self.plan.untied_head else name)
+
+    def _norm(self, rotation: AppliedRotation, layer: str, parameter: str) -> Tensor:
+        name = f"{rotation.readers[layer]}.{parameter}"
+        if name not in self.checkpoint:
+            raise KeyError(name)
+        return self.checkpoint.tensor(name).float()
+
+    def _weight_for_bias(self, layer: str, rotations: Sequence[AppliedRotation]) -> Tensor:
+        """The weight float32 [N, K] if the bias depends on it, else an empty one [N, 0] or [0] of a norm."""
+        name = f"{layer}.weight"
+        norms = [rotation.readers[layer] for rotation in rotations if layer in rotation.readers]
+        if any(norm is not None and f"{norm}.bias" in self.checkpoint for norm in norms):
+            return _copy(self._stored(name))
+        return torch.empty(self.checkpoint.shape(name)[0], 0)
+
+    def _with_rotated_columns(self, stored: Tensor, layer: str, rotations: Sequence[AppliedRotation]) -> Tensor:
+        """A matrix whose rows are rotated one by one, in pieces; `stored` is overwritten where dtypes are equal."""
+        result = stored if self.rounded else torch.empty(stored.shape, dtype=torch.float32)
+        for source, target in zip(
+            torch.split(stored, ROWS_PER_PIECE), torch.split(result, ROWS_PER_PIECE), strict=True
+        ):
+            piece = source.float()
+            for rotation in rotations:
+                rotation.apply_(layer, piece, None, partial(self._norm, rotation, layer))
+            target.copy_(piece)
+        return result
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """A copy in float32."""
+    return tensor.to(torch.float32, copy=True)

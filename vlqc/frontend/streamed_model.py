@@ -154,7 +154,8 @@ class StreamedModel:
 
     family: of the model. rotation_plan: the rotations of the model; tensors: of the checkpoint, rotated accordingly;
     read_stage_tensor: reads a parameter of a stage. stages: checkpoint name -> module, in the order in which they run.
-    canonical: name in the module tree -> checkpoint name. embedding: the token embedding. tied: whether the output head shares its weight.
+    canonical: name in the module tree -> checkpoint name. embedding: the token embedding. tied: whether the output head
+    shares its weight.
     """
 
     def __init__(

@@ -50,13 +50,16 @@ class StageMetrics:
         self._started = time.perf_counter()
         self._peak = peak_memory()
         self._reference = torch.empty(0, 0)  # output of the float stage for its probe
+        self._rotated = 0  # number of rotations of the stage that are done
         self._first_ranges: dict[str, Observation] = {}  # as first observed, without the kept rows
 
     def traced(self, stage: Stage) -> None:
         if not self.active:
             return
         self._started, self._first_ranges = time.perf_counter(), {}
-        self._reference = stage.execution.probe_output()
+        self._rotated = 0
+        if not stage.rotations:
+            self._reference = stage.execution.probe_output()
         self._peak = peak_memory()
 
     def after(self, stage: Stage, number: int, done: Pass) -> None:
@@ -65,6 +68,9 @@ class StageMetrics:
         peak = peak_memory()
         self.peak_growth[done.name] = self.peak_growth.get(done.name, 0) + peak - self._peak
         self._peak = peak
+        rotated = sum(rotation.done for rotation in stage.rotations)
+        if rotated > self._rotated:  # its inputs are rotated, so the stage could not run on them before
+            self._rotated, self._reference = rotated, stage.execution.probe_output()
         for source, observation in stage.observations.items():
             if source not in self._first_ranges and observation.ranges:
                 self._first_ranges[source] = Observation(observation.channels, observation.ranges)

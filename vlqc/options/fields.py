@@ -264,7 +264,7 @@ class OptionFields(BaseModel):
         "like the original script.",
     )
     rotate: Literal["auto", "none", "heads", "all"] = _option(
-        "auto",
+        "none",
         SCHEME,
         "Rotations that spread outliers over all channels, absorbed by the weights: auto rotates attention heads and "
         "residual streams, but not a stream whose output head shares the embedding's weight; all stores such a head "

@@ -174,6 +174,11 @@ class RotationPlan:
     def __bool__(self) -> bool:
         return bool(self.rotations)
 
+    @property
+    def residual(self) -> bool:
+        """Whether a residual stream is rotated."""
+        return any(rotation.kind == RotationKind.RESIDUAL for rotation in self.rotations)
+
     def changing(self, layer: str) -> list[AppliedRotation]:
         """The rotations that change a parameter of a layer or norm."""
         return [rotation for rotation in self.rotations if rotation.changes(layer)]
@@ -185,7 +190,8 @@ class RotationPlan:
             key = (str(each.kind), each.rotation.seed, each.rotation.size)
             entries.setdefault(key, []).append(each.rotation.name)
         return [
-            {"kind": kind, "seed": seed, "size": size, "names": names} for (kind, seed, size), names in entries.items()
+            {"kind": kind, "seed": seed, "size": size, "names": tuple(names)}
+            for (kind, seed, size), names in entries.items()
         ]
 
 

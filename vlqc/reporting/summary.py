@@ -21,6 +21,7 @@ from vlqc.formatting import format_bytes, format_duration
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.distributed import current_process_group
 from vlqc.frontend.memory import peak_memory
+from vlqc.ir.rotations import RotationPlan
 from vlqc.ir.stage import Stage
 from vlqc.options.options import Options
 from vlqc.pipeline.pass_api import Pass
@@ -29,7 +30,7 @@ from vlqc.pipeline.presets import pipeline_text
 from vlqc.pipeline.registry import print_pipeline
 from vlqc.reporting.html.collector import StageMetrics
 from vlqc.reporting.html.command_line import command, replace_paths
-from vlqc.reporting.html.schema import ReportData, Timings, installed_version, machine, rounded
+from vlqc.reporting.html.schema import ReportData, RotationData, Timings, installed_version, machine, rounded
 from vlqc.reporting.tables import is_warning, labeled_lines, layer_table
 from vlqc.targets.advice import engine_notes, incompatibilities, missing_rows_fix, serve_commands
 from vlqc.targets.schemes import Scheme
@@ -133,6 +134,7 @@ class CompilationSummary:
         self._run_notes: set[str] = set()
         self.experts: dict[str, tuple[int, int]] = {}  # block -> experts without calibration tokens, all experts
         self.search_result: SearchResult | None = None
+        self.rotation_plan = RotationPlan()
         self.metrics = StageMetrics(active=current_process_group().is_rank0)
         self._started = time.perf_counter()
         self.add_notes(target_warnings(options, checkpoint.family, checkpoint.dtype))
@@ -228,6 +230,21 @@ class CompilationSummary:
             ]
         )
 
+    def note_rotations(self, plan: RotationPlan) -> None:
+        """What a rotation breaks, and which residual streams are not rotated. To be called before the first stage."""
+        self.rotation_plan = plan
+        if plan.residual:
+            self.add_notes(
+                [
+                    "residual streams are rotated: adapters (LoRA), draft models for speculative decoding and prompt "
+                    "embeddings made with the float model do not fit the result; if you use them, compile with "
+                    "--rotate heads"
+                ]
+            )
+        self.add_notes(
+            f"the residual stream that {name} writes is not rotated: {why}" for name, why in plan.obstacles.items()
+        )
+
     def note_unused_tensors(self, names: list[str]) -> None:
         """names: of tensors in the checkpoint that the model does not have."""
         if names:
@@ -262,6 +279,7 @@ class CompilationSummary:
             dtype="float16" if emitted_dtype(self.checkpoint.dtype) == torch.float16 else "bfloat16",
             bytes_before=self.checkpoint.bytes,
             heads=self._heads(),
+            rotations=tuple(RotationData(**entry) for entry in self.rotation_plan.entries()),
             notes=replace_paths([note for note in self.notes if note not in self._run_notes], options),
             predicted=rounded(self.search_result.sqnr) if self.search_result else None,
             stages=tuple(self.metrics.stages),
@@ -270,7 +288,8 @@ class CompilationSummary:
     def _heads(self) -> tuple[str, ...]:
         """The output head, if it has a weight of its own."""
         head = self.checkpoint.family.output_head
-        return (head,) if f"{head}.weight" in self.checkpoint else ()
+        untied = head == self.rotation_plan.untied_head
+        return (head,) if untied or f"{head}.weight" in self.checkpoint else ()
 
     def _count(self, part: str, scheme: Scheme) -> None:
         self.counts[part, str(scheme)] = self.counts.get((part, str(scheme)), 0) + 1

@@ -119,12 +119,21 @@ class StageData(StrictModel):
     inputs: tuple[InputData, ...]
 
 
+class RotationData(StrictModel):
+    """Rotations of one kind, seed and size. kind: a `RotationKind`; size: channels; names: of what is rotated."""
+
+    kind: Name
+    seed: Count
+    size: Count
+    names: Annotated[tuple[Name, ...], Field(min_length=1)]
+
+
 class ReportData(StrictModel):
     """Content of vlqc_report.json.
 
     command: words of the command line, with placeholders for paths and without options at their default.
     ready_samples: whether the samples were passed as tensors through Python. heads: linear layers outside stages, which
-    stay in float. predicted: with --fallback auto, the predicted SQNR of the logits in dB.
+    stay in float. rotations: that the weights contain. predicted: with --fallback auto, the predicted SQNR of the logits in dB.
     """
 
     format: Literal["vlqc report 1"] = "vlqc report 1"
@@ -136,6 +145,7 @@ class ReportData(StrictModel):
     dtype: Literal["bfloat16", "float16"]
     bytes_before: Count
     heads: tuple[Name, ...]
+    rotations: tuple[RotationData, ...] = ()
     notes: tuple[Annotated[str, StringConstraints(max_length=1 << 20)], ...]
     predicted: Finite | None
     stages: tuple[StageData, ...]

@@ -133,7 +133,8 @@ class ReportData(StrictModel):
 
     command: words of the command line, with placeholders for paths and without options at their default.
     ready_samples: whether the samples were passed as tensors through Python. heads: linear layers outside stages, which
-    stay in float. rotations: that the weights contain. predicted: with --fallback auto, the predicted SQNR of the logits in dB.
+    stay in float. rotations: that the weights contain. predicted: with --fallback auto, the predicted SQNR of the
+    logits in dB.
     """
 
     format: Literal["vlqc report 1"] = "vlqc report 1"

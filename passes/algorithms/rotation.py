@@ -66,11 +66,11 @@ def rotate_stage(stage: Stage, kind: RotationKind) -> bool:
     planned = [rotation for rotation in stage.rotations if rotation.kind == kind and not rotation.done]
     if not planned:
         return False
-    expected = _rotated_output(stage.execution.probe_output(_rotated_back(stage, planned)), planned)
+    expected = _rotated_output(stage.execution.probe_output(_rotated_back(stage, planned), reuse=True), planned)
     for rotation in planned:
         _rotate_parameters(stage, rotation)
     stage.rotations = tuple(replace(each, done=each.done or each.kind == kind) for each in stage.rotations)
-    error = max_relative_error(expected.flatten(), stage.execution.probe_output().flatten())
+    error = max_relative_error(expected.flatten(), stage.execution.probe_output(reuse=True).flatten())
     if not error <= TOLERANCE:
         why = f"relative error {error:.1e}, tolerance {TOLERANCE:.0e}"
         what = f"a rotation changes the output of {stage.name}"

@@ -20,6 +20,7 @@ from tools.bench import (
     reference,
     reference_cases,
     reference_environment,
+    reference_rows,
     reference_runner,
     reference_table,
     scale_checkpoint,
@@ -104,52 +105,129 @@ def test_everything_installed_is_pinned() -> None:
     assert not {"torch_npu", "torch-npu"} & pinned
 
 
-def row(tool: str, sqnr: float, scheme: str = "static-m2-act1") -> reference.Row:
+def row(
+    tool: str, sqnr: float, scheme: str = "static-m2-act1", rotate: str | None = None, seed: int = 0
+) -> reference_rows.Row:
     usage = None if tool == reference.FLOOR else Usage(12.5, 6.25, 300 * MIB)
-    return reference.Row("case", 0, scheme, tool, Agreement(sqnr, 0.999, 0.01, 0.9, 1.0), usage=usage)
+    return reference_rows.Row(
+        "case", seed, scheme, tool, Agreement(sqnr, 0.999, 0.01, 0.9, 1.0), usage=usage, rotate=rotate
+    )
 
 
-@pytest.mark.parametrize("same", [True, False])
-def test_a_comparison(
-    same: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Catches a missing row in the JSON file or the table, and different layers that are compared nevertheless."""
-    case = reference_cases.Case("case", 0, tmp_path / "float", [], [])
-    case.folder.mkdir()
-    sites = {tool: {"a.weight": "W8A8"} for tool in reference.TOOLS}
-    sites[reference.VLQC] |= {} if same else {"b.weight": "W8A8"}
+@pytest.fixture
+def quantized(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, list[str]]:
+    """A comparison in which the tools write only their description: tool -> layers. "ran" lists the runs."""
+    case = reference_cases.Case("case", 0, tmp_path / "float", [{"input_ids": torch.tensor([[1, 2]])}], [])
+    layers: dict[str, list[str]] = {reference.MSMODELSLIM: ["a"], reference.VLQC: ["a"], "ran": []}
 
-    def quantize(_: reference.Bench, tool: str, *others: Any) -> None:
-        others[2].mkdir(exist_ok=True)
-        (others[2] / "quant_model_description.json").write_text(json.dumps(sites[tool]))
+    def cases_of(*_: Any) -> Any:
+        case.folder.mkdir()
+        yield case
+
+    def quantize(_: reference.Bench, tool: str, case: Any, save: Path, options: dict[str, Any]) -> None:
+        layers["ran"].append(f"{tool} {options.get('rotate')}")
+        save.mkdir(exist_ok=True)
+        description = {f"{layer}.weight": "W8A8" for layer in layers[tool]}
+        (save / "quant_model_description.json").write_text(json.dumps(description))
 
     monkeypatch.setattr(reference, "reference_python", lambda *_, **__: tmp_path)
-    monkeypatch.setattr(reference, "cases_of", lambda *_: iter([case]))
+    monkeypatch.setattr(reference, "cases_of", cases_of)
     monkeypatch.setattr(reference, "load_float", lambda _: torch.nn.Identity())
     monkeypatch.setattr(reference, "measure_float", lambda *_: None)
     monkeypatch.setattr(reference, "score", lambda *_: (Agreement(24.0, 1.0, 0.0, 1.0, 1.0), None, None))
     monkeypatch.setattr(reference.metrics, "round_weights", lambda model, _: model)
     monkeypatch.setattr(reference.Bench, "quantize", quantize)
     monkeypatch.setattr(reference, "evaluate", lambda *arguments: row(arguments[4], 30.0, scheme=arguments[3]))
+    return layers
+
+
+BOTH = [f"{reference.VLQC} none", f"{reference.VLQC} auto"]
+
+
+def compare(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr("sys.argv", ["reference.py", *arguments])
+    return reference.main()
+
+
+def test_a_comparison(
+    quantized: dict[str, list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Catches a missing row in the JSON file or the table, and a run without its value of `rotate`."""
     saved = tmp_path / "rows.json"
-    monkeypatch.setattr("sys.argv", ["reference.py", "--schemes", "static-m2-act1,dynamic-m2", "--json", str(saved)])
-    assert reference.main() == (0 if same else 1)
-    if same:
-        rows = [(each["scheme"], each["tool"]) for each in json.loads(saved.read_text())]
-        pairs = [(scheme, tool) for scheme in ("static-m2-act1", "dynamic-m2") for tool in reference.TOOLS]
-        assert rows == [*pairs, (reference.FLOOR, reference.FLOOR)]
-        assert "dynamic-m2" in capsys.readouterr().out
-    else:
-        assert "b: FLOAT against W8A8" in capsys.readouterr().err
+    assert compare(monkeypatch, "--schemes", "static-m2-act1,dynamic-m2", "--json", str(saved)) == 0
+    assert quantized["ran"] == [f"{reference.MSMODELSLIM} None", *BOTH] * 2
+    rows = [(each["scheme"], each["tool"], each["rotate"]) for each in json.loads(saved.read_text())]
+    tools = [(reference.MSMODELSLIM, None), (reference.VLQC, "none"), (reference.VLQC, "auto")]
+    expected = [(scheme, *tool) for scheme in ("static-m2-act1", "dynamic-m2") for tool in tools]
+    assert rows == [*expected, (reference.FLOOR, reference.FLOOR, None)]
+    assert "dynamic-m2" in capsys.readouterr().out
+
+
+def test_different_layers_end_a_comparison(
+    quantized: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches different layers that are compared nevertheless."""
+    quantized[reference.VLQC].append("b")
+    assert compare(monkeypatch, "--schemes", "dynamic-m2") == 1
+    assert "b: FLOAT against W8A8" in capsys.readouterr().err
+
+
+def test_known_results(
+    quantized: dict[str, list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Catches a known result that is measured again, that is used for other inputs or another scheme, or whose layers
+    are not compared."""
+    saved = str(tmp_path / "rows.json")
+    assert compare(monkeypatch, "--schemes", "dynamic-m2", "--json", saved) == 0
+    expected = reference_rows.read_rows(Path(saved))
+    quantized["ran"].clear()
+    assert compare(monkeypatch, "--schemes", "dynamic-m2", "--known_json", saved, "--json", saved) == 0
+    assert quantized["ran"] == BOTH and reference_rows.read_rows(Path(saved)) == expected
+    assert compare(monkeypatch, "--schemes", "static-m2-act1", "--known_json", saved) == 0
+    assert quantized["ran"][2:] == [f"{reference.MSMODELSLIM} None", *BOTH]
+    monkeypatch.setattr(reference, "digest_of", lambda _: 1)
+    assert compare(monkeypatch, "--schemes", "dynamic-m2", "--known_json", saved) == 0
+    assert quantized["ran"][5:] == [f"{reference.MSMODELSLIM} None", *BOTH]
+
+
+def test_the_digest_of_a_case(tmp_path: Path) -> None:
+    """Catches a change of a weight, or of an input, that leaves a known result valid."""
+    weights = tmp_path / "model.safetensors"
+    calibration = [{"input_ids": torch.tensor([[1, 2]]), "pixel_values": torch.ones(2, 3)}]
+    case = reference_cases.Case("case", 0, tmp_path, calibration, calibration)
+    digests = []
+    for change in range(3):
+        weights.write_bytes(b"some" if change < 1 else b"same")
+        if change == 2:
+            calibration[0]["pixel_values"][1, 2] = 2
+        digests.append(reference_rows.digest_of(case))
+    assert len(set(digests)) == 3 and digests[2] == reference_rows.digest_of(case)
 
 
 def test_the_table() -> None:
-    """Catches a truncated column, wrong units, and columns without values."""
-    rows = [row(reference.MSMODELSLIM, 20.0), row(reference.VLQC, 24.5), row(reference.FLOOR, 37.0, reference.FLOOR)]
+    """Catches a truncated column, wrong units, columns without values, and a median of something other than the
+    differences per seed."""
+    rows = []
+    for seed, reference_sqnr, none, rotated in ((0, 20.0, 24.0, 24.5), (1, 22.0, 25.0, 29.0), (2, 29.0, 28.0, 30.0)):
+        rows += [
+            row(reference.MSMODELSLIM, reference_sqnr, seed=seed),
+            row(reference.VLQC, none, rotate="none", seed=seed),
+            row(reference.VLQC, rotated, rotate="auto", seed=seed),
+        ]
     out = io.StringIO()
-    reference_table.show([reference.asdict(one) for one in rows], Console(file=out, width=reference_table.WIDTH))
-    (ours,) = [line for line in out.getvalue().splitlines() if " vlqc " in line]
-    assert all(word in ours for word in ("+4.50", "24.50", "90.0", "12.5", "6.2", "300"))
+    reference_table.show(
+        [*rows, row(reference.FLOOR, 37.0, reference.FLOOR)], Console(file=out, width=reference_table.WIDTH)
+    )
+    cells = [line.strip("│ ").replace("│", " ").split() for line in out.getvalue().splitlines() if "90.0" in line]
+    assert cells[0][1:3] == ["msModelSlim", "22.00"]
+    assert cells[1][:5] == ["vlqc", "--rotate", "none", "+3.00", "25.00"]
+    assert cells[2] == ["vlqc", "+4.50", "+2.00", "29.00", "0.99900", "0.01", "90.0", "12.5", "6.2", "300"]
     assert "…" not in out.getvalue() and "perplexity" not in out.getvalue()
 
 

@@ -105,12 +105,21 @@ def _dequantized(quantized: QuantLinear) -> nn.Linear:
 
 @torch.no_grad()
 def round_weights(model: nn.Module, layers: Iterable[str]) -> nn.Module:
-    """Rounds the weights of these linear layers to 8 bits, in place, with one scale per row (absmax / 127)."""
+    """Rounds the weights of these linear layers to 8 bits, in place, with one scale per row (absmax / 127).
+
+    layers: names in the checkpoint, whose prefixes may differ from those in the model.
+    """
+    modules = {_without_prefixes(path): module for path, module in model.named_modules()}
     for layer in layers:
-        weight = model.get_submodule(layer).get_parameter("weight")
+        weight = modules[_without_prefixes(layer)].get_parameter("weight")
         step = (weight.abs().amax(1, keepdim=True) / 127).clamp(min=torch.finfo(weight.dtype).tiny)
         weight.copy_((weight / step).round() * step)
     return model
+
+
+def _without_prefixes(path: str) -> str:
+    """ "model.language_model.layers.0.mlp" -> "layers.0.mlp": which prefixes there are depends on transformers."""
+    return ".".join(part for part in path.split(".") if part not in ("model", "language_model"))
 
 
 # ---- descriptions ----------------------------------------------------------------------------------------------------

@@ -1,19 +1,26 @@
 """Compares msModelSlim 26.1.0 and vlqc on the same checkpoint, inputs, layers and evaluator: accuracy and cost.
 
-    python -m tools.bench.reference --checkpoint {outliers,tiny,smol,large} [--schemes static-m2-act1,...]
-        [--seeds 0,1,2,3,4] [--shapes standard,deep,dead] [--json FILE] [--reference_env .reference] [--threads 1]
-        [--option NAME=VALUE ...]
+    python -m tools.bench.reference [--checkpoint outliers,tiny,smol,large,qwen2-vl,qwen3-vl]
+        [--schemes static-m2-act1,...] [--seeds 0,1,2,3,4] [--shapes standard,deep,dead] [--rotate none,auto]
+        [--json FILE] [--known_json FILE] [--reference_env .reference] [--threads 1] [--option NAME=VALUE ...]
 
 msModelSlim runs as in its example script for Qwen2.5-VL, on the CPU, in an environment that this script creates (see
 `reference_environment.py`). Both tools get the same input tensors. Both folders are loaded by
 `vlqc.load(folder, dtype=torch.float32)`: stored integers in integer arithmetic, float32 elsewhere; the logits are
 compared with those of the float model in float32. Each tool runs in a new process, so that imports, loading and saving
-are included in its cost.
+are included in its cost. vlqc runs once for each value of --rotate.
+
+--known_json: results of msModelSlim from a file that --json wrote, so that only vlqc runs. A result is used again only
+if weights, inputs and options are the same, and its quantized layers are compared with those of vlqc.
+
+qwen3-vl requires transformers 4.57 (a folder in PYTHONPATH is passed on to vlqc), and has no results of msModelSlim:
+its environment has transformers 4.49, which lacks the model, and with 4.57 the classes of the script do not know it. m4
+raises "the config of model must have num_attention_heads, n_head or num_heads", and m2 finds no norm to smooth.
 
 Evaluation inputs are never calibration inputs: they differ in their seed, for the tiny model in the renderings, for
 real text in the topics.
 
-Exit status 1 if the two folders do not quantize the same layers with the same schemes.
+Exit status 1 if the folders do not quantize the same layers with the same schemes.
 
 "weights only": the same folder with float activations, an upper bound for any choice of activation scales. "plain 8-bit
 weights": the float checkpoint with rounded weights, without smoothing.
@@ -26,7 +33,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +45,21 @@ from tools.bench import metrics
 from tools.bench import reference_cases as cases
 from tools.bench.process import CommandFailed, Usage, measured
 from tools.bench.reference_environment import reference_python
+from tools.bench.reference_rows import (
+    FLOOR,
+    MSMODELSLIM,
+    VLQC,
+    KnownRows,
+    Row,
+    digest_of,
+    read_rows,
+    source_of,
+    write_rows,
+)
 from tools.bench.reference_table import show
 
 ROOT = Path(__file__).parents[2]
 RUNNER = ROOT / "tools" / "bench" / "reference_runner.py"
-MSMODELSLIM, VLQC = TOOLS = ("msModelSlim", "vlqc")
-FLOOR = "plain 8-bit weights"
 
 LOW_BIT = {"w_bit": 4, "is_dynamic": True, "is_lowbit": True, "open_outlier": False, "act_method": 1}
 SCHEMES: dict[str, dict[str, Any]] = {
@@ -67,23 +83,9 @@ VLQC_ONLY: dict[str, dict[str, Any]] = {
     "w4a8-m2-g64-all": {**LOW_BIT, "group_size": 64, "w4a8_scope": "all"},
     "static-m2-auto": {"fallback": "auto", "min_sqnr": 30},
 }
+CHECKPOINTS = ["outliers", "tiny", "smol", "large", *cases.FAMILIES]
+ROTATIONS = ["none", "heads", "all", "auto"]
 COST_SCHEMES = ("static-m2-act2", "static-m4-act2")  # of the large checkpoint
-
-
-@dataclass(frozen=True)
-class Row:
-    """Result of one run. tool: one of TOOLS, or FLOOR, which has no usage. accuracy in percent; perplexity relative to
-    float; weights_only: SQNR in dB with float activations."""
-
-    case: str
-    seed: int
-    scheme: str
-    tool: str
-    agreement: metrics.Agreement
-    accuracy: float | None = None
-    perplexity: float | None = None
-    weights_only: float | None = None
-    usage: Usage | None = None
 
 
 @dataclass(frozen=True)
@@ -100,55 +102,93 @@ class DifferentSites(Exception):
 
 
 @dataclass(frozen=True)
+class Run:
+    """One tool; rotate: the option of vlqc, None for msModelSlim."""
+
+    tool: str
+    rotate: str | None = None
+
+
+@dataclass(frozen=True)
 class Bench:
-    """Environment of the runs. python: interpreter with msModelSlim; options: additional options of vlqc."""
+    """Environment of the runs.
+
+    python: interpreter with msModelSlim; rotations: values of vlqc's option `rotate`, a run for each; options:
+    additional options of vlqc; known: rows that are not measured again.
+    """
 
     python: Path
     folder: Path
     threads: int
+    rotations: list[str]
     options: dict[str, str]
+    known: KnownRows
 
     def rows(self, case: cases.Case, schemes: list[str]) -> Iterator[Row]:
         """Results of both tools for each scheme, as they finish. Raises DifferentSites, CommandFailed."""
-        model = load_float(case.folder)
-        reference = measure_float(case, model)
-        inputs = self.folder / "inputs.pt"
-        torch.save(case.calibration, inputs)
+        reference = measure_float(case, load_float(case.folder))
+        torch.save(case.calibration, self.folder / "inputs.pt")
+        digest = digest_of(case)
         layers: dict[str, str] = {}  # of the first scheme; FLOOR rounds the same layers
         for scheme in schemes:
-            folders, rows = {}, []
-            for tool in (VLQC,) if scheme in VLQC_ONLY else TOOLS:
-                folders[tool] = save = self.folder / tool
-                usage = self.quantize(tool, case, inputs, save, scheme)
-                rows.append(evaluate(case, reference, save, scheme, tool, usage))
-            sites = [metrics.sites_of(metrics.description_of(folder)) for folder in folders.values()]
-            if different := metrics.different_sites(sites[0], sites[-1]):
-                raise DifferentSites(f"{case.name}, {scheme}: {MSMODELSLIM} against {VLQC}\n" + "\n".join(different))
-            layers = layers or sites[-1]
+            rows = [self.row(run, case, reference, scheme, digest) for run in self.runs(case, scheme)]
+            for row in rows[1:]:
+                check_sites(rows[0], row)
+            layers = layers or rows[0].sites
             yield from rows
-        rounded = metrics.round_weights(model, layers)
-        yield Row(case.name, case.seed, FLOOR, FLOOR, *score(case, reference, rounded))
+        yield self.floor(case, reference, layers, digest)
 
-    def quantize(self, tool: str, case: cases.Case, inputs: Path, save: Path, scheme: str) -> Usage:
+    def runs(self, case: cases.Case, scheme: str) -> list[Run]:
+        """The runs of a scheme, in the order of the table."""
+        reference = [Run(MSMODELSLIM)] if case.has_reference and scheme not in VLQC_ONLY else []
+        return [*reference, *(Run(VLQC, rotate) for rotate in self.rotations)]
+
+    def row(self, run: Run, case: cases.Case, reference: Float, scheme: str, digest: int) -> Row:
+        """The result of one run: a known one, or compiled and evaluated."""
+        options = {"group_size": case.group_size, **{**SCHEMES, **VLQC_ONLY}[scheme]}
+        if run.tool == VLQC:
+            options |= {"rotate": run.rotate, **self.options}
+        source = source_of(digest, options)
+        if known := self.known.find(run.tool, case, scheme, source):
+            return known
+        save = self.folder / run.tool
+        usage = self.quantize(run.tool, case, save, options)
+        row = evaluate(case, reference, save, scheme, run.tool, usage)
+        return replace(row, rotate=run.rotate, sites=metrics.sites_of(metrics.description_of(save)), source=source)
+
+    def floor(self, case: cases.Case, reference: Float, layers: dict[str, str], digest: int) -> Row:
+        """The result with the weights of these layers rounded."""
+        source = source_of(digest, {"layers": sorted(layers)})
+        if known := self.known.find(FLOOR, case, FLOOR, source):
+            return known
+        rounded = metrics.round_weights(load_float(case.folder), layers)
+        scores = score(case, reference, rounded)
+        return Row(case.name, case.seed, FLOOR, FLOOR, *scores, sites=dict(layers), source=source)
+
+    def quantize(self, tool: str, case: cases.Case, save: Path, options: dict[str, Any]) -> Usage:
         """Runs one tool, which writes the folder `save`; an existing folder is replaced."""
         shutil.rmtree(save, ignore_errors=True)
-        options = {
-            "group_size": case.group_size,
-            **{**SCHEMES, **VLQC_ONLY}[scheme],
-            **(self.options if tool == VLQC else {}),
-        }
         python = self.python if tool == MSMODELSLIM else Path(sys.executable)
         environment = {name: str(self.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-        environment["PYTHONPATH"] = str(ROOT) if tool == VLQC else ""
-        command = [str(python), str(RUNNER), tool.lower(), str(case.folder), str(inputs), str(save)]
+        inherited = filter(None, [os.environ.get("PYTHONPATH")])  # may contain another version of transformers
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *inherited]) if tool == VLQC else ""
+        command = [str(python), str(RUNNER), tool.lower(), str(case.folder), str(self.folder / "inputs.pt"), str(save)]
         return measured([*command, json.dumps(options)], environment)
+
+
+def check_sites(first: Row, second: Row) -> None:
+    """Raises DifferentSites if the two folders do not quantize the same layers."""
+    if different := metrics.different_sites(first.sites, second.sites):
+        both = f"{first.case}, {first.scheme}: {first.label} against {second.label}"
+        raise DifferentSites("\n".join([both, *different]))
 
 
 def load_float(folder: Path) -> nn.Module:
     """The checkpoint in float32."""
-    from transformers import Qwen2_5_VLForConditionalGeneration
+    import transformers
 
-    model: nn.Module = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    model: nn.Module = getattr(transformers, config["architectures"][0]).from_pretrained(folder)
     return model.float().eval()
 
 
@@ -177,15 +217,19 @@ def evaluate(case: cases.Case, reference: Float, save: Path, scheme: str, tool: 
 
 
 def cases_of(options: argparse.Namespace, python: Path, folder: Path) -> Iterator[cases.Case]:
-    """The checkpoints of --checkpoint, --seeds and --shapes, one at a time."""
-    if options.checkpoint == "outliers":
-        yield from cases.outlier_cases(folder, options.seeds, options.shapes)
-    elif options.checkpoint == "tiny":
-        yield from cases.tiny_cases(folder, options.seeds)
-    elif options.checkpoint == "smol":
-        yield cases.smol_case(folder, python)
-    else:
-        yield cases.large_case(folder, options.seeds[0])
+    """The checkpoints of --checkpoint, --seeds and --shapes, one at a time; one seed of those that take long."""
+    first = options.seeds[0]
+    for name in options.checkpoint:
+        if name == "outliers":
+            yield from cases.outlier_cases(folder, options.seeds, options.shapes)
+        elif name == "tiny":
+            yield from cases.tiny_cases(folder, options.seeds)
+        elif name == "smol":
+            yield cases.smol_case(folder, python)
+        elif name == "large":
+            yield cases.large_case(folder, first)
+        else:
+            yield cases.family_case(folder, name, first)
 
 
 def names_of(text: str, choices: list[str]) -> list[str]:
@@ -207,18 +251,24 @@ def named_value(text: str) -> tuple[str, str]:
 def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description="Compare accuracy and cost of msModelSlim and vlqc.")
-    parser.add_argument("--checkpoint", choices=("outliers", "tiny", "smol", "large"), default="outliers")
+    parser.add_argument(
+        "--checkpoint", type=lambda text: names_of(text, CHECKPOINTS), default=["outliers"], help=", ".join(CHECKPOINTS)
+    )
     parser.add_argument(
         "--schemes", type=lambda text: names_of(text, [*SCHEMES, *VLQC_ONLY]), help=", ".join([*SCHEMES, *VLQC_ONLY])
     )
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2, 3, 4])
     parser.add_argument("--shapes", type=lambda text: names_of(text, list(cases.SHAPES)), default=["standard"])
+    parser.add_argument(
+        "--rotate", type=lambda text: names_of(text, ROTATIONS), default=["none", "auto"], help=", ".join(ROTATIONS)
+    )
     parser.add_argument("--json", type=Path, help="also write all results to this file")
+    parser.add_argument("--known_json", type=Path, help="file of --json, whose rows of msModelSlim are used again")
     parser.add_argument("--reference_env", type=Path, default=ROOT / ".reference", help="environment of msModelSlim")
     parser.add_argument("--threads", type=int, default=1, help="number of threads of both tools")
     parser.add_argument("--option", type=named_value, action="append", default=[], help="NAME=VALUE, an option of vlqc")
     options = parser.parse_args(arguments)
-    options.schemes = options.schemes or list(COST_SCHEMES if options.checkpoint == "large" else SCHEMES)
+    options.schemes = options.schemes or list(COST_SCHEMES if options.checkpoint == ["large"] else SCHEMES)
     return options
 
 
@@ -227,20 +277,22 @@ def main() -> int:
     options = parsed()
     torch.set_num_threads(options.threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # otherwise the tokenizer warns for each new process
-    python = reference_python(options.reference_env, with_weights=options.checkpoint == "smol").absolute()
-    rows: list[dict[str, Any]] = []
+    python = reference_python(options.reference_env, with_weights="smol" in options.checkpoint).absolute()
+    known = KnownRows(read_rows(options.known_json) if options.known_json else [])
+    rows: list[Row] = []
     try:
         with tempfile.TemporaryDirectory() as temporary:
-            bench = Bench(python, Path(temporary), options.threads, dict(options.option))
-            for case in cases_of(options, python, Path(temporary)):
+            folder = Path(temporary)
+            bench = Bench(python, folder, options.threads, options.rotate, dict(options.option), known)
+            for case in cases_of(options, python, folder):
                 for row in bench.rows(case, options.schemes):
                     print(
-                        f"{row.case}, seed {row.seed}: {row.scheme}, {row.tool}: {row.agreement.sqnr:.2f} dB",
+                        f"{row.case}, seed {row.seed}: {row.scheme}, {row.label}: {row.agreement.sqnr:.2f} dB",
                         flush=True,
                     )
-                    rows.append(asdict(row))
+                    rows.append(row)
                     if options.json:  # after each row, as a run takes long and may be interrupted
-                        options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+                        write_rows(options.json, rows)
                 shutil.rmtree(case.folder)
     except (DifferentSites, CommandFailed) as error:
         print(error, file=sys.stderr)

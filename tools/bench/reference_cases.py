@@ -28,6 +28,11 @@ LARGE_SAMPLES, LARGE_EVALUATION, LARGE_GRID = 8, 2, (24, 32)  # 192 image tokens
 STANDARD = Shape(vision_intermediate=344)
 DEEP = Shape(layers=4, vision_layers=4, vision_intermediate=344)
 SHAPES = {"standard": (STANDARD, 0.0), "deep": (DEEP, 0.0), "dead": (STANDARD, 0.04)}  # shape, share of dead channels
+# Sizes that every scheme quantizes: inputs are multiples of the group size, except of float layers.
+FAMILIES = {
+    "qwen2-vl": Shape(vision_intermediate=1024),
+    "qwen3-vl": Shape(vision_intermediate=768, head=96, deepstack=(0,)),
+}
 LARGE = Shape(
     layers=8,
     hidden=1024,
@@ -44,7 +49,7 @@ LARGE = Shape(
 @dataclass(frozen=True)
 class Case:
     """A float checkpoint in `folder`. accuracy: percentage of correct answers of a model, if there is a task; text:
-    whether `evaluation` is real text, so that perplexity applies."""
+    whether `evaluation` is real text, so that perplexity applies; has_reference: whether msModelSlim runs on it."""
 
     name: str
     seed: int
@@ -54,6 +59,7 @@ class Case:
     group_size: int = 256
     accuracy: Callable[[nn.Module], float] | None = None
     text: bool = False
+    has_reference: bool = True
 
 
 def outlier_cases(folder: Path, seeds: list[int], shapes: list[str]) -> Iterator[Case]:
@@ -66,6 +72,15 @@ def outlier_cases(folder: Path, seeds: list[int], shapes: list[str]) -> Iterator
             calibration = outliers.random_samples(config, SAMPLES, CALIBRATION_SEED + seed)
             evaluation = outliers.random_samples(config, EVALUATION_SAMPLES, EVALUATION_SEED + seed)
             yield Case(f"outliers, {name}", seed, target, calibration, evaluation)
+
+
+def family_case(folder: Path, name: str, seed: int) -> Case:
+    """Random weights with outliers, as in `outlier_cases`, for the family of this name."""
+    target = folder / name
+    config = outliers.make(target, seed, shape=FAMILIES[name], family=name.replace("-", "_"))
+    calibration = outliers.random_samples(config, SAMPLES, CALIBRATION_SEED + seed)
+    evaluation = outliers.random_samples(config, EVALUATION_SAMPLES, EVALUATION_SEED + seed)
+    return Case(f"outliers, {name}", seed, target, calibration, evaluation, has_reference=name != "qwen3-vl")
 
 
 def tiny_cases(folder: Path, seeds: list[int]) -> Iterator[Case]:

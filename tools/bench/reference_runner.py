@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-FORWARD_ORDER = (  # positional parameters of Qwen2_5_VLForConditionalGeneration.forward in transformers 4.49
+FORWARD_ORDER = (  # positional parameters of forward of Qwen2-VL and Qwen2.5-VL in transformers 4.49
     "input_ids",
     "attention_mask",
     "position_ids",
@@ -44,10 +44,28 @@ DEFAULTS = {  # of the example script
 
 
 def excluded_layers(config: dict[str, Any]) -> list[str]:
-    """Linear layers that the example script excludes; msModelSlim itself excludes lm_head."""
+    """Linear layers that the example script excludes; msModelSlim itself excludes lm_head. The script is for
+    Qwen2.5-VL; of Qwen2-VL the layers that correspond."""
     names = ["visual.merger.mlp.0", "visual.merger.mlp.2"]
-    names += [f"visual.blocks.{index}.mlp.down_proj" for index in range(config["vision_config"]["depth"])]
+    down = "fc2" if config["model_type"] == "qwen2_vl" else "down_proj"
+    names += [f"visual.blocks.{index}.mlp.{down}" for index in range(config["vision_config"]["depth"])]
     return names + [f"model.layers.{index}.mlp.down_proj" for index in range(config["num_hidden_layers"])]
+
+
+def accept_position_embeddings() -> None:
+    """Lets msModelSlim's vision block of Qwen2-VL run in transformers 4.49, which passes cosines and sines [patches,
+    head] in place of the angles [patches, head / 2] that the block expects."""
+    import torch
+    from msmodelslim.pytorch.llm_ptq.anti_outlier.anti_block import QuantQwen2VLVisionBlock  # type: ignore[import-not-found]
+
+    forward = QuantQwen2VLVisionBlock.forward
+
+    def adapted(block: Any, hidden_states: Any, cu_seqlens: Any, position_embeddings: Any) -> Any:
+        cosine, sine = position_embeddings
+        angles = torch.atan2(sine, cosine)
+        return forward(block, hidden_states, cu_seqlens, angles[:, : angles.shape[1] // 2])
+
+    QuantQwen2VLVisionBlock.forward = adapted
 
 
 def run_msmodelslim(model_path: Path, samples: list[dict[str, Any]], save: Path, options: dict[str, Any]) -> None:
@@ -56,20 +74,23 @@ def run_msmodelslim(model_path: Path, samples: list[dict[str, Any]], save: Path,
     anti_method "none" omits smoothing. Inputs are passed by position, as in the script: msModelSlim's m4 finds the
     token ids by position.
     """
+    import transformers
     from msmodelslim.pytorch.llm_ptq.anti_outlier import AntiOutlier, AntiOutlierConfig  # type: ignore[import-not-found]
     from msmodelslim.pytorch.llm_ptq.llm_ptq_tools import Calibrator, QuantConfig  # type: ignore[import-not-found]
-    from transformers import Qwen2_5_VLForConditionalGeneration
 
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        model_path, device_map="cpu", torch_dtype="auto", local_files_only=True
-    ).eval()
     config = json.loads((model_path / "config.json").read_text(encoding="utf-8"))
+    model = (
+        getattr(transformers, config["architectures"][0])
+        .from_pretrained(model_path, device_map="cpu", torch_dtype="auto", local_files_only=True)
+        .eval()
+    )
     calibration = [[sample.get(name) for name in FORWARD_ORDER] for sample in samples]
     settings = {name: options.get(name, default) for name, default in DEFAULTS.items()}
     method = settings.pop("anti_method")
     if method != "none":
         bits = {name: settings[name] for name in ("w_bit", "a_bit")}
         smoothing = AntiOutlierConfig(**bits, anti_method=method, dev_type="cpu", dev_id=None)
+        accept_position_embeddings()
         AntiOutlier(model, calib_data=calibration, cfg=smoothing).process()
     quantizing = QuantConfig(
         **settings, disable_names=excluded_layers(config), dev_type="cpu", dev_id=None, mm_tensor=False

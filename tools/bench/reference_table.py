@@ -3,9 +3,9 @@
 python -m tools.bench.reference_table FILE...
 """
 
-import json
 import sys
 from collections.abc import Iterable, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from tools.bench.metrics import median
+from tools.bench.reference_rows import MSMODELSLIM, VLQC, Row, read_rows
 
-MSMODELSLIM, VLQC = "msModelSlim", "vlqc"
+UNROTATED = f"{VLQC} --rotate none"
+DIFFERENCES = {"- msModelSlim dB": MSMODELSLIM, "- none dB": UNROTATED}  # title: what is subtracted
 COLUMNS = {  # title: path in a row, format
     "SQNR dB": (("agreement", "sqnr"), "{:.2f}"),
     "weights only": (("weights_only",), "{:.2f}"),
@@ -29,14 +31,12 @@ COLUMNS = {  # title: path in a row, format
 }
 MIB = 2**20
 WIDTH = 150  # characters; without a terminal rich uses 80, too few for the widest table
-Rows = Sequence[dict[str, Any]]
+Rows = Sequence[Row]
 
 
-def value_at(row: dict[str, Any], path: tuple[str, ...]) -> float | None:
+def value_at(row: Row, path: tuple[str, ...]) -> float | None:
     """The value at a path of a row; None if it is missing."""
-    value: Any = row
-    for key in path:
-        value = None if value is None else value[key]
+    value: Any = reduce(lambda parent, name: parent and getattr(parent, name), path, row)
     if value is None:
         return None
     return float(value) / MIB if path[-1] == "peak_bytes" else float(value)
@@ -47,42 +47,40 @@ def medians(rows: Rows) -> dict[str, float | None]:
     return {column: median(value_at(row, path) for row in rows) for column, (path, _) in COLUMNS.items()}
 
 
-def differences(rows: Rows) -> list[float]:
-    """SQNR of vlqc minus that of msModelSlim, in dB, for each seed that has both."""
-    sqnr: dict[tuple[int, str], float] = {(row["seed"], row["tool"]): row["agreement"]["sqnr"] for row in rows}
-    seeds = sorted({seed for seed, _ in sqnr})
-    both = [seed for seed in seeds if (seed, MSMODELSLIM) in sqnr and (seed, VLQC) in sqnr]
-    return [sqnr[seed, VLQC] - sqnr[seed, MSMODELSLIM] for seed in both]
+def difference(rows: Rows, label: str, subtracted: str) -> float | None:
+    """Median over the seeds of the SQNR of one tool minus that of another, in dB; None for msModelSlim, for the same
+    tool, and without a seed that has both."""
+    if label in (MSMODELSLIM, subtracted):
+        return None
+    sqnr = {(row.seed, row.label): row.agreement.sqnr for row in rows}
+    both = [seed for seed, tool in sqnr if tool == label and (seed, subtracted) in sqnr]
+    return median(sqnr[seed, label] - sqnr[seed, subtracted] for seed in both)
 
 
 def show(rows: Rows, console: Console | None = None) -> None:
-    """Prints a table per checkpoint: medians over the seeds, and their difference."""
-    for case in unique(row["case"] for row in rows):
-        print_case(
-            case,
-            [row for row in rows if row["case"] == case],
-            console or Console(width=None if sys.stdout.isatty() else WIDTH),
-        )
+    """Prints a table per checkpoint: medians over the seeds, and medians of the differences per seed."""
+    console = console or Console(width=None if sys.stdout.isatty() else WIDTH)
+    for case in unique(row.case for row in rows):
+        print_case(case, [row for row in rows if row.case == case], console)
 
 
 def print_case(case: str, rows: Rows, console: Console) -> None:
     """Prints the table of one checkpoint, without empty columns."""
     totals = medians(rows)
     columns = [column for column in COLUMNS if totals[column] is not None]
-    seeds = len({row["seed"] for row in rows})
+    differences = [title for title, label in DIFFERENCES.items() if any(row.label == label for row in rows)]
+    seeds = len({row.seed for row in rows})
     title = f"{case}: medians over {seeds} seeds" if seeds > 1 else case
     table = Table(*(Column(name, no_wrap=True) for name in ("scheme", "tool")), title=title)
-    table.add_column("difference dB", justify="right", no_wrap=True)
-    for column in columns:
+    for column in [*differences, *columns]:
         table.add_column(column, justify="right", no_wrap=True)
-    for scheme in unique(row["scheme"] for row in rows):
-        of_scheme = [row for row in rows if row["scheme"] == scheme]
-        for tool in unique(row["tool"] for row in of_scheme):
-            values = medians([row for row in of_scheme if row["tool"] == tool])
-            difference = median(differences(of_scheme)) if tool == VLQC else None
-            first = scheme if tool != VLQC else ""
-            cells = [shown(values[column], COLUMNS[column][1]) for column in columns]
-            table.add_row(first, "" if tool == scheme else tool, shown(difference, "{:+.2f}"), *cells)
+    for scheme in unique(row.scheme for row in rows):
+        of_scheme = [row for row in rows if row.scheme == scheme]
+        for number, label in enumerate(unique(row.label for row in of_scheme)):
+            values = medians([row for row in of_scheme if row.label == label])
+            cells = [shown(difference(of_scheme, label, DIFFERENCES[each]), "{:+.2f}") for each in differences]
+            cells += [shown(values[column], COLUMNS[column][1]) for column in columns]
+            table.add_row("" if number else scheme, "" if label == scheme else label, *cells)
         table.add_section()
     console.print(table)
 
@@ -98,4 +96,4 @@ def unique(values: Iterable[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    show([row for name in sys.argv[1:] for row in json.loads(Path(name).read_text(encoding="utf-8"))])
+    show([row for name in sys.argv[1:] for row in read_rows(Path(name))])

@@ -13,9 +13,11 @@ are included in its cost. vlqc runs once for each value of --rotate.
 --known_json: results of msModelSlim from a file that --json wrote, so that only vlqc runs. A result is used again only
 if weights, inputs and options are the same, and its quantized layers are compared with those of vlqc.
 
-qwen3-vl requires transformers 4.57 (a folder in PYTHONPATH is passed on to vlqc), and has no results of msModelSlim:
-its environment has transformers 4.49, which lacks the model, and with 4.57 the classes of the script do not know it. m4
-raises "the config of model must have num_attention_heads, n_head or num_heads", and m2 finds no norm to smooth.
+qwen3-vl requires an overlay with transformers 4.57 in PYTHONPATH, which both tools then use. The example script does not
+know the model: its m4 raises "the config of model must have num_attention_heads, n_head or num_heads", its m2 finds no
+norm to smooth. In its place runs msModelSlim's recipe for Qwen3-VL (rotation, smoothing, W8A8 static with min-max), on
+the same inputs and in float32; there is none for the other schemes. For qwen2-vl the script runs, with an adapter to
+the transformers version (`reference_runner.py`).
 
 Evaluation inputs are never calibration inputs: they differ in their seed, for the tiny model in the renderings, for
 real text in the topics.
@@ -140,8 +142,9 @@ class Bench:
 
     def runs(self, case: cases.Case, scheme: str) -> list[Run]:
         """The runs of a scheme, in the order of the table."""
-        reference = [Run(MSMODELSLIM)] if case.has_reference and scheme not in VLQC_ONLY else []
-        return [*reference, *(Run(VLQC, rotate) for rotate in self.rotations)]
+        has_reference = scheme == cases.RECIPE_SCHEME if case.has_recipe else scheme not in VLQC_ONLY
+        rotated = [Run(VLQC, rotate) for rotate in self.rotations]
+        return [Run(MSMODELSLIM), *rotated] if has_reference else rotated
 
     def row(self, run: Run, case: cases.Case, reference: Float, scheme: str, digest: int) -> Row:
         """The result of one run: a known one, or compiled and evaluated."""
@@ -170,10 +173,19 @@ class Bench:
         shutil.rmtree(save, ignore_errors=True)
         python = self.python if tool == MSMODELSLIM else Path(sys.executable)
         environment = {name: str(self.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-        inherited = filter(None, [os.environ.get("PYTHONPATH")])  # may contain another version of transformers
-        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *inherited]) if tool == VLQC else ""
+        environment["PYTHONPATH"] = import_path(tool, case)
         command = [str(python), str(RUNNER), tool.lower(), str(case.folder), str(self.folder / "inputs.pt"), str(save)]
         return measured([*command, json.dumps(options)], environment)
+
+
+def import_path(tool: str, case: cases.Case) -> str:
+    """PYTHONPATH of a tool, with this process's transformers; msModelSlim has its own, except for a recipe."""
+    import transformers
+
+    overlay = str(Path(transformers.__file__).parents[1])
+    if tool == VLQC:
+        return os.pathsep.join([str(ROOT), overlay])
+    return overlay if case.has_recipe else ""
 
 
 def check_sites(first: Row, second: Row) -> None:

@@ -21,6 +21,7 @@ TINY, TINY_ALPHA = Path(__file__).parents[1] / "demo" / "tiny_vl", 128.0
 TINY_CALIBRATION, TINY_EVALUATION, TINY_ACCURACY = 32, 64, 256  # images
 SMOL_CALIBRATION, SMOL_EVALUATION, SMOL_LENGTH = 18, 16, 256  # excerpts, and tokens of one
 SMOL_IMAGES = (0, 9)  # calibration excerpts that follow an image
+RECIPE_SCHEME = "static-m2-act1"
 LARGE_SAMPLES, LARGE_EVALUATION, LARGE_GRID = 8, 2, (24, 32)  # 192 image tokens
 
 # The MLP of the vision tower is wider by four than elsewhere: 4-bit weights need a multiple of eight outputs, and both
@@ -49,7 +50,8 @@ LARGE = Shape(
 @dataclass(frozen=True)
 class Case:
     """A float checkpoint in `folder`. accuracy: percentage of correct answers of a model, if there is a task; text:
-    whether `evaluation` is real text, so that perplexity applies; has_reference: whether msModelSlim runs on it."""
+    whether `evaluation` is real text, so that perplexity applies; has_recipe: msModelSlim has no options for this
+    model, but a recipe, which has the scheme RECIPE_SCHEME."""
 
     name: str
     seed: int
@@ -59,7 +61,7 @@ class Case:
     group_size: int = 256
     accuracy: Callable[[nn.Module], float] | None = None
     text: bool = False
-    has_reference: bool = True
+    has_recipe: bool = False
 
 
 def outlier_cases(folder: Path, seeds: list[int], shapes: list[str]) -> Iterator[Case]:
@@ -80,7 +82,7 @@ def family_case(folder: Path, name: str, seed: int) -> Case:
     config = outliers.make(target, seed, shape=FAMILIES[name], family=name.replace("-", "_"))
     calibration = outliers.random_samples(config, SAMPLES, CALIBRATION_SEED + seed)
     evaluation = outliers.random_samples(config, EVALUATION_SAMPLES, EVALUATION_SEED + seed)
-    return Case(f"outliers, {name}", seed, target, calibration, evaluation, has_reference=name != "qwen3-vl")
+    return Case(f"outliers, {name}", seed, target, calibration, evaluation, has_recipe=name == "qwen3-vl")
 
 
 def tiny_cases(folder: Path, seeds: list[int]) -> Iterator[Case]:

@@ -4,7 +4,7 @@
 
 MODEL: folder of the float checkpoint. SAMPLES: list of dicts of model inputs, written by `torch.save`. SAVE: folder to
 write. OPTIONS: JSON object of options of vlqc (w_bit, anti_method, ...), which has those of msModelSlim's example
-script for Qwen2.5-VL; msModelSlim ignores the others.
+script for Qwen2.5-VL; msModelSlim ignores the others, and all of them for Qwen3-VL.
 
 vlqc and msModelSlim need different package versions, so only the standard library is imported at the top.
 """
@@ -31,6 +31,7 @@ FORWARD_ORDER = (  # positional parameters of forward of Qwen2-VL and Qwen2.5-VL
     "image_grid_thw",
     "video_grid_thw",
 )
+RECIPE = "lab_practice/qwen3_vl/qwen3_vl_w8a8.yaml"
 DEFAULTS = {  # of the example script
     "w_bit": 8,
     "a_bit": 8,
@@ -69,6 +70,49 @@ def accept_position_embeddings() -> None:
 
 
 def run_msmodelslim(model_path: Path, samples: list[dict[str, Any]], save: Path, options: dict[str, Any]) -> None:
+    """The recipe of msModelSlim for Qwen3-VL, which ignores `options`, or the example script for other models."""
+    if json.loads((model_path / "config.json").read_text(encoding="utf-8"))["model_type"] == "qwen3_vl":
+        run_recipe(model_path, samples, save)
+    else:
+        run_script(model_path, samples, save, options)
+
+
+def run_recipe(model_path: Path, samples: list[dict[str, Any]], save: Path) -> None:
+    """The recipe of msModelSlim for Qwen3-VL: rotation in blocks of 32, smoothing, W8A8 static.
+
+    In float32: its RMSNorm returns float32 for every dtype, which bfloat16 linear layers do not accept on the CPU.
+    """
+    import msmodelslim  # type: ignore[import-not-found]
+    import torch
+    import yaml  # type: ignore[import-untyped]
+    from msmodelslim.core.const import DeviceType  # type: ignore[import-not-found]
+    from msmodelslim.core.context.context_factory import ContextFactory  # type: ignore[import-not-found]
+    from msmodelslim.core.quant_service.interface import BaseQuantConfig  # type: ignore[import-not-found]
+    from msmodelslim.core.quant_service.multimodal_vlm_v1.quant_service import (  # type: ignore[import-not-found]
+        MultimodalVLMModelslimV1QuantService,
+    )
+    from msmodelslim.model.qwen3_vl.model_adapter import Qwen3VLModelAdapter  # type: ignore[import-not-found]
+
+    class Adapter(Qwen3VLModelAdapter):  # type: ignore[misc]
+        def handle_dataset(self, dataset: Any, device: Any = None) -> Any:
+            return dataset
+
+        def get_global_model_torch_dtype(self) -> torch.dtype:
+            return torch.float32
+
+    class Samples:
+        """In place of a loader of image files."""
+
+        def get_dataset_by_name(self, name: str) -> list[dict[str, Any]]:
+            return samples
+
+    recipe = yaml.safe_load((Path(msmodelslim.__file__).parent / RECIPE).read_text(encoding="utf-8"))
+    service = MultimodalVLMModelslimV1QuantService(None, Samples(), ContextFactory())
+    config = BaseQuantConfig(apiversion=recipe["apiversion"], spec=recipe["spec"])
+    service.quantize(config, Adapter("Qwen3-VL-32B-Instruct", model_path), save, DeviceType.CPU)
+
+
+def run_script(model_path: Path, samples: list[dict[str, Any]], save: Path, options: dict[str, Any]) -> None:
     """The steps of the example script from `from_pretrained`: smooth, calibrate, save.
 
     anti_method "none" omits smoothing. Inputs are passed by position, as in the script: msModelSlim's m4 finds the

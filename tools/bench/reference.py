@@ -13,10 +13,10 @@ are included in its cost. vlqc runs once for each value of --rotate.
 --known_json: results of msModelSlim from a file that --json wrote, so that only vlqc runs. A result is used again only
 if weights, inputs and options are the same, and its quantized layers are compared with those of vlqc.
 
-qwen3-vl requires an overlay with transformers 4.57 in PYTHONPATH, which both tools then use. The example script does not
-know the model: its m4 raises "the config of model must have num_attention_heads, n_head or num_heads", its m2 finds no
-norm to smooth. In its place runs msModelSlim's recipe for Qwen3-VL (rotation, smoothing, W8A8 static with min-max), on
-the same inputs and in float32; there is none for the other schemes. For qwen2-vl the script runs, with an adapter to
+qwen3-vl requires an overlay with transformers 4.57 in PYTHONPATH, which both tools then use. The example script does
+not know the model: its m4 raises "the config of model must have num_attention_heads, n_head or num_heads", its m2 finds
+no norm to smooth. In its place runs msModelSlim's recipe for Qwen3-VL (rotation, smoothing, W8A8 static with min-max),
+on the same inputs and in float32; there is none for the other schemes. For qwen2-vl the script runs, with an adapter to
 the transformers version (`reference_runner.py`).
 
 Evaluation inputs are never calibration inputs: they differ in their seed, for the tiny model in the renderings, for

@@ -110,6 +110,29 @@ def run_recipe(model_path: Path, samples: list[dict[str, Any]], save: Path) -> N
     service = MultimodalVLMModelslimV1QuantService(None, Samples(), ContextFactory())
     config = BaseQuantConfig(apiversion=recipe["apiversion"], spec=recipe["spec"])
     service.quantize(config, Adapter("Qwen3-VL-32B-Instruct", model_path), save, DeviceType.CPU)
+    add_weight_scales(save)
+
+
+def add_weight_scales(save: Path) -> None:
+    """Adds the scale and offset of the weight of each static layer, [N, 1], to a folder of the recipe, which has only
+    their product with the input's scale, `deq_scale` int64 [N]: the bits of float32."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    (index_path,), (description_path,) = save.glob("*.index.json"), save.glob("quant_model_description*.json")
+    index, description = (json.loads(path.read_text(encoding="utf-8")) for path in (index_path, description_path))
+    for path in save.glob("*.safetensors"):
+        tensors = load_file(path)
+        for layer in [name.removesuffix(".deq_scale") for name in tensors if name.endswith(".deq_scale")]:
+            product = tensors[f"{layer}.deq_scale"].to(torch.int32).view(torch.float32)
+            scale = (product / tensors[f"{layer}.input_scale"])[:, None]
+            added = {f"{layer}.weight_scale": scale, f"{layer}.weight_offset": torch.zeros_like(scale)}
+            tensors |= added
+            index["weight_map"] |= dict.fromkeys(added, path.name)
+            description |= dict.fromkeys(added, description[f"{layer}.weight"])
+        save_file(tensors, path)
+    for path, content in ((index_path, index), (description_path, description)):
+        path.write_text(json.dumps(content), encoding="utf-8")
 
 
 def run_script(model_path: Path, samples: list[dict[str, Any]], save: Path, options: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ SHAPES = {"standard": (STANDARD, 0.0), "deep": (DEEP, 0.0), "dead": (STANDARD, 0
 # Sizes that every scheme quantizes: inputs are multiples of the group size, except of float layers.
 FAMILIES = {
     "qwen2-vl": Shape(vision_intermediate=1024),
-    "qwen3-vl": Shape(vision_intermediate=768, head=96, deepstack=(0,)),
+    "qwen3-vl": Shape(layers=3, vision_layers=4, vision_intermediate=768, head=96, deepstack=(0, 1, 2)),
 }
 LARGE = Shape(
     layers=8,

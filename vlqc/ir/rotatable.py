@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import fx, nn
 
-from vlqc.ir.rotation_analysis import Basis, GraphBases, find_bases
+from vlqc.ir.rotation_analysis import Basis, GraphBases, Obstacle, find_bases
 from vlqc.ir.rotations import Rotatable, RotationKind
 
 
@@ -34,7 +34,7 @@ def _of_basis(model: nn.Module, basis: Basis, name: Callable[[str], str]) -> Ite
             keeps_mean=basis.keeps_mean,
             inputs=tuple((name(stage), argument) for stage, argument in basis.inputs),
             outputs=tuple((name(stage), position) for stage, position in basis.outputs),
-            obstacle=basis.obstacle or _missing_bias(model, basis),
+            obstacle=obstacle.text(name) if (obstacle := basis.obstacle or _missing_bias(model, basis)) else "",
         )
     elif (heads := _heads(basis)) is not None:
         starts, size = heads
@@ -48,13 +48,13 @@ def _of_basis(model: nn.Module, basis: Basis, name: Callable[[str], str]) -> Ite
         )
 
 
-def _missing_bias(model: nn.Module, basis: Basis) -> str:
-    """A reader without a bias, into which the bias of the norm before it would be folded; "" if there is none."""
+def _missing_bias(model: nn.Module, basis: Basis) -> Obstacle | None:
+    """A reader without a bias, into which the bias of the norm before it would be folded; None if there is none."""
     for target, (_, norm) in basis.readers.items():
         has_shift = norm is not None and getattr(model.get_submodule(norm), "bias", None) is not None
         if has_shift and model.get_submodule(target).bias is None:
-            return f"{target} has no bias and the norm before it has one"
-    return ""
+            return Obstacle("a layer has no bias into which that of the norm before it could fold", target)
+    return None
 
 
 def _heads(basis: Basis) -> tuple[tuple[int, ...], int] | None:

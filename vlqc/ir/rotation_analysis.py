@@ -11,8 +11,8 @@ Labels are `basis * CHANNELS + channel`. Source: QuaRot (arXiv 2404.00456), with
 
 import operator
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -44,7 +44,20 @@ REDUCTION = frozenset("sum mean".split())
 WRITES = frozenset("__setitem__ index_add index_add_ index_put index_put_ index_copy index_copy_".split())
 RESIZING = frozenset("view reshape repeat expand split split_with_sizes chunk".split())
 SELECTION = frozenset("masked_scatter masked_scatter_ where".split())
+PARTIAL, REPEATED = "a layer reads a part of it", "a module is called repeatedly"  # reasons
 NORM_TOLERANCE = 1e-3  # relative to the largest output of a norm
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """Why values cannot be rotated. path: of the stage, layer or norm of which the reason speaks; "" if of none."""
+
+    reason: str
+    path: str = ""
+
+    def text(self, name: Callable[[str], str] = str) -> str:
+        """name: path of a module -> how the text names it."""
+        return f"{self.reason} ({name(self.path)})" if self.path else self.reason
 
 
 @dataclass
@@ -57,7 +70,7 @@ class Basis:
     norms: targets of norms that read it; keeps_mean: whether one of them subtracts the mean.
     inputs, outputs: (stage, name of the input or position of the output) of values of it.
     heads: first channels of the heads that attention mixes separately, and their size; None without attention.
-    fixed: bool [size], channels that an operation without a rule reads; obstacle: that operation, "" if there is none.
+    fixed: bool [size], channels that cannot be rotated; obstacle: the first reason, None if there is none.
     norm, base: of the output of a norm, its target and the basis that it reads; None otherwise.
     """
 
@@ -71,7 +84,7 @@ class Basis:
     outputs: list[tuple[str, int]] = field(default_factory=list)
     heads: tuple[tuple[int, ...], int] | None = None
     fixed: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
-    obstacle: str = ""
+    obstacle: Obstacle | None = None
     norm: str | None = None
     base: "int | None" = None
 
@@ -79,7 +92,7 @@ class Basis:
         if not self.fixed.numel():
             self.fixed = torch.zeros(self.size, dtype=torch.bool)
 
-    def fix(self, obstacle: str, channels: Tensor | None = None) -> None:
+    def fix(self, obstacle: Obstacle, channels: Tensor | None = None) -> None:
         self.fixed[slice(None) if channels is None else channels] = True
         self.obstacle = self.obstacle or obstacle
 
@@ -103,7 +116,7 @@ class Basis:
             outputs=[(path, position) for _, position in self.outputs],
             heads=self.heads,
             fixed=self.fixed.clone(),
-            obstacle=f"{self.obstacle} in {path}" if self.obstacle else "",
+            obstacle=self.obstacle and replace(self.obstacle, path=f"{path}.{self.obstacle.path}".rstrip(".")),
         )
 
     def is_stream(self) -> bool:
@@ -220,14 +233,14 @@ class _Analysis(LabelPropagation):
         """Labels int64 [size] of all channels of a basis."""
         return number * CHANNELS + torch.arange(self.bases[number].size)
 
-    def exclude(self, *values: Any, obstacle: str = "") -> None:
+    def exclude(self, *values: Any, obstacle: Obstacle | None = None) -> None:
         for labels in values:
             if isinstance(labels, Tensor):
                 present = torch.unique(without_copies(labels))
                 for number in torch.unique(present[present >= 0] // CHANNELS).tolist():
                     self._fix(number, obstacle or self._obstacle, present[present // CHANNELS == number] % CHANNELS)
 
-    def _fix(self, number: int, obstacle: str, channels: Tensor | None = None) -> None:
+    def _fix(self, number: int, obstacle: Obstacle, channels: Tensor | None = None) -> None:
         basis = self._basis(number)
         basis.fix(obstacle, channels)
         if basis.base is not None:
@@ -270,16 +283,21 @@ class _Analysis(LabelPropagation):
                     base = self._basis(basis.base)
                     base.readers[target] = (columns, basis.norm)
                     if not whole_blocks(columns, base.size, basis.size):
-                        self._fix(number, f"{target} reads a part of it")
+                        self._fix(number, Obstacle(PARTIAL, target))
                 elif norm is None and basis.heads is None and not whole_blocks(columns, basis.size, basis.size):
-                    basis.fix(f"{target} reads a part of it")
+                    basis.fix(Obstacle(PARTIAL, target))
 
     # ---- nodes -------------------------------------------------------------------------------------------------------
 
     @property
-    def _obstacle(self) -> str:
+    def _obstacle(self) -> Obstacle:
         node = self._node
-        return str(node.target) if node.op == "call_module" else getattr(node.target, "__name__", str(node.target))
+        if node.op == "call_module":
+            target = str(node.target)
+            return Obstacle(f"{type(self.module.get_submodule(target)).__name__} is applied to it", target)
+        if node.op == "output":
+            return Obstacle("some of its channels are an output of the stage")
+        return Obstacle(f"{getattr(node.target, '__name__', node.target)} is applied to it")
 
     def _value(self, node: fx.Node) -> Any:
         self._node = node
@@ -340,7 +358,7 @@ class _Analysis(LabelPropagation):
         rows = labels.reshape(-1, labels.shape[-1])
         numbers = torch.unique(rows[:1] // CHANNELS).tolist() if len(rows) else []
         if len(numbers) != 1 or bool((rows[:1] < 0).any()) or self._called[target] != 1 or not equal_rows(rows):
-            self.exclude(labels, obstacle=target)
+            self.exclude(labels, obstacle=Obstacle(PARTIAL, target))
         else:
             self._basis(numbers[0]).readers[target] = (rows[0] % CHANNELS, None)
 
@@ -350,7 +368,7 @@ class _Analysis(LabelPropagation):
             return None
         number = self._new(Basis(size, writers=[target], tables=[target] if table else []))
         if self._called[target] != 1:
-            self._fix(number, f"{target} is called repeatedly")
+            self._fix(number, Obstacle(REPEATED, target))
         channels = self._channels(number)
         after = len(shape) - 1 - dimension % len(shape)
         return channels.reshape(-1, *[1] * after).expand(shape)
@@ -383,10 +401,10 @@ class _Analysis(LabelPropagation):
                 self._join_bases(self._root(outer), self._root(numbers[inner]))
             elif argument not in self._zeros:
                 self.exclude(labels)
-                self._fix(numbers[inner], f"an input of {path}")
+                self._fix(numbers[inner], Obstacle("an input of a stage has an unknown origin", path))
         if self._called[path] != 1:
             for number in numbers:
-                self._fix(number, f"{path} is called repeatedly")
+                self._fix(number, Obstacle(REPEATED, path))
         values = [None if inner is None else self._channels(numbers[inner]) for inner in found.outputs]
         items = [user for user in node.users if user.target is operator.getitem]  # in the order of the outputs
         if node.meta.get("shape") is not None:

@@ -266,10 +266,10 @@ class OptionFields(BaseModel):
     rotate: Literal["auto", "none", "heads", "all"] = _option(
         "none",
         SCHEME,
-        "Rotations that spread outliers over all channels, absorbed by the weights: auto rotates attention heads and "
-        "residual streams, but not a stream whose output head shares the embedding's weight; all stores such a head "
-        "separately; heads rotates attention heads only. Adapters (LoRA) and draft models made for the float model do "
-        "not fit a rotated one.",
+        "Rotations that spread outliers over all channels and cancel in the weights around them: auto rotates residual "
+        "streams and attention heads, except a stream whose output head shares the embedding's weight; all rotates it, "
+        "too, and stores the head separately; heads rotates attention heads only. What was made for the weights or "
+        "hidden states of the float model (LoRA adapters, draft models, prompt embeddings) does not fit rotated ones.",
     )
     max_samples: Annotated[PositiveCount | None, NoneWord] = _option(
         None, DATA, "Maximum number of calibration samples, selected at random with --seed. Default: all."

@@ -7,8 +7,11 @@ write. Its rotation is absorbed by the layers around it (`ir.rotations`), so tha
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from vlqc.formatting import format_bytes
 from vlqc.ir.rotations import Rotatable, RotatableParts, RotationKind
 from vlqc.passes.algorithms.rotation import RotationPass
+
+FLOAT_BYTES = 2  # of a weight of the output head, which is emitted as bfloat16 or float16
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,9 @@ class RotateResidual(RotationPass):
 
     def obstacle(self, rotatable: Rotatable, model: RotatableParts) -> str:
         if rotatable.obstacle:
-            return f"{rotatable.obstacle} does not commute with a rotation"
+            return rotatable.obstacle
         if model.shares_table(rotatable) and not self.untie:
-            return f"{model.output_head} shares the weight of {model.embedding}"
+            more = format_bytes(FLOAT_BYTES * model.head_size)
+            shared = f"{model.output_head} shares the weight of {model.embedding}"
+            return f"{shared}; --rotate all stores both separately, {more} more"
         return ""

@@ -11,13 +11,13 @@ from vlqc.frontend.activation_offload import ActivationOffload
 from vlqc.frontend.calibration.dataset import CalibrationDataset
 from vlqc.frontend.calibration.samples import group_by_images
 from vlqc.frontend.distributed import current_process_group
-from vlqc.frontend.model_structure import model_structure
+from vlqc.frontend.model_structure import rotatable_parts
 from vlqc.frontend.stage_builder import traced_stages
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.memory import release_unused_memory
 from vlqc.ir.stage import Stage
 from vlqc.options.options import Options
-from vlqc.passes.algorithms.rotation import RotationPass, plan_rotations
+from vlqc.passes.algorithms.rotation import plan_rotations
 from vlqc.pipeline.manager import PassManager
 from vlqc.pipeline.pass_api import Pass
 from vlqc.reporting.dumps.writer import Dumper
@@ -28,13 +28,7 @@ from vlqc.verify import require_valid
 
 def rotate(model: StreamedModel, pipeline: Sequence[Pass]) -> None:
     """Plans the rotations of the passes over the whole model. From now on, the tensors outside stages are rotated."""
-    if not any(isinstance(step, RotationPass) for step in pipeline):
-        return
-    checkpoint = model.checkpoint
-    structure = model_structure(
-        checkpoint.folder, model.family, checkpoint.config, trust_remote_code=model.trust_remote_code
-    )
-    model.rotate(plan_rotations(pipeline, structure.rotatable_parts, list(model.stages)), stages=False)
+    model.rotate(plan_rotations(pipeline, lambda: rotatable_parts(model), list(model.stages)), stages=False)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Rotation of the weights of a stage, and the plan of all rotations of a model."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -40,12 +40,19 @@ class RotationPass(Pass):
         return rotate_stage(stage, self.rotates)
 
 
-def plan_rotations(passes: Sequence[Pass], model: RotatableParts, stages: Sequence[str]) -> RotationPlan:
-    """What the passes of a pipeline rotate in a model. stages: names of all stages."""
-    chosen, obstacles = list[tuple[Rotatable, int]](), {}
-    for step in passes:
-        for rotatable in model.parts if isinstance(step, RotationPass) else ():
-            assert isinstance(step, RotationPass)
+def plan_rotations(
+    passes: Sequence[Pass], rotatable_parts: Callable[[], RotatableParts], stages: Sequence[str]
+) -> RotationPlan:
+    """What the passes of a pipeline rotate in a model.
+
+    rotatable_parts: returns those of the model, called only if a pass rotates; stages: names of all stages.
+    """
+    rotating = [step for step in passes if isinstance(step, RotationPass)]
+    if not rotating:
+        return RotationPlan()
+    model, chosen, obstacles = rotatable_parts(), list[tuple[Rotatable, int]](), {}
+    for step in rotating:
+        for rotatable in model.parts:
             if rotatable.kind != step.rotates:
                 continue
             if obstacle := step.obstacle(rotatable, model):

@@ -9,8 +9,10 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
+from tests.support.synthetic_report import report_data
 from vlqc.errors import UserError
 from vlqc.reporting.checkpoint_summary import inspect_folder
+from vlqc.reporting.html.schema import RotationData
 
 FLOAT = {
     "visual.patch_embed.proj.weight": torch.zeros(8, 3, 2, 4, 4),
@@ -102,6 +104,23 @@ def test_schemes_and_ranges_of_a_compiled_folder(tmp_path: Path) -> None:
     assert (scale.part, scale.values, scale.min, scale.median, scale.max) == ("language layers", 40, 1, 20, 40)
     assert ranges["input_offset"].min == -7
     assert inspection.facts["kind"] == "compiled"
+
+
+@pytest.mark.parametrize("damage", ["none", "missing", "cut", "other content"])
+def test_rotations_of_a_compiled_folder(tmp_path: Path, damage: str) -> None:
+    """Catches a traceback or a claim about rotations where the file that states them is missing or damaged."""
+    folder = compiled_folder(tmp_path / "model")
+    rotation = RotationData(kind="residual stream", seed=0, size=16, names=("model.embed_tokens",))
+    report_data(layers=1, blocks=1, rotations=(rotation,)).write(folder)
+    file = folder / "vlqc_report.json"
+    if damage == "missing":
+        file.unlink()
+    elif damage != "none":
+        content = file.read_text()
+        file.write_text(content[:100] if damage == "cut" else content.replace('"size":16', '"size":"big"'))
+    rotated = inspect_folder(folder).facts["rotated"]
+    assert ("language model" in rotated) == (damage == "none")
+    assert ("vlqc_report.json" in rotated) == (damage != "none")
 
 
 def test_json_and_table_agree(tmp_path: Path) -> None:

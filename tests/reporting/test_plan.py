@@ -15,9 +15,11 @@ from tools.checkpoints import outlier_checkpoint as outliers
 from tools.demo import tiny_task
 from vlqc.cli.commands import app
 from vlqc.errors import UserError
+from vlqc.reporting.checkpoint_summary import inspect_folder
 from vlqc.reporting.dumps.trace_only import trace
 from vlqc.reporting.dumps.writer import Dumper
 from vlqc.reporting.plan import plan_compilation
+from vlqc.reporting.rotations import rotation_text
 
 TINY = Path(tiny_task.__file__).parent / "tiny_vl"
 FOUR_BITS = {"w_bit": 4, "is_dynamic": True, "is_lowbit": True, "open_outlier": False}
@@ -52,6 +54,22 @@ def test_plan_agrees_with_the_compilation(
     assert plan.bytes_after == pytest.approx(result.bytes_after, rel=0.05)
     assert plan.tokens == sum(sample["input_ids"].numel() for sample in samples)
     assert plan.patches == sum(len(sample["pixel_values"]) for sample in samples)
+
+
+@pytest.mark.slow
+def test_plan_of_an_untied_head(tmp_path: Path) -> None:
+    """Catches a head that `--rotate all` stores and the plan does not count, and rotations that the plan misses."""
+    config = outliers.make(tmp_path / "model", tied=True)
+    arguments = {"model_path": tmp_path / "model", "samples": outliers.random_samples(config, count=1)}
+    tied, untied = (plan_compilation(rotate=rotate, **arguments) for rotate in ("auto", "all"))
+    head = 2 * config["vocab_size"] * config["hidden_size"]
+    assert untied.bytes_after - tied.bytes_after == untied.disk_needed - tied.disk_needed == head
+    for plan, rotate in ((tied, "auto"), (untied, "all")):
+        result = vlqc.compile(rotate=rotate, weight_method="round", save_directory=tmp_path / rotate, **arguments)
+        assert plan.counts == result.counts and plan.bytes_after == pytest.approx(result.bytes_after, rel=0.05)
+        assert plan.rotations == result.rotations and set(plan.notes) <= set(result.notes)
+        assert inspect_folder(tmp_path / rotate).facts["rotated"] == rotation_text(result.rotations)
+    assert [part.part for part in untied.rotations if part.kind == "residual stream"] == ["vision", "language"]
 
 
 def test_more_data_takes_longer(samples: list[dict[str, Tensor]], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ matter. Stages with the same modules and shapes have the same edges, so that one
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from vlqc.errors import Fault, UserError
 from vlqc.families.family import ModelFamily
 from vlqc.families.linear import Linear, Shape
-from vlqc.frontend.streamed_model import build_meta_model, find_stages, model_inputs
+from vlqc.frontend.streamed_model import StreamedModel, build_meta_model, find_stages, model_inputs
 from vlqc.frontend.tracing import run_on_meta, trace, trace_between
 from vlqc.ir.execution import Call
 from vlqc.ir.rotatable import find_rotatable
@@ -51,7 +52,9 @@ class ModelStructure:
 
     @property
     def rotatable_parts(self) -> RotatableParts:
-        return RotatableParts(self.rotatable, self.embedding, self.output_head, self.tied)
+        shared = self.embedding if self.tied else self.output_head
+        size = math.prod(self.parameters[f"{shared}.weight"])
+        return RotatableParts(self.rotatable, self.embedding, self.output_head, size, self.tied)
 
     @cached_property
     def norms(self) -> dict[str, int]:
@@ -98,6 +101,13 @@ def model_structure(
     """
     trusted = str(folder) if trust_remote_code else ""
     return _structure(_Request(family, json.dumps(config, sort_keys=True), trusted, folder))
+
+
+def rotatable_parts(model: StreamedModel) -> RotatableParts:
+    """What can be rotated in a model. Raises UserError if it cannot be run."""
+    checkpoint, trust = model.checkpoint, model.trust_remote_code
+    structure = model_structure(checkpoint.folder, model.family, checkpoint.config, trust_remote_code=trust)
+    return structure.rotatable_parts
 
 
 @dataclass(frozen=True)

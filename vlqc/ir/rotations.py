@@ -8,7 +8,6 @@ W diag(w), b + W b_norm; the norm's weight becomes 1 and its bias 0. Source: Qua
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,12 +55,14 @@ class Rotatable:
 class RotatableParts:
     """What can be rotated in a model, in the order of the forward.
 
-    embedding: the token embedding; output_head: the layer that computes the logits; tied: whether both share a weight.
+    embedding: the token embedding; output_head: the layer that computes the logits; head_size: number of its weights;
+    tied: whether both share them.
     """
 
     parts: tuple[Rotatable, ...]
     embedding: str
     output_head: str
+    head_size: int
     tied: bool
 
     def shares_table(self, rotatable: Rotatable) -> bool:
@@ -158,6 +159,19 @@ def _optional(read: Read, name: str) -> Tensor | None:
 
 
 @dataclass(frozen=True)
+class RotationGroup:
+    """Rotations of one kind, seed and size. kind: a `RotationKind`; size: channels.
+
+    names: of the layer that writes each residual stream first, or of the layers that compute the values of heads.
+    """
+
+    kind: str
+    seed: int
+    size: int
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class RotationPlan:
     """All rotations of one model.
 
@@ -183,16 +197,13 @@ class RotationPlan:
         """The rotations that change a parameter of a layer or norm."""
         return [rotation for rotation in self.rotations if rotation.changes(layer)]
 
-    def entries(self) -> list[dict[str, Any]]:
-        """For vlqc_report.json: one entry per kind, seed and size, with the names of what is rotated."""
-        entries: dict[tuple[str, int, int], list[str]] = {}
+    def groups(self) -> list[RotationGroup]:
+        """For vlqc_report.json: one group per kind, seed and size."""
+        groups: dict[tuple[str, int, int], list[str]] = {}
         for each in self.rotations:
             key = (str(each.kind), each.rotation.seed, each.rotation.size)
-            entries.setdefault(key, []).append(each.rotation.name)
-        return [
-            {"kind": kind, "seed": seed, "size": size, "names": tuple(names)}
-            for (kind, seed, size), names in entries.items()
-        ]
+            groups.setdefault(key, []).append(each.rotation.name)
+        return [RotationGroup(kind, seed, size, tuple(names)) for (kind, seed, size), names in groups.items()]
 
 
 def part_of_stage(rotation: AppliedRotation, rotatable: Rotatable, stage: str) -> AppliedRotation | None:

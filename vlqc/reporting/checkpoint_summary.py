@@ -11,11 +11,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vlqc.errors import UserError
 from vlqc.families.family import ModelFamily, Part
 from vlqc.families.registry import find_family, known_model_types
 from vlqc.files import format_json, read_json_object
 from vlqc.formatting import escape_control_chars, format_bytes
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
+from vlqc.reporting.html.schema import read_report_data
+from vlqc.reporting.rotations import rotated_parts, rotation_text
 from vlqc.targets.schemes import Scheme
 from vlqc.targets.target import find_layout
 
@@ -54,7 +57,8 @@ class ParameterRange:
 class CheckpointSummary:
     """Result of `inspect_folder`.
 
-    facts: values of config.json that identify the model. files: size of each weight file in bytes.
+    facts: values of config.json that identify the model, and what is rotated in a compiled folder. files:
+    size of each weight file in bytes.
     """
 
     folder: str
@@ -102,7 +106,7 @@ def inspect_folder(folder: Path) -> CheckpointSummary:
     ordered = sorted(names, key=lambda key: (titles.index(key[0]), key[1]))
     return CheckpointSummary(
         folder=str(folder),
-        facts=_facts(checkpoint.config, family, bool(schemes)),
+        facts=_facts(checkpoint.config, family, bool(schemes)) | (_rotations(folder, family) if schemes else {}),
         rows=[_part_summary(part, scheme, names[part, scheme], checkpoint, family) for part, scheme in ordered],
         ranges=_ranges(checkpoint, family) if schemes else [],
         files={path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))},
@@ -182,6 +186,15 @@ def _facts(config: dict[str, Any], family: ModelFamily | None, compiled: bool) -
     else:
         facts["family"] = f"none, so the parts are unknown; supported: {', '.join(known_model_types())}"
     return {name: value for name, value in facts.items() if value is not None}
+
+
+def _rotations(folder: Path, family: ModelFamily | None) -> dict[str, str]:
+    """What vlqc_report.json of a compiled folder says about rotations."""
+    try:
+        groups = [entry.group() for entry in read_report_data(folder).rotations]
+    except UserError as error:
+        return {"rotated": f"unknown, because {error.faults[0].what}"}
+    return {"rotated": rotation_text(rotated_parts(groups, family))}
 
 
 def _table(title: str, text_columns: tuple[str, ...], number_columns: tuple[str, ...]) -> Table:

@@ -7,7 +7,7 @@ machine multiplies matrices and reads the checkpoint. No weight is converted and
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -23,11 +23,14 @@ from vlqc.frontend.calibration.dataset import load_calibration
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.device import resolve_device
 from vlqc.frontend.memory import check_memory, estimate_memory, peak_memory
+from vlqc.frontend.model_structure import rotatable_parts
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.stage import Site
 from vlqc.options.options import Options
+from vlqc.passes.algorithms.rotation import plan_rotations
 from vlqc.pipeline.layer_selection import check_layers
 from vlqc.pipeline.presets import build_pipeline
+from vlqc.reporting.rotations import RotatedPart, rotated_parts, rotation_notes, rotation_text
 from vlqc.reporting.summary import target_warnings
 from vlqc.reporting.tables import labeled_lines, layer_table
 from vlqc.targets.engine import Engine
@@ -52,7 +55,7 @@ class CompilationPlan:
     counts: number of linear layers by (part, scheme). reasons: why layers do not get the requested scheme -> name of
     one such layer. bytes_before, bytes_after: size of all weight files. tokens, patches: total over all calibration
     samples. memory, disk_needed, disk_free: bytes. seconds: wall time on this machine. engines: versions of inference
-    engines that load the result, as text.
+    engines that load the result, as text. rotations: by kind and part.
     """
 
     counts: dict[tuple[str, str], int]
@@ -67,13 +70,15 @@ class CompilationPlan:
     disk_free: int
     engines: list[str]
     notes: list[str] = field(default_factory=list)
+    rotations: list[RotatedPart] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-compatible values."""
         counts = [
             {"part": part, "scheme": str(scheme), "linears": count} for (part, scheme), count in self.counts.items()
         ]
-        return {**vars(self), "counts": counts, "fits": self.disk_needed <= self.disk_free}
+        rotations = [asdict(part) for part in self.rotations]
+        return {**vars(self), "counts": counts, "rotations": rotations, "fits": self.disk_needed <= self.disk_free}
 
     def render(self, console: Console) -> None:
         """Prints the plan."""
@@ -82,6 +87,7 @@ class CompilationPlan:
         patches = f", {self.patches} image patches" if self.patches else ""
         rows = [
             ("size", f"{format_bytes(self.bytes_before)} -> {format_bytes(self.bytes_after)}"),
+            *([("rotated", rotation_text(self.rotations))] if self.rotations else []),
             ("calibration", f"{pluralize(self.tokens, 'token')}{patches}"),
             ("memory", f"about {format_bytes(self.memory)}"),
             ("time", f"about {format_duration(self.seconds)} on this machine at its current load"),
@@ -108,6 +114,8 @@ def plan_compilation(
     checkpoint = Checkpoint(options.model_path)
     model = StreamedModel.open(checkpoint, trust_remote_code=options.trust_remote_code)
     check_layers(model, options)
+    rotations = plan_rotations(passes, lambda: rotatable_parts(model), list(model.stages))
+    model.rotate(rotations, stages=False)
     calibration = load_calibration(options, model, samples)
     memory = estimate_memory(model, calibration.samples, options.memory_budget)
     memory_notes: list[str] = []
@@ -120,13 +128,15 @@ def plan_compilation(
     dtype = str(emitted_dtype(checkpoint.dtype)).removeprefix("torch.")
     notes = [
         *target_warnings(options, model.family, checkpoint.dtype),
+        *rotation_notes(rotations, model.family),
         *calibration.notes,
         *memory_notes,
         *scheme_notes,
         *([BEFORE_SEARCH] if options.fallback == "auto" else []),
     ]
     counts: dict[tuple[str, str], int] = {}
-    for name, scheme in (schemes | dict.fromkeys(model.heads, Scheme.FLOAT)).items():
+    heads = [] if model.tied else model.heads
+    for name, scheme in (schemes | dict.fromkeys(heads, Scheme.FLOAT)).items():
         part = model.family.part(name)
         counts[part, str(scheme)] = counts.get((part, str(scheme)), 0) + 1
     after = output_bytes(model, sites, options.layout)
@@ -147,6 +157,7 @@ def plan_compilation(
             if (versions := loadable_versions(engine, model.family, schemes, dtype, options)) is not None
         ],
         notes=list(dict.fromkeys(notes)),
+        rotations=rotated_parts(rotations.groups(), model.family),
     )
 
 

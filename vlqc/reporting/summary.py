@@ -31,6 +31,7 @@ from vlqc.pipeline.registry import print_pipeline
 from vlqc.reporting.html.collector import StageMetrics
 from vlqc.reporting.html.command_line import command, replace_paths
 from vlqc.reporting.html.schema import ReportData, RotationData, Timings, installed_version, machine, rounded
+from vlqc.reporting.rotations import RotatedPart, rotated_parts, rotation_notes, rotation_text
 from vlqc.reporting.tables import is_warning, labeled_lines, layer_table
 from vlqc.targets.advice import engine_notes, incompatibilities, missing_rows_fix, serve_commands
 from vlqc.targets.schemes import Scheme
@@ -56,6 +57,7 @@ class Result(JupyterMixin):
     precision: with --fallback auto, the scheme that the search chose for every group of layers.
     predicted_sqnr: with --fallback auto, SQNR of the logits in dB, predicted from the noise of all groups. It is
     measured on calibration inputs, so other inputs come out slightly worse.
+    rotations: that the weights contain, by kind and part.
     """
 
     folder: Path
@@ -70,6 +72,7 @@ class Result(JupyterMixin):
     passes: dict[str, float] = field(default_factory=dict)
     precision: list[GroupPrecision] = field(default_factory=list)
     predicted_sqnr: float | None = None
+    rotations: list[RotatedPart] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON-compatible values."""
@@ -77,7 +80,9 @@ class Result(JupyterMixin):
             {"part": part, "scheme": scheme, "linears": count} for (part, scheme), count in sorted(self.counts.items())
         ]
         precision = [asdict(group) for group in self.precision]
-        return {**vars(self), "folder": str(self.folder), "counts": counts, "precision": precision}
+        rotations = [asdict(part) for part in self.rotations]
+        changed = {"folder": str(self.folder), "counts": counts, "precision": precision, "rotations": rotations}
+        return {**vars(self), **changed}
 
     def described(self) -> dict[str, Any]:
         """`to_dict` under its name in 0.1; removed in the next version."""
@@ -92,6 +97,7 @@ class Result(JupyterMixin):
         ratio = f" ({self.bytes_after / self.bytes_before:.0%})" if self.bytes_before else ""
         rows = [
             ("size", f"{format_bytes(self.bytes_before)} -> {format_bytes(self.bytes_after)}{ratio}"),
+            *([("rotated", rotation_text(self.rotations))] if self.rotations else []),
             ("time", format_duration(self.seconds)),
             ("peak memory", format_bytes(self.peak_memory_bytes)),
             ("output", str(self.folder)),
@@ -233,17 +239,7 @@ class CompilationSummary:
     def note_rotations(self, plan: RotationPlan) -> None:
         """What a rotation breaks, and which residual streams are not rotated. To be called before the first stage."""
         self.rotation_plan = plan
-        if plan.residual:
-            self.add_notes(
-                [
-                    "residual streams are rotated: adapters (LoRA), draft models for speculative decoding and prompt "
-                    "embeddings made with the float model do not fit the result; if you use them, compile with "
-                    "--rotate heads"
-                ]
-            )
-        self.add_notes(
-            f"the residual stream that {name} writes is not rotated: {why}" for name, why in plan.obstacles.items()
-        )
+        self.add_notes(rotation_notes(plan, self.checkpoint.family))
 
     def note_unused_tensors(self, names: list[str]) -> None:
         """names: of tensors in the checkpoint that the model does not have."""
@@ -279,7 +275,7 @@ class CompilationSummary:
             dtype="float16" if emitted_dtype(self.checkpoint.dtype) == torch.float16 else "bfloat16",
             bytes_before=self.checkpoint.bytes,
             heads=self._heads(),
-            rotations=tuple(RotationData(**entry) for entry in self.rotation_plan.entries()),
+            rotations=tuple(RotationData(**asdict(group)) for group in self.rotation_plan.groups()),
             notes=replace_paths([note for note in self.notes if note not in self._run_notes], options),
             predicted=rounded(self.search_result.sqnr) if self.search_result else None,
             stages=tuple(self.metrics.stages),
@@ -321,6 +317,7 @@ class CompilationSummary:
             passes=passes,
             precision=self.search_result.table() if self.search_result else [],
             predicted_sqnr=self.search_result.sqnr if self.search_result else None,
+            rotations=rotated_parts(self.rotation_plan.groups(), self.checkpoint.family),
         )
 
     def _timings(self, passes: dict[str, float]) -> Timings:

@@ -19,7 +19,7 @@ import pytest
 from tests.support import synthetic_report
 from tests.support.report_pages import VERIFIED, Page, page_of
 from vlqc.reporting.html import report_text
-from vlqc.reporting.html.schema import ReportData
+from vlqc.reporting.html.schema import ReportData, RotationData
 from vlqc.verify.findings import LEGEND, RANKING
 
 ROOT = Path(__file__).parents[3]
@@ -44,6 +44,14 @@ def test_the_page_is_well_formed(text: str) -> None:
     assert len(ids) == len(set(ids))
     links = {attributes["href"] for attributes in page.all("a")}
     assert {f"#{one}" for one in ids} >= links and len(links) > 16
+
+
+def test_the_page_names_rotations(tmp_path: Path) -> None:
+    """Catches a page that shows a rotated folder like one that is not rotated."""
+    names = tuple(f"model.layers.{layer}.self_attn.v_proj" for layer in range(12))
+    rotation = RotationData(kind="attention heads", seed=0, size=16, names=names)
+    rotated = page_of(tmp_path / "rotated", synthetic_report.report_data(layers=12, blocks=4, rotations=(rotation,)))
+    assert "attention heads of 12 layers" in rotated
 
 
 def test_the_page_loads_nothing(text: str) -> None:

@@ -10,6 +10,7 @@ from vlqc.options.paths import output_faults
 from vlqc.reporting.html.page import FolderInfo, render
 from vlqc.reporting.html.schema import DATA_FILE, ReportData, Timings, read_report_data
 from vlqc.reporting.html.verification import read_verification
+from vlqc.reporting.rotations import rotated_parts, rotation_text
 from vlqc.targets.advice import serve_commands
 from vlqc.targets.versions import loading_engines
 from vlqc.verify.findings import VerificationResult
@@ -97,6 +98,7 @@ def folder_info(files: FolderFiles, data: ReportData) -> FolderInfo:
         engines=loading_engines(files.description, data.dtype, files.config),
         serve=serve_commands(data.target, name),
         bytes=sum(path.stat().st_size for path in files.weights),
+        rotations=rotation_text(rotated_parts([entry.group() for entry in data.rotations], find_family(files.config))),
     )
 
 

@@ -28,7 +28,7 @@ class FolderInfo:
     """What the page takes from the folder itself.
 
     name: of the folder. model: architecture and sizes. engines: versions of inference engines that load the folder.
-    serve: commands. bytes: size of the weight files.
+    serve: commands. bytes: size of the weight files. rotations: in words.
     """
 
     name: str
@@ -36,6 +36,7 @@ class FolderInfo:
     engines: Sequence[str]
     serve: Sequence[str]
     bytes: int
+    rotations: str
 
 
 @dataclass(frozen=True)

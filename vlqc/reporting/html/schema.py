@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 from vlqc.errors import Fault, UserError
 from vlqc.families.family import Part
 from vlqc.files import read_regular_file
+from vlqc.ir.rotations import RotationGroup
 from vlqc.targets.schemes import Scheme
 
 DATA_FILE = "vlqc_report.json"
@@ -120,12 +121,15 @@ class StageData(StrictModel):
 
 
 class RotationData(StrictModel):
-    """Rotations of one kind, seed and size. kind: a `RotationKind`; size: channels; names: of what is rotated."""
+    """See `RotationGroup`."""
 
     kind: Name
     seed: Count
     size: Count
     names: Annotated[tuple[Name, ...], Field(min_length=1)]
+
+    def group(self) -> RotationGroup:
+        return RotationGroup(self.kind, self.seed, self.size, self.names)
 
 
 class ReportData(StrictModel):

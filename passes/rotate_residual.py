@@ -26,8 +26,8 @@ class RotateResidual(RotationPass):
     kind: ClassVar[Literal["analysis", "rewrite"]] = "rewrite"
     summary: ClassVar[str] = "rotate residual streams, so that their outliers spread over all channels"
     before: ClassVar[tuple[str, ...]] = (
-        "insert-observers", "shift-norms", "smooth-m2", "smooth-m4", "quantize-activations", "quantize-weights",
-        "lower-linears",
+        "split-window-attention", "insert-observers", "shift-norms", "smooth-m2", "smooth-m4", "quantize-activations",
+        "quantize-weights", "lower-linears",
     )  # fmt: skip
     rotates: ClassVar[RotationKind] = RotationKind.RESIDUAL
 

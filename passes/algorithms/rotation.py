@@ -50,17 +50,16 @@ def plan_rotations(
     rotating = [step for step in passes if isinstance(step, RotationPass)]
     if not rotating:
         return RotationPlan()
-    model, chosen, obstacles = rotatable_parts(), list[tuple[Rotatable, int]](), {}
+    model, chosen, obstacles = rotatable_parts(), dict[str, tuple[Rotatable, int]](), dict[str, str]()
     for step in rotating:
         for rotatable in model.parts:
-            if rotatable.kind != step.rotates:
-                continue
-            if obstacle := step.obstacle(rotatable, model):
-                obstacles[rotatable.name] = obstacle
-            else:
-                chosen.append((rotatable, step.seed))
-    untied = any(model.shares_table(rotatable) for rotatable, _ in chosen)
-    return make_plan(chosen, stages, untied_head=model.output_head if untied else "", obstacles=obstacles)
+            if rotatable.kind == step.rotates and rotatable.name not in chosen:
+                if obstacle := step.obstacle(rotatable, model):
+                    obstacles[rotatable.name] = obstacle
+                else:
+                    chosen[rotatable.name] = rotatable, step.seed
+    untied = any(model.shares_table(rotatable) for rotatable, _ in chosen.values())
+    return make_plan(chosen.values(), stages, untied_head=model.output_head if untied else "", obstacles=obstacles)
 
 
 @torch.no_grad()

@@ -59,6 +59,9 @@ def traced_stage(
     stage = None
     try:
         execution = _stage_run(inputs, process_group)
+        rotations = model.rotation_plan.stages.get(inputs.name, ())
+        # A rotated weight has more bits than the bfloat16 of the checkpoint, in which an engine runs the float model.
+        execution.rounds_weights = bool(rotations) and model.checkpoint.dtype == torch.bfloat16
         assert execution.probe is not None
         graph = trace(module, execution.probe, inputs.name)
         stage = Stage(
@@ -71,7 +74,7 @@ def traced_stage(
             sites=find_sites(module, graph, lambda target: checkpoint_name(model, module, target)),
             execution=execution,
             checkpoint_name=lambda target: checkpoint_name(model, module, target),
-            rotations=model.rotation_plan.stages.get(inputs.name, ()),
+            rotations=rotations,
         )
         yield stage
     finally:

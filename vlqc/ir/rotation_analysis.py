@@ -316,7 +316,7 @@ class _Analysis(LabelPropagation):
         self._node = node
         labels = self.labels.get(node)
         number = self._whole(labels)
-        if number is None:
+        if number is None or self._basis(number).norm is not None:
             if labels is not None:
                 self.exclude(labels)
             return None

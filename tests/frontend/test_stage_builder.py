@@ -1,5 +1,6 @@
 """From a stop of the forward to a stage and back: sites and names, weights that come and go."""
 
+import typing
 from collections.abc import Callable
 
 import pytest
@@ -11,10 +12,12 @@ from tests.support.stages import materialized_stage
 from vlqc.errors import UserError
 from vlqc.families.qwen2_5_vl import QWEN2_5_VL
 from vlqc.frontend.calibration.probe import PROBE_ROWS, choose_probe
+from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.sequential import SequentialForward, StageInputs
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.execution import Call, SampleShape
 from vlqc.ir.observation import Observation
+from vlqc.ir.rotations import AppliedRotation, RotationPlan
 from vlqc.ir.stage import WeightQuantization
 
 
@@ -157,6 +160,7 @@ def test_a_block_that_needs_real_weights_to_be_traced(monkeypatch: pytest.Monkey
     model = StreamedModel.__new__(StreamedModel)
     model.module, model.canonical, model._path = block, lambda name: name.lstrip("."), {block: ""}
     model.device, model.family, model._hooks = torch.device("cpu"), QWEN2_5_VL, []
+    model.rotation_plan = RotationPlan()
     monkeypatch.setattr(model, "prefetch_after", lambda name: None)  # there is no stage behind it
     inputs = StageInputs("block", block, [Call(0, (torch.ones(2, 4),), {})])
     with materialized_stage(model, inputs, torch.bfloat16, stored.__getitem__) as stage:
@@ -173,3 +177,21 @@ def test_probe_is_the_largest_that_is_quick(rows: list[int], chosen: int) -> Non
     assert choose_probe([SampleShape.from_call(call).rows for call in calls]) == chosen
     named = [Call(number, (), {"hidden_states": torch.ones(count, 2)}) for number, count in enumerate(rows)]
     assert choose_probe([SampleShape.from_call(call).rows for call in named]) == chosen
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rotated_stages_of_a_bfloat16_checkpoint_round_their_weights(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a calibration of a rotated model in float32, and rounding where the checkpoint has more bits."""
+    monkeypatch.setattr(Checkpoint, "dtype", property(lambda checkpoint: dtype))
+    rounds = set()
+
+    def look(model: StreamedModel, inputs: StageInputs) -> None:
+        model.rotation_plan = RotationPlan(stages={tiny.STAGES[1]: (typing.cast(AppliedRotation, object()),)})
+        with materialized_stage(model, inputs, torch.bfloat16, model.checkpoint.tensor) as stage:
+            if stage.execution.rounds_weights:
+                rounds.add(stage.name)
+
+    at_each_stage(look)
+    assert rounds == ({tiny.STAGES[1]} if dtype == torch.bfloat16 else set())

@@ -106,8 +106,8 @@ class StageRun:
     module: the module of the stage; calls: one per sample of this rank; probe: the call that proofs use, the same on
     all ranks; probe_is_separate: whether the probe is none of the calibration samples, so that `forward` runs it in
     addition and does not observe it; shapes: of the samples of all ranks, None if `calls` are all of them;
-    rounds_weights: whether `forward` rounds weights to bfloat16 for its products, as the engine rounds them: for a
-    stage of a bfloat16 checkpoint whose weights a pass has rotated, which leaves them with more bits;
+    rounds_weights: whether `forward` rounds weights to bfloat16 for its products, as the engine rounds them: set for
+    stages of a bfloat16 checkpoint that passes rotate, which leaves their weights with more bits;
     after_sample: called after each sample with the number of finished samples and all values that it used; outputs:
     return values per call, filled by `forward`; probe_outputs: of a separate probe, at most one; name: of the stage.
     """

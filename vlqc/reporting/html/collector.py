@@ -70,7 +70,7 @@ class StageMetrics:
         self._peak = peak
         rotated = sum(rotation.done for rotation in stage.rotations)
         if rotated > self._rotated:  # its inputs are rotated, so the stage could not run on them before
-            self._rotated, self._reference = rotated, stage.execution.probe_output()
+            self._rotated, self._reference = rotated, stage.execution.probe_output(reuse=True)
         for source, observation in stage.observations.items():
             if source not in self._first_ranges and observation.ranges:
                 self._first_ranges[source] = Observation(observation.channels, observation.ranges)

@@ -51,6 +51,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: dtype of the source, o
     "shift, mindie": ("bfloat16", {"shift": True, "mindie_format": True}),
     "corrected bias": ("bfloat16", {"pipeline": CORRECTED, "weight_method": "auto"}),
     "parts": ("bfloat16", {"part_file_size": 1}),
+    "rotated, tied": ("float16", {"rotate": "all"}),
 }
 
 
@@ -236,9 +237,13 @@ def test_norms(compiled: dict[str, Compiled]) -> None:
 def test_no_other_tensors(compiled: dict[str, Compiled]) -> None:
     """Catches a tensor that belongs to no layer of the source, a tied head written twice, and a wrong description."""
     for case in compiled.values():
-        owners = {key.rpartition(".")[0] for key in case.floats}
+        owners = {key.rpartition(".")[0] for key in case.floats} | untied_heads(case)
         assert {key.rpartition(".")[0].removesuffix(".module") for key in case.tensors} == owners
         assert {key for key in case.description if "." in key} == case.tensors.keys()
+
+
+def untied_heads(case: Compiled) -> set[str]:
+    return {"lm_head"} if case.options.get("rotate") == "all" else set()
 
 
 def test_description_keys(compiled: dict[str, Compiled]) -> None:
@@ -263,7 +268,9 @@ def test_config_keys(compiled: dict[str, Compiled]) -> None:
         source, config = (nested(path / "config.json") for path in (case.source, case.folder))
         changed = {key for key in {*source, *config} if source.get(key) != config.get(key)}
         assert changed <= listed
-        both = case.layout == MINDIE or case.options.keys() <= {"part_file_size"} or "pipeline" in case.options
+        both = (
+            case.layout == MINDIE or case.options.keys() <= {"part_file_size", "rotate"} or "pipeline" in case.options
+        )
         assert ("quantize" in config) == both
         assert ("quantization_config" in config) == (case.layout == MINDIE)
         vision = any(key.startswith("visual.") and word != "FLOAT" for key, word in case.description.items())

@@ -39,16 +39,21 @@ class RotatedTensors:
         return result.to(stored.dtype) if self.rounded else result
 
     def rows(self, name: str, indices: Tensor) -> Tensor:
-        """As `Checkpoint.rows`, of the token embedding."""
-        stored = self.checkpoint.rows(name, indices)
+        """As `Checkpoint.rows`, of the token embedding or the output head."""
+        layer = name.rpartition(".")[0]
+        stored = self.checkpoint.rows(self._stored_name(name), indices)
         rows = stored.float()
-        for rotation in self.plan.changing(name.removesuffix(".weight")):
-            rotation.rotation.rotate_(rows)
+        for rotation in self.plan.changing(layer):
+            rotation.apply_(layer, rows, None, partial(self._norm, rotation, layer))
         return rows.to(stored.dtype) if self.rounded else rows
 
     def _stored(self, name: str) -> Tensor:
+        return self.checkpoint.tensor(self._stored_name(name))
+
+    def _stored_name(self, name: str) -> str:
+        """Name in the checkpoint, which has no output head of its own if that is untied."""
         layer, _, parameter = name.rpartition(".")
-        return self.checkpoint.tensor(f"{self.embedding}.{parameter}" if layer == self.plan.untied_head else name)
+        return f"{self.embedding}.{parameter}" if layer == self.plan.untied_head else name
 
     def _norm(self, rotation: AppliedRotation, layer: str, parameter: str) -> Tensor:
         name = f"{rotation.readers[layer]}.{parameter}"

@@ -11,7 +11,8 @@ from vlqc.errors import Fault, InternalError, UserError
 from vlqc.frontend.checkpoint.files import link_faults
 from vlqc.targets.target import Target, parse_target
 from vlqc.verify.findings import VerificationResult
-from vlqc.verify.float_match.compare import check_against_source, is_of_family
+from vlqc.verify.float_match.check import check_against_source
+from vlqc.verify.float_match.compare import is_of_family
 from vlqc.verify.folder.contents import check_side_files
 from vlqc.verify.folder.manifest import check_manifest
 from vlqc.verify.numbers.arithmetic import check_arithmetic
@@ -67,8 +68,9 @@ def verify_folder(
     check_arithmetic(compiled, result)
     if model_path is not None and not is_of_family(compiled, model_path, result):
         return result
+    rotations = compiled.rotations
     if model_path is not None:
-        check_against_source(compiled, model_path, result)
+        rotations = check_against_source(compiled, model_path, result)
     if model_path is not None and has_inputs:
         if not _can_run(compiled, result):
             why = "tensors are missing or have a wrong shape, see the faults"
@@ -80,13 +82,15 @@ def verify_folder(
             from vlqc.frontend.calibration.dataset import load_samples
 
             samples = load_samples(model_path, calib_images, trust_remote_code=trust_remote_code).samples
-        check_accuracy(folder, model_path, calib_images, samples, min_sqnr, result, trust_remote_code)
+        check_accuracy(compiled, model_path, calib_images, samples, min_sqnr, result, rotations, trust_remote_code)
         if locate and samples is not None and result.examined.get(STAGES):
             from vlqc.verify.attribution.ablation import TOKENS, attribute_error
             from vlqc.verify.attribution.ranking import add_ranking
 
             tokens = locate_tokens or TOKENS
-            attribution = attribute_error(compiled, model_path, samples, tokens, result, progress, trust_remote_code)
+            attribution = attribute_error(
+                compiled, model_path, samples, tokens, result, rotations, progress, trust_remote_code
+            )
             if attribution is not None:
                 add_ranking(attribution, compiled, result)
     return result

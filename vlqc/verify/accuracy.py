@@ -22,7 +22,9 @@ from vlqc.frontend.sequential import SequentialForward, StageInputs
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.execution import first_tensor
 from vlqc.verify.findings import COPY_AGAIN, VerificationResult
+from vlqc.verify.folder.rotations import Seeds, rotate_float_model
 from vlqc.verify.loader import load
+from vlqc.verify.structure.structure import CompiledFolder
 
 STAGES, LOGITS = "stage outputs", "logits"
 # dB, noise of half the signal's power. 8 bits without smoothing stay above 7 dB even on weights with extreme outliers,
@@ -58,33 +60,38 @@ class Noise:
 
 @torch.no_grad()
 def check_accuracy(
-    folder: Path,
+    compiled: CompiledFolder,
     model_path: Path,
     calib_images: Path | None,
     samples: Sequence[dict[str, Tensor]] | None,
     min_sqnr: float | None,
     result: VerificationResult,
+    rotations: Seeds,
     trust_remote_code: bool = False,
 ) -> None:
     """Adds the SQNR of stages and logits to the result, and faults for NaN, Inf and broken stages.
 
-    samples: as for `vlqc.compile`; None: calib_images is read. Raises UserError for unusable samples.
+    samples: as for `vlqc.compile`; None: calib_images is read. rotations: that the folder has; the float model is
+    rotated likewise. Raises UserError for unusable samples.
     """
+    if compiled.model is None:
+        raise ValueError("the folder must describe a model")
     checkpoint = Checkpoint(model_path)
     model = StreamedModel.open(checkpoint, trust_remote_code=trust_remote_code)
+    rotate_float_model(model, compiled.model, rotations)
     if samples is None:
         if calib_images is None:
             raise ValueError("calib_images or samples is required")
         samples = load_samples(model_path, calib_images, trust_remote_code=trust_remote_code).samples
     samples = check_samples(samples, model)
     try:
-        quantized = load(folder, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        quantized = load(compiled.files.path, dtype=torch.float32, trust_remote_code=trust_remote_code)
     except UserError as error:  # the folder's fault, not the caller's
         for fault in error.faults:
             result.add_fault(STAGES, fault.where, f"the folder cannot be loaded: {fault.what}", fault.why, fault.fix)
         return
     stages: list[dict[str, Any]] = []
-    with model.non_stage_weights(checkpoint.tensor, head=True):
+    with model.non_stage_weights(model.tensors.tensor, head=True):
         with (
             logits_are_hidden(model.module),
             logits_are_hidden(quantized),

@@ -31,6 +31,7 @@ from vlqc.verify.accuracy import logits_are_hidden
 from vlqc.verify.attribution.group_error import CapturedInput, GroupError, measure_group
 from vlqc.verify.attribution.stage_pair import FolderStages, StagePair
 from vlqc.verify.findings import VerificationResult
+from vlqc.verify.folder.rotations import Seeds, rotate_float_model
 from vlqc.verify.structure.structure import CompiledFolder
 
 TOKENS = 256  # of all samples together
@@ -116,19 +117,22 @@ def attribute_error(
     samples: Sequence[dict[str, Tensor]],
     tokens: int,
     result: VerificationResult,
+    rotations: Seeds,
     progress: Callable[[str], None] | None = None,
     trust_remote_code: bool = False,
 ) -> Attribution | None:
     """Compiled folder and float checkpoint -> the effect of every group; None if nothing is quantized.
 
-    samples: as for `vlqc.compile`; tokens: see `choose_samples`; progress: receives the planned work and, every few
-    seconds, the progress. Raises UserError for unusable samples.
+    samples: as for `vlqc.compile`; tokens: see `choose_samples`; rotations: that the folder has; the float model is
+    rotated likewise; progress: receives the planned work and, every few seconds, the progress. Raises UserError for
+    unusable samples.
     """
     structure = compiled.model
     if structure is None:
         raise ValueError("the folder must describe a model")
     checkpoint = Checkpoint(model_path)
     model = StreamedModel.open(checkpoint, trust_remote_code=trust_remote_code)
+    rotate_float_model(model, structure, rotations)
     samples = check_samples(samples, model)
     numbers = choose_samples(samples, tokens, model.family.inputs)
     groups = find_groups(model, compiled.schemes)
@@ -247,7 +251,7 @@ class _Ablation:
     def run(self, folder: FolderStages, progress: Callable[[str], None] | None) -> Attribution:
         """Runs all variants, one stage after the other."""
         model, reporter = self.model, _ProgressReporter(progress, len(self.stages), self.expected_stage_runs())
-        with model.non_stage_weights(model.checkpoint.tensor), logits_are_hidden(model.module):
+        with model.non_stage_weights(model.tensors.tensor), logits_are_hidden(model.module):
             samples = [self.samples[run.sample] for run in self.runs]
             with SequentialForward(model, samples, run_to_end=True) as forward:
                 for number, inputs in enumerate(forward.loaded_stages()):
@@ -353,7 +357,7 @@ def head_gram(model: StreamedModel) -> Tensor:
     gram = torch.zeros(head.in_features, head.in_features, dtype=torch.float64)
     for start in range(0, head.out_features, HEAD_ROWS):
         some = torch.arange(start, min(start + HEAD_ROWS, head.out_features))
-        rows = model.checkpoint.rows(name, some).float()
+        rows = model.tensors.rows(name, some).float()
         gram += (rows.T @ rows).double()
     return gram
 

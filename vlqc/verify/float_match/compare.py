@@ -1,20 +1,23 @@
 """Compares a compiled folder with the float checkpoint it was made from, tensor by tensor, without running the model.
 
-A tensor that no pass changes must equal the source in the folder's dtype, bit for bit. Every other tensor must equal
-the source under channel scales that cancel between a norm and the linear layers that read it, or between two linear
-layers. So one wrong byte in any tensor is detected, down to the rounding of the tensor's dtype.
+A tensor that no pass changes must equal the source in the folder's dtype, bit for bit; if it is rotated, up to one
+rounding. Every other tensor must equal the source under channel scales that cancel between a norm and the linear layers
+that read it, or between two linear layers. So one wrong byte in any tensor is detected, down to the rounding of the
+tensor's dtype. Rotations are those that the folder states (`rotation_check` finds out whether it states others than it
+has).
 """
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
 from vlqc.errors import Fault, UserError
-from vlqc.families.family import ModelFamily
 from vlqc.families.registry import find_family
 from vlqc.frontend.model_structure import ModelStructure
 from vlqc.verify.findings import COPY_AGAIN, VerificationResult, format_list
+from vlqc.verify.float_match.rotated_source import float32_margin, is_rotated, nearest
 from vlqc.verify.float_match.scale_fit import NOISE, SIGMAS, ULP, Scales, WeightPair, fit_columns, fit_rows, misfits
 from vlqc.verify.folder.reader import (
     FLOATS,
@@ -53,16 +56,12 @@ def is_of_family(folder: CompiledFolder, model_path: Path, result: VerificationR
     return False
 
 
-def check_against_source(folder: CompiledFolder, model_path: Path, result: VerificationResult) -> None:
-    """Adds faults for every tensor that does not follow from the float checkpoint. UserError if that is unreadable."""
-    if folder.model is None or not folder.sizes_are_stored:
-        return
-    with np.errstate(all="ignore"):  # damaged values are faults in the result, not NumPy warnings
-        _Comparison(folder, folder.model, open_source(model_path, folder.model.family), result).run()
+def open_source(model_path: Path, model: ModelStructure) -> dict[str, StoredTensor]:
+    """Float checkpoint -> its tensors by checkpoint name. UserError with every file that cannot be read.
 
-
-def open_source(model_path: Path, family: ModelFamily) -> dict[str, StoredTensor]:
-    """Float checkpoint -> its tensors by checkpoint name. UserError with every file that cannot be read."""
+    model: of the folder. If only the checkpoint's output head shares the embedding's weight, that is the head's weight.
+    """
+    family = model.family
     index, _ = read_json_object(model_path / INDEX)
     weight_map = index.get("weight_map") if index else None
     if isinstance(weight_map, dict):
@@ -82,39 +81,44 @@ def open_source(model_path: Path, family: ModelFamily) -> dict[str, StoredTensor
     for name, places in split.items():
         whole = tensors.pop(name)
         tensors |= {matrix: StoredMatrix.at(matrix, whole, place) for matrix, place in places.items()}
+    tied_head, table = f"{model.output_head}.weight", tensors.get(f"{model.embedding}.weight")
+    if not model.tied and table is not None and family.is_tied(config or {}):
+        tensors[tied_head] = table  # the folder's head has a weight of its own
     return tensors
 
 
-class _Comparison:
-    """Compares one folder with one source. Public methods add faults for one kind of tensor each."""
+class Comparison:
+    """Compares one folder with one source. Public methods add faults for one kind of tensor each.
+
+    sqnr: of every compared matrix, in dB; not_source: layers whose matrix is not the source's.
+    """
 
     def __init__(
         self,
         folder: CompiledFolder,
         model: ModelStructure,
-        source: dict[str, StoredTensor],
+        source: Mapping[str, StoredTensor],
         result: VerificationResult,
     ) -> None:
         self.folder, self.model, self.source, self.result = folder, model, source, result
         self.sqnr: dict[str, float] = {}
+        self.not_source: set[str] = set()
         self.compared: set[str] = set()
         self.rows: dict[str, Scales] = {}  # of the outputs of every linear layer that is done
         self.columns: dict[str, Scales] = {}  # of the inputs of linear layers behind a norm
         self.own_shifts: dict[str, Array] = {}  # of norms that have a bias of their own, [C]
 
-    def run(self) -> None:
+    def run(self, includes: Callable[[str], bool] = lambda layer: True) -> None:
+        """Compares all layers, or those for which `includes(layer)`: whole stages, or all layers outside them."""
         for name in self.model.other_parameters:
-            self.unchanged(name)
-        for norm in self.model.norms:
+            if includes(name.rpartition(".")[0]):
+                self.unchanged(name)
+        for norm in filter(includes, self.model.norms):
             self.norm(norm)
             for layer in self.model.edges[norm].consumers:
                 self.linear(layer)
-        for layer in self.model.linears:
+        for layer in filter(includes, self.model.linears):
             self.linear(layer)
-        worst = sorted(self.sqnr.items(), key=lambda item: item[1])[:5]
-        self.result.facts["weights furthest from float"] = [
-            {"layer": layer, "SQNR dB": round(value, 2)} for layer, value in worst
-        ]
 
     # ---- layers by the edges between them ----------------------------------------------------------------------------
 
@@ -189,18 +193,20 @@ class _Comparison:
         return WeightPair(layer, pair[0], integers, scale)
 
     def unchanged(self, name: str) -> None:
-        """A tensor that must equal the source in the folder's dtype, bit for bit."""
+        """A tensor that must equal the source in the folder's dtype."""
         pair = self.pair(name)
         if pair is None:
             return
         count, first = 0, None
         for (start, source), (_, stored) in zip(pair[0].rows(), pair[1].rows(), strict=True):
-            wrong = np.argwhere(round_to(self.folder.float_dtype, source) != stored)
+            expected, allowed = nearest(self.folder.float_dtype, pair[0], source)
+            wrong = np.argwhere((expected != stored) & ~(np.abs(stored - expected) <= allowed))
             if len(wrong) and first is None:
                 first = [int(wrong[0][0]) + start, *map(int, wrong[0][1:])]
             count += len(wrong)
         if count:
-            what = f"{count} values differ from the float checkpoint, first at {first}"
+            rotated = " after its rotation" if is_rotated(pair[0]) else ""
+            what = f"{count} values differ from the float checkpoint{rotated}, first at {first}"
             self.result.add_fault(CHECK, name, what, "only the dtype of this tensor may change", COPY_AGAIN)
 
     def unscaled_rows(self, layer: str) -> Array:
@@ -347,6 +353,7 @@ class _Comparison:
         self.sqnr[pair.layer] = fit.sqnr
         count, first = (fit.gross, fit.first_gross) if fit.other_rounding else (fit.count, fit.first)
         if fit.sqnr < BROKEN_WEIGHTS[pair.bits]:
+            self.not_source.add(pair.layer)
             what, why = (
                 f"SQNR against the float weight is {fit.sqnr:.1f} dB",
                 "it is not the source's matrix",
@@ -370,8 +377,12 @@ class _Comparison:
         source, stored = pair[0].read().astype(np.float32), pair[1].read()
         scales = rows or Scales.ones(len(source))
         scaled = scales.sigma > 0  # rows that smoothing may scale
-        expected = np.where(scaled, source * scales.values, round_to(self.folder.float_dtype, source))
-        allowed = np.where(scaled, np.abs(expected) * (ULP[self.folder.float_dtype] + SIGMAS * scales.sigma), 0)
+        unscaled, margin = nearest(self.folder.float_dtype, pair[0], source)
+        expected = np.where(scaled, source * scales.values, unscaled)
+        rounding = np.abs(expected) * (ULP[self.folder.float_dtype] + SIGMAS * scales.sigma)
+        if is_rotated(pair[0]):
+            rounding += np.abs(scales.values) * float32_margin(source)
+        allowed = np.where(scaled, rounding, margin)
         self.require_close(f"{layer}.bias", stored, expected, allowed, "a bias may change only by its rows' scales")
 
     def shifted_bias(self, pair: WeightPair, rows: Scales, columns: Scales, shift: Array) -> None:

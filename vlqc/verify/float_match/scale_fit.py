@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from vlqc.verify.float_match.rotated_source import FLOAT32_ERROR, is_rotated
 from vlqc.verify.folder.reader import Array, StoredTensor
 from vlqc.verify.numbers.integers import INT8_MAX, StoredIntegers
 
@@ -58,6 +59,8 @@ class WeightPair:
         self.bits = stored.bits if isinstance(stored, StoredIntegers) else 8
         self.limits = stored.limits if isinstance(stored, StoredIntegers) else (-INT8_MAX, INT8_MAX)
         self.floor = np.full((self.rows, 1), FLOAT_ROUNDING, np.float32)  # rounding error of the smallest floats, steps
+        if is_rotated(source):
+            self.floor += FLOAT32_ERROR * INT8_MAX
         if isinstance(stored, StoredTensor) and stored.dtype in SMALLEST:
             for start, rows in source.rows():
                 largest = np.abs(rows).max(axis=1, keepdims=True)

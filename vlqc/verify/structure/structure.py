@@ -18,6 +18,7 @@ from vlqc.targets.schemes import Scheme, StorageFormat, scheme_of_tensors
 from vlqc.targets.target import Target, written_for
 from vlqc.verify.findings import COMPILE_AGAIN, VerificationResult, format_list
 from vlqc.verify.folder.contents import FolderFiles, check_files, open_folder
+from vlqc.verify.folder.rotations import Seeds, stated_rotations
 from vlqc.verify.structure.configuration import (
     check_config,
     check_description_keys,
@@ -41,7 +42,7 @@ class CompiledFolder:
     """A folder, as the later checks need it.
 
     model: None if config.json does not describe one. schemes: by linear layer, embedding or convolution.
-    valid_tensors: those that exist with the right dtype and shape.
+    valid_tensors: those that exist with the right dtype and shape. rotations: those that it states.
     """
 
     files: FolderFiles
@@ -49,6 +50,7 @@ class CompiledFolder:
     model: ModelStructure | None
     schemes: dict[str, Scheme]
     valid_tensors: dict[str, ExpectedTensor]
+    rotations: Seeds
 
     @property
     def family(self) -> ModelFamily:
@@ -97,7 +99,8 @@ def check_structure(
     if model:
         loads_in = check_engine_rules(finished, claimed, dtype, named=target is not None, result=result)
     result.facts |= _facts(files, dtype, schemes, form) | {"loads in": loads_in or ["no known engine version"]}
-    return CompiledFolder(files, form, model, schemes, valid)
+    rotations = stated_rotations(files.path, model, result) if model else {}
+    return CompiledFolder(files, form, model, schemes, valid, rotations)
 
 
 def _finished_folder(files: FolderFiles, model: ModelStructure | None, schemes: Mapping[str, Scheme]) -> FinishedFolder:

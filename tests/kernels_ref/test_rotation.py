@@ -1,19 +1,17 @@
-"""kernels_ref.rotation against dense matrices in float64, built from the definitions with Python's integers."""
+"""kernels_ref.rotation against dense matrices in float64."""
 
-import hashlib
 import math
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.rotation_matrices import rotation_matrix
 from vlqc.kernels_ref import rotation
 from vlqc.kernels_ref.rotation import Rotation, hadamard_orders, paley_matrix, sylvester_matrix
 
-Matrix = npt.NDArray[np.float64]
 # Sizes of heads and hidden states of the supported families -> orders of their Sylvester and Paley matrices.
 MODEL_SIZES = {
     64: (64, 1),
@@ -29,41 +27,6 @@ MODEL_SIZES = {
     3584: (128, 28),
     5120: (256, 20),
 }
-
-
-def quadratic_character(a: int, q: int) -> int:
-    """Euler's criterion."""
-    power = pow(a % q, (q - 1) // 2, q)
-    return -1 if power == q - 1 else power
-
-
-def expected_paley(order: int) -> Matrix:
-    q = order - 1 if all((order - 1) % d for d in range(2, order - 1)) else order // 2 - 1
-    core = np.array([[quadratic_character(i - j, q) for j in range(q)] for i in range(q)], dtype=np.float64)
-    corner, edge = np.zeros((1, 1)), np.ones((1, q))
-    if q % 4 == 3:
-        first: Matrix = np.eye(q + 1) + np.block([[corner, edge], [-edge.T, core]])
-        return first
-    conference = np.block([[corner, edge], [edge.T, core]])
-    second: Matrix = np.kron(conference, [[1, 1], [1, -1]]) + np.kron(np.eye(q + 1), [[1, -1], [-1, -1]])
-    return second
-
-
-def expected_matrix(size: int, seed: int, name: str, keeps_mean: bool) -> Matrix:
-    """R in float64."""
-    sylvester, paley = hadamard_orders(size)
-    hadamard = np.array([[(-1.0) ** (i & j).bit_count() for j in range(sylvester)] for i in range(sylvester)])
-    if paley > 1:
-        hadamard = np.kron(hadamard, expected_paley(paley))
-    blocks = np.kron(np.eye(size // len(hadamard)), hadamard) / math.sqrt(len(hadamard))
-    digest = int.from_bytes(hashlib.shake_256(f"{name}:{seed}".encode()).digest(math.ceil(size / 8)), "little")
-    signs = np.array([-1.0 if digest >> i & 1 else 1.0 for i in range(size)])
-    r: Matrix = signs[:, None] * blocks
-    if keeps_mean:
-        difference = 1 - r.sum(axis=0)
-        if np.abs(difference).max() > 1e-9:
-            r -= 2 * np.outer(r @ difference, difference) / (difference @ difference)
-    return r
 
 
 def random_rows(rows: int, size: int) -> torch.Tensor:
@@ -102,7 +65,7 @@ def test_orders_without_a_paley_matrix_are_refused() -> None:
 @pytest.mark.parametrize("size", [1, 2, 4, 7, 30, 64, 80, 97, 128, 576, 896, 1152])
 def test_rotation_is_the_defined_matrix(size: int, keeps_mean: bool) -> None:
     """Catches wrong signs, factors in another order, R^T instead of R, and a reflection that is not one."""
-    r = expected_matrix(size, 7, "residual", keeps_mean)
+    r = rotation_matrix(size, 7, "residual", keeps_mean)
     x = random_rows(9, size)
     rotated = Rotation(size, 7, "residual", keeps_mean)
     np.testing.assert_allclose(rotated.rotate(x).numpy(), x.double().numpy() @ r, rtol=0, atol=3e-6)

@@ -4,6 +4,7 @@ Independent of the compiler: all formulas are implemented again here. Tests dama
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,12 +79,13 @@ def make_content(
     shift: bool = False,
     group_size: int = 64,
     wide: dict[str, Any] | None = None,
+    rotate: Callable[[dict[str, Array], dict[str, Any]], None] | None = None,
 ) -> FolderContent:
     """A float model of random weights, quantized with the usual exclusions.
 
     smooth: random scales on every edge; both: the two config keys that MindIE needs; mindie: its layout; scope: "all"
     for W4A8_DYNAMIC on every quantized layer; shift: norms before quantized layers have a bias; wide: replaces sizes of
-    WIDE.
+    WIDE; rotate: changes the values of the folder, not of its source, before they are smoothed.
     """
     config: dict[str, Any] = CONFIG | {"torch_dtype": dtype, "tie_word_embeddings": tied}
     config["vision_config"] = dict(CONFIG["vision_config"])
@@ -96,9 +98,13 @@ def make_content(
     values = {name: rounded(value, code) for name, value in float_tensors(config, np.random.default_rng(5))}
     content = FolderContent(config, {name: stored(value, code) for name, value in values.items()}, mindie=mindie)
     content.type_name = scheme.lower()
+    if rotate:
+        rotate(values, config)
     without_bias = {name.replace(".weight", ".bias") for name in values} - values.keys()
     if smooth:
         smooth_every_edge(values, config, code, np.random.default_rng(6), shift)
+    biases = [name for name in values if name.endswith(".bias") and name not in without_bias]
+    values |= {name: rounded(values[name], code) for name in biases}
     used = set()
     for name, value in values.items():
         layer, _, suffix = name.rpartition(".")

@@ -251,7 +251,7 @@ class _Analysis(LabelPropagation):
         left, right = without_copies(first), without_copies(second)
         if left.shape != right.shape:
             left, right = first, second
-        if bool(((left % CHANNELS != right % CHANNELS) | (left < 0) | (right < 0)).any()):
+        if left.shape != right.shape or bool(((left % CHANNELS != right % CHANNELS) | (left < 0) | (right < 0)).any()):
             return self.exclude(first, second)
         pairs = torch.unique(torch.stack([left.flatten() // CHANNELS, right.flatten() // CHANNELS]), dim=1)
         for one, other in pairs.T.tolist():

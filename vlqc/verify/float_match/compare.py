@@ -206,6 +206,8 @@ class Comparison:
             count += len(wrong)
         if count:
             rotated = " after its rotation" if is_rotated(pair[0]) else ""
+            if 2 * count > pair[0].count:
+                self.not_source.add(name.rpartition(".")[0])
             what = f"{count} values differ from the float checkpoint{rotated}, first at {first}"
             self.result.add_fault(CHECK, name, what, "only the dtype of this tensor may change", COPY_AGAIN)
 

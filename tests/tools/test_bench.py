@@ -110,7 +110,7 @@ def row(
 ) -> reference_rows.Row:
     usage = None if tool == reference.FLOOR else Usage(12.5, 6.25, 300 * MIB)
     return reference_rows.Row(
-        "case", seed, scheme, tool, Agreement(sqnr, 0.999, 0.01, 0.9, 1.0), usage=usage, rotate=rotate
+        "case", seed, scheme, tool, Agreement(sqnr, 0.999, 0.00012, 0.9, 1.0), usage=usage, rotate=rotate
     )
 
 
@@ -213,12 +213,12 @@ def test_the_digest_of_a_case(tmp_path: Path) -> None:
 def test_the_table() -> None:
     """Catches a truncated column, wrong units, columns without values, and a median of something other than the
     differences per seed."""
-    rows = []
+    rows, scheme = [], "static-m2-act2-shift"
     for seed, reference_sqnr, none, rotated in ((0, 20.0, 24.0, 24.5), (1, 22.0, 25.0, 29.0), (2, 29.0, 28.0, 30.0)):
         rows += [
-            row(reference.MSMODELSLIM, reference_sqnr, seed=seed),
-            row(reference.VLQC, none, rotate="none", seed=seed),
-            row(reference.VLQC, rotated, rotate="auto", seed=seed),
+            row(reference.MSMODELSLIM, reference_sqnr, scheme, seed=seed),
+            row(reference.VLQC, none, scheme, "none", seed),
+            row(reference.VLQC, rotated, scheme, "auto", seed),
         ]
     out = io.StringIO()
     reference_table.show(
@@ -227,7 +227,7 @@ def test_the_table() -> None:
     cells = [line.strip("│ ").replace("│", " ").split() for line in out.getvalue().splitlines() if "90.0" in line]
     assert cells[0][1:3] == ["msModelSlim", "22.00"]
     assert cells[1][:5] == ["vlqc", "--rotate", "none", "+3.00", "25.00"]
-    assert cells[2] == ["vlqc", "+4.50", "+2.00", "29.00", "0.99900", "0.01", "90.0", "12.5", "6.2", "300"]
+    assert cells[2] == ["vlqc", "+4.50", "+2.00", "29.00", "0.99900", "0.00012", "90.0", "12.5", "6.2", "300"]
     assert "…" not in out.getvalue() and "perplexity" not in out.getvalue()
 
 

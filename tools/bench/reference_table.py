@@ -16,7 +16,7 @@ from tools.bench.metrics import median
 from tools.bench.reference_rows import MSMODELSLIM, VLQC, Row, read_rows
 
 UNROTATED = f"{VLQC} --rotate none"
-DIFFERENCES = {"- msModelSlim dB": MSMODELSLIM, "- none dB": UNROTATED}  # title: what is subtracted
+DIFFERENCES = {"vs msModelSlim": MSMODELSLIM, "vs none": UNROTATED}  # title: what is subtracted
 COLUMNS = {  # title: path in a row, format
     "SQNR dB": (("agreement", "sqnr"), "{:.2f}"),
     "weights only": (("weights_only",), "{:.2f}"),
@@ -30,7 +30,7 @@ COLUMNS = {  # title: path in a row, format
     "peak MiB": (("usage", "peak_bytes"), "{:.0f}"),
 }
 MIB = 2**20
-WIDTH = 150  # characters; without a terminal rich uses 80, too few for the widest table
+WIDTH = 180  # characters; without a terminal rich uses 80, too few for the widest table
 Rows = Sequence[Row]
 
 

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from vlqc.ir.rotations import Rotatable, RotatableParts, RotationKind
-from vlqc.passes.algorithms.rotation import RotationPass
+from vlqc.ir.stage import Stage
+from vlqc.passes.algorithms.rotation import rotate_stage
 from vlqc.passes.rotate_residual import RotateResidual
+from vlqc.pipeline.rotation_plan import RotationPass
 
 
 @dataclass(frozen=True)
@@ -24,3 +26,6 @@ class RotateHeads(RotationPass):
 
     def obstacle(self, rotatable: Rotatable, model: RotatableParts) -> str:
         return rotatable.obstacle
+
+    def run(self, stage: Stage) -> bool:
+        return rotate_stage(stage, self.rotates)

@@ -9,7 +9,9 @@ from typing import ClassVar, Literal
 
 from vlqc.formatting import format_bytes
 from vlqc.ir.rotations import Rotatable, RotatableParts, RotationKind
-from vlqc.passes.algorithms.rotation import RotationPass
+from vlqc.ir.stage import Stage
+from vlqc.passes.algorithms.rotation import rotate_stage
+from vlqc.pipeline.rotation_plan import RotationPass
 
 FLOAT_BYTES = 2  # of a weight of the output head, which is emitted as bfloat16 or float16
 
@@ -41,3 +43,6 @@ class RotateResidual(RotationPass):
             shared = f"{model.output_head} shares the weight of {model.embedding}"
             return f"{shared}; --rotate all stores both separately, {more} more"
         return ""
+
+    def run(self, stage: Stage) -> bool:
+        return rotate_stage(stage, self.rotates)

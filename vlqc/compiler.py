@@ -14,9 +14,10 @@ from vlqc.options.options import Options
 from vlqc.pipeline.layer_selection import check_layers
 from vlqc.pipeline.pass_api import Pass
 from vlqc.pipeline.presets import build_pipeline
+from vlqc.pipeline.rotation_plan import rotate_model
 from vlqc.reporting.progress import Progress
 from vlqc.reporting.summary import Result
-from vlqc.run import open_run, rotate
+from vlqc.run import open_run
 
 
 @torch.no_grad()
@@ -44,7 +45,7 @@ def compile(
     pipeline = build_pipeline(options, passes)
     model = open_model(options)  # parameters on the meta device
     check_layers(model, options)
-    rotate(model, pipeline)  # streams and heads that the passes rotate; tensors outside the stages at once
+    rotate_model(model, pipeline)  # streams and heads that the passes rotate; tensors outside the stages at once
     dataset = load_calibration(options, model, samples)
     # folder, journal, progress, summary; renames the result on exit
     with open_run(options, pipeline, model, dataset, progress) as run:

@@ -11,24 +11,17 @@ from vlqc.frontend.activation_offload import ActivationOffload
 from vlqc.frontend.calibration.dataset import CalibrationDataset
 from vlqc.frontend.calibration.samples import group_by_images
 from vlqc.frontend.distributed import current_process_group
-from vlqc.frontend.model_structure import rotatable_parts
 from vlqc.frontend.stage_builder import traced_stages
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.memory import release_unused_memory
 from vlqc.ir.stage import Stage
 from vlqc.options.options import Options
-from vlqc.passes.algorithms.rotation import plan_rotations
 from vlqc.pipeline.manager import PassManager
 from vlqc.pipeline.pass_api import Pass
 from vlqc.reporting.dumps.writer import Dumper
 from vlqc.reporting.progress import Progress, resolve_progress
 from vlqc.reporting.summary import CompilationSummary, Result
 from vlqc.verify import require_valid
-
-
-def rotate(model: StreamedModel, pipeline: Sequence[Pass]) -> None:
-    """Plans the rotations of the passes over the whole model. From now on, the tensors outside stages are rotated."""
-    model.rotate(plan_rotations(pipeline, lambda: rotatable_parts(model), list(model.stages)), stages=False)
 
 
 @contextmanager

@@ -1,9 +1,8 @@
-"""Rotation of the weights of a stage, and the plan of all rotations of a model."""
+"""Rotation of the weights of a stage, with its proof."""
 
-from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,54 +11,9 @@ from torch.utils._pytree import tree_map
 from vlqc.errors import Fault, UserError
 from vlqc.ir.execution import Call, input_tensors
 from vlqc.ir.memory import release_pages
-from vlqc.ir.rotations import AppliedRotation, Rotatable, RotatableParts, RotationKind, RotationPlan, make_plan
+from vlqc.ir.rotations import AppliedRotation, RotationKind
 from vlqc.ir.stage import Stage
-from vlqc.ir.tensor_digest import TOLERANCE, max_relative_error
-from vlqc.pipeline.pass_api import Pass, require
-
-
-@dataclass(frozen=True)
-class RotationPass(Pass):
-    """Rotates values of one kind. What it rotates is decided for the whole model before the first stage.
-
-    seed: of the signs of the rotations.
-    """
-
-    rotates: ClassVar[RotationKind]
-
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        require(self.seed >= 0, "seed must be 0 or more")
-
-    @abstractmethod
-    def obstacle(self, rotatable: Rotatable, model: RotatableParts) -> str:
-        """Why this pass does not rotate values of its kind; "" if it does."""
-
-    def run(self, stage: Stage) -> bool:
-        return rotate_stage(stage, self.rotates)
-
-
-def plan_rotations(
-    passes: Sequence[Pass], rotatable_parts: Callable[[], RotatableParts], stages: Sequence[str]
-) -> RotationPlan:
-    """What the passes of a pipeline rotate in a model.
-
-    rotatable_parts: returns those of the model, called only if a pass rotates; stages: names of all stages.
-    """
-    rotating = [step for step in passes if isinstance(step, RotationPass)]
-    if not rotating:
-        return RotationPlan()
-    model, chosen, obstacles = rotatable_parts(), dict[str, tuple[Rotatable, int]](), dict[str, str]()
-    for step in rotating:
-        for rotatable in model.parts:
-            if rotatable.kind == step.rotates and rotatable.name not in chosen:
-                if obstacle := step.obstacle(rotatable, model):
-                    obstacles[rotatable.name] = obstacle
-                else:
-                    chosen[rotatable.name] = rotatable, step.seed
-    untied = any(model.shares_table(rotatable) for rotatable, _ in chosen.values())
-    return make_plan(chosen.values(), stages, untied_head=model.output_head if untied else "", obstacles=obstacles)
+from vlqc.ir.tensor_digest import TOLERANCE, absmax, max_relative_error
 
 
 @torch.no_grad()
@@ -73,9 +27,10 @@ def rotate_stage(stage: Stage, kind: RotationKind) -> bool:
     if not planned:
         return False
     expected = _rotated_output(stage.execution.probe_output(_rotated_back(stage, planned), reuse=True), planned)
-    for rotation in planned:
-        _rotate_parameters(stage, rotation)
-    stage.rotations = tuple(replace(each, done=each.done or each.kind == kind) for each in stage.rotations)
+    stage.rotations = tuple(
+        rotation.as_done(_rotate_parameters(stage, rotation)) if rotation in planned else rotation
+        for rotation in stage.rotations
+    )
     error = max_relative_error(expected.flatten(), stage.execution.probe_output(reuse=True).flatten())
     if not error <= TOLERANCE:
         why = f"relative error {error:.1e}, tolerance {TOLERANCE:.0e}"
@@ -109,16 +64,26 @@ def _rotated_output(output: Tensor, planned: Sequence[AppliedRotation]) -> Tenso
     return output
 
 
-def _rotate_parameters(stage: Stage, rotation: AppliedRotation) -> None:
+def _rotate_parameters(stage: Stage, rotation: AppliedRotation) -> dict[str, tuple[float, float]]:
+    """Returns `AppliedRotation.absmax`."""
     modules = {stage.checkpoint_name(path): module for path, module in stage.module.named_modules() if path}
     changed = [(layer, module) for layer, module in modules.items() if rotation.changes(layer)]
+    changes = dict[str, tuple[float, float]]()
     for layer, module in sorted(changed, key=lambda item: item[0] in rotation.norms):  # norms last: they are read
         norm = rotation.readers.get(layer)
-        _apply(rotation, layer, module, modules.get(norm) if norm is not None else None)
+        changes |= _apply(rotation, layer, module, modules.get(norm) if norm is not None else None)
+    return changes
 
 
-def _apply(rotation: AppliedRotation, layer: str, module: nn.Module, norm: nn.Module | None) -> None:
+def _apply(
+    rotation: AppliedRotation, layer: str, module: nn.Module, norm: nn.Module | None
+) -> dict[str, tuple[float, float]]:
+    """Rotates the parameters of one layer. Returns max |tensor| of the rotated ones, by name, before and after."""
     parameters = dict(module.named_parameters(recurse=False))
     norm_parameters = {} if norm is None else dict(norm.named_parameters(recurse=False))
+    rotated = {name: tensor for name, tensor in parameters.items() if rotation.rotates(layer, name)}
+    before = {name: absmax(tensor) for name, tensor in rotated.items()}
     rotation.apply_(layer, parameters["weight"], parameters.get("bias"), norm_parameters.__getitem__)
+    changes = {f"{layer}.{name}": (before[name], absmax(tensor)) for name, tensor in rotated.items()}
     release_pages(*parameters.values())
+    return changes

@@ -14,7 +14,8 @@ from vlqc.errors import UserError
 from vlqc.ir.rotations import RotationKind
 from vlqc.ir.stage import Stage
 from vlqc.kernels_ref.rotation import Rotation
-from vlqc.passes.algorithms import rotation as algorithm
+from vlqc.passes import rotate_residual
+from vlqc.passes.algorithms.rotation import rotate_stage
 
 SMALL = Shape(
     layers=1, hidden=96, intermediate=64, heads=6, value_heads=2, vision_layers=1, vision_hidden=64,
@@ -88,15 +89,14 @@ def test_a_rotation_that_changes_the_output_is_an_error(tmp_path: Path, monkeypa
     """Catches a proof that passes whatever the rotated stage computes: one reader keeps its columns."""
     config = outlier_checkpoint.make(tmp_path / "float", 3, shape=SMALL)
     samples = outlier_checkpoint.random_samples(config, 2, 7)
-    rotate = algorithm.rotate_stage
 
     def without_gate(stage: Stage, kind: RotationKind) -> bool:
         for rotation in stage.rotations:
             for layer in [layer for layer in rotation.readers if layer.endswith("gate_proj")]:
                 del rotation.readers[layer]  # type: ignore[attr-defined]
-        return rotate(stage, kind)
+        return rotate_stage(stage, kind)
 
-    monkeypatch.setattr(algorithm, "rotate_stage", without_gate)
+    monkeypatch.setattr(rotate_residual, "rotate_stage", without_gate)
     with pytest.raises(UserError, match=r"visual\.blocks\.0"):
         vlqc.compile(model_path=tmp_path / "float", save_directory=tmp_path / "out", samples=samples, pipeline=FLOAT)
     assert not (tmp_path / "out").exists()

@@ -5,21 +5,26 @@ Nothing in the text is executed or imported (see `syntax`). The snapshot has a r
 """
 
 import re
-from typing import Any
+from collections.abc import Container
+from typing import TypeVar
 
 import torch
 from torch import fx
 
 from vlqc.errors import Fault, UserError
 from vlqc.formatting import did_you_mean
+from vlqc.ir.rotations import ROTATED_PARTS, AppliedRotation, RotationKind
 from vlqc.ir.snapshot import WEIGHT_PARTS, EdgeSummary, MapSummary, ObservationSummary, StageSnapshot, TensorSummary
 from vlqc.ir.stage import InputQuantization, Site
 from vlqc.ir.syntax import STRING, Expression, unquote
+from vlqc.kernels_ref.rotation import Rotation
 from vlqc.targets.schemes import Scheme
 
+T = TypeVar("T")
 NUMBER = r"-?(?:inf|nan|\d[\w.+-]*)"
 DIGEST = r"[0-9a-f]{8}"
 SHAPE = r"(?:\d{1,18}(?:, \d{1,18})*)?"
+ROTATION_KINDS = "|".join(RotationKind)
 TYPE_AT_END = re.compile(rf" : (\w+)\[({SHAPE})\](?: absmax=({NUMBER}) digest=({DIGEST}))?$")
 
 
@@ -74,6 +79,26 @@ class _Line:
         except (SyntaxError, ValueError) as error:
             raise self.fault(f"this string cannot be read: {error}", column) from None
 
+    def new(self, what: str, known: Container[str]) -> str:
+        """A string that is not in `known`."""
+        return self.require_new(self.string(what), known)
+
+    def require_new(self, value: T, known: Container[T]) -> T:
+        if value in known:
+            raise self.fault(f"{value} appears twice")
+        return value
+
+    def skip(self, text: str) -> bool:
+        """Reads a text if it is next. Returns whether it is."""
+        if not self.text.startswith(text, self.column):
+            return False
+        self.column += len(text)
+        return True
+
+    def flag(self, word: str) -> bool:
+        """Reads a space and a word if they are next. Returns whether they are."""
+        return self.matches(rf" {word}\b") and self.skip(f" {word}")
+
     def number_after(self, label: str) -> float:
         self.take(re.escape(label), f"{label}NUMBER")
         column = self.column
@@ -116,18 +141,21 @@ class _Reader:
         self.section = ""  # the open section
         self.sections_read: set[str] = set()
         self.nodes: dict[str, fx.Node] = {}
+        self.rotations: list[_RotationFields] = []
         self.faults: list[Fault] = []
 
     def read(self, line: _Line) -> None:
         if not self.section:
             self._open(line)
         elif line.matches(r"\}\s*$"):
+            if self.section == "rotations" and self.stage is not None:
+                self.stage.rotations = tuple(fields.rotation() for fields in self.rotations)
             self.section = ""
         elif self.stage is not None and self.section in self.sections_read:
             getattr(self, f"_read_{self.section}")(self.stage, line)
 
     def _open(self, line: _Line) -> None:
-        sections = ["tensors", "sites", "edges", "observations"] if self.sections_read else ["stage"]
+        sections = ["tensors", "sites", "edges", "rotations", "observations"] if self.sections_read else ["stage"]
         column = line.column
         word = line.take(r"\w*", "a section").group()
         if word not in sections or word in self.sections_read:
@@ -175,27 +203,23 @@ class _Reader:
                 node.meta["summary"] = line.summary()
 
     def _read_tensors(self, stage: StageSnapshot, line: _Line) -> None:
-        name = self._new(line, line.string("the name of a tensor"), stage.tensors)
+        name = line.new("the name of a tensor", stage.tensors)
         line.take(" ", "a space")
         stage.tensors[name] = line.summary()
         line.end()
 
     def _read_sites(self, stage: StageSnapshot, line: _Line) -> None:
-        name = self._new(line, line.string("the name of a site"), stage.sites)
+        name = line.new("the name of a site", stage.sites)
         outputs, inputs = line.take(r" \[(\d{1,18}), (\d{1,18})\]", "a shape such as ' [384, 128]'").groups()
         site = Site(name, name, line.take(r" from %(\w+)", "' from %NODE'").group(1), (int(outputs), int(inputs)))
         stage.sites[name] = site
-        if line.matches(" scheme="):
-            line.take(" scheme=", "scheme=")
+        if line.skip(" scheme="):
             word = line.take(rf"(?:{'|'.join(sorted(Scheme, reverse=True))})\b", f"one of {', '.join(Scheme)}").group()
             site.scheme = Scheme(word)
         if line.matches(" group_size="):
             site.group_size = int(line.take(r" group_size=(\d{1,18})", "' group_size=' and a whole number").group(1))
-        if line.matches(r" added_bias\b"):
-            line.take(" added_bias", "added_bias")
-            site.added_bias = True
-        if line.matches(" reason="):
-            line.take(" reason=", "reason=")
+        site.added_bias = line.flag("added_bias")
+        if line.skip(" reason="):
             site.reason = line.string("the reason")
         if line.matches(r" input\("):
             scale, offset = line.number_after(" input(scale="), line.number_after(", offset=")
@@ -216,14 +240,24 @@ class _Reader:
         consumers: dict[str, MapSummary] = {}
         while not consumers or line.matches(","):
             line.take(", " if consumers else " ", "a space")
-            name = self._new(line, line.string("the name of a consumer"), consumers)
+            name = line.new("the name of a consumer", consumers)
             consumers[name] = line.map()
         line.end()
         stage.edges = (*(stage.edges or ()), EdgeSummary(producer, usable, consumers))
 
+    def _read_rotations(self, stage: StageSnapshot, line: _Line) -> None:
+        if line.matches(ROTATION_KINDS):
+            self.rotations.append(_RotationFields())
+            self.rotations[-1].read_header(line)
+        elif self.rotations:
+            self.rotations[-1].read(line)
+        else:
+            raise line.fault(f"expected {' or '.join(RotationKind)}")
+        line.end()
+
     def _read_observations(self, stage: StageSnapshot, line: _Line) -> None:
         observations = stage.observations
-        name = self._new(line, line.take(r"%(\w+)", "%NODE").group(1), observations)
+        name = line.require_new(line.take(r"%(\w+)", "%NODE").group(1), observations)
         channels = int(line.take(r" channels=(\d{1,18})", "' channels=' and a whole number").group(1))
         rows: dict[str, int] = {}
         while line.matches(r" (?!kept=)\w+=\d{1,18}(?= )") and not line.matches(" min="):
@@ -238,7 +272,73 @@ class _Reader:
         start = line.column
         return Expression(line.text[start:end], self.nodes, lambda what, at, fix: line.fault(what, start + at, fix))
 
-    def _new(self, line: _Line, name: str, known: dict[str, Any]) -> str:
-        if name in known:
-            raise line.fault(f"{name} appears twice")
-        return name
+
+class _RotationFields:
+    """What the lines of one rotation say so far."""
+
+    def __init__(self) -> None:
+        self.kind, self.matrix, self.done = RotationKind.RESIDUAL, Rotation(1, 0, ""), False
+        self.writers: dict[str, tuple[int, ...]] = {}
+        self.readers: dict[str, str | None] = {}
+        self.norms: dict[str, None] = {}  # in order, like the following
+        self.tables: dict[str, None] = {}
+        self.inputs: dict[str, None] = {}
+        self.outputs: dict[int, None] = {}
+        self.absmax: dict[str, tuple[float, float]] = {}
+
+    def read_header(self, line: _Line) -> None:
+        self.kind = RotationKind(line.take(ROTATION_KINDS, " or ".join(RotationKind)).group())
+        line.take(" ", "a space")
+        column, name = line.column, line.string("the name of the rotation")
+        if any("\ud800" <= character <= "\udfff" for character in name):  # the signs are computed from its UTF-8
+            raise line.fault("a name must be Unicode text", column)
+        size = int(line.take(r" size=([1-9]\d{0,17})", "' size=' and a positive number").group(1))
+        seed = int(line.take(r" seed=(\d{1,18})", "' seed=' and a whole number").group(1))
+        self.matrix = Rotation(size, seed, name, keeps_mean=line.flag("keeps_mean"))
+        self.done = line.flag("done")
+
+    def read(self, line: _Line) -> None:
+        match line.take(
+            r"(input|output|norm|columns|rows|table) ", "input, output, norm, columns, rows or table"
+        ).group(1):
+            case "input":
+                self.inputs[line.new("the name of an input", self.inputs)] = None
+            case "output":
+                position = int(line.take(r"\d{1,18}", "the position of an output").group())
+                self.outputs[line.require_new(position, self.outputs)] = None
+            case "norm":
+                self.norms[line.new("the name of a norm", self.norms)] = None
+            case "columns":
+                layer = line.new("the name of a layer", self.readers)
+                self.readers[layer] = line.string("the name of a norm") if line.skip(" after ") else None
+                self._read_absmax(line, layer)
+            case "rows":
+                layer = line.new("the name of a layer", self.writers)
+                starts = line.take(r" at (\d{1,18}(?:, \d{1,18})*)", "' at ' and numbers of rows").group(1)
+                self.writers[layer] = tuple(map(int, starts.split(", ")))
+                self._read_absmax(line, layer)
+            case "table":
+                layer = line.new("the name of a layer", self.writers)
+                self.writers[layer], self.tables[layer] = (0,), None
+                self._read_absmax(line, layer)
+
+    def _read_absmax(self, line: _Line, layer: str) -> None:
+        for part in ROTATED_PARTS:
+            if line.skip(f" {part}(absmax "):
+                before, after = line.number_after(""), line.number_after(" -> ")
+                line.take(r"\)", ")")
+                self.absmax[f"{layer}.{part}"] = before, after
+
+    def rotation(self) -> AppliedRotation:
+        return AppliedRotation(
+            kind=self.kind,
+            rotation=self.matrix,
+            writers=self.writers,
+            readers=self.readers,
+            norms=tuple(self.norms),
+            tables=tuple(self.tables),
+            inputs=tuple(self.inputs),
+            outputs=tuple(self.outputs),
+            done=self.done,
+            absmax=self.absmax,
+        )

@@ -12,7 +12,19 @@
 
 The right side of an operation is a Python expression without its `%` signs. Tensors appear as a summary with a digest,
 so that a pass that changes only weights changes the text. Names are checkpoint names; addresses and times do not occur.
-The sections `tensors`, `sites`, `edges` and `observations` follow in this order; empty ones are left out.
+The sections `tensors`, `sites`, `edges`, `rotations` and `observations` follow in this order; empty ones are left out.
+A rotation is one line, followed by one for each input, output, folded norm and layer:
+
+    rotations {
+      residual stream "visual.patch_embed.proj" size=128 seed=0 keeps_mean done
+        input "hidden_states"
+        output 0
+        norm "visual.blocks.0.norm1"
+        columns "visual.blocks.0.attn.qkv" after "visual.blocks.0.norm1" weight(absmax 1.25 -> 0.75)
+        rows "visual.blocks.0.attn.proj" at 0 weight(absmax 1.5 -> 0.875) bias(absmax 2.0 -> 1.5)
+    }
+
+The largest magnitudes of its tensors before and after it are there once it is `done`.
 """
 
 import keyword
@@ -20,6 +32,7 @@ import keyword
 import torch
 from torch import Tensor, fx
 
+from vlqc.ir.rotations import ROTATED_PARTS, AppliedRotation
 from vlqc.ir.snapshot import (
     WEIGHT_PARTS,
     EdgeSummary,
@@ -49,6 +62,7 @@ def print_stage(stage: Stage | StageSnapshot, *, tensors: bool = True) -> str:
     lines += _section("sites", [_print_site(printed, site) for site in printed.sites.values()])
     if printed.edges is not None:  # an empty section says that no edge exists, a missing one that none was computed
         lines += ["edges {", *(f"  {_print_edge(edge)}" for edge in printed.edges), "}"]
+    lines += _section("rotations", [line for rotation in printed.rotations for line in _print_rotation(rotation)])
     observations = printed.observations.items()
     lines += _section("observations", [_print_observation(name, summary) for name, summary in observations])
     return "\n".join(lines) + "\n"
@@ -96,7 +110,7 @@ def _print_type(dtype: torch.dtype | str, shape: tuple[int, ...]) -> str:
     return f"{str(dtype).removeprefix('torch.')}[{', '.join(map(str, shape))}]"
 
 
-# ---- tensors, sites, edges, observations -----------------------------------------------------------------------------
+# ---- tensors, sites, edges, rotations, observations ------------------------------------------------------------------
 
 
 def _print_summary(summary: TensorSummary) -> str:
@@ -127,6 +141,29 @@ def _print_edge(edge: EdgeSummary) -> str:
 
 def _print_map(summary: MapSummary) -> str:
     return f"{summary.used} of {summary.total} digest={summary.digest}"
+
+
+def _print_rotation(rotation: AppliedRotation) -> list[str]:
+    """The lines of one rotation."""
+    matrix = rotation.rotation
+    flags = " keeps_mean" * matrix.keeps_mean + " done" * rotation.done
+    lines = [f"input {quote(name)}" for name in rotation.inputs]
+    lines += [f"output {position}" for position in rotation.outputs]
+    lines += [f"norm {quote(norm)}" for norm in rotation.norms]
+    for layer, norm in rotation.readers.items():
+        line = f"columns {quote(layer)}" + ("" if norm is None else f" after {quote(norm)}")
+        lines.append(line + _print_absmax(rotation, layer))
+    for layer, starts in rotation.writers.items():
+        rows = f"rows {quote(layer)} at {', '.join(map(str, starts))}"
+        line = f"table {quote(layer)}" if layer in rotation.tables else rows
+        lines.append(line + _print_absmax(rotation, layer))
+    header = f"{rotation.kind} {quote(matrix.name)} size={matrix.size} seed={matrix.seed}{flags}"
+    return [header, *(f"  {line}" for line in lines)]
+
+
+def _print_absmax(rotation: AppliedRotation, layer: str) -> str:
+    pairs = {part: rotation.absmax.get(f"{layer}.{part}") for part in ROTATED_PARTS}
+    return "".join(f" {part}(absmax {pair[0]!r} -> {pair[1]!r})" for part, pair in pairs.items() if pair is not None)
 
 
 def _print_observation(name: str, summary: ObservationSummary) -> str:

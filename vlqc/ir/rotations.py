@@ -15,6 +15,7 @@ from torch import Tensor
 from vlqc.kernels_ref.rotation import Rotation
 
 ROWS_PER_PIECE = 256  # of a weight whose columns are multiplied, so that temporaries stay in the cache
+ROTATED_PARTS = ("weight", "bias")  # of a layer: the parameters that a rotation can multiply
 Read = Callable[[str], Tensor]  # name of a parameter -> its value
 
 
@@ -75,7 +76,8 @@ class AppliedRotation:
     """A rotation and what it is applied to. `Rotatable` has the same fields for a whole model.
 
     writers, readers, norms, tables: see `Rotatable`; inputs: names of inputs of the stage; outputs: positions of its
-    outputs; done: whether the parameters are rotated.
+    outputs; done: whether the parameters are rotated; absmax: of each rotated tensor of the stage, max |tensor| before
+    and after the rotation, by checkpoint name.
     """
 
     kind: RotationKind
@@ -87,6 +89,7 @@ class AppliedRotation:
     inputs: tuple[str, ...] = ()
     outputs: tuple[int, ...] = ()
     done: bool = False
+    absmax: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @classmethod
     def of_model(cls, rotatable: Rotatable, seed: int) -> "AppliedRotation":
@@ -100,12 +103,23 @@ class AppliedRotation:
             tables=rotatable.tables,
         )
 
+    @property
+    def changed_layers(self) -> list[str]:
+        """Layers and norms of which it changes a parameter."""
+        return list(dict.fromkeys([*self.norms, *self.readers, *self.writers]))
+
     def changes(self, layer: str) -> bool:
         """Whether it changes a parameter of a layer or norm."""
         return layer in self.writers or layer in self.readers or layer in self.norms
 
-    def as_done(self) -> "AppliedRotation":
-        return replace(self, done=True)
+    def rotates(self, layer: str, parameter: str) -> bool:
+        """Whether it multiplies a parameter of a layer by R, from either side."""
+        if parameter == "weight":
+            return layer in self.writers or layer in self.readers
+        return parameter == "bias" and layer in self.writers and layer not in self.tables
+
+    def as_done(self, absmax: Mapping[str, tuple[float, float]]) -> "AppliedRotation":
+        return replace(self, done=True, absmax=absmax)
 
     @torch.no_grad()
     def apply_(self, layer: str, weight: Tensor, bias: Tensor | None, norm: Read) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from vlqc.ir.memory import release_pages
 from vlqc.ir.observation import MODALITIES, Observation
+from vlqc.ir.rotations import AppliedRotation
 from vlqc.ir.stage import Edge, Site, Stage, group_by_source
 from vlqc.ir.tensor_cache import TensorCache
 from vlqc.ir.tensor_digest import absmax, digest, fingerprint
@@ -64,7 +65,8 @@ class StageSnapshot:
     graph: targets of call_module nodes are paths that `checkpoint_name` translates, in a parsed snapshot checkpoint
     names; constants of get_attr nodes have meta["summary"] or meta["constant"]; sites: by checkpoint name; weights: per
     site the summaries of its quantized weight, in the order of WEIGHT_PARTS; tensors: parameters and buffers by
-    checkpoint name; edges: None if they were not computed; observations: by node name.
+    checkpoint name; edges: None if they were not computed; rotations: planned and done ones; observations: by node
+    name.
     """
 
     name: str
@@ -75,6 +77,7 @@ class StageSnapshot:
     weights: dict[str, list[TensorSummary]] = field(default_factory=dict)
     tensors: dict[str, TensorSummary] = field(default_factory=dict)
     edges: tuple[EdgeSummary, ...] | None = None
+    rotations: tuple[AppliedRotation, ...] = ()
     observations: dict[str, ObservationSummary] = field(default_factory=dict)
     checkpoint_name: Callable[[str], str] = lambda name: name
 
@@ -100,6 +103,7 @@ def snapshot(stage: Stage, *, tensors: bool = True) -> StageSnapshot:
         weights={name: [summarize(tensor) for tensor in weight.tensors()] for name, weight in quantized.items()},
         tensors=_named((stage.checkpoint_name(path), tensor) for path, tensor in named),
         edges=None if stage.edges is None else tuple(_summarize_edge(stage, edge) for edge in stage.edges),
+        rotations=stage.rotations,
         observations={name: _summarize_observation(value) for name, value in stage.observations.items()},
         checkpoint_name=stage.checkpoint_name,
     )

@@ -5,14 +5,15 @@ The checks are cheap: weights are read once without temporaries, everything else
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx, nn
 
-from vlqc.ir.execution import StageRun
+from vlqc.ir.execution import StageRun, input_tensors
 from vlqc.ir.memory import release_pages
 from vlqc.ir.observation import MODALITIES, ChannelRange, Observation
+from vlqc.ir.rotations import AppliedRotation
 from vlqc.ir.snapshot import StageSnapshot
 from vlqc.ir.stage import Edge, Site, Stage, WeightQuantization, observe
 from vlqc.ir.tensor_cache import TensorCache
@@ -29,6 +30,7 @@ def check(stage: Stage | StageSnapshot) -> list[str]:
     for node in stage.graph.nodes:
         if node.op == "call_module":
             calls.setdefault(str(node.target), []).append(node)
+    faults += _rotations(stage, modules)
     for name, site in stage.sites.items():
         faults += _site(calls.get(site.target, []), modules, name, site)
     if isinstance(stage, Stage):
@@ -183,6 +185,100 @@ def _groups(stage: Stage | StageSnapshot) -> Iterator[str]:
 
 def _names(sites: list[Site]) -> str:
     return ", ".join(site.name for site in sites)
+
+
+# ---- rotations -------------------------------------------------------------------------------------------------------
+
+
+def _rotations(stage: Stage | StageSnapshot, modules: dict[str, nn.Module]) -> Iterator[str]:
+    shapes = _weight_shapes(stage) if stage.rotations else {}
+    names = Counter(f"{rotation.kind} {rotation.rotation.name}" for rotation in stage.rotations)
+    yield from (f"{count} rotations of the {name}" for name, count in names.items() if count > 1)
+    layers = {stage.checkpoint_name(path): module for path, module in modules.items()} if stage.rotations else {}
+    for rotation in stage.rotations:
+        faults = [*_rotated_layers(shapes, rotation), *_rotated_values(stage.graph, rotation)]
+        if not rotation.done:
+            faults += [*_unrotated(layers, rotation)]
+            if stage.observations:
+                faults.append("inputs are observed before layers are rotated")
+        if isinstance(stage, Stage) and stage.execution.probe is not None:
+            probe = stage.execution.probe
+            faults += _rotated_probe(dict(input_tensors(stage.module, probe.args, probe.kwargs)), rotation)
+        yield from (f"rotation of the {rotation.kind} {rotation.rotation.name}: {fault}" for fault in faults)
+
+
+def _weight_shapes(stage: Stage | StageSnapshot) -> dict[str, tuple[int, ...]]:
+    """Checkpoint name of a layer -> shape of its weight, of a site that of the float weight."""
+    if isinstance(stage, Stage):
+        named = [*stage.module.named_parameters(), *stage.module.named_buffers()]
+        shapes = {stage.checkpoint_name(path): tuple(tensor.shape) for path, tensor in named}
+    else:
+        shapes = {name: summary.shape for name, summary in stage.tensors.items()}
+    weights = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if name.endswith(".weight")}
+    return weights | {name: site.shape for name, site in stage.sites.items()}
+
+
+def _rotated_layers(shapes: Mapping[str, tuple[int, ...]], rotation: AppliedRotation) -> Iterator[str]:
+    size = rotation.rotation.size
+    if not (rotation.changed_layers or rotation.inputs or rotation.outputs):
+        yield "it changes nothing in the stage"
+    if missing := [layer for layer in rotation.changed_layers if layer not in shapes]:
+        yield f"the stage has no {', '.join(f'{layer}.weight' for layer in missing)}"
+        return
+    for layer in rotation.norms:
+        if len(shapes[layer]) != 1:
+            yield f"{layer} is not a norm: its weight is {list(shapes[layer])}"
+    for layer, norm in rotation.readers.items():
+        columns = shapes[layer][1] if len(shapes[layer]) == 2 else 0
+        if not columns or columns % size:
+            yield f"{layer} has a weight {list(shapes[layer])}: expected a multiple of {size} columns"
+        if norm is not None and norm not in rotation.norms:
+            yield f"{layer} reads {norm}, which is not one of its norms"
+        elif norm is not None and (not math.prod(shapes[norm]) or columns % math.prod(shapes[norm])):
+            yield f"{layer} has {columns} columns, and {norm} a weight {list(shapes[norm])}"
+    for layer, starts in rotation.writers.items():
+        rows = shapes[layer][0] if shapes[layer] else 0
+        if layer in rotation.tables and shapes[layer][1:] != (size,):
+            yield f"{layer} is a table {list(shapes[layer])}: expected {size} columns"
+        elif layer not in rotation.tables and not _are_blocks(starts, size, rows):
+            yield f"{layer} has {rows} rows: expected separate blocks of {size} rows at {', '.join(map(str, starts))}"
+
+
+def _are_blocks(starts: Sequence[int], size: int, rows: int) -> bool:
+    """Whether blocks of `size` rows do not overlap and are within all rows."""
+    ends = [0, *(start + size for start in starts)]
+    return bool(starts) and all(end <= start for end, start in zip(ends, [*starts, rows], strict=True))
+
+
+def _unrotated(layers: Mapping[str, nn.Module], rotation: AppliedRotation) -> Iterator[str]:
+    """layers: by checkpoint name; empty for a snapshot."""
+    for layer in (layer for layer in rotation.changed_layers if layer in layers):
+        parameters = dict(layers[layer].named_parameters(recurse=False))
+        if "weight" not in parameters or any(parameter.dtype != torch.float32 for parameter in parameters.values()):
+            yield f"{layer} has no float32 weight that can still be rotated"
+
+
+def _rotated_values(graph: fx.Graph, rotation: AppliedRotation) -> Iterator[str]:
+    """Inputs and outputs in the graph."""
+    inputs = {str(node.target): node for node in graph.nodes if node.op == "placeholder"}
+    returned = next((node.args[0] for node in graph.nodes if node.op == "output"), ())
+    outputs = dict(enumerate(returned)) if isinstance(returned, tuple) else {}
+    size = rotation.rotation.size
+    values = [(f"input {name}", inputs.get(name)) for name in rotation.inputs]
+    values += [(f"output {position}", outputs.get(position)) for position in rotation.outputs]
+    for name, node in values:
+        shape = node.meta.get("shape") if isinstance(node, fx.Node) else None
+        if not shape or shape[-1] != size:
+            yield f"{name} is {list(shape) if shape else 'not a tensor of the graph'}: expected {size} channels"
+
+
+def _rotated_probe(inputs: Mapping[str, Tensor], rotation: AppliedRotation) -> Iterator[str]:
+    """inputs: of the probe, by name."""
+    for name in rotation.inputs:
+        tensor = inputs.get(name)
+        if tensor is None or not tensor.is_floating_point() or tensor.shape[-1:] != (rotation.rotation.size,):
+            actual = "missing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+            yield f"input {name} of the probe is {actual}: expected float [..., {rotation.rotation.size}]"
 
 
 # ---- edges and observations ------------------------------------------------------------------------------------------

@@ -23,13 +23,12 @@ from vlqc.frontend.calibration.dataset import load_calibration
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.device import resolve_device
 from vlqc.frontend.memory import check_memory, estimate_memory, peak_memory
-from vlqc.frontend.model_structure import rotatable_parts
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.stage import Site
 from vlqc.options.options import Options
-from vlqc.passes.algorithms.rotation import plan_rotations
 from vlqc.pipeline.layer_selection import check_layers
 from vlqc.pipeline.presets import build_pipeline
+from vlqc.pipeline.rotation_plan import rotate_model
 from vlqc.reporting.rotations import RotatedPart, rotated_parts, rotation_notes, rotation_text
 from vlqc.reporting.summary import target_warnings
 from vlqc.reporting.tables import labeled_lines, layer_table
@@ -114,8 +113,7 @@ def plan_compilation(
     checkpoint = Checkpoint(options.model_path)
     model = StreamedModel.open(checkpoint, trust_remote_code=options.trust_remote_code)
     check_layers(model, options)
-    rotations = plan_rotations(passes, lambda: rotatable_parts(model), list(model.stages))
-    model.rotate(rotations, stages=False)
+    rotations = rotate_model(model, passes)
     calibration = load_calibration(options, model, samples)
     memory = estimate_memory(model, calibration.samples, options.memory_budget)
     memory_notes: list[str] = []

@@ -24,6 +24,7 @@ from vlqc.pipeline.manager import PassManager
 from vlqc.pipeline.ordering import passes_for_stage_outputs
 from vlqc.pipeline.pass_api import Pass
 from vlqc.pipeline.presets import build_pipeline
+from vlqc.pipeline.rotation_plan import rotate_model
 from vlqc.reporting.dumps.writer import Dumper, require_pass
 from vlqc.reporting.progress import Progress
 
@@ -112,6 +113,7 @@ def run_until(
     dumper = Dumper.from_options(options, pipeline, active=True)
     model = open_model(options)
     check_layers(model, options)
+    rotate_model(model, pipeline)
     dataset = load_calibration(options, model, samples)
     return _run_stages(model, dataset, pipeline, last + 1, dumper, progress or Progress())
 
@@ -136,7 +138,7 @@ def _run_stages(
     selected = [name for name in model.stages if dumper.selects(name)]
     finished: list[str] = []
     progress.begin(len(selected), len(dataset.samples))
-    read, dtype = model.checkpoint.tensor, emitted_dtype(model.checkpoint.dtype)
+    read, dtype = model.tensors.tensor, emitted_dtype(model.checkpoint.dtype)
     with closing(traced_stages(model, dataset.samples, dtype, read=read, probe=dataset.probe)) as stages:
         for stage in stages:
             progress.stage(len(finished), stage.name)

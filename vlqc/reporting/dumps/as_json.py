@@ -9,6 +9,7 @@ from torch import fx
 
 from vlqc.ir.parser import parse_stage
 from vlqc.ir.printer import CALLEES, print_stage
+from vlqc.ir.rotations import AppliedRotation
 from vlqc.ir.snapshot import WEIGHT_PARTS, StageSnapshot
 from vlqc.ir.stage import Site, Stage
 from vlqc.ir.syntax import function_name, literal
@@ -27,6 +28,7 @@ def stage_to_dict(stage: StageSnapshot) -> dict[str, Any]:
     """A stage as JSON-compatible values, with the numbers, lists and names of its text.
 
     nodes: name, operation, callee, arguments as in the text, shape and dtype. tensors, sites, observations: by name.
+    rotations: kind, matrix, what is rotated; columns: layer -> norm or null; rows: layer -> first rows of its blocks.
     inf and nan, which JSON does not have, are strings.
     """
     content = {
@@ -37,6 +39,7 @@ def stage_to_dict(stage: StageSnapshot) -> dict[str, Any]:
         "tensors": {name: asdict(summary) for name, summary in stage.tensors.items()},
         "sites": {name: _site_to_dict(stage, site) for name, site in stage.sites.items()},
         "edges": None if stage.edges is None else [asdict(edge) for edge in stage.edges],
+        "rotations": [_rotation_to_dict(rotation) for rotation in stage.rotations],
         "observations": {name: asdict(observation) for name, observation in stage.observations.items()},
     }
     finite: dict[str, Any] = _replace_infinite(content)
@@ -70,6 +73,21 @@ def _site_to_dict(stage: StageSnapshot, site: Site) -> dict[str, Any]:
         "reason": site.reason,
         "input": None if site.input is None else asdict(site.input),
         "weight": weight and {part: asdict(summary) for part, summary in zip(WEIGHT_PARTS, weight, strict=False)},
+    }
+
+
+def _rotation_to_dict(rotation: AppliedRotation) -> dict[str, Any]:
+    return {
+        "kind": str(rotation.kind),
+        **asdict(rotation.rotation),
+        "done": rotation.done,
+        "inputs": list(rotation.inputs),
+        "outputs": list(rotation.outputs),
+        "norms": list(rotation.norms),
+        "columns": dict(rotation.readers),
+        "rows": {layer: starts for layer, starts in rotation.writers.items() if layer not in rotation.tables},
+        "tables": list(rotation.tables),
+        "absmax": dict(rotation.absmax),
     }
 
 

@@ -1,6 +1,6 @@
 """Bundles: one state of one stage as a folder, from which passes can be run again on another machine.
 
-    graph.vlqc                 text: graph, sites with their schemes, summaries of all tensors
+    graph.vlqc                 text: graph, sites with their schemes, rotations, summaries of all tensors
     config.json                of the checkpoint; the installed transformers builds the stage's module from it
     bundle.json                BundleMetadata: everything that is not in the other files
     weights.safetensors        parameters and buffers by path in the stage; quantized weights of sites; edges
@@ -293,7 +293,12 @@ def read_bundle(folder: Path) -> Stage:
         if print_stage(stage) != text:
             raise ValueError(f"its tensors do not match {BUNDLE_GRAPH}")
         if execution.probe is not None:
-            execution.probe_output()  # its arguments may be anything, so that only a run shows whether they fit
+            output = (
+                execution.probe_output()
+            )  # its arguments may be anything, so that only a run shows whether they fit
+            rotations = [rotation.rotation for rotation in stage.rotations if 0 in rotation.outputs]
+            if any(rotation.size != output.shape[1] for rotation in rotations):
+                raise ValueError(f"the rotation of its output [..., {output.shape[1]}] has another size")
     return stage
 
 
@@ -402,6 +407,7 @@ def _restore_stage(
         graph=snapshot.graph,
         sites=snapshot.sites,
         execution=execution,
+        rotations=snapshot.rotations,
         checkpoint_name=lambda path: metadata.names.get(path, prefix + path),
     )
     for node in stage.graph.nodes:

@@ -13,6 +13,7 @@ from vlqc.errors import Fault, UserError
 from vlqc.formatting import pluralize
 from vlqc.ir.parser import parse_stage
 from vlqc.ir.printer import print_node, print_stage
+from vlqc.ir.rotations import AppliedRotation
 from vlqc.ir.snapshot import WEIGHT_PARTS, MapSummary, ObservationSummary, StageSnapshot, TensorSummary
 from vlqc.ir.stage import Site
 
@@ -200,6 +201,7 @@ def _differences(before: StageSnapshot, after: StageSnapshot) -> Iterator[tuple[
         owner, _, parameter = name.rpartition(".")
         yield from ((owner or name, f"{parameter}: {sentence}") for sentence in _diff_tensors(old_tensor, new_tensor))
     yield from _diff_edges(before, after)
+    yield from _diff_rotations(before, after)
     for name, old_observation, new_observation in _pairs(before.observations, after.observations):
         yield from ((f"%{name}", sentence) for sentence in _diff_observations(old_observation, new_observation))
 
@@ -294,7 +296,7 @@ def _from_to(before: float, after: float) -> str:
     return f"{shown} (times {ratio:.3g})" if abs(ratio - 1) >= 0.005 else shown
 
 
-# ---- edges and observations ------------------------------------------------------------------------------------------
+# ---- edges, rotations and observations -------------------------------------------------------------------------------
 
 
 def _diff_edges(before: StageSnapshot, after: StageSnapshot) -> Iterator[tuple[str, str]]:
@@ -310,6 +312,53 @@ def _diff_edges(before: StageSnapshot, after: StageSnapshot) -> Iterator[tuple[s
             yield producer, f"usable channels: {_format_map(old_edge.usable)} -> {_format_map(new_edge.usable)}"
         for consumer, old_map, new_map in _pairs(old_edge.consumers, new_edge.consumers):
             yield producer, f"columns of {consumer}: {_format_map(old_map)} -> {_format_map(new_map)}"
+
+
+def _diff_rotations(before: StageSnapshot, after: StageSnapshot) -> Iterator[tuple[str, str]]:
+    old_named, new_named = (
+        {f"{rotation.kind} {rotation.rotation.name}": rotation for rotation in stage.rotations}
+        for stage in (before, after)
+    )
+    for name, old, new in _pairs(old_named, new_named):
+        if old is None or new is None:
+            yield STAGE, f"rotation of the {name} {'added' if old is None else 'removed'}"
+            continue
+        yield from ((STAGE, f"{name}: {sentence}") for sentence in _diff_settings(old, new))
+        for layer, old_role, new_role in _pairs(_roles(old), _roles(new)):
+            yield layer, f"{name}: {_format(old_role)} -> {_format(new_role)}"
+        for tensor, old_pair, new_pair in _pairs(old.absmax, new.absmax) if old.done and new.done else ():
+            owner, _, parameter = tensor.rpartition(".")
+            pairs = zip(("before", "after"), old_pair or (), new_pair or (), strict=False)
+            yield from (
+                (owner, f"{parameter} {when} the rotation of the {name}: absmax {_from_to(old_value, new_value)}")
+                for when, old_value, new_value in pairs
+                if old_value != new_value
+            )
+
+
+def _diff_settings(before: AppliedRotation, after: AppliedRotation) -> Iterator[str]:
+    attributes: tuple[tuple[str, Callable[[AppliedRotation], Any]], ...] = (
+        ("size", lambda rotation: rotation.rotation.size),
+        ("seed", lambda rotation: rotation.rotation.seed),
+        ("keeps the mean", lambda rotation: rotation.rotation.keeps_mean),
+        ("done", lambda rotation: rotation.done),
+        ("inputs", lambda rotation: ", ".join(rotation.inputs) or None),
+        ("outputs", lambda rotation: ", ".join(map(str, rotation.outputs)) or None),
+        ("norms", lambda rotation: ", ".join(rotation.norms) or None),
+    )
+    for name, value_of in attributes:
+        old, new = value_of(before), value_of(after)
+        if old != new:
+            yield f"{name}: {_format(old)} -> {_format(new)}"
+
+
+def _roles(rotation: AppliedRotation) -> dict[str, str]:
+    """Layer -> what is rotated of it."""
+    roles = {layer: "columns" + (f" after {norm}" if norm else "") for layer, norm in rotation.readers.items()}
+    for layer, starts in rotation.writers.items():
+        rows = "table" if layer in rotation.tables else f"rows at {', '.join(map(str, starts))}"
+        roles[layer] = f"{roles[layer]}, {rows}" if layer in roles else rows
+    return roles
 
 
 def _format_map(summary: MapSummary | None) -> str:

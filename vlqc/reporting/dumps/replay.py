@@ -1,6 +1,6 @@
 """Runs passes again on one state of one stage, from a bundle: `vlqc run-pass`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from vlqc.errors import Fault, UserError
 from vlqc.formatting import pluralize
 from vlqc.ir.parser import parse_stage
 from vlqc.ir.printer import print_stage
+from vlqc.ir.stage import Stage
+from vlqc.passes.algorithms.rotation import RotationPass
 from vlqc.pipeline.manager import PassManager
 from vlqc.pipeline.ordering import CALIBRATION
 from vlqc.pipeline.pass_api import Pass
@@ -64,12 +66,29 @@ def run_pass(bundle: Path, pipeline: str) -> ReplayResult:
         why = "it runs all calibration samples through the stage, but the bundle contains the probe only"
         fix = f"use a bundle from before {CALIBRATION}, of a compilation in one process"
         raise UserError(Fault(f"{CALIBRATION} cannot be run", str(bundle), why, fix))
+    _check_rotations(bundle, stage, passes)
     before = print_stage(stage)
     manager = PassManager(passes)
     manager.run(stage)
     text = print_stage(stage)
     changes = diff_stages(parse_stage(before), parse_stage(text))
     return ReplayResult(text, changes, tuple(stage.notes), manager.seconds)
+
+
+def _check_rotations(bundle: Path, stage: Stage, passes: Sequence[Pass]) -> None:
+    """UserError for passes that need a planned rotation to be done, and for rotation passes that plan another one."""
+    planned = {rotation.kind: rotation for rotation in stage.rotations if not rotation.done}
+    for step in passes:
+        if isinstance(step, RotationPass):
+            rotation = planned.pop(step.rotates, None)
+            if rotation is not None and rotation.rotation.seed != step.seed:
+                why = f"the inputs in the bundle are rotated with the seed {rotation.rotation.seed}"
+                fix = f"use {step.name}{{seed={rotation.rotation.seed}}}"
+                raise UserError(Fault(f"{step.name} cannot be run with the seed {step.seed}", str(bundle), why, fix))
+        elif planned and step.name in RotationPass.before:
+            kinds = " and ".join(f"{kind}s" for kind in planned)
+            why, fix = f"the {kinds} of the stage are not rotated yet", "run the passes that rotate them before it"
+            raise UserError(Fault(f"{step.name} cannot be run", str(bundle), why, fix))
 
 
 def _parse_passes(pipeline: str) -> list[Pass]:

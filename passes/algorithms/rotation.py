@@ -35,7 +35,7 @@ def rotate_stage(stage: Stage, kind: RotationKind) -> bool:
     if not error <= TOLERANCE:
         why = f"relative error {error:.1e}, tolerance {TOLERANCE:.0e}"
         what = f"a rotation changes the output of {stage.name}"
-        raise UserError(Fault(what, f"rotation of the {kind}s", why, "compile with --rotate none"))
+        raise UserError(Fault(what, f"rotation of the {kind}", why, "compile with --rotate none"))
     return True
 
 

@@ -5,7 +5,8 @@ The checks are cheap: weights are read once without temporaries, everything else
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,6 +20,8 @@ from vlqc.ir.stage import Edge, Site, Stage, WeightQuantization, observe
 from vlqc.ir.tensor_cache import TensorCache
 from vlqc.ir.tensor_digest import is_finite
 
+T = TypeVar("T")
+_Type = tuple[torch.dtype, tuple[int, ...]]  # of a tensor: dtype and shape
 OPS = ("placeholder", "get_attr", "call_function", "call_module", "call_method", "output")
 
 
@@ -191,19 +194,19 @@ def _names(sites: list[Site]) -> str:
 
 
 def _rotations(stage: Stage | StageSnapshot, modules: dict[str, nn.Module]) -> Iterator[str]:
-    shapes = _weight_shapes(stage) if stage.rotations else {}
+    if not stage.rotations:
+        return
+    shapes = _weight_shapes(stage)
     names = Counter(f"{rotation.kind} {rotation.rotation.name}" for rotation in stage.rotations)
     yield from (f"{count} rotations of the {name}" for name, count in names.items() if count > 1)
-    layers = {stage.checkpoint_name(path): module for path, module in modules.items()} if stage.rotations else {}
+    layers = {stage.checkpoint_name(path): module for path, module in modules.items()}
+    inputs, outputs = _input_types(stage), _output_types(stage.graph)
     for rotation in stage.rotations:
-        faults = [*_rotated_layers(shapes, rotation), *_rotated_values(stage.graph, rotation)]
+        faults = [*_rotated_layers(shapes, rotation), *_rotated_values(rotation, inputs, outputs)]
         if not rotation.done:
             faults += [*_unrotated(layers, rotation)]
             if stage.observations:
                 faults.append("inputs are observed before layers are rotated")
-        if isinstance(stage, Stage) and stage.execution.probe is not None:
-            probe = stage.execution.probe
-            faults += _rotated_probe(dict(input_tensors(stage.module, probe.args, probe.kwargs)), rotation)
         yield from (f"rotation of the {rotation.kind} {rotation.rotation.name}: {fault}" for fault in faults)
 
 
@@ -258,27 +261,36 @@ def _unrotated(layers: Mapping[str, nn.Module], rotation: AppliedRotation) -> It
             yield f"{layer} has no float32 weight that can still be rotated"
 
 
-def _rotated_values(graph: fx.Graph, rotation: AppliedRotation) -> Iterator[str]:
-    """Inputs and outputs in the graph."""
-    inputs = {str(node.target): node for node in graph.nodes if node.op == "placeholder"}
-    returned = next((node.args[0] for node in graph.nodes if node.op == "output"), ())
-    outputs = dict(enumerate(returned)) if isinstance(returned, tuple) else {}
+def _rotated_values(
+    rotation: AppliedRotation, inputs: Mapping[str, _Type], outputs: Mapping[int, _Type]
+) -> Iterator[str]:
+    """inputs: of the stage, by name; outputs: by position."""
     size = rotation.rotation.size
-    values = [(f"input {name}", inputs.get(name)) for name in rotation.inputs]
-    values += [(f"output {position}", outputs.get(position)) for position in rotation.outputs]
-    for name, node in values:
-        shape = node.meta.get("shape") if isinstance(node, fx.Node) else None
-        if not shape or shape[-1] != size:
-            yield f"{name} is {list(shape) if shape else 'not a tensor of the graph'}: expected {size} channels"
+    types = {f"input {name}": inputs.get(name) for name in rotation.inputs}
+    types |= {f"output {position}": outputs.get(position) for position in rotation.outputs}
+    for name, (dtype, shape) in ((name, type_ or (None, ())) for name, type_ in types.items()):
+        if dtype is None or not dtype.is_floating_point or shape[-1:] != (size,):
+            actual = "not a tensor of the stage" if dtype is None else f"{dtype} {list(shape)}"
+            yield f"{name} is {actual}: expected float [..., {size}]"
 
 
-def _rotated_probe(inputs: Mapping[str, Tensor], rotation: AppliedRotation) -> Iterator[str]:
-    """inputs: of the probe, by name."""
-    for name in rotation.inputs:
-        tensor = inputs.get(name)
-        if tensor is None or not tensor.is_floating_point() or tensor.shape[-1:] != (rotation.rotation.size,):
-            actual = "missing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
-            yield f"input {name} of the probe is {actual}: expected float [..., {rotation.rotation.size}]"
+def _input_types(stage: Stage | StageSnapshot) -> dict[str, _Type]:
+    """Of the probe, or as recorded in the graph if there is none."""
+    if isinstance(stage, Stage) and (probe := stage.execution.probe) is not None:
+        tensors = input_tensors(stage.module, probe.args, probe.kwargs)
+        return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors}
+    return dict(_types((str(node.target), node) for node in stage.graph.nodes if node.op == "placeholder"))
+
+
+def _output_types(graph: fx.Graph) -> dict[int, _Type]:
+    returned = next((node.args[0] for node in graph.nodes if node.op == "output"), ())
+    return dict(_types(enumerate(returned if isinstance(returned, tuple) else ())))
+
+
+def _types(values: Iterable[tuple[T, object]]) -> Iterator[tuple[T, _Type]]:
+    for key, node in values:
+        if isinstance(node, fx.Node) and "shape" in node.meta:
+            yield key, (node.meta["dtype"], node.meta["shape"])
 
 
 # ---- edges and observations ------------------------------------------------------------------------------------------

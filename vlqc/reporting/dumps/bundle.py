@@ -292,13 +292,12 @@ def read_bundle(folder: Path) -> Stage:
             raise ValueError("; ".join(invalid))
         if print_stage(stage) != text:
             raise ValueError(f"its tensors do not match {BUNDLE_GRAPH}")
-        if execution.probe is not None:
-            output = (
-                execution.probe_output()
-            )  # its arguments may be anything, so that only a run shows whether they fit
-            rotations = [rotation.rotation for rotation in stage.rotations if 0 in rotation.outputs]
-            if any(rotation.size != output.shape[1] for rotation in rotations):
-                raise ValueError(f"the rotation of its output [..., {output.shape[1]}] has another size")
+        if execution.probe is None:
+            raise ValueError("it has no probe")
+        output = execution.probe_output()  # its arguments may be anything, so that only a run shows whether they fit
+        for rotation in stage.rotations:
+            if 0 in rotation.outputs and rotation.rotation.size != output.shape[1]:
+                raise ValueError(f"its output has {output.shape[1]} channels, and is rotated by {rotation.rotation}")
     return stage
 
 

@@ -341,7 +341,6 @@ def _diff_settings(before: AppliedRotation, after: AppliedRotation) -> Iterator[
         ("size", lambda rotation: rotation.rotation.size),
         ("seed", lambda rotation: rotation.rotation.seed),
         ("keeps the mean", lambda rotation: rotation.rotation.keeps_mean),
-        ("done", lambda rotation: rotation.done),
         ("inputs", lambda rotation: ", ".join(rotation.inputs) or None),
         ("outputs", lambda rotation: ", ".join(map(str, rotation.outputs)) or None),
         ("norms", lambda rotation: ", ".join(rotation.norms) or None),
@@ -350,6 +349,8 @@ def _diff_settings(before: AppliedRotation, after: AppliedRotation) -> Iterator[
         old, new = value_of(before), value_of(after)
         if old != new:
             yield f"{name}: {_format(old)} -> {_format(new)}"
+    if before.done != after.done:
+        yield "rotated" if after.done else "no longer rotated"
 
 
 def _roles(rotation: AppliedRotation) -> dict[str, str]:

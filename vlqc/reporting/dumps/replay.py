@@ -86,8 +86,8 @@ def _check_rotations(bundle: Path, stage: Stage, passes: Sequence[Pass]) -> None
                 fix = f"use {step.name}{{seed={rotation.rotation.seed}}}"
                 raise UserError(Fault(f"{step.name} cannot be run with the seed {step.seed}", str(bundle), why, fix))
         elif planned and step.name in RotationPass.before:
-            kinds = " and ".join(f"{kind}s" for kind in planned)
-            why, fix = f"the {kinds} of the stage are not rotated yet", "run the passes that rotate them before it"
+            why = f"the stage is not rotated yet: {', '.join(planned)}"
+            fix = "run the passes that rotate it first, or use the bundle after them"
             raise UserError(Fault(f"{step.name} cannot be run", str(bundle), why, fix))
 
 

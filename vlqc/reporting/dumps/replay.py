@@ -12,11 +12,11 @@ from vlqc.formatting import pluralize
 from vlqc.ir.parser import parse_stage
 from vlqc.ir.printer import print_stage
 from vlqc.ir.stage import Stage
-from vlqc.passes.algorithms.rotation import RotationPass
 from vlqc.pipeline.manager import PassManager
 from vlqc.pipeline.ordering import CALIBRATION
 from vlqc.pipeline.pass_api import Pass
 from vlqc.pipeline.registry import parse_pipeline
+from vlqc.pipeline.rotation_plan import RotationPass
 from vlqc.reporting.dumps.bundle import read_bundle
 from vlqc.reporting.dumps.diff import Changes, diff_stages
 
@@ -85,7 +85,7 @@ def _check_rotations(bundle: Path, stage: Stage, passes: Sequence[Pass]) -> None
                 why = f"the inputs in the bundle are rotated with the seed {rotation.rotation.seed}"
                 fix = f"use {step.name}{{seed={rotation.rotation.seed}}}"
                 raise UserError(Fault(f"{step.name} cannot be run with the seed {step.seed}", str(bundle), why, fix))
-        elif planned and step.name in RotationPass.before:
+        elif planned:
             why = f"the stage is not rotated yet: {', '.join(planned)}"
             fix = "run the passes that rotate it first, or use the bundle after them"
             raise UserError(Fault(f"{step.name} cannot be run", str(bundle), why, fix))

@@ -25,7 +25,7 @@ from vlqc.verify.folder.rotations import Key, Rotated, Seeds, applied, describe_
 from vlqc.verify.structure.structure import CompiledFolder
 
 DEFAULT_SEED = 0
-FEWEST_FAULTS = 2  # tensors of a stage: so many change with every rotation; one alone is damaged
+FEWEST_FAULTS = 2  # tensors of a stage that a rotation changes a little; one alone is damaged
 MOST_SEEDS = 5  # that are tried for one rotation
 FUTILE_SEARCHES = 3  # stages alike for which no other rotation was better; then none is tried for more of them
 # If so many of at least that many matrices that a rotation changes are not the source's, it is not damage.
@@ -88,7 +88,7 @@ class _SourceCheck:
         self.folder, self.model, self.source, self.result = folder, model, source, result
         self.parts = {key_of(part): part for part in model.rotatable if not part.obstacle}
         self.stated: Rotated = {key: folder.rotations.get(key) for key in self.parts}
-        self.stages = {stage for part in self.parts.values() for stage, _ in (*part.inputs, *part.outputs)}
+        self.stages = {stage for part in model.rotatable for stage, _ in (*part.inputs, *part.outputs)}
         self.units = {key: {self.unit(layer) for layer in layers_of(part)} for key, part in self.parts.items()}
 
     def unit(self, name: str) -> str:
@@ -115,7 +115,7 @@ class _SourceCheck:
         """The comparison of the layers that `includes`, under some rotations. count: add what was examined."""
         faults = VerificationResult(self.result.folder)
         seeds = {key: seed for key, seed in rotated.items() if seed is not None}
-        source = rotated_source(self.source, self.model, applied(self.model, seeds))
+        source = rotated_source(self.source, self.model, applied(self.model, seeds), includes)
         comparison = Comparison(self.folder, self.model, source, faults)
         comparison.run(includes)
         if count:
@@ -131,7 +131,8 @@ class _SourceCheck:
         for unit, stated in outcomes.items():
             keys = [key for key in self.parts if unit in self.units[key]]
             alike = tuple(name for kind, name in keys if kind == RotationKind.RESIDUAL)
-            if stated.tensors < FEWEST_FAULTS or futile[alike] >= FUTILE_SEARCHES:
+            few = stated.tensors < FEWEST_FAULTS and not stated.not_source
+            if few or futile[alike] >= FUTILE_SEARCHES:
                 continue
             best, includes = stated, lambda name, unit=unit: self.unit(name) == unit
             for rotated in sorted(
@@ -147,13 +148,21 @@ class _SourceCheck:
                 latest |= {key[0]: best.rotated[key] for key in keys}
 
     def others(self, keys: list[Key]) -> Iterator[Rotated]:
-        """Other rotations of some parts: each is not rotated, or with the stated seed, the default or another one."""
-        choices = []
-        for key in keys:
-            stated = [seed for (kind, _), seed in self.stated.items() if kind == key[0]]
-            choices.append(list(dict.fromkeys([self.stated[key], None, DEFAULT_SEED, *stated]))[:MOST_SEEDS])
+        """Other rotations of some parts: each is not rotated, or with the stated seed, the default or another one.
+
+        Heads of several layers are changed together.
+        """
+        heads = [key for key in keys if key[0] == RotationKind.HEADS]
+        groups = [*([key] for key in keys if key not in heads), *([heads] if heads else [])]
+        choices: list[list[Rotated]] = []
+        for group in groups:
+            kind = group[0][0]
+            seeds = dict.fromkeys([None, DEFAULT_SEED, *(self.stated[key] for key in self.stated if key[0] == kind)])
+            choices.append([{key: self.stated[key] for key in group}])
+            for seed in list(seeds)[:MOST_SEEDS]:
+                choices[-1].append(dict.fromkeys(group, seed))
         for chosen in product(*choices):
-            rotated = self.stated | dict(zip(keys, chosen, strict=True))
+            rotated = self.stated | {key: seed for of_group in chosen for key, seed in of_group.items()}
             if rotated != self.stated:
                 yield rotated
 

@@ -5,9 +5,10 @@ norm before it, and the bias b + W b_norm; one that writes them has R^T W in eac
 weight is then 1 and its bias 0. Only the matrices R themselves are those of the compiler, from `kernels_ref`.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -106,41 +107,56 @@ def release_memory() -> None:
 
 
 def rotated_source(
-    source: Mapping[str, StoredTensor], model: ModelStructure, rotations: Iterable[AppliedRotation]
+    source: Mapping[str, StoredTensor],
+    model: ModelStructure,
+    rotations: Iterable[AppliedRotation],
+    includes: Callable[[str], bool] = lambda layer: True,
 ) -> dict[str, StoredTensor]:
     """Float checkpoint -> the same with rotated tensors in place of those that the rotations change.
 
-    model: of the folder. A tensor whose shape or dtype does not fit the model stays as it is, and is a fault later.
+    model: of the folder; includes: layers to rotate, with the norms before them. A tensor whose shape or dtype does not
+    fit the model stays as it is, and is a fault later.
     """
-    result, rotations = dict(source), list(rotations)
-    for name, original in source.items():
-        layer, _, parameter = name.rpartition(".")
-        changing = [rotation for rotation in rotations if rotation.changes(layer)]
-        if not changing or parameter not in ("weight", "bias") or not _fits(source, model, name):
-            continue
-        plain = (name, original.file, "F32", original.shape, 0)
-        if any(layer in rotation.norms for rotation in changing):
-            result[name] = ConstantTensor(*plain, value=float(parameter == "weight"))
-            continue
-        reading = [rotation for rotation in changing if layer in rotation.readers]
-        norm = next((norm for rotation in reading if (norm := rotation.readers[layer]) is not None), None)
-        if norm is not None and not all(
-            _fits(source, model, f"{norm}.{part}") for part in ("weight", "bias") if f"{norm}.{part}" in source
-        ):
-            continue
-        inputs = [each.rotation for each in changing if layer in each.readers or layer in each.tables]
-        outputs = tuple(
-            (each.rotation, tuple(each.writers[layer]))
-            for each in changing
-            if layer in each.writers and layer not in each.tables
-        )
-        if parameter == "weight":
-            scale = source.get(f"{norm}.weight")
-            result[name] = RotatedTensor(*plain, original, scale, tuple(inputs), outputs)
-        else:
-            weight, shift = source.get(f"{layer}.weight"), source.get(f"{norm}.bias")
-            result[name] = RotatedBias(*plain, original, weight, shift, outputs)
+    changing: dict[str, list[AppliedRotation]] = {}
+    norms: set[str] = set()
+    for rotation in rotations:
+        norms.update(filter(includes, rotation.norms))
+        for layer in filter(includes, {**rotation.writers, **rotation.readers}):
+            changing.setdefault(layer, []).append(rotation)
+    result = dict(source)
+    for norm in norms:
+        for name, value in ((f"{norm}.weight", 1.0), (f"{norm}.bias", 0.0)):
+            if _fits(source, model, name):
+                result[name] = ConstantTensor(*_header(name, source[name]), value)
+    for layer, of_layer in changing.items():
+        result |= _rotated_layer(layer, of_layer, source, model)
     return result
+
+
+def _rotated_layer(
+    layer: str, rotations: list[AppliedRotation], source: Mapping[str, StoredTensor], model: ModelStructure
+) -> Iterator[tuple[str, StoredTensor]]:
+    """Weight and bias of a linear layer, convolution or embedding by name, those that the source has."""
+    norm = next((name for each in rotations if (name := each.readers.get(layer)) is not None), None)
+    scale, shift = source.get(f"{norm}.weight"), source.get(f"{norm}.bias")
+    if any(name in source and not _fits(source, model, name) for name in (f"{norm}.weight", f"{norm}.bias")):
+        return
+    outputs = tuple(
+        (each.rotation, tuple(each.writers[layer]))
+        for each in rotations
+        if layer in each.writers and layer not in each.tables
+    )
+    if _fits(source, model, name := f"{layer}.weight"):
+        inputs = tuple(each.rotation for each in rotations if layer in each.readers or layer in each.tables)
+        yield name, RotatedTensor(*_header(name, source[name]), source[name], scale, inputs, outputs)
+        if _fits(source, model, bias := f"{layer}.bias"):
+            weight = source[name] if shift is not None else None
+            yield bias, RotatedBias(*_header(bias, source[bias]), source[bias], weight, shift, outputs)
+
+
+def _header(name: str, tensor: StoredTensor) -> tuple[str, Path, str, tuple[int, ...], int]:
+    """Arguments of a tensor that is computed from another one."""
+    return name, tensor.file, "F32", tensor.shape, 0
 
 
 def _fits(source: Mapping[str, StoredTensor], model: ModelStructure, name: str) -> bool:

@@ -1,0 +1,33 @@
+"""Outputs of a rotated folder: compared with those of the float model in the same basis."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import vlqc
+from tests.support import naive_w8a8
+from tools.checkpoints.outlier_checkpoint import make, random_samples
+from vlqc.verify import verify_folder
+from vlqc.verify.findings import RANKING
+
+
+@pytest.mark.slow
+def test_outputs_of_a_rotated_folder_with_an_untied_head(tmp_path: Path) -> None:
+    """Catches stages compared in two bases, a head without the final norm, and logits of another float model."""
+    source, folder = tmp_path / "float", tmp_path / "out"
+    config = make(source, family="qwen2", tied=True)
+    samples, unseen = (random_samples(config, 2, seed=seed) for seed in (100, 7))
+    vlqc.compile(model_path=source, save_directory=folder, samples=samples, target="vllm-ascend", rotate="all")
+    result = verify_folder(folder, model_path=source, samples=unseen, locate=True)
+    assert result.ok, [fault.what for fault in result.faults]
+    assert min(stage["SQNR dB"] for stage in result.facts["stages against float"]) > 30
+    expected = naive_w8a8.logits(naive_w8a8.load_float(source), unseen)
+    sqnr = naive_w8a8.signal_to_noise(expected, naive_w8a8.logits(vlqc.load(folder), unseen))
+    assert abs(result.facts["logits against float"]["SQNR dB"] - sqnr) < 0.1
+    assert 60 < sum(row["share %"] for row in result.facts[RANKING]) < 200
+    statement = folder / "vlqc_report.json"
+    statement.write_text(json.dumps(json.loads(statement.read_text()) | {"rotations": []}))
+    other = verify_folder(folder, model_path=source, samples=unseen)
+    assert [fault.check for fault in other.faults] == ["manifest", "rotations", "rotations"]
+    assert other.facts["logits against float"] == result.facts["logits against float"]

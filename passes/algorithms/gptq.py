@@ -5,11 +5,16 @@ of the outputs is |(W - Q) x^T|^2 = (W - Q) H (W - Q)^T, so correlated columns c
 
 Source: GPTQ, arXiv 2210.17323. The paper updates W with the inverse of H. Here H = R R^T with R upper triangular, which
 gives the same integers from one factorization: column j is rounded from W_j + sum over i < j of (W - Q)_i R_ij / R_jj.
+
+Columns with scales of their own are rounded a second and a third time, as coordinate descent (QuantEase, arXiv
+2309.01885) but within a group only: each column to the integer that minimizes the error given all other columns of the
+group, those after it included. Beyond the group it would gain little more and cost K / G times as much.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -19,6 +24,7 @@ from vlqc.passes.algorithms.hessian import COLUMNS_PER_BLOCK, HessianBlock, Para
 
 ROWS_PER_CHUNK = 1024  # rows of W per task, independent of the number of threads
 COLUMNS_PER_LEAF = 16  # rounded one by one; errors of wider spans are propagated by a matrix product
+SWEEPS = 2  # of coordinate descent: 0.14 dB the first, 0.04 dB the second
 
 
 class ScaleGrid(Protocol):
@@ -70,7 +76,11 @@ def gptq_quantize(
     with single_threaded_pool() as parallel_for:
         for block in hessian_blocks(rows, row_weight, importance, order, width, parallel_for):
 
-            def quantize_chunk(chunk: tuple[int, slice], block: HessianBlock = block) -> None:
+            factors = _group_factors(block, group_size)
+
+            def quantize_chunk(
+                chunk: tuple[int, slice], block: HessianBlock = block, factors: Sequence[GroupFactor] = factors
+            ) -> None:
                 number, chunk_rows = chunk
                 weight = weights[number].detach()[chunk_rows].float().cpu()
                 error = weight.index_select(1, block.columns).T.contiguous()  # [B, n], becomes W - Q
@@ -78,7 +88,7 @@ def gptq_quantize(
                 if block.pseudo_inverse is not None:
                     correction = block.pseudo_inverse @ output_errors[number][:, chunk_rows]
                     error += correction
-                quantized = _quantize_block(error, block, grids[number], chunk_rows).T.contiguous()
+                quantized = _quantize_block(error, block, factors, grids[number], chunk_rows).T.contiguous()
                 integers[number][chunk_rows].index_copy_(1, block.columns, quantized)
                 if correction is not None:
                     error -= correction
@@ -97,8 +107,29 @@ def activation_order(importance: Tensor, group_size: int | None) -> Tensor:
     return columns[grouped.mean(1).argsort(descending=True, stable=True)].flatten()
 
 
-def _quantize_block(error: Tensor, block: HessianBlock, grid: ScaleGrid, rows: slice) -> Tensor:
+@dataclass(frozen=True)
+class GroupFactor:
+    """R of a group's columns, float32 [G, G], and R R^T: the cost of their errors that later columns cannot avoid."""
+
+    factor: Tensor
+    hessian: Tensor
+
+
+def _group_factors(block: HessianBlock, group_size: int | None) -> list[GroupFactor]:
+    """Of every group of the block, in order; none if all columns share a scale."""
+    if group_size is None:
+        return []
+    spans = [slice(begin, begin + group_size) for begin in range(0, len(block.columns), group_size)]
+    factors = [block.propagation[span, span] * block.importance[span].sqrt() for span in spans]
+    return [GroupFactor(factor, factor @ factor.T) for factor in factors]
+
+
+def _quantize_block(
+    error: Tensor, block: HessianBlock, factors: Sequence[GroupFactor], grid: ScaleGrid, rows: slice
+) -> Tensor:
     """Rounds the columns `error` float32 [B, n] -> int8 [B, n]; `error` is overwritten by the rounding error.
+
+    factors: of the groups; none for a grid without groups.
 
     Recursive halving: the error of the first half is propagated to the second one in a single matrix product, so that
     every column has received the errors of all columns before it when it is rounded.
@@ -120,16 +151,48 @@ def _quantize_block(error: Tensor, block: HessianBlock, grid: ScaleGrid, rows: s
             recurse(recurse, begin, middle, scale)
             target[middle:end].addmm_(block.propagation[begin:middle, middle:end].T, error[begin:middle])
             recurse(recurse, middle, end, scale)
-            return
-        for column in range(begin, end):
-            integer = (target[column] / scale).round_().clamp_(low, high)  # [n]
-            integers[column] = integer
-            error[column].addcmul_(integer, scale, value=-1)
-            if column + 1 < end:
-                target[column + 1 : end].addr_(block.propagation[column, column + 1 : end], error[column])
+        else:
+            for column in range(begin, end):
+                integer = (target[column] / scale).round_().clamp_(low, high)  # [n]
+                integers[column] = integer
+                error[column].addcmul_(integer, scale, value=-1)
+                if column + 1 < end:
+                    target[column + 1 : end].addr_(block.propagation[column, column + 1 : end], error[column])
+        if width == group and factors:
+            span = slice(begin, end)
+            _descend(integers[span], error[span], target[span], scale, factors[begin // group], grid.limits)
 
     quantize(quantize, 0, count, torch.empty(0))  # scales are chosen where a group begins
     return integers
+
+
+def _descend(
+    integers: Tensor, error: Tensor, target: Tensor, scale: Tensor, group: GroupFactor, limits: tuple[int, int]
+) -> None:
+    """Coordinate descent over the integers of one group; overwrites `integers` int8 and `error` float32, both [G, n].
+
+    target: float32 [G, n], from which GPTQ rounded each column; scale: float32 [n].
+    """
+    count, diagonal = integers.shape[0], group.hessian.diagonal()
+    values = integers.float()  # [G, n]
+    residual = torch.addcmul(target, values, scale, value=-1)
+    gradient = (group.factor * group.factor.diagonal()) @ residual  # [G, n], half of the squared error's
+    for start in [*range(0, count, COLUMNS_PER_LEAF)] * SWEEPS:
+        stop = min(start + COLUMNS_PER_LEAF, count)
+        before = values[start:stop].clone()
+        for column in range(start, stop):
+            steps = (gradient[column] / scale).div_(diagonal[column]).round_()  # [n]
+            integer = steps.add_(values[column]).clamp_(*limits)
+            change = torch.sub(values[column], integer).mul_(scale)
+            values[column] = integer
+            gradient[column + 1 : stop].addr_(group.hessian[column + 1 : stop, column], change)
+        changes = before.sub_(values[start:stop]).mul_(scale)  # of the error, [<= 16, n]
+        error[start:stop] += changes
+        gradient[:start].addmm_(group.hessian[:start, start:stop], changes)
+        gradient[stop:].addmm_(group.hessian[stop:, start:stop], changes)
+        # Within the span only columns after the changed one have been updated so far.
+        gradient[start:stop].addmm_(group.hessian[start:stop, start:stop].triu(), changes)
+    integers.copy_(values)
 
 
 _open_pool: ParallelFor | None = None  # of the context that is open, if any

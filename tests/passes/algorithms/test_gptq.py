@@ -148,6 +148,47 @@ def test_the_integers_of_the_published_algorithm(
     np.testing.assert_array_equal(integers, textbook(weight, chosen.scale, shrunk, 127))
 
 
+def descended(weight: Tensor, steps: Tensor, hessian: npt.NDArray[np.float64], group_size: int) -> Tensor:
+    """The integers of each group from minima over all 16 values, with later columns free: float64, no factorization."""
+    weights, step = weight.double().numpy(), steps.double().numpy()
+    error, integers = np.zeros_like(weights), np.zeros_like(weights)
+
+    def cost_of(count: int) -> npt.NDArray[np.float64]:
+        """The Hessian of the errors of the first columns, if the others make up for them as well as they can."""
+        first, cross, others = hessian[:count, :count], hessian[:count, count:], hessian[count:, count:]
+        return first - cross @ np.linalg.solve(others, cross.T)
+
+    def choose(column: int, cost: npt.NDArray[np.float64]) -> None:
+        for row in range(len(weights)):
+            tried = np.repeat(error[row : row + 1, : len(cost)], 16, axis=0)
+            tried[:, column] = weights[row, column] - step[row, column // group_size] * np.arange(-8, 8)
+            best = int(np.einsum("ti,ij,tj->t", tried, cost, tried).argmin())
+            error[row, column], integers[row, column] = tried[best, column], best - 8
+
+    for begin in range(0, weights.shape[1], group_size):
+        columns = range(begin, begin + group_size)
+        for column in columns:
+            choose(column, cost_of(column + 1))
+        for column in [*columns] * gptq.SWEEPS:
+            choose(column, cost_of(begin + group_size))
+    return torch.from_numpy(integers)
+
+
+@pytest.mark.parametrize("group_size", [8, 24, 48])
+def test_groups_are_rounded_again_given_all_their_columns(group_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a gradient that misses errors of earlier groups or of some columns, or that is not kept up to date."""
+    monkeypatch.setattr(hessian_algorithm, "search_shrinkage", lambda *_: 0.05)
+    calibration, _ = correlated(300, 48, group_size)
+    order = activation_order(moments(calibration), group_size)
+    calibration, weight = calibration[:, order], weight_of(6, 48, 7)
+    chosen = GroupScaleGrid(weight, moments(calibration), group_size, DTYPE)
+    (integers,) = gptq_quantize([weight], [chosen], calibration, uniform(calibration), moments(calibration))
+    hessian = calibration.double().numpy().T @ calibration.double().numpy() / len(calibration)
+    shrunk = 0.95 * hessian + 0.05 * np.diag(np.diag(hessian))
+    expected = descended(weight, chosen.first * chosen.second, shrunk, group_size)
+    assert torch.equal(integers.double(), expected)
+
+
 def test_weights_that_share_an_input_are_independent() -> None:
     """Catches integers or errors that are written to another weight of the group, or to other rows."""
     calibration, _ = correlated(64, 128, 3)

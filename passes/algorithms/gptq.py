@@ -75,7 +75,6 @@ def gptq_quantize(
     ]
     with single_threaded_pool() as parallel_for:
         for block in hessian_blocks(rows, row_weight, importance, order, width, parallel_for):
-
             factors = _group_factors(block, group_size)
 
             def quantize_chunk(

@@ -50,6 +50,7 @@ def _plan(model: StreamedModel, passes: Sequence[RotationPass]) -> RotationPlan:
                     obstacles[rotatable.name] = obstacle
                 else:
                     chosen[rotatable.name] = rotatable, step.seed
+    obstacles = {name: obstacle for name, obstacle in obstacles.items() if name not in chosen}
     untied = any(parts.shares_table(rotatable) for rotatable, _ in chosen.values())
     head = parts.output_head if untied else ""
     return make_plan(chosen.values(), list(model.stages), untied_head=head, obstacles=obstacles)

@@ -11,17 +11,21 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import fx
 
+from tests.support.exact_stage import text_after_rotation
 from tests.support.small_stage import decided
 from vlqc.errors import UserError
 from vlqc.ir.parser import parse_stage
 from vlqc.ir.printer import print_stage
+from vlqc.ir.rotations import AppliedRotation, RotationKind
 from vlqc.ir.snapshot import StageSnapshot, summarize
 from vlqc.ir.stage import InputQuantization, Stage, WeightQuantization
 from vlqc.ir.syntax import Unknown
+from vlqc.kernels_ref.rotation import Rotation
 from vlqc.targets.schemes import Scheme
 
 GOLDENS = sorted((Path(__file__).parents[1] / "goldens").glob("**/*.vlqc"))
 DECIDED = print_stage(decided())
+ROTATED = text_after_rotation(1)
 
 
 @pytest.mark.parametrize("file", GOLDENS, ids=lambda file: str(file.stem))
@@ -177,10 +181,47 @@ def test_any_graph_reads_back(kinds: list[tuple[str, str]], data: st.DataObject)
     assert print_stage(parse_stage(text)) == text
 
 
+NUMBERS = st.integers(0, 10**18 - 1)
+LAYERS = st.text(max_size=3)
+
+
+def unique(values: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.lists(values, max_size=3, unique=True).map(tuple)
+
+
+@st.composite
+def rotations(draw: st.DrawFn, kind: RotationKind) -> AppliedRotation:
+    """Any rotation that the text can show."""
+    starts = st.lists(NUMBERS, min_size=1, max_size=3).map(tuple)
+    writers = draw(st.dictionaries(LAYERS, starts, max_size=3))
+    tables = tuple(layer for layer in writers if draw(st.booleans()))
+    writers |= dict.fromkeys(tables, (0,))
+    readers = draw(st.dictionaries(LAYERS, st.none() | LAYERS, max_size=3))
+    parts = [f"{layer}.{part}" for layer in {**writers, **readers} for part in ("weight", "bias")]
+    name = draw(st.text(st.characters(exclude_categories=["Cs"])))
+    pairs = st.tuples(st.floats(allow_nan=False), st.floats(allow_nan=False))
+    return AppliedRotation(
+        kind, Rotation(draw(NUMBERS) + 1, draw(NUMBERS), name, draw(st.booleans())), writers, readers,
+        draw(unique(st.text())), tables, draw(unique(st.text())), draw(unique(NUMBERS)), draw(st.booleans()),
+        {part: draw(pairs) for part in parts if draw(st.booleans())},
+    )  # fmt: skip
+
+
+@given(rotations(RotationKind.RESIDUAL), rotations(RotationKind.HEADS))
+def test_any_rotation_reads_back(residual: AppliedRotation, heads: AppliedRotation) -> None:
+    """Catches a fact of a rotation that the text omits or that is read as something else."""
+    known = residual, heads
+    graph = fx.Graph()
+    graph.output((graph.placeholder("x"),))
+    text = print_stage(StageSnapshot("s", "language", torch.float16, graph, rotations=known))
+    assert parse_stage(text).rotations == known
+    assert print_stage(parse_stage(text)) == text
+
+
 @given(st.data())
 def test_damaged_text_is_a_user_fault_or_still_text(data: st.DataObject) -> None:
     """No damage may end in another exception than UserError, nor in a stage that does not print and read back."""
-    text = DECIDED
+    text = data.draw(st.sampled_from([DECIDED, ROTATED]))
     for _ in range(data.draw(st.integers(1, 3))):
         start = data.draw(st.integers(0, len(text)))
         end = min(len(text), start + data.draw(st.integers(0, 6)))
@@ -235,12 +276,30 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("old", "new", "what", "under"), FAULTS, ids=[new for _, new, _, _ in FAULTS])
-def test_faults_point_at_the_place(old: str, new: str, what: str, under: str) -> None:
+ROTATION_FAULTS = [
+    ("residual stream", "residual streams", "expected a space", "s "),
+    ("residual stream", "stream", "expected residual stream or attention heads", "stream "),
+    ("size=4", "size=0", "expected ' size=' and a positive number", " size=0"),
+    ("size=2 seed=0", "size=2 seed=-1", "expected ' seed='", " seed=-1"),
+    ("size=4 seed=0 done", "size=4 seed=0 undone", "expected the end of the line", " undone"),
+    ('"model.embed_tokens"', '"\\ud800"', "a name must be Unicode text", '"\\ud800"'),
+    ("output 0", "output first", "expected the position of an output", "first"),
+    ("    output 0", "    outputs 0", "expected input, output, norm, columns, rows or table", "outputs 0"),
+    ("at 8, 10", "at 8, -10", "expected the end of the line", ", -10"),
+    ("at 8, 10", "at -8", "expected ' at ' and numbers of rows", " at -8"),
+    ("absmax 1.25 -> 1.0625", "absmax 1.25", "expected  -> NUMBER", ")"),
+    ('mlp.up_proj" after', 'mlp.gate_proj" after', "appears twice", " after"),
+    ('norm "model.layers.0.norm2"', 'norm "model.layers.0.norm1"', "appears twice", ""),
+]
+PLACES = [(DECIDED, *fault) for fault in FAULTS] + [(ROTATED, *fault) for fault in ROTATION_FAULTS]
+
+
+@pytest.mark.parametrize(("valid", "old", "new", "what", "under"), PLACES, ids=[place[2] for place in PLACES])
+def test_faults_point_at_the_place(valid: str, old: str, new: str, what: str, under: str) -> None:
     """Catches a fault with a missing or wrong line number, or a caret at the wrong column."""
-    assert old in DECIDED
-    text = DECIDED.replace(old, new, 1)
-    number = DECIDED[: DECIDED.index(old)].count("\n") + 1
+    assert old in valid
+    text = valid.replace(old, new, 1)
+    number = valid[: valid.index(old)].count("\n") + 1
     line = text.split("\n")[number - 1]
     with pytest.raises(UserError) as caught:
         parse_stage(text)

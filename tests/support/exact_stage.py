@@ -11,13 +11,17 @@ from vlqc.frontend.stage_builder import find_sites
 from vlqc.frontend.tracing import trace
 from vlqc.ir.execution import Call, StageRun
 from vlqc.ir.printer import print_stage
+from vlqc.ir.rotations import AppliedRotation, RotationKind
 from vlqc.ir.stage import Stage
+from vlqc.kernels_ref.rotation import Rotation
 from vlqc.passes.assign_precision import AssignPrecision
 from vlqc.passes.insert_observers import InsertObservers
 from vlqc.passes.lower_linears import LowerLinears
 from vlqc.passes.propagate_quantized import PropagateQuantized
 from vlqc.passes.quantize_activations import QuantizeActivations
 from vlqc.passes.quantize_weights import QuantizeWeights
+from vlqc.passes.rotate_heads import RotateHeads
+from vlqc.passes.rotate_residual import RotateResidual
 from vlqc.passes.shift_norms import ShiftNorms
 from vlqc.passes.smooth_m2 import SmoothM2
 from vlqc.passes.smooth_m4 import SmoothM4
@@ -34,6 +38,7 @@ PASSES: tuple[Pass, ...] = (
     PropagateQuantized(),
 )
 INSTEAD: dict[str, Pass] = {"smooth-m4": SmoothM4(), "shift-norms": ShiftNorms()}  # in the place of smooth-m2
+ROTATIONS: tuple[Pass, ...] = (RotateResidual(), RotateHeads())
 LANGUAGE = "model.layers.0."
 
 
@@ -119,4 +124,33 @@ def text_after(name: str) -> str:
         # Some processors would multiply rounded inputs, and the text would depend on the machine.
         monkeypatch.setattr("vlqc.ir.bfloat16_linears.multiplies_bfloat16", lambda device: False)
         PassManager(passes[: [step.name for step in passes].index(name) + 1]).run(stage)
+    return print_stage(stage)
+
+
+def planned_stage() -> Stage:
+    """The exact stage with two rotations that are planned: of its residual stream, and of its two heads."""
+    stage = exact_stage(LANGUAGE)
+    qkv, proj, gate, up, down = stage.sites
+    norms = (f"{LANGUAGE}norm1", f"{LANGUAGE}norm2")
+    stage.rotations = (
+        AppliedRotation(
+            kind=RotationKind.RESIDUAL,
+            rotation=Rotation(4, 0, "model.embed_tokens"),
+            writers={proj: (0,), down: (0,)},
+            readers={qkv: norms[0], gate: norms[1], up: norms[1]},
+            norms=norms,
+            inputs=("hidden_states",),
+            outputs=(0,),
+        ),
+        AppliedRotation(
+            kind=RotationKind.HEADS, rotation=Rotation(2, 0, qkv), writers={qkv: (8, 10)}, readers={proj: None}
+        ),
+    )
+    return stage
+
+
+def text_after_rotation(count: int) -> str:
+    """The text of the exact stage after the first passes of `ROTATIONS`."""
+    stage = planned_stage()
+    PassManager(ROTATIONS[:count]).run(stage)
     return print_stage(stage)

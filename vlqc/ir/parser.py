@@ -252,6 +252,7 @@ class _Reader:
         elif self.rotations:
             self.rotations[-1].read(line)
         else:
+            self.rotations.append(_RotationFields())  # so that its lines are not faulted as well
             raise line.fault(f"expected {' or '.join(RotationKind)}")
         line.end()
 

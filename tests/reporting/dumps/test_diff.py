@@ -17,6 +17,7 @@ from vlqc.errors import UserError
 from vlqc.reporting.dumps.diff import diff_dumps, diff_stages
 
 LOWERED = (GOLDENS / "after-lower-linears.vlqc").read_text(encoding="utf-8")
+ROTATED = (GOLDENS / "after-rotate-heads.vlqc").read_text(encoding="utf-8")
 DIGESTS = [found.start() for found in re.finditer(r"digest=", LOWERED)]
 
 
@@ -24,6 +25,22 @@ def test_every_kind_of_difference(golden: Callable[[str, str], None]) -> None:
     """Catches a difference that is not listed, or listed under the wrong site."""
     before, after = GOLDENS / "after-insert-observers.vlqc", GOLDENS / "after-lower-linears.vlqc"
     golden("changes.txt", "\n".join(diff_dumps(before, after).lines()) + "\n")
+
+
+def test_differences_of_rotations(golden: Callable[[str, str], None]) -> None:
+    """Catches a fact of a rotation that is not compared, or is listed under the wrong layer."""
+    planned = (GOLDENS / "after-rotate-residual.vlqc").read_text(encoding="utf-8")
+    other = ROTATED
+    for old, new in (
+        ("size=4 seed=0", "size=2 seed=7 keeps_mean"), ("    output 0\n", "    output 1\n"), ("-> 0.875", "-> 1.5"),
+        ("at 8, 10", "at 4, 6"), ('    input "hidden_states"\n', ""), (' after "model.layers.0.norm1"', ""),
+        ('    norm "model.layers.0.norm1"\n', ""), ('    rows "model.layers.0.attn.proj" at 0', '    table "t"'),
+    ):  # fmt: skip
+        assert old in other
+        other = other.replace(old, new)
+    changes = [diff_stages(*map(vlqc.parse_stage, texts)) for texts in ((planned, ROTATED), (ROTATED, other))]
+    lines = ["\n  ".join([heading, *sentences]) for part in changes for heading, sentences in part.items()]
+    golden("changes_of_rotations.txt", "\n".join(lines) + "\n")
 
 
 @given(st.sampled_from(DIGESTS))
@@ -36,16 +53,17 @@ def test_every_digest_is_compared(place: int) -> None:
     assert heading.strip("%") in line.replace('.weight"', '"') or heading == "the graph"
 
 
-@given(st.integers(0, LOWERED.count("\n") - 1))
-def test_every_line_is_compared(number: int) -> None:
+@given(st.sampled_from([(text, number) for text in (LOWERED, ROTATED) for number in range(text.count("\n"))]))
+def test_every_line_is_compared(place: tuple[str, int]) -> None:
     """Catches lines of the text that are not compared."""
-    lines = LOWERED.splitlines()
+    text, number = place
+    lines = text.splitlines()
     without = "\n".join(lines[:number] + lines[number + 1 :])
     try:
         other = vlqc.parse_stage(without)
     except UserError:  # another line refers to it
         return
-    assert diff_stages(vlqc.parse_stage(LOWERED), other) and diff_stages(other, vlqc.parse_stage(LOWERED))
+    assert diff_stages(vlqc.parse_stage(text), other) and diff_stages(other, vlqc.parse_stage(text))
 
 
 def test_equal_texts_do_not_differ() -> None:

@@ -28,7 +28,7 @@ from vlqc.reporting.dumps.trace_only import run_until, trace
 from vlqc.reporting.dumps.writer import Dumper
 
 CHOSEN = ("visual.blocks.1", "visual.merger", "model.layers.1")
-SHIFTED: dict[str, Any] = {"shift": True, "target": "vllm-ascend"}
+SHIFTED: dict[str, Any] = {"shift": True, "target": "vllm-ascend", "rotate": "auto"}
 W4A8: dict[str, Any] = {
     "w_bit": 4, "is_dynamic": True, "is_lowbit": True, "open_outlier": False, "act_method": 1, "w4a8_scope": "all",
     "propagate": "quantized", "weight_method": "round",
@@ -61,7 +61,7 @@ def test_chosen_stages_in_chosen_formats(dump: Path) -> None:
 
 def test_json_agrees_with_the_text(dump: Path) -> None:
     """Catches JSON with missing keys, or with numbers that differ from the text."""
-    path = dump / "model.layers.1" / "08-after-lower-linears"
+    path = dump / "model.layers.1" / "10-after-lower-linears"
     content, stage = (
         json.loads(path.with_suffix(".json").read_text()),
         vlqc.parse_stage(path.with_suffix(".vlqc").read_text()),
@@ -112,7 +112,7 @@ def test_unchanged_tensors_are_stored_once(dump: Path) -> None:
     for file in (dump / "model.layers.1").glob("*.bundle/*.safetensors"):
         sizes.setdefault(file.name, set()).add(file.stat().st_ino)
     assert len(sizes["inputs.safetensors"]) == 2  # with all samples, with the probe alone
-    assert len(sizes["weights.safetensors"]) == 5  # traced; shifted; smoothed; quantized; lowered
+    assert len(sizes["weights.safetensors"]) == 7  # traced; rotated twice; shifted; smoothed; quantized; lowered
     assert len(sizes["observations.safetensors"]) == 4  # none; filled; shifted; smoothed
 
 
@@ -156,6 +156,15 @@ def change_probe(**arguments: object) -> Callable[[Path], None]:
     return change
 
 
+def edit_text(old: str, new: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        text = (folder / "graph.vlqc").read_text()
+        assert old in text
+        (folder / "graph.vlqc").write_text(text.replace(old, new, 1))
+
+    return change
+
+
 def link(folder: Path) -> None:
     (folder / "graph.vlqc").unlink()
     (folder / "graph.vlqc").symlink_to("/etc/hostname")
@@ -179,6 +188,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a probe that is no tensor": (change_probe(first=True), "invalid bundle"),
     "a probe without positions": (change_probe(position_embeddings=None), "invalid bundle"),
     "a mask that is no tensor": (change_probe(attention_mask=True), "invalid bundle"),
+    "a huge rotation": (edit_text("size=192", "size=1000000000000"), "expected a multiple of 1000000000000"),
+    "a rotated layer of another stage": (edit_text('rows "model.layers.1', 'rows "model.layers.2'), "the stage has no"),
+    "negative rows": (edit_text(" at 0", " at -1"), "numbers of rows"),
+    "an integer input that is rotated": (
+        edit_text('input "hidden_states"\n', 'input "cache_position"\n'),
+        "input cache",
+    ),
     "no text": (lambda folder: (folder / "graph.vlqc").write_text("stage"), "graph.vlqc"),
 }
 
@@ -188,17 +204,42 @@ def test_damaged_bundles_are_refused(dump: Path, tmp_path: Path, kind: str) -> N
     """Catches a traceback, or a pass that runs on a stage that differs from its text."""
     damage, message = DAMAGE[kind]
     folder = tmp_path / "some.bundle"
-    shutil.copytree(dump / "model.layers.1" / "03-after-assign-precision.bundle", folder)
+    shutil.copytree(dump / "model.layers.1" / "05-after-assign-precision.bundle", folder)
     damage(folder)
     with pytest.raises(UserError, match=message):
         run_pass(folder, "smooth-m2")
+
+
+def test_stages_that_are_not_rotated_yet(dump: Path, tmp_path: Path) -> None:
+    """Catches observations of rotated inputs with unrotated weights, and another seed than that of the inputs."""
+    traced = dump / "model.layers.1" / "00-traced.bundle"
+    with pytest.raises(UserError, match="the stage is not rotated yet: residual stream, attention heads"):
+        run_pass(traced, "insert-observers")
+    with pytest.raises(UserError, match="the stage is not rotated yet: attention heads"):
+        run_pass(traced, "rotate-residual,insert-observers")
+    with pytest.raises(UserError, match=r"use rotate-heads\{seed=0\}"):
+        run_pass(traced, "rotate-residual,rotate-heads{seed=1}")
+    wrong = shutil.copytree(traced, tmp_path / "some.bundle")
+    edit_text("    output 0\n", "")(wrong)
+    with pytest.raises(UserError, match=r"a rotation changes the output of model\.layers\.1"):
+        run_pass(wrong, "rotate-residual")
+
+
+def test_bundles_without_rotations(dump: Path, tmp_path: Path) -> None:
+    """Catches bundles of earlier versions that cannot be read any more."""
+    folder = shutil.copytree(dump / "model.layers.1" / "05-after-assign-precision.bundle", tmp_path / "some.bundle")
+    text = (folder / "graph.vlqc").read_text()
+    start = text.index("rotations {")
+    without = text[:start] + text[text.index("}\n", start) + 2 :]
+    (folder / "graph.vlqc").write_text(without)
+    assert vlqc.print_stage(read_bundle(folder)) == without
 
 
 @pytest.fixture(scope="module")
 def merger(dump: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of a bundle, for damages."""
     folder = tmp_path_factory.mktemp("bundles") / "some.bundle"
-    return Path(shutil.copytree(dump / "visual.merger" / "01-after-split-window-attention.bundle", folder))
+    return Path(shutil.copytree(dump / "visual.merger" / "03-after-split-window-attention.bundle", folder))
 
 
 @pytest.mark.slow
@@ -224,7 +265,7 @@ def test_any_damage_is_refused_or_harmless(merger: Path, name: str, data: st.Dat
 def test_calibration_needs_all_samples(dump: Path) -> None:
     """Catches a calibration on the probe alone."""
     with pytest.raises(UserError, match="contains the probe only"):
-        run_pass(dump / "model.layers.1" / "03-after-assign-precision.bundle", "insert-observers")
+        run_pass(dump / "model.layers.1" / "05-after-assign-precision.bundle", "insert-observers")
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------
@@ -237,7 +278,7 @@ def run(*words: str) -> tuple[int, str, str]:
 
 def test_run_pass_command(dump: Path, tmp_path: Path) -> None:
     """Catches a command that does not print the changes, and an output file without the text."""
-    bundle = str(dump / "model.layers.1" / "05-after-smooth-m2.bundle")
+    bundle = str(dump / "model.layers.1" / "07-after-smooth-m2.bundle")
     code, out, err = run("run-pass", bundle, "quantize-activations{method=minmax}", "-o", str(tmp_path / "t.vlqc"))
     assert (code, err) == (0, "")
     assert "model.layers.1.self_attn.q_proj\n  input: none -> scale 0.0" in out and "items changed" in out
@@ -286,7 +327,7 @@ def test_stop_after(dump: Path, tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["kept"]
     for name in CHOSEN[:2]:
         files = sorted((tmp_path / "ir" / name).iterdir())
-        assert files[-1].name == "05-after-smooth-m2.vlqc"
+        assert files[-1].name == "07-after-smooth-m2.vlqc"
         assert all(file.read_text() == (dump / name / file.name).read_text() for file in files)
 
 

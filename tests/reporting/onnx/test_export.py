@@ -41,7 +41,7 @@ TOLERANCE = 1e-5  # of the output's RMS, largest deviation; 3e-6 was seen: float
 LOWERED_TOLERANCE = 2e-4
 STAGES = ("visual.blocks.1", "visual.merger", "model.layers.0")
 SCHEMES: dict[Scheme, dict[str, Any]] = {
-    Scheme.W8A8: {"shift": True, "target": "vllm-ascend", "fallback": "none"},
+    Scheme.W8A8: {"shift": True, "target": "vllm-ascend", "fallback": "none", "rotate": "auto"},
     Scheme.W8A8_DYNAMIC: {"is_dynamic": True, "fallback": "none"},
     Scheme.W4A8_DYNAMIC: {
         "w_bit": 4, "is_dynamic": True, "is_lowbit": True, "open_outlier": False, "act_method": 1, "w4a8_scope": "all",
@@ -82,15 +82,16 @@ def of_probe(stage: Stage) -> dict[str, Tensor]:
 @pytest.mark.every_transformers
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_onnxruntime_agrees_with_the_stage(tmp_path: Path, scheme: Scheme) -> None:
-    """Catches an operation or layer with another result in ONNX, as traced and after lower-linears."""
+    """Catches an operation or layer with another result in ONNX, as traced, rotated and after lower-linears."""
     run_until(
         "lower-linears", model_path=TINY, save_directory=tmp_path / "out", samples=tiny_task.samples(2, seed=1),
         dump_ir=tmp_path / "ir", dump_stages=STAGES, dump_formats="onnx,bundle", **SCHEMES[scheme],
     )  # fmt: skip
     for name in STAGES:
         files = sorted((tmp_path / "ir" / name).glob("*.onnx"))
-        stage = read_bundle(files[0].with_suffix(".bundle"))
-        assert deviation(stage.execution.probe_output().flatten(), run(files[0], of_probe(stage))) <= TOLERANCE, name
+        for file in (files[0], *(file for file in files if "after-rotate" in file.name)):
+            stage = read_bundle(file.with_suffix(".bundle"))
+            assert deviation(stage.execution.probe_output().flatten(), run(file, of_probe(stage))) <= TOLERANCE, file
         stage = read_bundle(files[-1].with_suffix(".bundle"))
         assert (
             mean_deviation(stage.execution.probe_output().flatten(), run(files[-1], of_probe(stage)))

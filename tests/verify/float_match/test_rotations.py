@@ -12,7 +12,7 @@ from tests.support.compiled_folder import FolderContent, make_content
 from tests.support.damaged_folder import LAYER, Q, named, texts
 from tests.support.float_model import CONFIG
 from tests.support.rotation_matrices import LANGUAGE, VISION, all_rotations, rotate_model
-from tests.support.tensors import ITEM, Array
+from tests.support.tensors import ITEM, Array, stored
 from tests.verify.float_match.test_compare import WRONG_BYTES
 from vlqc.emit.manifest import write_manifest
 from vlqc.verify import verify_folder
@@ -109,6 +109,17 @@ def test_a_damaged_tensor_is_named_beside_a_wrong_statement(tmp_path: Path) -> N
     content.tensors[f"{Q}.weight"].flip(1000, 0x04)
     result = verified(content, tmp_path, [])
     assert named(result, Q) and len(result.faults) <= 5, texts(result)
+
+
+@pytest.mark.parametrize("stated_seeds", [{}, ALL])
+def test_another_checkpoint_is_one_fault_for_each_stream(tmp_path: Path, stated_seeds: Seeds) -> None:
+    """Catches a rotation that fits no better than the stated one but by chance, and a fault of every tensor."""
+    content, rng = rotated(ALL), np.random.default_rng(9)
+    for name, tensor in content.source.items():
+        content.source[name] = stored(rng.standard_normal(tensor.shape) * 0.3, "BF16")
+    result = verified(content, tmp_path, entries(stated_seeds))
+    assert len(result.faults) == 2, texts(result)
+    assert all("not those of the float checkpoint" in fault.what for fault in result.faults), texts(result)
 
 
 def unrotated_stage(values: dict[str, Array], config: dict[str, Any]) -> None:

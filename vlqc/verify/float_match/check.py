@@ -1,8 +1,8 @@
 """Compares a compiled folder with its float checkpoint, and finds out whether it has the rotations that it states.
 
 If tensors do not follow from the float checkpoint under the stated rotations, every stage with such tensors is compared
-under other ones: without a rotation, or with another seed. Those with the fewest faults count, and each difference to
-what the folder states is one fault. So a wrong statement is not a fault of every tensor.
+under other ones: without a rotation, or with another seed. If far fewer faults are left then, these count, and each
+difference to what the folder states is one fault. So a wrong statement is not a fault of every tensor.
 """
 
 from collections import Counter
@@ -26,6 +26,7 @@ from vlqc.verify.structure.structure import CompiledFolder
 
 DEFAULT_SEED = 0
 FEWEST_FAULTS = 2  # tensors of a stage that a rotation changes a little; one alone is damaged
+MUCH_BETTER = 2  # times as few tensors with faults: another rotation is not chosen by chance
 MOST_SEEDS = 5  # that are tried for one rotation
 FUTILE_SEARCHES = 3  # stages alike for which no other rotation was better; then none is tried for more of them
 # If so many of at least that many matrices that a rotation changes are not the source's, it is not damage.
@@ -125,7 +126,7 @@ class _SourceCheck:
     # ---- other rotations than the stated ones ------------------------------------------------------------------------
 
     def find_rotations(self, outcomes: dict[str, _Outcome]) -> None:
-        """Replaces outcomes of stages under the stated rotations by those under others that have fewer faults."""
+        """Replaces outcomes of stages under the stated rotations by those under others with far fewer faults."""
         futile: Counter[tuple[str, ...]] = Counter()
         latest: dict[RotationKind, int | None] = {}
         for unit, stated in outcomes.items():
@@ -139,7 +140,8 @@ class _SourceCheck:
                 self.others(keys), key=lambda each: [each[key] != latest.get(key[0]) for key in keys]
             ):
                 outcome = self.compare(rotated, includes)
-                best = min(best, outcome, key=lambda each: each.tensors)
+                if MUCH_BETTER * outcome.tensors <= stated.tensors and outcome.tensors < best.tensors:
+                    best = outcome
                 if not best.faults:
                     break
             futile[alike] = futile[alike] + 1 if best is stated else 0
@@ -211,11 +213,13 @@ class _SourceCheck:
             wrong = [layer for layer in matrices if layer in not_source]
             if len(matrices) < FEWEST_MATRICES or len(wrong) < UNKNOWN_SHARE * len(matrices):
                 continue
-            seeds = {self.stated[key_of(part)] for part in parts}
-            tried = " or ".join(map(_text, dict.fromkeys([*seeds, None])))
+            if not any(fault.where.rpartition(".")[0] in layers for fault in faults):
+                continue  # they are part of a fault of another rotation
+            seeds = {DEFAULT_SEED, *(seed for part in parts if (seed := self.stated[key_of(part)]) is not None)}
             what = (
                 f"{len(wrong)} of {len(matrices)} matrices that write or read the "
-                f"{describe_parts(kind, [part.name for part in parts])} are not the float checkpoint's, {tried}"
+                f"{describe_parts(kind, [part.name for part in parts])} are not those of the float checkpoint, whether "
+                f"not rotated or rotated with seed {format_list(sorted(seeds))}"
             )
             why = "they have another rotation, or the folder was made from another checkpoint"
             fix = "pass the right checkpoint as --model_path, or compile again"

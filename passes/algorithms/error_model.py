@@ -4,7 +4,7 @@ Notation: x [T, K] the input, W [N, K] the weights of all consumers, s [K] a smo
 replaces x W^T by (x / s) (W s)^T.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vlqc.ir.stage import Site
 from vlqc.kernels_ref.quantize import INT8_MAX, INT8_STEPS, WEIGHT_INT8_MAX
+from vlqc.passes.algorithms.weight_clipping import ChannelScaleGrid, GroupScaleGrid, column_importance
 from vlqc.targets.schemes import DEFAULT_SCHEME
 
 MAX_WEIGHT_ROWS = 512  # rows of W per search, evenly spread: bounds its cost, whatever the layer
@@ -25,7 +26,7 @@ MIN_WEIGHT_SCALE = 1e-30
 MIN_INPUT_SCALE = 1e-12
 
 WeightMethod = Literal["auto", "round", "clip", "gptq"]
-WEIGHT_NOISE = {"round": 1.0, "clip": 0.85, "gptq": 0.6, "auto": 0.6}  # measured, relative to round-to-nearest
+ROUNDED_WEIGHT_ROWS = 128  # rows of W that are rounded with searched scales, per candidate
 
 
 def representative_rows(weights: Sequence[Tensor], max_rows: int = MAX_WEIGHT_ROWS) -> Tensor:
@@ -44,14 +45,14 @@ class SchemeNoise:
     weight_max: largest integer of a weight.
     group_size: columns that share a weight scale; None for the whole row.
     clips: whether a static input range may be clipped.
-    weight_noise: noise power of the weight's rounding relative to round-to-nearest.
+    weights: how weights are rounded, see `QuantizeWeights`.
     """
 
     per_token: bool = False
     weight_max: int = WEIGHT_INT8_MAX
     group_size: int | None = None
     clips: bool = False
-    weight_noise: float = 1.0
+    weights: WeightMethod = "round"
     rounds_input: bool = True
 
 
@@ -75,7 +76,7 @@ def scheme_noise(site: Site, preview: QuantizationPreview = ROUND_TO_NEAREST) ->
         spec.weight.largest,
         site.group_size if spec.weight.per_group else None,
         clips=preview.clip and not per_token,
-        weight_noise=WEIGHT_NOISE[preview.weights],
+        weights=preview.weights,
         rounds_input=spec.activation.is_quantized,
     )
 
@@ -89,6 +90,8 @@ class ConsumerGroup:
     rows: float32 [T, K], a selection of x; row_weight: float64 [T], sums to 1.
     weight: float32 [N, K], rows of all consumers.
     share: weight of the group's error, 1 if all rows reach it.
+    uncompensated: computes, when first needed, the share of the weight error that GPTQ leaves in each column, float32
+        [K], see `compensation`; None if errors are not compensated.
     """
 
     channel: Tensor
@@ -100,6 +103,7 @@ class ConsumerGroup:
     weight: Tensor
     noise: SchemeNoise = SchemeNoise()
     share: float = 1.0
+    uncompensated: Callable[[], Tensor] | None = None
 
     def scale_per_column(self, scales: Tensor) -> Tensor:
         """Scales per producer channel [..., C] -> per input column [..., K]; 1 for columns without a channel."""
@@ -110,18 +114,27 @@ class ConsumerGroup:
         """float32 [K]: sum over outputs of W^2, the factor from an error in a column to the output error."""
         return self.weight.square().sum(0)
 
+    @cached_property
+    def weight_moment(self) -> Tensor:
+        """float32 [K]: mean squared error of an output per squared error of a weight in each column."""
+        return self.second_moment if self.uncompensated is None else self.second_moment * self.uncompensated()
+
+    @cached_property
+    def weight_noise(self) -> float:
+        """`_weight_noise` of the weight as it is."""
+        return self._weight_noise(torch.ones_like(self.second_moment))
+
     def expected_error(self, scales: Tensor) -> Tensor:
         """Expected squared error of a row of x W^T, summed over outputs: scales [R, C] -> float64 [R].
 
         Rounding is modeled as uniform noise of variance step^2 / 12. The input's step is per tensor or per row, and its
         noise is multiplied by all of W s. The weight's step is per row or group of W, and its noise is multiplied by
-        the columns of x / s that the group covers.
+        the columns of x / s that the group covers, or by what GPTQ leaves of them.
         """
-        errors = []
-        for scale in self.scale_per_column(scales):
-            moments = self._grouped((self.second_moment / scale.square()).double()[None]).sum(-1)  # [1, groups]
-            weight = (self._weight_step(self.weight * scale).double().square() * moments).sum() / 12
-            errors.append(self._input_error(scale) + weight * self.noise.weight_noise)
+        errors = [
+            self._input_error(scale) + self.weight_noise * self._uniform_weight_error(self.weight, scale)
+            for scale in self.scale_per_column(scales)
+        ]
         return torch.stack(errors)
 
     def measured_error(self, scales: Tensor) -> float:
@@ -132,11 +145,47 @@ class ConsumerGroup:
         scale = self.scale_per_column(scales)
         scaled_input, scaled_weight = self.rows / scale, self.weight * scale
         activation = self._rounded_input(scaled_input, scale).sub_(scaled_input) @ scaled_weight.T
-        step = self._weight_step(scaled_weight)[..., None]  # [N, groups, 1]
-        rounded = (self._grouped(scaled_weight) / step).round_().mul_(step).reshape(scaled_weight.shape)
-        weight = scaled_input @ rounded.sub_(scaled_weight).T
-        per_row = activation.square().sum(1).double() + self.noise.weight_noise * weight.square().sum(1).double()
-        return float((per_row * self.row_weight).sum())
+        return self._mean_square(activation) + self._measured_weight_error(scaled_input, scaled_weight, scale)
+
+    def _mean_square(self, errors: Tensor) -> float:
+        """Errors of the outputs [T, N] -> squared, summed over outputs, averaged by row weight."""
+        return float((errors.square().sum(1).double() * self.row_weight).sum())
+
+    def _measured_weight_error(self, scaled_input: Tensor, scaled_weight: Tensor, scale: Tensor) -> float:
+        """Squared error of the outputs from rounding W s.
+
+        Rounding to nearest is done as it is done later. Other methods round a column differently after every change of
+        the columns before it, so that their error on a few rows is chance: only its mean is predicted.
+        """
+        if self.noise.weights == "round":
+            step = self._weight_step(scaled_weight)[..., None]  # [N, groups, 1]
+            rounded = (self._grouped(scaled_weight) / step).round_().mul_(step).reshape(scaled_weight.shape)
+            return self._mean_square(scaled_input @ rounded.sub_(scaled_weight).T)
+        return float(self._uniform_weight_error(self.weight, scale)) * self._weight_noise(scale)
+
+    def _uniform_weight_error(self, weight: Tensor, scale: Tensor) -> Tensor:
+        """Expected squared error of the outputs from uniform noise in the steps of W s, float64 scalar."""
+        moments = self._grouped((self.weight_moment / scale.square()).double()[None]).sum(-1)  # [1, groups]
+        return (self._weight_step(weight * scale).double().square() * moments).sum() / 12
+
+    def _weight_noise(self, scale: Tensor) -> float:
+        """Error power of rounding W s with searched scales, relative to `_uniform_weight_error`; 1 without a search."""
+        if self.noise.weights == "round":
+            return 1.0
+        weight = self.weight[:: -(-self.weight.shape[0] // ROUNDED_WEIGHT_ROWS)]
+        moment = self.weight_moment / scale.square()
+        difference = self._with_searched_scales(weight * scale, column_importance(moment)).sub_(weight * scale)
+        uniform = float(self._uniform_weight_error(weight, scale))
+        return float((difference.square_().sum(0).double() * moment).sum()) / uniform if uniform else 1.0
+
+    def _with_searched_scales(self, scaled_weight: Tensor, importance: Tensor) -> Tensor:
+        """Rounds W s [N, K] as quantize-weights does, without compensation."""
+        if self.noise.group_size is None:
+            rows = ChannelScaleGrid(scaled_weight, importance, None, torch.float32)
+            return rows.round_to_nearest().float().mul_(rows.scale)
+        groups = GroupScaleGrid(scaled_weight, importance, self.noise.group_size, torch.float32)
+        integers = self._grouped(groups.round_to_nearest().float())
+        return integers.mul_((groups.first * groups.second)[..., None]).reshape(scaled_weight.shape)
 
     def _input_error(self, scale: Tensor) -> Tensor:
         """Expected squared error of the outputs from rounding x / s, float64 scalar."""
@@ -185,7 +234,8 @@ class ConsumerGroup:
 
     def _weight_step(self, scaled_weight: Tensor) -> Tensor:
         """[N, K] -> [N, groups]"""
-        return self._grouped(scaled_weight).abs().amax(-1).clamp(min=MIN_WEIGHT_SCALE) / self.noise.weight_max
+        largest: Tensor = torch.linalg.vector_norm(self._grouped(scaled_weight), ord=torch.inf, dim=-1)
+        return largest.clamp(min=MIN_WEIGHT_SCALE) / self.noise.weight_max
 
     def _range(self, scale: Tensor) -> tuple[Tensor, Tensor]:
         return (self.low / scale).amin().clamp(max=0), (self.high / scale).amax().clamp(min=0)

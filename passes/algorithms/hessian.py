@@ -147,12 +147,22 @@ def search_shrinkage(gram: Tensor, holdout: Tensor, rms: Tensor, parallel_for: P
 
 def _expected_error(gram: Tensor, shrinkage: float, rms: Tensor, holdout: Tensor) -> float:
     """Squared error on held-out rows [B, T'] of unit rounding errors, compensated with the Gram matrix [B, B]."""
+    compensated = compensated_errors(gram, shrinkage, rms, holdout)
+    return float("inf") if compensated is None else float(compensated.square().sum(dtype=torch.float64))
+
+
+def compensated_errors(gram: Tensor, shrinkage: float, rms: Tensor, holdout: Tensor) -> Tensor | None:
+    """Output error on held-out rows [B, T'] of a unit rounding error in each column once it is compensated: [B, T'].
+
+    gram: [B, B], of the training rows in units of rms [B]. None if it is singular.
+    """
     if shrinkage == 1:
-        return float(holdout.square().sum(dtype=torch.float64))
+        return holdout
     shrunk = gram * (1 - shrinkage)
     shrunk.diagonal().copy_(gram.diagonal().clamp(min=MIN_CORRELATION))  # columns may be zero in the training rows
     lower, failed = torch.linalg.cholesky_ex(shrunk.flip(0, 1))
     if int(failed):
-        return float("inf")
-    compensated = torch.linalg.solve_triangular(_propagation(lower, rms), holdout, upper=True, unitriangular=True)
-    return float(compensated.square().sum(dtype=torch.float64))
+        return None
+    propagation = _propagation(lower, rms)
+    compensated: Tensor = torch.linalg.solve_triangular(propagation, holdout, upper=True, unitriangular=True)
+    return compensated

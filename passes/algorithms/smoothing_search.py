@@ -3,9 +3,9 @@
 Notation: C channels of the producer, K input columns of a consumer.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vlqc.ir.memory import release_pages
 from vlqc.ir.scale_propagation import find_edges
 from vlqc.ir.stage import Edge, Site, Stage
+from vlqc.passes.algorithms.compensation import uncompensated_share
 from vlqc.passes.algorithms.error_model import (
     MAX_INPUT_ROWS,
     MAX_WEIGHT_ROWS,
@@ -25,6 +26,8 @@ from vlqc.passes.algorithms.error_model import (
 from vlqc.passes.algorithms.folding import exact_scale
 from vlqc.passes.algorithms.observer import require_observation
 
+COMPENSATING = ("gptq", "auto")  # weight methods
+MIN_GAIN = 0.03  # of the error without a scale; ratios of two predicted errors deviate by 0.14 dB (rms) from real ones
 MIN_ROWS = 16  # of inputs and of weights, per group of an edge with many, such as that of a norm before experts
 
 
@@ -92,7 +95,8 @@ class SmoothingTask:
         """Returns the index of the best of the scales float32 [R, C]; the first one should be all ones.
 
         All candidates are ranked by the expected error. The best `confirm` of them and the first are compared by the
-        error measured on rows. Channels that are not usable are evaluated with scale 1, as they would be folded.
+        error measured on rows, and the first one is kept unless another is better by MIN_GAIN. Channels that are not
+        usable are evaluated with scale 1, as they would be folded.
         """
         candidates = torch.where(self.edge.usable, candidates, 1.0)
         expected = torch.stack([group.share * group.expected_error(candidates) for group in self.consumers]).sum(0)
@@ -102,7 +106,8 @@ class SmoothingTask:
         measured = [
             sum(group.share * group.measured_error(candidates[number]) for group in self.consumers) for number in best
         ]
-        return int(best[measured.index(min(measured))])
+        number = best[measured.index(min(measured))]
+        return int(number) if min(measured) < (1 - MIN_GAIN) * measured[best.index(0)] else 0
 
 
 def update_edges(stage: Stage) -> bool:
@@ -130,8 +135,12 @@ def smoothing_tasks(
             continue
         taken.update(sources)
         limits = (max(MIN_ROWS, limit // len(sources)) for limit in (MAX_INPUT_ROWS, MAX_WEIGHT_ROWS))
+        readers = [[site for site in sites if site.source == source] for source in sources]
         group = partial(_consumer_group, stage, edge, pass_name, preview, RowLimits(*limits))
-        consumers = [group([site for site in sites if site.source == source]) for source in sources]
+        consumers = [group(members) for members in readers]
+        if preview.weights in COMPENSATING:
+            shares = _uncompensated_shares(stage, readers, consumers)
+            consumers = [replace(each, uncompensated=share) for each, share in zip(consumers, shares, strict=True)]
         rows = [stage.observations[source].rows for source in sources]
         consumers = [replace(each, share=count / max(rows)) for each, count in zip(consumers, rows, strict=True)]
         producer, has_float = stage.module.get_submodule(edge.producer), has_float_consumer(stage, edge)
@@ -175,6 +184,30 @@ def _consumer_group(
         weight=selected,
         noise=scheme_noise(sites[0], preview),
     )
+
+
+def _uncompensated_shares(
+    stage: Stage, readers: Sequence[list[Site]], groups: Sequence[ConsumerGroup]
+) -> list[Callable[[], Tensor]]:
+    """Per group of sites that read the same node, a function that returns `uncompensated_share`.
+
+    Groups with the same columns, such as experts after one norm, share that of the group with the most rows.
+    """
+    columns = [group.channel.numpy().tobytes() for group in groups]
+    rows = [stage.observations[sites[0].source].rows for sites in readers]
+    most_rows = {columns[number]: number for number in sorted(range(len(rows)), key=lambda number: rows[number])}
+
+    @cache
+    def share(number: int) -> Tensor:
+        site = readers[number][0]
+        return uncompensated_share(stage.observations[site.source], groups[number].energy_per_column, _group_size(site))
+
+    return [partial(share, most_rows[key]) for key in columns]
+
+
+def _group_size(site: Site) -> int | None:
+    """Number of columns of the site's weight that share a scale; None for all of them."""
+    return site.group_size if site.scheme is not None and site.spec.weight.per_group else None
 
 
 def _as_lists(edge: Edge) -> tuple[str, list[bool], dict[str, list[int]]]:

@@ -8,7 +8,7 @@ from vlqc.passes.algorithms.error_model import CLIPPED_SHARES, ConsumerGroup, Sc
 
 ROWS, INPUTS, OUTPUTS, GROUP = 400, 24, 16, 8
 STATIC, PER_TOKEN, IN_GROUPS = SchemeNoise(), SchemeNoise(per_token=True), SchemeNoise(True, 7, GROUP)
-CLIPPED, CLEVER = SchemeNoise(clips=True), SchemeNoise(True, 7, GROUP, weight_noise=0.6)
+CLIPPED, CLEVER = SchemeNoise(clips=True), SchemeNoise(True, 7, GROUP, weights="gptq")
 EVERY_NOISE = pytest.mark.parametrize(
     "noise", [STATIC, PER_TOKEN, IN_GROUPS, CLEVER], ids=["static", "per token", "in groups", "clever"]
 )
@@ -87,7 +87,7 @@ def by_numpy(group: ConsumerGroup, scale: torch.Tensor) -> float:
     weight_step = weight_steps(w * s, group.noise)
     activation = (rounded - x / s) @ (w * s).T
     weight = x / s @ (np.rint(w * s / weight_step) * weight_step - w * s).T
-    return float(share @ ((activation**2).sum(1) + group.noise.weight_noise * (weight**2).sum(1)))
+    return float(share @ ((activation**2).sum(1) + (weight**2).sum(1)))
 
 
 def clipped_errors(group: ConsumerGroup, scale: torch.Tensor) -> list[float]:

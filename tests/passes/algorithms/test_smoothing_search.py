@@ -18,7 +18,7 @@ from tests.support.random_stage import (
 from tests.support.smoothing_cases import BOTH, PRODUCERS, Forked, of_random_weights
 from vlqc.errors import UserError
 from vlqc.ir.stage import Edge
-from vlqc.passes.algorithms.error_model import WEIGHT_NOISE, ConsumerGroup, QuantizationPreview, SchemeNoise
+from vlqc.passes.algorithms.error_model import ConsumerGroup, QuantizationPreview, SchemeNoise
 from vlqc.passes.algorithms.smoothing_search import (
     SmoothingTask,
     amax_per_channel,
@@ -120,7 +120,7 @@ def test_foreseen_rounding_reaches_every_reader() -> None:
     stage = observed(decoder())
     update_edges(stage)
     for task in smoothing_tasks(stage, "a test", QuantizationPreview(clip=True, weights="gptq")):
-        assert task.consumers[0].noise == SchemeNoise(clips=True, weight_noise=WEIGHT_NOISE["gptq"])
+        assert task.consumers[0].noise == SchemeNoise(clips=True, weights="gptq")
 
 
 def test_readers_weigh_rows_as_the_observation_says() -> None:

@@ -23,7 +23,7 @@ from vlqc.passes.algorithms.hessian import (
 from vlqc.passes.algorithms.weight_clipping import column_importance
 
 COLUMNS_PER_BLOCK = 1024  # bounds the cost; compensation between blocks is left out
-MAX_ROWS = 2048  # of x
+MAX_ROWS = 1024  # of x
 
 
 def uncompensated_share(observation: Observation, energy: Tensor, group_size: int | None) -> Tensor:

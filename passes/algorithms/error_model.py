@@ -14,7 +14,12 @@ from torch import Tensor
 
 from vlqc.ir.stage import Site
 from vlqc.kernels_ref.quantize import INT8_MAX, INT8_STEPS, WEIGHT_INT8_MAX
-from vlqc.passes.algorithms.weight_clipping import ChannelScaleGrid, GroupScaleGrid, column_importance
+from vlqc.passes.algorithms.weight_clipping import (
+    ELEMENTS_PER_CHUNK,
+    ChannelScaleGrid,
+    GroupScaleGrid,
+    column_importance,
+)
 from vlqc.targets.schemes import DEFAULT_SCHEME
 
 MAX_WEIGHT_ROWS = 512  # rows of W per search, evenly spread: bounds its cost, whatever the layer
@@ -166,7 +171,9 @@ class ConsumerGroup:
     def _uniform_weight_error(self, weight: Tensor, scale: Tensor) -> Tensor:
         """Expected squared error of the outputs from uniform noise in the steps of W s, float64 scalar."""
         moments = self._grouped((self.weight_moment / scale.square()).double()[None]).sum(-1)  # [1, groups]
-        return (self._weight_step(weight * scale).double().square() * moments).sum() / 12
+        parts = torch.split(weight, max(1, ELEMENTS_PER_CHUNK // weight.shape[1]))  # temporaries stay in the cache
+        steps = torch.cat([self._weight_step(part * scale) for part in parts])  # [N, groups]
+        return (steps.double().square() * moments).sum() / 12
 
     def _weight_noise(self, scale: Tensor) -> float:
         """Error power of rounding W s with searched scales, relative to `_uniform_weight_error`; 1 without a search."""
@@ -234,8 +241,7 @@ class ConsumerGroup:
 
     def _weight_step(self, scaled_weight: Tensor) -> Tensor:
         """[N, K] -> [N, groups]"""
-        largest: Tensor = torch.linalg.vector_norm(self._grouped(scaled_weight), ord=torch.inf, dim=-1)
-        return largest.clamp(min=MIN_WEIGHT_SCALE) / self.noise.weight_max
+        return self._grouped(scaled_weight).abs().amax(-1).clamp(min=MIN_WEIGHT_SCALE) / self.noise.weight_max
 
     def _range(self, scale: Tensor) -> tuple[Tensor, Tensor]:
         return (self.low / scale).amin().clamp(max=0), (self.high / scale).amax().clamp(min=0)

@@ -13,10 +13,10 @@ from vlqc.verify.findings import RANKING
 
 
 @pytest.mark.slow
-def test_outputs_of_a_rotated_folder_with_an_untied_head(tmp_path: Path) -> None:
-    """Catches stages compared in two bases, a head without the final norm, and logits of another float model."""
+def test_outputs_of_a_rotated_folder_with_layer_norms_and_an_untied_head(tmp_path: Path) -> None:
+    """Catches biases of norms that are not folded, stages compared in two bases, and logits of another float model."""
     source, folder = tmp_path / "float", tmp_path / "out"
-    config = make(source, family="qwen2", tied=True)
+    config = make(source, family="qwen2_vl", tied=True)
     samples, unseen = (random_samples(config, 2, seed=seed) for seed in (100, 7))
     vlqc.compile(model_path=source, save_directory=folder, samples=samples, target="vllm-ascend", rotate="all")
     result = verify_folder(folder, model_path=source, samples=unseen, locate=True)

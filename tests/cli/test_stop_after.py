@@ -19,7 +19,7 @@ def run(*words: str) -> tuple[int, str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("given", [{}, {"propagate": "quantized"}])
+@pytest.mark.parametrize("given", [{"rotate": "auto"}, {"propagate": "quantized"}])
 def test_stop_after_sees_the_compilations_stages(tmp_path: Path, given: dict[str, Any]) -> None:
     """Catches a stage with other inputs than in a compilation, because earlier stages were stopped too soon."""
     given = {
@@ -30,7 +30,7 @@ def test_stop_after_sees_the_compilations_stages(tmp_path: Path, given: dict[str
     run_until("smooth-m2", dump_ir=tmp_path / "cut", **given)
     for name in given["dump_stages"]:
         files = sorted((tmp_path / "cut" / name).iterdir())
-        assert files[-1].name == "04-after-smooth-m2.vlqc"
+        assert files[-1].match("*-after-smooth-m2.vlqc")
         assert all(file.read_text() == (tmp_path / "whole" / name / file.name).read_text() for file in files)
 
 

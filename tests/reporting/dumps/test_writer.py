@@ -74,6 +74,10 @@ def test_json_agrees_with_the_text(dump: Path) -> None:
     assert known.input is not None
     assert site["input"] == {"scale": known.input.scale, "offset": known.input.offset} and site["scheme"] == "W8A8"
     assert site["weight"]["weight"]["dtype"] == "int8"
+    residual, heads = content["rotations"]
+    assert (residual["kind"], residual["size"], residual["done"]) == ("residual stream", 192, True)
+    assert residual["columns"]["model.layers.1.mlp.up_proj"] == "model.layers.1.post_attention_layernorm"
+    assert heads["rows"] == {"model.layers.1.self_attn.v_proj": [0, 32]} and len(heads["absmax"]) == 3
     assert content["tensors"].keys() == stage.tensors.keys() and len(content["observations"]) == 4 == len(
         content["edges"]
     )

@@ -264,7 +264,7 @@ class OptionFields(BaseModel):
         "like the original script.",
     )
     rotate: Literal["auto", "none", "heads", "all"] = _option(
-        "none",
+        "auto",
         SCHEME,
         "Rotations that spread outliers over all channels and cancel in the weights around them: auto rotates residual "
         "streams and attention heads, except a stream whose output head shares the embedding's weight; all rotates it, "

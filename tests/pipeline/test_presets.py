@@ -74,15 +74,27 @@ PRESETS: list[tuple[dict[str, Any], str]] = [
         {"exclude": ["*.o_proj", "visual.*"], "include": "*.down_proj"},
         "insert-observers,assign-precision{exclude=*.o_proj;visual.*,include=*.down_proj},smooth-m2," + END,
     ),
+    ({"rotate": "none"}, BEGIN + "smooth-m2," + END),
+    ({"rotate": "heads"}, BEGIN + "smooth-m2," + END),
+    ({"rotate": "all"}, BEGIN + "smooth-m2," + END),
     ({"pipeline": " insert-observers ,\n smooth-m4{ alpha = 0.50 }"}, "insert-observers,smooth-m4{alpha=0.5}"),
 ]
+
+
+ROTATIONS = {
+    "auto": "rotate-residual,rotate-heads,",
+    "none": "",
+    "heads": "rotate-heads,",
+    "all": "rotate-residual{untie=true},rotate-heads,",
+}
 
 
 @pytest.mark.parametrize(("given", "text"), PRESETS, ids=[str(given) for given, _ in PRESETS])
 def test_presets(given: dict[str, Any], text: str) -> None:
     """Catches an option that is not passed on to its pass, and passes in an invalid order."""
     built = pipeline_text(Options.without_paths(**given))
-    assert built == ("" if "pipeline" in given else "split-window-attention,") + text
+    first = ROTATIONS[given.get("rotate", "auto")] + "split-window-attention,"
+    assert built == ("" if "pipeline" in given else first) + text
     assert print_pipeline(parse_pipeline(built)) == built
     if "pipeline" not in given:
         check_order(parse_pipeline(built))

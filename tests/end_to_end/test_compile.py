@@ -63,10 +63,9 @@ def test_accuracy_survives_with_smoothing(
 
 @pytest.mark.every_transformers
 def test_accuracy_collapses_without_smoothing(planted: Path, samples: list[Sample], tmp_path: Path) -> None:
-    """Catches outliers that were not planted, or a smoothing that happens when none was asked for."""
-    vlqc.compile(
-        model_path=planted, save_directory=tmp_path / "none", samples=samples, anti_method="none", act_method=1
-    )
+    """Catches outliers that were not planted, and smoothing or rotation although none was selected."""
+    save, options = tmp_path / "none", {"anti_method": "none", "rotate": "none", "act_method": 1}
+    vlqc.compile(model_path=planted, save_directory=save, samples=samples, **options)
     assert tiny_task.accuracy(vlqc.load(tmp_path / "none"), EVALUATED) < 30
 
 

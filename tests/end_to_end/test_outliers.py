@@ -8,7 +8,7 @@ import vlqc
 from tests.support.naive_w8a8 import load_float, logits, signal_to_noise
 from tools.checkpoints import outlier_checkpoint as make_outlier_checkpoint
 
-NAIVE = (7.0, 13.0)  # dB without smoothing
+NAIVE = (7.0, 13.0)  # dB without smoothing and rotations
 # dB with six calibration samples, at least 0.5 below the measured values; the reference tool reaches 27.4 to 29.1 with
 # m2, 17.4 to 19.3 with m4, 31.5 to 32.4 per token, and 11.0 to 11.8 with 4 bits.
 SMOOTHED, DYNAMIC, FOUR_BITS = 30.0, 34.5, 16.5
@@ -30,7 +30,7 @@ def test_smoothing_keeps_the_logits(tmp_path: Path, seed: int) -> None:
         vlqc.compile(model_path=tmp_path / "float", save_directory=save, samples=calibration, overwrite=True, **options)
         return signal_to_noise(reference, logits(vlqc.load(save), unseen))
 
-    assert NAIVE[0] < sqnr(anti_method="none", act_method=1) < NAIVE[1]
+    assert NAIVE[0] < sqnr(anti_method="none", rotate="none", act_method=1) < NAIVE[1]
     assert sqnr(act_method=1) > SMOOTHED
     assert sqnr() > SMOOTHED
     assert sqnr(anti_method="m4") > SMOOTHED

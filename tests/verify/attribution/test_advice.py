@@ -76,7 +76,7 @@ def outliers(tmp_path: Path) -> Callable[..., tuple[Path, list[dict[str, Tensor]
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"anti_method": "none"}, "anti_method"),
+        ({"anti_method": "none", "rotate": "none"}, "anti_method"),
         ({"w_bit": "4", "is_lowbit": "True", "is_dynamic": "True", "open_outlier": "False"}, "w_bit"),
         ({"anti_method": "m4", "anti_alpha": "0.1"}, "is_dynamic"),
     ],

@@ -13,7 +13,7 @@ from vlqc.ir.execution import Call, input_tensors
 from vlqc.ir.memory import release_pages
 from vlqc.ir.rotations import AppliedRotation, RotationKind
 from vlqc.ir.stage import Stage
-from vlqc.ir.tensor_digest import TOLERANCE, absmax, max_relative_error
+from vlqc.ir.tensor_digest import TOLERANCE, absmax, is_finite, max_relative_error
 
 
 @torch.no_grad()
@@ -32,7 +32,7 @@ def rotate_stage(stage: Stage, kind: RotationKind) -> bool:
         for rotation in stage.rotations
     )
     error = max_relative_error(expected.flatten(), stage.execution.probe_output(reuse=True).flatten())
-    if not error <= TOLERANCE:
+    if not error <= TOLERANCE and is_finite(expected):  # an overflow is reported where samples are observed
         why = f"relative error {error:.1e}, tolerance {TOLERANCE:.0e}"
         what = f"a rotation changes the output of {stage.name}"
         raise UserError(Fault(what, f"rotation of the {kind}", why, "compile with --rotate none"))

@@ -36,9 +36,12 @@ def samples() -> list[Sample]:
 
 
 def compiled(planted: Path, samples: list[Sample], save: Path, **options: object) -> Result:
-    """Rounds weights to the nearest: the fastest method, and verify can check every integer."""
-    arguments = {"model_path": planted, "save_directory": save, "samples": samples, "weight_method": "round", **options}
-    return vlqc.compile(fallback="auto", **arguments)
+    """Rounds weights to the nearest: the fastest method, and verify can check every integer.
+
+    Without rotations, for which the planted checkpoint has too different magnitudes within a head.
+    """
+    arguments = {"model_path": planted, "save_directory": save, "samples": samples, "weight_method": "round"}
+    return vlqc.compile(fallback="auto", rotate="none", **arguments, **options)
 
 
 def schemes(save: Path) -> dict[str, Scheme]:
@@ -99,6 +102,7 @@ def test_no_float_group_is_everything_quantized(planted: Path, samples: list[Sam
     assert floats(result) == 0 and {scheme for part, scheme in result.counts if part != "other"} == {"W8A8"}
     assert schemes(tmp_path / "auto")["model.layers.3.mlp.down_proj"] == Scheme.W8A8
     arguments = {"model_path": planted, "samples": samples, "weight_method": "round", "target": "vllm-ascend"}
+    arguments["rotate"] = "none"
     vlqc.compile(save_directory=tmp_path / "none", fallback="none", **arguments)
     names = sorted(path.name for path in (tmp_path / "none").iterdir() if path.name not in (DATA_FILE, "MANIFEST.json"))
     assert filecmp.cmpfiles(tmp_path / "auto", tmp_path / "none", names, shallow=False) == (names, [], [])

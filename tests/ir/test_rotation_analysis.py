@@ -1,7 +1,10 @@
 """Rotation analysis in random small graphs: every basis that is found can be rotated."""
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,7 +14,9 @@ from tests.ir.test_scale_propagation_small_graphs import STEP, Program
 from tests.support import tiny
 from tests.support.folded_edges import CALL, INPUT
 from vlqc.frontend.tracing import trace
-from vlqc.ir.rotation_analysis import Basis, find_bases, subtracts_mean
+from vlqc.ir.execution import Call
+from vlqc.ir.rotatable import find_rotatable
+from vlqc.ir.rotation_analysis import Basis, GraphBases, find_bases, subtracts_mean
 
 
 def orthogonal(size: int, *, keeps_mean: bool) -> Tensor:
@@ -117,3 +122,92 @@ def test_norms_by_what_they_compute() -> None:
     assert subtracts_mean(Rms(), 12) is False
     assert subtracts_mean(nn.LayerNorm(12), 12) is True
     assert subtracts_mean(Largest(), 12) is None
+
+
+class Little(nn.Module):
+    """An embedding, a branch behind a norm, a final norm and a head; `step` changes the stream or its use."""
+
+    def __init__(
+        self, step: Callable[[Any, Tensor, Tensor], Tensor] | None = None, norm: type[nn.Module] = nn.LayerNorm
+    ):
+        super().__init__()
+        torch.manual_seed(0)
+        self.step = step or (lambda little, x, ids: x)
+        self.embed, self.other = nn.Embedding(16, 8), nn.Embedding(16, 8)
+        self.norm, self.final = norm(8), norm(8)
+        self.fc, self.head = nn.Linear(8, 8), nn.Linear(8, 5)
+        self.conv = nn.Conv1d(8, 8, 1, groups=2)
+        self.scale = nn.Parameter(torch.rand(8))
+        self.requires_grad_(requires_grad=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        x = self.step(self, x + self.fc(self.norm(x)), ids)
+        logits: Tensor = self.head(self.final(x))
+        return logits
+
+
+def zeros_written(little: Any, x: Tensor, ids: Tensor) -> Tensor:
+    blank = torch.zeros_like(x)
+    blank[:, :3] = little.scale
+    return x + blank
+
+
+def view_changed(little: Any, x: Tensor, ids: Tensor) -> Tensor:
+    x = x.clone()
+    x[..., :3].mul_(2)
+    return x
+
+
+def channels_chosen(little: Any, x: Tensor, ids: Tensor) -> Tensor:
+    return torch.where((little.scale > 0.5)[:, None].transpose(0, 1), x, little.other(ids))
+
+
+def rows_chosen(little: Any, x: Tensor, ids: Tensor) -> Tensor:
+    return torch.where((ids > 3)[..., None], x, little.other(ids))
+
+
+class Plus(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.layer_norm(x, (8,), 1 + self.weight, self.bias)
+
+
+IDS = torch.arange(12).view(2, 6)
+OBSTACLES: dict[str, Any] = {
+    "written zeros": zeros_written,
+    "view changed in place": view_changed,
+    "mask of channels": channels_chosen,
+    "factor per channel": lambda little, x, ids: x * little.scale,
+    "branch scaled per channel": lambda little, x, ids: x + little.scale * little.other(ids),
+    "grouped convolution": lambda little, x, ids: x + little.conv(little.other(ids).transpose(1, 2)).transpose(1, 2),
+    "activation": lambda little, x, ids: x.relu(),
+    "norm added": lambda little, x, ids: x + little.norm(x),
+    "norm scaled": lambda little, x, ids: x + little.fc(0.5 * little.norm(x)),
+    "second reader": lambda little, x, ids: x * x.sum(-1, keepdim=True).sigmoid(),
+    "weight read": lambda little, x, ids: x * little.embed.weight.abs().max(),
+    "embedding called twice": lambda little, x, ids: x + little.embed(ids + 1),
+    "fixed part joined": lambda little, x, ids: x + (lambda y: y + 0 * y.relu())(little.other(ids)),
+}
+
+
+def streams(module: Little, stages: dict[str, GraphBases] | None = None) -> list[Any]:
+    found = find_rotatable(module, trace(module, Call(0, (IDS,), {}), "little"), stages or {}, str)
+    return [each for each in found if "embed" in each.writers]
+
+
+@pytest.mark.parametrize("name", OBSTACLES)
+def test_what_does_not_commute_is_an_obstacle(name: str) -> None:
+    """Catches an operation, a write or a second use of a parameter after which a rotation would change the output."""
+    assert all(stream.obstacle for stream in streams(Little(OBSTACLES[name])))
+
+
+def test_norms_whose_weight_is_no_factor_are_obstacles() -> None:
+    """Catches a norm that multiplies by 1 + weight: folding its weight changes the output."""
+    assert [bool(stream.obstacle) for stream in streams(Little(norm=Plus))] == [True]
+
+
+@pytest.mark.parametrize("step", [None, rows_chosen])
+def test_streams_without_obstacle(step: Any) -> None:
+    """Catches an analysis that excludes plain sums, or rows selected by a mask of rows."""
+    (stream,) = streams(Little(step))
+    assert not stream.obstacle and stream.keeps_mean and set(stream.norms) == {"norm", "final"}

@@ -1,21 +1,24 @@
 """rotate-residual and rotate-heads on whole checkpoints: tensors against dense matrices, and the proof."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 import vlqc
 from tools.checkpoints import outlier_checkpoint
 from tools.checkpoints.families import Shape
 from vlqc.errors import UserError
-from vlqc.ir.rotations import RotationKind
-from vlqc.ir.stage import Stage
+from vlqc.frontend.checkpoint.checkpoint import Checkpoint
+from vlqc.frontend.streamed_model import StreamedModel
+from vlqc.ir.rotations import AppliedRotation
 from vlqc.kernels_ref.rotation import Rotation
-from vlqc.passes import rotate_residual
-from vlqc.passes.algorithms.rotation import rotate_stage
+from vlqc.passes.rotate_residual import RotateResidual
+from vlqc.pipeline.rotation_plan import rotate_model
 
 SMALL = Shape(
     layers=1, hidden=96, intermediate=64, heads=6, value_heads=2, vision_layers=1, vision_hidden=64,
@@ -85,18 +88,32 @@ def test_tensors_are_those_of_dense_rotations(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_rotation_that_changes_the_output_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a proof that passes whatever the rotated stage computes: one reader keeps its columns."""
+@pytest.mark.parametrize("factor", [0.0, 1.002])
+def test_a_rotation_that_changes_the_output_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float
+) -> None:
+    """Catches a proof that passes whatever the rotated stage computes, or with a tolerance of a percent."""
     config = outlier_checkpoint.make(tmp_path / "float", 3, shape=SMALL)
     samples = outlier_checkpoint.random_samples(config, 2, 7)
+    apply = AppliedRotation.apply_
 
-    def without_gate(stage: Stage, kind: RotationKind) -> bool:
-        for rotation in stage.rotations:
-            for layer in [layer for layer in rotation.readers if layer.endswith("gate_proj")]:
-                del rotation.readers[layer]  # type: ignore[attr-defined]
-        return rotate_stage(stage, kind)
+    def wrong(rotation: AppliedRotation, layer: str, weight: Tensor, *others: Any) -> None:
+        apply(rotation, layer, weight, *others)
+        if layer.endswith("blocks.0.mlp.gate_proj"):
+            weight.mul_(factor)
 
-    monkeypatch.setattr(rotate_residual, "rotate_stage", without_gate)
+    monkeypatch.setattr(AppliedRotation, "apply_", wrong)
     with pytest.raises(UserError, match=r"visual\.blocks\.0"):
         vlqc.compile(model_path=tmp_path / "float", save_directory=tmp_path / "out", samples=samples, pipeline=FLOAT)
     assert not (tmp_path / "out").exists()
+
+
+def test_tensors_outside_the_stages_have_the_stored_dtype(tmp_path: Path) -> None:
+    """Catches a calibration on tensors that are not those of the result, and a norm whose weight is not folded."""
+    outlier_checkpoint.make(tmp_path / "float", 3, shape=SMALL)
+    model = StreamedModel.open(Checkpoint(tmp_path / "float"))
+    rotate_model(model, [RotateResidual()])
+    for name in ("model.embed_tokens.weight", "visual.patch_embed.proj.weight", "lm_head.weight", "model.norm.weight"):
+        assert model.tensors.tensor(name).dtype == torch.bfloat16
+    assert bool((model.tensors.tensor("model.norm.weight") == 1).all())
+    assert model.tensors.rows("model.embed_tokens.weight", torch.arange(3)).dtype == torch.bfloat16

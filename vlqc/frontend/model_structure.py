@@ -7,6 +7,7 @@ matter. Stages with the same modules and shapes have the same edges, so that one
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -165,6 +166,7 @@ def structure_of(
         for path, parameter in model.named_parameters(remove_duplicate=False)
         if path not in shared
     }
+    several = _with_shared_parameters(model, paths[head] if tied else None)
     linears = {
         name(path): Linear(
             module.out_features, module.in_features, family.is_row_parallel(name(path)), module.bias is not None
@@ -183,10 +185,21 @@ def structure_of(
     stage_bases = {
         path: tracer.bases[kind] for stage, path in tracer.stages.items() if (kind := _kind(stage)) in tracer.bases
     }
-    rotatable = find_rotatable(model, between, stage_bases, name)
+    rotatable = find_rotatable(model, between, stage_bases, name, several)
     return ModelStructure(
         family, parameters, linears, edges, name(paths[embedding]), name(paths[head]), tied, rotatable
     )
+
+
+def _with_shared_parameters(model: nn.Module, tied_head: str | None) -> set[str]:
+    """Paths of modules that share a parameter with another one, apart from the tied output head."""
+    named = [
+        (path, id(parameter))
+        for path, parameter in model.named_parameters(remove_duplicate=False)
+        if path.rpartition(".")[0] != tied_head
+    ]
+    counts = Counter(number for _, number in named)
+    return {path.rpartition(".")[0] for path, number in named if counts[number] > 1}
 
 
 def _kind(stage: nn.Module) -> tuple[Any, ...]:

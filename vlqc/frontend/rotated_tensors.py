@@ -19,6 +19,7 @@ class RotatedTensors:
 
     def __init__(self, checkpoint: Checkpoint, plan: RotationPlan, embedding: str, *, rounded: bool) -> None:
         self.checkpoint, self.plan, self.embedding, self.rounded = checkpoint, plan, embedding, rounded
+        self._norms: dict[str, Tensor] = {}  # parameters of norms, as stored
 
     def tensor(self, name: str) -> Tensor:
         """As `Checkpoint.tensor`. Every call returns a tensor of its own."""
@@ -48,6 +49,10 @@ class RotatedTensors:
         return rows.to(stored.dtype) if self.rounded else rows
 
     def _stored(self, name: str) -> Tensor:
+        layer = name.rpartition(".")[0]
+        if any(layer in rotation.norms for rotation in self.plan.rotations):
+            self._norm_parameter(name)
+            return self._norms[name]
         return self.checkpoint.tensor(self._stored_name(name))
 
     def _stored_name(self, name: str) -> str:
@@ -56,10 +61,15 @@ class RotatedTensors:
         return f"{self.embedding}.{parameter}" if layer == self.plan.untied_head else name
 
     def _norm(self, rotation: AppliedRotation, layer: str, parameter: str) -> Tensor:
-        name = f"{rotation.readers[layer]}.{parameter}"
-        if name not in self.checkpoint:
-            raise KeyError(name)
-        return self.checkpoint.tensor(name).float()
+        return self._norm_parameter(f"{rotation.readers[layer]}.{parameter}")
+
+    def _norm_parameter(self, name: str) -> Tensor:
+        """float32 [C]. Read once. KeyError for a name that the checkpoint does not have."""
+        if name not in self._norms:
+            if name not in self.checkpoint:
+                raise KeyError(name)
+            self._norms[name] = self.checkpoint.tensor(name)
+        return self._norms[name].float()
 
     def _weight_for_bias(self, layer: str, rotations: Sequence[AppliedRotation]) -> Tensor:
         """The weight float32 [N, K] if the bias depends on it, else an empty one [N, 0] or [0] of a norm."""

@@ -1,23 +1,30 @@
 """What can be rotated in a model: residual streams through all stages, and the heads of attention layers."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
 from torch import fx, nn
 
-from vlqc.ir.rotation_analysis import Basis, GraphBases, Obstacle, find_bases
+from vlqc.ir.rotation_analysis import SHARED, Basis, GraphBases, Obstacle, find_bases
 from vlqc.ir.rotations import Rotatable, RotationKind
 
 
 def find_rotatable(
-    model: nn.Module, graph: fx.Graph, stages: Mapping[str, GraphBases], name: Callable[[str], str]
+    model: nn.Module,
+    graph: fx.Graph,
+    stages: Mapping[str, GraphBases],
+    name: Callable[[str], str],
+    shared: Collection[str] = (),
 ) -> tuple[Rotatable, ...]:
     """Everything that can be rotated, and streams that cannot, in the order of the forward.
 
     graph: of the model between its stages; stages: path -> bases of the stage; name: path of a module -> checkpoint
-    name.
+    name; shared: paths of modules that share a parameter with others.
     """
     bases = find_bases(model, graph, stages).bases
+    for basis in bases:
+        if targets := [target for target in (*basis.writers, *basis.readers, *basis.norms) if target in shared]:
+            basis.fix(Obstacle(SHARED, targets[0]))
     return tuple(rotatable for basis in bases for rotatable in _of_basis(model, basis, name))
 
 

@@ -21,12 +21,14 @@ from torch.func import functional_call
 
 from vlqc.ir.label_propagation import (
     ATTENTION,
+    IN_PLACE,
     LAYOUT,
     LIKE_ANOTHER,
     MATRIX_PRODUCT,
     PASS_THROUGH,
     PRODUCT,
     QUOTIENT,
+    READ_NO_VALUES,
     SUM,
     LabelPropagation,
     Rule,
@@ -45,6 +47,9 @@ WRITES = frozenset("__setitem__ index_add index_add_ index_put index_put_ index_
 RESIZING = frozenset("view reshape repeat expand split split_with_sizes chunk".split())
 SELECTION = frozenset("masked_scatter masked_scatter_ where".split())
 PARTIAL, REPEATED = "a layer reads a part of it", "a module is called repeatedly"  # reasons
+SHARED = "parameters of a layer are read by something else, too"
+ROW_MASK_OPERATIONS = frozenset("expand expand_as to contiguous clone detach".split())
+KEEPS_VALUES = (LAYOUT | PASS_THROUGH | READ_NO_VALUES | frozenset({"cat"})) - frozenset("neg __neg__".split())
 NORM_TOLERANCE = 1e-3  # relative to the largest output of a norm
 
 
@@ -120,8 +125,11 @@ class Basis:
         )
 
     def is_stream(self) -> bool:
-        """Whether it is a residual stream: values that norms read and that several layers write."""
-        return self.heads is None and bool(self.norms) and len(self.writers) > 1
+        """Whether it is a residual stream: values that norms read and that several layers write.
+
+        With an obstacle one layer suffices, as the rest of the stream may not have been recognized.
+        """
+        return self.heads is None and bool(self.norms) and len(self.writers) > (0 if self.obstacle else 1)
 
 
 @dataclass
@@ -149,9 +157,10 @@ def whole_blocks(columns: Tensor, size: int, channels: int) -> bool:
 
 
 def subtracts_mean(norm: nn.Module, channels: int) -> bool | None:
-    """False if a norm with weight 1 and bias 0 commutes with every rotation, True if with those that keep the mean.
+    """False if a norm commutes with every rotation, True if with those that keep the mean, None if with neither.
 
-    None if it commutes with neither. Determined by running it: f(x R) = f(x) R for reflections R.
+    That is with weight 1 and bias 0; the output with others must be n(x) * weight + bias. Determined by running it:
+    n(x R) = n(x) R for reflections R.
     """
     state = {
         name: torch.ones(parameter.shape) if name == "weight" else torch.zeros(parameter.shape)
@@ -159,6 +168,8 @@ def subtracts_mean(norm: nn.Module, channels: int) -> bool | None:
     }
     generator = torch.Generator().manual_seed(0)
     x, axis = torch.randn(4, channels, generator=generator), torch.randn(channels, generator=generator)
+    if not _is_affine(norm, x, state, generator):
+        return None
 
     def commutes(direction: Tensor) -> bool:
         direction = direction / direction.norm()
@@ -175,6 +186,27 @@ def subtracts_mean(norm: nn.Module, channels: int) -> bool | None:
     if commutes(axis):
         return False
     return True if commutes(axis - axis.mean()) else None
+
+
+def _keeps_forward(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether a module has the forward of one of these classes; subclasses may compute something else."""
+    return any(type(module).forward is kind.forward for kind in kinds)
+
+
+def _is_view(value: Any) -> bool:
+    """Whether a value may share memory with another one of the graph."""
+    return isinstance(value, fx.Node) and getattr(value.target, "__name__", "") in LAYOUT | PASS_THROUGH
+
+
+def _is_affine(norm: nn.Module, x: Tensor, state: Mapping[str, Tensor], generator: torch.Generator) -> bool:
+    """Whether n(x) with any weight and bias is n(x) with those of `state`, times the weight plus the bias."""
+    random = {name: torch.randn(value.shape, generator=generator) for name, value in state.items()}
+    try:
+        plain, other = (functional_call(norm, dict(values), (x,)) for values in (state, random))
+    except (RuntimeError, TypeError):
+        return False
+    expected = plain * random["weight"] + random.get("bias", torch.zeros(()))
+    return bool((expected - other).abs().amax() <= NORM_TOLERANCE * expected.abs().amax())
 
 
 class _Analysis(LabelPropagation):
@@ -206,6 +238,7 @@ class _Analysis(LabelPropagation):
                     self.labels[node] = labels
         roots = {number for number in range(len(self.bases)) if self._root(number) == number}
         self._check_readers(roots)
+        self._check_parameters(roots)
         kept = [number for number in sorted(roots) if self.bases[number].norm is None]
         position = {number: index for index, number in enumerate(kept)}
         return GraphBases(
@@ -287,6 +320,19 @@ class _Analysis(LabelPropagation):
                 elif norm is None and basis.heads is None and not whole_blocks(columns, basis.size, basis.size):
                     basis.fix(Obstacle(PARTIAL, target))
 
+    def _check_parameters(self, roots: Iterable[int]) -> None:
+        """Fixes bases around layers whose parameters something else than the layer reads."""
+        paths = [node.meta.get("path") for node in self.graph.nodes if node.op == "get_attr"]
+        used = {str(path).rpartition(".")[0] for path in paths if path}
+        named = list(self.module.named_parameters(remove_duplicate=False))
+        counts = Counter(id(parameter) for _, parameter in named)
+        used |= {path.rpartition(".")[0] for path, parameter in named if counts[id(parameter)] > 1}
+        for number in roots:
+            basis = self.bases[number]
+            for target in (*basis.writers, *basis.readers, *basis.norms):
+                if target in used:
+                    self._fix(number, Obstacle(SHARED, target))
+
     # ---- nodes -------------------------------------------------------------------------------------------------------
 
     @property
@@ -305,12 +351,29 @@ class _Analysis(LabelPropagation):
         if node.op == "call_function" and name in ZEROS:
             self._zeros.add(node)
             return None
+        try:
+            return self._operation(node, name)
+        finally:  # it may have been written to, also through a view
+            self._zeros.difference_update(node.all_input_nodes)
+
+    def _operation(self, node: fx.Node, name: str) -> Any:
         sources = [source for source in node.all_input_nodes if source in self.labels]
-        if node.op == "call_function" and (not sources or (name != "__setitem__" and not node.users)):
-            return None
-        if name in LIKE_ANOTHER and node.all_input_nodes[0] not in self.labels:
-            return None  # reads the shape of the other tensor only
+        if node.op == "call_function":
+            in_place = name == "__setitem__" or name in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+            if not sources or not (node.users or in_place):
+                return None
+            if name in LIKE_ANOTHER and node.all_input_nodes[0] not in self.labels:
+                return None  # reads the shape of the other tensor only
+            if in_place and name != "__setitem__" and _is_view(node.args[0]):
+                return self.exclude(*(self.labels[source] for source in sources))
+            if name not in KEEPS_VALUES:
+                self.exclude(*(self.labels[source] for source in filter(self._is_normalized, sources)))
         return self.step(node)
+
+    def _is_normalized(self, node: fx.Node) -> bool:
+        """Whether a value is the output of a norm: only layout operations may come before the layers that read it."""
+        labels = torch.unique(without_copies(self.labels[node]))
+        return any(self._basis(number).norm for number in torch.unique(labels[labels >= 0] // CHANNELS).tolist())
 
     def _output(self, node: fx.Node, position: int) -> int | None:
         self._node = node
@@ -338,12 +401,12 @@ class _Analysis(LabelPropagation):
             return self._enter_stage(node, target)
         module = self.module.get_submodule(target)
         labels = self.labels[sources[0]] if sources else None
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and _keeps_forward(module, nn.Linear):
             self._read(target, labels)
             return self._written(target, module.out_features, shape)
-        if isinstance(module, nn.Embedding):
+        if isinstance(module, nn.Embedding) and _keeps_forward(module, nn.Embedding):
             return self._written(target, module.embedding_dim, shape, table=True)
-        if isinstance(module, CONVOLUTIONS):
+        if isinstance(module, CONVOLUTIONS) and _keeps_forward(module, *CONVOLUTIONS) and module.groups == 1:
             self.exclude(labels)
             return self._written(target, module.out_channels, shape, dimension=1)
         if labels is not None and isinstance(module, nn.Identity | nn.Dropout):
@@ -379,10 +442,12 @@ class _Analysis(LabelPropagation):
         number = int(rows[0, 0]) // CHANNELS
         size = self.bases[number].size
         blocks = number >= 0 and whole_blocks(rows[0] - number * CHANNELS, size, size)
-        if not blocks or mean is None or not equal_rows(rows) or self._basis(number).norm or self._called[target] != 1:
+        if not blocks or not equal_rows(rows) or self._basis(number).norm or self._called[target] != 1:
             return self.exclude(labels)
         base = self._basis(number)
         base.norms.append(target)
+        if mean is None:
+            return self.exclude(labels)
         base.keeps_mean |= mean
         return self._channels(self._new(Basis(channels, norm=target, base=number))).expand(labels.shape)
 
@@ -516,7 +581,7 @@ class _Analysis(LabelPropagation):
             if mask.meta.get("shape") and mask.meta["shape"][-1] == 1:
                 return True
             name = getattr(mask.target, "__name__", "")
-            if name not in PASS_THROUGH | LAYOUT or not mask.all_input_nodes:
+            if name not in ROW_MASK_OPERATIONS or not mask.all_input_nodes:
                 return False
             mask = mask.all_input_nodes[0]
         return False

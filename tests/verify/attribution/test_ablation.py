@@ -131,7 +131,7 @@ def test_compiled_folders_without_their_rounding_are_exact(tmp_path: Path, optio
     facts = verify_with_locate(tmp_path / "out", tmp_path / "float", samples, locate_tokens=1).facts
     assert (
         facts["SQNR of the logits"]["without the groups' rounding dB"]
-        > facts["SQNR of the logits"]["all quantized dB"] + 20
+        > facts["SQNR of the logits"]["all quantized dB"] + 14  # rotated float tensors are rounded to bfloat16
     )
 
 

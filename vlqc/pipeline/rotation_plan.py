@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from vlqc.errors import Fault, UserError
 from vlqc.frontend.model_structure import rotatable_parts
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.rotations import Rotatable, RotatableParts, RotationKind, RotationPlan, make_plan
@@ -39,9 +40,18 @@ def rotate_model(model: StreamedModel, passes: Sequence[Pass]) -> RotationPlan:
     return plan
 
 
+def _require_one_of_each(passes: Sequence[RotationPass]) -> None:
+    """UserError for two passes that rotate the same values."""
+    names = [step.name for step in passes]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        why = "values are rotated once"
+        raise UserError(Fault(f"{repeated[0]} occurs {len(repeated)} times", "--pipeline", why, "keep one of them"))
+
+
 def _plan(model: StreamedModel, passes: Sequence[RotationPass]) -> RotationPlan:
     if not passes:
         return RotationPlan()
+    _require_one_of_each(passes)
     parts, chosen, obstacles = rotatable_parts(model), dict[str, tuple[Rotatable, int]](), dict[str, str]()
     for step in passes:
         for rotatable in parts.parts:

@@ -192,7 +192,9 @@ class _SourceCheck:
                         in_stages.setdefault((key, stated, seed), []).append(unit or "the layers outside all stages")
         why = f"{SUMMARY} was changed, or is that of another folder"
         for (kind, stated, seed), names in everywhere.items():
-            what = f"{describe_parts(kind, names)}: {_text(stated)} by {SUMMARY}, but {_text(seed)}"
+            what = (
+                f"{describe_parts(kind, names)}: {_text(stated)} according to {SUMMARY}; the weights are {_text(seed)}"
+            )
             self.result.add_fault(ROTATIONS, SUMMARY, what, why, COPY_AGAIN)
         why = "they read or write other values than the rest of the model, so its outputs are wrong"
         for (key, stated, seed), stages in in_stages.items():

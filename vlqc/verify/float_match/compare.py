@@ -3,7 +3,7 @@
 A tensor that no pass changes must equal the source in the folder's dtype, bit for bit; if it is rotated, up to one
 rounding. Every other tensor must equal the source under channel scales that cancel between a norm and the linear layers
 that read it, or between two linear layers. So one wrong byte in any tensor is detected, down to the rounding of the
-tensor's dtype. Rotations are those that the folder states (`rotation_check` finds out whether it states others than it
+tensor's dtype. Rotations are those that the folder states (`check.py` finds out whether it states others than it
 has).
 """
 

@@ -13,6 +13,7 @@ from vlqc.verify.folder.manifest import SUMMARY
 from vlqc.verify.folder.reader import read_json_object
 
 CHECK = "rotations"
+LONGEST = 100  # characters of a name in a message
 Key = tuple[RotationKind, str]  # kind and name of what can be rotated
 Seeds = dict[Key, int]  # of what is rotated
 Rotated = dict[Key, int | None]  # of everything that can be rotated: the seed, or None where it is not
@@ -47,9 +48,10 @@ def read_rotations(folder: Path) -> tuple[list[StatedRotation], list[str]]:
     content, _ = read_json_object(folder / SUMMARY)  # `verify` has another check for files that cannot be read
     entries = (content or {}).get("rotations", [])
     if not isinstance(entries, list):
-        return [], ["no list"]
+        return [], ["`rotations` is not a list"]
     read = [_entry(entry) for entry in entries]
-    return [entry for entry in read if entry], ["an entry in an unknown format" for entry in read if not entry]
+    invalid = [f"entry {number} of `rotations` is invalid" for number, entry in enumerate(read) if not entry]
+    return [entry for entry in read if entry], invalid
 
 
 def _entry(entry: Any) -> StatedRotation | None:
@@ -72,16 +74,17 @@ def stated_rotations(folder: Path, model: ModelStructure, result: VerificationRe
         result.add_examined(CHECK, len(entry.names))
         for key in ((entry.kind, name) for name in entry.names):
             if key not in known:
-                errors.append(f"{entry.kind} of {key[1]}, which the model does not have or which cannot be rotated")
+                name = key[1] if len(key[1]) <= LONGEST else f"{key[1][:LONGEST]}..."
+                errors.append(f"the model has no {entry.kind} of {name!r} that can be rotated")
             elif known[key].size != entry.size:
-                errors.append(f"size {entry.size} for the {entry.kind} of {key[1]}, which has {known[key].size}")
+                errors.append(f"the {entry.kind} of {key[1]} has size {entry.size} instead of {known[key].size}")
             elif key in seeds:
-                errors.append(f"two entries for the {entry.kind} of {key[1]}")
+                errors.append(f"the {entry.kind} of {key[1]} is listed twice")
             else:
                 seeds[key] = entry.seed
     for error in errors:
         why = "the same rotations cannot be made of the float checkpoint"
-        result.add_fault(CHECK, SUMMARY, f"its list of rotations has {error}", why, COPY_AGAIN)
+        result.add_fault(CHECK, SUMMARY, error, why, COPY_AGAIN)
     if entries:
         result.facts[CHECK] = [str(entry) for entry in entries]
     return seeds

@@ -88,7 +88,7 @@ LIES: dict[str, tuple[Seeds, Seeds | None, list[str]]] = {
     "one head more": (ALL, {key: 0 for key in list(ALL)[:-1]}, ["layers.1.self_attn.v_proj"]),
     "vision not rotated": ({LANGUAGE: 0} | HEADS, ALL, ["patch_embed.proj: rotated with seed 0"]),
     "another stream": ({LANGUAGE: 0}, {VISION: 0}, ["embed_tokens: not", "patch_embed.proj: rotated"]),
-    "default seed": (ALL, ALL | {LANGUAGE: 5}, ["rotated with seed 5 by vlqc_report.json, but rotated with seed 0"]),
+    "default seed": (ALL, ALL | {LANGUAGE: 5}, ["rotated with seed 5 according to vlqc_report.json"]),
     "unknown seed": (ALL | {LANGUAGE: 7}, ALL | {LANGUAGE: 5}, ["residual stream of model.embed_tokens are not"]),
     "unknown seed of heads": (ALL | dict.fromkeys(HEADS, 7), ALL, ["attention heads"]),
 }

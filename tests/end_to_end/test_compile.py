@@ -196,7 +196,13 @@ def test_names_do_not_matter(
         return StreamedModel(module, checkpoint, lambda path: original_name(names(path)))
 
     monkeypatch.setattr(StreamedModel, "open", renamed)
-    vlqc.compile(model_path=planted, save_directory=tmp_path / "renamed", samples=samples, dump_ir=tmp_path / "dump")
+    vlqc.compile(
+        model_path=planted,
+        save_directory=tmp_path / "renamed",
+        samples=samples,
+        dump_ir=tmp_path / "dump",
+        rotate="none",
+    )
     names = sorted(path.name for path in compiled.iterdir())
     assert filecmp.cmpfiles(compiled, tmp_path / "renamed", names, shallow=False) == (names, [], [])
     (file,) = (tmp_path / "dump" / "model.layers.0").glob("*-after-smooth-m2.vlqc")

@@ -271,7 +271,7 @@ def test_every_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (("verify", "out"), "no faults"),
         (("verify", "out", "--model_path", "model"), "no faults"),
         (("report", "out"), "written"),
-        (("run-pass", next_bundle := "dump/model.layers.0/00-traced.bundle", "insert-observers"), "observ"),
+        (("run-pass", next_bundle := "dump/model.layers.0/00-traced.bundle", "rotate-heads"), "rotat"),
     ]
     for words, expected in commands:
         monkeypatch.setattr(registry, "_registered", [])

@@ -26,10 +26,12 @@ TINY = Path(__file__).parent / "tiny_vl"
 CALIBRATION_IMAGES = 32
 EVALUATION_IMAGES = 256  # unseen renderings, 8 answers each
 RUNS = {  # title: options of vlqc compile
-    "W8A8, no smoothing, min-max": ["--anti_method", "none", "--act_method", "1"],
-    "W8A8, no smoothing, histogram": ["--anti_method", "none"],
-    "W8A8, m2, min-max": ["--anti_method", "m2", "--act_method", "1"],
-    "W8A8, m2, histogram (default)": [],
+    "W8A8, no smoothing, min-max": ["--rotate", "none", "--anti_method", "none", "--act_method", "1"],
+    "W8A8, no smoothing, histogram": ["--rotate", "none", "--anti_method", "none"],
+    "W8A8, m2, min-max": ["--rotate", "none", "--act_method", "1"],
+    "W8A8, m2, histogram": ["--rotate", "none"],
+    "W8A8, rotations, histogram": ["--anti_method", "none"],
+    "W8A8, rotations, m2, histogram (default)": [],
 }
 
 

@@ -192,12 +192,14 @@ class RotationPlan:
     stages: name of a stage -> the parts of the rotations that are in it.
     untied_head: name of the output head if it no longer shares the embedding's weight, else "".
     obstacles: per residual stream that is not rotated, its name and the reason.
+    unbalanced_heads: names of layers whose heads are not rotated, as their channels differ too much in magnitude.
     """
 
     rotations: tuple[AppliedRotation, ...] = ()
     stages: Mapping[str, tuple[AppliedRotation, ...]] = field(default_factory=dict)
     untied_head: str = ""
     obstacles: Mapping[str, str] = field(default_factory=dict)
+    unbalanced_heads: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.rotations)

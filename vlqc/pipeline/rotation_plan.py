@@ -2,15 +2,19 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
+
 from vlqc.errors import Fault, UserError
+from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.model_structure import rotatable_parts
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.rotations import Rotatable, RotatableParts, RotationKind, RotationPlan, make_plan
 from vlqc.pipeline.pass_api import Pass, require
 
+MOST_UNBALANCED = 64.0  # ratio of the largest to the smallest quotient of a channel's values and weights
 MOST_SEEDS = 10**18  # the text of a stage has numbers of up to 18 digits
 
 
@@ -48,19 +52,41 @@ def _require_one_of_each(passes: Sequence[RotationPass]) -> None:
         raise UserError(Fault(f"{repeated[0]} occurs {len(repeated)} times", "--pipeline", why, "keep one of them"))
 
 
+def _is_unbalanced(checkpoint: Checkpoint, rotatable: Rotatable) -> bool:
+    """Whether heads have channels whose values are large where the weights that read them are small.
+
+    A rotation mixes the channels of a head, so that the rounding error of the largest values is multiplied by the
+    largest weights. Smoothing balances such channels as long as they are not mixed.
+    """
+    ((writer, starts),) = rotatable.writers.items()
+    values = checkpoint.estimate(f"{writer}.weight").float().norm(dim=1)  # per output
+    heads = torch.stack([values[start : start + rotatable.size] for start in starts])  # [heads, channels]
+    for reader in rotatable.readers:
+        weights = checkpoint.estimate(f"{reader}.weight").float().square().sum(0)  # per input
+        energy = weights.view(len(starts), -1, rotatable.size).mean(1)  # heads that share values are neighbors
+        quotients = (heads / energy.sqrt())[(heads > 0) & (energy > 0)]
+        if len(quotients) and float(quotients.amax() / quotients.amin()) > MOST_UNBALANCED:
+            return True
+    return False
+
+
 def _plan(model: StreamedModel, passes: Sequence[RotationPass]) -> RotationPlan:
     if not passes:
         return RotationPlan()
     _require_one_of_each(passes)
     parts, chosen, obstacles = rotatable_parts(model), dict[str, tuple[Rotatable, int]](), dict[str, str]()
+    unbalanced: list[str] = []
     for step in passes:
         for rotatable in parts.parts:
             if rotatable.kind == step.rotates and rotatable.name not in chosen:
                 if obstacle := step.obstacle(rotatable, parts):
                     obstacles[rotatable.name] = obstacle
+                elif rotatable.kind == RotationKind.HEADS and _is_unbalanced(model.checkpoint, rotatable):
+                    unbalanced.append(rotatable.name)
                 else:
                     chosen[rotatable.name] = rotatable, step.seed
     obstacles = {name: obstacle for name, obstacle in obstacles.items() if name not in chosen}
     untied = any(parts.shares_table(rotatable) for rotatable, _ in chosen.values())
     head = parts.output_head if untied else ""
-    return make_plan(chosen.values(), list(model.stages), untied_head=head, obstacles=obstacles)
+    plan = make_plan(chosen.values(), list(model.stages), untied_head=head, obstacles=obstacles)
+    return replace(plan, unbalanced_heads=tuple(unbalanced))

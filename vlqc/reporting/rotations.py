@@ -69,6 +69,11 @@ def rotation_notes(plan: RotationPlan, family: ModelFamily) -> list[str]:
         notes.append(f"the hidden states of the language model are rotated: {HIDDEN_STATES}. {LORA}")
     elif plan:
         notes.append(f"weights are rotated: {LORA}")
+    if count := len(plan.unbalanced_heads):
+        notes.append(
+            f"the attention heads of {pluralize(count, 'layer')} are not rotated: values of some channels are large "
+            "where the weights that read them are small; smoothing balances them"
+        )
     return notes + [
         f"the residual stream {_of_part(name, family)} is not rotated: {why}" for name, why in plan.obstacles.items()
     ]

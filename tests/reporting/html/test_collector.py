@@ -205,6 +205,7 @@ def test_report_data_does_not_depend_on_the_machine(compiled: tuple[Result, Repo
     assert data.command == (
         *("vlqc", "compile", "--model_path", "MODEL_PATH", "--save_directory", "SAVE_DIRECTORY"),
         *("--exclude", "model.layers.3.mlp.*", "--include", "model.layers.0.mlp.down_proj"),
+        *("--rotate", "none"),
     )
 
 

@@ -195,6 +195,10 @@ class Checkpoint:
             self.digests[name] = tensor_sha256(tensor)
         return tensor
 
+    def estimate(self, name: str) -> Tensor:
+        """The tensor as stored, for decisions before a run: neither checked nor part of the digests."""
+        return self._read(name)
+
     def _read(self, name: str) -> Tensor:
         stored = self._stored[name]
         part = stored.part

@@ -88,7 +88,7 @@ def check_bases(program: Program) -> int:
     return sum(bool(basis.writers and basis.readers) for basis in bases)
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(st.lists(STEP, min_size=1, max_size=6), st.sampled_from([False, False, False, True]))
 def test_whatever_is_found_can_be_rotated(steps: list[tuple[str, int, int]], tap: bool) -> None:
     """Catches a basis, or heads, whose rotation changes an output."""

@@ -199,15 +199,10 @@ def _uncompensated_shares(
 
     @cache
     def share(number: int) -> Tensor:
-        site = readers[number][0]
-        return uncompensated_share(stage.observations[site.source], groups[number].energy_per_column, _group_size(site))
+        group, observation = groups[number], stage.observations[readers[number][0].source]
+        return uncompensated_share(observation, group.energy_per_column, group.noise.group_size)
 
     return [partial(share, most_rows[key]) for key in columns]
-
-
-def _group_size(site: Site) -> int | None:
-    """Number of columns of the site's weight that share a scale; None for all of them."""
-    return site.group_size if site.scheme is not None and site.spec.weight.per_group else None
 
 
 def _as_lists(edge: Edge) -> tuple[str, list[bool], dict[str, list[int]]]:

@@ -38,8 +38,7 @@ class ModelStructure:
 
     parameters: name -> shape of every parameter, without the weight of a tied output head. linears: its linear layers.
     edges: producer -> edge, with names of layers in place of targets. embedding: of the tokens; output_head: the layer
-    that computes the logits; tied: whether both share the embedding's weight; rotatable: what can be
-    rotated.
+    that computes the logits; tied: whether both share the embedding's weight; rotatable: what can be rotated.
     """
 
     family: ModelFamily

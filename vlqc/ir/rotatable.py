@@ -72,14 +72,9 @@ def _heads(basis: Basis) -> tuple[tuple[int, ...], int] | None:
     channels = torch.cat([torch.arange(start, start + size) for start in starts])
     if len(torch.unique(channels)) < len(channels) or bool(basis.fixed[channels].any()):
         return None
+    heads = channels.sort().values.view(-1, size)
     for columns, norm in basis.readers.values():
-        if (
-            norm is not None
-            or len(columns) % size
-            or not all(
-                int(block[0]) in starts and bool((block == block[0] + torch.arange(size)).all())
-                for block in torch.split(columns, size)
-            )
-        ):
+        expected = heads.repeat_interleave(len(columns) // heads.numel(), 0)  # query heads of a value head
+        if norm is not None or not torch.equal(columns, expected.flatten()):
             return None
     return tuple(sorted(starts)), size

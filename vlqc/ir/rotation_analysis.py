@@ -221,7 +221,6 @@ class _Analysis(LabelPropagation):
         self._joined: list[int] = []  # per basis, another one that it was joined with, or itself
         self._zeros: set[fx.Node] = set()
         self._called = Counter(node.target for node in graph.nodes if node.op == "call_module")
-        self._outputs_of: dict[fx.Node, list[Any]] = {}  # call of a stage -> labels of its outputs
 
     def run(self) -> GraphBases:
         inputs, outputs = {}, list[int | None]()

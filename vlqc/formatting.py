@@ -9,6 +9,16 @@ def pluralize(number: int, what: str) -> str:
     return f"{number} {what}" + ("" if number == 1 else "s")
 
 
+def excerpt(value: object, length: int = 60) -> str:
+    """A value from the user's data for messages: its representation, of long ones the beginning and the size."""
+    text = value[: length + 1] if isinstance(value, str) else value
+    shown = repr(text)
+    if len(shown) <= length + 2:
+        return shown
+    size = f"{len(value):,} characters" if isinstance(value, str) else f"a {type(value).__name__}"
+    return f"{shown[:length]}... ({size})"
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A sentence naming the closest known words, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=3, cutoff=0.5)

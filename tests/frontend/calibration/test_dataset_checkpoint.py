@@ -11,6 +11,7 @@ from transformers import dynamic_module_utils
 from tests.support.calibration_files import END, PAD, START, TINY, lines, model_without, write_image
 from vlqc.errors import UserError
 from vlqc.families.qwen2_5_vl import QWEN2_5_VL
+from vlqc.frontend.calibration.conversation import Conversation, ImageRef
 from vlqc.frontend.calibration.dataset import load_samples
 from vlqc.frontend.calibration.processor import SampleProcessor
 
@@ -65,13 +66,15 @@ def test_unmarked_turns_and_marked_ones(tmp_path: Path) -> None:
     """Catches a default chat form that differs from Qwen2.5-VL's template."""
     processor = SampleProcessor(TINY, QWEN2_5_VL.inputs)
     processor._template = None
-    assert processor._chat_text(1, "Hi", None) == "<|vision_start|><|image_pad|><|vision_end|>Hi"
+    question = Conversation.from_prompt((ImageRef(b""),), "Hi")
+    answered = Conversation.from_prompt((), "Hi", "Ho")
+    assert processor._chat_text(question) == "<|vision_start|><|image_pad|><|vision_end|>Hi"
     processor._tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
-    assert processor._chat_text(1, "Hi", None) == (
+    assert processor._chat_text(question) == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
         "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>Hi<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert processor._chat_text(0, "Hi", "Ho").endswith("<|im_start|>assistant\nHo<|im_end|>\n")
+    assert processor._chat_text(answered).endswith("<|im_start|>assistant\nHo<|im_end|>\n")
 
 
 def test_tokenizer_of_another_model(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from tools.checkpoints import outlier_checkpoint as outliers
 from vlqc.errors import UserError
 from vlqc.families.qwen2_vl import QWEN2_VL
 from vlqc.families.qwen3_vl import QWEN3_VL
+from vlqc.frontend.calibration.conversation import Conversation, ImageRef
 from vlqc.frontend.calibration.dataset import load_samples
 from vlqc.frontend.calibration.processor import SampleProcessor
 from vlqc.frontend.calibration.samples import check_samples
@@ -118,7 +119,7 @@ def test_the_form_without_a_template(tmp_path: Path, inputs: Any, system: bool) 
     processor._tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
     first = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" if system else ""
     image = "<|vision_start|><|image_pad|><|vision_end|>"
-    assert processor._chat_text(1, "Hi", None) == (
+    assert processor._chat_text(Conversation.from_prompt((ImageRef(b""),), "Hi")) == (
         f"{first}<|im_start|>user\n{image}Hi<|im_end|>\n<|im_start|>assistant\n"
     )
 

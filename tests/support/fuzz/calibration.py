@@ -37,18 +37,17 @@ def check_lines(case: bytes, folder: Path) -> bool:
     """Accepted lines are strict JSON with known keys of the right types and valid UTF-8 names."""
     source = folder / "lines.jsonl"
     source.write_bytes(case)
-    requests = list_samples(source)
+    requests = list_samples(source).conversations
     lines = [line for line in case.decode("utf-8-sig").split("\n") if line.strip()]
     demand(len(lines) == len(requests), "lines were lost")
     for line, request in zip(lines, requests, strict=True):
         given = strict(line.encode())
         demand(set(given) <= set(LINE_KEYS), f"unknown key in {given}")
-        demand(isinstance(request.prompt, str) and isinstance(request.response, str | None), "texts that are none")
-        for text in (request.prompt, request.response or "", *map(str, request.images)):
+        for text in (*(turn.text for turn in request.turns), *(image.name for image in request.images)):
             text.encode()
-        for path in request.images[:1]:
+        for image in request.images[:1]:
             try:
-                read_image(path)
+                read_image(image.source)
             except ImageError:
                 continue
     return True

@@ -16,6 +16,7 @@ from tests.support.fuzz.damage import as_json, damaged_bytes, damaged_json, valu
 from tests.support.fuzz.tiny import TINY, tiny_model
 from tests.support.fuzz.verdict import demand, strict
 from vlqc.families.qwen2_5_vl import QWEN2_5_VL
+from vlqc.frontend.calibration.conversation import Conversation, ImageRef
 from vlqc.frontend.calibration.images import ImageError
 from vlqc.frontend.calibration.processor import SampleProcessor
 from vlqc.frontend.calibration.samples import check_samples
@@ -233,7 +234,8 @@ def check_side_file(case: tuple[str, bytes], folder: Path) -> bool:
     (folder / name).write_bytes(content)
     try:
         processor = SampleProcessor(folder, QWEN2_5_VL.inputs)
-        sample = processor.build_sample([processor.process_image(example_image())], "what is red ?", "blue")
+        conversation = Conversation.from_prompt((ImageRef(b""),), "what is red ?", "blue")
+        sample = processor.build_sample([processor.process_image(example_image())], conversation)
     except ImageError:
         return False
     except ValueError as error:  # caused by the prompt

@@ -64,6 +64,7 @@ class ImageInputs(TextInputs):
     """A sample has input_ids and attention_mask [1, S] int64; with images also pixel_values [P, C*T*p*p] float (P
     patches of all images, those of one image token adjacent) and image_grid_thw [images, 3] int64."""
 
+    takes_parts = True
     optional = (*IMAGE_INPUTS, TOKEN_TYPES)
     refused = dict.fromkeys(VIDEO_INPUTS, "videos are not supported")
     integers = (*TEXT_INPUTS, IMAGE_INPUTS[1])
@@ -207,11 +208,5 @@ class ImageInputs(TextInputs):
 
     # ---- prompts -----------------------------------------------------------------------------------------------------
 
-    def request(self, images: int, prompt: str) -> Any:
-        return [{"type": "image", "image": "picture"}] * images + [{"type": "text", "text": prompt}]
-
-    def answer(self, response: str) -> Any:
-        return [{"type": "text", "text": response}]
-
-    def _images_text(self, images: int, image_token: str) -> str:
-        return f"{self.images.vision_start}{image_token}{self.images.vision_end}" * images
+    def image_placeholder(self, image_token: str) -> str:
+        return f"{self.images.vision_start}{image_token}{self.images.vision_end}"

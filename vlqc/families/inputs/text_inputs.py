@@ -1,6 +1,6 @@
 """Model inputs of text-only language models, and the interface of the inputs of all families."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -27,7 +27,8 @@ class TextInputs:
 
     title: of the family; form: tokenizer and chat form; processing: of images, None for text-only models. required:
     names of the tensors of every sample; optional: others that a sample may have; refused: name -> reason. integers:
-    names of integer tensors.
+    names of integer tensors. takes_parts: whether the family's chat templates take the content of a message as a list
+    of parts, otherwise as text.
     """
 
     required: ClassVar[tuple[str, ...]] = TEXT_INPUTS
@@ -35,6 +36,7 @@ class TextInputs:
     refused: ClassVar[Mapping[str, str]] = {}
     integers: ClassVar[tuple[str, ...]] = TEXT_INPUTS
     description: ClassVar[str] = "a sample has input_ids and attention_mask"
+    takes_parts: ClassVar[bool] = False
     processing: ImageProcessing | None = None
 
     def __init__(self, title: str, form: TextFormat) -> None:
@@ -169,38 +171,24 @@ class TextInputs:
 
     # ---- prompts -----------------------------------------------------------------------------------------------------
 
-    def request(self, images: int, prompt: str) -> Any:
-        """Content of the user's message, for the chat template."""
-        return prompt
+    def image_placeholder(self, image_token: str) -> str:
+        """Text that stands for one image in a prompt. image_token: of the tokenizer."""
+        raise NotImplementedError(f"{self.title} takes no images")
 
-    def answer(self, response: str) -> Any:
-        """Content of the assistant's message, for the chat template."""
-        return response
-
-    def chat_text(
-        self, images: int, prompt: str, response: str | None, *, image_token: str = "", marks_turns: bool = True
-    ) -> str:
+    def chat_text(self, turns: Sequence[tuple[str, str]], *, marks_turns: bool = True) -> str:
         """The conversation as the family's chat template writes it, for checkpoints without a template.
 
         Args:
-            images: how many; they precede the prompt, with one image token each.
-            prompt: of the user.
-            response: of the assistant. None ends the text where it would begin.
-            image_token: of the tokenizer.
+            turns: role (system, user, assistant) and text of every message. Unless the last one is the assistant's, the
+                text ends where that would begin.
             marks_turns: whether the tokenizer has the tokens that mark turns.
         """
-        request = self._images_text(images, image_token) + prompt
         if not marks_turns:
-            return request + ("" if response is None else f" {response}")
-        turns = [("system", self.form.system_prompt)] if self.form.system_prompt else []
-        turns.append(("user", request))
-        if response is not None:
-            turns.append(("assistant", response))
+            return " ".join(content for _, content in turns)
+        if self.form.system_prompt and turns[0][0] != "system":
+            turns = [("system", self.form.system_prompt), *turns]
         text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
-        return text if response is not None else f"{text}<|im_start|>assistant\n"
-
-    def _images_text(self, images: int, image_token: str) -> str:
-        return ""
+        return text if turns[-1][0] == "assistant" else f"{text}<|im_start|>assistant\n"
 
 
 def is_integer(tensor: Tensor) -> bool:

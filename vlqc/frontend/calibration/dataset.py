@@ -12,13 +12,14 @@ from vlqc.families.inputs.image_processing import Patches
 from vlqc.families.inputs.text_inputs import TextInputs
 from vlqc.families.registry import family_of
 from vlqc.files import read_json_object
-from vlqc.formatting import pluralize
+from vlqc.formatting import excerpt, pluralize
+from vlqc.frontend.calibration.conversation import Conversation, ImageRef
 from vlqc.frontend.calibration.image_budget import split_budget
 from vlqc.frontend.calibration.images import ImageError, is_video, read_image
 from vlqc.frontend.calibration.probe import probe_sample
 from vlqc.frontend.calibration.processor import SampleProcessor
 from vlqc.frontend.calibration.samples import check_samples, drop_duplicates, drop_padding, group_by_images
-from vlqc.frontend.calibration.sources import SampleSource, list_samples
+from vlqc.frontend.calibration.sources import list_samples
 from vlqc.frontend.distributed import current_process_group
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.options.options import Options
@@ -114,7 +115,8 @@ def load_samples(
     """
     config_file = model_path / "config.json"
     inputs = family_of(read_json_object(config_file), str(config_file)).inputs
-    sources = list_samples(calib_images, text_only=inputs.title if inputs.processing is None else None)
+    listed = list_samples(calib_images, text_only=inputs.title if inputs.processing is None else None)
+    sources = listed.conversations
     processor = SampleProcessor(model_path, inputs, trust_remote_code=trust_remote_code)
     selected, spare = _select(len(sources), max_samples, seed)
     samples: dict[int, _Sample] = {}
@@ -136,12 +138,12 @@ def load_samples(
         raise UserError(*image_faults, *text_faults, total)
     if not samples:
         raise UserError(*image_faults, Fault(f"{calib_images} has no usable sample", fix="pass readable images"))
-    notes = [f"skipped image {image.path}: {image.why}" for image in bad_images]
+    notes = [f"skipped image {image.image.name}: {image.why}" for image in bad_images]
     if max_samples is not None and max_samples < len(sources):
         notes.append(f"calibrated on {len(samples)} of {len(sources)} samples, selected with --seed {seed}")
     ordered = [sample for _, sample in sorted(samples.items())]
     notes += _video_notes(calib_images) + _resize_notes(ordered, max_tokens) + _count_notes(ordered, inputs)
-    return CalibrationDataset([sample.tensors for sample in ordered], processor.notes + notes)
+    return CalibrationDataset([sample.tensors for sample in ordered], listed.notes + processor.notes + notes)
 
 
 def _select(count: int, max_samples: int | None, seed: int) -> tuple[list[int], list[int]]:
@@ -167,13 +169,13 @@ class _Sample:
 class _BadImage:
     """An image that cannot be used. where: names the sample; why: the reason."""
 
-    path: Path
+    image: ImageRef
     where: str
     why: str
 
     @property
     def fault(self) -> Fault:
-        return Fault(f"image {self.path} cannot be used", where=self.where, why=self.why)
+        return Fault(f"image {self.image.name} cannot be used", where=self.where, why=self.why)
 
 
 class _UnusableSample(Exception):
@@ -184,7 +186,7 @@ class _UnusableSample(Exception):
         super().__init__()
 
 
-def _read_sample(processor: SampleProcessor, source: SampleSource, max_tokens: int | None) -> _Sample:
+def _read_sample(processor: SampleProcessor, source: Conversation, max_tokens: int | None) -> _Sample:
     """Reads the images of one sample and builds its model inputs. Raises _UnusableSample with all of its faults."""
     patches = _read_images(processor, source, [None] * len(source.images))
     tensors = _build(processor, source, patches)
@@ -204,29 +206,29 @@ def _read_sample(processor: SampleProcessor, source: SampleSource, max_tokens: i
     return _Sample(_build(processor, source, patches), len(patches), len(limits) - limits.count(None))
 
 
-def _read_images(processor: SampleProcessor, source: SampleSource, limits: Sequence[int | None]) -> list[Patches]:
+def _read_images(processor: SampleProcessor, source: Conversation, limits: Sequence[int | None]) -> list[Patches]:
     """Patches of every image, with at most so many image tokens each where there is a limit."""
     patches, bad_images = [], []
-    for path, limit in zip(source.images, limits, strict=True):
+    for image, limit in zip(source.images, limits, strict=True):
         try:
-            patches.append(processor.process_image(read_image(path), limit))
+            patches.append(processor.process_image(read_image(image.source), limit))
         except ImageError as error:
-            bad_images.append(_BadImage(path, source.where, str(error)))
+            bad_images.append(_BadImage(image, source.where, str(error)))
     if bad_images:
         raise _UnusableSample(bad_images)
     return patches
 
 
-def _build(processor: SampleProcessor, source: SampleSource, patches: list[Patches]) -> dict[str, torch.Tensor]:
+def _build(processor: SampleProcessor, source: Conversation, patches: list[Patches]) -> dict[str, torch.Tensor]:
     try:
-        return processor.build_sample(patches, source.prompt, source.response)
+        return processor.build_sample(patches, source)
     except ValueError as error:
-        fault = Fault(f"the prompt {source.prompt!r}", where=source.where, why=str(error))
+        fault = Fault(f"the prompt {excerpt(source.request)}", where=source.where, why=str(error))
         raise _UnusableSample(text_faults=[fault]) from error
 
 
-def _too_long(source: SampleSource, text: int, images: int, max_tokens: int) -> Fault:
-    what = f"the text of the prompt {source.prompt[:40]!r} alone has {text} tokens"
+def _too_long(source: Conversation, text: int, images: int, max_tokens: int) -> Fault:
+    what = f"the text of the prompt {excerpt(source.request)} alone has {text} tokens"
     if text <= max_tokens:
         what = f"the sample needs at least {images} tokens for its images and {text} for its text"
     fix = f"shorten the text, or give --max_tokens {text + images} or more"

@@ -1,5 +1,6 @@
 """Reads an image file as an upright 8-bit RGB image, with Pillow."""
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,8 +28,10 @@ def is_video(path: Path) -> bool:
     return path.suffix.lower() in VIDEO_SUFFIXES and not path.name.startswith(".")
 
 
-def read_image(path: Path) -> "Image":
+def read_image(source: Path | bytes) -> "Image":
     """The first frame as RGB, rotated by its EXIF tag, transparent pixels on white.
+
+    source: an image file, or its bytes.
 
     Raises:
         ImageError: if it is not a readable image in one of FORMATS, or has more than MAX_PIXELS pixels.
@@ -36,12 +39,13 @@ def read_image(path: Path) -> "Image":
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        if not path.is_file():
-            raise ImageError(_why_not_a_file(path))
+        if isinstance(source, Path) and not source.is_file():
+            raise ImageError(_why_not_a_file(source))
         # The content decides about the format, not the suffix: without a list of formats, Pillow would pass some files
         # to other programs (EPS to Ghostscript).
         Image.init()  # registers all formats
-        with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as opened:
+        file = source if isinstance(source, Path) else io.BytesIO(source)
+        with Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN]) as opened:
             if opened.width * opened.height > MAX_PIXELS:
                 raise ImageError(f"too many pixels: {opened.width} x {opened.height}, at most {MAX_PIXELS} are allowed")
             opened.load()  # frame 0 of an animation

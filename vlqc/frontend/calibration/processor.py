@@ -17,6 +17,7 @@ from vlqc.errors import Fault, InternalError, UserError
 from vlqc.families.inputs.image_processing import ImageProcessing, Patches
 from vlqc.families.inputs.text_inputs import TextInputs
 from vlqc.files import read_json_object
+from vlqc.frontend.calibration.conversation import Conversation, Turn
 from vlqc.frontend.calibration.image_budget import fit_grid
 from vlqc.frontend.calibration.images import ImageError
 from vlqc.frontend.checkpoint.config_schema import invalid_values
@@ -28,6 +29,7 @@ FAST_TOKENIZER = "tokenizer.json"
 TOKENIZER_FILES = (FAST_TOKENIZER, "vocab.json", "tokenizer.model", "tokenizer_config.json")
 IMAGE_SETTINGS = "preprocessor_config.json"
 PROCESSOR_SETTINGS = "processor_config.json"  # newer transformers store the settings of all parts in this file
+TEMPLATE_TEXT = "text"  # of the message that a chat template is tried with
 READY_SAMPLES = "or call vlqc.compile from Python with samples=[...], ready model inputs that need neither"
 
 
@@ -45,9 +47,14 @@ class SampleProcessor:
         self._tokenizer = self._load_tokenizer()
         self._image_token = self._find_image_token()
         self._template = _read_chat_template(model_path) or _default_template(self._tokenizer.chat_template)
-        self.notes = (
-            [] if self._template else [f"{model_path} has no chat template: prompts have {inputs.title}'s default form"]
-        )
+        self.notes = self._template_notes()
+
+    def _template_notes(self) -> list[str]:
+        if self._template is None:
+            return [f"{self._model_path} has no chat template: prompts have {self._inputs.title}'s default form"]
+        if self._inputs.takes_parts and not self._takes_parts:
+            return [f"the chat template of {self._model_path} takes text only: image tokens are part of that text"]
+        return []
 
     def process_image(self, image: "Image", max_tokens: int | None = None) -> Patches:
         """An RGB image -> its patches and their grid.
@@ -87,8 +94,8 @@ class SampleProcessor:
             raise InternalError(f"{self._inputs.title} has no images to process")
         return self._inputs.processing
 
-    def build_sample(self, images: list[Patches], prompt: str, response: str | None = None) -> dict[str, torch.Tensor]:
-        """Images, prompt and response, in this order -> model inputs.
+    def build_sample(self, images: list[Patches], conversation: Conversation) -> dict[str, torch.Tensor]:
+        """A conversation, and the patches of its images in order -> model inputs.
 
         Returns:
             input_ids and attention_mask [1, S] int64, with images also the tensors of
@@ -97,9 +104,9 @@ class SampleProcessor:
         Raises:
             ValueError: if a text contains image tokens.
         """
-        if self._image_token and any(self._image_token in text for text in (prompt, response or "")):
+        if self._image_token and any(self._image_token in turn.text for turn in conversation.turns):
             raise ValueError(f"the text contains {self._image_token}, which stands for an image")
-        text = self._chat_text(len(images), prompt, response)
+        text = self._chat_text(conversation)
         if self._image_token:
             text = self._repeat_image_tokens(text, images)
         with _checkpoint_errors(
@@ -120,24 +127,60 @@ class SampleProcessor:
             for patches, piece in zip(images, pieces, strict=True)
         )
 
-    def _chat_text(self, images: int, prompt: str, response: str | None) -> str:
+    def _chat_text(self, conversation: Conversation) -> str:
         """The conversation as one text, with one image token per image."""
         if self._template is None:
             marks_turns = "<|im_start|>" in self._tokenizer.get_vocab()
-            return self._inputs.chat_text(
-                images, prompt, response, image_token=self._image_token, marks_turns=marks_turns
-            )
-        messages: list[dict[str, Any]] = [{"role": "user", "content": self._inputs.request(images, prompt)}]
-        if response is not None:
-            messages.append({"role": "assistant", "content": self._inputs.answer(response)})
+            turns = [(turn.role, self._content_text(turn)) for turn in conversation.turns]
+            return self._inputs.chat_text(turns, marks_turns=marks_turns)
         # A template is a program from the checkpoint: it may raise anything.
         with _checkpoint_errors(
             f"the chat template of {self._model_path} cannot be used", f"repair it, {READY_SAMPLES}"
         ):
-            text = self._tokenizer.apply_chat_template(
-                messages, chat_template=self._template, tokenize=False, add_generation_prompt=response is None
-            )
+            return self._render(conversation, self._takes_parts)
+
+    def _render(self, conversation: Conversation, as_parts: bool) -> str:
+        """The chat template's text. as_parts: give the content of every message as a list of parts, otherwise as text
+        with image tokens."""
+        content = self._content_parts if as_parts else self._content_text
+        messages = [{"role": turn.role, "content": content(turn)} for turn in conversation.turns]
+        text = self._tokenizer.apply_chat_template(
+            messages,
+            chat_template=self._template,
+            tokenize=False,
+            add_generation_prompt=not conversation.is_complete,
+        )
         return str(text)
+
+    def _content_parts(self, turn: Turn) -> list[dict[str, str]]:
+        return [
+            {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": "image"}
+            for part in turn.parts
+        ]
+
+    def _content_text(self, turn: Turn) -> str:
+        return "".join(
+            part if isinstance(part, str) else self._inputs.image_placeholder(self._image_token) for part in turn.parts
+        )
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether the chat template takes the content of a message as a list of parts, and not as text.
+
+        Some templates for images put {{ content }} into the text as it is, those that LLaMA-Factory exports among them.
+        """
+        preferred = self._inputs.takes_parts
+        return preferred if self._shows_text(preferred) or not self._shows_text(not preferred) else not preferred
+
+    def _shows_text(self, as_parts: bool) -> bool:
+        """Whether the template writes the text of a message that is given in this form, and only the text."""
+        try:
+            text = self._render(Conversation((Turn("user", (TEMPLATE_TEXT,)),)), as_parts)
+        except BaseException as error:  # a template may raise anything
+            if not _is_error_of_callee(error):
+                raise
+            return False
+        return TEMPLATE_TEXT in text and "'type'" not in text and '"type"' not in text
 
     def _find_image_token(self) -> str:
         """The tokenizer's image token, or the family's; empty for text-only models."""

@@ -1,13 +1,14 @@
 """Lists the samples that --calib_images names: a folder of images, one image, or a .jsonl file."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vlqc.errors import Fault, UserError
 from vlqc.files import parse_json
 from vlqc.formatting import did_you_mean
+from vlqc.frontend.calibration.conversation import Conversation, ImageRef
 from vlqc.frontend.calibration.images import IMAGE_SUFFIXES, is_image, is_video
 from vlqc.options.fields import OptionFields
 
@@ -22,16 +23,14 @@ TEXT_KINDS = f"pass --calib_images FILE.jsonl with lines such as {TEXT_EXAMPLE}"
 
 
 @dataclass(frozen=True)
-class SampleSource:
-    """What one sample is read from: image files, prompt, response of the assistant if any; where: file and line."""
+class SampleList:
+    """The samples of a source in a fixed order, and notes for the user on how it was read."""
 
-    images: tuple[Path, ...]
-    prompt: str = PROMPT
-    response: str | None = None
-    where: str = ""
+    conversations: list[Conversation]
+    notes: list[str] = field(default_factory=list)
 
 
-def list_samples(source: Path, text_only: str | None = None) -> list[SampleSource]:
+def list_samples(source: Path, text_only: str | None = None) -> SampleList:
     """The samples in a fixed order. Opens no image. Raises UserError for an unusable source.
 
     text_only: title of a model that takes no images; None for others.
@@ -47,15 +46,15 @@ def list_samples(source: Path, text_only: str | None = None) -> list[SampleSourc
             if any(map(is_video, source.iterdir())):
                 why = f"the folder contains videos only; {NO_VIDEOS}"
             raise UserError(Fault(what, why=why, fix="add images; 30 varied ones are recommended"))
-        return [SampleSource((path,)) for path in images]
+        return SampleList([Conversation.from_prompt((ImageRef(path),), PROMPT) for path in images])
     if not source.exists():
         raise UserError(Fault(what, why="there is no such folder or file", fix=KINDS))
     if not source.is_file():
         raise UserError(Fault(what, why="it is not a regular file", fix=KINDS))
     if source.suffix.lower() == ".jsonl":
-        return _read_json_lines(source, text_only)
+        return SampleList(_read_json_lines(source, text_only))
     if is_image(source):
-        return [SampleSource((source,))]
+        return SampleList([Conversation.from_prompt((ImageRef(source),), PROMPT)])
     if is_video(source):
         raise UserError(Fault(what, why=NO_VIDEOS, fix=KINDS))
     raise UserError(Fault(what, why=f"it is neither a folder, nor .jsonl, nor one of {suffixes}", fix=KINDS))
@@ -67,7 +66,7 @@ def _named(source: Path) -> str:
     return f"--calib_images {source}{' (the default)' if is_default else ''}"
 
 
-def _read_json_lines(source: Path, text_only: str | None) -> list[SampleSource]:
+def _read_json_lines(source: Path, text_only: str | None) -> list[Conversation]:
     """Lines of {"image": path or [paths], "prompt": text, "response": text}. UserError with every faulty line."""
     try:
         lines = source.read_text(encoding="utf-8-sig").split("\n")
@@ -98,7 +97,7 @@ class _LineError(Exception):
         super().__init__(what)
 
 
-def _parse_line(line: str, folder: Path, where: str, text_only: str | None) -> SampleSource:
+def _parse_line(line: str, folder: Path, where: str, text_only: str | None) -> Conversation:
     """One line; paths are relative to `folder`. Raises _LineError with everything that is wrong in it."""
     keys, example = (LINE_KEYS, EXAMPLE) if text_only is None else (LINE_KEYS[1:], TEXT_EXAMPLE)
     try:
@@ -111,8 +110,8 @@ def _parse_line(line: str, folder: Path, where: str, text_only: str | None) -> S
     if faults:
         raise _LineError("; ".join(faults), f"a line has the keys {', '.join(keys)}")
     names = values.get("image") or []
-    images = tuple(folder / name for name in ([names] if isinstance(names, str) else names))
-    return SampleSource(images, values.get("prompt", PROMPT), values.get("response"), where)
+    images = tuple(ImageRef(folder / name) for name in ([names] if isinstance(names, str) else names))
+    return Conversation.from_prompt(images, values.get("prompt", PROMPT), values.get("response"), where)
 
 
 def _line_faults(values: dict[str, Any], text_only: str | None) -> Iterator[str]:

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationInfo
 from typing_extensions import TypedDict  # pydantic accepts typing.TypedDict from Python 3.12 on
 
 from vlqc.families.inputs.input_format import ImageFormat
+from vlqc.families.inputs.smart_resize import smart_resize
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -119,24 +120,10 @@ class ImageProcessing:
     def resize(self, height: int, width: int) -> tuple[int, int]:
         """Pixels of an image -> pixels to which it is resized before the image processor resizes it once more.
 
-        The function smart_resize of qwen_vl_utils 0.0.14, at its default limits: both sides become multiples of
-        token_side, the number of image tokens lies between min_tokens and max_tokens, and the aspect ratio is kept as
-        closely as possible. That package cannot be imported without torchvision, and the function of that name in
-        transformers treats images with a side below token_side differently.
+        By `smart_resize`, at the default limits of qwen_vl_utils 0.0.14: min_tokens and max_tokens.
 
         Raises:
-            ValueError: if one side is more than max_aspect_ratio times as long as the other.
+            ValueError: for extreme aspect ratios.
         """
-        side, limit = self.form.token_side, self.form.max_aspect_ratio
-        ratio = max(height, width) / min(height, width)
-        if ratio > limit:
-            raise ValueError(f"the aspect ratio must be at most {limit}, it is {ratio:g}")
-        min_pixels, max_pixels = self.form.min_tokens * side**2, self.form.max_pixels
-        rows, columns = (max(1, round(pixels / side)) for pixels in (height, width))
-        if rows * columns * side**2 > max_pixels:
-            factor = math.sqrt((height * width) / max_pixels)
-            rows, columns = (math.floor(pixels / factor / side) for pixels in (height, width))
-        elif rows * columns * side**2 < min_pixels:
-            factor = math.sqrt(min_pixels / (height * width))
-            rows, columns = (math.ceil(pixels * factor / side) for pixels in (height, width))
-        return rows * side, columns * side
+        side = self.form.token_side
+        return smart_resize(height, width, side, self.form.min_tokens * side**2, self.form.max_pixels)

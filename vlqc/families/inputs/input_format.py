@@ -5,6 +5,8 @@ This module imports no torch, because the command line imports the families for 
 
 from dataclasses import dataclass
 
+from vlqc.families.inputs.smart_resize import MAX_ASPECT_RATIO
+
 QWEN_TOKENIZERS = ("Qwen2Tokenizer", "Qwen2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
 QWEN_IMAGE_PROCESSORS = ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLImageProcessorPil")
 
@@ -40,7 +42,7 @@ class ImageFormat:
     vision_end: str = "<|vision_end|>"
     min_tokens: int = 4
     max_tokens: int = 16384
-    max_aspect_ratio: int = 200
+    max_aspect_ratio: int = MAX_ASPECT_RATIO
 
     @property
     def max_pixels(self) -> int:

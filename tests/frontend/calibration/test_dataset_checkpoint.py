@@ -114,3 +114,30 @@ def test_own_code_needs_trust(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert not ran.exists()
     assert load_samples(model, path, trust_remote_code=True).samples
     assert ran.exists()
+
+
+@pytest.mark.every_transformers
+def test_settings_that_fail_for_every_image(tmp_path: Path) -> None:
+    """Catches a fault of the image settings that is reported once per image, as a fault of the images."""
+    model = model_without(tmp_path)
+    settings = json.loads((TINY / "preprocessor_config.json").read_text())
+    (model / "preprocessor_config.json").write_text(json.dumps({**settings, "do_resize": False, "patch_size": 13}))
+    (tmp_path / "images").mkdir()
+    for name in "abc":
+        write_image(tmp_path / "images" / f"{name}.png")
+    with pytest.raises(UserError) as caught:
+        load_samples(model, tmp_path / "images", skip_bad_images=True)
+    (fault,) = caught.value.faults
+    assert fault.where == str(model / "preprocessor_config.json")
+
+
+@pytest.mark.every_transformers
+def test_class_of_the_first_release(tmp_path: Path) -> None:
+    """Catches a class name of the family that the installed transformers version does not have."""
+    path = write_image(tmp_path / "a.png")
+    model = model_without(tmp_path)
+    settings = json.loads((TINY / "preprocessor_config.json").read_text())
+    for name in ("Qwen2_5_VLImageProcessor", "Qwen2VLImageProcessorPil", "Qwen2VLImageProcessorFast"):
+        (model / "preprocessor_config.json").write_text(json.dumps({**settings, "image_processor_type": name}))
+        (sample,), (expected,) = load_samples(model, path).samples, load_samples(TINY, path).samples
+        assert torch.equal(sample["pixel_values"], expected["pixel_values"])

@@ -1,6 +1,7 @@
 """Images -> patches, with the image processor of a checkpoint: its settings, the resize rule, counts of tokens."""
 
 import math
+import pkgutil
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -72,12 +73,17 @@ class ImageProcessing:
         """Id of the image token in config.json, the default if it has none."""
         return config.get("image_token_id", default)
 
-    def processor_from(self, settings: dict[str, Any]) -> Any:
-        """An image processor with these settings, for versions of transformers that do not read them from
-        processor_config.json."""
-        import transformers
+    def processor_from(self, settings: Mapping[str, Any]) -> Any:
+        """The image processor that needs Pillow only, with these settings: those of preprocessor_config.json.
 
-        return getattr(transformers, self.form.processor_classes[0]).from_dict(settings)
+        ImportError if the installed version of transformers has none.
+        """
+        for place in self.form.pillow_processors:
+            try:
+                return pkgutil.resolve_name(place).from_dict(dict(settings))
+            except (ImportError, AttributeError) as error:
+                missing = error
+        raise ImportError(f"no image processor that needs Pillow only: {missing}")
 
     def configure(self, processor: Any, settings: Mapping[str, Any]) -> None:
         """Sets what transformers 4 ignores: `size`, which is all that newer versions write."""

@@ -9,6 +9,12 @@ from vlqc.families.inputs.smart_resize import MAX_ASPECT_RATIO
 
 QWEN_TOKENIZERS = ("Qwen2Tokenizer", "Qwen2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
 QWEN_IMAGE_PROCESSORS = ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLImageProcessorPil")
+# Where versions of transformers keep the class that needs Pillow only, the newest first. From 5.0 on, the name of the
+# class in transformers itself, and AutoImageProcessor, may need torchvision.
+QWEN_PILLOW_PROCESSORS = (
+    "transformers.models.qwen2_vl.image_processing_pil_qwen2_vl:Qwen2VLImageProcessorPil",
+    "transformers.models.qwen2_vl.image_processing_qwen2_vl:Qwen2VLImageProcessor",
+)
 
 
 @dataclass(frozen=True)
@@ -28,8 +34,9 @@ class ImageFormat:
     """Image processor, and how images appear in a prompt.
 
     token_side: pixels along a side of one image token. processor_classes: values of image_processor_type in
-    preprocessor_config.json, the class that needs Pillow only first. image_token: repeated once per image feature,
-    between vision_start and vision_end.
+    preprocessor_config.json, the one that every version of transformers knows first; all have the same settings.
+    pillow_processors: module:class of the image processor that needs Pillow only, one of them is in every version.
+    image_token: repeated once per image feature, between vision_start and vision_end.
 
     min_tokens, max_tokens: image tokens of one image; max_aspect_ratio: of its sides. These are the limits of the image
     preprocessing of qwen_vl_utils, which the published models were evaluated with.
@@ -37,6 +44,7 @@ class ImageFormat:
 
     token_side: int
     processor_classes: tuple[str, ...] = QWEN_IMAGE_PROCESSORS
+    pillow_processors: tuple[str, ...] = QWEN_PILLOW_PROCESSORS
     image_token: str = "<|image_pad|>"
     vision_start: str = "<|vision_start|>"
     vision_end: str = "<|vision_end|>"

@@ -118,6 +118,8 @@ def load_samples(
     listed = list_samples(calib_images, text_only=inputs.title if inputs.processing is None else None)
     sources = listed.conversations
     processor = SampleProcessor(model_path, inputs, trust_remote_code=trust_remote_code)
+    if any(source.images for source in sources):
+        processor.check_images()
     selected, spare = _select(len(sources), max_samples, seed)
     samples: dict[int, _Sample] = {}
     bad_images: list[_BadImage] = []

@@ -16,19 +16,24 @@ import torch
 from vlqc.errors import Fault, InternalError, UserError
 from vlqc.families.inputs.image_processing import ImageProcessing, Patches
 from vlqc.families.inputs.text_inputs import TextInputs
-from vlqc.files import read_json_object
 from vlqc.frontend.calibration.conversation import Conversation, Turn
 from vlqc.frontend.calibration.image_budget import fit_grid
 from vlqc.frontend.calibration.images import ImageError
 from vlqc.frontend.checkpoint.config_schema import invalid_values
+from vlqc.frontend.checkpoint.side_files import (
+    IMAGE_KEY,
+    IMAGE_SETTINGS,
+    PROCESSOR_SETTINGS,
+    image_settings,
+    read_optional_json,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 FAST_TOKENIZER = "tokenizer.json"
 TOKENIZER_FILES = (FAST_TOKENIZER, "vocab.json", "tokenizer.model", "tokenizer_config.json")
-IMAGE_SETTINGS = "preprocessor_config.json"
-PROCESSOR_SETTINGS = "processor_config.json"  # newer transformers store the settings of all parts in this file
+CLASS_KEY = "image_processor_type"
 TEMPLATE_TEXT = "text"  # of the message that a chat template is tried with
 READY_SAMPLES = "or call vlqc.compile from Python with samples=[...], ready model inputs that need neither"
 
@@ -191,7 +196,7 @@ class SampleProcessor:
     def _check_image_token(self) -> None:
         """UserError unless the tokenizer and the model have the same id for the image token."""
         token_id = self._tokenizer.get_vocab().get(self._image_token)
-        expected = self._processing.expected_image_token(_read_json(self._model_path / "config.json"), token_id)
+        expected = self._processing.expected_image_token(read_optional_json(self._model_path / "config.json"), token_id)
         if token_id is None or token_id != expected:
             what = f"the tokenizer of {self._model_path} does not match the model"
             why = f"{self._image_token} has id {token_id} in the tokenizer and {expected} in config.json"
@@ -204,7 +209,7 @@ class SampleProcessor:
             what, why = f"{self._model_path} has no tokenizer", f"there is none of {', '.join(TOKENIZER_FILES)}"
             raise UserError(Fault(what, why=why, fix=f"copy the tokenizer files of the model, {READY_SAMPLES}"))
         path = self._model_path / "tokenizer_config.json"
-        self._check_class(path, _read_json(path), "tokenizer_class", self._inputs.form.tokenizer_classes)
+        self._check_class(path, read_optional_json(path), "tokenizer_class", self._inputs.form.tokenizer_classes)
         return self._load("tokenizer", AutoTokenizer)
 
     def _check_class(self, path: Path, settings: dict[str, Any], key: str, known: tuple[str, ...]) -> None:
@@ -218,33 +223,49 @@ class SampleProcessor:
             fix = f"add --trust_remote_code True if you trust it, {READY_SAMPLES}"
             raise UserError(Fault(f"{path.name} names an unsupported class", str(path), why, fix))
 
+    def check_images(self) -> None:
+        """UserError if no image could be processed, for a reason in the checkpoint's files."""
+        from PIL import Image
+
+        self._check_image_token()
+        processor, side = self._image_processor, self._processing.form.token_side
+        image = Image.new("RGB", (2 * side, 2 * side))
+        name = image_settings(self._model_path)[1]
+        what, fix = f"the settings in {name} cannot be used", f"copy {name} of the model again, {READY_SAMPLES}"
+        with _checkpoint_errors(what, fix, str(self._model_path / name)):
+            self._processing.process(processor, image, image.height, image.width)
+
     @cached_property
     def _image_processor(self) -> Any:
-        """The Pillow image processor (the "slow" one of transformers 4) with the checkpoint's settings."""
-        import transformers
-
-        own_file = _read_json(self._model_path / IMAGE_SETTINGS)
-        shared_file = _read_json(self._model_path / PROCESSOR_SETTINGS).get("image_processor", {})
-        settings = own_file or shared_file
-        path = self._model_path / (IMAGE_SETTINGS if own_file or not shared_file else PROCESSOR_SETTINGS)
+        """The image processor that needs Pillow only, with the checkpoint's settings; or that of its own code."""
+        settings, name = image_settings(self._model_path)
+        path = self._model_path / name
         if faults := settings_faults(settings, str(path), self._processing):
             raise UserError(*faults)
-        self._check_class(path, settings, "image_processor_type", self._processing.form.processor_classes)
+        known = self._processing.form.processor_classes
+        self._check_class(path, settings, CLASS_KEY, known)
         if not settings:
             what = f"{self._model_path} has no image processor settings"
-            why = f"there is no {IMAGE_SETTINGS}, and no {PROCESSOR_SETTINGS} with the key image_processor"
+            why = f"there is no {IMAGE_SETTINGS}, and no {PROCESSOR_SETTINGS} with the key {IMAGE_KEY}"
             raise UserError(Fault(what, why=why, fix=f"copy {IMAGE_SETTINGS} of the model, {READY_SAMPLES}"))
-        if importlib.util.find_spec("transformers.image_processing_backends") is not None:
-            processor = self._load("image processor", transformers.AutoImageProcessor, backend="pil")
-        elif own_file:
-            processor = self._load("image processor", transformers.AutoImageProcessor, use_fast=False)
-        else:  # this version of transformers does not read processor_config.json
-            with _checkpoint_errors(
-                f"the image processor in {self._model_path} cannot be loaded", f"repair {PROCESSOR_SETTINGS}"
-            ):
-                processor = self._processing.processor_from(shared_file)
+        own_code = "AutoImageProcessor" in (settings.get("auto_map") or {})
+        of_family = settings.get(CLASS_KEY, None if own_code else known[0]) in known
+        if of_family and not (own_code and self._trust_remote_code):
+            what, fix = f"the image processor in {self._model_path} cannot be loaded", f"copy {name} again"
+            with _checkpoint_errors(what, f"{fix}, {READY_SAMPLES}", str(path)):
+                processor = self._processing.processor_from(settings)
+        else:
+            processor = self._load_own_image_processor()
         self._processing.configure(processor, settings)
         return processor
+
+    def _load_own_image_processor(self) -> Any:
+        """A class that is not the family's: of the checkpoint's code, or another one of transformers."""
+        import transformers
+
+        has_backends = importlib.util.find_spec("transformers.image_processing_backends") is not None
+        options: dict[str, Any] = {"backend": "pil"} if has_backends else {"use_fast": False}
+        return self._load("image processor", transformers.AutoImageProcessor, **options)
 
     def _load(self, part: str, auto_class: Any, **options: Any) -> Any:
         try:
@@ -264,7 +285,7 @@ class SampleProcessor:
 
 
 @contextmanager
-def _checkpoint_errors(what: str, fix: str) -> Iterator[None]:
+def _checkpoint_errors(what: str, fix: str, where: str = "") -> Iterator[None]:
     """Turns any error inside into a UserError about the checkpoint's files."""
     try:
         yield
@@ -273,7 +294,7 @@ def _checkpoint_errors(what: str, fix: str) -> Iterator[None]:
     except BaseException as error:
         if not _is_error_of_callee(error):
             raise
-        raise UserError(Fault(what, why=str(error).strip() or type(error).__name__, fix=fix)) from error
+        raise UserError(Fault(what, where, str(error).strip() or type(error).__name__, fix)) from error
 
 
 def _is_error_of_callee(error: BaseException) -> bool:
@@ -291,18 +312,13 @@ def settings_faults(settings: Any, where: str, processing: ImageProcessing) -> l
     ]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if there is no such file. UserError for a damaged file."""
-    return read_json_object(path) if path.is_file() else {}
-
-
 def _read_chat_template(model_path: Path) -> str | None:
     """The processor's chat template, which takes precedence over the tokenizer's: a .jinja or, older, a .json file."""
     as_text = model_path / "chat_template.jinja"
     if as_text.is_file():
         with _checkpoint_errors(f"{as_text.name} cannot be read", "copy it again"):
             return as_text.read_text(encoding="utf-8")
-    return _default_template(_read_json(model_path / "chat_template.json").get("chat_template"))
+    return _default_template(read_optional_json(model_path / "chat_template.json").get("chat_template"))
 
 
 def _default_template(template: Any) -> str | None:

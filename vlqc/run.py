@@ -6,7 +6,6 @@ from typing import Any
 
 from vlqc.emit.folder_writer import FolderWriter, committed_plan
 from vlqc.emit.resume.journal import Journal, open_journal
-from vlqc.emit.stage_tensors import emitted_dtype
 from vlqc.frontend.activation_offload import ActivationOffload
 from vlqc.frontend.calibration.dataset import CalibrationDataset
 from vlqc.frontend.calibration.samples import group_by_images
@@ -98,7 +97,7 @@ class CompilationRun:
         stages = traced_stages(
             model,
             samples,
-            emitted_dtype(checkpoint.dtype),
+            model.emitted_dtype,
             read=self._writer.copy if self._writer else model.tensors.tensor,
             process_group=self._process_group,
             first=first,

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from tests.support import small_stage, tiny
 from vlqc.emit.folder_writer import FolderWriter
-from vlqc.emit.stage_tensors import EmittedTensor, emitted_dtype, float_tensor, header_bytes, stage_tensors
+from vlqc.emit.stage_tensors import EmittedTensor, float_tensor, header_bytes, stage_tensors
 from vlqc.errors import InternalError, UserError
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
+from vlqc.frontend.emitted_dtype import RequestedDtype, emitted_dtype
 from vlqc.options.options import Options
 from vlqc.passes.lower_linears import LowerLinears
 from vlqc.targets.schemes import Scheme
@@ -192,17 +193,30 @@ def test_the_source_is_not_touched(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stored", "emitted"),
+    ("stored", "requested", "emitted"),
     [
-        (torch.bfloat16, torch.bfloat16),
-        (torch.float16, torch.float16),
-        (torch.float32, torch.bfloat16),
-        (torch.float64, torch.bfloat16),
+        (torch.bfloat16, "auto", torch.bfloat16),
+        (torch.float16, "auto", torch.float16),
+        (torch.float32, "auto", torch.bfloat16),
+        (torch.float64, "auto", torch.bfloat16),
+        (torch.bfloat16, "float16", torch.float16),
+        (torch.float16, "bfloat16", torch.bfloat16),
+        (torch.float32, "float16", torch.float16),
     ],
 )
-def test_emitted_dtype(stored: torch.dtype, emitted: torch.dtype) -> None:
-    """Catches a dtype that engines do not run."""
-    assert emitted_dtype(stored) == emitted
+def test_emitted_dtype(stored: torch.dtype, requested: RequestedDtype, emitted: torch.dtype) -> None:
+    """Catches a dtype that engines do not run, and one that was not asked for."""
+    assert emitted_dtype(stored, requested) == emitted
+
+
+def test_a_weight_that_float16_cannot_hold_is_named() -> None:
+    """Catches a weight that becomes zeros; single small values, a bias and a weight of zeros are harmless."""
+    small = torch.full((4, 8), 1e-9)
+    for name, tensor in (("w", torch.cat([small, torch.ones(1, 8)])), ("b.bias", small), ("z", torch.zeros(4))):
+        assert float_tensor(name, tensor, torch.float16).tensor.dtype == torch.float16
+    with pytest.raises(UserError, match="w cannot be stored"):
+        float_tensor("w", small, torch.float16)
+    assert float_tensor("w", small, torch.bfloat16).tensor.dtype == torch.bfloat16
 
 
 def test_a_value_beyond_the_emitted_dtype_is_named() -> None:

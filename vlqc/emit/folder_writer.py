@@ -13,9 +13,10 @@ from vlqc.emit.background_writer import BackgroundWriter
 from vlqc.emit.deferred_stages import FOLDER, DeferredStages
 from vlqc.emit.manifest import MANIFEST
 from vlqc.emit.shard_writer import ShardWriter
-from vlqc.emit.stage_tensors import EmittedTensor, emitted_dtype, float_tensor, header_bytes, stage_tensors
+from vlqc.emit.stage_tensors import EmittedTensor, float_tensor, header_bytes, stage_tensors
 from vlqc.families.family import ModelFamily
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
+from vlqc.frontend.emitted_dtype import dtype_name, emitted_dtype
 from vlqc.frontend.rotated_tensors import RotatedTensors
 from vlqc.ir.stage import Stage
 from vlqc.kernels_ref.matmul import CORRECTION_STEP
@@ -48,7 +49,7 @@ class FolderWriter:
         self.folder, self.checkpoint, self.options = folder, checkpoint, options
         self._tensors = tensors or checkpoint
         self.layout = options.layout
-        self.dtype = emitted_dtype(checkpoint.dtype)
+        self.dtype = emitted_dtype(checkpoint.dtype, options.dtype)
         self.schemes: dict[str, Scheme] = {}
         self.corrected = False
         self.on_stage_written: Callable[[int, Callable[[], None]], None] = lambda number, discard: discard()
@@ -128,7 +129,7 @@ class FolderWriter:
         """The source's config.json in the form that engines expect. Only keys that the written weights make untrue are
         changed."""
         config: dict[str, Any] = json.loads(json.dumps(self.checkpoint.config))
-        self.checkpoint.family.set_dtype(config, str(self.dtype).removeprefix("torch."))
+        self.checkpoint.family.set_dtype(config, dtype_name(self.dtype))
         if isinstance(self._tensors, RotatedTensors) and self._tensors.plan.untied_head:
             self.checkpoint.family.untie(config)
         config.pop("quantization_config", None)  # of the source; engines would read it as the result's

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vlqc.emit.shard_writer import LENGTH_FIELD
-from vlqc.emit.stage_tensors import emitted_dtype, header_bytes
+from vlqc.emit.stage_tensors import header_bytes
 from vlqc.families.linear import Linear
 from vlqc.frontend.memory import expert_file_bytes, offloaded_bytes, stage_values
 from vlqc.frontend.streamed_model import StreamedModel
@@ -66,7 +66,7 @@ def output_bytes(
     sites: from `predict_schemes`; with_alternatives: adds what `DeferredStages` stores besides, the tensors of every
     other scheme that the precision search may choose for a Linear.
     """
-    dtype = emitted_dtype(model.checkpoint.dtype)
+    dtype = model.emitted_dtype
     code = "F16" if dtype == torch.float16 else "BF16"
     total = LENGTH_FIELD + header_bytes(model.checkpoint)
     for name, parameter in model.parameters(model.module).items():

@@ -9,12 +9,14 @@ from torch import Tensor, nn
 from vlqc.emit.shard_writer import ALIGNMENT, ENTRY_BYTES
 from vlqc.errors import Fault, UserError
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
+from vlqc.frontend.emitted_dtype import dtype_name
 from vlqc.ir.memory import release_pages
 from vlqc.ir.stage import Stage
 from vlqc.kernels_ref.quant_linear import QuantLinear
 from vlqc.targets.engine import Engine
 from vlqc.targets.schemes import Scheme
 
+LOST_DIGITS = 2.0**-7  # relative error of a weight as a whole; rounding to bfloat16 leaves less than 2**-8
 TENSORS_PER_LINEAR = max(len(scheme.spec.stored) for scheme in Scheme) + 1  # at most, with the bias
 
 
@@ -27,18 +29,23 @@ class EmittedTensor:
     scheme: Scheme
 
 
-def emitted_dtype(dtype: torch.dtype) -> torch.dtype:
-    """dtype of the source -> that of the result's float tensors: engines run bfloat16 and float16, so everything else
-    becomes bfloat16."""
-    return dtype if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
-
-
 def float_tensor(name: str, tensor: Tensor, dtype: torch.dtype) -> EmittedTensor:
-    """An unquantized tensor, cast to `dtype`. UserError if a value is not finite there."""
+    """An unquantized tensor, cast to `dtype`. UserError if a value is not finite there, or if all of them are too small
+    to keep their digits. Single small values beside larger ones do not matter, and neither does a small bias."""
     value = tensor.to(dtype)
-    if value.numel() and not all(map(torch.isfinite, torch.aminmax(value))):
-        why = f"its largest value {float(tensor.abs().amax()):g} is beyond {dtype}".replace("torch.", "")
-        raise UserError(Fault(f"{name} cannot be stored", why=why, fix="compile from a bfloat16 or float32 checkpoint"))
+    if not tensor.numel():
+        return EmittedTensor(name, value, Scheme.FLOAT)
+    extremes = torch.stack(torch.aminmax(tensor))
+    largest, why = float(extremes.abs().amax()), ""
+    if not bool(torch.isfinite(extremes.to(dtype)).all()):
+        why = f"its largest value {largest:g} is beyond {dtype_name(dtype)}"
+    elif 0 < largest < torch.finfo(dtype).tiny and not name.endswith("bias"):
+        error = float((tensor.double() - value.double()).norm() / tensor.double().norm())
+        if error > LOST_DIGITS:
+            why = f"its largest value is {largest:g}, and {dtype_name(dtype)} changes the tensor by {error:.0%}"
+    if why:
+        fix = "use --dtype bfloat16, with a bfloat16 or float32 checkpoint"
+        raise UserError(Fault(f"{name} cannot be stored", why=why, fix=fix))
     return EmittedTensor(name, value, Scheme.FLOAT)
 
 

@@ -7,18 +7,21 @@ import torch
 from torch import Tensor
 
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
+from vlqc.frontend.emitted_dtype import ENGINE_DTYPES
 from vlqc.ir.rotations import ROWS_PER_PIECE, AppliedRotation, RotationPlan
 
 
 class RotatedTensors:
     """Reads tensors of a checkpoint under their names, and an untied output head in place of the embedding.
 
-    embedding: name of the token embedding. rounded: return the stored dtype, in which the result is written; otherwise
-    float32. Rotations are computed in float32.
+    embedding: name of the token embedding. dtype: of the result, to which what is stored in 16 bits is rounded (other
+    tensors keep their dtype); None returns float32. Rotations are computed in float32.
     """
 
-    def __init__(self, checkpoint: Checkpoint, plan: RotationPlan, embedding: str, *, rounded: bool) -> None:
-        self.checkpoint, self.plan, self.embedding, self.rounded = checkpoint, plan, embedding, rounded
+    def __init__(
+        self, checkpoint: Checkpoint, plan: RotationPlan, embedding: str, *, dtype: torch.dtype | None
+    ) -> None:
+        self.checkpoint, self.plan, self.embedding, self.dtype = checkpoint, plan, embedding, dtype
         self._norms: dict[str, Tensor] = {}  # parameters of norms, as stored
 
     def tensor(self, name: str) -> Tensor:
@@ -37,7 +40,7 @@ class RotatedTensors:
         for rotation in rotations:
             rotation.apply_(layer, weight, bias, partial(self._norm, rotation, layer))
         result = weight if bias is None else bias
-        return result.to(stored.dtype) if self.rounded else result
+        return result.to(self._rounded(stored.dtype))
 
     def rows(self, name: str, indices: Tensor) -> Tensor:
         """As `Checkpoint.rows`, of the token embedding or the output head."""
@@ -46,7 +49,13 @@ class RotatedTensors:
         rows = stored.float()
         for rotation in self.plan.changing(layer):
             rotation.apply_(layer, rows, None, partial(self._norm, rotation, layer))
-        return rows.to(stored.dtype) if self.rounded else rows
+        return rows.to(self._rounded(stored.dtype))
+
+    def _rounded(self, stored: torch.dtype) -> torch.dtype:
+        """The dtype of what is returned for a tensor of this stored dtype."""
+        if self.dtype is None:
+            return torch.float32
+        return self.dtype if stored in ENGINE_DTYPES else stored
 
     def _stored(self, name: str) -> Tensor:
         layer = name.rpartition(".")[0]
@@ -81,7 +90,8 @@ class RotatedTensors:
 
     def _with_rotated_columns(self, stored: Tensor, layer: str, rotations: Sequence[AppliedRotation]) -> Tensor:
         """A matrix whose rows are rotated one by one, in pieces; `stored` is overwritten where dtypes are equal."""
-        result = stored if self.rounded else torch.empty(stored.shape, dtype=torch.float32)
+        dtype = self._rounded(stored.dtype)
+        result = stored if dtype == stored.dtype else torch.empty(stored.shape, dtype=dtype)
         for source, target in zip(
             torch.split(stored, ROWS_PER_PIECE), torch.split(result, ROWS_PER_PIECE), strict=True
         ):

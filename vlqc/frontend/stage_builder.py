@@ -61,7 +61,7 @@ def traced_stage(
         execution = _stage_run(inputs, process_group)
         rotations = model.rotation_plan.stages.get(inputs.name, ())
         # A rotated weight has more bits than the bfloat16 of the checkpoint, in which an engine runs the float model.
-        execution.rounds_weights = bool(rotations) and model.checkpoint.dtype == torch.bfloat16
+        execution.rounds_weights = bool(rotations) and model.checkpoint.dtype == dtype == torch.bfloat16
         assert execution.probe is not None
         graph = trace(module, execution.probe, inputs.name)
         stage = Stage(

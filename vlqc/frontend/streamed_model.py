@@ -20,6 +20,7 @@ from vlqc.families.registry import family_of
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.device import resolve_device
 from vlqc.frontend.distributed import current_process_group
+from vlqc.frontend.emitted_dtype import RequestedDtype, emitted_dtype
 from vlqc.frontend.rotated_tensors import RotatedTensors
 from vlqc.import_paths import import_path
 from vlqc.ir.memory import file_backed, release_pages, release_unused_memory
@@ -146,7 +147,9 @@ def open_model(options: Options) -> "StreamedModel":
     process_group = current_process_group()
     device, trust = process_group.local_device(resolve_device(options.device_type)), options.trust_remote_code
     checkpoint = Checkpoint(options.model_path)
-    return process_group.rank0_first(lambda: StreamedModel.open(checkpoint, trust_remote_code=trust, device=device))
+    return process_group.rank0_first(
+        lambda: StreamedModel.open(checkpoint, trust_remote_code=trust, device=device, dtype=options.dtype)
+    )
 
 
 class StreamedModel:
@@ -173,6 +176,7 @@ class StreamedModel:
         self.canonical = canonical or self.family.checkpoint_name
         self.device = device
         self.trust_remote_code = False
+        self.requested_dtype: RequestedDtype = "auto"
         self.weights_folder: Path | None = None
         self.rotation_plan = RotationPlan()
         self.tensors: Checkpoint | RotatedTensors = checkpoint
@@ -198,16 +202,30 @@ class StreamedModel:
 
     @classmethod
     def open(
-        cls, checkpoint: Checkpoint, *, trust_remote_code: bool = False, device: torch.device = CPU
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        trust_remote_code: bool = False,
+        device: torch.device = CPU,
+        dtype: RequestedDtype = "auto",
     ) -> "StreamedModel":
-        """The model of a checkpoint. Raises UserError if it is quantized, unsupported or does not fit its config."""
+        """The model of a checkpoint; dtype: value of --dtype.
+
+        Raises UserError if it is quantized, unsupported or does not fit its config.
+        """
         checkpoint.check_not_quantized()
         checkpoint.check_config()
         module = build_meta_model(checkpoint.folder, checkpoint.config, trust_remote_code=trust_remote_code)
         model = cls(module, checkpoint, device=device)
         model.trust_remote_code = trust_remote_code
+        model.requested_dtype = dtype
         check_roles(model.family, model.linear_layers)
         return model
+
+    @property
+    def emitted_dtype(self) -> torch.dtype:
+        """dtype of the float tensors of the result."""
+        return emitted_dtype(self.checkpoint.dtype, self.requested_dtype)
 
     @property
     def linear_layers(self) -> list[str]:
@@ -242,7 +260,9 @@ class StreamedModel:
         stages: also those of stages, and without rounding to the stored dtype; otherwise passes rotate the stages.
         """
         self.rotation_plan = plan
-        self.tensors = RotatedTensors(self.checkpoint, plan, self.name(self.embedding), rounded=not stages)
+        self.tensors = RotatedTensors(
+            self.checkpoint, plan, self.name(self.embedding), dtype=None if stages else self.emitted_dtype
+        )
         if stages:
             self.read_stage_tensor = self.tensors.tensor
         if plan.untied_head:

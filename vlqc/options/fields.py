@@ -176,6 +176,12 @@ class OptionFields(BaseModel):
     )
 
     # Options that the original script does not have.
+    dtype: Literal["auto", "bfloat16", "float16"] = _option(
+        "auto",
+        OUTPUT,
+        "dtype of the float tensors of the result: auto keeps that of the float checkpoint, and makes bfloat16 of "
+        "float32. Atlas 300I and 310P run float16 only.",
+    )
     family: Annotated[str | None, NoneWord] = _option(
         None,
         DATA,

@@ -1,6 +1,7 @@
 """Builds the options of one compilation from user input, and reports every fault of it at once."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Self
 
 from pydantic import ValidationError
@@ -13,6 +14,8 @@ from vlqc.options.constraints import combination_faults
 from vlqc.options.fields import InvalidValue, OptionFields, flag_of, option_info
 from vlqc.options.paths import path_faults
 from vlqc.options.recipe import read_recipe
+
+UNNAMED = Path("unnamed")  # save folder of a command that writes none
 
 
 class Options(OptionFields):
@@ -57,7 +60,7 @@ class Options(OptionFields):
         occupied: whether a save folder that is named may contain files.
         """
         named, origin = _merged(values)
-        options, faults = cls._checked({"save_directory": "unnamed", **named}, origin)
+        options, faults = cls._checked({"save_directory": UNNAMED, **named}, origin)
         changes: dict[str, Any] = {} if "save_directory" in named else {"save_directory": None}
         faults += path_faults(options.model_copy(update=changes | ({"overwrite": True} if occupied else {})))
         if faults:

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from vlqc.emit.atomic_folder import nearest_folder
 from vlqc.emit.size_estimate import output_bytes, predict_schemes, required_disk_space
-from vlqc.emit.stage_tensors import emitted_dtype
 from vlqc.families.family import ModelFamily, Part
 from vlqc.formatting import format_bytes, format_duration, pluralize
 from vlqc.frontend.calibration.dataset import load_calibration
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.device import resolve_device
+from vlqc.frontend.emitted_dtype import dtype_name
 from vlqc.frontend.memory import check_memory, estimate_memory, peak_memory
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.stage import Site
@@ -30,7 +30,7 @@ from vlqc.pipeline.layer_selection import check_layers
 from vlqc.pipeline.presets import build_pipeline
 from vlqc.pipeline.rotation_plan import rotate_model
 from vlqc.reporting.rotations import RotatedPart, rotated_parts, rotation_notes, rotation_text
-from vlqc.reporting.summary import target_warnings
+from vlqc.reporting.summary import placement_notes, target_warnings
 from vlqc.reporting.tables import labeled_lines, layer_table
 from vlqc.targets.engine import Engine
 from vlqc.targets.rules import group_faults
@@ -111,7 +111,7 @@ def plan_compilation(
     passes = build_pipeline(options)
     resolve_device(options.device_type)
     checkpoint = Checkpoint(options.model_path)
-    model = StreamedModel.open(checkpoint, trust_remote_code=options.trust_remote_code)
+    model = StreamedModel.open(checkpoint, trust_remote_code=options.trust_remote_code, dtype=options.dtype)
     check_layers(model, options)
     rotations = rotate_model(model, passes)
     calibration = load_calibration(options, model, samples)
@@ -123,9 +123,10 @@ def plan_compilation(
     scheme_notes: list[str] = []
     sites = predict_schemes(model, passes, scheme_notes.append)
     schemes = {name: site.scheme or Scheme.FLOAT for name, site in sites.items()}
-    dtype = str(emitted_dtype(checkpoint.dtype)).removeprefix("torch.")
+    dtype = dtype_name(model.emitted_dtype)
     notes = [
-        *target_warnings(options, model.family, checkpoint.dtype),
+        *target_warnings(options, checkpoint),
+        *placement_notes(options),
         *rotation_notes(rotations, model.family),
         *calibration.notes,
         *memory_notes,

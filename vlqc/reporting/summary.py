@@ -13,17 +13,17 @@ import torch
 from rich.console import Console, Group, RenderableType
 from rich.jupyter import JupyterMixin
 
-from vlqc.emit.stage_tensors import emitted_dtype
 from vlqc.errors import Fault, UserError
-from vlqc.families.family import ModelFamily, Role
+from vlqc.families.family import Role
 from vlqc.files import sha256_of
 from vlqc.formatting import format_bytes, format_duration
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.distributed import current_process_group
+from vlqc.frontend.emitted_dtype import ENGINE_DTYPES, dtype_name, emitted_dtype
 from vlqc.frontend.memory import peak_memory
 from vlqc.ir.rotations import RotationPlan
 from vlqc.ir.stage import Stage
-from vlqc.options.options import Options
+from vlqc.options.options import UNNAMED, Options
 from vlqc.pipeline.pass_api import Pass
 from vlqc.pipeline.precision_search import GroupPrecision, SearchResult
 from vlqc.pipeline.presets import pipeline_text
@@ -110,21 +110,55 @@ class Result(JupyterMixin):
         return Group(layer_table("Schemes", self.counts), *labeled_lines(rows))
 
 
-def target_warnings(options: Options, family: ModelFamily, dtype: torch.dtype) -> list[str]:
+def target_warnings(options: Options, checkpoint: Checkpoint) -> list[str]:
     """Notes on the chosen target: which engines refuse the result, and what they expect of it.
 
-    family, dtype: of the float checkpoint.
+    checkpoint: the float one.
     """
-    name = str(dtype).removeprefix("torch.")
+    family = checkpoint.family
+    name = dtype_name(emitted_dtype(checkpoint.dtype, options.dtype))
     target = (options.engine_target, family, options.scheme, name)
     refusals = incompatibilities(*target, scope=options.w4a8_scope)
     why, fix = "the folder is written anyway", missing_rows_fix(family) or "see --target, --strict_target"
+    if name != "bfloat16" and not incompatibilities(*target[:3], scope=options.w4a8_scope):
+        fix = "use --dtype bfloat16"
     notes = [str(Fault(sentence, why=why, fix=fix)) for sentence in refusals]
     others = engine_notes(*target, group_size=options.group_size, scope=options.w4a8_scope)
     notes += [sentence for sentence in others if sentence not in refusals]
-    if dtype != emitted_dtype(dtype):
-        notes.append(f"the checkpoint is {name}; float tensors are emitted as bfloat16, the dtype that engines run")
+    return notes + dtype_notes(options, checkpoint)
+
+
+def dtype_notes(options: Options, checkpoint: Checkpoint) -> list[str]:
+    """Notes on the dtype of the result's float tensors where it is not that of the float checkpoint, weights and
+    config.json."""
+    stored, emitted = checkpoint.dtype, emitted_dtype(checkpoint.dtype, options.dtype)
+    notes = []
+    if stored not in ENGINE_DTYPES:
+        engines = "" if options.dtype != "auto" else ", the dtype that engines run"
+        notes.append(
+            f"the checkpoint is {dtype_name(stored)}; float tensors are emitted as {dtype_name(emitted)}{engines}"
+        )
+    elif stored != emitted:
+        notes.append(f"float tensors are converted from {dtype_name(stored)} to {dtype_name(emitted)} (--dtype)")
+    claimed = next(iter(checkpoint.family.dtypes(checkpoint.source_config).values()))
+    if claimed in tuple(map(dtype_name, ENGINE_DTYPES)) and claimed != dtype_name(emitted) and options.dtype == "auto":
+        notes.append(
+            f"config.json says {claimed}, but most weights are {dtype_name(stored)}: the result is "
+            f"{dtype_name(emitted)}, config.json too; --dtype {claimed} gives {claimed}"
+        )
     return notes
+
+
+def placement_notes(options: Options) -> list[str]:
+    """Notes on where the result is written: folders that an engine of the target does not load it from."""
+    if options.save_directory == UNNAMED:
+        return []
+    faults = [
+        fault
+        for engine in parse_target(options.engine_target).engines
+        for fault in engine.path_faults(options.save_directory)
+    ]
+    return [f"{fault.what}: {fault.fix} ({fault.where})" for fault in faults]
 
 
 class CompilationSummary:
@@ -142,8 +176,10 @@ class CompilationSummary:
         self.search_result: SearchResult | None = None
         self.rotation_plan = RotationPlan()
         self.metrics = StageMetrics(active=current_process_group().is_rank0)
+        self.dtype = emitted_dtype(checkpoint.dtype, options.dtype)
         self._started = time.perf_counter()
-        self.add_notes(target_warnings(options, checkpoint.family, checkpoint.dtype))
+        self.add_notes(target_warnings(options, checkpoint))
+        self.add_notes(placement_notes(options), of_run=True)
 
     def add_notes(self, notes: Iterable[str], *, of_run: bool = False) -> None:
         """of_run: the notes are on this run and not on its output, so the save folder must not contain them."""
@@ -272,7 +308,7 @@ class CompilationSummary:
             ready_samples=ready_samples,
             pipeline=text,
             target=options.engine_target,
-            dtype="float16" if emitted_dtype(self.checkpoint.dtype) == torch.float16 else "bfloat16",
+            dtype="float16" if self.dtype == torch.float16 else "bfloat16",
             bytes_before=self.checkpoint.bytes,
             heads=self._heads(),
             rotations=tuple(RotationData(**asdict(group)) for group in self.rotation_plan.groups()),
@@ -300,8 +336,7 @@ class CompilationSummary:
             self._count(self.checkpoint.family.part(head), Scheme.FLOAT)
         description = read_description(folder)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        dtype = str(emitted_dtype(self.checkpoint.dtype)).removeprefix("torch.")
-        engines = loading_engines(description, dtype, config)
+        engines = loading_engines(description, dtype_name(self.dtype), config)
         if self.options.timings is not None:
             self._timings(passes).write(self.options.timings)
         return Result(

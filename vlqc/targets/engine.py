@@ -231,6 +231,10 @@ class Engine(ABC):
         """Paths and file modes that the engine rejects and that a copy of the folder changes anyway."""
         return []
 
+    def path_faults(self, folder: Path) -> list[Fault]:
+        """Why the engine does not load a folder at this path, whatever it contains."""
+        return []
+
     # ---- notes for the user ----------------------------------------------------------------------------------------
 
     @abstractmethod

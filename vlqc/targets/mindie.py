@@ -10,6 +10,7 @@ import re
 import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from vlqc.errors import Fault
@@ -385,10 +386,14 @@ class MindIE(Engine):
 
     def placement_warnings(self, folder: FinishedFolder) -> list[Fault]:
         faults = [] if folder.layout is self else _writable_by_all(folder)
-        if not ACCEPTED_PATH.fullmatch(path := str(folder.path.resolve())):
-            what, fix = "MindIE accepts only letters, digits and _ . / - in paths", "move the folder before serving it"
-            faults.insert(0, Fault(what, path, fix=f"{fix} with MindIE"))
-        return faults
+        return self.path_faults(folder.path) + faults
+
+    def path_faults(self, folder: Path) -> list[Fault]:
+        """atb_llm/utils/file_utils.py, check_path_has_special_characters."""
+        if ACCEPTED_PATH.fullmatch(path := str(folder.resolve())):
+            return []
+        what, fix = "MindIE accepts only letters, digits and _ . / - in paths", "move the folder before serving it"
+        return [Fault(what, path, fix=f"{fix} with MindIE")]
 
     # ---- notes for the user ----------------------------------------------------------------------------------------
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlqc.emit.stage_tensors import emitted_dtype
 from vlqc.errors import Fault, UserError
 from vlqc.frontend.calibration.dataset import CalibrationDataset, load_calibration
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
@@ -138,7 +137,7 @@ def _run_stages(
     selected = [name for name in model.stages if dumper.selects(name)]
     finished: list[str] = []
     progress.begin(len(selected), len(dataset.samples))
-    read, dtype = model.tensors.tensor, emitted_dtype(model.checkpoint.dtype)
+    read, dtype = model.tensors.tensor, model.emitted_dtype
     with closing(traced_stages(model, dataset.samples, dtype, read=read, probe=dataset.probe)) as stages:
         for stage in stages:
             progress.stage(len(finished), stage.name)

@@ -1,5 +1,6 @@
 """Errors: UserError for invalid input (exit code 2), InternalError for bugs of vlqc (exit code 70)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vlqc.formatting import escape_control_chars
@@ -19,7 +20,22 @@ class Fault:
         for label, text in (("where", self.where), ("why", self.why), ("what to do", self.fix)):
             if text:
                 lines.append(f"  {label}: {text}")
-        return escape_control_chars("\n".join(lines))
+        return escape_control_chars("\n".join(map(_bounded, lines)))
+
+
+def _bounded(text: str) -> str:
+    """At most LONGEST_LINE characters: a value from a file may have megabytes."""
+    return text if len(text) <= LONGEST_LINE else f"{text[:LONGEST_LINE]}... ({len(text):,} characters)"
+
+
+LONGEST_LINE = 4000  # characters of what, where, why or fix that are shown
+SHOWN_FAULTS = 20  # of the same kind
+
+
+def first_faults(faults: Sequence[Fault], what: str) -> list[Fault]:
+    """The first SHOWN_FAULTS of many similar faults, and one that counts the others. what: plural noun for them."""
+    rest = len(faults) - SHOWN_FAULTS
+    return [*faults[:SHOWN_FAULTS], *([Fault(f"{rest} more {what}")] if rest > 0 else [])]
 
 
 THIRD_PARTY = ", which is not part of vlqc"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vlqc.errors import Fault, UserError
-from vlqc.formatting import escape_control_chars
+from vlqc.formatting import escape_control_chars, excerpt
 
 LARGEST_FILE = 64 * 2**20  # bytes; the index of the largest published checkpoint has less than 1 MiB
 REPAIR = "copy the file from its origin again"
@@ -60,7 +60,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in pairs:
         if key in values:
-            raise ValueError(f"the key {key!r} is given twice")
+            raise ValueError(f"the key {excerpt(key)} is given twice")
         values[key] = value
     return values
 

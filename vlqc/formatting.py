@@ -1,7 +1,7 @@
 """Text for people: numbers with units, plurals, suggestions, and untrusted names made safe to print."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def pluralize(number: int, what: str) -> str:
@@ -17,6 +17,12 @@ def excerpt(value: object, length: int = 60) -> str:
         return shown
     size = f"{len(value):,} characters" if isinstance(value, str) else f"a {type(value).__name__}"
     return f"{shown[:length]}... ({size})"
+
+
+def enumerate_first(words: Sequence[str], most: int = 8) -> str:
+    """The first words of a list, each shortened, and how many others there are: "a, b and 3 more"."""
+    shown = ", ".join(word if len(word) <= 80 else f"{word[:80]}..." for word in words[:most])
+    return shown if len(words) <= most else f"{shown} and {len(words) - most} more"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -134,7 +134,7 @@ def test_every_bad_line_is_named(tmp_path: Path) -> None:
             "videos are not supported",
             "neither a path",
             "'prompt' is not text",
-            "neither 'image' nor 'prompt'",
+            "'prompt' is not given",
             "read from files only",
         ],
         strict=True,

@@ -38,7 +38,7 @@ def test_a_choice_of_samples(tmp_path: Path) -> None:
     assert len({tuple(chosen(max_samples=7, seed=seed)) for seed in range(4)}) == 4
     assert chosen(max_samples=40, seed=3) == chosen(max_samples=99) == chosen() == list(range(40))
     notes = load_samples(TINY, source, max_samples=7, seed=3).notes
-    assert "7 of 40" in notes[0] and "--seed 3" in notes[0]
+    assert "7 of 40" in notes[1] and "--seed 3" in notes[1]
     assert not any("chosen" in note for note in load_samples(TINY, source, max_samples=40).notes)
 
 
@@ -119,7 +119,7 @@ def test_several_images_share_the_budget(tmp_path: Path) -> None:
     calibration = load_samples(TINY, source, max_tokens=text + 106)
     assert grids(calibration.samples[0]) == [[1, 10, 20], [1, 4, 6], [1, 14, 14]]  # 50 each for the large ones
     assert length_of(calibration.samples[0]) == text + 50 + 6 + 49
-    assert calibration.notes[0].startswith("2 of 4 ")
+    assert calibration.notes[1].startswith("2 of 4 ")
 
 
 @pytest.mark.parametrize(("width", "height"), [(5400, 28), (28, 5400), (60, 4000), (560, 31), (200, 133)])

@@ -28,8 +28,8 @@ def test_prompts_and_responses(tmp_path: Path, model_type: str) -> None:
     model = write_text_checkpoint(tmp_path / "model", model_type)
     entries = [{"prompt": "What is 2 + 3?"}, {"prompt": "Größe?", "response": "5 <|image_pad|>"}, {"prompt": "a"}]
     calibration = load_samples(model, lines(tmp_path / "q.jsonl", *entries))
-    (note,) = calibration.notes
-    assert note.startswith("3 calibration prompts") and "image" not in note
+    form, note = calibration.notes
+    assert "3 samples as" in form and note.startswith("3 calibration prompts") and "image" not in note
     assert all(sample.keys() == {"input_ids", "attention_mask"} for sample in calibration.samples)
     expected = [byte_ids(chat(entry["prompt"], entry.get("response"))) for entry in entries]
     assert [sample["input_ids"][0].tolist() for sample in calibration.samples] == expected
@@ -43,7 +43,7 @@ def test_the_form_without_a_template(tmp_path: Path, model_type: str, system: st
     calibration = load_samples(model, lines(tmp_path / "q.jsonl", {"prompt": "Hi", "response": "Ho"}, {"prompt": "Hi"}))
     first, second = (sample["input_ids"][0].tolist() for sample in calibration.samples)
     assert first == byte_ids(chat("Hi", "Ho", system)) and second == byte_ids(chat("Hi", None, system))
-    assert len(calibration.notes) == 2 and "no chat template" in calibration.notes[0]
+    assert len(calibration.notes) == 3 and "no chat template" in calibration.notes[1]
 
 
 def test_the_number_of_prompts(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_the_number_of_prompts(tmp_path: Path) -> None:
     for count in (1, 29, 30, 31):
         source = lines(tmp_path / f"{count}.jsonl", *({"prompt": f"{number} + 1"} for number in range(count)))
         counts[count] = len(load_samples(model, source).notes)
-    assert counts == {1: 1, 29: 1, 30: 0, 31: 0}
+    assert counts == {1: 2, 29: 2, 30: 1, 31: 1}
 
 
 @FAMILIES
@@ -116,4 +116,4 @@ def test_a_selection_of_lines(tmp_path: Path) -> None:
     source = lines(tmp_path / "q.jsonl", *({"prompt": "a" * size} for size in range(1, 21)))
     calibration = load_samples(model, source, max_samples=4, seed=3)
     lengths = [sample["input_ids"].shape[1] for sample in calibration.samples]
-    assert len(set(lengths)) == 4 and lengths == sorted(lengths) and "4 of 20" in calibration.notes[0]
+    assert len(set(lengths)) == 4 and lengths == sorted(lengths) and "4 of 20" in calibration.notes[1]

@@ -14,9 +14,10 @@ from PIL import Image
 from tests.support.fuzz.damage import as_json, damaged_bytes, damaged_json, values
 from tests.support.fuzz.tiny import tiny_model
 from tests.support.fuzz.verdict import demand, strict
+from vlqc.frontend.calibration.formats import LINE_KEYS
 from vlqc.frontend.calibration.images import ImageError, read_image
 from vlqc.frontend.calibration.samples import check_samples
-from vlqc.frontend.calibration.sources import LINE_KEYS, list_samples
+from vlqc.frontend.calibration.sources import list_samples
 
 # ---- calibration data ------------------------------------------------------------------------------------------------
 

@@ -105,12 +105,12 @@ class ImageProcessing:
         """Number of image tokens of an image."""
         return int(patches[1].prod()) // int(processor.merge_size**2)
 
-    def process(self, processor: Any, image: "Image", height: int, width: int) -> Patches:
+    def process(self, processor: Any, image: "Image", height: int, width: int, **limits: int | None) -> Patches:
         """An RGB image, resized to about height x width pixels -> its patches and their grid.
 
-        Raises what the image processor raises, and ValueError as `resize`.
+        limits: of `resize`. Raises what the image processor raises, and ValueError as `resize`.
         """
-        height, width = self.resize(height, width)
+        height, width = self.resize(height, width, **limits)
         inputs = processor(images=[image.resize((width, height))], return_tensors="pt")
         return inputs["pixel_values"].to(torch.float32), inputs["image_grid_thw"].to(torch.int64)
 
@@ -123,13 +123,16 @@ class ImageProcessing:
             "image_grid_thw": torch.cat([grid for _, grid in images]),
         }
 
-    def resize(self, height: int, width: int) -> tuple[int, int]:
+    def resize(
+        self, height: int, width: int, min_pixels: int | None = None, max_pixels: int | None = None
+    ) -> tuple[int, int]:
         """Pixels of an image -> pixels to which it is resized before the image processor resizes it once more.
 
-        By `smart_resize`, at the default limits of qwen_vl_utils 0.0.14: min_tokens and max_tokens.
+        By `smart_resize`. The default limits are those of qwen_vl_utils 0.0.14: min_tokens and max_tokens.
 
         Raises:
             ValueError: for extreme aspect ratios.
         """
         side = self.form.token_side
-        return smart_resize(height, width, side, self.form.min_tokens * side**2, self.form.max_pixels)
+        lowest = self.form.min_tokens * side**2 if min_pixels is None else min_pixels
+        return smart_resize(height, width, side, lowest, max_pixels or self.form.max_pixels)

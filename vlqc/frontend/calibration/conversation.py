@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
+LONGEST_NAME = 300  # characters of a path in a message
 Role = Literal["system", "user", "assistant"]
 
 
@@ -52,7 +53,7 @@ class ImageRef:
     @property
     def name(self) -> str:
         """For messages: the path; never the data itself."""
-        return str(self.source) if isinstance(self.source, Path) else f"data URI of {len(self.source)} bytes"
+        return _shorten(self.source) if isinstance(self.source, Path) else f"of {len(self.source):,} bytes in base64"
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,12 @@ class VideoRef:
     @property
     def name(self) -> str:
         """For messages: the path."""
-        return str(self.source) if isinstance(self.source, Path) else f"list of {len(self.source)} frames"
+        return _shorten(self.source) if isinstance(self.source, Path) else f"of {len(self.source)} frames"
+
+
+def _shorten(path: Path) -> str:
+    text = str(path)
+    return text if len(text) <= LONGEST_NAME else f"{text[:LONGEST_NAME]}... ({len(text):,} characters)"
 
 
 Part = str | ImageRef | VideoRef

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import torch
 
-from vlqc.errors import Fault, UserError
+from vlqc.errors import Fault, UserError, first_faults
 from vlqc.families.inputs.image_processing import Patches
 from vlqc.families.inputs.text_inputs import TextInputs
 from vlqc.families.registry import family_of
 from vlqc.files import read_json_object
 from vlqc.formatting import excerpt, pluralize
 from vlqc.frontend.calibration.conversation import Conversation, ImageRef
+from vlqc.frontend.calibration.data_file import is_data_file
 from vlqc.frontend.calibration.image_budget import split_budget
-from vlqc.frontend.calibration.images import ImageError, is_video, read_image
+from vlqc.frontend.calibration.images import MISSING, ImageError, is_video, read_image
 from vlqc.frontend.calibration.probe import probe_sample
 from vlqc.frontend.calibration.processor import SampleProcessor
 from vlqc.frontend.calibration.samples import check_samples, drop_duplicates, drop_padding, group_by_images
@@ -131,11 +132,14 @@ def load_samples(
             bad_images += [image for image in error.bad_images if image not in bad_images]
             text_faults += [fault for fault in error.text_faults if fault not in text_faults]
             selected += [spare.pop(0)] if skip_bad_images and spare else []
-    image_faults = [image.fault for image in bad_images]
+    image_faults = first_faults([image.fault for image in bad_images], "images cannot be used")
+    text_faults = first_faults(text_faults, "faulty texts")
     if text_faults or (image_faults and not skip_bad_images):
         can_skip = samples and not text_faults
         skip = ", or add --skip_bad_images to skip these images" if can_skip else ""
-        fix = f"repair or remove the files named above{skip}"
+        fix = f"repair or remove what is named above{skip}"
+        if any(image.is_missing for image in bad_images) and is_data_file(calib_images):
+            fix += f"; relative paths start at the folder of the file, {calib_images.parent}"
         total = Fault(f"only {len(samples)} of {len(selected)} samples can be used", fix=fix)
         raise UserError(*image_faults, *text_faults, total)
     if not samples:
@@ -176,6 +180,10 @@ class _BadImage:
     why: str
 
     @property
+    def is_missing(self) -> bool:
+        return self.why == MISSING
+
+    @property
     def fault(self) -> Fault:
         return Fault(f"image {self.image.name} cannot be used", where=self.where, why=self.why)
 
@@ -213,7 +221,7 @@ def _read_images(processor: SampleProcessor, source: Conversation, limits: Seque
     patches, bad_images = [], []
     for image, limit in zip(source.images, limits, strict=True):
         try:
-            patches.append(processor.process_image(read_image(image.source), limit))
+            patches.append(processor.process_image(read_image(image.source), limit, image.pixels))
         except ImageError as error:
             bad_images.append(_BadImage(image, source.where, str(error)))
     if bad_images:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "GIF", "TIFF")  # Pillow's names of the formats with these suffixes
 VIDEO_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv")
+MISSING = "there is no such file"
 WHITE = (255, 255, 255)
 MAX_PIXELS = 1 << 26  # about 8000 x 8000, several times what the models use: bounds the memory of one file
 
@@ -56,6 +57,8 @@ def read_image(source: Path | bytes) -> "Image":
         raise ImageError(f"too many pixels: {error}") from error
     except UnidentifiedImageError as error:
         raise ImageError("not an image, or of an unsupported format") from error
+    except OSError as error:  # without the name, which the caller states and which may be long
+        raise ImageError(error.strerror or str(error).strip() or type(error).__name__) from error
     except Exception as error:  # decoders raise SyntaxError, struct.error, IndexError and others on damaged files
         raise ImageError(str(error).strip() or type(error).__name__) from error
 
@@ -65,7 +68,7 @@ def _why_not_a_file(path: Path) -> str:
         return "it is a folder"
     if path.is_symlink() and not path.exists():
         return "it is a broken link"
-    return "it is not a regular file" if path.exists() else "there is no such file"
+    return "it is not a regular file" if path.exists() else MISSING
 
 
 def _to_rgb(image: "Image") -> "Image":

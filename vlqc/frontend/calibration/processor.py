@@ -16,7 +16,8 @@ import torch
 from vlqc.errors import Fault, InternalError, UserError
 from vlqc.families.inputs.image_processing import ImageProcessing, Patches
 from vlqc.families.inputs.text_inputs import TextInputs
-from vlqc.frontend.calibration.conversation import Conversation, Turn
+from vlqc.formatting import excerpt, pluralize
+from vlqc.frontend.calibration.conversation import Conversation, ImageRef, PixelSettings, Turn
 from vlqc.frontend.calibration.image_budget import fit_grid
 from vlqc.frontend.calibration.images import ImageError
 from vlqc.frontend.checkpoint.config_schema import invalid_values
@@ -52,6 +53,7 @@ class SampleProcessor:
         self._tokenizer = self._load_tokenizer()
         self._image_token = self._find_image_token()
         self._template = _read_chat_template(model_path) or _default_template(self._tokenizer.chat_template)
+        self._checked_templates: set[bool] = set()  # with and without an image
         self.notes = self._template_notes()
 
     def _template_notes(self) -> list[str]:
@@ -61,26 +63,31 @@ class SampleProcessor:
             return [f"the chat template of {self._model_path} takes text only: image tokens are part of that text"]
         return []
 
-    def process_image(self, image: "Image", max_tokens: int | None = None) -> Patches:
+    def process_image(
+        self, image: "Image", max_tokens: int | None = None, pixels: PixelSettings | None = None
+    ) -> Patches:
         """An RGB image -> its patches and their grid.
 
         Args:
             image: any size; it is resized to a multiple of the size of an image token.
+            pixels: size and limits that the data give; they apply before the processor's.
             max_tokens: maximum number of image tokens, at least `min_image_tokens`. None: no limit but the processor's.
 
         Raises:
             ImageError: with the reason of the image processor.
         """
         self._check_image_token()
-        height, width = image.height, image.width
+        pixels = pixels or PixelSettings()
+        height, width = pixels.resized_height or image.height, pixels.resized_width or image.width
+        limits = {"min_pixels": pixels.min_pixels, "max_pixels": pixels.max_pixels} if not pixels.resized_height else {}
         if max_tokens is not None:
             ratio = self._processing.form.max_aspect_ratio
             rows, columns = fit_grid(height / width, self.min_image_tokens, max_tokens, ratio)
             side = self._processing.token_side(self._image_processor)
-            height, width = rows * side, columns * side
+            height, width, limits = rows * side, columns * side, {}
         processor = self._image_processor
         try:
-            return self._processing.process(processor, image, height, width)
+            return self._processing.process(processor, image, height, width, **limits)
         except Exception as error:  # its checks of sizes and shapes, and whatever unusual settings cause
             raise ImageError(f"image processing failed: {str(error).strip() or type(error).__name__}") from error
 
@@ -107,7 +114,7 @@ class SampleProcessor:
             `ImageProcessing.model_inputs`.
 
         Raises:
-            ValueError: if a text contains image tokens.
+            ValueError: if a text contains image tokens, or the chat template does not take the conversation.
         """
         if self._image_token and any(self._image_token in turn.text for turn in conversation.turns):
             raise ValueError(f"the text contains {self._image_token}, which stands for an image")
@@ -125,8 +132,8 @@ class SampleProcessor:
         """A text with one image token per image -> one image token per image feature."""
         first, *pieces = text.split(self._image_token)
         if len(pieces) != len(images):
-            what = f"the chat template of {self._model_path} does not insert every image once"
-            raise UserError(Fault(what, why=f"{len(images)} images, {len(pieces)} times {self._image_token}"))
+            counts = f"{pluralize(len(images), 'image')}, {pluralize(len(pieces), self._image_token)}"
+            raise ValueError(f"the chat template does not insert every image once: {counts}")
         return first + "".join(
             self._image_token * self.image_tokens(patches) + piece
             for patches, piece in zip(images, pieces, strict=True)
@@ -138,11 +145,28 @@ class SampleProcessor:
             marks_turns = "<|im_start|>" in self._tokenizer.get_vocab()
             turns = [(turn.role, self._content_text(turn)) for turn in conversation.turns]
             return self._inputs.chat_text(turns, marks_turns=marks_turns)
+        self._check_template(bool(conversation.images))
+        try:
+            return self._render(conversation, self._takes_parts)
+        except BaseException as error:  # a template may raise anything, for example if the roles do not alternate
+            if not _is_error_of_callee(error):
+                raise
+            raise ValueError(f"the chat template does not take it: {excerpt(str(error).strip(), 200)}") from error
+
+    def _check_template(self, with_image: bool) -> None:
+        """UserError if the chat template does not take a simple prompt: then it is at fault, not the samples."""
+        if with_image in self._checked_templates:
+            return
+        question = Conversation.from_prompt((ImageRef(b""),) if with_image else (), TEMPLATE_TEXT)
         # A template is a program from the checkpoint: it may raise anything.
         with _checkpoint_errors(
             f"the chat template of {self._model_path} cannot be used", f"repair it, {READY_SAMPLES}"
         ):
-            return self._render(conversation, self._takes_parts)
+            text = self._render(question, self._takes_parts)
+        if with_image and text.count(self._image_token) != 1:
+            what = f"the chat template of {self._model_path} does not insert every image once"
+            raise UserError(Fault(what, why=f"1 image, {text.count(self._image_token)} times {self._image_token}"))
+        self._checked_templates.add(with_image)
 
     def _render(self, conversation: Conversation, as_parts: bool) -> str:
         """The chat template's text. as_parts: give the content of every message as a list of parts, otherwise as text

@@ -1,0 +1,281 @@
+"""The formats of calibration data: a table of readers, each recognised by a key. One entry -> one conversation."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vlqc.formatting import did_you_mean, enumerate_first, excerpt, pluralize
+from vlqc.frontend.calibration.conversation import Conversation, ImageRef, Part, Role, Turn, VideoRef
+from vlqc.frontend.calibration.media import (
+    FRAME_KEYS,
+    PIXEL_KEYS,
+    EntryError,
+    image_ref,
+    image_refs,
+    video_ref,
+    video_refs,
+)
+
+PROMPT = "Please describe this picture in detail."
+EXAMPLE = '{"image": "cat.jpg", "prompt": "What is this?"}'
+TEXT_EXAMPLE = '{"prompt": "What is this?"}'
+LINE_KEYS = ("image", "prompt", "response")
+IMAGE_TAG, VIDEO_TAG = "<image>", "<video>"
+ROLES: Mapping[str, Role] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+}
+ROLE_KEYS, TEXT_KEYS = ("role", "from"), ("content", "value")  # of messages; of ShareGPT
+PART_KINDS = {  # type of a part of a message, or its key -> what it is
+    "text": "text",
+    "input_text": "text",
+    "output_text": "text",
+    "image": "image",
+    "image_url": "image",
+    "input_image": "image",
+    "video": "video",
+    "video_url": "video",
+}
+PART_SOURCES = ("image", "image_url", "video", "video_url", "url", "path")
+MEDIA_KEYS = ("images", "image", "videos", "video")
+UNREADABLE = {"audios": "audio is not supported", "audio": "audio is not supported"}
+OBJECT_TAGS = ("<bbox>", "<ref-object>")  # of ms-swift, which replaces them by the entries of `objects`
+
+
+class EntryFormat(ABC):
+    """One format. title: for messages; keys: that it reads. Others are ignored, with a note."""
+
+    title: str
+
+    @property
+    @abstractmethod
+    def keys(self) -> tuple[str, ...]: ...
+
+    @abstractmethod
+    def matches(self, entry: Mapping[str, Any]) -> bool:
+        """Whether an entry has the key that this format is recognised by."""
+
+    @abstractmethod
+    def read(self, entry: Mapping[str, Any], folder: Path) -> list[Turn]:
+        """The turns of an entry; paths are relative to `folder`. Raises EntryError."""
+
+    def ignored(self, entry: Mapping[str, Any]) -> list[str]:
+        """Keys with a value that is not read."""
+        return [key for key, value in entry.items() if key not in self.keys and value not in (None, "", [], {})]
+
+
+@dataclass(frozen=True)
+class LineFormat(EntryFormat):
+    """{"image": path or [paths], "prompt": text, "response": text}. Unknown keys are errors."""
+
+    title: str = "image, prompt and response (vlqc)"
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (*LINE_KEYS, "video", *PIXEL_KEYS, *FRAME_KEYS)
+
+    def matches(self, entry: Mapping[str, Any]) -> bool:
+        return True
+
+    def read(self, entry: Mapping[str, Any], folder: Path) -> list[Turn]:
+        if unknown := [key for key in entry if key not in self.keys]:
+            shown = [" ".join(filter(None, [excerpt(key), did_you_mean(key, LINE_KEYS)])) for key in unknown]
+            raise EntryError(f"unknown {'key' if len(unknown) == 1 else 'keys'} {enumerate_first(shown)}")
+        for key in ("prompt", "response"):
+            if not isinstance(entry.get(key, ""), str | None if key == "response" else str):
+                raise EntryError(f"{key!r} is not text")
+        images = image_refs(entry.get("image"), folder, entry)
+        videos = [] if entry.get("video") is None else [video_ref(entry["video"], folder, entry)]
+        if not (images or videos or entry.get("prompt")):
+            raise EntryError("'prompt' is not given, and there is no image")
+        turns = [Turn("user", (entry.get("prompt", PROMPT),))]
+        if entry.get("response") is not None:
+            turns.append(Turn("assistant", (entry["response"],)))
+        return _place_media(turns, images, videos)
+
+
+@dataclass(frozen=True)
+class TurnsFormat(EntryFormat):
+    """{key: [{"role": ..., "content": ...}, ...], "images": [...], "videos": [...], "system": text}."""
+
+    title: str
+    key: str
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (self.key, "system", *MEDIA_KEYS)
+
+    def matches(self, entry: Mapping[str, Any]) -> bool:
+        return self.key in entry
+
+    def read(self, entry: Mapping[str, Any], folder: Path) -> list[Turn]:
+        messages = entry[self.key]
+        if not isinstance(messages, list) or not messages:
+            raise EntryError(f"{self.key!r} is not a list of turns")
+        turns = [turn for number, message in enumerate(messages, 1) for turn in _read_message(message, number, folder)]
+        return _place_media(_with_system(turns, entry), *_listed_media(entry, folder))
+
+
+@dataclass(frozen=True)
+class PairFormat(EntryFormat):
+    """{request: text, response: text, "history": [[text, text], ...], "system": text, "images": [...]}.
+
+    request: keys of texts that are joined by a newline, the first of which the format is recognised by.
+    """
+
+    title: str
+    request: tuple[str, ...]
+    response: str
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (*self.request, self.response, "history", "system", *MEDIA_KEYS)
+
+    def matches(self, entry: Mapping[str, Any]) -> bool:
+        return self.request[0] in entry
+
+    def read(self, entry: Mapping[str, Any], folder: Path) -> list[Turn]:
+        texts = [_text(entry.get(key) or "", key) for key in self.request]
+        pairs = entry.get("history") or []
+        if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+            raise EntryError("'history' is not a list of pairs of texts")
+        turns = [turn for pair in pairs for turn in _turns_of_pair(pair, "history")]
+        turns.append(Turn("user", ("\n".join(filter(None, texts)),)))
+        if entry.get(self.response) is not None:
+            turns.append(Turn("assistant", (_text(entry[self.response], self.response),)))
+        return _place_media(_with_system(turns, entry), *_listed_media(entry, folder))
+
+
+LINES = LineFormat()
+FORMATS: tuple[EntryFormat, ...] = (  # the first that matches reads an entry
+    TurnsFormat("messages (Qwen, OpenAI, ms-swift, LLaMA-Factory)", "messages"),
+    TurnsFormat("conversations (LLaVA, ShareGPT, LLaMA-Factory)", "conversations"),
+    TurnsFormat("conversation (ms-swift)", "conversation"),
+    PairFormat("query and response (ms-swift)", ("query",), "response"),
+    PairFormat("instruction and output (Alpaca)", ("instruction", "input"), "output"),
+    LINES,
+)
+
+
+def read_entry(value: Any, folder: Path, where: str, text_only: str | None) -> tuple[EntryFormat, Conversation]:
+    """One entry of a data file, in any format. where: names it.
+
+    text_only: title of a model that takes no images; None for others. Raises EntryError.
+    """
+    if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
+        value = {"messages": value}
+    if not isinstance(value, dict):
+        raise EntryError("not a JSON object", f"write {EXAMPLE if text_only is None else TEXT_EXAMPLE}")
+    form = next(form for form in FORMATS if form.matches(value))
+    for key, why in UNREADABLE.items():
+        if value.get(key) and form is not LINES:
+            raise EntryError(f"{key!r} is given: {why}")
+    try:
+        conversation = Conversation(tuple(form.read(value, folder)), where)
+    except EntryError as error:
+        keys = LINE_KEYS if text_only is None else LINE_KEYS[1:]
+        fix = error.fix or (f"a line has the keys {', '.join(keys)}" if form is LINES else "")
+        raise EntryError(error.what, fix) from error
+    if all(turn.role == "system" for turn in conversation.turns):
+        raise EntryError("there is neither a user turn nor an assistant turn")
+    if value.get("objects") and any(tag in turn.text for tag in OBJECT_TAGS for turn in conversation.turns):
+        raise EntryError(f"{' and '.join(OBJECT_TAGS)} are not read", "write the boxes as the model writes them")
+    if (conversation.images or conversation.videos) and text_only is not None:
+        raise EntryError(f"an image is given, but {text_only} has no vision tower")
+    return form, conversation
+
+
+def _read_message(message: Any, number: int, folder: Path) -> Iterator[Turn]:
+    """A message as one turn; {"human": text, "assistant": text} as two."""
+    if isinstance(message, dict) and {"human", "assistant"} <= message.keys():
+        yield from _turns_of_pair((message["human"], message["assistant"]), f"turn {number}")
+        return
+    role_key = next((key for key in ROLE_KEYS if isinstance(message, dict) and key in message), None)
+    if role_key is None:
+        raise EntryError(f"turn {number} is not an object with the keys role and content, or from and value")
+    role = message[role_key]
+    if not isinstance(role, str) or role not in ROLES:
+        raise EntryError(f"turn {number} has the role {excerpt(role)}; system, user and assistant turns are read")
+    content = next((message[key] for key in TEXT_KEYS if key in message), None)
+    if not isinstance(content, str | list):
+        raise EntryError(f"the content of turn {number} is neither text nor a list of parts")
+    yield Turn(
+        ROLES[role], tuple(_read_part(part, folder) for part in ([content] if isinstance(content, str) else content))
+    )
+
+
+def _turns_of_pair(texts: Sequence[Any], key: str) -> list[Turn]:
+    request, response = (_text(text, key) for text in texts)
+    return [Turn("user", (request,)), Turn("assistant", (response,))]
+
+
+def _read_part(part: Any, folder: Path) -> Part:
+    """One part of a message. An image without a source stands for the next one that the entry lists."""
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, dict):
+        raise EntryError(f"a part of a turn is {excerpt(part)}, not an object")
+    name = part.get("type") or next((key for key in PART_KINDS if part.get(key) is not None), None)
+    kind = PART_KINDS.get(name) if isinstance(name, str) else None
+    if kind is None:
+        raise EntryError(f"a part of a turn has the type {excerpt(name)}; text, image and video are read")
+    if kind == "text":
+        return _text(part.get("text"), "text")
+    source = next((part[key] for key in PART_SOURCES if part.get(key) is not None), None)
+    if source is None:
+        return IMAGE_TAG if kind == "image" else VIDEO_TAG
+    return image_ref(source, folder, part) if kind == "image" else video_ref(source, folder, part)
+
+
+def _with_system(turns: list[Turn], entry: Mapping[str, Any]) -> list[Turn]:
+    """With the system turn that the key `system` gives, unless the turns begin with one."""
+    system = _text(entry.get("system") or "", "system")
+    return [Turn("system", (system,)), *turns] if system and turns[0].role != "system" else turns
+
+
+def _listed_media(entry: Mapping[str, Any], folder: Path) -> tuple[list[ImageRef], list[VideoRef]]:
+    images = [image for key in MEDIA_KEYS[:2] for image in image_refs(entry.get(key), folder)]
+    videos = [video for key in MEDIA_KEYS[2:] for video in video_refs(entry.get(key), folder)]
+    return images, videos
+
+
+def _place_media(turns: list[Turn], images: Sequence[ImageRef], videos: Sequence[VideoRef]) -> list[Turn]:
+    """Puts listed images and videos in place of the tags; without tags, before the text of the first user turn."""
+    return _place(_place(turns, VIDEO_TAG, videos, "video"), IMAGE_TAG, images, "image")
+
+
+def _place(turns: list[Turn], tag: str, listed: Sequence[ImageRef | VideoRef], kind: str) -> list[Turn]:
+    tags = sum(part.count(tag) for turn in turns for part in turn.parts if isinstance(part, str))
+    if listed and not tags:
+        first = next((turn for role in ("user", "assistant") for turn in turns if turn.role == role), turns[0])
+        return [replace(turn, parts=(*listed, *turn.parts)) if turn is first else turn for turn in turns]
+    if tags != len(listed):
+        raise EntryError(f"{pluralize(tags, f'{tag} tag')} in the text, but {pluralize(len(listed), kind)} listed")
+    left = iter(listed)
+    return [replace(turn, parts=tuple(_replace_tags(turn.parts, tag, left))) for turn in turns]
+
+
+def _replace_tags(parts: Sequence[Part], tag: str, media: Iterator[ImageRef | VideoRef]) -> Iterator[Part]:
+    for part in parts:
+        if not isinstance(part, str):
+            yield part
+            continue
+        for number, piece in enumerate(part.split(tag)):
+            if number:
+                yield next(media)
+            if piece:
+                yield piece
+
+
+def _text(value: Any, key: str) -> str:
+    if not isinstance(value, str):
+        raise EntryError(f"{key!r} is not text")
+    return value

@@ -1,0 +1,145 @@
+"""Images and videos as calibration data names them: paths, file:// URLs, base64 data, with the settings of
+qwen_vl_utils."""
+
+import base64
+import binascii
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from vlqc.formatting import excerpt
+from vlqc.frontend.calibration.conversation import FrameSettings, ImageRef, PixelSettings, VideoRef
+
+LONGEST_PATH = 4096  # bytes, of Linux
+LARGEST_DATA = 64 * 2**20  # bytes of one base64 image
+SOURCE_KEYS = ("url", "path", "image", "video")  # of an object that stands for a file
+PIXEL_KEYS = tuple(field.name for field in fields(PixelSettings))
+FRAME_KEYS = tuple(field.name for field in fields(FrameSettings))
+LARGEST_SETTING = {  # bounds the memory of one sample
+    "min_pixels": 2**24,
+    "max_pixels": 2**26,
+    "resized_height": 2**14,
+    "resized_width": 2**14,
+    "total_pixels": 2**31,
+    "nframes": 2**16,
+    "min_frames": 2**16,
+    "max_frames": 2**16,
+    "fps": 1000,
+    "sample_fps": 1000,
+    "raw_fps": 1000,
+    "video_start": 10**6,
+    "video_end": 10**6,
+}
+DECIMAL_SETTINGS = ("fps", "sample_fps", "raw_fps", "video_start", "video_end")
+MAY_BE_ZERO = ("video_start",)
+
+
+class EntryError(Exception):
+    """An entry of a data file that cannot be used: what is wrong in it, and what to do."""
+
+    def __init__(self, what: str, fix: str = "") -> None:
+        self.what, self.fix = what, fix
+        super().__init__(what)
+
+
+def image_ref(value: Any, folder: Path, settings: Mapping[str, Any] | None = None) -> ImageRef:
+    """An image: a path relative to `folder`, a URL, a data URI, or an object with one of them.
+
+    settings: may hold those of PixelSettings, beside other keys. Raises EntryError.
+    """
+    if isinstance(value, dict) and isinstance(value.get("bytes"), str):  # as datasets are saved
+        return ImageRef(_decode(value["bytes"]), _pixel_settings(settings))
+    return ImageRef(_locate(_source_of(value, "image"), folder, "image"), _pixel_settings(settings))
+
+
+def image_refs(value: Any, folder: Path, settings: Mapping[str, Any] | None = None) -> list[ImageRef]:
+    """One image or a list of images. Nothing for None."""
+    values = [] if value is None else value if isinstance(value, list) else [value]
+    return [image_ref(each, folder, settings) for each in values]
+
+
+def video_ref(value: Any, folder: Path, settings: Mapping[str, Any] | None = None) -> VideoRef:
+    """A video: as `image_ref`, or a list of frames. settings: may hold those of PixelSettings and FrameSettings."""
+    pixels, frames = _pixel_settings(settings), _frame_settings(settings)
+    if isinstance(value, list):
+        return VideoRef(tuple(image_refs(value, folder)), pixels, frames)
+    source = _locate(_source_of(value, "video"), folder, "video")
+    if isinstance(source, bytes):
+        raise EntryError("'video' is base64 data; videos are read from files only")
+    return VideoRef(source, pixels, frames)
+
+
+def video_refs(value: Any, folder: Path, settings: Mapping[str, Any] | None = None) -> list[VideoRef]:
+    """The videos of a list; every item may be a list of frames. Nothing for None."""
+    values = [] if value is None else value if isinstance(value, list) else [value]
+    return [video_ref(each, folder, settings) for each in values]
+
+
+def _source_of(value: Any, kind: str) -> str:
+    """The path or URL of a value: itself, or that of an object such as {"url": ...}."""
+    if isinstance(value, dict):
+        value = next((value[key] for key in SOURCE_KEYS if value.get(key) is not None), None)
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
+        raise EntryError(f"{kind!r} is neither a path nor a list of paths")
+    return value
+
+
+def _locate(source: str, folder: Path, kind: str) -> Path | bytes:
+    """The file that a path or file:// URL names, or the content of a data URI."""
+    if source[:5].lower() == "data:":
+        media_type, comma, data = source[5:].partition(",")
+        if not comma or not media_type.lower().endswith(";base64"):
+            raise EntryError(f"{kind!r} is a data URI without base64 data")
+        return _decode(data)
+    if source[:5].lower() == "file:":
+        # As qwen_vl_utils does, file://a/b.jpg is read as the relative path a/b.jpg.
+        local = source[5:].removeprefix("//")
+        source = unquote(local.removeprefix("localhost") if local.startswith("localhost/") else local)
+    elif "://" in source[:32]:
+        raise EntryError(f"{kind!r} is a URL; {kind}s are read from files only", f"download the {kind} first")
+    if not source.strip() or "\0" in source or len(source.encode()) > LONGEST_PATH:
+        fix = "base64 data begin with data:image/png;base64," if kind == "image" else ""
+        raise EntryError(f"{kind!r} is neither a path nor a data URI: {excerpt(source)}", fix)
+    return folder / source
+
+
+def _decode(data: str) -> bytes:
+    if len(data) > LARGEST_DATA * 4 // 3:
+        raise EntryError(f"'image' has {len(data):,} characters of base64 data, at most {LARGEST_DATA * 4 // 3:,}")
+    compact = "".join(data.split())
+    try:
+        decoded = base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
+    except (binascii.Error, ValueError):
+        raise EntryError(f"'image' is not valid base64 data ({len(data):,} characters)") from None
+    if not decoded:
+        raise EntryError("'image' is a data URI without data")
+    return decoded
+
+
+def _pixel_settings(settings: Mapping[str, Any] | None) -> PixelSettings:
+    pixels = PixelSettings(**_settings(settings or {}, PIXEL_KEYS))
+    if pixels.min_pixels and pixels.max_pixels and pixels.min_pixels > pixels.max_pixels:
+        raise EntryError(f"'min_pixels' is {pixels.min_pixels}, more than 'max_pixels', which is {pixels.max_pixels}")
+    if (pixels.resized_height is None) != (pixels.resized_width is None):
+        raise EntryError("'resized_height' and 'resized_width' are given together or not at all")
+    return pixels
+
+
+def _frame_settings(settings: Mapping[str, Any] | None) -> FrameSettings:
+    frames = FrameSettings(**_settings(settings or {}, FRAME_KEYS))
+    if frames.fps is not None and frames.nframes is not None:
+        raise EntryError("'fps' and 'nframes' are both given; one of them determines the frames")
+    return frames
+
+
+def _settings(values: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    given = {key: values[key] for key in keys if values.get(key) is not None}
+    for key, value in given.items():
+        types = (int, float) if key in DECIMAL_SETTINGS else (int,)
+        kind = "a number" if key in DECIMAL_SETTINGS else "an integer"
+        lowest = value == 0 and key in MAY_BE_ZERO
+        if isinstance(value, bool) or not isinstance(value, types) or not (lowest or 0 < value <= LARGEST_SETTING[key]):
+            raise EntryError(f"{key!r} is {excerpt(value)}, not {kind} up to {LARGEST_SETTING[key]}")
+    return given

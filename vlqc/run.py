@@ -39,6 +39,7 @@ def open_run(
     process_group = current_process_group()
     shown = resolve_progress(progress, is_rank0=process_group.is_rank0)
     summary = CompilationSummary(options, model.checkpoint, shown.note)
+    summary.add_notes(model.checkpoint.notes)
     summary.note_rotations(model.rotation_plan)
     summary.note_unused_tensors(model.unused_tensors())
     summary.add_notes(dataset.notes)

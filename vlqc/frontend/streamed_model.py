@@ -146,7 +146,7 @@ def open_model(options: Options) -> "StreamedModel":
     """The model of `options.model_path` on the device of this rank, its parameters on the meta device. UserError."""
     process_group = current_process_group()
     device, trust = process_group.local_device(resolve_device(options.device_type)), options.trust_remote_code
-    checkpoint = Checkpoint(options.model_path)
+    checkpoint = Checkpoint(options.model_path, options.lora)
     return process_group.rank0_first(
         lambda: StreamedModel.open(checkpoint, trust_remote_code=trust, device=device, dtype=options.dtype)
     )
@@ -199,6 +199,8 @@ class StreamedModel:
             fix = "vlqc compiles models whose blocks are modules of an nn.ModuleList"
             raise UserError(Fault("unsupported architecture", str(checkpoint.folder), why, fix))
         checkpoint.check_tensors((name, tuple(parameter.shape)) for name, parameter in self.parameters(module).items())
+        if self.tied and self._head is not None:
+            checkpoint.check_shared_weight(f"{self.name(self.embedding)}.weight", f"{self.name(self._head)}.weight")
 
     @classmethod
     def open(

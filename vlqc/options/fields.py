@@ -83,7 +83,7 @@ def _glob(pattern: str) -> str:
 
 
 def _as_tuple(value: Any) -> Any:
-    return () if value is None else (value,) if isinstance(value, str) else value
+    return () if value is None else (value,) if isinstance(value, str | Path) else value
 
 
 def _without_duplicates(patterns: tuple[str, ...]) -> tuple[str, ...]:
@@ -114,6 +114,7 @@ Gibibytes = Annotated[float, Field(ge=0, le=100_000, strict=True, allow_inf_nan=
 OptionPath = Annotated[Path, BeforeValidator(_path)]
 Glob = Annotated[str, AfterValidator(_glob)]
 Globs = Annotated[tuple[Glob, ...], BeforeValidator(_as_tuple), AfterValidator(_without_duplicates)]
+Paths = Annotated[tuple[OptionPath, ...], BeforeValidator(_as_tuple)]
 NoneWord = BeforeValidator(_none_word)  # "None" on a command line and in a recipe
 
 
@@ -276,6 +277,14 @@ class OptionFields(BaseModel):
         "streams and attention heads, except a stream whose output head shares the embedding's weight; all rotates it, "
         "too, and stores the head separately; heads rotates attention heads only. What was made for the weights or "
         "hidden states of the float model (LoRA adapters, draft models, prompt embeddings) does not fit rotated ones.",
+    )
+    lora: Paths = _option(
+        (),
+        DATA,
+        "Folder of a LoRA adapter in the format of PEFT, which is merged into the weights as they are read. May be "
+        "repeated; adapters are merged in the order given.",
+        metavar="FOLDER",
+        legal="folders",
     )
     max_samples: Annotated[PositiveCount | None, NoneWord] = _option(
         None, DATA, "Maximum number of calibration samples, selected at random with --seed. Default: all."

@@ -20,6 +20,8 @@ class NamedPaths(Protocol):
     @property
     def save_directory(self) -> Path | None: ...
     @property
+    def lora(self) -> tuple[Path, ...]: ...
+    @property
     def calib_images(self) -> Path | None: ...
     @property
     def dump_ir(self) -> Path | None: ...
@@ -34,7 +36,7 @@ class NamedPaths(Protocol):
 def path_faults(options: NamedPaths) -> list[Fault]:
     """All faults of the paths. Links are resolved first."""
     faults: list[Fault] = []
-    for rule in (_model_rule, _save_rule, _dump_rule, _timings_rule, _images_rule):
+    for rule in (_model_rule, _lora_rule, _save_rule, _dump_rule, _timings_rule, _images_rule):
         try:
             faults += rule(options)
         except (OSError, RuntimeError) as error:  # a name that is too long, no permission, a loop of links
@@ -44,6 +46,19 @@ def path_faults(options: NamedPaths) -> list[Fault]:
 
 def _model_rule(options: NamedPaths) -> list[Fault]:
     return [] if options.model_path is None else model_faults(options.model_path)
+
+
+def _lora_rule(options: NamedPaths) -> list[Fault]:
+    faults = [fault for folder in options.lora for fault in model_faults(folder, "--lora")]
+    real = [folder.resolve() for folder in options.lora]
+    faults += [Fault(f"--lora {folder}", why="it is named twice") for folder in real if real.count(folder) > 1][:1]
+    if options.save_directory is not None:
+        save = options.save_directory.resolve()
+        for folder in real:
+            if _within(folder, save) or _within(save, folder):
+                why = "one is inside the other, and the save folder is replaced as a whole"
+                faults.append(Fault(f"--lora {folder} and --save_directory", why=why, fix="choose another save folder"))
+    return faults
 
 
 def _save_rule(options: NamedPaths) -> list[Fault]:

@@ -57,8 +57,8 @@ class ParameterRange:
 class CheckpointSummary:
     """Result of `inspect_folder`.
 
-    facts: values of config.json that identify the model, and what is rotated in a compiled folder. files:
-    size of each weight file in bytes.
+    facts: values of config.json that identify the model, and of a compiled folder what is rotated and which adapters
+    are merged. files: size of each weight file in bytes. notes: how the weight files are read.
     """
 
     folder: str
@@ -66,6 +66,7 @@ class CheckpointSummary:
     rows: list[PartSummary] = field(default_factory=list)
     ranges: list[ParameterRange] = field(default_factory=list)
     files: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The summary as JSON-compatible values; deterministic for the same folder."""
@@ -82,6 +83,8 @@ class CheckpointSummary:
             console.print(Text(escape_control_chars(f"  {name}: {value}")), soft_wrap=True)
         for name, size in self.files.items():
             console.print(Text(f"  {escape_control_chars(name)}: {format_bytes(size)}"), soft_wrap=True)
+        for note in self.notes:
+            console.print(Text(escape_control_chars(f"  note: {note}")), soft_wrap=True)
         parts = _table("Tensors", ("part", "scheme", "dtype"), ("linear layers", "tensors", "size"))
         for row in self.rows:
             numbers = (str(row.linears), str(row.tensors), format_bytes(row.bytes))
@@ -106,10 +109,11 @@ def inspect_folder(folder: Path) -> CheckpointSummary:
     ordered = sorted(names, key=lambda key: (titles.index(key[0]), key[1]))
     return CheckpointSummary(
         folder=str(folder),
-        facts=_facts(checkpoint.config, family, bool(schemes)) | (_rotations(folder, family) if schemes else {}),
+        facts=_facts(checkpoint.config, family, bool(schemes)) | (_provenance(folder, family) if schemes else {}),
         rows=[_part_summary(part, scheme, names[part, scheme], checkpoint, family) for part, scheme in ordered],
         ranges=_ranges(checkpoint, family) if schemes else [],
-        files={path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))},
+        files={path.name: path.stat().st_size for path in checkpoint.files},
+        notes=checkpoint.notes,
     )
 
 
@@ -188,13 +192,16 @@ def _facts(config: dict[str, Any], family: ModelFamily | None, compiled: bool) -
     return {name: value for name, value in facts.items() if value is not None}
 
 
-def _rotations(folder: Path, family: ModelFamily | None) -> dict[str, str]:
-    """What vlqc_report.json of a compiled folder says about rotations."""
+def _provenance(folder: Path, family: ModelFamily | None) -> dict[str, str]:
+    """What vlqc_report.json of a compiled folder says about rotations and merged adapters."""
     try:
-        groups = [entry.group() for entry in read_report_data(folder).rotations]
+        data = read_report_data(folder)
     except UserError as error:
         return {"rotated": f"unknown, because {error.faults[0].what}"}
-    return {"rotated": rotation_text(rotated_parts(groups, family))}
+    facts = {"rotated": rotation_text(rotated_parts([entry.group() for entry in data.rotations], family))}
+    if data.adapters:
+        facts["merged adapters"] = ", ".join(adapter.name for adapter in data.adapters)
+    return facts
 
 
 def _table(title: str, text_columns: tuple[str, ...], number_columns: tuple[str, ...]) -> Table:

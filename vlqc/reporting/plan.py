@@ -110,7 +110,7 @@ def plan_compilation(
     options = options or Options.without_saving(**user_options)
     passes = build_pipeline(options)
     resolve_device(options.device_type)
-    checkpoint = Checkpoint(options.model_path)
+    checkpoint = Checkpoint(options.model_path, options.lora)
     model = StreamedModel.open(checkpoint, trust_remote_code=options.trust_remote_code, dtype=options.dtype)
     check_layers(model, options)
     rotations = rotate_model(model, passes)
@@ -125,6 +125,7 @@ def plan_compilation(
     schemes = {name: site.scheme or Scheme.FLOAT for name, site in sites.items()}
     dtype = dtype_name(model.emitted_dtype)
     notes = [
+        *checkpoint.notes,
         *target_warnings(options, checkpoint),
         *placement_notes(options),
         *rotation_notes(rotations, model.family),

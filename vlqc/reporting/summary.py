@@ -30,7 +30,15 @@ from vlqc.pipeline.presets import pipeline_text
 from vlqc.pipeline.registry import print_pipeline
 from vlqc.reporting.html.collector import StageMetrics
 from vlqc.reporting.html.command_line import command, replace_paths
-from vlqc.reporting.html.schema import ReportData, RotationData, Timings, installed_version, machine, rounded
+from vlqc.reporting.html.schema import (
+    AdapterData,
+    ReportData,
+    RotationData,
+    Timings,
+    installed_version,
+    machine,
+    rounded,
+)
 from vlqc.reporting.rotations import RotatedPart, rotated_parts, rotation_notes, rotation_text
 from vlqc.reporting.tables import is_warning, labeled_lines, layer_table
 from vlqc.targets.advice import engine_notes, incompatibilities, missing_rows_fix, serve_commands
@@ -312,6 +320,7 @@ class CompilationSummary:
             bytes_before=self.checkpoint.bytes,
             heads=self._heads(),
             rotations=tuple(RotationData(**asdict(group)) for group in self.rotation_plan.groups()),
+            adapters=tuple(AdapterData(**asdict(adapter)) for adapter in self.checkpoint.adapters),
             notes=replace_paths([note for note in self.notes if note not in self._run_notes], options),
             predicted=rounded(self.search_result.sqnr) if self.search_result else None,
             stages=tuple(self.metrics.stages),

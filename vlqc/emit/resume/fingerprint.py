@@ -31,7 +31,7 @@ PACKAGES = ("torch", "transformers", "safetensors", "numpy")
 # Options that do not change the emitted bytes.
 IGNORED_OPTIONS = {
     "model_path", "save_directory", "calib_images", "overwrite", "resume", "start_over", "memory_budget", "dump_ir",
-    "strict_target", "pipeline", "family", "timings", "dump_stages", "dump_formats", "print_after",
+    "lora", "strict_target", "pipeline", "family", "timings", "dump_stages", "dump_formats", "print_after",
 }  # fmt: skip
 SITE_PACKAGES = {"site-packages", "dist-packages"}  # folders of installed packages
 MISSING = "missing"
@@ -56,6 +56,8 @@ def run_fingerprint(
     for file in checkpoint.files:
         header = hashlib.sha256(read_header_bytes(file)).hexdigest()
         fingerprint[f"weight file {file.name}"] = f"{file.stat().st_size} bytes, header {_short(header)}"
+    for number, adapter in enumerate(checkpoint.adapters, 1):
+        fingerprint[f"adapter {number}"] = _short(adapter.sha256)
     for name in checkpoint.side_files(code=options.trust_remote_code):
         fingerprint[f"file {name}"] = _short(sha256_of(checkpoint.folder / name))
     fingerprint["calibration samples"] = f"{len(samples)}, {_short(_samples_digest(samples))}"

@@ -6,7 +6,6 @@ is that of `ModelFamily.checkpoint_name`.
 
 import hashlib
 import math
-import mmap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,33 +18,56 @@ from torch import Tensor
 from vlqc.errors import Fault, UserError
 from vlqc.families.family import ModelFamily, TensorSlice
 from vlqc.families.registry import family_of, find_family
+from vlqc.formatting import pluralize
+from vlqc.frontend.checkpoint.adapters import CONFIG as ADAPTER_CONFIG
+from vlqc.frontend.checkpoint.adapters import (
+    FLAG,
+    Adapter,
+    AdapterId,
+    Update,
+    is_adapter,
+    read_adapters,
+    shared_weight_faults,
+    updates_of,
+)
 from vlqc.frontend.checkpoint.config_schema import REPAIR, config_faults
 from vlqc.frontend.checkpoint.files import file_stamp, link_faults, read_config, tensor_ranges, weight_files
+from vlqc.frontend.checkpoint.float8 import Entry, block_scales, find_scales, left_out
+from vlqc.frontend.checkpoint.mapping import DTYPES, map_tensor
+from vlqc.frontend.checkpoint.merging import dequantize, merge_
+from vlqc.frontend.checkpoint.names import find_prefix, plain_names
 from vlqc.frontend.checkpoint.prefetch import ByteRange, Prefetcher
+from vlqc.frontend.checkpoint.quantization import CONFIG_KEYS, describe_quantization, quantized_tensors
 
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
 MAX_FAULTS = 100  # tensors that a message names
+FLOAT_FIX = "pass the float checkpoint that it was made from"
 # Weight files of any format, which an emitted folder replaces, and their indices.
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
 
 @dataclass(frozen=True)
 class _StoredTensor:
-    """Where and how a tensor is stored.
+    """Where a tensor is stored, and what is done to it when it is read, in this order.
 
-    name, stored_shape: in the file; span: None if the header does not list it; part: where it is in the stored tensor,
-    None if it is all of it.
+    name, stored_shape, stored_dtype: in the file, the latter as code; span: None if the header does not list it.
+    part: where it is in the stored tensor, None if it is all of it. scale, block: tensor of its scales if it is of
+    8-bit floats, and rows and columns that share one. updates: of adapters, in the order in which they are merged.
     """
 
     file: str
     name: str
     stored_shape: tuple[int, ...]
-    dtype: torch.dtype
+    stored_dtype: str
     span: ByteRange | None
     part: TensorSlice | None = None
+    scale: "_StoredTensor | None" = None
+    block: tuple[int, int] = (1, 1)
+    updates: tuple[Update, ...] = ()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As read."""
+        return DTYPES[self.stored_dtype] if self.scale is None else torch.bfloat16
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -62,17 +84,25 @@ class _StoredTensor:
 
 
 class Checkpoint:
-    """The tensors and the configuration of one folder.
+    """The tensors and the configuration of one folder, with adapters merged.
+
+    A tensor is read through these steps, where they apply: its name without the prefixes of training wrappers; the
+    matrix of one expert out of a tensor of all; 8-bit floats times their scales, as bfloat16; adapters merged. Every
+    method that returns tensors, shapes or dtypes returns those behind all steps.
 
     Args:
         folder: of the checkpoint.
+        lora: folders of adapters, merged in this order.
+
+    notes: what the user should know of how it is read. adapters: those that are merged.
 
     Raises:
         UserError: with all faults at once, if the folder is not a checkpoint: no such folder, no config.json, no
-            safetensors, a truncated or damaged shard, an index with files that are missing or outside the folder.
+            safetensors, a truncated or damaged shard, an index with files that are missing or outside the folder; or
+            if an adapter cannot be merged.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, lora: Sequence[Path] = ()) -> None:
         self.folder = folder
         if faults := link_faults(folder) if folder.is_dir() else []:
             raise UserError(*faults)
@@ -84,18 +114,24 @@ class Checkpoint:
         self._prefetcher = Prefetcher()
         self._files = weight_files(folder)
         self._stored: dict[str, _StoredTensor] = {}
+        self.notes: list[str] = []
+        self.adapters: list[AdapterId] = []
+        self._head_updates: list[tuple[Adapter, dict[str, Update], Update | None]] = []
+        in_files: list[_StoredTensor] = []
         for file in self._files:
             try:
-                spans = tensor_ranges(folder / file)
-                faults += self._add_file(file, spans)
+                in_files += self._tensors_of(file, tensor_ranges(folder / file))
             except (SafetensorError, OSError, ValueError) as error:
                 fix = "copy the file again"
                 faults.append(Fault("weight file cannot be read", str(folder / file), str(error), fix))
+        faults = faults or self._add(in_files)
         faults = faults or self._split_tensors()
         if not faults and not self._stored:
             faults.append(Fault("the weight files hold no tensors", str(folder)))
         if faults:
             raise UserError(*faults)
+        self._drop_leftover_config()
+        self._add_adapters(lora)
         self.release()
 
     def _opened(self, file: str) -> Any:
@@ -113,21 +149,107 @@ class Checkpoint:
         """The model family, by config.json. UserError if there is none for its model type."""
         return self._family or family_of(self.source_config, str(self.folder / "config.json"))
 
-    def _add_file(self, file: str, spans: Mapping[str, ByteRange]) -> list[Fault]:
+    def _tensors_of(self, file: str, spans: Mapping[str, ByteRange]) -> list[_StoredTensor]:
+        opened, tensors = self._opened(file), []
+        for name in opened.keys():  # noqa: SIM118 - safe_open is not a mapping
+            view = opened.get_slice(name)
+            tensors.append(_StoredTensor(file, name, tuple(view.get_shape()), view.get_dtype(), spans.get(name)))
+        return tensors
+
+    def _add(self, in_files: Sequence[_StoredTensor]) -> list[Fault]:
+        """Adds tensors under their names in the interface."""
+        plain = plain_names([tensor.name for tensor in in_files], self._family, str(self.folder))
+        if plain.faults:
+            return plain.faults
+        self.notes += plain.notes
         faults = []
-        opened = self._opened(file)
-        for stored_name in opened.keys():  # noqa: SIM118 - safe_open is not a mapping
-            name = self._family.checkpoint_name(stored_name) if self._family else stored_name
-            view = opened.get_slice(stored_name)
+        for tensor in in_files:
+            name = plain.names[tensor.name]
+            name = self._family.checkpoint_name(name) if self._family else name
             if name in self._stored:
-                faults.append(self._twice(name, file))
-            elif view.get_dtype() not in DTYPES:
-                why = "only float checkpoints are supported"
-                faults.append(Fault(f"tensor {name} has dtype {view.get_dtype()}", file, why))
-            else:
-                shape, dtype = tuple(view.get_shape()), DTYPES[view.get_dtype()]
-                self._stored[name] = _StoredTensor(file, stored_name, shape, dtype, spans.get(stored_name))
-        return faults
+                faults.append(self._twice(name, tensor.file))
+            self._stored.setdefault(name, tensor)
+        return faults or self._add_scales()
+
+    def _add_scales(self) -> list[Fault]:
+        """Gives 8-bit floats their scales, and removes these. Faults for other dtypes that cannot be read."""
+        entries = {name: Entry(stored.stored_dtype, stored.stored_shape) for name, stored in self._stored.items()}
+        unknown = {name: entry.dtype for name, entry in entries.items() if entry.dtype not in DTYPES}
+        if unknown:
+            why = describe_quantization(self.source_config, unknown)
+            return [Fault("the checkpoint is quantized already", str(self.folder), why, FLOAT_FIX)]
+        scales, faults = find_scales(entries, self.source_config, str(self.folder))
+        if faults:
+            what = "the checkpoint is quantized already, in a form of 8-bit floats that is not known"
+            return [Fault(what, str(self.folder), fix=FLOAT_FIX), *faults[:MAX_FAULTS]]
+        for name, scale in scales.items():
+            stored = self._stored[name]
+            self._stored[name] = replace(stored, scale=self._stored[scale.name], block=scale.block)
+        for name in left_out(entries, scales):
+            del self._stored[name]
+        if scales:
+            self.notes.append(
+                f"{pluralize(len(scales), 'weight')} stored as 8-bit floats with scales: read as the bfloat16 numbers "
+                "that they stand for"
+            )
+        return []
+
+    def _drop_leftover_config(self) -> None:
+        """Removes what config.json says of a quantization, if all weights are read as floats."""
+        keys = [key for key in CONFIG_KEYS if self.config.get(key)]
+        if keys and not self._quantized() and not self._descriptions():
+            if not any(stored.scale for stored in self._stored.values()):
+                self.notes.append(f"{keys[0]} of config.json is left out: all weights are float")
+            self.config = {key: value for key, value in self.config.items() if key not in keys}
+
+    def _add_adapters(self, folders: Sequence[Path]) -> None:
+        """UserError with the faults of all adapters."""
+        faults = []
+        shapes = {name: stored.shape for name, stored in self._stored.items()}
+        for adapter in read_adapters(folders):
+            updates, head, of_adapter = self._updates_of(adapter, shapes)
+            faults += of_adapter
+            for name, update in updates.items():
+                stored = self._stored[name]
+                self._stored[name] = replace(stored, updates=(*stored.updates, update))
+            self.adapters.append(adapter.id)
+            self._head_updates.append((adapter, updates, head))
+            self.notes.append(f"adapter {adapter.id.name} is merged into {pluralize(len(updates), 'tensor')}")
+        if faults:
+            raise UserError(*faults)
+        if is_adapter(self.folder) and self.folder.resolve() not in [folder.resolve() for folder in folders]:
+            self.notes.append(
+                f"the checkpoint folder also holds an adapter, which is not merged: add {FLAG} with this folder to "
+                "merge it"
+            )
+
+    def _updates_of(
+        self, adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]
+    ) -> tuple[dict[str, Update], Update | None, list[Fault]]:
+        """Updates by name, that of an output head that shares the embedding's weight, and faults."""
+        prefix, faults = find_prefix(adapter.updates, self._family, str(adapter.folder))
+        names = {name: name.removeprefix(prefix) for name in adapter.updates}
+        if self._family:
+            names = {name: self._family.checkpoint_name(plain) for name, plain in names.items()}
+        head = None
+        if self._family and self._family.is_tied(self.config):
+            table = f"{self._family.output_head}.weight"
+            head = next((adapter.updates[name] for name, plain in names.items() if plain == table), None)
+            others = {name: update for name, update in adapter.updates.items() if names[name] != table}
+            adapter = replace(adapter, updates=others)
+        updates, misfits = updates_of(adapter, shapes, lambda name: plain if (plain := names[name]) in shapes else None)
+        return updates, head, faults or misfits
+
+    def check_shared_weight(self, embedding: str, head: str) -> None:
+        """For a model whose output head shares the embedding's weight: UserError for adapters that change one use.
+
+        embedding, head: names of the weights.
+        """
+        faults = []
+        for adapter, updates, head_update in self._head_updates:
+            faults += shared_weight_faults(adapter, updates, head_update, embedding, head)
+        if faults:
+            raise UserError(*faults)
 
     def _split_tensors(self) -> list[Fault]:
         """Replaces tensors that hold the weights of several linear layers by these."""
@@ -201,9 +323,18 @@ class Checkpoint:
 
     def _read(self, name: str) -> Tensor:
         stored = self._stored[name]
-        part = stored.part
+        tensor = self._in_file(stored)
+        if stored.scale is not None:
+            first = 0 if stored.part is None else stored.part.begin
+            rows = torch.arange(first, first + stored.shape[-2])
+            tensor = self._dequantized(stored, tensor, rows)
+        return merge_(tensor, stored.updates) if stored.updates else tensor
+
+    def _in_file(self, stored: _StoredTensor) -> Tensor:
+        """The tensor as in the file, or the part of it."""
+        part, dtype = stored.part, DTYPES[stored.stored_dtype]
         if part is None and stored.span is not None:
-            return _map_tensor(stored.span, stored.dtype, stored.shape)
+            return map_tensor(stored.span, dtype, stored.shape)
         self.release()
         opened = self._opened(stored.file)
         if part is None:
@@ -214,6 +345,21 @@ class Checkpoint:
             tensor = tensor.contiguous()
         self.release()
         return tensor
+
+    def _dequantized(self, stored: _StoredTensor, values: Tensor, rows: Tensor) -> Tensor:
+        """8-bit floats times their scales. values: rows of the matrix, [.., N, K]; rows: their numbers."""
+        assert stored.scale is not None
+        scale, block, part = self._in_file(stored.scale), stored.block, stored.part
+        scale = scale.view(block_scales(scale.shape)) if scale.numel() > 1 else scale.view(1, 1)
+        if part is not None:
+            scale = scale[part.index].T if part.transposed else scale[part.index]
+            block = (block[1], block[0]) if part.transposed else block
+        if values.ndim == 2:
+            return dequantize(values, scale, block, rows)
+        matrices = zip(values.flatten(0, -3), scale.flatten(0, -3), strict=True)
+        return torch.stack([dequantize(matrix, of_matrix, block, rows) for matrix, of_matrix in matrices]).view(
+            values.shape
+        )
 
     def check_unchanged(self, digests: Sequence[Mapping[str, str]], file_stamps: Mapping[str, list[int]]) -> None:
         """UserError unless the weights are those that an interrupted run has read.
@@ -243,16 +389,24 @@ class Checkpoint:
         low, high = (float(value) for value in torch.aminmax(tensor))
         if not (math.isfinite(low) and math.isfinite(high)):
             count = int((~torch.isfinite(tensor)).sum())
-            where, fix = str(self.folder / self._stored[name].file), "repair or download the checkpoint again"
+            stored, fix = self._stored[name], "repair or download the checkpoint again"
+            where = str(self.folder / stored.file)
+            if stored.updates:
+                fix = "check it with and without the adapters of --lora; repair or download what is damaged"
             why = f"{count} of {tensor.numel()} values are not finite; such a weight cannot be quantized"
             raise UserError(Fault(f"weight {name} holds NaN or Inf", where, why, fix))
 
     def rows(self, name: str, indices: Tensor) -> Tensor:
-        """Rows of a matrix, read from the mapped file: indices int64 [...] -> [..., K], dtype as stored."""
-        view = self._opened(self._stored[name].file).get_slice(self._stored[name].name)
+        """Rows of a matrix, read from the mapped file: indices int64 [...] -> [..., K], dtype as that of `tensor`."""
+        stored = self._stored[name]
+        view = self._opened(stored.file).get_slice(stored.name)
         unique, inverse = torch.unique(indices, return_inverse=True)
         rows = torch.cat([view[int(row) : int(row) + 1] for row in unique])
         self.release()
+        if stored.scale is not None:
+            rows = self._dequantized(stored, rows, unique)
+        if stored.updates:
+            rows = merge_(rows, stored.updates, unique)
         self._check_finite(name, rows)
         return rows[inverse]
 
@@ -283,21 +437,24 @@ class Checkpoint:
         if faults:
             raise UserError(*faults)
 
+    def _quantized(self) -> dict[str, str]:
+        """dtype codes of the tensors that hold quantized weights, by name."""
+        dtypes = {name: stored.stored_dtype for name, stored in self._stored.items() if stored.scale is None}
+        return quantized_tensors(dtypes)
+
+    def _descriptions(self) -> list[str]:
+        return sorted(path.name for path in self.folder.glob("quant_model_description*.json"))
+
     def check_not_quantized(self) -> None:
         """UserError if the checkpoint is quantized already."""
-        descriptions = sorted(path.name for path in self.folder.glob("quant_model_description*.json"))
-        integers = [name for name in self.names if not self.stored_dtype(name).is_floating_point]
-        keys = [key for key in ("quantization_config", "quantize") if self.config.get(key)]
+        quantized, descriptions = self._quantized(), self._descriptions()
         if descriptions:
             why = f"it contains {descriptions[0]}"
-        elif keys:
-            why = f"config.json has {keys[0]}"
-        elif integers:
-            why = f"{integers[0]} has dtype {self.stored_dtype(integers[0])}".replace("torch.", "")
+        elif quantized:
+            why = describe_quantization(self.source_config, quantized)
         else:
             return
-        fix = "pass the float checkpoint that it was made from"
-        raise UserError(Fault("the checkpoint is quantized already", str(self.folder), why, fix))
+        raise UserError(Fault("the checkpoint is quantized already", str(self.folder), why, FLOAT_FIX))
 
     def side_files(self, *, code: bool = False) -> list[str]:
         """Names of all files that an engine or processor may need, except weights and config.json, sorted.
@@ -311,23 +468,10 @@ class Checkpoint:
             if path.is_file()
             and path.name != "config.json"
             and not path.name.endswith(WEIGHT_SUFFIXES)
+            and path.name != ADAPTER_CONFIG
             and not path.name.startswith(".")
             and (code or path.suffix != ".py")
         )
-
-
-def _map_tensor(span: ByteRange, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """A tensor whose data is a private mapping of these bytes of a file.
-
-    safetensors reads the header of a file each time it is opened, which takes long where it lists every expert.
-    """
-    if span.begin == span.end:
-        return torch.empty(shape, dtype=dtype)
-    start = span.begin - span.begin % mmap.ALLOCATIONGRANULARITY
-    with open(span.file, "rb") as file:
-        mapping = mmap.mmap(file.fileno(), span.end - start, access=mmap.ACCESS_COPY, offset=start)
-    flat = torch.frombuffer(mapping, dtype=dtype, count=math.prod(shape), offset=span.begin - start)
-    return flat.view(shape)
 
 
 def tensor_sha256(tensor: Tensor) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from vlqc.errors import Fault, UserError
 from vlqc.files import read_json_object
+from vlqc.frontend.checkpoint.adapters import WEIGHTS, adapter_as_model, is_adapter
 from vlqc.frontend.checkpoint.header import read_header
 from vlqc.frontend.checkpoint.prefetch import ByteRange
 
@@ -34,14 +35,18 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(Fault("no such checkpoint folder", str(folder), fix="pass the folder that holds config.json"))
     fix = "pass the folder of a Hugging Face checkpoint"
     missing = UserError(Fault("the folder has no config.json", str(folder), fix=fix))
+    if is_adapter(folder):
+        missing = UserError(adapter_as_model(folder))
     return read_json_object(folder / "config.json", missing=lambda: missing)
 
 
 def weight_files(folder: Path) -> list[str]:
-    """File names of the shards: those of the index, or every *.safetensors if there is no index."""
+    """File names of the shards: those of the index, or every *.safetensors but that of an adapter if there is none."""
     index = folder / INDEX
     if not index.is_file():
-        files = sorted(path.name for path in folder.glob("*.safetensors") if path.is_file())
+        files = sorted(path.name for path in folder.glob("*.safetensors") if path.is_file() and path.name != WEIGHTS)
+        if not files and is_adapter(folder):
+            raise UserError(adapter_as_model(folder))
         if not files:
             fix = "convert the checkpoint to safetensors first; .bin files are not read because loading them runs code"
             raise UserError(Fault("the folder has no *.safetensors", str(folder), fix=fix))

@@ -8,7 +8,9 @@ from typing import Any
 from vlqc.options.fields import flag_of, option_info
 from vlqc.options.options import Options
 
-PLACEHOLDERS = {"model_path": "MODEL_PATH", "calib_images": "IMAGES", "save_directory": "SAVE_DIRECTORY"}
+PLACEHOLDERS = {
+    "model_path": "MODEL_PATH", "calib_images": "IMAGES", "save_directory": "SAVE_DIRECTORY", "lora": "LORA",
+}  # fmt: skip
 # Options that do not change the output.
 WITHOUT_EFFECT = {
     "overwrite", "memory_budget", "strict_target", "dump_ir", "dump_stages", "dump_formats", "print_after", "timings",
@@ -31,10 +33,14 @@ def command(options: Options, pipeline: str | None, *, ready_samples: bool) -> t
     for name, value in values.items():
         field = Options.model_fields[name]
         if name in PLACEHOLDERS:
-            words += [flag_of(name), PLACEHOLDERS[name]]
+            words += [word for _ in _paths(value) for word in (flag_of(name), PLACEHOLDERS[name])]
         elif value != field.default:
             words += [flag_of(name)] if option_info(name).is_flag else _with_values(name, value)
     return tuple(words)
+
+
+def _paths(value: Path | tuple[Path, ...]) -> tuple[Path, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def _with_values(name: str, value: Any) -> list[str]:
@@ -58,9 +64,9 @@ def replace_paths(texts: Iterable[str], options: Options) -> tuple[str, ...]:
     """Texts with placeholders in place of the user's paths, which would make the output depend on the machine."""
     paths = set[tuple[str, str]]()
     for name, placeholder in PLACEHOLDERS.items():
-        path = Path(getattr(options, name))
-        forms = map(str, (path, path.absolute(), path.resolve()))
-        paths |= {(form, placeholder) for form in forms if len(form) > 2}  # not "."
+        for path in _paths(getattr(options, name)):
+            forms = map(str, (path, path.absolute(), path.resolve()))
+            paths |= {(form, placeholder) for form in forms if len(form) > 2}  # not "."
     replaced = []
     for text in texts:
         for form, placeholder in sorted(paths, key=lambda row: (-len(row[0]), row)):

@@ -132,13 +132,20 @@ class RotationData(StrictModel):
         return RotationGroup(self.kind, self.seed, self.size, self.names)
 
 
+class AdapterData(StrictModel):
+    """See `AdapterId`."""
+
+    name: Name
+    sha256: Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
+
+
 class ReportData(StrictModel):
     """Content of vlqc_report.json.
 
     command: words of the command line, with placeholders for paths and without options at their default.
     ready_samples: whether the samples were passed as tensors through Python. heads: linear layers outside stages, which
-    stay in float. rotations: that the weights contain. predicted: with --fallback auto, the predicted SQNR of the
-    logits in dB.
+    stay in float. rotations: that the weights contain. adapters: that were merged into them, in order. predicted: with
+    --fallback auto, the predicted SQNR of the logits in dB.
     """
 
     format: Literal["vlqc report 1"] = "vlqc report 1"
@@ -151,6 +158,7 @@ class ReportData(StrictModel):
     bytes_before: Count
     heads: tuple[Name, ...]
     rotations: tuple[RotationData, ...] = ()
+    adapters: tuple[AdapterData, ...] = ()
     notes: tuple[Annotated[str, StringConstraints(max_length=1 << 20)], ...]
     predicted: Finite | None
     stages: tuple[StageData, ...]

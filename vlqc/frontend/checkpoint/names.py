@@ -1,0 +1,115 @@
+"""Takes off what training wrappers add to the names of tensors, so that the names are those of the model.
+
+`torch.compile`, FSDP, DDP, DeepSpeed and PEFT wrap modules, and a checkpoint saved from a wrapped model has their
+attributes in its names: `_orig_mod.model.layers.0...`, `base_model.model.model.layers.0.self_attn.q_proj.base_layer`.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from vlqc.errors import Fault
+from vlqc.families.family import ModelFamily
+from vlqc.formatting import pluralize
+
+# Attributes of wrappers, anywhere in a name. No module of a model is called so.
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer")
+# Attributes of PEFT, beside which the weights are not those of the merged model.
+ADAPTER_PARTS = (
+    "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "modules_to_save",
+    "original_module",
+)  # fmt: skip
+SHOWN = 3  # names in a message
+
+
+@dataclass(frozen=True)
+class PlainNames:
+    """names: stored name -> name without wrappers; notes: what was taken off; faults: why the names are unusable."""
+
+    names: dict[str, str]
+    notes: list[str] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+
+
+def plain_names(stored: Iterable[str], family: ModelFamily | None, where: str) -> PlainNames:
+    """Names of tensors in files -> names without wrappers, in any transformers version's form.
+
+    A prefix is taken off if no name is that of a block of the family as it is, and all names are with the same prefix
+    taken off. Without a family there is nothing to compare with. where: the folder, for messages.
+    """
+    stored, notes = list(stored), []
+    if found := [name for name in stored if any(part in ADAPTER_PARTS for part in name.split("."))]:
+        return PlainNames({}, faults=[_unmerged(found, where)])
+    names = {name: without_wrappers(name) for name in stored}
+    removed = {part for name in stored for part in name.split(".") if part in WRAPPERS}
+    if removed:
+        notes.append(f"{' and '.join(sorted(removed))} in tensor names, from a training wrapper, is taken off")
+    if "base_layer" in removed:
+        notes.append(
+            "the checkpoint holds the weights beneath an adapter, without the adapter's own; merge it with --lora"
+        )
+    prefix, faults = find_prefix(names.values(), family, where)
+    if prefix:
+        notes.append(f"the prefix {prefix!r} of all tensor names, from a training wrapper, is taken off")
+        names = {name: plain.removeprefix(prefix) for name, plain in names.items()}
+    return PlainNames(names, notes, faults)
+
+
+def without_wrappers(name: str) -> str:
+    """A name without the components in WRAPPERS."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def find_prefix(names: Iterable[str], family: ModelFamily | None, where: str) -> tuple[str, list[Fault]]:
+    """The prefix in front of the names of a family's blocks, "" if there is none, and faults if there are several."""
+    names = list(names)
+    if family is None or not family.block_lists:
+        return "", []
+    plain = {block for name in names if (block := _block(name, family))}
+    prefixes: Counter[str] = Counter()
+    for name in names:
+        prefix, block = _prefixed_block(name, family)
+        if block is not None and block not in plain:
+            prefixes[prefix] += 1
+    if not prefixes or prefixes.keys() == {""}:
+        return "", []
+    if len(prefixes) > 1 or plain:
+        return "", [_ambiguous(prefixes, len(plain), where)]
+    (prefix,) = prefixes
+    if others := [name for name in names if not name.startswith(prefix)]:
+        shown = ", ".join(others[:SHOWN])
+        what = f"the names of {pluralize(prefixes[prefix], 'tensor')} begin with {prefix!r}, others do not"
+        fix = "save the model again, from inside its training wrapper"
+        return "", [Fault(what, where, f"{len(others)} do not: {shown}", fix)]
+    return prefix, []
+
+
+def _block(name: str, family: ModelFamily) -> str | None:
+    return family.block(family.checkpoint_name(name))
+
+
+def _prefixed_block(name: str, family: ModelFamily) -> tuple[str, str | None]:
+    """The shortest prefix of a name behind which it is that of a block, and the block; ("", None) without one."""
+    start = 0
+    while start >= 0:
+        if block := _block(name[start:], family):
+            return name[:start], block
+        start = name.find(".", start) + 1 or -1
+    return "", None
+
+
+def _unmerged(names: Sequence[str], where: str) -> Fault:
+    why = f"{pluralize(len(names), 'tensor')} of an adapter {'is' if len(names) == 1 else 'are'} among the weights"
+    fix = (
+        "save the model after merge_and_unload(); or save the adapter alone, and pass the float checkpoint as "
+        "--model_path and the adapter with --lora"
+    )
+    shown = ", ".join(names[:SHOWN])
+    return Fault("the checkpoint holds an adapter that is not merged", where, f"{why}: {shown}", fix)
+
+
+def _ambiguous(prefixes: Counter[str], plain: int, where: str) -> Fault:
+    counts = [f"{prefix!r} before {pluralize(count, 'name')}" for prefix, count in sorted(prefixes.items()) if prefix]
+    counts += ["none before others"] if plain or "" in prefixes else []
+    fix = "save the model again, from inside its training wrapper"
+    return Fault("tensor names have different prefixes", where, ", ".join(counts), fix)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from vlqc.families.qwen2_5_vl import flatten_config, original_name, original_rope
+from vlqc.families.qwen2_5_vl import flatten_config, original_name
 
 # The language model's keys of Qwen2.5-VL-7B, as the first release wrote them beside the rest ...
 LANGUAGE = {
@@ -90,12 +90,20 @@ def test_flat_stays_as_it_is() -> None:
     assert flatten_config(flatten_config(nested(**JOINED))) == FLAT
 
 
-def test_the_whole_wins_over_its_part() -> None:
-    """Catches tie_word_embeddings of text_config that replaces the top-level value, which engines use."""
-    config = nested(**JOINED)
-    config["tie_word_embeddings"] = True
-    config["text_config"]["tie_word_embeddings"] = False
-    assert flatten_config(config)["tie_word_embeddings"] is True
+def test_text_config_wins_over_the_top_level() -> None:
+    """Catches a leftover of the top level that replaces the value from which the language model is built."""
+    config = nested(**BETWEEN) | {"vocab_size": 1, "rope_theta": 2.0, "rms_norm_eps": 0.5, "rope_scaling": {}}
+    config["text_config"]["tie_word_embeddings"] = True
+    assert flatten_config(config) == {**FLAT, "tie_word_embeddings": True}
+
+
+def test_keys_that_stand_at_the_top_level_only() -> None:
+    """Catches a value that no version reads beside `text_config`, and ids of image tokens that are taken from it."""
+    config = nested(**BETWEEN) | {"max_window_layers": 3, "head_dim": 2}
+    del config["text_config"]["max_window_layers"]
+    config["text_config"]["image_token_id"] = None
+    expected = {key: value for key, value in FLAT.items() if key != "max_window_layers"}
+    assert flatten_config(config) == expected
 
 
 @pytest.mark.parametrize(
@@ -117,9 +125,11 @@ def test_the_whole_wins_over_its_part() -> None:
     ],
 )
 def test_rotary(parameters: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Catches a scaling type that is lost, missing mrope sections, and a rope_theta that is made up."""
+    """Catches a scaling type that is lost, missing mrope sections, and a rope_theta that is made up; also of a flat
+    config, which transformers 5 reads."""
     known = copy.deepcopy(parameters)
-    assert original_rope(parameters) == expected and parameters == known
+    for config in ({"rope_parameters": parameters}, {"text_config": {"rope_parameters": parameters}}):
+        assert flatten_config(config) == expected and parameters == known
 
 
 def test_no_text_config_to_speak_of() -> None:

@@ -4,7 +4,7 @@ A model's constructor takes what it gets: a size of 10**12 allocates that memory
 can exceed the largest dimension of the checkpoint's tensors, and each block has tensors of its own.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -139,17 +139,40 @@ class ImageTokens(TypedDict, total=False):
     vision_token_id: Token
 
 
+# Keys whose null transformers and vLLM read as if the key were missing.
+NULL_IS_MISSING = frozenset({
+    "architectures", "attention_bias", "attention_dropout", "dtype", "initializer_range", "max_window_layers",
+    "model_type", "quantization_config", "rope_parameters", "rope_scaling", "text_config", "tie_word_embeddings",
+    "torch_dtype", "use_cache", "use_sliding_window",
+})  # fmt: skip
+
+
+def without_nulls(config: Mapping[str, Any], objects: Iterable[str]) -> dict[str, Any]:
+    """config.json without keys whose null means a missing key. A null of `num_key_value_heads` means that there are as
+    many as query heads, and is replaced.
+
+    objects: keys whose values are objects, in which nulls mean the same.
+    """
+    values = {key: value for key, value in config.items() if value is not None or key not in NULL_IS_MISSING}
+    if "num_key_value_heads" in values and values["num_key_value_heads"] is None and "num_attention_heads" in values:
+        values["num_key_value_heads"] = values["num_attention_heads"]
+    nested = {key: without_nulls(values[key], ()) for key in objects if isinstance(values.get(key), Mapping)}
+    return values | nested
+
+
 def rope_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """Replaces `rope_parameters`, which transformers 5 writes, by the keys of earlier versions.
 
     These are `rope_theta` and, unless the rotary embedding is the plain one, `rope_scaling`. Keys of a language model
-    without `rope_parameters` are returned unchanged.
+    without `rope_parameters` are returned unchanged. Beside `rope_scaling`, which every version reads, it is left out.
     """
     parameters = config.get("rope_parameters")
     if not isinstance(parameters, Mapping):
         return dict(config)
-    scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
     keys = {key: value for key, value in config.items() if key != "rope_parameters"}
+    if keys.get("rope_scaling"):
+        return keys
+    scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
     if "rope_theta" in parameters:
         keys["rope_theta"] = parameters["rope_theta"]
     if scaling not in ({}, {"rope_type": "default"}):

@@ -1,6 +1,6 @@
 """Qwen2.5-VL: names, layers, config.json and model inputs."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, TypeAdapter
@@ -15,9 +15,11 @@ from vlqc.families.config_values import (
     Mrope,
     Size,
     TextConfig,
+    rope_keys,
 )
 from vlqc.families.family import ModelFamily, Part, Role
 from vlqc.families.inputs.input_format import QWEN_IMAGE_PROCESSORS, ImageFormat, TextFormat
+from vlqc.families.text_config import flat_keys, is_tied, nested_text, tie_faults
 
 # ---- layers, as patterns over checkpoint names ---------------------------------------------------------------------
 
@@ -41,41 +43,35 @@ def original_name(name: str) -> str:
 # ---- config.json -----------------------------------------------------------------------------------------------------
 
 RENAMED_KEYS = {"dtype": "torch_dtype"}
-NOT_IN_THE_TOP_LEVEL = ("model_type", "dtype", "torch_dtype", "layer_types", "architectures")  # keys of text_config
 NOT_IN_VISION_CONFIG = ("dtype", "torch_dtype", "rope_parameters")
 
 
 def flatten_config(config: dict[str, Any]) -> dict[str, Any]:
     """config.json of any transformers version -> the flat form of the first release, which engines expect.
 
-    Newer versions nest the keys of the language model in `text_config` and the rotary embedding in `rope_parameters`. A
-    flat config is returned unchanged.
+    Newer versions nest the keys of the language model in `text_config`, whose values count, and the rotary embedding in
+    `rope_parameters`. A flat config is returned unchanged.
     """
-    text = config.get("text_config")
-    if not isinstance(text, dict):
-        return config
-    flat = {key: value for key, value in config.items() if key != "text_config"}
-    for key, value in text.items():
-        if key == "rope_parameters" and isinstance(value, dict):
-            flat |= original_rope(value)
-        elif key not in NOT_IN_THE_TOP_LEVEL:
-            flat.setdefault(key, value)
+    if nested_text(config) is None:
+        return config if "rope_parameters" not in config else original_rope(config)
+    flat = original_rope(flat_keys(config))
     vision = flat.get("vision_config")
     if isinstance(vision, dict):
         flat["vision_config"] = {key: value for key, value in vision.items() if key not in NOT_IN_VISION_CONFIG}
     return {RENAMED_KEYS.get(key, key): value for key, value in flat.items()}
 
 
-def original_rope(parameters: dict[str, Any]) -> dict[str, Any]:
-    """rope_parameters -> rope_theta and rope_scaling; multimodal sections have the type mrope unless scaled."""
-    scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
-    if "mrope_section" in scaling:
+def original_rope(config: dict[str, Any]) -> dict[str, Any]:
+    """Flat keys with `rope_parameters` in place of `rope_theta` and `rope_scaling` -> with these.
+
+    Multimodal sections have the type mrope unless scaled.
+    """
+    keys = rope_keys(config)
+    scaling = keys.get("rope_scaling")
+    if isinstance(scaling, dict) and scaling is not config.get("rope_scaling") and "mrope_section" in scaling:
         rope_type = scaling.setdefault("rope_type", "default")
         scaling["type"] = "mrope" if rope_type == "default" else rope_type
-    rope: dict[str, Any] = {"rope_scaling": scaling}
-    if "rope_theta" in parameters:
-        rope["rope_theta"] = parameters["rope_theta"]
-    return rope
+    return keys
 
 
 # ---- keys of config.json -------------------------------------------------------------------------------------------
@@ -185,18 +181,18 @@ class Qwen25VL(ModelFamily):
         return flatten_config(config)
 
     def text_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
-        nested = config.get("text_config")
-        return nested if isinstance(nested, Mapping) else config
+        nested = nested_text(config)
+        return config if nested is None else nested
 
     def vision_config(self, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
         vision = config.get("vision_config")
         return vision if isinstance(vision, Mapping) else None
 
     def is_tied(self, config: Mapping[str, Any]) -> bool:
-        """The top-level key takes precedence, as in the engines."""
-        nested = config.get("text_config")
-        inner = nested.get("tie_word_embeddings", False) if isinstance(nested, Mapping) else False
-        return bool(config.get("tie_word_embeddings", inner))
+        return is_tied(config)
+
+    def checkpoint_faults(self, config: Mapping[str, Any], names: Collection[str]) -> list[str]:
+        return tie_faults(config, names, self.output_head)
 
     def config_values(self, config: Mapping[str, Any]) -> dict[str, Any]:
         text, vision = self.text_config(config), self.vision_config(config) or {}
@@ -206,7 +202,7 @@ class Qwen25VL(ModelFamily):
             "hidden size": text.get("hidden_size"),
             "vision blocks": vision.get("depth"),
             "vision hidden size": vision.get("hidden_size"),
-            "tied embeddings": config.get("tie_word_embeddings", text.get("tie_word_embeddings")),
+            "tied embeddings": is_tied(config),
         }
 
     def config_schema(self) -> TypeAdapter[Any]:

@@ -23,6 +23,7 @@ from vlqc.families.config_values import (
 )
 from vlqc.families.family import ModelFamily, Part, Role, dtype_keys
 from vlqc.families.inputs.input_format import ImageFormat
+from vlqc.families.text_config import corrected_top_level, is_tied, nested_text, tie_faults
 
 DEEPSTACK_INDEXES = (8, 16, 24)  # blocks before deepstack mergers, where config.json does not list them
 BLOCKS, DEEPSTACK = "model.visual.blocks.", "model.visual.deepstack_merger_list."
@@ -161,17 +162,17 @@ class Qwen3VL(ModelFamily):
 
     def engine_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """Nested, as published; newer transformers versions write `rope_parameters` in place of two other keys."""
-        text = config.get("text_config")
-        if not isinstance(text, dict):
+        text = nested_text(config)
+        if text is None:
             return config
-        converted = rope_keys(text) if isinstance(text.get("rope_parameters"), dict) else dict(text)
+        converted = rope_keys(text)
         if self.is_tied(config):  # engines read the key there, transformers 5 writes the one at the top
             converted["tie_word_embeddings"] = True
-        return config if converted == text else {**config, "text_config": converted}
+        complete = corrected_top_level({**config, "text_config": converted})
+        return config if complete == config else complete
 
     def text_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
-        text = config.get("text_config")
-        return text if isinstance(text, Mapping) else {}
+        return nested_text(config) or {}
 
     def vision_config(self, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
         vision = config.get("vision_config")
@@ -184,7 +185,7 @@ class Qwen3VL(ModelFamily):
 
     def is_tied(self, config: Mapping[str, Any]) -> bool:
         """The key in `text_config`, which engines read; `engine_config` adds it where only the top-level key is set."""
-        return bool(self.text_config(config).get("tie_word_embeddings", config.get("tie_word_embeddings", False)))
+        return is_tied(config)
 
     def dtypes(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Those at the top and in `text_config`; engines read the one or the other."""
@@ -192,11 +193,7 @@ class Qwen3VL(ModelFamily):
         return dtype_keys(config) | text or super().dtypes(config)
 
     def checkpoint_faults(self, config: Mapping[str, Any], names: Collection[str]) -> list[str]:
-        """transformers 5 writes a tie at the top level only, where transformers 4 and the engines do not read it."""
-        only_at_the_top = config.get("tie_word_embeddings") and "tie_word_embeddings" not in self.text_config(config)
-        if only_at_the_top and f"{self.output_head}.weight" in names:
-            return [f"tie_word_embeddings is true, text_config lacks it, and {self.output_head}.weight is stored"]
-        return []
+        return tie_faults(config, names, self.output_head)
 
     def set_dtype(self, config: dict[str, Any], dtype: str) -> None:
         """At the top and in `text_config`, where engines read it."""

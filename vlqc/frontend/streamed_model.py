@@ -93,8 +93,8 @@ def _version() -> tuple[int, int]:
 
 def _model_class(folder: Path, family: ModelFamily, config: dict[str, Any], trust_remote_code: bool) -> type[nn.Module]:
     """The class of the first architecture: from code in the folder if that is trusted, else from transformers."""
-    architectures = config.get("architectures")
-    name = str(architectures[0]) if isinstance(architectures, list) and architectures else "?"
+    architectures = config.get("architectures") or family.architectures
+    name = str(architectures[0]) if isinstance(architectures, list | tuple) else "?"
     where = str(folder / "config.json")
     auto_map = config.get("auto_map")
     entries = auto_map.items() if isinstance(auto_map, dict) else ()

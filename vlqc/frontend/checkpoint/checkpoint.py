@@ -30,7 +30,7 @@ from vlqc.frontend.checkpoint.adapters import (
     shared_weight_faults,
     updates_of,
 )
-from vlqc.frontend.checkpoint.config_schema import REPAIR, config_faults
+from vlqc.frontend.checkpoint.config_schema import REPAIR, config_faults, engine_form, object_faults
 from vlqc.frontend.checkpoint.files import file_stamp, link_faults, read_config, tensor_ranges, weight_files
 from vlqc.frontend.checkpoint.float8 import Entry, block_scales, find_scales, left_out
 from vlqc.frontend.checkpoint.mapping import DTYPES, map_tensor
@@ -108,7 +108,7 @@ class Checkpoint:
             raise UserError(*faults)
         self.source_config = read_config(folder)
         self._family = find_family(self.source_config)
-        self.config = self._family.engine_config(self.source_config) if self._family else self.source_config
+        self.config = engine_form(self._family, self.source_config) if self._family else self.source_config
         self.digests: dict[str, str] | None = None  # if set, `tensor` adds the SHA-256 of what it reads, by name
         self._open: dict[str, Any] = {}
         self._prefetcher = Prefetcher()
@@ -431,6 +431,9 @@ class Checkpoint:
         """UserError with every value of config.json that is out of bounds for the stored tensors."""
         largest = max((size for stored in self._stored.values() for size in stored.shape), default=1)
         where = str(self.folder / "config.json")
+        objects = self.family.config_objects.keys() & self.source_config.keys()  # as stored: an empty one may be lost
+        if faults := list(object_faults(dict.fromkeys(sorted(objects), False), self.source_config, where)):
+            raise UserError(*faults)
         faults = config_faults(self.family, self.config, where, largest, len(self._stored))
         for contradiction in self.family.checkpoint_faults(self.source_config, self.names):
             faults.append(Fault("config.json does not fit the weights", where, contradiction, REPAIR))

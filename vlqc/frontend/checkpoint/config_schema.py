@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from vlqc.errors import Fault
+from vlqc.families.config_values import without_nulls
 from vlqc.families.family import ModelFamily
 from vlqc.families.registry import errors_of
 
@@ -20,6 +21,16 @@ JSON_TYPES = {
     type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list",
 }  # fmt: skip
 REPAIR = "copy config.json from the float model again"
+
+
+def engine_form(family: ModelFamily, source: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of a float checkpoint -> the form of `ModelFamily.engine_config`.
+
+    Null is read as transformers reads it, mostly like a missing key. Without `architectures` the model's class is the
+    family's first one.
+    """
+    config = family.engine_config(without_nulls(source, family.config_objects))
+    return config if config.get("architectures") else {**config, "architectures": [family.architectures[0]]}
 
 
 def config_faults(
@@ -37,7 +48,7 @@ def config_faults(
         tensors: the number of tensors.
     """
     faults = [] if _depth(config) <= DEEPEST else [Fault("config.json is nested too deeply", where, fix=REPAIR)]
-    if objects := list(_object_faults(family.config_objects, config, where)):
+    if objects := list(object_faults(family.config_objects, config, where)):
         return faults + objects  # their keys have no values to check
     with errors_of(type(family), "complete_config"):
         complete = family.complete_config(config)
@@ -51,14 +62,16 @@ def config_faults(
     return faults
 
 
-def _object_faults(objects: Mapping[str, bool], config: Mapping[str, Any], where: str) -> Iterator[Fault]:
-    """A fault for each of `ModelFamily.config_objects` that is missing although required, or not an object."""
+def object_faults(objects: Mapping[str, bool], config: Mapping[str, Any], where: str) -> Iterator[Fault]:
+    """A fault for each of `ModelFamily.config_objects` that is missing although required, empty, or not an object."""
     for key, required in objects.items():
         value = config.get(key)
         if required and key not in config:
             yield Fault(f"{key} is missing", where, fix=REPAIR)
         elif not isinstance(value, Mapping) and (required or value is not None):
             yield Fault(f"{key} is {JSON_TYPES[type(value)]}, not an object", where, fix=REPAIR)
+        elif value == {}:
+            yield Fault(f"{key} is empty", where, "it holds the sizes of a part of the model", REPAIR)
 
 
 def invalid_values(

@@ -169,7 +169,7 @@ def test_a_checkpoint_that_does_not_fit_its_config(tmp_path: Path) -> None:
 
 
 @pytest.mark.every_transformers
-@pytest.mark.parametrize("architectures", [["Nonsense"], ["AutoConfig"], "Qwen2_5_VLForConditionalGeneration", {"0": 1}])
+@pytest.mark.parametrize("architectures", [["Nonsense"], ["AutoConfig"], "Qwen2VLModel", {"0": 1}])
 def test_an_unknown_architecture(tmp_path: Path, architectures: list[str] | None) -> None:
     """Catches a traceback for a class that transformers does not have, or that is not a model."""
     folder = tiny.damaged(tmp_path, config=lambda c: c.update(architectures=architectures))

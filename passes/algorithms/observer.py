@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vlqc.errors import Fault, UserError
 from vlqc.ir.execution import Call, first_tensor
-from vlqc.ir.observation import MODALITIES, ChannelRange, Observation
+from vlqc.ir.observation import MODALITIES, ChannelRange, Observation, modality_of_rows, of_images
 from vlqc.ir.stage import Stage
 from vlqc.ir.tensor_digest import digest
 
@@ -152,12 +152,12 @@ def check_magnitude(value: Tensor, what: str, where: str, sample: int) -> None:
 def observe_rows(value: Tensor, modality: Tensor | None, quota: Mapping[int, int]) -> tuple[Observation, Tensor]:
     """Statistics of one sample's rows, value [..., K], and the positions of its kept rows, int64 [T].
 
-    modality: int8 [rows], modality index of each row, -1 for padding, which is ignored (see `ir.Call`). If it is None
-    or of another length (pooled tokens), all rows are image tokens. quota: rows to keep per modality index.
+    modality: int8 [rows], modality index of each row of the stage, -1 for padding, which is ignored (see `ir.Call`), or
+    None; `modality_of_rows` applies. quota: rows to keep per modality index.
     """
     rows = value.reshape(-1, value.shape[-1]).float()
-    if modality is None or modality.numel() != rows.shape[0]:
-        modality, quota = torch.full((rows.shape[0],), IMAGE, dtype=torch.int8), {IMAGE: sum(quota.values())}
+    if (modality := modality_of_rows(modality, rows.shape[0])) is None:
+        modality, quota = of_images(rows.shape[0]), {IMAGE: sum(quota.values())}
     statistics, chosen = Observation(rows.shape[1]), []
     for number, count in quota.items():
         positions = (modality == number).nonzero().flatten()

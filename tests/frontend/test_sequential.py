@@ -133,7 +133,7 @@ def test_an_error_in_the_models_own_code_comes_through() -> None:
 
 def test_modality_of_rows() -> None:
     """Catches padding that counts as text, or image tokens that do."""
-    config = SimpleNamespace(image_token_id=5)
+    config = SimpleNamespace(image_token_id=5, video_token_id=6)
     sample = {"input_ids": torch.tensor([[0, 1, 5, 5, 9]]), "attention_mask": torch.tensor([[0, 1, 1, 1, 1]])}
     modality = QWEN2_5_VL.inputs.row_modality(sample, config)
     assert modality.dtype == torch.int8 and modality.tolist() == [-1, 0, 1, 1, 0]
@@ -165,7 +165,7 @@ class Towers(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
         self.order = order
-        self.config = SimpleNamespace(image_token_id=5)
+        self.config = SimpleNamespace(image_token_id=5, video_token_id=6)
 
     @torch.no_grad()
     def forward(self, input_ids: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ def test_statistics_count_every_row_but_padding(source: str) -> None:
     observation = stage.observations[source]
     assert observation.kept.shape[0] <= 6 < (modality == 0).sum() and (modality == -1).sum() == 3
     assert set(observation.ranges) == {"text", "image"}
-    for number, name in enumerate(MODALITIES):
+    for number, name in enumerate(MODALITIES[:2]):
         mine, span = rows[modality == number], observation.ranges[name]
         assert span.rows == len(mine)
         np.testing.assert_array_equal(span.minimum, mine.min(0))

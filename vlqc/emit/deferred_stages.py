@@ -22,7 +22,7 @@ from vlqc.ir.stage import Sensitivity, Stage
 from vlqc.pipeline.precision_search import Candidate, SearchGroup, SearchResult
 from vlqc.targets.schemes import Scheme
 
-IMAGE = MODALITIES.index("image")
+TEXT = MODALITIES.index("text")
 FOLDER = ".waiting"  # inside the result folder, until it is complete
 
 
@@ -54,7 +54,7 @@ class DeferredStages:
     _groups_per_stage: list[int] = field(default_factory=list)
     _discarded: set[int] = field(default_factory=set)
     _tokens: int = 0
-    _image_tokens: int = 0
+    _feature_tokens: int = 0
 
     def store(self, stage: Stage, tensors: Iterable[EmittedTensor], *, packed: bool) -> None:
         """Writes a stage's file: its tensors, and those of its groups in every other scheme that they may get.
@@ -80,9 +80,10 @@ class DeferredStages:
     def groups(self) -> list[SearchGroup]:
         """The groups to choose for: noise at the logits and bytes, in every scheme.
 
-        Noise of the vision tower reaches image tokens only, so it is weighted by their share of all tokens.
+        Noise of the vision tower reaches tokens of images and videos only, so it is weighted by their share of all
+        tokens.
         """
-        share = self._image_tokens / self._tokens if self._tokens else 1.0
+        share = self._feature_tokens / self._tokens if self._tokens else 1.0
         groups = []
         for measured, size in zip(self._sensitivities, self._bytes, strict=True):
             weight = 1.0 if measured.part == Part.LANGUAGE else share
@@ -125,7 +126,7 @@ class DeferredStages:
                 for measured in self._sensitivities[first:]
             ],
             "bytes": self._bytes[first:],
-            "tokens": [self._tokens, self._image_tokens],
+            "tokens": [self._tokens, self._feature_tokens],
         }
 
     def sync(self, number: int) -> str:
@@ -152,7 +153,7 @@ class DeferredStages:
             ]
             self._groups_per_stage.append(len(record["sensitivities"]))
             self._bytes += [_by_scheme(size) for size in record["bytes"]]
-            self._tokens, self._image_tokens = record["tokens"]
+            self._tokens, self._feature_tokens = record["tokens"]
         for number in discarded:
             self.discard(number)
         known = {self._path(number).name for number in range(len(self._stages))}
@@ -198,10 +199,11 @@ class DeferredStages:
             yield emitted, number, measured.assigned
 
     def _count_tokens(self, stage: Stage) -> None:
-        """Counts all tokens and those of images, in the first stage that reads text: they are the same in all."""
-        if any(call.modality is not None for call in stage.execution.calls) and not self._tokens:
+        """Counts all tokens and those of images and videos, in the first stage that reads text: all have the same."""
+        if any(shape.rows_per_modality[TEXT] for shape in stage.execution.sample_shapes) and not self._tokens:
             self._tokens = sum(sum(shape.rows_per_modality) for shape in stage.execution.sample_shapes)
-            self._image_tokens = sum(shape.rows_per_modality[IMAGE] for shape in stage.execution.sample_shapes)
+            text = sum(shape.rows_per_modality[TEXT] for shape in stage.execution.sample_shapes)
+            self._feature_tokens = self._tokens - text
 
 
 def _by_scheme(values: dict[str, Any]) -> dict[Scheme, Any]:

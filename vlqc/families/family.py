@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vlqc.families.inputs.input_format import ImageFormat, TextFormat
+from vlqc.families.inputs.input_format import ImageFormat, TextFormat, VideoFormat
 from vlqc.families.layer_names import matches_any
 
 if TYPE_CHECKING:  # torch-free: the command line imports this module for its help
@@ -101,7 +101,8 @@ class ModelFamily(ABC):
     config_objects: keys of config.json, in the form of `engine_config`, whose values are objects -> whether the key is
     required.
 
-    text_format, image_format: of the inputs, the latter None for text-only models.
+    text_format, image_format, video_format: of the inputs; image_format is None for text-only models, video_format for
+    models without videos.
     """
 
     name: ClassVar[str]
@@ -125,6 +126,7 @@ class ModelFamily(ABC):
 
     text_format: ClassVar[TextFormat] = TextFormat()
     image_format: ClassVar[ImageFormat | None] = None
+    video_format: ClassVar[VideoFormat | None] = None
 
     def __repr__(self) -> str:
         return self.name
@@ -304,6 +306,10 @@ class ModelFamily(ABC):
             from vlqc.families.inputs.text_inputs import TextInputs
 
             return TextInputs(self.title, self.text_format)
-        from vlqc.families.inputs.image_inputs import ImageInputs
+        if self.video_format is None:
+            from vlqc.families.inputs.image_inputs import ImageInputs
 
-        return ImageInputs(self.title, self.text_format, self.image_format)
+            return ImageInputs(self.title, self.text_format, self.image_format)
+        from vlqc.families.inputs.video_inputs import VideoInputs
+
+        return VideoInputs(self.title, self.text_format, self.image_format, self.video_format)

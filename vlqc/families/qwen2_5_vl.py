@@ -18,7 +18,7 @@ from vlqc.families.config_values import (
     rope_keys,
 )
 from vlqc.families.family import ModelFamily, Part, Role
-from vlqc.families.inputs.input_format import QWEN_IMAGE_PROCESSORS, ImageFormat, TextFormat
+from vlqc.families.inputs.input_format import QWEN_IMAGE_PROCESSORS, ImageFormat, TextFormat, VideoFormat
 from vlqc.families.text_config import flat_keys, is_tied, nested_text, tie_faults
 
 # ---- layers, as patterns over checkpoint names ---------------------------------------------------------------------
@@ -172,6 +172,7 @@ class Qwen25VL(ModelFamily):
         token_side=28,
         processor_classes=(*QWEN_IMAGE_PROCESSORS, "Qwen2_5_VLImageProcessor"),  # the latter in the first release
     )
+    video_format: ClassVar[VideoFormat] = VideoFormat(seconds=True)
 
     def checkpoint_name(self, name: str) -> str:
         return original_name(name)

@@ -8,7 +8,7 @@ from typing_extensions import TypedDict  # pydantic accepts typing.TypedDict fro
 
 from vlqc.families.config_values import Blocks, Deviation, ImageTokens, Mrope, Size, TextConfig
 from vlqc.families.family import Role
-from vlqc.families.inputs.input_format import ImageFormat
+from vlqc.families.inputs.input_format import ImageFormat, VideoFormat
 from vlqc.families.qwen2_5_vl import GATE_UP, QKV, Qwen25VL
 
 
@@ -69,6 +69,7 @@ class Qwen2VL(Qwen25VL):
     row_parallel = (*Qwen25VL.row_parallel, "fc2")
 
     image_format = ImageFormat(token_side=28)
+    video_format = VideoFormat()
 
     def config_values(self, config: Mapping[str, Any]) -> dict[str, Any]:
         return super().config_values(config) | {

@@ -22,7 +22,7 @@ from vlqc.families.config_values import (
     rope_keys,
 )
 from vlqc.families.family import ModelFamily, Part, Role, dtype_keys
-from vlqc.families.inputs.input_format import ImageFormat
+from vlqc.families.inputs.input_format import ImageFormat, VideoFormat
 from vlqc.families.text_config import corrected_top_level, is_tied, nested_text, tie_faults
 
 DEEPSTACK_INDEXES = (8, 16, 24)  # blocks before deepstack mergers, where config.json does not list them
@@ -159,6 +159,7 @@ class Qwen3VL(ModelFamily):
         return frozenset(stages[index] for number in mergers for index in (number - 1, number))
 
     image_format: ClassVar[ImageFormat] = ImageFormat(token_side=32)
+    video_format: ClassVar[VideoFormat] = VideoFormat(timestamps=True, resized_again=False)
 
     def engine_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """Nested, as published; newer transformers versions write `rope_parameters` in place of two other keys."""

@@ -70,6 +70,7 @@ class CachedOutputs:
 class _SuspendedForward:
     greenlet: greenlet.greenlet
     modality: Tensor
+    patch_modality: Tensor | None
     stage: nn.Module | None = None  # at which it is suspended
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
@@ -122,12 +123,13 @@ class SequentialForward:
 
         for stage in self.model.stages.values():
             stage.forward = suspending_forward(stage)
-        config, row_modality = self.model.module.config, self.model.family.inputs.row_modality
+        config, of_family = self.model.module.config, self.model.family.inputs
         try:
             for sample in self.samples:
                 inputs = self.model.inputs(sample)
                 run = greenlet.greenlet(lambda inputs=inputs: (None, (self.model.module(**inputs),), {}), caller)
-                self._forwards.append(_SuspendedForward(run, row_modality(sample, config)))
+                modality = of_family.row_modality(sample, config), of_family.patch_modality(sample, config)
+                self._forwards.append(_SuspendedForward(run, *modality))
         except BaseException:
             self.__exit__()
             raise
@@ -212,7 +214,7 @@ class SequentialForward:
         forward = self._forwards[position]
         if self.cached.stages:
             self._require_no_placeholder(self.model.name(stage), forward)
-        modality = forward.modality if self.model.is_language(stage) else None
+        modality = forward.modality if self.model.is_language(stage) else forward.patch_modality
         return Call(self.indices[position], forward.args, forward.kwargs, modality)
 
     @staticmethod

@@ -367,7 +367,7 @@ class StreamedModel:
 def model_inputs(model: nn.Module, family: ModelFamily, sample: dict[str, Tensor]) -> dict[str, Any]:
     """The keyword arguments of the model's forward for one sample, for the installed transformers version."""
     accepted = inspect.signature(type(model).forward).parameters
-    return family.inputs.forward_arguments(sample, model.config, accepted)
+    return family.inputs.forward_arguments(sample, model, accepted)
 
 
 def find_stages(module: nn.Module) -> list[nn.Module]:

@@ -56,9 +56,9 @@ class ProcessGroup(Protocol):
 class Call:
     """Arguments of the stage for one sample.
 
-    modality: int8 [rows], an index into `MODALITIES` per token row of the inputs, -1 for padding; None if every row is
-    an image patch. rows: where an observer gets only some of the rows, their positions, int64 [n]; `modality` is then
-    theirs.
+    modality: int8 [rows], an index into `MODALITIES` per row of the inputs, -1 for padding; None if all rows are
+    patches of images. rows: where an observer gets only some of the rows, their positions, int64 [n]; `modality` then
+    has theirs.
     """
 
     sample: int

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-MODALITIES = ("text", "image")
+MODALITIES = ("text", "image", "video")
 MASSIVE = 30.0  # tokens with more than this multiple of the median energy ("massive activations") are a separate class
 MASSIVE_SHARE = 0.1  # of the weight of their modality
 MIN_RELATIVE_ENERGY = 0.1  # of the median energy: lower bound of a token's energy in weights and noise ratios
@@ -97,7 +97,7 @@ class Observation:
     def representative(self, max_rows: int) -> Tensor:
         """Ascending positions of at most `max_rows` kept rows, int64, spread over every class of rows.
 
-        Rows are stored sample by sample, text before image, so a constant stride could select a single class or only
+        Rows are stored sample by sample, modality by modality, so a constant stride could select a single class or only
         first rows. Multiples of the golden ratio modulo 1 are equidistributed without a period.
         """
         classes = row_classes(self.kept_modality, self.energy())
@@ -144,6 +144,23 @@ class Observation:
             for name, span in self.ranges.items()
         }
         return replace(self, ranges=ranges, kept=self.kept - offset)
+
+
+def modality_of_rows(modality: Tensor | None, rows: int) -> Tensor | None:
+    """Modality index of each of so many rows inside a stage, int8 [rows]; None if all are rows of images.
+
+    modality: of the rows of the stage, see `Call`. In the vision tower, mergers join adjacent patches of one image or
+    video to one row. Other rows that are not those of the stage are image features.
+    """
+    if modality is None or modality.numel() == rows:
+        return modality
+    is_vision = bool((modality >= MODALITIES.index("image")).all())
+    return modality[:: modality.numel() // rows] if is_vision and rows and modality.numel() % rows == 0 else None
+
+
+def of_images(rows: int) -> Tensor:
+    """Modality index of so many rows of images, int8 [rows]."""
+    return torch.full((rows,), MODALITIES.index("image"), dtype=torch.int8)
 
 
 def row_classes(modality: Tensor, energy: Tensor) -> list[Tensor]:

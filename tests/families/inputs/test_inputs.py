@@ -92,8 +92,6 @@ def test_patches_of_another_family(name: str) -> None:
     sample["pixel_values"] = torch.zeros(len(sample["pixel_values"]), other)
     (fault,) = inputs.faults("sample", sample, model)
     assert str(other) in fault.what and str(other) not in fault.why
-    video = {key: sample[key] for key in ("input_ids", "attention_mask")} | {"pixel_values_videos": torch.ones(1)}
-    assert "videos are not supported" in [fault.what for fault in inputs.faults("sample", video, model)]
 
 
 @pytest.mark.parametrize("name", ["qwen2", *QWEN3])
@@ -112,7 +110,7 @@ def test_arguments_of_the_forward(name: str) -> None:
     inputs, model = inputs_and_model(name)
     sample = inputs.synthetic_sample(model.config)
     for accepted in (("input_ids",), ("input_ids", "mm_token_type_ids")):
-        arguments = inputs.forward_arguments(sample, model.config, accepted)
+        arguments = inputs.forward_arguments(sample, model, accepted)
         assert arguments.pop("use_cache") is False
         types = arguments.pop("mm_token_type_ids", None)
         assert arguments.keys() == sample.keys()
@@ -127,11 +125,11 @@ IDS = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 1)), min_size=1, max_
 @given(IDS)
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen2", "qwen3"])
 def test_modality_of_rows(name: str, tokens: list[tuple[int, int]]) -> None:
-    """Catches padding that counts as text, or text that counts as an image in a text-only model."""
+    """Catches padding that counts as text, videos as images, or text as an image in a text-only model."""
     family = find_family({"model_type": name})
     assert family is not None
     ids, mask = (torch.tensor([values]) for values in zip(*tokens, strict=True))
-    image = 5 if family.inputs.processing is not None else None
-    expected = [-1 if not kept else int(token == image) for token, kept in tokens]
-    config = SimpleNamespace(image_token_id=5)
+    modality = {5: 1, 6: 2} if family.inputs.processing is not None else {}
+    expected = [-1 if not kept else modality.get(token, 0) for token, kept in tokens]
+    config = SimpleNamespace(image_token_id=5, video_token_id=6)
     assert family.inputs.row_modality({"input_ids": ids, "attention_mask": mask}, config).tolist() == expected

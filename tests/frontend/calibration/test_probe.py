@@ -17,7 +17,9 @@ from vlqc.ir.stage import Stage
 
 IMAGE, MERGE = 60, 2
 INPUTS = QWEN2_5_VL.inputs
-CONFIG = SimpleNamespace(image_token_id=IMAGE, vision_config=SimpleNamespace(spatial_merge_size=MERGE))
+CONFIG = SimpleNamespace(
+    image_token_id=IMAGE, video_token_id=IMAGE + 1, vision_config=SimpleNamespace(spatial_merge_size=MERGE)
+)
 
 
 def write_image(before: int, grids: list[tuple[int, int, int]], behind: int, padding: int = 0) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         vision = SimpleNamespace(spatial_merge_size=2, in_channels=3, temporal_patch_size=2, patch_size=14)
-        self.config = SimpleNamespace(image_token_id=5, vision_config=vision)
+        self.config = SimpleNamespace(image_token_id=5, video_token_id=6, vision_config=vision)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return nn.Embedding(64, 4)
@@ -145,8 +145,12 @@ FAULTS: list[tuple[str, Callable[[Sample], None], list[str]]] = [
     ),
     ("odd grid", having("image_grid_thw", torch.tensor([[1, 16, 1]])), ["image_grid_thw cannot be merged"]),
     ("broken pixels", changed("pixel_values", nan_at_the_end), ["pixel_values holds NaN or Inf"]),
-    ("a video", having("pixel_values_videos", torch.ones(1)), ["videos are not supported"]),
-    ("a video's grid", having("video_grid_thw", torch.ones(1)), ["videos are not supported"]),
+    ("a video without grid", having("pixel_values_videos", torch.ones(1)), ["the tensor video_grid_thw is missing"]),
+    (
+        "seconds of no video",
+        having("second_per_grid_ts", [1.0]),
+        ["the tensor pixel_values_videos is missing", "the tensor video_grid_thw is missing"],
+    ),
     ("a word misspelt", having("pixel_value", torch.ones(1)), ["unknown model input 'pixel_value'"]),
     (
         "several at once",

@@ -49,7 +49,7 @@ def test_advice_for_text_alone(tmp_path: Path) -> None:
     compiled = check_structure(make_content().write(tmp_path / "out"), None, result)
 
     def power(value: float) -> ModalityPower:
-        return ModalityPower({"text": value, "image": 0.0})
+        return ModalityPower({"text": value, "image": 0.0, "video": 0.0})
 
     def effect(alone: float, without: float) -> GroupEffect:
         return GroupEffect(power(alone), power(without), GroupError(1.0, 0.5, 0.5))

@@ -3,12 +3,12 @@
 Qwen2-VL, Qwen2.5-VL and Qwen3-VL have the same names and layout; sizes come from config.json.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlqc.errors import Fault
 from vlqc.families.inputs.image_processing import ImageProcessing
@@ -60,15 +60,86 @@ class InputLayout:
         return patches // self.merge_size**2
 
 
+def pixel_faults(
+    where: str, sample: Sample, names: tuple[str, str], layout: InputLayout, token: int, noun: str
+) -> list[Fault]:
+    """Everything that is wrong with the images or the videos of a sample. where: names it.
+
+    names: of the tensors of patches and of grids; token: id of the token that stands for one feature; noun: "image" or
+    "video".
+    """
+    pixel_name, grid_name = names
+    tokens = int((sample["input_ids"] == token).sum())
+    if pixel_name not in sample:
+        why = f"input_ids holds {noun} tokens, but there are no {pixel_name}"
+        article = "an" if noun == "image" else "a"
+        return [Fault(f"{tokens} {noun} tokens without {article} {noun}", where, why)] if tokens else []
+    pixels, grid = sample[pixel_name], sample[grid_name]
+    is_grid = is_integer(grid) and grid.ndim == 2 and grid.shape[-1] == 3 and grid.shape[0] > 0
+    if not is_grid or pixels.ndim != 2 or not pixels.is_floating_point() or not bool((grid > 0).all()):
+        why = f"{pixel_name} float [P, D] and {grid_name} integers [{noun}s, 3] are expected"
+        return [Fault(f"{pixel_name} is {describe(pixels)}, {grid_name} is {describe(grid)}", where, why)]
+    if not bool((grid <= pixels.shape[0]).all()):  # products of larger numbers may overflow and appear to match
+        return [Fault(f"{grid_name} is larger than {pixel_name}", where, f"which has {pixels.shape[0]} patches")]
+    faults = []
+    patches, merge = int(grid.prod(-1).sum()), layout.merge_size
+    if bool((grid[:, 1:] % merge != 0).any()):
+        why = f"height and width must be multiples of {merge}"
+        faults.append(Fault(f"{grid_name} cannot be merged", where, why))
+    if pixels.shape[1] != layout.patch_values:
+        why = f"the model expects {layout.patch_values}"
+        faults.append(Fault(f"{pixel_name} has {pixels.shape[1]} values per patch", where, why))
+    if pixels.shape[0] != patches:
+        why = f"{grid_name} implies {patches}"
+        faults.append(Fault(f"{pixel_name} has {pixels.shape[0]} patches", where, why))
+    if tokens != layout.image_tokens(patches):
+        features = layout.image_tokens(patches)
+        why = f"the {noun}s have {features} {noun} features; {noun} tokens must not be truncated"
+        faults.append(Fault(f"input_ids holds {tokens} {noun} tokens", where, why))
+    if not bool(torch.isfinite(pixels).all()):
+        faults.append(Fault(f"{pixel_name} holds NaN or Inf", where))
+    elif (largest := max(abs(float(end)) for end in torch.aminmax(pixels))) > LARGEST_PIXEL:
+        why = "normalized pixels (colors from 0 to 1, minus mean, divided by standard deviation) stay below 10"
+        fix = "check image_std and rescale_factor"
+        faults.append(Fault(f"{pixel_name} reaches {largest:.3g}", where, why, fix))
+    return faults
+
+
+def crop_first(ids: Tensor, positions: Tensor, sample: Sample, names: tuple[str, str], merge: int) -> dict[str, Tensor]:
+    """A sample with the upper left corner of the first image, or of the first temporal step of the first video.
+
+    ids: int64 [S], token ids without padding; positions: of the tokens of all images and videos, of which the first
+    belong to it; names: of its tensors of patches and of grids; merge: patches along a side of one image token.
+    """
+    steps, height, width = (int(size) for size in sample[names[1]][0])
+    rows, columns = min(height, CROP_HEIGHT) // merge, min(width, CROP_WIDTH) // merge
+    # The merge * merge patches of one image token are adjacent.
+    patches = sample[names[0]][: height * width]
+    blocks = patches.reshape(height // merge, width // merge, merge * merge, -1)
+    own = steps * height * width // merge**2
+    begin, end = int(positions[0]), int(positions[own - 1]) + 1
+    after = ids[end : int(positions[own]) - NEAREST if len(positions) > own else None]
+    before = ids[:begin] if begin <= FIRST + NEAREST else torch.cat([ids[:FIRST], ids[begin - NEAREST : begin]])
+    kept = torch.cat([before, ids[begin : begin + rows * columns], after[:AFTER]])[None]
+    return {
+        "input_ids": kept,
+        "attention_mask": torch.ones_like(kept),
+        names[0]: blocks[:rows, :columns].reshape(-1, patches.shape[-1]).contiguous(),
+        names[1]: torch.tensor([[1, rows * merge, columns * merge]]),
+    }
+
+
 class ImageInputs(TextInputs):
     """A sample has input_ids and attention_mask [1, S] int64; with images also pixel_values [P, C*T*p*p] float (P
     patches of all images, those of one image token adjacent) and image_grid_thw [images, 3] int64."""
 
     takes_parts = True
-    optional = (*IMAGE_INPUTS, TOKEN_TYPES)
-    refused = dict.fromkeys(VIDEO_INPUTS, "videos are not supported")
-    integers = (*TEXT_INPUTS, IMAGE_INPUTS[1])
-    description = "a sample has input_ids and attention_mask, and with images pixel_values and image_grid_thw"
+    optional: ClassVar[tuple[str, ...]] = (*IMAGE_INPUTS, TOKEN_TYPES)
+    refused: ClassVar[Mapping[str, str]] = dict.fromkeys(VIDEO_INPUTS, "the model takes no videos")
+    integers: ClassVar[tuple[str, ...]] = (*TEXT_INPUTS, IMAGE_INPUTS[1])
+    description: ClassVar[str] = (
+        "a sample has input_ids and attention_mask, and with images pixel_values and image_grid_thw"
+    )
 
     def __init__(self, title: str, form: TextFormat, images: ImageFormat) -> None:
         super().__init__(title, form)
@@ -95,38 +166,7 @@ class ImageInputs(TextInputs):
 
     def _image_faults(self, where: str, sample: Sample, config: Any) -> list[Fault]:
         layout = InputLayout.of(config)
-        tokens = int((sample["input_ids"] == layout.image_token).sum())
-        if not self.has_images(sample):
-            why = "input_ids holds image tokens, but there are no pixel_values"
-            return [Fault(f"{tokens} image tokens without an image", where, why)] if tokens else []
-        pixels, grid = sample["pixel_values"], sample["image_grid_thw"]
-        is_grid = is_integer(grid) and grid.ndim == 2 and grid.shape[-1] == 3 and grid.shape[0] > 0
-        if not is_grid or pixels.ndim != 2 or not pixels.is_floating_point() or not bool((grid > 0).all()):
-            why = "pixel_values float [P, D] and image_grid_thw integers [images, 3] are expected"
-            return [Fault(f"pixel_values is {describe(pixels)}, image_grid_thw is {describe(grid)}", where, why)]
-        if not bool((grid <= pixels.shape[0]).all()):  # products of larger numbers may overflow and appear to match
-            return [Fault("image_grid_thw is larger than pixel_values", where, f"which has {pixels.shape[0]} patches")]
-        faults = []
-        patches, merge = int(grid.prod(-1).sum()), layout.merge_size
-        if bool((grid[:, 1:] % merge != 0).any()):
-            why = f"height and width must be multiples of {merge}"
-            faults.append(Fault("image_grid_thw cannot be merged", where, why))
-        if pixels.shape[1] != layout.patch_values:
-            why = f"the model expects {layout.patch_values}"
-            faults.append(Fault(f"pixel_values has {pixels.shape[1]} values per patch", where, why))
-        if pixels.shape[0] != patches:
-            why = f"image_grid_thw implies {patches}"
-            faults.append(Fault(f"pixel_values has {pixels.shape[0]} patches", where, why))
-        if tokens != layout.image_tokens(patches):
-            why = f"the images have {layout.image_tokens(patches)} image features; image tokens must not be truncated"
-            faults.append(Fault(f"input_ids holds {tokens} image tokens", where, why))
-        if not bool(torch.isfinite(pixels).all()):
-            faults.append(Fault("pixel_values holds NaN or Inf", where))
-        elif (largest := max(abs(float(end)) for end in torch.aminmax(pixels))) > LARGEST_PIXEL:
-            why = "normalized pixels (colors from 0 to 1, minus mean, divided by standard deviation) stay below 10"
-            fix = "check image_std and rescale_factor"
-            faults.append(Fault(f"pixel_values reaches {largest:.3g}", where, why, fix))
-        return faults
+        return pixel_faults(where, sample, IMAGE_INPUTS, layout, layout.image_token, "image")
 
     # ---- images of a sample ------------------------------------------------------------------------------------------
 
@@ -145,19 +185,18 @@ class ImageInputs(TextInputs):
     def image_bytes(self, sample: Sample) -> int:
         return sample["pixel_values"].nbytes if self.has_images(sample) else 0
 
-    def is_image_token(self, input_ids: Tensor, config: Any) -> Tensor:
-        is_image: Tensor = input_ids == config.image_token_id
-        return is_image
+    def token_modality(self, input_ids: Tensor, config: Any) -> Tensor:
+        return torch.where(input_ids == config.image_token_id, 1, 0).to(torch.int8)
 
     # ---- the forward -------------------------------------------------------------------------------------------------
 
-    def forward_arguments(self, sample: Sample, config: Any, accepted: Collection[str]) -> dict[str, Any]:
+    def forward_arguments(self, sample: Sample, model: nn.Module, accepted: Collection[str]) -> dict[str, Any]:
         """transformers 5 derives image positions from mm_token_type_ids and gives wrong outputs without."""
-        arguments = super().forward_arguments(sample, config, accepted)
+        arguments = super().forward_arguments(sample, model, accepted)
         if TOKEN_TYPES not in accepted:
             arguments.pop(TOKEN_TYPES, None)
         elif TOKEN_TYPES not in arguments:
-            arguments[TOKEN_TYPES] = self.is_image_token(sample["input_ids"], config).int()
+            arguments[TOKEN_TYPES] = self.token_modality(sample["input_ids"], model.config).int()
         return arguments
 
     # ---- other samples -----------------------------------------------------------------------------------------------
@@ -167,24 +206,9 @@ class ImageInputs(TextInputs):
 
     def crop(self, sample: Sample, config: Any) -> dict[str, Tensor]:
         """The upper left corner of the first image, and the text near it."""
-        merge = config.vision_config.spatial_merge_size
-        frames, height, width = (int(size) for size in sample["image_grid_thw"][0])
-        rows, columns = min(height, CROP_HEIGHT) // merge, min(width, CROP_WIDTH) // merge
-        # The merge * merge patches of one image token are adjacent.
-        patches = sample["pixel_values"][: frames * height * width]
-        blocks = patches.reshape(frames, height // merge, width // merge, merge * merge, -1)
         ids = sample["input_ids"][sample["attention_mask"] != 0]  # [S] without padding
-        image = self.is_image_token(ids, config).nonzero().flatten()
-        begin, end = int(image[0]), int(image[0]) + frames * height * width // merge**2
-        after = ids[end : int(image[image >= end][0]) - NEAREST if bool((image >= end).any()) else None]
-        before = ids[:begin] if begin <= FIRST + NEAREST else torch.cat([ids[:FIRST], ids[begin - NEAREST : begin]])
-        kept = torch.cat([before, ids[begin : begin + rows * columns], after[:AFTER]])[None]
-        return {
-            "input_ids": kept,
-            "attention_mask": torch.ones_like(kept),
-            "pixel_values": blocks[0, :rows, :columns].reshape(-1, patches.shape[-1]).contiguous(),
-            "image_grid_thw": torch.tensor([[1, rows * merge, columns * merge]]),
-        }
+        positions = self.is_image_token(ids, config).nonzero().flatten()
+        return crop_first(ids, positions, sample, IMAGE_INPUTS, config.vision_config.spatial_merge_size)
 
     def synthetic_sample(self, config: Any, seed: int = 0, *, smallest: bool = False) -> dict[str, Tensor]:
         """Random text, an image of noise, and random text. The smallest image has 2 x 2 image tokens."""
@@ -208,5 +232,5 @@ class ImageInputs(TextInputs):
 
     # ---- prompts -----------------------------------------------------------------------------------------------------
 
-    def image_placeholder(self, image_token: str) -> str:
-        return f"{self.images.vision_start}{image_token}{self.images.vision_end}"
+    def image_placeholder(self, token: str) -> str:
+        return f"{self.images.vision_start}{token}{self.images.vision_end}"

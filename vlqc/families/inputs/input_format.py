@@ -56,3 +56,28 @@ class ImageFormat:
     def max_pixels(self) -> int:
         """Pixels of the largest image; the settings of the image processor must not enlarge images beyond it."""
         return self.max_tokens * self.token_side**2
+
+
+@dataclass(frozen=True)
+class VideoFormat:
+    """How videos appear in a prompt, and the limits of the video preprocessing of qwen_vl_utils.
+
+    video_token: repeated once per video feature, between vision_start and vision_end. timestamps: whether every
+    temporal step has its time as text, and its own vision_start and vision_end. seconds: whether the model takes
+    the seconds between two temporal steps. resized_again: whether the limits of the image processor apply to frames.
+
+    fps: of the selected frames; min_frames, max_frames: limits of their number, a multiple of frame_factor; min_tokens,
+    max_tokens: of one frame, counted like those of an image; total_tokens: of all frames of a video, counted in steps.
+    """
+
+    timestamps: bool = False
+    seconds: bool = False
+    resized_again: bool = True
+    video_token: str = "<|video_pad|>"
+    fps: float = 2.0
+    min_frames: int = 4
+    max_frames: int = 768
+    frame_factor: int = 2
+    min_tokens: int = 128
+    max_tokens: int = 768
+    total_tokens: float = 0.9 * 128000

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from vlqc.errors import Fault
 from vlqc.families.inputs.image_processing import ImageProcessing
 from vlqc.families.inputs.input_format import TextFormat
+from vlqc.families.inputs.video_processing import VideoProcessing
 from vlqc.formatting import did_you_mean
 
 TEXT_INPUTS = ("input_ids", "attention_mask")  # [1, S] int64
@@ -25,7 +26,8 @@ class TextInputs:
 
     `config` is the config of the transformers model.
 
-    title: of the family; form: tokenizer and chat form; processing: of images, None for text-only models. required:
+    title: of the family; form: tokenizer and chat form; processing: of images, None for text-only models; videos: of
+    videos, None for models without. required:
     names of the tensors of every sample; optional: others that a sample may have; refused: name -> reason. integers:
     names of integer tensors. takes_parts: whether the family's chat templates take the content of a message as a list
     of parts, otherwise as text.
@@ -38,6 +40,7 @@ class TextInputs:
     description: ClassVar[str] = "a sample has input_ids and attention_mask"
     takes_parts: ClassVar[bool] = False
     processing: ImageProcessing | None = None
+    videos: VideoProcessing | None = None
 
     def __init__(self, title: str, form: TextFormat) -> None:
         self.title, self.form = title, form
@@ -92,6 +95,10 @@ class TextInputs:
     def _image_faults(self, where: str, sample: Sample, config: Any) -> list[Fault]:
         return []
 
+    def normalized(self, sample: Sample) -> dict[str, Tensor]:
+        """A sample without faults, with integers as int64."""
+        return {key: tensor.long() if key in self.integers else tensor for key, tensor in sample.items()}
+
     # ---- images of a sample ------------------------------------------------------------------------------------------
 
     def has_images(self, sample: Sample) -> bool:
@@ -115,21 +122,30 @@ class TextInputs:
         return 0
 
     def is_image_token(self, input_ids: Tensor, config: Any) -> Tensor:
-        """input_ids int64 [B, S] -> bool [B, S]: the tokens that stand for one image feature each."""
-        return torch.zeros_like(input_ids, dtype=torch.bool)
+        """input_ids int64 [B, S] -> bool [B, S]: tokens that stand for one feature of an image or a video each."""
+        return self.token_modality(input_ids, config) != 0
+
+    def token_modality(self, input_ids: Tensor, config: Any) -> Tensor:
+        """input_ids int64 [B, S] -> int8 [B, S]: 0 text, 1 image, 2 video."""
+        return torch.zeros_like(input_ids, dtype=torch.int8)
 
     def row_modality(self, sample: Sample, config: Any) -> Tensor:
-        """input_ids and attention_mask [B, S] of a sample -> int8 [B*S]: 0 text, 1 image, -1 padding."""
+        """input_ids and attention_mask [B, S] of a sample -> int8 [B*S]: as `token_modality`, -1 for padding."""
         ids = sample["input_ids"]
-        modality = self.is_image_token(ids, config).to(torch.int8)
+        modality = self.token_modality(ids, config)
         mask = sample.get("attention_mask")
         if mask is not None and mask.shape == ids.shape:
             modality = torch.where(mask == 0, torch.full_like(modality, -1), modality)
         return modality.flatten()
 
+    def patch_modality(self, sample: Sample, config: Any) -> Tensor | None:
+        """int8 [P]: 1 for the patches of images, 2 for those of videos, in the order in which the vision tower gets
+        them; None if all are of images."""
+        return None
+
     # ---- the forward -------------------------------------------------------------------------------------------------
 
-    def forward_arguments(self, sample: Sample, config: Any, accepted: Collection[str]) -> dict[str, Any]:
+    def forward_arguments(self, sample: Sample, model: nn.Module, accepted: Collection[str]) -> dict[str, Any]:
         """Keyword arguments of the forward. accepted: names of those that the installed transformers version has."""
         return {"use_cache": False, **sample}
 
@@ -171,8 +187,8 @@ class TextInputs:
 
     # ---- prompts -----------------------------------------------------------------------------------------------------
 
-    def image_placeholder(self, image_token: str) -> str:
-        """Text that stands for one image in a prompt. image_token: of the tokenizer."""
+    def image_placeholder(self, token: str) -> str:
+        """Text that stands for one image or video in a prompt. token: the tokenizer's image token or video token."""
         raise NotImplementedError(f"{self.title} takes no images")
 
     def chat_text(self, turns: Sequence[tuple[str, str]], *, marks_turns: bool = True) -> str:

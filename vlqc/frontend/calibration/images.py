@@ -41,7 +41,7 @@ def read_image(source: Path | bytes) -> "Image":
 
     try:
         if isinstance(source, Path) and not source.is_file():
-            raise ImageError(_why_not_a_file(source))
+            raise ImageError(why_not_a_file(source))
         # The content decides about the format, not the suffix: without a list of formats, Pillow would pass some files
         # to other programs (EPS to Ghostscript).
         Image.init()  # registers all formats
@@ -63,7 +63,8 @@ def read_image(source: Path | bytes) -> "Image":
         raise ImageError(str(error).strip() or type(error).__name__) from error
 
 
-def _why_not_a_file(path: Path) -> str:
+def why_not_a_file(path: Path) -> str:
+    """The reason why a path is no regular file."""
     if path.is_dir():
         return "it is a folder"
     if path.is_symlink() and not path.exists():

@@ -41,10 +41,7 @@ def check_samples(samples: Sequence[dict[str, Tensor]], model: StreamedModel) ->
     ]
     if faults:
         raise UserError(*faults)
-    return [
-        {key: tensor.long() if key in inputs.integers else tensor for key, tensor in sample.items()}
-        for sample in samples
-    ]
+    return [inputs.normalized(sample) for sample in samples]
 
 
 def drop_duplicates(samples: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:

@@ -25,7 +25,7 @@ from vlqc.reporting.html.towers import (
     outlier_factor,
 )
 
-MODALITIES: tuple[Modality, ...] = ("text", "image")
+MODALITIES: tuple[Modality, ...] = ("text", "image", "video")
 BAND_EDGES = (SHARES.index(0.9), SHARES.index(0.1))  # between them are 80 % of the channels
 MANY_STAGES = 50  # with more stages, dots are smaller
 SHARE_LABELS = {0.0: "max", 0.012: "1 %", 0.1: "10 %", 0.5: "50 %", 1.0: "min"}
@@ -65,7 +65,7 @@ def _sqnr_chart(towers: Sequence[Tower], stages: Sequence[StageData]) -> Chart:
                 inside = [value if index in positions else None for index, value in enumerate(rows_per_modality)]
                 chart.line(f"sqnr {name}", inside, axis)
         chart.dots(f"sqnr {name}", rows_per_modality, axis)
-        if name == "image":  # hollow: a smaller dot in the color of the background
+        if name != "text":  # hollow: a smaller dot in the color of the background
             chart.dots("hole", rows_per_modality, axis)
     chart.y_ticks = [Tick(tick.at, f"{tick.text} dB") for tick in chart.y_ticks]
     return chart

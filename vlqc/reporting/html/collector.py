@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vlqc.frontend.memory import peak_memory
-from vlqc.ir.observation import MODALITIES, Observation, noise_to_signal
+from vlqc.ir.observation import Observation, modality_of_rows, noise_to_signal, of_images
 from vlqc.ir.stage import Site, Stage
 from vlqc.kernels_ref.quantize import INT8_MAX, INT8_MIN
 from vlqc.pipeline.pass_api import Pass
@@ -30,7 +30,7 @@ from vlqc.reporting.html.schema import (
 )
 from vlqc.targets.schemes import Scheme
 
-NAMES: tuple[Modality, ...] = ("text", "image")
+NAMES: tuple[Modality, ...] = ("text", "image", "video")  # as in MODALITIES
 LOW_SQNR = 10.0  # dB: the power of the noise is a tenth of the output's
 SCALE_TOLERANCE = 1e-3  # scales this close to 1 are 1: they are quotients of float32 ranges
 
@@ -141,10 +141,8 @@ class StageMetrics:
         if stage.execution.probe is None or not any(site.is_quantized for site in stage.sites.values()):
             return {}
         reference, output = self._reference, stage.execution.probe_output()
-        modality = stage.execution.probe.modality
-        if modality is None or modality.numel() != len(output):
-            modality = torch.full((len(output),), MODALITIES.index("image"), dtype=torch.int8)
-        modality = modality.flatten().cpu()
+        modality = modality_of_rows(stage.execution.probe.modality, len(output))
+        modality = of_images(len(output)) if modality is None else modality.flatten().cpu()
         noise = {
             name: noise_to_signal(reference[modality == index], output[modality == index])
             for index, name in enumerate(NAMES)

@@ -46,7 +46,7 @@ Magnitude = Annotated[float, Field(ge=0, le=LARGEST, allow_inf_nan=False)]
 Curve = Annotated[tuple[Magnitude, ...], AfterValidator(_require_curve_length)]  # values at SHARES, descending
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 SchemeName = Annotated[str, AfterValidator(_require_scheme)]
-Modality = Literal["text", "image"]
+Modality = Literal["text", "image", "video"]
 Name = Annotated[str, StringConstraints(max_length=4096)]
 
 

@@ -25,7 +25,7 @@ from vlqc.frontend.sequential import SequentialForward, StageInputs
 from vlqc.frontend.stage_builder import checkpoint_name
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.execution import Call, first_tensor, observing
-from vlqc.ir.observation import MODALITIES
+from vlqc.ir.observation import MODALITIES, modality_of_rows, of_images
 from vlqc.targets.schemes import Scheme
 from vlqc.verify.accuracy import logits_are_hidden
 from vlqc.verify.attribution.group_error import CapturedInput, GroupError, measure_group
@@ -234,11 +234,12 @@ class _Ablation:
     def plan(self) -> str:
         """The amount of work, for progress messages."""
         kinds = torch.cat(self.modality)
-        text, image = (int((kinds == number).sum()) for number in range(len(MODALITIES)))
+        counts = {name: int((kinds == number).sum()) for number, name in enumerate(MODALITIES)}
         width = self.model.embedding.get_parameter("weight").shape[1]
         held = sum(len(self.modality[run.sample]) for run in self.runs) * width * 4
         work = f"{self.expected_stage_runs()} stage runs, {format_bytes(held)} of hidden states"
-        tokens = f"{text} text and {image} image tokens" if image else pluralize(text, "token")
+        present = [f"{count} {name}" for name, count in counts.items() if count or name == MODALITIES[0]]
+        tokens = f"{' and '.join(present)} tokens" if len(present) > 1 else pluralize(counts[MODALITIES[0]], "token")
         return f"{tokens}, {pluralize(len(self.groups), 'group')}: {work}"
 
     def expected_stage_runs(self) -> int:
@@ -318,7 +319,8 @@ class _Ablation:
         hidden = first_tensor(output)
         power = hidden.reshape(-1, hidden.shape[-1]).double().square().sum(dim=1)
         for group, (rows, of_rows) in inputs.items():
-            modality = of_rows.modality if of_rows.modality is not None else torch.ones(len(rows), dtype=torch.int8)
+            modality = modality_of_rows(of_rows.modality, len(rows))
+            modality = of_images(len(rows)) if modality is None else modality
             of_group = power if of_rows.rows is None else power[of_rows.rows]
             # Every token is normalized before the logits, so its error counts relative to its power.
             weight = 1 / of_group.clamp(min=1e-30) if len(of_group) == len(rows) else torch.ones(len(rows)).double()

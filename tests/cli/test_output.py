@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import types
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tests.support.compiled_folder import make_content
 from tests.support.tiny import TINY
 from tools.demo import tiny_task
 from vlqc.cli.commands import app
-from vlqc.cli.output import BUG
+from vlqc.cli.output import BUG, silence_libraries
 from vlqc.errors import Fault, InternalError, UserError
 from vlqc.files import format_json
 from vlqc.pipeline.registry import REGISTRY
@@ -291,3 +292,15 @@ def test_an_interruption_while_processes_wait_for_each_other(monkeypatch: pytest
     monkeypatch.setattr("vlqc.cli.output.init_distributed", waiting)
     ended = run("compile", "--plan")
     assert (ended.exit_code, ended.stdout, ended.stderr.strip()) == (130, "", "interrupted")
+
+
+def test_libraries_are_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches warnings of Pillow on the terminal, and warnings of vlqc that are hidden with them."""
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
+    monkeypatch.setattr(sys, "warnoptions", [])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        silence_libraries()
+        for module in ("PIL.TiffImagePlugin", "transformers.utils", "PILGRIM", "vlqc"):
+            warnings.warn_explicit("damaged EXIF data", UserWarning, "file.py", 1, module=module)
+    assert len(caught) == 2

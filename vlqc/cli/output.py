@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -29,6 +30,7 @@ from vlqc.frontend.distributed import init_distributed
 from vlqc.options.paths import output_faults
 
 FAILED, INVALID_INPUT, INTERNAL, INTERRUPTED = 1, 2, 70, 130
+LIBRARIES = ("PIL", "transformers", "torch", "huggingface_hub")
 BUG = "this is a bug in vlqc; please report it with the traceback above"
 _is_program = False  # whether this process runs the command line, and not a test or a notebook
 _signals: list[int] = []  # SIGINT and SIGTERM received so far
@@ -202,6 +204,17 @@ class _LogStream(io.TextIOWrapper):
             super().flush()
 
 
+def silence_libraries() -> None:
+    """Keeps warnings and log messages of the libraries that read images and models off the terminal.
+
+    They name no file and no remedy, and vlqc reports what it cannot use. -W, PYTHONWARNINGS and TRANSFORMERS_VERBOSITY
+    bring them back.
+    """
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", module=rf"({'|'.join(LIBRARIES)})(\.|$)")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
 def prepare_process() -> None:
     """Sets up the standard streams and the signals of a process that runs the command line.
 
@@ -212,6 +225,7 @@ def prepare_process() -> None:
     """
     global _is_program
     _is_program = True
+    silence_libraries()
     if isinstance(sys.stdout, io.TextIOWrapper):  # None if it was closed before the start
         sys.stdout.reconfigure(errors="backslashreplace")
     if isinstance(sys.stderr, io.TextIOWrapper):

@@ -14,7 +14,7 @@ from PIL import Image
 from tests.support.fuzz.damage import as_json, damaged_bytes, damaged_json, values
 from tests.support.fuzz.tiny import tiny_model
 from tests.support.fuzz.verdict import demand, strict
-from vlqc.frontend.calibration.formats import LINE_KEYS
+from vlqc.frontend.calibration.formats import FORMATS, LINE_KEYS, LINES
 from vlqc.frontend.calibration.images import ImageError, read_image
 from vlqc.frontend.calibration.samples import check_samples
 from vlqc.frontend.calibration.sources import list_samples
@@ -22,6 +22,19 @@ from vlqc.frontend.calibration.sources import list_samples
 # ---- calibration data ------------------------------------------------------------------------------------------------
 
 LINE = {"image": ["a.png", "b/c.png"], "prompt": "What is this?", "response": "A cat."}
+OTHER_LINES: tuple[dict[str, Any], ...] = (
+    {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": [{"type": "image", "image": "file:///a%20b.png", "max_pixels": 50176}, "x"]},
+            {"role": "assistant", "content": "<image>A cat."},
+        ],
+        "images": ["data:image/png;base64,AAAA"],
+    },
+    {"conversations": [{"from": "human", "value": "<image>\nHi"}, {"from": "gpt", "value": "Ho"}], "image": "a.png"},
+    {"query": "Hi", "response": "Ho", "history": [["a", "b"]], "system": "Be brief.", "images": ["a.png"]},
+    {"instruction": "Hi", "input": "you", "output": "Ho"},
+)
 
 
 def line_cases() -> st.SearchStrategy[bytes]:
@@ -29,21 +42,25 @@ def line_cases() -> st.SearchStrategy[bytes]:
         damaged_json(LINE, names=(*LINE_KEYS, "video", "images", "")).map(as_json),
         st.tuples(st.sampled_from((*LINE_KEYS, "x")), values()).map(lambda it: as_json({**LINE, it[0]: it[1]})),
         damaged_bytes(as_json(LINE)),
+        *(damaged_json(line).map(as_json) for line in OTHER_LINES),
         values().map(as_json),
     )
     return st.lists(one, min_size=1, max_size=3).map(b"\n".join)
 
 
 def check_lines(case: bytes, folder: Path) -> bool:
-    """Accepted lines are strict JSON with known keys of the right types and valid UTF-8 names."""
+    """Accepted lines are strict JSON with valid UTF-8 texts and names, in the own format with known keys only."""
     source = folder / "lines.jsonl"
     source.write_bytes(case)
     requests = list_samples(source).conversations
     lines = [line for line in case.decode("utf-8-sig").split("\n") if line.strip()]
+    if lines[0].lstrip().startswith("["):  # the file may be one list
+        return True
     demand(len(lines) == len(requests), "lines were lost")
     for line, request in zip(lines, requests, strict=True):
         given = strict(line.encode())
-        demand(set(given) <= set(LINE_KEYS), f"unknown key in {given}")
+        if isinstance(given, dict) and not any(form.matches(given) for form in FORMATS if form is not LINES):
+            demand(set(given) <= set(LINES.keys), f"unknown key in {given}")
         for text in (*(turn.text for turn in request.turns), *(image.name for image in request.images)):
             text.encode()
         for image in request.images[:1]:

@@ -140,6 +140,14 @@ def inspect_command(folder: Path, output: CommandOutput) -> None:
 )
 @option("--model_path", type=PATH, default=None, metavar="FLOAT", help="The float checkpoint.", panel=COMPARISON)
 @option(
+    "--lora",
+    type=PATH,
+    multiple=True,
+    metavar="FOLDER",
+    help="Adapter that was merged. May be repeated, in the order of the compilation.",
+    panel=COMPARISON,
+)
+@option(
     "--calib_images", type=PATH, default=None, metavar="IMAGES", help="Images to compare logits on.", panel=COMPARISON
 )
 @option(

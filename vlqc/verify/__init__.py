@@ -13,6 +13,7 @@ from vlqc.targets.target import Target, parse_target
 from vlqc.verify.findings import VerificationResult
 from vlqc.verify.float_match.check import check_against_source
 from vlqc.verify.float_match.compare import is_of_family
+from vlqc.verify.folder.adapters import check_adapters
 from vlqc.verify.folder.contents import check_side_files
 from vlqc.verify.folder.manifest import check_manifest
 from vlqc.verify.numbers.arithmetic import check_arithmetic
@@ -31,6 +32,7 @@ def verify_folder(
     *,
     engine: str | Target | None = None,
     model_path: str | Path | None = None,
+    lora: str | Path | Sequence[str | Path] = (),
     calib_images: str | Path | None = None,
     samples: "Sequence[dict[str, Tensor]] | None" = None,
     min_sqnr: float | None = None,
@@ -43,7 +45,8 @@ def verify_folder(
 
     engine: "vllm-ascend", "mindie@2.2" or "both"; a target that cannot load the folder is a fault. None: the target
     that the folder is written for; if no version of any engine loads the folder, that is a warning.
-    model_path: the float checkpoint; every tensor is compared with it.
+    model_path: the float checkpoint; every tensor is compared with it. lora: folders of adapters to merge into it
+    first, in order.
     calib_images or samples (model inputs), with model_path: outputs of stages and logits are compared as well.
     min_sqnr: least SQNR of the logits against the float model, in dB; below it the result has a fault.
     trust_remote_code: run model code from the folder and the float checkpoint.
@@ -55,6 +58,7 @@ def verify_folder(
     """
     folder = Path(folder)
     model_path = None if model_path is None else Path(model_path)
+    adapters = [Path(lora)] if isinstance(lora, str | Path) else [Path(each) for each in lora]
     calib_images = None if calib_images is None else Path(calib_images)
     target = parse_target(engine, "--engine") if isinstance(engine, str) else engine
     has_inputs = calib_images is not None or samples is not None
@@ -62,6 +66,9 @@ def verify_folder(
     result = VerificationResult(str(folder))
     if model_path is not None and model_path.is_dir() and (faults := link_faults(model_path)):
         raise UserError(*faults)
+    if adapters and model_path is None:
+        why = "adapters are merged into the float checkpoint"
+        raise UserError(Fault("--lora needs --model_path", "--lora", why, "add --model_path"))
     compiled = check_structure(folder, target, result, trust_remote_code=trust_remote_code)
     check_side_files(compiled.files, result)  # not in verify_unfinished: these files are copies of the user's
     check_manifest(folder, result)
@@ -70,7 +77,8 @@ def verify_folder(
         return result
     rotations = compiled.rotations
     if model_path is not None:
-        rotations = check_against_source(compiled, model_path, result)
+        check_adapters(folder, adapters, result)
+        rotations = check_against_source(compiled, model_path, result, adapters)
     if model_path is not None and has_inputs:
         if not _can_run(compiled, result):
             why = "tensors are missing or have a wrong shape, see the faults"
@@ -82,14 +90,16 @@ def verify_folder(
             from vlqc.frontend.calibration.dataset import load_samples
 
             samples = load_samples(model_path, calib_images, trust_remote_code=trust_remote_code).samples
-        check_accuracy(compiled, model_path, calib_images, samples, min_sqnr, result, rotations, trust_remote_code)
+        check_accuracy(
+            compiled, model_path, calib_images, samples, min_sqnr, result, rotations, trust_remote_code, adapters
+        )
         if locate and samples is not None and result.examined.get(STAGES):
             from vlqc.verify.attribution.ablation import TOKENS, attribute_error
             from vlqc.verify.attribution.ranking import add_ranking
 
             tokens = locate_tokens or TOKENS
             attribution = attribute_error(
-                compiled, model_path, samples, tokens, result, rotations, progress, trust_remote_code
+                compiled, model_path, samples, tokens, result, rotations, progress, trust_remote_code, adapters
             )
             if attribution is not None:
                 add_ranking(attribution, compiled, result)

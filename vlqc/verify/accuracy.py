@@ -73,15 +73,17 @@ def check_accuracy(
     result: VerificationResult,
     rotations: Seeds,
     trust_remote_code: bool = False,
+    lora: Sequence[Path] = (),
 ) -> None:
     """Adds the SQNR of stages and logits to the result, and faults for NaN, Inf and broken stages.
 
     samples: as for `vlqc.compile`; None: calib_images is read. rotations: that the folder has; the float model is
-    rotated likewise, and runs once more as it is, for its logits. Raises UserError for unusable samples.
+    rotated likewise, and runs once more as it is, for its logits. lora: folders of adapters to merge into it. Raises
+    UserError for unusable samples.
     """
     if compiled.model is None:
         raise ValueError("the folder must describe a model")
-    checkpoint = Checkpoint(model_path)
+    checkpoint = Checkpoint(model_path, lora)
     model = StreamedModel.open(checkpoint, trust_remote_code=trust_remote_code)
     rotate_float_model(model, compiled.model, rotations)
     if samples is None:

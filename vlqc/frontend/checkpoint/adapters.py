@@ -9,16 +9,17 @@ import contextlib
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vlqc.errors import Fault, UserError
+from vlqc.families.family import ModelFamily
 from vlqc.files import read_json_object, sha256_of
 from vlqc.formatting import pluralize
 from vlqc.frontend.checkpoint.header import TensorEntry, read_header
-from vlqc.frontend.checkpoint.names import without_wrappers
+from vlqc.frontend.checkpoint.names import find_prefix, without_wrappers
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 UNSAFE_WEIGHTS = "adapter_model.bin"
@@ -297,19 +298,38 @@ def _layer_updates(path: str, parts: Mapping[str, AdapterTensor], config: Mappin
 # ---- an adapter and a checkpoint -------------------------------------------------------------------------------------
 
 
-def updates_of(
-    adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], checkpoint_name: Callable[[str], str | None]
-) -> tuple[dict[str, Update], list[Fault]]:
-    """The updates of an adapter by checkpoint name, and faults.
+@dataclass(frozen=True)
+class MatchedAdapter:
+    """An adapter whose names are those of a checkpoint.
 
-    shapes: of the tensors of the checkpoint; checkpoint_name: name in the adapter -> that in the checkpoint, None if it
-    has no such tensor.
+    updates: by checkpoint name, without that of an output head that shares the embedding's weight: head.
     """
+
+    adapter: Adapter
+    updates: dict[str, Update]
+    head: Update | None
+
+
+def match_adapter(
+    adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], family: ModelFamily | None, *, tied: bool
+) -> tuple[MatchedAdapter, list[Fault]]:
+    """Finds the tensors of a checkpoint that an adapter changes, and faults.
+
+    shapes: of the tensors of the checkpoint; tied: whether its output head shares the embedding's weight. Names in the
+    adapter are those of the modules of any transformers version, with or without prefixes of training wrappers.
+    """
+    prefix, faults = find_prefix(adapter.updates, family, str(adapter.folder))
+    table = f"{family.output_head}.weight" if family and tied else None
     updates: dict[str, Update] = {}
     missing: list[str] = []
-    faults: list[Fault] = []
+    head = None
     for name, update in adapter.updates.items():
-        found = checkpoint_name(name)
+        plain = name.removeprefix(prefix)
+        plain = family.checkpoint_name(plain) if family else plain
+        if plain == table:
+            head = update
+            continue
+        found = plain if plain in shapes else None
         if found is None and update.bias is not None and update.value is None:
             layer = name.rpartition(".")[0]
             faults.append(adapter.fault(f"lora_bias of {layer} cannot be merged", "the layer has no bias"))
@@ -321,12 +341,12 @@ def updates_of(
             faults.append(adapter.fault(f"the adapter does not fit {found}", why, _fix_of_misfit(update)))
         else:
             updates[found] = update
-    if missing:
+    if missing and not faults:
         shown = ", ".join(missing[:SHOWN]) + (f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else "")
         why = f"{pluralize(len(missing), 'tensor')} of {len(adapter.updates)} that the adapter changes: {shown}"
         fix = "pass the adapter of this model, or the model of this adapter"
         faults.append(adapter.fault("the checkpoint has no layers of the names in the adapter", why, fix))
-    return updates, faults
+    return MatchedAdapter(adapter, updates, head), faults
 
 
 def _misfit(update: Update, shape: tuple[int, ...]) -> str:
@@ -353,15 +373,13 @@ def _fix_of_misfit(update: Update) -> str:
     return "pass the adapter of this model, or the model of this adapter"
 
 
-def shared_weight_faults(
-    adapter: Adapter, updates: Mapping[str, Update], head: Update | None, embedding: str, table: str
-) -> list[Fault]:
+def shared_weight_faults(matched: MatchedAdapter, embedding: str, table: str) -> list[Fault]:
     """For a model whose output head shares the embedding's weight: faults of an adapter that changes one of them.
 
-    updates: of the adapter, by checkpoint name; head: that of the output head's weight; embedding: name of the weight;
-    table: name of the head.
+    embedding, table: names of the two weights.
     """
-    both = [update for update in (updates.get(embedding), head) if update is not None]
+    adapter, head = matched.adapter, matched.head
+    both = [update for update in (matched.updates.get(embedding), head) if update is not None]
     if not both:
         return []
     names = f"{embedding} and {table} are one weight (tie_word_embeddings)"
@@ -371,10 +389,9 @@ def shared_weight_faults(
         return [adapter.fault(what, names, fix)]
     if len(both) == 2 and not _same_values(both[0].value, both[1].value):
         return [adapter.fault("the adapter has different weights for the embedding and the output head", names, fix)]
-    trained = [name for name in adapter.modules_to_save if f"{embedding}.".endswith(f"{name}.weight.") or name == table]
-    if len(both) == 1 and trained and not adapter.ties:
-        what = f"the adapter replaces {trained[0]} alone"
-        return [adapter.fault(what, names, fix)]
+    trained = any(f".{embedding}".endswith(f".{name}.weight") for name in adapter.modules_to_save)
+    if len(both) == 1 and (head is not None or (trained and not adapter.ties)):
+        return [adapter.fault("the adapter replaces only one use of a weight that is used twice", names, fix)]
     return []
 
 

@@ -22,20 +22,20 @@ from vlqc.formatting import pluralize
 from vlqc.frontend.checkpoint.adapters import CONFIG as ADAPTER_CONFIG
 from vlqc.frontend.checkpoint.adapters import (
     FLAG,
-    Adapter,
     AdapterId,
+    MatchedAdapter,
     Update,
     is_adapter,
+    match_adapter,
     read_adapters,
     shared_weight_faults,
-    updates_of,
 )
 from vlqc.frontend.checkpoint.config_schema import REPAIR, config_faults, engine_form, object_faults
 from vlqc.frontend.checkpoint.files import file_stamp, link_faults, read_config, tensor_ranges, weight_files
 from vlqc.frontend.checkpoint.float8 import Entry, block_scales, find_scales, left_out
 from vlqc.frontend.checkpoint.mapping import DTYPES, map_tensor
 from vlqc.frontend.checkpoint.merging import dequantize, merge_
-from vlqc.frontend.checkpoint.names import find_prefix, plain_names
+from vlqc.frontend.checkpoint.names import plain_names
 from vlqc.frontend.checkpoint.prefetch import ByteRange, Prefetcher
 from vlqc.frontend.checkpoint.quantization import CONFIG_KEYS, describe_quantization, quantized_tensors
 
@@ -94,7 +94,7 @@ class Checkpoint:
         folder: of the checkpoint.
         lora: folders of adapters, merged in this order.
 
-    notes: what the user should know of how it is read. adapters: those that are merged.
+    notes: what the user should know of how it is read.
 
     Raises:
         UserError: with all faults at once, if the folder is not a checkpoint: no such folder, no config.json, no
@@ -115,8 +115,7 @@ class Checkpoint:
         self._files = weight_files(folder)
         self._stored: dict[str, _StoredTensor] = {}
         self.notes: list[str] = []
-        self.adapters: list[AdapterId] = []
-        self._head_updates: list[tuple[Adapter, dict[str, Update], Update | None]] = []
+        self._adapters: list[MatchedAdapter] = []
         in_files: list[_StoredTensor] = []
         for file in self._files:
             try:
@@ -206,15 +205,15 @@ class Checkpoint:
         """UserError with the faults of all adapters."""
         faults = []
         shapes = {name: stored.shape for name, stored in self._stored.items()}
+        tied = self._family is not None and self._family.is_tied(self.config)
         for adapter in read_adapters(folders):
-            updates, head, of_adapter = self._updates_of(adapter, shapes)
+            matched, of_adapter = match_adapter(adapter, shapes, self._family, tied=tied)
             faults += of_adapter
-            for name, update in updates.items():
+            for name, update in matched.updates.items():
                 stored = self._stored[name]
                 self._stored[name] = replace(stored, updates=(*stored.updates, update))
-            self.adapters.append(adapter.id)
-            self._head_updates.append((adapter, updates, head))
-            self.notes.append(f"adapter {adapter.id.name} is merged into {pluralize(len(updates), 'tensor')}")
+            self._adapters.append(matched)
+            self.notes.append(f"adapter {adapter.id.name} is merged into {pluralize(len(matched.updates), 'tensor')}")
         if faults:
             raise UserError(*faults)
         if is_adapter(self.folder) and self.folder.resolve() not in [folder.resolve() for folder in folders]:
@@ -223,32 +222,17 @@ class Checkpoint:
                 "merge it"
             )
 
-    def _updates_of(
-        self, adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]
-    ) -> tuple[dict[str, Update], Update | None, list[Fault]]:
-        """Updates by name, that of an output head that shares the embedding's weight, and faults."""
-        prefix, faults = find_prefix(adapter.updates, self._family, str(adapter.folder))
-        names = {name: name.removeprefix(prefix) for name in adapter.updates}
-        if self._family:
-            names = {name: self._family.checkpoint_name(plain) for name, plain in names.items()}
-        head = None
-        if self._family and self._family.is_tied(self.config):
-            table = f"{self._family.output_head}.weight"
-            head = next((adapter.updates[name] for name, plain in names.items() if plain == table), None)
-            others = {name: update for name, update in adapter.updates.items() if names[name] != table}
-            adapter = replace(adapter, updates=others)
-        updates, misfits = updates_of(adapter, shapes, lambda name: plain if (plain := names[name]) in shapes else None)
-        return updates, head, faults or misfits
+    @property
+    def adapters(self) -> list[AdapterId]:
+        """The adapters that are merged, in order."""
+        return [matched.adapter.id for matched in self._adapters]
 
     def check_shared_weight(self, embedding: str, head: str) -> None:
         """For a model whose output head shares the embedding's weight: UserError for adapters that change one use.
 
         embedding, head: names of the weights.
         """
-        faults = []
-        for adapter, updates, head_update in self._head_updates:
-            faults += shared_weight_faults(adapter, updates, head_update, embedding, head)
-        if faults:
+        if faults := [fault for each in self._adapters for fault in shared_weight_faults(each, embedding, head)]:
             raise UserError(*faults)
 
     def _split_tensors(self) -> list[Fault]:

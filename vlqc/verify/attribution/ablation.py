@@ -120,17 +120,18 @@ def attribute_error(
     rotations: Seeds,
     progress: Callable[[str], None] | None = None,
     trust_remote_code: bool = False,
+    lora: Sequence[Path] = (),
 ) -> Attribution | None:
     """Compiled folder and float checkpoint -> the effect of every group; None if nothing is quantized.
 
     samples: as for `vlqc.compile`; tokens: see `choose_samples`; rotations: that the folder has; the float model is
-    rotated likewise; progress: receives the planned work and, every few seconds, the progress. Raises UserError for
-    unusable samples.
+    rotated likewise; progress: receives the planned work and, every few seconds, the progress; lora: folders of
+    adapters to merge into the float checkpoint. Raises UserError for unusable samples.
     """
     structure = compiled.model
     if structure is None:
         raise ValueError("the folder must describe a model")
-    checkpoint = Checkpoint(model_path)
+    checkpoint = Checkpoint(model_path, lora)
     model = StreamedModel.open(checkpoint, trust_remote_code=trust_remote_code)
     rotate_float_model(model, structure, rotations)
     samples = check_samples(samples, model)

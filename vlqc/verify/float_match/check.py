@@ -6,7 +6,7 @@ difference to what the folder states is one fault. So a wrong statement is not a
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -34,15 +34,19 @@ UNKNOWN_SHARE, FEWEST_MATRICES = 0.9, 4
 OUTSIDE = ""  # stands for the layers outside all stages
 
 
-def check_against_source(folder: CompiledFolder, model_path: Path, result: VerificationResult) -> Seeds:
+def check_against_source(
+    folder: CompiledFolder, model_path: Path, result: VerificationResult, lora: Sequence[Path] = ()
+) -> Seeds:
     """Adds faults for every tensor that does not follow from the float checkpoint. UserError if that is unreadable.
+
+    lora: folders of adapters that are merged into the checkpoint first.
 
     Returns the rotations that the folder's tensors have; those that it states where stages differ or none fits.
     """
     if folder.model is None or not folder.sizes_are_stored:
         return folder.rotations
     with np.errstate(all="ignore"):  # damaged values are faults in the result, not NumPy warnings
-        check = _SourceCheck(folder, folder.model, open_source(model_path, folder.model), result)
+        check = _SourceCheck(folder, folder.model, open_source(model_path, folder.model, lora), result)
         try:
             return check.run()
         finally:

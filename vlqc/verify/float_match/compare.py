@@ -7,7 +7,7 @@ tensor's dtype. Rotations are those that the folder states (`check.py` finds out
 has).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +15,17 @@ from torch import Tensor
 
 from vlqc.errors import Fault, UserError
 from vlqc.families.registry import find_family
+from vlqc.frontend.checkpoint.adapters import WEIGHTS as ADAPTER
 from vlqc.frontend.model_structure import ModelStructure
 from vlqc.verify.findings import COPY_AGAIN, VerificationResult, format_list
+from vlqc.verify.float_match.read_source import read_source
 from vlqc.verify.float_match.rotated_source import float32_margin, is_rotated, nearest
 from vlqc.verify.float_match.scale_fit import NOISE, SIGMAS, ULP, Scales, WeightPair, fit_columns, fit_rows, misfits
 from vlqc.verify.folder.reader import (
     FLOATS,
     Array,
-    StoredMatrix,
     StoredTensor,
     read_json_object,
-    read_tensors,
     round_to,
 )
 from vlqc.verify.numbers.arithmetic import input_shift, per_column
@@ -56,33 +56,24 @@ def is_of_family(folder: CompiledFolder, model_path: Path, result: VerificationR
     return False
 
 
-def open_source(model_path: Path, model: ModelStructure) -> dict[str, StoredTensor]:
+def open_source(model_path: Path, model: ModelStructure, lora: Sequence[Path] = ()) -> dict[str, StoredTensor]:
     """Float checkpoint -> its tensors by checkpoint name. UserError with every file that cannot be read.
 
-    model: of the folder. If only the checkpoint's output head shares the embedding's weight, that is the head's weight.
+    model: of the folder; lora: folders of adapters to merge, in order. If only the checkpoint's output head shares the
+    embedding's weight, that is the head's weight.
     """
-    family = model.family
     index, _ = read_json_object(model_path / INDEX)
     weight_map = index.get("weight_map") if index else None
     if isinstance(weight_map, dict):
         files = [model_path / Path(name).name for name in sorted(set(map(str, weight_map.values())))]
     else:
-        files = sorted(model_path.glob("*.safetensors"))
-    tensors: dict[str, StoredTensor] = {}
-    faults = [] if files else [Fault("the float checkpoint has no *.safetensors", str(model_path))]
-    for file in files:
-        stored, _, errors = read_tensors(file)
-        faults += [Fault(error, str(file), "the file is damaged", "download the file again") for error in errors]
-        tensors |= {family.checkpoint_name(name): tensor for name, tensor in stored.items()}
-    if faults:
-        raise UserError(*faults)
+        files = [path for path in sorted(model_path.glob("*.safetensors")) if path.name != ADAPTER]
+    if not files:
+        raise UserError(Fault("the float checkpoint has no *.safetensors", str(model_path)))
     config, _ = read_json_object(model_path / "config.json")
-    split = family.matrices({name: tensor.shape for name, tensor in tensors.items()}, config or {})
-    for name, places in split.items():
-        whole = tensors.pop(name)
-        tensors |= {matrix: StoredMatrix.at(matrix, whole, place) for matrix, place in places.items()}
+    tensors = read_source(files, model_path, config or {}, model, lora)
     tied_head, table = f"{model.output_head}.weight", tensors.get(f"{model.embedding}.weight")
-    if not model.tied and table is not None and family.is_tied(config or {}):
+    if not model.tied and table is not None and model.family.is_tied(config or {}):
         tensors[tied_head] = table  # the folder's head has a weight of its own
     return tensors
 

@@ -16,6 +16,18 @@ from vlqc.formatting import escape_control_chars, excerpt
 
 LARGEST_FILE = 64 * 2**20  # bytes; the index of the largest published checkpoint has less than 1 MiB
 REPAIR = "copy the file from its origin again"
+FOLLOW_LINKS = "--follow_links"
+
+_trusted_folders: set[Path] = set()
+
+
+def trust_links(folder: Path) -> None:
+    """Allows the links in a checkpoint folder to lead anywhere, in this process: the user has said so."""
+    _trusted_folders.add(folder.resolve())
+
+
+def are_links_trusted(folder: Path) -> bool:
+    return folder.resolve() in _trusted_folders
 
 
 def parse_json(text: str) -> Any:
@@ -23,6 +35,8 @@ def parse_json(text: str) -> Any:
     try:
         value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_reject_constant)
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # fails for infinity and lone surrogates
+    except json.JSONDecodeError as error:
+        raise ValueError(_syntax_error(error)) from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except OverflowError:
@@ -30,6 +44,30 @@ def parse_json(text: str) -> Any:
     except UnicodeEncodeError as error:
         raise ValueError(f"it holds the lone surrogate {error.object[error.start]!a}") from None
     return value
+
+
+def _syntax_error(error: json.JSONDecodeError) -> str:
+    """What the text is, or has, that is no JSON."""
+    text, rest = error.doc, error.doc[error.pos :].lstrip()
+    line = f"line {error.doc.count(chr(10), 0, len(error.doc) - len(rest)) + 1}"
+    if not text.strip():
+        return "it is empty"
+    if text.startswith("\ufeff"):
+        return "it begins with a byte order mark: save it as UTF-8 without one"
+    if text.lstrip().startswith("<"):
+        return "it is a web page, not JSON"
+    if rest.startswith(("//", "/*", "#")):
+        return f"{line} holds a comment, which JSON does not have"
+    if rest.startswith(("}", "]")) and text[: error.pos].rstrip().endswith(","):
+        return f"{line} holds {rest[0]} behind a comma"
+    return str(error)
+
+
+def _decode(content: bytes) -> str:
+    """UTF-8 -> text. ValueError with the reason if it is anything else."""
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError("it is UTF-16: save it as UTF-8 without a byte order mark")
+    return content.decode()
 
 
 def read_regular_file(path: Path) -> bytes:
@@ -46,7 +84,7 @@ def read_json_object(path: Path, *, missing: Callable[[], UserError] | None = No
     """The object in a JSON file. UserError for any other content; missing: returns the error for a missing file."""
     what = f"{path.name} cannot be read"
     try:
-        value = parse_json(read_regular_file(path).decode())
+        value = parse_json(_decode(read_regular_file(path)))
     except FileNotFoundError as error:
         raise (missing() if missing else UserError(Fault(what, str(path), str(error), REPAIR))) from None
     except (OSError, ValueError) as error:

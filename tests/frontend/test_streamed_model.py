@@ -169,6 +169,20 @@ def test_a_checkpoint_that_does_not_fit_its_config(tmp_path: Path) -> None:
 
 
 @pytest.mark.every_transformers
+def test_added_tokens_are_one_fault(tmp_path: Path) -> None:
+    """Catches added tokens that are reported as two wrong shapes, without the key to change."""
+
+    def add(tensors: dict[str, Tensor]) -> None:
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[name] = torch.cat([tensors[name], tensors[name][:8]])
+
+    with pytest.raises(UserError) as caught:
+        tiny.float_model(tiny.damaged(tmp_path, tensors=add))
+    (fault,) = caught.value.faults
+    assert "vocab_size" in fault.fix and "72" in fault.fix
+
+
+@pytest.mark.every_transformers
 @pytest.mark.parametrize("architectures", [["Nonsense"], ["AutoConfig"], "Qwen2VLModel", {"0": 1}])
 def test_an_unknown_architecture(tmp_path: Path, architectures: list[str] | None) -> None:
     """Catches a traceback for a class that transformers does not have, or that is not a model."""

@@ -20,6 +20,7 @@ from vlqc.cli.parameters import (
     compile_options,
     complete_pass,
     family_option,
+    links_option,
     option,
     output_options,
 )
@@ -116,6 +117,7 @@ def _compile(options: dict[str, Any], output: CommandOutput) -> None:
 
 @app.command("inspect")
 @argument("folder", type=PATH, metavar="FOLDER", description="Folder of a float or compiled checkpoint.")
+@links_option("folder")
 @family_option
 @output_options
 def inspect_command(folder: Path, output: CommandOutput) -> None:
@@ -179,6 +181,7 @@ def inspect_command(folder: Path, output: CommandOutput) -> None:
     help="Number of tokens for --locate, in whole samples, shortest first. Default: 256.",
     panel=COMPARISON,
 )
+@links_option("model_path")
 @family_option
 @output_options
 def verify_command(

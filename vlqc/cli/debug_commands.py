@@ -14,6 +14,7 @@ from vlqc.cli.parameters import (
     complete_list,
     complete_pass,
     family_option,
+    links_option,
     option,
     output_options,
 )
@@ -79,6 +80,7 @@ def compile_until(stop_after: str, output: CommandOutput, options: dict[str, Any
     help="Allow model code from the checkpoint folder to run.",
 )
 @option("--overwrite", is_flag=True, help="Replace older dumps of the same stages in --output.")
+@links_option("model")
 @family_option
 @output_options
 def dump_command(

@@ -11,6 +11,7 @@ from click.core import ParameterSource
 
 from vlqc.cli.output import CommandOutput, check_output_file, run_and_exit
 from vlqc.families.registry import check_model_type, load_family, register_family
+from vlqc.files import trust_links
 from vlqc.options.fields import PANELS, OptionInfo, option_info
 from vlqc.options.options import Options
 from vlqc.pipeline.registry import REGISTRY, plugin_passes
@@ -146,6 +147,23 @@ def family_option(command: Callable[..., int | None]) -> Callable[..., int | Non
 
     info = option_info("family")
     return option(info.flag, default=None, metavar=info.metavar, help=info.help)(with_family)
+
+
+def links_option(folder: str) -> Callable[[Callable[..., int | None]], Callable[..., int | None]]:
+    """Adds --follow_links, which allows the links in a folder. folder: name of the parameter with its path."""
+
+    def decorate(command: Callable[..., int | None]) -> Callable[..., int | None]:
+        @functools.wraps(command)
+        def with_links(*, follow_links: bool, **values: Any) -> int | None:
+            if follow_links and values[folder] is not None:
+                trust_links(values[folder])
+            return command(**values)
+
+        info = option_info("follow_links")
+        help_text = "Read the files to which links in the float checkpoint's folder lead, anywhere on this machine."
+        return option(info.flag, is_flag=True, help=help_text)(with_links)
+
+    return decorate
 
 
 def compile_options(command: Callable[..., int | None]) -> Callable[..., int | None]:

@@ -96,7 +96,8 @@ class ModelFamily(ABC):
 
     parts: by prefix of names, the first that matches decides; subparts: titles by prefix, likewise, in the order of
     `vlqc inspect`; block_lists: prefixes of the lists of blocks, each followed by the number of a block; output_head:
-    the output projection, which all engines run in float.
+    the output projection, which all engines run in float; vocabulary_key: of config.json, for the number of rows of the
+    embedding and of the output head.
 
     config_objects: keys of config.json, in the form of `engine_config`, whose values are objects -> whether the key is
     required.
@@ -121,6 +122,7 @@ class ModelFamily(ABC):
     subparts: ClassVar[tuple[tuple[str, str], ...]]
     block_lists: ClassVar[tuple[str, ...]]
     output_head: ClassVar[str] = "lm_head"
+    vocabulary_key: ClassVar[str] = "vocab_size"
 
     config_objects: ClassVar[Mapping[str, bool]] = {}
 

@@ -198,7 +198,8 @@ class StreamedModel:
             why = "it has no ModuleList of blocks with linear layers"
             fix = "vlqc compiles models whose blocks are modules of an nn.ModuleList"
             raise UserError(Fault("unsupported architecture", str(checkpoint.folder), why, fix))
-        checkpoint.check_tensors((name, tuple(parameter.shape)) for name, parameter in self.parameters(module).items())
+        shapes = ((name, tuple(parameter.shape)) for name, parameter in self.parameters(module).items())
+        checkpoint.check_tensors(shapes, [f"{name}.weight" for name in (self.name(self.embedding), *self.heads)])
         if self.tied and self._head is not None:
             checkpoint.check_shared_weight(f"{self.name(self.embedding)}.weight", f"{self.name(self._head)}.weight")
 

@@ -286,6 +286,13 @@ class OptionFields(BaseModel):
         metavar="FOLDER",
         legal="folders",
     )
+    follow_links: bool = _option(
+        False,
+        DATA,
+        "Read the files to which links in the model folder lead, anywhere on this machine. The result holds copies of "
+        "them.",
+        is_flag=True,
+    )
     max_samples: Annotated[PositiveCount | None, NoneWord] = _option(
         None, DATA, "Maximum number of calibration samples, selected at random with --seed. Default: all."
     )

@@ -9,6 +9,7 @@ from pydantic_core import ErrorDetails
 
 from vlqc.errors import Fault, UserError
 from vlqc.families.registry import check_model_type, load_family, register_family
+from vlqc.files import trust_links
 from vlqc.formatting import did_you_mean
 from vlqc.options.constraints import combination_faults
 from vlqc.options.fields import InvalidValue, OptionFields, flag_of, option_info
@@ -87,6 +88,8 @@ class Options(OptionFields):
             required = {name: "." for name in illegal if cls.model_fields[name].is_required()}
             options = cls.model_validate(legal | required).model_copy(update=dict.fromkeys(required))
         faults += _family_faults(options)  # registers it, for checks that depend on the model
+        if options.follow_links and options.model_path is not None:
+            trust_links(options.model_path)
         return options, faults + combination_faults(options, illegal)
 
 

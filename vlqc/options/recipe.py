@@ -116,11 +116,14 @@ def _value_of(node: Any) -> Any:
 
 
 def _code_faults(name: str, value: Any, where: str) -> list[Fault]:
-    """Faults of the options that run code, which are allowed on the command line only."""
+    """Faults of the options that run code or follow links, which are allowed on the command line only."""
     if name == "trust_remote_code" and _is_true(value):
         why = "a recipe is shared between users, and this option runs code from the checkpoint folder"
         fix = "add --trust_remote_code True to the command line"
         return [Fault("a recipe cannot set trust_remote_code", where, why, fix)]
+    if name == "follow_links" and _is_true(value):
+        why = "a recipe is shared between users, and this option copies files to which links in the model folder lead"
+        return [Fault("a recipe cannot set follow_links", where, why, "add --follow_links to the command line")]
     if name in ("pipeline", "family") and ":" in str(value):
         why = "a recipe is shared between users, and module:Class imports that module"
         return [Fault("a recipe cannot name code", where, why, f"add --{name} to the command line")]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlqc.errors import Fault, InternalError, UserError
+from vlqc.files import trust_links
 from vlqc.frontend.checkpoint.files import link_faults
 from vlqc.targets.target import Target, parse_target
 from vlqc.verify.findings import VerificationResult
@@ -37,6 +38,7 @@ def verify_folder(
     samples: "Sequence[dict[str, Tensor]] | None" = None,
     min_sqnr: float | None = None,
     trust_remote_code: bool = False,
+    follow_links: bool = False,
     locate: bool = False,
     locate_tokens: int | None = None,
     progress: Callable[[str], None] | None = None,
@@ -49,7 +51,8 @@ def verify_folder(
     first, in order.
     calib_images or samples (model inputs), with model_path: outputs of stages and logits are compared as well.
     min_sqnr: least SQNR of the logits against the float model, in dB; below it the result has a fault.
-    trust_remote_code: run model code from the folder and the float checkpoint.
+    trust_remote_code: run model code from the folder and the float checkpoint. follow_links: links in the folder of the
+    float checkpoint may lead anywhere.
     locate: also rank the layers by their share of the logits' error and give advice. locate_tokens: number of tokens to
     measure on (256 if None), see `choose_samples`. progress: receives text about the progress of `locate`.
 
@@ -59,6 +62,8 @@ def verify_folder(
     folder = Path(folder)
     model_path = None if model_path is None else Path(model_path)
     adapters = [Path(lora)] if isinstance(lora, str | Path) else [Path(each) for each in lora]
+    if follow_links and model_path is not None:
+        trust_links(model_path)
     calib_images = None if calib_images is None else Path(calib_images)
     target = parse_target(engine, "--engine") if isinstance(engine, str) else engine
     has_inputs = calib_images is not None or samples is not None

@@ -31,7 +31,8 @@ PACKAGES = ("torch", "transformers", "safetensors", "numpy")
 # Options that do not change the emitted bytes.
 IGNORED_OPTIONS = {
     "model_path", "save_directory", "calib_images", "overwrite", "resume", "start_over", "memory_budget", "dump_ir",
-    "lora", "strict_target", "pipeline", "family", "timings", "dump_stages", "dump_formats", "print_after",
+    "lora", "strict_target", "pipeline", "family", "follow_links", "timings", "dump_stages", "dump_formats",
+    "print_after",
 }  # fmt: skip
 SITE_PACKAGES = {"site-packages", "dist-packages"}  # folders of installed packages
 MISSING = "missing"

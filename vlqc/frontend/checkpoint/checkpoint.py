@@ -6,7 +6,7 @@ is that of `ModelFamily.checkpoint_name`.
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from vlqc.frontend.checkpoint.merging import dequantize, merge_
 from vlqc.frontend.checkpoint.names import plain_names
 from vlqc.frontend.checkpoint.prefetch import ByteRange, Prefetcher
 from vlqc.frontend.checkpoint.quantization import CONFIG_KEYS, describe_quantization, quantized_tensors
+from vlqc.frontend.checkpoint.situations import empty_faults, pointer_faults
 
 MAX_FAULTS = 100  # tensors that a message names
 FLOAT_FIX = "pass the float checkpoint that it was made from"
@@ -104,7 +105,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path, lora: Sequence[Path] = ()) -> None:
         self.folder = folder
-        if faults := link_faults(folder) if folder.is_dir() else []:
+        if faults := link_faults(folder) or pointer_faults(folder) if folder.is_dir() else []:
             raise UserError(*faults)
         self.source_config = read_config(folder)
         self._family = find_family(self.source_config)
@@ -123,7 +124,8 @@ class Checkpoint:
             except (SafetensorError, OSError, ValueError) as error:
                 fix = "copy the file again"
                 faults.append(Fault("weight file cannot be read", str(folder / file), str(error), fix))
-        faults = faults or self._add(in_files)
+        empty = [tensor.name for tensor in in_files if tensor.stored_shape == (0,)]
+        faults = faults or empty_faults(folder, empty, len(in_files)) or self._add(in_files)
         faults = faults or self._split_tensors()
         if not faults and not self._stored:
             faults.append(Fault("the weight files hold no tensors", str(folder)))
@@ -394,12 +396,19 @@ class Checkpoint:
         self._check_finite(name, rows)
         return rows[inverse]
 
-    def check_tensors(self, expected: Iterable[tuple[str, tuple[int, ...]]]) -> None:
-        """UserError with every tensor that is missing or has another shape. expected: names and shapes."""
+    def check_tensors(self, expected: Iterable[tuple[str, tuple[int, ...]]], vocabulary: Collection[str] = ()) -> None:
+        """UserError with every tensor that is missing or has another shape.
+
+        expected: names and shapes; vocabulary: names of those with one row per token.
+        """
         faults: dict[str, Fault] = {}  # by stored tensor
         where = str(self.folder)
+        rows = {self.shape(name)[:1] for name in vocabulary if name in self}
         for name, shape in expected:
-            if name not in self:
+            if name in vocabulary and name in self and len(rows) == 1 and self.shape(name)[1:] == shape[1:]:
+                if self.shape(name) != shape:
+                    faults.setdefault("", self._vocabulary_fault(name, shape))
+            elif name not in self:
                 faults[name] = Fault(f"tensor {name} is missing", where, f"config.json implies shape {list(shape)}")
             elif self.shape(name) != tuple(shape):
                 stored, why = self._stored[name], f"config.json implies {list(shape)}"
@@ -410,6 +419,13 @@ class Checkpoint:
         if faults:
             shown, more = list(faults.values())[:MAX_FAULTS], len(faults) - MAX_FAULTS
             raise UserError(*shown, *([Fault(f"{more} more tensors do not fit", where)] if more > 0 else []))
+
+    def _vocabulary_fault(self, name: str, expected: tuple[int, ...]) -> Fault:
+        """Every tensor of the vocabulary has the same other number of rows, as after tokens were added."""
+        key, rows = self.family.vocabulary_key, self.shape(name)[0]
+        what, why = f"tensor {name} has {rows} rows", f"{key} in config.json is {expected[0]}"
+        fix = f"if tokens were added or removed in training, set {key} to {rows} wherever config.json has it"
+        return Fault(what, str(self.folder), why, fix)
 
     def check_config(self) -> None:
         """UserError with every value of config.json that is out of bounds for the stored tensors."""

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from vlqc.errors import Fault, UserError
-from vlqc.files import read_json_object
+from vlqc.files import FOLLOW_LINKS, are_links_trusted, read_json_object
 from vlqc.frontend.checkpoint.adapters import WEIGHTS, adapter_as_model, is_adapter
 from vlqc.frontend.checkpoint.header import read_header
 from vlqc.frontend.checkpoint.prefetch import ByteRange
+from vlqc.frontend.checkpoint.situations import BLOBS, SNAPSHOTS, link_fault, without_config, without_weights
 
-SNAPSHOTS, BLOBS = "snapshots", "blobs"  # models--NAME/snapshots/REVISION/FILE -> ../../blobs/DIGEST
 INDEX = "model.safetensors.index.json"
 FAULTS_SHOWN = 3  # of one header
 
@@ -33,11 +33,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The object in config.json. UserError without one."""
     if not folder.is_dir():
         raise UserError(Fault("no such checkpoint folder", str(folder), fix="pass the folder that holds config.json"))
-    fix = "pass the folder of a Hugging Face checkpoint"
-    missing = UserError(Fault("the folder has no config.json", str(folder), fix=fix))
-    if is_adapter(folder):
-        missing = UserError(adapter_as_model(folder))
-    return read_json_object(folder / "config.json", missing=lambda: missing)
+
+    def missing() -> UserError:
+        return UserError(adapter_as_model(folder) if is_adapter(folder) else without_config(folder))
+
+    return read_json_object(folder / "config.json", missing=missing)
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -48,8 +48,7 @@ def weight_files(folder: Path) -> list[str]:
         if not files and is_adapter(folder):
             raise UserError(adapter_as_model(folder))
         if not files:
-            fix = "convert the checkpoint to safetensors first; .bin files are not read because loading them runs code"
-            raise UserError(Fault("the folder has no *.safetensors", str(folder), fix=fix))
+            raise UserError(without_weights(folder))
         return files
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -69,22 +68,22 @@ def weight_files(folder: Path) -> list[str]:
     return sorted(set(weight_map.values()))
 
 
-def link_faults(folder: Path) -> list[Fault]:
-    """Files in the folder that are links to files elsewhere. OSError if the folder cannot be read.
+def outside_links(folder: Path) -> dict[str, Path]:
+    """Names of the files in the folder that are links to files elsewhere -> these. OSError if it cannot be read.
 
     The Hugging Face cache may link to its own blobs. Any other link could make a checkpoint read, and copy into the
     output, any file of this machine.
     """
     real = folder.resolve()
     allowed = [real, *_blobs(real)]
-    faults = []
-    for path in sorted(real.iterdir()):
-        if path.is_symlink() and path.is_file():
-            target = path.resolve()
-            if not any(parent in target.parents for parent in allowed):
-                what, why = f"{path.name} is a link out of the checkpoint folder", f"its target is {target}"
-                faults.append(Fault(what, str(folder / path.name), why, "copy the file itself into the folder"))
-    return faults
+    targets = {path.name: path.resolve() for path in sorted(real.iterdir()) if path.is_symlink() and path.is_file()}
+    return {name: path for name, path in targets.items() if not any(parent in path.parents for parent in allowed)}
+
+
+def link_faults(folder: Path) -> list[Fault]:
+    """The fault of links out of a checkpoint folder, unless `trust_links` was called for it."""
+    targets = {} if are_links_trusted(folder) else outside_links(folder)
+    return [link_fault(folder, targets, FOLLOW_LINKS)] if targets else []
 
 
 def _blobs(folder: Path) -> Iterator[Path]:

@@ -31,7 +31,7 @@ from vlqc.families.family import ModelFamily
 from vlqc.families.registry import family_of
 from vlqc.files import parse_json, read_json_object
 from vlqc.frontend.checkpoint.config_schema import config_faults
-from vlqc.frontend.checkpoint.files import link_faults
+from vlqc.frontend.checkpoint.files import outside_links
 from vlqc.frontend.process_group import ProcessGroup
 from vlqc.frontend.streamed_model import build_meta_model
 from vlqc.ir.bfloat16_linears import exact_bfloat16
@@ -277,8 +277,9 @@ def read_bundle(folder: Path) -> Stage:
         why = f"it has no {METADATA}" if folder.is_dir() else "no such folder"
         raise UserError(Fault(f"{folder} is not a bundle", why=why, fix="pass a folder NN-STATE.bundle of a dump"))
     with _user_errors(folder):
-        if faults := link_faults(folder):
-            raise UserError(*faults)
+        if links := outside_links(folder):
+            what = f"{', '.join(links)}: links out of the bundle"
+            raise UserError(Fault(what, str(folder), fix="copy the files themselves into the folder"))
         metadata = BundleMetadata.model_validate(read_json_object(folder / METADATA))
         snapshot = read_stage_text(folder / BUNDLE_GRAPH)
         text = print_stage(snapshot)

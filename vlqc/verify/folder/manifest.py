@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlqc.files import sha256_of
-from vlqc.frontend.checkpoint.files import link_faults
+from vlqc.frontend.checkpoint.files import outside_links
 from vlqc.verify.findings import COPY_AGAIN, VerificationResult
 from vlqc.verify.folder.contents import MANIFEST
 from vlqc.verify.folder.reader import read_json_object
@@ -23,9 +23,9 @@ def check_manifest(folder: Path, result: VerificationResult, *, finished: bool =
 
     finished: False for a folder that vlqc is still writing; the manifest is written last.
     """
-    for fault in link_faults(folder):
-        what = fault.what.replace("checkpoint", "compiled")
-        result.add_fault(CHECK, Path(fault.where).name, what, fault.why, fault.fix)
+    for name, target in outside_links(folder).items():
+        what, why = f"{name} is a link out of the compiled folder", f"its target is {target}"
+        result.add_fault(CHECK, name, what, why, "copy the file itself into the folder")
     if finished and (folder / SUMMARY).is_file() and not (folder / MANIFEST).exists():
         why = f"every folder with a {SUMMARY}, which vlqc writes, has a manifest"
         result.add_fault(CHECK, MANIFEST, f"{MANIFEST} is missing", why, COPY_AGAIN)

@@ -135,8 +135,8 @@ class OptionFields(BaseModel):
     calib_images: OptionPath = _option(
         Path("../calibImages"),
         DATA,
-        "Calibration data: a folder of images, one image, or a .jsonl file with image paths and prompts. At least 30 "
-        "varied images are recommended. For a text-only model a .jsonl file with prompts.",
+        "Calibration data: a folder of images, one image, or a .jsonl or .json file of conversations with images. At "
+        "least 30 varied images are recommended. For a text-only model a file of conversations without images.",
     )
     save_directory: OptionPath = _option(
         ..., OUTPUT, "Output folder of the quantized checkpoint. Written only if the compilation succeeds."

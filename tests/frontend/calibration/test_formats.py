@@ -11,12 +11,14 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+import vlqc
 from tests.support.calibration_files import lines, write_image
 from tests.support.chat_checkpoint import TEMPLATE, write_chat_checkpoint
 from tests.support.text_checkpoint import write_text_checkpoint
 from vlqc.errors import UserError
 from vlqc.frontend.calibration.conversation import ImageRef
 from vlqc.frontend.calibration.dataset import CalibrationDataset, load_samples
+from vlqc.frontend.calibration.formats import FORMATS
 from vlqc.frontend.calibration.sources import PROMPT, list_samples
 
 DATA = Path(__file__).parent / "data"
@@ -129,6 +131,7 @@ FORMS: dict[str, tuple[object, list[dict[str, Any]]]] = {
         {"instruction": "<image>Hi", "input": "you", "output": "Ho", "images": ["a.png"]},
         [turn("user", IMAGE, text("Hi\nyou")), ANSWER],
     ),
+    "msModelSlim": ({"image": "a.png", "text": "Hi"}, [USER]),
     "pairs": (
         {"conversation": [{"human": "<image>Hi", "assistant": "Ho"}], "system": "Be brief.", "images": ["a.png"]},
         [SYSTEM, USER, ANSWER],
@@ -371,3 +374,14 @@ def test_default_prompt(folder: Path) -> None:
     """Catches a line without a prompt that asks nothing."""
     (conversation,) = list_samples(lines(folder / "x.jsonl", {"image": "a.png"})).conversations
     assert conversation.request == PROMPT
+
+
+def test_the_examples_of_the_documentation(folder: Path) -> None:
+    """Catches an example of the page about calibration data that is not read, or a format that has none."""
+    page = (Path(vlqc.__file__).parent / "docs" / "calibration_data.md").read_text(encoding="utf-8")
+    section = page.partition("\n## Formats\n")[2].partition("\n## ")[0]
+    examples = re.findall(r"^\|.*\| `(\{.*\})` \|$", section, re.MULTILINE)
+    listed = list_samples(lines(folder / "x.jsonl", *examples))
+    assert len(listed.conversations) == len(examples)
+    assert all(conversation.images for conversation in listed.conversations)
+    assert all(form.title in listed.notes[0] for form in FORMATS)

@@ -238,9 +238,9 @@ def _build(processor: SampleProcessor, source: Conversation, patches: list[Patch
 
 
 def _too_long(source: Conversation, text: int, images: int, max_tokens: int) -> Fault:
-    what = f"the text of the prompt {excerpt(source.request)} alone has {text} tokens"
+    what = f"the text of the prompt {excerpt(source.request)} alone has {pluralize(text, 'token')}"
     if text <= max_tokens:
-        what = f"the sample needs at least {images} tokens for its images and {text} for its text"
+        what = f"the sample needs at least {pluralize(images, 'token')} for its images and {text} for its text"
     fix = f"shorten the text, or give --max_tokens {text + images} or more"
     return Fault(what, where=source.where, why=f"--max_tokens is {max_tokens}", fix=fix)
 

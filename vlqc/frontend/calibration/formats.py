@@ -161,6 +161,7 @@ FORMATS: tuple[EntryFormat, ...] = (  # the first that matches reads an entry
     TurnsFormat("conversation (ms-swift)", "conversation"),
     PairFormat("query and response (ms-swift)", ("query",), "response"),
     PairFormat("instruction and output (Alpaca)", ("instruction", "input"), "output"),
+    PairFormat("text and image (msModelSlim)", ("text",), "response"),
     LINES,
 )
 
@@ -172,6 +173,8 @@ def read_entry(value: Any, folder: Path, where: str, text_only: str | None) -> t
     """
     if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
         value = {"messages": value}
+    elif isinstance(value, str):
+        value = {"text": value}
     if not isinstance(value, dict):
         raise EntryError("not a JSON object", f"write {EXAMPLE if text_only is None else TEXT_EXAMPLE}")
     form = next(form for form in FORMATS if form.matches(value))

@@ -117,7 +117,9 @@ class SampleProcessor:
             ValueError: if a text contains image tokens, or the chat template does not take the conversation.
         """
         if self._image_token and any(self._image_token in turn.text for turn in conversation.turns):
-            raise ValueError(f"the text contains {self._image_token}, which stands for an image")
+            raise ValueError(
+                f"the text contains {self._image_token}, which stands for an image; write <image> in its place"
+            )
         text = self._chat_text(conversation)
         if self._image_token:
             text = self._repeat_image_tokens(text, images)
@@ -132,7 +134,7 @@ class SampleProcessor:
         """A text with one image token per image -> one image token per image feature."""
         first, *pieces = text.split(self._image_token)
         if len(pieces) != len(images):
-            counts = f"{pluralize(len(images), 'image')}, {pluralize(len(pieces), self._image_token)}"
+            counts = f"{pluralize(len(pieces), f'{self._image_token} token')} for {pluralize(len(images), 'image')}"
             raise ValueError(f"the chat template does not insert every image once: {counts}")
         return first + "".join(
             self._image_token * self.image_tokens(patches) + piece
@@ -165,7 +167,8 @@ class SampleProcessor:
             text = self._render(question, self._takes_parts)
         if with_image and text.count(self._image_token) != 1:
             what = f"the chat template of {self._model_path} does not insert every image once"
-            raise UserError(Fault(what, why=f"1 image, {text.count(self._image_token)} times {self._image_token}"))
+            tokens = pluralize(text.count(self._image_token), f"{self._image_token} token")
+            raise UserError(Fault(what, why=f"{tokens} for 1 image", fix=f"repair it, {READY_SAMPLES}"))
         self._checked_templates.add(with_image)
 
     def _render(self, conversation: Conversation, as_parts: bool) -> str:

@@ -29,7 +29,7 @@ class InsertObservers(Pass):
 
     tokens: maximum number of kept rows per observer.
     megabytes: maximum size of the kept rows per observer, in MiB; all experts of a block have that of six observers.
-    balance: weight errors in text and image tokens equally, regardless of how many rows each modality has.
+    balance: weight errors in text, image and video tokens equally, regardless of how many rows each modality has.
     """
 
     name: ClassVar[str] = "insert-observers"

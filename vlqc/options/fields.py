@@ -108,6 +108,7 @@ Number = BeforeValidator(_number)
 Bits = Annotated[Literal[4, 8], Integer]
 Count = Annotated[int, Field(ge=0, le=LARGEST_INTEGER), Integer]
 PositiveCount = Annotated[int, Field(ge=1, le=LARGEST_INTEGER), Integer]
+FrameCount = Annotated[int, Field(ge=2, le=LARGEST_INTEGER), Integer]  # a temporal step has two frames
 Fraction = Annotated[float, Field(ge=0, le=1, strict=True, allow_inf_nan=False), Number]
 Decibels = Annotated[float, Field(ge=0, le=100, strict=True, allow_inf_nan=False), Number]
 Gibibytes = Annotated[float, Field(ge=0, le=100_000, strict=True, allow_inf_nan=False), Number]
@@ -135,8 +136,9 @@ class OptionFields(BaseModel):
     calib_images: OptionPath = _option(
         Path("../calibImages"),
         DATA,
-        "Calibration data: a folder of images, one image, or a .jsonl or .json file of conversations with images. At "
-        "least 30 varied images are recommended. For a text-only model a file of conversations without images.",
+        "Calibration data: a folder of images and videos, one of them, or a .jsonl or .json file of conversations with "
+        "images and videos. At least 30 varied images are recommended. For a text-only model a file of conversations "
+        "without images.",
     )
     save_directory: OptionPath = _option(
         ..., OUTPUT, "Output folder of the quantized checkpoint. Written only if the compilation succeeds."
@@ -217,8 +219,8 @@ class OptionFields(BaseModel):
     modality_balance: bool = _option(
         True,
         SCHEME,
-        "Weight the errors of text tokens and of image tokens equally, regardless of their numbers. False weights "
-        "every token equally.",
+        "Weight the errors of text, image and video tokens equally, those that the samples have, regardless of their "
+        "numbers. False weights every token equally.",
     )
     weight_method: Literal["auto", "round", "clip", "gptq"] = _option(
         "auto",
@@ -304,7 +306,13 @@ class OptionFields(BaseModel):
     )
     seed: Count = _option(0, DATA, "Seed of the random numbers that select the samples of --max_samples.")
     max_tokens: Annotated[PositiveCount | None, NoneWord] = _option(
-        None, DATA, "Maximum number of tokens per sample. Images are resized until it fits; nothing is truncated."
+        None,
+        DATA,
+        "Maximum number of tokens per sample. Videos get fewer frames, down to 4, then images and frames are resized "
+        "until it fits; nothing is truncated.",
+    )
+    max_frames: Annotated[FrameCount | None, NoneWord] = _option(
+        None, DATA, "Maximum number of frames per video, evenly spread. Default: the limits of qwen_vl_utils, 768."
     )
     overwrite: bool = _option(
         False, OUTPUT, "Replace a save folder that is not empty, and earlier dumps.", is_flag=True
@@ -320,7 +328,7 @@ class OptionFields(BaseModel):
         False, RUNNING, "Delete the work folder of an interrupted run and start from the beginning.", is_flag=True
     )
     skip_bad_images: bool = _option(
-        False, DATA, "Skip images that cannot be read instead of raising an error.", is_flag=True
+        False, DATA, "Skip images and videos that cannot be read instead of raising an error.", is_flag=True
     )
     dump_ir: Annotated[OptionPath | None, NoneWord] = _option(
         None, DEBUGGING, "Folder to which every stage is dumped, as traced and after each pass."

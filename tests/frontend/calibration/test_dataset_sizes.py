@@ -155,16 +155,3 @@ def test_text_beyond_the_budget(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         load_samples(TINY, tmp_path, max_tokens=5)  # every image of a folder has the same prompt
     assert len(caught.value.faults) == 2
-
-
-def test_videos_are_refused(tmp_path: Path) -> None:
-    """Catches a video that is ignored without a note, or reported as a file of an unknown type."""
-    video = tmp_path / "clips" / "a.MP4"
-    video.parent.mkdir()
-    video.write_bytes(b"")
-    for source in (video, video.parent, lines(tmp_path / "q.jsonl", {"image": "a.mp4", "prompt": "x"})):
-        with pytest.raises(UserError, match="videos are not supported"):
-            load_samples(TINY, source)
-    write_image(video.parent / "a.png")
-    note, _ = load_samples(TINY, video.parent).notes
-    assert "1 video" in note and str(video.parent) in note

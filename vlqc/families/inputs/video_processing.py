@@ -4,7 +4,7 @@ The rules, names and defaults are those of qwen_vl_utils 0.0.14, which the publi
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,19 @@ class VideoPatches:
     grid: Tensor
     times: tuple[float, ...]
     seconds_per_step: float
+
+
+@dataclass(frozen=True)
+class VideoTokens:
+    """Tokens of a video: times of its temporal steps in seconds, and video tokens per step."""
+
+    times: tuple[float, ...]
+    per_step: int
+
+    @property
+    def total(self) -> int:
+        """Video tokens of all steps."""
+        return len(self.times) * self.per_step
 
 
 class VideoProcessing:
@@ -189,13 +202,17 @@ class VideoProcessing:
         """Number of video tokens of one temporal step."""
         return int(video.grid[0, 1:].prod()) // int(processor.merge_size**2)
 
-    def placeholder(self, video_token: str, times: Sequence[float], step_tokens: int) -> str:
+    def placeholder(self, video_token: str, video: VideoTokens) -> str:
         """The text that takes the place of one video token between vision_start and vision_end, or of all three if
-        `form.timestamps`. times: of the temporal steps."""
+        `form.timestamps`."""
         if not self.form.timestamps:
-            return video_token * (step_tokens * len(times))
-        start, end = self.images.form.vision_start, self.images.form.vision_end
-        return "".join(f"<{seconds:.1f} seconds>{start}{video_token * step_tokens}{end}" for seconds in times)
+            return video_token * video.total
+        step = f"{self.images.form.vision_start}{video_token * video.per_step}{self.images.form.vision_end}"
+        return "".join(f"<{seconds:.1f} seconds>{step}" for seconds in video.times)
+
+    def expected_token(self, config: Mapping[str, Any], default: int | None) -> Any:
+        """Id of the video token in config.json, the default if it has none."""
+        return config.get("video_token_id", default)
 
     def model_inputs(self, videos: Sequence[VideoPatches]) -> dict[str, Tensor]:
         """The video tensors of a sample; without videos none."""

@@ -1,21 +1,21 @@
 """Reads a data file of calibration samples: JSON lines, or JSON with one entry or a list of them."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vlqc.errors import Fault, UserError, first_faults
 from vlqc.files import parse_json
-from vlqc.formatting import enumerate_first, pluralize
+from vlqc.formatting import enumerate_first, excerpt, pluralize
 from vlqc.frontend.calibration.conversation import Conversation, ImageRef
 from vlqc.frontend.calibration.formats import EXAMPLE, TEXT_EXAMPLE, read_entry
 from vlqc.frontend.calibration.images import is_video
 from vlqc.frontend.calibration.media import EntryError
 
 DATA_SUFFIXES = (".jsonl", ".json")
-NO_VIDEOS = "videos are not supported; extract frames and pass those"
+NO_VIDEOS = "extract frames, and pass those as images"
 AS_TEXT = "save it as UTF-8, one JSON object per line, or a list of them as .json"
 MESSAGE_KEYS = ("role", "from", "human")  # one of them makes an object a message rather than an entry
 FILE_KEYS = ("file_name", "dataset_path")  # of a data set in dataset_info.json of LLaMA-Factory, of ms-swift
@@ -35,35 +35,39 @@ def is_data_file(path: Path) -> bool:
     return path.suffix.lower() in DATA_SUFFIXES and not path.name.startswith(".")
 
 
-def read_data_file(source: Path, text_only: str | None) -> SampleList:
+def read_data_file(source: Path, text_only: str | None, no_videos: str | None = None) -> SampleList:
     """Every entry of a file as a conversation.
 
-    text_only: title of a model that takes no images; None for others. Raises UserError with the faulty entries.
+    text_only, no_videos: title of a model that takes no images, or no videos; None for others. Raises UserError with
+    the faulty entries.
     """
     what, example = f"--calib_images {source}", EXAMPLE if text_only is None else TEXT_EXAMPLE
     conversations, faults = [], []
     formats: Counter[str] = Counter()
-    images: Counter[str] = Counter()
+    media: dict[str, list[int]] = {}  # numbers of images and of videos
     ignored: dict[str, None] = {}
     for where, value in _entries(source, _read_text(source)):
         try:
             if isinstance(value, ValueError):
                 raise EntryError(f"not JSON: {value}", f"write {example}")
             form, conversation = read_entry(value, source.parent, where, text_only)
-            if conversation.videos or any(map(_is_video, conversation.images)):
-                raise EntryError(NO_VIDEOS)
+            if conversation.videos and no_videos is not None:
+                raise EntryError(f"a video is given, but {no_videos} takes no videos", NO_VIDEOS)
+            if video := next(filter(_is_video, conversation.images), None):
+                raise EntryError(f"the image {excerpt(video.name)} is a video", 'write "video" in place of "image"')
         except EntryError as error:
             faults.append(Fault(error.what, where=where, fix=error.fix))
             continue
         conversations.append(conversation)
         formats[form.title] += 1
-        images[form.title] += len(conversation.images)
+        counts = media.setdefault(form.title, [0, 0])
+        counts[0], counts[1] = counts[0] + len(conversation.images), counts[1] + len(conversation.videos)
         ignored.update(dict.fromkeys(form.ignored(value) if isinstance(value, dict) else []))
     if not conversations and not faults:
         faults = [Fault(what, why="it has no lines", fix=f"write lines such as {example}")]
     if faults:
         raise UserError(*first_faults(faults, "faulty entries"))
-    return SampleList(conversations, _notes(formats, images, list(ignored)))
+    return SampleList(conversations, _notes(formats, media, list(ignored)))
 
 
 def _is_video(image: ImageRef) -> bool:
@@ -126,11 +130,14 @@ def _top_level(source: Path, value: Any) -> Iterator[tuple[str, Any]]:
         yield f"{source} index {index}", entry
 
 
-def _notes(formats: Mapping[str, int], images: Mapping[str, int], ignored: list[str]) -> list[str]:
+def _notes(formats: Mapping[str, int], media: Mapping[str, Sequence[int]], ignored: list[str]) -> list[str]:
     counts = []
     for title, count in formats.items():
-        with_images = f" with {pluralize(images[title], 'image')}" if images[title] else ""
-        counts.append(f"{pluralize(count, 'sample')}{with_images} as {title}")
+        given = [
+            pluralize(number, kind) for number, kind in zip(media[title], ("image", "video"), strict=True) if number
+        ]
+        with_media = f" with {' and '.join(given)}" if given else ""
+        counts.append(f"{pluralize(count, 'sample')}{with_media} as {title}")
     notes = [f"calibration data: {', '.join(counts)}"]
     if ignored:
         notes.append(f"calibration data: ignored {'key' if len(ignored) == 1 else 'keys'} {enumerate_first(ignored)}")

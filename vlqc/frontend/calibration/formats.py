@@ -8,6 +8,7 @@ from typing import Any
 
 from vlqc.formatting import did_you_mean, enumerate_first, excerpt, pluralize
 from vlqc.frontend.calibration.conversation import Conversation, ImageRef, Part, Role, Turn, VideoRef
+from vlqc.frontend.calibration.images import is_video
 from vlqc.frontend.calibration.media import (
     FRAME_KEYS,
     PIXEL_KEYS,
@@ -19,9 +20,11 @@ from vlqc.frontend.calibration.media import (
 )
 
 PROMPT = "Please describe this picture in detail."
+VIDEO_PROMPT = "Please describe this video in detail."
 EXAMPLE = '{"image": "cat.jpg", "prompt": "What is this?"}'
 TEXT_EXAMPLE = '{"prompt": "What is this?"}'
-LINE_KEYS = ("image", "prompt", "response")
+LINE_KEYS = ("image", "video", "prompt", "response")
+FRAMES_KEY = "frames"  # a list of frames, as the value of "video" may be, too
 IMAGE_TAG, VIDEO_TAG = "<image>", "<video>"
 ROLES: Mapping[str, Role] = {
     "system": "system",
@@ -80,7 +83,7 @@ class LineFormat(EntryFormat):
 
     @property
     def keys(self) -> tuple[str, ...]:
-        return (*LINE_KEYS, "video", *PIXEL_KEYS, *FRAME_KEYS)
+        return (*LINE_KEYS, FRAMES_KEY, *PIXEL_KEYS, *FRAME_KEYS)
 
     def matches(self, entry: Mapping[str, Any]) -> bool:
         return True
@@ -93,13 +96,21 @@ class LineFormat(EntryFormat):
             if not isinstance(entry.get(key, ""), str | None if key == "response" else str):
                 raise EntryError(f"{key!r} is not text")
         images = image_refs(entry.get("image"), folder, entry)
-        videos = [] if entry.get("video") is None else [video_ref(entry["video"], folder, entry)]
+        videos = [video for key in ("video", FRAMES_KEY) for video in self._videos(entry.get(key), folder, entry)]
         if not (images or videos or entry.get("prompt")):
-            raise EntryError("'prompt' is not given, and there is no image")
-        turns = [Turn("user", (entry.get("prompt", PROMPT),))]
+            raise EntryError("'prompt' is not given, and there is neither an image nor a video")
+        prompt = VIDEO_PROMPT if videos and not images else PROMPT
+        turns = [Turn("user", (entry.get("prompt", prompt),))]
         if entry.get("response") is not None:
             turns.append(Turn("assistant", (entry["response"],)))
         return _place_media(turns, images, videos)
+
+    @staticmethod
+    def _videos(value: Any, folder: Path, entry: Mapping[str, Any]) -> list[VideoRef]:
+        """One video; of a list the frames, or several video files."""
+        is_list = isinstance(value, list) and bool(value)
+        several = is_list and all(isinstance(each, str) and is_video(Path(each)) for each in value)
+        return video_refs(value if several else [value] if value is not None else None, folder, entry)
 
 
 @dataclass(frozen=True)
@@ -184,7 +195,7 @@ def read_entry(value: Any, folder: Path, where: str, text_only: str | None) -> t
     try:
         conversation = Conversation(tuple(form.read(value, folder)), where)
     except EntryError as error:
-        keys = LINE_KEYS if text_only is None else LINE_KEYS[1:]
+        keys = LINE_KEYS if text_only is None else LINE_KEYS[2:]
         fix = error.fix or (f"a line has the keys {', '.join(keys)}" if form is LINES else "")
         raise EntryError(error.what, fix) from error
     if all(turn.role == "system" for turn in conversation.turns):

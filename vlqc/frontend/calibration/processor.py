@@ -5,7 +5,7 @@ Pillow variant), the chat template and the tokenizer directly gives the tensors 
 """
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +16,9 @@ import torch
 from vlqc.errors import Fault, InternalError, UserError
 from vlqc.families.inputs.image_processing import ImageProcessing, Patches
 from vlqc.families.inputs.text_inputs import TextInputs
+from vlqc.families.inputs.video_processing import SampledFrames, VideoPatches, VideoProcessing, VideoTokens
 from vlqc.formatting import excerpt, pluralize
-from vlqc.frontend.calibration.conversation import Conversation, ImageRef, PixelSettings, Turn
+from vlqc.frontend.calibration.conversation import Conversation, ImageRef, Part, PixelSettings, Turn, VideoRef
 from vlqc.frontend.calibration.image_budget import fit_grid
 from vlqc.frontend.calibration.images import ImageError
 from vlqc.frontend.checkpoint.config_schema import invalid_values
@@ -51,9 +52,9 @@ class SampleProcessor:
         self._inputs = inputs
         self._trust_remote_code = trust_remote_code
         self._tokenizer = self._load_tokenizer()
-        self._image_token = self._find_image_token()
+        self._image_token, self._video_token = self._find_media_tokens()
         self._template = _read_chat_template(model_path) or _default_template(self._tokenizer.chat_template)
-        self._checked_templates: set[bool] = set()  # with and without an image
+        self._checked_templates: set[tuple[bool, bool]] = set()  # with an image, with a video
         self.notes = self._template_notes()
 
     def _template_notes(self) -> list[str]:
@@ -81,19 +82,37 @@ class SampleProcessor:
         height, width = pixels.resized_height or image.height, pixels.resized_width or image.width
         limits = {"min_pixels": pixels.min_pixels, "max_pixels": pixels.max_pixels} if not pixels.resized_height else {}
         if max_tokens is not None:
-            ratio = self._processing.form.max_aspect_ratio
-            rows, columns = fit_grid(height / width, self.min_image_tokens, max_tokens, ratio)
-            side = self._processing.token_side(self._image_processor)
-            height, width, limits = rows * side, columns * side, {}
+            (height, width), limits = self.fit_frame(height / width, max_tokens), {}
         processor = self._image_processor
         try:
             return self._processing.process(processor, image, height, width, **limits)
         except Exception as error:  # its checks of sizes and shapes, and whatever unusual settings cause
             raise ImageError(f"image processing failed: {str(error).strip() or type(error).__name__}") from error
 
+    def process_video(self, frames: torch.Tensor, sampled: SampledFrames) -> VideoPatches:
+        """Frames uint8 [N, 3, height, width], which are not resized any more -> their patches. Raises ImageError."""
+        processor, processing = self._image_processor, self.video_processing
+        try:
+            return processing.process(processor, frames, sampled)
+        except Exception as error:  # as of images
+            raise ImageError(f"image processing failed: {str(error).strip() or type(error).__name__}") from error
+
     def image_tokens(self, patches: Patches) -> int:
         """Number of image tokens of an image."""
         return self._processing.image_tokens(self._image_processor, patches)
+
+    def video_tokens(self, sampled: SampledFrames, height: int, width: int) -> VideoTokens:
+        """Tokens of a video with frames of this size in pixels."""
+        side = self._processing.token_side(self._image_processor)
+        step = int(self._image_processor.temporal_patch_size)
+        return VideoTokens(self.video_processing.times(sampled, step), (height // side) * (width // side))
+
+    def fit_frame(self, height_to_width: float, max_tokens: int) -> tuple[int, int]:
+        """Pixels in height and width of an image or frame with at most so many tokens, at least `min_image_tokens`."""
+        ratio = self._processing.form.max_aspect_ratio
+        rows, columns = fit_grid(height_to_width, self.min_image_tokens, max_tokens, ratio)
+        side = self._processing.token_side(self._image_processor)
+        return rows * side, columns * side
 
     @property
     def min_image_tokens(self) -> int:
@@ -106,40 +125,72 @@ class SampleProcessor:
             raise InternalError(f"{self._inputs.title} has no images to process")
         return self._inputs.processing
 
-    def build_sample(self, images: list[Patches], conversation: Conversation) -> dict[str, torch.Tensor]:
-        """A conversation, and the patches of its images in order -> model inputs.
+    @property
+    def video_processing(self) -> VideoProcessing:
+        """That of the family."""
+        if self._inputs.videos is None:
+            raise InternalError(f"{self._inputs.title} has no videos to process")
+        return self._inputs.videos
+
+    def build_sample(
+        self, images: Sequence[Patches], conversation: Conversation, videos: Sequence[VideoPatches] = ()
+    ) -> dict[str, torch.Tensor]:
+        """A conversation, and the patches of its images and of its videos in order -> model inputs.
 
         Returns:
             input_ids and attention_mask [1, S] int64, with images also the tensors of
-            `ImageProcessing.model_inputs`.
+            `ImageProcessing.model_inputs`, with videos those of `VideoProcessing.model_inputs`.
 
         Raises:
             ValueError: if a text contains image tokens, or the chat template does not take the conversation.
         """
-        if self._image_token and any(self._image_token in turn.text for turn in conversation.turns):
-            raise ValueError(
-                f"the text contains {self._image_token}, which stands for an image; write <image> in its place"
-            )
+        tokens = [
+            VideoTokens(video.times, self.video_processing.step_tokens(self._image_processor, video))
+            for video in videos
+        ]
+        sample = self.tokenize(conversation, [self.image_tokens(patches) for patches in images], tokens)
+        sample |= self._processing.model_inputs(images) if images else {}
+        return sample | (self.video_processing.model_inputs(videos) if videos else {})
+
+    def tokenize(
+        self, conversation: Conversation, image_tokens: Sequence[int], videos: Sequence[VideoTokens]
+    ) -> dict[str, torch.Tensor]:
+        """input_ids and attention_mask [1, S] int64 of a conversation with images and videos of so many tokens.
+
+        Raises ValueError as `build_sample`.
+        """
+        for token, kind, tag in ((self._image_token, "an image", "<image>"), (self._video_token, "a video", "<video>")):
+            if token and any(token in turn.text for turn in conversation.turns):
+                raise ValueError(f"the text contains {token}, which stands for {kind}; write {tag} in its place")
         text = self._chat_text(conversation)
         if self._image_token:
-            text = self._repeat_image_tokens(text, images)
+            repeated = [self._image_token * count for count in image_tokens]
+            text = self._replace_tokens(text, self._image_token, repeated, "image")
+        if videos:
+            text = self._expand_videos(text, videos)
         with _checkpoint_errors(
             f"the tokenizer in {self._model_path} cannot be used", f"copy its files again, {READY_SAMPLES}"
         ):
             tokens = self._tokenizer([text], padding=False, return_attention_mask=True, return_tensors="pt")
-            sample = {name: tokens[name].to(torch.int64) for name in ("input_ids", "attention_mask")}
-        return sample | (self._processing.model_inputs(images) if images else {})
+            return {name: tokens[name].to(torch.int64) for name in ("input_ids", "attention_mask")}
 
-    def _repeat_image_tokens(self, text: str, images: list[Patches]) -> str:
-        """A text with one image token per image -> one image token per image feature."""
-        first, *pieces = text.split(self._image_token)
-        if len(pieces) != len(images):
-            counts = f"{pluralize(len(pieces), f'{self._image_token} token')} for {pluralize(len(images), 'image')}"
-            raise ValueError(f"the chat template does not insert every image once: {counts}")
-        return first + "".join(
-            self._image_token * self.image_tokens(patches) + piece
-            for patches, piece in zip(images, pieces, strict=True)
-        )
+    @staticmethod
+    def _replace_tokens(text: str, token: str, replacements: Sequence[str], kind: str) -> str:
+        """A text with one token per image or video -> with a replacement each. ValueError for another number."""
+        first, *pieces = text.split(token)
+        if len(pieces) != len(replacements):
+            counts = f"{pluralize(len(pieces), f'{token} token')} for {pluralize(len(replacements), kind)}"
+            raise ValueError(f"the chat template does not insert every {kind} once: {counts}")
+        return first + "".join(part + piece for part, piece in zip(replacements, pieces, strict=True))
+
+    def _expand_videos(self, text: str, videos: Sequence[VideoTokens]) -> str:
+        """A text with one video token per video -> with the tokens of all of its temporal steps."""
+        processing, token = self.video_processing, self._video_token
+        whole = self._inputs.image_placeholder(token)
+        if processing.form.timestamps and text.count(token) == text.count(whole):
+            token = whole  # every step has vision_start and vision_end of its own
+        steps = [processing.placeholder(self._video_token, video) for video in videos]
+        return self._replace_tokens(text, token, steps, "video")
 
     def _chat_text(self, conversation: Conversation) -> str:
         """The conversation as one text, with one image token per image."""
@@ -147,7 +198,7 @@ class SampleProcessor:
             marks_turns = "<|im_start|>" in self._tokenizer.get_vocab()
             turns = [(turn.role, self._content_text(turn)) for turn in conversation.turns]
             return self._inputs.chat_text(turns, marks_turns=marks_turns)
-        self._check_template(bool(conversation.images))
+        self._check_template(bool(conversation.images), bool(conversation.videos))
         try:
             return self._render(conversation, self._takes_parts)
         except BaseException as error:  # a template may raise anything, for example if the roles do not alternate
@@ -155,21 +206,23 @@ class SampleProcessor:
                 raise
             raise ValueError(f"the chat template does not take it: {excerpt(str(error).strip(), 200)}") from error
 
-    def _check_template(self, with_image: bool) -> None:
+    def _check_template(self, with_image: bool, with_video: bool) -> None:
         """UserError if the chat template does not take a simple prompt: then it is at fault, not the samples."""
-        if with_image in self._checked_templates:
+        if (with_image, with_video) in self._checked_templates:
             return
-        question = Conversation.from_prompt((ImageRef(b""),) if with_image else (), TEMPLATE_TEXT)
+        media: list[Part] = [ImageRef(b"")] * with_image
+        media += [VideoRef(())] * with_video
         # A template is a program from the checkpoint: it may raise anything.
         with _checkpoint_errors(
             f"the chat template of {self._model_path} cannot be used", f"repair it, {READY_SAMPLES}"
         ):
-            text = self._render(question, self._takes_parts)
-        if with_image and text.count(self._image_token) != 1:
-            what = f"the chat template of {self._model_path} does not insert every image once"
-            tokens = pluralize(text.count(self._image_token), f"{self._image_token} token")
-            raise UserError(Fault(what, why=f"{tokens} for 1 image", fix=f"repair it, {READY_SAMPLES}"))
-        self._checked_templates.add(with_image)
+            text = self._render(Conversation((Turn("user", (*media, TEMPLATE_TEXT)),)), self._takes_parts)
+        for given, token, kind in ((with_image, self._image_token, "image"), (with_video, self._video_token, "video")):
+            if given and text.count(token) != 1:
+                what = f"the chat template of {self._model_path} does not insert every {kind} once"
+                tokens = pluralize(text.count(token), f"{token} token")
+                raise UserError(Fault(what, why=f"{tokens} for 1 {kind}", fix=f"repair it, {READY_SAMPLES}"))
+        self._checked_templates.add((with_image, with_video))
 
     def _render(self, conversation: Conversation, as_parts: bool) -> str:
         """The chat template's text. as_parts: give the content of every message as a list of parts, otherwise as text
@@ -185,14 +238,17 @@ class SampleProcessor:
         return str(text)
 
     def _content_parts(self, turn: Turn) -> list[dict[str, str]]:
+        kinds = ["image" if isinstance(part, ImageRef) else "video" for part in turn.parts]
         return [
-            {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": "image"}
-            for part in turn.parts
+            {"type": "text", "text": part} if isinstance(part, str) else {"type": kind, kind: kind}
+            for part, kind in zip(turn.parts, kinds, strict=True)
         ]
 
     def _content_text(self, turn: Turn) -> str:
+        tokens = [self._image_token if isinstance(part, ImageRef) else self._video_token for part in turn.parts]
         return "".join(
-            part if isinstance(part, str) else self._inputs.image_placeholder(self._image_token) for part in turn.parts
+            part if isinstance(part, str) else self._inputs.image_placeholder(token)
+            for part, token in zip(turn.parts, tokens, strict=True)
         )
 
     @cached_property
@@ -214,19 +270,23 @@ class SampleProcessor:
             return False
         return TEMPLATE_TEXT in text and "'type'" not in text and '"type"' not in text
 
-    def _find_image_token(self) -> str:
-        """The tokenizer's image token, or the family's; empty for text-only models."""
-        if self._inputs.processing is None:
-            return ""
-        return getattr(self._tokenizer, "image_token", None) or self._inputs.processing.form.image_token
+    def _find_media_tokens(self) -> tuple[str, str]:
+        """The tokenizer's image token and video token, or the family's; empty for models without."""
+        images, videos = self._inputs.processing, self._inputs.videos
+        image = "" if images is None else getattr(self._tokenizer, "image_token", None) or images.form.image_token
+        video = "" if videos is None else getattr(self._tokenizer, "video_token", None) or videos.form.video_token
+        return image, video
 
     def _check_image_token(self) -> None:
         """UserError unless the tokenizer and the model have the same id for the image token."""
-        token_id = self._tokenizer.get_vocab().get(self._image_token)
-        expected = self._processing.expected_image_token(read_optional_json(self._model_path / "config.json"), token_id)
+        self._check_token(self._image_token, self._processing.expected_image_token)
+
+    def _check_token(self, token: str, expected_of: Callable[[Mapping[str, Any], int | None], Any]) -> None:
+        token_id = self._tokenizer.get_vocab().get(token)
+        expected = expected_of(read_optional_json(self._model_path / "config.json"), token_id)
         if token_id is None or token_id != expected:
             what = f"the tokenizer of {self._model_path} does not match the model"
-            why = f"{self._image_token} has id {token_id} in the tokenizer and {expected} in config.json"
+            why = f"{token} has id {token_id} in the tokenizer and {expected} in config.json"
             raise UserError(Fault(what, why=why, fix=f"use the tokenizer of the model, {READY_SAMPLES}"))
 
     def _load_tokenizer(self) -> Any:
@@ -250,11 +310,13 @@ class SampleProcessor:
             fix = f"add --trust_remote_code True if you trust it, {READY_SAMPLES}"
             raise UserError(Fault(f"{path.name} names an unsupported class", str(path), why, fix))
 
-    def check_images(self) -> None:
-        """UserError if no image could be processed, for a reason in the checkpoint's files."""
+    def check_images(self, *, with_videos: bool = False) -> None:
+        """UserError if no image, or no video, could be processed, for a reason in the checkpoint's files."""
         from PIL import Image
 
         self._check_image_token()
+        if with_videos:
+            self._check_token(self._video_token, self.video_processing.expected_token)
         processor, side = self._image_processor, self._processing.form.token_side
         image = Image.new("RGB", (2 * side, 2 * side))
         name = image_settings(self._model_path)[1]

@@ -1,7 +1,6 @@
 """Chooses the frames of a video, a folder of frames or a list of frames, and reads them at the size that they need."""
 
 import re
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -12,7 +11,7 @@ from torch import Tensor
 from vlqc.families.inputs.video_processing import SampledFrames, VideoProcessing
 from vlqc.frontend.calibration.conversation import ImageRef, PixelSettings, VideoRef
 from vlqc.frontend.calibration.images import ImageError, is_image, read_image
-from vlqc.frontend.calibration.videos import FewerFramesError, VideoError, VideoStream, decode_frames, read_stream
+from vlqc.frontend.calibration.videos import VideoError, VideoStream, decode_frames, read_stream
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,7 +46,7 @@ class VideoPlan:
         return len(self.sampled.indices)
 
     def with_frames(self, count: int) -> Self:
-        """With at most so many frames, evenly spread. count: a multiple of the frames of a temporal step."""
+        """With at most so many frames, of the same size, evenly spread. count: a multiple of frame_factor."""
         if count >= self.frames:
             return self
         sample_fps = self.sampled.sample_fps * count / self.frames
@@ -95,23 +94,6 @@ def plan_video(
         return _plan_list(ref, processing, max_frames)
     except ValueError as error:  # of the settings and of extreme shapes
         raise VideoError(str(error)) from error
-
-
-def read_video(plan: VideoPlan, replan: Callable[[VideoPlan], VideoPlan]) -> tuple[VideoPlan, Tensor]:
-    """The frames of a plan, and the plan that they belong to: another one, if the file has fewer frames than planned.
-
-    replan: fits the new plan to the budget that the first one fits. Raises VideoError, ImageError.
-    """
-    try:
-        return plan, plan.read()
-    except FewerFramesError as error:
-        if error.frames == 0:
-            raise VideoError("it has no frame that can be decoded") from error
-        plan = replan(plan_video(plan.ref, plan.processing, plan.frames, error.frames))
-    try:
-        return plan, plan.read()
-    except FewerFramesError as error:
-        raise VideoError("its frames cannot be counted") from error
 
 
 def _plan_file(

@@ -14,6 +14,7 @@ from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.frontend.tracing import trace
 from vlqc.ir.execution import Call, SampleShape, StageRun
 from vlqc.ir.stage import Site, Stage
+from vlqc.ir.value_range import PeakRecorder
 
 
 def traced_stages(
@@ -62,6 +63,7 @@ def traced_stage(
         rotations = model.rotation_plan.stages.get(inputs.name, ())
         # A rotated weight has more bits than the bfloat16 of the checkpoint, in which an engine runs the float model.
         execution.rounds_weights = bool(rotations) and model.checkpoint.dtype == dtype == torch.bfloat16
+        execution.peaks = PeakRecorder() if dtype == torch.float16 else None
         assert execution.probe is not None
         graph = trace(module, execution.probe, inputs.name)
         stage = Stage(

@@ -10,7 +10,7 @@ Two changes of the execution save time and memory. Both are exact up to rounding
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
@@ -23,6 +23,7 @@ from vlqc.errors import InternalError
 from vlqc.ir.bfloat16_linears import bfloat16_linears
 from vlqc.ir.observation import MODALITIES
 from vlqc.ir.tensor_cache import ModuleVersion
+from vlqc.ir.value_range import PeakRecorder
 
 T = TypeVar("T")
 ATTENTION = torch.nn.functional.scaled_dot_product_attention
@@ -108,6 +109,7 @@ class StageRun:
     addition and does not observe it; shapes: of the samples of all ranks, None if `calls` are all of them;
     rounds_weights: whether `forward` rounds weights to bfloat16 for its products, as the engine rounds them: set for
     stages of a bfloat16 checkpoint that passes rotate, which leaves their weights with more bits;
+    peaks: if set, `forward` records the largest values between layers, of all ranks;
     after_sample: called after each sample with the number of finished samples and all values that it used; outputs:
     return values per call, filled by `forward`; probe_outputs: of a separate probe, at most one; name: of the stage.
     """
@@ -119,6 +121,7 @@ class StageRun:
     probe_is_separate: bool = False
     shapes: Sequence[SampleShape] | None = None
     rounds_weights: bool = False
+    peaks: PeakRecorder | None = None
     after_sample: Callable[..., None] = lambda done, *values: None
     outputs: list[Any] = field(default_factory=list)
     probe_outputs: list[Any] = field(default_factory=list)
@@ -142,14 +145,19 @@ class StageRun:
         last = self._last_probe if self._last_probe and self._last_probe.version.matches(self.module) else None
         with bfloat16_linears(self.module, round_weights=self.rounds_weights):
             for done, call in enumerate(self.calls):
-                with observing(self.module, observers or {}, call), FusedAttention():
+                with observing(self.module, observers or {}, call), self._recording(), FusedAttention():
                     self.outputs.append(self.module(*call.args, **call.kwargs))
                 self.after_sample(done + 1, call.args, call.kwargs, self.outputs[-1])
             if self.probe is not None and self.probe_is_separate:
                 with FusedAttention():
                     self.probe_outputs = [self.module(*self.probe.args, **self.probe.kwargs)]
+        if self.peaks is not None:
+            self.peaks.peak = max(self.process_group.all_gather(self.peaks.peak))
         if last is not None:  # the weights have new memory, but the same bits
             self._last_probe = replace(last, version=ModuleVersion.of(self.module))
+
+    def _recording(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.peaks is None else self.peaks.watching(self.module, self.name)
 
     def next_inputs(self) -> list[Any]:
         """What the suspended forwards resume with: one output per call, then that of a separate probe."""

@@ -23,6 +23,7 @@ from vlqc.frontend.emitted_dtype import ENGINE_DTYPES, dtype_name, emitted_dtype
 from vlqc.frontend.memory import peak_memory
 from vlqc.ir.rotations import RotationPlan
 from vlqc.ir.stage import Stage
+from vlqc.ir.value_range import FLOAT16_MAX, Peak
 from vlqc.options.options import UNNAMED, Options
 from vlqc.pipeline.pass_api import Pass
 from vlqc.pipeline.precision_search import GroupPrecision, SearchResult
@@ -183,6 +184,7 @@ class CompilationSummary:
         self.experts: dict[str, tuple[int, int]] = {}  # block -> experts without calibration tokens, all experts
         self.search_result: SearchResult | None = None
         self.rotation_plan = RotationPlan()
+        self.peak = Peak()  # the largest value between layers, of a float16 result
         self.metrics = StageMetrics(active=current_process_group().is_rank0)
         self.dtype = emitted_dtype(checkpoint.dtype, options.dtype)
         self._started = time.perf_counter()
@@ -203,6 +205,8 @@ class CompilationSummary:
         for site in stage.sites.values():
             self._count(stage.part, site.scheme or Scheme.FLOAT)
         self._count_experts(stage)
+        if (recorded := stage.execution.peaks) is not None and recorded.peak.value > self.peak.value:
+            self.peak = recorded.peak
         self.add_notes(stage.notes)
         self.metrics.finished(stage)
         if self.options.fallback != "auto":  # the precision search chooses the schemes after the last stage
@@ -212,7 +216,13 @@ class CompilationSummary:
         """Counts and notes so far and the metrics of the last stage, as JSON-compatible values."""
         notes = [note for note in self.notes if note not in self._run_notes]
         counts = [[*key, count] for key, count in self.counts.items()]
-        return {"counts": counts, "notes": notes, "experts": self.experts, "stage": self.metrics.last_stage()}
+        return {
+            "counts": counts,
+            "notes": notes,
+            "experts": self.experts,
+            "peak": [self.peak.value, self.peak.where],
+            "stage": self.metrics.last_stage(),
+        }
 
     def restore(self, states: Sequence[dict[str, Any]]) -> None:
         """Continues from the `state` of an interrupted run after each of its stages; nothing to do without any."""
@@ -220,6 +230,7 @@ class CompilationSummary:
             return
         self.counts = {(part, scheme): count for part, scheme, count in states[-1]["counts"]}
         self.experts = {block: (unreached, every) for block, (unreached, every) in states[-1]["experts"].items()}
+        self.peak = Peak(*states[-1]["peak"])
         self.add_notes(states[-1]["notes"])
         self.metrics.restore([state["stage"] for state in states])
 
@@ -279,6 +290,19 @@ class CompilationSummary:
                 "more samples may reach them"
             ]
         )
+
+    def note_overflow(self) -> None:
+        """A warning if values between layers of a float16 result are beyond float16, a note if they come close."""
+        if self.peak.value <= FLOAT16_MAX / 2:
+            return
+        reached = f"the {self.peak.where} reaches {self.peak.value:.3g} in calibration"
+        if self.peak.value <= FLOAT16_MAX:
+            self.add_notes([f"{reached}, close to the largest value of float16, {FLOAT16_MAX:.0f}"])
+            return
+        what = f"values between layers leave float16: {reached}"
+        why = f"the largest value of float16 is {FLOAT16_MAX:.0f}, so an engine computes Inf or NaN there"
+        rotate = "" if self.rotation_plan else ", or --rotate auto, which spreads such values over all channels"
+        self.add_notes([str(Fault(what, why=why, fix=f"use --dtype bfloat16{rotate}"))])
 
     def note_rotations(self, plan: RotationPlan) -> None:
         """What a rotation breaks, and which residual streams are not rotated. To be called before the first stage."""

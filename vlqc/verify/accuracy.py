@@ -8,7 +8,7 @@ those of the float model as it is, since nothing else shows that the tensors out
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.sequential import SequentialForward, StageInputs
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.execution import first_tensor
+from vlqc.ir.value_range import FLOAT16_MAX, PeakRecorder
 from vlqc.verify.findings import COPY_AGAIN, VerificationResult
 from vlqc.verify.folder.rotations import Seeds, rotate_float_model
 from vlqc.verify.loader import load
@@ -98,11 +99,13 @@ def check_accuracy(
             result.add_fault(STAGES, fault.where, f"the folder cannot be loaded: {fault.what}", fault.why, fault.fix)
         return
     stages: list[dict[str, Any]] = []
+    values = PeakRecorder()
     with ExitStack() as loaded:
         loaded.enter_context(model.non_stage_weights(model.tensors.tensor, head=True))
         with (
             logits_are_hidden(model.module),
             logits_are_hidden(quantized),
+            values.watching(quantized) if compiled.float_dtype == "F16" else nullcontext(),
             SequentialForward(model, samples, run_to_end=True) as forward,
         ):
             for inputs in forward.loaded_stages():
@@ -111,6 +114,7 @@ def check_accuracy(
             reference = LastHidden.of(model.module, forward.results)
             other = LastHidden.of(quantized, [quantized(**model.inputs(sample)) for sample in samples])
         result.facts["stages against float"] = stages
+        _check_range(values, model, result)
         if model.rotation_plan:
             rotated = reference
             original = StreamedModel.open(checkpoint, trust_remote_code=trust_remote_code)
@@ -118,6 +122,15 @@ def check_accuracy(
             reference = _run_float(original, samples)
             _check_rotated(reference, rotated, samples, model_path, result)
         _check_logits(reference, other, samples, min_sqnr, result)
+
+
+def _check_range(values: PeakRecorder, model: StreamedModel, result: VerificationResult) -> None:
+    """Adds a fault if values between layers, computed here in float32, are beyond float16, the folder's dtype."""
+    if values.peak.value > FLOAT16_MAX:
+        kind, _, path = values.peak.where.rpartition(" ")
+        what = f"values of {values.peak.value:.3g} between layers, at the {kind} {model.family.module_name(path)}"
+        why = f"the largest value of float16 is {FLOAT16_MAX:.0f}, so an engine computes Inf or NaN there"
+        result.add_fault(STAGES, model.family.module_name(path), what, why, "compile again with --dtype bfloat16")
 
 
 def _run_stage(model: StreamedModel, inputs: StageInputs, quantized: nn.Module) -> tuple[Noise, Noise]:

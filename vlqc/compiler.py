@@ -15,6 +15,7 @@ from vlqc.pipeline.layer_selection import check_layers
 from vlqc.pipeline.pass_api import Pass
 from vlqc.pipeline.presets import build_pipeline
 from vlqc.pipeline.rotation_plan import rotate_model
+from vlqc.pipeline.text_only import require_images
 from vlqc.reporting.progress import Progress
 from vlqc.reporting.summary import Result
 from vlqc.run import open_run
@@ -43,6 +44,7 @@ def compile(
     options = Options.from_user(**user_options)
     reject_conflicting_arguments(options, samples=samples, passes=passes)
     pipeline = build_pipeline(options, passes)
+    require_images(options, pipeline, samples)  # unless nothing in the vision tower is quantized
     model = open_model(options)  # parameters on the meta device
     check_layers(model, options)
     rotate_model(model, pipeline)  # streams and heads that the passes rotate; tensors outside the stages at once

@@ -90,7 +90,7 @@ class CompilationRun:
     def _run_stages(self) -> Iterator[Stage]:
         model, checkpoint = self.model, self.model.checkpoint
         first, samples = self._process_group.scatter(group_by_images(self.dataset.samples, self.model.family.inputs))
-        probe = self._process_group.broadcast(0, self.dataset.probe)
+        probe, vision_probe = self._process_group.broadcast(0, (self.dataset.probe, self.dataset.vision_probe))
         indices = range(first, first + len(samples))
         cached = self._journal.restore(self._writer, checkpoint, indices, self._offload.offload)
         self._summary.restore(self._journal.summary_states)
@@ -103,6 +103,7 @@ class CompilationRun:
             process_group=self._process_group,
             first=first,
             probe=probe,
+            vision_probe=vision_probe,
             cached=cached,
         )
         with closing(stages):

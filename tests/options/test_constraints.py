@@ -86,7 +86,7 @@ def test_every_combination(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         engine_advice, "incompatibilities", functools.cache(engine_advice.incompatibilities)
     )  # called thousands of times
-    monkeypatch.setattr(constraints, "_config", lambda model_path: {"model_type": "qwen2_5_vl"})
+    monkeypatch.setattr(constraints, "config_of", lambda model_path: {"model_type": "qwen2_5_vl"})
     counted = {True: 0, False: 0}
     for values in itertools.product(*CHOICES.values()):
         chosen = dict(zip(CHOICES, values, strict=True))

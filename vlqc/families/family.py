@@ -205,6 +205,14 @@ class ModelFamily(ABC):
         """Whether a layer or tensor belongs to the vision tower, its mergers included."""
         return self.part(name) in (Part.VISION, Part.MERGER)
 
+    @property
+    def vision_prefixes(self) -> tuple[str, ...]:
+        """Prefixes of the names in the vision tower, its mergers included, none of which begins with another one."""
+        prefixes = [prefix for prefix, part in self.parts if part in (Part.VISION, Part.MERGER)]
+        return tuple(
+            each for each in prefixes if not any(each != other and each.startswith(other) for other in prefixes)
+        )
+
     def block(self, name: str) -> str | None:
         """The block of a layer or tensor, such as "model.layers.3"; None outside of the blocks."""
         for prefix in self.block_lists:

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from vlqc.errors import Fault, InternalError, UserError, VlqcError
 from vlqc.families.inputs.text_inputs import TextInputs
-from vlqc.frontend.calibration.probe import PROBE
+from vlqc.frontend.calibration.probe import PROBE, VISION_PROBE
 from vlqc.frontend.memory import is_out_of_memory
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.execution import Call
@@ -71,6 +71,7 @@ class _SuspendedForward:
     greenlet: greenlet.greenlet
     modality: Tensor
     patch_modality: Tensor | None
+    ends_with_vision: bool = False
     stage: nn.Module | None = None  # at which it is suspended
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
@@ -87,7 +88,8 @@ class SequentialForward:
     Samples may skip stages: those without images do not reach the vision tower.
 
     samples: model inputs of this rank; first: index of the first of them among the samples of all ranks; probe: one
-    more sample, with the index PROBE; cached: outputs of finished stages, which are skipped.
+    more sample, with the index PROBE; vision_probe: another one, with the index VISION_PROBE, that runs through the
+    vision tower only; cached: outputs of finished stages, which are skipped.
     run_to_end: whether to run what follows the last stage (final norm, output head) and to keep the return values of
     the model in `results`; otherwise the iteration ends at the last stage.
     share_images: whether consecutive samples with the same images run through the vision tower once.
@@ -101,12 +103,14 @@ class SequentialForward:
         run_to_end: bool = False,
         first: int = 0,
         probe: dict[str, Tensor] | None = None,
+        vision_probe: dict[str, Tensor] | None = None,
         cached: CachedOutputs | None = None,
         share_images: bool = False,
     ) -> None:
         self.model = model
-        self.samples = [*samples, *([] if probe is None else [probe])]
-        self.indices = [*range(first, first + len(samples)), *([] if probe is None else [PROBE])]
+        probes = {PROBE: probe, VISION_PROBE: vision_probe}
+        self.samples = [*samples, *(each for each in probes.values() if each is not None)]
+        self.indices = [*range(first, first + len(samples)), *(key for key, each in probes.items() if each is not None)]
         self.run_to_end = run_to_end
         self.cached = cached or CachedOutputs()
         self._image_owners = _image_owners(self.samples, len(samples) if share_images else 0, model.family.inputs)
@@ -125,11 +129,11 @@ class SequentialForward:
             stage.forward = suspending_forward(stage)
         config, of_family = self.model.module.config, self.model.family.inputs
         try:
-            for sample in self.samples:
+            for index, sample in zip(self.indices, self.samples, strict=True):
                 inputs = self.model.inputs(sample)
                 run = greenlet.greenlet(lambda inputs=inputs: (None, (self.model.module(**inputs),), {}), caller)
                 modality = of_family.row_modality(sample, config), of_family.patch_modality(sample, config)
-                self._forwards.append(_SuspendedForward(run, *modality))
+                self._forwards.append(_SuspendedForward(run, *modality, index == VISION_PROBE))
         except BaseException:
             self.__exit__()
             raise
@@ -226,8 +230,7 @@ class SequentialForward:
             fix = "start again with --start_over"
             raise UserError(Fault("the run cannot be resumed at this stage", stage, why, fix))
 
-    @staticmethod
-    def _resume(forward: _SuspendedForward, *outputs: Any) -> None:
+    def _resume(self, forward: _SuspendedForward, *outputs: Any) -> None:
         forward.stage, forward.args, forward.kwargs = None, (), {}
         with torch.no_grad():
             try:
@@ -242,6 +245,9 @@ class SequentialForward:
                 raise UserError(Fault("the model cannot be run on a sample", why=why, fix=fix)) from error
         if forward.stage is None:
             (forward.result,) = args
+        elif forward.ends_with_vision and self.model.is_language(forward.stage):
+            forward.greenlet.throw(greenlet.GreenletExit)
+            forward.stage, forward.kwargs = None, {}
         else:
             forward.args = args
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from vlqc.errors import Fault, UserError
-from vlqc.frontend.calibration.probe import PROBE, choose_probe
+from vlqc.frontend.calibration.probe import choose_probe
 from vlqc.frontend.process_group import ProcessGroup
 from vlqc.frontend.sequential import CachedOutputs, SequentialForward, StageInputs
 from vlqc.frontend.streamed_model import StreamedModel
@@ -26,16 +26,19 @@ def traced_stages(
     process_group: ProcessGroup | None = None,
     first: int = 0,
     probe: dict[str, Tensor] | None = None,
+    vision_probe: dict[str, Tensor] | None = None,
     cached: CachedOutputs | None = None,
 ) -> Generator[Stage, None, None]:
     """The stages of the model in order, each traced and with its weights while the caller works on it.
 
     The next stage gets the outputs that `stage.execution` has when it is requested.
 
-    samples, first, probe, cached: see `SequentialForward`; dtype, process_group: see `traced_stage`; read: loads the
-    parameters outside the stages, by checkpoint name.
+    samples, first, probe, vision_probe, cached: see `SequentialForward`; dtype, process_group: see `traced_stage`;
+    read: loads the parameters outside the stages, by checkpoint name.
     """
-    forward = SequentialForward(model, samples, first=first, probe=probe, cached=cached, share_images=True)
+    forward = SequentialForward(
+        model, samples, first=first, probe=probe, vision_probe=vision_probe, cached=cached, share_images=True
+    )
     with model.non_stage_weights(read), forward:
         for inputs in forward.loaded_stages():
             with traced_stage(model, inputs, dtype, process_group) as stage:
@@ -90,15 +93,15 @@ def traced_stage(
 
 def _stage_run(inputs: StageInputs, process_group: ProcessGroup) -> StageRun:
     """Chooses the probe among the samples of all ranks, unless there is a separate one."""
-    calls = [call for call in inputs.calls if call.sample != PROBE]
+    calls = [call for call in inputs.calls if call.sample >= 0]
     shapes_by_rank = list(process_group.all_gather([SampleShape.from_call(call) for call in calls]))
     shapes = [shape for shapes in shapes_by_rank for shape in shapes]
-    if not shapes:
+    separate_probe = next((call for call in inputs.calls if call.sample < 0), None)
+    if not shapes and separate_probe is None:
         why = "there are no activations to calibrate on"
         raise UserError(
             Fault(f"no calibration sample reaches {inputs.name}", why=why, fix="add a sample with an image")
         )
-    separate_probe = next((call for call in inputs.calls if call.sample == PROBE), None)
     probe = separate_probe
     if probe is None:
         chosen = shapes[choose_probe([shape.rows for shape in shapes])]

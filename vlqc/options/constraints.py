@@ -124,7 +124,7 @@ def _strict(options: OptionFields) -> Iterator[Fault]:
     from vlqc.families.registry import find_family
     from vlqc.targets.advice import incompatibilities, missing_rows_fix
 
-    family = find_family(_config(options.model_path))
+    family = find_family(config_of(options.model_path))
     if family is None:  # an error when the checkpoint is opened
         return
     for sentence in incompatibilities(options.engine_target, family, options.scheme, scope=options.w4a8_scope):
@@ -134,7 +134,7 @@ def _strict(options: OptionFields) -> Iterator[Fault]:
         yield Fault(f"--strict_target with {options.scheme} for {target}", why=sentence, fix=fix)
 
 
-def _config(model_path: Path) -> dict[str, Any]:
+def config_of(model_path: Path) -> dict[str, Any]:
     """The object in config.json; empty if it cannot be read, which is an error when the checkpoint is opened."""
     try:
         config: dict[str, Any] = read_json_object(model_path / "config.json")

@@ -8,14 +8,15 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from vlqc.errors import Fault, UserError
-from vlqc.families.registry import check_model_type, load_family, register_family
+from vlqc.families.registry import check_model_type, find_family, load_family, register_family
 from vlqc.files import trust_links
 from vlqc.formatting import did_you_mean
-from vlqc.options.constraints import combination_faults
+from vlqc.options.constraints import combination_faults, config_of
 from vlqc.options.fields import InvalidValue, OptionFields, flag_of, option_info
 from vlqc.options.paths import path_faults
 from vlqc.options.recipe import read_recipe
 
+NAME_PATTERNS = ("exclude", "include", "dump_stages")
 UNNAMED = Path("unnamed")  # save folder of a command that writes none
 
 
@@ -90,6 +91,7 @@ class Options(OptionFields):
         faults += _family_faults(options)  # registers it, for checks that depend on the model
         if options.follow_links and options.model_path is not None:
             trust_links(options.model_path)
+        options = options.model_copy(update=_checkpoint_names(options))
         return options, faults + combination_faults(options, illegal)
 
 
@@ -116,6 +118,16 @@ def _family_faults(options: OptionFields) -> list[Fault]:
         except UserError as error:
             return list(error.faults)
     return []
+
+
+def _checkpoint_names(options: OptionFields) -> dict[str, tuple[str, ...]]:
+    """The patterns of names, in which a prefix of another transformers version is replaced by that of engines."""
+    if options.model_path is None or not any(getattr(options, name) for name in NAME_PATTERNS):
+        return {}
+    family = find_family(config_of(options.model_path))
+    if family is None:  # an error when the checkpoint is opened
+        return {}
+    return {name: tuple(map(family.checkpoint_name, getattr(options, name))) for name in NAME_PATTERNS}
 
 
 def _unknown_option(name: str, where: str) -> Fault:

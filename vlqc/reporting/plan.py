@@ -29,6 +29,7 @@ from vlqc.options.options import Options
 from vlqc.pipeline.layer_selection import check_layers
 from vlqc.pipeline.presets import build_pipeline
 from vlqc.pipeline.rotation_plan import rotate_model
+from vlqc.pipeline.text_only import require_images
 from vlqc.reporting.rotations import RotatedPart, rotated_parts, rotation_notes, rotation_text
 from vlqc.reporting.summary import placement_notes, target_warnings
 from vlqc.reporting.tables import labeled_lines, layer_table
@@ -110,6 +111,7 @@ def plan_compilation(
     options = options or Options.without_saving(**user_options)
     passes = build_pipeline(options)
     resolve_device(options.device_type)
+    require_images(options, passes, samples)
     checkpoint = Checkpoint(options.model_path, options.lora)
     model = StreamedModel.open(checkpoint, trust_remote_code=options.trust_remote_code, dtype=options.dtype)
     check_layers(model, options)

@@ -29,7 +29,7 @@ def test_checkpoint_without_tokenizer_or_settings(tmp_path: Path) -> None:
         load_samples(model, path)
     assert "samples=" in str(caught.value)
     text_only = lines(tmp_path / "q.jsonl", {"prompt": "red"})
-    assert "no sample has an image" in load_samples(model, text_only).notes[-1]
+    assert "1 calibration prompt" in load_samples(model, text_only).notes[-1]
     (model / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match=r"tokenizer in .* cannot be loaded"):
         load_samples(model, path)

@@ -25,7 +25,6 @@ from vlqc.emit.shard_writer import Damaged, sync
 from vlqc.emit.size_estimate import required_disk_space
 from vlqc.errors import Fault, UserError, VlqcError
 from vlqc.files import sha256_of
-from vlqc.frontend.calibration.probe import PROBE
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.memory import GIB, check_memory, estimate_memory, is_out_of_memory
 from vlqc.frontend.process_group import ProcessGroup
@@ -177,7 +176,7 @@ class Journal:
             for number in numbers:
                 read = partial(read_output, self._outputs_path(number), specs[names[number]][sample], self._device)
                 value = self._process_group.broadcast_from_rank0(read)
-                if sample in samples or sample == PROBE:
+                if sample in samples or sample < 0:  # a probe
                     values.setdefault(sample, {})[names[number]] = value
                     offload(value)
         self.restored = True
@@ -276,8 +275,9 @@ class Journal:
                             specs[str(sample)] = writer.add(value)
                     except NotSerializable as error:  # raised below: the other processes still send their outputs
                         failure = error
-            if writer is not None and failure is None and stage.execution.probe_is_separate:
-                specs[str(PROBE)] = writer.add(stage.execution.probe_outputs[0])
+            probe = stage.execution.probe if stage.execution.probe_is_separate else None
+            if writer is not None and failure is None and probe is not None:
+                specs[str(probe.sample)] = writer.add(stage.execution.probe_outputs[0])
         if failure is not None:
             raise failure
         return specs

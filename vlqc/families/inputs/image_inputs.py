@@ -201,11 +201,10 @@ class ImageInputs(TextInputs):
 
     # ---- other samples -----------------------------------------------------------------------------------------------
 
-    def can_crop(self, sample: Sample) -> bool:
-        return self.has_images(sample)
-
     def crop(self, sample: Sample, config: Any) -> dict[str, Tensor]:
         """The upper left corner of the first image, and the text near it."""
+        if not self.has_images(sample):
+            return super().crop(sample, config)
         ids = sample["input_ids"][sample["attention_mask"] != 0]  # [S] without padding
         positions = self.is_image_token(ids, config).nonzero().flatten()
         return crop_first(ids, positions, sample, IMAGE_INPUTS, config.vision_config.spatial_merge_size)

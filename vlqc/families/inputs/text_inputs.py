@@ -155,10 +155,6 @@ class TextInputs:
         """The largest number of rows that any stage computes for the sample."""
         return max(sample["input_ids"].shape[1], self.patches(sample))
 
-    def can_crop(self, sample: Sample) -> bool:
-        """Whether `crop` accepts the sample."""
-        return True
-
     def crop(self, sample: Sample, config: Any) -> dict[str, Tensor]:
         """A small sample cut out of a large one: its first tokens, without padding."""
         ids = sample["input_ids"][sample["attention_mask"] != 0][None, :PROBE_TOKENS]

@@ -12,8 +12,9 @@ from vlqc.families.inputs.text_inputs import TextInputs
 from vlqc.families.registry import family_of
 from vlqc.files import read_json_object
 from vlqc.formatting import pluralize
-from vlqc.frontend.calibration.data_file import is_data_file
-from vlqc.frontend.calibration.probe import probe_sample
+from vlqc.frontend.calibration.conversation import Conversation
+from vlqc.frontend.calibration.data_file import SampleList, is_data_file
+from vlqc.frontend.calibration.probe import probe_sample, vision_probe_sample
 from vlqc.frontend.calibration.processor import SampleProcessor
 from vlqc.frontend.calibration.sample_reader import BadMedia, ReadSample, UnusableSampleError, read_sample
 from vlqc.frontend.calibration.samples import check_samples, drop_duplicates, drop_padding, group_by_images
@@ -22,6 +23,10 @@ from vlqc.frontend.distributed import current_process_group
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.options.options import Options
 
+NO_IMAGES = (
+    "no sample has an image: the vision tower stays as it is, and activation ranges of the language model are those of "
+    "text tokens"
+)
 RECOMMENDED = 30  # images, or prompts of text-only models
 
 
@@ -30,12 +35,13 @@ class CalibrationDataset:
     """Model inputs in a fixed order, and notes for the user.
 
     samples: input_ids and attention_mask [1, S] int64; with images also those of the family's inputs. probe: a small
-    sample, see `probe_sample`.
+    sample, see `probe_sample`; vision_probe: see `vision_probe_sample`.
     """
 
     samples: list[dict[str, torch.Tensor]]
     notes: list[str] = field(default_factory=list)
     probe: dict[str, torch.Tensor] | None = None
+    vision_probe: dict[str, torch.Tensor] | None = None
 
 
 def load_calibration(
@@ -74,17 +80,10 @@ def load_calibration(
     if duplicates := len(without_padding) - len(unique):
         notes = [*notes, f"{pluralize(duplicates, 'duplicate sample')} dropped"]
     ordered = [sample for group in group_by_images(unique, inputs) for sample in group]
-    _require_image(ordered, inputs, options)
-    return CalibrationDataset(ordered, notes, probe_sample(ordered, inputs, config))
-
-
-def _require_image(samples: Sequence[dict[str, torch.Tensor]], inputs: TextInputs, options: Options) -> None:
-    """UserError if the model has a vision tower and no sample reaches it: every stage is traced on some sample."""
-    if inputs.processing is None or any(inputs.patches(sample) for sample in samples):
-        return
-    where = str(options.calib_images) if "calib_images" in options.model_fields_set else "samples"
-    why = "the vision tower has no activations to calibrate on"
-    raise UserError(Fault("no calibration sample has an image", where, why, "add a sample with an image"))
+    vision_probe = vision_probe_sample(ordered, inputs, config)
+    if vision_probe is not None:
+        notes = [*notes, NO_IMAGES]
+    return CalibrationDataset(ordered, notes, probe_sample(ordered, inputs, config), vision_probe)
 
 
 def load_samples(
@@ -118,8 +117,7 @@ def load_samples(
     """
     config_file = model_path / "config.json"
     inputs = family_of(read_json_object(config_file), str(config_file)).inputs
-    text_only = inputs.title if inputs.processing is None else None
-    listed = list_samples(calib_images, text_only, None if inputs.videos is not None else inputs.title)
+    listed = _listed(calib_images, inputs)
     sources = listed.conversations
     processor = SampleProcessor(model_path, inputs, trust_remote_code=trust_remote_code)
     if (with_videos := any(source.videos for source in sources)) or any(source.images for source in sources):
@@ -145,14 +143,25 @@ def load_samples(
             fix += f"; relative paths start at the folder of the file, {calib_images.parent}"
         total = Fault(f"only {len(samples)} of {len(selected)} samples can be used", fix=fix)
         raise UserError(*image_faults, *text_faults, total)
-    if not samples:
+    if not samples or (bad_images and not any(sample.images or sample.videos for sample in samples.values())):
         raise UserError(*image_faults, Fault(f"{calib_images} has no usable sample", fix="pass readable images"))
     notes = [f"skipped {image.name}: {image.why}" for image in bad_images]
     if max_samples is not None and max_samples < len(sources):
         notes.append(f"calibrated on {len(samples)} of {len(sources)} samples, selected with --seed {seed}")
     ordered = [sample for _, sample in sorted(samples.items())]
-    notes += _resize_notes(ordered, max_tokens) + _count_notes(ordered, inputs)
+    notes += _resize_notes(ordered, max_tokens) + _count_notes(ordered)
     return CalibrationDataset([sample.tensors for sample in ordered], listed.notes + processor.notes + notes)
+
+
+def selected_conversations(options: Options, inputs: TextInputs) -> list[Conversation]:
+    """The conversations that `load_calibration` reads first. Opens no image. UserError for an unusable source."""
+    listed = _listed(options.calib_images, inputs).conversations
+    return [listed[index] for index in _select(len(listed), options.max_samples, options.seed)[0]]
+
+
+def _listed(calib_images: Path, inputs: TextInputs) -> SampleList:
+    text_only = inputs.title if inputs.processing is None else None
+    return list_samples(calib_images, text_only, None if inputs.videos is not None else inputs.title)
 
 
 def _select(count: int, max_samples: int | None, seed: int) -> tuple[list[int], list[int]]:
@@ -176,14 +185,10 @@ def _resize_notes(samples: list[ReadSample], max_tokens: int | None) -> list[str
     )
 
 
-def _count_notes(samples: list[ReadSample], inputs: TextInputs) -> list[str]:
+def _count_notes(samples: list[ReadSample]) -> list[str]:
     images, videos = sum(sample.images for sample in samples), sum(sample.videos for sample in samples)
-    if inputs.processing is None:
-        counts = [pluralize(len(samples), "calibration prompt")]
-    else:
-        counts = [pluralize(images, "calibration image")] if images or not videos else []
-        counts += [pluralize(videos, "calibration video")] if videos else []
-        if not images + videos:
-            return ["no sample has an image: the vision tower has no activations to calibrate on"]
-    few = (images + videos if inputs.processing is not None else len(samples)) < RECOMMENDED
+    counts = [pluralize(images, "calibration image")] if images else []
+    counts += [pluralize(videos, "calibration video")] if videos else []
+    counts = counts or [pluralize(len(samples), "calibration prompt")]
+    few = (images + videos or len(samples)) < RECOMMENDED
     return [f"{' and '.join(counts)}: {RECOMMENDED} varied ones are recommended"] if few else []

@@ -12,6 +12,7 @@ from torch import Tensor
 from vlqc.families.inputs.text_inputs import TextInputs
 
 PROBE = -1  # index of the probe, which is not one of the calibration samples
+VISION_PROBE = -2  # of the probe of the vision tower, if no calibration sample has an image
 PROBE_ROWS = 512  # if a sample has at most this many rows, the largest such sample is the probe
 
 
@@ -26,10 +27,20 @@ def probe_sample(samples: Sequence[dict[str, Tensor]], inputs: TextInputs, confi
     Returns:
         Model inputs; None if there is no such sample, or one of them has at most PROBE_ROWS rows as it is.
     """
-    candidates = [sample for sample in samples if inputs.can_crop(sample)]
+    candidates = [sample for sample in samples if inputs.has_images(sample)] or samples
     if not candidates or any(inputs.rows(sample) <= PROBE_ROWS for sample in candidates):
         return None
     return inputs.crop(min(candidates, key=inputs.rows), config)
+
+
+def vision_probe_sample(
+    samples: Sequence[dict[str, Tensor]], inputs: TextInputs, config: Any
+) -> dict[str, Tensor] | None:
+    """A made-up sample with an image, for the proofs in the vision tower of a model; None if a sample has an image, or
+    the model has no vision tower."""
+    if inputs.processing is None or not samples or any(map(inputs.has_images, samples)):
+        return None
+    return inputs.synthetic_sample(config)
 
 
 def choose_probe(rows: Sequence[int]) -> int:

@@ -24,6 +24,7 @@ from vlqc.pipeline.ordering import passes_for_stage_outputs
 from vlqc.pipeline.pass_api import Pass
 from vlqc.pipeline.presets import build_pipeline
 from vlqc.pipeline.rotation_plan import rotate_model
+from vlqc.pipeline.text_only import require_images
 from vlqc.reporting.dumps.writer import Dumper, require_pass
 from vlqc.reporting.progress import Progress
 
@@ -110,6 +111,7 @@ def run_until(
     require_pass("--stop_after", stop_after, pipeline)
     last = max(number for number, step in enumerate(pipeline) if step.name == stop_after)
     dumper = Dumper.from_options(options, pipeline, active=True)
+    require_images(options, pipeline, samples)
     model = open_model(options)
     check_layers(model, options)
     rotate_model(model, pipeline)
@@ -138,7 +140,10 @@ def _run_stages(
     finished: list[str] = []
     progress.begin(len(selected), len(dataset.samples))
     read, dtype = model.tensors.tensor, model.emitted_dtype
-    with closing(traced_stages(model, dataset.samples, dtype, read=read, probe=dataset.probe)) as stages:
+    traced = traced_stages(
+        model, dataset.samples, dtype, read=read, probe=dataset.probe, vision_probe=dataset.vision_probe
+    )
+    with closing(traced) as stages:
         for stage in stages:
             progress.stage(len(finished), stage.name)
             stage.execution.after_sample = lambda done, *values: progress.sample(done)

@@ -172,6 +172,8 @@ class VideoInputs(ImageInputs):
 
     def crop(self, sample: Sample, config: Any) -> dict[str, Tensor]:
         """The upper left corner of the first image or of the first step of the first video, whichever comes first."""
+        if not self.has_images(sample):
+            return super().crop(sample, config)
         kind, _ = self._order(sample, config)[0]
         ids = sample["input_ids"][sample["attention_mask"] != 0]  # [S] without padding
         positions = self.is_image_token(ids, config).nonzero().flatten()

@@ -35,6 +35,7 @@ class ShiftNorms(Pass):
     name: ClassVar[str] = "shift-norms"
     kind: ClassVar[Literal["analysis", "rewrite"]] = "rewrite"
     summary: ClassVar[str] = "center the ranges of norm outputs by a norm bias, where engines add it"
+    changes_inputs: ClassVar[bool] = True
     after: ClassVar[tuple[str, ...]] = ("insert-observers", "assign-precision")
     before: ClassVar[tuple[str, ...]] = ("quantize-activations", "quantize-weights", "lower-linears")
 

@@ -39,6 +39,7 @@ class SmoothM2(Pass):
     name: ClassVar[str] = "smooth-m2"
     kind: ClassVar[Literal["analysis", "rewrite"]] = "rewrite"
     summary: ClassVar[str] = "search per-channel scales that reduce outliers and fold them into the producers"
+    changes_inputs: ClassVar[bool] = True
     after: ClassVar[tuple[str, ...]] = ("insert-observers",)
     before: ClassVar[tuple[str, ...]] = ("quantize-activations", "quantize-weights", "lower-linears")
 

@@ -41,6 +41,7 @@ class SmoothM4(Pass):
     name: ClassVar[str] = "smooth-m4"
     kind: ClassVar[Literal["analysis", "rewrite"]] = "rewrite"
     summary: ClassVar[str] = "balance activations and weights by closed-form scales, round by round"
+    changes_inputs: ClassVar[bool] = True
     after: ClassVar[tuple[str, ...]] = ("insert-observers",)
     before: ClassVar[tuple[str, ...]] = ("quantize-activations", "quantize-weights", "lower-linears")
 

@@ -40,7 +40,7 @@ def open_run(
     shown = resolve_progress(progress, is_rank0=process_group.is_rank0)
     summary = CompilationSummary(options, model.checkpoint, shown.note)
     summary.add_notes(model.checkpoint.notes)
-    summary.note_rotations(model.rotation_plan)
+    summary.note_rotations(model.rotation_plan, pipeline)
     summary.note_unused_tensors(model.unused_tensors())
     summary.add_notes(dataset.notes)
     dumper = Dumper.from_options(options, pipeline, active=process_group.is_rank0)

@@ -4,7 +4,9 @@ import pytest
 
 from vlqc.families.qwen2_5_vl import Qwen25VL
 from vlqc.ir.rotations import Rotatable, RotationKind, RotationPlan, make_plan
-from vlqc.reporting.rotations import rotated_parts, rotation_notes, rotation_text
+from vlqc.passes.quantize_weights import QuantizeWeights
+from vlqc.passes.smooth_m2 import SmoothM2
+from vlqc.reporting.rotations import adapter_notes, rotated_parts, rotation_notes, rotation_text
 
 FAMILY = Qwen25VL()
 LANGUAGE = Rotatable(
@@ -61,3 +63,11 @@ def test_streams_that_are_not_rotated() -> None:
     _, language, extra = rotation_notes(plan(VISION, obstacles=obstacles), FAMILY)
     assert "language model" in language and language.endswith(": a reason")
     assert "extra.embed" in extra and extra.endswith(": another reason")
+
+
+def test_adapters_do_not_fit_smoothed_weights_either() -> None:
+    """Catches a smoothed folder without a note, on which a served adapter is wrong without an error."""
+    (note,) = adapter_notes([SmoothM2()], plan())
+    assert "smoothed" in note and "--lora" in note
+    assert adapter_notes([SmoothM2()], plan(VISION, *HEADS)) == []  # the note on the rotation says so
+    assert adapter_notes([QuantizeWeights()], plan()) == []

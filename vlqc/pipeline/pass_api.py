@@ -18,6 +18,8 @@ class Pass:
         summary: one line for `vlqc passes`.
         after: names of passes that must run before this one.
         before: names of passes that must not run before this one.
+        changes_inputs: whether linear layers read other values afterwards, so that adapters trained on the float model
+            do not fit. Rotations say so themselves.
     """
 
     name: ClassVar[str]
@@ -25,6 +27,7 @@ class Pass:
     summary: ClassVar[str]
     after: ClassVar[tuple[str, ...]] = ()
     before: ClassVar[tuple[str, ...]] = ()
+    changes_inputs: ClassVar[bool] = False
 
     def run(self, stage: "Stage") -> bool:
         """Modifies `stage` in place.

@@ -30,7 +30,7 @@ from vlqc.pipeline.layer_selection import check_layers
 from vlqc.pipeline.presets import build_pipeline
 from vlqc.pipeline.rotation_plan import rotate_model
 from vlqc.pipeline.text_only import require_images
-from vlqc.reporting.rotations import RotatedPart, rotated_parts, rotation_notes, rotation_text
+from vlqc.reporting.rotations import RotatedPart, adapter_notes, rotated_parts, rotation_notes, rotation_text
 from vlqc.reporting.summary import placement_notes, target_warnings
 from vlqc.reporting.tables import labeled_lines, layer_table
 from vlqc.targets.engine import Engine
@@ -131,6 +131,7 @@ def plan_compilation(
         *target_warnings(options, checkpoint),
         *placement_notes(options),
         *rotation_notes(rotations, model.family),
+        *adapter_notes(passes, rotations),
         *calibration.notes,
         *memory_notes,
         *scheme_notes,

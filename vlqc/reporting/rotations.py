@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from vlqc.families.family import ModelFamily, Part, part_title
 from vlqc.formatting import pluralize
 from vlqc.ir.rotations import RotationGroup, RotationKind, RotationPlan
+from vlqc.pipeline.pass_api import Pass
 
 LORA = (
-    "LoRA adapters fit neither rotated nor smoothed weights: merge them into the float checkpoint first, or compile "
+    "LoRA adapters of the float model fit neither rotated nor smoothed weights: merge them with --lora, or compile "
     "with --rotate none --anti_method none"
 )
 HIDDEN_STATES = (
@@ -60,6 +61,11 @@ def rotation_text(parts: Iterable[RotatedPart]) -> str:
         for kind, count in counts.items()
     ]
     return "; ".join(texts) or "none"
+
+
+def adapter_notes(passes: Iterable[Pass], plan: RotationPlan) -> list[str]:
+    """That adapters do not fit the result, where no note on rotations says so."""
+    return [f"weights are smoothed: {LORA}"] if not plan and any(step.changes_inputs for step in passes) else []
 
 
 def rotation_notes(plan: RotationPlan, family: ModelFamily) -> list[str]:

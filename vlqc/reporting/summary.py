@@ -40,7 +40,7 @@ from vlqc.reporting.html.schema import (
     machine,
     rounded,
 )
-from vlqc.reporting.rotations import RotatedPart, rotated_parts, rotation_notes, rotation_text
+from vlqc.reporting.rotations import RotatedPart, adapter_notes, rotated_parts, rotation_notes, rotation_text
 from vlqc.reporting.tables import is_warning, labeled_lines, layer_table
 from vlqc.targets.advice import engine_notes, incompatibilities, missing_rows_fix, serve_commands
 from vlqc.targets.schemes import Scheme
@@ -304,10 +304,13 @@ class CompilationSummary:
         rotate = "" if self.rotation_plan else ", or --rotate auto, which spreads such values over all channels"
         self.add_notes([str(Fault(what, why=why, fix=f"use --dtype bfloat16{rotate}"))])
 
-    def note_rotations(self, plan: RotationPlan) -> None:
-        """What a rotation breaks, and which residual streams are not rotated. To be called before the first stage."""
+    def note_rotations(self, plan: RotationPlan, passes: Sequence[Pass]) -> None:
+        """What rotations and smoothing break, and which streams are not rotated. To be called before the first stage.
+
+        passes: of the pipeline.
+        """
         self.rotation_plan = plan
-        self.add_notes(rotation_notes(plan, self.checkpoint.family))
+        self.add_notes([*rotation_notes(plan, self.checkpoint.family), *adapter_notes(passes, plan)])
 
     def note_unused_tensors(self, names: list[str]) -> None:
         """names: of tensors in the checkpoint that the model does not have."""

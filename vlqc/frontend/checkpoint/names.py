@@ -66,19 +66,16 @@ def find_prefix(names: Iterable[str], family: ModelFamily | None, where: str) ->
     if family is None or not family.block_lists:
         return "", []
     plain = {block for name in names if (block := _block(name, family))}
-    prefixes: Counter[str] = Counter()
-    for name in names:
-        prefix, block = _prefixed_block(name, family)
-        if block is not None and block not in plain:
-            prefixes[prefix] += 1
-    if not prefixes or prefixes.keys() == {""}:
+    found = {name: prefixes for name in names if (prefixes := _prefixes(name, family, plain))}
+    if not found:
         return "", []
-    if len(prefixes) > 1 or plain:
-        return "", [_ambiguous(prefixes, len(plain), where)]
-    (prefix,) = prefixes
+    common = set.intersection(*map(set, found.values()))
+    if not common or plain:
+        return "", [_ambiguous(Counter(prefixes[0] for prefixes in found.values()), len(plain), where)]
+    prefix = min(common, key=len)
     if others := [name for name in names if not name.startswith(prefix)]:
         shown = ", ".join(others[:SHOWN])
-        what = f"the names of {pluralize(prefixes[prefix], 'tensor')} begin with {prefix!r}, others do not"
+        what = f"the names of {pluralize(len(found), 'tensor')} begin with {prefix!r}, others do not"
         fix = "save the model again, from inside its training wrapper"
         return "", [Fault(what, where, f"{len(others)} do not: {shown}", fix)]
     return prefix, []
@@ -88,14 +85,16 @@ def _block(name: str, family: ModelFamily) -> str | None:
     return family.block(family.checkpoint_name(name))
 
 
-def _prefixed_block(name: str, family: ModelFamily) -> tuple[str, str | None]:
-    """The shortest prefix of a name behind which it is that of a block, and the block; ("", None) without one."""
-    start = 0
-    while start >= 0:
-        if block := _block(name[start:], family):
-            return name[:start], block
-        start = name.find(".", start) + 1 or -1
-    return "", None
+def _prefixes(name: str, family: ModelFamily, plain: set[str]) -> list[str]:
+    """The prefixes of a name behind which it is that of a block, the shortest first; none if a block in `plain`.
+
+    plain: blocks of names without a prefix. A copy of their weights under another prefix stays what it is.
+    """
+    if _block(name, family):
+        return []
+    starts = [number + 1 for number, letter in enumerate(name) if letter == "."]
+    blocks = {name[:start]: block for start in starts if (block := _block(name[start:], family))}
+    return [] if plain.intersection(blocks.values()) else list(blocks)
 
 
 def _unmerged(names: Sequence[str], where: str) -> Fault:
@@ -109,7 +108,7 @@ def _unmerged(names: Sequence[str], where: str) -> Fault:
 
 
 def _ambiguous(prefixes: Counter[str], plain: int, where: str) -> Fault:
-    counts = [f"{prefix!r} before {pluralize(count, 'name')}" for prefix, count in sorted(prefixes.items()) if prefix]
-    counts += ["none before others"] if plain or "" in prefixes else []
+    counts = [f"{prefix!r} before {pluralize(count, 'name')}" for prefix, count in sorted(prefixes.items())]
+    counts += ["none before others"] if plain else []
     fix = "save the model again, from inside its training wrapper"
     return Fault("tensor names have different prefixes", where, ", ".join(counts), fix)

@@ -16,6 +16,7 @@ from torch import Tensor
 from vlqc.errors import Fault, UserError
 from vlqc.families.registry import find_family
 from vlqc.frontend.checkpoint.adapters import WEIGHTS as ADAPTER
+from vlqc.frontend.checkpoint.adapters import adapter_as_model, is_adapter
 from vlqc.frontend.model_structure import ModelStructure
 from vlqc.verify.findings import COPY_AGAIN, VerificationResult, format_list
 from vlqc.verify.float_match.read_source import read_source
@@ -68,6 +69,8 @@ def open_source(model_path: Path, model: ModelStructure, lora: Sequence[Path] = 
         files = [model_path / Path(name).name for name in sorted(set(map(str, weight_map.values())))]
     else:
         files = [path for path in sorted(model_path.glob("*.safetensors")) if path.name != ADAPTER]
+    if not files and is_adapter(model_path):
+        raise UserError(adapter_as_model(model_path))
     if not files:
         raise UserError(Fault("the float checkpoint has no *.safetensors", str(model_path)))
     config, _ = read_json_object(model_path / "config.json")

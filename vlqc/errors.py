@@ -15,20 +15,24 @@ class Fault:
     why: str = ""
     fix: str = ""
 
+    def __post_init__(self) -> None:
+        for name in ("what", "where", "why", "fix"):
+            object.__setattr__(self, name, _bounded(getattr(self, name)))
+
     def __str__(self) -> str:
         lines = [self.what]
         for label, text in (("where", self.where), ("why", self.why), ("what to do", self.fix)):
             if text:
                 lines.append(f"  {label}: {text}")
-        return escape_control_chars("\n".join(map(_bounded, lines)))
+        return escape_control_chars("\n".join(lines))
 
 
 def _bounded(text: str) -> str:
-    """At most LONGEST_LINE characters: a value from a file may have megabytes."""
-    return text if len(text) <= LONGEST_LINE else f"{text[:LONGEST_LINE]}... ({len(text):,} characters)"
+    """At most about LONGEST_TEXT characters: a message that quotes a file must not print megabytes of it."""
+    return text if len(text) <= LONGEST_TEXT else f"{text[: LONGEST_TEXT - 40]}... ({len(text):,} characters)"
 
 
-LONGEST_LINE = 4000  # characters of what, where, why or fix that are shown
+LONGEST_TEXT = 4000  # characters of what, where, why and fix, each
 SHOWN_FAULTS = 20  # of the same kind
 
 

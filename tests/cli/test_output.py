@@ -304,3 +304,10 @@ def test_libraries_are_silent(monkeypatch: pytest.MonkeyPatch) -> None:
         for module in ("PIL.TiffImagePlugin", "transformers.utils", "PILGRIM", "vlqc"):
             warnings.warn_explicit("damaged EXIF data", UserWarning, "file.py", 1, module=module)
     assert len(caught) == 2
+
+
+@pytest.mark.parametrize("part", ["what", "where", "why", "fix"])
+def test_faults_are_bounded(part: str) -> None:
+    """Catches megabytes of a file in an error, as text or as JSON."""
+    fault = Fault(**{"what": "a", part: "ab" * 10**6})
+    assert len(getattr(fault, part)) <= 4000 and "2,000,000 characters" in getattr(fault, part)

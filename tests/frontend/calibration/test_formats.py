@@ -16,6 +16,7 @@ from tests.support.calibration_files import lines, write_image
 from tests.support.chat_checkpoint import TEMPLATE, write_chat_checkpoint
 from tests.support.text_checkpoint import write_text_checkpoint
 from vlqc.errors import UserError
+from vlqc.frontend.calibration import dataset
 from vlqc.frontend.calibration.conversation import ImageRef
 from vlqc.frontend.calibration.dataset import CalibrationDataset, load_samples
 from vlqc.frontend.calibration.formats import FORMATS
@@ -132,6 +133,11 @@ FORMS: dict[str, tuple[object, list[dict[str, Any]]]] = {
         [turn("user", IMAGE, text("Hi\nyou")), ANSWER],
     ),
     "msModelSlim": ({"image": "a.png", "text": "Hi"}, [USER]),
+    "VQA": ({"image": "a.png", "question": "Hi", "answer": "Ho"}, [USER, ANSWER]),
+    "Qwen-VL": (
+        {"conversations": [{"from": "user", "value": "1: <img>a.png</img>\nHi"}]},
+        [turn("user", text("1: "), IMAGE, text("\nHi"))],
+    ),
     "pairs": (
         {"conversation": [{"human": "<image>Hi", "assistant": "Ho"}], "system": "Be brief.", "images": ["a.png"]},
         [SYSTEM, USER, ANSWER],
@@ -385,3 +391,12 @@ def test_the_examples_of_the_documentation(folder: Path) -> None:
     assert len(listed.conversations) == len(examples)
     assert all(conversation.images for conversation in listed.conversations)
     assert all(form.title in listed.notes[0] for form in FORMATS)
+
+
+def test_files_of_very_many_samples(model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a training set that is read until the memory is full, and one that cannot be used at all."""
+    monkeypatch.setattr(dataset, "MOST_SAMPLES", 3)
+    path = lines(folder / "x.jsonl", *({"query": str(number)} for number in range(4)))
+    with pytest.raises(UserError, match="--max_samples"):
+        load_samples(model, path)
+    assert len(load_samples(model, path, max_samples=4).samples) == 4

@@ -27,6 +27,7 @@ NO_IMAGES = (
     "no sample has an image: the vision tower stays as it is, and activation ranges of the language model are those of "
     "text tokens"
 )
+MOST_SAMPLES = 10_000
 RECOMMENDED = 30  # images, or prompts of text-only models
 
 
@@ -119,6 +120,10 @@ def load_samples(
     inputs = family_of(read_json_object(config_file), str(config_file)).inputs
     listed = _listed(calib_images, inputs)
     sources = listed.conversations
+    if max_samples is None and len(sources) > MOST_SAMPLES:
+        what = f"--calib_images {calib_images} has {len(sources):,} samples"
+        why = f"at most {MOST_SAMPLES:,} are read without --max_samples: their inputs are kept in memory"
+        raise UserError(Fault(what, why=why, fix="select some of them, for example with --max_samples 128"))
     processor = SampleProcessor(model_path, inputs, trust_remote_code=trust_remote_code)
     if (with_videos := any(source.videos for source in sources)) or any(source.images for source in sources):
         processor.check_images(with_videos=with_videos)
@@ -145,7 +150,7 @@ def load_samples(
         raise UserError(*image_faults, *text_faults, total)
     if not samples or (bad_images and not any(sample.images or sample.videos for sample in samples.values())):
         raise UserError(*image_faults, Fault(f"{calib_images} has no usable sample", fix="pass readable images"))
-    notes = [f"skipped {image.name}: {image.why}" for image in bad_images]
+    notes = [f"skipped {image.name}{f' in {image.where}' if image.where else ''}: {image.why}" for image in bad_images]
     if max_samples is not None and max_samples < len(sources):
         notes.append(f"calibrated on {len(samples)} of {len(sources)} samples, selected with --seed {seed}")
     ordered = [sample for _, sample in sorted(samples.items())]

@@ -1,5 +1,6 @@
 """The formats of calibration data: a table of readers, each recognised by a key. One entry -> one conversation."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ TEXT_EXAMPLE = '{"prompt": "What is this?"}'
 LINE_KEYS = ("image", "video", "prompt", "response")
 FRAMES_KEY = "frames"  # a list of frames, as the value of "video" may be, too
 IMAGE_TAG, VIDEO_TAG = "<image>", "<video>"
+NAMED_IMAGE = re.compile(r"<img>([^<>]*)</img>")
 ROLES: Mapping[str, Role] = {
     "system": "system",
     "developer": "system",
@@ -158,8 +160,8 @@ class PairFormat(EntryFormat):
         pairs = entry.get("history") or []
         if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
             raise EntryError("'history' is not a list of pairs of texts")
-        turns = [turn for pair in pairs for turn in _turns_of_pair(pair, "history")]
-        turns.append(Turn("user", ("\n".join(filter(None, texts)),)))
+        turns = [turn for pair in pairs for turn in _turns_of_pair(pair, "history", folder)]
+        turns.append(Turn("user", tuple(_read_text("\n".join(filter(None, texts)), folder))))
         if entry.get(self.response) is not None:
             turns.append(Turn("assistant", (_text(entry[self.response], self.response),)))
         return _place_media(_with_system(turns, entry), *_listed_media(entry, folder))
@@ -172,6 +174,7 @@ FORMATS: tuple[EntryFormat, ...] = (  # the first that matches reads an entry
     TurnsFormat("conversation (ms-swift)", "conversation"),
     PairFormat("query and response (ms-swift)", ("query",), "response"),
     PairFormat("instruction and output (Alpaca)", ("instruction", "input"), "output"),
+    PairFormat("question and answer", ("question",), "answer"),
     PairFormat("text and image (msModelSlim)", ("text",), "response"),
     LINES,
 )
@@ -210,7 +213,7 @@ def read_entry(value: Any, folder: Path, where: str, text_only: str | None) -> t
 def _read_message(message: Any, number: int, folder: Path) -> Iterator[Turn]:
     """A message as one turn; {"human": text, "assistant": text} as two."""
     if isinstance(message, dict) and {"human", "assistant"} <= message.keys():
-        yield from _turns_of_pair((message["human"], message["assistant"]), f"turn {number}")
+        yield from _turns_of_pair((message["human"], message["assistant"]), f"turn {number}", folder)
         return
     role_key = next((key for key in ROLE_KEYS if isinstance(message, dict) and key in message), None)
     if role_key is None:
@@ -221,20 +224,19 @@ def _read_message(message: Any, number: int, folder: Path) -> Iterator[Turn]:
     content = next((message[key] for key in TEXT_KEYS if key in message), None)
     if not isinstance(content, str | list):
         raise EntryError(f"the content of turn {number} is neither text nor a list of parts")
-    yield Turn(
-        ROLES[role], tuple(_read_part(part, folder) for part in ([content] if isinstance(content, str) else content))
-    )
+    parts = [content] if isinstance(content, str) else content
+    yield Turn(ROLES[role], tuple(read for part in parts for read in _read_part(part, folder)))
 
 
-def _turns_of_pair(texts: Sequence[Any], key: str) -> list[Turn]:
+def _turns_of_pair(texts: Sequence[Any], key: str, folder: Path) -> list[Turn]:
     request, response = (_text(text, key) for text in texts)
-    return [Turn("user", (request,)), Turn("assistant", (response,))]
+    return [Turn("user", tuple(_read_text(request, folder))), Turn("assistant", (response,))]
 
 
-def _read_part(part: Any, folder: Path) -> Part:
-    """One part of a message. An image without a source stands for the next one that the entry lists."""
+def _read_part(part: Any, folder: Path) -> Sequence[Part]:
+    """A part of a message. An image without a source stands for the next one that the entry lists."""
     if isinstance(part, str):
-        return part
+        return _read_text(part, folder)
     if not isinstance(part, dict):
         raise EntryError(f"a part of a turn is {excerpt(part)}, not an object")
     name = part.get("type") or next((key for key in PART_KINDS if part.get(key) is not None), None)
@@ -242,11 +244,17 @@ def _read_part(part: Any, folder: Path) -> Part:
     if kind is None:
         raise EntryError(f"a part of a turn has the type {excerpt(name)}; text, image and video are read")
     if kind == "text":
-        return _text(part.get("text"), "text")
+        return _read_text(_text(part.get("text"), "text"), folder)
     source = next((part[key] for key in PART_SOURCES if part.get(key) is not None), None)
     if source is None:
-        return IMAGE_TAG if kind == "image" else VIDEO_TAG
-    return image_ref(source, folder, part) if kind == "image" else video_ref(source, folder, part)
+        return [IMAGE_TAG if kind == "image" else VIDEO_TAG]
+    return [image_ref(source, folder, part) if kind == "image" else video_ref(source, folder, part)]
+
+
+def _read_text(text: str, folder: Path) -> list[Part]:
+    """A text in which <img>path</img>, the form of Qwen-VL, stands for an image."""
+    pieces = NAMED_IMAGE.split(text)  # text, path, text, ..., text
+    return [image_ref(piece, folder) if number % 2 else piece for number, piece in enumerate(pieces) if piece]
 
 
 def _with_system(turns: list[Turn], entry: Mapping[str, Any]) -> list[Turn]:

@@ -55,8 +55,8 @@ def image_ref(value: Any, folder: Path, settings: Mapping[str, Any] | None = Non
 
 
 def image_refs(value: Any, folder: Path, settings: Mapping[str, Any] | None = None) -> list[ImageRef]:
-    """One image or a list of images. Nothing for None."""
-    values = [] if value is None else value if isinstance(value, list) else [value]
+    """One image or a list of images. Nothing for None, or for an empty text."""
+    values = [] if value in (None, "") else value if isinstance(value, list) else [value]
     return [image_ref(each, folder, settings) for each in values]
 
 
@@ -72,8 +72,8 @@ def video_ref(value: Any, folder: Path, settings: Mapping[str, Any] | None = Non
 
 
 def video_refs(value: Any, folder: Path, settings: Mapping[str, Any] | None = None) -> list[VideoRef]:
-    """The videos of a list; every item may be a list of frames. Nothing for None."""
-    values = [] if value is None else value if isinstance(value, list) else [value]
+    """The videos of a list; every item may be a list of frames. Nothing for None, or for an empty text."""
+    values = [] if value in (None, "") else value if isinstance(value, list) else [value]
     return [video_ref(each, folder, settings) for each in values]
 
 

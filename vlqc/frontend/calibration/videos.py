@@ -124,7 +124,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
             file.seek(0)
             try:
                 container = av.open(file, container_options=options, metadata_errors="replace")
-            except (av.error.ArgumentError, IndexError) as error:
+            except (av.FFmpegError, IndexError) as error:
                 raise VideoError("not a video, damaged, or of an unsupported format") from error
             with container:
                 yield container, _video_stream(container)

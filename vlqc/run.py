@@ -42,6 +42,7 @@ def open_run(
     summary.add_notes(model.checkpoint.notes)
     summary.note_rotations(model.rotation_plan, pipeline)
     summary.note_unused_tensors(model.unused_tensors())
+    summary.add_notes(model.checkpoint.side_files(code=options.trust_remote_code).notes())
     summary.add_notes(dataset.notes)
     dumper = Dumper.from_options(options, pipeline, active=process_group.is_rank0)
 

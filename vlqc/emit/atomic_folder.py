@@ -78,8 +78,8 @@ class WorkFolder:
 
         OSError if that is not possible; then nothing has changed.
         """
-        for path in self.result.iterdir():
-            path.chmod(FILE_MODE)
+        for path in self.result.rglob("*"):
+            path.chmod(FOLDER_MODE if path.is_dir() else FILE_MODE)
             sync(path)
         self.result.chmod(FOLDER_MODE)
         sync(self.result)

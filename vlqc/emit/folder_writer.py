@@ -1,7 +1,6 @@
 """Writes a compiled folder in the layout of an engine: weights, description, config.json, side files."""
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,6 @@ from torch import Tensor
 
 from vlqc.emit.background_writer import BackgroundWriter
 from vlqc.emit.deferred_stages import FOLDER, DeferredStages
-from vlqc.emit.manifest import MANIFEST
 from vlqc.emit.shard_writer import ShardWriter
 from vlqc.emit.stage_tensors import EmittedTensor, float_tensor, header_bytes, stage_tensors
 from vlqc.families.family import ModelFamily
@@ -25,7 +23,7 @@ from vlqc.pipeline.precision_search import SearchResult, search_schemes
 from vlqc.targets.engine import QUANT_BIAS_CORRECTION, FolderContent
 from vlqc.targets.rules import folder_type
 from vlqc.targets.schemes import Scheme
-from vlqc.targets.target import find_layout, parse_target
+from vlqc.targets.target import parse_target
 
 GIB = 1024**3
 
@@ -114,9 +112,7 @@ class FolderWriter:
             self._deferred.remove()
         _write_json(self.folder / self.layout.description_name(content.quant_type), self._description(content))
         _write_json(self.folder / "config.json", self._config(content))
-        for name in self.checkpoint.side_files(code=self.options.trust_remote_code):
-            if find_layout([name]) is None and name != MANIFEST:  # not of another compilation
-                shutil.copyfile(self.checkpoint.folder / name, self.folder / name)
+        self.checkpoint.side_files(code=self.options.trust_remote_code).write(self.folder)
 
     def _description(self, content: FolderContent) -> dict[str, Any]:
         header = self.layout.description_header(content)

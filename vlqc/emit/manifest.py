@@ -17,11 +17,12 @@ def write_manifest(folder: Path) -> None:
     Reads every file once more: the header of a weight file comes first but is written last, so it cannot be hashed
     while it is written.
     """
-    paths = sorted(path for path in folder.iterdir() if path.name != MANIFEST)
+    paths = sorted(path for path in folder.rglob("*") if path.name != MANIFEST and path.is_file())
     with ThreadPoolExecutor(THREADS) as pool:
         digests = list(pool.map(sha256_of, paths))
     files = {
-        path.name: {"size": path.stat().st_size, "sha256": digest} for path, digest in zip(paths, digests, strict=True)
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(paths, digests, strict=True)
     }
     text = json.dumps({"manifest": VERSION, "files": files}, indent=2, ensure_ascii=False)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")

@@ -132,6 +132,7 @@ def plan_compilation(
         *placement_notes(options),
         *rotation_notes(rotations, model.family),
         *adapter_notes(passes, rotations),
+        *checkpoint.side_files(code=options.trust_remote_code).notes(),
         *calibration.notes,
         *memory_notes,
         *scheme_notes,

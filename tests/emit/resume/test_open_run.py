@@ -63,7 +63,7 @@ CHANGES: dict[str, tuple[Callable[[Path], object], dict[str, Any], tuple[str, ..
                                                 SAMPLES[1]]}, ("calibration samples: 2, ", "before, 2, ")),
     "config.json": (lambda copy: text_changed(copy, "config.json"), {}, ("config.json: ",)),
     "a side file": (lambda copy: text_changed(copy, "tokenizer.json"), {}, ("file tokenizer.json: ",)),
-    "a new file": (lambda copy: (copy / "notes.txt").write_text("x"), {}, ("file notes.txt: missing before",)),
+    "a new file": (lambda copy: (copy / "NOTICE").write_text("x"), {}, ("file NOTICE: missing before",)),
     "a finished weight": (lambda copy: weights_changed(copy, "visual.blocks.0.attn.qkv.bias"), {},
                           ("visual.blocks.0.attn.qkv.bias",)),
     "an embedding": (lambda copy: weights_changed(copy, "model.embed_tokens.weight"), {}, ()),

@@ -241,7 +241,7 @@ def test_an_adapter_beside_the_weights(tmp_path: Path) -> None:
     """Catches an adapter that is taken for weights or copied, and one in the model's own folder that is not merged."""
     write_adapter(tmp_path / "model", low_rank(Q, 6, 4))
     plain = checkpoint(tmp_path)
-    assert plain.names == sorted(WEIGHTS) and "adapter_config.json" not in plain.side_files()
+    assert plain.names == sorted(WEIGHTS) and "adapter_config.json" not in plain.side_files().names
     assert torch.equal(plain.tensor(f"{Q}.weight"), WEIGHTS[f"{Q}.weight"])
     assert any("--lora" in note for note in plain.notes)
     merged = checkpoint(tmp_path, tmp_path / "model")

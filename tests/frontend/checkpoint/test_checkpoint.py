@@ -52,34 +52,6 @@ def test_bytes_are_those_of_the_weight_files(tmp_path: Path) -> None:
     assert checkpoint.bytes == sum(path.stat().st_size for path in tmp_path.glob("model-*-of-*.safetensors"))
 
 
-def test_side_files_are_what_an_engine_needs_beside_weights(tmp_path: Path) -> None:
-    """Catches weights, indices, code or folders that are copied, and a tokenizer that is not (also as a link)."""
-    write(tmp_path)
-    expected = [
-        "chat_template.jinja",
-        "generation_config.json",
-        "merges.txt",
-        "preprocessor_config.json",
-        "tokenizer.json",
-    ]
-    for name in [
-        *expected,
-        "pytorch_model.bin",
-        "pytorch_model.bin.index.json",
-        "old.pt",
-        "x.gguf",
-        ".hidden",
-        "code.py",
-    ]:
-        (tmp_path / name).write_text("x")
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "blob").write_text("x")
-    (tmp_path / "vocab.json").symlink_to("cache/blob")
-    (tmp_path / "broken.txt").symlink_to("nowhere")
-    assert Checkpoint(tmp_path).side_files() == [*expected, "vocab.json"]
-
-
 def test_a_cache_of_links_is_read(tmp_path: Path) -> None:
     """Catches a snapshot in the Hugging Face cache, which consists of links to blobs, that is rejected."""
     repository = tmp_path / "models--user--name"

@@ -59,7 +59,7 @@ def run_fingerprint(
         fingerprint[f"weight file {file.name}"] = f"{file.stat().st_size} bytes, header {_short(header)}"
     for number, adapter in enumerate(checkpoint.adapters, 1):
         fingerprint[f"adapter {number}"] = _short(adapter.sha256)
-    for name in checkpoint.side_files(code=options.trust_remote_code):
+    for name in checkpoint.side_files(code=options.trust_remote_code).names:
         fingerprint[f"file {name}"] = _short(sha256_of(checkpoint.folder / name))
     fingerprint["calibration samples"] = f"{len(samples)}, {_short(_samples_digest(samples))}"
     if samples:

@@ -3,11 +3,34 @@
 This module imports no torch, because the command line imports the families for its help.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from vlqc.families.inputs.smart_resize import MAX_ASPECT_RATIO
 
 QWEN_TOKENIZERS = ("Qwen2Tokenizer", "Qwen2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
+# What the class Qwen2Tokenizer of transformers 5 builds, whatever tokenizer.json has: its entries there.
+QWEN_PIPELINE: Mapping[str, Any] = {
+    "normalizer": {"type": "NFC"},
+    "pre_tokenizer": {
+        "type": "Sequence",
+        "pretokenizers": [
+            {
+                "type": "Split",
+                "pattern": {
+                    "Regex": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+                },
+                "behavior": "Isolated",
+                "invert": False,
+            },
+            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+        ],
+    },
+    "decoder": {"type": "ByteLevel"},
+    "model": {"type": "BPE"},
+}
 QWEN_IMAGE_PROCESSORS = ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLImageProcessorPil")
 # Where versions of transformers keep the class that needs Pillow only, the newest first. From 5.0 on, the name of the
 # class in transformers itself, and AutoImageProcessor, may need torchvision.
@@ -21,11 +44,13 @@ QWEN_PILLOW_PROCESSORS = (
 class TextFormat:
     """Tokenizer and chat form.
 
-    tokenizer_classes: values of tokenizer_class in tokenizer_config.json; system_prompt: of the family's chat template,
-    empty if it has none.
+    tokenizer_classes: values of tokenizer_class in tokenizer_config.json, the one that every version of transformers
+    has and that is made for the family first; tokenizer_pipeline: entries of the tokenizer.json that this class has;
+    system_prompt: of the family's chat template, empty if it has none.
     """
 
     tokenizer_classes: tuple[str, ...] = QWEN_TOKENIZERS
+    tokenizer_pipeline: Mapping[str, Any] = field(default_factory=lambda: QWEN_PIPELINE)
     system_prompt: str = ""
 
 
@@ -34,7 +59,8 @@ class ImageFormat:
     """Image processor, and how images appear in a prompt.
 
     token_side: pixels along a side of one image token. processor_classes: values of image_processor_type in
-    preprocessor_config.json, the one that every version of transformers knows first; all have the same settings.
+    preprocessor_config.json, the one that every version of transformers knows first; all have the same settings;
+    processor_aliases: those that not every version of transformers knows.
     pillow_processors: module:class of the image processor that needs Pillow only, one of them is in every version.
     image_token: repeated once per image feature, between vision_start and vision_end.
 
@@ -44,6 +70,7 @@ class ImageFormat:
 
     token_side: int
     processor_classes: tuple[str, ...] = QWEN_IMAGE_PROCESSORS
+    processor_aliases: tuple[str, ...] = ("Qwen2VLImageProcessorPil", "Qwen2_5_VLImageProcessor")
     pillow_processors: tuple[str, ...] = QWEN_PILLOW_PROCESSORS
     image_token: str = "<|image_pad|>"
     vision_start: str = "<|vision_start|>"

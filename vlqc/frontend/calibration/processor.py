@@ -5,6 +5,9 @@ Pillow variant), the chat template and the tokenizer directly gives the tensors 
 """
 
 import importlib.util
+import json
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -26,8 +29,11 @@ from vlqc.frontend.checkpoint.side_files import (
     IMAGE_KEY,
     IMAGE_SETTINGS,
     PROCESSOR_SETTINGS,
+    default_template,
     image_settings,
+    read_chat_template,
     read_optional_json,
+    tokenizer_settings,
 )
 
 if TYPE_CHECKING:
@@ -36,6 +42,8 @@ if TYPE_CHECKING:
 FAST_TOKENIZER = "tokenizer.json"
 TOKENIZER_FILES = (FAST_TOKENIZER, "vocab.json", "tokenizer.model", "tokenizer_config.json")
 CLASS_KEY = "image_processor_type"
+# What AutoTokenizer reads besides tokenizer_config.json.
+TOKENIZER_PARTS = (FAST_TOKENIZER, "config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 TEMPLATE_TEXT = "text"  # of the message that a chat template is tried with
 READY_SAMPLES = "or call vlqc.compile from Python with samples=[...], ready model inputs that need neither"
 
@@ -53,7 +61,7 @@ class SampleProcessor:
         self._trust_remote_code = trust_remote_code
         self._tokenizer = self._load_tokenizer()
         self._image_token, self._video_token = self._find_media_tokens()
-        self._template = _read_chat_template(model_path) or _default_template(self._tokenizer.chat_template)
+        self._template = read_chat_template(model_path) or default_template(self._tokenizer.chat_template)
         self._checked_templates: set[tuple[bool, bool]] = set()  # with an image, with a video
         self.notes = self._template_notes()
 
@@ -296,8 +304,17 @@ class SampleProcessor:
             what, why = f"{self._model_path} has no tokenizer", f"there is none of {', '.join(TOKENIZER_FILES)}"
             raise UserError(Fault(what, why=why, fix=f"copy the tokenizer files of the model, {READY_SAMPLES}"))
         path = self._model_path / "tokenizer_config.json"
-        self._check_class(path, read_optional_json(path), "tokenizer_class", self._inputs.form.tokenizer_classes)
-        return self._load("tokenizer", AutoTokenizer)
+        settings = read_optional_json(path)
+        self._check_class(path, settings, "tokenizer_class", self._inputs.form.tokenizer_classes)
+        older_form = tokenizer_settings(settings, self._model_path, self._inputs.form)
+        if older_form == settings or not (self._model_path / FAST_TOKENIZER).is_file():
+            return self._load("tokenizer", AutoTokenizer)
+        with tempfile.TemporaryDirectory(prefix="vlqc-") as folder:  # every version reads this form
+            for name in TOKENIZER_PARTS:
+                if (self._model_path / name).is_file():
+                    shutil.copyfile(self._model_path / name, Path(folder) / name)
+            (Path(folder) / path.name).write_text(json.dumps(older_form), encoding="utf-8")
+            return self._load("tokenizer", AutoTokenizer, Path(folder))
 
     def _check_class(self, path: Path, settings: dict[str, Any], key: str, known: tuple[str, ...]) -> None:
         """UserError if the settings select a class that the family does not use.
@@ -356,10 +373,11 @@ class SampleProcessor:
         options: dict[str, Any] = {"backend": "pil"} if has_backends else {"use_fast": False}
         return self._load("image processor", transformers.AutoImageProcessor, **options)
 
-    def _load(self, part: str, auto_class: Any, **options: Any) -> Any:
+    def _load(self, part: str, auto_class: Any, folder: Path | None = None, **options: Any) -> Any:
+        """folder: instead of the checkpoint's."""
         try:
             return auto_class.from_pretrained(
-                self._model_path, trust_remote_code=self._trust_remote_code, local_files_only=True, **options
+                folder or self._model_path, trust_remote_code=self._trust_remote_code, local_files_only=True, **options
             )
         except BaseException as error:  # OSError, ValueError, KeyError, or what the checkpoint's code raises
             if not _is_error_of_callee(error):
@@ -399,19 +417,3 @@ def settings_faults(settings: Any, where: str, processing: ImageProcessing) -> l
         Fault(f"{key} is {value}", where, why, f"copy {Path(where).name} again")
         for key, value, why in invalid_values(processing.settings_schema, settings, processing.form)
     ]
-
-
-def _read_chat_template(model_path: Path) -> str | None:
-    """The processor's chat template, which takes precedence over the tokenizer's: a .jinja or, older, a .json file."""
-    as_text = model_path / "chat_template.jinja"
-    if as_text.is_file():
-        with _checkpoint_errors(f"{as_text.name} cannot be read", "copy it again"):
-            return as_text.read_text(encoding="utf-8")
-    return _default_template(read_optional_json(model_path / "chat_template.json").get("chat_template"))
-
-
-def _default_template(template: Any) -> str | None:
-    """The template itself, or the one named `default` of several; None if there is none."""
-    if isinstance(template, dict):
-        template = template.get("default")
-    return template if isinstance(template, str) and template else None

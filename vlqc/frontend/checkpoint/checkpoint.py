@@ -19,7 +19,6 @@ from vlqc.errors import Fault, UserError
 from vlqc.families.family import ModelFamily, TensorSlice
 from vlqc.families.registry import family_of, find_family
 from vlqc.formatting import pluralize
-from vlqc.frontend.checkpoint.adapters import CONFIG as ADAPTER_CONFIG
 from vlqc.frontend.checkpoint.adapters import (
     FLAG,
     AdapterId,
@@ -31,19 +30,18 @@ from vlqc.frontend.checkpoint.adapters import (
     shared_weight_faults,
 )
 from vlqc.frontend.checkpoint.config_schema import REPAIR, config_faults, engine_form, object_faults
-from vlqc.frontend.checkpoint.files import file_stamp, link_faults, read_config, tensor_ranges, weight_files
+from vlqc.frontend.checkpoint.files import INDEX, file_stamp, link_faults, read_config, tensor_ranges, weight_files
 from vlqc.frontend.checkpoint.float8 import Entry, block_scales, find_scales, left_out
 from vlqc.frontend.checkpoint.mapping import DTYPES, map_tensor
 from vlqc.frontend.checkpoint.merging import dequantize, merge_
 from vlqc.frontend.checkpoint.names import plain_names
 from vlqc.frontend.checkpoint.prefetch import ByteRange, Prefetcher
 from vlqc.frontend.checkpoint.quantization import CONFIG_KEYS, describe_quantization, quantized_tensors
+from vlqc.frontend.checkpoint.side_files import SideFiles, side_files
 from vlqc.frontend.checkpoint.situations import empty_faults, pointer_faults
 
 MAX_FAULTS = 100  # tensors that a message names
 FLOAT_FIX = "pass the float checkpoint that it was made from"
-# Weight files of any format, which an emitted folder replaces, and their indices.
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
 
 @dataclass(frozen=True)
@@ -459,22 +457,9 @@ class Checkpoint:
             return
         raise UserError(Fault("the checkpoint is quantized already", str(self.folder), why, FLOAT_FIX))
 
-    def side_files(self, *, code: bool = False) -> list[str]:
-        """Names of all files that an engine or processor may need, except weights and config.json, sorted.
-
-        code: include *.py. Links count as files, because a snapshot in the Hugging Face cache consists of links; see
-        `link_faults` for where they may lead.
-        """
-        return sorted(
-            path.name
-            for path in self.folder.iterdir()
-            if path.is_file()
-            and path.name != "config.json"
-            and not path.name.endswith(WEIGHT_SUFFIXES)
-            and path.name != ADAPTER_CONFIG
-            and not path.name.startswith(".")
-            and (code or path.suffix != ".py")
-        )
+    def side_files(self, *, code: bool = False) -> SideFiles:
+        """The files of a compiled folder besides weights, description and config.json. code: include *.py."""
+        return side_files(self.folder, self.family, weights=[*self._files, INDEX], code=code)
 
 
 def tensor_sha256(tensor: Tensor) -> str:

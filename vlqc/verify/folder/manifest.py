@@ -38,7 +38,7 @@ def check_manifest(folder: Path, result: VerificationResult, *, finished: bool =
         return
     result.manifest = sha256_of(folder / MANIFEST)
     result.add_examined(CHECK, len(entries))
-    present = {path.name for path in folder.iterdir()} - {MANIFEST}
+    present = _files(folder) - {MANIFEST}
     for name in sorted(present - entries.keys()):
         why = "it was added after the folder was written"
         result.add_fault(CHECK, name, f"{name} is not in {MANIFEST}", why, "remove it")
@@ -60,12 +60,23 @@ def _read_manifest(folder: Path, result: VerificationResult) -> dict[str, tuple[
         error = "has no list of files in a supported format"
     elif content is not None:
         for name, entry in files.items():
-            if name in ("", ".", "..", MANIFEST) or "/" in name or "\\" in name or not _is_entry(entry):
+            parts = name.split("/")
+            inside = len(parts) <= 2 and not {"", ".", ".."} & set(parts) and "\\" not in name
+            if not inside or name == MANIFEST or not _is_entry(entry):
                 error = f"has a damaged entry {name!r}"
     if error:
         result.add_fault(CHECK, MANIFEST, f"{MANIFEST} {error}", "no file can be compared with it", COPY_AGAIN)
         return None
     return {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
+
+
+def _files(folder: Path) -> set[str]:
+    """Names of all files, those in folders with a `/`; of what is deeper or a link to a folder, the name only."""
+    files = set()
+    for path in folder.iterdir():
+        inner = list(path.iterdir()) if path.is_dir() and not path.is_symlink() else []
+        files |= {f"{path.name}/{each.name}" for each in inner} or {path.name}
+    return files
 
 
 def _is_entry(entry: object) -> bool:

@@ -20,7 +20,6 @@ NAME_PATTERNS = ("exclude", "include", "dump_stages")
 UNNAMED = Path("unnamed")  # save folder of a command that writes none
 
 
-
 class Options(OptionFields):
     """The checked options of one compilation. Build it with `Options.from_user`, which raises UserError."""
 
@@ -129,9 +128,7 @@ def _checkpoint_names(options: OptionFields) -> dict[str, tuple[str, ...]]:
     if family is None:  # an error when the checkpoint is opened
         return {}
     with errors_of(type(family), "name_pattern"):
-        return {
-            name: tuple(dict.fromkeys(map(family.name_pattern, getattr(options, name)))) for name in NAME_PATTERNS
-        }
+        return {name: tuple(dict.fromkeys(map(family.name_pattern, getattr(options, name)))) for name in NAME_PATTERNS}
 
 
 def _unknown_option(name: str, where: str) -> Fault:

@@ -51,9 +51,8 @@ class FolderContent:
             total = sum(len(tensor.data) for tensor in self.tensors.values())
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
-        for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "generation_config.json"):
-            if self.side_files:
-                (folder / name).write_text("{}")
+        for name, value in side_files(self.config).items() if self.side_files else ():
+            (folder / name).write_text(json.dumps(value))
         return folder
 
     def write_source(self, folder: Path) -> Path:
@@ -65,6 +64,23 @@ class FolderContent:
         (folder / "config.json").write_text(json.dumps(config))
         (folder / "model.safetensors").write_bytes(safetensors_bytes(self.source, {"format": "pt"}))
         return folder
+
+
+def side_files(config: dict[str, Any]) -> dict[str, Any]:
+    """Files beside the weights that fit a config, by name."""
+    rows = {**config.get("text_config", {}), **config}["vocab_size"]
+    vocabulary = {f"word{number}": number for number in range(rows)}
+    names = {"vision_start": "vision_start", "vision_end": "vision_end", "image": "image_pad", "video": "video_pad"}
+    for key, name in names.items():
+        number = config.get(f"{key}_token_id")
+        vocabulary = {token: each for token, each in vocabulary.items() if each != number} | {f"<|{name}|>": number}
+    return {
+        "tokenizer.json": {"added_tokens": [], "model": {"type": "WordLevel", "vocab": vocabulary}},
+        "tokenizer_config.json": {},
+        "preprocessor_config.json": {},
+        "generation_config.json": {},
+        "chat_template.json": {"chat_template": "{{ messages }}"},
+    }
 
 
 def make_content(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from vlqc.families.config_meaning import config_meaning
 from vlqc.families.inputs.input_format import ImageFormat, TextFormat, VideoFormat
 from vlqc.families.layer_names import matches_any
 
@@ -100,7 +101,7 @@ class ModelFamily(ABC):
     embedding and of the output head.
 
     config_objects: keys of config.json, in the form of `engine_config`, whose values are objects -> whether the key is
-    required.
+    required; renamed_config_keys: key in newer versions of transformers -> in older ones.
 
     text_format, image_format, video_format: of the inputs; image_format is None for text-only models, video_format for
     models without videos.
@@ -125,6 +126,7 @@ class ModelFamily(ABC):
     vocabulary_key: ClassVar[str] = "vocab_size"
 
     config_objects: ClassVar[Mapping[str, bool]] = {}
+    renamed_config_keys: ClassVar[Mapping[str, str]] = {}
 
     text_format: ClassVar[TextFormat] = TextFormat()
     image_format: ClassVar[ImageFormat | None] = None
@@ -285,6 +287,51 @@ class ModelFamily(ABC):
     def checkpoint_faults(self, config: Mapping[str, Any], names: Collection[str]) -> list[str]:
         """What config.json, as it is stored, and the names of the stored tensors say differently; [] if nothing."""
         return []
+
+    def config_meaning(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """What config.json of any transformers version says, by dotted key; equal for files that mean the same.
+
+        It does not use `engine_config`, so that `verify` finds a mistake there.
+        """
+        return {"architectures": list(self.architectures[:1])} | config_meaning(config, self.renamed_config_keys)
+
+    def image_tokens(self, config: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
+        """Tokens of images and videos: key of config.json -> the token in the tokenizer, and the id in config.json."""
+        images, videos = self.image_format, self.video_format
+        if images is None:
+            return {}
+        tokens = {
+            "image_token_id": images.image_token,
+            "vision_start_token_id": images.vision_start,
+            "vision_end_token_id": images.vision_end,
+        }
+        if videos is not None:
+            tokens["video_token_id"] = videos.video_token
+        return {key: (token, config[key]) for key, token in tokens.items() if config.get(key) is not None}
+
+    def patch_faults(self, settings: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+        """Sizes in the settings of the image processor that are not those of the vision tower; [] if there are none.
+
+        Where config.json has no size, image tokens must have the side that the family has by default.
+        """
+        vision, images = self.vision_config(config) or {}, self.image_format
+        keys = {
+            "patch_size": "patch_size",
+            "merge_size": "spatial_merge_size",
+            "temporal_patch_size": "temporal_patch_size",
+        }
+        sizes = {setting: vision[key] for setting, key in keys.items() if vision.get(key) is not None}
+        faults = [
+            f"{setting} is {settings[setting]!r}; config.json has {size!r}"
+            for setting, size in sizes.items()
+            if settings.get(setting) is not None and settings[setting] != size
+        ]
+        patch, merge = (sizes.get(key, settings.get(key)) for key in ("patch_size", "merge_size"))
+        if images is not None and not faults and isinstance(patch, int) and isinstance(merge, int):
+            side, wanted = patch * merge, images.token_side
+            if side != wanted:
+                faults.append(f"patch_size {patch} and merge_size {merge}: a side of {side} pixels, not {wanted}")
+        return faults
 
     @abstractmethod
     def config_values(self, config: Mapping[str, Any]) -> dict[str, Any]:

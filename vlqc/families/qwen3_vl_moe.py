@@ -66,6 +66,7 @@ class Qwen3VLMoe(Qwen3VL):
         Role.ROUTER: ("model.language_model.layers.*.mlp.gate",),
     }
     fused_groups = (*Qwen3VL.fused_groups, EXPERT_GATE_UP)
+    renamed_config_keys: ClassVar[Mapping[str, str]] = {"num_local_experts": "num_experts"}
     reference_float = (*Qwen3VL.reference_float, "model.language_model.layers.*.mlp.gate")  # decides between experts
 
     def engine_config(self, config: dict[str, Any]) -> dict[str, Any]:

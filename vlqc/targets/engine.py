@@ -107,17 +107,19 @@ class Engine(ABC):
     """Versions, rules and folder layout of one engine.
 
     name: on the command line; title: as its users write it; example_versions: for messages; layout_option: name of the
-    option that selects its layout besides `--target`, empty for none; rules: which layers it runs in which scheme, by
-    family; group_sizes: that it accepts, 0 for scales without groups, empty for any; packs_int4: whether two rows of
-    4-bit weights share their bytes, with a scale_bias per layer; norm_bias_parts: parts of the model in which it adds
-    the bias of a norm that the float model does not have; norm_copies: name of the submodule under which it wants the
-    tensors of such a norm a second time, empty for none.
+    option that selects its layout besides `--target`, empty for none; quantization_keys: of config.json, dotted, that
+    say how a model is quantized; rules: which layers it runs in which scheme, by family; group_sizes: that it accepts,
+    0 for scales without groups, empty for any; packs_int4: whether two rows of 4-bit weights share their bytes, with a
+    scale_bias per layer; norm_bias_parts: parts of the model in which it adds the bias of a norm that the float model
+    does not have; norm_copies: name of the submodule under which it wants the tensors of such a norm a second time,
+    empty for none.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     example_versions: ClassVar[str]
     layout_option: ClassVar[str] = ""
+    quantization_keys: ClassVar[tuple[str, ...]] = ()
     rules: ClassVar[Mapping[str, tuple[Rule, ...]]]
     group_sizes: ClassVar[tuple[int, ...]] = ()
     packs_int4: ClassVar[bool]

@@ -79,6 +79,7 @@ class MindIE(Engine):
     title = "MindIE"
     example_versions = "2.2 or 2.2.RC1"
     layout_option = "mindie_format"
+    quantization_keys = ("quantize", "vision_config.quantize", "quantization_config")
     rules: ClassVar[Mapping[str, tuple[Rule, ...]]] = {
         "qwen2_5_vl": (
             # It keeps the last layer of the vision MLP in float. See also `group_faults`.

@@ -30,6 +30,9 @@ ONLY_BFLOAT16 = ("bfloat16",)
 FAST_GROUP_SIZES = (64, 128)  # what its int4 kernels are written for
 LARGEST_GROUP_SIZE = 256  # beyond it the kernels may refuse
 ALWAYS_LOADS_HEAD = ("qwen3_vl_moe",)  # families of which it loads the output head even if that is tied
+# Keys of config.json that vLLM reads instead of the description, at the top or among those of the language model
+# (vllm/model_executor/model_loader/weight_utils.py and vllm/config, 0.18).
+KEYS_READ_INSTEAD = ("quantization_config", "compression_config")
 NORM_BIAS = "norm.bias"  # part of a key of the description that makes it build every RMSNorm with a bias
 
 
@@ -39,6 +42,7 @@ class VllmAscend(Engine):
     name = "vllm-ascend"
     title = "vLLM Ascend"
     example_versions = "0.18 or 0.17.0rc1"
+    quantization_keys = KEYS_READ_INSTEAD
     rules: ClassVar[Mapping[str, tuple[Rule, ...]]] = {
         "qwen2_5_vl": (
             Rule(Scheme.W8A8, (*VISION_ROLES, Role.MERGER, *DECODER_ROLES), since="0.10.2rc2"),
@@ -214,10 +218,8 @@ class VllmAscend(Engine):
 
 
 def _keys_read_instead(family: ModelFamily, config: Mapping[str, Any]) -> list[str]:
-    """Keys that vLLM reads instead of the description, at the top or among those of the language model
-    (vllm/model_executor/model_loader/weight_utils.py, 0.18)."""
     parts = (config, family.text_config(config))
-    return ["quantization_config"] if any("quantization_config" in part for part in parts) else []
+    return [key for key in KEYS_READ_INSTEAD if any(key in part for part in parts)]
 
 
 VLLM_ASCEND = VllmAscend()

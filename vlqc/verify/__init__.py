@@ -14,10 +14,13 @@ from vlqc.targets.target import Target, parse_target
 from vlqc.verify.findings import VerificationResult
 from vlqc.verify.float_match.check import check_against_source
 from vlqc.verify.float_match.compare import is_of_family
+from vlqc.verify.float_match.source_config import check_config_against_source
+from vlqc.verify.float_match.source_files import check_files_against_source
 from vlqc.verify.folder.adapters import check_adapters
 from vlqc.verify.folder.contents import check_side_files
 from vlqc.verify.folder.manifest import check_manifest
 from vlqc.verify.numbers.arithmetic import check_arithmetic
+from vlqc.verify.structure.side_files import check_side_file_contents
 from vlqc.verify.structure.structure import CompiledFolder, check_structure
 
 if TYPE_CHECKING:
@@ -76,6 +79,7 @@ def verify_folder(
         raise UserError(Fault("--lora needs --model_path", "--lora", why, "add --model_path"))
     compiled = check_structure(folder, target, result, trust_remote_code=trust_remote_code)
     check_side_files(compiled.files, result)  # not in verify_unfinished: these files are copies of the user's
+    check_side_file_contents(compiled, result)
     check_manifest(folder, result)
     check_arithmetic(compiled, result)
     if model_path is not None and not is_of_family(compiled, model_path, result):
@@ -83,6 +87,8 @@ def verify_folder(
     rotations = compiled.rotations
     if model_path is not None:
         check_adapters(folder, adapters, result)
+        check_config_against_source(compiled, model_path, result)
+        check_files_against_source(folder, model_path, result)
         rotations = check_against_source(compiled, model_path, result, adapters)
     if model_path is not None and has_inputs:
         if not _can_run(compiled, result):

@@ -1,0 +1,242 @@
+"""Compares the files beside the weights with those of the float checkpoint: tokenizer, chat template, image settings.
+
+They decide which tokens and pixels a model reads. The compiler copies them, or writes them in an older form, so they
+are compared by what they mean: each form is read here, and the code that writes it is not used. A file may stand for
+another one where transformers reads either; a version that reads both must find the same in them.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlqc.verify.findings import VerificationResult, format_list
+from vlqc.verify.float_match.source_config import same_value, value_text
+from vlqc.verify.folder.reader import read_json
+
+CHECK = "float files"
+TOKENIZER, TOKENIZER_SETTINGS = "tokenizer.json", "tokenizer_config.json"
+PROCESSOR = "processor_config.json"  # of transformers 5: the settings of all parts, each under its own key
+IMAGES, VIDEOS = ("preprocessor_config.json", "image_processor"), ("video_preprocessor_config.json", "video_processor")
+TEMPLATES = ("chat_template.jinja", "chat_template.json", TOKENIZER_SETTINGS)  # in the order in which they count
+TEMPLATE = "chat_template"
+# Compared as they are, apart from keys that say who wrote them.
+WHOLE_JSON = ("generation_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+WHOLE = ("merges.txt", "tokenizer.model", "vocab.txt", "spiece.model")
+WRITER_KEYS = frozenset({"transformers_version", "_from_model_config", "name_or_path", "tokenizer_file"})
+# Keys without an influence on what is read: classes, which differ between versions, and how a file was loaded.
+CLASS_KEYS = frozenset({"image_processor_type", "video_processor_type", "feature_extractor_type", "processor_class"})
+LOADING_KEYS = frozenset({"backend", "is_local", "local_files_only"})
+SESSION_KEYS = LOADING_KEYS | WRITER_KEYS | {"tokenizer_class", "processor_class"}
+LIMITS = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}  # key -> its name in `size`
+NEW_CLASS = "TokenizersBackend"
+WHY = "engines read tokens, images or defaults of generation with it"
+
+
+@dataclass(frozen=True)
+class SideFiles:
+    """The files beside the weights of a folder, each read when it is asked for.
+
+    A damaged file is as if it were missing, because that is a fault of another check.
+    """
+
+    folder: Path
+
+    def data(self, name: str) -> bytes | None:
+        path = self.folder / name
+        return path.read_bytes() if path.is_file() else None
+
+    def json(self, name: str) -> Any:
+        return read_json(self.folder / name)[0] if (self.folder / name).is_file() else None
+
+    def object(self, name: str) -> dict[str, Any]:
+        content = self.json(name)
+        return content if isinstance(content, dict) else {}
+
+    def part_settings(self, file: str, key: str) -> dict[str, dict[str, Any]]:
+        """Settings of a part of the processor by the place where they stand, the one that counts first."""
+        places = {f"{PROCESSOR}, {key}": self.object(PROCESSOR).get(key), file: self.json(file)}
+        stored = {
+            place: value for place, value in places.items() if isinstance(value, dict) and (value or place == file)
+        }
+        return {place: _settings(value) for place, value in stored.items()}
+
+    def templates(self) -> dict[str, str]:
+        """Chat templates by file, the one that counts first."""
+        text = self.data(TEMPLATES[0])
+        found = {TEMPLATES[0]: None if text is None else text.decode(errors="replace")}
+        found |= {name: _template(self.object(name).get(TEMPLATE)) for name in TEMPLATES[1:]}
+        return {name: template for name, template in found.items() if template}
+
+
+def check_files_against_source(folder: Path, model_path: Path, result: VerificationResult) -> None:
+    """Adds a fault for everything that the folder's files say differently from those of the float checkpoint."""
+    _Check(SideFiles(folder), SideFiles(model_path), result).run()
+
+
+@dataclass
+class _Check:
+    own: SideFiles
+    source: SideFiles
+    result: VerificationResult
+
+    def run(self) -> None:
+        for file, key in (IMAGES, VIDEOS):
+            self.places(file, self.own.part_settings(file, key), self.source.part_settings(file, key))
+        self.templates()
+        self.converted(TOKENIZER, _tokenizer)
+        self.tokenizer_settings()
+        for name in WHOLE_JSON:
+            self.converted(name, lambda content: _without(content, WRITER_KEYS))
+        for name in WHOLE:
+            expected, stored = self.source.data(name), self.own.data(name)
+            if expected is not None and self.exists(name) and stored != expected:
+                self.fault(name, f"{name} is not the float checkpoint's")
+
+    def fault(self, where: str, what: str) -> None:
+        self.result.add_fault(CHECK, where, what, WHY, "copy the file from the float checkpoint, or compile again")
+
+    def exists(self, name: str) -> bool:
+        """Whether a file of the source is in the folder; a fault otherwise."""
+        self.result.add_examined(CHECK)
+        if not (self.own.folder / name).is_file():
+            self.fault(name, f"{name} is missing; the float checkpoint has it")
+            return False
+        return True
+
+    def places(self, name: str, own: dict[str, dict[str, Any]], source: dict[str, dict[str, Any]]) -> None:
+        """Settings that may stand in several places: in each they must be those of the source."""
+        if not source:
+            return
+        self.result.add_examined(CHECK, max(len(own), 1))
+        if not own:
+            self.fault(name, f"{name} is missing; the float checkpoint has these settings in {next(iter(source))}")
+        for place, settings in own.items():
+            expected = source.get(place, next(iter(source.values())))
+            self.differences(place, settings, expected)
+
+    def differences(self, where: str, own: Mapping[str, Any], source: Mapping[str, Any]) -> None:
+        for key in dict.fromkeys([*source, *own]):
+            if not same_value(own.get(key), source.get(key)):
+                what = f"{key} is {value_text(own.get(key))}; the float checkpoint has {value_text(source.get(key))}"
+                self.fault(where, what)
+
+    def templates(self) -> None:
+        own, source = self.own.templates(), self.source.templates()
+        if not source:
+            return
+        self.result.add_examined(CHECK, max(len(own), 1))
+        expected = next(iter(source.values()))
+        if not own:
+            self.fault(next(iter(source)), "no chat template; the float checkpoint has one")
+        elif next(iter(own.values())) != expected:
+            self.fault(next(iter(own)), "the chat template that counts is not the float checkpoint's")
+        for name, template in own.items():
+            if template != source.get(name, expected) and name != next(iter(own)):
+                self.fault(name, "the chat template is not the float checkpoint's")
+        for name in source.keys() - own.keys():
+            if own:
+                self.fault(name, f"{name} has no chat template; the float checkpoint's has one")
+
+    def converted(self, name: str, meaning: Callable[[Any], Any]) -> None:
+        """A JSON file that must say the same."""
+        expected = self.source.data(name)
+        if expected is None or not self.exists(name) or self.own.data(name) == expected:
+            return
+        own, source = self.own.json(name), self.source.json(name)
+        if isinstance(own, dict) and isinstance(source, dict):
+            for what in _changes(meaning(own), meaning(source)):
+                self.fault(name, what)
+        elif own is not None and source is not None:
+            self.fault(name, f"{name} is not the float checkpoint's")
+
+    def tokenizer_settings(self) -> None:
+        source, own = self.source.object(TOKENIZER_SETTINGS), self.own.object(TOKENIZER_SETTINGS)
+        if self.source.data(TOKENIZER_SETTINGS) is None or not self.exists(TOKENIZER_SETTINGS) or own == source:
+            return
+        kinds = own.get("tokenizer_class"), source.get("tokenizer_class")
+        if NEW_CLASS not in kinds and kinds[0] != kinds[1]:  # the older version has another name of the new class
+            names = [value_text(kind) for kind in kinds]
+            self.fault(TOKENIZER_SETTINGS, f"tokenizer_class is {names[0]}; the float checkpoint has {names[1]}")
+        self.differences(TOKENIZER_SETTINGS, _tokenizer_settings(own), _tokenizer_settings(source))
+
+
+# ---- what a file means -----------------------------------------------------------------------------------------------
+
+
+def _settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of an image or video processor; limits in `size` count where those of older versions are missing."""
+    size = settings.get("size")
+    limits = {}
+    if isinstance(size, Mapping):
+        limits = {key: size[edge] for key, edge in LIMITS.items() if size.get(edge) is not None}
+    kept = {key: value for key, value in settings.items() if value is not None and key not in CLASS_KEYS}
+    if limits.keys() == LIMITS.keys() or kept.keys() >= LIMITS.keys():
+        kept.pop("size", None)
+    return limits | kept
+
+
+def _template(value: Any) -> str | None:
+    """A template, or the one named `default` of several."""
+    if isinstance(value, list):
+        value = {each.get("name"): each.get("template") for each in value if isinstance(each, dict)}
+    if isinstance(value, dict):
+        value = value.get("default")
+    return value if isinstance(value, str) else None
+
+
+def _tokenizer(content: Mapping[str, Any]) -> dict[str, Any]:
+    """tokenizer.json by dotted key; merges as pairs."""
+    meaning = {key: value for key, value in content.items() if key not in ("version", "model") and value is not None}
+    meaning["added_tokens"] = {str(token.get("id")): token for token in _objects(content.get("added_tokens"))}
+    model = content.get("model")
+    for key, value in (model if isinstance(model, Mapping) else {}).items():
+        if key == "merges" and isinstance(value, list):
+            value = [pair.split(" ") if isinstance(pair, str) else pair for pair in value]
+        if value is not None:
+            meaning[f"model.{key}"] = value
+    return meaning
+
+
+def _tokenizer_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """tokenizer_config.json: special tokens as text, the lists of both forms as one; without the chat template."""
+    kept = {
+        key: _token(value)
+        for key, value in settings.items()
+        if value is not None and key not in (TEMPLATE, *SESSION_KEYS)
+    }
+    extra, listed = kept.pop("extra_special_tokens", None), kept.pop("additional_special_tokens", None)
+    named = kept.pop("model_specific_special_tokens", None)
+    tokens = [*(listed if isinstance(listed, list) else []), *(extra if isinstance(extra, list) else [])]
+    for names in (extra, named):
+        kept |= {key: _token(value) for key, value in names.items()} if isinstance(names, Mapping) else {}
+    return kept | ({"additional_special_tokens": sorted(map(_token, tokens), key=str)} if tokens else {})
+
+
+def _token(value: Any) -> Any:
+    """A token that is stored as an object with its content -> the content."""
+    return value["content"] if isinstance(value, Mapping) and "content" in value else value
+
+
+def _objects(value: Any) -> Iterator[Mapping[str, Any]]:
+    yield from (each for each in (value if isinstance(value, list) else []) if isinstance(each, Mapping))
+
+
+def _without(content: Mapping[str, Any], keys: frozenset[str]) -> dict[str, Any]:
+    return {key: _token(value) for key, value in content.items() if value is not None and key not in keys}
+
+
+def _changes(own: Mapping[str, Any], source: Mapping[str, Any]) -> Iterator[str]:
+    """How two JSON objects differ, key by key; long values by the number of their entries that differ."""
+    for key in dict.fromkeys([*source, *own]):
+        stored, expected = own.get(key), source.get(key)
+        if same_value(stored, expected):
+            continue
+        if isinstance(stored, Mapping) and isinstance(expected, Mapping):
+            names = dict.fromkeys([*expected, *stored])
+            different = [name for name in names if not same_value(stored.get(name), expected.get(name))]
+            yield f"{key}: {len(different)} entries are not the float checkpoint's: {format_list(map(repr, different))}"
+        elif isinstance(stored, list) and isinstance(expected, list) and max(len(stored), len(expected)) > 8:
+            yield f"{key}: the list is not the float checkpoint's ({len(stored)} and {len(expected)} entries)"
+        else:
+            yield f"{key} is {value_text(stored)}; the float checkpoint has {value_text(expected)}"

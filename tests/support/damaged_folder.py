@@ -78,6 +78,33 @@ def integers(content: FolderContent, layer: str) -> npt.NDArray[np.int64]:
     return np.frombuffer(tensor.data, np.int8).reshape(tensor.shape).astype(np.int64)
 
 
+def steps_of(content: FolderContent, layer: str) -> npt.NDArray[np.float64]:
+    """The float weight [N, K] of an unsmoothed quantized layer in quantization steps."""
+    tensor = content.source[f"{layer}.weight"]
+    weight = (np.frombuffer(tensor.data, np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(tensor.shape)
+    scales = [f"{layer}.weight_scale", f"{layer}.weight_scale_second"]
+    stored_scales = [content.tensors[name] for name in scales if name in content.tensors]
+    steps = weight.astype(np.float64)
+    for scale in stored_scales:
+        values = np.frombuffer(scale.data, np.float32).reshape(scale.shape)
+        steps = steps / np.repeat(values, weight.shape[1] // values.shape[1], axis=1)
+    return steps
+
+
+def compensated(steps: npt.NDArray[np.float64], limits: tuple[int, int], share: float = 0.7) -> npt.NDArray[np.int64]:
+    """Weights in steps [N, K] -> integers, each column taking over a share of the error of the column before it.
+
+    That is what GPTQ does for inputs whose neighbors are correlated.
+    """
+    result = np.zeros(steps.shape, np.int64)
+    error = np.zeros(len(steps))
+    for column in range(steps.shape[1]):
+        target = steps[:, column] + share * error
+        result[:, column] = np.clip(np.rint(target), *limits)
+        error = target - result[:, column]
+    return result
+
+
 def set_integers(content: FolderContent, layer: str, values: npt.NDArray[np.int64]) -> None:
     """Replaces the integers of a layer whose input_offset is 0, so that quant_bias does not depend on them."""
     content.tensors[f"{layer}.weight"] = stored(values, "I8")

@@ -8,7 +8,19 @@ import numpy as np
 import pytest
 
 from tests.support.compiled_folder import FolderContent, make_content
-from tests.support.damaged_folder import BLOCK, LAYER, PROJ, UP, Q, integers, named, set_integers, texts
+from tests.support.damaged_folder import (
+    BLOCK,
+    LAYER,
+    PROJ,
+    UP,
+    Q,
+    compensated,
+    integers,
+    named,
+    set_integers,
+    steps_of,
+    texts,
+)
 from tests.support.tensors import ITEM, stored
 from vlqc.verify import verify_folder
 
@@ -154,10 +166,8 @@ def test_groups_of_another_size_are_named(tmp_path: Path) -> None:
 
 def test_better_rounding_of_4_bits_is_no_damage(tmp_path: Path) -> None:
     """Catches faults for error-gptq_quantize 4-bit rounding, and damage that is not detected then."""
-    content = make_content(scheme="W4A8_DYNAMIC", mindie=True)
-    values = integers(content, O)
-    moved = np.clip(values + np.random.default_rng(0).integers(-1, 2, values.shape), -7, 7)
-    set_integers(content, O, np.where(np.abs(values) == 7, values, moved))
+    content = make_content(scheme="W4A8_DYNAMIC", mindie=True, smooth=False)
+    set_integers(content, O, compensated(steps_of(content, O), (-8, 7)))
     source = content.write_source(tmp_path / "float")
     assert texts(verify_folder(content.write(tmp_path / "out"), model_path=source)) == ""
     set_integers(content, O, integers(content, O)[::-1])

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.compiled_folder import FolderContent, make_content
-from tests.support.damaged_folder import LAYER, PROJ, UP, integers, set_integers, texts
+from tests.support.damaged_folder import LAYER, PROJ, UP, compensated, integers, set_integers, steps_of, texts
 from tests.support.tensors import rounded, stored
 from vlqc.errors import UserError
 from vlqc.verify import verify_folder
@@ -199,10 +199,10 @@ def test_a_fold_that_does_not_cancel_is_named(tmp_path: Path) -> None:
 
 def test_better_rounding_than_the_nearest_is_no_damage(tmp_path: Path) -> None:
     """Catches faults for weights that a method moves by one step from the nearest integer."""
-    content = make_content()
-    values = integers(content, PROJ)
-    moved = np.clip(values + np.random.default_rng(0).integers(-1, 2, values.shape), -126, 126)
-    set_integers(content, PROJ, np.where(np.abs(values) == 127, values, moved))
+    content = make_content(smooth=False)
+    values = compensated(steps_of(content, PROJ), (-127, 127))
+    assert (values != integers(content, PROJ)).mean() > 0.1
+    set_integers(content, PROJ, values)
     source = content.write_source(tmp_path / "float")
     assert texts(verify_folder(content.write(tmp_path / "out"), model_path=source)) == ""
     content.tensors[f"{PROJ}.weight"].flip(100, 0x40)

@@ -19,9 +19,20 @@ from vlqc.frontend.checkpoint.adapters import WEIGHTS as ADAPTER
 from vlqc.frontend.checkpoint.adapters import adapter_as_model, is_adapter
 from vlqc.frontend.model_structure import ModelStructure
 from vlqc.verify.findings import COPY_AGAIN, VerificationResult, format_list
+from vlqc.verify.float_match.cancellation import ProducerSide, find_uncancelled
 from vlqc.verify.float_match.read_source import read_source
 from vlqc.verify.float_match.rotated_source import float32_margin, is_rotated, nearest
-from vlqc.verify.float_match.scale_fit import NOISE, SIGMAS, ULP, Scales, WeightPair, fit_columns, fit_rows, misfits
+from vlqc.verify.float_match.scale_fit import (
+    NOISE,
+    QUIET,
+    SIGMAS,
+    ULP,
+    Scales,
+    WeightPair,
+    fit_columns,
+    fit_rows,
+    misfits,
+)
 from vlqc.verify.folder.reader import (
     FLOATS,
     Array,
@@ -41,7 +52,6 @@ INDEX = "model.safetensors.index.json"
 STEP_AT_ZERO = {"BF16": 2.0**-133, "F16": 2.0**-24}  # distance between the smallest numbers
 UNCANCELLED = "these scales must cancel, otherwise the model's outputs change"
 FITTED = 8  # linear layers behind one norm from which its scales are fitted; all others are compared under these
-PAIR_TOLERANCE = 0.01  # relative difference between the scales of two linear layers, beyond their uncertainty
 
 
 def is_of_family(folder: CompiledFolder, model_path: Path, result: VerificationResult) -> bool:
@@ -148,7 +158,7 @@ class Comparison:
         pair = self.weight_pair(layer)
         if edge is not None and pair is not None:
             self.rows[layer] = fit_rows(pair, edge.usable.numpy(), columns)
-        self.weight(layer, None if edge is None else self.rows[layer], columns)
+        self.weight(layer, None if edge is None else self.rows[layer].or_else(np.ones(linear.outputs)), columns)
 
     # ---- tensors -----------------------------------------------------------------------------------------------------
 
@@ -177,14 +187,17 @@ class Comparison:
         pair = self.pair(f"{layer}.weight", integers.shape if integers else None)
         if pair is None or integers is None:
             return WeightPair(layer, *pair, None) if pair else None
-        scale = np.ones((1, 1), np.float32)
+        scale, error = np.ones((1, 1), np.float32), 0.0
         for suffix in ("weight_scale", "weight_scale_second")[: 2 if scheme.spec.weight.per_group else 1]:
             if f"{layer}.{suffix}" not in self.folder.valid_tensors:
                 return None
-            scale = scale * self.folder.files.tensors[f"{layer}.{suffix}"].read().astype(np.float32)
+            factor = self.folder.files.tensors[f"{layer}.{suffix}"].read().astype(np.float32)
+            if (round_to(self.folder.float_dtype, factor) == factor).all():
+                error += ULP[self.folder.float_dtype]
+            scale = scale * factor
         if not (np.isfinite(scale) & (scale > 0)).all():
             return None  # a fault of the arithmetic
-        return WeightPair(layer, pair[0], integers, scale)
+        return WeightPair(layer, pair[0], integers, scale, error)
 
     def unchanged(self, name: str) -> None:
         """A tensor that must equal the source in the folder's dtype."""
@@ -225,21 +238,28 @@ class Comparison:
         if not parts:  # all their rows are scaled, too: only the norm tells the scales of their columns
             known = (source != 0) & (stored != 0)
             values = np.where(known, source / np.where(known, stored, 1), 1).astype(np.float32)
-            return Scales(values, np.where(known & read, ULP[self.folder.float_dtype], 0).astype(np.float32))
-        columns = fit_columns(parts)
-        columns.values[~read], columns.sigma[~read] = 1, 0
-        product = stored * columns.values
-        allowed = np.abs(source) * (2 * ULP[self.folder.float_dtype] + SIGMAS * columns.sigma)
-        allowed += STEP_AT_ZERO[self.folder.float_dtype] * columns.values  # absolute distance of the smallest numbers
-        wrong = np.flatnonzero(np.isfinite(columns.sigma) & ~(np.abs(product - source) <= allowed))
-        if wrong.size:
-            first, channels = int(wrong[0]), np.unique(channel.numpy()[wrong])
+            return Scales.known(values, np.where(known & read, ULP[self.folder.float_dtype], 0).astype(np.float32))
+        columns = fit_columns(parts).unread(~read)
+        both = (source != 0) & (stored != 0)
+        factor = np.where(source != 0, stored / np.where(source != 0, source, 1), np.where(stored != 0, np.inf, 1))
+        # An error of half a step also where steps are absolute, among the smallest numbers.
+        dtype = self.folder.float_dtype
+        rounding = ULP[dtype] + STEP_AT_ZERO[dtype] / np.where(both, np.abs(source), 1)
+        side = ProducerSide(channel.numpy(), factor.astype(np.float64), np.zeros(len(read)), rounding)
+        found = find_uncancelled(columns, [side])
+        channels = np.unique(channel.numpy()[found.channels])
+        if channels.size:
+            first = int(found.channels[0])
+            implied = source[first] / columns.values[first]
             what = (
                 f"channels {format_list(channels)}: stored {stored[first]:.6g}, but the columns of "
-                f"{format_list(layers)} imply {source[first] / columns.values[first]:.6g}"
+                f"{format_list(layers)} imply {implied:.6g}"
             )
             self.result.add_fault(CHECK, f"{norm}.weight", what, UNCANCELLED, COPY_AGAIN)
-        return columns
+        if found.common is not None:
+            what = f"the norm times the columns of {format_list(layers)} is {found.common:.6g} times the float model's"
+            self.result.add_fault(CHECK, f"{norm}.weight", what, UNCANCELLED, COPY_AGAIN)
+        return columns.or_else(np.where(both, source / np.where(both, stored, 1), 1))
 
     def parts_to_fit(self, layers: list[str]) -> list[tuple[WeightPair, Array]]:
         """At most FITTED layers that are stored alike, with their unscaled rows: the kind with most of these."""
@@ -252,29 +272,40 @@ class Comparison:
 
     def columns_by_producers(self, layer: str) -> Scales:
         """Column scales of a linear layer that reads scaled rows; a fault where they do not cancel."""
-        producer, sigma = np.ones(self.model.linears[layer].inputs), np.zeros(self.model.linears[layer].inputs)
-        read = np.zeros(len(producer), bool)
-        for name, channel in self.model.producers[layer]:
-            scales = self.rows[name] if name in self.rows else self.norm_scales(name)
-            producer *= per_column(scales.values, channel, 1.0)
-            sigma += per_column(scales.sigma, channel, 0.0)
-            read |= channel.numpy() >= 0
+        sides = [self.producer_side(name, channel) for name, channel in self.model.producers[layer]]
+        producer = np.prod([side.values for side in sides], axis=0)
+        implied = (1 / np.where(producer > 0, producer, 1)).astype(np.float32)
         pair, mask = self.weight_pair(layer), self.unscaled_rows(layer)
         if pair is None or not mask.any():
-            return Scales((1 / producer).astype(np.float32), sigma.astype(np.float32))
-        columns = fit_columns([(pair, mask)])
-        columns.values[~read], columns.sigma[~read] = 1, 0
-        sigma += columns.sigma
-        difference = np.abs(columns.values * producer - 1)
-        wrong = np.flatnonzero(read & np.isfinite(sigma) & ~(difference <= PAIR_TOLERANCE + SIGMAS * sigma))
-        if wrong.size:
-            first, names = int(wrong[0]), format_list([name for name, _ in self.model.producers[layer]])
+            sigma = np.sum([side.deviation * implied + side.rounding for side in sides], axis=0)
+            return Scales.known(implied, sigma.astype(np.float32))
+        columns = fit_columns([(pair, mask)]).unread(np.all([side.channel < 0 for side in sides], axis=0))
+        found = find_uncancelled(columns, sides)
+        names = format_list([name for name, _ in self.model.producers[layer]])
+        if found.channels.size:
+            first = int(found.channels[0])
             what = (
-                f"channels {format_list(wrong)}: columns are scaled by {columns.values[first]:.6g}, "
+                f"channels {format_list(found.channels)}: columns are scaled by {columns.values[first]:.6g}, "
                 f"the rows of {names} by {producer[first]:.6g}"
             )
             self.result.add_fault(CHECK, f"{layer}.weight", what, UNCANCELLED, COPY_AGAIN)
-        return columns
+        if found.common is not None:
+            what = f"its columns times the rows of {names} are {found.common:.6g} times the float model's"
+            self.result.add_fault(CHECK, f"{layer}.weight", what, UNCANCELLED, COPY_AGAIN)
+        return columns.or_else(implied)
+
+    def producer_side(self, name: str, channel: Tensor) -> ProducerSide:
+        """What a linear layer, whose rows are fitted, or a norm leaves of the scale. channel: int64 [K]."""
+        scales = self.rows[name] if name in self.rows else self.norm_scales(name)
+        is_norm = name not in self.rows
+        values, deviation = (
+            per_column(each.astype(np.float64), channel, default)
+            for each, default in ((scales.values, 1.0), (scales.deviation, 0.0))
+        )
+        nothing = np.zeros(len(values))
+        return ProducerSide(
+            channel.numpy(), values, nothing if is_norm else deviation, deviation if is_norm else nothing
+        )
 
     def norm_scales(self, norm: str) -> Scales:
         """What a norm's channels are multiplied by, by its weights, [C]; 1 where they do not tell it."""
@@ -284,7 +315,7 @@ class Comparison:
         source, stored = (tensor.read().astype(np.float32) for tensor in pair)
         known = (source != 0) & (stored != 0)
         values = np.where(known, stored / np.where(known, source, 1), 1).astype(np.float32)
-        return Scales(values, np.full(channels, ULP[self.folder.float_dtype], np.float32))
+        return Scales.known(values, np.full(channels, ULP[self.folder.float_dtype], np.float32))
 
     def norm_bias(self, norm: str) -> None:
         """The bias that a norm has in the source: it must be scaled as the weight, unless the norm is shifted.
@@ -348,22 +379,33 @@ class Comparison:
         name = f"{pair.layer}.weight"
         self.sqnr[pair.layer] = fit.sqnr
         count, first = (fit.gross, fit.first_gross) if fit.other_rounding else (fit.count, fit.first)
+        what, why, fix = "", "rounding and the layer's channel scales do not explain the difference", COPY_AGAIN
         if fit.sqnr < BROKEN_WEIGHTS[pair.bits]:
             self.not_source.add(pair.layer)
-            what, why = (
-                f"SQNR against the float weight is {fit.sqnr:.1f} dB",
-                "it is not the source's matrix",
-            )
-            self.result.add_fault(CHECK, name, what, why, "pass the right checkpoint as --model_path, or compile again")
+            what, why = f"SQNR against the float weight is {fit.sqnr:.1f} dB", "it is not the source's matrix"
+            fix = "pass the right checkpoint as --model_path, or compile again"
+        elif fit.noise > QUIET:
+            self.not_source.add(pair.layer)
+            what = f"all columns have errors of {fit.noise:.2g} steps or more, where rounding has {NOISE:.2g}"
+        elif fit.noisy_rows:
+            what = f"rows {format_list(fit.noisy_rows)} have errors many times larger than other rows"
+        elif fit.offset is not None:
+            what, why = f"the mean error of all weights is {fit.offset:.2g} steps", "rounding errors have a mean of 0"
+        elif fit.scaled_columns:
+            numbers, factors = zip(*fit.scaled_columns, strict=True)
+            what = f"columns {format_list(numbers)}: {factors[0]:.4g} times the float weight by their scales"
         elif count:
             what = f"{count} of {fit.total} weights do not follow from the float weight, first at {list(first or ())}"
-            why = "rounding and the layer's channel scales do not explain the difference"
-            self.result.add_fault(CHECK, name, what, why, COPY_AGAIN)
+        elif fit.common is not None:
+            what = f"all weights are {fit.common:.6g} times the float weight by their scales"
+            why = "weight or weight_scale is damaged, or the norm before the layer"
         elif fit.scaled:
             row, group, factor = fit.scaled[0]
             where = f"row {row}" if pair.scale is None or pair.scale.shape[1] == 1 else f"group {group} of row {row}"
             what = f"{where} is {factor:.4g} times the float weight by its scale ({len(fit.scaled)} such in all)"
-            self.result.add_fault(CHECK, name, what, "weight or weight_scale is damaged", COPY_AGAIN)
+            why = "weight or weight_scale is damaged"
+        if what:
+            self.result.add_fault(CHECK, name, what, why, fix)
 
     def bias(self, layer: str, rows: Scales | None) -> None:
         """A bias must be the source's, scaled as its rows."""
@@ -376,6 +418,7 @@ class Comparison:
         unscaled, margin = nearest(self.folder.float_dtype, pair[0], source)
         expected = np.where(scaled, source * scales.values, unscaled)
         rounding = np.abs(expected) * (ULP[self.folder.float_dtype] + SIGMAS * scales.sigma)
+        rounding += STEP_AT_ZERO[self.folder.float_dtype]
         if is_rotated(pair[0]):
             rounding += np.abs(scales.values) * float32_margin(source)
         allowed = np.where(scaled, rounding, margin)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import AutoTokenizer
 
 import vlqc
@@ -16,14 +17,17 @@ from tests.support.calibration_files import lines, write_image
 from tests.support.chat_checkpoint import TEMPLATE, write_chat_checkpoint
 from tests.support.text_checkpoint import write_text_checkpoint
 from vlqc.errors import UserError
+from vlqc.families.qwen2_5_vl import QWEN2_5_VL
 from vlqc.frontend.calibration import dataset
 from vlqc.frontend.calibration.conversation import ImageRef
 from vlqc.frontend.calibration.dataset import CalibrationDataset, load_samples
 from vlqc.frontend.calibration.formats import FORMATS
+from vlqc.frontend.calibration.images import read_image
 from vlqc.frontend.calibration.sources import PROMPT, list_samples
 
 DATA = Path(__file__).parent / "data"
 PAD, IMAGE = "<|image_pad|>", {"type": "image"}
+VISION = f"<|vision_start|>{PAD}<|vision_end|>"
 WIDTHS = {"a.png": 84, "b.png": 112}  # of images 56 pixels high: 6 and 8 image tokens
 
 
@@ -325,10 +329,9 @@ def test_templates_for_text(tmp_path: Path, folder: Path, content: str) -> None:
     template = "{% for message in messages %}[{{ message['role'] }}]" + content + "{% endfor %}"
     model = write_chat_checkpoint(tmp_path / "model", template)
     calibration = read(model, folder / "x.jsonl", {"image": "a.png", "prompt": "Hi <image> Ho", "response": "1"})
-    image = "<|vision_start|><|image_pad|><|vision_end|>"
     space = " " if "' '" in content else ""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    expected = tokenizer(f"[user]{space}Hi {image} Ho[assistant]{space}1".replace(PAD, PAD * 6)).input_ids
+    expected = tokenizer(f"[user]{space}Hi {VISION} Ho[assistant]{space}1".replace(PAD, PAD * 6)).input_ids
     assert calibration.samples[0]["input_ids"].tolist() == [expected]
     assert any("takes text only" in note for note in calibration.notes)
 
@@ -400,3 +403,27 @@ def test_files_of_very_many_samples(model: Path, folder: Path, monkeypatch: pyte
     with pytest.raises(UserError, match="--max_samples"):
         load_samples(model, path)
     assert len(load_samples(model, path, max_samples=4).samples) == 4
+
+
+if transformers.__version__.startswith("4.49"):  # later ones need torchvision for it
+
+    def test_equal_to_the_stock_processor(model: Path) -> None:
+        """Catches any difference from transformers' own processor in conversations with several images and turns."""
+        with_tags = TEMPLATE.replace("['content'] }}", f"['content'] | replace('<image>', '{VISION}') }}}}")
+        processor = transformers.AutoProcessor.from_pretrained(model)
+        samples = load_samples(model, DATA / "ms_swift.jsonl").samples
+        assert QWEN2_5_VL.inputs.processing is not None
+        for line, sample in zip((DATA / "ms_swift.jsonl").read_text().splitlines(), samples, strict=True):
+            entry = json.loads(line)
+            images = [read_image(DATA / name) for name in entry.get("images", [])]
+            sizes = [QWEN2_5_VL.inputs.processing.resize(image.height, image.width) for image in images]
+            resized = [image.resize((width, height)) for image, (height, width) in zip(images, sizes, strict=True)]
+            content = TEMPLATE.replace(
+                "message['content'] }}", f"message['content'] | replace('<image>', '{VISION}') }}}}"
+            )
+            rendered = processor.tokenizer.apply_chat_template(
+                entry["messages"], chat_template=with_tags, tokenize=False, add_generation_prompt="label" in entry
+            )
+            expected = processor(text=[rendered], images=resized or None, return_tensors="pt")
+            assert set(expected) == set(sample)
+            assert all(torch.equal(sample[name], expected[name]) for name in sample)

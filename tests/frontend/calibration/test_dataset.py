@@ -173,7 +173,7 @@ def test_skipping_everything_is_an_error(tmp_path: Path) -> None:
         ("missing", None, ["no such folder or file"]),
         ("empty", "folder", [".jpg", ".webp", "not searched"]),
         ("list.txt", "text", ["neither a folder"]),
-        ("none.jsonl", "\n\n", ["no lines"]),
+        ("none.jsonl", "\n\n", ["no entries"]),
     ],
 )
 def test_unusable_sources(tmp_path: Path, name: str, content: str | None, words: list[str]) -> None:

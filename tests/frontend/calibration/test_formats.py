@@ -137,6 +137,7 @@ FORMS: dict[str, tuple[object, list[dict[str, Any]]]] = {
         [turn("user", IMAGE, text("Hi\nyou")), ANSWER],
     ),
     "msModelSlim": ({"image": "a.png", "text": "Hi"}, [USER]),
+    "upper case": ({"messages": [{"role": "User", "content": "<image>Hi"}], "images": "a.png"}, [USER]),
     "VQA": ({"image": "a.png", "question": "Hi", "answer": "Ho"}, [USER, ANSWER]),
     "Qwen-VL": (
         {"conversations": [{"from": "user", "value": "1: <img>a.png</img>\nHi"}]},
@@ -248,6 +249,7 @@ FAULTS: dict[str, tuple[object, str]] = {
     "web": ({"image": "https://example.com/a.png"}, "read from files only"),
     "host": ({"messages": [turn("user", {**IMAGE, "image": "s3://bucket/a.png"})]}, "read from files only"),
     "setting": ([turn("user", {**IMAGE, "image": "a", "max_pixels": "1280*28*28"})], "'max_pixels' is '1280"),
+    "unknown format": ({"data": [{"query": "x"}]}, "the key data belongs to no format"),
     "typing error": ({"imgae": "a", "prompt": "x"}, "did you mean image"),
 }
 
@@ -418,9 +420,6 @@ if transformers.__version__.startswith("4.49"):  # later ones need torchvision f
             images = [read_image(DATA / name) for name in entry.get("images", [])]
             sizes = [QWEN2_5_VL.inputs.processing.resize(image.height, image.width) for image in images]
             resized = [image.resize((width, height)) for image, (height, width) in zip(images, sizes, strict=True)]
-            content = TEMPLATE.replace(
-                "message['content'] }}", f"message['content'] | replace('<image>', '{VISION}') }}}}"
-            )
             rendered = processor.tokenizer.apply_chat_template(
                 entry["messages"], chat_template=with_tags, tokenize=False, add_generation_prompt="label" in entry
             )

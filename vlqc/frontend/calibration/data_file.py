@@ -64,7 +64,7 @@ def read_data_file(source: Path, text_only: str | None, no_videos: str | None = 
         counts[0], counts[1] = counts[0] + len(conversation.images), counts[1] + len(conversation.videos)
         ignored.update(dict.fromkeys(form.ignored(value) if isinstance(value, dict) else []))
     if not conversations and not faults:
-        faults = [Fault(what, why="it has no lines", fix=f"write lines such as {example}")]
+        faults = [Fault(what, why="it has no entries", fix=f"write lines such as {example}")]
     if faults:
         raise UserError(*first_faults(faults, "faulty entries"))
     return SampleList(conversations, _notes(formats, media, list(ignored)))

@@ -55,18 +55,21 @@ UNREADABLE = {"audios": "audio is not supported", "audio": "audio is not support
 OBJECT_TAGS = ("<bbox>", "<ref-object>")  # of ms-swift, which replaces them by the entries of `objects`
 
 
+@dataclass(frozen=True)
 class EntryFormat(ABC):
-    """One format. title: for messages; keys: that it reads. Others are ignored, with a note."""
+    """One format. title: for messages; key: of an entry, which this format is recognised by."""
 
     title: str
+    key: str
 
     @property
     @abstractmethod
-    def keys(self) -> tuple[str, ...]: ...
+    def keys(self) -> tuple[str, ...]:
+        """The keys that are read. Others are ignored, with a note."""
 
-    @abstractmethod
     def matches(self, entry: Mapping[str, Any]) -> bool:
-        """Whether an entry has the key that this format is recognised by."""
+        """Whether this format reads an entry."""
+        return self.key in entry
 
     @abstractmethod
     def read(self, entry: Mapping[str, Any], folder: Path) -> list[Turn]:
@@ -81,8 +84,6 @@ class EntryFormat(ABC):
 class LineFormat(EntryFormat):
     """{"image": path or [paths], "prompt": text, "response": text}. Unknown keys are errors."""
 
-    title: str = "image, prompt and response (vlqc)"
-
     @property
     def keys(self) -> tuple[str, ...]:
         return (*LINE_KEYS, FRAMES_KEY, *PIXEL_KEYS, *FRAME_KEYS)
@@ -91,6 +92,10 @@ class LineFormat(EntryFormat):
         return True
 
     def read(self, entry: Mapping[str, Any], folder: Path) -> list[Turn]:
+        if entry and not any(key in entry for key in self.keys):
+            keys = f"the {'key' if len(entry) == 1 else 'keys'} {enumerate_first(list(entry))}"
+            known = ", ".join(form.key for form in FORMATS)
+            raise EntryError(f"{keys} {'belongs' if len(entry) == 1 else 'belong'} to no format", f"known are {known}")
         if unknown := [key for key in entry if key not in self.keys]:
             shown = [" ".join(filter(None, [excerpt(key), did_you_mean(key, LINE_KEYS)])) for key in unknown]
             raise EntryError(f"unknown {'key' if len(unknown) == 1 else 'keys'} {enumerate_first(shown)}")
@@ -119,15 +124,9 @@ class LineFormat(EntryFormat):
 class TurnsFormat(EntryFormat):
     """{key: [{"role": ..., "content": ...}, ...], "images": [...], "videos": [...], "system": text}."""
 
-    title: str
-    key: str
-
     @property
     def keys(self) -> tuple[str, ...]:
         return (self.key, "system", *MEDIA_KEYS)
-
-    def matches(self, entry: Mapping[str, Any]) -> bool:
-        return self.key in entry
 
     def read(self, entry: Mapping[str, Any], folder: Path) -> list[Turn]:
         messages = entry[self.key]
@@ -139,24 +138,24 @@ class TurnsFormat(EntryFormat):
 
 @dataclass(frozen=True)
 class PairFormat(EntryFormat):
-    """{request: text, response: text, "history": [[text, text], ...], "system": text, "images": [...]}.
+    """{key: text, response: text, "history": [[text, text], ...], "system": text, "images": [...]}.
 
-    request: keys of texts that are joined by a newline, the first of which the format is recognised by.
+    more: key of a text that follows the request on a new line.
     """
 
-    title: str
-    request: tuple[str, ...]
     response: str
+    more: str | None = None
 
     @property
     def keys(self) -> tuple[str, ...]:
-        return (*self.request, self.response, "history", "system", *MEDIA_KEYS)
+        return (*self._request_keys, self.response, "history", "system", *MEDIA_KEYS)
 
-    def matches(self, entry: Mapping[str, Any]) -> bool:
-        return self.request[0] in entry
+    @property
+    def _request_keys(self) -> list[str]:
+        return [self.key] if self.more is None else [self.key, self.more]
 
     def read(self, entry: Mapping[str, Any], folder: Path) -> list[Turn]:
-        texts = [_text(entry.get(key) or "", key) for key in self.request]
+        texts = [_text(entry.get(key) or "", key) for key in self._request_keys]
         pairs = entry.get("history") or []
         if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
             raise EntryError("'history' is not a list of pairs of texts")
@@ -167,15 +166,15 @@ class PairFormat(EntryFormat):
         return _place_media(_with_system(turns, entry), *_listed_media(entry, folder))
 
 
-LINES = LineFormat()
+LINES = LineFormat("image, prompt and response (vlqc)", "prompt")
 FORMATS: tuple[EntryFormat, ...] = (  # the first that matches reads an entry
     TurnsFormat("messages (Qwen, OpenAI, ms-swift, LLaMA-Factory)", "messages"),
     TurnsFormat("conversations (LLaVA, ShareGPT, LLaMA-Factory)", "conversations"),
     TurnsFormat("conversation (ms-swift)", "conversation"),
-    PairFormat("query and response (ms-swift)", ("query",), "response"),
-    PairFormat("instruction and output (Alpaca)", ("instruction", "input"), "output"),
-    PairFormat("question and answer", ("question",), "answer"),
-    PairFormat("text and image (msModelSlim)", ("text",), "response"),
+    PairFormat("query and response (ms-swift)", "query", "response"),
+    PairFormat("instruction and output (Alpaca)", "instruction", "output", more="input"),
+    PairFormat("question and answer", "question", "answer"),
+    PairFormat("text and image (msModelSlim)", "text", "response"),
     LINES,
 )
 
@@ -219,13 +218,13 @@ def _read_message(message: Any, number: int, folder: Path) -> Iterator[Turn]:
     if role_key is None:
         raise EntryError(f"turn {number} is not an object with the keys role and content, or from and value")
     role = message[role_key]
-    if not isinstance(role, str) or role not in ROLES:
+    if not isinstance(role, str) or role.lower() not in ROLES:
         raise EntryError(f"turn {number} has the role {excerpt(role)}; system, user and assistant turns are read")
     content = next((message[key] for key in TEXT_KEYS if key in message), None)
     if not isinstance(content, str | list):
         raise EntryError(f"the content of turn {number} is neither text nor a list of parts")
     parts = [content] if isinstance(content, str) else content
-    yield Turn(ROLES[role], tuple(read for part in parts for read in _read_part(part, folder)))
+    yield Turn(ROLES[role.lower()], tuple(read for part in parts for read in _read_part(part, folder)))
 
 
 def _turns_of_pair(texts: Sequence[Any], key: str, folder: Path) -> list[Turn]:

@@ -100,7 +100,7 @@ def _locate(source: str, folder: Path, kind: str) -> Path | bytes:
     elif "://" in source[:32]:
         raise EntryError(f"{kind!r} is a URL; {kind}s are read from files only", f"download the {kind} first")
     if not source.strip() or "\0" in source or len(source.encode()) > LONGEST_PATH:
-        fix = "base64 data begin with data:image/png;base64," if kind == "image" else ""
+        fix = "base64 data begin with data:image/png;base64," if len(source) > LONGEST_PATH else ""
         raise EntryError(f"{kind!r} is neither a path nor a data URI: {excerpt(source)}", fix)
     return folder / source
 

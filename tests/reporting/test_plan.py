@@ -15,10 +15,12 @@ from tools.checkpoints import outlier_checkpoint as outliers
 from tools.demo import tiny_task
 from vlqc.cli.commands import app
 from vlqc.errors import UserError
+from vlqc.frontend.checkpoint.checkpoint import Checkpoint
+from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.reporting.checkpoint_summary import inspect_folder
 from vlqc.reporting.dumps.trace_only import trace
 from vlqc.reporting.dumps.writer import Dumper
-from vlqc.reporting.plan import plan_compilation
+from vlqc.reporting.plan import attention_seconds, plan_compilation
 from vlqc.reporting.rotations import rotation_text
 
 TINY = Path(tiny_task.__file__).parent / "tiny_vl"
@@ -80,6 +82,26 @@ def test_more_data_takes_longer(samples: list[dict[str, Tensor]], tmp_path: Path
     few, many = plan_compilation(samples=samples, **arguments), plan_compilation(samples=[*samples, *long], **arguments)
     assert many.tokens == few.tokens + 400_000
     assert many.seconds > few.seconds > 0 and many.memory >= few.memory > 0
+    assert not any("--max_tokens" in note for note in few.notes)
+
+
+def test_attention_grows_with_the_square_of_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a plan of seconds for images that take minutes. 100 multiplications of the probe per second."""
+    monkeypatch.setattr("vlqc.reporting.plan.calls_per_second", lambda function: 100.0)
+    model = StreamedModel.open(Checkpoint(TINY))
+    short, long = (
+        {"input_ids": torch.zeros(1, 4), "pixel_values": torch.zeros(side * side, 1),
+         "image_grid_thw": torch.tensor([[1, side, side]])}
+        for side in (4, 256)
+    )  # fmt: skip
+    assert attention_seconds(model, [short]) == 0
+    once, twice = attention_seconds(model, [long]), attention_seconds(model, [long, long])
+    vision = model.module.config.vision_config
+    whole, windowed = 256**4, 256**2 * (vision.window_size // vision.patch_size) ** 2
+    blocks = len(vision.fullatt_block_indexes)
+    flops = 4 * vision.hidden_size * (blocks * whole + (4 - blocks) * windowed)
+    assert once == pytest.approx(flops / (4 * 8 * 1024 * 64 * 1024 * 100), rel=1e-6)
+    assert twice == pytest.approx(2 * once)
 
 
 def test_plan_of_a_text_only_model(tmp_path: Path) -> None:
@@ -91,7 +113,8 @@ def test_plan_of_a_text_only_model(tmp_path: Path) -> None:
     assert {part for part, _ in plan.counts} == {"language", "other"}
     written = io.StringIO()
     plan.render(Console(file=written, width=200))
-    assert f"{plan.tokens} tokens" in written.getvalue() and "image" not in written.getvalue()
+    shown = [line for line in written.getvalue().splitlines() if "calibration data" not in line]
+    assert f"{plan.tokens} tokens" in written.getvalue() and not any("image" in line for line in shown)
     result = trace(tmp_path / "model", Dumper(tmp_path / "dump", stages=("model.layers.1",)))
     assert result.stages == ("model.layers.1",)
 

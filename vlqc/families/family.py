@@ -145,13 +145,6 @@ class ModelFamily(ABC):
         """Path of a module in the module tree of any transformers version -> its checkpoint name."""
         return self.checkpoint_name(f"{path}.").removesuffix(".")
 
-    def name_pattern(self, pattern: str) -> str:
-        """A glob pattern of names in any transformers version -> of checkpoint names.
-
-        Patterns that match checkpoint names as they are, are returned unchanged.
-        """
-        return self.checkpoint_name(pattern)
-
     def matrices(
         self, shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any]
     ) -> dict[str, dict[str, TensorSlice]]:
@@ -228,6 +221,10 @@ class ModelFamily(ABC):
             if match := re.match(rf"{re.escape(prefix)}\d+(?=\.)", name):
                 return match[0]
         return None
+
+    def attends_in_windows(self, block: str, config: Any) -> bool:
+        """Whether attention in a block of the vision tower is limited to windows. config: of a transformers model."""
+        return False
 
     # ---- order of execution ------------------------------------------------------------------------------------------
 

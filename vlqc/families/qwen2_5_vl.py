@@ -1,8 +1,7 @@
 """Qwen2.5-VL: names, layers, config.json and model inputs."""
 
-import re
 from collections.abc import Collection, Mapping
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict  # pydantic accepts typing.TypedDict from Python 3.12 on
@@ -22,6 +21,9 @@ from vlqc.families.family import ModelFamily, Part, Role
 from vlqc.families.inputs.input_format import QWEN_IMAGE_PROCESSORS, ImageFormat, TextFormat, VideoFormat
 from vlqc.families.text_config import flat_keys, is_tied, nested_text, tie_faults
 
+if TYPE_CHECKING:  # torch-free
+    from torch import nn
+
 # ---- layers, as patterns over checkpoint names ---------------------------------------------------------------------
 
 VISION_GATE_UP = ("visual.blocks.*.mlp.gate_proj", "visual.blocks.*.mlp.up_proj")
@@ -39,12 +41,6 @@ def original_name(name: str) -> str:
         if name.startswith(new):
             return original + name.removeprefix(new)
     return name
-
-
-def original_pattern(pattern: str) -> str:
-    """A glob pattern of names in any transformers version, or of vLLM's -> of names in the first release."""
-    pattern = re.sub(r"(?<!\w)model\.(?=visual\b)|^language_model\.(?=lm_head\b)", "", pattern)
-    return re.sub(r"(?:(?<=\*)\.|(?<![\w.]))(?:model\.)?language_model\b(?:\.model\b)?", "model", pattern)
 
 
 # ---- config.json -----------------------------------------------------------------------------------------------------
@@ -184,8 +180,15 @@ class Qwen25VL(ModelFamily):
     def checkpoint_name(self, name: str) -> str:
         return original_name(name)
 
-    def name_pattern(self, pattern: str) -> str:
-        return original_pattern(pattern)
+    def attends_in_windows(self, block: str, config: Any) -> bool:
+        whole = getattr(config.vision_config, "fullatt_block_indexes", None)
+        return whole is not None and block not in {f"visual.blocks.{index}" for index in whole}
+
+    def prepare(self, model: "nn.Module") -> None:
+        """Images of any size run without a mask of all pairs of patches."""
+        from vlqc.families.segmented_attention import segment_attention  # imports torch
+
+        segment_attention(model)
 
     def engine_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """The flat form of the first release."""

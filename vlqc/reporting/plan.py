@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vlqc.emit.atomic_folder import nearest_folder
 from vlqc.emit.size_estimate import output_bytes, predict_schemes, required_disk_space
-from vlqc.families.family import ModelFamily, Part
+from vlqc.families.family import ModelFamily, Part, Role
 from vlqc.formatting import format_bytes, format_duration, pluralize
 from vlqc.frontend.calibration.dataset import load_calibration
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
@@ -26,7 +26,7 @@ from vlqc.frontend.memory import check_memory, estimate_memory, peak_memory
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.stage import Site
 from vlqc.options.options import Options
-from vlqc.pipeline.layer_selection import check_engines, check_layers
+from vlqc.pipeline.layer_selection import check_layers
 from vlqc.pipeline.presets import build_pipeline
 from vlqc.pipeline.rotation_plan import rotate_model
 from vlqc.pipeline.text_only import require_images
@@ -44,6 +44,8 @@ PROBE_BYTES = 64 * 2**20  # read to measure the disk; the page cache counts, bec
 PROBE_SECONDS = 0.3
 START_SECONDS = 5.0  # imports, loading and verification
 STAGE_SECONDS = 0.4  # tracing, searching and checking one stage, whatever its size
+NEGLIGIBLE_FLOPS = 1e11  # of attention: less than a few seconds on any machine
+LONG_ATTENTION = 60.0  # seconds from which on a note says what takes the time
 OVERHEAD = 2.0  # time of a compilation over that of its matrix products, reading and writing; measured on 7B shapes
 BEFORE_SEARCH = "schemes and size are those before the search of --fallback auto"
 
@@ -116,7 +118,6 @@ def plan_compilation(
     model = StreamedModel.open(checkpoint, trust_remote_code=options.trust_remote_code, dtype=options.dtype)
     check_layers(model, options)
     rotations = rotate_model(model, passes)
-    check_engines(model, options)
     calibration = load_calibration(options, model, samples)
     memory = estimate_memory(model, calibration.samples, options.memory_budget)
     memory_notes: list[str] = []
@@ -145,6 +146,14 @@ def plan_compilation(
         part = model.family.part(name)
         counts[part, str(scheme)] = counts.get((part, str(scheme)), 0) + 1
     after = output_bytes(model, sites, options.layout)
+    seconds = estimate_seconds(model, sites, tokens, patches, after)
+    attention = attention_seconds(model, calibration.samples)
+    if attention > max(seconds, LONG_ATTENTION):
+        longest = max(sample["input_ids"].shape[1] for sample in calibration.samples)
+        notes.append(
+            f"attention takes {format_duration(attention)} of the time, which grows with the square of the size of an "
+            f"image; the longest sample has {pluralize(longest, 'token')}: --max_tokens limits it, by smaller images"
+        )
     return CompilationPlan(
         counts=counts,
         reasons={site.reason: name for name, site in reversed(sites.items()) if site.reason},
@@ -153,7 +162,7 @@ def plan_compilation(
         tokens=tokens,
         patches=patches,
         memory=peak_memory() + memory,
-        seconds=estimate_seconds(model, sites, tokens, patches, after),
+        seconds=seconds + attention,
         disk_needed=required_disk_space(model, options, passes, calibration.samples),
         disk_free=shutil.disk_usage(nearest_folder(options.save_directory)).free,
         engines=[
@@ -185,6 +194,36 @@ def estimate_seconds(model: StreamedModel, sites: dict[str, Site], tokens: int, 
     computing = forward_flops / flops_per_second(forward_dtype) + rounding_flops / flops_per_second(torch.float32)
     fixed = START_SECONDS + STAGE_SECONDS * len(model.stages)
     return fixed + OVERHEAD * (computing + (model.checkpoint.bytes + written) / disk)
+
+
+def attention_seconds(model: StreamedModel, samples: Sequence[dict[str, Tensor]]) -> float:
+    """Seconds of the scores and weighted sums of attention, which grow with the square of the length of a sample or of
+    the size of an image."""
+    family, config = model.family, model.module.config
+    causal = sum(sample["input_ids"].shape[1] ** 2 / 2 for sample in samples)
+    image = {
+        windowed: sum(family.inputs.attention_pairs(sample, config, windowed=windowed) for sample in samples)
+        for windowed in (False, True)
+    }
+    flops = 0.0
+    for name, stage in model.stages.items():
+        layers = {path.removesuffix(".weight"): tensor for path, tensor in model.parameters(stage).items()}
+        rows = {Role.VISION_QKV: [0], Role.QKV: [0]}
+        for layer, tensor in layers.items():
+            if (role := family.role(layer)) in rows:
+                rows[role].append(tensor.shape[0])
+        pairs = image[family.attends_in_windows(name, config)]
+        flops += 4 * (pairs * max(rows[Role.VISION_QKV]) / 3 + causal * max(rows[Role.QKV]))
+    if flops < NEGLIGIBLE_FLOPS:
+        return 0.0
+    heads = torch.ones(1, 8, PROBE_SIDE, 64)
+    speed = (
+        4
+        * heads.numel()
+        * PROBE_SIDE
+        * calls_per_second(lambda: torch.nn.functional.scaled_dot_product_attention(heads, heads, heads))
+    )
+    return flops / speed
 
 
 def flops_per_second(dtype: torch.dtype) -> float:

@@ -3,6 +3,7 @@
 Qwen2-VL, Qwen2.5-VL and Qwen3-VL have the same names and layout; sizes come from config.json.
 """
 
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -26,6 +27,7 @@ from vlqc.families.inputs.text_inputs import (
 IMAGE_INPUTS = ("pixel_values", "image_grid_thw")  # [P, C*T*p*p] float, [images, 3] int64
 TOKEN_TYPES = "mm_token_type_ids"  # [1, S] int64, in newer transformers: 1 at image tokens
 VIDEO_INPUTS = ("pixel_values_videos", "video_grid_thw")
+GRIDS = (IMAGE_INPUTS[1], VIDEO_INPUTS[1])
 LARGEST_PIXEL = 1e4  # pixels that are not rescaled or not normalized stay below it
 CROP_HEIGHT, CROP_WIDTH = 16, 12  # patches; windows have 8 x 8, so the crop has complete and partial ones
 FIRST, NEAREST, AFTER = 16, 8, 48  # tokens of text that are kept: the first ones, before the image, after it
@@ -181,6 +183,12 @@ class ImageInputs(TextInputs):
 
     def patches_per_token(self, config: Any) -> int:
         return InputLayout.of(config).merge_size ** 2
+
+    def attention_pairs(self, sample: Sample, config: Any, *, windowed: bool) -> int:
+        layout = InputLayout.of(config)
+        limit = round(layout.window * layout.merge_size) ** 2 if windowed else sys.maxsize
+        grids = [step for name in GRIDS if name in sample for step in sample[name].tolist()]
+        return sum(steps * height * width * min(height * width, limit) for steps, height, width in grids)
 
     def image_bytes(self, sample: Sample) -> int:
         return sample["pixel_values"].nbytes if self.has_images(sample) else 0

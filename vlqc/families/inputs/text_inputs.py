@@ -117,6 +117,10 @@ class TextInputs:
         """Number of patches that a merger joins to one row."""
         return 1
 
+    def attention_pairs(self, sample: Sample, config: Any, *, windowed: bool) -> int:
+        """Pairs of patches that attend to each other in one block of the vision tower; windowed: only in windows."""
+        return 0
+
     def image_bytes(self, sample: Sample) -> int:
         """Bytes of the image tensors."""
         return 0

@@ -8,10 +8,10 @@ from torch import Tensor
 from vlqc.errors import Fault, UserError
 from vlqc.families.family import ModelFamily
 from vlqc.families.registry import family_of
-from vlqc.files import read_json_object
 from vlqc.formatting import pluralize
 from vlqc.frontend.calibration.dataset import selected_conversations
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
+from vlqc.frontend.checkpoint.files import read_config
 from vlqc.frontend.distributed import current_process_group
 from vlqc.ir.stage import Site
 from vlqc.options.options import Options
@@ -29,7 +29,7 @@ def require_images(options: Options, passes: Sequence[Pass], samples: Sequence[M
     config_file = options.model_path / "config.json"
     if not current_process_group().is_rank0 or not options.model_path.is_dir():
         return
-    family = family_of(read_json_object(config_file), str(config_file))
+    family = family_of(read_config(options.model_path), str(config_file))
     if family.inputs.processing is None or _reach_vision_tower(options, family, samples):
         return
     layers = quantized_vision_layers(Checkpoint(options.model_path, options.lora), passes)

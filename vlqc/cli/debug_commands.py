@@ -73,6 +73,7 @@ def compile_until(stop_after: str, output: CommandOutput, options: dict[str, Any
     metavar="IMAGES",
     help="Images to trace with. Default: random text and, unless text-only, an image of noise.",
 )
+@option("--lora", type=PATH, multiple=True, metavar="FOLDER", help="Adapter to merge, as in `vlqc compile`.")
 @option(
     "--trust_remote_code",
     default="False",
@@ -89,6 +90,7 @@ def dump_command(
     stages: tuple[str, ...],
     formats: str,
     calib_images: Path | None,
+    lora: tuple[Path, ...],
     trust_remote_code: str,
     overwrite: bool,
     output: CommandOutput,
@@ -124,7 +126,7 @@ def dump_command(
         folder, stages=checked.dump_stages, formats=checked.dump_formats.split(","), model_path=model,
         print_traced=folder is None, show=show, overwrite=overwrite, flag="--output",
     )  # fmt: skip
-    result = trace(model, dumper, calib_images=calib_images, trust_remote_code=checked.trust_remote_code)
+    result = trace(model, dumper, calib_images=calib_images, lora=lora, trust_remote_code=checked.trust_remote_code)
     value = {**result.to_dict(), "texts": dict(zip(result.stages, texts, strict=False))}
     output.write(value, lambda _: None)
 

@@ -1,4 +1,4 @@
-"""Which source files are part of the fingerprint: those of passes, their bases, and modules that they may import."""
+"""What is part of the fingerprint: adapters, and sources of passes, their bases, and modules that they may import."""
 
 import importlib
 import sys
@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import tiny
+from tests.support.adapters import low_rank, write_adapter
 from vlqc.emit.resume import fingerprint
-from vlqc.emit.resume.fingerprint import differences, source_digests
+from vlqc.emit.resume.fingerprint import differences, run_fingerprint, source_digests
+from vlqc.frontend.checkpoint.checkpoint import Checkpoint
+from vlqc.frontend.streamed_model import StreamedModel
+from vlqc.options.options import Options
 from vlqc.pipeline.registry import load_pass
 
 HELPED = """
@@ -106,3 +111,18 @@ def test_own_sources_are_all_in_the_digest(monkeypatch: pytest.MonkeyPatch) -> N
     names = {path.relative_to(root).as_posix() for path in files}
     expected = {"compiler.py", "emit/resume/journal.py", "passes/smooth_m2.py", "kernels_ref/matmul.py"}
     assert expected | {"passes/algorithms/gptq.py"} <= names and len(names) == len(files)
+
+
+def test_adapters_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a run that is resumed with another adapter, or not with the same one at another place."""
+    monkeypatch.setattr(fingerprint, "_numerics", str)  # which takes a second
+    path = "model.layers.0.self_attn.q_proj"
+    folders = [write_adapter(tmp_path / name, low_rank(path, 192, 192, seed=len(name))) for name in ("a", "b", "cc")]
+
+    def of(*lora: Path) -> dict[str, str]:
+        options = Options.without_paths(model_path=tiny.TINY, lora=lora)
+        return run_fingerprint(options, "", StreamedModel.open(Checkpoint(tiny.TINY, lora)), [])
+
+    assert not differences(of(folders[0]), of(folders[1]))
+    assert len(differences(of(folders[0]), of(folders[2]))) == len(differences(of(folders[0]), of())) == 1
+    assert len(differences(of(folders[0], folders[2]), of(folders[2], folders[0]))) == 2

@@ -234,6 +234,23 @@ def test_a_weight_that_is_used_twice(
         assert torch.equal(merged.tensor(f"{EMBEDDING}.weight"), random(9, 4).to(BF16))
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("path", [EMBEDDING, HEAD])
+def test_low_rank_updates_of_a_weight_that_is_used_twice(tmp_path: Path, path: str, tied: bool) -> None:
+    """Catches an adapter of one use of a shared weight that is merged into both, or into none."""
+    tensors = low_rank(path, 9, 4)
+    if path == EMBEDDING:
+        tensors = {f"{path}.lora_embedding_A": random(2, 9), f"{path}.lora_embedding_B": random(4, 2)}
+    weights = {name: tensor for name, tensor in WEIGHTS.items() if not (tied and name.startswith(HEAD))}
+    merged = checkpoint(tmp_path, write_adapter(tmp_path / "a", tensors), weights=weights, tie_word_embeddings=tied)
+    if tied:
+        with pytest.raises(UserError, match="only one use"):
+            merged.check_shared_weight(f"{EMBEDDING}.weight", f"{HEAD}.weight")
+    else:
+        changed = [name for name in weights if not torch.equal(merged.tensor(name), weights[name])]
+        assert changed == [f"{path}.weight"]
+
+
 # ---- adapters beside and instead of a model --------------------------------------------------------------------------
 
 

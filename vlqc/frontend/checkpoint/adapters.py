@@ -6,6 +6,7 @@ the norms that it learned; a module that was trained as a whole replaces its ten
 """
 
 import contextlib
+import functools
 import hashlib
 import math
 import re
@@ -196,7 +197,7 @@ def _config_faults(config: Mapping[str, Any], where: str) -> Iterator[Fault]:
         numbers |= {f"{pattern}[{key!r}]": value for key, value in entries.items()}
         for key in entries:
             try:
-                re.compile(key)
+                _pattern(key)
             except re.error as error:
                 yield Fault(f"{pattern} has the invalid pattern {key!r}", where, str(error), "save the adapter again")
     for key, value in numbers.items():
@@ -206,7 +207,12 @@ def _config_faults(config: Mapping[str, Any], where: str) -> Iterator[Fault]:
 
 def _pattern_value(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
     """The value of the first key that matches a module's path, as PEFT matches it."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+    return next((value for key, value in patterns.items() if _pattern(key).match(path)), default)
+
+
+@functools.cache
+def _pattern(key: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({key})$")
 
 
 def _scaling(config: Mapping[str, Any], path: str, rank: int) -> float:

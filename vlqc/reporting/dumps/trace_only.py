@@ -54,6 +54,7 @@ def trace(
     *,
     samples: Sequence[dict[str, Tensor]] | None = None,
     calib_images: Path | None = None,
+    lora: Sequence[Path] = (),
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> TraceResult:
@@ -64,13 +65,14 @@ def trace(
         dumper: selects the stages and writes or prints them.
         samples: model inputs; without samples and calib_images, random text and an image of noise.
         calib_images: folder or file of images.
+        lora: folders of adapters to merge into the checkpoint, in order.
 
     Raises:
         UserError: for unusable input, as from `compile`.
     """
     if faults := dump_faults("--output", dumper.folder, model=model_path) if dumper.folder is not None else []:
         raise UserError(*faults)
-    checkpoint = Checkpoint(model_path)
+    checkpoint = Checkpoint(model_path, lora)
     model = StreamedModel.open(checkpoint, trust_remote_code=trust_remote_code)
     check_globs(model.stages, what="stage", stages=dumper.stages)
     if samples is None and calib_images is None:

@@ -66,6 +66,7 @@ class CompilationPlan:
     bytes_after: int
     tokens: int
     patches: int
+    with_videos: bool
     memory: int
     seconds: float
     disk_needed: int
@@ -86,7 +87,8 @@ class CompilationPlan:
         """Prints the plan."""
         console.print(layer_table("Planned schemes", self.counts))
         too_small = " (not enough)" if self.disk_free < self.disk_needed else ""
-        patches = f", {self.patches} image patches" if self.patches else ""
+        kind = "patches of images and videos" if self.with_videos else "image patches"
+        patches = f", {self.patches} {kind}" if self.patches else ""
         rows = [
             ("size", f"{format_bytes(self.bytes_before)} -> {format_bytes(self.bytes_after)}"),
             *([("rotated", rotation_text(self.rotations))] if self.rotations else []),
@@ -161,6 +163,7 @@ def plan_compilation(
         bytes_after=after,
         tokens=tokens,
         patches=patches,
+        with_videos=any(map(model.family.inputs.has_videos, calibration.samples)),
         memory=peak_memory() + memory,
         seconds=seconds + attention,
         disk_needed=required_disk_space(model, options, passes, calibration.samples),

@@ -246,3 +246,5 @@ def test_short_samples_are_chosen_first() -> None:
     assert choose_samples(samples, 24 + 4 + 6 + 9, inputs) == [1, 2, 3, 5]
     assert choose_samples(samples, 1000, inputs) == [0, 1, 2, 3, 4, 5]
     assert choose_samples(samples[3:], 11, inputs) == [0, 2]
+    samples[0] |= {"pixel_values_videos": samples[0].pop("pixel_values")}
+    assert choose_samples(samples, 1, inputs) == [0, 2, 3]

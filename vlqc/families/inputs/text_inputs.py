@@ -105,6 +105,10 @@ class TextInputs:
         """Whether a sample passes the vision tower."""
         return False
 
+    def has_videos(self, sample: Sample) -> bool:
+        """Whether a sample has a video."""
+        return False
+
     def same_images(self, first: Sample, second: Sample) -> bool:
         """Whether both samples have images, and the same images."""
         return False

@@ -99,6 +99,9 @@ class VideoInputs(ImageInputs):
     def has_images(self, sample: Sample) -> bool:
         return any(names[0] in sample for names in MEDIA.values())
 
+    def has_videos(self, sample: Sample) -> bool:
+        return VIDEO_INPUTS[0] in sample
+
     def same_images(self, first: Sample, second: Sample) -> bool:
         """Of samples with images and videos their order counts, too, so that no two are the same."""
         kinds = [kind for kind, names in MEDIA.items() if names[0] in first or names[0] in second]

@@ -152,15 +152,12 @@ def attribute_error(
 
 
 def choose_samples(samples: Sequence[dict[str, Tensor]], tokens: int, inputs: TextInputs) -> list[int]:
-    """Indices of the samples to use, ascending: always the shortest one with images and the shortest one without, then
-    the others from short to long as long as all together have at most `tokens` tokens."""
+    """Indices of the samples to use, ascending: always the shortest one with videos, with images only, and with text
+    only, then the others from short to long as long as all together have at most `tokens` tokens."""
     length = [int(sample["attention_mask"].sum()) for sample in samples]
     order = sorted(range(len(samples)), key=lambda number: length[number])
-    chosen = [
-        next(number for number in order if inputs.has_images(samples[number]) == has_image)
-        for has_image in (True, False)
-        if any(inputs.has_images(sample) == has_image for sample in samples)
-    ]
+    kinds = [(inputs.has_images(sample), inputs.has_videos(sample)) for sample in samples]
+    chosen = [next(number for number in order if kinds[number] == kind) for kind in sorted(set(kinds))]
     left = tokens - sum(length[number] for number in chosen)
     for number in order:
         if number not in chosen and length[number] <= left:

@@ -198,6 +198,12 @@ class VideoProcessing:
         seconds = [index / sampled.fps for index in indices]
         return tuple((seconds[at] + seconds[at + step - 1]) / 2 for at in range(0, len(seconds), step))
 
+    def tokens(self, processor: Any, sampled: SampledFrames, height: int, width: int) -> VideoTokens:
+        """Tokens of a video with frames of this size in pixels."""
+        side = self.images.token_side(processor)
+        times = self.times(sampled, int(processor.temporal_patch_size))
+        return VideoTokens(times, (height // side) * (width // side))
+
     def step_tokens(self, processor: Any, video: VideoPatches) -> int:
         """Number of video tokens of one temporal step."""
         return int(video.grid[0, 1:].prod()) // int(processor.merge_size**2)

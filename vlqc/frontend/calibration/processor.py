@@ -111,9 +111,7 @@ class SampleProcessor:
 
     def video_tokens(self, sampled: SampledFrames, height: int, width: int) -> VideoTokens:
         """Tokens of a video with frames of this size in pixels."""
-        side = self._processing.token_side(self._image_processor)
-        step = int(self._image_processor.temporal_patch_size)
-        return VideoTokens(self.video_processing.times(sampled, step), (height // side) * (width // side))
+        return self.video_processing.tokens(self._image_processor, sampled, height, width)
 
     def fit_frame(self, height_to_width: float, max_tokens: int) -> tuple[int, int]:
         """Pixels in height and width of an image or frame with at most so many tokens, at least `min_image_tokens`."""

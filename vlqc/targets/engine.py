@@ -16,6 +16,7 @@ from vlqc.errors import Fault
 from vlqc.families.family import ModelFamily, Role
 from vlqc.families.linear import Linear
 from vlqc.targets.schemes import Scheme
+from vlqc.targets.side_files import unread_files
 
 # Key of the description, in every layout: every quant_bias has a mean error subtracted, a multiple of so many steps.
 QUANT_BIAS_CORRECTION = "quant_bias_correction"
@@ -113,6 +114,10 @@ class Engine(ABC):
     scale_bias per layer; norm_bias_parts: parts of the model in which it adds the bias of a norm that the float model
     does not have; norm_copies: name of the submodule under which it wants the tensors of such a norm a second time,
     empty for none.
+
+    transformers: (version of the engine, the oldest version of transformers that it and later ones are installed with),
+    the earliest first; template_by_processor: whether it asks the processor for the chat template of models with
+    images, and not the tokenizer.
     """
 
     name: ClassVar[str]
@@ -125,6 +130,8 @@ class Engine(ABC):
     packs_int4: ClassVar[bool]
     norm_bias_parts: ClassVar[tuple[str, ...]] = ()
     norm_copies: ClassVar[str] = ""
+    transformers: ClassVar[tuple[tuple[str, str], ...]] = ()
+    template_by_processor: ClassVar[bool] = False
 
     def __repr__(self) -> str:
         return self.name
@@ -136,6 +143,10 @@ class Engine(ABC):
     def first_version(self, family: ModelFamily) -> str | None:
         """The first version that loads a quantized model of the family; None if no version does."""
         return min((rule.since for rule in self.rules_of(family)), key=Version, default=None)
+
+    def transformers_versions(self, family: ModelFamily) -> tuple[tuple[str, str], ...]:
+        """`transformers`, for models of a family."""
+        return self.transformers
 
     def supported_schemes(
         self, family: ModelFamily, layer: str, version: Version | None, dtype: str | None
@@ -224,6 +235,18 @@ class Engine(ABC):
     def group_size_warning(self, group_size: int) -> str:
         """Why the engine runs this group size slowly; empty if it does not."""
         return ""
+
+    def side_file_faults(self, folder: FinishedFolder) -> dict[tuple[str, str | None], list[Fault]]:
+        """Range of versions (the first one, and the first one after it or None) -> what their transformers does not
+        read of the files beside the weights."""
+        versions = self.transformers_versions(folder.family)
+        ends = [since for since, _ in versions[1:]]
+        return {
+            (since, before): unread_files(
+                folder.path, folder.family, transformers, by_processor=self.template_by_processor
+            )
+            for (since, transformers), before in zip(versions, (*ends, None), strict=True)
+        }
 
     def placement_faults(self, folder: FinishedFolder) -> list[Fault]:
         """Paths and file modes that the engine rejects in a folder of its own layout."""

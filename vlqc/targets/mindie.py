@@ -150,7 +150,21 @@ class MindIE(Engine):
     group_sizes = (0, 64, 128, 256)  # what its config reader accepts
     packs_int4 = False
     norm_bias_parts = (Part.LANGUAGE,)
+    # Versions of transformers: requirements/models/requirements_*.txt, equal in 3.0.0alpha1 to 3.0.0.
+    required: ClassVar[Mapping[str, str]] = {
+        "qwen2_5_vl": "4.49.0",  # requirements_qwen2_vl.txt
+        "qwen2_vl": "4.49.0",
+        "qwen3_vl": "4.57.0",
+        "qwen3_vl_moe": "4.57.0",
+        "qwen2": "4.43.1",  # requirements_qwen2.5.txt
+        "qwen3": "4.51.0",
+    }
+    template_by_processor = True  # input_builder_qwen2_vl.py, input_builder_qwen3_vl.py
     norm_copies = "module"  # `X.module.weight` makes it build the norm that has a bias
+
+    def transformers_versions(self, family: ModelFamily) -> tuple[tuple[str, str], ...]:
+        version, required = self.first_version(family), self.required.get(family.engine_rows or family.name)
+        return ((version, required),) if version and required else ()
 
     def _loader(self, family: ModelFamily) -> ModelLoader:
         return self.loaders[family.engine_rows or family.name] if self.rules_of(family) else ModelLoader()

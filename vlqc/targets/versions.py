@@ -1,12 +1,13 @@
 """Which versions of an engine load an assignment of schemes, or a finished folder."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 from packaging.version import Version
 
+from vlqc.errors import Fault
 from vlqc.families.family import ModelFamily
 from vlqc.families.registry import find_family
 from vlqc.targets.engine import Engine
@@ -56,6 +57,24 @@ def supporting_versions(
         runs = [(rule.since, rule.before) for rule in rules if role in rule.roles]
         ranges = [both for pair in product(ranges, runs) if (both := _intersection(*pair)) is not None]
     return VersionRange(engine, tuple(_merged(ranges))) if ranges else None
+
+
+def reading_versions(versions: VersionRange, unread: Mapping[Range, Sequence[Fault]]) -> VersionRange | None:
+    """Those of the versions whose transformers reads all files. unread: `Engine.side_file_faults`."""
+    readable = [each for each, faults in unread.items() if not faults]
+    if not unread or len(readable) == len(unread):
+        return versions
+    ranges = [both for pair in product(versions.ranges, readable) if (both := _intersection(*pair)) is not None]
+    return VersionRange(versions.engine, tuple(_merged(ranges))) if ranges else None
+
+
+def unread_in(version: str | None, unread: Mapping[Range, list[Fault]]) -> list[Fault]:
+    """The faults of one version; of None those of the newest one."""
+    faults: list[Fault] = []
+    for (since, before), of_range in unread.items():
+        if version is None or (Version(since) <= Version(version) and _is_before(Version(version), before)):
+            faults = of_range
+    return faults
 
 
 def _is_before(version: Version, before: str | None) -> bool:

@@ -103,6 +103,16 @@ class VllmAscend(Engine):
     }
     packs_int4 = True
     norm_bias_parts = (Part.LANGUAGE,)
+    # requirements.txt of its tags; 0.10.2 has the limit of vLLM 0.10.2 only.
+    transformers = (
+        ("0.10.2rc2", "4.55.2"),
+        ("0.11", "4.57.1"),
+        ("0.13.0rc3", "4.57.4"),
+        ("0.19.1rc1", "5.5.3"),
+        ("0.21.0rc1", "5.5.4"),
+        ("0.24.0rc1", "5.13.0"),
+        ("0.25.1rc1", "5.14.1"),
+    )
 
     def group_faults(self, family: ModelFamily, schemes: Mapping[str, Scheme]) -> list[Fault]:
         """One scheme for all experts of a layer: the engine looks up the entries of expert 0, and runs all in its

@@ -21,7 +21,7 @@ IMAGE_SETTINGS = "preprocessor_config.json"
 SIDE_FILES = (
     ("a tokenizer", ("tokenizer.json", "vocab.json", "tokenizer.model")),
     ("tokenizer_config.json", ("tokenizer_config.json",)),
-    (IMAGE_SETTINGS, (IMAGE_SETTINGS,)),
+    (IMAGE_SETTINGS, (IMAGE_SETTINGS, "processor_config.json")),  # the latter from transformers 5 on
     ("generation_config.json", ("generation_config.json",)),
 )
 

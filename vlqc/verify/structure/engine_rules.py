@@ -5,7 +5,7 @@ from vlqc.targets.advice import missing_rows_fix
 from vlqc.targets.engine import FinishedFolder
 from vlqc.targets.rules import group_faults, layer_faults, merge_repeated, mixed_group_faults, supported_schemes
 from vlqc.targets.target import ENGINES, Target
-from vlqc.targets.versions import loading_versions, supporting_versions
+from vlqc.targets.versions import loading_versions, reading_versions, supporting_versions, unread_in
 from vlqc.verify.findings import VerificationResult
 
 CHECK = "engine rules"
@@ -52,12 +52,20 @@ def check_engine_rules(
         result.add_faults(CHECK, new + tensors[engine] + engine.placement_faults(folder))
         for warning in engine.description_warnings(folder) + engine.placement_warnings(folder):
             result.add_warning(CHECK, warning.where, warning.what, warning.why, warning.fix)
+    unread = {engine: engine.side_file_faults(folder) for engine in ENGINES}
+    for engine in target.engines:
+        range_of = versions[engine]
+        if range_of is not None and (target.version or reading_versions(range_of, unread[engine]) is None):
+            for fault in unread_in(target.version, unread[engine]):
+                add = result.add_fault if named else result.add_warning
+                add(CHECK, fault.where, fault.what, f"{fault.why}; {target.title(engine)} has it", fault.fix)
     loaded = (
-        loading_versions(engine, family, schemes, dtype, folder.config)
+        (loading_versions(engine, family, schemes, dtype, folder.config), unread[engine])
         for engine in ENGINES
         if not entries[engine] and not tensors[engine]
     )
-    return [str(each) for each in loaded if each is not None]
+    reading = (reading_versions(each, files) for each, files in loaded if each is not None)
+    return [str(each) for each in reading if each is not None]
 
 
 def _is_never_quantized(family: ModelFamily, layer: str) -> bool:

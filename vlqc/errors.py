@@ -39,7 +39,9 @@ SHOWN_FAULTS = 20  # of the same kind
 def first_faults(faults: Sequence[Fault], what: str) -> list[Fault]:
     """The first SHOWN_FAULTS of many similar faults, and one that counts the others. what: plural noun for them."""
     rest = len(faults) - SHOWN_FAULTS
-    return [*faults[:SHOWN_FAULTS], *([Fault(f"{rest} more {what}")] if rest > 0 else [])]
+    if rest <= 1:  # one more fault takes no more space than a count of it
+        return list(faults)
+    return [*faults[:SHOWN_FAULTS], Fault(f"{rest} more {what}")]
 
 
 THIRD_PARTY = ", which is not part of vlqc"

@@ -4,9 +4,9 @@ import difflib
 from collections.abc import Iterable, Sequence
 
 
-def pluralize(number: int, what: str) -> str:
-    """1, "stage" -> "1 stage"; 2, "stage" -> "2 stages"."""
-    return f"{number} {what}" + ("" if number == 1 else "s")
+def pluralize(number: int, what: str, plural: str = "") -> str:
+    """1, "stage" -> "1 stage"; 2, "stage" -> "2 stages". plural: of a word that does not just add an s."""
+    return f"{number} {what if number == 1 else plural or f'{what}s'}"
 
 
 def excerpt(value: object, length: int = 60) -> str:

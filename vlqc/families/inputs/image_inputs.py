@@ -23,6 +23,7 @@ from vlqc.families.inputs.text_inputs import (
     describe,
     is_integer,
 )
+from vlqc.formatting import pluralize
 
 IMAGE_INPUTS = ("pixel_values", "image_grid_thw")  # [P, C*T*p*p] float, [images, 3] int64
 TOKEN_TYPES = "mm_token_type_ids"  # [1, S] int64, in newer transformers: 1 at image tokens
@@ -75,14 +76,15 @@ def pixel_faults(
     if pixel_name not in sample:
         why = f"input_ids holds {noun} tokens, but there are no {pixel_name}"
         article = "an" if noun == "image" else "a"
-        return [Fault(f"{tokens} {noun} tokens without {article} {noun}", where, why)] if tokens else []
+        return [Fault(f"{pluralize(tokens, f'{noun} token')} without {article} {noun}", where, why)] if tokens else []
     pixels, grid = sample[pixel_name], sample[grid_name]
     is_grid = is_integer(grid) and grid.ndim == 2 and grid.shape[-1] == 3 and grid.shape[0] > 0
     if not is_grid or pixels.ndim != 2 or not pixels.is_floating_point() or not bool((grid > 0).all()):
         why = f"{pixel_name} float [P, D] and {grid_name} integers [{noun}s, 3] are expected"
         return [Fault(f"{pixel_name} is {describe(pixels)}, {grid_name} is {describe(grid)}", where, why)]
+    patch_rows = pluralize(pixels.shape[0], "patch", "patches")
     if not bool((grid <= pixels.shape[0]).all()):  # products of larger numbers may overflow and appear to match
-        return [Fault(f"{grid_name} is larger than {pixel_name}", where, f"which has {pixels.shape[0]} patches")]
+        return [Fault(f"{grid_name} is larger than {pixel_name}", where, f"which has {patch_rows}")]
     faults = []
     patches, merge = int(grid.prod(-1).sum()), layout.merge_size
     if bool((grid[:, 1:] % merge != 0).any()):
@@ -90,14 +92,14 @@ def pixel_faults(
         faults.append(Fault(f"{grid_name} cannot be merged", where, why))
     if pixels.shape[1] != layout.patch_values:
         why = f"the model expects {layout.patch_values}"
-        faults.append(Fault(f"{pixel_name} has {pixels.shape[1]} values per patch", where, why))
+        faults.append(Fault(f"{pixel_name} has {pluralize(pixels.shape[1], 'value')} per patch", where, why))
     if pixels.shape[0] != patches:
         why = f"{grid_name} implies {patches}"
-        faults.append(Fault(f"{pixel_name} has {pixels.shape[0]} patches", where, why))
+        faults.append(Fault(f"{pixel_name} has {patch_rows}", where, why))
     if tokens != layout.image_tokens(patches):
         features = layout.image_tokens(patches)
-        why = f"the {noun}s have {features} {noun} features; {noun} tokens must not be truncated"
-        faults.append(Fault(f"input_ids holds {tokens} {noun} tokens", where, why))
+        why = f"the {noun}s have {pluralize(features, f'{noun} feature')}; {noun} tokens must not be truncated"
+        faults.append(Fault(f"input_ids holds {pluralize(tokens, f'{noun} token')}", where, why))
     if not bool(torch.isfinite(pixels).all()):
         faults.append(Fault(f"{pixel_name} holds NaN or Inf", where))
     elif (largest := max(abs(float(end)) for end in torch.aminmax(pixels))) > LARGEST_PIXEL:

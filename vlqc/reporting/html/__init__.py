@@ -5,7 +5,7 @@ from pathlib import Path
 from vlqc.errors import Fault, UserError
 from vlqc.families.registry import find_family
 from vlqc.files import sha256_of
-from vlqc.formatting import escape_control_chars
+from vlqc.formatting import escape_control_chars, pluralize
 from vlqc.options.paths import output_faults
 from vlqc.reporting.html.page import FolderInfo, render
 from vlqc.reporting.html.schema import DATA_FILE, ReportData, Timings, read_report_data
@@ -114,5 +114,5 @@ def _model_title(config: dict[str, object]) -> str:
         ("vision", "vision blocks", "vision hidden size"),
     ):
         if isinstance(values.get(layers), int):
-            words.append(f"{label}: {values[layers]} layers of {values.get(size) or '?'}")
+            words.append(f"{label}: {pluralize(values[layers], 'layer')} of {values.get(size) or '?'}")
     return " · ".join(words)

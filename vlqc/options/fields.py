@@ -156,7 +156,8 @@ class OptionFields(BaseModel):
         "m2",
         SCHEME,
         "Outlier suppression by smoothing scales: m2 searches the scales, m4 computes them in closed form "
-        "(SmoothQuant), none disables smoothing.",
+        "(SmoothQuant), none disables smoothing. LoRA adapters of the float model do not fit smoothed weights; merge "
+        "them with --lora.",
     )
     act_method: Annotated[Literal[1, 2, 3], Integer] = _option(
         2,

@@ -199,6 +199,19 @@ def test_tensors_that_do_not_fit(tmp_path: Path, change: Callable[[dict[str, Ten
     assert words in refusal(tmp_path, write_adapter(tmp_path / "a", tensors))
 
 
+def test_folders_that_hold_no_readable_adapter(tmp_path: Path) -> None:
+    """Catches a training run that is not resolved to its checkpoint, and hundreds of faults of an unfinished save."""
+    for step in (90, 500):
+        write_adapter(tmp_path / "output" / f"checkpoint-{step}", low_rank(Q, 6, 4))
+    assert str(tmp_path / "output" / "checkpoint-500") in refusal(tmp_path, tmp_path / "output")
+    empty = dict.fromkeys([*low_rank(Q, 6, 4), *low_rank(GATE, 5, 4)])
+    folder = write_adapter(tmp_path / "empty", {name: torch.zeros(0) for name in empty})
+    message = refusal(tmp_path, folder)
+    assert "4 of 4 tensors are empty" in message and "ZeRO-3" in message and message.count("what to do") == 1
+    (folder / "adapter_model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    assert "git lfs pull" in refusal(tmp_path, folder)
+
+
 def test_an_adapter_that_needs_code_to_load(tmp_path: Path) -> None:
     """Catches a pickle that is loaded."""
     folder = write_adapter(tmp_path / "a", low_rank(Q, 6, 4))

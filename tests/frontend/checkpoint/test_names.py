@@ -64,3 +64,10 @@ def test_an_adapter_among_the_weights(tmp_path: Path, part: str) -> None:
     name = f"base_model.model.model.layers.0.self_attn.q_proj.{part}"
     message = fault_of(write(tmp_path, {**renamed("base_model.model."), name: torch.ones(2, 4)}))
     assert "not merged" in message and name in message and "merge_and_unload" in message
+
+
+def test_a_part_of_the_model(tmp_path: Path) -> None:
+    """Catches hundreds of missing tensors for a decoder that was saved without the model around it."""
+    inner = {name.removeprefix("model."): tensor for name, tensor in TENSORS.items() if name.startswith("model.")}
+    message = fault_of(write(tmp_path, inner))
+    assert "lack the prefix 'model.'" in message and message.count("what to do") == 1

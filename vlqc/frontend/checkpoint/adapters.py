@@ -39,6 +39,7 @@ UNSUPPORTED = {
     "megatron_config": "Megatron's parallel layers",
     "arrow_config": "routing between adapters (Arrow)",
 }  # fmt: skip
+POINTER = b"version https://git-lfs.github.com/spec/v1"
 SHOWN = 5  # names in a message
 
 LOW_RANK = re.compile(r"(?P<path>.+)\.lora_(?P<factor>[AB])(?:\.(?!weight$|bias$)[^.]+)?\.(?P<kind>weight|bias)")
@@ -122,9 +123,7 @@ def read_adapter(folder: Path) -> Adapter:
     """UserError for a folder without the two files, a kind of adapter that cannot be merged, and damaged files."""
     if not folder.is_dir():
         raise UserError(Fault(f"{FLAG}: no such folder", str(folder), fix="pass the folder of an adapter"))
-    fix = f"pass the folder that holds {CONFIG}"
-    missing = UserError(Fault(f"the folder has no {CONFIG}", str(folder), "it is not an adapter of PEFT", fix))
-    config = read_json_object(folder / CONFIG, missing=lambda: missing)
+    config = read_json_object(folder / CONFIG, missing=lambda: UserError(_without_config(folder)))
     if faults := list(_config_faults(config, str(folder))):
         raise UserError(*faults)
     if not (folder / WEIGHTS).is_file():
@@ -135,7 +134,7 @@ def read_adapter(folder: Path) -> Adapter:
     except (OSError, ValueError) as error:
         header, errors = None, [str(error)]
     if header is None or errors:
-        fix = "copy the file again"
+        fix = "run `git lfs pull` in the folder" if _is_pointer(folder / WEIGHTS) else "copy the file again"
         raise UserError(Fault("the adapter cannot be read", str(folder / WEIGHTS), "; ".join(errors[:SHOWN]), fix))
     updates, faults = _updates(folder, header.tensors, config)
     if not faults and not updates:
@@ -151,6 +150,21 @@ def read_adapter(folder: Path) -> Adapter:
         tuple(map(str, saved)) if isinstance(saved, list) else (),
         bool(config.get("ensure_weight_tying")),
     )
+
+
+def _without_config(folder: Path) -> Fault:
+    """The fault of a folder that is not an adapter; the newest checkpoint of a training run inside it is named."""
+    below = [path for path in folder.glob("checkpoint-*") if is_adapter(path) and path.name[11:].isdecimal()]
+    fix = f"pass the folder that holds {CONFIG}"
+    if below:
+        fix = f"pass its newest checkpoint: {FLAG} {max(below, key=lambda path: int(path.name[11:]))}"
+    return Fault(f"the folder has no {CONFIG}", str(folder), "it is not an adapter of PEFT", fix)
+
+
+def _is_pointer(path: Path) -> bool:
+    """Whether a file is the text that Git LFS keeps in place of a large file."""
+    with path.open("rb") as file:
+        return file.read(len(POINTER)) == POINTER
 
 
 def is_adapter(folder: Path) -> bool:
@@ -236,6 +250,11 @@ def _updates(
 ) -> tuple[dict[str, Update], list[Fault]]:
     """Tensors of an adapter -> updates by name in the adapter, and faults."""
     file, faults = folder / WEIGHTS, []
+    if empty := [name for name, entry in tensors.items() if entry.shape == (0,)]:
+        what = f"{len(empty)} of {pluralize(len(tensors), 'tensor')} are empty, of shape [0], such as {empty[0]}"
+        why = "saved by DeepSpeed ZeRO-3 without gathering the weights"
+        fix = "save the adapter again with stage3_gather_16bit_weights_on_model_save"
+        return {}, [Fault(what, str(file), why, fix)]
     layers: dict[str, dict[str, AdapterTensor]] = {}  # path of a module -> part -> tensor
     values: dict[str, AdapterTensor] = {}
     for stored, entry in tensors.items():

@@ -37,8 +37,10 @@ def merge_(tensor: Tensor, updates: Sequence[Update], rows: Tensor | None = None
 
     rows: int64 [N], numbers of the rows if `tensor` holds only some; None for all.
     """
+    if not tensor.numel():
+        return tensor
     loaded = [_LoadedUpdate(update, rows) for update in updates]
-    matrix = tensor.view(len(tensor), -1)
+    matrix = tensor.view(tensor.shape[0] if tensor.ndim else 1, -1)
     for piece in _pieces(matrix):
         values = matrix[piece].double()
         for update in loaded:

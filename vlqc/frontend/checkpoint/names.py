@@ -68,7 +68,7 @@ def find_prefix(names: Iterable[str], family: ModelFamily | None, where: str) ->
     plain = {block for name in names if (block := _block(name, family))}
     found = {name: prefixes for name in names if (prefixes := _prefixes(name, family, plain))}
     if not found:
-        return "", []
+        return "", [] if plain else _lacking(names, family, where)
     common = set.intersection(*map(set, found.values()))
     if not common or plain:
         return "", [_ambiguous(Counter(prefixes[0] for prefixes in found.values()), len(plain), where)]
@@ -95,6 +95,19 @@ def _prefixes(name: str, family: ModelFamily, plain: set[str]) -> list[str]:
     starts = [number + 1 for number, letter in enumerate(name) if letter == "."]
     blocks = {name[:start]: block for start in starts if (block := _block(name[start:], family))}
     return [] if plain.intersection(blocks.values()) else list(blocks)
+
+
+def _lacking(names: Sequence[str], family: ModelFamily, where: str) -> list[Fault]:
+    """A fault if the names are those of blocks behind a component that they lack, as of a model inside the model."""
+    lists = [prefix.split(".") for prefix in family.block_lists]
+    starts = {".".join(parts[:count]) + "." for parts in lists for count in range(1, len(parts))}
+    for start in sorted(starts, key=len):
+        count = sum(1 for name in names if _block(start + name, family))
+        if count:
+            what = f"the names of {pluralize(count, 'tensor')} lack the prefix {start!r}"
+            why = "a part of the model was saved on its own, such as the decoder without its output head"
+            return [Fault(what, where, why, "save the whole model, and pass its folder")]
+    return []
 
 
 def _unmerged(names: Sequence[str], where: str) -> Fault:

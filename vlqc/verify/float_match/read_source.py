@@ -66,9 +66,11 @@ class MergedTensor(StoredTensor):
     updates: tuple[Update, ...]
 
     def _elements(self, start: int, stop: int) -> Array:
-        width = self.count // self.shape[0]
+        if start == stop:
+            return np.zeros(0, np.float32)
+        width = self.count // (self.shape[0] if self.shape else 1)
         first, last = start // width, -(-stop // width)
-        rows = self.original.part(first, last).reshape(last - first, width).astype(np.float64)
+        rows = self.original._elements(first * width, last * width).reshape(last - first, width).astype(np.float64)
         for update in self.updates:
             rows = _updated(rows, update, slice(first, last))
         values = rows.reshape(-1)[start - first * width : stop - first * width]
@@ -78,7 +80,9 @@ class MergedTensor(StoredTensor):
 def _updated(rows: Array, update: Update, place: slice) -> Array:
     """Rows of a tensor, float64 [n, K], after an update. place: which rows they are."""
     if update.value is not None:
-        rows = _stored(update.value).part(place.start, place.stop).reshape(rows.shape).astype(np.float64)
+        width = rows.shape[1]
+        value = _stored(update.value)._elements(place.start * width, place.stop * width)
+        rows = value.reshape(rows.shape).astype(np.float64)
     if update.a is not None and update.b is not None:
         a, b = _matrix(update.a), _matrix(update.b)
         product = a.T[place] @ b.T if update.is_embedding else b[place] @ a

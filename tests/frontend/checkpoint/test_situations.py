@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import vlqc
 from tests.support.checkpoints import TENSORS, fault_of, write
 from vlqc import files
 from vlqc.errors import Fault, UserError
@@ -188,3 +189,15 @@ def test_text_that_is_no_json(tmp_path: Path, content: bytes, reason: str) -> No
     with pytest.raises(UserError) as caught:
         read_json_object(tmp_path / "config.json")
     assert reason in caught.value.faults[0].why
+
+
+def test_the_command_names_the_situation(tmp_path: Path) -> None:
+    """Catches a check that reads config.json earlier, and reports it as a file that cannot be read."""
+    main = hub(tmp_path)
+    pointers = write(tmp_path / "pointers")
+    (pointers / "config.json").write_bytes(POINTER_TEXT)
+    for folder, expected in ((main.parents[1], str(main)), (pointers, "git lfs pull")):
+        with pytest.raises(UserError) as caught:
+            vlqc.compile(model_path=folder, save_directory=tmp_path / "out", calib_images="tests/photos/chelsea.jpg")
+        (fault,) = caught.value.faults
+        assert expected in fault.fix

@@ -9,7 +9,14 @@ from vlqc.files import FOLLOW_LINKS, are_links_trusted, read_json_object
 from vlqc.frontend.checkpoint.adapters import WEIGHTS, adapter_as_model, is_adapter
 from vlqc.frontend.checkpoint.header import read_header
 from vlqc.frontend.checkpoint.prefetch import ByteRange
-from vlqc.frontend.checkpoint.situations import BLOBS, SNAPSHOTS, link_fault, without_config, without_weights
+from vlqc.frontend.checkpoint.situations import (
+    BLOBS,
+    SNAPSHOTS,
+    link_fault,
+    pointer_faults,
+    without_config,
+    without_weights,
+)
 
 INDEX = "model.safetensors.index.json"
 FAULTS_SHOWN = 3  # of one header
@@ -30,9 +37,12 @@ def tensor_ranges(path: Path) -> dict[str, ByteRange]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The object in config.json. UserError without one."""
+    """The object in config.json. UserError without one, or if the folder holds links that lead out of it, or pointers
+    in place of files."""
     if not folder.is_dir():
         raise UserError(Fault("no such checkpoint folder", str(folder), fix="pass the folder that holds config.json"))
+    if faults := link_faults(folder) or pointer_faults(folder):
+        raise UserError(*faults)
 
     def missing() -> UserError:
         return UserError(adapter_as_model(folder) if is_adapter(folder) else without_config(folder))

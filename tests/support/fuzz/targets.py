@@ -29,6 +29,7 @@ from tests.support.fuzz.checkpoints import (
 )
 from tests.support.fuzz.damage import as_json, damaged_bytes, damaged_json, damaged_text
 from tests.support.fuzz.folders import check_folder, folder_cases
+from tests.support.fuzz.media import check_video, video_cases
 from tests.support.fuzz.reports import check_report, report_cases
 from tests.support.fuzz.texts import (
     PIPELINE,
@@ -64,6 +65,7 @@ TARGETS: dict[str, Target] = {
     "side files": Target(side_file_cases(), check_side_file, 600),
     "json lines": Target(line_cases(), check_lines, 3000),
     "images": Target(image_cases(), check_image, 2500),
+    "videos": Target(st.deferred(video_cases), check_video, 300),
     "options": Target(option_cases(), check_options, 2300),
     "recipes": Target(damaged_text(RECIPE, words=RECIPE_WORDS), check_recipe, 700),
     "pipelines": Target(damaged_text(PIPELINE, words=pass_words()), check_pipeline, 2300),

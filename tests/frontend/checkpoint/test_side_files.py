@@ -174,6 +174,19 @@ def test_template_beside_the_tokenizer_of_a_text_model(tmp_path: Path) -> None:
     assert stored(target, "tokenizer_config.json") == {"chat_template": "a"}
 
 
+@pytest.mark.parametrize(
+    ("merges", "expected"),
+    [([["a", "b"], ["ab", "c"]], ["a b", "ab c"]), (["a b"], ["a b"]), ([["a ", "b"]], [["a ", "b"]]), ([], [])],
+)
+def test_merges_of_a_text_model(tmp_path: Path, merges: list[Any], expected: list[Any]) -> None:
+    """Catches merges that tokenizers 0.19, which MindIE runs Qwen2 with, does not read, or that mean others as text."""
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "merges": merges}, "version": "1.0"}))
+    files = side_files(tmp_path, QWEN2)
+    assert stored(written(files, tmp_path / "out"), "tokenizer.json")["model"] == {"type": "BPE", "merges": expected}
+    assert bool(files.converted) == (merges != expected)
+    assert side_files(tmp_path, QWEN3_VL).converted == ()
+
+
 @pytest.mark.parametrize("metadata", [b"", b"---\nlicense: x\n---\n", b"---\r\nlicense: x\r\n---\r\n"])
 def test_model_card(tmp_path: Path, metadata: bytes) -> None:
     """Catches the float model's card for the quantized model without a word, or with broken metadata."""

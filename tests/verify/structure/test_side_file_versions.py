@@ -17,7 +17,7 @@ from vlqc.verify import verify_folder
 NEW_CLASS = {"tokenizer_config.json": {"tokenizer_class": "TokenizersBackend"}}
 NEW_LIST = {"tokenizer_config.json": {"tokenizer_class": "Qwen2Tokenizer", "extra_special_tokens": ["<a>"]}}
 NESTED = {"processor_config.json": {"image_processor": {"patch_size": 14}}, "preprocessor_config.json": None}
-TEMPLATE = {"tokenizer_config.json": {"chat_template": "x"}}
+TEMPLATE = {"tokenizer_config.json": {"chat_template": "x"}, "chat_template.json": None, "chat_template.jinja": None}
 PIL = {"preprocessor_config.json": {"image_processor_type": "Qwen2VLImageProcessorPil"}}
 FROM_5 = ["vLLM Ascend 0.19.1rc1 and later"]
 

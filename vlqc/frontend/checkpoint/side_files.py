@@ -47,6 +47,7 @@ GENERIC_CLASS = "TokenizersBackend"  # of transformers 5, for any tokenizer.json
 GENERIC_CLASS_4 = "PreTrainedTokenizerFast"  # the name of that class in transformers 4; 5 knows it as well
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 READS_SIZE = "4.57"  # the version of transformers that certainly reads `size` in the settings of images and videos
+READS_PAIRS = "4.45"  # the first version of transformers, with tokenizers 0.20, that reads merges as pairs
 PIXELS = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}  # keys before, and in `size`
 MODEL_CARD_LINE = "> A quantized version of the model, made with vlqc; the text below is about the float model."
 SHOWN = 5  # names in a note
@@ -210,6 +211,8 @@ def _in_older_form(folder: Path, family: ModelFamily, names: Sequence[str]) -> I
             template = read_chat_template(folder)
             converted |= {} if template is None else {"chat_template": template}
         yield TOKENIZER_SETTINGS, TOKENIZER_SETTINGS, converted
+    if TOKENIZER in names and Version(family.transformers_version) < Version(READS_PAIRS):
+        yield TOKENIZER, TOKENIZER, _with_merges_as_text(read_optional_json(folder / TOKENIZER))
     if family.image_format is None:
         return
     templates = (TEMPLATE_TEXT, TEMPLATE_JSON, *(name for name in names if name.startswith(f"{TEMPLATE_FOLDER}/")))
@@ -255,6 +258,20 @@ def tokenizer_settings(settings: Mapping[str, Any], folder: Path, form: TextForm
     for tokens in (converted.pop("model_specific_special_tokens", None), extra):
         named |= tokens if isinstance(tokens, dict) else {}
     return converted | ({"extra_special_tokens": named} if named else {})
+
+
+def _with_merges_as_text(tokenizer: dict[str, Any]) -> dict[str, Any]:
+    """tokenizer.json -> with merges as "a b", which every version reads, where they are pairs ["a", "b"]."""
+    model = tokenizer.get("model")
+    merges = model.get("merges") if isinstance(model, dict) else None
+    pairs = merges if isinstance(merges, list) else []
+    if not isinstance(model, dict) or not all(map(_is_pair_of_words, pairs)):
+        return tokenizer
+    return tokenizer | {"model": model | {"merges": [" ".join(pair) for pair in pairs]}}
+
+
+def _is_pair_of_words(pair: Any) -> bool:
+    return isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) and " " not in part for part in pair)
 
 
 def _is_named_token(key: str, value: Any) -> bool:

@@ -22,6 +22,7 @@ NEEDED = (
 )  # fmt: skip
 LEFT_OUT = (
     "trainer_state.json", "training_args.bin", "latest", "events.out.tfevents.1", "optimizer.pt", "zero_to_fp32.py",
+    "vocab.pkl",
     "global_step10/", "adapter_config.json", "adapter_model.safetensors", "model.gguf", "pytorch_model.bin.index.json",
     "quantize_config.json", "quant_model_description.json", "MANIFEST.json", "all_results.json", "modeling_own.py",
 )  # fmt: skip

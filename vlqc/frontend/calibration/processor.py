@@ -5,9 +5,6 @@ Pillow variant), the chat template and the tokenizer directly gives the tensors 
 """
 
 import importlib.util
-import json
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -28,6 +25,7 @@ from vlqc.frontend.checkpoint.config_schema import invalid_values
 from vlqc.frontend.checkpoint.side_files import (
     IMAGE_KEY,
     IMAGE_SETTINGS,
+    NAMED_TOKENS,
     PROCESSOR_SETTINGS,
     default_template,
     image_settings,
@@ -41,9 +39,9 @@ if TYPE_CHECKING:
 
 FAST_TOKENIZER = "tokenizer.json"
 TOKENIZER_FILES = (FAST_TOKENIZER, "vocab.json", "tokenizer.model", "tokenizer_config.json")
+# Keys of tokenizer_config.json that matter for a tokenizer.json.
+TOKEN_KEYS = (*NAMED_TOKENS, "additional_special_tokens", "extra_special_tokens", "chat_template")
 CLASS_KEY = "image_processor_type"
-# What AutoTokenizer reads besides tokenizer_config.json.
-TOKENIZER_PARTS = (FAST_TOKENIZER, "config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 TEMPLATE_TEXT = "text"  # of the message that a chat template is tried with
 READY_SAMPLES = "or call vlqc.compile from Python with samples=[...], ready model inputs that need neither"
 
@@ -296,7 +294,7 @@ class SampleProcessor:
             raise UserError(Fault(what, why=why, fix=f"use the tokenizer of the model, {READY_SAMPLES}"))
 
     def _load_tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
+        import transformers
 
         if not any((self._model_path / name).is_file() for name in TOKENIZER_FILES):
             what, why = f"{self._model_path} has no tokenizer", f"there is none of {', '.join(TOKENIZER_FILES)}"
@@ -305,14 +303,14 @@ class SampleProcessor:
         settings = read_optional_json(path)
         self._check_class(path, settings, "tokenizer_class", self._inputs.form.tokenizer_classes)
         older_form = tokenizer_settings(settings, self._model_path, self._inputs.form)
-        if older_form == settings or not (self._model_path / FAST_TOKENIZER).is_file():
-            return self._load("tokenizer", AutoTokenizer)
-        with tempfile.TemporaryDirectory(prefix="vlqc-") as folder:  # every version reads this form
-            for name in TOKENIZER_PARTS:
-                if (self._model_path / name).is_file():
-                    shutil.copyfile(self._model_path / name, Path(folder) / name)
-            (Path(folder) / path.name).write_text(json.dumps(older_form), encoding="utf-8")
-            return self._load("tokenizer", AutoTokenizer, Path(folder))
+        needs_older_form = older_form != settings and int(transformers.__version__.partition(".")[0]) < 5
+        tokenizer_file = self._model_path / FAST_TOKENIZER
+        if not needs_older_form or "auto_map" in settings or not tokenizer_file.is_file():
+            return self._load("tokenizer", transformers.AutoTokenizer)
+        what, fix = f"the tokenizer in {self._model_path} cannot be loaded", f"copy its files again, {READY_SAMPLES}"
+        with _checkpoint_errors(what, fix):
+            tokens = {key: value for key, value in older_form.items() if key in TOKEN_KEYS}
+            return transformers.PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file), **tokens)
 
     def _check_class(self, path: Path, settings: dict[str, Any], key: str, known: tuple[str, ...]) -> None:
         """UserError if the settings select a class that the family does not use.
@@ -371,11 +369,10 @@ class SampleProcessor:
         options: dict[str, Any] = {"backend": "pil"} if has_backends else {"use_fast": False}
         return self._load("image processor", transformers.AutoImageProcessor, **options)
 
-    def _load(self, part: str, auto_class: Any, folder: Path | None = None, **options: Any) -> Any:
-        """folder: instead of the checkpoint's."""
+    def _load(self, part: str, auto_class: Any, **options: Any) -> Any:
         try:
             return auto_class.from_pretrained(
-                folder or self._model_path, trust_remote_code=self._trust_remote_code, local_files_only=True, **options
+                self._model_path, trust_remote_code=self._trust_remote_code, local_files_only=True, **options
             )
         except BaseException as error:  # OSError, ValueError, KeyError, or what the checkpoint's code raises
             if not _is_error_of_callee(error):

@@ -33,7 +33,8 @@ MODEL_CARD = "README.md"
 
 # What engines and processors read, in lower case.
 SETTINGS = (
-    "tokenizer*.json", "tokenizer*.model", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+    "tokenizer*.json", "tokenizer*.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+    "merges.txt",
     "*.tiktoken", "*.spm", "spiece.model", "sentencepiece*.model", "*chat_template*.jinja", "*chat_template*.json",
     "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json", "generation_config.json",
     "configuration.json",

@@ -114,6 +114,33 @@ def test_a_broken_stage_is_a_fault(tmp_path: Path, source: Path) -> None:
     assert "SQNR" in faults[0].what
 
 
+def test_a_folder_that_cannot_be_run_on_the_samples_is_a_fault(tmp_path: Path, source: Path) -> None:
+    """Catches an internal error for a damaged config.json with which transformers finds no place for the images."""
+    content = make_content()
+    content.config["image_token_id"] = 40
+    result = verify(content, tmp_path / "out", source)
+    faults = [finding for finding in result.faults if finding.check == "stage outputs"]
+    assert [fault.where for fault in faults] == [str(tmp_path / "out")] and "image" in faults[0].what.lower()
+
+
+def test_what_a_stage_adds_is_broken(tmp_path: Path, source: Path) -> None:
+    """Catches a block that adds almost nothing to its input any more, whose output is close to the float one."""
+    content = make_content()
+    for name in ("model.layers.1.mlp.down_proj", "model.layers.1.self_attn.o_proj"):
+        weight = content.tensors[f"{name}.weight"]
+        weight.data = bytes(len(weight.data))
+    result = verify(content, tmp_path / "out", source)
+    assert {"model.layers.1"} <= {fault.where for fault in result.faults if fault.check == "stage outputs"}
+
+
+def test_logits_of_noise_are_a_fault(tmp_path: Path, source: Path) -> None:
+    """Catches logits without a relation to the float model's, from weights outside of the stages."""
+    content = make_content()
+    content.tensors["lm_head.weight"] = stored(np.random.default_rng(2).standard_normal((48, 64)), "BF16")
+    result = verify(content, tmp_path / "out", source)
+    assert [fault.where for fault in result.faults if fault.check == "logits"] == ["all samples"]
+
+
 def test_min_sqnr(tmp_path: Path, source: Path) -> None:
     """Catches a threshold that never fails, or fails above it."""
     folder = make_content().write(tmp_path / "out")

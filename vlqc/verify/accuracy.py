@@ -1,5 +1,7 @@
 """Compares the outputs of a compiled folder with those of its float checkpoint: of every stage, and the logits.
 
+An output with noise that rounding cannot explain is a fault, whatever least SQNR the user asks for.
+
 Both run in float32, quantized layers in exact integer arithmetic. Every stage runs on the inputs that it has in the
 float model, so its error does not include that of earlier stages; the logits are those of the two whole models.
 Stages of a rotated folder are compared with those of the float model in the same basis. Its logits are compared with
@@ -31,8 +33,10 @@ from vlqc.verify.structure.structure import CompiledFolder
 
 STAGES, LOGITS = "stage outputs", "logits"
 # dB, noise of half the signal's power. 8 bits without smoothing stay above 7 dB even on weights with extreme outliers,
-# so a stage below this is not badly quantized but wrong.
+# so a stage below this is not badly quantized but wrong. What a stage adds to its input, and the logits, stay above
+# 13 dB then, so the same limit holds for them.
 BROKEN_SQNR = 3.0
+LONGEST_REASON = 300  # characters of an error of transformers in a message
 TOKENS_AT_ONCE = 64  # tokens whose logits are in memory at a time, each 152064 values
 # dB, logits of the rotated float model against those of the float model. Rounding to float32 leaves about 120 dB, and
 # about 60 dB for a sample in which it makes a router choose another expert; wrong rotations leave less than 15 dB.
@@ -98,6 +102,40 @@ def check_accuracy(
         for fault in error.faults:
             result.add_fault(STAGES, fault.where, f"the folder cannot be loaded: {fault.what}", fault.why, fault.fix)
         return
+    try:
+        _compare(compiled, checkpoint, model, quantized, samples, min_sqnr, result, trust_remote_code)
+    except _FolderError as error:
+        why = "config.json or the tensors do not fit the samples, which the float model runs"
+        fix = "see the other faults, or compile again"
+        result.add_fault(STAGES, str(compiled.files.path), f"the folder cannot be run: {error}", why, fix)
+
+
+class _FolderError(Exception):
+    """An error that a model raises because of the folder that it was loaded from."""
+
+
+@contextmanager
+def _folder_errors() -> Iterator[None]:
+    """Raises what the folder's model raises as a _FolderError. The float model has run on the same samples."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # of transformers' code, for which any config.json is possible
+        raise _FolderError(f"{type(error).__name__}: {error}".partition("\n")[0][:LONGEST_REASON]) from error
+
+
+def _compare(
+    compiled: CompiledFolder,
+    checkpoint: Checkpoint,
+    model: StreamedModel,
+    quantized: nn.Module,
+    samples: Sequence[dict[str, Tensor]],
+    min_sqnr: float | None,
+    result: VerificationResult,
+    trust_remote_code: bool,
+) -> None:
+    """Adds the SQNR of stages and logits to the result, and faults. Raises _FolderError if the folder cannot be run."""
     stages: list[dict[str, Any]] = []
     values = PeakRecorder()
     with ExitStack() as loaded:
@@ -113,7 +151,8 @@ def check_accuracy(
                 if inputs.calls:  # no sample with an image: nothing reaches the vision tower
                     _add_stage(inputs.name, output, change, len(inputs.calls), stages, result)
             reference = LastHidden.of(model.module, forward.results)
-            other = LastHidden.of(quantized, [quantized(**model.inputs(sample)) for sample in samples])
+            with _folder_errors():
+                other = LastHidden.of(quantized, [quantized(**model.inputs(sample)) for sample in samples])
         result.facts["stages against float"] = stages
         _check_range(values, model, result)
         if model.rotation_plan:
@@ -121,7 +160,7 @@ def check_accuracy(
             original = StreamedModel.open(checkpoint, trust_remote_code=trust_remote_code)
             loaded.enter_context(original.non_stage_weights(original.tensors.tensor, head=True))
             reference = _run_float(original, samples)
-            _check_rotated(reference, rotated, samples, model_path, result)
+            _check_rotated(reference, rotated, samples, checkpoint.folder, result)
         _check_logits(reference, other, samples, min_sqnr, result)
 
 
@@ -145,7 +184,8 @@ def _run_stage(model: StreamedModel, inputs: StageInputs, quantized: nn.Module) 
         inputs.outputs.append(inputs.module(*call.args, **call.kwargs))
         stage_input = first_tensor((*call.args, *call.kwargs.values()))
         reference = first_tensor(inputs.outputs[-1])
-        result = first_tensor(other(*call.args, **call.kwargs))
+        with _folder_errors():
+            result = first_tensor(other(*call.args, **call.kwargs))
         output.add(reference, result)
         if stage_input.shape == reference.shape:
             change.add(reference - stage_input, result - stage_input)
@@ -166,6 +206,10 @@ def _add_stage(
     elif output.sqnr < BROKEN_SQNR:
         why = f"below {BROKEN_SQNR:g} dB the stage is damaged: rounding alone causes less noise"
         result.add_fault(STAGES, name, f"SQNR against the float stage is {output.sqnr:.2f} dB", why, COPY_AGAIN)
+    elif change.signal and change.sqnr < BROKEN_SQNR:
+        what = f"SQNR of what the stage adds to its input is {change.sqnr:.2f} dB"
+        why = f"below {BROKEN_SQNR:g} dB the stage is damaged: rounding alone causes less noise"
+        result.add_fault(STAGES, name, what, why, COPY_AGAIN)
 
 
 # ---- logits ----------------------------------------------------------------------------------------------------------
@@ -298,6 +342,9 @@ def _check_logits(
     result.facts["logits against float"] = whole.figures()
     result.facts["logits per sample"] = rows
     sqnr = Noise(whole.signal, whole.noise).sqnr
-    if min_sqnr is not None and sqnr < min_sqnr:
+    if math.isfinite(whole.noise) and sqnr < BROKEN_SQNR:
+        what, why = f"SQNR of the logits is {sqnr:.2f} dB", "rounding alone causes less noise: the folder is damaged"
+        result.add_fault(LOGITS, "all samples", what, why, "see the other faults, or rank the layers with --locate")
+    elif min_sqnr is not None and sqnr < min_sqnr:
         what, why = f"SQNR of the logits is {sqnr:.2f} dB", f"--min_sqnr requires {min_sqnr:g} dB"
         result.add_fault(LOGITS, "all samples", what, why, "rank the layers by their error with --locate")

@@ -144,6 +144,7 @@ class CompilationRun:
             )
         self._summary.note_unreached_experts()
         self._summary.note_overflow()
+        self._summary.note_parallel_sizes(self._journal.result)
         self._summary.write_report_data(self._journal.result, self.pipeline, ready_samples=ready_samples)
         require_valid(self._journal.result, trust_remote_code=self.options.trust_remote_code)
         self._summary.require_loadable(self._journal.result)

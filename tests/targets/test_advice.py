@@ -6,9 +6,11 @@ import shlex
 import pytest
 
 from tests.support.reference_schemes import DYNAMIC, W4A8, W8A8
+from vlqc.families.linear import Linear
 from vlqc.families.qwen2_5_vl import QWEN2_5_VL
-from vlqc.targets.advice import engine_notes, incompatibilities, serve_commands
+from vlqc.targets.advice import engine_notes, grouped_layers, incompatibilities, parallel_notes, serve_commands
 from vlqc.targets.schemes import Scheme
+from vlqc.targets.vllm_ascend import VLLM_ASCEND
 
 SOME, FROM_016 = "vLLM Ascend 0.16 and later, before 0.26", "vLLM Ascend 0.16 and later"
 NEVER_IN_MINDIE = "no version of MindIE loads W4A8_DYNAMIC for vision-language models"
@@ -58,3 +60,27 @@ def test_serve_commands() -> None:
     vllm, mindie = serve_commands("both", 'my "first" model')
     assert shlex.split(vllm) == ["vllm", "serve", 'my "first" model', "--quantization", "ascend"]
     assert json.loads("{" + mindie.partition(" in the ")[0] + "}") == {"modelWeightPath": 'my "first" model'}
+
+
+GROUPED = {
+    "model.layers.0.self_attn.o_proj": (Scheme.W4A8_DYNAMIC, (3584, 3584)),
+    "model.layers.0.mlp.up_proj": (Scheme.W4A8_DYNAMIC, (18944, 3584)),
+    "model.layers.0.mlp.down_proj": (Scheme.W8A8_DYNAMIC, (3584, 18944)),
+}
+
+
+@pytest.mark.parametrize(
+    ("group_size", "devices"), [(256, "1 or 2 devices"), (128, "1, 2 or 4 devices"), (64, "1, 2, 4 or 8 devices")]
+)
+def test_groups_bound_tensor_parallelism(group_size: int, devices: str) -> None:
+    """Catches a number of devices that splits a group, or layers without groups that count: Qwen2.5-VL 7B."""
+    grouped = grouped_layers(QWEN2_5_VL, GROUPED)
+    (note,) = parallel_notes("vllm-ascend", grouped, group_size)
+    assert devices in note
+    assert parallel_notes("vllm-ascend", grouped_layers(QWEN2_5_VL, {}), group_size) == []
+
+
+def test_one_group_is_too_few() -> None:
+    """Catches a group as large as the inputs, which the operator refuses on any number of devices."""
+    assert VLLM_ASCEND.parallel_sizes([Linear(512, 512)], 512) == ()
+    assert VLLM_ASCEND.parallel_sizes([Linear(512, 512)], 256) == (1, 2, 4, 8, 16)

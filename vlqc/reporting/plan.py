@@ -33,6 +33,7 @@ from vlqc.pipeline.text_only import require_images
 from vlqc.reporting.rotations import RotatedPart, adapter_notes, rotated_parts, rotation_notes, rotation_text
 from vlqc.reporting.summary import placement_notes, target_warnings
 from vlqc.reporting.tables import labeled_lines, layer_table
+from vlqc.targets.advice import grouped_layers, parallel_notes
 from vlqc.targets.engine import Engine
 from vlqc.targets.rules import group_faults
 from vlqc.targets.schemes import Scheme
@@ -129,6 +130,7 @@ def plan_compilation(
     scheme_notes: list[str] = []
     sites = predict_schemes(model, passes, scheme_notes.append)
     schemes = {name: site.scheme or Scheme.FLOAT for name, site in sites.items()}
+    layers = {name: (schemes[name], site.shape) for name, site in sites.items()}
     dtype = dtype_name(model.emitted_dtype)
     notes = [
         *checkpoint.notes,
@@ -140,6 +142,7 @@ def plan_compilation(
         *calibration.notes,
         *memory_notes,
         *scheme_notes,
+        *parallel_notes(options.engine_target, grouped_layers(model.family, layers), options.group_size),
         *([BEFORE_SEARCH] if options.fallback == "auto" else []),
     ]
     counts: dict[tuple[str, str], int] = {}

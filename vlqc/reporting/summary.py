@@ -42,10 +42,17 @@ from vlqc.reporting.html.schema import (
 )
 from vlqc.reporting.rotations import RotatedPart, adapter_notes, rotated_parts, rotation_notes, rotation_text
 from vlqc.reporting.tables import is_warning, labeled_lines, layer_table
-from vlqc.targets.advice import engine_notes, incompatibilities, missing_rows_fix, serve_commands
+from vlqc.targets.advice import (
+    engine_notes,
+    grouped_layers,
+    incompatibilities,
+    missing_rows_fix,
+    parallel_notes,
+    serve_commands,
+)
 from vlqc.targets.schemes import Scheme
 from vlqc.targets.target import parse_target
-from vlqc.targets.versions import loading_engines
+from vlqc.targets.versions import layer_schemes, loading_engines
 from vlqc.verify import verify_unfinished
 from vlqc.verify.folder.contents import MANIFEST
 from vlqc.verify.loader import read_description
@@ -290,6 +297,14 @@ class CompilationSummary:
                 "more samples may reach them"
             ]
         )
+
+    def note_parallel_sizes(self, folder: Path) -> None:
+        """Over how many devices engines can shard layers whose weights have groups, by the schemes of the folder."""
+        schemes, names = layer_schemes(read_description(folder)), set(self.checkpoint.names)
+        stored = {layer: scheme for layer, scheme in schemes.items() if f"{layer}.weight" in names}
+        layers = {layer: (scheme, self.checkpoint.shape(f"{layer}.weight")) for layer, scheme in stored.items()}
+        grouped = grouped_layers(self.checkpoint.family, layers)
+        self.add_notes(parallel_notes(self.options.engine_target, grouped, self.options.group_size))
 
     def note_overflow(self) -> None:
         """A warning if values between layers of a float16 result are beyond float16, a note if they come close."""

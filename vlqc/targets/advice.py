@@ -1,8 +1,10 @@
 """Notes for the user about engines: which versions do not load a result, their limits, and how to serve it."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from vlqc.families.family import ModelFamily
+from vlqc.families.family import EXPERT_ROLES, ModelFamily
+from vlqc.families.linear import Linear
 from vlqc.families.registry import GUIDE
 from vlqc.import_paths import import_path
 from vlqc.targets.precision import choose_scheme
@@ -57,6 +59,29 @@ def engine_notes(
         elif versions.since != engine.first_version(family):
             notes.append(f"{versions} load {scheme}, earlier versions do not")
     return notes + [note for engine in target.engines for note in engine.scheme_notes(family, scheme, group_size)]
+
+
+def grouped_layers(family: ModelFamily, layers: Mapping[str, tuple[Scheme, Sequence[int]]]) -> list[Linear]:
+    """Layer -> scheme and (outputs, inputs) -> those whose weights have groups, apart from experts."""
+    return [
+        Linear(shape[0], shape[1], family.is_row_parallel(name))
+        for name, (scheme, shape) in layers.items()
+        if scheme.spec.weight.per_group and family.role(name) not in EXPERT_ROLES
+    ]
+
+
+def parallel_notes(target: TargetLike, grouped: Sequence[Linear], group_size: int | None) -> list[str]:
+    """How many devices may share linear layers whose weights have groups; [] without such layers."""
+    if not grouped or not group_size:
+        return []
+    notes = []
+    for engine in as_target(target).engines:
+        sizes = engine.parallel_sizes(grouped, group_size)
+        *first, last = map(str, sizes or ("no number of",))
+        devices = f"{', '.join(first)} or {last}" if first else last
+        plural = "device" if sizes == (1,) else "devices"
+        notes.append(f"groups of {group_size} allow tensor parallelism on {devices} {plural} in {engine.title}")
+    return notes
 
 
 def missing_rows_fix(family: ModelFamily) -> str:

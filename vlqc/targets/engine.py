@@ -21,6 +21,7 @@ from vlqc.targets.side_files import unread_files
 # Key of the description, in every layout: every quant_bias has a mean error subtracted, a multiple of so many steps.
 QUANT_BIAS_CORRECTION = "quant_bias_correction"
 COMPILE_AGAIN = "compile again"
+PARALLEL_SIZES = (1, 2, 4, 8, 16)  # devices of tensor parallelism, at most those of one server
 IGNORED_BIAS = "the engine would ignore this bias"
 
 
@@ -231,6 +232,10 @@ class Engine(ABC):
     def group_size_entry(self, folder: FinishedFolder) -> tuple[str, str, Any]:
         """Where the engine reads the group size of 4-bit weights: the file, the key in it, and its value or None."""
         return folder.description_name, "group_size", folder.description.get("group_size")
+
+    def parallel_sizes(self, grouped: Iterable[Linear], group_size: int) -> tuple[int, ...]:
+        """Numbers of devices over which it shards linear layers whose weights have groups; not that of experts."""
+        return PARALLEL_SIZES
 
     def group_size_warning(self, group_size: int) -> str:
         """Why the engine runs this group size slowly; empty if it does not."""

@@ -224,7 +224,9 @@ class MindIE(Engine):
             fix = f"leave the vision tower float and give all else one scheme, {ELSEWHERE}"
         if not dynamic or not conflicting:
             return []
-        what = f"{conflicting[0]} is {schemes[conflicting[0]]} while {dynamic[0]} is {Scheme.W8A8_DYNAMIC}"
+        others = [layer for layer in dynamic if layer not in conflicting]
+        what = f"{conflicting[0]} is {schemes[conflicting[0]]}"
+        what += f" while {others[0]} is {schemes[others[0]]}" if others else ""
         return [Fault(what, conflicting[0], why, fix)]
 
     def runs_unfused(self, family: ModelFamily, schemes: Mapping[str, Scheme]) -> bool:

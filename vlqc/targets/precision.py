@@ -70,8 +70,9 @@ def choose_scheme(
         if rules and not all(scheme in supported_schemes(rules.only(engine), family, layer) for layer in layers)
     ]
     reason = f"{scheme} is not supported here by {join_and(refusing)}"
-    run = "run" if len(target.engines) > 1 else "runs"
-    return Decision(chosen, reason, f"{scheme} only where {target.text} {run} it; elsewhere {chosen}")
+    several = len(target.engines) > 1
+    engines, run = (f"both {target.text}" if several else target.text), "run" if several else "runs"
+    return Decision(chosen, reason, f"{scheme} only where {engines} {run} it; elsewhere {chosen}")
 
 
 def _excluded(
@@ -106,6 +107,8 @@ def _misfit(layers: Mapping[str, Sequence[int] | None], scheme: Scheme, group_si
         outputs, inputs = shape
         if inputs % group_size:
             return f"its {inputs} inputs are not divisible by group size {group_size}"
+        if inputs == group_size:  # operators of 4-bit weights need at least two groups
+            return f"its {inputs} inputs are a single group of size {group_size}"
         if outputs % scheme.spec.output_multiple:
             return f"its {outputs} outputs are not divisible by {scheme.spec.output_multiple}"
     return ""

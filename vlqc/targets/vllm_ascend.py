@@ -10,9 +10,11 @@ from typing import Any, ClassVar
 
 from vlqc.errors import Fault
 from vlqc.families.family import DECODER_ROLES, EXPERT_ROLES, VISION_ROLES, ModelFamily, Part, Role
+from vlqc.families.linear import Linear
 from vlqc.targets.engine import (
     COMPILE_AGAIN,
     IGNORED_BIAS,
+    PARALLEL_SIZES,
     Engine,
     FinishedFolder,
     FolderContent,
@@ -28,6 +30,8 @@ DESCRIPTION = "quant_model_description.json"
 DESCRIPTION_VERSION = "1.0.0"  # by which it recognizes packed 4-bit weights
 ONLY_BFLOAT16 = ("bfloat16",)
 FAST_GROUP_SIZES = (64, 128)  # what its int4 kernels are written for
+# Of npu_weight_quant_batchmatmul; quantization/methods/w4a8.py, 0.18: `input_size_per_partition // group_size`.
+GROUPS_NEED = "inputs that are a multiple of group_size, and at least two groups"
 LARGEST_GROUP_SIZE = 256  # beyond it the kernels may refuse
 ALWAYS_LOADS_HEAD = ("qwen3_vl_moe",)  # families of which it loads the output head even if that is tied
 # Keys of config.json that vLLM reads instead of the description, at the top or among those of the language model
@@ -196,6 +200,21 @@ class VllmAscend(Engine):
         if not any(NORM_BIAS in key for key in folder.description):
             why = f"vLLM Ascend loads norm biases only if some key of the description contains {NORM_BIAS!r}"
             faults = [Fault(IGNORED_BIAS, f"{norm}.bias", why, COMPILE_AGAIN) for norm in folder.shifted_norms()]
+        faults += [
+            Fault(
+                f"group_size {group_size} with {folder.linears[layer].inputs} inputs",
+                layer,
+                f"vLLM Ascend's int4 operator needs {GROUPS_NEED}",
+                "compile again with a smaller --group_size",
+            )
+            for layer, scheme in folder.schemes.items()
+            if layer in folder.linears
+            and scheme.spec.weight.per_group
+            and folder.family.role(layer) not in EXPERT_ROLES  # they have another operator
+            and isinstance(group_size := folder.description.get("group_size"), int)
+            and group_size > 0
+            and not fits_groups(folder.linears[layer].inputs, group_size)
+        ]
         return faults + [
             Fault(
                 f"{folder.linears[layer].outputs} outputs in {scheme.spec.weight.bits} bits",
@@ -206,6 +225,11 @@ class VllmAscend(Engine):
             for layer, scheme in folder.schemes.items()
             if layer in folder.linears and folder.linears[layer].outputs % scheme.spec.output_multiple
         ]
+
+    def parallel_sizes(self, grouped: Iterable[Linear], group_size: int) -> tuple[int, ...]:
+        """Row-parallel layers are sharded along the inputs, whose groups must stay whole; others along the outputs."""
+        layers = list(grouped)
+        return tuple(size for size in PARALLEL_SIZES if all(_can_shard(layer, group_size, size) for layer in layers))
 
     def group_size_warning(self, group_size: int) -> str:
         if group_size in (*FAST_GROUP_SIZES, LARGEST_GROUP_SIZE):
@@ -225,6 +249,20 @@ class VllmAscend(Engine):
         if group_size > LARGEST_GROUP_SIZE:
             return [f"group_size {group_size}: vLLM Ascend's int4 kernels are written for {sizes}, and may refuse it"]
         return [f"group_size {group_size}: vLLM Ascend's int4 kernels prefer {sizes}"]
+
+
+def fits_groups(inputs: int, group_size: int) -> bool:
+    """Whether the operator of 4-bit weights takes so many inputs on one device (`antiquant_group_size`)."""
+    return inputs % group_size == 0 and group_size <= inputs - 1
+
+
+def _can_shard(layer: Linear, group_size: int, devices: int) -> bool:
+    outputs, inputs = layer.outputs, layer.inputs
+    sharded, whole = (inputs, outputs) if layer.row_parallel else (outputs, inputs)
+    if sharded % devices:
+        return False
+    inputs, outputs = (sharded // devices, whole) if layer.row_parallel else (whole, sharded // devices)
+    return fits_groups(inputs, group_size) and outputs % Scheme.W4A8_DYNAMIC.spec.output_multiple == 0
 
 
 def _keys_read_instead(family: ModelFamily, config: Mapping[str, Any]) -> list[str]:

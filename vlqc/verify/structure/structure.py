@@ -12,6 +12,7 @@ from vlqc.families.family import ModelFamily
 from vlqc.families.registry import FAMILIES, find_family
 from vlqc.formatting import pluralize
 from vlqc.frontend.model_structure import ModelStructure
+from vlqc.targets.advice import grouped_layers, parallel_notes
 from vlqc.targets.engine import FinishedFolder
 from vlqc.targets.rules import folder_type
 from vlqc.targets.schemes import Scheme, StorageFormat, scheme_of_tensors
@@ -98,6 +99,8 @@ def check_structure(
     loads_in = []
     if model:
         loads_in = check_engine_rules(finished, claimed, dtype, named=target is not None, result=result)
+    if model and form.group_size:
+        _add_parallel_sizes(claimed, model, schemes, form.group_size, result)
     result.facts |= _facts(files, dtype, schemes, form) | {"loads in": loads_in or ["no known engine version"]}
     rotations = stated_rotations(files.path, model, result) if model else {}
     return CompiledFolder(files, form, model, schemes, valid, rotations)
@@ -222,6 +225,16 @@ def _check_tensors(
             what, why = f"entry for {name!r}, which no file contains", "engines would look for the tensor"
             result.add_fault("description", files.description_name, what, why, COMPILE_AGAIN)
     return valid
+
+
+def _add_parallel_sizes(
+    target: Target, model: ModelStructure, schemes: Mapping[str, Scheme], size: int, result: VerificationResult
+) -> None:
+    """Over how many devices each engine can shard the layers whose weights have groups."""
+    shapes = {layer: (linear.outputs, linear.inputs) for layer, linear in model.linears.items()}
+    layers = {layer: (schemes[layer], shape) for layer, shape in shapes.items() if layer in schemes}
+    if notes := parallel_notes(target, grouped_layers(model.family, layers), size):
+        result.facts["tensor parallelism"] = notes
 
 
 def _facts(files: FolderFiles, dtype: str, schemes: Mapping[str, Scheme], form: StorageFormat) -> dict[str, Any]:

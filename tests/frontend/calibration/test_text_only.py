@@ -29,7 +29,7 @@ def test_prompts_and_responses(tmp_path: Path, model_type: str) -> None:
     entries = [{"prompt": "What is 2 + 3?"}, {"prompt": "Größe?", "response": "5 <|image_pad|>"}, {"prompt": "a"}]
     calibration = load_samples(model, lines(tmp_path / "q.jsonl", *entries))
     form, note = calibration.notes
-    assert "3 samples as" in form and note.startswith("3 calibration prompts") and "image" not in note
+    assert "3 samples in" in form and note.startswith("3 calibration prompts") and "image" not in note
     assert all(sample.keys() == {"input_ids", "attention_mask"} for sample in calibration.samples)
     expected = [byte_ids(chat(entry["prompt"], entry.get("response"))) for entry in entries]
     assert [sample["input_ids"][0].tolist() for sample in calibration.samples] == expected

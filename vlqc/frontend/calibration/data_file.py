@@ -137,7 +137,7 @@ def _notes(formats: Mapping[str, int], media: Mapping[str, Sequence[int]], ignor
             pluralize(number, kind) for number, kind in zip(media[title], ("image", "video"), strict=True) if number
         ]
         with_media = f" with {' and '.join(given)}" if given else ""
-        counts.append(f"{pluralize(count, 'sample')}{with_media} as {title}")
+        counts.append(f"{pluralize(count, 'sample')}{with_media} in the format {title}")
     notes = [f"calibration data: {', '.join(counts)}"]
     if ignored:
         notes.append(f"calibration data: ignored {'key' if len(ignored) == 1 else 'keys'} {enumerate_first(ignored)}")

@@ -114,7 +114,7 @@ def load_samples(
         max_frames: maximum number of frames of one video.
 
     Raises:
-        UserError: with all unusable samples, and every faulty line of a .jsonl file.
+        UserError: with all unusable samples, and the faulty entries of a data file.
     """
     config_file = model_path / "config.json"
     inputs = family_of(read_json_object(config_file), str(config_file)).inputs

@@ -1,8 +1,7 @@
 """The published command lines of the original script, run as written, with `cpu` in place of `npu`."""
 
 import json
-import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import vlqc
 from tools.checkpoints import outlier_checkpoint as make_outlier_checkpoint
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
+SCRIPT = Path(__file__).parents[2] / "tools" / "quant_qwen2_5vl.py"
 PHOTOS = Path(__file__).parents[1] / "photos"
 COMMON = "--w_bit 8 --a_bit 8 --device_type cpu --trust_remote_code True"
 LOW_BIT = "--w_bit 4 --a_bit 8 --act_method 1 --device_type cpu --trust_remote_code True --anti_method m4"
@@ -36,14 +35,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_line(checkpoint: Path, tmp_path: Path, line: str) -> None:
+def test_line(checkpoint: Path, tmp_path: Path, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches an existing command line that fails, or writes a folder that its engine does not load."""
     engine, scheme = LINES[line]
     folders = ["--model_path", checkpoint, "--calib_images", PHOTOS, "--save_directory", tmp_path / "out"]
-    command = [sys.executable, str(ROOT / "tools" / "quant_qwen2_5vl.py"), *map(str, folders), *line.split()]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, folders), *line.split()])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert not ended.value.code
     report = vlqc.verify_folder(tmp_path / "out", engine=engine)
     assert report.faults == []
     description = json.loads(next((tmp_path / "out").glob("quant_model_description*.json")).read_text())

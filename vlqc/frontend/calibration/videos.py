@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from vlqc.formatting import pluralize
 from vlqc.frontend.calibration.images import ImageError, why_not_a_file
@@ -45,6 +45,20 @@ class FewerFramesError(Exception):
     def __init__(self, frames: int) -> None:
         self.frames = frames
         super().__init__(f"{frames} frames")
+
+
+class _File:
+    """A file for PyAV, which prints the exceptions that it gets: positions that are none are an error code instead."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.read, self.tell = file, file.read, file.tell
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """The new position; -1 if there is no such position."""
+        try:
+            return self._file.seek(offset, whence)
+        except (OSError, ValueError, OverflowError):
+            return -1
 
 
 @dataclass(frozen=True)
@@ -123,7 +137,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
                 raise VideoError("the file is empty")
             file.seek(0)
             try:
-                container = av.open(file, container_options=options, metadata_errors="replace")
+                container = av.open(_File(file), container_options=options, metadata_errors="replace")
             except (av.FFmpegError, IndexError) as error:
                 raise VideoError("not a video, damaged, or of an unsupported format") from error
             with container:

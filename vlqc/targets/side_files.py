@@ -50,7 +50,8 @@ def _tokenizer_faults(path: Path, version: Version) -> Iterator[_What]:
     if version < NEW_TOKENIZERS and isinstance(settings.get("extra_special_tokens"), list):
         yield "extra_special_tokens is a list", TOKENIZER_SETTINGS, "reads an object there, and stops"
     if version < MERGE_PAIRS:
-        merges = (_read(path / "tokenizer.json").get("model") or {}).get("merges")
+        model = _read(path / "tokenizer.json").get("model")
+        merges = model.get("merges") if isinstance(model, Mapping) else None
         if isinstance(merges, list) and any(isinstance(pair, list) for pair in merges[:1]):
             yield "the merges are pairs", "tokenizer.json", "reads merges as text only"
 

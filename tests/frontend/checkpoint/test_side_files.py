@@ -14,6 +14,7 @@ from vlqc.families.qwen2_5_vl import QWEN2_5_VL
 from vlqc.families.qwen3_vl import QWEN3_VL
 from vlqc.frontend.calibration.dataset import load_samples
 from vlqc.frontend.checkpoint.side_files import SideFiles, side_files
+from vlqc.targets.side_files import unread_files
 
 NEEDED = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "qwen.tiktoken", "added_tokens.json",
@@ -186,6 +187,19 @@ def test_merges_of_a_text_model(tmp_path: Path, merges: list[Any], expected: lis
     assert stored(written(files, tmp_path / "out"), "tokenizer.json")["model"] == {"type": "BPE", "merges": expected}
     assert bool(files.converted) == (merges != expected)
     assert side_files(tmp_path, QWEN3_VL).converted == ()
+
+
+@pytest.mark.parametrize("value", [5, "x", [], ["x"], [{"name": ["x"]}], {}, {"x": 1}, None], ids=repr)
+def test_values_of_other_types(tmp_path: Path, value: Any) -> None:
+    """Catches an exception other than UserError for settings of another type than those of transformers."""
+    keys = ("chat_template", "extra_special_tokens", "model_specific_special_tokens", "tokenizer_class")
+    keys += ("image_processor", "video_processor", "processor_class", "size", "image_processor_type", "model")
+    for name in ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json", "tokenizer.json"):
+        (tmp_path / name).write_text(json.dumps(dict.fromkeys(keys, value) | {"backend": value}))
+    written(side_files(tmp_path, QWEN2_5_VL), tmp_path / "out")
+    written(side_files(tmp_path, QWEN2), tmp_path / "text")
+    for family in (QWEN2, QWEN2_5_VL):
+        unread_files(tmp_path, family, "4.43.1", by_processor=True)
 
 
 @pytest.mark.parametrize("metadata", [b"", b"---\nlicense: x\n---\n", b"---\r\nlicense: x\r\n---\r\n"])

@@ -350,7 +350,8 @@ class SampleProcessor:
             what = f"{self._model_path} has no image processor settings"
             why = f"there is no {IMAGE_SETTINGS}, and no {PROCESSOR_SETTINGS} with the key {IMAGE_KEY}"
             raise UserError(Fault(what, why=why, fix=f"copy {IMAGE_SETTINGS} of the model, {READY_SAMPLES}"))
-        own_code = "AutoImageProcessor" in (settings.get("auto_map") or {})
+        auto_map = settings.get("auto_map")
+        own_code = isinstance(auto_map, dict) and "AutoImageProcessor" in auto_map
         of_family = settings.get(CLASS_KEY, None if own_code else known[0]) in known
         if of_family and not (own_code and self._trust_remote_code):
             what, fix = f"the image processor in {self._model_path} cannot be loaded", f"copy {name} again"

@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -127,8 +128,9 @@ def side_files(folder: Path, family: ModelFamily, *, weights: Iterable[str] = ()
             text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
             written[name] = WrittenFile(name, source, text.encode())
     if MODEL_CARD in written:
-        card = _model_card(read_regular_file(folder / MODEL_CARD))
-        written[MODEL_CARD] = WrittenFile(MODEL_CARD, MODEL_CARD, card)
+        with suppress(OSError, ValueError):  # too large, for example: then it is copied
+            card = _model_card(read_regular_file(folder / MODEL_CARD))
+            written[MODEL_CARD] = WrittenFile(MODEL_CARD, MODEL_CARD, card)
     return SideFiles(folder, tuple(names), tuple(left_out), tuple(written[name] for name in sorted(written)))
 
 
@@ -185,8 +187,8 @@ def image_settings(folder: Path) -> tuple[Any, str]:
 def default_template(template: Any) -> str | None:
     """The template itself, or the one named `default` of several; None if there is none."""
     if isinstance(template, list):
-        named = (each for each in template if isinstance(each, dict))
-        template = {each.get("name"): each.get("template") for each in named}
+        named = (each for each in template if isinstance(each, dict) and each.get("name") == "default")
+        template = next((each.get("template") for each in named), None)
     if isinstance(template, dict):
         template = template.get("default")
     return template if isinstance(template, str) and template else None

@@ -281,8 +281,9 @@ class ModelFamily(ABC):
             if isinstance(nested := config.get(key), dict) and "tie_word_embeddings" in nested:
                 nested["tie_word_embeddings"] = False
 
-    def checkpoint_faults(self, config: Mapping[str, Any], names: Collection[str]) -> list[str]:
-        """What config.json, as it is stored, and the names of the stored tensors say differently; [] if nothing."""
+    def checkpoint_faults(self, config: Mapping[str, Any], names: Collection[str]) -> list[tuple[str, str]]:
+        """What config.json, as it is stored, and the names of the stored tensors say differently, and what to change;
+        [] if nothing."""
         return []
 
     def config_meaning(self, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -205,7 +205,7 @@ class Qwen25VL(ModelFamily):
     def is_tied(self, config: Mapping[str, Any]) -> bool:
         return is_tied(config)
 
-    def checkpoint_faults(self, config: Mapping[str, Any], names: Collection[str]) -> list[str]:
+    def checkpoint_faults(self, config: Mapping[str, Any], names: Collection[str]) -> list[tuple[str, str]]:
         return tie_faults(config, names, self.output_head)
 
     def config_values(self, config: Mapping[str, Any]) -> dict[str, Any]:

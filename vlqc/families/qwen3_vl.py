@@ -193,7 +193,7 @@ class Qwen3VL(ModelFamily):
         text = {f"text_config.{key}": value for key, value in dtype_keys(self.text_config(config)).items()}
         return dtype_keys(config) | text or super().dtypes(config)
 
-    def checkpoint_faults(self, config: Mapping[str, Any], names: Collection[str]) -> list[str]:
+    def checkpoint_faults(self, config: Mapping[str, Any], names: Collection[str]) -> list[tuple[str, str]]:
         return tie_faults(config, names, self.output_head)
 
     def set_dtype(self, config: dict[str, Any], dtype: str) -> None:

@@ -37,8 +37,8 @@ def is_tied(config: Mapping[str, Any]) -> bool:
     return bool(config.get(TIE) if inner is None else inner)
 
 
-def tie_faults(config: Mapping[str, Any], names: Collection[str], head: str) -> list[str]:
-    """What the two levels and the stored tensors say differently about the tie; [] if nothing.
+def tie_faults(config: Mapping[str, Any], names: Collection[str], head: str) -> list[tuple[str, str]]:
+    """What the two levels and the stored tensors say differently about the tie, and what to change; [] if nothing.
 
     A tie of `text_config` against the top level is read as it is if the stored tensors agree. transformers 5 writes a
     tie at the top level only, where transformers 4 and the engines do not read it: then no head may be stored.
@@ -53,7 +53,8 @@ def tie_faults(config: Mapping[str, Any], names: Collection[str], head: str) -> 
         return []
     inner = "text_config lacks it" if text.get(TIE) is None else f"{_word(text[TIE])} in text_config"
     stored = "stored" if is_stored else "missing"
-    return [f"{TIE} is {_word(top)} at the top level, {inner}, and {head}.weight is {stored}"]
+    why = f"{TIE} is {_word(top)} at the top level, {inner}, and {head}.weight is {stored}"
+    return [(why, f"set {TIE} to {_word(not is_stored)} at both levels, as the stored tensors are")]
 
 
 def flat_keys(config: Mapping[str, Any]) -> dict[str, Any]:

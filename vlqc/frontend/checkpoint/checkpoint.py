@@ -29,7 +29,7 @@ from vlqc.frontend.checkpoint.adapters import (
     read_adapters,
     shared_weight_faults,
 )
-from vlqc.frontend.checkpoint.config_schema import REPAIR, config_faults, engine_form, object_faults
+from vlqc.frontend.checkpoint.config_schema import config_faults, engine_form, object_faults
 from vlqc.frontend.checkpoint.files import INDEX, file_stamp, read_config, tensor_ranges, weight_files
 from vlqc.frontend.checkpoint.float8 import Entry, block_scales, find_scales, left_out
 from vlqc.frontend.checkpoint.mapping import DTYPES, map_tensor
@@ -432,8 +432,8 @@ class Checkpoint:
         if faults := list(object_faults(dict.fromkeys(sorted(objects), False), self.source_config, where)):
             raise UserError(*faults)
         faults = config_faults(self.family, self.config, where, largest, len(self._stored))
-        for contradiction in self.family.checkpoint_faults(self.source_config, self.names):
-            faults.append(Fault("config.json does not fit the weights", where, contradiction, REPAIR))
+        for why, fix in self.family.checkpoint_faults(self.source_config, self.names):
+            faults.append(Fault("config.json does not fit the weights", where, why, fix))
         if faults:
             raise UserError(*faults)
 

@@ -17,7 +17,7 @@ from vlqc.families.registry import find_family
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.verify.findings import VerificationResult
 from vlqc.verify.float_match.compare import open_source
-from vlqc.verify.float_match.read_source import float8_values
+from vlqc.verify.float_match.read_source import float8_values, forget_adapters
 from vlqc.verify.folder.adapters import check_adapters
 
 LAYER = "model.language_model.layers.0"
@@ -64,6 +64,7 @@ def test_both_readers_agree(tmp_path: Path, transposed: bool, dtype: torch.dtype
     }  # fmt: skip
     lora = [write_adapter(tmp_path / "q", q, use_dora=dora), write_adapter(tmp_path / "rest", rest)]
     structure: Any = SimpleNamespace(family=find_family(config), embedding=TABLE, output_head="lm_head", tied=False)
+    forget_adapters()
     source, checkpoint = open_source(model, structure, lora), Checkpoint(model, lora)
     assert sorted(source) == checkpoint.names
     for name in checkpoint.names:

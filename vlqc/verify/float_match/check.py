@@ -17,6 +17,7 @@ from vlqc.frontend.model_structure import ModelStructure
 from vlqc.ir.rotations import Rotatable, RotationKind
 from vlqc.verify.findings import COPY_AGAIN, Finding, VerificationResult, format_list
 from vlqc.verify.float_match.compare import CHECK, Comparison, open_source
+from vlqc.verify.float_match.read_source import forget_adapters
 from vlqc.verify.float_match.rotated_source import release_memory, rotated_source
 from vlqc.verify.folder.manifest import SUMMARY
 from vlqc.verify.folder.reader import StoredTensor
@@ -51,6 +52,7 @@ def check_against_source(
             return check.run()
         finally:
             release_memory()
+            forget_adapters()
 
 
 @dataclass

@@ -105,6 +105,11 @@ def _matrix(tensor: AdapterTensor) -> Array:
     return _stored(tensor).read().astype(np.float64).reshape(tensor.shape[0] if tensor.shape else 1, -1)
 
 
+def forget_adapters() -> None:
+    """Releases the matrices of adapters, whose files may change before they are read again."""
+    _matrix.cache_clear()
+
+
 def read_source(
     files: Iterable[Path], folder: Path, config: Mapping[str, Any], model: ModelStructure, lora: Sequence[Path]
 ) -> dict[str, StoredTensor]:

@@ -26,6 +26,7 @@ from vlqc.frontend.sequential import SequentialForward, StageInputs
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.execution import first_tensor
 from vlqc.ir.value_range import FLOAT16_MAX, PeakRecorder
+from vlqc.verify.clipping import ClippingRecorder
 from vlqc.verify.findings import COPY_AGAIN, VerificationResult
 from vlqc.verify.folder.rotations import Seeds, rotate_float_model
 from vlqc.verify.loader import load
@@ -137,13 +138,14 @@ def _compare(
 ) -> None:
     """Adds the SQNR of stages and logits to the result, and faults. Raises _FolderError if the folder cannot be run."""
     stages: list[dict[str, Any]] = []
-    values = PeakRecorder()
+    values, clipping = PeakRecorder(), ClippingRecorder()
     with ExitStack() as loaded:
         loaded.enter_context(model.non_stage_weights(model.tensors.tensor, head=True))
         with (
             logits_are_hidden(model.module),
             logits_are_hidden(quantized),
             values.watching(quantized) if compiled.float_dtype == "F16" else nullcontext(),
+            clipping.watching(quantized),
             SequentialForward(model, samples, run_to_end=True) as forward,
         ):
             for inputs in forward.loaded_stages():
@@ -155,6 +157,7 @@ def _compare(
                 other = LastHidden.of(quantized, [quantized(**model.inputs(sample)) for sample in samples])
         result.facts["stages against float"] = stages
         _check_range(values, model, result)
+        clipping.add_warnings(model.family.module_name, result)
         if model.rotation_plan:
             rotated = reference
             original = StreamedModel.open(checkpoint, trust_remote_code=trust_remote_code)

@@ -146,6 +146,8 @@ class _SourceCheck:
                 self.others(keys), key=lambda each: [each[key] != latest.get(key[0]) for key in keys]
             ):
                 outcome = self.compare(rotated, includes)
+                if outcome.not_source - stated.not_source:
+                    continue  # under the right rotation every matrix is the source's
                 if MUCH_BETTER * outcome.tensors <= stated.tensors and outcome.tensors < best.tensors:
                     best = outcome
                 if not best.faults:

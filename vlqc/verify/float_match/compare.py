@@ -158,7 +158,7 @@ class Comparison:
         pair = self.weight_pair(layer)
         if edge is not None and pair is not None:
             self.rows[layer] = fit_rows(pair, edge.usable.numpy(), columns)
-        self.weight(layer, None if edge is None else self.rows[layer].or_else(np.ones(linear.outputs)), columns)
+        self.weight(layer, None if edge is None else self.rows[layer].or_else(Scales.ones(linear.outputs)), columns)
 
     # ---- tensors -----------------------------------------------------------------------------------------------------
 
@@ -259,7 +259,8 @@ class Comparison:
         if found.common is not None:
             what = f"the norm times the columns of {format_list(layers)} is {found.common:.6g} times the float model's"
             self.result.add_fault(CHECK, f"{norm}.weight", what, UNCANCELLED, COPY_AGAIN)
-        return columns.or_else(np.where(both, source / np.where(both, stored, 1), 1))
+        implied = np.where(both, source / np.where(both, stored, 1), 1).astype(np.float32)
+        return columns.or_else(Scales.known(implied, np.full(len(read), ULP[dtype], np.float32)))
 
     def parts_to_fit(self, layers: list[str]) -> list[tuple[WeightPair, Array]]:
         """At most FITTED layers that are stored alike, with their unscaled rows: the kind with most of these."""
@@ -275,10 +276,11 @@ class Comparison:
         sides = [self.producer_side(name, channel) for name, channel in self.model.producers[layer]]
         producer = np.prod([side.values for side in sides], axis=0)
         implied = (1 / np.where(producer > 0, producer, 1)).astype(np.float32)
+        sigma = np.sum([side.deviation * implied + side.rounding for side in sides], axis=0)
+        by_producers = Scales.known(implied, sigma.astype(np.float32))
         pair, mask = self.weight_pair(layer), self.unscaled_rows(layer)
         if pair is None or not mask.any():
-            sigma = np.sum([side.deviation * implied + side.rounding for side in sides], axis=0)
-            return Scales.known(implied, sigma.astype(np.float32))
+            return by_producers
         columns = fit_columns([(pair, mask)]).unread(np.all([side.channel < 0 for side in sides], axis=0))
         found = find_uncancelled(columns, sides)
         names = format_list([name for name, _ in self.model.producers[layer]])
@@ -292,7 +294,7 @@ class Comparison:
         if found.common is not None:
             what = f"its columns times the rows of {names} are {found.common:.6g} times the float model's"
             self.result.add_fault(CHECK, f"{layer}.weight", what, UNCANCELLED, COPY_AGAIN)
-        return columns.or_else(implied)
+        return columns.or_else(by_producers)
 
     def producer_side(self, name: str, channel: Tensor) -> ProducerSide:
         """What a linear layer, whose rows are fitted, or a norm leaves of the scale. channel: int64 [K]."""

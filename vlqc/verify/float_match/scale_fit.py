@@ -72,14 +72,18 @@ class Scales:
             each[mask] = value
         return self
 
-    def or_else(self, implied: Array) -> "Scales":
-        """These scales, with `implied` [C] in place of those that are not positive: no scale of a channel is."""
-        degenerate = ~(self.values > 0) | ~np.isfinite(self.values)
+    def or_else(self, implied: "Scales") -> "Scales":
+        """These scales, with implied ones where the weights determine none: no scale of a channel is 0 or negative."""
+        degenerate = ~(self.values > 0) | ~np.isfinite(self.values) | ~np.isfinite(self.sigma)
         if not degenerate.any():
             return self
-        values = np.where(degenerate, np.where(np.isfinite(implied), implied, 1), self.values).astype(np.float32)
-        sigma, independent = (np.where(degenerate, np.float32(0), each) for each in (self.sigma, self.independent))
-        return Scales(values, sigma, self.deviation, independent)
+        usable = np.isfinite(implied.values) & (implied.values > 0)
+        values = np.where(degenerate, np.where(usable, implied.values, 1), self.values)
+        sigma, independent = (
+            np.where(degenerate, _finite(implied.sigma), each).astype(np.float32)
+            for each in (self.sigma, self.independent)
+        )
+        return Scales(values.astype(np.float32), sigma, self.deviation, independent)
 
 
 class WeightPair:

@@ -51,6 +51,10 @@ def check_arithmetic(folder: CompiledFolder, result: VerificationResult) -> None
 
 def _check_finite(stored: StoredTensor, result: VerificationResult) -> None:
     result.add_examined("finite")
+    is_matrix = len(stored.shape) == 2 and stored.name.endswith(".weight") and stored.count
+    if is_matrix and not any(rows.any() for _, rows in stored.rows()):
+        why = "its outputs are 0, or its bias"
+        result.add_warning("zeros", stored.name, "all weights are 0", why, "check the float checkpoint")
     bad = [(start, rows) for start, rows in stored.rows() if not np.isfinite(rows).all()]
     if bad:
         start, rows = bad[0]

@@ -117,8 +117,10 @@ def check_integers(
     live = rows.absmax > 0
     usual = float(np.median(scale[live])) if live.any() else 0.0
     # A scale may also be at the floor that keeps the bias in int32; then quant_bias is near its limit. A matrix of
-    # zeros (blocks added to a trained model are initialized so) has no median scale to compare with.
-    at_floor = (not live.any()) | (scale <= DEAD_ROW_SCALE * usual) | (np.abs(quant_bias) > INT32_MAX // 4)
+    # zeros (blocks added to a trained model are initialized so) has no median scale to compare with, but the same floor
+    # in all channels, whereas scales of weights that were replaced by zeros differ.
+    at_floor = scale <= DEAD_ROW_SCALE * usual if live.any() else scale == scale.min(initial=np.inf)
+    at_floor |= np.abs(quant_bias) > INT32_MAX // 4
     dead = np.flatnonzero(~live & ~at_floor)
     if dead.size:
         why = "all integers of the channel are 0, but its scale is that of nonzero weights"

@@ -1,0 +1,82 @@
+"""How much of the inputs of static layers is clipped while a quantized model runs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlqc.kernels_ref.quant_linear import StaticQuantLinear
+from vlqc.kernels_ref.quantize import INT8_MAX, INT8_MIN
+from vlqc.verify.findings import VerificationResult, format_list
+
+CHECK = "input ranges"
+# Times the power of rounding errors. The best range of a layer has about as much clipping noise as rounding noise; half
+# of a range that covers four standard deviations has 500 times as much.
+TOO_MUCH = 100.0
+
+
+@dataclass
+class _Clipped:
+    """Sums over the inputs of one layer: squares of what was clipped, squared rounding errors as expected, values."""
+
+    clipped: float = 0.0
+    rounding: float = 0.0
+    values: int = 0
+    beyond: int = 0
+
+
+class ClippingRecorder:
+    """Adds up what static layers clip of their inputs."""
+
+    def __init__(self) -> None:
+        self.layers: dict[str, _Clipped] = {}
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Inside, the inputs of all static layers below `model` count, under the paths of these layers."""
+        handles = [
+            module.register_forward_pre_hook(self._hook(path))
+            for path, module in model.named_modules()
+            if isinstance(module, StaticQuantLinear)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, path: str) -> Any:
+        sums = self.layers.setdefault(path, _Clipped())
+
+        def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            assert isinstance(module, StaticQuantLinear)
+            scale, offset = float(module.input_scale), float(module.input_offset)
+            values = args[0].float()
+            excess = values - values.clamp((INT8_MIN - offset - 0.5) * scale, (INT8_MAX - offset + 0.5) * scale)
+            sums.clipped += float(excess.square().sum(dtype=torch.float64))
+            sums.rounding += values.numel() * scale**2 / 12
+            sums.values += values.numel()
+            sums.beyond += int(excess.count_nonzero())
+
+        return add
+
+    def add_warnings(self, name: Any, result: VerificationResult) -> None:
+        """One warning for all layers with one input of which far more is clipped than a good range clips.
+
+        name: path -> name of a layer.
+        """
+        alike: dict[tuple[float, int], list[str]] = {}
+        for path, sums in self.layers.items():
+            result.add_examined(CHECK, int(sums.values > 0))
+            if sums.clipped > TOO_MUCH * sums.rounding:
+                alike.setdefault((sums.clipped / sums.rounding, sums.beyond), []).append(path)
+        for (times, beyond), paths in alike.items():
+            share = beyond / self.layers[paths[0]].values
+            what = f"{share:.2%} of the inputs are clipped, with {times:.3g} times the power of rounding errors"
+            why = "the range is too small for these inputs: it is damaged, or the calibration inputs were smaller"
+            fix = "compile again with calibration images like these"
+            where = format_list([name(path) for path in paths])
+            result.add_warning(CHECK, where, what, why, fix)

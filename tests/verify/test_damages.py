@@ -100,6 +100,8 @@ TENSORS: dict[str, Callable[[FolderContent], Any]] = {
     "a norm channel": scaled("visual.blocks.0.norm2.weight", 2, 7),
     "two layers": swap("model.layers.0.", "model.layers.1."),
     "k and v": swap(f"{ATTENTION}.k_proj.", f"{ATTENTION}.v_proj."),
+    "down_proj times 1.01": scaled(f"{MLP}.down_proj.weight", 1.01),
+    "o_proj of zeros": scaled(f"{ATTENTION}.o_proj.weight", 0),
     "down_proj times 1.05": scaled(f"{MLP}.down_proj.weight", 1.05),
     "a column times 1.1": scaled(f"{MLP}.down_proj.weight", 1.1, (slice(None), 4)),
     "a bias": drop("visual.blocks.0.mlp.up_proj.bias"),
@@ -212,6 +214,12 @@ FILES: dict[str, tuple[Callable[[Path], Any], str, bool]] = {
     "patches": (edited("preprocessor_config.json", patch_size=16), "preprocessor_config.json", True),
     "the end of generation": (edited("generation_config.json", eos_token_id=99), "generation_config.json", True),
     "temperature": (edited("generation_config.json", temperature=2.0), "generation_config.json", False),
+    "an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "adapter_config.json", True),
+    "a quantization of ModelOpt": (
+        lambda f: (f / "hf_quant_config.json").write_text("{}"),
+        "hf_quant_config.json",
+        True,
+    ),
     "another file of weights": (
         lambda f: (f / "model.safetensors").write_bytes(safetensors_bytes({}, {"format": "pt"})),
         "model.safetensors",

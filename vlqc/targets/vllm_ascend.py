@@ -37,6 +37,7 @@ ALWAYS_LOADS_HEAD = ("qwen3_vl_moe",)  # families of which it loads the output h
 # Keys of config.json that vLLM reads instead of the description, at the top or among those of the language model
 # (vllm/model_executor/model_loader/weight_utils.py and vllm/config, 0.18).
 KEYS_READ_INSTEAD = ("quantization_config", "compression_config")
+FILES_READ_INSTEAD = ("hf_quant_config.json",)  # likewise (vllm/transformers_utils/config.py)
 NORM_BIAS = "norm.bias"  # part of a key of the description that makes it build every RMSNorm with a bias
 
 
@@ -154,15 +155,23 @@ class VllmAscend(Engine):
         return not _keys_read_instead(family, config) and not self._head_faults(family, config)
 
     def config_faults(self, folder: FinishedFolder) -> list[Fault]:
-        return [
-            Fault(
-                f"unexpected key {key}",
-                "config.json",
-                f"vLLM would read that key instead of {DESCRIPTION}",
-                "remove the key",
-            )
-            for key in _keys_read_instead(folder.family, folder.config)
-        ] + self._head_faults(folder.family, folder.config)
+        return (
+            [
+                Fault(
+                    f"unexpected key {key}",
+                    "config.json",
+                    f"vLLM would read that key instead of {DESCRIPTION}",
+                    "remove the key",
+                )
+                for key in _keys_read_instead(folder.family, folder.config)
+            ]
+            + [
+                Fault(f"unexpected file {name}", name, f"vLLM would read it instead of {DESCRIPTION}", "remove it")
+                for name in FILES_READ_INSTEAD
+                if name in folder.files
+            ]
+            + self._head_faults(folder.family, folder.config)
+        )
 
     def _head_faults(self, family: ModelFamily, config: Mapping[str, Any]) -> list[Fault]:
         """vLLM's qwen3_vl_moe.py builds an output head of its own for tied models, too, and looks its entry up."""

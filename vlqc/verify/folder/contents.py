@@ -15,6 +15,7 @@ from vlqc.verify.folder.reader import StoredTensor, read_json, read_json_object,
 
 WEIGHT_FILE = re.compile(r"quant_model_weight_(?P<type>.+?)(-(?P<number>\d{5})-of-(?P<total>\d{5}))?\.safetensors")
 MANIFEST = "MANIFEST.json"
+ADAPTER = "adapter_config.json"
 
 IMAGE_SETTINGS = "preprocessor_config.json"
 # Needed to serve images and text; a folder compiled from `samples` may lack them. (title, alternatives)
@@ -129,6 +130,9 @@ def check_files(folder: FolderFiles, type_name: str, result: VerificationResult,
                 "model.safetensors.index.json",
                 "remove it",
             )
+    if ADAPTER in names:
+        why = "transformers and the engines take the folder for an adapter of another model"
+        result.add_fault("files", ADAPTER, f"{ADAPTER} does not belong to a compiled folder", why, "remove it")
     if not folder.weights:
         what = "quant_model_weight_*.safetensors is missing"
         result.add_fault("files", str(folder.path), what, "the folder has no weights", COPY_AGAIN)

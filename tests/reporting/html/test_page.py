@@ -54,6 +54,27 @@ def test_the_page_names_rotations(tmp_path: Path) -> None:
     assert "attention heads of 12 layers" in rotated
 
 
+def test_the_page_shows_videos(data: ReportData, text: str, tmp_path: Path) -> None:
+    """Catches tokens of videos without a row of their own, and a column for videos where there are none."""
+    stages = []
+    for stage in data.stages:
+        inputs = tuple(
+            each.model_copy(
+                update={
+                    side: getattr(each, side) | {"video": getattr(each, side)["image"]} for side in ("before", "after")
+                }
+            )
+            for each in stage.inputs
+        )
+        more = {"rows": stage.rows | {"video": 777}, "sqnr": stage.sqnr | {"video": 12.5}, "inputs": inputs}
+        stages.append(stage.model_copy(update=more))
+    page = Page(page_of(tmp_path / "videos", data.model_copy(update={"stages": tuple(stages)})))
+    assert page.faults == [] and "777 video tokens" in page.text and "SQNR, video tokens" in page.text
+    assert "12.5 dB, video tokens" in page.text
+    assert any("line before video" in one.get("class", "") for one in page.all("path"))
+    assert "video" not in Page(text).text
+
+
 def test_the_page_loads_nothing(text: str) -> None:
     """Catches a font, script, image or style from a URL, and a content security policy without the script's digest."""
     page = Page(text)

@@ -11,7 +11,7 @@ from vlqc.frontend.calibration.samples import reject_conflicting_arguments
 from vlqc.frontend.distributed import init_distributed
 from vlqc.frontend.streamed_model import open_model
 from vlqc.options.options import Options
-from vlqc.pipeline.layer_selection import check_layers
+from vlqc.pipeline.layer_selection import check_engines, check_layers
 from vlqc.pipeline.pass_api import Pass
 from vlqc.pipeline.presets import build_pipeline
 from vlqc.pipeline.rotation_plan import rotate_model
@@ -48,6 +48,7 @@ def compile(
     model = open_model(options)  # parameters on the meta device
     check_layers(model, options)
     rotate_model(model, pipeline)  # streams and heads that the passes rotate; tensors outside the stages at once
+    check_engines(model, options)
     dataset = load_calibration(options, model, samples)
     # folder, journal, progress, summary; renames the result on exit
     with open_run(options, pipeline, model, dataset, progress) as run:

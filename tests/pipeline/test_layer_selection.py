@@ -1,5 +1,7 @@
 """Patterns of --exclude and --include: those that match nothing are faults, with a suggestion."""
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,8 +12,9 @@ from vlqc.families.family import ModelFamily
 from vlqc.families.qwen2_5_vl import QWEN2_5_VL
 from vlqc.families.qwen3_vl import QWEN3_VL
 from vlqc.families.qwen3_vl_moe import QWEN3_VL_MOE
+from vlqc.ir.rotations import RotationPlan
 from vlqc.options.options import Options
-from vlqc.pipeline.layer_selection import check_globs, check_layers, check_schemes
+from vlqc.pipeline.layer_selection import check_engines, check_globs, check_layers, check_schemes
 
 LAYERS = [
     "visual.blocks.0.attn.qkv",
@@ -132,7 +135,7 @@ EXPERTS = [f"model.language_model.layers.0.mlp.experts.{number}.down_proj" for n
 )
 def test_the_error_of_an_exclusion(family: ModelFamily, layers: list[str], exclude: str, what: str) -> None:
     """Catches an error that names a layer that the user did not exclude, and one error per layer."""
-    options = Options.from_user(model_path=tiny.TINY, save_directory="out", exclude=[exclude])
+    options = Options.without_paths(exclude=[exclude])
     quantized = [f"model.language_model.layers.0.self_attn.{member}_proj" for member in "qkv"]
     with pytest.raises(UserError) as caught:
         check_schemes(dict.fromkeys([*quantized, *layers], (64, 64)), family, options)
@@ -146,3 +149,29 @@ def test_layers_that_all_engines_run_in_float() -> None:
     with pytest.raises(UserError) as caught:
         check_layers(tiny.float_model(), options)
     assert [fault.what for fault in caught.value.faults] == ["--include lm_head: lm_head stays float"]
+
+
+@pytest.mark.parametrize(
+    ("target", "config", "untied", "refused"),
+    [
+        ("vllm-ascend", {"vision_config": {"deepstack_visual_indexes": [0, 1]}}, "", ""),
+        ("mindie", {"vision_config": {"deepstack_visual_indexes": [0, 1]}}, "", "2 outputs of the vision tower"),
+        ("both", {"vision_config": {"deepstack_visual_indexes": [0]}}, "", "1 output of the vision tower"),
+        ("mindie", {"vision_config": {}}, "", ""),
+        ("vllm-ascend", {"text_config": {"tie_word_embeddings": True}}, "", "tied to the embedding"),
+        ("vllm-ascend", {"text_config": {"tie_word_embeddings": True}}, "lm_head", ""),
+    ],
+)
+def test_a_model_that_an_engine_does_not_run(target: str, config: dict[str, Any], untied: str, refused: str) -> None:
+    """Catches a compilation that ends in an internal error, because the engine runs no such model, and one refused
+    although --rotate all unties it."""
+    checkpoint = SimpleNamespace(config={"text_config": {}, **config}, folder=Path("float"))
+    model: Any = SimpleNamespace(
+        family=QWEN3_VL_MOE, checkpoint=checkpoint, rotation_plan=RotationPlan(untied_head=untied)
+    )
+    options = Options.without_paths(target=target)
+    if not refused:
+        return check_engines(model, options)
+    with pytest.raises(UserError, match=refused) as caught:
+        check_engines(model, options)
+    assert ("--target vllm-ascend" in caught.value.faults[0].fix) == ("outputs" in refused or "output of" in refused)

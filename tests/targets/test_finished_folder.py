@@ -96,7 +96,7 @@ def test_models_that_an_engine_does_not_run() -> None:
     text = {"num_hidden_layers": 1, "tie_word_embeddings": True}
     config = {"text_config": text, "vision_config": {"deepstack_visual_indexes": [0]}, "quantize": "w8a8_dynamic"}
     made = replace(folder(QWEN3_VL_MOE, VLLM_ASCEND, WITH_EXPERTS), quant_type=Scheme.W8A8_DYNAMIC, config=config)
-    tied, outputs = "the output head is tied to the embedding", "1 outputs of the vision tower besides the last one"
+    tied, outputs = "the output head is tied to the embedding", "1 output of the vision tower besides the last one"
     assert [fault.what for fault in VLLM_ASCEND.config_faults(made)] == [tied]
     assert [fault.what for fault in MINDIE.config_faults(made)] == [tied, outputs]
     dense = replace(folder(QWEN3_VL), config=config | {"quantize": "w8a8"})

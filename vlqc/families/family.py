@@ -145,6 +145,13 @@ class ModelFamily(ABC):
         """Path of a module in the module tree of any transformers version -> its checkpoint name."""
         return self.checkpoint_name(f"{path}.").removesuffix(".")
 
+    def name_pattern(self, pattern: str) -> str:
+        """A glob pattern of names in any transformers version -> of checkpoint names.
+
+        Patterns that match checkpoint names as they are, are returned unchanged.
+        """
+        return self.checkpoint_name(pattern)
+
     def matrices(
         self, shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any]
     ) -> dict[str, dict[str, TensorSlice]]:

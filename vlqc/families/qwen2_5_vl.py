@@ -1,5 +1,6 @@
 """Qwen2.5-VL: names, layers, config.json and model inputs."""
 
+import re
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -41,6 +42,12 @@ def original_name(name: str) -> str:
         if name.startswith(new):
             return original + name.removeprefix(new)
     return name
+
+
+def original_pattern(pattern: str) -> str:
+    """A glob pattern of names in any transformers version, or of vLLM's -> of names in the first release."""
+    pattern = re.sub(r"(?<!\w)model\.(?=visual\b)|^language_model\.(?=lm_head\b)", "", pattern)
+    return re.sub(r"(?:(?<=\*)\.|(?<![\w.]))(?:model\.)?language_model\b(?:\.model\b)?", "model", pattern)
 
 
 # ---- config.json -----------------------------------------------------------------------------------------------------
@@ -179,6 +186,9 @@ class Qwen25VL(ModelFamily):
 
     def checkpoint_name(self, name: str) -> str:
         return original_name(name)
+
+    def name_pattern(self, pattern: str) -> str:
+        return original_pattern(pattern)
 
     def attends_in_windows(self, block: str, config: Any) -> bool:
         whole = getattr(config.vision_config, "fullatt_block_indexes", None)

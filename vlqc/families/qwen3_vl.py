@@ -4,6 +4,7 @@ The vision tower has LayerNorms, an MLP without a gate, and besides the merger a
 blocks ("deepstack"), whose outputs are added to the first layers of the language model.
 """
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
@@ -142,6 +143,11 @@ class Qwen3VL(ModelFamily):
     )
     block_lists = ("model.language_model.layers.", BLOCKS, DEEPSTACK)
     config_objects: ClassVar[Mapping[str, bool]] = {"text_config": True, "vision_config": True}
+
+    def name_pattern(self, pattern: str) -> str:
+        """Also of names without the first parts, as Qwen2.5-VL has them."""
+        pattern = re.sub(r"^(?=visual\b)", "model.", pattern)
+        return re.sub(r"^model\.(?=layers\b|embed_tokens\b|norm\b)", "model.language_model.", pattern)
 
     def stage_order(self, stages: Sequence[str], config: Mapping[str, Any]) -> list[str]:
         """A deepstack merger runs right after the block whose output it reads."""

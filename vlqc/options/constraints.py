@@ -143,6 +143,17 @@ def config_of(model_path: Path) -> dict[str, Any]:
         return {}
 
 
+def _pipeline(options: OptionFields) -> Iterator[Fault]:
+    """Options that select passes, or their options, beside --pipeline, whose text says both."""
+    for name in PASS_OPTIONS if options.pipeline is not None else ():
+        value = getattr(options, name)
+        if value != type(options).model_fields[name].default:
+            shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            why = "--pipeline names the passes and their options, which this option would select"
+            fix = f"remove --{name}, and write its passes and their options in --pipeline (`vlqc passes --explain`)"
+            yield Fault(f"--{name} {shown} with --pipeline", why=why, fix=fix)
+
+
 def _resume(options: OptionFields) -> Iterator[Fault]:
     if options.resume and options.start_over:
         why = "one resumes the interrupted run, the other deletes it"
@@ -165,6 +176,12 @@ def _dumps(options: OptionFields) -> Iterator[Fault]:
         yield Fault(f"--dump_stages {' '.join(options.dump_stages)}", why=why, fix=fix)
 
 
+# The options that have no other effect than to select passes and their options.
+PASS_OPTIONS = (
+    "rotate", "anti_method", "anti_alpha", "act_method", "weight_method", "propagate", "modality_balance", "exclude",
+    "include",
+)  # fmt: skip
+
 # The options that a rule depends on, and the rule.
 SCHEME = frozenset({"w_bit", "is_dynamic", "is_lowbit", "open_outlier", "act_method"})
 LAYOUTS = frozenset(engine.layout_option for engine in ENGINES if engine.layout_option)
@@ -179,6 +196,7 @@ RULES: tuple[tuple[frozenset[str], Callable[[OptionFields], Iterator[Fault]]], .
     (frozenset({"fallback", "min_sqnr", "max_float_groups"}), _fallback),
     (SCHEME | LAYOUTS | {"target", "strict_target", "w4a8_scope", "exclude"}, _strict),
     (frozenset({"exclude", "include"}), _layers),
+    (frozenset({"pipeline", *PASS_OPTIONS}), _pipeline),
     (frozenset({"resume", "start_over"}), _resume),
     (frozenset({"dump_ir", "dump_stages", "dump_formats", "print_after"}), _dumps),
 )

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from vlqc.errors import Fault, UserError
-from vlqc.families.registry import check_model_type, find_family, load_family, register_family
+from vlqc.families.registry import check_model_type, errors_of, find_family, load_family, register_family
 from vlqc.files import trust_links
 from vlqc.formatting import did_you_mean
 from vlqc.options.constraints import combination_faults, config_of
@@ -121,13 +121,14 @@ def _family_faults(options: OptionFields) -> list[Fault]:
 
 
 def _checkpoint_names(options: OptionFields) -> dict[str, tuple[str, ...]]:
-    """The patterns of names, in which a prefix of another transformers version is replaced by that of engines."""
+    """The patterns of names; those of another transformers version become those of engines."""
     if options.model_path is None or not any(getattr(options, name) for name in NAME_PATTERNS):
         return {}
     family = find_family(config_of(options.model_path))
     if family is None:  # an error when the checkpoint is opened
         return {}
-    return {name: tuple(map(family.checkpoint_name, getattr(options, name))) for name in NAME_PATTERNS}
+    with errors_of(type(family), "name_pattern"):
+        return {name: tuple(dict.fromkeys(map(family.name_pattern, getattr(options, name)))) for name in NAME_PATTERNS}
 
 
 def _unknown_option(name: str, where: str) -> Fault:

@@ -1,5 +1,6 @@
 """Checks the layer patterns of --exclude and --include, and the schemes of all layers, before anything is computed."""
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -19,8 +20,9 @@ from vlqc.targets.target import ENGINES, engine_of_option, parse_target
 
 def check_layers(model: StreamedModel, options: Options) -> None:
     """UserError for patterns that match nothing, and for schemes that an engine of the target does not run together."""
-    check_globs([*model.linear_layers, *model.heads], exclude=options.exclude)
-    check_globs([*model.linear_layers, *model.heads], include=options.include)
+    names = [*model.linear_layers, *model.heads, *_other_modules(model)]
+    check_globs(names, exclude=options.exclude)
+    check_globs(names, include=options.include)
     _check_float(model, options.include)
     check_globs(model.stages, what="stage", dump_stages=options.dump_stages)
     excludes = any(matches_any(layer, options.exclude) for layer in model.linear_layers)
@@ -29,6 +31,21 @@ def check_layers(model: StreamedModel, options: Options) -> None:
             name.removesuffix(".weight"): tuple(tensor.shape) for name, tensor in model.parameters(model.module).items()
         }
         check_schemes({layer: shapes[layer] for layer in model.linear_layers}, model.family, options)
+
+
+def check_engines(model: StreamedModel, options: Options) -> None:
+    """UserError for a model that an engine of the target does not run, whatever the schemes. After `rotate_model`."""
+    target, config = parse_target(options.engine_target), copy.deepcopy(model.checkpoint.config)
+    if model.rotation_plan.untied_head:
+        model.family.untie(config)
+    others = [engine for engine in ENGINES if not engine.model_faults(model.family, config)]
+    where, faults = str(model.checkpoint.folder / "config.json"), []
+    for engine in target.engines:
+        for fault in engine.model_faults(model.family, config):
+            fix = f"compile for {others[0].title}: --target {others[0]}" if others else fault.fix
+            faults.append(replace(fault, where=where, fix=fix))
+    if faults:
+        raise UserError(*faults)
 
 
 def check_schemes(layers: Mapping[str, Sequence[int] | None], family: ModelFamily, options: Options) -> None:
@@ -94,15 +111,22 @@ def _unsupported(options: Options, family: ModelFamily, fault: Fault, schemes: M
 def _check_float(model: StreamedModel, include: Sequence[str]) -> None:
     """UserError for every pattern of --include that matches only layers that all engines run in float."""
     routers = [layer for layer in model.linear_layers if model.family.role(layer) == Role.ROUTER]
+    others = [*routers, *model.heads, *_other_modules(model)]
     quantizable = [layer for layer in model.linear_layers if layer not in set(routers)]
     faults = []
     for pattern in include:
         if not any(matches_any(layer, [pattern]) for layer in quantizable):
-            layer = next(layer for layer in (*routers, *model.heads) if matches_any(layer, [pattern]))
+            layer = next(layer for layer in others if matches_any(layer, [pattern]))
             what = f"--include {pattern}: {layer_pattern(layer)} stays float"
             faults.append(Fault(what, why="engines run it in float", fix=f"remove --include {pattern}"))
     if faults:
         raise UserError(*faults)
+
+
+def _other_modules(model: StreamedModel) -> list[str]:
+    """Names of embeddings, convolutions and norms, which are float in any case."""
+    linear = {*model.linear_layers, *model.heads}
+    return sorted({name.rpartition(".")[0] for name in model.parameters(model.module)} - linear)
 
 
 def check_globs(layers: Iterable[str], what: str = "layer", **globs: tuple[str, ...]) -> None:

@@ -26,7 +26,7 @@ from vlqc.frontend.memory import check_memory, estimate_memory, peak_memory
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.stage import Site
 from vlqc.options.options import Options
-from vlqc.pipeline.layer_selection import check_layers
+from vlqc.pipeline.layer_selection import check_engines, check_layers
 from vlqc.pipeline.presets import build_pipeline
 from vlqc.pipeline.rotation_plan import rotate_model
 from vlqc.pipeline.text_only import require_images
@@ -121,6 +121,7 @@ def plan_compilation(
     model = StreamedModel.open(checkpoint, trust_remote_code=options.trust_remote_code, dtype=options.dtype)
     check_layers(model, options)
     rotations = rotate_model(model, passes)
+    check_engines(model, options)
     calibration = load_calibration(options, model, samples)
     memory = estimate_memory(model, calibration.samples, options.memory_budget)
     memory_notes: list[str] = []

@@ -209,6 +209,10 @@ class Engine(ABC):
         """Whether config.json of a folder in another engine's layout was written for this engine, too."""
         return False
 
+    def model_faults(self, family: ModelFamily, config: Mapping[str, Any]) -> list[Fault]:
+        """Why the engine does not run a model of the family at all, whatever the schemes; [] if it does."""
+        return []
+
     def config_faults(self, folder: FinishedFolder) -> list[Fault]:
         """Keys of config.json with which the engine does not find the quantization."""
         return []

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 from vlqc.errors import Fault
 from vlqc.families.family import DECODER_ROLES, EXPERT_ROLES, VISION_ROLES, ModelFamily, Part, Role
+from vlqc.formatting import pluralize
 from vlqc.targets.engine import (
     COMPILE_AGAIN,
     IGNORED_BIAS,
@@ -279,7 +280,7 @@ class MindIE(Engine):
         vision_key = bool((family.vision_config(config) or {}).get("quantize"))
         return (
             family.engine_config(dict(config)) == config
-            and not self._model_faults(family, config)
+            and not self.model_faults(family, config)
             and config.get("quantize") == self.folder_type(family, schemes).lower()
             and (not self._loader(family).vision_key or vision_key == _quantizes_vision(family, schemes))
         )
@@ -295,7 +296,7 @@ class MindIE(Engine):
             what = f"in the form of another transformers version: {join_and(others)}"
             fix = "compile again, or restore the keys of the published checkpoint"
             faults.append(Fault(what, "config.json", f"MindIE reads the config of {family.title} as published", fix))
-        faults += self._model_faults(family, config)
+        faults += self.model_faults(family, config)
         vision_key = (family.vision_config(config) or {}).get("quantize")
         vision = {scheme for layer, scheme in folder.schemes.items() if family.in_vision_tower(layer)} - {Scheme.FLOAT}
         values: dict[str, tuple[Any, Any]] = {"quantize": (config.get("quantize"), folder.quant_type.lower())}
@@ -319,12 +320,12 @@ class MindIE(Engine):
             faults.append(Fault("quantization_config is missing", "config.json", why, COMPILE_AGAIN))
         return faults
 
-    def _model_faults(self, family: ModelFamily, config: Mapping[str, Any]) -> list[Fault]:
-        """Models of the family that its code does not run at all."""
+    def model_faults(self, family: ModelFamily, config: Mapping[str, Any]) -> list[Fault]:
+        """A tied head where its code loads one, and other outputs of the vision tower than it adds up."""
         loader, outputs = self._loader(family), family.extra_vision_outputs(config)
         faults = tied_head(self, family, config) if loader.loads_head else []
         if loader.extra_vision_outputs not in (None, outputs):
-            what = f"{outputs} outputs of the vision tower besides the last one"
+            what = f"{pluralize(outputs, 'output')} of the vision tower besides the last one"
             why = f"MindIE runs {family.title} with exactly {loader.extra_vision_outputs}"
             faults.append(Fault(what, "config.json", why, "serve with vLLM Ascend only"))
         return faults

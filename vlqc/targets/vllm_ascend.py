@@ -152,7 +152,7 @@ class VllmAscend(Engine):
     # ---- a finished folder -----------------------------------------------------------------------------------------
 
     def reads_config(self, family: ModelFamily, schemes: Mapping[str, Scheme], config: Mapping[str, Any]) -> bool:
-        return not _keys_read_instead(family, config) and not self._head_faults(family, config)
+        return not _keys_read_instead(family, config) and not self.model_faults(family, config)
 
     def config_faults(self, folder: FinishedFolder) -> list[Fault]:
         return (
@@ -170,10 +170,10 @@ class VllmAscend(Engine):
                 for name in FILES_READ_INSTEAD
                 if name in folder.files
             ]
-            + self._head_faults(folder.family, folder.config)
+            + self.model_faults(folder.family, folder.config)
         )
 
-    def _head_faults(self, family: ModelFamily, config: Mapping[str, Any]) -> list[Fault]:
+    def model_faults(self, family: ModelFamily, config: Mapping[str, Any]) -> list[Fault]:
         """vLLM's qwen3_vl_moe.py builds an output head of its own for tied models, too, and looks its entry up."""
         loads_head = (family.engine_rows or family.name) in ALWAYS_LOADS_HEAD
         return tied_head(self, family, config) if loads_head else []

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlqc.options.constraints import PASS_OPTIONS
 from vlqc.options.fields import flag_of, option_info
 from vlqc.options.options import Options
 
@@ -27,6 +28,8 @@ def command(options: Options, pipeline: str | None, *, ready_samples: bool) -> t
     values = {name: getattr(options, name) for name in Options.model_fields if name not in WITHOUT_EFFECT}
     if pipeline is not None:
         values["pipeline"] = pipeline
+    if values["pipeline"] is not None:
+        values = {name: value for name, value in values.items() if name not in PASS_OPTIONS}
     if ready_samples:
         del values["calib_images"]
     words = ["vlqc", "compile"]

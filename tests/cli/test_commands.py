@@ -216,7 +216,7 @@ def test_verify(verified: dict[str, Any], tmp_path: Path) -> None:
     assert ended.exit_code == 0 and "the report" in ended.stdout
     assert {name: verified[name] for name in verified if name != "ok"} == {
         "folder": Path("out"), "model_path": Path("float"), "calib_images": Path("images"), "engine": None,
-        "min_sqnr": None, "trust_remote_code": False,
+        "lora": (), "min_sqnr": None, "trust_remote_code": False,
     }  # fmt: skip
     assert json.loads(report.read_text()) == {"ok": True}
     verified["ok"] = False

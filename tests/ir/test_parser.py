@@ -201,7 +201,7 @@ def rotations(draw: st.DrawFn, kind: RotationKind) -> AppliedRotation:
     name = draw(st.text(st.characters(exclude_categories=["Cs"])))
     pairs = st.tuples(st.floats(allow_nan=False), st.floats(allow_nan=False))
     return AppliedRotation(
-        kind, Rotation(draw(NUMBERS) + 1, draw(NUMBERS), name, draw(st.booleans())), writers, readers,
+        kind, Rotation(max(1, draw(NUMBERS)), draw(NUMBERS), name, draw(st.booleans())), writers, readers,
         draw(unique(st.text())), tables, draw(unique(st.text())), draw(unique(NUMBERS)), draw(st.booleans()),
         {part: draw(pairs) for part in parts if draw(st.booleans())},
     )  # fmt: skip

@@ -61,7 +61,7 @@ def test_without_the_reference_only_engines_decide(name: str, target: str, refus
     decision = choose(members_with(name), fallback="none", target=target)
     if refused:
         reason = f"W8A8 is not supported here by {refused}"
-        where = {"vllm-ascend": "vLLM Ascend runs", "mindie": "MindIE runs", "both": "vLLM Ascend and MindIE run"}
+        where = {"vllm-ascend": "vLLM Ascend runs", "mindie": "MindIE runs", "both": "both vLLM Ascend and MindIE run"}
         assert decision == Decision(Scheme.FLOAT, reason, f"W8A8 only where {where[target]} it; elsewhere FLOAT")
     else:
         assert decision == Decision(Scheme.W8A8)

@@ -82,8 +82,8 @@ def test_every_scheme_for_every_target(target: str, wanted: Scheme) -> None:
     for kind, layer in KINDS.items():
         decision = choose(members_with(layer), fallback="none", **options)
         engines = parse_target(target)
-        run = "runs" if len(engines.engines) == 1 else "run"
-        note = f"{wanted} only where {engines.text} {run} it; elsewhere {decision.scheme}"
+        runs = f"{engines.text} runs" if len(engines.engines) == 1 else f"both {engines.text} run"
+        note = f"{wanted} only where {runs} it; elsewhere {decision.scheme}"
         assert decision.note == (note if decision.scheme != wanted else "")
         assert bool(decision.reason) == (decision.scheme != wanted)
         by_reference = choose(

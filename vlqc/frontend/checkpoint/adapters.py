@@ -407,8 +407,8 @@ def shared_weight_faults(matched: MatchedAdapter, embedding: str, table: str) ->
     both = [update for update in (matched.updates.get(embedding), head) if update is not None]
     if not both:
         return []
-    names = f"{embedding} and {table} are one weight (tie_word_embeddings)"
-    fix = "untie them in the float model (tie_word_embeddings false, both weights stored), and merge the adapter there"
+    names = f"{embedding} and {table} are one weight"
+    fix = "untie the embeddings of the float model, store both weights, and merge the adapter there"
     if any(update.a is not None for update in both):
         what = "the adapter changes only one use of a weight that is used twice"
         return [adapter.fault(what, names, fix)]

@@ -278,7 +278,7 @@ def read_bundle(folder: Path) -> Stage:
         raise UserError(Fault(f"{folder} is not a bundle", why=why, fix="pass a folder NN-STATE.bundle of a dump"))
     with _user_errors(folder):
         if links := outside_links(folder):
-            what = f"{', '.join(links)}: links out of the bundle"
+            what = f"{', '.join(links)}: {'a link' if len(links) == 1 else 'links'} out of the bundle"
             raise UserError(Fault(what, str(folder), fix="copy the files themselves into the folder"))
         metadata = BundleMetadata.model_validate(read_json_object(folder / METADATA))
         snapshot = read_stage_text(folder / BUNDLE_GRAPH)

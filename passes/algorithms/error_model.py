@@ -202,28 +202,35 @@ class ConsumerGroup:
             energy = (self.energy_per_column.double() * scale.double().square()).sum()
             step_per_token = (self.rows / scale).abs().amax(1).double() / INT8_MAX
             return (step_per_token.square() * self.row_weight).sum() * energy / 12
-        return min(self._static_errors(scale))
+        return torch.tensor(min(self._static_errors(scale)), dtype=torch.float64)
 
-    def _static_errors(self, scale: Tensor) -> list[Tensor]:
-        """`_input_error` of a static range for each candidate share of the full range."""
-        energy = (self.energy_per_column.double() * scale.double().square()).sum()
+    def _static_errors(self, scale: Tensor) -> list[float]:
+        """`_input_error` of a static range for each candidate share of the full range, up to the best one at least.
+
+        Clipping errors grow as the share falls: no share after one whose clipping error exceeds the best error can be
+        the best.
+        """
+        energy = float((self.energy_per_column.double() * scale.double().square()).sum())
         low, high = self._range(scale)
-        return [
-            ((high - low).double() * share / INT8_STEPS).square() * energy / 12
-            + self._clipping_error(low * share * scale, high * share * scale)
-            for share in self._shares
-        ]
+        width, errors = float(high - low), list[float]()
+        for share in self._shares:
+            clipping = self._clipping_error(low * share * scale, high * share * scale)
+            if errors and clipping >= min(errors):
+                break
+            step = width * share / INT8_STEPS
+            errors.append(step * step * energy / 12 + clipping)
+        return errors
 
     @property
     def _shares(self) -> tuple[float, ...]:
         return CLIPPED_SHARES if self.noise.clips else CLIPPED_SHARES[:1]
 
-    def _clipping_error(self, low: Tensor, high: Tensor) -> Tensor:
-        """Squared error of the outputs when column k of x is clipped to [low[k], high[k]], float64 scalar."""
+    def _clipping_error(self, low: Tensor, high: Tensor) -> float:
+        """Squared error of the outputs when column k of x is clipped to [low[k], high[k]]."""
         (lowest, weight_of_lowest), (highest, weight_of_highest) = self._sorted_values
-        below = (low - lowest).clamp(min=0).square() * weight_of_lowest
-        above = (highest - high).clamp(min=0).square() * weight_of_highest
-        return ((below + above).sum(0) * self.energy_per_column).sum(dtype=torch.float64)
+        below = (low - lowest).clamp_(min=0).square_().mul_(weight_of_lowest)
+        above = (highest - high).clamp_(min=0).square_().mul_(weight_of_highest)
+        return float((below.add_(above).sum(0) * self.energy_per_column).sum(dtype=torch.float64))
 
     @cached_property
     def _sorted_values(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

@@ -147,7 +147,14 @@ def test_a_pipeline_must_measure(planted: Path, samples: list[Sample], tmp_path:
     """Catches a search without measurements, because the user's pipeline lacks the pass that measures."""
     text = "insert-observers,assign-precision,quantize-activations,quantize-weights,lower-linears"
     with pytest.raises(vlqc.UserError, match="lacks measure-sensitivity"):
-        compiled(planted, samples, tmp_path / "out", min_sqnr=30, pipeline=text)
+        vlqc.compile(
+            model_path=planted,
+            save_directory=tmp_path / "out",
+            samples=samples,
+            fallback="auto",
+            min_sqnr=30,
+            pipeline=text,
+        )
 
 
 def test_exclusions_hold(planted: Path, samples: list[Sample], tmp_path: Path) -> None:

@@ -187,6 +187,8 @@ def test_merges_of_a_text_model(tmp_path: Path, merges: list[Any], expected: lis
     assert stored(written(files, tmp_path / "out"), "tokenizer.json")["model"] == {"type": "BPE", "merges": expected}
     assert bool(files.converted) == (merges != expected)
     assert side_files(tmp_path, QWEN3_VL).converted == ()
+    (tmp_path / "tokenizer.json").write_text('{"model": {"type": "WordLevel"}}')
+    assert side_files(tmp_path, QWEN2).converted == ()  # a model without merges gets none
 
 
 @pytest.mark.parametrize("value", [5, "x", [], ["x"], [{"name": ["x"]}], {}, {"x": 1}, None], ids=repr)

@@ -267,10 +267,9 @@ def _with_merges_as_text(tokenizer: dict[str, Any]) -> dict[str, Any]:
     """tokenizer.json -> with merges as "a b", which every version reads, where they are pairs ["a", "b"]."""
     model = tokenizer.get("model")
     merges = model.get("merges") if isinstance(model, dict) else None
-    pairs = merges if isinstance(merges, list) else []
-    if not isinstance(model, dict) or not all(map(_is_pair_of_words, pairs)):
+    if not isinstance(model, dict) or not isinstance(merges, list) or not all(map(_is_pair_of_words, merges)):
         return tokenizer
-    return tokenizer | {"model": model | {"merges": [" ".join(pair) for pair in pairs]}}
+    return tokenizer | {"model": model | {"merges": [" ".join(pair) for pair in merges]}}
 
 
 def _is_pair_of_words(pair: Any) -> bool:

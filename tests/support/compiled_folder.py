@@ -127,7 +127,7 @@ def make_content(
         layer_scheme = "FLOAT"
         if suffix == "weight" and value.ndim == 2 and "embed" not in name:
             layer_scheme = scheme_of(layer, scheme, mindie, scope)
-            if layer_scheme == "W4A8_DYNAMIC" and value.shape[1] % group_size:
+            if layer_scheme == "W4A8_DYNAMIC" and (value.shape[1] % group_size or value.shape[1] == group_size):
                 layer_scheme = "W8A8_DYNAMIC"
         used.add(layer_scheme)
         if layer_scheme != "FLOAT":

@@ -205,6 +205,11 @@ class Engine(ABC):
     def reads_config(self, family: ModelFamily, schemes: Mapping[str, Scheme], config: Mapping[str, Any]) -> bool:
         """Whether the engine, with this config.json, builds the layers of a folder in these schemes (per layer)."""
 
+    def completed_config(self, folder: FinishedFolder) -> Mapping[str, Any] | None:
+        """config.json with what some versions take from the description instead; None if none does, or all is there.
+        `version_faults` names the other versions."""
+        return None
+
     def is_named_in(self, config: Mapping[str, Any]) -> bool:
         """Whether config.json of a folder in another engine's layout was written for this engine, too."""
         return False
@@ -256,6 +261,11 @@ class Engine(ABC):
             )
             for (since, transformers), before in zip(versions, (*ends, None), strict=True)
         }
+
+    def version_faults(self, folder: FinishedFolder) -> dict[tuple[str, str | None], list[Fault]]:
+        """Range of versions, as in `side_file_faults` -> what these versions do not find in a folder that others load;
+        empty if there is no difference."""
+        return {}
 
     def placement_faults(self, folder: FinishedFolder) -> list[Fault]:
         """Paths and file modes that the engine rejects in a folder of its own layout."""

@@ -32,6 +32,11 @@ from vlqc.targets.schemes import Scheme, quant_type
 
 DESCRIPTION = re.compile(r"quant_model_description_.+\.json")
 ANY_DESCRIPTION = re.compile(r"quant_model_description(_.+)?\.json")
+PLAIN_DESCRIPTION = "quant_model_description.json"
+# The first version that completes config.json from PLAIN_DESCRIPTION (models/base/router.py) and gives every RMSNorm in
+# front of W8A8 layers the bias X.bias if it is stored (models/qwen2/modeling_qwen2.py, utils/quantize/pack_type.py). No
+# source of versions before it is public.
+READS_PLAIN = "3.0.0alpha1"
 ACCEPTED_PATH = re.compile(r"[0-9a-zA-Z_./-]+")
 ELSEWHERE = "or compile for vLLM Ascend only (--target vllm-ascend)"
 SHOWN = 5  # names of files in one message
@@ -285,11 +290,33 @@ class MindIE(Engine):
             and (not self._loader(family).vision_key or vision_key == _quantizes_vision(family, schemes))
         )
 
+    def completed_config(self, folder: FinishedFolder) -> Mapping[str, Any] | None:
+        """`quantize` from model_quant_type. 3.0.0alpha1 to 3.0.0.beta.2 take it even if config.json names another type,
+        which is a fault here because later versions take the one in config.json."""
+        described = folder.description.get("model_quant_type")
+        is_read = folder.description_name == PLAIN_DESCRIPTION and folder.config.get("quantize") is None
+        if not is_read or not isinstance(described, str) or not folder.quant_type.is_quantized:
+            return None
+        return {**folder.config, "quantize": described.lower()}
+
+    def version_faults(self, folder: FinishedFolder) -> dict[tuple[str, str | None], list[Fault]]:
+        faults = []
+        if self.completed_config(folder) is not None:
+            why = f"MindIE takes the type from the description from {READS_PLAIN} on only"
+            fix = f"set it to {folder.quant_type.lower()!r}"
+            faults.append(Fault("quantize is missing", "config.json", why, fix))
+        for norm in folder.shifted_norms():
+            if self._has_plain_bias(folder, norm):
+                why = f"MindIE reads the bias of a norm under its plain name from {READS_PLAIN} on only"
+                fix = f"compile again with --{self.layout_option}"
+                faults.append(Fault(f"{norm}.{self.norm_copies}.bias is missing", f"{norm}.bias", why, fix))
+        return {("0", READS_PLAIN): faults, (READS_PLAIN, None): []} if faults else {}
+
     def is_named_in(self, config: Mapping[str, Any]) -> bool:
         return "quantize" in config
 
     def config_faults(self, folder: FinishedFolder) -> list[Fault]:
-        config, family = folder.config, folder.family
+        config, family = self.completed_config(folder) or folder.config, folder.family
         faults = []
         published = family.engine_config(dict(config))
         if others := [key for key, value in config.items() if key not in published or published[key] != value]:
@@ -378,8 +405,11 @@ class MindIE(Engine):
         return faults
 
     def _copy_faults(self, folder: FinishedFolder, norm: str, *, biased: bool) -> list[Fault]:
-        """It needs copies X.module.weight and X.module.bias of exactly the norms that have a bias."""
-        faults = []
+        """It needs copies X.module.weight and X.module.bias of exactly the norms that have a bias. In the layout of
+        another engine some versions need none, see `version_faults`."""
+        faults: list[Fault] = []
+        if biased and self._has_plain_bias(folder, norm):
+            return faults
         for suffix in ("weight", "bias"):
             name, copy = f"{norm}.{suffix}", f"{norm}.{self.norm_copies}.{suffix}"
             if (copy in folder.tensors) != biased:
@@ -393,6 +423,10 @@ class MindIE(Engine):
                     why = "they must be equal, because MindIE reads one or the other"
                     faults.append(Fault(f"differs from {name}", copy, why, "copy the folder again, or compile again"))
         return faults
+
+    def _has_plain_bias(self, folder: FinishedFolder, norm: str) -> bool:
+        copies = {f"{norm}.{self.norm_copies}.{suffix}" for suffix in ("weight", "bias")}
+        return folder.layout is not self and not copies & (folder.tensors.keys() | folder.description.keys())
 
     def group_size_entry(self, folder: FinishedFolder) -> tuple[str, str, Any]:
         options = folder.config.get("quantization_config")

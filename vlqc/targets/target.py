@@ -1,6 +1,6 @@
 """The engines of vlqc, and those that a result is for, as text: `vllm-ascend`, `mindie@2.2`, or `both` for the pair."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -59,9 +59,10 @@ def find_layout(files: Iterable[str]) -> tuple[Engine, str] | None:
     return next(((engine, name) for engine, name in found if name is not None), None)
 
 
-def written_for(layout: Engine, config: Mapping[str, Any]) -> Target:
-    """The engines for which a finished folder was written, by its layout and config.json."""
-    return Target(tuple(engine for engine in ENGINES if engine is layout or engine.is_named_in(config)))
+def written_for(layout: Engine, config: Mapping[str, Any], stated: Collection[Engine] = ()) -> Target:
+    """The engines for which a finished folder was written, by its layout and config.json, and those that it states."""
+    named = (engine for engine in ENGINES if engine is layout or engine in stated or engine.is_named_in(config))
+    return Target(tuple(named))
 
 
 def engine_of_option(options: Any) -> Engine | None:

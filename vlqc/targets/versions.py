@@ -60,7 +60,7 @@ def supporting_versions(
 
 
 def reading_versions(versions: VersionRange, unread: Mapping[Range, Sequence[Fault]]) -> VersionRange | None:
-    """Those of the versions whose transformers reads all files. unread: `Engine.side_file_faults`."""
+    """Those of the versions that read everything. unread: `Engine.side_file_faults` or `Engine.version_faults`."""
     readable = [each for each, faults in unread.items() if not faults]
     if not unread or len(readable) == len(unread):
         return versions

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlqc.kernels_ref.quant_linear import StaticQuantLinear
+from vlqc.kernels_ref.quant_linear import QuantLinear
 from vlqc.kernels_ref.quantize import INT8_MAX, INT8_MIN
+from vlqc.targets.schemes import Scheme
 from vlqc.verify.findings import VerificationResult, format_list
 
 CHECK = "input ranges"
@@ -40,7 +41,7 @@ class ClippingRecorder:
         handles = [
             module.register_forward_pre_hook(self._hook(path))
             for path, module in model.named_modules()
-            if isinstance(module, StaticQuantLinear)
+            if isinstance(module, QuantLinear) and Scheme(module.scheme).spec.activation.is_static
         ]
         try:
             yield
@@ -52,8 +53,7 @@ class ClippingRecorder:
         sums = self.layers.setdefault(path, _Clipped())
 
         def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            assert isinstance(module, StaticQuantLinear)
-            scale, offset = float(module.input_scale), float(module.input_offset)
+            scale, offset = (float(module.get_buffer(name)) for name in ("input_scale", "input_offset"))
             values = args[0].float()
             excess = values - values.clamp((INT8_MIN - offset - 0.5) * scale, (INT8_MAX - offset + 0.5) * scale)
             sums.clipped += float(excess.square().sum(dtype=torch.float64))

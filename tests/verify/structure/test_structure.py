@@ -130,7 +130,6 @@ def test_damaged_content_is_named(tmp_path: Path, damage: str) -> None:
 
 
 MINDIE_DAMAGES: dict[str, tuple[Change, str]] = {
-    "quantize is missing": (lambda c: c.config.pop("quantize"), "quantize"),
     "quantize is another type": (lambda c: c.config.update({"quantize": "w8a8_dynamic"}), "quantize"),
     "the vision key is missing": (lambda c: c.config["vision_config"].pop("quantize"), "vision_config.quantize"),
     "a nested config": (lambda c: c.config.update({"text_config": dict(c.config)}), "text_config"),
@@ -148,6 +147,24 @@ def test_rules_of_mindie_alone(tmp_path: Path, damage: str) -> None:
     assert named in texts(verify_folder(folder, engine="both"))
     assert named in texts(verify_folder(folder, engine="mindie"))
     assert texts(verify_folder(folder, engine="vllm-ascend")) == ""
+
+
+def test_the_type_that_only_the_description_names(tmp_path: Path) -> None:
+    """Catches a version of MindIE said to take the type from the description, which only later ones do; a folder said
+    not to load in those; and a key that the folder has lost since it was written."""
+    content = make_content(both=True)
+    del content.config["quantize"]
+    folder = content.write(tmp_path / "out")
+    assert verify_folder(folder).facts["loads in"][1] == "MindIE 3.0.0alpha1 and later"
+    assert verify_folder(folder, engine="mindie@3.0.0").ok
+    assert "quantize is missing" in texts(verify_folder(folder, engine="mindie@2.2"))
+    (folder / "vlqc_report.json").write_text('{"target": "vllm-ascend"}')
+    assert "quantize" not in texts(verify_folder(folder))
+    (folder / "vlqc_report.json").write_text('{"target": "both"}')
+    result = verify_folder(folder)
+    assert "quantize is missing" in texts(result) and result.engine == "both"
+    del content.config["vision_config"]["quantize"]  # of a vision tower that is quantized
+    assert len(verify_folder(content.write(tmp_path / "tower")).facts["loads in"]) == 1
 
 
 INPUT_NORM = "model.layers.0.input_layernorm"
@@ -202,10 +219,14 @@ def test_a_norm_bias_must_be_one_that_mindie_applies(tmp_path: Path, damage: str
 
 
 def test_one_folder_for_both_has_no_norm_bias(tmp_path: Path) -> None:
-    """Catches a shift in a folder for both: MindIE needs copies of the norms, which vLLM Ascend does not support."""
+    """Catches a shift in a folder for both: vLLM Ascend does not support copies of norms, without which only later
+    versions of MindIE are known to read the bias."""
     content = make_content(both=True, shift=True)
     folder = content.write(tmp_path / "out")
-    assert f"{INPUT_NORM}.weight: {INPUT_NORM}.module.weight" in texts(verify_folder(folder))
+    result = verify_folder(folder)
+    assert result.ok and f"{INPUT_NORM}.bias" in [warning.where for warning in result.warnings]
+    assert result.facts["loads in"][1] == "MindIE 3.0.0alpha1 and later"
+    assert f"{INPUT_NORM}.bias" in texts(verify_folder(folder, engine="mindie@2.2"))
     assert texts(verify_folder(folder, engine="vllm-ascend")) == ""
     add(content, f"{INPUT_NORM}.module.bias", np.zeros(64), "BF16")
     result = verify_folder(content.write(tmp_path / "repeated"), engine="vllm-ascend")

@@ -1,8 +1,10 @@
 """Checks a folder against the rules of each engine: schemes, look-ups, norm biases, shapes and file permissions."""
 
+from collections.abc import Collection
+
 from vlqc.families.family import ModelFamily
 from vlqc.targets.advice import missing_rows_fix
-from vlqc.targets.engine import FinishedFolder
+from vlqc.targets.engine import Engine, FinishedFolder
 from vlqc.targets.rules import group_faults, layer_faults, merge_repeated, mixed_group_faults, supported_schemes
 from vlqc.targets.target import ENGINES, Target
 from vlqc.targets.versions import loading_versions, reading_versions, supporting_versions, unread_in
@@ -12,13 +14,20 @@ CHECK = "engine rules"
 
 
 def check_engine_rules(
-    folder: FinishedFolder, target: Target, dtype: str, *, named: bool, result: VerificationResult
+    folder: FinishedFolder,
+    target: Target,
+    dtype: str,
+    *,
+    named: bool,
+    stated: Collection[Engine] = (),
+    result: VerificationResult,
 ) -> list[str]:
     """Adds faults for everything the target's engines reject or ignore -> versions of all engines that load the folder.
 
     dtype: "bfloat16" or "float16". named: the user named this target. Then a scheme that the target does not support is
     a fault. Otherwise it is a fault only if some engine of the target loads the folder, or if no engine ever quantizes
     that layer; if no version of the target loads the folder, that is a warning, because such a folder can be compiled.
+    stated: engines for which vlqc wrote the folder, as its summary says: all their versions must find everything.
     """
     family, schemes = folder.family, folder.schemes
     result.add_examined(CHECK, len(schemes))
@@ -53,19 +62,27 @@ def check_engine_rules(
         for warning in engine.description_warnings(folder) + engine.placement_warnings(folder):
             result.add_warning(CHECK, warning.where, warning.what, warning.why, warning.fix)
     unread = {engine: engine.side_file_faults(folder) for engine in ENGINES}
+    not_found = {engine: engine.version_faults(folder) for engine in ENGINES}
     for engine in target.engines:
-        range_of = versions[engine]
+        range_of, title = versions[engine], target.title(engine)
         if range_of is not None and (target.version or reading_versions(range_of, unread[engine]) is None):
             for fault in unread_in(target.version, unread[engine]):
                 add = result.add_fault if named else result.add_warning
-                add(CHECK, fault.where, fault.what, f"{fault.why}; {target.title(engine)} has it", fault.fix)
-    loaded = (
-        (loading_versions(engine, family, schemes, dtype, folder.config), unread[engine])
-        for engine in ENGINES
-        if not entries[engine] and not tensors[engine]
-    )
-    reading = (reading_versions(each, files) for each, files in loaded if each is not None)
-    return [str(each) for each in reading if each is not None]
+                add(CHECK, fault.where, fault.what, f"{fault.why}; {title} has it", fault.fix)
+        if target.version:
+            result.add_faults(CHECK, unread_in(target.version, not_found[engine]))
+        else:
+            for fault in dict.fromkeys(fault for faults in not_found[engine].values() for fault in faults):
+                add = result.add_fault if engine in stated else result.add_warning
+                add(CHECK, fault.where, fault.what, fault.why, fault.fix)
+    loads_in = []
+    for engine in ENGINES:
+        if not entries[engine] and not tensors[engine]:
+            loaded = loading_versions(engine, family, schemes, dtype, engine.completed_config(folder) or folder.config)
+            for by_range in (unread[engine], not_found[engine]):
+                loaded = None if loaded is None else reading_versions(loaded, by_range)
+            loads_in += [] if loaded is None else [str(loaded)]
+    return loads_in
 
 
 def _is_never_quantized(family: ModelFamily, layer: str) -> bool:

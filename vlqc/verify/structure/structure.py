@@ -13,12 +13,14 @@ from vlqc.families.registry import FAMILIES, find_family
 from vlqc.formatting import pluralize
 from vlqc.frontend.model_structure import ModelStructure
 from vlqc.targets.advice import grouped_layers, parallel_notes
-from vlqc.targets.engine import FinishedFolder
+from vlqc.targets.engine import Engine, FinishedFolder
 from vlqc.targets.rules import folder_type
 from vlqc.targets.schemes import Scheme, StorageFormat, scheme_of_tensors
-from vlqc.targets.target import Target, written_for
+from vlqc.targets.target import NAMES, Target, written_for
 from vlqc.verify.findings import COMPILE_AGAIN, VerificationResult, format_list
 from vlqc.verify.folder.contents import FolderFiles, check_files, open_folder
+from vlqc.verify.folder.manifest import SUMMARY
+from vlqc.verify.folder.reader import read_json_object
 from vlqc.verify.folder.rotations import Seeds, stated_rotations
 from vlqc.verify.structure.configuration import (
     check_config,
@@ -81,11 +83,12 @@ def check_structure(
 ) -> CompiledFolder:
     """Reads a folder and checks its structure. target: None for the one that the folder is written for."""
     files = open_folder(path, result)
-    claimed = target or written_for(files.layout, files.config)
-    result.engine = str(claimed)
     float_dtype = check_dtype(files, result)
     model = check_model(files, result, trust_remote_code=trust_remote_code)
     schemes = _schemes(files, model, result) if model else {}
+    stated = _stated_engines(files) if any(scheme.is_quantized for scheme in schemes.values()) else ()
+    claimed = target or written_for(files.layout, files.config, stated)
+    result.engine = str(claimed)
     finished = _finished_folder(files, model, schemes)
     type_name = check_description_keys(finished, result, has_model=model is not None).lower()
     form = StorageFormat(float_dtype, packed=files.layout.packs_int4, group_size=group_size(finished, result))
@@ -98,12 +101,19 @@ def check_structure(
     dtype = next(name for name, code in DTYPE_CODES.items() if code == float_dtype)
     loads_in = []
     if model:
-        loads_in = check_engine_rules(finished, claimed, dtype, named=target is not None, result=result)
+        named = target is not None
+        loads_in = check_engine_rules(finished, claimed, dtype, named=named, stated=stated, result=result)
     if model and form.group_size:
         _add_parallel_sizes(claimed, model, schemes, form.group_size, result)
     result.facts |= _facts(files, dtype, schemes, form) | {"loads in": loads_in or ["no known engine version"]}
     rotations = stated_rotations(files.path, model, result) if model else {}
     return CompiledFolder(files, form, model, schemes, valid, rotations)
+
+
+def _stated_engines(files: FolderFiles) -> tuple[Engine, ...]:
+    """The engines for which vlqc wrote the folder, as its summary says; config.json may have lost their keys since."""
+    stated = (read_json_object(files.path / SUMMARY)[0] or {}).get("target")
+    return NAMES.get(stated.partition("@")[0], ()) if isinstance(stated, str) else ()
 
 
 def _finished_folder(files: FolderFiles, model: ModelStructure | None, schemes: Mapping[str, Scheme]) -> FinishedFolder:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.support.fuzz.damage import as_json, damaged_bytes, damaged_json, values
+from tests.support.fuzz.files import put
 from tests.support.fuzz.tiny import tiny_model
 from tests.support.fuzz.verdict import demand, strict
 from vlqc.frontend.calibration.formats import FORMATS, LINE_KEYS, LINES
@@ -51,7 +52,7 @@ def line_cases() -> st.SearchStrategy[bytes]:
 def check_lines(case: bytes, folder: Path) -> bool:
     """Accepted lines are strict JSON with valid UTF-8 texts and names, in the own format with known keys only."""
     source = folder / "lines.jsonl"
-    source.write_bytes(case)
+    put(source, case)
     requests = list_samples(source).conversations
     lines = [line for line in case.decode("utf-8-sig").split("\n") if line.strip()]
     if lines[0].lstrip().startswith("["):  # the file may be one list
@@ -124,7 +125,7 @@ def check_image(case: tuple[str, bytes], folder: Path) -> bool:
     """Accepted images are complete and in 8-bit RGB."""
     ending, content = case
     path = folder / f"x.{ending}"
-    path.write_bytes(content)
+    put(path, content)
     try:
         read = read_image(path)
     except ImageError as refused:

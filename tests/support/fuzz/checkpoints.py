@@ -13,6 +13,7 @@ from PIL import Image
 
 from tests.support.compiled_folder import make_content
 from tests.support.fuzz.damage import as_json, damaged_bytes, damaged_json, values
+from tests.support.fuzz.files import put
 from tests.support.fuzz.tiny import TINY, tiny_model
 from tests.support.fuzz.verdict import demand, strict
 from vlqc.families.qwen2_5_vl import QWEN2_5_VL
@@ -90,8 +91,9 @@ def weights(draw: st.DrawFn) -> bytes:
 
 def check_weights(case: bytes, folder: Path) -> bool:
     """Accepted weight files have a valid header, all its tensors, and can be read."""
-    (folder / "config.json").write_text("{}")
-    (folder / "model.safetensors").write_bytes(case)
+    if not (folder / "config.json").exists():
+        (folder / "config.json").write_text("{}")
+    put(folder / "model.safetensors", case)
     checkpoint = Checkpoint(folder)
     header = read_header(folder / "model.safetensors")
     demand(not header.faults, f"accepted although {header.faults}")
@@ -128,7 +130,7 @@ def check_index(case: bytes, folder: Path) -> bool:
         for place, entries in ((inside / PART, one), (inside / OTHER, two), (folder / "secret.safetensors", one)):
             place.write_bytes(Weights(as_json(entries), 0, bytes(8)).bytes())
         (inside / "config.json").write_text("{}")
-    (inside / INDEX).write_bytes(case)
+    put(inside / INDEX, case)
     checkpoint = Checkpoint(inside)
     demand({path.parent for path in checkpoint.files} == {inside}, f"reads {checkpoint.files}")
     demand(checkpoint.files != [] and checkpoint.names != [], "accepted without tensors")
@@ -144,7 +146,7 @@ def check_config_text(case: bytes, folder: Path) -> bool:
     if not (folder / "model.safetensors").exists():
         make_content().write_source(folder / "source")
         (folder / "source" / "model.safetensors").rename(folder / "model.safetensors")
-    (folder / "config.json").write_bytes(case)
+    put(folder / "config.json", case)
     checkpoint = Checkpoint(folder)
     demand(isinstance(strict(case), dict), "config.json is no object")
     demand(checkpoint.source_config == strict(case), "another object than the file holds")
@@ -174,7 +176,7 @@ def check_config(case: Any, folder: Path) -> bool:
     """An accepted model has the sizes of its tensors, and numbers where it computes with them."""
     if not (folder / "model.safetensors").exists():
         shutil.copy(TINY / "model.safetensors", folder)
-    (folder / "config.json").write_bytes(as_json(case))
+    put(folder / "config.json", as_json(case))
     checkpoint = Checkpoint(folder)
     model = StreamedModel.open(checkpoint)
     found: Any = model.module.config
@@ -231,7 +233,7 @@ def check_side_file(case: tuple[str, bytes], folder: Path) -> bool:
         for each in (*SIDE_FILES, "config.json"):
             shutil.copyfile(TINY / each, folder / each)
         (folder / "model.safetensors").symlink_to(TINY / "model.safetensors")
-    (folder / name).write_bytes(content)
+    put(folder / name, content)
     try:
         processor = SampleProcessor(folder, QWEN2_5_VL.inputs)
         conversation = Conversation.from_prompt((ImageRef(b""),), "what is red ?", "blue")
@@ -242,6 +244,6 @@ def check_side_file(case: tuple[str, bytes], folder: Path) -> bool:
         demand("stands for an image" in str(error) or "chat template" in str(error), f"ValueError: {error}")
         return False
     finally:
-        shutil.copyfile(TINY / name, folder / name)
+        put(folder / name, (TINY / name).read_bytes())
     check_samples([sample], tiny_model())
     return True

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tests.support.compiled_folder import make_content
 from tests.support.float_model import CONFIG
 from tests.support.fuzz.damage import as_json, damaged_json, values
+from tests.support.fuzz.files import put
 from tests.support.fuzz.verdict import demand
 from vlqc.verify import verify_folder
 from vlqc.verify.loader import read_description
@@ -72,13 +73,13 @@ def check_folder(case: tuple[Any, ...], folder: Path) -> bool:
         name, wrong = WEIGHTS_FILE, False
         whole = files[name]
         content = whole[: case[1]] + case[2] + whole[case[1] + len(case[2]) :]
-    (target / name).write_bytes(content)
+    put(target / name, content)
     try:
         report = verify_folder(target)
         report.to_json().encode()
         if kind == "word":
             read_description(target)
     finally:
-        (target / name).write_bytes(files[name])
+        put(target / name, files[name])
     demand(not wrong or not report.ok, f"{case[:2]} was not found")
     return report.ok

@@ -8,6 +8,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from tests.support.fuzz.damage import damaged_bytes
+from tests.support.fuzz.files import put
 from tests.support.fuzz.verdict import demand
 from tests.support.videos import write_video
 from vlqc.frontend.calibration.videos import FewerFramesError, VideoError, decode_frames, read_stream
@@ -34,7 +35,7 @@ def video_cases() -> st.SearchStrategy[bytes]:
 def check_video(case: bytes, folder: Path) -> bool:
     """Accepted videos have frames of the stated size, as many as there are."""
     path = folder / "x.mp4"  # the content decides about the format
-    path.write_bytes(case)
+    put(path, case)
     try:
         stream = read_stream(path)
         frames = decode_frames(path, range(stream.frames), lambda array: array)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tests.support import synthetic_report
 from tests.support.fuzz.damage import as_json, damaged_bytes, damaged_json
+from tests.support.fuzz.files import put
 from tests.support.fuzz.verdict import demand
 from tests.support.report_pages import VERIFIED
 from vlqc.reporting.html import report_text
@@ -43,11 +44,11 @@ def check_report(case: tuple[str, bytes], folder: Path) -> bool:
         synthetic_report.write_folder(compiled, synthetic_report.report_data(layers=1, blocks=1))
     valid = (compiled / DATA_FILE).read_bytes()
     path = compiled / DATA_FILE if kind == "report" else folder / f"{kind}.json"
-    path.write_bytes(content)
+    put(path, content)
     try:
         text = report_text(compiled, **({} if kind == "report" else {kind: path}))
     finally:
-        (compiled / DATA_FILE).write_bytes(valid)
+        put(compiled / DATA_FILE, valid)
     text.encode()
     demand(text.startswith("<!DOCTYPE html>") and text.rstrip().endswith("</html>"), "the page is not whole")
     return True

@@ -33,14 +33,13 @@ from tests.support.fuzz.media import check_video, video_cases
 from tests.support.fuzz.reports import check_report, report_cases
 from tests.support.fuzz.texts import (
     PIPELINE,
-    RECIPE,
-    RECIPE_WORDS,
     check_options,
     check_pipeline,
     check_recipe,
     check_stage,
     option_cases,
     pass_words,
+    recipe_cases,
     stage_cases,
 )
 
@@ -57,7 +56,7 @@ class Target:
 
 # More than 20,000 cases in all, which take little more than a minute on one core; see tests/end_to_end/test_fuzz.py.
 TARGETS: dict[str, Target] = {
-    "safetensors": Target(weights(), check_weights, 4500),
+    "safetensors": Target(weights(), check_weights, 3000),
     "index": Target(index_cases(), check_index, 1500),
     "config text": Target(damaged_bytes(as_json(config())), check_config_text, 2300),
     "config": Target(damaged_json(config()), check_config, 250),
@@ -67,7 +66,7 @@ TARGETS: dict[str, Target] = {
     "images": Target(image_cases(), check_image, 2500),
     "videos": Target(st.deferred(video_cases), check_video, 300),
     "options": Target(option_cases(), check_options, 2300),
-    "recipes": Target(damaged_text(RECIPE, words=RECIPE_WORDS), check_recipe, 700),
+    "recipes": Target(recipe_cases(), check_recipe, 700),
     "pipelines": Target(damaged_text(PIPELINE, words=pass_words()), check_pipeline, 2300),
     "stages": Target(stage_cases(), check_stage, 800),
     "samples": Target(sample_cases(), check_ready_samples, 1500),

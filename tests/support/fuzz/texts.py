@@ -10,6 +10,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from tests.support.fuzz.damage import damaged_text, values
+from tests.support.fuzz.files import put
 from tests.support.fuzz.verdict import demand
 from vlqc.ir.parser import parse_stage
 from vlqc.ir.printer import print_stage
@@ -98,19 +99,26 @@ include:
   - lm_head
 max_samples: 010
 memory_budget: 1.5
-pipeline: >-
-  insert-observers,
-  lower-linears
 overwrite: yes
 target: ~
 """
+RECIPE_WITH_PIPELINE = """max-samples: 0x10
+pipeline: >-
+  insert-observers,
+  lower-linears
+overwrite: 'no'
+"""
 RECIPE_WORDS = tuple("!!python/name:os.system !!int &a *a <<: --- ?  - { [ | > yes 0o7 :".split(" "))
+
+
+def recipe_cases() -> st.SearchStrategy[str]:
+    return st.one_of(*(damaged_text(text, words=RECIPE_WORDS) for text in (RECIPE, RECIPE, RECIPE_WITH_PIPELINE)))
 
 
 def check_recipe(case: str, folder: Path) -> bool:
     """Accepted recipes give options that are accepted again unchanged, and name no code."""
     file = folder / "recipe.yaml"
-    file.write_bytes(case.encode(errors="surrogatepass"))
+    put(file, case.encode(errors="surrogatepass"))
     texts = {name: entry.value for name, entry in read_recipe(file).items()}
     options = Options.without_paths(recipe=file)
     demand(options == Options.without_paths(**texts), "options read otherwise than as arguments")

@@ -6,6 +6,7 @@ from typing import Any
 
 from vlqc.emit.folder_writer import FolderWriter, committed_plan
 from vlqc.emit.resume.journal import Journal, open_journal
+from vlqc.emit.size_estimate import predict_schemes
 from vlqc.frontend.activation_offload import ActivationOffload
 from vlqc.frontend.calibration.dataset import CalibrationDataset
 from vlqc.frontend.calibration.samples import group_by_images
@@ -19,7 +20,7 @@ from vlqc.pipeline.manager import PassManager
 from vlqc.pipeline.pass_api import Pass
 from vlqc.reporting.dumps.writer import Dumper
 from vlqc.reporting.progress import Progress, resolve_progress
-from vlqc.reporting.summary import CompilationSummary, Result
+from vlqc.reporting.summary import CompilationSummary, Result, main_scheme
 from vlqc.verify import require_valid
 
 
@@ -38,7 +39,8 @@ def open_run(
     """
     process_group = current_process_group()
     shown = resolve_progress(progress, is_rank0=process_group.is_rank0)
-    summary = CompilationSummary(options, model.checkpoint, shown.note)
+    scheme = main_scheme(options, predict_schemes(model, pipeline))
+    summary = CompilationSummary(options, model.checkpoint, scheme, shown.note)
     summary.add_notes(model.checkpoint.notes)
     summary.note_rotations(model.rotation_plan, pipeline)
     summary.note_unused_tensors(model.unused_tensors())

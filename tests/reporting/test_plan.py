@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,6 +73,14 @@ def test_plan_of_an_untied_head(tmp_path: Path) -> None:
         assert plan.rotations == result.rotations and set(plan.notes) <= set(result.notes)
         assert inspect_folder(tmp_path / rotate).facts["rotated"] == rotation_text(result.rotations)
     assert [part.part for part in untied.rotations if part.kind == "residual stream"] == ["vision", "language"]
+
+
+def test_notes_about_a_scheme_that_no_layer_gets(samples: list[dict[str, Tensor]]) -> None:
+    """Catches notes about 4-bit weights in a folder that has none, because no layer has two groups of this size."""
+    arguments: dict[str, Any] = {"model_path": TINY, "samples": samples, **FOUR_BITS, "w4a8_scope": "all"}
+    groups_of_64, groups_of_128 = (plan_compilation(group_size=size, **arguments) for size in (64, 128))
+    assert any("W4A8_DYNAMIC" in note for note in groups_of_64.notes)
+    assert not any("W4A8_DYNAMIC" in note for note in groups_of_128.notes) and groups_of_128.engines
 
 
 def test_more_data_takes_longer(samples: list[dict[str, Tensor]], tmp_path: Path) -> None:

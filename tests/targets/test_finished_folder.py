@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.targets.test_families_in_engines import WITH_EXPERTS, schemes_of
+from tests.targets.test_families_in_engines import FLOAT_TOWER, LANGUAGE_DYNAMIC, WITH_EXPERTS, schemes_of
 from vlqc.families.family import ModelFamily
 from vlqc.families.linear import Linear
 from vlqc.families.qwen2 import QWEN2
@@ -19,6 +19,7 @@ from vlqc.targets.engine import Engine, FinishedFolder, StoredTensor
 from vlqc.targets.mindie import MINDIE
 from vlqc.targets.rules import folder_type
 from vlqc.targets.schemes import Scheme
+from vlqc.targets.versions import loading_versions, unread_in
 from vlqc.targets.vllm_ascend import VLLM_ASCEND
 
 ENGINES = (VLLM_ASCEND, MINDIE)
@@ -184,3 +185,17 @@ def test_shifted_norms_in_front_of_experts() -> None:
     names = (f"{norm}.bias", f"{norm}.module.weight", f"{norm}.module.bias")
     made = folder(QWEN3_VL_MOE, MINDIE, WITH_EXPERTS, tensors=names, norms={norm: experts})
     assert "ignore" in MINDIE.tensor_faults(made)[0].what
+
+
+def test_a_type_that_only_the_description_names() -> None:
+    """Catches a folder of vLLM Ascend's layout, per token with a float vision tower, said not to load in versions of
+    MindIE that take its type from the description."""
+    config = {"model_type": "qwen2_vl", "vision_config": {}}
+    made = replace(folder(QWEN2_VL, VLLM_ASCEND, LANGUAGE_DYNAMIC | FLOAT_TOWER), config=config)
+    completed = MINDIE.completed_config(made)
+    assert completed == {**config, "quantize": "w8a8_dynamic"} and MINDIE.config_faults(made) == []
+    versions = loading_versions(MINDIE, QWEN2_VL, made.schemes, "bfloat16", completed)
+    assert versions is not None and loading_versions(MINDIE, QWEN2_VL, made.schemes, "bfloat16", config) is None
+    unread = unread_in("2.2", MINDIE.version_faults(made))
+    assert [fault.where for fault in unread] == ["config.json"] and not unread_in("3.0.0", MINDIE.version_faults(made))
+    assert MINDIE.completed_config(replace(made, description_name="quant_model_description_w8a8_dynamic.json")) is None

@@ -5,6 +5,7 @@ Every one is found with the float checkpoint; ALONE names those that the folder 
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,11 @@ FILES: dict[str, tuple[Callable[[Path], Any], str, bool]] = {
         False,
     ),
     "colors": (edited("preprocessor_config.json", image_mean=[0.5] * 3), "preprocessor_config.json", False),
+    "another processor of images": (
+        edited("preprocessor_config.json", image_processor_type="CLIPImageProcessor"),
+        "preprocessor_config.json",
+        False,
+    ),
     "patches": (edited("preprocessor_config.json", patch_size=16), "preprocessor_config.json", True),
     "the end of generation": (edited("generation_config.json", eos_token_id=99), "generation_config.json", True),
     "temperature": (edited("generation_config.json", temperature=2.0), "generation_config.json", False),
@@ -236,6 +242,19 @@ def test_a_damaged_side_file_is_found(content: FolderContent, source: Path, tmp_
     edit(folder)
     faults = [fault for fault in verify_folder(folder, model_path=source).faults if fault.where.startswith(where)]
     assert faults and any(fault.check not in FLOAT_CHECKS for fault in faults) == alone
+
+
+@pytest.mark.parametrize(("own", "is_found"), [({"processor_class": "A"}, False), ({"processor_class": "B"}, True)])
+def test_a_class_that_stands_in_another_file(
+    content: FolderContent, source: Path, tmp_path: Path, own: dict[str, Any], is_found: bool
+) -> None:
+    """Catches a processor of another class, and a false fault where the folder names it in another file."""
+    other, folder = tmp_path / "float", content.write(tmp_path / "out")
+    shutil.copytree(source, other)
+    (other / "processor_config.json").write_text(json.dumps({"processor_class": "A"}))
+    edited("preprocessor_config.json", **own)(folder)
+    named = [fault.what for fault in verify_folder(folder, model_path=other).faults if "processor_class" in fault.what]
+    assert bool(named) == is_found
 
 
 def test_files_in_another_form_are_no_fault(content: FolderContent, source: Path, tmp_path: Path) -> None:

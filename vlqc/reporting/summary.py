@@ -4,7 +4,7 @@ import json
 import shlex
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from vlqc.frontend.distributed import current_process_group
 from vlqc.frontend.emitted_dtype import ENGINE_DTYPES, dtype_name, emitted_dtype
 from vlqc.frontend.memory import peak_memory
 from vlqc.ir.rotations import RotationPlan
-from vlqc.ir.stage import Stage
+from vlqc.ir.stage import Site, Stage
 from vlqc.ir.value_range import FLOAT16_MAX, Peak
 from vlqc.options.options import UNNAMED, Options
 from vlqc.pipeline.pass_api import Pass
@@ -126,14 +126,23 @@ class Result(JupyterMixin):
         return Group(layer_table("Schemes", self.counts), *labeled_lines(rows))
 
 
-def target_warnings(options: Options, checkpoint: Checkpoint) -> list[str]:
+def main_scheme(options: Options, sites: Mapping[str, Site]) -> Scheme:
+    """The scheme that the options ask for, or its substitute if no layer has the former.
+
+    sites: by name, with the schemes that they will have; None before a pass that is not known here chooses them.
+    """
+    asked, used = options.scheme, {site.scheme for site in sites.values()}
+    return asked if asked.substitute is None or used & {asked, None} else asked.substitute
+
+
+def target_warnings(options: Options, checkpoint: Checkpoint, scheme: Scheme) -> list[str]:
     """Notes on the chosen target: which engines refuse the result, and what they expect of it.
 
-    checkpoint: the float one.
+    checkpoint: the float one; scheme: `main_scheme`.
     """
     family = checkpoint.family
     name = dtype_name(emitted_dtype(checkpoint.dtype, options.dtype))
-    target = (options.engine_target, family, options.scheme, name)
+    target = (options.engine_target, family, scheme, name)
     refusals = incompatibilities(*target, scope=options.w4a8_scope)
     why, fix = "the folder is written anyway", missing_rows_fix(family) or "see --target, --strict_target"
     if name != "bfloat16" and not incompatibilities(*target[:3], scope=options.w4a8_scope):
@@ -180,10 +189,12 @@ def placement_notes(options: Options) -> list[str]:
 class CompilationSummary:
     """Counts layers by scheme and collects notes and metrics during a compilation, then builds its `Result`.
 
-    show_note: callback for every new note. Each note is shown once, when it is added.
+    scheme: `main_scheme`; show_note: callback for every new note. Each note is shown once, when it is added.
     """
 
-    def __init__(self, options: Options, checkpoint: Checkpoint, show_note: Callable[[str], None]) -> None:
+    def __init__(
+        self, options: Options, checkpoint: Checkpoint, scheme: Scheme, show_note: Callable[[str], None]
+    ) -> None:
         self.options, self.checkpoint, self._show_note = options, checkpoint, show_note
         self.counts: dict[tuple[str, str], int] = {}
         self.notes: list[str] = []
@@ -195,7 +206,7 @@ class CompilationSummary:
         self.metrics = StageMetrics(active=current_process_group().is_rank0)
         self.dtype = emitted_dtype(checkpoint.dtype, options.dtype)
         self._started = time.perf_counter()
-        self.add_notes(target_warnings(options, checkpoint))
+        self.add_notes(target_warnings(options, checkpoint, scheme))
         self.add_notes(placement_notes(options), of_run=True)
 
     def add_notes(self, notes: Iterable[str], *, of_run: bool = False) -> None:

@@ -90,7 +90,8 @@ def verify_folder(
     if model_path is not None:
         check_adapters(folder, adapters, result)
         check_config_against_source(compiled, model_path, result)
-        check_files_against_source(folder, model_path, result)
+        images = None if compiled.model is None else compiled.family.image_format
+        check_files_against_source(folder, model_path, result, images)
         rotations = check_against_source(compiled, model_path, result, adapters)
     if model_path is not None and has_inputs:
         if not _can_run(compiled, result):

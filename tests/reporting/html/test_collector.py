@@ -227,7 +227,7 @@ def test_notes_of_a_run_stay_out_of_the_folder(tmp_path: Path) -> None:
     for notes in ([], ["resumed after 3 of 9 stages"]):
         options = Options.without_paths(model_path=tiny.TINY)
         shown: list[str] = []
-        summary = CompilationSummary(options, Checkpoint(tiny.TINY), shown.append)
+        summary = CompilationSummary(options, Checkpoint(tiny.TINY), options.scheme, shown.append)
         summary.add_notes(["of the output"])
         summary.add_notes(notes, of_run=True)
         assert shown[-1] == ([*notes, "of the output"])[0] and summary.notes == shown

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlqc.families.inputs.input_format import ImageFormat
 from vlqc.verify.findings import VerificationResult, format_list
 from vlqc.verify.float_match.source_config import same_value, value_text
 from vlqc.verify.folder.reader import read_json
@@ -24,10 +25,12 @@ TEMPLATE = "chat_template"
 WHOLE_JSON = ("generation_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 WHOLE = ("merges.txt", "tokenizer.model", "vocab.txt", "spiece.model")
 WRITER_KEYS = frozenset({"transformers_version", "_from_model_config", "name_or_path", "tokenizer_file"})
-# Keys without an influence on what is read: classes, which differ between versions, and how a file was loaded.
-CLASS_KEYS = frozenset({"image_processor_type", "video_processor_type", "feature_extractor_type", "processor_class"})
+# Classes, whose names differ between versions: compared on their own.
+PART_CLASSES, PROCESSOR_CLASS = ("image_processor_type", "video_processor_type"), "processor_class"
+CLASS_KEYS = frozenset({*PART_CLASSES, "feature_extractor_type", PROCESSOR_CLASS})
+# Keys without an influence on what is read: how a file was loaded.
 LOADING_KEYS = frozenset({"backend", "is_local", "local_files_only"})
-SESSION_KEYS = LOADING_KEYS | WRITER_KEYS | {"tokenizer_class", "processor_class"}
+SESSION_KEYS = LOADING_KEYS | WRITER_KEYS | {"tokenizer_class", PROCESSOR_CLASS}
 LIMITS = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}  # key -> its name in `size`
 NEW_CLASS = "TokenizersBackend"
 WHY = "engines read tokens, images or defaults of generation with it"
@@ -55,11 +58,19 @@ class SideFiles:
 
     def part_settings(self, file: str, key: str) -> dict[str, dict[str, Any]]:
         """Settings of a part of the processor by the place where they stand, the one that counts first."""
+        return {place: _settings(value) for place, value in self.parts(file, key).items()}
+
+    def parts(self, file: str, key: str) -> dict[str, dict[str, Any]]:
+        """As `part_settings`, with all keys as they are stored."""
         places = {f"{PROCESSOR}, {key}": self.object(PROCESSOR).get(key), file: self.json(file)}
-        stored = {
-            place: value for place, value in places.items() if isinstance(value, dict) and (value or place == file)
-        }
-        return {place: _settings(value) for place, value in stored.items()}
+        return {place: value for place, value in places.items() if isinstance(value, dict) and (value or place == file)}
+
+    def classes(self, name: str) -> dict[str, Any]:
+        """Values of a key that names a class, by the place where it stands."""
+        places = {PROCESSOR: self.object(PROCESSOR), TOKENIZER_SETTINGS: self.object(TOKENIZER_SETTINGS)}
+        for file, key in (IMAGES, VIDEOS):
+            places |= self.parts(file, key)
+        return {place: settings[name] for place, settings in places.items() if settings.get(name) is not None}
 
     def templates(self) -> dict[str, str]:
         """Chat templates by file, the one that counts first."""
@@ -69,9 +80,15 @@ class SideFiles:
         return {name: template for name, template in found.items() if template}
 
 
-def check_files_against_source(folder: Path, model_path: Path, result: VerificationResult) -> None:
-    """Adds a fault for everything that the folder's files say differently from those of the float checkpoint."""
-    _Check(SideFiles(folder), SideFiles(model_path), result).run()
+def check_files_against_source(
+    folder: Path, model_path: Path, result: VerificationResult, images: ImageFormat | None = None
+) -> None:
+    """Adds a fault for everything that the folder's files say differently from those of the float checkpoint.
+
+    images: of the family, for the names under which versions of transformers have the same class.
+    """
+    equal = frozenset((*images.processor_classes, *images.processor_aliases)) if images else frozenset()
+    _Check(SideFiles(folder), SideFiles(model_path), result, equal).run()
 
 
 @dataclass
@@ -79,8 +96,11 @@ class _Check:
     own: SideFiles
     source: SideFiles
     result: VerificationResult
+    equal_classes: frozenset[str]
 
     def run(self) -> None:
+        for name in (*PART_CLASSES, PROCESSOR_CLASS):
+            self.classes(name)
         for file, key in (IMAGES, VIDEOS):
             self.places(file, self.own.part_settings(file, key), self.source.part_settings(file, key))
         self.templates()
@@ -114,6 +134,19 @@ class _Check:
         for place, settings in own.items():
             expected = source.get(place, next(iter(source.values())))
             self.differences(place, settings, expected)
+
+    def classes(self, name: str) -> None:
+        """A class that stands in the folder must be one that the source names, or the same one under another name.
+        Without a name transformers takes the class of the model."""
+        expected = set(map(str, self.source.classes(name).values()))
+        if name == PART_CLASSES[0] and (not expected or expected & self.equal_classes):
+            expected |= self.equal_classes
+        for place, value in self.own.classes(name).items():
+            self.result.add_examined(CHECK)
+            if expected and str(value) not in expected:
+                of_source = self.source.classes(name) or {"": None}
+                text = value_text(next(iter(of_source.values())))
+                self.fault(place, f"{name} is {value_text(value)}; the float checkpoint has {text}")
 
     def differences(self, where: str, own: Mapping[str, Any], source: Mapping[str, Any]) -> None:
         for key in dict.fromkeys([*source, *own]):

@@ -1,5 +1,6 @@
 """rotate_model: which heads are rotated, and passes that rotate twice."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,3 +41,13 @@ def test_values_are_rotated_once(tmp_path: Path) -> None:
     outlier_checkpoint.make(tmp_path / "float", 3, shape=SMALL)
     with pytest.raises(UserError, match="rotate-residual"):
         rotate_model(StreamedModel.open(Checkpoint(tmp_path / "float")), [RotateResidual(), RotateResidual(seed=1)])
+
+
+@pytest.mark.qwen3_vl
+@pytest.mark.one_version
+def test_the_norm_of_a_single_key_head_is_no_residual_stream(tmp_path: Path) -> None:
+    """Catches a note that the residual stream is not rotated, for the outputs of one layer that nothing else reads."""
+    shape = replace(SMALL, heads=2, value_heads=1, layers=3, vision_layers=3)
+    outlier_checkpoint.make(tmp_path / "float", 3, shape=shape, family="qwen3_vl")
+    plan = rotate_model(StreamedModel.open(Checkpoint(tmp_path / "float")), [RotateResidual()])
+    assert len(plan.rotations) == 2 and not plan.obstacles

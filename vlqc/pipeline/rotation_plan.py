@@ -78,7 +78,9 @@ def _plan(model: StreamedModel, passes: Sequence[RotationPass]) -> RotationPlan:
     unbalanced: list[str] = []
     for step in passes:
         for rotatable in parts.parts:
-            if rotatable.kind == step.rotates and rotatable.name not in chosen:
+            # A norm over the outputs of one layer, such as that of a single key head, is no residual stream.
+            is_read = rotatable.readers or len(rotatable.writers) > 1
+            if rotatable.kind == step.rotates and rotatable.name not in chosen and is_read:
                 if obstacle := step.obstacle(rotatable, parts):
                     obstacles[rotatable.name] = obstacle
                 elif rotatable.kind == RotationKind.HEADS and _is_unbalanced(model.checkpoint, rotatable):

@@ -30,13 +30,16 @@ def are_links_trusted(folder: Path) -> bool:
     return folder.resolve() in _trusted_folders
 
 
-def parse_json(text: str) -> Any:
-    """Strict JSON text -> value. ValueError with the reason if it is anything else."""
+def parse_json(text: str, *, is_line: bool = False) -> Any:
+    """Strict JSON text -> value. ValueError with the reason if it is anything else.
+
+    is_line: the text is one line of a file, and reasons name no line.
+    """
     try:
         value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_reject_constant)
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # fails for infinity and lone surrogates
     except json.JSONDecodeError as error:
-        raise ValueError(_syntax_error(error)) from None
+        raise ValueError(_syntax_error(error, is_line)) from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except OverflowError:
@@ -46,10 +49,10 @@ def parse_json(text: str) -> Any:
     return value
 
 
-def _syntax_error(error: json.JSONDecodeError) -> str:
+def _syntax_error(error: json.JSONDecodeError, is_line: bool) -> str:
     """What the text is, or has, that is no JSON."""
     text, rest = error.doc, error.doc[error.pos :].lstrip()
-    line = f"line {error.doc.count(chr(10), 0, len(error.doc) - len(rest)) + 1}"
+    line = "it" if is_line else f"line {error.doc.count(chr(10), 0, len(error.doc) - len(rest)) + 1}"
     if not text.strip():
         return "it is empty"
     if text.startswith("\ufeff"):
@@ -60,7 +63,7 @@ def _syntax_error(error: json.JSONDecodeError) -> str:
         return f"{line} holds a comment, which JSON does not have"
     if rest.startswith(("}", "]")) and text[: error.pos].rstrip().endswith(","):
         return f"{line} holds {rest[0]} behind a comma"
-    return str(error)
+    return f"{error.msg} at character {error.colno}" if is_line else str(error)
 
 
 def _decode(content: bytes) -> str:

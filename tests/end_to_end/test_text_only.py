@@ -111,8 +111,9 @@ def test_a_quantized_vision_tower_needs_images(given: str, tmp_path: Path, monke
         arguments |= {"max_samples": 1, "seed": next(seed for seed in range(9) if _selects_text(tmp_path, seed))}
     monkeypatch.setattr("vlqc.compiler.open_model", lambda options: pytest.fail("the model was built"))
     with pytest.raises(UserError) as caught:
-        vlqc.compile(model_path=tiny.TINY, save_directory=tmp_path / "out", **arguments)
-    (fault,) = caught.value.faults
+        vlqc.compile(model_path=tiny.TINY, save_directory=tmp_path / "out", exclude=["vision.*"], **arguments)
+    unmatched, fault = caught.value.faults
+    assert unmatched.what == "--exclude vision.* matches no layer"
     assert fault.what == "no calibration sample has an image" and "--exclude 'visual.*'" in fault.fix
 
 

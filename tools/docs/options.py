@@ -5,6 +5,7 @@ python -m tools.docs.options > vlqc/docs/options.md
 
 import inspect
 from collections.abc import Iterable, Mapping
+from enum import Enum
 from typing import Any
 
 from vlqc.cli.commands import app
@@ -105,11 +106,14 @@ def row(option: Any, field: Any = None) -> str:
     names = ", ".join(f"`{name}`" for name in (flag(option), *(name for name in option.opts if len(name) == 2)))
     metavar = (option.metavar or "").strip()
     required = field is not None and field.is_required()
-    default = option.default if field is None else field.default
+    default = option.default if field is None else field.default  # an Enum: click's mark of an option without one
     if not metavar:
         values, shown = "flag", ""
     else:
-        values, shown = f"`{metavar}`".replace("|", "\\|"), "" if default in (None, ()) else f"`{default}`"
+        values, shown = (
+            f"`{metavar}`".replace("|", "\\|"),
+            "" if isinstance(default, Enum) or default in (None, ()) else f"`{default}`",
+        )
     return f"| {names} | {values} | {'required' if required else shown} | {option.help} |\n"
 
 

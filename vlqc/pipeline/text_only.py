@@ -15,6 +15,7 @@ from vlqc.frontend.checkpoint.files import read_config
 from vlqc.frontend.distributed import current_process_group
 from vlqc.ir.stage import Site
 from vlqc.options.options import Options
+from vlqc.pipeline.layer_selection import check_globs
 from vlqc.pipeline.pass_api import Pass
 
 
@@ -39,7 +40,18 @@ def require_images(options: Options, passes: Sequence[Pass], samples: Sequence[M
     why = f"{pluralize(len(layers), 'linear layer')} of the vision tower, such as {layers[0]}, would be quantized"
     globs = " ".join(f"--exclude '{prefix}*'" for prefix in family.vision_prefixes)
     fix = f"add samples with images, or leave the vision tower in float with {globs}"
-    raise UserError(Fault("no calibration sample has an image", where, f"{why} without activations", fix))
+    unmatched = _unmatched_globs(options, family)
+    raise UserError(*unmatched, Fault("no calibration sample has an image", where, f"{why} without activations", fix))
+
+
+def _unmatched_globs(options: Options, family: ModelFamily) -> tuple[Fault, ...]:
+    """Patterns of --exclude that match no layer: an excluded vision tower may be meant by them."""
+    names = [name.rpartition(".")[0] for name in Checkpoint(options.model_path, options.lora).names]
+    try:
+        check_globs([*names, *family.layers()], exclude=options.exclude)
+    except UserError as error:
+        return error.faults
+    return ()
 
 
 def _reach_vision_tower(options: Options, family: ModelFamily, samples: Sequence[Mapping[str, Tensor]] | None) -> bool:

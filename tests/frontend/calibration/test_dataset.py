@@ -128,7 +128,7 @@ def test_every_bad_line_is_named(tmp_path: Path) -> None:
     for what, wanted in zip(
         whats,
         [
-            "not JSON",
+            "quotes at character 2",
             "not a JSON object",
             "did you mean image?",
             "'video' is neither a path",

@@ -250,7 +250,8 @@ FAULTS: dict[str, tuple[object, str]] = {
     "host": ({"messages": [turn("user", {**IMAGE, "image": "s3://bucket/a.png"})]}, "read from files only"),
     "setting": ([turn("user", {**IMAGE, "image": "a", "max_pixels": "1280*28*28"})], "'max_pixels' is '1280"),
     "unknown format": ({"data": [{"query": "x"}]}, "the key data belongs to no format"),
-    "typing error": ({"imgae": "a", "prompt": "x"}, "did you mean image"),
+    "typing error": ({"imgae": "a", "prompt": "x"}, "'imgae'; did you mean image"),
+    "negative": ({"video": "a.mp4", "fps": -1}, "greater than 0"),
 }
 
 

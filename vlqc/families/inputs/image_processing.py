@@ -135,4 +135,5 @@ class ImageProcessing:
         """
         side = self.form.token_side
         lowest = self.form.min_tokens * side**2 if min_pixels is None else min_pixels
-        return smart_resize(height, width, side, lowest, max_pixels or self.form.max_pixels)
+        default = "min_pixels" if min_pixels is None else "" if max_pixels else "max_pixels"
+        return smart_resize(height, width, side, lowest, max_pixels or self.form.max_pixels, default)

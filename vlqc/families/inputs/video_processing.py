@@ -141,7 +141,8 @@ class VideoProcessing:
         total = form.total_tokens * side**2 if total_pixels is None else total_pixels
         share = total / frames * form.frame_factor
         largest = max(min(form.max_tokens * side**2, share), int(smallest * 1.05))
-        return smart_resize(height, width, side, smallest, largest if max_pixels is None else min(max_pixels, largest))
+        largest = largest if max_pixels is None else min(max_pixels, largest)
+        return smart_resize(height, width, side, smallest, largest, "min_pixels" if min_pixels is None else "")
 
     def listed_frame_size(self, height: int, width: int, **pixels: int | None) -> tuple[int, int]:
         """Height and width to which an image in a list of frames is resized before `frame_size` applies.
@@ -155,7 +156,8 @@ class VideoProcessing:
             return smart_resize(resized[0], resized[1], side, least, most)
         smallest, largest = pixels.get("min_pixels"), pixels.get("max_pixels")
         limits = (least if smallest is None else smallest, most if largest is None else largest)
-        return smart_resize(height, width, side, *limits)
+        default = "min_pixels" if smallest is None else "max_pixels" if largest is None else ""
+        return smart_resize(height, width, side, *limits, default)
 
     @staticmethod
     def resize(frame: Tensor, height: int, width: int) -> Tensor:

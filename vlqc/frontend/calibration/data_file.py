@@ -109,7 +109,7 @@ def _entries(source: Path, text: str) -> Iterator[tuple[str, Any]]:
 
 def _parse_line(line: str) -> Any:
     try:
-        return parse_json(line)
+        return parse_json(line, is_line=True)
     except ValueError as error:
         return error
 

@@ -24,7 +24,7 @@ from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.options.options import Options
 
 NO_IMAGES = (
-    "no sample has an image: the vision tower stays as it is, and activation ranges of the language model are those of "
+    "no sample has an image: the vision tower stays in float, and activation ranges of the language model are those of "
     "text tokens"
 )
 MOST_SAMPLES = 10_000
@@ -146,7 +146,8 @@ def load_samples(
         fix = f"repair or remove what is named above{skip}"
         if any(image.is_missing for image in bad_images) and is_data_file(calib_images):
             fix += f"; relative paths start at the folder of the file, {calib_images.parent}"
-        total = Fault(f"only {len(samples)} of {len(selected)} samples can be used", fix=fix)
+        usable = f"only {len(samples)} of {len(selected)} samples" if samples else "no sample"
+        total = Fault(f"{usable} can be used", fix=fix)
         raise UserError(*image_faults, *text_faults, total)
     if not samples or (bad_images and not any(sample.images or sample.videos for sample in samples.values())):
         raise UserError(*image_faults, Fault(f"{calib_images} has no usable sample", fix="pass readable images"))

@@ -97,8 +97,11 @@ class LineFormat(EntryFormat):
             known = ", ".join(form.key for form in FORMATS)
             raise EntryError(f"{keys} {'belongs' if len(entry) == 1 else 'belong'} to no format", f"known are {known}")
         if unknown := [key for key in entry if key not in self.keys]:
-            shown = [" ".join(filter(None, [excerpt(key), did_you_mean(key, LINE_KEYS)])) for key in unknown]
-            raise EntryError(f"unknown {'key' if len(unknown) == 1 else 'keys'} {enumerate_first(shown)}")
+            near = dict.fromkeys(filter(None, (did_you_mean(key, LINE_KEYS) for key in unknown)))
+            what = (
+                f"unknown {'key' if len(unknown) == 1 else 'keys'} {enumerate_first([excerpt(key) for key in unknown])}"
+            )
+            raise EntryError("; ".join([what, *near]))
         for key in ("prompt", "response"):
             if not isinstance(entry.get(key, ""), str | None if key == "response" else str):
                 raise EntryError(f"{key!r} is not text")

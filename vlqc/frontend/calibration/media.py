@@ -141,5 +141,7 @@ def _settings(values: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any
         kind = "a number" if key in DECIMAL_SETTINGS else "an integer"
         lowest = value == 0 and key in MAY_BE_ZERO
         if isinstance(value, bool) or not isinstance(value, types) or not (lowest or 0 < value <= LARGEST_SETTING[key]):
-            raise EntryError(f"{key!r} is {excerpt(value)}, not {kind} up to {LARGEST_SETTING[key]}")
+            least = "at least" if key in MAY_BE_ZERO else "greater than"
+            limits = f"{least} 0 and at most {LARGEST_SETTING[key]}"
+            raise EntryError(f"{key!r} is {excerpt(value)}; it must be {kind} {limits}")
     return given

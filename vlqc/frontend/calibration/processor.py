@@ -27,6 +27,7 @@ from vlqc.frontend.checkpoint.side_files import (
     IMAGE_SETTINGS,
     NAMED_TOKENS,
     PROCESSOR_SETTINGS,
+    chat_template_file,
     default_template,
     image_settings,
     read_chat_template,
@@ -218,14 +219,16 @@ class SampleProcessor:
         media += [VideoRef(())] * with_video
         # A template is a program from the checkpoint: it may raise anything.
         with _checkpoint_errors(
-            f"the chat template of {self._model_path} cannot be used", f"repair it, {READY_SAMPLES}"
+            f"the chat template of {self._model_path} cannot be used",
+            f"repair it, {READY_SAMPLES}",
+            where := str(chat_template_file(self._model_path)),
         ):
             text = self._render(Conversation((Turn("user", (*media, TEMPLATE_TEXT)),)), self._takes_parts)
         for given, token, kind in ((with_image, self._image_token, "image"), (with_video, self._video_token, "video")):
             if given and text.count(token) != 1:
                 what = f"the chat template of {self._model_path} does not insert every {kind} once"
                 tokens = pluralize(text.count(token), f"{token} token")
-                raise UserError(Fault(what, why=f"{tokens} for 1 {kind}", fix=f"repair it, {READY_SAMPLES}"))
+                raise UserError(Fault(what, where, f"{tokens} for 1 {kind}", f"repair it, {READY_SAMPLES}"))
         self._checked_templates.add((with_image, with_video))
 
     def _render(self, conversation: Conversation, as_parts: bool) -> str:

@@ -322,6 +322,13 @@ def read_chat_template(folder: Path) -> str | None:
         raise UserError(Fault(f"{path.name} cannot be read", str(path), str(error), REPAIR)) from None
 
 
+def chat_template_file(folder: Path) -> Path:
+    """The file with the chat template that is used: of the processor, or else of the tokenizer."""
+    if (folder / TEMPLATE_TEXT).is_file():
+        return folder / TEMPLATE_TEXT
+    return folder / (TOKENIZER_SETTINGS if read_chat_template(folder) is None else TEMPLATE_JSON)
+
+
 def _model_card(text: bytes) -> bytes:
     """A README.md with a line on the quantized model, behind its metadata."""
     match = re.match(rb"\s*---\r?\n.*?\n---[ \t]*(\r?\n|$)", text, re.DOTALL)

@@ -148,6 +148,13 @@ def test_missing_and_misshapen_tensors_are_listed_together(tmp_path: Path) -> No
     assert "[2, 6]" in caught.value.faults[1].why and "[2, 3]" in caught.value.faults[2].why
 
 
+def test_many_missing_tensors_are_counted(tmp_path: Path) -> None:
+    """Catches an error of hundreds of lines, which hides its own beginning."""
+    with pytest.raises(UserError) as caught:
+        Checkpoint(write(tmp_path)).check_tensors([(f"missing.{number}", (1,)) for number in range(60)])
+    assert len(caught.value.faults) == 21 and "40 more" in caught.value.faults[-1].what
+
+
 def test_no_float_tensor(tmp_path: Path) -> None:
     """Catches an exception for a folder that holds integers only."""
     checkpoint = Checkpoint(write(tmp_path, {"w": torch.ones(3, dtype=torch.int8)}))

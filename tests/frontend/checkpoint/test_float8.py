@@ -94,6 +94,15 @@ def test_other_forms_are_refused_by_name(tmp_path: Path, change: dict[str, Tenso
     assert words in str(caught.value) and "quantized" in str(caught.value)
 
 
+def test_all_weights_without_scales_are_one_fault(tmp_path: Path) -> None:
+    """Catches one fault per weight, and advice to download again what never had scales."""
+    names = [f"model.layers.{number}.mlp.up_proj.weight" for number in range(30)]
+    with pytest.raises(UserError) as caught:
+        checkpoint(tmp_path, {name: torch.ones(2, 2).to(torch.float8_e4m3fn) for name in names}, {})
+    assert len(caught.value.faults) == 1 and "30 weights" in str(caught.value)
+    assert "download" not in str(caught.value)
+
+
 # ---- float checkpoints that are taken for quantized ones, and the other way round ----------------------------------
 
 

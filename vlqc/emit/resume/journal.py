@@ -81,9 +81,10 @@ def open_journal(
         # An error that vlqc raises on purpose after the last stage is deterministic: resuming would only repeat it.
         keep = journal.saved_stages > 0 and not (journal.all_stages_finished and isinstance(error, VlqcError))
         if keep and journal.restored:
+            first = "first correct the fault above, then " if isinstance(reported, UserError) else ""
             reported.add_note(
                 f"{journal.saved_stages} of {len(stages)} stages are finished and saved in {run.folder.folder}: "
-                "run the same command with --resume to continue"
+                f"{first}run the same command with --resume to continue"
             )
         if reported is error:
             raise

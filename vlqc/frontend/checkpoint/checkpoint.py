@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vlqc.errors import Fault, UserError
+from vlqc.errors import Fault, UserError, first_faults
 from vlqc.families.family import ModelFamily, TensorSlice
 from vlqc.families.registry import family_of, find_family
 from vlqc.formatting import pluralize
@@ -31,7 +31,7 @@ from vlqc.frontend.checkpoint.adapters import (
 )
 from vlqc.frontend.checkpoint.config_schema import config_faults, engine_form, object_faults
 from vlqc.frontend.checkpoint.files import INDEX, file_stamp, read_config, tensor_ranges, weight_files
-from vlqc.frontend.checkpoint.float8 import Entry, block_scales, find_scales, left_out
+from vlqc.frontend.checkpoint.float8 import FLOAT_FIX, QUANTIZED, Entry, block_scales, find_scales, left_out
 from vlqc.frontend.checkpoint.mapping import DTYPES, map_tensor
 from vlqc.frontend.checkpoint.merging import dequantize, merge_
 from vlqc.frontend.checkpoint.names import plain_names
@@ -40,8 +40,7 @@ from vlqc.frontend.checkpoint.quantization import CONFIG_KEYS, describe_quantiza
 from vlqc.frontend.checkpoint.side_files import SideFiles, side_files
 from vlqc.frontend.checkpoint.situations import empty_faults
 
-MAX_FAULTS = 100  # tensors that a message names
-FLOAT_FIX = "pass the float checkpoint that it was made from"
+STORED_TWICE = "tensors that are stored twice"
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,7 @@ class Checkpoint:
             if name in self._stored:
                 faults.append(self._twice(name, tensor.file))
             self._stored.setdefault(name, tensor)
-        return faults or self._add_scales()
+        return first_faults(faults, STORED_TWICE) or self._add_scales()
 
     def _add_scales(self) -> list[Fault]:
         """Gives 8-bit floats their scales, and removes these. Faults for other dtypes that cannot be read."""
@@ -175,11 +174,10 @@ class Checkpoint:
         unknown = {name: entry.dtype for name, entry in entries.items() if entry.dtype not in DTYPES}
         if unknown:
             why = describe_quantization(self.source_config, unknown)
-            return [Fault("the checkpoint is quantized already", str(self.folder), why, FLOAT_FIX)]
+            return [Fault(QUANTIZED, str(self.folder), why, FLOAT_FIX)]
         scales, faults = find_scales(entries, self.source_config, str(self.folder))
         if faults:
-            what = "the checkpoint is quantized already, in a form of 8-bit floats that is not known"
-            return [Fault(what, str(self.folder), fix=FLOAT_FIX), *faults[:MAX_FAULTS]]
+            return faults
         for name, scale in scales.items():
             stored = self._stored[name]
             self._stored[name] = replace(stored, scale=self._stored[scale.name], block=scale.block)
@@ -245,7 +243,7 @@ class Checkpoint:
                 if each in self._stored:
                     faults.append(self._twice(each, stored.file))
                 self._stored[each] = replace(stored, part=part)
-        return faults
+        return first_faults(faults, STORED_TWICE)
 
     def _twice(self, name: str, file: str) -> Fault:
         where = f"{self._stored[name].file} and {file}"
@@ -414,8 +412,7 @@ class Checkpoint:
                 what = f"tensor {name if stored.part is None else stored.name} has shape {list(stored.stored_shape)}"
                 faults.setdefault(stored.name, Fault(what, where, why))
         if faults:
-            shown, more = list(faults.values())[:MAX_FAULTS], len(faults) - MAX_FAULTS
-            raise UserError(*shown, *([Fault(f"{more} more tensors do not fit", where)] if more > 0 else []))
+            raise UserError(*first_faults(list(faults.values()), "tensors that do not fit"))
 
     def _vocabulary_fault(self, name: str, expected: tuple[int, ...]) -> Fault:
         """Every tensor of the vocabulary has the same other number of rows, as after tokens were added."""
@@ -454,7 +451,7 @@ class Checkpoint:
             why = describe_quantization(self.source_config, quantized)
         else:
             return
-        raise UserError(Fault("the checkpoint is quantized already", str(self.folder), why, FLOAT_FIX))
+        raise UserError(Fault(QUANTIZED, str(self.folder), why, FLOAT_FIX))
 
     def side_files(self, *, code: bool = False) -> SideFiles:
         """The files of a compiled folder besides weights, description and config.json. code: include *.py."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlqc.errors import Fault
+from vlqc.formatting import enumerate_first, pluralize
 
 CODE = "F8_E4M3"
 SCALE_DTYPES = ("F32", "BF16", "F16")
@@ -21,6 +22,8 @@ ACTIVATION_SCALES = (
     ".input_activation_scale",
 )  # fmt: skip
 DEFAULT_BLOCK = (128, 128)
+QUANTIZED = "the checkpoint is quantized already"
+FLOAT_FIX = "pass the float checkpoint that it was made from"
 
 
 @dataclass(frozen=True)
@@ -42,24 +45,35 @@ class Entry:
 def find_scales(
     tensors: Mapping[str, Entry], config: Mapping[str, Any], where: str
 ) -> tuple[dict[str, Float8Scale], list[Fault]]:
-    """Tensors by name -> the scales of each weight of dtype F8_E4M3, and faults. config: content of config.json."""
+    """Tensors by name -> the scales of each weight of dtype F8_E4M3, and faults. config: content of config.json.
+
+    There is one fault for all weights without scales, and one for all scales that do not fit.
+    """
     block = _block_size(config)
     scales: dict[str, Float8Scale] = {}
-    faults = []
+    bare, misfits = [], []
     for name, weight in tensors.items():
         if weight.dtype != CODE:
             continue
         scale_name = next((name + suffix for suffix in SCALES if name + suffix in tensors), None)
         if scale_name is None:
-            why, fix = f"no tensor {name}{SCALES[0]} holds its scales", "download the checkpoint again"
-            faults.append(Fault(f"{name} is {CODE} without scales", where, why, fix))
+            bare.append(name)
         elif (found := _layout(weight.shape, tensors[scale_name], block)) is None:
             scale, shape = tensors[scale_name], list(weight.shape)
-            what = f"{scale_name} is {scale.dtype} {list(scale.shape)}, which does not fit the weight {shape}"
-            why = f"scales are {', '.join(SCALE_DTYPES)}: one, one per row, or one per block of {list(block)}"
-            faults.append(Fault(what, where, why, "pass the checkpoint that it was made from"))
+            misfits.append(f"{scale_name} is {scale.dtype} {list(scale.shape)}, which does not fit the weight {shape}")
         else:
             scales[name] = Float8Scale(scale_name, found)
+    faults = []
+    if bare:
+        names = enumerate_first(bare, 3)
+        why = f"{pluralize(len(bare), 'weight')} of dtype {CODE} without scales ({' or '.join(SCALES)}): {names}"
+        some = "; if the files that hold the scales were lost, download the checkpoint again" if scales else ""
+        faults.append(Fault(QUANTIZED, where, why, FLOAT_FIX + some))
+    if misfits:
+        more = f", and {len(misfits) - 1} more" if len(misfits) > 1 else ""
+        known = f"scales are {', '.join(SCALE_DTYPES)}: one, one per row, or one per block of {list(block)}"
+        why = f"{misfits[0]}{more}; {known}"
+        faults.append(Fault(f"{QUANTIZED}, with scales in a form that is not known", where, why, FLOAT_FIX))
     return scales, faults
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vlqc.errors import Fault, UserError
+from vlqc.errors import Fault, UserError, first_faults
 from vlqc.frontend.checkpoint.adapters import AdapterTensor, Update, match_adapter, read_adapters, shared_weight_faults
 from vlqc.frontend.checkpoint.float8 import CODE, Entry, block_scales, find_scales, left_out
 from vlqc.frontend.checkpoint.header import TensorEntry, read_header
@@ -153,7 +153,7 @@ def _readable(
         if entry.dtype not in STORED and entry.dtype != CODE:
             faults.append(Fault(f"tensor {name} has dtype {entry.dtype}", str(file), "it is no float dtype"))
     if faults:
-        raise UserError(*faults)
+        raise UserError(*first_faults(faults, "tensors that cannot be read"))
     plain = {
         name: StoredTensor(name, file, entry.dtype, entry.shape, entry.begin) for name, (file, entry) in entries.items()
     }

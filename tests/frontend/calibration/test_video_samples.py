@@ -1,5 +1,6 @@
 """Samples with videos: the same model inputs as from the processors of transformers, budgets, and faulty videos."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,14 +13,14 @@ import transformers
 from torch import Tensor
 
 from tests.frontend.calibration.test_image_families import make
-from tests.support.calibration_files import TINY, lines, write_image
+from tests.support.calibration_files import TINY, lines, model_without, write_image
 from tests.support.videos import vision_process, write_video
 from vlqc.errors import UserError
 from vlqc.families.inputs.video_processing import SampledFrames, VideoTokens
 from vlqc.families.qwen3_vl import QWEN3_VL
 from vlqc.frontend.calibration import video_frames
 from vlqc.frontend.calibration.conversation import VideoRef
-from vlqc.frontend.calibration.dataset import load_samples
+from vlqc.frontend.calibration.dataset import CalibrationDataset, load_samples
 from vlqc.frontend.calibration.sources import list_samples
 
 VIDEO = 6  # the tiny tokenizer's number of the video token
@@ -180,6 +181,41 @@ def test_budget_with_images(tmp_path: Path, clip: Path) -> None:
     for limit in (full["input_ids"].shape[1] - 1, 250, 60):
         sample = sample_of(tmp_path, {"image": [image, image], "video": str(clip)}, max_tokens=limit)
         assert limit * 0.6 < sample["input_ids"].shape[1] <= limit and len(sample["image_grid_thw"]) == 2
+
+
+def tiny_with(tmp_path: Path, least: int, most: int) -> Path:
+    """The tiny checkpoint whose image processor has these limits, in image tokens."""
+    model = model_without(tmp_path)
+    path = model / "preprocessor_config.json"
+    settings = json.loads(path.read_text())
+    settings |= {"min_pixels": least * 784, "max_pixels": most * 784}
+    settings["size"] = {"shortest_edge": least * 784, "longest_edge": most * 784}
+    path.write_text(json.dumps(settings))
+    return model
+
+
+@pytest.mark.every_transformers
+@pytest.mark.parametrize(("least", "most"), [(160, 1280), (4, 64), (4, 1280)])
+def test_budget_after_the_image_processor(tmp_path: Path, clip: Path, least: int, most: int) -> None:
+    """Catches tokens that are counted before the image processor enlarges or reduces the frames."""
+    model = tiny_with(tmp_path, least, most)
+    source = lines(tmp_path / "q.jsonl", {"video": str(clip), "prompt": PROMPT, "fps": 4.0})
+
+    def load(max_tokens: int | None) -> CalibrationDataset:
+        return load_samples(model, source, max_tokens=max_tokens)
+
+    (full,) = load(None).samples
+    length, per_step = full["input_ids"].shape[1], grid_of(full)[1] * grid_of(full)[2] // 4
+    text = length - 6 * per_step
+    as_it_is = load(length)
+    assert torch.equal(as_it_is.samples[0]["pixel_values_videos"], full["pixel_values_videos"])
+    assert not any("fewer or smaller" in note for note in as_it_is.notes)
+    for limit in (length - 1, text + 2 * per_step, text + 2 * least + 10):
+        fitted = load(limit)
+        assert limit * 0.6 < fitted.samples[0]["input_ids"].shape[1] <= limit
+        assert any("1 of 1 video with fewer or smaller frames" in note for note in fitted.notes)
+    with pytest.raises(UserError, match=f"at least {2 * least} tokens for its videos"):
+        load(text + 2 * least - 1)
 
 
 @pytest.mark.parametrize(("limit", "steps"), [(2, 1), (5, 2), (6, 3), (100, 3)])

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlqc.families.inputs.image_processing import ImageProcessing
+from vlqc.families.inputs.image_processing import ImageProcessing, Patches
 from vlqc.families.inputs.input_format import VideoFormat
 from vlqc.families.inputs.smart_resize import smart_resize
 
@@ -175,23 +175,26 @@ class VideoProcessing:
         An image is a step of equal frames, so that every frame is processed as an image, and the patches of one step
         take their values from its frames in turn. Of an odd number of frames the last one is repeated.
         """
-        from PIL import Image
-
         step = int(processor.temporal_patch_size)
         frames = torch.cat([frames, frames[-1:].expand(-len(frames) % step, -1, -1, -1)])
-        options = {} if self.form.resized_again else {"do_resize": False}
         steps, grid = [], torch.empty(0)
         for begin in range(0, len(frames), step):
             parts = []
             for offset, frame in enumerate(frames[begin : begin + step]):
-                image = Image.fromarray(frame.permute(1, 2, 0).contiguous().numpy())
-                inputs = processor(images=[image], return_tensors="pt", **options)
-                patches, grid = inputs["pixel_values"].to(torch.float32), inputs["image_grid_thw"]
+                patches, grid = self._process_frame(processor, frame.permute(1, 2, 0).contiguous())
                 # [P, C*T*p*p] -> [P, C, p*p] of one frame
                 parts.append(patches.reshape(len(patches), len(frame), step, -1)[:, :, offset])
             steps.append(torch.stack(parts, dim=2).flatten(1))
         grid = torch.tensor([[len(steps), *grid[0, 1:].tolist()]])
         return VideoPatches(torch.cat(steps), grid, self.times(sampled, step), step / sampled.sample_fps)
+
+    def _process_frame(self, processor: Any, frame: Tensor) -> Patches:
+        """uint8 [height, width, 3] -> the patches of a step of equal frames."""
+        from PIL import Image
+
+        options = {} if self.form.resized_again else {"do_resize": False}
+        inputs = processor(images=[Image.fromarray(frame.numpy())], return_tensors="pt", **options)
+        return inputs["pixel_values"].to(torch.float32), inputs["image_grid_thw"]
 
     @staticmethod
     def times(sampled: SampledFrames, step: int) -> tuple[float, ...]:
@@ -200,11 +203,14 @@ class VideoProcessing:
         seconds = [index / sampled.fps for index in indices]
         return tuple((seconds[at] + seconds[at + step - 1]) / 2 for at in range(0, len(seconds), step))
 
-    def tokens(self, processor: Any, sampled: SampledFrames, height: int, width: int) -> VideoTokens:
-        """Tokens of a video with frames of this size in pixels."""
-        side = self.images.token_side(processor)
-        times = self.times(sampled, int(processor.temporal_patch_size))
-        return VideoTokens(times, (height // side) * (width // side))
+    def frame_tokens(self, processor: Any, height: int, width: int) -> int:
+        """Video tokens of a temporal step with frames of this size in pixels, before the image processor resizes them.
+
+        A black frame is processed, because versions of transformers read the limits from different attributes. Raises
+        what the image processor raises.
+        """
+        patches = self._process_frame(processor, torch.zeros(height, width, 3, dtype=torch.uint8))
+        return self.images.image_tokens(processor, patches)
 
     def step_tokens(self, processor: Any, video: VideoPatches) -> int:
         """Number of video tokens of one temporal step."""

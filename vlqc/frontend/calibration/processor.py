@@ -61,6 +61,7 @@ class SampleProcessor:
         self._tokenizer = self._load_tokenizer()
         self._image_token, self._video_token = self._find_media_tokens()
         self._template = read_chat_template(model_path) or default_template(self._tokenizer.chat_template)
+        self._frame_tokens: dict[tuple[int, int], int] = {}  # by height and width in pixels
         self._checked_templates: set[tuple[bool, bool]] = set()  # with an image, with a video
         self.notes = self._template_notes()
 
@@ -91,26 +92,27 @@ class SampleProcessor:
         if max_tokens is not None:
             (height, width), limits = self.fit_frame(height / width, max_tokens), {}
         processor = self._image_processor
-        try:
+        with _image_errors():
             return self._processing.process(processor, image, height, width, **limits)
-        except Exception as error:  # its checks of sizes and shapes, and whatever unusual settings cause
-            raise ImageError(f"image processing failed: {str(error).strip() or type(error).__name__}") from error
 
     def process_video(self, frames: torch.Tensor, sampled: SampledFrames) -> VideoPatches:
         """Frames uint8 [N, 3, height, width], which are not resized any more -> their patches. Raises ImageError."""
         processor, processing = self._image_processor, self.video_processing
-        try:
+        with _image_errors():
             return processing.process(processor, frames, sampled)
-        except Exception as error:  # as of images
-            raise ImageError(f"image processing failed: {str(error).strip() or type(error).__name__}") from error
 
     def image_tokens(self, patches: Patches) -> int:
         """Number of image tokens of an image."""
         return self._processing.image_tokens(self._image_processor, patches)
 
     def video_tokens(self, sampled: SampledFrames, height: int, width: int) -> VideoTokens:
-        """Tokens of a video with frames of this size in pixels."""
-        return self.video_processing.tokens(self._image_processor, sampled, height, width)
+        """Tokens of a video with frames of this size in pixels. Raises ImageError as `process_video`."""
+        processor, processing = self._image_processor, self.video_processing
+        if (height, width) not in self._frame_tokens:
+            with _image_errors():
+                self._frame_tokens[height, width] = processing.frame_tokens(processor, height, width)
+        times = processing.times(sampled, int(processor.temporal_patch_size))
+        return VideoTokens(times, self._frame_tokens[height, width])
 
     def fit_frame(self, height_to_width: float, max_tokens: int) -> tuple[int, int]:
         """Pixels in height and width of an image or frame with at most so many tokens, at least `min_image_tokens`."""
@@ -388,6 +390,15 @@ class SampleProcessor:
             if part == "tokenizer" and not (self._model_path / FAST_TOKENIZER).is_file():
                 why = f"there is no {FAST_TOKENIZER}, and of the other files: {why}"
             raise UserError(Fault(what, why=why, fix=f"{repair}, {READY_SAMPLES}")) from error
+
+
+@contextmanager
+def _image_errors() -> Iterator[None]:
+    """Turns any error of the image processor into an ImageError with its reason."""
+    try:
+        yield
+    except Exception as error:  # its checks of sizes and shapes, and whatever unusual settings cause
+        raise ImageError(f"image processing failed: {str(error).strip() or type(error).__name__}") from error
 
 
 @contextmanager

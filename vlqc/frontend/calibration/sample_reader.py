@@ -98,7 +98,10 @@ def _read_media(
 
     def read(ref: ImageRef | VideoRef) -> VideoPlan | Patches:
         if isinstance(ref, VideoRef):
-            return plan_video(ref, processor.video_processing, max_frames, frames.get(ref))
+            plan = plan_video(ref, processor.video_processing, max_frames, frames.get(ref))
+            if max_tokens is not None:
+                count_tokens(processor, plan)  # may raise ImageError, which `_each` attributes to this video
+            return plan
         return processor.process_image(read_image(ref.source), pixels=ref.pixels)
 
     media: list[ImageRef | VideoRef] = [*source.videos, *source.images]

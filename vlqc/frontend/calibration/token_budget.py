@@ -43,6 +43,7 @@ def fit_sample(
     Raises:
         TooLongError: if none fits.
         ValueError: as `SampleProcessor.build_sample`.
+        ImageError: as `count_tokens`.
     """
 
     def tokens(limit: int) -> tuple[int, list[VideoPlan]]:
@@ -63,7 +64,7 @@ def fit_sample(
 
 
 def count_tokens(processor: SampleProcessor, plan: VideoPlan) -> VideoTokens:
-    """Tokens of a video."""
+    """Tokens of a video. Raises ImageError if the image processor does not take frames of this size."""
     return processor.video_tokens(plan.sampled, plan.frame_height, plan.frame_width)
 
 

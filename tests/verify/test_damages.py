@@ -116,6 +116,7 @@ TENSORS: dict[str, Callable[[FolderContent], Any]] = {
 CONFIG: dict[str, tuple[Callable[[FolderContent], Any], str]] = {
     "dtype": (configure(torch_dtype="float16"), "dtype"),
     "a key that vLLM reads instead": (configure(compression_config={}), "compression_config"),
+    "no class": (configure(architectures=None), "architectures"),
     "rope_theta": (configure(rope_theta=1e6), "rope_theta"),
     "rope_theta, inside": (configure(text_config={"rope_theta": 1e6}), "rope_theta"),
     "sections": (configure(rope_scaling={"type": "mrope", "mrope_section": [3, 3, 2]}), "mrope_section"),

@@ -18,6 +18,7 @@ from vlqc.verify.structure.structure import CompiledFolder
 
 CHECK = "float config"
 CONFIG = "config.json"
+CLASSES = "architectures"
 LONGEST = 80  # characters of a value in a message
 QUANTIZATION_KEYS = {key for engine in ENGINES for key in engine.quantization_keys}
 
@@ -33,6 +34,8 @@ def check_config_against_source(folder: CompiledFolder, model_path: Path, result
         result.add_warning(CHECK, where, f"{CONFIG} of the float checkpoint {error}", "the folder's is not compared")
         return
     own, source = (_meaning(family, config) for config in (folder.files.config, content))
+    own[CLASSES] = folder.files.config.get(CLASSES)
+    source[CLASSES] = content.get(CLASSES) or [family.architectures[0]]  # which the folder must say
     if source.get(TIE) and not own.get(TIE) and f"{family.output_head}.weight" in folder.valid_tensors:
         own[TIE] = True  # the head has got a weight of its own, which is compared with the embedding
     keys = {key: None for key in (*source, *own) if key in source or key in own}

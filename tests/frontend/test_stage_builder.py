@@ -11,7 +11,7 @@ from tests.support import tiny
 from tests.support.stages import materialized_stage
 from vlqc.errors import UserError
 from vlqc.families.qwen2_5_vl import QWEN2_5_VL
-from vlqc.frontend.calibration.probe import PROBE_ROWS, choose_probe
+from vlqc.frontend.calibration.probe import MEASURED_ROWS, PROBE_ROWS, choose_probe, missing_modalities
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.sequential import SequentialForward, StageInputs
 from vlqc.frontend.streamed_model import StreamedModel
@@ -177,6 +177,19 @@ def test_probe_is_the_largest_that_is_quick(rows: list[int], chosen: int) -> Non
     assert choose_probe([SampleShape.from_call(call).rows for call in calls]) == chosen
     named = [Call(number, (), {"hidden_states": torch.ones(count, 2)}) for number, count in enumerate(rows)]
     assert choose_probe([SampleShape.from_call(call).rows for call in named]) == chosen
+
+
+def test_modalities_that_the_probe_lacks() -> None:
+    """Catches videos that are never measured because the probe has none, and a sample too large to be measured."""
+    text, image, large, video = (
+        SampleShape(0, 9, (9, 0, 0)),
+        SampleShape(1, 8, (2, 6, 0)),
+        SampleShape(2, MEASURED_ROWS + 1, (1, 0, MEASURED_ROWS)),
+        SampleShape(3, MEASURED_ROWS, (1, 0, MEASURED_ROWS - 1)),
+    )
+    assert missing_modalities(image, [text, image, large, video]) == [video]
+    assert missing_modalities(text, [text, image, large]) == [image]
+    assert missing_modalities(text, [text, SampleShape(4, 7, (1, 2, 4))]) == [SampleShape(4, 7, (1, 2, 4))]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from vlqc.errors import Fault, UserError
-from vlqc.frontend.calibration.probe import choose_probe
+from vlqc.frontend.calibration.probe import choose_probe, missing_modalities
 from vlqc.frontend.process_group import ProcessGroup
 from vlqc.frontend.sequential import CachedOutputs, SequentialForward, StageInputs
 from vlqc.frontend.streamed_model import StreamedModel
@@ -104,19 +104,30 @@ def _stage_run(inputs: StageInputs, process_group: ProcessGroup) -> StageRun:
         )
     probe = separate_probe
     if probe is None:
-        chosen = shapes[choose_probe([shape.rows for shape in shapes])]
-        rank = next(rank for rank, shapes in enumerate(shapes_by_rank) if chosen in shapes)
-        own: Call | None = next((call for call in calls if call.sample == chosen.sample), None)
-        probe = process_group.broadcast(rank, own)
+        probe = _call_of(shapes[choose_probe([shape.rows for shape in shapes])], calls, shapes_by_rank, process_group)
+    missing = missing_modalities(SampleShape.from_call(probe), shapes)
     return StageRun(
         module=inputs.module,
         process_group=process_group,
         calls=calls,
         probe=probe,
         probe_is_separate=separate_probe is not None,
+        more_probes=[_call_of(shape, calls, shapes_by_rank, process_group) for shape in missing],
         shapes=shapes,
         name=inputs.name,
     )
+
+
+def _call_of(
+    chosen: SampleShape,
+    calls: Sequence[Call],
+    shapes_by_rank: Sequence[Sequence[SampleShape]],
+    process_group: ProcessGroup,
+) -> Call:
+    """The call of a sample, on all ranks. calls: of this rank."""
+    rank = next(rank for rank, shapes in enumerate(shapes_by_rank) if chosen in shapes)
+    own: Call | None = next((call for call in calls if call.sample == chosen.sample), None)
+    return process_group.broadcast(rank, own)
 
 
 def _release(stage: Stage) -> None:

@@ -106,7 +106,8 @@ class StageRun:
 
     module: the module of the stage; calls: one per sample of this rank; probe: the call that proofs use, the same on
     all ranks; probe_is_separate: whether the probe is none of the calibration samples, so that `forward` runs it in
-    addition and does not observe it; shapes: of the samples of all ranks, None if `calls` are all of them;
+    addition and does not observe it; more_probes: calls of samples with modalities that the probe lacks, for
+    measurements; shapes: of the samples of all ranks, None if `calls` are all of them;
     rounds_weights: whether `forward` rounds weights to bfloat16 for its products, as the engine rounds them: set for
     stages of a bfloat16 checkpoint that passes rotate, which leaves their weights with more bits;
     peaks: if set, `forward` records the largest values between layers, of all ranks;
@@ -119,6 +120,7 @@ class StageRun:
     calls: Sequence[Call] = ()
     probe: Call | None = None
     probe_is_separate: bool = False
+    more_probes: Sequence[Call] = ()
     shapes: Sequence[SampleShape] | None = None
     rounds_weights: bool = False
     peaks: PeakRecorder | None = None
@@ -189,7 +191,7 @@ class StageRun:
 
     def release(self) -> None:
         """Drops all inputs and outputs."""
-        self.calls, self.probe, self.outputs, self.probe_outputs = (), None, [], []
+        self.calls, self.probe, self.more_probes, self.outputs, self.probe_outputs = (), None, (), [], []
         self.forget_probe_output()
 
 

@@ -54,8 +54,10 @@ def test_the_page_names_rotations(tmp_path: Path) -> None:
     assert "attention heads of 12 layers" in rotated
 
 
-def test_the_page_shows_videos(data: ReportData, text: str, tmp_path: Path) -> None:
-    """Catches tokens of videos without a row of their own, and a column for videos where there are none."""
+@pytest.mark.parametrize("measured", [True, False])
+def test_the_page_shows_videos(measured: bool, data: ReportData, text: str, tmp_path: Path) -> None:
+    """Catches tokens of videos without a row of their own, a legend without the lines of videos that are drawn, and a
+    column for videos where there are none."""
     stages = []
     for stage in data.stages:
         inputs = tuple(
@@ -66,11 +68,14 @@ def test_the_page_shows_videos(data: ReportData, text: str, tmp_path: Path) -> N
             )
             for each in stage.inputs
         )
-        more = {"rows": stage.rows | {"video": 777}, "sqnr": stage.sqnr | {"video": 12.5}, "inputs": inputs}
+        sqnr = stage.sqnr | {"video": 12.5} if measured else stage.sqnr
+        more = {"rows": stage.rows | {"video": 777}, "sqnr": sqnr, "inputs": inputs}
         stages.append(stage.model_copy(update=more))
-    page = Page(page_of(tmp_path / "videos", data.model_copy(update={"stages": tuple(stages)})))
-    assert page.faults == [] and "777 video tokens" in page.text and "SQNR, video tokens" in page.text
-    assert "12.5 dB, video tokens" in page.text
+    page_text = page_of(tmp_path / "videos", data.model_copy(update={"stages": tuple(stages)}))
+    page = Page(page_text)
+    assert page.faults == [] and "777 video tokens" in page.text and ("SQNR, video tokens" in page.text) == measured
+    assert ("12.5 dB, video tokens" in page.text) == measured
+    assert "</svg> video tokens" in page_text
     assert any("line before video" in one.get("class", "") for one in page.all("path"))
     assert "video" not in Page(text).text
 

@@ -10,10 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from vlqc.families.inputs.text_inputs import TextInputs
+from vlqc.ir.execution import SampleShape
 
 PROBE = -1  # index of the probe, which is not one of the calibration samples
 VISION_PROBE = -2  # of the probe of the vision tower, if no calibration sample has an image
 PROBE_ROWS = 512  # if a sample has at most this many rows, the largest such sample is the probe
+MEASURED_ROWS = 4096  # of a sample that is measured for a modality that the probe lacks: bounds the time
 
 
 def probe_sample(samples: Sequence[dict[str, Tensor]], inputs: TextInputs, config: Any) -> dict[str, Tensor] | None:
@@ -49,3 +51,18 @@ def choose_probe(rows: Sequence[int]) -> int:
     if small:
         return max(small, key=lambda index: rows[index])
     return min(range(len(rows)), key=lambda index: rows[index])
+
+
+def missing_modalities(probe: SampleShape, shapes: Sequence[SampleShape]) -> list[SampleShape]:
+    """Samples with the modalities that the probe of a stage lacks: for each one chosen as a probe is.
+
+    Modalities whose samples all have more than MEASURED_ROWS rows are left out.
+    """
+    chosen: list[SampleShape] = []
+    for index, rows in enumerate(probe.rows_per_modality):
+        if rows or any(shape.rows_per_modality[index] for shape in chosen):
+            continue
+        having = [shape for shape in shapes if shape.rows_per_modality[index] and shape.rows <= MEASURED_ROWS]
+        if having:
+            chosen.append(having[choose_probe([shape.rows for shape in having])])
+    return chosen

@@ -1,7 +1,7 @@
 """Collects metrics of each stage during a compilation: SQNR, ranges, smoothing scales, schemes and times.
 
-It costs two forwards of one sample per stage, for the stage's SQNR, and per input a copy of the ranges of its channels
-until the stage is finished.
+It costs two forwards of one sample per stage, for the stage's SQNR, as many of another sample per modality that the
+first lacks, and per input a copy of the ranges of its channels until the stage is finished.
 """
 
 import json
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vlqc.frontend.memory import peak_memory
+from vlqc.ir.execution import Call
 from vlqc.ir.observation import Observation, modality_of_rows, noise_to_signal, of_images
 from vlqc.ir.stage import Site, Stage
 from vlqc.kernels_ref.quantize import INT8_MAX, INT8_MIN
@@ -49,7 +50,7 @@ class StageMetrics:
         self.peak_growth: dict[str, int] = {}  # pass -> bytes by which it raised the peak memory of the process
         self._started = time.perf_counter()
         self._peak = peak_memory()
-        self._reference = torch.empty(0, 0)  # output of the float stage for its probe
+        self._references: list[Tensor] = []  # outputs of the float stage for its probes
         self._rotated = 0  # number of rotations of the stage that are done
         self._first_ranges: dict[str, Observation] = {}  # as first observed, without the kept rows
 
@@ -59,7 +60,7 @@ class StageMetrics:
         self._started, self._first_ranges = time.perf_counter(), {}
         self._rotated = 0
         if not stage.rotations:
-            self._reference = stage.execution.probe_output()
+            self._references = _probe_outputs(stage)
         self._peak = peak_memory()
 
     def after(self, stage: Stage, number: int, done: Pass) -> None:
@@ -70,7 +71,7 @@ class StageMetrics:
         self._peak = peak
         rotated = sum(rotation.done for rotation in stage.rotations)
         if rotated > self._rotated:  # its inputs are rotated, so the stage could not run on them before
-            self._rotated, self._reference = rotated, stage.execution.probe_output(reuse=True)
+            self._rotated, self._references = rotated, _probe_outputs(stage, reuse=True)
         for source, observation in stage.observations.items():
             if source not in self._first_ranges and observation.ranges:
                 self._first_ranges[source] = Observation(observation.channels, observation.ranges)
@@ -96,7 +97,7 @@ class StageMetrics:
                 ),
             )
         )
-        self._reference, self._first_ranges = torch.empty(0, 0), {}
+        self._references, self._first_ranges = [], {}
         self.stage_times.append(StageTime(name=stage.name, seconds=time.perf_counter() - self._started))
 
     def low_sqnr_warning(self) -> list[str]:
@@ -137,18 +138,30 @@ class StageMetrics:
         )
 
     def _sqnr(self, stage: Stage) -> dict[Modality, float]:
-        """SQNR in dB of the stage's output for the probe, by modality; empty if no site is quantized."""
+        """SQNR in dB of the stage's output for the probe, by modality; empty if no site is quantized.
+
+        Modalities that the probe lacks are measured on other samples.
+        """
         if stage.execution.probe is None or not any(site.is_quantized for site in stage.sites.values()):
             return {}
-        reference, output = self._reference, stage.execution.probe_output()
-        modality = modality_of_rows(stage.execution.probe.modality, len(output))
-        modality = of_images(len(output)) if modality is None else modality.flatten().cpu()
-        noise = {
-            name: noise_to_signal(reference[modality == index], output[modality == index])
-            for index, name in enumerate(NAMES)
-            if bool((modality == index).any())
-        }
-        return {name: rounded(decibels(ratio)) for name, ratio in noise.items()}
+        noise: dict[Modality, float] = {}
+        for call, reference, output in zip(_probes(stage), self._references, _probe_outputs(stage), strict=True):
+            modality = modality_of_rows(call.modality, len(output))
+            modality = of_images(len(output)) if modality is None else modality.flatten().cpu()
+            for index, name in enumerate(NAMES):
+                rows = modality == index
+                if name not in noise and bool(rows.any()):
+                    noise[name] = noise_to_signal(reference[rows], output[rows])
+        return {name: rounded(decibels(noise[name])) for name in NAMES if name in noise}
+
+
+def _probes(stage: Stage) -> list[Call]:
+    """The calls that SQNR is measured on; the probe is the last one, so that its output is kept for reuse."""
+    return [*stage.execution.more_probes, *filter(None, [stage.execution.probe])]
+
+
+def _probe_outputs(stage: Stage, *, reuse: bool = False) -> list[Tensor]:
+    return [stage.execution.probe_output(call, reuse=reuse) for call in _probes(stage)]
 
 
 def site_data(site: Site) -> SiteData:

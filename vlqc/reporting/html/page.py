@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from typing import get_args
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -13,7 +14,7 @@ from vlqc.families.family import Part
 from vlqc.formatting import format_bytes, format_duration
 from vlqc.reporting.html.charts import channel_charts, depth_charts, range_charts, scale_charts, time_chart
 from vlqc.reporting.html.command_line import shell_text
-from vlqc.reporting.html.schema import ReportData, SiteData, Timings
+from vlqc.reporting.html.schema import Modality, ReportData, SiteData, Timings
 from vlqc.reporting.html.svg import Chart
 from vlqc.reporting.html.towers import Tower, group_stages, lowest_sqnr, site_role, stage_label
 from vlqc.reporting.html.verification import Verification
@@ -72,6 +73,19 @@ class SchemeCount:
     percent: float
 
 
+@dataclass(frozen=True)
+class ModalityRow:
+    """Statistics of the tokens of one modality. tokens: in the language model. sqnr: lowest of a stage, in dB. before,
+    after: largest magnitude at an input of a linear layer, before and after smoothing."""
+
+    modality: Modality
+    tokens: int
+    sqnr: float | None
+    stage: str
+    before: float | None
+    after: float | None
+
+
 def render(folder: FolderInfo, data: ReportData, timings: Timings | None, verification: Verification | None) -> str:
     """The HTML text, which depends on the arguments only."""
     towers = group_stages(data)
@@ -101,6 +115,7 @@ def render(folder: FolderInfo, data: ReportData, timings: Timings | None, verifi
         part_counts=[(*key, count) for key, count in sorted(data.counts().items(), key=lambda row: part_order(row[0]))],
         warnings=[note.split("\n") for note in data.notes if is_warning(note)],
         notes=[note for note in data.notes if not is_warning(note)],
+        modality_rows=modality_rows(data),
         lowest=lowest_sqnr(data.stages),
         lowest_stages=measured[:LISTED_STAGES],
         depth_charts=depth_charts(towers),
@@ -118,6 +133,21 @@ def render(folder: FolderInfo, data: ReportData, timings: Timings | None, verifi
         pass_times=pass_times(timings) if timings else [],
         time_chart=time_chart(towers, timings) if timings else None,
     )
+
+
+def modality_rows(data: ReportData) -> list[ModalityRow]:
+    """One row per modality that occurs in the data."""
+    tokens = next((stage.rows for stage in data.stages if stage.part == Part.LANGUAGE), {})
+    rows = []
+    for name in get_args(Modality):
+        measured = [(stage.sqnr[name], stage.name) for stage in data.stages if name in stage.sqnr]
+        inputs = [each for stage in data.stages for each in stage.inputs]
+        before = max((each.before[name][0] for each in inputs if name in each.before), default=None)
+        after = max((each.after[name][0] for each in inputs if name in each.after), default=None)
+        sqnr, stage = min(measured, default=(None, ""))
+        if tokens.get(name) or before is not None or sqnr is not None:
+            rows.append(ModalityRow(name, tokens.get(name, 0), sqnr, stage, before, after))
+    return rows
 
 
 def scheme_marks(scheme: Scheme) -> tuple[str, str, str]:

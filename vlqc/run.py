@@ -20,7 +20,7 @@ from vlqc.pipeline.manager import PassManager
 from vlqc.pipeline.pass_api import Pass
 from vlqc.reporting.dumps.writer import Dumper
 from vlqc.reporting.progress import Progress, resolve_progress
-from vlqc.reporting.summary import CompilationSummary, Result, main_scheme
+from vlqc.reporting.summary import CompilationSummary, Result, main_scheme, unused_notes
 from vlqc.verify import require_valid
 
 
@@ -43,7 +43,7 @@ def open_run(
     summary = CompilationSummary(options, model.checkpoint, scheme, shown.note)
     summary.add_notes(model.checkpoint.notes)
     summary.note_rotations(model.rotation_plan, pipeline)
-    summary.note_unused_tensors(model.unused_tensors())
+    summary.add_notes(unused_notes(model.unused_tensors()))
     summary.add_notes(model.checkpoint.side_files(code=options.trust_remote_code).notes())
     summary.add_notes(dataset.notes)
     dumper = Dumper.from_options(options, pipeline, active=process_group.is_rank0)

@@ -223,6 +223,7 @@ class StreamedModel:
         model.trust_remote_code = trust_remote_code
         model.requested_dtype = dtype
         check_roles(model.family, model.linear_layers)
+        model.check_unused_tensors()
         return model
 
     @property
@@ -279,17 +280,18 @@ class StreamedModel:
         return {self.canonical(name): parameter for name, parameter in named if name != tied}
 
     def unused_tensors(self) -> list[str]:
-        """Names of checkpoint tensors without a parameter in the model, sorted; without a copy of a tied weight.
-
-        Raises UserError if they belong to blocks that the model does not have.
-        """
+        """Names of checkpoint tensors without a parameter in the model, sorted; without a copy of a tied weight."""
         copies = {f"{self.name(self._head)}.weight"} if self.tied and self._head is not None else set()
-        unused = sorted(set(self.checkpoint.names) - set(self.parameters(self.module)) - copies)
+        return sorted(set(self.checkpoint.names) - set(self.parameters(self.module)) - copies)
+
+    def check_unused_tensors(self) -> None:
+        """UserError if checkpoint tensors belong to blocks that the model does not have."""
+        unused = self.unused_tensors()
         if extra := [name for name in unused if (block := self.family.block(name)) and block not in self.stages]:
+            more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
             why = "config.json has fewer layers than the weight files; the outputs would differ"
             fix = "use the config.json of the same checkpoint"
-            raise UserError(Fault(f"unexpected tensor {extra[0]}", str(self.checkpoint.folder), why, fix))
-        return unused
+            raise UserError(Fault(f"unexpected tensor {extra[0]}{more}", str(self.checkpoint.folder), why, fix))
 
     def non_stage_parameters(self) -> list[str]:
         """Checkpoint names of all parameters outside the stages, sorted."""

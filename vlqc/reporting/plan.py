@@ -31,7 +31,7 @@ from vlqc.pipeline.presets import build_pipeline
 from vlqc.pipeline.rotation_plan import rotate_model
 from vlqc.pipeline.text_only import require_images
 from vlqc.reporting.rotations import RotatedPart, adapter_notes, rotated_parts, rotation_notes, rotation_text
-from vlqc.reporting.summary import main_scheme, placement_notes, target_warnings
+from vlqc.reporting.summary import main_scheme, placement_notes, target_warnings, unused_notes
 from vlqc.reporting.tables import labeled_lines, layer_table
 from vlqc.targets.advice import grouped_layers, parallel_notes
 from vlqc.targets.engine import Engine
@@ -139,6 +139,7 @@ def plan_compilation(
         *placement_notes(options),
         *rotation_notes(rotations, model.family),
         *adapter_notes(passes, rotations),
+        *unused_notes(model.unused_tensors()),
         *checkpoint.side_files(code=options.trust_remote_code).notes(),
         *calibration.notes,
         *memory_notes,

@@ -186,6 +186,12 @@ def placement_notes(options: Options) -> list[str]:
     return [f"{fault.what}: {fault.fix} ({fault.where})" for fault in faults]
 
 
+def unused_notes(names: Sequence[str]) -> list[str]:
+    """names: of tensors in the checkpoint that the model does not have."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return [f"tensors that are not part of the model are omitted: {', '.join(names[:3])}{more}"] if names else []
+
+
 class CompilationSummary:
     """Counts layers by scheme and collects notes and metrics during a compilation, then builds its `Result`.
 
@@ -337,12 +343,6 @@ class CompilationSummary:
         """
         self.rotation_plan = plan
         self.add_notes([*rotation_notes(plan, self.checkpoint.family), *adapter_notes(passes, plan)])
-
-    def note_unused_tensors(self, names: list[str]) -> None:
-        """names: of tensors in the checkpoint that the model does not have."""
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            self.add_notes([f"tensors that are not part of the model are omitted: {', '.join(names[:3])}{more}"])
 
     def require_loadable(self, folder: Path) -> None:
         """With --strict_target, UserError unless the target's engines load the finished folder."""

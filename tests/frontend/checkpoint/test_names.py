@@ -51,6 +51,13 @@ def test_different_prefixes_are_an_error(tmp_path: Path, parts: tuple[str, str])
     assert "different prefixes" in message and "'module.' before 2 names" in message
 
 
+def test_every_second_name_with_a_prefix(tmp_path: Path) -> None:
+    """Catches names with a prefix that pass for a copy of those without it, so that half of the tensors are missing."""
+    tensors = {"module." * (number % 2) + name: tensor for number, (name, tensor) in enumerate(TENSORS.items())}
+    message = fault_of(write(tmp_path, tensors))
+    assert "'module.' before 1 name" in message and "none before 2 names" in message
+
+
 def test_a_name_without_the_prefix_of_all_others(tmp_path: Path) -> None:
     """Catches a tensor that is silently given another name."""
     tensors = renamed("module.")

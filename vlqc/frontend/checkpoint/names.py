@@ -61,12 +61,23 @@ def without_wrappers(name: str) -> str:
 
 
 def find_prefix(names: Iterable[str], family: ModelFamily | None, where: str) -> tuple[str, list[Fault]]:
-    """The prefix in front of the names of a family's blocks, "" if there is none, and faults if there are several."""
+    """The prefix in front of the names of a family's blocks, "" if there is none, and faults if there are several.
+
+    A copy of the blocks, some of whose tensors are there without its prefix, too, stays what it is.
+    """
     names = list(names)
     if family is None or not family.block_lists:
         return "", []
-    plain = {block for name in names if (block := _block(name, family))}
-    found = {name: prefixes for name in names if (prefixes := _prefixes(name, family, plain))}
+    plain = {family.checkpoint_name(name) for name in names if _block(name, family)}
+    found = {name: prefixes for name in names if (prefixes := _prefixes(name, family))}
+    if plain:
+        copies = {
+            prefix
+            for name, prefixes in found.items()
+            for prefix in prefixes
+            if family.checkpoint_name(name.removeprefix(prefix)) in plain
+        }
+        found = {name: prefixes for name, prefixes in found.items() if not copies.intersection(prefixes)}
     if not found:
         return "", [] if plain else _lacking(names, family, where)
     common = set.intersection(*map(set, found.values()))
@@ -85,16 +96,12 @@ def _block(name: str, family: ModelFamily) -> str | None:
     return family.block(family.checkpoint_name(name))
 
 
-def _prefixes(name: str, family: ModelFamily, plain: set[str]) -> list[str]:
-    """The prefixes of a name behind which it is that of a block, the shortest first; none if a block in `plain`.
-
-    plain: blocks of names without a prefix. A copy of their weights under another prefix stays what it is.
-    """
+def _prefixes(name: str, family: ModelFamily) -> list[str]:
+    """The prefixes of a name behind which it is that of a tensor of a block, the shortest first."""
     if _block(name, family):
         return []
     starts = [number + 1 for number, letter in enumerate(name) if letter == "."]
-    blocks = {name[:start]: block for start in starts if (block := _block(name[start:], family))}
-    return [] if plain.intersection(blocks.values()) else list(blocks)
+    return [name[:start] for start in starts if _block(name[start:], family)]
 
 
 def _lacking(names: Sequence[str], family: ModelFamily, where: str) -> list[Fault]:
@@ -122,6 +129,6 @@ def _unmerged(names: Sequence[str], where: str) -> Fault:
 
 def _ambiguous(prefixes: Counter[str], plain: int, where: str) -> Fault:
     counts = [f"{prefix!r} before {pluralize(count, 'name')}" for prefix, count in sorted(prefixes.items())]
-    counts += ["none before others"] if plain else []
+    counts += [f"none before {pluralize(plain, 'name')}"] if plain else []
     fix = "save the model again, from inside its training wrapper"
     return Fault("tensor names have different prefixes", where, ", ".join(counts), fix)

@@ -326,6 +326,13 @@ def main() -> None:
     options = parser.parse_args()
     sizes = {field.name: getattr(options, field.name) for field in fields(Shape)}
     shape = replace(FAMILIES[options.family].shape, **{name: size for name, size in sizes.items() if size is not None})
+    if options.deepstack is None:
+        fitting = [block for block in shape.deepstack if block < shape.vision_layers]
+        shape = replace(shape, deepstack=tuple(fitting[: shape.layers]))
+    try:
+        config_of(shape, options.dtype, options.tied, options.family)
+    except ValueError as error:
+        parser.error(str(error))
     make(options.target, options.seed, options.dtype, options.tied, shape, options.dead, options.family)
     print(options.target)
 

@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -36,6 +37,7 @@ IGNORED_OPTIONS = {
 }  # fmt: skip
 SITE_PACKAGES = {"site-packages", "dist-packages"}  # folders of installed packages
 MISSING = "missing"
+SAMPLES, ROWS = "calibration samples", "rows of "
 MAX_DIFFERENCES = 6  # listed in an error message
 
 
@@ -61,11 +63,11 @@ def run_fingerprint(
         fingerprint[f"adapter {number}"] = _short(adapter.sha256)
     for name in checkpoint.side_files(code=options.trust_remote_code).names:
         fingerprint[f"file {name}"] = _short(sha256_of(checkpoint.folder / name))
-    fingerprint["calibration samples"] = f"{len(samples)}, {_short(_samples_digest(samples))}"
+    fingerprint[SAMPLES] = f"{len(samples)}, {_short(_samples_digest(samples))}"
     if samples:
         ids = torch.unique(torch.cat([sample["input_ids"].flatten() for sample in samples]))
         embedding = f"{model.name(model.embedding)}.weight"
-        fingerprint[f"rows of {embedding} in use"] = _short(tensor_sha256(checkpoint.rows(embedding, ids)))
+        fingerprint[f"{ROWS}{embedding} in use"] = _short(tensor_sha256(checkpoint.rows(embedding, ids)))
     return fingerprint
 
 
@@ -113,12 +115,21 @@ def _source_files(names: Iterable[str]) -> dict[str, Path]:
 
 
 def differences(before: Fingerprint, now: Fingerprint) -> list[str]:
-    """One line per key whose value differs."""
-    return [
-        f"{key}: {before.get(key, MISSING)} before, {now.get(key, MISSING)} now"
-        for key in [*before, *(key for key in now if key not in before)]
-        if before.get(key) != now.get(key)
-    ]
+    """One line per key whose value differs, without those that follow from others."""
+    keys = [key for key in [*before, *(key for key in now if key not in before)] if before.get(key) != now.get(key)]
+    if SAMPLES in keys:  # other samples have other tokens
+        keys = [key for key in keys if not key.startswith(ROWS)]
+    return [_difference(key, before.get(key, MISSING), now.get(key, MISSING)) for key in keys]
+
+
+def _difference(key: str, before: str, now: str) -> str:
+    if key == SAMPLES:
+        (old, *_), (new, *_) = before.split(","), now.split(",")
+        count = f"{old} samples" if old == new else f"{old} samples before, {new} now"
+        return f"the calibration data differ, in content or order ({count})"
+    if all(re.fullmatch(rf"[0-9a-f]{{{HASH_DIGITS}}}", value) for value in (before, now)):
+        return f"{key}: other content than before"
+    return f"{key}: {before} before, {now} now"
 
 
 def abbreviate(lines: Sequence[str]) -> str:

@@ -1,6 +1,7 @@
 """What a folder is that is not a checkpoint that can be read, and what to do about it: one fault for each situation."""
 
 import re
+import shlex
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
@@ -18,6 +19,12 @@ LONGEST_POINTER = 1024  # bytes; the format's limit
 SHOWN = 3  # names in a message
 LARGEST_LISTING = 10_000  # entries of a folder that are looked at
 CONVERT = "convert the checkpoint to safetensors first"
+# `weights_only` reads tensors and runs no code of the file; tensors that share memory are stored once each.
+TO_SAFETENSORS = (
+    "import sys, torch, safetensors.torch as st; "
+    '[st.save_file({n: t.contiguous().clone() for n, t in torch.load(f, "cpu", weights_only=True).items()}, '
+    'f.rpartition(".")[0] + ".safetensors", {"format": "pt"}) for f in sys.argv[1:]]'
+)
 EMPTY_FIX = (
     "save it again with stage3_gather_16bit_weights_on_model_save, or run zero_to_fp32.py with --safe_serialization on "
     "the states that DeepSpeed has saved"
@@ -40,7 +47,7 @@ def without_weights(folder: Path) -> Fault:
     what = "the folder has no *.safetensors"
     for find in (_training_states, _single_file):
         if (fault := find(folder)) is not None:
-            return Fault(what, fault.where, fault.what, fault.fix)
+            return Fault(what, fault.where, "; ".join(filter(None, (fault.what, fault.why))), fault.fix)
     if unfinished := [name for name in _names(folder) if re.search(r"\.(incomplete|part|aria2|crdownload|tmp)$", name)]:
         return Fault(what, str(folder), f"{_listed(unfinished)}: a download did not finish", "download it again")
     fix = f"{CONVERT}; .bin files are not read because loading them runs code"
@@ -202,9 +209,22 @@ def _single_file(folder: Path) -> Fault | None:
         fix = "pass the folder of the safetensors checkpoint from which it was converted"
         return Fault(f"{_listed(files)}: weights in the format of llama.cpp", str(folder), fix=fix)
     if files := _with_suffix(names, (".bin", ".pt", ".pth")):
-        fix = f"{CONVERT}; they are not read because loading them runs code"
-        return Fault(f"{_listed(files)}: weights as pickles of PyTorch", str(folder), fix=fix)
+        what, why = (
+            f"{_listed(files)}: weights as pickles of PyTorch",
+            "they are not read because loading them runs code",
+        )
+        fix = f"{CONVERT}: python -c {shlex.quote(TO_SAFETENSORS)} {shlex.quote(str(folder))}/{_pattern(files)}"
+        return Fault(what, str(folder), why, fix)
     return None
+
+
+def _pattern(files: Sequence[str]) -> str:
+    """The files of weights among these, for a shell."""
+    if names := [name for name in files if name.startswith("pytorch_model")]:
+        files = names
+    if len(files) == 1:
+        return shlex.quote(files[0])
+    return ("pytorch_model*" if names else "*") + Path(files[0]).suffix
 
 
 def _with_suffix(names: Collection[str], suffixes: tuple[str, ...]) -> list[str]:

@@ -88,10 +88,12 @@ def verify_folder(
         return result
     rotations = compiled.rotations
     if model_path is not None:
-        check_adapters(folder, adapters, result)
+        has_same_adapters = check_adapters(folder, adapters, result)
         check_config_against_source(compiled, model_path, result)
         images = None if compiled.model is None else compiled.family.image_format
         check_files_against_source(folder, model_path, result, images)
+        if not has_same_adapters:
+            return result
         rotations = check_against_source(compiled, model_path, result, adapters)
     if model_path is not None and has_inputs:
         if not _can_run(compiled, result):

@@ -31,7 +31,8 @@ class EmittedTensor:
 
 def float_tensor(name: str, tensor: Tensor, dtype: torch.dtype) -> EmittedTensor:
     """An unquantized tensor, cast to `dtype`. UserError if a value is not finite there, or if all of them are too small
-    to keep their digits. Single small values beside larger ones do not matter, and neither does a small bias."""
+    to keep their digits. Single small values beside larger ones do not matter, and neither do a small bias and values
+    below float32's normal ones."""
     value = tensor.to(dtype)
     if not tensor.numel():
         return EmittedTensor(name, value, Scheme.FLOAT)
@@ -39,7 +40,7 @@ def float_tensor(name: str, tensor: Tensor, dtype: torch.dtype) -> EmittedTensor
     largest, why = float(extremes.abs().amax()), ""
     if not bool(torch.isfinite(extremes.to(dtype)).all()):
         why = f"its largest value {largest:g} is beyond {dtype_name(dtype)}"
-    elif 0 < largest < torch.finfo(dtype).tiny and not name.endswith("bias"):
+    elif torch.finfo(torch.float32).tiny <= largest < torch.finfo(dtype).tiny and not name.endswith("bias"):
         error = float((tensor.double() - value.double()).norm() / tensor.double().norm())
         if error > LOST_DIGITS:
             why = f"its largest value is {largest:g}, and {dtype_name(dtype)} changes the tensor by {error:.0%}"

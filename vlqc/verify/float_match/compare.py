@@ -244,7 +244,7 @@ class Comparison:
         factor = np.where(source != 0, stored / np.where(source != 0, source, 1), np.where(stored != 0, np.inf, 1))
         # An error of half a step also where steps are absolute, among the smallest numbers.
         dtype = self.folder.float_dtype
-        rounding = ULP[dtype] + STEP_AT_ZERO[dtype] / np.where(both, np.abs(source), 1)
+        rounding = ULP[dtype] + STEP_AT_ZERO[dtype] / np.where(source != 0, np.abs(source), 1)
         side = ProducerSide(channel.numpy(), factor.astype(np.float64), np.zeros(len(read)), rounding)
         found = find_uncancelled(columns, [side])
         channels = np.unique(channel.numpy()[found.channels])
@@ -410,7 +410,7 @@ class Comparison:
             self.result.add_fault(CHECK, name, what, why, fix)
 
     def bias(self, layer: str, rows: Scales | None) -> None:
-        """A bias must be the source's, scaled as its rows."""
+        """A bias must be the source's, scaled as its rows. Rows of zeros do not tell their scale."""
         pair = self.pair(f"{layer}.bias")
         if pair is None:
             return
@@ -424,6 +424,7 @@ class Comparison:
         if is_rotated(pair[0]):
             rounding += np.abs(scales.values) * float32_margin(source)
         allowed = np.where(scaled, rounding, margin)
+        allowed[~np.isfinite(scales.deviation) & (source != 0)] = np.inf
         self.require_close(f"{layer}.bias", stored, expected, allowed, "a bias may change only by its rows' scales")
 
     def shifted_bias(self, pair: WeightPair, rows: Scales, columns: Scales, shift: Array) -> None:

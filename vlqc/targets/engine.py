@@ -254,12 +254,12 @@ class Engine(ABC):
         """Range of versions (the first one, and the first one after it or None) -> what their transformers does not
         read of the files beside the weights."""
         versions = self.transformers_versions(folder.family)
-        ends = [since for since, _ in versions[1:]]
+        ends = [*(since for since, _ in versions[1:]), None][: len(versions)]  # none for a family of another package
         return {
             (since, before): unread_files(
                 folder.path, folder.family, transformers, by_processor=self.template_by_processor
             )
-            for (since, transformers), before in zip(versions, (*ends, None), strict=True)
+            for (since, transformers), before in zip(versions, ends, strict=True)
         }
 
     def version_faults(self, folder: FinishedFolder) -> dict[tuple[str, str | None], list[Fault]]:

@@ -17,6 +17,7 @@ from vlqc.targets.engine import Engine, FinishedFolder
 from vlqc.targets.rules import folder_type
 from vlqc.targets.schemes import Scheme, StorageFormat, scheme_of_tensors
 from vlqc.targets.target import NAMES, Target, written_for
+from vlqc.targets.versions import supporting_versions
 from vlqc.verify.findings import COMPILE_AGAIN, VerificationResult, format_list
 from vlqc.verify.folder.contents import FolderFiles, check_files, open_folder
 from vlqc.verify.folder.manifest import SUMMARY
@@ -86,7 +87,8 @@ def check_structure(
     float_dtype = check_dtype(files, result)
     model = check_model(files, result, trust_remote_code=trust_remote_code)
     schemes = _schemes(files, model, result) if model else {}
-    stated = _stated_engines(files) if any(scheme.is_quantized for scheme in schemes.values()) else ()
+    dtype = next(name for name, code in DTYPE_CODES.items() if code == float_dtype)
+    stated = _stated_engines(files, model, schemes, dtype) if model else ()
     claimed = target or written_for(files.layout, files.config, stated)
     result.engine = str(claimed)
     finished = _finished_folder(files, model, schemes)
@@ -98,7 +100,6 @@ def check_structure(
     if model:
         check_config(finished, model, claimed, result)
     valid = _check_tensors(files, model, schemes, form, result) if model else {}
-    dtype = next(name for name, code in DTYPE_CODES.items() if code == float_dtype)
     loads_in = []
     if model:
         named = target is not None
@@ -110,10 +111,18 @@ def check_structure(
     return CompiledFolder(files, form, model, schemes, valid, rotations)
 
 
-def _stated_engines(files: FolderFiles) -> tuple[Engine, ...]:
-    """The engines for which vlqc wrote the folder, as its summary says; config.json may have lost their keys since."""
+def _stated_engines(
+    files: FolderFiles, model: ModelStructure, schemes: Mapping[str, Scheme], dtype: str
+) -> tuple[Engine, ...]:
+    """The engines for which vlqc wrote the folder, as its summary says; config.json may have lost their keys since.
+
+    Without those that run no such schemes, of which the compilation warned: a --pipeline may choose any.
+    """
+    if not any(scheme.is_quantized for scheme in schemes.values()):
+        return ()
     stated = (read_json_object(files.path / SUMMARY)[0] or {}).get("target")
-    return NAMES.get(stated.partition("@")[0], ()) if isinstance(stated, str) else ()
+    engines = NAMES.get(stated.partition("@")[0], ()) if isinstance(stated, str) else ()
+    return tuple(engine for engine in engines if supporting_versions(engine, model.family, schemes, dtype))
 
 
 def _finished_folder(files: FolderFiles, model: ModelStructure | None, schemes: Mapping[str, Scheme]) -> FinishedFolder:

@@ -2,6 +2,8 @@
 
 import filecmp
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,12 @@ from vlqc.targets.versions import layer_schemes
 
 FOUR_BITS = {"w_bit": 4, "is_lowbit": True, "is_dynamic": True, "open_outlier": False}
 Sample = dict[str, Tensor]
+Searched = Callable[[str, float], tuple[Result, Path]]
+LAYOUTS: dict[str, dict[str, object]] = {
+    "vllm-ascend": {"target": "vllm-ascend", "part_file_size": 1},
+    "mindie": {"mindie_format": True},
+    "both": {"target": "both"},
+}
 pytestmark = pytest.mark.slow
 
 
@@ -44,6 +52,18 @@ def compiled(planted: Path, samples: list[Sample], save: Path, **options: object
     return vlqc.compile(fallback="auto", rotate="none", **arguments, **options)
 
 
+@pytest.fixture(scope="module")
+def searched(planted: Path, samples: list[Sample], tmp_path_factory: pytest.TempPathFactory) -> Searched:
+    """Target and least SQNR -> result and folder, compiled once."""
+
+    @cache
+    def search(target: str, least: float) -> tuple[Result, Path]:
+        save = tmp_path_factory.mktemp("searched") / f"{least:g}"
+        return compiled(planted, samples, save, min_sqnr=least, **LAYOUTS[target]), save
+
+    return search
+
+
 def schemes(save: Path) -> dict[str, Scheme]:
     """Scheme per layer, from the folder's description."""
     (description,) = save.glob("quant_model_description*.json")
@@ -55,25 +75,25 @@ def floats(result: Result) -> int:
 
 
 @pytest.mark.every_transformers
-@pytest.mark.parametrize("target", ["vllm-ascend", "mindie", "both"])
-def test_a_higher_sqnr_leaves_more_in_float(planted: Path, samples: list[Sample], tmp_path: Path, target: str) -> None:
+@pytest.mark.parametrize("target", LAYOUTS)
+def test_a_higher_sqnr_leaves_more_in_float(planted: Path, searched: Searched, target: str) -> None:
     """Catches an SQNR that has no effect or is not reached, and a folder that its engine does not load."""
-    layout = {"mindie_format": True} if target == "mindie" else {"target": target}
     floats_and_bytes = []
     for least in (20.0, 44.0):
-        save = tmp_path / f"{least:g}"
-        result = compiled(planted, samples, save, min_sqnr=least, **layout)
+        result, save = searched(target, least)
         assert result.predicted_sqnr is not None and result.predicted_sqnr >= least
         report = vlqc.verify_folder(save, engine=target, model_path=planted)
         assert report.ok and not report.warnings
         assert not group_faults(target, QWEN2_5_VL, schemes(save))
-        assert {p.name for p in tmp_path.iterdir()} >= {save.name} and not list(save.glob(".*"))
+        assert [path.name for path in save.parent.iterdir()] == [save.name] and not list(save.glob(".*"))
         floats_and_bytes.append((floats(result), result.bytes_after))
     assert floats_and_bytes[0][0] == 0 and floats_and_bytes == sorted(set(floats_and_bytes))
 
 
 @pytest.mark.every_transformers
-def test_the_prediction_holds_on_the_calibration_inputs(planted: Path, samples: list[Sample], tmp_path: Path) -> None:
+def test_the_prediction_holds_on_the_calibration_inputs(
+    planted: Path, samples: list[Sample], searched: Searched
+) -> None:
     """Catches a prediction that leaves out a group, counts one twice, or mistakes amplitude for power.
 
     The prediction adds up noise along the residual stream. In this trained model part of the noise decays on the way:
@@ -81,19 +101,20 @@ def test_the_prediction_holds_on_the_calibration_inputs(planted: Path, samples: 
     """
     reference = logits(load_float(planted), samples)
     for least in (20.0, 44.0):
-        result = compiled(planted, samples, tmp_path / f"{least:g}", min_sqnr=least, target="vllm-ascend")
-        loaded = logits(vlqc.load(tmp_path / f"{least:g}"), samples)
+        result, save = searched("vllm-ascend", least)
+        loaded = logits(vlqc.load(save), samples)
         assert result.predicted_sqnr is not None
         assert -2 < signal_to_noise(reference, loaded) - result.predicted_sqnr < 9
 
 
 @pytest.mark.every_transformers
-def test_same_input_same_bytes(planted: Path, samples: list[Sample], tmp_path: Path) -> None:
+def test_same_input_same_bytes(planted: Path, samples: list[Sample], searched: Searched, tmp_path: Path) -> None:
     """Catches an order of choices, groups or files that depends on anything but the input."""
-    for name in ("one", "two"):
-        compiled(planted, samples, tmp_path / name, min_sqnr=40, target="vllm-ascend", part_file_size=1)
-    names = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert filecmp.cmpfiles(tmp_path / "one", tmp_path / "two", names, shallow=False) == (names, [], [])
+    _, one = searched("vllm-ascend", 44.0)
+    compiled(planted, samples, tmp_path / "two", min_sqnr=44.0, **LAYOUTS["vllm-ascend"])
+    names = sorted(path.name for path in one.iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "two").iterdir())
+    assert filecmp.cmpfiles(one, tmp_path / "two", names, shallow=False) == (names, [], [])
 
 
 def test_no_float_group_is_everything_quantized(planted: Path, samples: list[Sample], tmp_path: Path) -> None:

@@ -19,9 +19,9 @@ from tests.support.text_checkpoint import write_text_checkpoint
 from vlqc.errors import UserError
 from vlqc.families.qwen2_5_vl import QWEN2_5_VL
 from vlqc.frontend.calibration import dataset
-from vlqc.frontend.calibration.conversation import ImageRef
+from vlqc.frontend.calibration.conversation import ImageRef, Turn
 from vlqc.frontend.calibration.dataset import CalibrationDataset, load_samples
-from vlqc.frontend.calibration.formats import FORMATS
+from vlqc.frontend.calibration.formats import FORMATS, read_entry
 from vlqc.frontend.calibration.images import read_image
 from vlqc.frontend.calibration.sources import PROMPT, list_samples
 
@@ -236,7 +236,12 @@ FAULTS: dict[str, tuple[object, str]] = {
         "1 <image> tag in .* 2 images",
     ),
     "more tags": ({"query": "<image><image>", "images": ["a"]}, "2 <image> tags in .* 1 image"),
-    "tag alone": ({"prompt": "<image>"}, "1 <image> tag in .* 0 images"),
+    "tag alone": ({"query": "<image>"}, "1 <image> tag in .* 0 images"),
+    "given twice": (
+        {"messages": [turn("user", {**IMAGE, "image": "a"}, text("x"))], "images": ["a"]},
+        "1 image in the turns, and 1 image listed",
+    ),
+    "all null": ({"messages": None, "query": None}, "'prompt' is not given"),
     "tool turn": ({"messages": [{"role": "tool", "content": "x"}]}, "turn 1 has the role 'tool'"),
     "no role": ({"conversations": [{"value": "x"}]}, "turn 1 is not an object with the keys role"),
     "no content": ({"messages": [{"role": "user", "content": None}]}, "content of turn 1"),
@@ -321,6 +326,44 @@ def test_files_that_hold_no_samples(model: Path, tmp_path: Path) -> None:
     listed = list_samples(tmp_path)
     assert [conversation.images for conversation in listed.conversations] == [(ImageRef(tmp_path / "a.jfif"),)]
     assert "dataset_info.json" in listed.notes[0]
+
+
+A = ImageRef(Path("a.png"))
+READ: dict[str, tuple[object, bool, list[Turn]]] = {  # entry, whether the model is text-only, turns
+    "text": ({"prompt": "The <video> of HTML"}, False, [Turn("user", ("The <video> of HTML",))]),
+    "text of a text-only model": ({"query": "<image> <img>x</img>"}, True, [Turn("user", ("<image> <img>x</img>",))]),
+    "response": (
+        {"image": "a.png", "prompt": "Embed it", "response": "<image> <video>"},
+        False,
+        [Turn("user", (A, "Embed it")), Turn("assistant", ("<image> <video>",))],
+    ),
+    "answer": (
+        {"query": "<image>It", "response": "<image> <img>b</img>", "images": ["a.png"]},
+        False,
+        [Turn("user", (A, "It")), Turn("assistant", ("<image> <img>b</img>",))],
+    ),
+    "other kind": ({"image": "a.png", "prompt": "<video>"}, False, [Turn("user", (A, "<video>"))]),
+    "in a turn and listed": (
+        {"messages": [turn("user", {**IMAGE, "image": "a.png"}, text("<image>Hi"))], "images": ["b.png"]},
+        False,
+        [Turn("user", (A, ImageRef(Path("b.png")), "Hi"))],
+    ),
+    "nulls": (
+        {"messages": None, "query": None, "images": None, "image": "a.png", "prompt": "Hi", "response": None},
+        False,
+        [Turn("user", (A, "Hi"))],
+    ),
+    "empty columns": ({"messages": [], "question": "", "query": "Hi"}, False, [Turn("user", ("Hi",))]),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_turns_of_an_entry(name: str) -> None:
+    """Catches text that is taken for a tag, a tag of the assistant that an image is put into, and columns of a table
+    without a value that select the format."""
+    entry, text_only, turns = READ[name]
+    _, conversation = read_entry(entry, Path(), "", "Qwen3" if text_only else None)
+    assert list(conversation.turns) == turns
 
 
 @pytest.mark.every_transformers

@@ -2,7 +2,7 @@
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,9 +50,16 @@ PART_KINDS = {  # type of a part of a message, or its key -> what it is
     "video_url": "video",
 }
 PART_SOURCES = ("image", "image_url", "video", "video_url", "url", "path")
+EMPTY: tuple[Any, ...] = (None, "", [], {})  # values of a key that is not used
 MEDIA_KEYS = ("images", "image", "videos", "video")
 UNREADABLE = {"audios": "audio is not supported", "audio": "audio is not supported"}
 OBJECT_TAGS = ("<bbox>", "<ref-object>")  # of ms-swift, which replaces them by the entries of `objects`
+
+
+class _Place(str):
+    """A tag that an image or video takes the place of; other texts that read the same are texts."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True)
@@ -67,17 +74,16 @@ class EntryFormat(ABC):
     def keys(self) -> tuple[str, ...]:
         """The keys that are read. Others are ignored, with a note."""
 
-    def matches(self, entry: Mapping[str, Any]) -> bool:
-        """Whether this format reads an entry."""
-        return self.key in entry
-
     @abstractmethod
-    def read(self, entry: Mapping[str, Any], folder: Path) -> list[Turn]:
-        """The turns of an entry; paths are relative to `folder`. Raises EntryError."""
+    def read(self, entry: Mapping[str, Any], folder: Path, tags_are_text: bool) -> list[Turn]:
+        """The turns of an entry without nulls; paths are relative to `folder`. Raises EntryError.
+
+        tags_are_text: <image>, <video> and <img> stand for nothing, unless the entry lists images or videos.
+        """
 
     def ignored(self, entry: Mapping[str, Any]) -> list[str]:
         """Keys with a value that is not read."""
-        return [key for key, value in entry.items() if key not in self.keys and value not in (None, "", [], {})]
+        return [key for key, value in entry.items() if key not in self.keys and value not in EMPTY]
 
 
 @dataclass(frozen=True)
@@ -88,23 +94,19 @@ class LineFormat(EntryFormat):
     def keys(self) -> tuple[str, ...]:
         return (*LINE_KEYS, FRAMES_KEY, *PIXEL_KEYS, *FRAME_KEYS)
 
-    def matches(self, entry: Mapping[str, Any]) -> bool:
-        return True
-
-    def read(self, entry: Mapping[str, Any], folder: Path) -> list[Turn]:
+    def read(self, entry: Mapping[str, Any], folder: Path, tags_are_text: bool) -> list[Turn]:
         if entry and not any(key in entry for key in self.keys):
             keys = f"the {'key' if len(entry) == 1 else 'keys'} {enumerate_first(list(entry))}"
             known = ", ".join(form.key for form in FORMATS)
             raise EntryError(f"{keys} {'belongs' if len(entry) == 1 else 'belong'} to no format", f"known are {known}")
-        if unknown := [key for key in entry if key not in self.keys]:
+        if unknown := self.ignored(entry):
             near = dict.fromkeys(filter(None, (did_you_mean(key, LINE_KEYS) for key in unknown)))
             what = (
                 f"unknown {'key' if len(unknown) == 1 else 'keys'} {enumerate_first([excerpt(key) for key in unknown])}"
             )
             raise EntryError("; ".join([what, *near]))
         for key in ("prompt", "response"):
-            if not isinstance(entry.get(key, ""), str | None if key == "response" else str):
-                raise EntryError(f"{key!r} is not text")
+            _text(entry.get(key, ""), key)
         images = image_refs(entry.get("image"), folder, entry)
         videos = [video for key in ("video", FRAMES_KEY) for video in self._videos(entry.get(key), folder, entry)]
         if not (images or videos or entry.get("prompt")):
@@ -113,7 +115,7 @@ class LineFormat(EntryFormat):
         turns = [Turn("user", (entry.get("prompt", prompt),))]
         if entry.get("response") is not None:
             turns.append(Turn("assistant", (entry["response"],)))
-        return _place_media(turns, images, videos)
+        return _place_media(turns, images, videos, tags_are_text=True)
 
     @staticmethod
     def _videos(value: Any, folder: Path, entry: Mapping[str, Any]) -> list[VideoRef]:
@@ -131,12 +133,12 @@ class TurnsFormat(EntryFormat):
     def keys(self) -> tuple[str, ...]:
         return (self.key, "system", *MEDIA_KEYS)
 
-    def read(self, entry: Mapping[str, Any], folder: Path) -> list[Turn]:
+    def read(self, entry: Mapping[str, Any], folder: Path, tags_are_text: bool) -> list[Turn]:
         messages = entry[self.key]
         if not isinstance(messages, list) or not messages:
             raise EntryError(f"{self.key!r} is not a list of turns")
         turns = [turn for number, message in enumerate(messages, 1) for turn in _read_message(message, number, folder)]
-        return _place_media(_with_system(turns, entry), *_listed_media(entry, folder))
+        return _with_media(_with_system(turns, entry), entry, folder, tags_are_text)
 
 
 @dataclass(frozen=True)
@@ -157,20 +159,20 @@ class PairFormat(EntryFormat):
     def _request_keys(self) -> list[str]:
         return [self.key] if self.more is None else [self.key, self.more]
 
-    def read(self, entry: Mapping[str, Any], folder: Path) -> list[Turn]:
+    def read(self, entry: Mapping[str, Any], folder: Path, tags_are_text: bool) -> list[Turn]:
         texts = [_text(entry.get(key) or "", key) for key in self._request_keys]
         pairs = entry.get("history") or []
         if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
             raise EntryError("'history' is not a list of pairs of texts")
-        turns = [turn for pair in pairs for turn in _turns_of_pair(pair, "history", folder)]
-        turns.append(Turn("user", tuple(_read_text("\n".join(filter(None, texts)), folder))))
+        turns = [turn for pair in pairs for turn in _turns_of_pair(pair, "history")]
+        turns.append(Turn("user", ("\n".join(filter(None, texts)),)))
         if entry.get(self.response) is not None:
             turns.append(Turn("assistant", (_text(entry[self.response], self.response),)))
-        return _place_media(_with_system(turns, entry), *_listed_media(entry, folder))
+        return _with_media(_with_system(turns, entry), entry, folder, tags_are_text)
 
 
 LINES = LineFormat("image, prompt and response (vlqc)", "prompt")
-FORMATS: tuple[EntryFormat, ...] = (  # the first that matches reads an entry
+FORMATS: tuple[EntryFormat, ...] = (  # the first whose key has a value reads an entry
     TurnsFormat("messages (Qwen, OpenAI, ms-swift, LLaMA-Factory)", "messages"),
     TurnsFormat("conversations (LLaVA, ShareGPT, LLaMA-Factory)", "conversations"),
     TurnsFormat("conversation (ms-swift)", "conversation"),
@@ -193,12 +195,13 @@ def read_entry(value: Any, folder: Path, where: str, text_only: str | None) -> t
         value = {"text": value}
     if not isinstance(value, dict):
         raise EntryError("not a JSON object", f"write {EXAMPLE if text_only is None else TEXT_EXAMPLE}")
-    form = next(form for form in FORMATS if form.matches(value))
+    value = {key: each for key, each in value.items() if each is not None}  # tables have every key in every line
+    form = _format_of(value)
     for key, why in UNREADABLE.items():
         if value.get(key) and form is not LINES:
             raise EntryError(f"{key!r} is given: {why}")
     try:
-        conversation = Conversation(tuple(form.read(value, folder)), where)
+        conversation = Conversation(tuple(form.read(value, folder, text_only is not None)), where)
     except EntryError as error:
         keys = LINE_KEYS if text_only is None else LINE_KEYS[2:]
         fix = error.fix or (f"a line has the keys {', '.join(keys)}" if form is LINES else "")
@@ -212,10 +215,16 @@ def read_entry(value: Any, folder: Path, where: str, text_only: str | None) -> t
     return form, conversation
 
 
+def _format_of(entry: Mapping[str, Any]) -> EntryFormat:
+    """The first format whose key has a value, or else whose key is there."""
+    filled = next((form for form in FORMATS if entry.get(form.key) not in EMPTY), None)
+    return filled or next((form for form in FORMATS if form.key in entry), LINES)
+
+
 def _read_message(message: Any, number: int, folder: Path) -> Iterator[Turn]:
     """A message as one turn; {"human": text, "assistant": text} as two."""
     if isinstance(message, dict) and {"human", "assistant"} <= message.keys():
-        yield from _turns_of_pair((message["human"], message["assistant"]), f"turn {number}", folder)
+        yield from _turns_of_pair((message["human"], message["assistant"]), f"turn {number}")
         return
     role_key = next((key for key in ROLE_KEYS if isinstance(message, dict) and key in message), None)
     if role_key is None:
@@ -230,15 +239,15 @@ def _read_message(message: Any, number: int, folder: Path) -> Iterator[Turn]:
     yield Turn(ROLES[role.lower()], tuple(read for part in parts for read in _read_part(part, folder)))
 
 
-def _turns_of_pair(texts: Sequence[Any], key: str, folder: Path) -> list[Turn]:
+def _turns_of_pair(texts: Sequence[Any], key: str) -> list[Turn]:
     request, response = (_text(text, key) for text in texts)
-    return [Turn("user", tuple(_read_text(request, folder))), Turn("assistant", (response,))]
+    return [Turn("user", (request,)), Turn("assistant", (response,))]
 
 
 def _read_part(part: Any, folder: Path) -> Sequence[Part]:
     """A part of a message. An image without a source stands for the next one that the entry lists."""
     if isinstance(part, str):
-        return _read_text(part, folder)
+        return [part]
     if not isinstance(part, dict):
         raise EntryError(f"a part of a turn is {excerpt(part)}, not an object")
     name = part.get("type") or next((key for key in PART_KINDS if part.get(key) is not None), None)
@@ -246,10 +255,10 @@ def _read_part(part: Any, folder: Path) -> Sequence[Part]:
     if kind is None:
         raise EntryError(f"a part of a turn has the type {excerpt(name)}; text, image and video are read")
     if kind == "text":
-        return _read_text(_text(part.get("text"), "text"), folder)
+        return [_text(part.get("text"), "text")]
     source = next((part[key] for key in PART_SOURCES if part.get(key) is not None), None)
     if source is None:
-        return [IMAGE_TAG if kind == "image" else VIDEO_TAG]
+        return [_Place(IMAGE_TAG if kind == "image" else VIDEO_TAG)]
     return [image_ref(source, folder, part) if kind == "image" else video_ref(source, folder, part)]
 
 
@@ -271,32 +280,73 @@ def _listed_media(entry: Mapping[str, Any], folder: Path) -> tuple[list[ImageRef
     return images, videos
 
 
-def _place_media(turns: list[Turn], images: Sequence[ImageRef], videos: Sequence[VideoRef]) -> list[Turn]:
+def _with_media(turns: list[Turn], entry: Mapping[str, Any], folder: Path, tags_are_text: bool) -> list[Turn]:
+    """With the images that texts name and those that the entry lists."""
+    images, videos = _listed_media(entry, folder)
+    if not tags_are_text:
+        turns = _convert_texts(turns, lambda text: _read_text(text, folder))
+    return _place_media(turns, images, videos, tags_are_text)
+
+
+def _place_media(
+    turns: list[Turn], images: Sequence[ImageRef], videos: Sequence[VideoRef], tags_are_text: bool
+) -> list[Turn]:
     """Puts listed images and videos in place of the tags; without tags, before the text of the first user turn."""
-    return _place(_place(turns, VIDEO_TAG, videos, "video"), IMAGE_TAG, images, "image")
+    turns = _place(turns, VIDEO_TAG, videos, VideoRef, tags_are_text)
+    return _place(turns, IMAGE_TAG, images, ImageRef, tags_are_text)
 
 
-def _place(turns: list[Turn], tag: str, listed: Sequence[ImageRef | VideoRef], kind: str) -> list[Turn]:
-    tags = sum(part.count(tag) for turn in turns for part in turn.parts if isinstance(part, str))
-    if listed and not tags:
+def _place(
+    turns: list[Turn],
+    tag: str,
+    listed: Sequence[ImageRef | VideoRef],
+    kind: type[ImageRef | VideoRef],
+    tags_are_text: bool,
+) -> list[Turn]:
+    name = "image" if kind is ImageRef else "video"
+    if listed or not tags_are_text:
+        turns = _convert_texts(turns, lambda text: _split_at(text, tag))
+    parts = [part for turn in turns for part in turn.parts]
+    places = sum(_is_place(part, tag) for part in parts)
+    if listed and not places:
+        if inside := sum(isinstance(part, kind) for part in parts):
+            what = f"{pluralize(inside, name)} in the turns, and {pluralize(len(listed), name)} listed beside them"
+            raise EntryError(what, f"give every {name} once, or write {tag} where each listed one stands")
         first = next((turn for role in ("user", "assistant") for turn in turns if turn.role == role), turns[0])
         return [replace(turn, parts=(*listed, *turn.parts)) if turn is first else turn for turn in turns]
-    if tags != len(listed):
-        raise EntryError(f"{pluralize(tags, f'{tag} tag')} in the text, but {pluralize(len(listed), kind)} listed")
+    if places != len(listed):
+        what = f"{pluralize(places, f'{tag} tag')} in the text, but {pluralize(len(listed), name)} listed"
+        raise EntryError(what, "" if listed else f"list the {name}s under {name}s")
     left = iter(listed)
-    return [replace(turn, parts=tuple(_replace_tags(turn.parts, tag, left))) for turn in turns]
+    return [
+        replace(turn, parts=tuple(next(left) if _is_place(part, tag) else part for part in turn.parts))
+        for turn in turns
+    ]
 
 
-def _replace_tags(parts: Sequence[Part], tag: str, media: Iterator[ImageRef | VideoRef]) -> Iterator[Part]:
-    for part in parts:
-        if not isinstance(part, str):
-            yield part
-            continue
-        for number, piece in enumerate(part.split(tag)):
-            if number:
-                yield next(media)
-            if piece:
-                yield piece
+def _convert_texts(turns: list[Turn], convert: Callable[[str], Sequence[Part]]) -> list[Turn]:
+    """With the parts that `convert` makes of texts. What the assistant writes is not converted, unless nobody asks
+    (data for pre-training)."""
+
+    def parts(part: Part) -> Sequence[Part]:
+        return convert(part) if isinstance(part, str) and not isinstance(part, _Place) else [part]
+
+    asked = any(turn.role == "user" for turn in turns)
+    return [
+        turn
+        if asked and turn.role == "assistant"
+        else replace(turn, parts=tuple(new for part in turn.parts for new in parts(part)))
+        for turn in turns
+    ]
+
+
+def _split_at(text: str, tag: str) -> list[Part]:
+    pieces = text.split(tag)
+    return [part for number, piece in enumerate(pieces) for part in ([_Place(tag)] * (number > 0) + [piece]) if part]
+
+
+def _is_place(part: Part, tag: str) -> bool:
+    return isinstance(part, _Place) and part == tag
 
 
 def _text(value: Any, key: str) -> str:

@@ -157,9 +157,13 @@ def plan_compilation(
     attention = attention_seconds(model, calibration.samples)
     if attention > max(seconds, LONG_ATTENTION):
         longest = max(sample["input_ids"].shape[1] for sample in calibration.samples)
+        has_videos = any(map(model.family.inputs.has_videos, calibration.samples))
+        media, by = (
+            ("images and videos", "fewer or smaller frames and images") if has_videos else ("images", "smaller images")
+        )
         notes.append(
-            f"attention takes {format_duration(attention)} of the time, which grows with the square of the size of an "
-            f"image; the longest sample has {pluralize(longest, 'token')}: --max_tokens limits it, by smaller images"
+            f"attention takes {format_duration(attention)} of the time, which grows with the square of the size of "
+            f"{media}; the longest sample has {pluralize(longest, 'token')}: --max_tokens limits it, by {by}"
         )
     return CompilationPlan(
         counts=counts,

@@ -19,10 +19,11 @@ from tests.support.text_checkpoint import write_text_checkpoint
 from vlqc.errors import UserError
 from vlqc.families.qwen2_5_vl import QWEN2_5_VL
 from vlqc.frontend.calibration import dataset
-from vlqc.frontend.calibration.conversation import ImageRef, Turn
+from vlqc.frontend.calibration.conversation import ImageRef, Turn, VideoRef
 from vlqc.frontend.calibration.dataset import CalibrationDataset, load_samples
 from vlqc.frontend.calibration.formats import FORMATS, read_entry
 from vlqc.frontend.calibration.images import read_image
+from vlqc.frontend.calibration.media import image_ref
 from vlqc.frontend.calibration.sources import PROMPT, list_samples
 
 DATA = Path(__file__).parent / "data"
@@ -241,6 +242,17 @@ FAULTS: dict[str, tuple[object, str]] = {
         {"messages": [turn("user", {**IMAGE, "image": "a"}, text("x"))], "images": ["a"]},
         "1 image in the turns, and 1 image listed",
     ),
+    "empty query": ({"query": "", "response": "x"}, "asks nothing"),
+    "empty request": ({"instruction": "", "input": " "}, "asks nothing"),
+    "empty parts": ({"messages": [turn("user")]}, "asks nothing"),
+    "empty end": ({"messages": [turn("user", text("x")), turn("assistant", text("y")), turn("user")]}, "asks nothing"),
+    "rate of a file": ({"video": "a.mp4", "sample_fps": 2.0}, "sample_fps has no list or folder of frames"),
+    "rate of an image": ({"image": "a.png", "fps": 2.0}, "fps has no video"),
+    "size of text": ({"prompt": "x", "max_pixels": 100000}, "max_pixels has no image"),
+    "frames and videos": ({"query": "x", "videos": ["a.mp4", "a.png"]}, "both images and videos"),
+    "bad frame": ({"video": ["a.png", 3]}, "'video' is neither a path"),
+    "bare data": ({"image": "/9j/" + "QUJD/" * 40}, "neither a path nor a data URI"),
+    "list in a list": ('[{"prompt": "2"}]', "an entry is one object"),
     "all null": ({"messages": None, "query": None}, "'prompt' is not given"),
     "tool turn": ({"messages": [{"role": "tool", "content": "x"}]}, "turn 1 has the role 'tool'"),
     "no role": ({"conversations": [{"value": "x"}]}, "turn 1 is not an object with the keys role"),
@@ -260,8 +272,9 @@ FAULTS: dict[str, tuple[object, str]] = {
 }
 
 
-def test_every_faulty_entry_is_named(folder: Path) -> None:
+def test_every_faulty_entry_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a fault without its line or index, one that hides the others, or one that is accepted."""
+    monkeypatch.setattr("vlqc.errors.SHOWN_FAULTS", len(FAULTS))
     entries = [entry for entry, _ in FAULTS.values()]
     path = lines(folder / "x.jsonl", {"prompt": "fine"}, *entries)
     with pytest.raises(UserError) as caught:
@@ -329,6 +342,7 @@ def test_files_that_hold_no_samples(model: Path, tmp_path: Path) -> None:
 
 
 A = ImageRef(Path("a.png"))
+FRAMES = VideoRef((A, ImageRef(Path("b.png"))))
 READ: dict[str, tuple[object, bool, list[Turn]]] = {  # entry, whether the model is text-only, turns
     "text": ({"prompt": "The <video> of HTML"}, False, [Turn("user", ("The <video> of HTML",))]),
     "text of a text-only model": ({"query": "<image> <img>x</img>"}, True, [Turn("user", ("<image> <img>x</img>",))]),
@@ -347,6 +361,23 @@ READ: dict[str, tuple[object, bool, list[Turn]]] = {  # entry, whether the model
         {"messages": [turn("user", {**IMAGE, "image": "a.png"}, text("<image>Hi"))], "images": ["b.png"]},
         False,
         [Turn("user", (A, ImageRef(Path("b.png")), "Hi"))],
+    ),
+    "no response": ({"instruction": "Hi", "output": ""}, False, [Turn("user", ("Hi",))]),
+    "frames": ({"query": "Hi", "videos": ["a.png", "b.png"]}, False, [Turn("user", (FRAMES, "Hi"))]),
+    "frames of a part": (
+        [{"role": "user", "content": [{"type": "video", "video": ["a.png", "b.png"]}, text("Hi")]}],
+        False,
+        [Turn("user", (FRAMES, "Hi"))],
+    ),
+    "videos": (
+        {"video": ["a.mp4", ["a.png", "b.png"]], "prompt": "Hi"},
+        False,
+        [Turn("user", (VideoRef(Path("a.mp4")), FRAMES, "Hi"))],
+    ),
+    "percent": (
+        {"image": "data:image/png;base64,%2B%2Fx%3D", "prompt": "Hi"},
+        False,
+        [Turn("user", (ImageRef(b"\xfb\xfc"), "Hi"))],
     ),
     "nulls": (
         {"messages": None, "query": None, "images": None, "image": "a.png", "prompt": "Hi", "response": None},
@@ -423,6 +454,14 @@ def test_turns_without_a_template(tmp_path: Path, folder: Path) -> None:
     entry = {"query": "More?", "history": [["<image>Hi", "Ho"]], "system": "Be brief.", "images": ["a.png"]}
     (sample,) = read(model, folder / "x.jsonl", entry).samples
     assert sample["input_ids"].tolist() == [expected]
+
+
+def test_a_name_with_percent_signs(tmp_path: Path) -> None:
+    """Catches a file:// URL that is decoded although the file is called by the name as it is written."""
+    written, decoded = write_image(tmp_path / "a%20b.png"), tmp_path / "a b.png"
+    assert image_ref(f"file://{written}", tmp_path) == ImageRef(written)
+    write_image(decoded)
+    assert image_ref(f"file://{written}", tmp_path) == ImageRef(decoded)
 
 
 def test_default_prompt(folder: Path) -> None:

@@ -10,14 +10,13 @@ from vlqc.errors import Fault, UserError, first_faults
 from vlqc.files import parse_json
 from vlqc.formatting import enumerate_first, excerpt, pluralize
 from vlqc.frontend.calibration.conversation import Conversation, ImageRef
-from vlqc.frontend.calibration.formats import EXAMPLE, TEXT_EXAMPLE, read_entry
+from vlqc.frontend.calibration.formats import EXAMPLE, MESSAGE_KEYS, TEXT_EXAMPLE, read_entry
 from vlqc.frontend.calibration.images import is_video
 from vlqc.frontend.calibration.media import EntryError
 
 DATA_SUFFIXES = (".jsonl", ".json")
 NO_VIDEOS = "extract frames, and pass those as images"
 AS_TEXT = "save it as UTF-8, one JSON object per line, or a list of them as .json"
-MESSAGE_KEYS = ("role", "from", "human")  # one of them makes an object a message rather than an entry
 FILE_KEYS = ("file_name", "dataset_path")  # of a data set in dataset_info.json of LLaMA-Factory, of ms-swift
 DATASET_KEYS = (*FILE_KEYS, "hf_hub_url", "ms_hub_url", "script_url", "ms_dataset_id", "hf_dataset_id")
 

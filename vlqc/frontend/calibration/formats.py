@@ -25,6 +25,7 @@ VIDEO_PROMPT = "Please describe this video in detail."
 EXAMPLE = '{"image": "cat.jpg", "prompt": "What is this?"}'
 TEXT_EXAMPLE = '{"prompt": "What is this?"}'
 LINE_KEYS = ("image", "video", "prompt", "response")
+LISTED_FRAME_KEYS = ("sample_fps", "raw_fps")  # settings of frames; a video file has its own rate
 FRAMES_KEY = "frames"  # a list of frames, as the value of "video" may be, too
 IMAGE_TAG, VIDEO_TAG = "<image>", "<video>"
 NAMED_IMAGE = re.compile(r"<img>([^<>]*)</img>")
@@ -38,6 +39,7 @@ ROLES: Mapping[str, Role] = {
     "bot": "assistant",
     "model": "assistant",
 }
+MESSAGE_KEYS = ("role", "from", "human")  # one of them makes an object a message rather than an entry
 ROLE_KEYS, TEXT_KEYS = ("role", "from"), ("content", "value")  # of messages; of ShareGPT
 PART_KINDS = {  # type of a part of a message, or its key -> what it is
     "text": "text",
@@ -108,9 +110,12 @@ class LineFormat(EntryFormat):
         for key in ("prompt", "response"):
             _text(entry.get(key, ""), key)
         images = image_refs(entry.get("image"), folder, entry)
-        videos = [video for key in ("video", FRAMES_KEY) for video in self._videos(entry.get(key), folder, entry)]
-        if not (images or videos or entry.get("prompt")):
+        videos = video_refs(entry.get("video"), folder, entry)
+        if entry.get(FRAMES_KEY) not in EMPTY:
+            videos.append(video_ref(entry[FRAMES_KEY], folder, entry, FRAMES_KEY))
+        if not (images or videos or entry.get("prompt", "").strip()):
             raise EntryError("'prompt' is not given, and there is neither an image nor a video")
+        self._check_settings(entry, images, videos)
         prompt = VIDEO_PROMPT if videos and not images else PROMPT
         turns = [Turn("user", (entry.get("prompt", prompt),))]
         if entry.get("response") is not None:
@@ -118,11 +123,18 @@ class LineFormat(EntryFormat):
         return _place_media(turns, images, videos, tags_are_text=True)
 
     @staticmethod
-    def _videos(value: Any, folder: Path, entry: Mapping[str, Any]) -> list[VideoRef]:
-        """One video; of a list the frames, or several video files."""
-        is_list = isinstance(value, list) and bool(value)
-        several = is_list and all(isinstance(each, str) and is_video(Path(each)) for each in value)
-        return video_refs(value if several else [value] if value is not None else None, folder, entry)
+    def _check_settings(entry: Mapping[str, Any], images: Sequence[ImageRef], videos: Sequence[VideoRef]) -> None:
+        """EntryError for a setting that nothing in the entry has."""
+        files = [video for video in videos if isinstance(video.source, Path) and is_video(video.source)]
+        used = {
+            **dict.fromkeys(PIXEL_KEYS, bool(images or videos)),
+            **dict.fromkeys(FRAME_KEYS, bool(videos)),
+            **dict.fromkeys(LISTED_FRAME_KEYS, len(files) < len(videos)),
+        }
+        if unused := [key for key, applies in used.items() if key in entry and not applies]:
+            of_frames = videos and not set(unused) - set(LISTED_FRAME_KEYS)
+            kind = "list or folder of frames" if of_frames else "video" if set(unused) <= set(FRAME_KEYS) else "image"
+            raise EntryError(f"{enumerate_first(unused)} {'has' if len(unused) == 1 else 'have'} no {kind} to apply to")
 
 
 @dataclass(frozen=True)
@@ -190,6 +202,8 @@ def read_entry(value: Any, folder: Path, where: str, text_only: str | None) -> t
     text_only: title of a model that takes no images; None for others. Raises EntryError.
     """
     if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
+        if not any(key in value[0] for key in MESSAGE_KEYS):
+            raise EntryError(f"a list of {pluralize(len(value), 'object')} that are no turns; an entry is one object")
         value = {"messages": value}
     elif isinstance(value, str):
         value = {"text": value}
@@ -201,18 +215,36 @@ def read_entry(value: Any, folder: Path, where: str, text_only: str | None) -> t
         if value.get(key) and form is not LINES:
             raise EntryError(f"{key!r} is given: {why}")
     try:
-        conversation = Conversation(tuple(form.read(value, folder, text_only is not None)), where)
+        conversation = Conversation(_without_empty_response(form.read(value, folder, text_only is not None)), where)
     except EntryError as error:
         keys = LINE_KEYS if text_only is None else LINE_KEYS[2:]
         fix = error.fix or (f"a line has the keys {', '.join(keys)}" if form is LINES else "")
         raise EntryError(error.what, fix) from error
     if all(turn.role == "system" for turn in conversation.turns):
         raise EntryError("there is neither a user turn nor an assistant turn")
+    if _asks_nothing(conversation.turns):
+        raise EntryError("the user asks nothing: there is neither text, nor an image, nor a video")
     if value.get("objects") and any(tag in turn.text for tag in OBJECT_TAGS for turn in conversation.turns):
         raise EntryError(f"{' and '.join(OBJECT_TAGS)} are not read", "write the boxes as the model writes them")
     if (conversation.images or conversation.videos) and text_only is not None:
-        raise EntryError(f"an image is given, but {text_only} has no vision tower")
+        kind = "an image" if conversation.images else "a video"
+        raise EntryError(f"{kind} is given, but {text_only} has no vision tower")
     return form, conversation
+
+
+def _is_empty(turn: Turn) -> bool:
+    return not any(part.strip() if isinstance(part, str) else True for part in turn.parts)
+
+
+def _without_empty_response(turns: list[Turn]) -> tuple[Turn, ...]:
+    """Without an empty turn of the assistant at the end: data sets for evaluation have one in place of none."""
+    return tuple(turns[:-1] if turns[-1].role == "assistant" and _is_empty(turns[-1]) else turns)
+
+
+def _asks_nothing(turns: Sequence[Turn]) -> bool:
+    """Whether the last turn is an empty one of the user, or all of the user's turns are empty."""
+    empty = [_is_empty(turn) for turn in turns if turn.role == "user"]
+    return bool(empty) and (all(empty) or (empty[-1] and turns[-1].role == "user"))
 
 
 def _format_of(entry: Mapping[str, Any]) -> EntryFormat:
@@ -259,7 +291,7 @@ def _read_part(part: Any, folder: Path) -> Sequence[Part]:
     source = next((part[key] for key in PART_SOURCES if part.get(key) is not None), None)
     if source is None:
         return [_Place(IMAGE_TAG if kind == "image" else VIDEO_TAG)]
-    return [image_ref(source, folder, part) if kind == "image" else video_ref(source, folder, part)]
+    return [image_ref(source, folder, part)] if kind == "image" else video_refs(source, folder, part)
 
 
 def _read_text(text: str, folder: Path) -> list[Part]:

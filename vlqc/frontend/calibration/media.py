@@ -3,6 +3,7 @@ qwen_vl_utils."""
 
 import base64
 import binascii
+import os
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -11,8 +12,11 @@ from urllib.parse import unquote
 
 from vlqc.formatting import excerpt
 from vlqc.frontend.calibration.conversation import FrameSettings, ImageRef, PixelSettings, VideoRef
+from vlqc.frontend.calibration.images import is_image, is_video
 
-LONGEST_PATH = 4096  # bytes, of Linux
+LONGEST_PATH, LONGEST_NAME = 4096, 255  # bytes, of Linux
+SHORTEST_DATA = 100  # characters of an image in base64
+BASE64_BEGINNINGS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")  # of JPEG, PNG, GIF and WebP
 LARGEST_DATA = 64 * 2**20  # bytes of one base64 image
 SOURCE_KEYS = ("url", "path", "image", "video")  # of an object that stands for a file
 PIXEL_KEYS = tuple(field.name for field in fields(PixelSettings))
@@ -44,14 +48,14 @@ class EntryError(Exception):
         super().__init__(what)
 
 
-def image_ref(value: Any, folder: Path, settings: Mapping[str, Any] | None = None) -> ImageRef:
+def image_ref(value: Any, folder: Path, settings: Mapping[str, Any] | None = None, key: str = "image") -> ImageRef:
     """An image: a path relative to `folder`, a URL, a data URI, or an object with one of them.
 
-    settings: may hold those of PixelSettings, beside other keys. Raises EntryError.
+    settings: may hold those of PixelSettings, beside other keys; key: names the value in messages. Raises EntryError.
     """
     if isinstance(value, dict) and isinstance(value.get("bytes"), str):  # as datasets are saved
-        return ImageRef(_decode(value["bytes"]), _pixel_settings(settings))
-    return ImageRef(_locate(_source_of(value, "image"), folder, "image"), _pixel_settings(settings))
+        return ImageRef(_decode(value["bytes"], key), _pixel_settings(settings))
+    return ImageRef(_locate(_source_of(value, key), folder, key), _pixel_settings(settings))
 
 
 def image_refs(value: Any, folder: Path, settings: Mapping[str, Any] | None = None) -> list[ImageRef]:
@@ -60,30 +64,49 @@ def image_refs(value: Any, folder: Path, settings: Mapping[str, Any] | None = No
     return [image_ref(each, folder, settings) for each in values]
 
 
-def video_ref(value: Any, folder: Path, settings: Mapping[str, Any] | None = None) -> VideoRef:
+def video_ref(value: Any, folder: Path, settings: Mapping[str, Any] | None = None, key: str = "video") -> VideoRef:
     """A video: as `image_ref`, or a list of frames. settings: may hold those of PixelSettings and FrameSettings."""
     pixels, frames = _pixel_settings(settings), _frame_settings(settings)
     if isinstance(value, list):
-        return VideoRef(tuple(image_refs(value, folder)), pixels, frames)
-    source = _locate(_source_of(value, "video"), folder, "video")
+        return VideoRef(tuple(image_ref(frame, folder, key=key) for frame in value), pixels, frames)
+    source = _locate(_source_of(value, key), folder, key)
     if isinstance(source, bytes):
-        raise EntryError("'video' is base64 data; videos are read from files only")
+        raise EntryError(f"{key!r} is base64 data; videos are read from files only")
     return VideoRef(source, pixels, frames)
 
 
 def video_refs(value: Any, folder: Path, settings: Mapping[str, Any] | None = None) -> list[VideoRef]:
-    """The videos of a list; every item may be a list of frames. Nothing for None, or for an empty text."""
-    values = [] if value in (None, "") else value if isinstance(value, list) else [value]
-    return [video_ref(each, folder, settings) for each in values]
+    """The videos of a value. A list of images is one video of these frames; items of other lists are videos: files,
+    folders, or lists of frames. Nothing for None, an empty text or an empty list."""
+    if value in (None, "", []):
+        return []
+    if not isinstance(value, list):
+        return [video_ref(value, folder, settings)]
+    frames = sum(map(_is_frame, value))
+    if frames and any(isinstance(each, list) or is_video(Path(_name(each))) for each in value):
+        raise EntryError("'video' lists both images and videos", "list the frames of one video, or videos")
+    return [video_ref(each, folder, settings) for each in ([value] if frames else value)]
+
+
+def _is_frame(value: Any) -> bool:
+    """Whether an item of a list is an image, by its name or as data."""
+    is_data = isinstance(value, dict) and isinstance(value.get("bytes"), str)
+    return is_data or _name(value)[:5].lower() == "data:" or is_image(Path(_name(value)))
+
+
+def _name(value: Any) -> str:
+    """The path or URL of an item of a list; empty if it has none."""
+    if isinstance(value, dict):
+        value = next((value[key] for key in SOURCE_KEYS if value.get(key) is not None), None)
+    return value if isinstance(value, str) else ""
 
 
 def _source_of(value: Any, kind: str) -> str:
     """The path or URL of a value: itself, or that of an object such as {"url": ...}."""
-    if isinstance(value, dict):
-        value = next((value[key] for key in SOURCE_KEYS if value.get(key) is not None), None)
-    if not isinstance(value, str) or not value.strip() or "\0" in value:
+    name = _name(value)
+    if not name.strip() or "\0" in name:
         raise EntryError(f"{kind!r} is neither a path nor a list of paths")
-    return value
+    return name
 
 
 def _locate(source: str, folder: Path, kind: str) -> Path | bytes:
@@ -92,29 +115,40 @@ def _locate(source: str, folder: Path, kind: str) -> Path | bytes:
         media_type, comma, data = source[5:].partition(",")
         if not comma or not media_type.lower().endswith(";base64"):
             raise EntryError(f"{kind!r} is a data URI without base64 data")
-        return _decode(data)
+        return _decode(unquote(data), kind)
     if source[:5].lower() == "file:":
         # As qwen_vl_utils does, file://a/b.jpg is read as the relative path a/b.jpg.
         local = source[5:].removeprefix("//")
-        source = unquote(local.removeprefix("localhost") if local.startswith("localhost/") else local)
+        local = local.removeprefix("localhost") if local.startswith("localhost/") else local
+        # Many write names with % as they are: the decoded name counts, unless only the other one is there.
+        is_literal = not os.path.exists(folder / unquote(local)) and os.path.exists(folder / local)
+        source = local if is_literal else unquote(local)
     elif "://" in source[:32]:
-        raise EntryError(f"{kind!r} is a URL; {kind}s are read from files only", f"download the {kind} first")
-    if not source.strip() or "\0" in source or len(source.encode()) > LONGEST_PATH:
-        fix = "base64 data begin with data:image/png;base64," if len(source) > LONGEST_PATH else ""
+        media = "videos" if kind == "video" else "images"
+        raise EntryError(f"{kind!r} is a URL; {media} are read from files only", f"download the {media} first")
+    is_data = _is_too_long(source) or (len(source) > SHORTEST_DATA and source.startswith(BASE64_BEGINNINGS))
+    if not source.strip() or "\0" in source or is_data:
+        fix = "base64 data begin with data:image/png;base64," if is_data else ""
         raise EntryError(f"{kind!r} is neither a path nor a data URI: {excerpt(source)}", fix)
     return folder / source
 
 
-def _decode(data: str) -> bytes:
+def _is_too_long(path: str) -> bool:
+    """Whether no file can have this path."""
+    encoded = path.encode(errors="surrogatepass")
+    return len(encoded) > LONGEST_PATH or any(len(name) > LONGEST_NAME for name in encoded.split(b"/"))
+
+
+def _decode(data: str, kind: str) -> bytes:
     if len(data) > LARGEST_DATA * 4 // 3:
-        raise EntryError(f"'image' has {len(data):,} characters of base64 data, at most {LARGEST_DATA * 4 // 3:,}")
+        raise EntryError(f"{kind!r} has {len(data):,} characters of base64 data, at most {LARGEST_DATA * 4 // 3:,}")
     compact = "".join(data.split())
     try:
         decoded = base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
     except (binascii.Error, ValueError):
-        raise EntryError(f"'image' is not valid base64 data ({len(data):,} characters)") from None
+        raise EntryError(f"{kind!r} is not valid base64 data ({len(data):,} characters)") from None
     if not decoded:
-        raise EntryError("'image' is a data URI without data")
+        raise EntryError(f"{kind!r} is a data URI without data")
     return decoded
 
 

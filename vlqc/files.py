@@ -17,6 +17,8 @@ from vlqc.formatting import escape_control_chars, excerpt
 LARGEST_FILE = 64 * 2**20  # bytes; the index of the largest published checkpoint has less than 1 MiB
 REPAIR = "copy the file from its origin again"
 FOLLOW_LINKS = "--follow_links"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
+LONGEST_LFS_POINTER = 1024  # bytes; the limit of the format
 
 _trusted_folders: set[Path] = set()
 
@@ -129,3 +131,11 @@ def sha256_of(path: Path) -> str:
     """SHA-256 of a file, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is the text that Git LFS keeps in place of a large file."""
+    if path.stat().st_size > LONGEST_LFS_POINTER:
+        return False
+    with path.open("rb") as file:
+        return file.read(len(LFS_POINTER)) == LFS_POINTER

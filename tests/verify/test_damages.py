@@ -220,6 +220,10 @@ FILES: dict[str, tuple[Callable[[Path], Any], str, bool]] = {
     ),
     "patches": (edited("preprocessor_config.json", patch_size=16), "preprocessor_config.json", True),
     "the end of generation": (edited("generation_config.json", eos_token_id=99), "generation_config.json", True),
+    "an id that is a list": (edited("generation_config.json", pad_token_id=[[1]]), "generation_config.json", True),
+    "an id that is an object": (edited("generation_config.json", pad_token_id={}), "generation_config.json", True),
+    "brackets": (lambda f: (f / "chat_template.jinja").write_text("{{ " + "(" * 5000), "chat_template.jinja", True),
+    "conditions": (edited("chat_template.json", chat_template="{% if a %}" * 3000), "chat_template.json", True),
     "temperature": (edited("generation_config.json", temperature=2.0), "generation_config.json", False),
     "an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "adapter_config.json", True),
     "a quantization of ModelOpt": (

@@ -53,6 +53,8 @@ def product(tensors: dict[str, Tensor], path: str) -> np.ndarray:
         ({"use_rslora": True}, 6 / 2**0.5),
         ({"alpha_pattern": {"q_proj": 10}}, 5.0),
         ({"alpha_pattern": {"^model.layers.0.self_attn.q_proj": 1, "k_proj": 8}}, 0.5),
+        ({"alpha_pattern": {r"^model\.layers\.\d+\.(?:mlp|self_attn)\.[qk]_proj$": 10}}, 5.0),
+        ({"alpha_pattern": {"attn.q_proj|layers.1": 1, r".*\.q(_proj)?": 10}}, 5.0),
         ({"r": 16, "rank_pattern": {"layers.0.self_attn.q_proj": 2, "q": 9}}, 3.0),
         ({"fan_in_fan_out": True, "init_lora_weights": "gaussian", "lora_dropout": 0.1}, 3.0),
     ],
@@ -168,6 +170,9 @@ def test_an_expert_in_a_tensor_of_all_experts(tmp_path: Path, transposed: bool) 
         ({"r": 4}, "rank 2, adapter_config.json says 4"),
         ({"lora_alpha": "8"}, "lora_alpha"),
         ({"alpha_pattern": {"(": 8}}, "invalid pattern"),
+        ({"rank_pattern": {r"((\w|\.)+)+!": 4}}, "invalid pattern"),
+        ({"rank_pattern": {r"((\w|\.)+)+": 4}}, "something is repeated"),
+        ({"r": "8"}, "must be a positive number"),
     ],
 )
 def test_a_configuration_that_cannot_be_merged(tmp_path: Path, config: dict[str, Any], words: str) -> None:
@@ -186,6 +191,15 @@ def test_a_configuration_that_cannot_be_merged(tmp_path: Path, config: dict[str,
         (lambda tensors: tensors.update({f"{GATE}.weight": random(7, 4)}), "it holds [7, 4], the checkpoint [5, 4]"),
         (lambda tensors: tensors.update({f"{Q}.lora_C.weight": random(2, 2)}), "is not known"),
         (lambda tensors: tensors.update({f"{Q}.lora_A.weight": torch.ones(2, 4, dtype=torch.int8)}), "dtype I8"),
+        (
+            lambda tensors: tensors.update({f"{Q}.lora_A.one.weight": random(2, 4)}),
+            f"{Q}.lora_A.one.weight' and 'base_model.model.{Q}.lora_A.weight' are for the same tensor",
+        ),
+        (lambda tensors: tensors.update({f"base_model.model.{Q}.lora_B.weight": random(6, 2)}), "the same tensor"),
+        (
+            lambda tensors: tensors.update({f"{HEAD}.modules_to_save.{each}.weight": random(9, 4) for each in "ab"}),
+            "the same tensor",
+        ),
         (
             lambda tensors: tensors.update(low_rank(GATE, 5, 4) | {f"{GATE}.lora_B.bias": random(5)}),
             f"lora_bias of {GATE} cannot be merged",

@@ -9,7 +9,7 @@ from torch import Tensor
 from tests.support.checkpoints import NEW_NAMES, TENSORS, fault_of, write
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 
-PREFIXES = ["base_model.model.", "module.", "_orig_mod.", "module._orig_mod.", "policy.actor.", "thinker."]
+PREFIXES = ["base_model.model.", "module.", "_orig_mod.", "module._orig_mod.", "policy.actor.", "thinker.", "model."]
 
 
 def renamed(prefix: str, names: str = "old") -> dict[str, Tensor]:

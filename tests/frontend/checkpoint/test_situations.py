@@ -12,12 +12,11 @@ import vlqc
 from tests.support.checkpoints import TENSORS, fault_of, write
 from vlqc import files
 from vlqc.errors import Fault, UserError
-from vlqc.files import read_json_object, trust_links
+from vlqc.files import LFS_POINTER, read_json_object, trust_links
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
-from vlqc.frontend.checkpoint.situations import POINTER
 from vlqc.options.options import Options
 
-POINTER_TEXT = POINTER + b"\noid sha256:4d7a2146\nsize 16381516032\n"
+POINTER_TEXT = LFS_POINTER + b"\noid sha256:4d7a2146\nsize 16381516032\n"
 
 
 def one_fault(folder: Path) -> Fault:

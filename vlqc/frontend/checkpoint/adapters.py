@@ -17,9 +17,10 @@ from typing import Any
 
 from vlqc.errors import Fault, UserError
 from vlqc.families.family import ModelFamily
-from vlqc.files import read_json_object, sha256_of
-from vlqc.formatting import pluralize
+from vlqc.files import is_lfs_pointer, read_json_object, sha256_of
+from vlqc.formatting import enumerate_first, excerpt, pluralize
 from vlqc.frontend.checkpoint.header import TensorEntry, read_header
+from vlqc.frontend.checkpoint.layer_patterns import LayerPattern
 from vlqc.frontend.checkpoint.names import find_prefix, without_wrappers
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -39,7 +40,6 @@ UNSUPPORTED = {
     "megatron_config": "Megatron's parallel layers",
     "arrow_config": "routing between adapters (Arrow)",
 }  # fmt: skip
-POINTER = b"version https://git-lfs.github.com/spec/v1"
 SHOWN = 5  # names in a message
 
 LOW_RANK = re.compile(r"(?P<path>.+)\.lora_(?P<factor>[AB])(?:\.(?!weight$|bias$)[^.]+)?\.(?P<kind>weight|bias)")
@@ -134,7 +134,7 @@ def read_adapter(folder: Path) -> Adapter:
     except (OSError, ValueError) as error:
         header, errors = None, [str(error)]
     if header is None or errors:
-        fix = "run `git lfs pull` in the folder" if _is_pointer(folder / WEIGHTS) else "copy the file again"
+        fix = "run `git lfs pull` in the folder" if is_lfs_pointer(folder / WEIGHTS) else "copy the file again"
         raise UserError(Fault("the adapter cannot be read", str(folder / WEIGHTS), "; ".join(errors[:SHOWN]), fix))
     updates, faults = _updates(folder, header.tensors, config)
     if not faults and not updates:
@@ -161,12 +161,6 @@ def _without_config(folder: Path) -> Fault:
     return Fault(f"the folder has no {CONFIG}", str(folder), "it is not an adapter of PEFT", fix)
 
 
-def _is_pointer(path: Path) -> bool:
-    """Whether a file is the text that Git LFS keeps in place of a large file."""
-    with path.open("rb") as file:
-        return file.read(len(POINTER)) == POINTER
-
-
 def is_adapter(folder: Path) -> bool:
     """Whether a folder has the configuration of an adapter."""
     return (folder / CONFIG).is_file()
@@ -189,7 +183,8 @@ def _config_faults(config: Mapping[str, Any], where: str) -> Iterator[Fault]:
     """What in the configuration of an adapter cannot be merged."""
     kind = str(config.get("peft_type", "none")).rpartition(".")[2]
     if kind.upper() != "LORA":
-        yield Fault(f"adapters of type {kind} cannot be merged", where, "only LoRA and DoRA are supported", MERGE)
+        what = f"adapters of type {enumerate_first([kind])} cannot be merged"
+        yield Fault(what, where, "only LoRA and DoRA are supported", MERGE)
         return
     for key, what in UNSUPPORTED.items():
         if config.get(key):
@@ -201,32 +196,34 @@ def _config_faults(config: Mapping[str, Any], where: str) -> Iterator[Fault]:
     if init not in PLAIN_INITS:
         why = "it changes the weights of the float model when training begins, which the adapter does not hold"
         fix = "convert it to a plain LoRA with PEFT (path_initial_model_for_weight_conversion), or merge it with PEFT"
-        yield Fault(f"the adapter was initialized with {init}", where, why, fix)
+        yield Fault(f"the adapter was initialized with {enumerate_first([str(init)])}", where, why, fix)
     numbers = {"r": config.get("r", 8), "lora_alpha": config.get("lora_alpha", 8)}
     for pattern in ("rank_pattern", "alpha_pattern"):
         entries = config.get(pattern) or {}
         if not isinstance(entries, Mapping):
             yield Fault(f"{pattern} is not an object", where, fix="save the adapter again")
             continue
-        numbers |= {f"{pattern}[{key!r}]": value for key, value in entries.items()}
+        numbers |= {f"{pattern}[{excerpt(key)}]": value for key, value in entries.items()}
         for key in entries:
             try:
                 _pattern(key)
-            except re.error as error:
-                yield Fault(f"{pattern} has the invalid pattern {key!r}", where, str(error), "save the adapter again")
+            except ValueError as error:
+                what = f"{pattern} has the invalid pattern {excerpt(key)}"
+                yield Fault(what, where, str(error), "save the adapter again with names of layers")
     for key, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            yield Fault(f"{key} of the adapter is {value!r}", where, "it must be positive", "save the adapter again")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            what, why = f"{key} of the adapter is {excerpt(value)}", "it must be a positive number"
+            yield Fault(what, where, why, "save the adapter again")
 
 
 def _pattern_value(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
     """The value of the first key that matches a module's path, as PEFT matches it."""
-    return next((value for key, value in patterns.items() if _pattern(key).match(path)), default)
+    return next((value for key, value in patterns.items() if _pattern(key).matches_end(path)), default)
 
 
 @functools.cache
-def _pattern(key: str) -> re.Pattern[str]:
-    return re.compile(rf"(.*\.)?({key})$")
+def _pattern(key: str) -> LayerPattern:
+    return LayerPattern(key)
 
 
 def _scaling(config: Mapping[str, Any], path: str, rank: int) -> float:
@@ -257,21 +254,28 @@ def _updates(
         return {}, [Fault(what, str(file), why, fix)]
     layers: dict[str, dict[str, AdapterTensor]] = {}  # path of a module -> part -> tensor
     values: dict[str, AdapterTensor] = {}
+
+    def add(table: dict[str, AdapterTensor], key: str, tensor: AdapterTensor) -> None:
+        if (other := table.setdefault(key, tensor)) is not tensor:
+            what = f"{excerpt(other.name, 120)} and {excerpt(tensor.name, 120)} are for the same tensor"
+            fix = "save the adapter again, without any other one"
+            faults.append(Fault(what, str(file), "only one of them can count", fix))
+
     for stored, entry in tensors.items():
         tensor = AdapterTensor(stored, file, entry.dtype, entry.shape, entry.begin, entry.end)
         name = without_wrappers(_without_prefix(stored))
         if entry.dtype not in DTYPES:
             faults.append(Fault(f"{stored} has dtype {entry.dtype}", str(file), "it must be a float dtype", MERGE))
         elif match := LOW_RANK.fullmatch(name):
-            layers.setdefault(match["path"], {})[f"{match['factor']}.{match['kind']}"] = tensor
+            add(layers.setdefault(match["path"], {}), f"{match['factor']}.{match['kind']}", tensor)
         elif match := EMBEDDING.fullmatch(name):
-            layers.setdefault(match["path"], {})[f"embedding {match['factor']}"] = tensor
+            add(layers.setdefault(match["path"], {}), f"embedding {match['factor']}", tensor)
         elif match := MAGNITUDE.fullmatch(name):
-            layers.setdefault(match["path"], {})["magnitude"] = tensor
+            add(layers.setdefault(match["path"], {}), "magnitude", tensor)
         elif any(part.startswith("lora_") for part in name.split(".")):
             faults.append(Fault(f"{stored} is not known", str(file), "it is no part of a LoRA layer", MERGE))
         else:
-            values[SAVED.sub("", name)] = tensor
+            add(values, SAVED.sub("", name), tensor)
     updates = {name: Update(value=value) for name, value in values.items()}
     for path, parts in layers.items():
         try:

@@ -246,7 +246,10 @@ class Checkpoint:
         return first_faults(faults, STORED_TWICE)
 
     def _twice(self, name: str, file: str) -> Fault:
-        where = f"{self._stored[name].file} and {file}"
+        if (other := self._stored[name].file) == file:
+            fix = "save the checkpoint again with one name for each tensor"
+            return Fault(f"tensor {name} is stored twice, under two names", file, fix=fix)
+        where = f"{other} and {file}"
         return Fault(f"tensor {name} is stored twice", where, fix="remove the stale weight file")
 
     @property

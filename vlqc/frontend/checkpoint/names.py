@@ -81,7 +81,9 @@ def find_prefix(names: Iterable[str], family: ModelFamily | None, where: str) ->
     if not found:
         return "", [] if plain else _lacking(names, family, where)
     common = set.intersection(*map(set, found.values()))
-    if not common or plain:
+    if plain:  # such as model.visual of a newer version of transformers, among names that all begin with model.
+        common = {prefix for prefix in common if _is_in_front_of_all(prefix, names, family)}
+    if not common:
         return "", [_ambiguous(Counter(prefixes[0] for prefixes in found.values()), len(plain), where)]
     prefix = min(common, key=len)
     if others := [name for name in names if not name.startswith(prefix)]:
@@ -90,6 +92,14 @@ def find_prefix(names: Iterable[str], family: ModelFamily | None, where: str) ->
         fix = "save the model again, from inside its training wrapper"
         return "", [Fault(what, where, f"{len(others)} do not: {shown}", fix)]
     return prefix, []
+
+
+def _is_in_front_of_all(prefix: str, names: Sequence[str], family: ModelFamily) -> bool:
+    """Whether all names begin with a prefix, and those of blocks are still names of blocks without it."""
+    return all(
+        name.startswith(prefix) and (not _block(name, family) or _block(name.removeprefix(prefix), family))
+        for name in names
+    )
 
 
 def _block(name: str, family: ModelFamily) -> str | None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 from vlqc.errors import Fault
+from vlqc.files import is_lfs_pointer
 from vlqc.formatting import pluralize
 from vlqc.frontend.checkpoint.adapters import FLAG as ADAPTER_FLAG
 from vlqc.frontend.checkpoint.adapters import is_adapter
@@ -13,9 +14,7 @@ from vlqc.frontend.checkpoint.adapters import is_adapter
 CONFIG = "config.json"
 SNAPSHOTS, BLOBS = "snapshots", "blobs"  # models--NAME/snapshots/REVISION/FILE -> ../../blobs/DIGEST
 REPOSITORY = "models--"
-POINTER = b"version https://git-lfs.github.com/spec/v1"
 POINTER_SUFFIXES = (".json", ".jinja", ".model", ".safetensors", ".tiktoken", ".txt")  # of files that are read
-LONGEST_POINTER = 1024  # bytes; the format's limit
 SHOWN = 3  # names in a message
 LARGEST_LISTING = 10_000  # entries of a folder that are looked at
 CONVERT = "convert the checkpoint to safetensors first"
@@ -61,7 +60,7 @@ def pointer_faults(folder: Path) -> list[Fault]:
     pointers = [
         path.name
         for path in sorted(folder.iterdir())
-        if path.name.endswith(POINTER_SUFFIXES) and path.is_file() and _is_pointer(path)
+        if path.name.endswith(POINTER_SUFFIXES) and path.is_file() and is_lfs_pointer(path)
     ]
     if not pointers:
         return []
@@ -114,13 +113,6 @@ def _folders(folder: Path) -> list[Path]:
 
 def _has_config(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
-
-
-def _is_pointer(path: Path) -> bool:
-    if path.stat().st_size > LONGEST_POINTER:
-        return False
-    with path.open("rb") as file:
-        return file.read(len(POINTER)) == POINTER
 
 
 # ---- folders above a checkpoint --------------------------------------------------------------------------------------

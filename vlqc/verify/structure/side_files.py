@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, TemplateSyntaxError
 
-from vlqc.formatting import pluralize
+from vlqc.formatting import enumerate_first, excerpt, pluralize
 from vlqc.verify.findings import VerificationResult, format_list
 from vlqc.verify.folder.reader import read_json, read_json_object
 from vlqc.verify.structure.structure import CompiledFolder
@@ -87,9 +87,9 @@ def _check_ids(folder: CompiledFolder, tokens: Mapping[str, int], result: Verifi
     generation, _ = read_json_object(folder.files.path / GENERATION)
     for file, content in ((CONFIG, family.config_meaning(config)), (GENERATION, generation or {})):
         for key in TOKEN_IDS:
-            unknown = [number for number in _ids(content.get(key)) if number not in known]
+            unknown = [number for number in _ids(content.get(key)) if type(number) is not int or number not in known]
             if unknown:
-                what = f"{key} is {unknown[0]!r}, which the tokenizer does not have"
+                what = f"{key} is {excerpt(unknown[0])}, which the tokenizer does not have"
                 why = "generation would not start, stop or pad as the model does"
                 result.add_fault(CHECK, file, what, why, "restore the float checkpoint's value")
 
@@ -117,9 +117,15 @@ def _check_template(folder: CompiledFolder, result: VerificationResult) -> None:
         try:
             Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)  # nothing of it runs
         except TemplateSyntaxError as error:
-            if UNKNOWN_TAG not in str(error.message):
-                what = f"the chat template cannot be parsed: {error.message}"
-                result.add_fault(CHECK, name, what, "engines build prompts with it", RESTORE)
+            if UNKNOWN_TAG in str(error.message):
+                continue
+            why = str(error.message)
+        except (RecursionError, ValueError, OverflowError) as error:  # nested too deeply, or a number of many digits
+            why = str(error)
+        else:
+            continue
+        what = f"the chat template cannot be parsed: {enumerate_first([why])}"
+        result.add_fault(CHECK, name, what, "engines build prompts with it", RESTORE)
     if not templates and folder.family.image_format is not None:
         what = "the folder has no chat template"
         result.add_warning(CHECK, TEMPLATE_TEXT, what, "engines need one for messages with images", RESTORE)

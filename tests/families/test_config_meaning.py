@@ -83,6 +83,8 @@ def test_all_forms_mean_the_same(name: str) -> None:
         ("tie_word_embeddings", nested(tie_word_embeddings=True)),
         ("vision_config.window_size", CONFIG | {"vision_config": {**CONFIG["vision_config"], "window_size": 56}}),
         ("layer_types", CONFIG | {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+        ("layer_types", CONFIG | {"layer_types": ["full_attention"]}),
+        ("layer_types", nested(layer_types=["full_attention", "chunked_attention"])),
         ("rope_parameters.rope_theta", CONFIG | {"rope_parameters": {"rope_theta": 1e6, "mrope_section": [2, 3, 3]}}),
         ("auto_map.AutoModel", CONFIG | {"auto_map": {"AutoModel": "code.Model"}}),
     ],

@@ -94,6 +94,7 @@ def test_the_result_is_read_as_the_source(family: str) -> None:
             assert result[key] == result["text_config"][key] or key.endswith("_token_id"), key
 
 
+KINDS = {"f": "full", "s": "sliding"}
 TIES = [(top, inner) for top in (None, True, False) for inner in (None, True, False)]
 
 
@@ -150,3 +151,21 @@ def test_null_is_a_missing_key(family: str, key: str) -> None:
 def test_null_of_value_heads_is_the_number_of_heads() -> None:
     """Catches the class's default for a missing key, which is another number."""
     assert without_nulls({"num_attention_heads": 28, "num_key_value_heads": None}, ())["num_key_value_heads"] == 28
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(
+    ("types", "more", "is_fault"),
+    [
+        ("ff", {}, False),
+        ("fs", {}, True),
+        ("f", {}, True),
+        ("fs", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, False),
+        ("sf", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, True),
+    ],
+)
+def test_layer_types_that_do_not_follow(types: str, more: dict[str, Any], is_fault: bool, nested: bool) -> None:
+    """Catches layers with another attention than the float model's, because a key of newer versions is dropped."""
+    text = {"num_hidden_layers": 2, "layer_types": [f"{KINDS[each]}_attention" for each in types], **more}
+    config = {"model_type": "qwen2_5_vl", **({"text_config": text} if nested else text)}
+    assert bool(family_of(config, "config.json").checkpoint_faults(config, set())) == is_fault

@@ -88,15 +88,17 @@ def _scaling(value: Any, theta: Any) -> dict[str, Any]:
 
 
 def _windows(keys: dict[str, Any]) -> dict[str, Any]:
-    """Keys of sliding attention only where it is used, with the layers that have it."""
+    """Keys of sliding attention only where it is used, with the layers that have it. `layer_types` also where it is no
+    list of as many layers as the model has."""
     window, layers = keys.get("sliding_window"), keys.get("num_hidden_layers")
     is_used = bool(keys.get("use_sliding_window")) and window is not None
     types = keys.get(LAYER_TYPES)
     if types is None and is_used and isinstance(layers, int) and isinstance(keys.get("max_window_layers"), int):
         first = keys["max_window_layers"]
         types = [FULL if number < first else SLIDING for number in range(layers)]
+    is_plain = types is None or (isinstance(types, list) and len(types) == layers and set(map(str, types)) == {FULL})
     left_out = (LAYER_TYPES, "sliding_window", *(() if is_used else ("use_sliding_window", "max_window_layers")))
     rest = {key: value for key, value in keys.items() if key not in left_out}
-    if is_used or (isinstance(types, list) and SLIDING in types):
+    if is_used or not is_plain:
         rest |= {key: value for key, value in (("sliding_window", window), (LAYER_TYPES, types)) if value is not None}
     return rest

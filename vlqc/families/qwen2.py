@@ -1,6 +1,6 @@
 """Qwen2 and Qwen2.5, language models without a vision tower."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 from pydantic import TypeAdapter
@@ -8,6 +8,7 @@ from pydantic import TypeAdapter
 from vlqc.families.config_values import ConfigLimits, TextConfig, rope_keys
 from vlqc.families.family import ModelFamily, Part, Role
 from vlqc.families.inputs.input_format import TextFormat
+from vlqc.families.text_config import layer_type_faults
 
 QKV = tuple(f"model.layers.*.self_attn.{member}_proj" for member in "qkv")
 GATE_UP = ("model.layers.*.mlp.gate_proj", "model.layers.*.mlp.up_proj")
@@ -73,6 +74,9 @@ class Qwen2(ModelFamily):
             "hidden size": config.get("hidden_size"),
             "tied embeddings": config.get("tie_word_embeddings"),
         }
+
+    def checkpoint_faults(self, config: Mapping[str, Any], names: Collection[str]) -> list[tuple[str, str]]:
+        return layer_type_faults(config)
 
     def config_schema(self) -> TypeAdapter[Any]:
         return CONFIG

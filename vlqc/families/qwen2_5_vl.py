@@ -20,7 +20,7 @@ from vlqc.families.config_values import (
 )
 from vlqc.families.family import ModelFamily, Part, Role
 from vlqc.families.inputs.input_format import QWEN_IMAGE_PROCESSORS, ImageFormat, TextFormat, VideoFormat
-from vlqc.families.text_config import flat_keys, is_tied, nested_text, tie_faults
+from vlqc.families.text_config import flat_keys, is_tied, layer_type_faults, nested_text, tie_faults
 
 if TYPE_CHECKING:  # torch-free
     from torch import nn
@@ -216,7 +216,7 @@ class Qwen25VL(ModelFamily):
         return is_tied(config)
 
     def checkpoint_faults(self, config: Mapping[str, Any], names: Collection[str]) -> list[tuple[str, str]]:
-        return tie_faults(config, names, self.output_head)
+        return tie_faults(config, names, self.output_head) + layer_type_faults(config)
 
     def config_values(self, config: Mapping[str, Any]) -> dict[str, Any]:
         text, vision = self.text_config(config), self.vision_config(config) or {}

@@ -24,7 +24,7 @@ from vlqc.families.config_values import (
 )
 from vlqc.families.family import ModelFamily, Part, Role, dtype_keys
 from vlqc.families.inputs.input_format import ImageFormat, VideoFormat
-from vlqc.families.text_config import corrected_top_level, is_tied, nested_text, tie_faults
+from vlqc.families.text_config import corrected_top_level, is_tied, layer_type_faults, nested_text, tie_faults
 
 DEEPSTACK_INDEXES = (8, 16, 24)  # blocks before deepstack mergers, where config.json does not list them
 BLOCKS, DEEPSTACK = "model.visual.blocks.", "model.visual.deepstack_merger_list."
@@ -200,7 +200,7 @@ class Qwen3VL(ModelFamily):
         return dtype_keys(config) | text or super().dtypes(config)
 
     def checkpoint_faults(self, config: Mapping[str, Any], names: Collection[str]) -> list[tuple[str, str]]:
-        return tie_faults(config, names, self.output_head)
+        return tie_faults(config, names, self.output_head) + layer_type_faults(config)
 
     def set_dtype(self, config: dict[str, Any], dtype: str) -> None:
         """At the top and in `text_config`, where engines read it."""

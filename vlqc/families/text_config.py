@@ -16,6 +16,7 @@ from vlqc.families.config_values import ImageTokens, TextConfig
 
 TEXT = "text_config"
 TIE = "tie_word_embeddings"
+FULL, SLIDING = "full_attention", "sliding_attention"  # values of `layer_types`
 # Keys of `text_config` that describe it, not the model.
 OF_THE_OBJECT = frozenset({"model_type", "dtype", "torch_dtype", "layer_types", "architectures"})
 READ_AT_THE_TOP = OF_THE_OBJECT | ImageTokens.__annotations__.keys()
@@ -55,6 +56,25 @@ def tie_faults(config: Mapping[str, Any], names: Collection[str], head: str) -> 
     stored = "stored" if is_stored else "missing"
     why = f"{TIE} is {_word(top)} at the top level, {inner}, and {head}.weight is {stored}"
     return [(why, f"set {TIE} to {_word(not is_stored)} at both levels, as the stored tensors are")]
+
+
+def layer_type_faults(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What `layer_types` says differently from the keys from which it follows, and what to change; [] if nothing.
+
+    Versions of transformers before 4.53 and engines do not read it. config: as it is stored.
+    """
+    keys = nested_text(config) or config
+    types, layers = keys.get("layer_types"), keys.get("num_hidden_layers")
+    if types is None or not isinstance(layers, int):
+        return []
+    first = keys.get("max_window_layers")
+    is_used = keys.get("use_sliding_window") and keys.get("sliding_window") is not None and isinstance(first, int)
+    full = min(int(first or 0), layers) if is_used else layers
+    is_list = isinstance(types, list) and len(types) == layers
+    if is_list and all((kind == FULL) == (i < full) and kind in (FULL, SLIDING) for i, kind in enumerate(types)):
+        return []
+    why = "layer_types is not what follows from num_hidden_layers, use_sliding_window and max_window_layers"
+    return [(why, "change one of them: engines and versions of transformers read one or the other")]
 
 
 def flat_keys(config: Mapping[str, Any]) -> dict[str, Any]:

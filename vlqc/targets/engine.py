@@ -20,6 +20,8 @@ from vlqc.targets.side_files import unread_files
 
 # Key of the description, in every layout: every quant_bias has a mean error subtracted, a multiple of so many steps.
 QUANT_BIAS_CORRECTION = "quant_bias_correction"
+# Keys of the description, and of MindIE's quantization_config, for a quantized cache or attention.
+CACHE_KEYS = ("kv_quant_type", "fa_quant_type", "kv_cache_type")
 COMPILE_AGAIN = "compile again"
 PARALLEL_SIZES = (1, 2, 4, 8, 16)  # devices of tensor parallelism, at most those of one server
 IGNORED_BIAS = "the engine would ignore this bias"
@@ -306,6 +308,15 @@ def wrong_keys(folder: FinishedFolder, wanted: Mapping[str, Any]) -> list[Fault]
         for key, value in wanted.items()
         if folder.description.get(key) != value
     ]
+
+
+def cache_faults(keys: Mapping[str, Any], where: str, prefix: str = "") -> list[Fault]:
+    """Keys by which engines quantize keys and values, or attention, with scales that no folder of vlqc has.
+
+    prefix: of the keys in messages.
+    """
+    why = "engines quantize the key-value cache or attention by it, and the folder has no scales for that"
+    return [Fault(f"unexpected key {prefix}{key}", where, why, "remove the key") for key in CACHE_KEYS if keys.get(key)]
 
 
 def missing_entry(folder: FinishedFolder, layer: str, why: str) -> Fault:

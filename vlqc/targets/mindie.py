@@ -23,6 +23,7 @@ from vlqc.targets.engine import (
     FinishedFolder,
     FolderContent,
     Rule,
+    cache_faults,
     join_and,
     join_or,
     missing_entry,
@@ -84,7 +85,9 @@ class MindIE(Engine):
     title = "MindIE"
     example_versions = "2.2 or 2.2.RC1"
     layout_option = "mindie_format"
-    quantization_keys = ("quantize", "vision_config.quantize", "quantization_config")
+    quantization_keys = (
+        "quantize", "vision_config.quantize", *(f"quantization_config.{key}" for key in ("group_size", *CONFIG_OPTIONS))
+    )  # fmt: skip
     rules: ClassVar[Mapping[str, tuple[Rule, ...]]] = {
         "qwen2_5_vl": (
             # It keeps the last layer of the vision MLP in float. See also `group_faults`.
@@ -338,6 +341,7 @@ class MindIE(Engine):
                 why = "MindIE quantizes the layers of this part of the model only if this key says so"
                 faults.append(Fault(what, "config.json", why, f"set {key}" if wanted else f"remove {key}"))
         options = config.get("quantization_config")
+        faults += cache_faults(options if isinstance(options, Mapping) else {}, "config.json", "quantization_config.")
         if isinstance(options, Mapping) and options.get("group_size", 0) not in self.group_sizes:
             what = f"quantization_config.group_size is {options['group_size']!r}"
             why = f"MindIE accepts {join_or(self.group_sizes)}"

@@ -184,6 +184,11 @@ LAYOUT_DAMAGES: dict[str, tuple[dict[str, Any], Callable[[Path], object], str]] 
         lambda f: edit(f / "config.json", lambda c: c.update(quantization_config={})),
         "quantization_config.group_size is None",
     ),
+    "a quantized cache": (
+        {},
+        lambda f: edit(f / "config.json", lambda c: c["quantization_config"].update(kv_quant_type="C8")),  # type: ignore[attr-defined]
+        "quantization_config.kv_quant_type",
+    ),
     "a vision key beside a float tower": (
         {"scheme": "W8A8_DYNAMIC"},
         lambda f: edit(f / "config.json", lambda c: c["vision_config"].update(quantize="w8a8")),  # type: ignore[attr-defined]

@@ -91,6 +91,18 @@ CONTENT_DAMAGES: dict[str, tuple[Change, str, str]] = {
     ),
     "a description of nothing": (lambda c: c.description.update({"a.weight": "FLOAT"}), "description", "a.weight"),
     "a nested description": (lambda c: c.description.update({"layers": {}}), "description", "layers"),
+    "a quantized cache": (lambda c: c.description.update({"kv_quant_type": "C8"}), "description", "kv_quant_type"),
+    "quantized attention": (
+        lambda c: c.description.update({"fa_quant_type": "FAQuant"}),
+        "description",
+        "fa_quant_type",
+    ),
+    "a group size without groups": (lambda c: c.description.update({"group_size": 64}), "description", "group_size"),
+    "another correction": (
+        lambda c: c.description.update({"quant_bias_correction": 1}),
+        "description",
+        "quant_bias_correction",
+    ),
     "no version": (lambda c: c.description.pop("version"), "description", "version"),
     "another model_quant_type": (
         lambda c: c.description.update({"model_quant_type": "W8A8_DYNAMIC"}),

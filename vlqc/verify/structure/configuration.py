@@ -1,11 +1,15 @@
 """Checks the keys of config.json and quant_model_description*.json that apply to the whole folder."""
 
+from collections.abc import Iterator
+
 from vlqc.errors import UserError
 from vlqc.families.registry import FAMILIES, family_of, find_family
+from vlqc.formatting import excerpt
 from vlqc.frontend.checkpoint.config_schema import config_faults
 from vlqc.frontend.model_structure import ModelStructure, model_structure
 from vlqc.frontend.streamed_model import check_available
-from vlqc.targets.engine import QUANT_BIAS_CORRECTION, FinishedFolder, join_and
+from vlqc.kernels_ref.matmul import CORRECTION_STEP
+from vlqc.targets.engine import CACHE_KEYS, QUANT_BIAS_CORRECTION, FinishedFolder, cache_faults, join_and
 from vlqc.targets.target import Target
 from vlqc.verify.findings import COMPILE_AGAIN, VerificationResult
 from vlqc.verify.folder.contents import FolderFiles
@@ -98,13 +102,28 @@ def check_description_keys(folder: FinishedFolder, result: VerificationResult, *
             result.add_warning("description", where, "no layer is quantized")
         return claimed
     result.add_faults("description", folder.layout.header_faults(folder))
+    result.add_faults("description", cache_faults(description, where))
+    for what, why in _misplaced_keys(folder):
+        result.add_fault("description", where, what, why, COMPILE_AGAIN)
     for key, value in description.items():
         if isinstance(value, dict | list):
             why = "engines read a flat JSON object"
             result.add_fault("description", where, f"{key!r} is a list or an object", why, COMPILE_AGAIN)
-        elif key not in DESCRIPTION_KEYS and "." not in key:
+        elif key not in (*DESCRIPTION_KEYS, *CACHE_KEYS) and "." not in key:
             result.add_warning("description", where, f"unknown key {key!r}", "engines ignore it")
     return folder.quant_type
+
+
+def _misplaced_keys(folder: FinishedFolder) -> Iterator[tuple[str, str]]:
+    """(what, why) of keys of the description that no layer of the folder gives a meaning."""
+    specs = [scheme.spec for scheme in folder.schemes.values()]
+    size, step = (folder.description.get(key) for key in ("group_size", QUANT_BIAS_CORRECTION))
+    if size not in (None, 0) and not any(spec.weight.per_group for spec in specs):
+        yield f"group_size is {excerpt(size)}", "no weight of the folder has groups"
+    if step is not None and (type(step) is not int or step != CORRECTION_STEP):
+        yield f"{QUANT_BIAS_CORRECTION} is {excerpt(step)}", f"vlqc writes {CORRECTION_STEP} only"
+    elif step is not None and not any(name.endswith(".quant_bias") for name in folder.tensors):
+        yield f"unexpected key {QUANT_BIAS_CORRECTION}", "the folder has no quant_bias"
 
 
 def group_size(folder: FinishedFolder, result: VerificationResult) -> int:

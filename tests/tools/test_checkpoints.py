@@ -123,6 +123,18 @@ def test_sizes_that_do_not_fit(tmp_path: Path, family: str, sizes: dict[str, Any
         outliers.make(tmp_path, shape=replace(FAMILIES[family].shape, **sizes), family=family)
 
 
+def test_command_line_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a traceback for sizes that do not fit, and default mergers of vision blocks that do not exist."""
+    command = ["outlier_checkpoint.py", str(tmp_path / "model"), "--family", "qwen3_vl", "--vision-layers", "2"]
+    monkeypatch.setattr("sys.argv", [*command, "--deepstack", "5"])
+    with pytest.raises(SystemExit, match="2"):
+        outliers.main()
+    monkeypatch.setattr("sys.argv", command)
+    outliers.main()
+    config = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
+    assert config["vision_config"]["deepstack_visual_indexes"] == [0, 1]
+
+
 def test_smol_texts() -> None:
     """Catches calibration on texts of the evaluation, and an image whose tokens do not match its patches."""
     from pydoc_data.topics import topics

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -98,6 +99,21 @@ def test_weights_in_other_forms(tmp_path: Path, make: Callable[[Path], None], ex
         (tmp_path / "config.json").write_text("{}")
     fault = one_fault(tmp_path)
     assert expected in f"{fault.why} {fault.fix} {fault.what}"
+
+
+def test_the_command_that_converts_pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a command that fails on a blank in the path, or on tensors that share memory or are transposed."""
+    folder = tmp_path / "a model"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
+    weight = torch.arange(6.0).reshape(2, 3)
+    torch.save({"a": weight, "b": weight.T}, folder / "pytorch_model.bin")
+    torch.save([1], folder / "training_args.bin")
+    _, code, file = shlex.split(one_fault(folder).fix.partition(": python ")[2])
+    monkeypatch.setattr("sys.argv", ["-c", file])
+    exec(code, {})
+    checkpoint = Checkpoint(folder)
+    assert torch.equal(checkpoint.tensor("a"), weight) and torch.equal(checkpoint.tensor("b"), weight.T)
 
 
 @pytest.mark.parametrize("names", [["model.safetensors"], ["config.json"], ["tokenizer.json", "model.safetensors"]])

@@ -103,7 +103,7 @@ def test_pickles_are_never_loaded(model: Path, tmp_path: Path) -> None:
     inspect_folder(model)
     verify_folder(out, model_path=model)
     (model / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"\.bin files are not read because loading them runs code"):
+    with pytest.raises(UserError, match="not read because loading them runs code"):
         Checkpoint(model)
     assert not mark.exists() and not list(out.glob("*.bin")) and not list(out.glob("*.pt*"))
     pickle.loads(pickle.dumps(Payload(mark)))

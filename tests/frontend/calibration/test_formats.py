@@ -442,6 +442,8 @@ def test_formats_of_text_only_models(tmp_path: Path) -> None:
     assert [sample["input_ids"][0].tolist() for sample in samples] == [expected] * 4
     with pytest.raises(UserError, match="no vision tower"):
         read(model, tmp_path / "x.jsonl", {"messages": [turn("user", {**IMAGE, "image": "a.png"})]})
+    with pytest.raises(UserError, match="takes text only"):
+        read(model, tmp_path / "x.jsonl", {"messages": [turn("user", IMAGE, text("Hi"))]})
 
 
 def test_turns_without_a_template(tmp_path: Path, folder: Path) -> None:

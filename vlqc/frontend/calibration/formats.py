@@ -346,9 +346,11 @@ def _place(
             raise EntryError(what, f"give every {name} once, or write {tag} where each listed one stands")
         first = next((turn for role in ("user", "assistant") for turn in turns if turn.role == role), turns[0])
         return [replace(turn, parts=(*listed, *turn.parts)) if turn is first else turn for turn in turns]
+    if places and not listed and tags_are_text:
+        raise EntryError(f"{pluralize(places, f'{name} part')} of a turn, for a model that takes text only")
     if places != len(listed):
         what = f"{pluralize(places, f'{tag} tag')} in the text, but {pluralize(len(listed), name)} listed"
-        raise EntryError(what, "" if listed else f"list the {name}s under {name}s")
+        raise EntryError(what, "" if listed else f'add the key "{name}s" with a list of them')
     left = iter(listed)
     return [
         replace(turn, parts=tuple(next(left) if _is_place(part, tag) else part for part in turn.parts))

@@ -27,7 +27,7 @@ from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.execution import first_tensor
 from vlqc.ir.value_range import FLOAT16_MAX, PeakRecorder
 from vlqc.verify.clipping import ClippingRecorder
-from vlqc.verify.findings import COPY_AGAIN, VerificationResult
+from vlqc.verify.findings import COPY_AGAIN, VerificationResult, format_list
 from vlqc.verify.folder.rotations import Seeds, rotate_float_model
 from vlqc.verify.loader import load
 from vlqc.verify.structure.structure import CompiledFolder
@@ -37,6 +37,8 @@ STAGES, LOGITS = "stage outputs", "logits"
 # so a stage below this is not badly quantized but wrong. What a stage adds to its input, and the logits, stay above
 # 13 dB then, so the same limit holds for them.
 BROKEN_SQNR = 3.0
+# dB of the logits, below which layers that clip a large share of their inputs are not only unlike the calibration's.
+BROKEN_BY_CLIPPING = 10.0
 LONGEST_REASON = 300  # characters of an error of transformers in a message
 TOKENS_AT_ONCE = 64  # tokens whose logits are in memory at a time, each 152064 values
 # dB, logits of the rotated float model against those of the float model. Rounding to float32 leaves about 120 dB, and
@@ -164,7 +166,8 @@ def _compare(
             loaded.enter_context(original.non_stage_weights(original.tensors.tensor, head=True))
             reference = _run_float(original, samples)
             _check_rotated(reference, rotated, samples, checkpoint.folder, result)
-        _check_logits(reference, other, samples, min_sqnr, result)
+        clipped = list(map(model.family.module_name, clipping.far_too_small()))
+        _check_logits(reference, other, samples, min_sqnr, result, clipped)
 
 
 def _check_range(values: PeakRecorder, model: StreamedModel, result: VerificationResult) -> None:
@@ -329,7 +332,9 @@ def _check_logits(
     samples: Sequence[dict[str, Tensor]],
     min_sqnr: float | None,
     result: VerificationResult,
+    clipped: Sequence[str] = (),
 ) -> None:
+    """Adds figures of the logits, and faults. clipped: layers of which most of the input range is missing."""
     whole = Agreement()
     rows = []
     for number, sample in enumerate(samples):
@@ -348,6 +353,10 @@ def _check_logits(
     if math.isfinite(whole.noise) and sqnr < BROKEN_SQNR:
         what, why = f"SQNR of the logits is {sqnr:.2f} dB", "rounding alone causes less noise: the folder is damaged"
         result.add_fault(LOGITS, "all samples", what, why, "see the other faults, or rank the layers with --locate")
+    elif clipped and math.isfinite(whole.noise) and sqnr < BROKEN_BY_CLIPPING:
+        what = f"SQNR of the logits is {sqnr:.2f} dB, and {format_list(clipped)} clip a large share of their inputs"
+        why = "input_scale is damaged, or the calibration inputs were far smaller"
+        result.add_fault(LOGITS, "all samples", what, why, "compile again with calibration images like these")
     elif min_sqnr is not None and sqnr < min_sqnr:
         what, why = f"SQNR of the logits is {sqnr:.2f} dB", f"--min_sqnr requires {min_sqnr:g} dB"
         result.add_fault(LOGITS, "all samples", what, why, "rank the layers by their error with --locate")

@@ -65,11 +65,26 @@ def zeroed(layer: str, columns: slice) -> Change:
     return change
 
 
-def noisy(layer: str, steps: int) -> Change:
+def noisy(layer: str, steps: int, rows: slice = slice(None), untouched: float = 0.0) -> Change:
+    """Adds noise to some rows, except in column 0 and a share of the others."""
+
+    def change(content: FolderContent) -> None:
+        values, rng = integers(content, layer), np.random.default_rng(3)
+        noise = steps * (2 * rng.integers(0, 2, values.shape) - 1)
+        noise[:, rng.random(values.shape[1]) < untouched] = noise[:, 0] = 0
+        values[rows] += noise[rows]
+        refit(content, layer, steps=np.clip(values, -127, 127))
+
+    return change
+
+
+def coarse(layer: str, step: int) -> Change:
+    """Leaves multiples of `step` in all columns except column 0."""
+
     def change(content: FolderContent) -> None:
         values = integers(content, layer)
-        sign = 2 * np.random.default_rng(3).integers(0, 2, values.shape) - 1
-        refit(content, layer, steps=np.clip(values + steps * sign, -127, 127))
+        values[:, 1:] = np.clip(np.rint(values[:, 1:] / step) * step, -127, 127)
+        refit(content, layer, steps=values)
 
     return change
 
@@ -84,6 +99,11 @@ DAMAGES: dict[str, tuple[Change, str]] = {
     "zeros behind scaled rows": (zeroed(PROJ, slice(None)), PROJ),
     "zeros in a float column": (lambda content: multiply(content, f"{DOWN}.weight", np.arange(96) != 7), DOWN),
     "noise of one step": (noisy(Q, 1), Q),
+    "noise of many steps": (noisy(UP, 6), UP),
+    "noise in two thirds of the columns": (noisy(UP, 4, untouched=1 / 3), UP),
+    "noise in a row": (noisy(Q, 3, slice(3, 4)), Q),
+    "multiples of 4": (coarse(Q, 4), Q),
+    "multiples of 16": (coarse(Q, 16), Q),
     "truncated": (lambda content: refit(content, UP, steps=integers(content, UP) // 2 * 2), UP),
 }
 
@@ -97,6 +117,18 @@ def test_a_damage_that_fits_its_scales_is_named(tmp_path: Path, kind: str) -> No
     result = verify_folder(content.write(tmp_path / "out"), model_path=content.write_source(tmp_path / "float"))
     found = [fault for fault in result.faults if fault.check == "float weights"]
     assert any(fault.where.startswith(name) for fault in found), texts(result)
+
+
+def test_errors_that_rounding_to_nearest_cannot_have_are_faults_of_a_folder_that_states_it(tmp_path: Path) -> None:
+    """Catches compensated errors, or noise in a few columns, in a folder whose pipeline compensates none."""
+    content = make_content(smooth=False)
+    set_integers(content, PROJ, compensated(steps_of(content, PROJ), (-127, 127), 0.5))
+    folder, source = content.write(tmp_path / "out"), content.write_source(tmp_path / "float")
+    for method, named in (("", []), ("{method=gptq}", []), ("{method=round}", [f"{PROJ}.weight"])):
+        (folder / "vlqc_report.json").write_text(json.dumps({"pipeline": f"smooth-m2,quantize-weights{method}"}))
+        write_manifest(folder)
+        result = verify_folder(folder, model_path=source)
+        assert [fault.where for fault in result.faults] == named, texts(result)
 
 
 def test_a_float_matrix_of_zeros_is_no_fault(tmp_path: Path) -> None:
@@ -183,7 +215,7 @@ def test_a_range_that_clips_its_inputs_is_a_warning() -> None:
     """Catches a range of which the half is missing, and a warning for one that clips a few values."""
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(64, 256, generator=generator)
-    for scale, expected in ((8 / 255, []), (4 / 255, ["layer"])):
+    for scale, expected, far in ((8 / 255, [], []), (4 / 255, ["layer"], []), (1 / 255, ["layer"], ["layer"])):
         weight, ones = torch.ones(4, 256, dtype=torch.int8), torch.ones(4, 1)
         layer = StaticQuantLinear.from_float(weight, ones, scale, 0.0, None, torch.bfloat16)
         recorder, result = ClippingRecorder(), VerificationResult("folder")
@@ -193,17 +225,18 @@ def test_a_range_that_clips_its_inputs_is_a_warning() -> None:
         layer(inputs * 100)  # after the run
         recorder.add_warnings(str, result)
         assert [warning.where for warning in result.warnings] == expected
+        assert recorder.far_too_small() == far
         assert result.examined["input ranges"] == 1
 
 
 def test_broken_logits_are_a_fault_without_a_minimum() -> None:
-    """Catches a verdict of ok for a model of which only noise is left."""
+    """Catches a verdict of ok for a model of which only noise is left, or little more because ranges are too small."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(5, 16, generator=generator)
     samples = [{"attention_mask": torch.ones(1, 5, dtype=torch.int64)}]
-    for error, count in ((0.1, 0), (0.95, 1)):
+    for error, clipped, count in ((0.1, ["layer"], 0), (0.95, [], 1), (0.4, [], 0), (0.4, ["layer"], 1)):
         result = VerificationResult("folder")
         other = rows + error * torch.randn(5, 16, generator=generator)
         head = torch.nn.Identity()
-        _check_logits(LastHidden(head, [rows]), LastHidden(head, [other]), samples, None, result)
+        _check_logits(LastHidden(head, [rows]), LastHidden(head, [other]), samples, None, result, clipped)
         assert len(result.faults) == count

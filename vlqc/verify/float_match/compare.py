@@ -24,7 +24,6 @@ from vlqc.verify.float_match.read_source import read_source
 from vlqc.verify.float_match.rotated_source import float32_margin, is_rotated, nearest
 from vlqc.verify.float_match.scale_fit import (
     NOISE,
-    QUIET,
     SIGMAS,
     ULP,
     Scales,
@@ -380,15 +379,17 @@ class Comparison:
         fit = misfits(pair, rows, columns)
         name = f"{pair.layer}.weight"
         self.sqnr[pair.layer] = fit.sqnr
-        count, first = (fit.gross, fit.first_gross) if fit.other_rounding else (fit.count, fit.first)
+        compensated = fit.other_rounding and not self.folder.rounds_to_nearest
+        count, first = (fit.gross, fit.first_gross) if compensated else (fit.count, fit.first)
         what, why, fix = "", "rounding and the layer's channel scales do not explain the difference", COPY_AGAIN
         if fit.sqnr < BROKEN_WEIGHTS[pair.bits]:
             self.not_source.add(pair.layer)
             what, why = f"SQNR against the float weight is {fit.sqnr:.1f} dB", "it is not the source's matrix"
             fix = "pass the right checkpoint as --model_path, or compile again"
-        elif fit.noise > QUIET:
+        elif fit.noise:
             self.not_source.add(pair.layer)
-            what = f"all columns have errors of {fit.noise:.2g} steps or more, where rounding has {NOISE:.2g}"
+            share, noise = fit.noise
+            what = f"{1 - share:.0%} of the columns have errors of {noise:.2g} steps or more, rounding has {NOISE:.2g}"
         elif fit.noisy_rows:
             what = f"rows {format_list(fit.noisy_rows)} have errors many times larger than other rows"
         elif fit.offset is not None:
@@ -398,6 +399,8 @@ class Comparison:
             what = f"columns {format_list(numbers)}: {factors[0]:.4g} times the float weight by their scales"
         elif count:
             what = f"{count} of {fit.total} weights do not follow from the float weight, first at {list(first or ())}"
+            if compensated != fit.other_rounding:
+                why = "the folder's pipeline rounds to nearest: its weights have no other errors than rounding"
         elif fit.common is not None:
             what = f"all weights are {fit.common:.6g} times the float weight by their scales"
             why = "weight or weight_scale is damaged, or the norm before the layer"

@@ -34,11 +34,14 @@ LEANING_ROWS, LEANING_COLUMNS = 3.5, 2.0
 COMMON = LEANING_ROWS / LEANING_COLUMNS  # what the fits of all columns share, as a factor of each one's uncertainty
 EDGE_SIGMAS = 7.0  # standard deviations that none of 1e9 channels exceeds by chance, with no rounding beside them
 UNEVEN = 2.0  # factor between the largest compensated errors of some columns and those of the average one
-# Columns that are rounded first compensate no errors of others: their errors are those of rounding alone, whatever
-# method is used. So a share of the columns has errors of NOISE; noise that was added to all of them shows there.
-QUIET = 2.0 * NOISE
+# Columns that are rounded first compensate no errors of others, and those after them few: whatever method is used, a
+# tenth, a quarter and half of the columns have errors up to so many times NOISE. Compensation on inputs with extreme
+# outliers that are not smoothed leaves 1.3, 2 and 4.7; noise that was added to other columns than a few shows there.
+QUIET = ((0.1, 2.0), (0.25, 3.0), (0.5, 6.0))
 NO_OFFSET = 0.05  # steps; mean error of all weights that the fits may leave
-NOISY_ROW = 6.0  # rounding errors of all rows have one covariance: a row's are within so many times the usual ones
+# Rounding errors of all rows have one covariance: a row's are within so many times the usual ones, and hardly differ in
+# the half of the columns with the smallest errors.
+NOISY_ROW, NOISY_ROW_OF_QUIET = 6.0, 3.5
 GROSS_STEPS = {8: 16.0, 4: 6.0}  # by bits: steps by which such rounding does not move a weight,
 GROSS_NOISE = 12.0  # or multiples of the column's noise: 8.4 is the largest that was measured, with extreme inputs
 
@@ -191,8 +194,9 @@ class Misfits:
     count, first: number of these, and index of the first; gross, first_gross: of those that no method of rounding
     explains; total: number of weights; sqnr: of the matrix, in dB; scaled: (row, group, factor) of rows or groups that
     are larger or smaller as a whole; scaled_columns: (column, factor) likewise; common: the factor of all weights, None
-    if it is 1; offset: their mean error in steps, None if it is 0; noise: standard deviation of the rounding errors in
-    the column with the smallest ones, in steps; noisy_rows: whose errors are many times larger than those of others;
+    if it is 1; offset: their mean error in steps, None if it is 0; noise: (share, standard deviation in steps) if fewer
+    than that share of the columns have smaller errors, and no method of rounding makes such ones; noisy_rows: whose
+    errors are many times larger than those of others;
     other_rounding: whether the integers were chosen by another method than rounding to the nearest.
     """
 
@@ -206,7 +210,7 @@ class Misfits:
     scaled_columns: list[tuple[int, float]]
     common: float | None
     offset: float | None
-    noise: float
+    noise: tuple[float, float] | None
     noisy_rows: list[int]
     other_rounding: bool
 
@@ -486,13 +490,14 @@ def _misfits_under(pair: WeightPair, rows: Scales, columns: Scales) -> Misfits:
     # 200 also for a matrix of zeros
     sqnr = 10 * float(np.log10(max(sums.signal, 1e-300) / sums.noise)) if sums.noise else 200.0
     noise = _noise(sums.distances, sums.largest, pair.rows)  # of each column
-    quiet, noisy_rows = 0.0, list[int]()
+    excess, noisy_rows = None, list[int]()
     is_other = pair.scale is not None and sums.is_other_rounding
     if pair.scale is not None:
-        live = noise[noise > 0]
-        quiet = float(live.min()) if live.size else 0.0
+        excess = _excess(noise[noise > 0])
         usual = max(float(np.median(sums.row_noise)), NOISE)
-        noisy_rows = np.flatnonzero(sums.row_noise > NOISY_ROW * usual).tolist()
+        noisy_rows = np.flatnonzero(sums.row_noise > NOISY_ROW * usual).tolist() or _noisy_rows(
+            pair, rows, columns, noise, sums.row_noise
+        )
     count, first, gross, first_gross = sums.count, sums.first, 0, None
     if is_other:
         gross, first_gross = _gross(pair, rows, columns, sums.furthest(noise))
@@ -510,10 +515,36 @@ def _misfits_under(pair: WeightPair, rows: Scales, columns: Scales) -> Misfits:
         sums.scaled_columns() if is_integer else [],
         sums.common_factor() if is_integer else None,
         sums.offset() if is_integer else None,
-        quiet,
+        excess,
         noisy_rows,
         is_other,
     )
+
+
+def _excess(noise: Array) -> tuple[float, float] | None:
+    """(share, noise) if too few columns have errors as small as those of rounding; noise: of columns, in steps, > 0."""
+    for share, most in QUIET:
+        if noise.size and (found := float(np.quantile(noise, share, method="lower"))) > most * NOISE:
+            return share, found
+    return None
+
+
+def _noisy_rows(pair: WeightPair, rows: Scales, columns: Scales, noise: Array, row_noise: Array) -> list[int]:
+    """Rows whose errors are many times larger than those of others in the half of the columns with the smallest ones.
+
+    noise, row_noise: of all columns and rows, in steps.
+    """
+    suspicious = row_noise > 2 * max(float(np.median(row_noise)), NOISE)
+    if not suspicious.any():
+        return []
+    quiet = np.argsort(noise, kind="stable")[: -(-len(noise) // 2)]
+    of_quiet = np.zeros(pair.rows)
+    for here, source, stored in pair.chunks():
+        predicted = source[:, quiet] * columns.values[quiet] * rows.values[here, None]
+        distance = pair.distance(stored[:, quiet], predicted)
+        of_quiet[here] = _noise(distance.sum(axis=1, dtype=np.float64), distance.max(axis=1), len(quiet))
+    usual = max(float(np.median(of_quiet)), NOISE)
+    return np.flatnonzero(suspicious & (of_quiet > NOISY_ROW_OF_QUIET * usual)).tolist()
 
 
 def _gross(

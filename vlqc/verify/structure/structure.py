@@ -3,8 +3,10 @@
 Not all engines check completeness when they load a folder: a missing tensor stays uninitialized without an error.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,8 @@ from vlqc.verify.structure.expected import (
     shift_tensors,
 )
 
+WEIGHT_METHOD = re.compile(r"\bquantize-weights\b(\{[^}]*\})?")  # with its parameters, in a pipeline's text
+NEAREST_METHOD = re.compile(r"\bmethod=(round|clip)\b")
 MOST_PACKED = 8  # 4-bit integers in one element, of an int32
 
 
@@ -66,6 +70,14 @@ class CompiledFolder:
     def float_dtype(self) -> str:
         """dtype code of the float tensors, "BF16" or "F16"."""
         return self.form.float_dtype
+
+    @cached_property
+    def rounds_to_nearest(self) -> bool:
+        """Whether the folder's vlqc_report.json states a pipeline that rounds every weight to the nearest integer."""
+        content, _ = read_json_object(self.files.path / SUMMARY)  # of another tool's folder there is none
+        pipeline = (content or {}).get("pipeline")
+        methods = WEIGHT_METHOD.findall(pipeline) if isinstance(pipeline, str) else []
+        return bool(methods) and all(NEAREST_METHOD.search(method) for method in methods)
 
     @property
     def sizes_are_stored(self) -> bool:

@@ -11,7 +11,7 @@ from transformers import dynamic_module_utils
 from tests.support.calibration_files import END, PAD, START, TINY, lines, model_without, write_image
 from vlqc.errors import UserError
 from vlqc.families.qwen2_5_vl import QWEN2_5_VL
-from vlqc.frontend.calibration.conversation import Conversation, ImageRef
+from vlqc.frontend.calibration.conversation import Conversation, ImageRef, Turn
 from vlqc.frontend.calibration.dataset import load_samples
 from vlqc.frontend.calibration.processor import SampleProcessor
 
@@ -67,7 +67,7 @@ def test_unmarked_turns_and_marked_ones(tmp_path: Path) -> None:
     processor = SampleProcessor(TINY, QWEN2_5_VL.inputs)
     processor._template = None
     question = Conversation.from_prompt((ImageRef(b""),), "Hi")
-    answered = Conversation.from_prompt((), "Hi", "Ho")
+    answered = Conversation((Turn("user", ("Hi",)), Turn("assistant", ("Ho",))))
     assert processor._chat_text(question) == "<|vision_start|><|image_pad|><|vision_end|>Hi"
     processor._tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
     assert processor._chat_text(question) == (

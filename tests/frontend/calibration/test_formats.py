@@ -268,7 +268,7 @@ FAULTS: dict[str, tuple[object, str]] = {
     "setting": ([turn("user", {**IMAGE, "image": "a", "max_pixels": "1280*28*28"})], "'max_pixels' is '1280"),
     "unknown format": ({"data": [{"query": "x"}]}, "the key data belongs to no format"),
     "typing error": ({"imgae": "a", "prompt": "x"}, "'imgae'; did you mean image"),
-    "negative": ({"video": "a.mp4", "fps": -1}, "greater than 0"),
+    "negative": ({"video": "a.mp4", "fps": -1}, "at least 0.001"),
 }
 
 

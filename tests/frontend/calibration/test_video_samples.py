@@ -17,10 +17,12 @@ from tests.support.calibration_files import TINY, lines, model_without, write_im
 from tests.support.videos import vision_process, write_video
 from vlqc.errors import UserError
 from vlqc.families.inputs.video_processing import SampledFrames, VideoTokens
+from vlqc.families.qwen2_5_vl import QWEN2_5_VL
 from vlqc.families.qwen3_vl import QWEN3_VL
 from vlqc.frontend.calibration import video_frames
-from vlqc.frontend.calibration.conversation import VideoRef
+from vlqc.frontend.calibration.conversation import ImageRef, VideoRef
 from vlqc.frontend.calibration.dataset import CalibrationDataset, load_samples
+from vlqc.frontend.calibration.images import ImageError
 from vlqc.frontend.calibration.sources import list_samples
 
 VIDEO = 6  # the tiny tokenizer's number of the video token
@@ -230,6 +232,59 @@ def test_maximum_number_of_frames(tmp_path: Path, clip: Path, limit: int, steps:
         assert torch.equal(few["pixel_values_videos"], first["pixel_values_videos"]) and grid_of(last)[0] == 3
 
 
+def test_frames_of_a_list_by_nframes(tmp_path: Path) -> None:
+    """Catches a number of frames that is rounded otherwise for lists than for files."""
+    frames = write_frames(tmp_path / "frames", 8)
+    for wished, steps in ((2, 1), (3, 2), (5, 2), (6, 3), (40, 4)):
+        assert grid_of(sample_of(tmp_path, {"frames": frames, "nframes": wished}))[0] == steps
+
+
+def test_size_of_frames_after_the_maximum_number(tmp_path: Path) -> None:
+    """Catches frames whose size is that of more frames than are used, and a missing note."""
+    total = {"total_pixels": 60 * 784, "min_pixels": 4 * 784}
+    clip = write_video(tmp_path / "a.mkv", width=168, height=168, codec="ffv1")
+    frames = [str(write_image(tmp_path / f"{number}.png", 168, 168, seed=number)) for number in range(8)]
+    for media in ({"video": str(clip), "fps": 4.0}, {"frames": frames}):
+        line: dict[str, Any] = {**media, **total}
+        by_line, all_frames = sample_of(tmp_path, {**line, "max_frames": 4}), sample_of(tmp_path, line)
+        by_option = sample_of(tmp_path, line, max_frames=4)
+        assert by_option.keys() == by_line.keys()
+        assert all(torch.equal(by_option[name], by_line[name]) for name in by_line)
+        assert grid_of(by_line)[0] == 2 and grid_of(by_line)[1] > grid_of(all_frames)[1]
+        notes = load_samples(TINY, tmp_path / "q.jsonl", max_frames=4).notes
+        assert any("1 of 1 video with fewer frames by --max_frames 4" in note for note in notes)
+        assert not any("--max_frames" in note for note in load_samples(TINY, tmp_path / "q.jsonl", max_frames=40).notes)
+
+
+def test_listed_frames_are_resized_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches all frames of a list in memory at their full size."""
+    order: list[str] = []
+    for name in ("read_image", "VideoPlan._resize"):
+        owner, attribute = (video_frames.VideoPlan, "_resize") if "." in name else (video_frames, name)
+        real = getattr(owner, attribute)
+
+        def recorded(*values: Any, real: Any = real, attribute: str = attribute) -> Any:
+            order.append(attribute)
+            return real(*values)
+
+        monkeypatch.setattr(owner, attribute, recorded)
+    sample_of(tmp_path, {"frames": write_frames(tmp_path / "frames", 4)})
+    assert order == ["read_image", *["read_image", "_resize"] * 4]
+
+
+@pytest.mark.parametrize("key", ["fps", "sample_fps", "raw_fps"])
+def test_lowest_rates(tmp_path: Path, key: str) -> None:
+    """Catches rates for which the seconds of a temporal step, or its time, are infinite."""
+    frames = write_frames(tmp_path / "frames", 2)
+    for rate in (1e-300, 0.00099, 0):
+        with pytest.raises(UserError) as caught:
+            sample_of(tmp_path, {"frames": frames, key: rate})
+        message = str(caught.value)
+        assert "line 1" in message and repr(key) in message and "q.jsonl" in message
+    seconds = sample_of(tmp_path, {"frames": frames, key: 0.001})["second_per_grid_ts"]
+    assert bool(torch.isfinite(seconds).all())
+
+
 def test_videos_of_a_folder(tmp_path: Path, clip: Path) -> None:
     """Catches videos of a folder that are left out, and one that ends the run although bad ones are to be skipped."""
     folder = tmp_path / "media"
@@ -240,6 +295,7 @@ def test_videos_of_a_folder(tmp_path: Path, clip: Path) -> None:
     with pytest.raises(UserError) as caught:
         load_samples(TINY, folder)
     assert [fault.what for fault in caught.value.faults[:-1]] == [f"video {folder / 'c.mp4'} cannot be used"]
+    assert caught.value.faults[-1].fix.endswith("to skip these videos")
     calibration = load_samples(TINY, folder, skip_bad_images=True)
     assert ["pixel_values_videos" in sample for sample in calibration.samples] == [True, False]
     assert any(note.startswith(f"skipped video {folder / 'c.mp4'}: not a video") for note in calibration.notes)
@@ -257,7 +313,7 @@ def test_videos_of_a_folder(tmp_path: Path, clip: Path) -> None:
         ({"video": "empty"}, "it has no frames"),
         ({"video": ["a.png", "b.png"]}, "different sizes"),
         ({"video": ["a.png", "c.png"]}, "frame .*c.png: .*no such file"),
-        ({"video": ["a.png", "a.png"], "video_start": 1.0}, "video_start are? for video files|video_start"),
+        ({"video": ["a.png", "a.png"], "video_start": 1.0}, "video_start is for video files"),
         ({"video": "clip", "nframes": 14}, "nframes is 14, and the video has 12"),
         ({"video": "clip", "video_start": 9.0}, "no two frames"),
         ({"video": "clip", "max_pixels": 1000}, "less than min_pixels: .*, the default"),
@@ -274,6 +330,13 @@ def test_faulty_videos(tmp_path: Path, clip: Path, line: dict[str, Any], why: st
         line = {**line, "video": str(clip)}
     with pytest.raises(UserError, match=why):
         sample_of(tmp_path, line)
+
+
+@pytest.mark.parametrize("source", [Path("a" * 300), Path("a" * 300, "b.mp4"), (ImageRef(Path("a" * 300)),)])
+def test_names_that_are_too_long(source: Any) -> None:
+    """Catches a traceback for names that the file system does not take."""
+    with pytest.raises(ImageError, match="File name too long"):
+        video_frames.plan_video(VideoRef(source), QWEN2_5_VL.inputs.videos)
 
 
 def test_more_packets_than_frames(tmp_path: Path, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from tests.support.fuzz.files import put
 from tests.support.fuzz.tiny import TINY, tiny_model
 from tests.support.fuzz.verdict import demand, strict
 from vlqc.families.qwen2_5_vl import QWEN2_5_VL
-from vlqc.frontend.calibration.conversation import Conversation, ImageRef
+from vlqc.frontend.calibration.conversation import Conversation, ImageRef, Turn
 from vlqc.frontend.calibration.images import ImageError
 from vlqc.frontend.calibration.processor import SampleProcessor
 from vlqc.frontend.calibration.samples import check_samples
@@ -236,7 +236,7 @@ def check_side_file(case: tuple[str, bytes], folder: Path) -> bool:
     put(folder / name, content)
     try:
         processor = SampleProcessor(folder, QWEN2_5_VL.inputs)
-        conversation = Conversation.from_prompt((ImageRef(b""),), "what is red ?", "blue")
+        conversation = Conversation((Turn("user", (ImageRef(b""), "what is red ?")), Turn("assistant", ("blue",))))
         sample = processor.build_sample([processor.process_image(example_image())], conversation)
     except ImageError:
         return False

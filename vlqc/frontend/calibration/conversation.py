@@ -99,12 +99,9 @@ class Conversation:
     where: str = ""
 
     @classmethod
-    def from_prompt(
-        cls, images: tuple[ImageRef, ...], prompt: str, response: str | None = None, where: str = ""
-    ) -> Self:
-        """A user turn with the images before the prompt, and the assistant's response, if any."""
-        turns = (Turn("user", (*images, prompt)), *([] if response is None else [Turn("assistant", (response,))]))
-        return cls(turns, where)
+    def from_prompt(cls, images: tuple[ImageRef, ...], prompt: str) -> Self:
+        """A user turn with the images before the prompt."""
+        return cls((Turn("user", (*images, prompt)),))
 
     @property
     def images(self) -> tuple[ImageRef, ...]:

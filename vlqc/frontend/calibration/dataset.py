@@ -12,7 +12,7 @@ from vlqc.families.inputs.text_inputs import TextInputs
 from vlqc.families.registry import family_of
 from vlqc.files import read_json_object
 from vlqc.formatting import pluralize
-from vlqc.frontend.calibration.conversation import Conversation
+from vlqc.frontend.calibration.conversation import Conversation, VideoRef
 from vlqc.frontend.calibration.data_file import SampleList, is_data_file
 from vlqc.frontend.calibration.probe import probe_sample, vision_probe_sample
 from vlqc.frontend.calibration.processor import SampleProcessor
@@ -138,11 +138,11 @@ def load_samples(
             bad_images += [image for image in error.bad_images if image not in bad_images]
             text_faults += [fault for fault in error.text_faults if fault not in text_faults]
             selected += [spare.pop(0)] if skip_bad_images and spare else []
-    image_faults = first_faults([image.fault for image in bad_images], "images cannot be used")
+    image_faults = first_faults([image.fault for image in bad_images], f"{_kinds(bad_images)} cannot be used")
     text_faults = first_faults(text_faults, "faulty texts")
     if text_faults or (image_faults and not skip_bad_images):
         can_skip = samples and not text_faults
-        skip = ", or add --skip_bad_images to skip these images" if can_skip else ""
+        skip = f", or add --skip_bad_images to skip these {_kinds(bad_images)}" if can_skip else ""
         fix = f"repair or remove what is named above{skip}"
         if any(image.is_missing for image in bad_images) and is_data_file(calib_images):
             fix += f"; relative paths start at the folder of the file, {calib_images.parent}"
@@ -150,12 +150,13 @@ def load_samples(
         total = Fault(f"{usable} can be used", fix=fix)
         raise UserError(*image_faults, *text_faults, total)
     if not samples or (bad_images and not any(sample.images or sample.videos for sample in samples.values())):
-        raise UserError(*image_faults, Fault(f"{calib_images} has no usable sample", fix="pass readable images"))
+        fix = f"pass readable {_kinds(bad_images)}"
+        raise UserError(*image_faults, Fault(f"{calib_images} has no usable sample", fix=fix))
     notes = [f"skipped {image.name}{f' in {image.where}' if image.where else ''}: {image.why}" for image in bad_images]
     if max_samples is not None and max_samples < len(sources):
         notes.append(f"calibrated on {len(samples)} of {len(sources)} samples, selected with --seed {seed}")
     ordered = [sample for _, sample in sorted(samples.items())]
-    notes += _resize_notes(ordered, max_tokens) + _count_notes(ordered)
+    notes += _thinning_notes(ordered, max_frames) + _resize_notes(ordered, max_tokens) + _count_notes(ordered)
     return CalibrationDataset([sample.tensors for sample in ordered], listed.notes + processor.notes + notes)
 
 
@@ -178,6 +179,18 @@ def _select(count: int, max_samples: int | None, seed: int) -> tuple[list[int], 
     keys = [generator.random() for _ in range(count)]
     order = sorted(range(count), key=keys.__getitem__)
     return sorted(order[:max_samples]), order[max_samples:]
+
+
+def _kinds(media: Sequence[BadMedia]) -> str:
+    """Images, videos, or both."""
+    given = {isinstance(each.image, VideoRef) for each in media}
+    return " and ".join(kind for kind, is_video in (("images", False), ("videos", True)) if is_video in given)
+
+
+def _thinning_notes(samples: list[ReadSample], max_frames: int | None) -> list[str]:
+    """How many videos have fewer frames than their settings ask for, because of --max_frames."""
+    thinned, videos = sum(sample.thinned for sample in samples), sum(sample.videos for sample in samples)
+    return [f"{thinned} of {pluralize(videos, 'video')} with fewer frames by --max_frames {max_frames}"] * bool(thinned)
 
 
 def _resize_notes(samples: list[ReadSample], max_tokens: int | None) -> list[str]:

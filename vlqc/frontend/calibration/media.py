@@ -3,6 +3,7 @@ qwen_vl_utils."""
 
 import base64
 import binascii
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import fields
@@ -37,7 +38,9 @@ LARGEST_SETTING = {  # bounds the memory of one sample
     "video_end": 10**6,
 }
 DECIMAL_SETTINGS = ("fps", "sample_fps", "raw_fps", "video_start", "video_end")
-MAY_BE_ZERO = ("video_start",)
+# The rates keep the seconds of temporal steps finite.
+LEAST_SETTING = {"fps": 0.001, "sample_fps": 0.001, "raw_fps": 0.001, "video_start": 0}
+SMALLEST = math.ulp(0.0)  # of the other settings: any value above 0
 
 
 class EntryError(Exception):
@@ -173,9 +176,9 @@ def _settings(values: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any
     for key, value in given.items():
         types = (int, float) if key in DECIMAL_SETTINGS else (int,)
         kind = "a number" if key in DECIMAL_SETTINGS else "an integer"
-        lowest = value == 0 and key in MAY_BE_ZERO
-        if isinstance(value, bool) or not isinstance(value, types) or not (lowest or 0 < value <= LARGEST_SETTING[key]):
-            least = "at least" if key in MAY_BE_ZERO else "greater than"
-            limits = f"{least} 0 and at most {LARGEST_SETTING[key]}"
+        is_number = isinstance(value, types) and not isinstance(value, bool)
+        if not is_number or not (LEAST_SETTING.get(key, SMALLEST) <= value <= LARGEST_SETTING[key]):
+            least = f"at least {LEAST_SETTING[key]}" if key in LEAST_SETTING else "greater than 0"
+            limits = f"{least} and at most {LARGEST_SETTING[key]}"
             raise EntryError(f"{key!r} is {excerpt(value)}; it must be {kind} {limits}")
     return given

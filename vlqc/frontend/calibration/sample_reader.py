@@ -25,13 +25,14 @@ R = TypeVar("R")
 @dataclass(frozen=True)
 class ReadSample:
     """Model inputs; the number of images and of videos in them; how many images were resized, and how many videos have
-    fewer or smaller frames, to fit the token budget."""
+    fewer or smaller frames, to fit the token budget; how many videos have fewer frames by the limit of their number."""
 
     tensors: dict[str, torch.Tensor]
     images: int
     resized: int = 0
     videos: int = 0
     reduced: int = 0
+    thinned: int = 0
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def _read_media(
         tensors = processor.build_sample(patches, source, videos)
     resized = sum(limit is not None for limit in fitted.image_limits)
     reduced = sum(before != after for before, after in zip(plans, fitted.videos, strict=True))
-    return ReadSample(tensors, len(patches), resized, len(videos), reduced)
+    return ReadSample(tensors, len(patches), resized, len(videos), reduced, sum(plan.thinned for plan in plans))
 
 
 def _read_video(processor: SampleProcessor, plan: VideoPlan) -> VideoPatches:

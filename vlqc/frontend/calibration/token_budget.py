@@ -53,7 +53,7 @@ def fit_sample(
         return processor.tokenize(conversation, image_tokens, counts)["input_ids"].shape[1], plans
 
     most = max([FEWEST_FRAMES, *(plan.frames for plan in videos)])
-    limits = range(FEWEST_FRAMES, most + 1, 2)
+    limits = range(FEWEST_FRAMES, most + 1, max([1, *(plan.processing.form.frame_factor for plan in videos)]))
     if (length := tokens(limits[0])[0]) > max_tokens:
         return _shrink(processor, image_tokens, tokens(limits[0])[1], length, max_tokens)
     low, high = 0, len(limits) - 1  # limits[low] fits

@@ -27,7 +27,7 @@ class VideoPlan:
     """Which frames of a video are read, and at which size. Nothing is decoded yet.
 
     first, last: between which frames are selected; frame_height, frame_width: of the model inputs. stream: of a file;
-    listed: the frames of a folder or list.
+    listed: the frames of a folder or list. thinned: whether it has fewer frames than its settings ask for.
     """
 
     ref: VideoRef
@@ -39,6 +39,7 @@ class VideoPlan:
     frame_width: int
     stream: VideoStream | None = None
     listed: tuple[ImageRef, ...] = ()
+    thinned: bool = False
 
     @property
     def frames(self) -> int:
@@ -66,12 +67,16 @@ class VideoPlan:
         """
         if self.stream is not None and isinstance(self.ref.source, Path):
             return torch.stack(decode_frames(self.ref.source, self.sampled.indices, self._resize))
-        images = [self.listed[min(index, len(self.listed) - 1)] for index in self.sampled.indices]
-        arrays = [_read_listed(image, self.processing, self.ref.pixels) for image in images]
-        if len(shapes := {array.shape[:2] for array in arrays}) > 1:
-            shown = " and ".join(f"{width} x {height}" for height, width in sorted(shapes)[:2])
-            raise VideoError(f"its frames have different sizes, {shown} pixels")
-        return torch.stack([self._resize(array) for array in arrays])
+        shapes, frames = set(), []  # one frame at a time has its full size
+        for index in self.sampled.indices:
+            image = self.listed[min(index, len(self.listed) - 1)]
+            array = _read_listed(image, self.processing, self.ref.pixels)
+            shapes.add(array.shape[:2])
+            if len(shapes) > 1:
+                shown = " and ".join(f"{width} x {height}" for height, width in sorted(shapes))
+                raise VideoError(f"its frames have different sizes, {shown} pixels")
+            frames.append(self._resize(array))
+        return torch.stack(frames)
 
     def _resize(self, array: "npt.NDArray[np.uint8]") -> Tensor:
         frame = torch.from_numpy(array).permute(2, 0, 1)
@@ -83,7 +88,8 @@ def plan_video(
 ) -> VideoPlan:
     """Chooses the frames by the settings of the video.
 
-    max_frames: at most so many are used; frames: that the file has, if not as many as its packets suggest.
+    max_frames: at most so many are used, but at least those of one temporal step; frames: that the file has,
+    if not as many as its packets suggest.
 
     Raises:
         VideoError: if the video, a folder or a frame cannot be used.
@@ -94,6 +100,8 @@ def plan_video(
         return _plan_list(ref, processing, max_frames)
     except ValueError as error:  # of the settings and of extreme shapes
         raise VideoError(str(error)) from error
+    except OSError as error:  # of paths, without the name, which may be long
+        raise VideoError(error.strerror or type(error).__name__) from error
 
 
 def _plan_file(
@@ -112,10 +120,10 @@ def _plan_file(
         min_frames=settings.min_frames,
         max_frames=settings.max_frames,
     )
-    size = processing.frame_size(stream.height, stream.width, count, **_pixels(ref))
-    sampled = SampledFrames(processing.spread(first, last, count), stream.fps, count / total * stream.fps)
-    plan = VideoPlan(ref, processing, sampled, first, last, *size, stream=stream)
-    return _limited(plan, max_frames)
+    used = _limited(count, max_frames, processing)
+    size = processing.frame_size(stream.height, stream.width, used, **_pixels(ref))
+    sampled = SampledFrames(processing.spread(first, last, used), stream.fps, used / total * stream.fps)
+    return VideoPlan(ref, processing, sampled, first, last, *size, stream=stream, thinned=used < count)
 
 
 def _plan_list(ref: VideoRef, processing: VideoProcessing, max_frames: int | None) -> VideoPlan:
@@ -125,22 +133,27 @@ def _plan_list(ref: VideoRef, processing: VideoProcessing, max_frames: int | Non
     """
     settings, listed = ref.frames, _listed(ref)
     if given := [key for key in LIST_KEYS_OF_FILES if getattr(settings, key) is not None]:
-        raise VideoError(f"{' and '.join(given)} are for video files, not for lists of frames")
+        verb = "is" if len(given) == 1 else "are"
+        raise VideoError(f"{' and '.join(given)} {verb} for video files, not for lists of frames")
     count = -(-len(listed) // processing.form.frame_factor) * processing.form.frame_factor
     sample_fps = settings.sample_fps or settings.fps or LIST_FPS
     array = _read_listed(listed[0], processing, ref.pixels)
-    limit = settings.nframes or settings.max_frames or processing.form.max_frames
+    limit = settings.max_frames or processing.form.max_frames
+    if settings.nframes is not None:
+        limit = round(settings.nframes / processing.form.frame_factor) * processing.form.frame_factor  # as of files
+    wished = _limited(count, limit, processing)
+    used = _limited(wished, max_frames, processing)
     height, width = array.shape[:2]
-    size = processing.frame_size(height, width, min(count, limit), **_pixels(ref))
+    size = processing.frame_size(height, width, used, **_pixels(ref))
     sampled = SampledFrames(tuple(range(count)), settings.raw_fps or sample_fps, sample_fps)
-    plan = VideoPlan(ref, processing, sampled, 0, len(listed) - 1, *size, listed=listed)
-    return _limited(_limited(plan, limit), max_frames)
+    plan = VideoPlan(ref, processing, sampled, 0, len(listed) - 1, *size, listed=listed, thinned=used < wished)
+    return plan.with_frames(used)
 
 
-def _limited(plan: VideoPlan, max_frames: int | None) -> VideoPlan:
-    """With at most so many frames, but at least those of one temporal step."""
-    factor = plan.processing.form.frame_factor
-    return plan if max_frames is None else plan.with_frames(max(max_frames // factor, 1) * factor)
+def _limited(count: int, limit: int | None, processing: VideoProcessing) -> int:
+    """At most so many frames, but at least those of one temporal step; a multiple of these."""
+    factor = processing.form.frame_factor
+    return count if limit is None else min(count, max(limit // factor, 1) * factor)
 
 
 def _listed(ref: VideoRef) -> tuple[ImageRef, ...]:

@@ -190,6 +190,10 @@ def swap_tokens(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(content))
 
 
+SURPLUS = (
+    "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "video_preprocessor_config.json",
+    "processor_config.json", "pytorch_model.bin", "model.gguf", "params.json", "modeling_qwen.py",
+)  # fmt: skip
 # name: change, where the fault is, whether the folder itself shows it
 FILES: dict[str, tuple[Callable[[Path], Any], str, bool]] = {
     "no tokenizer": (gone("tokenizer.json"), "tokenizer.json", False),
@@ -224,6 +228,30 @@ FILES: dict[str, tuple[Callable[[Path], Any], str, bool]] = {
     "an id that is an object": (edited("generation_config.json", pad_token_id={}), "generation_config.json", True),
     "brackets": (lambda f: (f / "chat_template.jinja").write_text("{{ " + "(" * 5000), "chat_template.jinja", True),
     "conditions": (edited("chat_template.json", chat_template="{% if a %}" * 3000), "chat_template.json", True),
+    "another tokenizer file": (
+        edited("tokenizer_config.json", tokenizer_file="/tmp/t.json"),
+        "tokenizer_config.json",
+        True,
+    ),
+    "a second description": (
+        lambda f: (f / "quant_model_description_w8a8.json").write_text("{}"),
+        "quant_model_description_w8a8.json",
+        True,
+    ),
+    "named templates": (
+        edited("tokenizer_config.json", chat_template=[{"name": "rag", "template": "x"}]),
+        "tokenizer_config.json",
+        False,
+    ),
+    "a folder of templates": (
+        lambda f: (
+            (f / "additional_chat_templates").mkdir(),
+            (f / "additional_chat_templates" / "a.jinja").write_text("x"),
+        ),
+        "additional_chat_templates/a.jinja",
+        False,
+    ),
+    **{f"a surplus {name}": (lambda f, name=name: (f / name).write_text("{}"), name, False) for name in SURPLUS},
     "temperature": (edited("generation_config.json", temperature=2.0), "generation_config.json", False),
     "an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "adapter_config.json", True),
     "a quantization of ModelOpt": (
@@ -285,6 +313,8 @@ def test_files_in_another_form_are_no_fault(content: FolderContent, source: Path
         for name, value in files.items():
             (place / name).write_text(json.dumps(value))
     (other / "chat_template.jinja").write_text("{{ messages }}")
+    for name in ("tokenizer.json", "generation_config.json"):
+        shutil.copyfile(folder / name, other / name)
     result = verify_folder(folder, model_path=other)
     assert [fault.what for fault in result.faults] == [
         "chat_template.jinja has no chat template; the float checkpoint's has one"

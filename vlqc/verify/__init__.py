@@ -90,8 +90,8 @@ def verify_folder(
     if model_path is not None:
         has_same_adapters = check_adapters(folder, adapters, result)
         check_config_against_source(compiled, model_path, result)
-        images = None if compiled.model is None else compiled.family.image_format
-        check_files_against_source(folder, model_path, result, images)
+        family = None if compiled.model is None else compiled.family
+        check_files_against_source(folder, model_path, result, family)
         if not has_same_adapters:
             return result
         rotations = check_against_source(compiled, model_path, result, adapters)

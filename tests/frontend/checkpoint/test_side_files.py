@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 
 from tests.support.calibration_files import TINY, model_without, write_image
+from vlqc.errors import UserError
 from vlqc.families.inputs.input_format import QWEN_PIPELINE
 from vlqc.families.qwen2 import QWEN2
 from vlqc.families.qwen2_5_vl import QWEN2_5_VL
 from vlqc.families.qwen3_vl import QWEN3_VL
 from vlqc.frontend.calibration.dataset import load_samples
-from vlqc.frontend.checkpoint.side_files import SideFiles, side_files
+from vlqc.frontend.checkpoint.side_files import SideFiles, side_files, tokenizer_settings
 from vlqc.targets.side_files import unread_files
 
 NEEDED = (
@@ -212,3 +213,19 @@ def test_model_card(tmp_path: Path, metadata: bytes) -> None:
     assert card.startswith(metadata)
     assert card.endswith(b"\n# Model\n")
     assert b"quantized" in card
+
+
+def test_paths_of_files_elsewhere(tmp_path: Path) -> None:
+    """Catches a tokenizer that transformers reads from a path in its settings, and the name of a folder of a machine
+    that is published."""
+    model = model_without(tmp_path)
+    path = model / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    paths = {"tokenizer_file": "/tmp/other.json", "vocab_file": "vocab.json", "name_or_path": "/home/me/model"}
+    path.write_text(json.dumps({**settings, **paths, "special_tokens_map_file": None}))
+    written = tokenizer_settings(json.loads(path.read_text()), model, QWEN2_5_VL.text_format)
+    assert written == {**settings, "special_tokens_map_file": None}
+    (tmp_path / "images").mkdir()
+    write_image(tmp_path / "images" / "a.png")
+    with pytest.raises(UserError, match="tokenizer_file is"):
+        load_samples(model, tmp_path / "images")

@@ -23,6 +23,7 @@ from vlqc.frontend.calibration.image_budget import fit_grid
 from vlqc.frontend.calibration.images import ImageError
 from vlqc.frontend.checkpoint.config_schema import invalid_values
 from vlqc.frontend.checkpoint.side_files import (
+    FILE_KEYS,
     IMAGE_KEY,
     IMAGE_SETTINGS,
     NAMED_TOKENS,
@@ -307,6 +308,9 @@ class SampleProcessor:
         path = self._model_path / "tokenizer_config.json"
         settings = read_optional_json(path)
         self._check_class(path, settings, "tokenizer_class", self._inputs.form.tokenizer_classes)
+        if named := [key for key in FILE_KEYS if settings.get(key) is not None]:
+            what = f"{path.name} names files elsewhere: {named[0]} is {excerpt(settings[named[0]])}"
+            raise UserError(Fault(what, str(path), "the tokenizer must be that of this folder", f"remove {named[0]}"))
         older_form = tokenizer_settings(settings, self._model_path, self._inputs.form)
         needs_older_form = older_form != settings and int(transformers.__version__.partition(".")[0]) < 5
         tokenizer_file = self._model_path / FAST_TOKENIZER

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from packaging.version import Version
@@ -45,6 +45,9 @@ TEXTS = ("license*", "licence*", "copying*", "notice*", "readme*", "model_card*"
 PYTHON = ".py"
 # Keys of tokenizer_config.json that describe how transformers 5 loaded the tokenizer.
 SESSION_KEYS = ("backend", "is_local", "local_files_only")
+# Keys of tokenizer_config.json under which transformers takes other files than those beside it.
+FILE_KEYS = ("tokenizer_file", "vocab_file", "merges_file", "added_tokens_file")
+NAME_KEY = "name_or_path"  # from where the tokenizer was loaded
 GENERIC_CLASS = "TokenizersBackend"  # of transformers 5, for any tokenizer.json
 GENERIC_CLASS_4 = "PreTrainedTokenizerFast"  # the name of that class in transformers 4; 5 knows it as well
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -245,8 +248,10 @@ def tokenizer_settings(settings: Mapping[str, Any], folder: Path, form: TextForm
     """tokenizer_config.json of any version of transformers -> in the form of 4.
 
     transformers 5 lists special tokens in `extra_special_tokens`, where 4 expects an object of named tokens, and has a
-    class for any tokenizer.json, whose name 4 does not know. UserError if that tokenizer.json cannot be read.
+    class for any tokenizer.json, whose name 4 does not know. Paths of files elsewhere are left out. UserError if that
+    tokenizer.json cannot be read.
     """
+    settings = {key: value for key, value in settings.items() if not _is_elsewhere(key, value)}
     kind, extra = settings.get("tokenizer_class"), settings.get("extra_special_tokens")
     is_new = kind == GENERIC_CLASS or isinstance(extra, list) or not settings.keys().isdisjoint(SESSION_KEYS)
     if not is_new:
@@ -261,6 +266,12 @@ def tokenizer_settings(settings: Mapping[str, Any], folder: Path, form: TextForm
     for tokens in (converted.pop("model_specific_special_tokens", None), extra):
         named |= tokens if isinstance(tokens, dict) else {}
     return converted | ({"extra_special_tokens": named} if named else {})
+
+
+def _is_elsewhere(key: str, value: Any) -> bool:
+    """Whether an entry of tokenizer_config.json is the path of a file or folder elsewhere."""
+    is_path = isinstance(value, str) and (PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute())
+    return (key in FILE_KEYS and value is not None) or (key == NAME_KEY and is_path)
 
 
 def _with_merges_as_text(tokenizer: dict[str, Any]) -> dict[str, Any]:

@@ -6,11 +6,15 @@ another one where transformers reads either; a version that reads both must find
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from vlqc.families.inputs.input_format import ImageFormat
+from vlqc.errors import UserError
+from vlqc.families.family import ModelFamily
+from vlqc.frontend.checkpoint.side_files import side_files
 from vlqc.verify.findings import VerificationResult, format_list
 from vlqc.verify.float_match.source_config import same_value, value_text
 from vlqc.verify.folder.reader import read_json
@@ -24,15 +28,25 @@ TEMPLATE = "chat_template"
 # Compared as they are, apart from keys that say who wrote them.
 WHOLE_JSON = ("generation_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 WHOLE = ("merges.txt", "tokenizer.model", "vocab.txt", "spiece.model")
-WRITER_KEYS = frozenset({"transformers_version", "_from_model_config", "name_or_path", "tokenizer_file"})
+WRITER_KEYS = frozenset({"transformers_version", "_from_model_config", "name_or_path"})
+# Paths of files elsewhere, which a compiled folder must not have: see the checks of the folder itself.
+FILE_KEYS = frozenset({"tokenizer_file", "vocab_file", "merges_file", "added_tokens_file"})
 # Classes, whose names differ between versions: compared on their own.
 PART_CLASSES, PROCESSOR_CLASS = ("image_processor_type", "video_processor_type"), "processor_class"
 CLASS_KEYS = frozenset({*PART_CLASSES, "feature_extractor_type", PROCESSOR_CLASS})
 # Keys without an influence on what is read: how a file was loaded.
 LOADING_KEYS = frozenset({"backend", "is_local", "local_files_only"})
-SESSION_KEYS = LOADING_KEYS | WRITER_KEYS | {"tokenizer_class", PROCESSOR_CLASS}
+SESSION_KEYS = LOADING_KEYS | WRITER_KEYS | FILE_KEYS | {"tokenizer_class", PROCESSOR_CLASS}
 LIMITS = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}  # key -> its name in `size`
 NEW_CLASS = "TokenizersBackend"
+TEMPLATE_FOLDER = "additional_chat_templates"
+# Files that engines or processors read where they exist, in lower case.
+READ = (
+    "tokenizer*", "*.model", "*.tiktoken", "*.spm", "vocab.*", "merges.txt", "added_tokens.json",
+    "special_tokens_map.json", "*chat_template*", "*processor_config.json", "generation_config.json",
+    "*.py",
+)  # fmt: skip
+OTHER_WEIGHTS = ("pytorch_model*", "model*.bin", "consolidated*", "*.gguf", "*.pth", "params.json", "*.msgpack", "*.h5")
 WHY = "engines read tokens, images or defaults of generation with it"
 
 
@@ -81,14 +95,18 @@ class SideFiles:
 
 
 def check_files_against_source(
-    folder: Path, model_path: Path, result: VerificationResult, images: ImageFormat | None = None
+    folder: Path, model_path: Path, result: VerificationResult, family: ModelFamily | None = None
 ) -> None:
     """Adds a fault for everything that the folder's files say differently from those of the float checkpoint.
 
-    images: of the family, for the names under which versions of transformers have the same class.
+    family: of the model; None if it is unknown.
     """
+    images = family.image_format if family else None
     equal = frozenset((*images.processor_classes, *images.processor_aliases)) if images else frozenset()
-    _Check(SideFiles(folder), SideFiles(model_path), result, equal).run()
+    check = _Check(SideFiles(folder), SideFiles(model_path), result, equal)
+    check.run()
+    if family is not None:
+        check.surplus(family)
 
 
 @dataclass
@@ -103,7 +121,9 @@ class _Check:
             self.classes(name)
         for file, key in (IMAGES, VIDEOS):
             self.places(file, self.own.part_settings(file, key), self.source.part_settings(file, key))
+        self.differences(PROCESSOR, *(_other_parts(files.object(PROCESSOR)) for files in (self.own, self.source)))
         self.templates()
+        self.named_templates()
         self.converted(TOKENIZER, _tokenizer)
         self.tokenizer_settings()
         for name in WHOLE_JSON:
@@ -171,6 +191,36 @@ class _Check:
             if own:
                 self.fault(name, f"{name} has no chat template; the float checkpoint's has one")
 
+    def named_templates(self) -> None:
+        """Templates beside the default one: several in one file, and those in a folder of their own."""
+        for file in TEMPLATES[1:]:
+            own, source = self.own.object(file).get(TEMPLATE), self.source.object(file).get(TEMPLATE)
+            if isinstance(own, list | dict) and not same_value(own, source):
+                self.fault(file, "the named chat templates are not those of the float checkpoint")
+        names = {path.name for files in (self.own, self.source) for path in (files.folder / TEMPLATE_FOLDER).glob("*")}
+        for name in sorted(f"{TEMPLATE_FOLDER}/{name}" for name in names if name.endswith(".jinja")):
+            if self.own.data(name) != self.source.data(name):
+                self.fault(name, f"{name} is not the float checkpoint's")
+
+    def surplus(self, family: ModelFamily) -> None:
+        """Files that engines or processors read, and that the float checkpoint gives no reason for. Those that this
+        check compares by what they mean are none of them."""
+        if not self.source.folder.is_dir():
+            return  # a fault of another check
+        expected = {path.name for path in self.source.folder.iterdir() if not _matches(path.name, OTHER_WEIGHTS)}
+        with suppress(UserError):  # a damaged file
+            expected |= {file.name for file in side_files(self.source.folder, family, code=True).written}
+        if self.source.templates():
+            expected |= set(TEMPLATES[:2])
+        expected |= {file for file, key in (IMAGES, VIDEOS) if self.source.part_settings(file, key)}
+        for path in sorted(self.own.folder.iterdir()):
+            name = path.name
+            if path.is_file() and _matches(name, READ + OTHER_WEIGHTS) and name not in expected:
+                why, fix = "engines or processors may read it", "remove it"
+                self.result.add_fault(CHECK, name, f"{name} has no counterpart in the float checkpoint", why, fix)
+            elif name.endswith(".py") and self.own.data(name) != self.source.data(name):
+                self.fault(name, f"{name} is not the float checkpoint's")
+
     def converted(self, name: str, meaning: Callable[[Any], Any]) -> None:
         """A JSON file that must say the same."""
         expected = self.source.data(name)
@@ -207,6 +257,16 @@ def _settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     if limits.keys() == LIMITS.keys() or kept.keys() >= LIMITS.keys():
         kept.pop("size", None)
     return limits | kept
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name.lower(), pattern) for pattern in patterns)
+
+
+def _other_parts(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """processor_config.json without the parts and the class, which are compared on their own."""
+    left_out = (IMAGES[1], VIDEOS[1], *CLASS_KEYS, *WRITER_KEYS)
+    return {key: value for key, value in settings.items() if value is not None and key not in left_out}
 
 
 def _template(value: Any) -> str | None:

@@ -14,6 +14,7 @@ from vlqc.verify.findings import COMPILE_AGAIN, COPY_AGAIN, VerificationResult, 
 from vlqc.verify.folder.reader import StoredTensor, read_json, read_json_object, read_tensors
 
 WEIGHT_FILE = re.compile(r"quant_model_weight_(?P<type>.+?)(-(?P<number>\d{5})-of-(?P<total>\d{5}))?\.safetensors")
+DESCRIPTION = re.compile(r"quant_model_description.*\.json")
 MANIFEST = "MANIFEST.json"
 ADAPTER = "adapter_config.json"
 
@@ -130,6 +131,11 @@ def check_files(folder: FolderFiles, type_name: str, result: VerificationResult,
                 "model.safetensors.index.json",
                 "remove it",
             )
+    for name in names:
+        is_other = DESCRIPTION.fullmatch(name) and name != folder.description_name
+        if is_other and read_json(folder.path / name)[0] != folder.description:
+            what, why = f"{name} is a second description, with other entries", "each engine reads only one of them"
+            result.add_fault("files", name, what, why, "remove it")
     if ADAPTER in names:
         why = "transformers and the engines take the folder for an adapter of another model"
         result.add_fault("files", ADAPTER, f"{ADAPTER} does not belong to a compiled folder", why, "remove it")

@@ -20,6 +20,8 @@ GENERATION = "generation_config.json"
 IMAGES = (("preprocessor_config.json", None), ("processor_config.json", "image_processor"))  # file, key in it
 TEMPLATE, TEMPLATE_FILES = "chat_template", ("chat_template.json", TOKENIZER_SETTINGS)
 TEMPLATE_TEXT = "chat_template.jinja"
+# Keys of tokenizer_config.json under which transformers reads other files than those of the folder.
+FILE_KEYS = ("tokenizer_file", "vocab_file", "merges_file", "added_tokens_file")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 UNKNOWN_TAG = "unknown tag"  # transformers adds tags of its own, such as `generation`
 RESTORE = "copy it from the float checkpoint"
@@ -30,6 +32,12 @@ def check_side_file_contents(folder: CompiledFolder, result: VerificationResult)
     if folder.model is None:
         return  # a fault already
     tokens = _check_tokenizer(folder, result)
+    settings, _ = read_json_object(folder.files.path / TOKENIZER_SETTINGS)
+    for key in FILE_KEYS:
+        if settings and settings.get(key) is not None:
+            what = f"{key} is {excerpt(settings[key])}"
+            why = "transformers reads the tokenizer from there instead of the folder"
+            result.add_fault(CHECK, TOKENIZER_SETTINGS, what, why, "remove the key")
     if tokens:
         _check_ids(folder, tokens, result)
     if folder.family.image_format is not None:

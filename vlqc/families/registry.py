@@ -17,12 +17,13 @@ from vlqc.families.qwen3 import QWEN3
 from vlqc.families.qwen3_vl import QWEN3_VL
 from vlqc.families.qwen3_vl_moe import QWEN3_VL_MOE
 from vlqc.files import read_json_object
-from vlqc.formatting import did_you_mean
+from vlqc.formatting import did_you_mean, excerpt
 from vlqc.import_paths import entry_points, import_path, resolve_class
 
 FAMILIES: tuple[ModelFamily, ...] = (QWEN2_5_VL, QWEN2_VL, QWEN3_VL, QWEN3_VL_MOE, QWEN2, QWEN3)
 ENTRY_POINTS = "vlqc.families"  # group of entry points; the name of each is a model type, its object a ModelFamily
 FLAG = "--family"
+LONGEST_TYPE = 100  # characters of a model type that is looked for among the known ones
 GUIDE = "vlqc/docs/contributing.md"
 
 _registered: list[ModelFamily] = []
@@ -157,6 +158,7 @@ def family_of(config: Mapping[str, Any], where: str) -> ModelFamily:
         return family
     known, model_type = known_model_types(), config.get("model_type")
     fix = f"add a family as {GUIDE} describes, or name one with {FLAG} module:Class"
-    if suggestion := did_you_mean(str(model_type), known):
+    if suggestion := did_you_mean(str(model_type)[:LONGEST_TYPE], known):
         fix = f"{suggestion} Else {fix}"
-    raise UserError(Fault(f"unsupported model type {model_type!r}", where, f"supported: {', '.join(known)}", fix))
+    what, why = f"unsupported model type {excerpt(model_type)}", f"supported: {', '.join(known)}"
+    raise UserError(Fault(what, where, why, fix))

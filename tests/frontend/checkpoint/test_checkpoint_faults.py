@@ -88,12 +88,15 @@ def test_an_index_does_not_lead_out_of_the_folder(tmp_path: Path, name: str) -> 
     assert repr(listed) in message and "own folder" in message
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": ["a"]}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": ["a"]}', '{"weight_map": {"a": ["b"]}}']
+)
 def test_an_index_that_cannot_be_read(tmp_path: Path, text: str) -> None:
     """Catches an exception for a damaged index."""
     write(tmp_path, layout=indexed)
     (tmp_path / INDEX).write_text(text)
-    assert INDEX in fault_of(tmp_path)
+    message = fault_of(tmp_path)
+    assert INDEX in message and "is missing" not in message
 
 
 def test_a_tensor_stored_twice_names_both_files(tmp_path: Path) -> None:

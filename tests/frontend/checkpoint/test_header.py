@@ -104,3 +104,11 @@ def test_a_pipe_is_not_read(tmp_path: Path) -> None:
     thread.start()
     thread.join(10)
     assert errors
+
+
+def test_long_values_are_shortened(tmp_path: Path) -> None:
+    """Catches a fault that prints what a damaged header holds, however long it is."""
+    wrong = {"shape": ["x" * 5000], "data_offsets": [0] * 5000, "dtype": ["x" * 5000]}
+    entries = [ENTRY | {key: value} for key, value in wrong.items()] + [ENTRY | {"shape": [1] * 5000}]
+    faults = read_header(file_of(tmp_path, {"a" * 5000 + str(i): entry for i, entry in enumerate(entries)})).faults
+    assert len(faults) >= 4 and max(map(len, faults)) < 500

@@ -6,6 +6,7 @@ from typing import Any
 
 from vlqc.errors import Fault, UserError
 from vlqc.files import FOLLOW_LINKS, are_links_trusted, read_json_object
+from vlqc.formatting import enumerate_first, excerpt
 from vlqc.frontend.checkpoint.adapters import WEIGHTS, adapter_as_model, is_adapter
 from vlqc.frontend.checkpoint.header import read_header
 from vlqc.frontend.checkpoint.prefetch import ByteRange
@@ -66,13 +67,16 @@ def weight_files(folder: Path) -> list[str]:
         raise UserError(Fault("the index of weight files cannot be read", str(index), why, "copy it again"))
     present = {path.name for path in folder.iterdir() if path.is_file()}  # listed, because a name may be malformed
     faults = []
-    for file in sorted(set(map(str, weight_map.values()))):
+    if wrong := next((name for name, file in weight_map.items() if not isinstance(file, str)), None):
+        why = f"it maps {excerpt(wrong, 120)} to {excerpt(weight_map[wrong])}, which is not the name of a file"
+        raise UserError(Fault("the index of weight files cannot be read", str(index), why, "copy it again"))
+    for file in sorted(set(weight_map.values())):
         if Path(file).name != file or file in ("", ".", ".."):
             why = "weight files must be in the checkpoint's own folder"
-            faults.append(Fault(f"the index names {file!r}", str(index), why))
+            faults.append(Fault(f"the index names {excerpt(file, 200)}", str(index), why))
         elif file not in present:
-            why = f"{INDEX} names it"
-            faults.append(Fault(f"weight file {file} is missing", str(folder), why, "download it again"))
+            what, why = f"weight file {enumerate_first([file])} is missing", f"{INDEX} names it"
+            faults.append(Fault(what, str(folder), why, "download it again"))
     if faults:
         raise UserError(*faults)
     return sorted(set(weight_map.values()))

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from vlqc.files import parse_json
+from vlqc.formatting import excerpt
 
 LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
+NAME = 120  # characters of a tensor's name in a message
 LENGTH_BYTES = 8  # little-endian length of the JSON that follows
 ITEM_SIZES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
@@ -71,11 +73,12 @@ def read_header(path: Path) -> Header:
     for name, values in header.items():
         entry = _entry(values, data)
         if isinstance(entry, str):
-            faults.append(f"tensor {name!r}: {entry}")
+            faults.append(f"tensor {excerpt(name, NAME)}: {entry}")
             continue
         ranges.append((entry.begin, entry.end, name))
         if entry.end > size:
-            faults.append(f"tensor {name!r} ends at byte {entry.end} of a file of {size}: the file is truncated")
+            where = f"ends at byte {excerpt(entry.end)} of a file of {size}"
+            faults.append(f"tensor {excerpt(name, NAME)} {where}: the file is truncated")
         else:
             tensors[name] = entry
     faults += _layout_faults(ranges, data, size)
@@ -88,16 +91,16 @@ def _entry(values: Any, data: int) -> TensorEntry | str:
         return "its header entry is not an object"
     dtype, shape, offsets = (values.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str):
-        return f"its dtype {dtype!r} is not a string"
+        return f"its dtype {excerpt(dtype)} is not a string"
     if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
-        return f"its shape {shape!r} is not a list of sizes"
+        return f"its shape {excerpt(shape)} is not a list of sizes"
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(offset) is int for offset in offsets):
-        return f"its data_offsets {offsets!r} are not two integers"
+        return f"its data_offsets {excerpt(offsets)} are not two integers"
     begin, end = offsets
     if not 0 <= begin <= end:
-        return f"its data_offsets {offsets!r} are not a range of bytes"
+        return f"its data_offsets {excerpt(offsets)} are not a range of bytes"
     if dtype in ITEM_SIZES and end - begin != math.prod(shape) * ITEM_SIZES[dtype]:
-        return f"{dtype} {shape} does not fill bytes {begin} to {end}"
+        return f"{dtype} {excerpt(shape)} does not fill bytes {excerpt(begin)} to {excerpt(end)}"
     return TensorEntry(dtype, tuple(shape), data + begin, data + end)
 
 
@@ -107,9 +110,10 @@ def _layout_faults(ranges: list[tuple[int, int, str]], data: int, size: int) -> 
     position = data
     for begin, end, name in sorted(ranges):
         if begin < position:
-            faults.append(f"tensor {name!r} begins inside the tensor before it (byte {begin}, expected {position})")
+            where = f"(byte {excerpt(begin)}, expected {excerpt(position)})"
+            faults.append(f"tensor {excerpt(name, NAME)} begins inside the tensor before it {where}")
         elif begin > position:
-            faults.append(f"{begin - position} unused bytes before tensor {name!r}")
+            faults.append(f"{excerpt(begin - position)} unused bytes before tensor {excerpt(name, NAME)}")
         position = max(position, end)
     if size > position:
         faults.append(f"{size - position} unused bytes at the end")

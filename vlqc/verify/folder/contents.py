@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlqc.errors import Fault, UserError
+from vlqc.formatting import excerpt
 from vlqc.targets.engine import Engine
 from vlqc.targets.schemes import DEFAULT_SCHEME
 from vlqc.targets.target import ENGINES, find_layout
@@ -16,6 +17,7 @@ from vlqc.verify.folder.reader import StoredTensor, read_json, read_json_object,
 WEIGHT_FILE = re.compile(r"quant_model_weight_(?P<type>.+?)(-(?P<number>\d{5})-of-(?P<total>\d{5}))?\.safetensors")
 DESCRIPTION = re.compile(r"quant_model_description.*\.json")
 MANIFEST = "MANIFEST.json"
+NAME = 120  # characters of a tensor's name in a message
 ADAPTER = "adapter_config.json"
 
 IMAGE_SETTINGS = "preprocessor_config.json"
@@ -105,7 +107,7 @@ def _open_weights(file: Path, tensors: dict[str, StoredTensor], result: Verifica
             result.add_fault(
                 "files",
                 file.name,
-                f"tensor {name!r} is also in {tensors[name].file.name}",
+                f"tensor {excerpt(name, NAME)} is also in {tensors[name].file.name}",
                 "engines reject a tensor in two files, or keep the one that they read last",
                 COMPILE_AGAIN,
             )
@@ -216,16 +218,20 @@ def _check_index(folder: FolderFiles, type_name: str, result: VerificationResult
     why = "engines load a tensor from the file that the index gives"
     for tensor in sorted(folder.tensors.keys() | weight_map.keys()):
         stored, listed = folder.tensors.get(tensor), weight_map.get(tensor)
+        shown = excerpt(tensor, NAME)
         if stored is None:
-            result.add_fault("index", name, f"it lists {tensor!r}, which no file contains", why, COPY_AGAIN)
+            result.add_fault("index", name, f"it lists {shown}, which no file contains", why, COPY_AGAIN)
         elif tensor not in weight_map:
-            result.add_fault("index", name, f"it does not list {tensor!r} of {stored.file.name}", why, COMPILE_AGAIN)
+            result.add_fault("index", name, f"it does not list {shown} of {stored.file.name}", why, COMPILE_AGAIN)
         elif listed != stored.file.name:
-            what = f"it lists {tensor!r} in {listed!r} instead of {stored.file.name!r}"
+            what = f"it lists {shown} in {excerpt(listed)} instead of {stored.file.name!r}"
             result.add_fault("index", name, what, why, COMPILE_AGAIN)
     metadata = content.get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, Mapping) else None
     size = sum(tensor.nbytes for tensor in folder.tensors.values())
     if total != size:
-        what, why = f"metadata.total_size is {total!r} instead of {size}", "it is the size of all tensors in bytes"
+        what, why = (
+            f"metadata.total_size is {excerpt(total)} instead of {size}",
+            "it is the size of all tensors in bytes",
+        )
         result.add_fault("index", name, what, why, COMPILE_AGAIN)

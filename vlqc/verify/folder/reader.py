@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from vlqc.families.family import TensorSlice
 from vlqc.files import parse_json, read_regular_file
+from vlqc.formatting import excerpt
 from vlqc.frontend.checkpoint.header import read_header
 
 Array = npt.NDArray[Any]
@@ -146,7 +147,7 @@ def read_tensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Any], l
     except (OSError, ValueError) as error:
         return {}, {}, [f"the header cannot be read: {error}"]
     faults = header.faults + [
-        f"tensor {name!r}: unsupported dtype {entry.dtype!r}"
+        f"tensor {excerpt(name, 120)}: unsupported dtype {excerpt(entry.dtype)}"
         for name, entry in header.tensors.items()
         if entry.dtype not in STORED
     ]

@@ -51,7 +51,7 @@ MOMENTS = [
     ("plain", "header of the weight file", "vlqc.emit.shard_writer:ShardWriter._finish", 1, "before"),
     ("plain", "description", "vlqc.emit.folder_writer:_write_json", 1, "before"),
     ("plain", "config", "vlqc.emit.folder_writer:_write_json", 2, "after"),
-    ("plain", "copies of the source's files", "vlqc.emit.folder_writer:shutil.copyfile", 3, "before"),
+    ("plain", "copies of the source's files", "vlqc.frontend.checkpoint.side_files:shutil.copyfile", 3, "before"),
     ("plain", "verification", "vlqc.run:require_valid", 1, "before"),
     ("plain", "manifest", "vlqc.emit.resume.journal:write_manifest", 1, "before"),
     ("plain", "last line of the journal", APPEND, 7, "half"),

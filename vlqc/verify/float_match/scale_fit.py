@@ -40,8 +40,8 @@ UNEVEN = 2.0  # factor between the largest compensated errors of some columns an
 QUIET = ((0.1, 2.0), (0.25, 3.0), (0.5, 6.0))
 NO_OFFSET = 0.05  # steps; mean error of all weights that the fits may leave
 # Rounding errors of all rows have one covariance: a row's are within so many times the usual ones, and hardly differ in
-# the half of the columns with the smallest errors.
-NOISY_ROW, NOISY_ROW_OF_QUIET = 6.0, 3.5
+# the half of the columns with the smallest errors: by up to 1.2 times with 8 bits, 3 times with 4 bits.
+NOISY_ROW, NOISY_ROW_OF_QUIET = 6.0, {8: 3.5, 4: 5.0}
 GROSS_STEPS = {8: 16.0, 4: 6.0}  # by bits: steps by which such rounding does not move a weight,
 GROSS_NOISE = 12.0  # or multiples of the column's noise: 8.4 is the largest that was measured, with extreme inputs
 
@@ -544,7 +544,7 @@ def _noisy_rows(pair: WeightPair, rows: Scales, columns: Scales, noise: Array, r
         distance = pair.distance(stored[:, quiet], predicted)
         of_quiet[here] = _noise(distance.sum(axis=1, dtype=np.float64), distance.max(axis=1), len(quiet))
     usual = max(float(np.median(of_quiet)), NOISE)
-    return np.flatnonzero(suspicious & (of_quiet > NOISY_ROW_OF_QUIET * usual)).tolist()
+    return np.flatnonzero(suspicious & (of_quiet > NOISY_ROW_OF_QUIET[pair.bits] * usual)).tolist()
 
 
 def _gross(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vlqc.errors import Fault, UserError
-from vlqc.formatting import escape_control_chars, excerpt
+from vlqc.formatting import brief, escape_control_chars
 
 LARGEST_FILE = 64 * 2**20  # bytes; the index of the largest published checkpoint has less than 1 MiB
 REPAIR = "copy the file from its origin again"
@@ -103,7 +103,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in pairs:
         if key in values:
-            raise ValueError(f"the key {excerpt(key)} is given twice")
+            raise ValueError(f"the key {brief(key)} is given twice")
         values[key] = value
     return values
 

@@ -1,7 +1,11 @@
 """Text for people: numbers with units, plurals, suggestions, and untrusted names made safe to print."""
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
+
+LONGEST_WORD = 40  # characters
+DATA = re.compile(rf"[A-Za-z0-9+/=_-]{{{LONGEST_WORD},}}")  # base64
 
 
 def pluralize(number: int, what: str, plural: str = "") -> str:
@@ -17,6 +21,19 @@ def excerpt(value: object, length: int = 60) -> str:
         return shown
     size = f"{len(value):,} characters" if isinstance(value, str) else f"a {type(value).__name__}"
     return f"{shown[:length]}... ({size})"
+
+
+def brief(value: object, length: int = 20) -> str:
+    """A value from the user's JSON for messages, without data: of long texts the beginning and the size, of texts with
+    long runs without blanks, which may be base64 data, the size only."""
+    if isinstance(value, dict | list):
+        return f"a {type(value).__name__} with {pluralize(len(value), 'item')}"
+    if not isinstance(value, str):
+        return excerpt(value, length)
+    size = f"{len(value):,} characters"
+    if DATA.search(value[: length + LONGEST_WORD]):
+        return f"text of {size}"
+    return repr(value) if len(value) <= length else f"{value[:length]!r}... ({size})"
 
 
 def enumerate_first(words: Sequence[str], most: int = 8) -> str:

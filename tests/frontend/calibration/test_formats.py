@@ -268,6 +268,10 @@ FAULTS: dict[str, tuple[object, str]] = {
     "setting": ([turn("user", {**IMAGE, "image": "a", "max_pixels": "1280*28*28"})], "'max_pixels' is '1280"),
     "unknown format": ({"data": [{"query": "x"}]}, "the key data belongs to no format"),
     "typing error": ({"imgae": "a", "prompt": "x"}, "'imgae'; did you mean image"),
+    "calls": ([{**turn("assistant"), "content": None, "tool_calls": [{"id": 1}]}], "turn 1 has tool_calls"),
+    "listed": ({"messages": [turn("user", text("x"))], "images": [7]}, "'images' is neither"),
+    "part": ([turn("user", {"type": "image_url", "image_url": {"url": "http://a"}})], "'image_url' is a URL"),
+    "no prefix": ({"image": f"iVBORw0KGgo{'A' * 99}"}, r"nor a data URI: text of 110 characters$"),
     "negative": ({"video": "a.mp4", "fps": -1}, "at least 0.001"),
 }
 
@@ -276,12 +280,14 @@ def test_every_faulty_entry_is_named(folder: Path, monkeypatch: pytest.MonkeyPat
     """Catches a fault without its line or index, one that hides the others, or one that is accepted."""
     monkeypatch.setattr("vlqc.errors.SHOWN_FAULTS", len(FAULTS))
     entries = [entry for entry, _ in FAULTS.values()]
-    path = lines(folder / "x.jsonl", {"prompt": "fine"}, *entries)
-    with pytest.raises(UserError) as caught:
-        list_samples(path)
-    for number, (fault, (_, what)) in enumerate(zip(caught.value.faults, FAULTS.values(), strict=True), start=2):
-        assert fault.where == f"{path} line {number}"
-        assert re.search(what, fault.what), (fault.what, what)
+    for begin in (0, 18):
+        path = lines(folder / "x.jsonl", {"prompt": "fine"}, *entries[begin : begin + 18])
+        with pytest.raises(UserError) as caught:
+            list_samples(path)
+        expected = list(FAULTS.values())[begin : begin + 18]
+        for number, (fault, (_, what)) in enumerate(zip(caught.value.faults, expected, strict=True), start=2):
+            assert fault.where == f"{path} line {number}"
+            assert re.search(what, fault.what), (fault.what, what)
     (folder / "x.json").write_text(json.dumps([{"prompt": "fine"}, entries[0]]))
     with pytest.raises(UserError) as caught:
         list_samples(folder / "x.json")
@@ -305,7 +311,7 @@ def test_errors_do_not_print_data(model: Path, folder: Path) -> None:
     ]
     with pytest.raises(UserError) as caught:
         read(model, folder / "x.jsonl", *entries)
-    assert len(str(caught.value)) < 5000 and len(caught.value.faults) < 30
+    assert len(str(caught.value)) < 5000 and len(caught.value.faults) < 30 and data[:20] not in str(caught.value)
     for entry in ({"image": f"data:image/png;base64,{data}"}, {"image": "x" * 300}, {"prompt": f"{data}{PAD}"}):
         with pytest.raises(UserError) as caught:
             read(model, folder / "x.jsonl", entry)

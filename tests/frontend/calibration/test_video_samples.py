@@ -311,6 +311,7 @@ def test_videos_of_a_folder(tmp_path: Path, clip: Path) -> None:
     [
         ({"video": "missing.mp4"}, "no such file"),
         ({"video": "empty"}, "it has no frames"),
+        ({"video": "clips"}, "the video a.mp4: name the file"),
         ({"video": ["a.png", "b.png"]}, "different sizes"),
         ({"video": ["a.png", "c.png"]}, "frame .*c.png: .*no such file"),
         ({"video": ["a.png", "a.png"], "video_start": 1.0}, "video_start is for video files"),
@@ -324,6 +325,8 @@ def test_videos_of_a_folder(tmp_path: Path, clip: Path) -> None:
 def test_faulty_videos(tmp_path: Path, clip: Path, line: dict[str, Any], why: str) -> None:
     """Catches a traceback, or an error without the video, for settings and files that cannot be used."""
     (tmp_path / "empty").mkdir()
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "a.mp4").touch()
     write_image(tmp_path / "a.png", 70, 50)
     write_image(tmp_path / "b.png", 300, 50)
     if line.get("video") == "clip":

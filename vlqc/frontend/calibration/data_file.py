@@ -61,7 +61,8 @@ def read_data_file(source: Path, text_only: str | None, no_videos: str | None = 
         formats[form.title] += 1
         counts = media.setdefault(form.title, [0, 0])
         counts[0], counts[1] = counts[0] + len(conversation.images), counts[1] + len(conversation.videos)
-        ignored.update(dict.fromkeys(form.ignored(value) if isinstance(value, dict) else []))
+        entry = {"messages": value} if isinstance(value, list) else value
+        ignored.update(dict.fromkeys(form.ignored(entry) if isinstance(entry, dict) else []))
     if not conversations and not faults:
         faults = [Fault(what, why="it has no entries", fix=f"write lines such as {example}")]
     if faults:

@@ -208,6 +208,10 @@ def _count_notes(samples: list[ReadSample]) -> list[str]:
     images, videos = sum(sample.images for sample in samples), sum(sample.videos for sample in samples)
     counts = [pluralize(images, "calibration image")] if images else []
     counts += [pluralize(videos, "calibration video")] if videos else []
+    still = sum(sample.still for sample in samples)
+    notes = []
+    if still:
+        notes = [f'{pluralize(still, "video")} with one frame, which is repeated: "image" is the key of an image']
     counts = counts or [pluralize(len(samples), "calibration prompt")]
     few = (images + videos or len(samples)) < RECOMMENDED
-    return [f"{' and '.join(counts)}: {RECOMMENDED} varied ones are recommended"] if few else []
+    return notes + ([f"{' and '.join(counts)}: {RECOMMENDED} varied ones are recommended"] if few else [])

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vlqc.formatting import did_you_mean, enumerate_first, excerpt, pluralize
+from vlqc.formatting import brief, did_you_mean, enumerate_first, pluralize
 from vlqc.frontend.calibration.conversation import Conversation, ImageRef, Part, Role, Turn, VideoRef
 from vlqc.frontend.calibration.images import is_video
 from vlqc.frontend.calibration.media import (
@@ -41,6 +41,8 @@ ROLES: Mapping[str, Role] = {
 }
 MESSAGE_KEYS = ("role", "from", "human")  # one of them makes an object a message rather than an entry
 ROLE_KEYS, TEXT_KEYS = ("role", "from"), ("content", "value")  # of messages; of ShareGPT
+CALL_KEYS = ("tool_calls", "function_call")  # of a message, whose text would be incomplete
+TURN_KEYS = (*ROLE_KEYS, *TEXT_KEYS, "human", "assistant", *CALL_KEYS)
 PART_KINDS = {  # type of a part of a message, or its key -> what it is
     "text": "text",
     "input_text": "text",
@@ -103,9 +105,8 @@ class LineFormat(EntryFormat):
             raise EntryError(f"{keys} {'belongs' if len(entry) == 1 else 'belong'} to no format", f"known are {known}")
         if unknown := self.ignored(entry):
             near = dict.fromkeys(filter(None, (did_you_mean(key, LINE_KEYS) for key in unknown)))
-            what = (
-                f"unknown {'key' if len(unknown) == 1 else 'keys'} {enumerate_first([excerpt(key) for key in unknown])}"
-            )
+            keys = enumerate_first([brief(key, 60) for key in unknown])
+            what = f"unknown {'key' if len(unknown) == 1 else 'keys'} {keys}"
             raise EntryError("; ".join([what, *near]))
         for key in ("prompt", "response"):
             _text(entry.get(key, ""), key)
@@ -151,6 +152,10 @@ class TurnsFormat(EntryFormat):
             raise EntryError(f"{self.key!r} is not a list of turns")
         turns = [turn for number, message in enumerate(messages, 1) for turn in _read_message(message, number, folder)]
         return _with_media(_with_system(turns, entry), entry, folder, tags_are_text)
+
+    def ignored(self, entry: Mapping[str, Any]) -> list[str]:
+        of_turns = (key for message in entry[self.key] for key in message if message[key] not in EMPTY)
+        return super().ignored(entry) + [f"{key} of turns" for key in dict.fromkeys(of_turns) if key not in TURN_KEYS]
 
 
 @dataclass(frozen=True)
@@ -261,9 +266,11 @@ def _read_message(message: Any, number: int, folder: Path) -> Iterator[Turn]:
     role_key = next((key for key in ROLE_KEYS if isinstance(message, dict) and key in message), None)
     if role_key is None:
         raise EntryError(f"turn {number} is not an object with the keys role and content, or from and value")
+    if calls := next((key for key in CALL_KEYS if message.get(key)), None):
+        raise EntryError(f"turn {number} has {calls}; calls and turns of tools are not read")
     role = message[role_key]
     if not isinstance(role, str) or role.lower() not in ROLES:
-        raise EntryError(f"turn {number} has the role {excerpt(role)}; system, user and assistant turns are read")
+        raise EntryError(f"turn {number} has the role {brief(role)}; system, user and assistant turns are read")
     content = next((message[key] for key in TEXT_KEYS if key in message), None)
     if not isinstance(content, str | list):
         raise EntryError(f"the content of turn {number} is neither text nor a list of parts")
@@ -281,23 +288,25 @@ def _read_part(part: Any, folder: Path) -> Sequence[Part]:
     if isinstance(part, str):
         return [part]
     if not isinstance(part, dict):
-        raise EntryError(f"a part of a turn is {excerpt(part)}, not an object")
+        raise EntryError(f"a part of a turn is {brief(part)}, not an object")
     name = part.get("type") or next((key for key in PART_KINDS if part.get(key) is not None), None)
     kind = PART_KINDS.get(name) if isinstance(name, str) else None
     if kind is None:
-        raise EntryError(f"a part of a turn has the type {excerpt(name)}; text, image and video are read")
+        raise EntryError(f"a part of a turn has the type {brief(name)}; text, image and video are read")
     if kind == "text":
         return [_text(part.get("text"), "text")]
-    source = next((part[key] for key in PART_SOURCES if part.get(key) is not None), None)
-    if source is None:
+    key = next((key for key in PART_SOURCES if part.get(key) is not None), None)
+    if key is None:
         return [_Place(IMAGE_TAG if kind == "image" else VIDEO_TAG)]
-    return [image_ref(source, folder, part)] if kind == "image" else video_refs(source, folder, part)
+    return [image_ref(part[key], folder, part, key)] if kind == "image" else video_refs(part[key], folder, part, key)
 
 
 def _read_text(text: str, folder: Path) -> list[Part]:
     """A text in which <img>path</img>, the form of Qwen-VL, stands for an image."""
     pieces = NAMED_IMAGE.split(text)  # text, path, text, ..., text
-    return [image_ref(piece, folder) if number % 2 else piece for number, piece in enumerate(pieces) if piece]
+    return [
+        image_ref(piece, folder, key="<img>") if number % 2 else piece for number, piece in enumerate(pieces) if piece
+    ]
 
 
 def _with_system(turns: list[Turn], entry: Mapping[str, Any]) -> list[Turn]:
@@ -307,8 +316,8 @@ def _with_system(turns: list[Turn], entry: Mapping[str, Any]) -> list[Turn]:
 
 
 def _listed_media(entry: Mapping[str, Any], folder: Path) -> tuple[list[ImageRef], list[VideoRef]]:
-    images = [image for key in MEDIA_KEYS[:2] for image in image_refs(entry.get(key), folder)]
-    videos = [video for key in MEDIA_KEYS[2:] for video in video_refs(entry.get(key), folder)]
+    images = [image for key in MEDIA_KEYS[:2] for image in image_refs(entry.get(key), folder, key=key)]
+    videos = [video for key in MEDIA_KEYS[2:] for video in video_refs(entry.get(key), folder, key=key)]
     return images, videos
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from vlqc.formatting import excerpt
+from vlqc.formatting import brief
 from vlqc.frontend.calibration.conversation import FrameSettings, ImageRef, PixelSettings, VideoRef
 from vlqc.frontend.calibration.images import is_image, is_video
 
@@ -61,10 +61,12 @@ def image_ref(value: Any, folder: Path, settings: Mapping[str, Any] | None = Non
     return ImageRef(_locate(_source_of(value, key), folder, key), _pixel_settings(settings))
 
 
-def image_refs(value: Any, folder: Path, settings: Mapping[str, Any] | None = None) -> list[ImageRef]:
+def image_refs(
+    value: Any, folder: Path, settings: Mapping[str, Any] | None = None, key: str = "image"
+) -> list[ImageRef]:
     """One image or a list of images. Nothing for None, or for an empty text."""
     values = [] if value in (None, "") else value if isinstance(value, list) else [value]
-    return [image_ref(each, folder, settings) for each in values]
+    return [image_ref(each, folder, settings, key) for each in values]
 
 
 def video_ref(value: Any, folder: Path, settings: Mapping[str, Any] | None = None, key: str = "video") -> VideoRef:
@@ -78,17 +80,19 @@ def video_ref(value: Any, folder: Path, settings: Mapping[str, Any] | None = Non
     return VideoRef(source, pixels, frames)
 
 
-def video_refs(value: Any, folder: Path, settings: Mapping[str, Any] | None = None) -> list[VideoRef]:
+def video_refs(
+    value: Any, folder: Path, settings: Mapping[str, Any] | None = None, key: str = "video"
+) -> list[VideoRef]:
     """The videos of a value. A list of images is one video of these frames; items of other lists are videos: files,
     folders, or lists of frames. Nothing for None, an empty text or an empty list."""
     if value in (None, "", []):
         return []
     if not isinstance(value, list):
-        return [video_ref(value, folder, settings)]
+        return [video_ref(value, folder, settings, key)]
     frames = sum(map(_is_frame, value))
     if frames and any(isinstance(each, list) or is_video(Path(_name(each))) for each in value):
-        raise EntryError("'video' lists both images and videos", "list the frames of one video, or videos")
-    return [video_ref(each, folder, settings) for each in ([value] if frames else value)]
+        raise EntryError(f"{key!r} lists both images and videos", "list the frames of one video, or videos")
+    return [video_ref(each, folder, settings, key) for each in ([value] if frames else value)]
 
 
 def _is_frame(value: Any) -> bool:
@@ -127,12 +131,12 @@ def _locate(source: str, folder: Path, kind: str) -> Path | bytes:
         is_literal = not os.path.exists(folder / unquote(local)) and os.path.exists(folder / local)
         source = local if is_literal else unquote(local)
     elif "://" in source[:32]:
-        media = "videos" if kind == "video" else "images"
+        media = "videos" if "video" in kind else "images"
         raise EntryError(f"{kind!r} is a URL; {media} are read from files only", f"download the {media} first")
     is_data = _is_too_long(source) or (len(source) > SHORTEST_DATA and source.startswith(BASE64_BEGINNINGS))
     if not source.strip() or "\0" in source or is_data:
         fix = "base64 data begin with data:image/png;base64," if is_data else ""
-        raise EntryError(f"{kind!r} is neither a path nor a data URI: {excerpt(source)}", fix)
+        raise EntryError(f"{kind!r} is neither a path nor a data URI: text of {len(source):,} characters", fix)
     return folder / source
 
 
@@ -180,5 +184,5 @@ def _settings(values: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any
         if not is_number or not (LEAST_SETTING.get(key, SMALLEST) <= value <= LARGEST_SETTING[key]):
             least = f"at least {LEAST_SETTING[key]}" if key in LEAST_SETTING else "greater than 0"
             limits = f"{least} and at most {LARGEST_SETTING[key]}"
-            raise EntryError(f"{key!r} is {excerpt(value)}; it must be {kind} {limits}")
+            raise EntryError(f"{key!r} is {brief(value)}; it must be {kind} {limits}")
     return given

@@ -10,7 +10,7 @@ import torch
 from vlqc.errors import Fault, InternalError
 from vlqc.families.inputs.image_processing import Patches
 from vlqc.families.inputs.video_processing import VideoPatches
-from vlqc.formatting import excerpt, pluralize
+from vlqc.formatting import brief, pluralize
 from vlqc.frontend.calibration.conversation import Conversation, ImageRef, VideoRef
 from vlqc.frontend.calibration.images import MISSING, ImageError, read_image
 from vlqc.frontend.calibration.processor import SampleProcessor
@@ -25,7 +25,8 @@ R = TypeVar("R")
 @dataclass(frozen=True)
 class ReadSample:
     """Model inputs; the number of images and of videos in them; how many images were resized, and how many videos have
-    fewer or smaller frames, to fit the token budget; how many videos have fewer frames by the limit of their number."""
+    fewer or smaller frames, to fit the token budget; how many videos have fewer frames by the limit of their number;
+    how many have one frame only."""
 
     tensors: dict[str, torch.Tensor]
     images: int
@@ -33,6 +34,7 @@ class ReadSample:
     videos: int = 0
     reduced: int = 0
     thinned: int = 0
+    still: int = 0
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,8 @@ def _read_media(
         tensors = processor.build_sample(patches, source, videos)
     resized = sum(limit is not None for limit in fitted.image_limits)
     reduced = sum(before != after for before, after in zip(plans, fitted.videos, strict=True))
-    return ReadSample(tensors, len(patches), resized, len(videos), reduced, sum(plan.thinned for plan in plans))
+    thinned, still = sum(plan.thinned for plan in plans), sum(len(plan.listed) == 1 for plan in plans)
+    return ReadSample(tensors, len(patches), resized, len(videos), reduced, thinned, still)
 
 
 def _read_video(processor: SampleProcessor, plan: VideoPlan) -> VideoPatches:
@@ -172,12 +175,12 @@ def _text_faults(source: Conversation) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        fault = Fault(f"the prompt {excerpt(source.request)}", where=source.where, why=str(error))
+        fault = Fault(f"the prompt {brief(source.request, 60)}", where=source.where, why=str(error))
         raise UnusableSampleError(text_faults=[fault]) from error
 
 
 def _too_long(source: Conversation, text: int, images: int, max_tokens: int) -> Fault:
-    what = f"the text of the prompt {excerpt(source.request)} alone has {pluralize(text, 'token')}"
+    what = f"the text of the prompt {brief(source.request, 60)} alone has {pluralize(text, 'token')}"
     if text <= max_tokens:
         media = " and ".join(kind for kind, given in (("images", source.images), ("videos", source.videos)) if given)
         what = f"the sample needs at least {pluralize(images, 'token')} for its {media} and {text} for its text"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlqc.families.inputs.video_processing import SampledFrames, VideoProcessing
 from vlqc.frontend.calibration.conversation import ImageRef, PixelSettings, VideoRef
-from vlqc.frontend.calibration.images import ImageError, is_image, read_image
+from vlqc.frontend.calibration.images import ImageError, is_image, is_video, read_image
 from vlqc.frontend.calibration.videos import VideoError, VideoStream, decode_frames, read_stream
 
 if TYPE_CHECKING:
@@ -159,12 +159,15 @@ def _limited(count: int, limit: int | None, processing: VideoProcessing) -> int:
 def _listed(ref: VideoRef) -> tuple[ImageRef, ...]:
     """The frames of a list, or the images in a folder: by name, numbers in names by value."""
     if isinstance(ref.source, Path):
-        paths = [path for path in ref.source.iterdir() if is_image(path) and not path.is_dir()]
+        files = [path for path in ref.source.iterdir() if not path.is_dir()]
+        if videos := sorted(path.name for path in files if is_video(path)):
+            raise VideoError(f"it is a folder with the video {videos[0]}: name the file, or a folder of frames")
+        paths = [path for path in files if is_image(path)]
         listed = tuple(ImageRef(path) for path in sorted(paths, key=_by_number))
     else:
         listed = ref.source
     if not listed:
-        raise VideoError("it has no frames")
+        raise VideoError("it has no frames" + (": the folder has no images" if isinstance(ref.source, Path) else ""))
     if len(listed) > MAX_LISTED:
         raise VideoError(f"it has {len(listed)} frames, at most {MAX_LISTED} are allowed")
     return listed

@@ -63,6 +63,8 @@ class FolderContent:
         config["vision_config"].pop("quantize", None)
         (folder / "config.json").write_text(json.dumps(config))
         (folder / "model.safetensors").write_bytes(safetensors_bytes(self.source, {"format": "pt"}))
+        for name, value in side_files(self.config).items() if self.side_files else ():
+            (folder / name).write_text(json.dumps(value))
         return folder
 
 

@@ -203,6 +203,10 @@ class VideoProcessing:
         seconds = [index / sampled.fps for index in indices]
         return tuple((seconds[at] + seconds[at + step - 1]) / 2 for at in range(0, len(seconds), step))
 
+    def times_with(self, processor: Any, sampled: SampledFrames) -> tuple[float, ...]:
+        """`times` for the temporal steps of an image processor."""
+        return self.times(sampled, int(processor.temporal_patch_size))
+
     def frame_tokens(self, processor: Any, height: int, width: int) -> int:
         """Video tokens of a temporal step with frames of this size in pixels, before the image processor resizes them.
 

@@ -112,7 +112,7 @@ class SampleProcessor:
         if (height, width) not in self._frame_tokens:
             with _image_errors():
                 self._frame_tokens[height, width] = processing.frame_tokens(processor, height, width)
-        times = processing.times(sampled, int(processor.temporal_patch_size))
+        times = processing.times_with(processor, sampled)
         return VideoTokens(times, self._frame_tokens[height, width])
 
     def fit_frame(self, height_to_width: float, max_tokens: int) -> tuple[int, int]:

@@ -221,7 +221,7 @@ def test_paths_of_files_elsewhere(tmp_path: Path) -> None:
     model = model_without(tmp_path)
     path = model / "tokenizer_config.json"
     settings = json.loads(path.read_text())
-    paths = {"tokenizer_file": "/tmp/other.json", "vocab_file": "vocab.json", "name_or_path": "/home/me/model"}
+    paths = {"tokenizer_file": "/tmp/other.json", "vocab_file": "vocab.json", "name_or_path": "/data/model"}
     path.write_text(json.dumps({**settings, **paths, "special_tokens_map_file": None}))
     written = tokenizer_settings(json.loads(path.read_text()), model, QWEN2_5_VL.text_format)
     assert written == {**settings, "special_tokens_map_file": None}

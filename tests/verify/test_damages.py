@@ -4,6 +4,7 @@ Every one is found with the float checkpoint; ALONE names those that the folder 
 """
 
 import copy
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -293,7 +294,7 @@ def test_a_class_that_stands_in_another_file(
 def test_files_in_another_form_are_no_fault(content: FolderContent, source: Path, tmp_path: Path) -> None:
     """Catches a false fault where the folder has the older form of what transformers 5 saved."""
     other, folder = tmp_path / "float", content.write(tmp_path / "out")
-    content.write_source(other)
+    dataclasses.replace(content, side_files=False).write_source(other)
     settings = {"min_pixels": 3136, "max_pixels": 50176, "patch_size": 14, "merge_size": 2}
     written = {
         "preprocessor_config.json": settings | {"image_processor_type": "Qwen2VLImageProcessor"},

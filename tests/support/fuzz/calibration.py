@@ -15,7 +15,7 @@ from tests.support.fuzz.damage import as_json, damaged_bytes, damaged_json, valu
 from tests.support.fuzz.files import put
 from tests.support.fuzz.tiny import tiny_model
 from tests.support.fuzz.verdict import demand, strict
-from vlqc.frontend.calibration.formats import FORMATS, LINE_KEYS, LINES
+from vlqc.frontend.calibration.formats import EMPTY, FORMATS, LINE_KEYS, LINES
 from vlqc.frontend.calibration.images import ImageError, read_image
 from vlqc.frontend.calibration.samples import check_samples
 from vlqc.frontend.calibration.sources import list_samples
@@ -60,8 +60,9 @@ def check_lines(case: bytes, folder: Path) -> bool:
     demand(len(lines) == len(requests), "lines were lost")
     for line, request in zip(lines, requests, strict=True):
         given = strict(line.encode())
-        if isinstance(given, dict) and not any(form.matches(given) for form in FORMATS if form is not LINES):
-            demand(set(given) <= set(LINES.keys), f"unknown key in {given}")
+        if isinstance(given, dict) and not any(form.key in given for form in FORMATS if form is not LINES):
+            filled = {key for key, value in given.items() if value not in EMPTY}
+            demand(filled <= set(LINES.keys), f"unknown key in {given}")
         for text in (*(turn.text for turn in request.turns), *(image.name for image in request.images)):
             text.encode()
         for image in request.images[:1]:

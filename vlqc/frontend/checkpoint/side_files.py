@@ -125,9 +125,10 @@ def side_files(folder: Path, family: ModelFamily, *, weights: Iterable[str] = ()
     names, left_out = _select(folder, set(weights), code)
     written = {name: WrittenFile(name, name) for name in names}
     for name, source, content in _in_older_form(folder, family, names):
-        if not content:
+        is_same = content is not None and name in written and content == read_json_object(folder / name)
+        if not content and not is_same:
             written.pop(name)
-        elif name not in written or content != read_json_object(folder / name):
+        elif not is_same:
             text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
             written[name] = WrittenFile(name, source, text.encode())
     if MODEL_CARD in written:

@@ -229,3 +229,12 @@ def test_paths_of_files_elsewhere(tmp_path: Path) -> None:
     write_image(tmp_path / "images" / "a.png")
     with pytest.raises(UserError, match="tokenizer_file is"):
         load_samples(model, tmp_path / "images")
+
+
+@pytest.mark.parametrize("settings", [{}, {"tokenizer_file": "/tmp/other.json"}], ids=["empty", "a path alone"])
+def test_settings_without_keys_are_written(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """Catches a file of settings that is dropped, and that verification then misses, because it has no keys left."""
+    model = model_without(tmp_path)
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    out = written(side_files(model, QWEN2_5_VL), tmp_path / "out")
+    assert "chat_template" in stored(out, "chat_template.json") and stored(out, "tokenizer_config.json") == {}

@@ -129,30 +129,30 @@ def load_samples(
         processor.check_images(with_videos=with_videos)
     selected, spare = _select(len(sources), max_samples, seed)
     samples: dict[int, ReadSample] = {}
-    bad_images: list[BadMedia] = []
+    bad_media: list[BadMedia] = []
     text_faults: list[Fault] = []
     for index in selected:  # grows while samples are skipped
         try:
             samples[index] = read_sample(processor, sources[index], max_tokens, max_frames)
         except UnusableSampleError as error:
-            bad_images += [image for image in error.bad_images if image not in bad_images]
+            bad_media += [each for each in error.bad_media if each not in bad_media]
             text_faults += [fault for fault in error.text_faults if fault not in text_faults]
             selected += [spare.pop(0)] if skip_bad_images and spare else []
-    image_faults = first_faults([image.fault for image in bad_images], f"{_kinds(bad_images)} cannot be used")
+    image_faults = first_faults([each.fault for each in bad_media], f"{_kinds(bad_media)} cannot be used")
     text_faults = first_faults(text_faults, "faulty texts")
     if text_faults or (image_faults and not skip_bad_images):
         can_skip = samples and not text_faults
-        skip = f", or add --skip_bad_images to skip these {_kinds(bad_images)}" if can_skip else ""
+        skip = f", or add --skip_bad_images to skip these {_kinds(bad_media)}" if can_skip else ""
         fix = f"repair or remove what is named above{skip}"
-        if any(image.is_missing for image in bad_images) and is_data_file(calib_images):
+        if any(each.is_missing for each in bad_media) and is_data_file(calib_images):
             fix += f"; relative paths start at the folder of the file, {calib_images.parent}"
         usable = f"only {len(samples)} of {len(selected)} samples" if samples else "no sample"
         total = Fault(f"{usable} can be used", fix=fix)
         raise UserError(*image_faults, *text_faults, total)
-    if not samples or (bad_images and not any(sample.images or sample.videos for sample in samples.values())):
-        fix = f"pass readable {_kinds(bad_images)}"
+    if not samples or (bad_media and not any(sample.images or sample.videos for sample in samples.values())):
+        fix = f"pass readable {_kinds(bad_media)}"
         raise UserError(*image_faults, Fault(f"{calib_images} has no usable sample", fix=fix))
-    notes = [f"skipped {image.name}{f' in {image.where}' if image.where else ''}: {image.why}" for image in bad_images]
+    notes = [f"skipped {each.name}{f' in {each.where}' if each.where else ''}: {each.why}" for each in bad_media]
     if max_samples is not None and max_samples < len(sources):
         notes.append(f"calibrated on {len(samples)} of {len(sources)} samples, selected with --seed {seed}")
     ordered = [sample for _, sample in sorted(samples.items())]

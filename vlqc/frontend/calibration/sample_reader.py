@@ -69,8 +69,8 @@ class _OtherFramesError(Exception):
 class UnusableSampleError(Exception):
     """Faults of the images and of the text of one sample."""
 
-    def __init__(self, bad_images: Sequence[BadMedia] = (), text_faults: Sequence[Fault] = ()) -> None:
-        self.bad_images, self.text_faults = bad_images, text_faults
+    def __init__(self, bad_media: Sequence[BadMedia] = (), text_faults: Sequence[Fault] = ()) -> None:
+        self.bad_media, self.text_faults = bad_media, text_faults
         super().__init__()
 
 
@@ -159,14 +159,14 @@ def _read_images(processor: SampleProcessor, source: Conversation, limits: Seque
 
 def _each(source: Conversation, media: Sequence[T], read: Callable[[T], R]) -> list[R]:
     """The results for all images or videos of a sample. Raises UnusableSampleError with all that cannot be used."""
-    results, bad_images = [], []
+    results, bad_media = [], []
     for each in media:
         try:
             results.append(read(each))
         except ImageError as error:
-            bad_images.append(BadMedia(each.ref if isinstance(each, VideoPlan) else each, source.where, str(error)))
-    if bad_images:
-        raise UnusableSampleError(bad_images)
+            bad_media.append(BadMedia(each.ref if isinstance(each, VideoPlan) else each, source.where, str(error)))
+    if bad_media:
+        raise UnusableSampleError(bad_media)
     return results
 
 

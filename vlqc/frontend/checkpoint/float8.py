@@ -19,7 +19,6 @@ SCALES = ("_scale_inv", "_scale")  # suffixes of the name of a weight
 # Suffixes of the name of a layer: scales of static activations and of the key-value cache, which a float model lacks.
 ACTIVATION_SCALES = (
     ".input_scale", ".output_scale", ".activation_scale", "_activation_scale", ".k_scale", ".v_scale", ".q_scale",
-    ".input_activation_scale",
 )  # fmt: skip
 DEFAULT_BLOCK = (128, 128)
 QUANTIZED = "the checkpoint is quantized already"

@@ -125,10 +125,9 @@ def side_files(folder: Path, family: ModelFamily, *, weights: Iterable[str] = ()
     names, left_out = _select(folder, set(weights), code)
     written = {name: WrittenFile(name, name) for name in names}
     for name, source, content in _in_older_form(folder, family, names):
-        is_same = content is not None and name in written and content == read_json_object(folder / name)
-        if not content and not is_same:
+        if content is None:
             written.pop(name)
-        elif not is_same:
+        elif name not in written or content != read_json_object(folder / name):
             text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
             written[name] = WrittenFile(name, source, text.encode())
     if MODEL_CARD in written:
@@ -205,7 +204,7 @@ def read_optional_json(path: Path) -> dict[str, Any]:
 
 # ---- settings, written ---------------------------------------------------------------------------------------------
 
-_Converted = tuple[str, str, dict[str, Any]]  # file name, source, content; without content it is part of other files
+_Converted = tuple[str, str, dict[str, Any] | None]  # file name, source, content; None: all of it is in other files
 
 
 def _in_older_form(folder: Path, family: ModelFamily, names: Sequence[str]) -> Iterator[_Converted]:
@@ -242,7 +241,7 @@ def _processor_settings(folder: Path, family: ModelFamily, names: Sequence[str])
         yield VIDEO_SETTINGS, source, _with_pixels(videos, family)
     if parts:
         rest = {key: value for key, value in shared.items() if key not in parts}
-        yield PROCESSOR_SETTINGS, PROCESSOR_SETTINGS, {} if rest == kind else rest
+        yield PROCESSOR_SETTINGS, PROCESSOR_SETTINGS, None if rest == kind else rest
 
 
 def tokenizer_settings(settings: Mapping[str, Any], folder: Path, form: TextFormat) -> dict[str, Any]:

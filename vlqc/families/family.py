@@ -92,8 +92,10 @@ class ModelFamily(ABC):
     them; engine_rows: name of another family whose rows in the engines' tables apply, empty for its own.
 
     roles: glob patterns of linear layers by role; fused_groups: patterns of layers that engines multiply as one matrix:
-    one input, one scheme, one input scale; reference_float: patterns of layers that the reference quantization tool
-    keeps in float; row_parallel: last name components of layers that tensor parallelism shards along their inputs.
+    one input, one scheme, one input scale; key_value: patterns of the key and of the value projection of decoder
+    layers, from which cached keys and values come, empty if the cache is not to be quantized; reference_float: patterns
+    of layers that the reference quantization tool keeps in float; row_parallel: last name components of layers that
+    tensor parallelism shards along their inputs.
 
     parts: by prefix of names, the first that matches decides; subparts: titles by prefix, likewise, in the order of
     `vlqc inspect`; block_lists: prefixes of the lists of blocks, each followed by the number of a block; output_head:
@@ -116,6 +118,7 @@ class ModelFamily(ABC):
 
     roles: ClassVar[Mapping[Role, tuple[str, ...]]]
     fused_groups: ClassVar[tuple[tuple[str, ...], ...]]
+    key_value: ClassVar[tuple[str, ...]] = ()
     reference_float: ClassVar[tuple[str, ...]]
     row_parallel: ClassVar[tuple[str, ...]]
 

@@ -31,6 +31,7 @@ class Qwen2(ModelFamily):
         Role.DOWN: ("model.layers.*.mlp.down_proj",),
     }
     fused_groups = (QKV, GATE_UP)
+    key_value = QKV[1:]
     reference_float = (
         "model.embed_tokens",  # a table, not a matrix product
         "model.layers.*.mlp.down_proj",  # holds the massive activations of a language model

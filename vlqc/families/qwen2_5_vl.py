@@ -155,6 +155,7 @@ class Qwen25VL(ModelFamily):
         Role.DOWN: ("model.layers.*.mlp.down_proj",),
     }
     fused_groups: ClassVar[tuple[tuple[str, ...], ...]] = (QKV, GATE_UP, VISION_GATE_UP)
+    key_value = QKV[1:]
     reference_float: ClassVar[tuple[str, ...]] = (
         "visual.patch_embed*",  # a convolution; engines run it in float
         "visual.blocks.*.mlp.down_proj",  # products of two activations: the widest ranges of a vision block

@@ -115,6 +115,7 @@ class Qwen3VL(ModelFamily):
         Role.DOWN: ("model.language_model.layers.*.mlp.down_proj",),
     }
     fused_groups: ClassVar[tuple[tuple[str, ...], ...]] = (QKV, GATE_UP)
+    key_value = QKV[1:]
     reference_float: ClassVar[tuple[str, ...]] = (
         "model.visual.patch_embed*",  # a convolution; engines run it in float
         "model.visual.pos_embed",  # a table, not a matrix product

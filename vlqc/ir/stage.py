@@ -19,6 +19,7 @@ from vlqc.families.family import ModelFamily
 from vlqc.ir.execution import StageRun
 from vlqc.ir.observation import Observation
 from vlqc.ir.rotations import AppliedRotation
+from vlqc.targets.cache_schemes import CacheScheme
 from vlqc.targets.schemes import Scheme, SchemeSpec
 
 RENAMED = {  # attributes of Stage in 0.1 -> in 0.2; removed in the next version
@@ -94,6 +95,39 @@ class Site:
         return self.added_bias
 
 
+@dataclass
+class CacheSite:
+    """The keys and values of one attention module, which an engine caches, and the quantization chosen for them.
+
+    name: checkpoint name of the attention module; target: its path in the stage's module tree; key, value: checkpoint
+    names of the projections, without `.weight`; node: name of the graph node of the attention call; heads: key-value
+    heads; head_size: channels of one; scheme: None for a cache in float; reason: why it is in float;
+    key_scale, value_scale: float32 [heads * head_size], values of the checkpoint's dtype, None in float.
+    """
+
+    name: str
+    target: str
+    key: str
+    value: str
+    node: str
+    heads: int
+    head_size: int
+    scheme: CacheScheme | None = None
+    reason: str = ""
+    key_scale: Tensor | None = None
+    value_scale: Tensor | None = None
+
+    @property
+    def channels(self) -> int:
+        """Length of each scale."""
+        return self.heads * self.head_size
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the keys and values are cached as integers."""
+        return self.scheme is not None
+
+
 @dataclass(frozen=True)
 class Edge:
     """A producer whose per-channel scale its consumers can absorb.
@@ -133,7 +167,8 @@ class Stage:
     nodes carry meta["shape"] and meta["dtype"]; sites: by checkpoint name; execution: inputs and outputs of this run;
     checkpoint_name: path of a module or parameter in the stage -> checkpoint name; observations: by name of the
     observed node; edges: None until they are computed; rotations: of the model, the parts in this stage; sensitivities:
-    of quantized groups, where they were measured, not part of the text.
+    of quantized groups, where they were measured, not part of the text; caches: of keys and values, by name of the
+    attention module, those with a key_scale quantized.
     """
 
     name: str
@@ -149,6 +184,7 @@ class Stage:
     edges: tuple[Edge, ...] | None = None
     rotations: tuple[AppliedRotation, ...] = ()
     sensitivities: list[Sensitivity] = field(default_factory=list)
+    caches: dict[str, CacheSite] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def __getattr__(self, name: str) -> Any:

@@ -190,6 +190,20 @@ def weight_only_group_matmul(
     return y.to(dtype)
 
 
+def weight_only_matmul(
+    x: torch.Tensor, wq: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """x float [M, K], wq int8 [N, K], its scales [N, 1], bias float [N] or None -> dtype [M, N] = x @ W.T + bias.
+
+    W = wq * weight_scale, with the scale and W rounded to `dtype`, as is x; the sum and the bias in float32, one
+    rounding to `dtype`. Source: npu_weight_quant_batchmatmul of the Ascend, as vLLM Ascend calls it for W8A16. For few
+    tokens the operator may multiply the integers first, which rounds less.
+    """
+    weight = wq.to(dtype) * weight_scale.to(dtype)  # [N, K]
+    y: torch.Tensor = x.to(dtype).to(torch.float32) @ weight.to(torch.float32).T  # [M, N]
+    return (y if bias is None else y.add_(bias.to(torch.float32))).to(dtype)
+
+
 def _int8_matmul_by_int_mm(xq: torch.Tensor, wq: torch.Tensor, smallest_rows: int | None = None) -> torch.Tensor:
     """Pads with zeros to supported shapes: K and N to multiples of 8, M to at least `smallest_rows`.
 

@@ -14,6 +14,7 @@ from vlqc.kernels_ref.matmul import (
     quantized_bias,
     static_quant_matmul,
     weight_only_group_matmul,
+    weight_only_matmul,
 )
 from vlqc.kernels_ref.quantize import dequantize_per_tensor, quantize_per_tensor, quantize_per_token
 
@@ -183,7 +184,7 @@ class StaticQuantLinear(QuantLinear):
     """
 
     scheme = "W8A8"
-    settings = ("corrected",)
+    settings: ClassVar[tuple[str, ...]] = ("corrected",)
     corrected: bool = False  # whether quant_bias corrects a mean error
 
     input_scale: torch.Tensor
@@ -301,6 +302,50 @@ class DynamicQuantLinear(QuantLinear):
 
     def rounded_input(self, x: torch.Tensor) -> torch.Tensor:
         return _rounded_per_token(x)
+
+
+class WeightOnlyQuantLinear(DynamicQuantLinear):
+    """A W8A16 linear layer: int8 weights, float inputs. No additional buffers.
+
+    `weight_scale` should contain values of the checkpoint's dtype, in which engines read it. `bias` is added.
+    """
+
+    scheme = "W8A16"
+
+    def multiply(self, tokens: torch.Tensor) -> torch.Tensor:
+        return weight_only_matmul(tokens, self.weight, self.weight_scale, self.bias, tokens.dtype)
+
+    def rounded_input(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+class MixQuantLinear(StaticQuantLinear):
+    """A W8A8_MIX linear layer: the tensors of static W8A8, with which engines run two kinds of arithmetic.
+
+    By default inputs are quantized with one scale per token, and `bias` is added, as in W8A8_DYNAMIC: so does ordinary
+    serving. With `static_input`, inputs are quantized as in static W8A8: so do the decode nodes of a deployment that
+    separates them from prefill nodes. `weight_scale` should contain values of the checkpoint's dtype, in which the
+    dynamic arithmetic reads it.
+    """
+
+    scheme = "W8A8_MIX"
+    settings = ("corrected", "static_input")
+    static_input: bool = False  # whether inputs are quantized with input_scale and input_offset
+
+    def multiply(self, tokens: torch.Tensor) -> torch.Tensor:
+        if self.static_input:
+            return super().multiply(tokens)
+        xq, scale_per_token = quantize_per_token(tokens)  # [M, K] int8, [M, 1]
+        return dynamic_quant_matmul(xq, scale_per_token, self.weight, self.weight_scale, self.bias, tokens.dtype)
+
+    def rounded_input(self, x: torch.Tensor) -> torch.Tensor:
+        return super().rounded_input(x) if self.static_input else _rounded_per_token(x)
+
+    def effective_bias(self) -> torch.Tensor:
+        return super().effective_bias() if self.static_input else QuantLinear.effective_bias(self)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}{', static_input=True' if self.static_input else ''}"
 
 
 class GroupQuantLinear(QuantLinear):

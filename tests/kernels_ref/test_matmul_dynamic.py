@@ -8,10 +8,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from tests.support.kernel_inputs import numpy_matmul
-from vlqc.kernels_ref.matmul import dynamic_quant_matmul, group_quant_matmul, weight_only_group_matmul
+from vlqc.kernels_ref.matmul import (
+    dynamic_quant_matmul,
+    group_quant_matmul,
+    weight_only_group_matmul,
+    weight_only_matmul,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -182,3 +187,52 @@ def test_weight_only_sums_in_float32() -> None:
     ones = torch.ones(1, 3, dtype=torch.int8)
     one = torch.ones(1, 1)
     assert weight_only_group_matmul(x, ones, one, one, torch.bfloat16).item() == 1.0
+
+
+# ---- W8A16 -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_w8a16_agrees_with_numpy(dtype: torch.dtype, with_bias: bool) -> None:
+    """Catches inputs that are rounded to int8, a scale on the wrong axis, a bias that is scaled or left out."""
+    x, wq, scale = uniform(0, -3, 3, 9, 96).to(dtype), integers(1, -127, 128, 12, 96), uniform(2, 1e-4, 1e-3, 12, 1)
+    bias = uniform(3, -3, 3, 12).to(dtype) if with_bias else None
+    in_dtype = scale.to(dtype).double().numpy()
+    weight = torch.from_numpy(wq.numpy() * in_dtype).to(dtype).double().numpy()
+    expected = x.double().numpy() @ weight.T + (0 if bias is None else bias.double().numpy())
+    ours = weight_only_matmul(x, wq, scale, bias, dtype)
+    assert ours.dtype == dtype
+    np.testing.assert_allclose(ours.double().numpy(), expected, rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
+def test_w8a16_agrees_with_onnxruntime() -> None:
+    """Catches rows, columns or scales interpreted differently from DequantizeLinear and Gemm."""
+    x, wq, scale, bias = (
+        uniform(0, -3, 3, 9, 96),
+        integers(1, -127, 128, 12, 96),
+        uniform(2, 1e-4, 1e-3, 12),
+        uniform(3, -3, 3, 12),
+    )
+    stored = [numpy_helper.from_array(each.numpy(), name) for each, name in ((wq, "w"), (scale, "s"), (bias, "b"))]
+    nodes = [
+        helper.make_node("DequantizeLinear", ["w", "s"], ["weight"], axis=0),
+        helper.make_node("Gemm", ["x", "weight", "b"], ["y"], transB=1),
+    ]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, None]) for name in "xy"]
+    graph = helper.make_graph(nodes, "matmul", ends[:1], ends[1:], stored)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    ours = weight_only_matmul(x, wq, scale[:, None], bias, torch.float32)
+    np.testing.assert_allclose(ours.numpy(), session.run(None, {"x": x.numpy()})[0], rtol=1e-5, atol=1e-5)
+
+
+def test_w8a16_rounds_scale_weight_and_result_once() -> None:
+    """Catches a weight in float32, and a product that is rounded before the bias is added: 1.01 is 1.0078125 in
+    bfloat16, 127 times that 127.9921875, as bfloat16 128; 257 is no bfloat16, but 257 - 256 is 1."""
+    one, largest = torch.ones(1, 1, dtype=torch.bfloat16), torch.tensor([[127]], dtype=torch.int8)
+    assert weight_only_matmul(one, largest, torch.tensor([[1.01]]), torch.tensor([-128.0]), torch.bfloat16).item() == 0
+    exact = weight_only_matmul(one.float(), largest, torch.tensor([[1.01]]), None, torch.float32).item()
+    assert exact == np.float32(127) * np.float32(1.01)
+    x, ones = torch.tensor([[256.0, 1.0]], dtype=torch.bfloat16), torch.ones(1, 2, dtype=torch.int8)
+    assert weight_only_matmul(x, ones, torch.ones(1, 1), torch.tensor([-256.0]), torch.bfloat16).item() == 1.0

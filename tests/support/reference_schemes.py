@@ -9,6 +9,7 @@ from vlqc.targets.schemes import Scheme
 from vlqc.targets.target import TargetLike
 
 FLOAT, W8A8, DYNAMIC, W4A8 = Scheme.FLOAT, Scheme.W8A8, Scheme.W8A8_DYNAMIC, Scheme.W4A8_DYNAMIC
+MIX, W8A16 = Scheme.W8A8_MIX, Scheme.W8A16
 
 
 def reference_assignment(blocks: int = 2) -> dict[str, Scheme]:

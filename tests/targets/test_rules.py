@@ -6,7 +6,16 @@ import sys
 import pytest
 from packaging.version import Version
 
-from tests.support.reference_schemes import DYNAMIC, FLOAT, W4A8, W8A8, assignment_faults, reference_assignment
+from tests.support.reference_schemes import (
+    DYNAMIC,
+    FLOAT,
+    MIX,
+    W4A8,
+    W8A8,
+    W8A16,
+    assignment_faults,
+    reference_assignment,
+)
 from vlqc.errors import UserError
 from vlqc.families.qwen2_5_vl import QWEN2_5_VL
 from vlqc.targets.mindie import MINDIE
@@ -44,15 +53,15 @@ def test_a_layer_outside_every_group_stands_alone(layer: str) -> None:
 
 # layer, schemes that vLLM Ascend runs, schemes that MindIE runs
 SUPPORTED = [
-    (f"{LAYER}.self_attn.q_proj", {FLOAT, W8A8, DYNAMIC}, {FLOAT, W8A8, DYNAMIC}),
-    (f"{LAYER}.self_attn.o_proj", {FLOAT, W8A8, DYNAMIC, W4A8}, {FLOAT, W8A8, DYNAMIC}),
-    (f"{LAYER}.mlp.gate_proj", {FLOAT, W8A8, DYNAMIC, W4A8}, {FLOAT, W8A8, DYNAMIC}),
-    (f"{LAYER}.mlp.down_proj", {FLOAT, W8A8, DYNAMIC, W4A8}, {FLOAT, W8A8, DYNAMIC}),
-    (f"{BLOCK}.attn.qkv", {FLOAT, W8A8, DYNAMIC}, {FLOAT, W8A8}),
-    (f"{BLOCK}.attn.proj", {FLOAT, W8A8, DYNAMIC}, {FLOAT, W8A8}),
-    (f"{BLOCK}.mlp.up_proj", {FLOAT, W8A8, DYNAMIC}, {FLOAT, W8A8}),
-    (f"{BLOCK}.mlp.down_proj", {FLOAT, W8A8, DYNAMIC}, {FLOAT}),
-    ("visual.merger.mlp.2", {FLOAT, W8A8, DYNAMIC}, {FLOAT, W8A8}),
+    (f"{LAYER}.self_attn.q_proj", {FLOAT, W8A8, DYNAMIC, MIX, W8A16}, {FLOAT, W8A8, DYNAMIC}),
+    (f"{LAYER}.self_attn.o_proj", {FLOAT, W8A8, DYNAMIC, W4A8, MIX, W8A16}, {FLOAT, W8A8, DYNAMIC}),
+    (f"{LAYER}.mlp.gate_proj", {FLOAT, W8A8, DYNAMIC, W4A8, MIX, W8A16}, {FLOAT, W8A8, DYNAMIC}),
+    (f"{LAYER}.mlp.down_proj", {FLOAT, W8A8, DYNAMIC, W4A8, MIX, W8A16}, {FLOAT, W8A8, DYNAMIC}),
+    (f"{BLOCK}.attn.qkv", {FLOAT, W8A8, DYNAMIC, MIX}, {FLOAT, W8A8}),
+    (f"{BLOCK}.attn.proj", {FLOAT, W8A8, DYNAMIC, MIX}, {FLOAT, W8A8}),
+    (f"{BLOCK}.mlp.up_proj", {FLOAT, W8A8, DYNAMIC, MIX}, {FLOAT, W8A8}),
+    (f"{BLOCK}.mlp.down_proj", {FLOAT, W8A8, DYNAMIC, MIX}, {FLOAT}),
+    ("visual.merger.mlp.2", {FLOAT, W8A8, DYNAMIC, MIX, W8A16}, {FLOAT, W8A8}),
     ("visual.patch_embed.proj", {FLOAT}, {FLOAT}),
     ("model.embed_tokens", {FLOAT}, {FLOAT}),
     (f"{LAYER}.input_layernorm", {FLOAT}, {FLOAT}),
@@ -85,12 +94,12 @@ VERSIONED = [
     ("vllm-ascend@0.11", O_PROJ, {FLOAT, W8A8, DYNAMIC, W4A8}, {FLOAT, W8A8, W4A8}),
     ("vllm-ascend@0.11", f"{LAYER}.self_attn.v_proj", {FLOAT, W8A8, DYNAMIC}, {FLOAT, W8A8}),
     ("vllm-ascend@0.15.9", QKV, {FLOAT, W8A8}, {FLOAT, W8A8}),
-    ("vllm-ascend@0.16.0", QKV, {FLOAT, W8A8, DYNAMIC}, {FLOAT, W8A8}),
-    ("vllm-ascend@0.18", O_PROJ, {FLOAT, W8A8, DYNAMIC, W4A8}, {FLOAT, W8A8, W4A8}),
-    ("vllm-ascend@0.26.0rc2", O_PROJ, {FLOAT, W8A8, DYNAMIC, W4A8}, {FLOAT, W8A8, W4A8}),
-    ("vllm-ascend@0.26.0.dev1", O_PROJ, {FLOAT, W8A8, DYNAMIC, W4A8}, {FLOAT, W8A8, W4A8}),
-    ("vllm-ascend@0.26", O_PROJ, {FLOAT, W8A8, DYNAMIC}, {FLOAT, W8A8}),
-    ("vllm-ascend@1.0", O_PROJ, {FLOAT, W8A8, DYNAMIC}, {FLOAT, W8A8}),
+    ("vllm-ascend@0.16.0", QKV, {FLOAT, W8A8, DYNAMIC, MIX}, {FLOAT, W8A8}),
+    ("vllm-ascend@0.18", O_PROJ, {FLOAT, W8A8, DYNAMIC, W4A8, MIX, W8A16}, {FLOAT, W8A8, W4A8, W8A16}),
+    ("vllm-ascend@0.26.0rc2", O_PROJ, {FLOAT, W8A8, DYNAMIC, W4A8, MIX, W8A16}, {FLOAT, W8A8, W4A8, W8A16}),
+    ("vllm-ascend@0.26.0.dev1", O_PROJ, {FLOAT, W8A8, DYNAMIC, W4A8, MIX, W8A16}, {FLOAT, W8A8, W4A8, W8A16}),
+    ("vllm-ascend@0.26", O_PROJ, {FLOAT, W8A8, DYNAMIC, MIX, W8A16}, {FLOAT, W8A8, W8A16}),
+    ("vllm-ascend@1.0", O_PROJ, {FLOAT, W8A8, DYNAMIC, MIX, W8A16}, {FLOAT, W8A8, W8A16}),
     ("mindie@2.1", O_PROJ, {FLOAT}, {FLOAT}),
     ("mindie@2.2.RC1", O_PROJ, {FLOAT, W8A8, DYNAMIC}, {FLOAT, W8A8, DYNAMIC}),
     ("mindie@2.2", QKV, {FLOAT, W8A8}, {FLOAT, W8A8}),

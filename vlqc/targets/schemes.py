@@ -158,6 +158,7 @@ INT4_GROUPS = WeightFormat(4, -8, 7, per_group=True)
 FLOAT_ACTIVATION = ActivationFormat(16)
 PER_TENSOR = ActivationFormat(8, is_static=True)
 PER_TOKEN = ActivationFormat(8, is_dynamic=True, cost=0.1)
+PER_TENSOR_OR_TOKEN = ActivationFormat(8, is_static=True, is_dynamic=True, cost=0.1)
 
 
 # ---- the schemes -----------------------------------------------------------------------------------------------------
@@ -244,7 +245,7 @@ class Scheme(StrEnum):
         module="quant_linear:StaticQuantLinear",
         substitute="W8A8_DYNAMIC",
         alternatives=("W8A8_DYNAMIC", "FLOAT"),
-        naming_priority=2,
+        naming_priority=3,
     )
     W8A8_DYNAMIC = SchemeSpec(
         "W8A8_DYNAMIC",
@@ -254,7 +255,18 @@ class Scheme(StrEnum):
         report=ReportStyle("W8A8, dynamic per token", "d", light=("#0b7a7c", "#ffffff"), dark=("#53c5bd", "#10141a")),
         module="quant_linear:DynamicQuantLinear",
         alternatives=("FLOAT",),
-        naming_priority=1,
+        naming_priority=2,
+    )
+    W8A8_MIX = SchemeSpec(
+        "W8A8_MIX",
+        INT8,
+        PER_TENSOR_OR_TOKEN,
+        stored=(*INT8_WEIGHT, *STATIC_INPUT),
+        report=ReportStyle("W8A8, static or dynamic", "m", light=("#6a4fb3", "#ffffff"), dark=("#b3a0f0", "#10141a")),
+        module="quant_linear:MixQuantLinear",
+        substitute="W8A8_DYNAMIC",
+        alternatives=("W8A8_DYNAMIC", "FLOAT"),
+        naming_priority=4,
     )
     W4A8_DYNAMIC = SchemeSpec(
         "W4A8_DYNAMIC",
@@ -268,7 +280,17 @@ class Scheme(StrEnum):
         substitute="W8A8_DYNAMIC",
         alternatives=("W8A8_DYNAMIC", "FLOAT"),
         output_multiple=8,  # operators that take packed int4 weights read eight outputs at a time
-        naming_priority=3,
+        naming_priority=5,
+    )
+    W8A16 = SchemeSpec(
+        "W8A16",
+        INT8,
+        FLOAT_ACTIVATION,
+        stored=INT8_WEIGHT,
+        report=ReportStyle("W8A16, float inputs", "w", light=("#5c7d2e", "#ffffff"), dark=("#a9c96b", "#10141a")),
+        module="quant_linear:WeightOnlyQuantLinear",
+        alternatives=("FLOAT",),
+        naming_priority=1,
     )
     FLOAT = SchemeSpec(
         "FLOAT",

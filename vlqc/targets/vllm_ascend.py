@@ -29,10 +29,6 @@ from vlqc.targets.schemes import Scheme
 DESCRIPTION = "quant_model_description.json"
 DESCRIPTION_VERSION = "1.0.0"  # by which it recognizes packed 4-bit weights
 ONLY_BFLOAT16 = ("bfloat16",)
-# npu_weight_quant_batchmatmul, which runs W8A16, takes 2-D inputs only (issue 3210), and next to bfloat16 inputs only
-# float32 biases (CANN, aclnn_weight_quant_batch_matmul_v2.cpp, CheckBiasWithXBf16). All versions up to 0.25 pass the
-# inputs as they are, 3-D in vision blocks, and the bias in the dtype of the model (quantization/methods/w8a16.py).
-BIASED_W8A16 = ("float16",)
 FAST_GROUP_SIZES = (64, 128)  # what its int4 kernels are written for
 # Of npu_weight_quant_batchmatmul; quantization/methods/w4a8.py, 0.18: `input_size_per_partition // group_size`.
 GROUPS_NEED = "inputs that are a multiple of group_size, and at least two groups"
@@ -64,8 +60,11 @@ class VllmAscend(Engine):
             # W8A8_MIX runs as W8A8_DYNAMIC, or as W8A8 (quantization/methods/w8a8_pdmix.py; 0.12, 0.13: w8a8_pdmix.py).
             Rule(Scheme.W8A8_MIX, DECODER_ROLES, since="0.12.0rc1", dtypes=ONLY_BFLOAT16),
             Rule(Scheme.W8A8_MIX, (*VISION_ROLES, Role.MERGER), since="0.16", dtypes=ONLY_BFLOAT16),
+            # The operator of W8A16, npu_weight_quant_batchmatmul, takes 2-D inputs only (issue 3210), and next to bfloat16
+            # inputs only float32 biases (CANN, aclnn_weight_quant_batch_matmul_v2.cpp, CheckBiasWithXBf16). All
+            # versions up to 0.25 pass it the inputs as they are, 3-D in vision blocks, and biases in bfloat16
+            # (quantization/methods/w8a16.py). So these layers have no row, nor in float16 models.
             Rule(Scheme.W8A16, (Role.OUT, Role.UP, Role.DOWN), since="0.13.0rc1"),
-            Rule(Scheme.W8A16, (Role.QKV, Role.MERGER), since="0.13.0rc1", dtypes=BIASED_W8A16),
         ),
         # The engine's table of fused layers has no row for Qwen2-VL, and needs none: vLLM 0.13 to 0.23 pass the
         # quantization to the tower and its merger (qwen2_vl.py). Up to 0.11 the engine has its own class of the model,
@@ -80,7 +79,6 @@ class VllmAscend(Engine):
             Rule(Scheme.W8A8_MIX, DECODER_ROLES, since="0.12.0rc1", dtypes=ONLY_BFLOAT16),
             Rule(Scheme.W8A8_MIX, (*VISION_ROLES, Role.MERGER), since="0.16.0rc1", dtypes=ONLY_BFLOAT16),
             Rule(Scheme.W8A16, (Role.OUT, Role.UP, Role.DOWN), since="0.13.0rc1"),
-            Rule(Scheme.W8A16, (Role.QKV, Role.MERGER), since="0.13.0rc1", dtypes=BIASED_W8A16),
         ),
         # 0.13.0rc2 is the first tag that maps the names of this model to those of the description. 0.14.0rc1 to
         # 0.17.0rc1 have that map under the key qwen3_vl_text, which they compare with qwen3_vl: they stop with a
@@ -99,8 +97,6 @@ class VllmAscend(Engine):
             Rule(Scheme.W8A8_MIX, (*VISION_ROLES, Role.MERGER, *DECODER_ROLES), since="0.18", dtypes=ONLY_BFLOAT16),
             Rule(Scheme.W8A16, DECODER_ROLES, since="0.13.0rc2", before="0.14.0rc1"),
             Rule(Scheme.W8A16, DECODER_ROLES, since="0.18"),
-            Rule(Scheme.W8A16, (Role.MERGER,), since="0.13.0rc2", before="0.14.0rc1", dtypes=BIASED_W8A16),
-            Rule(Scheme.W8A16, (Role.MERGER,), since="0.18", dtypes=BIASED_W8A16),
         ),
         # Every tag from 0.13.0rc1 on has a row for Qwen3-VL-MoE in the table of fused layers, and a map of its names.
         # None of these tags registers static W8A8 for experts (quantization/methods, "moe").
@@ -115,7 +111,6 @@ class VllmAscend(Engine):
             Rule(Scheme.W8A8_MIX, DECODER_ROLES, since="0.13.0rc1", dtypes=ONLY_BFLOAT16),
             Rule(Scheme.W8A8_MIX, (*VISION_ROLES, Role.MERGER), since="0.16.0rc1", dtypes=ONLY_BFLOAT16),
             Rule(Scheme.W8A16, DECODER_ROLES, since="0.13.0rc1"),
-            Rule(Scheme.W8A16, (Role.MERGER,), since="0.13.0rc1", dtypes=BIASED_W8A16),
         ),
         # The table of fused layers has no rows for Qwen2 and Qwen3, and needs none: vLLM's classes name their fused
         # layers (qwen2.py, qwen3.py, 0.13).
@@ -125,7 +120,6 @@ class VllmAscend(Engine):
             Rule(Scheme.W4A8_DYNAMIC, (Role.OUT, Role.UP, Role.DOWN), since="0.11", before="0.26"),
             Rule(Scheme.W8A8_MIX, DECODER_ROLES, since="0.12.0rc1", dtypes=ONLY_BFLOAT16),
             Rule(Scheme.W8A16, (Role.OUT, Role.UP, Role.DOWN), since="0.13.0rc1"),
-            Rule(Scheme.W8A16, (Role.QKV,), since="0.13.0rc1", dtypes=BIASED_W8A16),
         ),
         "qwen3": (
             Rule(Scheme.W8A8, DECODER_ROLES, since="0.11"),

@@ -39,8 +39,9 @@ def choose_scheme(
     layers: checkpoint name -> (outputs, inputs), or None if the shape does not matter. family: of the model. scheme:
     the default scheme. target: engines whose rules apply; where the target's version does not run the scheme at all,
     those of the other versions. scope: `engine` uses 4-bit weights only in layers where the target runs them, `all` in
-    every layer. fallback: `reference` leaves the layers that the reference script excludes in float, as their inputs are
-    hard to quantize, unless the scheme has float inputs; `none` only those that the engine cannot run quantized. exclude: globs of layers that stay float. include: globs of layers that are
+    every layer. fallback: `reference` leaves the layers that the reference script excludes in float, as their inputs
+    are hard to quantize, if the scheme quantizes inputs; `none` only those that the engine cannot run quantized.
+    exclude: globs of layers that stay float. include: globs of layers that are
     quantized in spite of the reference exclusions; `exclude` takes precedence.
     """
     if not scheme.spec.activation.is_quantized:

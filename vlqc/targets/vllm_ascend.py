@@ -60,10 +60,10 @@ class VllmAscend(Engine):
             # W8A8_MIX runs as W8A8_DYNAMIC, or as W8A8 (quantization/methods/w8a8_pdmix.py; 0.12, 0.13: w8a8_pdmix.py).
             Rule(Scheme.W8A8_MIX, DECODER_ROLES, since="0.12.0rc1", dtypes=ONLY_BFLOAT16),
             Rule(Scheme.W8A8_MIX, (*VISION_ROLES, Role.MERGER), since="0.16", dtypes=ONLY_BFLOAT16),
-            # The operator of W8A16, npu_weight_quant_batchmatmul, takes 2-D inputs only (issue 3210), and next to bfloat16
-            # inputs only float32 biases (CANN, aclnn_weight_quant_batch_matmul_v2.cpp, CheckBiasWithXBf16). All
-            # versions up to 0.25 pass it the inputs as they are, 3-D in vision blocks, and biases in bfloat16
-            # (quantization/methods/w8a16.py). So these layers have no row, nor in float16 models.
+            # The operator of W8A16, npu_weight_quant_batchmatmul, takes 2-D inputs only (issue 3210), and next to
+            # bfloat16 inputs only float32 biases (CANN, aclnn_weight_quant_batch_matmul_v2.cpp, CheckBiasWithXBf16).
+            # All versions up to 0.25 pass it the inputs as they are, 3-D in vision blocks, and biases in bfloat16
+            # (quantization/methods/w8a16.py). So layers with a bias have no row, nor in float16 models.
             Rule(Scheme.W8A16, (Role.OUT, Role.UP, Role.DOWN), since="0.13.0rc1"),
         ),
         # The engine's table of fused layers has no row for Qwen2-VL, and needs none: vLLM 0.13 to 0.23 pass the

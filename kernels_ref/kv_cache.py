@@ -56,10 +56,10 @@ def attention_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[
 class RoundCache(TorchFunctionMode):
     """Mode in which every call of scaled_dot_product_attention reads rounded keys and values.
 
-    key_scale, value_scale: float [kv_heads * D].
+    key_scale, value_scale: float [kv_heads * D]; kv_heads: by default their length over that of a key or value.
     """
 
-    def __init__(self, key_scale: torch.Tensor, value_scale: torch.Tensor, kv_heads: int) -> None:
+    def __init__(self, key_scale: torch.Tensor, value_scale: torch.Tensor, kv_heads: int | None = None) -> None:
         super().__init__()
         self.scales, self.kv_heads = {"key": key_scale, "value": value_scale}, kv_heads
 
@@ -69,7 +69,10 @@ class RoundCache(TorchFunctionMode):
         if func is not ATTENTION:
             return func(*args, **(kwargs or {}))
         arguments = attention_arguments(args, kwargs or {})
-        rounded = {name: round_cache(arguments[name], scale, self.kv_heads) for name, scale in self.scales.items()}
+        rounded = {
+            name: round_cache(arguments[name], scale, self.kv_heads or scale.numel() // arguments[name].shape[-1])
+            for name, scale in self.scales.items()
+        }
         return ATTENTION(**(arguments | rounded))
 
 
@@ -85,18 +88,24 @@ class QuantizedCacheAttention(torch.nn.Module):
 
     key_scale: torch.Tensor
     value_scale: torch.Tensor
-    kv_heads: int
+    kv_heads: int | None
     float_attention: torch.nn.Module
 
     def __init__(
-        self, float_attention: torch.nn.Module, key_scale: torch.Tensor, value_scale: torch.Tensor, kv_heads: int
+        self,
+        float_attention: torch.nn.Module,
+        key_scale: torch.Tensor,
+        value_scale: torch.Tensor,
+        kv_heads: int | None = None,
     ) -> None:
-        """Does not copy its arguments. Raises ValueError for scales that are not positive vectors for `kv_heads`."""
+        """Does not copy its arguments. kv_heads: see `RoundCache`. Raises ValueError for scales that are not positive
+        vectors for `kv_heads`."""
         super().__init__()
         for name, scale in (("key_scale", key_scale), ("value_scale", value_scale)):
-            if scale.dim() != 1 or not scale.numel() or scale.numel() % kv_heads or not scale.is_floating_point():
+            heads = kv_heads or 1
+            if scale.dim() != 1 or not scale.numel() or scale.numel() % heads or not scale.is_floating_point():
                 shape = f"{scale.dtype} {list(scale.shape)}"
-                raise ValueError(f"{name} must be float with a multiple of {kv_heads} elements, got {shape}")
+                raise ValueError(f"{name} must be float with a multiple of {heads} elements, got {shape}")
             if not bool((scale > 0).all()) or not bool(scale.isfinite().all()):
                 raise ValueError(f"{name} must be positive and finite")
         names = ("_parameters", "_buffers", "_modules", "training")

@@ -26,7 +26,7 @@ OUR_DEFAULTS = {
     "seed": 0, "max_tokens": None, "overwrite": False, "skip_bad_images": False, "dump_ir": None, "pipeline": None,
     "timings": None, "resume": False, "start_over": False, "dump_stages": (), "dump_formats": "text",
     "print_after": None, "family": None, "rotate": "auto", "dtype": "auto", "follow_links": False,
-    "lora": (), "max_frames": None,
+    "lora": (), "max_frames": None, "kv_cache": "none",
 }  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from vlqc.files import sha256_of
 from vlqc.ir.observation import MODALITIES
 from vlqc.ir.stage import Sensitivity, Stage
 from vlqc.pipeline.precision_search import Candidate, SearchGroup, SearchResult
+from vlqc.targets.caches import TensorScheme, tensor_scheme
 from vlqc.targets.schemes import Scheme
 
 TEXT = MODALITIES.index("text")
@@ -35,7 +36,7 @@ class DeferredTensor:
     """
 
     name: str
-    scheme: Scheme
+    scheme: TensorScheme
     group: int | None = None
     choice: Scheme | None = None
 
@@ -143,7 +144,7 @@ class DeferredStages:
                 raise Damaged(f"{path.name} of {self.folder.name} has changed since it was written")
             self._stages.append(
                 [
-                    DeferredTensor(name, Scheme(scheme), group, choice and Scheme(choice))
+                    DeferredTensor(name, tensor_scheme(scheme), group, choice and Scheme(choice))
                     for name, scheme, group, choice in record["tensors"]
                 ]
             )
@@ -186,7 +187,7 @@ class DeferredStages:
         for emitted in tensors:
             layer = emitted.name.rpartition(".")[0]
             number = group_of.get(layer)
-            if number is None:
+            if number is None or not isinstance(emitted.scheme, Scheme):  # scales of the cache fit every choice
                 yield emitted, None, None
                 continue
             measured = stage.sensitivities[number - first]
@@ -213,4 +214,5 @@ def _by_scheme(values: dict[str, Any]) -> dict[Scheme, Any]:
 def _header_bytes(stage: Stage) -> int:
     """An upper bound of the header of a stage's file, whose keys are numbers."""
     choices = sum(len(measured.sites) * len(measured.modules) for measured in stage.sensitivities)
-    return 1024 + (len(stage.module.state_dict()) * 2 + choices * TENSORS_PER_LINEAR) * (ENTRY_BYTES + 16)
+    several = choices + len(stage.caches)
+    return 1024 + (len(stage.module.state_dict()) * 2 + several * TENSORS_PER_LINEAR) * (ENTRY_BYTES + 16)

@@ -20,6 +20,7 @@ from vlqc.ir.stage import Stage
 from vlqc.kernels_ref.matmul import CORRECTION_STEP
 from vlqc.options.options import Options
 from vlqc.pipeline.precision_search import SearchResult, search_schemes
+from vlqc.targets.caches import TensorScheme, tensor_scheme
 from vlqc.targets.engine import QUANT_BIAS_CORRECTION, FolderContent
 from vlqc.targets.rules import folder_type
 from vlqc.targets.schemes import Scheme
@@ -48,7 +49,7 @@ class FolderWriter:
         self._tensors = tensors or checkpoint
         self.layout = options.layout
         self.dtype = emitted_dtype(checkpoint.dtype, options.dtype)
-        self.schemes: dict[str, Scheme] = {}
+        self.schemes: dict[str, TensorScheme] = {}
         self.corrected = False
         self.on_stage_written: Callable[[int, Callable[[], None]], None] = lambda number, discard: discard()
         limit = None if options.part_file_size is None else options.part_file_size * GIB
@@ -103,7 +104,9 @@ class FolderWriter:
     def finish(self) -> None:
         """Completes the weight files and writes everything else."""
         family, target = self.checkpoint.family, parse_target(self.options.engine_target)
-        layers = {name.removesuffix(".weight"): scheme for name, scheme in self.schemes.items()}
+        layers = {
+            name.removesuffix(".weight"): scheme for name, scheme in self.schemes.items() if isinstance(scheme, Scheme)
+        }
         content = FolderContent(
             family, self.schemes, self.options.scheme, folder_type(target, family, layers), vars(self.options)
         )
@@ -167,7 +170,7 @@ class FolderWriter:
                 path.unlink()  # `finish` writes it again
         self._shards.restore([record["shards"] for record in records])
         for record in records:
-            self.schemes |= {name: Scheme(value) for name, value in record["schemes"].items()}
+            self.schemes |= {name: tensor_scheme(value) for name, value in record["schemes"].items()}
             self.corrected |= record["corrected"]
         self._committed = len(self.schemes)
         self._writer.add_known(self.schemes)

@@ -14,8 +14,10 @@ from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.stage import Site
 from vlqc.options.options import Options
 from vlqc.pipeline.pass_api import Pass
+from vlqc.targets.cache_schemes import CacheScheme
+from vlqc.targets.caches import projections
 from vlqc.targets.engine import Engine
-from vlqc.targets.schemes import Scheme, StorageFormat, linear_bytes
+from vlqc.targets.schemes import Scheme, StorageFormat, linear_bytes, tensors_bytes
 
 
 def required_disk_space(
@@ -26,8 +28,8 @@ def required_disk_space(
     The sum of the result (under --fallback auto with the alternatives to choose from), the stage outputs kept for
     --resume, the weights of experts, and what samples hold beyond --memory_budget.
     """
-    sites = predict_schemes(model, passes)
-    result = output_bytes(model, sites, options.layout, with_alternatives=options.fallback == "auto")
+    sites, cache = predict_schemes(model, passes), predict_cache(passes)
+    result = output_bytes(model, sites, options.layout, with_alternatives=options.fallback == "auto", cache=cache)
     temporary = expert_file_bytes(model) + offloaded_bytes(model, samples, options.memory_budget)
     return result + stage_output_bytes(model, samples) + temporary
 
@@ -58,13 +60,25 @@ def predict_schemes(
     return sites
 
 
+def predict_cache(passes: Sequence[Pass]) -> CacheScheme | None:
+    """The scheme in which a pass quantizes keys and values; None if they stay float. Layers may be left out."""
+    schemes = (getattr(step, "scheme", None) for step in passes)
+    return next((scheme for scheme in schemes if isinstance(scheme, CacheScheme)), None)
+
+
 def output_bytes(
-    model: StreamedModel, sites: Mapping[str, Site], layout: Engine, *, with_alternatives: bool = False
+    model: StreamedModel,
+    sites: Mapping[str, Site],
+    layout: Engine,
+    *,
+    with_alternatives: bool = False,
+    cache: CacheScheme | None = None,
 ) -> int:
     """Bytes of the weight file of the result, exact but for --part_file_size and --shift.
 
     sites: from `predict_schemes`; with_alternatives: adds what `DeferredStages` stores besides, the tensors of every
-    other scheme that the precision search may choose for a Linear.
+    other scheme that the precision search may choose for a Linear; cache: scheme of keys and values in every decoder
+    layer, None for a cache in float.
     """
     dtype = model.emitted_dtype
     code = "F16" if dtype == torch.float16 else "BF16"
@@ -81,6 +95,11 @@ def output_bytes(
         form = StorageFormat(code, layout.packs_int4, site.group_size or inputs)
         stored = [scheme, *scheme.alternatives] if with_alternatives else [scheme]
         total += sum(linear_bytes(each, linear, form) for each in stored)
+    if cache is not None:
+        form = StorageFormat(code)
+        for pair in projections(model.family, sites).values():
+            linears = (Linear(*sites[layer].shape, row_parallel=False) for layer in pair)
+            total += sum(tensors_bytes(cache.spec.stored, linear, form) for linear in linears)
     return total
 
 

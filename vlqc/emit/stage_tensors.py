@@ -11,13 +11,18 @@ from vlqc.errors import Fault, UserError
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.emitted_dtype import dtype_name
 from vlqc.ir.memory import release_pages
-from vlqc.ir.stage import Stage
+from vlqc.ir.stage import CacheSite, Stage
 from vlqc.kernels_ref.quant_linear import QuantLinear
+from vlqc.targets.cache_schemes import CacheScheme
+from vlqc.targets.caches import TensorScheme
 from vlqc.targets.engine import Engine
 from vlqc.targets.schemes import Scheme
 
 LOST_DIGITS = 2.0**-7  # relative error of a weight as a whole; rounding to bfloat16 leaves less than 2**-8
-TENSORS_PER_LINEAR = max(len(scheme.spec.stored) for scheme in Scheme) + 1  # at most, with the bias
+# At most, with the bias and the scales of keys or values.
+TENSORS_PER_LINEAR = (
+    max(len(scheme.spec.stored) for scheme in Scheme) + 1 + max(len(scheme.spec.stored) for scheme in CacheScheme)
+)
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ class EmittedTensor:
 
     name: str
     tensor: Tensor
-    scheme: Scheme
+    scheme: TensorScheme
 
 
 def float_tensor(name: str, tensor: Tensor, dtype: torch.dtype) -> EmittedTensor:
@@ -52,7 +57,7 @@ def float_tensor(name: str, tensor: Tensor, dtype: torch.dtype) -> EmittedTensor
 
 def stage_tensors(stage: Stage, layout: Engine, scheme: Scheme) -> Iterator[EmittedTensor]:
     """The tensors of a lowered stage in module order: integers and scales of quantized Linears, everything else in
-    float, and at the end those that the layout repeats.
+    float, then the scales of cached keys and values, and at the end those that the layout repeats.
 
     scheme: that of the whole compilation, listed for the repeated tensors. UserError for a Linear that was assigned a
     scheme but not lowered.
@@ -63,6 +68,8 @@ def stage_tensors(stage: Stage, layout: Engine, scheme: Scheme) -> Iterator[Emit
             raise UserError(Fault(f"{site.name} was assigned {site.scheme} but is still float", stage.name, fix=fix))
     for path, module in stage.module.named_modules():
         yield from module_tensors(stage, path, module, packed=layout.packs_int4)
+    for cache in stage.caches.values():
+        yield from _cache_tensors(cache)
     if layout.norm_copies:
         yield from _norm_copies(stage, layout, scheme)
 
@@ -85,6 +92,17 @@ def module_tensors(stage: Stage, path: str, module: nn.Module, *, packed: bool) 
             yield float_tensor(full_name, buffer, stage.dtype)
         else:
             yield EmittedTensor(full_name, buffer, Scheme(module.scheme))
+
+
+def _cache_tensors(cache: CacheSite) -> Iterator[EmittedTensor]:
+    """Scales of a quantized cache, and offsets of 0, float32 [channels]; nothing for a cache in float."""
+    if cache.scheme is None:
+        return
+    for layer, scale in ((cache.key, cache.key_scale), (cache.value, cache.value_scale)):
+        assert scale is not None, cache.name
+        for spec in cache.scheme.spec.stored:
+            value = scale.float() if spec.suffix.endswith("scale") else torch.zeros(cache.channels)
+            yield EmittedTensor(f"{layer}.{spec.suffix}", value, cache.scheme)
 
 
 def header_bytes(checkpoint: Checkpoint) -> int:

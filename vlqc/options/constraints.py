@@ -16,6 +16,7 @@ from typing import Any
 from vlqc.errors import Fault, UserError
 from vlqc.files import read_json_object
 from vlqc.options.fields import OptionFields
+from vlqc.targets.engine import join_and, join_or
 from vlqc.targets.target import BOTH, ENGINES, engine_of_option, parse_target
 
 
@@ -117,6 +118,30 @@ def _fallback(options: OptionFields) -> Iterator[Fault]:
         yield Fault(what, why="only --fallback auto has a goal", fix="add --fallback auto")
 
 
+def _cache(options: OptionFields) -> Iterator[Fault]:
+    """A quantized cache in a model without one, or in an engine that has none of any version."""
+    if options.cache_scheme is None:
+        return
+    from vlqc.families.registry import find_family
+
+    family = find_family(config_of(options.model_path))
+    if family is None:  # an error when the checkpoint is opened
+        return
+    flag = f"--kv_cache {options.kv_cache}"
+    if not family.key_value:
+        why = f"vlqc does not know the key and value projections of {family.title} (`key_value` of its family)"
+        yield Fault(flag, why=why, fix=f"remove {flag}")
+        return
+    target, by_option = parse_target(options.engine_target), engine_of_option(options)
+    refusing = [engine for engine in target.engines if not engine.cache_rules_of(family)]
+    others = [engine.name for engine in ENGINES if engine.cache_rules_of(family)]
+    if refusing:
+        used = f"--{by_option.layout_option}" if by_option else f"--target {target}"
+        why = f"no version of {join_and(engine.title for engine in refusing)} quantizes the cache of {family.title}"
+        instead = f", or use --target {join_or(others)}" if others else ""
+        yield Fault(f"{flag} with {used}", why=why, fix=f"remove {flag}{instead}")
+
+
 def _strict(options: OptionFields) -> Iterator[Fault]:
     """Incompatibilities of the scheme itself. --exclude may avoid them, so with it the plan of the layers decides."""
     if not options.strict_target or options.exclude:
@@ -127,7 +152,9 @@ def _strict(options: OptionFields) -> Iterator[Fault]:
     family = find_family(config_of(options.model_path))
     if family is None:  # an error when the checkpoint is opened
         return
-    for sentence in incompatibilities(options.engine_target, family, options.scheme, scope=options.w4a8_scope):
+    for sentence in incompatibilities(
+        options.engine_target, family, options.scheme, scope=options.w4a8_scope, cache=options.cache_scheme
+    ):
         other = missing_rows_fix(family) or "use another --target or scheme (--w_bit, --is_dynamic, --w4a8_scope)"
         fix = f"remove --strict_target, or {other}"
         target = parse_target(options.engine_target).text
@@ -179,7 +206,7 @@ def _dumps(options: OptionFields) -> Iterator[Fault]:
 # The options that have no other effect than to select passes and their options.
 PASS_OPTIONS = (
     "rotate", "anti_method", "anti_alpha", "act_method", "weight_method", "propagate", "modality_balance", "exclude",
-    "include",
+    "include", "kv_cache",
 )  # fmt: skip
 
 # The options that a rule depends on, and the rule.
@@ -194,7 +221,8 @@ RULES: tuple[tuple[frozenset[str], Callable[[OptionFields], Iterator[Fault]]], .
     (frozenset({"w_bit", "is_dynamic", "anti_method", "shift", "target"}), _shift),
     (frozenset({"w_bit", "w4a8_scope"}), _scope),
     (frozenset({"fallback", "min_sqnr", "max_float_groups"}), _fallback),
-    (SCHEME | LAYOUTS | {"target", "strict_target", "w4a8_scope", "exclude"}, _strict),
+    (SCHEME | LAYOUTS | {"target", "kv_cache"}, _cache),
+    (SCHEME | LAYOUTS | {"target", "strict_target", "w4a8_scope", "exclude", "kv_cache"}, _strict),
     (frozenset({"exclude", "include"}), _layers),
     (frozenset({"pipeline", *PASS_OPTIONS}), _pipeline),
     (frozenset({"resume", "start_over"}), _resume),

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from vlqc.errors import UserError
 from vlqc.formatting import did_you_mean
+from vlqc.targets.cache_schemes import CacheScheme, cache_scheme_of_option
 from vlqc.targets.engine import Engine
 from vlqc.targets.schemes import Scheme, scheme_of_flags
 from vlqc.targets.target import BOTH, ENGINES, engine_of_option, parse_target
@@ -28,6 +29,7 @@ DATA, SCHEME, LAYERS, OUTPUT, RUNNING, DEBUGGING = PANELS = (
     "Debugging",
 )
 DUMP_FORMATS = ("text", "json", "onnx", "bundle")
+CACHES = ("none", *(scheme.spec.option for scheme in CacheScheme))
 LARGEST_INTEGER = 10**18 - 1
 # Layer names contain none of these characters, and the pipeline syntax uses them as separators.
 NOT_IN_A_GLOB = re.compile(r"[\s,;{}]")
@@ -97,6 +99,12 @@ def _formats(value: str) -> str:
         if word not in DUMP_FORMATS:
             raise InvalidValue(f"unknown format {word!r}", did_you_mean(word, DUMP_FORMATS))
     return ",".join(formats)
+
+
+def _cache(value: str) -> str:
+    if value.lower() not in CACHES:
+        raise InvalidValue("there is no such cache", did_you_mean(value, CACHES))
+    return value.lower()
 
 
 def _fallback(value: Any) -> Any:
@@ -197,7 +205,7 @@ class OptionFields(BaseModel):
         None,
         OUTPUT,
         "Engine that loads the checkpoint: vllm-ascend, mindie or both; a version may follow, as in vllm-ascend@0.18 "
-        "or mindie@2.2. Default: both for static W8A8, vllm-ascend for other schemes.",
+        "or mindie@2.2. Default: both for static W8A8, vllm-ascend for other schemes and with --kv_cache.",
         metavar="ENGINE",
         legal="vllm-ascend, mindie or both, or one engine with @version",
     )
@@ -234,6 +242,13 @@ class OptionFields(BaseModel):
         SCHEME,
         "Inputs on which later stages are calibrated: the outputs of the float stages, or those of the "
         "quantized stages at the cost of a second forward pass per stage.",
+    )
+    kv_cache: Annotated[str, AfterValidator(_cache)] = _option(
+        "none",
+        SCHEME,
+        "Cache of keys and values in the language model: none keeps it in float, int8 quantizes it, with a scale per "
+        "channel of every head, which halves its memory. Layers in which it costs too much stay float.",
+        choices=CACHES,
     )
     fallback: Annotated[Literal["reference", "none", "auto"], BeforeValidator(_fallback)] = _option(
         "reference",
@@ -365,6 +380,11 @@ class OptionFields(BaseModel):
         return scheme_of_flags(self.w_bit, self.a_bit, is_dynamic=self.is_dynamic)
 
     @property
+    def cache_scheme(self) -> CacheScheme | None:
+        """The scheme of keys and values that kv_cache selects; None if they stay float."""
+        return cache_scheme_of_option(self.kv_cache)
+
+    @property
     def layout(self) -> Engine:
         """The engine in whose layout the folder is written: the first of the target."""
         return parse_target(self.engine_target).engines[0]
@@ -376,7 +396,8 @@ class OptionFields(BaseModel):
             return self.target
         if (engine := engine_of_option(self)) is not None:
             return engine.name
-        return BOTH if self.scheme.spec.activation.is_static and not self.shift else ENGINES[0].name
+        for_both = self.scheme.spec.activation.is_static and not self.shift and self.cache_scheme is None
+        return BOTH if for_both else ENGINES[0].name
 
 
 @dataclass(frozen=True)

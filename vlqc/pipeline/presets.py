@@ -60,6 +60,8 @@ def _selected(options: Options) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "quantize-weights", {"method": options.weight_method}
     if options.fallback == "auto":
         yield "measure-sensitivity", {"target": options.engine_target, "method": options.weight_method}
+    if options.cache_scheme is not None:
+        yield "quantize-cache", {"scheme": str(options.cache_scheme)}
     yield "lower-linears", {}
     if options.propagate == "quantized":
         yield "propagate-quantized", {}

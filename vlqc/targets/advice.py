@@ -7,24 +7,34 @@ from vlqc.families.family import EXPERT_ROLES, ModelFamily
 from vlqc.families.linear import Linear
 from vlqc.families.registry import GUIDE
 from vlqc.import_paths import import_path
+from vlqc.targets.cache_schemes import CacheScheme
+from vlqc.targets.engine import Engine
 from vlqc.targets.precision import choose_scheme
 from vlqc.targets.schemes import Scheme
 from vlqc.targets.target import ENGINES, Target, TargetLike, as_target
-from vlqc.targets.versions import supporting_versions
+from vlqc.targets.versions import VersionRange, supporting_versions
 
 
 def incompatibilities(
-    target: TargetLike, family: ModelFamily, scheme: Scheme, dtype: str = "bfloat16", scope: str = "engine"
+    target: TargetLike,
+    family: ModelFamily,
+    scheme: Scheme,
+    dtype: str = "bfloat16",
+    scope: str = "engine",
+    cache: CacheScheme | None = None,
 ) -> list[str]:
     """One sentence per engine of the target that does not load a compilation in `scheme`; [] when all do.
 
     scope: "engine" gives layers that the target does not run in `scheme` another one, "all" gives them `scheme`, too.
+    cache: scheme of keys and values in all decoder layers; None: in float.
     """
     target = as_target(target)
     dtype = _emitted(dtype)
     sentences = []
     for engine in target.engines:
-        versions = supporting_versions(engine, family, default_schemes(target, family, scheme, scope), dtype)
+        schemes = default_schemes(target, family, scheme, scope)
+        versions = supporting_versions(engine, family, schemes, dtype)
+        with_cache = _with_cache(engine, family, schemes, dtype, cache)
         if versions is None:
             where = engine.unsupported_where(family, scheme) if engine.rules_of(family) else f" of {family.title}"
             if supporting_versions(engine, family, default_schemes(target, family, scheme, scope), "bfloat16"):
@@ -34,7 +44,21 @@ def incompatibilities(
             sentences.append(f"no version of {engine.title} loads {scheme}{where}")
         elif target.version and target.version not in versions:
             sentences.append(f"{target.title(engine)} does not load {scheme}; {versions} do")
+        elif cache is not None and with_cache is None:
+            where = " with these schemes" if engine.cache_rules_of(family) else f" of {family.title}"
+            if _with_cache(engine, family, schemes, "bfloat16", cache):
+                where = f" of a {dtype} model (bfloat16 only)"
+            sentences.append(f"no version of {engine.title} loads an {cache.spec.option} KV cache{where}")
+        elif cache is not None and target.version and with_cache is not None and target.version not in with_cache:
+            sentences.append(f"{target.title(engine)} does not load an {cache.spec.option} KV cache; {with_cache} do")
     return sentences
+
+
+def _with_cache(
+    engine: Engine, family: ModelFamily, schemes: Mapping[str, Scheme], dtype: str, cache: CacheScheme | None
+) -> VersionRange | None:
+    """The versions that load these schemes, with the cache of every decoder layer in `cache`."""
+    return supporting_versions(engine, family, schemes, dtype, {family.name: cache})
 
 
 def engine_notes(
@@ -44,21 +68,29 @@ def engine_notes(
     dtype: str = "bfloat16",
     group_size: int | None = None,
     scope: str = "engine",
+    cache: CacheScheme | None = None,
 ) -> list[str]:
-    """Notes for the user before compiling: `incompatibilities`, limits to some versions, slow group sizes."""
+    """Notes for the user before compiling: `incompatibilities`, limits to some versions, slow group sizes, and what an
+    engine requires for the cache."""
     target = as_target(target)
-    notes = incompatibilities(target, family, scheme, dtype, scope)
+    notes = incompatibilities(target, family, scheme, dtype, scope, cache)
+    what = str(scheme) if cache is None else f"{scheme} with an {cache.spec.option} KV cache"
     for engine in target.engines:
-        versions = supporting_versions(engine, family, default_schemes(target, family, scheme, scope), _emitted(dtype))
+        schemes = default_schemes(target, family, scheme, scope)
+        versions = _with_cache(engine, family, schemes, _emitted(dtype), cache)
         if not versions or target.version:
             continue
         if len(versions.ranges) > 1:
             continue  # "loads in" of the plan and the result says the same
         if not versions.is_open:
-            notes.append(f"{versions} load {scheme}, other versions do not")
+            notes.append(f"{versions} load {what}, other versions do not")
         elif versions.since != engine.first_version(family):
-            notes.append(f"{versions} load {scheme}, earlier versions do not")
-    return notes + [note for engine in target.engines for note in engine.scheme_notes(family, scheme, group_size)]
+            notes.append(f"{versions} load {what}, earlier versions do not")
+    notes += [note for engine in target.engines for note in engine.scheme_notes(family, scheme, group_size)]
+    if cache is None:
+        return notes
+    running = [engine for engine in target.engines if engine.cache_rules_of(family)]
+    return notes + [note for engine in running for note in engine.cache_notes(family, cache)]
 
 
 def grouped_layers(family: ModelFamily, layers: Mapping[str, tuple[Scheme, Sequence[int]]]) -> list[Linear]:

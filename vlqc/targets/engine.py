@@ -15,13 +15,16 @@ from packaging.version import Version
 from vlqc.errors import Fault
 from vlqc.families.family import ModelFamily, Role
 from vlqc.families.linear import Linear
+from vlqc.targets.cache_schemes import CacheScheme
+from vlqc.targets.caches import CacheSchemes, TensorScheme
 from vlqc.targets.schemes import Scheme
 from vlqc.targets.side_files import unread_files
 
 # Key of the description, in every layout: every quant_bias has a mean error subtracted, a multiple of so many steps.
 QUANT_BIAS_CORRECTION = "quant_bias_correction"
 # Keys of the description, and of MindIE's quantization_config, for a quantized cache or attention.
-CACHE_KEYS = ("kv_quant_type", "fa_quant_type", "kv_cache_type")
+CACHE_KEY = "kv_cache_type"
+CACHE_KEYS = ("kv_quant_type", "fa_quant_type", CACHE_KEY)
 COMPILE_AGAIN = "compile again"
 PARALLEL_SIZES = (1, 2, 4, 8, 16)  # devices of tensor parallelism, at most those of one server
 IGNORED_BIAS = "the engine would ignore this bias"
@@ -51,6 +54,22 @@ class Rule:
 
 
 @dataclass(frozen=True)
+class CacheRule:
+    """The engine caches keys and values of decoder layers in `scheme` from version `since` on, in versions below
+    `before` (None: no known end).
+
+    dtypes: of the float tensors with which it does so; every_layer: whether it does so in every decoder layer as soon
+    as the folder names the scheme, also in those without scales.
+    """
+
+    scheme: CacheScheme
+    since: str
+    before: str | None = None
+    dtypes: tuple[str, ...] = ("bfloat16", "float16")
+    every_layer: bool = False
+
+
+@dataclass(frozen=True)
 class FolderContent:
     """What the description and config.json of a compiled folder depend on.
 
@@ -59,10 +78,15 @@ class FolderContent:
     """
 
     family: ModelFamily
-    schemes: Mapping[str, Scheme]
+    schemes: Mapping[str, TensorScheme]
     scheme: Scheme
     quant_type: Scheme
     options: Mapping[str, Any]
+
+    @property
+    def cache_schemes(self) -> list[CacheScheme]:
+        """The schemes of quantized keys and values, in the order of `CacheScheme`."""
+        return [scheme for scheme in CacheScheme if scheme in self.schemes.values()]
 
 
 class StoredTensor(Protocol):
@@ -85,7 +109,8 @@ class FinishedFolder:
     layout: the engine whose description it has; files: names of all files; description, config: content of the JSON
     files, empty if they cannot be read; quant_type: the scheme that names the folder; schemes: by linear layer,
     embedding and convolution; embedding: of the tokens; linears: all linear layers of the model; norm_readers: norm
-    without a bias of its own in the float model -> linear layers that read it.
+    without a bias of its own in the float model -> linear layers that read it; caches: of keys and values, by attention
+    module.
     """
 
     path: Path
@@ -101,6 +126,7 @@ class FinishedFolder:
     embedding: str = ""
     linears: Mapping[str, Linear] = field(default_factory=dict)
     norm_readers: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    caches: CacheSchemes = field(default_factory=dict)
 
     def shifted_norms(self) -> list[str]:
         """The norms that got a bias by a folded shift."""
@@ -112,11 +138,11 @@ class Engine(ABC):
 
     name: on the command line; title: as its users write it; example_versions: for messages; layout_option: name of the
     option that selects its layout besides `--target`, empty for none; quantization_keys: of config.json, dotted, that
-    say how a model is quantized; rules: which layers it runs in which scheme, by family; group_sizes: that it accepts,
-    0 for scales without groups, empty for any; packs_int4: whether two rows of 4-bit weights share their bytes, with a
-    scale_bias per layer; norm_bias_parts: parts of the model in which it adds the bias of a norm that the float model
-    does not have; norm_copies: name of the submodule under which it wants the tensors of such a norm a second time,
-    empty for none.
+    say how a model is quantized; rules: which layers it runs in which scheme, by family; cache_rules: how it caches
+    keys and values, likewise; group_sizes: that it accepts, 0 for scales without groups, empty for any; packs_int4:
+    whether two rows of 4-bit weights share their bytes, with a scale_bias per layer; norm_bias_parts: parts of the
+    model in which it adds the bias of a norm that the float model does not have; norm_copies: name of the submodule
+    under which it wants the tensors of such a norm a second time, empty for none.
 
     transformers: (version of the engine, the oldest version of transformers that it and later ones are installed with),
     the earliest first; template_by_processor: whether it asks the processor for the chat template of models with
@@ -129,6 +155,7 @@ class Engine(ABC):
     layout_option: ClassVar[str] = ""
     quantization_keys: ClassVar[tuple[str, ...]] = ()
     rules: ClassVar[Mapping[str, tuple[Rule, ...]]]
+    cache_rules: ClassVar[Mapping[str, tuple[CacheRule, ...]]] = {}
     group_sizes: ClassVar[tuple[int, ...]] = ()
     packs_int4: ClassVar[bool]
     norm_bias_parts: ClassVar[tuple[str, ...]] = ()
@@ -142,6 +169,10 @@ class Engine(ABC):
     def rules_of(self, family: ModelFamily) -> tuple[Rule, ...]:
         """The rules for models of a family; empty if the engine does not load them quantized."""
         return self.rules.get(family.engine_rows or family.name, ())
+
+    def cache_rules_of(self, family: ModelFamily) -> tuple[CacheRule, ...]:
+        """The rules for the caches of models of a family; empty if it always caches in float."""
+        return self.cache_rules.get(family.engine_rows or family.name, ()) if family.key_value else ()
 
     def first_version(self, family: ModelFamily) -> str | None:
         """The first version that loads a quantized model of the family; None if no version does."""
@@ -240,6 +271,11 @@ class Engine(ABC):
         """Tensors that the engine would ignore or reject although their layer's scheme is right."""
         return []
 
+    def cache_faults(self, folder: FinishedFolder) -> list[Fault]:
+        """Keys of a description in this engine's layout by which engines would not cache keys and values as the tensors
+        are made for."""
+        return cache_faults(folder.description, folder.description_name)
+
     def group_size_entry(self, folder: FinishedFolder) -> tuple[str, str, Any]:
         """Where the engine reads the group size of 4-bit weights: the file, the key in it, and its value or None."""
         return folder.description_name, "group_size", folder.description.get("group_size")
@@ -295,6 +331,10 @@ class Engine(ABC):
         """Limits of a scheme in this engine that the user should know of before compiling."""
         return []
 
+    def cache_notes(self, family: ModelFamily, scheme: CacheScheme) -> list[str]:
+        """What the user should know of before compiling about keys and values in a scheme in this engine."""
+        return []
+
 
 def wrong_keys(folder: FinishedFolder, wanted: Mapping[str, Any]) -> list[Fault]:
     """Keys of the description whose value differs from the wanted one."""
@@ -310,13 +350,19 @@ def wrong_keys(folder: FinishedFolder, wanted: Mapping[str, Any]) -> list[Fault]
     ]
 
 
-def cache_faults(keys: Mapping[str, Any], where: str, prefix: str = "") -> list[Fault]:
-    """Keys by which engines quantize keys and values, or attention, with scales that no folder of vlqc has.
+def cache_faults(
+    keys: Mapping[str, Any], where: str, prefix: str = "", allowed: Mapping[str, CacheScheme] | None = None
+) -> list[Fault]:
+    """Keys by which engines quantize keys and values, or attention, with scales that the folder does not have.
 
-    prefix: of the keys in messages.
+    prefix: of the keys in messages; allowed: values for which it has the scales, by key.
     """
     why = "engines quantize the key-value cache or attention by it, and the folder has no scales for that"
-    return [Fault(f"unexpected key {prefix}{key}", where, why, "remove the key") for key in CACHE_KEYS if keys.get(key)]
+    return [
+        Fault(f"unexpected key {prefix}{key}", where, why, "remove the key")
+        for key in CACHE_KEYS
+        if keys.get(key) and keys[key] != (allowed or {}).get(key)
+    ]
 
 
 def missing_entry(folder: FinishedFolder, layer: str, why: str) -> Fault:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from vlqc.errors import Fault
 from vlqc.families.family import DECODER_ROLES, EXPERT_ROLES, VISION_ROLES, ModelFamily, Part, Role
 from vlqc.formatting import pluralize
+from vlqc.targets.caches import TensorScheme
 from vlqc.targets.engine import (
     COMPILE_AGAIN,
     IGNORED_BIAS,
@@ -264,9 +265,9 @@ class MindIE(Engine):
     def edit_config(self, config: dict[str, Any], content: FolderContent, *, own_layout: bool) -> None:
         """`quantize` and `vision_config.quantize`, and in its own layout `quantization_config`.
 
-        In another layout it runs static W8A8 only; the other engine ignores the keys.
+        In another layout it runs static W8A8 only, with a cache in float; the other engine ignores the keys.
         """
-        if not own_layout and Scheme.W8A8 not in content.schemes.values():
+        if not own_layout and (Scheme.W8A8 not in content.schemes.values() or content.cache_schemes):
             return
         config["quantize"] = content.quant_type.lower()
         family, vision_config = content.family, content.family.vision_config(config)
@@ -472,7 +473,7 @@ class MindIE(Engine):
         return []
 
 
-def _quantizes_vision(family: ModelFamily, schemes: Mapping[str, Scheme]) -> bool:
+def _quantizes_vision(family: ModelFamily, schemes: Mapping[str, TensorScheme]) -> bool:
     """Tensor or layer name -> scheme: whether anything in the vision tower is quantized."""
     return any(family.in_vision_tower(name) for name, scheme in schemes.items() if scheme != Scheme.FLOAT)
 

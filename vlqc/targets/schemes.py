@@ -337,9 +337,13 @@ def stored_tensors(scheme: Scheme, form: StorageFormat) -> tuple[TensorSpec, ...
 
 def linear_bytes(scheme: Scheme, linear: Linear, form: StorageFormat) -> int:
     """Bytes of the stored tensors of a Linear, its bias aside."""
+    return tensors_bytes(stored_tensors(scheme, form), linear, form)
+
+
+def tensors_bytes(tensors: Iterable[TensorSpec], linear: Linear, form: StorageFormat) -> int:
+    """Bytes of some tensors of a Linear."""
     return sum(
-        math.prod(tensor.shape(linear, form)) * ITEM_BYTES[form.dtype_codes(tensor.dtypes)[0]]
-        for tensor in stored_tensors(scheme, form)
+        math.prod(tensor.shape(linear, form)) * ITEM_BYTES[form.dtype_codes(tensor.dtypes)[0]] for tensor in tensors
     )
 
 

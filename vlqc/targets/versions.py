@@ -10,6 +10,7 @@ from packaging.version import Version
 from vlqc.errors import Fault
 from vlqc.families.family import ModelFamily
 from vlqc.families.registry import find_family
+from vlqc.targets.caches import CacheSchemes, described_caches, used_schemes
 from vlqc.targets.engine import Engine
 from vlqc.targets.rules import group_faults
 from vlqc.targets.schemes import Scheme
@@ -47,14 +48,23 @@ class VersionRange:
 
 
 def supporting_versions(
-    engine: Engine, family: ModelFamily, schemes: Mapping[str, Scheme], dtype: str
+    engine: Engine, family: ModelFamily, schemes: Mapping[str, Scheme], dtype: str, caches: CacheSchemes | None = None
 ) -> VersionRange | None:
-    """The versions of the engine that run every (layer, scheme); None when there is none."""
+    """The versions of the engine that run every (layer, scheme), and cache keys and values as in `caches` (None: in
+    float); None when there is none."""
     first = engine.first_version(family)
     ranges: list[Range] = [] if first is None else [(first, None)]
     for scheme, role in {(scheme, family.role(layer)) for layer, scheme in schemes.items() if scheme.is_quantized}:
         rules = (rule for rule in engine.rules_of(family) if rule.scheme == scheme and rule.applies(None, dtype))
         runs = [(rule.since, rule.before) for rule in rules if role in rule.roles]
+        ranges = [both for pair in product(ranges, runs) if (both := _intersection(*pair)) is not None]
+    for cache_scheme in used_schemes(caches or {}):
+        runs = [
+            (rule.since, rule.before)
+            for rule in engine.cache_rules_of(family)
+            if rule.scheme == cache_scheme and dtype in rule.dtypes
+            if not rule.every_layer or all(scheme == cache_scheme for scheme in (caches or {}).values())
+        ]
         ranges = [both for pair in product(ranges, runs) if (both := _intersection(*pair)) is not None]
     return VersionRange(engine, tuple(_merged(ranges))) if ranges else None
 
@@ -100,12 +110,17 @@ def _merged(ranges: Iterable[Range]) -> list[Range]:
 
 
 def loading_versions(
-    engine: Engine, family: ModelFamily, schemes: Mapping[str, Scheme], dtype: str, config: Mapping[str, Any]
+    engine: Engine,
+    family: ModelFamily,
+    schemes: Mapping[str, Scheme],
+    dtype: str,
+    config: Mapping[str, Any],
+    caches: CacheSchemes | None = None,
 ) -> VersionRange | None:
     """The versions of one engine that load a folder of these schemes with this config.json; None when none does."""
     if not engine.reads_config(family, schemes, config) or group_faults(engine, family, schemes):
         return None
-    return supporting_versions(engine, family, schemes, dtype)
+    return supporting_versions(engine, family, schemes, dtype, caches)
 
 
 def loading_engines(description: Mapping[str, Any], dtype: str, config: Mapping[str, Any]) -> list[str]:
@@ -117,7 +132,8 @@ def loading_engines(description: Mapping[str, Any], dtype: str, config: Mapping[
     family, schemes = find_family(config), layer_schemes(description)
     if family is None:
         return []
-    ranges = (loading_versions(engine, family, schemes, dtype, config) for engine in ENGINES)
+    caches = described_caches(family, description)
+    ranges = (loading_versions(engine, family, schemes, dtype, config, caches) for engine in ENGINES)
     return [str(versions) for versions in ranges if versions is not None]
 
 

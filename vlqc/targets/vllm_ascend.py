@@ -11,14 +11,19 @@ from typing import Any, ClassVar
 from vlqc.errors import Fault
 from vlqc.families.family import DECODER_ROLES, EXPERT_ROLES, VISION_ROLES, ModelFamily, Part, Role
 from vlqc.families.linear import Linear
+from vlqc.targets.cache_schemes import CacheScheme
+from vlqc.targets.caches import used_schemes
 from vlqc.targets.engine import (
+    CACHE_KEY,
     COMPILE_AGAIN,
     IGNORED_BIAS,
     PARALLEL_SIZES,
+    CacheRule,
     Engine,
     FinishedFolder,
     FolderContent,
     Rule,
+    cache_faults,
     join_or,
     missing_entry,
     tied_head,
@@ -38,6 +43,18 @@ ALWAYS_LOADS_HEAD = ("qwen3_vl_moe",)  # families of which it loads the output h
 # (vllm/model_executor/model_loader/weight_utils.py and vllm/config, 0.18).
 KEYS_READ_INSTEAD = ("quantization_config", "compression_config")
 FILES_READ_INSTEAD = ("hf_quant_config.json",)  # likewise (vllm/transformers_utils/config.py)
+TYPE_OF_MSMODELSLIM = "kv_quant_type"  # which msModelSlim writes beside CACHE_KEY, and vLLM Ascend ignores
+CACHE_BLOCKS = 32  # tokens in a block of an int8 cache are a multiple of it (attention/attention_v1.py)
+# The loader hands the scales over to any model since 0.25.1rc1 (get_cache_scale_mapper, #12463). Earlier ones take only
+# the first element of each (vLLM's load_weights), but for Qwen3 (patch/worker/patch_qwen3_c8.py, patch_gqa_c8.py).
+CACHE_OF_ANY_MODEL = (CacheRule(CacheScheme.C8, since="0.25.1rc1", dtypes=ONLY_BFLOAT16),)
+# 0.18.0rc1 does not have it yet. Up to 0.20.2rc1 the key in the description quantizes the cache of every decoder layer,
+# with a scale of 1 where the folder has none; later ones only layers with scales (modelslim_config.py,
+# is_c8_quant_layer).
+CACHE_OF_QWEN3 = (
+    CacheRule(CacheScheme.C8, since="0.18", before="0.21.0rc1", dtypes=ONLY_BFLOAT16, every_layer=True),
+    CacheRule(CacheScheme.C8, since="0.21.0rc1", dtypes=ONLY_BFLOAT16),
+)
 NORM_BIAS = "norm.bias"  # part of a key of the description that makes it build every RMSNorm with a bias
 
 
@@ -129,6 +146,12 @@ class VllmAscend(Engine):
             Rule(Scheme.W8A16, DECODER_ROLES, since="0.13.0rc1"),
         ),
     }
+    # The class of Qwen3-VL's language model inherits from that of Qwen3 (vllm/model_executor/models/qwen3_vl.py).
+    cache_rules: ClassVar[Mapping[str, tuple[CacheRule, ...]]] = {
+        "qwen3": CACHE_OF_QWEN3,
+        "qwen3_vl": CACHE_OF_QWEN3,
+        **dict.fromkeys(("qwen2", "qwen2_vl", "qwen2_5_vl", "qwen3_vl_moe"), CACHE_OF_ANY_MODEL),
+    }
     packs_int4 = True
     norm_bias_parts = (Part.LANGUAGE,)
     # requirements.txt of its tags; 0.10.2 has the limit of vLLM 0.10.2 only.
@@ -166,7 +189,9 @@ class VllmAscend(Engine):
         return DESCRIPTION if DESCRIPTION in files else None
 
     def description_header(self, content: FolderContent) -> dict[str, Any]:
-        return {"version": DESCRIPTION_VERSION} | super().description_header(content)
+        header = {"version": DESCRIPTION_VERSION} | super().description_header(content)
+        schemes = content.cache_schemes
+        return header | ({CACHE_KEY: str(schemes[0])} if schemes else {})
 
     def describes(self, family: ModelFamily, tensor: str) -> bool:
         """Not the biases of norms outside the language model, whose keys would give its RMSNorms a bias of zeros."""
@@ -203,6 +228,20 @@ class VllmAscend(Engine):
 
     def header_faults(self, folder: FinishedFolder) -> list[Fault]:
         return super().header_faults(folder) + wrong_keys(folder, {"version": DESCRIPTION_VERSION})
+
+    def cache_faults(self, folder: FinishedFolder) -> list[Fault]:
+        """Without the key it does not load the scales; with it, versions up to 0.20 quantize the cache of all layers,
+        also of those without scales."""
+        schemes = used_schemes(folder.caches)
+        if not schemes:
+            return super().cache_faults(folder)
+        allowed = {CACHE_KEY: schemes[0], TYPE_OF_MSMODELSLIM: schemes[0]}
+        faults = cache_faults(folder.description, folder.description_name, allowed=allowed)
+        if folder.description.get(CACHE_KEY):
+            return faults
+        what = f"{CACHE_KEY} is missing, and {sum(map(bool, folder.caches.values()))} layers have scales for it"
+        why = "vLLM Ascend quantizes keys and values only with this key, and does not load the scales without it"
+        return [*faults, Fault(what, folder.description_name, why, f"set it to {str(schemes[0])!r}")]
 
     def description_faults(self, folder: FinishedFolder) -> list[Fault]:
         """Its loader looks up every linear layer, mergers and routers among them, and the embedding of the language
@@ -281,6 +320,13 @@ class VllmAscend(Engine):
         if group_size > LARGEST_GROUP_SIZE:
             return [f"group_size {group_size}: vLLM Ascend's int4 kernels are written for {sizes}, and may refuse it"]
         return [f"group_size {group_size}: vLLM Ascend's int4 kernels prefer {sizes}"]
+
+    def cache_notes(self, family: ModelFamily, scheme: CacheScheme) -> list[str]:
+        return [
+            f"vLLM Ascend needs a --block-size that is a multiple of {CACHE_BLOCKS} for the {scheme.spec.option} KV "
+            "cache. It reads keys and values of the current tokens in float while it prefills the first chunk of a "
+            "prompt, and caches them in float on a KV producer"
+        ]
 
 
 def fits_groups(inputs: int, group_size: int) -> bool:

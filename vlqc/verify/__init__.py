@@ -20,6 +20,7 @@ from vlqc.verify.folder.adapters import check_adapters
 from vlqc.verify.folder.contents import check_side_files
 from vlqc.verify.folder.manifest import check_manifest
 from vlqc.verify.numbers.arithmetic import check_arithmetic
+from vlqc.verify.numbers.caches import check_caches
 from vlqc.verify.numbers.input_ranges import check_input_ranges
 from vlqc.verify.structure.side_files import check_side_file_contents
 from vlqc.verify.structure.structure import CompiledFolder, check_structure
@@ -84,6 +85,7 @@ def verify_folder(
     check_manifest(folder, result)
     check_arithmetic(compiled, result)
     check_input_ranges(compiled, result)
+    check_caches(compiled, result)
     if model_path is not None and not is_of_family(compiled, model_path, result):
         return result
     rotations = compiled.rotations
@@ -161,6 +163,7 @@ def verify_unfinished(
     compiled = check_structure(folder, target, result, trust_remote_code=trust_remote_code)
     check_manifest(folder, result, finished=False)
     check_arithmetic(compiled, result)
+    check_caches(compiled, result)
     return result
 
 

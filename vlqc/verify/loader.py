@@ -13,24 +13,34 @@ from vlqc.files import read_json_object
 from vlqc.formatting import did_you_mean
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.streamed_model import build_meta_model
+from vlqc.kernels_ref.kv_cache import QuantizedCacheAttention
 from vlqc.kernels_ref.norm import ShiftedNorm
+from vlqc.targets.cache_schemes import CacheScheme
+from vlqc.targets.caches import described_caches, projections
 from vlqc.targets.schemes import DEFAULT_SCHEME, Scheme
 from vlqc.targets.target import ENGINES, find_layout
 
 
-def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> nn.Module:
+def load(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+    quantized_cache: bool = True,
+) -> nn.Module:
     """The model of a compiled folder, in eval mode, with the forward signature of the float model.
 
     dtype: of everything but the integer operators; float32 to measure accuracy, bfloat16 or float16 to compute as the
-    device does. trust_remote_code: run model code from the folder. Raises UserError, with all faults at once, for an
-    incomplete folder.
+    device does. trust_remote_code: run model code from the folder. quantized_cache: in layers whose folder has scales
+    for the KV cache, attention reads quantized keys and values, those of the same call as well; False: float ones.
+    Raises UserError, with all faults at once, for an incomplete folder.
     """
     folder = Path(folder)
     checkpoint = Checkpoint(folder)
     description = read_description(folder)
     checkpoint.check_config()
     model = build_meta_model(folder, checkpoint.config, trust_remote_code=trust_remote_code)
-    loader = WeightLoader(checkpoint, description, dtype)
+    loader = WeightLoader(checkpoint, description, dtype, quantized_cache=quantized_cache)
     head = model.get_output_embeddings()  # type: ignore[operator]
     tied = checkpoint.family.is_tied(checkpoint.config)
     for path, module in list(model.named_modules()):
@@ -55,12 +65,27 @@ def read_description(folder: Path) -> dict[str, str]:
 class WeightLoader:
     """Loads the tensors of a compiled folder into the modules of a model and collects faults.
 
-    checkpoint, description: of the folder; dtype: of the float parameters; faults: of all modules filled so far.
+    checkpoint, description: of the folder; dtype: of the float parameters; quantized_cache: as in `load`; faults: of
+    all modules filled so far.
     """
 
-    def __init__(self, checkpoint: Checkpoint, description: dict[str, str], dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        description: dict[str, str],
+        dtype: torch.dtype,
+        *,
+        quantized_cache: bool = True,
+    ) -> None:
         self.checkpoint, self.description, self.dtype = checkpoint, description, dtype
         self.faults: list[Fault] = []
+        caches = described_caches(checkpoint.family, description) if quantized_cache else {}
+        layers = (name.removesuffix(".weight") for name in description)
+        self._caches = {
+            attention: (pair, scheme)
+            for attention, pair in projections(checkpoint.family, layers).items()
+            if (scheme := caches.get(attention)) is not None
+        }
 
     def fill(self, model: nn.Module, path: str, module: nn.Module) -> None:
         """Loads the module at `path` of the model, without its children, or replaces a quantized linear layer."""
@@ -82,6 +107,30 @@ class WeightLoader:
             bias = self._read(f"{name}.bias", tuple(module.get_parameter("weight").shape))
             if bias is not None and not isinstance(module, nn.Linear):
                 model.set_submodule(path, ShiftedNorm(module, bias.to(self.dtype)))
+
+        if name in self._caches:
+            self._quantize_cache(model, path, module, *self._caches[name])
+
+    def _quantize_cache(
+        self, model: nn.Module, path: str, attention: nn.Module, pair: tuple[str, str], scheme: CacheScheme
+    ) -> None:
+        """Replaces an attention module by one that reads quantized keys and values."""
+        scales = []
+        for layer in pair:
+            tensors = {part.suffix: self._read(f"{layer}.{part.suffix}") for part in scheme.spec.stored}
+            for suffix, tensor in tensors.items():
+                if suffix.endswith("scale") and tensor is not None:
+                    scales.append(tensor.float())
+                elif tensor is not None and bool(tensor.any()):
+                    where, why = str(self.checkpoint.folder), "engines do not subtract it in decoding"
+                    self.faults.append(Fault(f"{layer}.{suffix} is not 0", where, why))
+        if len(scales) < len(pair):
+            return
+        key_scale, value_scale = scales
+        try:
+            model.set_submodule(path, QuantizedCacheAttention(attention, key_scale, value_scale))
+        except ValueError as error:
+            self.faults.append(Fault(f"{path} cannot be loaded", str(self.checkpoint.folder), str(error)))
 
     def _quantize(self, model: nn.Module, path: str, linear: nn.Linear, name: str, scheme: Scheme) -> None:
         tensors = {

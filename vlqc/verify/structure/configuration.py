@@ -9,7 +9,7 @@ from vlqc.frontend.checkpoint.config_schema import config_faults
 from vlqc.frontend.model_structure import ModelStructure, model_structure
 from vlqc.frontend.streamed_model import check_available
 from vlqc.kernels_ref.matmul import CORRECTION_STEP
-from vlqc.targets.engine import CACHE_KEYS, QUANT_BIAS_CORRECTION, FinishedFolder, cache_faults, join_and
+from vlqc.targets.engine import CACHE_KEYS, QUANT_BIAS_CORRECTION, FinishedFolder, join_and
 from vlqc.targets.target import Target
 from vlqc.verify.findings import COMPILE_AGAIN, VerificationResult
 from vlqc.verify.folder.contents import FolderFiles
@@ -102,7 +102,7 @@ def check_description_keys(folder: FinishedFolder, result: VerificationResult, *
             result.add_warning("description", where, "no layer is quantized")
         return claimed
     result.add_faults("description", folder.layout.header_faults(folder))
-    result.add_faults("description", cache_faults(description, where))
+    result.add_faults("description", folder.layout.cache_faults(folder))
     for what, why in _misplaced_keys(folder):
         result.add_fault("description", where, what, why, COMPILE_AGAIN)
     for key, value in description.items():

@@ -31,7 +31,8 @@ def check_engine_rules(
     """
     family, schemes = folder.family, folder.schemes
     result.add_examined(CHECK, len(schemes))
-    versions = {engine: supporting_versions(engine, family, schemes, dtype) for engine in ENGINES}
+    caches = folder.caches
+    versions = {engine: supporting_versions(engine, family, schemes, dtype, caches) for engine in ENGINES}
     entries = {engine: engine.description_faults(folder) for engine in ENGINES}
     tensors = {engine: engine.tensor_faults(folder) for engine in ENGINES}
     layers = merge_repeated(layer_faults(target, family, schemes, dtype))
@@ -78,7 +79,8 @@ def check_engine_rules(
     loads_in = []
     for engine in ENGINES:
         if not entries[engine] and not tensors[engine]:
-            loaded = loading_versions(engine, family, schemes, dtype, engine.completed_config(folder) or folder.config)
+            config = engine.completed_config(folder) or folder.config
+            loaded = loading_versions(engine, family, schemes, dtype, config, caches)
             for by_range in (unread[engine], not_found[engine]):
                 loaded = None if loaded is None else reading_versions(loaded, by_range)
             loads_in += [] if loaded is None else [str(loaded)]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from vlqc.families.linear import Shape
 from vlqc.frontend.model_structure import ModelStructure
+from vlqc.targets.caches import CacheSchemes, TensorScheme, projections
 from vlqc.targets.schemes import Scheme, StorageFormat, quant_type, stored_tensors
 
 # dtype in config.json -> safetensors dtype code
@@ -20,13 +21,13 @@ class ExpectedTensor:
 
     dtypes: tuple[str, ...]
     shape: Shape
-    scheme: Scheme
+    scheme: TensorScheme
 
 
 def expected_tensors(
-    model: ModelStructure, schemes: Mapping[str, Scheme], form: StorageFormat
+    model: ModelStructure, schemes: Mapping[str, Scheme], form: StorageFormat, caches: CacheSchemes | None = None
 ) -> dict[str, ExpectedTensor]:
-    """Model, scheme per linear layer (FLOAT if absent) and form -> every tensor that the folder must have."""
+    """Model, scheme per linear layer (FLOAT if absent), form and caches -> every tensor that the folder must have."""
     tensors = {
         name: ExpectedTensor((form.float_dtype,), shape, Scheme.FLOAT)
         for name, shape in model.parameters.items()
@@ -39,6 +40,13 @@ def expected_tensors(
             tensors[f"{layer}.{spec.suffix}"] = ExpectedTensor(form.dtype_codes(spec.dtypes), shape, scheme)
         if linear.bias:
             tensors[f"{layer}.bias"] = ExpectedTensor((form.float_dtype,), (linear.outputs,), Scheme.FLOAT)
+    for attention, pair in projections(model.family, model.linears).items():
+        if (cache := (caches or {}).get(attention)) is None:
+            continue
+        for layer in pair:
+            for spec in cache.spec.stored:
+                shape = spec.shape(model.linears[layer], form)
+                tensors[f"{layer}.{spec.suffix}"] = ExpectedTensor(form.dtype_codes(spec.dtypes), shape, cache)
     return tensors
 
 

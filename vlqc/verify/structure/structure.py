@@ -5,7 +5,7 @@ Not all engines check completeness when they load a folder: a missing tensor sta
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from vlqc.families.registry import FAMILIES, find_family
 from vlqc.formatting import pluralize
 from vlqc.frontend.model_structure import ModelStructure
 from vlqc.targets.advice import grouped_layers, parallel_notes
+from vlqc.targets.caches import CacheSchemes, describe_caches, projections, stated_scheme
 from vlqc.targets.engine import Engine, FinishedFolder
 from vlqc.targets.rules import folder_type
 from vlqc.targets.schemes import Scheme, StorageFormat, scheme_of_tensors
@@ -50,7 +51,8 @@ class CompiledFolder:
     """A folder, as the later checks need it.
 
     model: None if config.json does not describe one. schemes: by linear layer, embedding or convolution.
-    valid_tensors: those that exist with the right dtype and shape. rotations: those that it states.
+    valid_tensors: those that exist with the right dtype and shape. rotations: those that it states. caches: of keys and
+    values, by attention module.
     """
 
     files: FolderFiles
@@ -59,6 +61,7 @@ class CompiledFolder:
     schemes: dict[str, Scheme]
     valid_tensors: dict[str, ExpectedTensor]
     rotations: Seeds
+    caches: CacheSchemes = field(default_factory=dict)
 
     @property
     def family(self) -> ModelFamily:
@@ -99,11 +102,12 @@ def check_structure(
     float_dtype = check_dtype(files, result)
     model = check_model(files, result, trust_remote_code=trust_remote_code)
     schemes = _schemes(files, model, result) if model else {}
+    caches = _caches(files, model) if model else {}
     dtype = next(name for name, code in DTYPE_CODES.items() if code == float_dtype)
-    stated = _stated_engines(files, model, schemes, dtype) if model else ()
+    stated = _stated_engines(files, model, schemes, caches, dtype) if model else ()
     claimed = target or written_for(files.layout, files.config, stated)
     result.engine = str(claimed)
-    finished = _finished_folder(files, model, schemes)
+    finished = _finished_folder(files, model, schemes, caches)
     type_name = check_description_keys(finished, result, has_model=model is not None).lower()
     form = StorageFormat(float_dtype, packed=files.layout.packs_int4, group_size=group_size(finished, result))
     family = find_family(files.config)
@@ -111,20 +115,20 @@ def check_structure(
     check_files(files, type_name, result, has_images=has_images)
     if model:
         check_config(finished, model, claimed, result)
-    valid = _check_tensors(files, model, schemes, form, result) if model else {}
+    valid = _check_tensors(files, model, schemes, caches, form, result) if model else {}
     loads_in = []
     if model:
         named = target is not None
         loads_in = check_engine_rules(finished, claimed, dtype, named=named, stated=stated, result=result)
     if model and form.group_size:
         _add_parallel_sizes(claimed, model, schemes, form.group_size, result)
-    result.facts |= _facts(files, dtype, schemes, form) | {"loads in": loads_in or ["no known engine version"]}
+    result.facts |= _facts(files, dtype, schemes, caches, form) | {"loads in": loads_in or ["no known engine version"]}
     rotations = stated_rotations(files.path, model, result) if model else {}
-    return CompiledFolder(files, form, model, schemes, valid, rotations)
+    return CompiledFolder(files, form, model, schemes, valid, rotations, caches)
 
 
 def _stated_engines(
-    files: FolderFiles, model: ModelStructure, schemes: Mapping[str, Scheme], dtype: str
+    files: FolderFiles, model: ModelStructure, schemes: Mapping[str, Scheme], caches: CacheSchemes, dtype: str
 ) -> tuple[Engine, ...]:
     """The engines for which vlqc wrote the folder, as its summary says; config.json may have lost their keys since.
 
@@ -134,10 +138,12 @@ def _stated_engines(
         return ()
     stated = (read_json_object(files.path / SUMMARY)[0] or {}).get("target")
     engines = NAMES.get(stated.partition("@")[0], ()) if isinstance(stated, str) else ()
-    return tuple(engine for engine in engines if supporting_versions(engine, model.family, schemes, dtype))
+    return tuple(engine for engine in engines if supporting_versions(engine, model.family, schemes, dtype, caches))
 
 
-def _finished_folder(files: FolderFiles, model: ModelStructure | None, schemes: Mapping[str, Scheme]) -> FinishedFolder:
+def _finished_folder(
+    files: FolderFiles, model: ModelStructure | None, schemes: Mapping[str, Scheme], caches: CacheSchemes
+) -> FinishedFolder:
     """The folder as the engines' rules need it. Without a model, which is a fault already, it has no layers, and rules
     that depend on the family are not applied."""
     family = model.family if model else FAMILIES[0]
@@ -156,6 +162,7 @@ def _finished_folder(files: FolderFiles, model: ModelStructure | None, schemes: 
         embedding=model.embedding if model else "",
         linears=model.linears if model else {},
         norm_readers={norm: tuple(model.edges[norm].consumers) for norm in shiftable} if model else {},
+        caches=caches,
     )
 
 
@@ -188,6 +195,14 @@ def _scheme_by_tensors(files: FolderFiles, layer: str) -> Scheme:
     return scheme_of_tensors(name.removeprefix(prefix) for name in files.tensors if name.startswith(prefix))
 
 
+def _caches(files: FolderFiles, model: ModelStructure) -> CacheSchemes:
+    """Scheme of the cache of every decoder layer, by the names of its tensors in the files or the description."""
+    names = files.tensors.keys() | files.description.keys()
+    return {
+        attention: stated_scheme(pair, names) for attention, pair in projections(model.family, model.linears).items()
+    }
+
+
 # ---- tensors ---------------------------------------------------------------------------------------------------------
 
 
@@ -195,11 +210,12 @@ def _check_tensors(
     files: FolderFiles,
     model: ModelStructure,
     schemes: Mapping[str, Scheme],
+    caches: CacheSchemes,
     form: StorageFormat,
     result: VerificationResult,
 ) -> dict[str, ExpectedTensor]:
     """Checks presence, dtype, shape and description entry of every tensor -> the tensors with right dtype and shape."""
-    expected = expected_tensors(model, schemes, form)
+    expected = expected_tensors(model, schemes, form, caches)
     shifts = shift_tensors(model, schemes, form, files.layout.norm_copies)
     allowed = {name: tensor for name, tensor in shifts.items() if name in files.tensors}
     result.add_examined("tensors", len(expected))
@@ -268,7 +284,9 @@ def _add_parallel_sizes(
         result.facts["tensor parallelism"] = notes
 
 
-def _facts(files: FolderFiles, dtype: str, schemes: Mapping[str, Scheme], form: StorageFormat) -> dict[str, Any]:
+def _facts(
+    files: FolderFiles, dtype: str, schemes: Mapping[str, Scheme], caches: CacheSchemes, form: StorageFormat
+) -> dict[str, Any]:
     counts = {str(scheme): list(schemes.values()).count(scheme) for scheme in sorted(set(schemes.values()))}
     facts: dict[str, Any] = {
         "layout": files.layout.name,
@@ -277,4 +295,6 @@ def _facts(files: FolderFiles, dtype: str, schemes: Mapping[str, Scheme], form: 
         "float dtype": dtype,
     }
     facts |= {"layers per scheme": counts} if counts else {}
+    if text := describe_caches(caches):
+        facts["KV cache"] = text
     return facts | ({"group size": form.group_size} if form.group_size else {})

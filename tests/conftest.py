@@ -1,4 +1,4 @@
-"""Fixtures of all tests: the comparison with golden files, and --update-golden, which rewrites them."""
+"""Settings and fixtures of all tests: examples of hypothesis, the comparison with golden files, and --update-golden."""
 
 import difflib
 from collections.abc import Callable
@@ -6,12 +6,23 @@ from pathlib import Path
 
 import pytest
 import transformers
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from packaging.version import Version
 
-# The same examples in every run, and none fails for being slow on a busy machine.
-settings.register_profile("vlqc", deadline=None, derandomize=True, database=None)
+from tests.support.same_examples import ignore_constants_of_modules
+
+# The same examples in every run and every worker, so that a change is refused only for defects that can be repeated;
+# tools/fuzz.py tries others. None fails for being slow on a busy machine.
+settings.register_profile(
+    "vlqc",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.load_profile("vlqc")
+ignore_constants_of_modules()
 
 FIRST_WITH_QWEN3_VL = Version("4.57")
 GOLDENS = Path(__file__).parent / "goldens"
@@ -35,6 +46,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if Version(transformers.__version__) < FIRST_WITH_QWEN3_VL:
         found = f"transformers {transformers.__version__} is older than {FIRST_WITH_QWEN3_VL}"
         terminalreporter.write_line(f"deselected: tests marked qwen3_vl, because {found}")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Names the failed tests once more, in the last lines of the output: of long outputs often only the end is kept."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    for kind in ("failed", "error"):
+        for report in reporter.getreports(kind) if reporter else ():
+            reporter.write_line(f"{kind}: {report.nodeid}")
 
 
 @pytest.fixture

@@ -84,7 +84,9 @@ def run(name: str, examples: int, seed: int | None, folder: Path) -> Counter[boo
     from hypothesis import seed as with_seed
 
     from tests.support.fuzz.targets import TARGETS
+    from tests.support.same_examples import ignore_constants_of_modules
 
+    ignore_constants_of_modules()
     target = TARGETS[name]
     counts: Counter[bool] = Counter()
 

@@ -1,11 +1,15 @@
 """Every fuzz target with a fixed set of cases, and the fuzzer itself."""
 
+import importlib
 import mmap
 import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from tests.support.fuzz.damage import VALUES, damaged_json
 from tests.support.fuzz.targets import TARGETS
 from tools import fuzz
 from vlqc.errors import Fault, UserError
@@ -26,6 +30,40 @@ def test_damaged_input_is_rejected_or_used(name: str, tmp_path: Path) -> None:
 def test_there_are_enough_cases() -> None:
     """Catches a table with too few cases in all."""
     assert sum(target.examples for target in TARGETS.values()) >= MIN_CASES
+
+
+def test_cases_leave_the_values_as_they_are() -> None:
+    """Catches a change of one case that alters what later cases, and those of other targets, are made of."""
+    known = repr(VALUES)
+
+    @settings(max_examples=300)
+    @given(damaged_json({"a": [1, 2]}, most=4))
+    def attempt(case: object) -> None:
+        pass
+
+    attempt()
+    assert repr(VALUES) == known
+
+
+def test_cases_do_not_depend_on_imported_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches examples with constants of the modules that happen to be imported: a test then passes when run alone."""
+
+    def examples() -> list[str]:
+        seen: list[str] = []
+
+        @settings(max_examples=500)
+        @given(st.text())
+        def attempt(text: str) -> None:
+            seen.append(text)
+
+        attempt()
+        return seen
+
+    before = examples()
+    (tmp_path / "with_constants.py").write_text(f"WORDS = {[f'{number} words' for number in range(200)]}")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("with_constants")
+    assert examples() == before
 
 
 def hang(case: object, folder: Path) -> bool:

@@ -97,7 +97,7 @@ EDGES = [  # bits of +-0, subnormal values, values half way between two of bfloa
 PATTERNS = st.integers(0, 2**32 - 1) | st.sampled_from(EDGES + [bits | 1 << 31 for bits in EDGES])
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(patterns=st.lists(PATTERNS, min_size=1, max_size=300), columns=st.integers(1, 5))
 def test_split_restores_every_bit_pattern(patterns: list[int], columns: int) -> None:
     """Catches a remainder of ties, of negative values or of the largest ones that restores other bits."""

@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.kernel_inputs import sample
@@ -22,7 +22,6 @@ def made(
     return StaticQuantLinear.from_float(wq, weight_scale, input_scale, input_offset, bias, dtype)
 
 
-@settings(deadline=None)
 @given(seed=st.integers(0, 2**31), with_bias=st.booleans(), dtype=st.sampled_from([torch.bfloat16, torch.float16]))
 def test_error_is_within_the_analytic_bound(seed: int, with_bias: bool, dtype: torch.dtype) -> None:
     """Catches any lost term: half a step of x and of w, their product, half a step of bias, and float32's rounding."""

@@ -75,7 +75,7 @@ def test_rotation_is_the_defined_matrix(size: int, keeps_mean: bool) -> None:
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(size=st.integers(1, 700), keeps_mean=st.booleans(), seed=st.integers(0, 2**40))
 def test_rotation_is_orthogonal(size: int, keeps_mean: bool, seed: int) -> None:
     """Catches sizes whose factors do not multiply to the size, and means or norms that change."""

@@ -182,7 +182,7 @@ def test_balance_reaches_the_observation() -> None:
             assert (observation.ranges["text"].rows / observation.rows) < 0.45 and observation.balance is balance
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.integers(0, 12), min_size=1, max_size=9),
     tokens=st.integers(1, 40),

@@ -125,7 +125,7 @@ def floats() -> dict[str, npt.NDArray[np.float64]]:
     return {site.name: stage.linear(site).weight.detach().double().numpy() for site in stage.sites.values()}
 
 
-@settings(deadline=None, max_examples=8)
+@settings(max_examples=8)
 @given(seed=st.integers(0, 10**6), outliers=st.booleans())
 def test_output_is_within_the_analytic_bound(seed: int, outliers: bool) -> None:
     """Any lost term: |y - y_float| <= half a step of x, of w, of both together, and of the bias."""

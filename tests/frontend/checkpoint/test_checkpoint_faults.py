@@ -89,7 +89,16 @@ def test_an_index_does_not_lead_out_of_the_folder(tmp_path: Path, name: str) -> 
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": ["a"]}', '{"weight_map": {"a": ["b"]}}']
+    "text",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"weight_map": 3}',
+        '{"weight_map": ["a"]}',
+        '{"weight_map": {"a": ["b"]}}',
+        '{"weight_map": {"": null, "a": "b"}}',
+    ],
 )
 def test_an_index_that_cannot_be_read(tmp_path: Path, text: str) -> None:
     """Catches an exception for a damaged index."""

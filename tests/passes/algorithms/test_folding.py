@@ -57,7 +57,7 @@ def weights(stage: Stage) -> dict[str, torch.Tensor]:
     return {path: parameter.clone() for path, parameter in stage.module.named_parameters()}
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(seed=st.integers(0, 10**6))
 def test_right_folds_leave_the_output(seed: int) -> None:
     """A scale divided out that is not multiplied in again, a bias forgotten, a map read the wrong way round."""
@@ -187,7 +187,7 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**31), dtype=st.sampled_from([torch.bfloat16, torch.float16]))
 def test_representable_scale_of_a_norm(seed: int, dtype: torch.dtype) -> None:
     """A divided norm weight that is no value of the emitted dtype, or a scale far from the wanted one."""

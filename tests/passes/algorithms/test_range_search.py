@@ -91,7 +91,7 @@ def test_blur_falls_with_the_samples() -> None:
 
 
 @example(seed=88, kind="normal", dtype=torch.bfloat16, samples=1)
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(
     seed=st.integers(0, 10**6),
     kind=st.sampled_from(["normal", "heavy tail", "positive", "negative", "outlier"]),

@@ -15,7 +15,7 @@ PATTERNS = st.integers(0, 2**32 - 1) | st.sampled_from(EDGES + [bits | 1 << 31 f
 FACTORS = st.floats(width=32, allow_nan=False) | st.floats(2**-8, 2**8, width=32)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     patterns=st.lists(PATTERNS, min_size=6, max_size=6),
     factors=st.lists(FACTORS, min_size=3, max_size=3),

@@ -28,15 +28,9 @@ WORDS = (
 
 
 def values() -> st.SearchStrategy[Any]:
-    """A JSON value, most often one of the above."""
-    return st.one_of(
-        st.sampled_from(VALUES),
-        st.sampled_from(VALUES),
-        st.integers(-100, 100),
-        st.floats(),
-        st.text(max_size=6),
-        st.lists(st.sampled_from(VALUES), max_size=3),
-    )
+    """A JSON value, most often a copy of one of the above: a further change of a document may edit it in place."""
+    one = st.sampled_from(VALUES).map(copy.deepcopy)
+    return st.one_of(one, one, st.integers(-100, 100), st.floats(), st.text(max_size=6), st.lists(one, max_size=3))
 
 
 def places(document: Any, path: Path = ()) -> Iterator[Path]:

@@ -159,7 +159,7 @@ def test_weights_of_narrow_layers_that_compensate_a_little_are_no_fault(tmp_path
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(1e-4, 0.02), st.sampled_from([0.0, 2.0**-8]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_scales_cancel_within_their_uncertainty(seed: int, sigma: float, rounding: float) -> None:
     """Catches a tolerance that is exceeded by chance, and one that hides many of its standard deviations."""
     rng = np.random.default_rng(seed)

@@ -168,7 +168,7 @@ def test_damaged_shards_are_named(tmp_path: Path, damage: str) -> None:
 
 
 @given(position=st.integers(0, 60_000), junk=st.binary(min_size=1, max_size=40), cut=st.booleans())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_bytes_make_it_raise(tmp_path: Path, position: int, junk: bytes, cut: bool) -> None:
     """Catches a traceback (or a huge allocation) on random damage to header or data."""
     folder = tmp_path / "out"

@@ -67,8 +67,8 @@ def weight_files(folder: Path) -> list[str]:
         raise UserError(Fault("the index of weight files cannot be read", str(index), why, "copy it again"))
     present = {path.name for path in folder.iterdir() if path.is_file()}  # listed, because a name may be malformed
     faults = []
-    if wrong := next((name for name, file in weight_map.items() if not isinstance(file, str)), None):
-        why = f"it maps {excerpt(wrong, 120)} to {excerpt(weight_map[wrong])}, which is not the name of a file"
+    if wrong := [name for name, file in weight_map.items() if not isinstance(file, str)]:
+        why = f"it maps {excerpt(wrong[0], 120)} to {excerpt(weight_map[wrong[0]])}, which is not the name of a file"
         raise UserError(Fault("the index of weight files cannot be read", str(index), why, "copy it again"))
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file or file in ("", ".", ".."):

@@ -50,6 +50,12 @@ class AssignPrecision(Pass):
         require(self.group_size >= 1, "group_size must be 1 or more")
         parse_target(self.target)
 
+    @property
+    def schemes(self) -> tuple[Scheme, ...]:
+        """All schemes that it may choose."""
+        asked = Scheme(self.scheme)
+        return tuple(dict.fromkeys([asked, asked.substitute or asked, Scheme.FLOAT]))
+
     def run(self, stage: Stage) -> bool:
         changed = False
         for members in stage.scheme_groups():

@@ -1,6 +1,7 @@
 """insert-observers: record statistics of every linear layer's input while the samples run through the stage once."""
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -16,6 +17,7 @@ from vlqc.passes.algorithms.observer import (
     row_energy,
 )
 from vlqc.pipeline.pass_api import Pass, require
+from vlqc.targets.schemes import Scheme
 
 BYTES_PER_VALUE = 4  # kept rows are float32
 EXPERTS_BUDGET = 6  # observers
@@ -42,6 +44,9 @@ class InsertObservers(Pass):
 
     def __post_init__(self) -> None:
         require(self.tokens >= 1 and self.megabytes >= 1, "tokens and megabytes must be 1 or more")
+
+    def needs_samples(self, schemes: Collection[Scheme]) -> bool:
+        return True
 
     def run(self, stage: Stage) -> bool:
         previous = dict(stage.observations)

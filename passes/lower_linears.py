@@ -21,6 +21,8 @@ ROWS_PER_CHUNK = 512  # of observed inputs and of weights: bounds the temporarie
 class LowerLinears(Pass):
     """Replaces the Linear of every quantized site in the module tree, and thereby in the graph.
 
+    If no pass has run the samples yet, it runs them before: later stages get the outputs of the float stage.
+
     correct_bias: subtract the mean error of a static layer's outputs, where known, in its quant_bias. On inputs outside
         the calibration set it gained less than 0.1 dB and sometimes lost as much. The correction cannot be recomputed
         from the folder, so the folder records that it was applied.
@@ -35,6 +37,7 @@ class LowerLinears(Pass):
 
     def run(self, stage: Stage) -> bool:
         sites = [site for site in stage.sites.values() if site.is_quantized]
+        stage.execution.ensure_outputs()
         lowered = {site.target: lower(stage, site, self.correct_bias) for site in sites}
         for target, module in lowered.items():
             stage.module.set_submodule(target, module)

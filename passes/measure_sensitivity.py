@@ -1,6 +1,6 @@
 """measure-sensitivity: measure the noise that each group adds to its stage's output, in every scheme it may get."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -40,6 +40,9 @@ class MeasureSensitivity(Pass):
 
     def __post_init__(self) -> None:
         parse_target(self.target)
+
+    def needs_samples(self, schemes: Collection[Scheme]) -> bool:
+        return True
 
     @torch.no_grad()
     def run(self, stage: Stage) -> bool:

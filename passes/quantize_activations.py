@@ -1,5 +1,6 @@
 """quantize-activations: choose one static input scale and offset per W8A8 group from its observation."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
@@ -12,6 +13,7 @@ from vlqc.passes.algorithms.error_model import representative_rows
 from vlqc.passes.algorithms.observer import require_observation
 from vlqc.passes.algorithms.range_search import energy_per_column, input_rounding_error, search_clipped_range
 from vlqc.pipeline.pass_api import Pass
+from vlqc.targets.schemes import Scheme
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,9 @@ class QuantizeActivations(Pass):
     before: ClassVar[tuple[str, ...]] = ("quantize-weights", "lower-linears")
 
     method: Literal["minmax", "histogram", "automatic"] = "histogram"
+
+    def needs_samples(self, schemes: Collection[Scheme]) -> bool:
+        return any(scheme.spec.activation.is_static for scheme in schemes)
 
     def run(self, stage: Stage) -> bool:
         changed = False

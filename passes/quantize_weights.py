@@ -1,6 +1,6 @@
 """quantize-weights: quantize the float weights of sites to integers and scales."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from vlqc.passes.algorithms.gptq import gptq_quantize, single_threaded_pool
 from vlqc.passes.algorithms.observer import require_observation
 from vlqc.passes.algorithms.weight_clipping import ChannelScaleGrid, GroupScaleGrid, column_importance
 from vlqc.pipeline.pass_api import Pass
+from vlqc.targets.schemes import Scheme
 
 T = TypeVar("T")
 MIN_EXPERT_ROWS = 32
@@ -46,6 +47,9 @@ class QuantizeWeights(Pass):
     before: ClassVar[tuple[str, ...]] = ("lower-linears",)
 
     method: Literal["auto", "round", "clip", "gptq"] = "auto"
+
+    def needs_samples(self, schemes: Collection[Scheme]) -> bool:
+        return self.method in ("clip", "gptq")
 
     def run(self, stage: Stage) -> bool:
         single_process = stage.execution.process_group.size == 1

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlqc.frontend.calibration.dataset import load_calibration
 from vlqc.frontend.calibration.samples import reject_conflicting_arguments
 from vlqc.frontend.distributed import init_distributed
 from vlqc.frontend.streamed_model import open_model
@@ -15,7 +14,7 @@ from vlqc.pipeline.layer_selection import check_engines, check_layers
 from vlqc.pipeline.pass_api import Pass
 from vlqc.pipeline.presets import build_pipeline
 from vlqc.pipeline.rotation_plan import rotate_model
-from vlqc.pipeline.text_only import require_images
+from vlqc.pipeline.sample_use import calibration_data, require_samples
 from vlqc.reporting.progress import Progress
 from vlqc.reporting.summary import Result
 from vlqc.run import open_run
@@ -43,13 +42,13 @@ def compile(
     """
     options = Options.from_user(**user_options)
     reject_conflicting_arguments(options, samples=samples, passes=passes)
-    pipeline = build_pipeline(options, passes)
-    require_images(options, pipeline, samples)  # unless nothing in the vision tower is quantized
+    pipeline = build_pipeline(options, passes, ready_samples=samples is not None)
+    require_samples(options, pipeline, samples)  # unless no pass needs any
     model = open_model(options)  # parameters on the meta device
     check_layers(model, options)
     rotate_model(model, pipeline)  # streams and heads that the passes rotate; tensors outside the stages at once
     check_engines(model, options)
-    dataset = load_calibration(options, model, samples)
+    dataset = calibration_data(options, pipeline, model, samples)
     # folder, journal, progress, summary; renames the result on exit
     with open_run(options, pipeline, model, dataset, progress) as run:
         for stage in run.stages():  # sequential calibration: one stage's weights in memory

@@ -21,7 +21,8 @@ BEGIN, END = "insert-observers,assign-precision,", "quantize-activations,quantiz
         (BEGIN + END + ",smooth-m4", ["smooth-m4 comes after quantize-activations"]),
         (BEGIN + "lower-linears", ["lower-linears needs quantize-weights before it"]),
         (BEGIN + "quantize-weights,quantize-activations", ["quantize-activations comes after quantize-weights"]),
-        ("assign-precision", ["the pipeline lacks insert-observers"]),
+        ("assign-precision,quantize-weights{method=round},lower-linears", []),  # from the weights alone
+        ("assign-precision,quantize-weights{method=clip}", ["the pipeline lacks insert-observers"]),
         ("insert-observers,split-window-attention", ["split-window-attention comes after insert-observers"]),
     ],
 )

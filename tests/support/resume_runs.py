@@ -32,7 +32,7 @@ GIB = 300_000  # part_file_size 1, in bytes
 APPEND = "vlqc.emit.resume.journal_file:JournalWriter.append"
 # (case, name of the moment, function, number of the call, when: before or after the call, or half-way through a write)
 MOMENTS = [
-    ("plain", "calibrating", "vlqc.compiler:load_calibration", 1, "before"),
+    ("plain", "calibrating", "vlqc.compiler:calibration_data", 1, "before"),
     ("plain", "calibrated", "vlqc.emit.resume.journal:run_fingerprint", 1, "after"),
     ("plain", "first line of the journal", APPEND, 1, "half"),
     ("plain", "tensors outside stages", "vlqc.emit.shard_writer:ShardWriter._write", 2, "half"),

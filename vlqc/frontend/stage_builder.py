@@ -43,6 +43,7 @@ def traced_stages(
         for inputs in forward.loaded_stages():
             with traced_stage(model, inputs, dtype, process_group) as stage:
                 yield stage
+                stage.execution.ensure_outputs()
                 inputs.outputs = stage.execution.next_inputs()
 
 

@@ -128,6 +128,7 @@ class StageRun:
     outputs: list[Any] = field(default_factory=list)
     probe_outputs: list[Any] = field(default_factory=list)
     name: str = ""
+    _has_outputs: bool = field(default=False, init=False, repr=False, compare=False)
     _last_probe: _ProbeResult | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
@@ -145,7 +146,8 @@ class StageRun:
         """
         self.outputs = []
         last = self._last_probe if self._last_probe and self._last_probe.version.matches(self.module) else None
-        with bfloat16_linears(self.module, round_weights=self.rounds_weights):
+        fast = bfloat16_linears(self.module, round_weights=self.rounds_weights)
+        with fast if self.sample_shapes else nullcontext():  # converting the weights takes longer than a probe alone
             for done, call in enumerate(self.calls):
                 with observing(self.module, observers or {}, call), self._recording(), FusedAttention():
                     self.outputs.append(self.module(*call.args, **call.kwargs))
@@ -153,6 +155,7 @@ class StageRun:
             if self.probe is not None and self.probe_is_separate:
                 with FusedAttention():
                     self.probe_outputs = [self.module(*self.probe.args, **self.probe.kwargs)]
+        self._has_outputs = True
         if self.peaks is not None:
             self.peaks.peak = max(self.process_group.all_gather(self.peaks.peak))
         if last is not None:  # the weights have new memory, but the same bits
@@ -160,6 +163,11 @@ class StageRun:
 
     def _recording(self) -> AbstractContextManager[None]:
         return nullcontext() if self.peaks is None else self.peaks.watching(self.module, self.name)
+
+    def ensure_outputs(self) -> None:
+        """Runs `forward`, unless it has run before. On all ranks alike."""
+        if not self._has_outputs:
+            self.forward()
 
     def next_inputs(self) -> list[Any]:
         """What the suspended forwards resume with: one output per call, then that of a separate probe."""

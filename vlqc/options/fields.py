@@ -385,6 +385,11 @@ class OptionFields(BaseModel):
         return cache_scheme_of_option(self.kv_cache)
 
     @property
+    def names_samples(self) -> bool:
+        """Whether calib_images was set. Its default is read only if a pass needs samples."""
+        return "calib_images" in self.model_fields_set
+
+    @property
     def layout(self) -> Engine:
         """The engine in whose layout the folder is written: the first of the target."""
         return parse_target(self.engine_target).engines[0]

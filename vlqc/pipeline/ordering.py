@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from vlqc.errors import Fault, UserError
 from vlqc.import_paths import import_path
 from vlqc.pipeline.pass_api import Pass
+from vlqc.targets.schemes import Scheme
 
 CALIBRATION = "insert-observers"  # forwards the calibration samples through the stage
 SENSITIVITY = "measure-sensitivity"  # measures what the precision search minimizes
 LOWERING = "lower-linears"
 SETS_STAGE_OUTPUTS = (CALIBRATION, "propagate-quantized")  # compute the inputs of the next stage
+CHANGES_STAGE_OUTPUTS = ("rotate-residual",)
 
 
 def check_order(passes: Sequence[Pass], *, precision_search: bool = False) -> None:
@@ -23,8 +25,9 @@ def check_order(passes: Sequence[Pass], *, precision_search: bool = False) -> No
     """
     faults = [*_duplicate_names(passes), *_order_faults(passes)]
     names = {step.name for step in passes}
-    if CALIBRATION not in names:
-        why = "it runs the calibration samples through each stage and so computes the inputs of the next one"
+    needing = passes_needing_samples(passes)
+    if needing and CALIBRATION not in names:
+        why = f"it runs the calibration samples through each stage, and {needing[0].name} needs what it observes"
         faults.append(Fault(f"the pipeline lacks {CALIBRATION}", "--pipeline", why, f"start it with {CALIBRATION}"))
     if precision_search and SENSITIVITY not in names:
         why, fix = "--fallback auto uses its result", f"put {SENSITIVITY} before {LOWERING}, or omit --fallback auto"
@@ -33,9 +36,19 @@ def check_order(passes: Sequence[Pass], *, precision_search: bool = False) -> No
         raise UserError(*faults)
 
 
+def passes_needing_samples(passes: Sequence[Pass]) -> list[Pass]:
+    """Those of a pipeline that need calibration samples, for the schemes that its passes assign."""
+    schemes: list[Scheme] = []
+    for step in passes:
+        if hasattr(step, "choose"):  # one that does not say which schemes it chooses may choose any
+            schemes += getattr(step, "schemes", tuple(Scheme))
+    return [step for step in passes if step.needs_samples(schemes)]
+
+
 def passes_for_stage_outputs(passes: Sequence[Pass]) -> list[Pass]:
     """The passes up to the last one that sets the stage's outputs: enough to compute the inputs of the next stage."""
-    last = max((index for index, step in enumerate(passes) if step.name in SETS_STAGE_OUTPUTS), default=-1)
+    names = (*SETS_STAGE_OUTPUTS, *CHANGES_STAGE_OUTPUTS)
+    last = max((index for index, step in enumerate(passes) if step.name in names), default=-1)
     return list(passes[: last + 1])
 
 

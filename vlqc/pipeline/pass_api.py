@@ -1,10 +1,12 @@
 """The base class of all passes. Imports neither torch nor the rest of vlqc."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 if TYPE_CHECKING:
     from vlqc.ir.stage import Stage
+    from vlqc.targets.schemes import Scheme
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,14 @@ class Pass:
     after: ClassVar[tuple[str, ...]] = ()
     before: ClassVar[tuple[str, ...]] = ()
     changes_inputs: ClassVar[bool] = False
+
+    def needs_samples(self, schemes: "Collection[Scheme]") -> bool:
+        """Whether the pass reads calibration samples, or what was observed of them, when layers have these schemes.
+
+        A pipeline of passes that need none compiles a checkpoint from its weights alone. Any pass may run the probe,
+        which is then a sample of random numbers.
+        """
+        return False
 
     def run(self, stage: "Stage") -> bool:
         """Modifies `stage` in place.

@@ -4,29 +4,58 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from vlqc.options.options import Options
-from vlqc.pipeline.ordering import check_order
+from vlqc.pipeline.ordering import CALIBRATION, check_order, passes_needing_samples
 from vlqc.pipeline.pass_api import Pass
 from vlqc.pipeline.registry import load_pass, parse_pipeline, print_pipeline
 
 ACTIVATION_METHODS = {1: "minmax", 2: "histogram", 3: "automatic"}  # of --act_method
+DATA_FREE = {"anti_method": "none", "weight_method": "round"}  # in place of the defaults
+ONLY_WITH_SAMPLES = ("split-window-attention", "quantize-activations")  # without samples, they have nothing to do
 
 
-def build_pipeline(options: Options, passes: Sequence[Pass] | None = None) -> list[Pass]:
+def build_pipeline(
+    options: Options, passes: Sequence[Pass] | None = None, *, ready_samples: bool = False
+) -> list[Pass]:
     """The passes of a compilation: `passes` if provided, else those that the options select.
+
+    ready_samples: whether samples are passed through Python.
 
     Raises:
         UserError: see `check_order` and `parse_pipeline`.
     """
-    pipeline = list(passes) if passes is not None else parse_pipeline(pipeline_text(options))
+    text = pipeline_text(options, ready_samples=ready_samples)
+    pipeline = list(passes) if passes is not None else parse_pipeline(text)
     check_order(pipeline, precision_search=options.fallback == "auto")
     return pipeline
 
 
-def pipeline_text(options: Options) -> str:
-    """The text of the pipeline that the options select, in normal form."""
+def pipeline_text(options: Options, *, ready_samples: bool = False) -> str:
+    """The text of the pipeline that the options select, in normal form. ready_samples: see `build_pipeline`."""
     if options.pipeline is not None:
         return print_pipeline(parse_pipeline(options.pipeline))
-    return print_pipeline([load_pass(name)(**values) for name, values in _selected(options)])
+    selected = _loaded(options)
+    if not (ready_samples or options.names_samples):
+        without = [step for step in _loaded(_without_samples(options)) if step.name != CALIBRATION]
+        if not passes_needing_samples(without):
+            selected = [step for step in without if step.name not in ONLY_WITH_SAMPLES]
+    return print_pipeline(selected)
+
+
+def _loaded(options: Options) -> list[Pass]:
+    return [load_pass(name)(**values) for name, values in _selected(options)]
+
+
+def _without_samples(options: Options) -> Options:
+    """The options for a compilation from the weights alone, if that is possible.
+
+    With float activations the default methods are those that need no samples. Of other schemes, and of methods that
+    were set, samples are a part: then some of the passes need them.
+    """
+    if options.scheme.spec.activation.is_quantized:
+        defaults = {"weight_method": "gptq"} if options.weight_method == "auto" else {}
+    else:
+        defaults = {name: value for name, value in DATA_FREE.items() if name not in options.model_fields_set}
+    return options.model_copy(update=defaults)
 
 
 def _selected(options: Options) -> Iterator[tuple[str, dict[str, Any]]]:

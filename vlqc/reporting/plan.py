@@ -18,7 +18,6 @@ from vlqc.emit.atomic_folder import nearest_folder
 from vlqc.emit.size_estimate import output_bytes, predict_schemes, required_disk_space
 from vlqc.families.family import ModelFamily, Part, Role
 from vlqc.formatting import format_bytes, format_duration, pluralize
-from vlqc.frontend.calibration.dataset import load_calibration
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.device import resolve_device
 from vlqc.frontend.emitted_dtype import dtype_name
@@ -29,7 +28,7 @@ from vlqc.options.options import Options
 from vlqc.pipeline.layer_selection import check_engines, check_layers
 from vlqc.pipeline.presets import build_pipeline
 from vlqc.pipeline.rotation_plan import rotate_model
-from vlqc.pipeline.text_only import require_images
+from vlqc.pipeline.sample_use import calibration_data, require_samples
 from vlqc.reporting.rotations import RotatedPart, adapter_notes, rotated_parts, rotation_notes, rotation_text
 from vlqc.reporting.summary import main_scheme, placement_notes, target_warnings, unused_notes
 from vlqc.reporting.tables import labeled_lines, layer_table
@@ -114,15 +113,15 @@ def plan_compilation(
     current folder. UserError for unusable input, as from `compile`.
     """
     options = options or Options.without_saving(**user_options)
-    passes = build_pipeline(options)
+    passes = build_pipeline(options, ready_samples=samples is not None)
     resolve_device(options.device_type)
-    require_images(options, passes, samples)
+    require_samples(options, passes, samples)
     checkpoint = Checkpoint(options.model_path, options.lora)
     model = StreamedModel.open(checkpoint, trust_remote_code=options.trust_remote_code, dtype=options.dtype)
     check_layers(model, options)
     rotations = rotate_model(model, passes)
     check_engines(model, options)
-    calibration = load_calibration(options, model, samples)
+    calibration = calibration_data(options, passes, model, samples)
     memory = estimate_memory(model, calibration.samples, options.memory_budget)
     memory_notes: list[str] = []
     check_memory(memory, model.checkpoint.files, memory_notes.append)

@@ -87,7 +87,7 @@ class TerminalProgress(Progress):
             else:
                 self._bar.start()
         else:
-            self._line(f"{pluralize(stages, 'stage')}, {pluralize(samples, 'sample')}")
+            self._line(f"{pluralize(stages, 'stage')}, {pluralize(samples, 'sample') if samples else 'no samples'}")
             if done:
                 self._line(f"resuming after stage {done} of {stages}")
 

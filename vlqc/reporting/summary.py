@@ -29,6 +29,7 @@ from vlqc.pipeline.pass_api import Pass
 from vlqc.pipeline.precision_search import GroupPrecision, SearchResult
 from vlqc.pipeline.presets import pipeline_text
 from vlqc.pipeline.registry import print_pipeline
+from vlqc.pipeline.sample_use import uses_samples
 from vlqc.reporting.html.collector import StageMetrics
 from vlqc.reporting.html.command_line import command, replace_paths
 from vlqc.reporting.html.schema import (
@@ -363,10 +364,15 @@ class CompilationSummary:
         ready_samples: whether the samples were passed as tensors through Python.
         """
         text, options = print_pipeline(passes), self.options
+        by_options = pipeline_text(options, ready_samples=ready_samples)
+        calibrated = ready_samples or uses_samples(options, passes)
         ReportData(
             version=installed_version("vlqc"),
-            command=command(options, None if text == pipeline_text(options) else text, ready_samples=ready_samples),
+            command=command(
+                options, None if text == by_options else text, names_samples=calibrated and not ready_samples
+            ),
             ready_samples=ready_samples,
+            calibrated=calibrated,
             pipeline=text,
             target=options.engine_target,
             dtype="float16" if self.dtype == torch.float16 else "bfloat16",

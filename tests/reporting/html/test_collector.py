@@ -273,7 +273,7 @@ def test_timings_outside_of_both_folders(place: str, tmp_path: Path) -> None:
 def test_the_command_line_gives_the_same_options(values: dict[str, Any]) -> None:
     """Catches an option that is omitted, misspelt, or included with its default value."""
     options = Options.without_paths(**values)
-    words = command(options, None, ready_samples=False)
+    words = command(options, None, names_samples=True)
     flags: dict[str, Any] = {}
     rest = list(words[2:])
     while rest:

@@ -27,6 +27,7 @@ NO_IMAGES = (
     "no sample has an image: the vision tower stays in float, and activation ranges of the language model are those of "
     "text tokens"
 )
+NO_SAMPLES = "compiled from the weights alone, without calibration samples: no output was measured"
 MOST_SAMPLES = 10_000
 RECOMMENDED = 30  # images, or prompts of text-only models
 
@@ -85,6 +86,22 @@ def load_calibration(
     if vision_probe is not None:
         notes = [*notes, NO_IMAGES]
     return CalibrationDataset(ordered, notes, probe_sample(ordered, inputs, config), vision_probe)
+
+
+def without_samples(model: StreamedModel, *, smallest: bool) -> CalibrationDataset:
+    """No samples, and a made-up one as the probe, on which the model runs once.
+
+    smallest: for passes that prove nothing on it. Ranks other than 0 get an empty dataset. Raises UserError if the
+    model's config allows no such sample.
+    """
+    if not current_process_group().is_rank0:
+        return CalibrationDataset([])
+    try:
+        probe = model.family.inputs.synthetic_sample(model.module.config, smallest=smallest)
+    except Exception as error:  # any config.json is possible
+        why, where = f"{type(error).__name__}: {error}", str(model.checkpoint.folder / "config.json")
+        raise UserError(Fault("the model cannot be run", where, why, "check config.json")) from error
+    return CalibrationDataset([], [NO_SAMPLES], probe)
 
 
 def load_samples(

@@ -24,7 +24,7 @@ from vlqc.pipeline.ordering import passes_for_stage_outputs
 from vlqc.pipeline.pass_api import Pass
 from vlqc.pipeline.presets import build_pipeline
 from vlqc.pipeline.rotation_plan import rotate_model
-from vlqc.pipeline.text_only import require_images
+from vlqc.pipeline.sample_use import calibration_data, require_samples
 from vlqc.reporting.dumps.writer import Dumper, require_pass
 from vlqc.reporting.progress import Progress
 
@@ -109,15 +109,15 @@ def run_until(
     if user_options.get("dump_ir") is None:
         user_options.setdefault("print_after", stop_after)
     options = Options.without_saving(occupied=True, **user_options)  # the save folder may have content, which stays
-    pipeline = build_pipeline(options)
+    pipeline = build_pipeline(options, ready_samples=samples is not None)
     require_pass("--stop_after", stop_after, pipeline)
     last = max(number for number, step in enumerate(pipeline) if step.name == stop_after)
     dumper = Dumper.from_options(options, pipeline, active=True)
-    require_images(options, pipeline, samples)
+    require_samples(options, pipeline, samples)
     model = open_model(options)
     check_layers(model, options)
     rotate_model(model, pipeline)
-    dataset = load_calibration(options, model, samples)
+    dataset = calibration_data(options, pipeline, model, samples)
     return _run_stages(model, dataset, pipeline, last + 1, dumper, progress or Progress())
 
 
@@ -157,7 +157,5 @@ def _run_stages(
             if finished == selected:
                 break
             (remaining if stage.name in selected else skipped).run(stage)
-            if not stage.execution.outputs:
-                stage.execution.forward()
     progress.finish()
     return TraceResult(tuple(finished), len(model.stages), dumper.folder)

@@ -59,7 +59,7 @@ class StageMetrics:
             return
         self._started, self._first_ranges = time.perf_counter(), {}
         self._rotated = 0
-        if not stage.rotations:
+        if not stage.rotations and stage.execution.sample_shapes:
             self._references = _probe_outputs(stage)
         self._peak = peak_memory()
 
@@ -71,7 +71,8 @@ class StageMetrics:
         self._peak = peak
         rotated = sum(rotation.done for rotation in stage.rotations)
         if rotated > self._rotated:  # its inputs are rotated, so the stage could not run on them before
-            self._rotated, self._references = rotated, _probe_outputs(stage, reuse=True)
+            self._rotated = rotated
+            self._references = _probe_outputs(stage, reuse=True) if stage.execution.sample_shapes else []
         for source, observation in stage.observations.items():
             if source not in self._first_ranges and observation.ranges:
                 self._first_ranges[source] = Observation(observation.channels, observation.ranges)
@@ -138,11 +139,13 @@ class StageMetrics:
         )
 
     def _sqnr(self, stage: Stage) -> dict[Modality, float]:
-        """SQNR in dB of the stage's output for the probe, by modality; empty if no site is quantized.
+        """SQNR in dB of the stage's output for the probe, by modality; empty if no site is quantized,
+        or without samples.
 
         Modalities that the probe lacks are measured on other samples.
         """
-        if stage.execution.probe is None or not any(site.is_quantized for site in stage.sites.values()):
+        is_quantized = any(site.is_quantized for site in stage.sites.values())
+        if stage.execution.probe is None or not stage.execution.sample_shapes or not is_quantized:
             return {}
         noise: dict[Modality, float] = {}
         for call, reference, output in zip(_probes(stage), self._references, _probe_outputs(stage), strict=True):

@@ -19,18 +19,18 @@ WITHOUT_EFFECT = {
 }  # fmt: skip
 
 
-def command(options: Options, pipeline: str | None, *, ready_samples: bool) -> tuple[str, ...]:
+def command(options: Options, pipeline: str | None, *, names_samples: bool) -> tuple[str, ...]:
     """Words of the command line.
 
-    pipeline: text of passes that were passed through Python; None if the options determine them. ready_samples: whether
-    the samples were passed through Python, so that calib_images is unused.
+    pipeline: text of passes that were passed through Python; None if the options determine them. names_samples:
+    whether the samples are those of calib_images: none were passed through Python, and some were needed.
     """
     values = {name: getattr(options, name) for name in Options.model_fields if name not in WITHOUT_EFFECT}
     if pipeline is not None:
         values["pipeline"] = pipeline
     if values["pipeline"] is not None:
         values = {name: value for name, value in values.items() if name not in PASS_OPTIONS}
-    if ready_samples:
+    if not names_samples:
         del values["calib_images"]
     words = ["vlqc", "compile"]
     for name, value in values.items():

@@ -143,7 +143,8 @@ class ReportData(StrictModel):
     """Content of vlqc_report.json.
 
     command: words of the command line, with placeholders for paths and without options at their default.
-    ready_samples: whether the samples were passed as tensors through Python. heads: linear layers outside stages, which
+    ready_samples: whether the samples were passed as tensors through Python. calibrated: whether there were samples;
+    otherwise the checkpoint was compiled from its weights alone. heads: linear layers outside stages, which
     stay in float. rotations: that the weights contain. adapters: that were merged into them, in order. predicted: with
     --fallback auto, the predicted SQNR of the logits in dB.
     """
@@ -152,6 +153,7 @@ class ReportData(StrictModel):
     version: Name
     command: tuple[Name, ...]
     ready_samples: bool
+    calibrated: bool = True
     pipeline: Annotated[str, StringConstraints(max_length=1 << 20)]
     target: Name
     dtype: Literal["bfloat16", "float16"]

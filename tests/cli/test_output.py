@@ -247,9 +247,7 @@ def test_help_teaches() -> None:
     shown = " ".join(run("--help").stdout.split())
     assert all(words in shown for words in ("vlqc verify OUT", "130 interrupted", "_VLQC_COMPLETE=bash_source vlqc"))
     shown = " ".join(run("compile", "--help").stdout.split())
-    assert "--w_bit 4 --is_dynamic True --is_lowbit True --open_outlier False --group_size 256" in " ".join(
-        shown.split()
-    )
+    assert "--scheme w4a8_dynamic --group_size 256" in " ".join(shown.split())
     assert "--recipe w8a8.yaml" in shown
 
 

@@ -13,7 +13,7 @@ import pytest
 import vlqc
 from tools.docs import options as options_page
 from vlqc.families.registry import FAMILIES
-from vlqc.options.fields import option_info
+from vlqc.options.fields import option_info, option_text
 from vlqc.options.options import Options
 from vlqc.options.recipe import read_recipe
 from vlqc.pipeline.registry import REGISTRY
@@ -163,7 +163,7 @@ def test_values_in_the_table_of_options(page: Path) -> None:
     for name, default, meaning in rows:
         if name in Options.model_fields and (values := option_info(name).choices):
             assert set(re.findall(r"`([\w.]+)`", meaning)) <= {*values}, name
-            assert default == str(Options.model_fields[name].default), name
+            assert default == option_text(Options.model_fields[name].default), name
             checked += 1
     assert checked >= 4
 

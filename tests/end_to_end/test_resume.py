@@ -213,6 +213,13 @@ def test_finished_stages_are_discarded_only_with_start_over(checkpoint: Path, tm
     assert run_folders(tmp_path / "out") == [] and (tmp_path / "out").is_dir()
 
 
+def test_resume_with_another_spelling_of_the_scheme(checkpoint: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    """Catches a run without --scheme that --scheme cannot resume, or that gives other bytes."""
+    interrupt_compile(tmp_path / "out", checkpoint)
+    compile_into(tmp_path / "out", checkpoint, resume=True, scheme="w8a8", w_bit=8)
+    assert file_contents(tmp_path / "out") == whole
+
+
 def test_files_created_since_the_interruption_stay(checkpoint: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
     """Catches a resumed run that replaces an output folder which did not exist when it was started."""
     interrupt_compile(tmp_path / "out", checkpoint)

@@ -82,7 +82,7 @@ def rest_of(values: tuple[Any, ...], named: frozenset[str]) -> tuple[Any, ...]:
 @pytest.mark.slow
 def test_every_combination(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches an illegal combination that is accepted, a legal one that is rejected, and an error that does not name
-    the flags to change: changing only these must make the combination legal."""
+    the flags to change: changing only these must make the combination legal. --scheme stands for the flags it sets."""
     monkeypatch.setattr(
         engine_advice, "incompatibilities", functools.cache(engine_advice.incompatibilities)
     )  # called thousands of times
@@ -92,7 +92,7 @@ def test_every_combination(monkeypatch: pytest.MonkeyPatch) -> None:
         chosen = dict(zip(CHOICES, values, strict=True))
         _, faults = Options._checked({"model_path": ".", "save_directory": ".", **chosen})
         assert (values in legal_combinations()) == (not faults), (chosen, faults)
-        named = frozenset(flag for fault in faults for flag in flags_in(fault.fix))
+        named = frozenset(flag for fault in faults for flag in flags_in(fault.fix)) - {"scheme"}
         assert named <= set(CHOICES) and (not faults or rest_of(values, named) in legal_rests(named)), (chosen, faults)
         counted[not faults] += 1
     assert counted[True] + counted[False] == 2**9 * 3**2 * 4**2 and min(counted.values()) > 1000
@@ -111,20 +111,21 @@ def test_no_combination_allows_another_value(
 @pytest.mark.parametrize(
     ("chosen", "flags"),
     [
-        ({"w_bit": 4}, ["--is_dynamic True", "--is_lowbit True", "--open_outlier False", "--w_bit 8"]),
-        ({**W4A8, "is_lowbit": False}, ["--is_lowbit True"]),
+        ({"w_bit": 4}, ["--scheme w4a8_dynamic", "--w_bit 4"]),
+        ({**W4A8, "is_lowbit": False}, ["--scheme w4a8_dynamic", "--is_lowbit False"]),
+        ({**W4A8, "a_bit": 16}, ["--scheme w4a8_dynamic", "--a_bit 16"]),
         ({**W4A8, "act_method": 3}, ["--act_method 1"]),
-        ({"is_lowbit": True}, ["--is_lowbit False", "--w_bit 4"]),
+        ({"is_lowbit": True}, ["--scheme w4a8_dynamic", "--is_lowbit True"]),
         ({"mindie_format": True, "target": "both"}, ["--mindie_format", "--target"]),
         ({"mindie_format": True, "target": "vllm-ascend@0.18"}, ["--mindie_format", "--target"]),
         ({**W4A8, "mindie_format": True, "group_size": 512}, ["--group_size 256"]),
         ({**W4A8, "target": "mindie@2.2", "group_size": 512}, ["--group_size 256"]),
-        ({"is_dynamic": True, "target": "both"}, ["--target vllm-ascend", "--is_dynamic False"]),
+        ({"is_dynamic": True, "target": "both"}, ["--target vllm-ascend", "--scheme w8a8", "--is_dynamic True"]),
         ({"anti_alpha": 0.5}, ["--anti_alpha", "--anti_method m4"]),
         ({"shift": True, "anti_method": "none"}, ["--shift", "--anti_method m2"]),
-        ({"shift": True, "is_dynamic": True}, ["--shift", "--is_dynamic False"]),
-        ({"w4a8_scope": "all"}, ["--w4a8_scope", "--w_bit 4"]),
-        ({**W4A8, "target": "mindie", "strict_target": True}, ["--strict_target", "--target", "--w_bit"]),
+        ({"shift": True, "is_dynamic": True}, ["--shift", "--scheme w8a8 instead of --is_dynamic True"]),
+        ({"w4a8_scope": "all"}, ["--w4a8_scope", "--scheme w4a8_dynamic"]),
+        ({**W4A8, "target": "mindie", "strict_target": True}, ["--strict_target", "--target", "--scheme"]),
         ({"exclude": ["*.o_proj"], "include": ["lm_head", "*.o_proj"]}, ["--exclude", "--include"]),
     ],
 )
@@ -181,8 +182,8 @@ def test_all_combinations_at_once(folders: dict[str, Any]) -> None:
     assert [fault.split("\n")[0] for fault in faults] == [
         "--is_lowbit True",
         "--mindie_format with --target both",
+        "--target both",
         "--anti_alpha 1 with --anti_method m2",
-        "--w4a8_scope all with --w_bit 8",
         "--min_sqnr 20 with --max_float_groups 3 with --fallback none",
     ]
     faults = faults_of(**folders, w_bit=5, is_lowbit=True, w4a8_scope="all", anti_alpha=1)

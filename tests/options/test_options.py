@@ -26,7 +26,7 @@ OUR_DEFAULTS = {
     "seed": 0, "max_tokens": None, "overwrite": False, "skip_bad_images": False, "dump_ir": None, "pipeline": None,
     "timings": None, "resume": False, "start_over": False, "dump_stages": (), "dump_formats": "text",
     "print_after": None, "family": None, "rotate": "auto", "dtype": "auto", "follow_links": False,
-    "lora": (), "max_frames": None, "kv_cache": "none",
+    "lora": (), "max_frames": None, "kv_cache": "none", "scheme": Scheme.W8A8,
 }  # fmt: skip
 
 
@@ -55,7 +55,7 @@ def test_legal_values_in_words() -> None:
     """Catches bounds or choices that the documentation states differently from what is checked."""
     legal = {name: option_info(name).legal for name in ("a_bit", "group_size", "max_samples", "seed", "min_sqnr")}
     assert legal == {
-        "a_bit": "8",
+        "a_bit": "8 or 16",
         "group_size": "64, 128, 256 or 512",
         "max_samples": "an integer >= 1",
         "seed": "an integer >= 0",
@@ -97,7 +97,7 @@ def test_words_for_false(folders: dict[str, Any], word: object) -> None:
         ("max_samples", True, "an integer >= 1"),
         ("max_samples", 10**18, "an integer >= 1"),
         ("max_samples", "9" * 5000, "an integer >= 1"),
-        ("a_bit", 4, "choose 8"),
+        ("a_bit", 4, "choose 8 or 16"),
         ("act_method", "histogram", "1, 2 or 3"),
         ("group_size", 100, "64, 128, 256 or 512"),
         ("anti_method", "m3", "did you mean m"),

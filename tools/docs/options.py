@@ -9,7 +9,7 @@ from enum import Enum
 from typing import Any
 
 from vlqc.cli.commands import app
-from vlqc.options.fields import PANELS
+from vlqc.options.fields import PANELS, option_text
 from vlqc.options.options import Options
 
 HEAD = """# Options
@@ -106,13 +106,14 @@ def row(option: Any, field: Any = None) -> str:
     names = ", ".join(f"`{name}`" for name in (flag(option), *(name for name in option.opts if len(name) == 2)))
     metavar = (option.metavar or "").strip()
     required = field is not None and field.is_required()
-    default = option.default if field is None else field.default  # an Enum: click's mark of an option without one
+    default = option.default if field is None else field.default
+    unset = default in (None, ()) or (field is None and isinstance(default, Enum))  # the latter is a mark of click
     if not metavar:
         values, shown = "flag", ""
     else:
         values, shown = (
             f"`{metavar}`".replace("|", "\\|"),
-            "" if isinstance(default, Enum) or default in (None, ()) else f"`{default}`",
+            "" if unset else f"`{option_text(default)}`",
         )
     return f"| {names} | {values} | {'required' if required else shown} | {option.help} |\n"
 

@@ -12,7 +12,7 @@ from click.core import ParameterSource
 from vlqc.cli.output import CommandOutput, check_output_file, run_and_exit
 from vlqc.families.registry import check_model_type, load_family, register_family
 from vlqc.files import trust_links
-from vlqc.options.fields import PANELS, OptionInfo, option_info
+from vlqc.options.fields import PANELS, OptionInfo, option_info, option_text
 from vlqc.options.options import Options
 from vlqc.pipeline.registry import REGISTRY, plugin_passes
 from vlqc.targets.target import NAMES
@@ -47,8 +47,8 @@ Static W8A8 for vLLM Ascend and MindIE, with the options of quant_qwen2_5vl.py:
 
 \b
 Activation scales per token; 4-bit weights in groups; MindIE's own layout:
-  vlqc compile ... --is_dynamic True
-  vlqc compile ... --w_bit 4 --is_dynamic True --is_lowbit True --open_outlier False --group_size 256
+  vlqc compile ... --scheme w8a8_dynamic
+  vlqc compile ... --scheme w4a8_dynamic --group_size 256
   vlqc compile ... --mindie_format
 
 \b
@@ -197,7 +197,7 @@ def _option_of_field(name: str) -> Callable[[Callable[..., int | None]], Callabl
     return option(
         info.flag,
         multiple=info.multiple,
-        default=() if info.multiple else None if no_default else str(field.default),
+        default=() if info.multiple else None if no_default else option_text(field.default),
         metavar=info.metavar,
         shell_complete=_completion(info),
         help=info.help,

@@ -1,12 +1,6 @@
 """Checks combinations of option values, before anything is loaded.
 
-The flags of the original script select these schemes; other combinations are errors:
-
-| scheme | flags |
-|---|---|
-| W8A8 static | w_bit 8, is_dynamic False, is_lowbit False |
-| W8A8_DYNAMIC | w_bit 8, is_dynamic True, is_lowbit False |
-| W4A8_DYNAMIC per group | w_bit 4, is_dynamic True, is_lowbit True, open_outlier False, act_method 1 or 2 |
+Those of --scheme with the flags of the original script are in `scheme_flags`.
 """
 
 from collections.abc import Callable, Iterator, Set
@@ -16,7 +10,9 @@ from typing import Any
 from vlqc.errors import Fault, UserError
 from vlqc.files import read_json_object
 from vlqc.options.fields import OptionFields
+from vlqc.options.scheme_flags import FLAGS, scheme_fix
 from vlqc.targets.engine import join_and, join_or
+from vlqc.targets.schemes import DEFAULT_SCHEME, Scheme
 from vlqc.targets.target import BOTH, ENGINES, engine_of_option, parse_target
 
 
@@ -29,30 +25,17 @@ def combination_faults(options: OptionFields, illegal: Set[str] = frozenset()) -
     return [fault for names, rule in RULES if not names & illegal for fault in rule(options)]
 
 
-def _scheme(options: OptionFields) -> Iterator[Fault]:
-    if options.w_bit == 4:
-        required = {
-            "--is_dynamic True": options.is_dynamic,
-            "--is_lowbit True": options.is_lowbit,
-            "--open_outlier False": not options.open_outlier,
-            "--act_method 1": options.act_method in (1, 2),
-        }
-        missing = [flag for flag, is_set in required.items() if not is_set]
-        if missing:
-            why = "4-bit weights are quantized per group, with activations quantized per token (W4A8_DYNAMIC)"
-            other = "--w_bit 8 --is_lowbit False" if options.is_lowbit else "--w_bit 8"
-            yield Fault("--w_bit 4", why=why, fix=f"add {' '.join(missing)}, or use {other}")
-    elif options.is_lowbit:
-        why = "the low-bit algorithm produces 4-bit weights, and --w_bit is 8"
-        fix = "use --is_lowbit False, or for 4-bit weights --w_bit 4 --is_dynamic True --open_outlier False"
-        yield Fault("--is_lowbit True", why=why, fix=fix)
+def _ranges(options: OptionFields) -> Iterator[Fault]:
+    if options.scheme.spec.weight.per_group and options.act_method == 3:
+        what = f"--act_method 3 with {options.scheme}"
+        yield Fault(what, why="it has no static ranges to choose between", fix="use --act_method 1 or --act_method 2")
 
 
 def _group(options: OptionFields) -> Iterator[Fault]:
     engine = engine_of_option(options)
     flag = f"--{engine.layout_option}" if engine else f"--target {options.target}"
     sizes = options.layout.group_sizes
-    if options.w_bit == 4 and sizes and options.group_size not in sizes:
+    if options.scheme.spec.weight.per_group and sizes and options.group_size not in sizes:
         why = f"{options.layout.title} supports the group sizes {', '.join(str(size) for size in sizes if size)}"
         yield Fault(f"--group_size {options.group_size} with {flag}", why=why, fix=f"use --group_size {max(sizes)}")
 
@@ -68,7 +51,7 @@ def _one_layout(options: OptionFields) -> Iterator[Fault]:
 def _both(options: OptionFields) -> Iterator[Fault]:
     if options.target == BOTH and not _static(options):
         why = "a folder that both engines load is possible for static W8A8 only"
-        fix = f"use --target {ENGINES[0].name}, or --w_bit 8 --is_dynamic False"
+        fix = f"use --target {ENGINES[0].name}, or {_static_scheme(options)}"
         yield Fault("--target both", why=why, fix=fix)
 
 
@@ -88,7 +71,7 @@ def _shift(options: OptionFields) -> Iterator[Fault]:
         )
     if not _static(options):
         why = "engines apply the bias of a norm before static W8A8 layers only"
-        fix = "remove --shift, or use --w_bit 8 --is_dynamic False --is_lowbit False"
+        fix = f"remove --shift, or use {_static_scheme(options)}"
         yield Fault("--shift", why=why, fix=fix)
     if options.anti_method == "none":
         why = "ranges are shifted as a part of outlier suppression"
@@ -96,9 +79,10 @@ def _shift(options: OptionFields) -> Iterator[Fault]:
 
 
 def _scope(options: OptionFields) -> Iterator[Fault]:
-    if options.w4a8_scope != "engine" and options.w_bit != 4:
-        what = f"--w4a8_scope {options.w4a8_scope} with --w_bit {options.w_bit}"
-        fix = "remove --w4a8_scope, or use --w_bit 4 --is_dynamic True --is_lowbit True --open_outlier False"
+    if options.w4a8_scope != "engine" and not options.scheme.spec.weight.per_group:
+        grouped = next(scheme for scheme in Scheme if scheme.spec.weight.per_group)
+        what = f"--w4a8_scope {options.w4a8_scope} with {options.scheme}"
+        fix = f"remove --w4a8_scope, or use {scheme_fix(grouped, options, options.model_fields_set)}"
         yield Fault(what, why="it selects the layers with 4-bit weights", fix=fix)
 
 
@@ -155,7 +139,7 @@ def _strict(options: OptionFields) -> Iterator[Fault]:
     for sentence in incompatibilities(
         options.engine_target, family, options.scheme, scope=options.w4a8_scope, cache=options.cache_scheme
     ):
-        other = missing_rows_fix(family) or "use another --target or scheme (--w_bit, --is_dynamic, --w4a8_scope)"
+        other = missing_rows_fix(family) or "use another --target, --scheme or --w4a8_scope"
         fix = f"remove --strict_target, or {other}"
         target = parse_target(options.engine_target).text
         yield Fault(f"--strict_target with {options.scheme} for {target}", why=sentence, fix=fix)
@@ -210,19 +194,19 @@ PASS_OPTIONS = (
 )  # fmt: skip
 
 # The options that a rule depends on, and the rule.
-SCHEME = frozenset({"w_bit", "is_dynamic", "is_lowbit", "open_outlier", "act_method"})
+SCHEME = frozenset({"scheme", *FLAGS})
 LAYOUTS = frozenset(engine.layout_option for engine in ENGINES if engine.layout_option)
 RULES: tuple[tuple[frozenset[str], Callable[[OptionFields], Iterator[Fault]]], ...] = (
-    (SCHEME, _scheme),
-    (frozenset({"w_bit", "group_size", "target", *LAYOUTS}), _group),
+    (SCHEME | {"act_method"}, _ranges),
+    (SCHEME | LAYOUTS | {"group_size", "target"}, _group),
     (frozenset({"target", *LAYOUTS}), _one_layout),
-    (frozenset({"w_bit", "is_dynamic", "target"}), _both),
+    (SCHEME | {"target"}, _both),
     (frozenset({"anti_method", "anti_alpha"}), _alpha),
-    (frozenset({"w_bit", "is_dynamic", "anti_method", "shift", "target"}), _shift),
-    (frozenset({"w_bit", "w4a8_scope"}), _scope),
+    (SCHEME | {"anti_method", "shift", "target"}, _shift),
+    (SCHEME | {"w4a8_scope"}, _scope),
     (frozenset({"fallback", "min_sqnr", "max_float_groups"}), _fallback),
-    (SCHEME | LAYOUTS | {"target", "kv_cache"}, _cache),
-    (SCHEME | LAYOUTS | {"target", "strict_target", "w4a8_scope", "exclude", "kv_cache"}, _strict),
+    (SCHEME | LAYOUTS | {"model_path", "target", "kv_cache"}, _cache),
+    (SCHEME | LAYOUTS | {"model_path", "target", "strict_target", "w4a8_scope", "exclude", "kv_cache"}, _strict),
     (frozenset({"exclude", "include"}), _layers),
     (frozenset({"pipeline", *PASS_OPTIONS}), _pipeline),
     (frozenset({"resume", "start_over"}), _resume),
@@ -231,4 +215,9 @@ RULES: tuple[tuple[frozenset[str], Callable[[OptionFields], Iterator[Fault]]], .
 
 
 def _static(options: OptionFields) -> bool:
-    return options.scheme.spec.activation.is_static
+    return options.scheme.spec.takes_added_bias
+
+
+def _static_scheme(options: OptionFields) -> str:
+    """The option for static W8A8, and the flags to remove."""
+    return scheme_fix(DEFAULT_SCHEME, options, options.model_fields_set)

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema
 
 from vlqc.errors import UserError
 from vlqc.formatting import did_you_mean
 from vlqc.targets.cache_schemes import CacheScheme, cache_scheme_of_option
 from vlqc.targets.engine import Engine
-from vlqc.targets.schemes import Scheme, scheme_of_flags
+from vlqc.targets.schemes import DEFAULT_SCHEME, Scheme, find_scheme, floats, option_name
 from vlqc.targets.target import BOTH, ENGINES, engine_of_option, parse_target
 
 DATA, SCHEME, LAYERS, OUTPUT, RUNNING, DEBUGGING = PANELS = (
@@ -30,6 +30,8 @@ DATA, SCHEME, LAYERS, OUTPUT, RUNNING, DEBUGGING = PANELS = (
 )
 DUMP_FORMATS = ("text", "json", "onnx", "bundle")
 CACHES = ("none", *(scheme.spec.option for scheme in CacheScheme))
+SCHEME_NAMES = tuple(option_name(scheme) for scheme in Scheme if scheme.is_quantized)
+FLOAT_NAMES = tuple(map(option_name, floats()))
 LARGEST_INTEGER = 10**18 - 1
 # Layer names contain none of these characters, and the pipeline syntax uses them as separators.
 NOT_IN_A_GLOB = re.compile(r"[\s,;{}]")
@@ -75,6 +77,27 @@ def _target(value: str) -> str:
         return str(parse_target(value))
     except UserError as error:
         raise InvalidValue(error.faults[0].why, error.faults[0].fix) from error
+
+
+def _scheme(value: Any) -> Scheme:
+    """A name or alias of a scheme that quantizes -> the scheme."""
+    scheme = find_scheme(value) if isinstance(value, str) else None
+    if scheme is None or not scheme.is_quantized:
+        names = [*SCHEME_NAMES, *(alias for each in Scheme for alias in each.spec.aliases)]
+        raise InvalidValue("there is no such scheme", did_you_mean(_as_name(value), names))
+    return scheme
+
+
+def _in_place_of_float(value: Any) -> Scheme:
+    scheme = find_scheme(value) if isinstance(value, str) else None
+    if scheme not in floats():
+        why = "it quantizes inputs" if scheme else "there is no such scheme"
+        raise InvalidValue(why, did_you_mean(_as_name(value), FLOAT_NAMES))
+    return scheme
+
+
+def _as_name(value: Any) -> str:
+    return str(value).lower().replace("-", "_")
 
 
 def _glob(pattern: str) -> str:
@@ -124,6 +147,8 @@ OptionPath = Annotated[Path, BeforeValidator(_path)]
 Glob = Annotated[str, AfterValidator(_glob)]
 Globs = Annotated[tuple[Glob, ...], BeforeValidator(_as_tuple), AfterValidator(_without_duplicates)]
 Paths = Annotated[tuple[OptionPath, ...], BeforeValidator(_as_tuple)]
+SchemeName = Annotated[Scheme, PlainValidator(_scheme), WithJsonSchema({"type": "string"})]
+FloatName = Annotated[Scheme, PlainValidator(_in_place_of_float), WithJsonSchema({"type": "string"})]
 NoneWord = BeforeValidator(_none_word)  # "None" on a command line and in a recipe
 
 
@@ -155,7 +180,7 @@ class OptionFields(BaseModel):
         None, OUTPUT, "Maximum size of one weight file, in GiB. Default: a single file."
     )
     w_bit: Bits = _option(8, SCHEME, "Number of bits per weight.")
-    a_bit: Annotated[Literal[8], Integer] = _option(8, SCHEME, "Number of bits per activation.")
+    a_bit: Annotated[Literal[8, 16], Integer] = _option(8, SCHEME, "Number of bits per activation; 16: float.")
     device_type: Literal["cpu", "npu", "cuda"] = _option(
         "cpu", RUNNING, "Device of the forward passes and the quantization arithmetic."
     )
@@ -188,6 +213,13 @@ class OptionFields(BaseModel):
     )
 
     # Options that the original script does not have.
+    scheme: SchemeName = _option(
+        DEFAULT_SCHEME,
+        SCHEME,
+        "Quantization scheme, in place of --w_bit, --a_bit, --is_dynamic, --is_lowbit and --open_outlier, which select "
+        "one together. A value of these that contradicts it is an error. Upper case, dashes and w4a8 are accepted.",
+        choices=SCHEME_NAMES,
+    )
     dtype: Literal["auto", "bfloat16", "float16"] = _option(
         "auto",
         OUTPUT,
@@ -375,11 +407,6 @@ class OptionFields(BaseModel):
     )
 
     @property
-    def scheme(self) -> Scheme:
-        """The quantization scheme that w_bit, a_bit and is_dynamic select."""
-        return scheme_of_flags(self.w_bit, self.a_bit, is_dynamic=self.is_dynamic)
-
-    @property
     def cache_scheme(self) -> CacheScheme | None:
         """The scheme of keys and values that kv_cache selects; None if they stay float."""
         return cache_scheme_of_option(self.kv_cache)
@@ -401,7 +428,7 @@ class OptionFields(BaseModel):
             return self.target
         if (engine := engine_of_option(self)) is not None:
             return engine.name
-        for_both = self.scheme.spec.activation.is_static and not self.shift and self.cache_scheme is None
+        for_both = self.scheme.spec.takes_added_bias and not self.shift and self.cache_scheme is None
         return BOTH if for_both else ENGINES[0].name
 
 
@@ -426,6 +453,11 @@ class OptionInfo:
 
 def flag_of(name: str) -> str:
     return f"--{name}"
+
+
+def option_text(value: Any) -> str:
+    """A value as it is written on the command line."""
+    return option_name(value) if isinstance(value, Scheme) else str(value)
 
 
 @functools.cache

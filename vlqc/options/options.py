@@ -1,6 +1,6 @@
 """Builds the options of one compilation from user input, and reports every fault of it at once."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,6 +15,14 @@ from vlqc.options.constraints import combination_faults, config_of
 from vlqc.options.fields import InvalidValue, OptionFields, flag_of, option_info
 from vlqc.options.paths import path_faults
 from vlqc.options.recipe import read_recipe
+from vlqc.options.scheme_flags import (
+    FLAGS,
+    contradiction,
+    flags_of_scheme,
+    nearest_schemes,
+    no_such_scheme,
+    scheme_of_values,
+)
 
 NAME_PATTERNS = ("exclude", "include", "dump_stages")
 UNNAMED = Path("unnamed")  # save folder of a command that writes none
@@ -88,11 +96,33 @@ class Options(OptionFields):
             legal = {name: value for name, value in known.items() if name not in illegal}
             required = {name: "." for name in illegal if cls.model_fields[name].is_required()}
             options = cls.model_validate(legal | required).model_copy(update=dict.fromkeys(required))
+        options, scheme_faults = options._with_scheme(known.keys() - illegal, illegal, origin)
+        faults += scheme_faults
         faults += _family_faults(options)  # registers it, for checks that depend on the model
         if options.follow_links and options.model_path is not None:
             trust_links(options.model_path)
         options = options.model_copy(update=_checkpoint_names(options))
         return options, faults + combination_faults(options, illegal)
+
+    def _with_scheme(self, given: Set[str], illegal: Set[str], origin: Mapping[str, str]) -> tuple[Self, list[Fault]]:
+        """Options whose scheme and flags agree: --scheme sets the flags; without it they select the scheme.
+
+        And the fault of flags that contradict --scheme or select no scheme. Even then the options get one, so that all
+        else can be checked. model_fields_set stays what the user set.
+
+        given, illegal: names of the options that the user set to legal and to illegal values; origin: as of `_checked`.
+        """
+        faults: list[Fault] = []
+        if "scheme" in given:
+            scheme = self.scheme
+            faults = contradiction(scheme, self, given, origin)
+        else:
+            selected = scheme_of_values(self)
+            if selected is None and not illegal & {"scheme", *FLAGS}:
+                faults = [no_such_scheme(self, given, origin)]
+            scheme = selected or nearest_schemes(self, given)[0]
+        values = vars(self) | {"scheme": scheme} | flags_of_scheme(scheme)
+        return type(self).model_construct(_fields_set=set(given), **values), faults
 
 
 def _merged(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:

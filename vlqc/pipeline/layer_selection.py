@@ -11,10 +11,11 @@ from vlqc.families.layer_names import layer_pattern, matches_any
 from vlqc.formatting import did_you_mean
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.options.options import Options
+from vlqc.options.scheme_flags import scheme_fix
 from vlqc.targets.engine import join_or
 from vlqc.targets.precision import choose_scheme
 from vlqc.targets.rules import group_faults, layer_faults, merge_repeated, supports_scheme
-from vlqc.targets.schemes import Scheme
+from vlqc.targets.schemes import DEFAULT_SCHEME, Scheme
 from vlqc.targets.target import ENGINES, engine_of_option, parse_target
 
 
@@ -96,7 +97,10 @@ def _of_excluded(fault: Fault, excluded: Mapping[str, str]) -> Fault:
 def _unsupported(options: Options, family: ModelFamily, fault: Fault, schemes: Mapping[str, Scheme]) -> Fault:
     """The scheme of the options breaks a rule of the target about several layers: fault. schemes: by layer."""
     target, by_option = parse_target(options.engine_target), engine_of_option(options)
-    fixes = ["omit --is_dynamic True" if options.is_dynamic else "use another scheme (--w_bit, --is_dynamic)"]
+    if options.scheme == DEFAULT_SCHEME:
+        fixes = ["use another --scheme"]
+    else:
+        fixes = [f"use {scheme_fix(DEFAULT_SCHEME, options, options.model_fields_set)}"]
     instead = f" instead of --{by_option.layout_option}" if by_option else ""
     fixes += [
         f"compile for {engine.title} (--target {engine}{instead})"

@@ -187,7 +187,7 @@ class SchemeSpec:
     which an engine does not run this one, tried before FLOAT; alternatives: names of those that the precision search
     may choose in its place, in this order, with static inputs or groups only if this one has them; output_multiple: of
     which the number of outputs must be a multiple; naming_priority: a folder of several schemes is named after the one
-    with the highest.
+    with the highest; aliases: other names on the command line, in lower case.
     """
 
     name: str
@@ -200,11 +200,17 @@ class SchemeSpec:
     alternatives: tuple[str, ...] = ()
     output_multiple: int = 1
     naming_priority: int = 0
+    aliases: tuple[str, ...] = ()
 
     @property
     def is_quantized(self) -> bool:
         """Whether the layer is stored as integers."""
         return self.weight.is_quantized
+
+    @property
+    def replaces_float(self) -> bool:
+        """Whether it may take the place of FLOAT, as it reads the same inputs (`--float_as`)."""
+        return self.is_quantized and not self.activation.is_quantized
 
     @property
     def takes_added_bias(self) -> bool:
@@ -267,6 +273,7 @@ class Scheme(StrEnum):
         substitute="W8A8_DYNAMIC",
         alternatives=("W8A8_DYNAMIC", "FLOAT"),
         naming_priority=4,
+        aliases=("w8a8_pdmix",),  # of MindIE
     )
     W4A8_DYNAMIC = SchemeSpec(
         "W4A8_DYNAMIC",
@@ -281,6 +288,7 @@ class Scheme(StrEnum):
         alternatives=("W8A8_DYNAMIC", "FLOAT"),
         output_multiple=8,  # operators that take packed int4 weights read eight outputs at a time
         naming_priority=5,
+        aliases=("w4a8",),
     )
     W8A16 = SchemeSpec(
         "W8A16",
@@ -317,6 +325,22 @@ class Scheme(StrEnum):
 
 
 DEFAULT_SCHEME = Scheme.W8A8
+
+
+def option_name(scheme: Scheme) -> str:
+    """The name of a scheme on the command line, such as "w8a8_dynamic"."""
+    return scheme.lower()
+
+
+def find_scheme(name: str) -> Scheme | None:
+    """The scheme with this name or alias, in upper or lower case, with dashes or underscores; None if there is none."""
+    wanted = name.strip().lower().replace("-", "_")
+    return next((each for each in Scheme if wanted in (option_name(each), *each.spec.aliases)), None)
+
+
+def floats() -> list[Scheme]:
+    """The schemes that a layer may get that is not to be quantized with the others: FLOAT and those in its place."""
+    return [Scheme.FLOAT, *(scheme for scheme in Scheme if scheme.spec.replaces_float)]
 
 
 def quant_linears() -> list[type["QuantLinear"]]:

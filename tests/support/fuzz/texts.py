@@ -14,7 +14,7 @@ from tests.support.fuzz.files import put
 from tests.support.fuzz.verdict import demand
 from vlqc.ir.parser import parse_stage
 from vlqc.ir.printer import print_stage
-from vlqc.options.fields import option_info
+from vlqc.options.fields import option_info, option_text
 from vlqc.options.options import Options
 from vlqc.options.recipe import read_recipe
 from vlqc.pipeline.presets import pipeline_text
@@ -56,7 +56,7 @@ def check_options(case: dict[str, Any], folder: Path) -> bool:
     for name in Options.model_fields:
         value, info = getattr(options, name), option_info(name)
         if info.choices and value is not None:
-            words = str(value).split(",") if info.comma_separated else [str(value).partition("@")[0]]
+            words = str(value).split(",") if info.comma_separated else [option_text(value).partition("@")[0]]
             demand(set(words) <= set(info.choices), f"{name} is {value!r}")
         if isinstance(value, float):
             least, most = map(float, re.findall(r"\d+", info.legal))

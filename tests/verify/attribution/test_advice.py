@@ -77,8 +77,8 @@ def outliers(tmp_path: Path) -> Callable[..., tuple[Path, list[dict[str, Tensor]
     ("options", "named"),
     [
         ({"anti_method": "none", "rotate": "none"}, "anti_method"),
-        ({"w_bit": "4", "is_lowbit": "True", "is_dynamic": "True", "open_outlier": "False"}, "w_bit"),
-        ({"anti_method": "m4", "anti_alpha": "0.1"}, "is_dynamic"),
+        ({"scheme": "w4a8"}, "scheme"),
+        ({"anti_method": "m4", "anti_alpha": "0.1"}, "scheme"),
     ],
 )
 def test_advice_reduces_the_error(

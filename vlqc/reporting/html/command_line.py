@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from vlqc.options.constraints import PASS_OPTIONS
-from vlqc.options.fields import flag_of, option_info
+from vlqc.options.fields import flag_of, option_info, option_text
 from vlqc.options.options import Options
+from vlqc.options.scheme_flags import flags_of_scheme
 
 PLACEHOLDERS = {
     "model_path": "MODEL_PATH", "calib_images": "IMAGES", "save_directory": "SAVE_DIRECTORY", "lora": "LORA",
@@ -32,9 +33,11 @@ def command(options: Options, pipeline: str | None, *, names_samples: bool) -> t
         values = {name: value for name, value in values.items() if name not in PASS_OPTIONS}
     if not names_samples:
         del values["calib_images"]
-    words = ["vlqc", "compile"]
+    words, implied = ["vlqc", "compile"], flags_of_scheme(options.scheme)
     for name, value in values.items():
         field = Options.model_fields[name]
+        if name in implied and value == implied[name]:
+            continue
         if name in PLACEHOLDERS:
             words += [word for _ in _paths(value) for word in (flag_of(name), PLACEHOLDERS[name])]
         elif value != field.default:
@@ -48,7 +51,7 @@ def _paths(value: Path | tuple[Path, ...]) -> tuple[Path, ...]:
 
 def _with_values(name: str, value: Any) -> list[str]:
     values = value if isinstance(value, tuple) else (value,)
-    return [word for each in values for word in (flag_of(name), str(each))]
+    return [word for each in values for word in (flag_of(name), option_text(each))]
 
 
 def shell_text(words: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from vlqc.families.family import ModelFamily
 from vlqc.ir.observation import MODALITIES
 from vlqc.targets.rules import group_faults, supported_schemes
-from vlqc.targets.schemes import Scheme, linear_bytes, scheme_of_flags
+from vlqc.targets.schemes import Scheme, linear_bytes, option_name, scheme_of_flags
 from vlqc.targets.target import ENGINES, Target, parse_target
 from vlqc.verify.accuracy import Noise
 from vlqc.verify.attribution.ablation import Attribution, LayerGroup, ModalityPower
@@ -176,10 +176,10 @@ def _measured_options(
     clipped = any(count > CLIPPED * total for count, total in error.clipped.values())
     per_token = scheme_of_flags(w_bit=8, a_bit=8, is_dynamic=True)
     options = {
-        PER_TOKEN: _for_target("--is_dynamic True", per_token, family, layers, target),
+        PER_TOKEN: _for_target(f"--scheme {option_name(per_token)}", per_token, family, layers, target),
         WIDER: "--calib_images with more or other samples, like these" if clipped else "",
         TIGHTER: "" if any(count for count, _ in error.clipped.values()) else "--act_method 2 (a narrower range)",
-        EIGHT_BITS: _for_target("--w_bit 8 --is_lowbit False --is_dynamic True", per_token, family, layers, target),
+        EIGHT_BITS: _for_target(f"--scheme {option_name(per_token)}", per_token, family, layers, target),
         SMALL_GROUPS: "--group_size 64",
         SMOOTHED: "--anti_method m4 --anti_alpha 0.5",
     }

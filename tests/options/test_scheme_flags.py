@@ -23,6 +23,7 @@ SAME: list[tuple[str, dict[str, Any]]] = [
     ("W4A8_DYNAMIC", W4A8_FLAGS),
     ("W4A8", W4A8_FLAGS),
     ("w4a8", {**W4A8_FLAGS, "group_size": 64}),
+    ("w8a16", {"a_bit": 16}),
 ]
 
 
@@ -43,7 +44,7 @@ def test_a_name_and_its_flags_are_the_same_options(folders: dict[str, Any], name
     both = Options.from_user(**folders, scheme=name, **flags)
     assert named == flagged == both and isinstance(named.scheme, Scheme)
     assert without_effect_of_spelling(named) == without_effect_of_spelling(flagged)
-    assert command(named, None, ready_samples=True) == command(flagged, None, ready_samples=True)
+    assert command(named, None, names_samples=False) == command(flagged, None, names_samples=False)
 
 
 @pytest.mark.parametrize("name", option_info("scheme").choices)
@@ -51,7 +52,7 @@ def test_every_scheme_needs_no_other_flag(folders: dict[str, Any], name: str) ->
     """Catches a scheme that --scheme alone does not select, or whose command in the report selects another one."""
     options = Options.from_user(**folders, scheme=name)
     assert options.scheme == Scheme(name.upper()) and options.scheme.is_quantized
-    words = command(options, None, ready_samples=True)
+    words = command(options, None, names_samples=False)
     again = dict(zip(words[2::2], words[3::2], strict=True))
     assert again.get("--scheme", "w8a8") == name and not {"--w_bit", "--is_dynamic", "--open_outlier"} & again.keys()
     assert Options.from_user(**folders, **{each: getattr(options, each) for each in SELECTING}) == options
@@ -67,6 +68,8 @@ SELECTING = ("scheme", "w_bit", "a_bit", "is_dynamic", "is_lowbit", "open_outlie
         ({"scheme": "W4A8", "w_bit": 8}, "--scheme w4a8_dynamic with --w_bit 8", "--scheme w8a8"),
         ({"scheme": "w4a8", "open_outlier": True}, "--scheme w4a8_dynamic with --open_outlier True", "--open_outlier"),
         ({"scheme": "w8a8_dynamic", **W4A8}, "--scheme w8a8_dynamic with --w_bit 4 --is_lowbit True", "w4a8_dynamic"),
+        ({"scheme": "W8A8-PDMIX", "is_dynamic": False}, "--scheme w8a8_mix with --is_dynamic False", "--scheme w8a8"),
+        ({"a_bit": 16, "is_dynamic": True}, "--a_bit 16 --is_dynamic True", "--scheme w8a16 instead of --is_dynamic"),
         ({"scheme": "w8a8_dynamic", "is_dynamic": False}, "--is_dynamic False", "remove --is_dynamic False"),
     ],
 )

@@ -6,6 +6,9 @@ Both run in float32, quantized layers in exact integer arithmetic. Every stage r
 float model, so its error does not include that of earlier stages; the logits are those of the two whole models.
 Stages of a rotated folder are compared with those of the float model in the same basis. Its logits are compared with
 those of the float model as it is, since nothing else shows that the tensors outside the stages are rotated rightly.
+
+Attention of the folder reads quantized keys and values where it has scales for them, and once more float ones: the
+difference is what the KV cache costs.
 """
 
 import math
@@ -29,10 +32,12 @@ from vlqc.ir.value_range import FLOAT16_MAX, PeakRecorder
 from vlqc.verify.clipping import ClippingRecorder
 from vlqc.verify.findings import COPY_AGAIN, VerificationResult, format_list
 from vlqc.verify.folder.rotations import Seeds, rotate_float_model
-from vlqc.verify.loader import load
+from vlqc.verify.loader import float_caches, has_quantized_cache, load
 from vlqc.verify.structure.structure import CompiledFolder
 
 STAGES, LOGITS = "stage outputs", "logits"
+FLOAT_CACHE = "logits with the KV cache in float"
+CACHE_NOISE = "KV cache dB"  # SQNR of a stage's output with quantized keys and values against float ones
 # dB, noise of half the signal's power. 8 bits without smoothing stay above 7 dB even on weights with extreme outliers,
 # so a stage below this is not badly quantized but wrong. What a stage adds to its input, and the logits, stay above
 # 13 dB then, so the same limit holds for them.
@@ -141,6 +146,7 @@ def _compare(
     """Adds the SQNR of stages and logits to the result, and faults. Raises _FolderError if the folder cannot be run."""
     stages: list[dict[str, Any]] = []
     values, clipping = PeakRecorder(), ClippingRecorder()
+    has_cache = has_quantized_cache(quantized)
     with ExitStack() as loaded:
         loaded.enter_context(model.non_stage_weights(model.tensors.tensor, head=True))
         with (
@@ -151,12 +157,15 @@ def _compare(
             SequentialForward(model, samples, run_to_end=True) as forward,
         ):
             for inputs in forward.loaded_stages():
-                output, change = _run_stage(model, inputs, quantized)
+                output, change, cache = _run_stage(model, inputs, quantized)
                 if inputs.calls:  # no sample with an image: nothing reaches the vision tower
                     _add_stage(inputs.name, output, change, len(inputs.calls), stages, result)
+                    if has_cache:
+                        stages[-1][CACHE_NOISE] = round(cache.sqnr, 2) if cache.signal else "-"
             reference = LastHidden.of(model.module, forward.results)
             with _folder_errors():
                 other = LastHidden.of(quantized, [quantized(**model.inputs(sample)) for sample in samples])
+        with_float_cache = _run_with_float_cache(model, quantized, samples) if has_cache else None
         result.facts["stages against float"] = stages
         _check_range(values, model, result)
         clipping.add_warnings(model.family.module_name, result)
@@ -168,6 +177,8 @@ def _compare(
             _check_rotated(reference, rotated, samples, checkpoint.folder, result)
         clipped = list(map(model.family.module_name, clipping.far_too_small()))
         _check_logits(reference, other, samples, min_sqnr, result, clipped)
+        if with_float_cache is not None:
+            result.facts[FLOAT_CACHE] = _agreement(reference, with_float_cache, samples).figures()
 
 
 def _check_range(values: PeakRecorder, model: StreamedModel, result: VerificationResult) -> None:
@@ -179,13 +190,23 @@ def _check_range(values: PeakRecorder, model: StreamedModel, result: Verificatio
         result.add_fault(STAGES, model.family.module_name(path), what, why, "compile again with --dtype bfloat16")
 
 
-def _run_stage(model: StreamedModel, inputs: StageInputs, quantized: nn.Module) -> tuple[Noise, Noise]:
-    """Runs a stage of both models on the float inputs -> noise of the output, and of the difference to the input.
+def _run_with_float_cache(
+    model: StreamedModel, quantized: nn.Module, samples: Sequence[dict[str, Tensor]]
+) -> "LastHidden":
+    with logits_are_hidden(quantized), float_caches(quantized), _folder_errors():
+        return LastHidden.of(quantized, [quantized(**model.inputs(sample)) for sample in samples])
 
-    The latter is empty if the stage changes the shape. The float outputs become the inputs of the next stage.
+
+def _run_stage(model: StreamedModel, inputs: StageInputs, quantized: nn.Module) -> tuple[Noise, Noise, Noise]:
+    """Runs a stage of both models on the float inputs -> noise of the output, of the difference to the input, and of
+    the output of the folder's stage with quantized keys and values against float ones.
+
+    The second is empty if the stage changes the shape, the third if it has no quantized cache. The float outputs become
+    the inputs of the next stage.
     """
     other = quantized.get_submodule(model.path(inputs.module))
-    output, change = Noise(), Noise()
+    output, change, cache = Noise(), Noise(), Noise()
+    has_cache = has_quantized_cache(other)
     for call in inputs.calls:
         inputs.outputs.append(inputs.module(*call.args, **call.kwargs))
         stage_input = first_tensor((*call.args, *call.kwargs.values()))
@@ -195,7 +216,10 @@ def _run_stage(model: StreamedModel, inputs: StageInputs, quantized: nn.Module) 
         output.add(reference, result)
         if stage_input.shape == reference.shape:
             change.add(reference - stage_input, result - stage_input)
-    return output, change
+        if has_cache:
+            with float_caches(other), _folder_errors():
+                cache.add(first_tensor(other(*call.args, **call.kwargs)), result)
+    return output, change, cache
 
 
 def _add_stage(
@@ -306,6 +330,15 @@ class Agreement:
     def merge(self, more: "Agreement") -> None:
         for name in vars(self):
             setattr(self, name, getattr(self, name) + getattr(more, name))
+
+
+def _agreement(reference: LastHidden, other: LastHidden, samples: Sequence[dict[str, Tensor]]) -> Agreement:
+    """Over all tokens of the samples."""
+    whole = Agreement()
+    for number, sample in enumerate(samples):
+        for tokens in _some_tokens(sample):
+            whole.add(reference.logits(number, tokens), other.logits(number, tokens))
+    return whole
 
 
 def _check_rotated(

@@ -3,6 +3,8 @@
 The accuracy of a folder is measured with it, without an NPU. Only the folder is read.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -51,6 +53,24 @@ def load(
     if tied:
         head.weight = model.get_input_embeddings().weight  # type: ignore[operator]
     return model
+
+
+@contextmanager
+def float_caches(root: nn.Module) -> Iterator[None]:
+    """Context in which attention in `root`, a loaded model or a part of it, reads keys and values in float."""
+    wrapped = [module for module in root.modules() if isinstance(module, QuantizedCacheAttention)]
+    for module in wrapped:
+        module.forward = module.float_attention.forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module in wrapped:
+            del module.__dict__["forward"]
+
+
+def has_quantized_cache(root: nn.Module) -> bool:
+    """Whether attention in a loaded model, or a part of it, reads quantized keys and values."""
+    return any(isinstance(module, QuantizedCacheAttention) for module in root.modules())
 
 
 def read_description(folder: Path) -> dict[str, str]:

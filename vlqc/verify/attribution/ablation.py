@@ -1,5 +1,7 @@
 """Measures how much of the logits' error each group of layers causes, by two ablations per group.
 
+The cached keys and values of a decoder layer are a group as well.
+
 One variant is the float model with only that group quantized, the other the compiled folder with only that group float.
 All variants run side by side, stage by stage, so every weight is read once and one stage is in memory at a time. Before
 its group's stage a variant equals its base model and reuses the base's outputs; from there on it runs by itself.
@@ -26,6 +28,7 @@ from vlqc.frontend.stage_builder import checkpoint_name
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.execution import Call, first_tensor, observing
 from vlqc.ir.observation import MODALITIES, modality_of_rows, of_images
+from vlqc.targets.caches import CacheSchemes
 from vlqc.targets.schemes import Scheme
 from vlqc.verify.accuracy import logits_are_hidden
 from vlqc.verify.attribution.group_error import CapturedInput, GroupError, measure_group
@@ -42,15 +45,19 @@ DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Quantized layers of one stage that share an input and a scheme."""
+    """Quantized layers of one stage that share an input and a scheme, or the quantized cache of an attention module.
+
+    layers: empty for a cache; cache: name of the attention module, empty for layers.
+    """
 
     stage: str
     layers: tuple[str, ...]
+    cache: str = ""
 
     @property
     def name(self) -> str:
         """`model.layers.3.mlp.{gate,up}_proj`; the layer's name where there is only one."""
-        return combine_names(self.layers)
+        return f"{self.cache}, KV cache" if self.cache else combine_names(self.layers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +143,7 @@ def attribute_error(
     rotate_float_model(model, structure, rotations)
     samples = check_samples(samples, model)
     numbers = choose_samples(samples, tokens, model.family.inputs)
-    groups = find_groups(model, compiled.schemes)
+    groups = find_groups(model, compiled.schemes, compiled.caches)
     if not groups:
         result.facts["measured on"] = "nothing: no layer is quantized"
         return None
@@ -166,8 +173,10 @@ def choose_samples(samples: Sequence[dict[str, Tensor]], tokens: int, inputs: Te
     return sorted(chosen)
 
 
-def find_groups(model: StreamedModel, schemes: Mapping[str, Scheme]) -> list[LayerGroup]:
-    """The quantized layers, grouped as engines fuse them, in the order of the model."""
+def find_groups(
+    model: StreamedModel, schemes: Mapping[str, Scheme], caches: CacheSchemes | None = None
+) -> list[LayerGroup]:
+    """The quantized layers, grouped as engines fuse them, and the quantized caches, in the order of the model."""
     groups: dict[tuple[str, ...], LayerGroup] = {}
     stages = list(model.stages)
     for layer in model.linear_layers:
@@ -177,7 +186,12 @@ def find_groups(model: StreamedModel, schemes: Mapping[str, Scheme]) -> list[Lay
         if layer in members and members not in groups:
             stage = next(stage for stage in stages if layer.startswith(f"{stage}."))
             groups[members] = LayerGroup(stage, members)
-    return list(groups.values())
+    quantized = [attention for attention, scheme in (caches or {}).items() if scheme is not None]
+    of_caches = [
+        LayerGroup(next(stage for stage in stages if attention.startswith(f"{stage}.")), (), attention)
+        for attention in quantized
+    ]
+    return sorted([*groups.values(), *of_caches], key=lambda group: stages.index(group.stage))
 
 
 class _ProgressReporter:
@@ -274,7 +288,7 @@ class _Ablation:
         )
         here = {group for group in self.groups if group.stage == inputs.name}
         outputs: dict[tuple[bool, int], Any] = {}  # of the base models, by (stored, sample)
-        captured: dict[LayerGroup, list[CapturedInput]] = {group: [] for group in here}
+        captured: dict[LayerGroup, list[CapturedInput]] = {group: [] for group in here if group.layers}
         for call in inputs.calls:
             run = self.runs[call.sample]
             variant = run.variant
@@ -282,12 +296,14 @@ class _Ablation:
                 inputs.outputs.append(outputs[variant.stored, run.sample])
                 continue
             stage = stored if variant.stored else inputs.module
-            layers = [layer for group in variant.groups if group in here for layer in group.layers]
+            own = [group for group in variant.groups if group in here]
+            layers = [layer for group in own for layer in group.layers]
+            caches = [group.cache for group in own if group.cache]
             self.stage_runs += 1
             if variant is self.float:
                 output = self._run_and_capture(pair, stage, call, captured)
             else:
-                with pair.swapped(layers, in_stored=variant.stored):
+                with pair.swapped(layers, caches, in_stored=variant.stored):
                     output = stage(*call.args, **call.kwargs)
             if not variant.groups:
                 outputs[variant.stored, run.sample] = output

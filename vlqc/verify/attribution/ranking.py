@@ -66,6 +66,8 @@ def add_ranking(attribution: Attribution, compiled: CompiledFolder, result: Veri
     rows = {group: _row(group, attribution, compiled) for group in ranked}
     result.facts[RANKING] = [row | {"gain rank": by_gain.index(group) + 1} for group, row in rows.items()]
     for rank, group in enumerate(ranked[:ADVISED], 1):
+        if group.cache and groups[group].alone.total > 0:
+            _add_cache_advice(result, rank, rows[group])
         measured = groups[group].measured
         if measured is not None and groups[group].alone.total > 0:
             _add_advice(result, rank, rows[group], group.layers, compiled, measured)
@@ -76,7 +78,7 @@ def _row(group: LayerGroup, attribution: Attribution, compiled: CompiledFolder) 
     gain = _sqnr(signal.total, effect.without.total) - _sqnr(signal.total, error.total)
     return {
         "group": group.name,
-        "scheme": str(compiled.schemes[group.layers[0]]),
+        "scheme": str(compiled.caches[group.cache] if group.cache else compiled.schemes[group.layers[0]]),
         "alone dB": _sqnr(signal.total, effect.alone.total),
         "share %": _percent(effect.alone.total, error.total),
         "gain dB": round(gain, 2),
@@ -143,6 +145,18 @@ def _add_advice(
     )
     why, fix = "; ".join(_causes(error, scheme)), "; ".join(options)
     result.advice.append(Finding(CHECK, str(row["group"]), what, why, fix))
+
+
+def _add_cache_advice(result: VerificationResult, rank: int, row: Mapping[str, Any]) -> None:
+    gain = row["gain dB"]
+    effect = f"raises the SQNR of the folder's logits by {gain} dB" if gain > 0 else "does not raise the logits' SQNR"
+    what = (
+        f"{rank}. {row['group']} ({row['scheme']}): with only these keys and values quantized, the logits' error is "
+        f"{row['share %']} % of the folder's; keeping them in float {effect}"
+    )
+    why = "every key and value is rounded with one scale per channel for all tokens"
+    fix = "--kv_cache none, or in --pipeline a larger min_sqnr of quantize-cache, which leaves such layers in float"
+    result.advice.append(Finding(CHECK, str(row["group"]), what, why, fix if gain > 0 else ""))
 
 
 def _causes(error: GroupError, scheme: Scheme) -> list[str]:

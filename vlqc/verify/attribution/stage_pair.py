@@ -6,10 +6,11 @@ the shift follow exactly from the weights of both norms. Scales between two line
 nothing that the compiler recorded is used.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +20,12 @@ from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.model_structure import ModelStructure
 from vlqc.frontend.streamed_model import build_meta_model
 from vlqc.ir.stage import Edge
+from vlqc.kernels_ref.kv_cache import QuantizedCacheAttention, RoundCache
 from vlqc.kernels_ref.norm import ShiftedNorm
 from vlqc.kernels_ref.quant_linear import QuantLinear
+from vlqc.targets.caches import projections
 from vlqc.targets.schemes import Scheme
-from vlqc.verify.loader import WeightLoader, read_description
+from vlqc.verify.loader import WeightLoader, float_caches, read_description
 
 EXACT = 1e-14  # relative variance of a scale that fits perfectly, the limit of float32 arithmetic
 SIGMAS = 5.0
@@ -92,7 +95,8 @@ class StagePair:
     """A float stage and the stored stage, both with their weights.
 
     checkpoint_name: path of a module in the stage -> checkpoint name.
-    linears: checkpoint name -> float linear layer; stored: -> the stored layer; transforms: -> from float to stored.
+    linears: checkpoint name -> float linear layer; stored: -> the stored layer; transforms: -> from float to stored;
+    attentions: checkpoint name -> attention module of both stages where the stored one has a quantized cache.
     """
 
     def __init__(
@@ -106,12 +110,15 @@ class StagePair:
         self.name = name
         self.linears: dict[str, nn.Linear] = {}
         self.stored: dict[str, nn.Module] = {}
+        self.attentions: dict[str, tuple[nn.Module, QuantizedCacheAttention]] = {}
         norms: dict[str, tuple[Tensor, Tensor | None]] = {}
         for path, module in float_stage.named_modules():
             layer = checkpoint_name(path)
             counterpart = stored_stage.get_submodule(path)
             if isinstance(module, nn.Linear):
                 self.linears[layer], self.stored[layer] = module, counterpart
+            elif isinstance(counterpart, QuantizedCacheAttention):
+                self.attentions[layer] = module, counterpart
             elif layer in model.norms:
                 norms[layer] = _norm_transform(module, counterpart)
         self.transforms = {layer: EquivalentTransform.identity(linear) for layer, linear in self.linears.items()}
@@ -123,14 +130,16 @@ class StagePair:
             if edge.producer in self.linears:
                 self._between_linears(edge)
         self._scaled_inputs = {layer for edge in edges for layer in edge.consumers}
+        self._projections = projections(model.family, self.linears)
 
     def smoothable(self, layer: str) -> bool:
         """Whether the producer of this layer's input can absorb a scale of it."""
         return layer in self._scaled_inputs
 
     @contextmanager
-    def swapped(self, layers: Iterable[str], *, in_stored: bool) -> Iterator[None]:
-        """Context in which these layers of the float stage (in_stored: of the stored stage) compute as in the other."""
+    def swapped(self, layers: Iterable[str], caches: Iterable[str] = (), *, in_stored: bool) -> Iterator[None]:
+        """Context in which these layers of the float stage (in_stored: of the stored stage) compute as in the other,
+        and these attention modules cache keys and values as there."""
         with ExitStack() as stack:
             for layer in layers:
                 linear, stored, transform = self.linears[layer], self.stored[layer], self.transforms[layer]
@@ -138,7 +147,20 @@ class StagePair:
                     stack.enter_context(replaced_forward(stored, float_in_stored(linear, transform)))
                 else:
                     stack.enter_context(replaced_forward(linear, stored_in_float(stored, transform)))
+            for attention in caches:
+                module, quantized = self.attentions[attention]
+                if in_stored:
+                    stack.enter_context(float_caches(quantized))
+                else:
+                    scales = self._float_cache_scales(attention, quantized)
+                    stack.enter_context(replaced_forward(module, rounding_cache(module, scales)))
             yield
+
+    def _float_cache_scales(self, attention: str, quantized: QuantizedCacheAttention) -> list[Tensor]:
+        """Scales [channels] of the keys and of the values of the float stage."""
+        scales = quantized.key_scale, quantized.value_scale
+        layers = self._projections[attention]
+        return [scale / self.transforms[layer].rows for layer, scale in zip(layers, scales, strict=True)]
 
     def _behind_norm(self, edge: Edge, scale: Tensor, bias: Tensor | None) -> None:
         for layer, channel in edge.consumers.items():
@@ -183,8 +205,20 @@ def float_in_stored(linear: nn.Linear, transform: EquivalentTransform) -> Callab
     return lambda x: transform.output_to_stored(run(transform.input_from_stored(x)))
 
 
+def rounding_cache(attention: nn.Module, scales: Sequence[Tensor]) -> Callable[..., Any]:
+    """Forward for an attention module that reads keys and values rounded with these two scales."""
+    run = attention.forward
+    key_scale, value_scale = scales
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with RoundCache(key_scale, value_scale):
+            return run(*args, **kwargs)
+
+    return forward
+
+
 @contextmanager
-def replaced_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Context in which the module's forward is `forward`."""
     module.forward = forward
     try:

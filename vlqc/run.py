@@ -6,7 +6,7 @@ from typing import Any
 
 from vlqc.emit.folder_writer import FolderWriter, committed_plan
 from vlqc.emit.resume.journal import Journal, open_journal
-from vlqc.emit.size_estimate import predict_schemes
+from vlqc.emit.size_estimate import predict_cache, predict_schemes
 from vlqc.frontend.activation_offload import ActivationOffload
 from vlqc.frontend.calibration.dataset import CalibrationDataset
 from vlqc.frontend.calibration.samples import group_by_images
@@ -40,7 +40,7 @@ def open_run(
     process_group = current_process_group()
     shown = resolve_progress(progress, is_rank0=process_group.is_rank0)
     scheme = main_scheme(options, predict_schemes(model, pipeline))
-    summary = CompilationSummary(options, model.checkpoint, scheme, shown.note)
+    summary = CompilationSummary(options, model.checkpoint, scheme, shown.note, predict_cache(pipeline))
     summary.add_notes(model.checkpoint.notes)
     summary.note_rotations(model.rotation_plan, pipeline)
     summary.add_notes(unused_notes(model.unused_tensors()))
@@ -147,6 +147,7 @@ class CompilationRun:
         self._summary.note_unreached_experts()
         self._summary.note_overflow()
         self._summary.note_parallel_sizes(self._journal.result)
+        self._summary.note_caches(self._journal.result)
         self._summary.write_report_data(self._journal.result, self.pipeline, ready_samples=ready_samples)
         require_valid(self._journal.result, trust_remote_code=self.options.trust_remote_code)
         self._summary.require_loadable(self._journal.result)

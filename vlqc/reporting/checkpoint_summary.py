@@ -19,10 +19,11 @@ from vlqc.formatting import escape_control_chars, format_bytes
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.reporting.html.schema import read_report_data
 from vlqc.reporting.rotations import rotated_parts, rotation_text
+from vlqc.targets.caches import describe_caches, described_caches
 from vlqc.targets.schemes import Scheme
 from vlqc.targets.target import find_layout
 
-QUANTIZATION_PARAMETERS = ("input_scale", "input_offset", "weight_scale")
+QUANTIZATION_PARAMETERS = ("input_scale", "input_offset", "weight_scale", "kv_cache_scale")
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ class CheckpointSummary:
 def inspect_folder(folder: Path) -> CheckpointSummary:
     """Summarizes a float or compiled checkpoint. UserError if the folder or a file in it is missing or invalid."""
     checkpoint = Checkpoint(folder)
-    family, schemes = find_family(checkpoint.source_config), _schemes(folder)
+    family, description = find_family(checkpoint.source_config), _description(folder)
+    schemes = _schemes(description)
     names: dict[tuple[str, str], list[str]] = defaultdict(list)  # by (part, scheme)
     for name in checkpoint.names:
         names[_subpart(name, family), _scheme_of(name, schemes)].append(name)
@@ -109,7 +111,9 @@ def inspect_folder(folder: Path) -> CheckpointSummary:
     ordered = sorted(names, key=lambda key: (titles.index(key[0]), key[1]))
     return CheckpointSummary(
         folder=str(folder),
-        facts=_facts(checkpoint.config, family, bool(schemes)) | (_provenance(folder, family) if schemes else {}),
+        facts=_facts(checkpoint.config, family, bool(schemes))
+        | _cache(description, family)
+        | (_provenance(folder, family) if schemes else {}),
         rows=[_part_summary(part, scheme, names[part, scheme], checkpoint, family) for part, scheme in ordered],
         ranges=_ranges(checkpoint, family) if schemes else [],
         files={path.name: path.stat().st_size for path in checkpoint.files},
@@ -117,15 +121,25 @@ def inspect_folder(folder: Path) -> CheckpointSummary:
     )
 
 
-def _schemes(folder: Path) -> dict[str, str]:
-    """Layer -> scheme, from the description of a compiled folder; empty for a float folder."""
-    schemes: dict[str, str] = {}
+def _description(folder: Path) -> dict[str, Any]:
+    """The description of a compiled folder; empty for a float folder."""
     described = find_layout(path.name for path in folder.iterdir())
-    if described is not None:
-        for name, scheme in read_json_object(folder / described[1]).items():
-            if name.endswith(".weight") and isinstance(scheme, str):
-                schemes[name.removesuffix(".weight")] = scheme
-    return schemes
+    return {} if described is None else read_json_object(folder / described[1])
+
+
+def _schemes(description: dict[str, Any]) -> dict[str, str]:
+    """Description -> scheme by layer."""
+    return {
+        name.removesuffix(".weight"): scheme
+        for name, scheme in description.items()
+        if name.endswith(".weight") and isinstance(scheme, str)
+    }
+
+
+def _cache(description: dict[str, Any], family: ModelFamily | None) -> dict[str, str]:
+    """In how many layers keys and values are cached as integers; empty if in none."""
+    text = describe_caches(described_caches(family, description)) if family else ""
+    return {"KV cache": text} if text else {}
 
 
 def _scheme_of(name: str, schemes: dict[str, str]) -> str:

@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 from vlqc.emit.atomic_folder import nearest_folder
-from vlqc.emit.size_estimate import output_bytes, predict_schemes, required_disk_space
+from vlqc.emit.size_estimate import output_bytes, predict_cache, predict_schemes, required_disk_space
 from vlqc.families.family import ModelFamily, Part, Role
 from vlqc.formatting import format_bytes, format_duration, pluralize
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
@@ -33,6 +33,7 @@ from vlqc.reporting.rotations import RotatedPart, adapter_notes, rotated_parts, 
 from vlqc.reporting.summary import main_scheme, placement_notes, target_warnings, unused_notes
 from vlqc.reporting.tables import labeled_lines, layer_table
 from vlqc.targets.advice import grouped_layers, parallel_notes
+from vlqc.targets.caches import CacheSchemes, bytes_per_token, projections
 from vlqc.targets.engine import Engine
 from vlqc.targets.rules import group_faults
 from vlqc.targets.schemes import Scheme
@@ -57,7 +58,8 @@ class CompilationPlan:
     counts: number of linear layers by (part, scheme). reasons: why layers do not get the requested scheme -> name of
     one such layer. bytes_before, bytes_after: size of all weight files. tokens, patches: total over all calibration
     samples. memory, disk_needed, disk_free: bytes. seconds: wall time on this machine. engines: versions of inference
-    engines that load the result, as text. rotations: by kind and part.
+    engines that load the result, as text. rotations: by kind and part. cache_before, cache_after: bytes of the keys and
+    values of one token in the caches of all decoder layers; 0 if vlqc does not know these.
     """
 
     counts: dict[tuple[str, str], int]
@@ -74,6 +76,8 @@ class CompilationPlan:
     engines: list[str]
     notes: list[str] = field(default_factory=list)
     rotations: list[RotatedPart] = field(default_factory=list)
+    cache_before: int = 0
+    cache_after: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-compatible values."""
@@ -82,6 +86,10 @@ class CompilationPlan:
         ]
         rotations = [asdict(part) for part in self.rotations]
         return {**vars(self), "counts": counts, "rotations": rotations, "fits": self.disk_needed <= self.disk_free}
+
+    def _cache_text(self) -> str:
+        """Without the layers that quantize-cache will leave in float."""
+        return f"{format_bytes(self.cache_before)} -> {format_bytes(self.cache_after)} per token, at least"
 
     def render(self, console: Console) -> None:
         """Prints the plan."""
@@ -92,6 +100,7 @@ class CompilationPlan:
         rows = [
             ("size", f"{format_bytes(self.bytes_before)} -> {format_bytes(self.bytes_after)}"),
             *([("rotated", rotation_text(self.rotations))] if self.rotations else []),
+            *([("KV cache", self._cache_text())] if self.cache_after != self.cache_before else []),
             ("calibration", f"{pluralize(self.tokens, 'token')}{patches}"),
             ("memory", f"about {format_bytes(self.memory)}"),
             ("time", f"about {format_duration(self.seconds)} on this machine at its current load"),
@@ -132,9 +141,11 @@ def plan_compilation(
     schemes = {name: site.scheme or Scheme.FLOAT for name, site in sites.items()}
     layers = {name: (schemes[name], site.shape) for name, site in sites.items()}
     dtype = dtype_name(model.emitted_dtype)
+    cache = predict_cache(passes)
+    caches = dict.fromkeys(projections(model.family, sites), cache)
     notes = [
         *checkpoint.notes,
-        *target_warnings(options, checkpoint, main_scheme(options, sites)),
+        *target_warnings(options, checkpoint, main_scheme(options, sites), cache),
         *placement_notes(options),
         *rotation_notes(rotations, model.family),
         *adapter_notes(passes, rotations),
@@ -151,7 +162,9 @@ def plan_compilation(
     for name, scheme in (schemes | dict.fromkeys(heads, Scheme.FLOAT)).items():
         part = model.family.part(name)
         counts[part, str(scheme)] = counts.get((part, str(scheme)), 0) + 1
-    after = output_bytes(model, sites, options.layout)
+    after = output_bytes(model, sites, options.layout, cache=cache)
+    channels = sum(sites[key].shape[0] for key, _ in projections(model.family, sites).values())
+    item_bytes = model.emitted_dtype.itemsize
     seconds = estimate_seconds(model, sites, tokens, patches, after)
     attention = attention_seconds(model, calibration.samples)
     if attention > max(seconds, LONG_ATTENTION):
@@ -179,10 +192,12 @@ def plan_compilation(
         engines=[
             str(versions)
             for engine in ENGINES
-            if (versions := loadable_versions(engine, model.family, schemes, dtype, options)) is not None
+            if (versions := loadable_versions(engine, model.family, schemes, dtype, options, caches)) is not None
         ],
         notes=list(dict.fromkeys(notes)),
         rotations=rotated_parts(rotations.groups(), model.family),
+        cache_before=bytes_per_token(channels, item_bytes),
+        cache_after=bytes_per_token(channels, item_bytes if cache is None else cache.spec.bits / 8),
     )
 
 
@@ -260,12 +275,12 @@ def calls_per_second(function: Callable[[], object]) -> float:
 
 
 def loadable_versions(
-    engine: Engine, family: ModelFamily, schemes: dict[str, Scheme], dtype: str, options: Options
+    engine: Engine, family: ModelFamily, schemes: dict[str, Scheme], dtype: str, options: Options, caches: CacheSchemes
 ) -> VersionRange | None:
     """Versions of an engine that load the result; None if none does or the layout is that of the other engine.
 
-    schemes: by layer; dtype: of the emitted float tensors.
+    schemes: by layer; dtype: of the emitted float tensors; caches: by attention module.
     """
     if engine not in parse_target(options.engine_target).engines or group_faults(engine, family, schemes):
         return None
-    return supporting_versions(engine, family, schemes, dtype)
+    return supporting_versions(engine, family, schemes, dtype, caches)

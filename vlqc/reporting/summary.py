@@ -51,9 +51,11 @@ from vlqc.targets.advice import (
     parallel_notes,
     serve_commands,
 )
+from vlqc.targets.cache_schemes import CacheScheme
+from vlqc.targets.caches import describe_caches, described_caches
 from vlqc.targets.schemes import Scheme
 from vlqc.targets.target import parse_target
-from vlqc.targets.versions import layer_schemes, loading_engines
+from vlqc.targets.versions import layer_schemes, loading_engines, supporting_versions
 from vlqc.verify import verify_unfinished
 from vlqc.verify.folder.contents import MANIFEST
 from vlqc.verify.loader import read_description
@@ -136,20 +138,22 @@ def main_scheme(options: Options, sites: Mapping[str, Site]) -> Scheme:
     return asked if asked.substitute is None or used & {asked, None} else asked.substitute
 
 
-def target_warnings(options: Options, checkpoint: Checkpoint, scheme: Scheme) -> list[str]:
+def target_warnings(
+    options: Options, checkpoint: Checkpoint, scheme: Scheme, cache: CacheScheme | None = None
+) -> list[str]:
     """Notes on the chosen target: which engines refuse the result, and what they expect of it.
 
-    checkpoint: the float one; scheme: `main_scheme`.
+    checkpoint: the float one; scheme: `main_scheme`; cache: scheme of keys and values, None for a cache in float.
     """
     family = checkpoint.family
     name = dtype_name(emitted_dtype(checkpoint.dtype, options.dtype))
     target = (options.engine_target, family, scheme, name)
-    refusals = incompatibilities(*target, scope=options.w4a8_scope)
+    refusals = incompatibilities(*target, scope=options.w4a8_scope, cache=cache)
     why, fix = "the folder is written anyway", missing_rows_fix(family) or "see --target, --strict_target"
-    if name != "bfloat16" and not incompatibilities(*target[:3], scope=options.w4a8_scope):
+    if name != "bfloat16" and not incompatibilities(*target[:3], scope=options.w4a8_scope, cache=cache):
         fix = "use --dtype bfloat16"
     notes = [str(Fault(sentence, why=why, fix=fix)) for sentence in refusals]
-    others = engine_notes(*target, group_size=options.group_size, scope=options.w4a8_scope)
+    others = engine_notes(*target, group_size=options.group_size, scope=options.w4a8_scope, cache=cache)
     notes += [sentence for sentence in others if sentence not in refusals]
     return notes + dtype_notes(options, checkpoint)
 
@@ -196,11 +200,17 @@ def unused_notes(names: Sequence[str]) -> list[str]:
 class CompilationSummary:
     """Counts layers by scheme and collects notes and metrics during a compilation, then builds its `Result`.
 
-    scheme: `main_scheme`; show_note: callback for every new note. Each note is shown once, when it is added.
+    scheme: `main_scheme`; show_note: callback for every new note. Each note is shown once, when it is added. cache:
+    scheme in which a pass quantizes keys and values, None without such a pass.
     """
 
     def __init__(
-        self, options: Options, checkpoint: Checkpoint, scheme: Scheme, show_note: Callable[[str], None]
+        self,
+        options: Options,
+        checkpoint: Checkpoint,
+        scheme: Scheme,
+        show_note: Callable[[str], None],
+        cache: CacheScheme | None = None,
     ) -> None:
         self.options, self.checkpoint, self._show_note = options, checkpoint, show_note
         self.counts: dict[tuple[str, str], int] = {}
@@ -213,7 +223,8 @@ class CompilationSummary:
         self.metrics = StageMetrics(active=current_process_group().is_rank0)
         self.dtype = emitted_dtype(checkpoint.dtype, options.dtype)
         self._started = time.perf_counter()
-        self.add_notes(target_warnings(options, checkpoint, scheme))
+        self._cache = cache
+        self.add_notes(target_warnings(options, checkpoint, scheme, cache))
         self.add_notes(placement_notes(options), of_run=True)
 
     def add_notes(self, notes: Iterable[str], *, of_run: bool = False) -> None:
@@ -323,6 +334,30 @@ class CompilationSummary:
         layers = {layer: (scheme, self.checkpoint.shape(f"{layer}.weight")) for layer, scheme in stored.items()}
         grouped = grouped_layers(self.checkpoint.family, layers)
         self.add_notes(parallel_notes(self.options.engine_target, grouped, self.options.group_size))
+
+    def note_caches(self, folder: Path) -> None:
+        """In how many layers keys and values are quantized, if a pass did so, and a warning if the target's version
+        cannot leave out the others."""
+        if self._cache is None:
+            return
+        family, target = self.checkpoint.family, parse_target(self.options.engine_target)
+        caches = described_caches(family, read_description(folder))
+        if not any(caches.values()):
+            self.add_notes([f"no cache of keys and values is quantized: all {len(caches)} layers keep it in float"])
+            return
+        if all(caches.values()):
+            return
+        self.add_notes([f"KV cache: {describe_caches(caches)}"])
+        name = dtype_name(self.dtype)
+        every = dict.fromkeys(caches, self._cache)
+        for engine in target.engines:
+            with_every, versions = (supporting_versions(engine, family, {}, name, each) for each in (every, caches))
+            loads = with_every is not None and target.version is not None and target.version in with_every
+            if loads and (versions is None or str(target.version) not in versions):
+                title, left = target.title(engine), list(caches.values()).count(None)
+                what = f"{title} quantizes the keys and values of every layer, and {left} have no scales"
+                fix = "set min_sqnr of quantize-cache to 0 in --pipeline, or use a newer version"
+                self.add_notes([str(Fault(what, why=f"they would be rounded to integers; {versions} do not", fix=fix))])
 
     def note_overflow(self) -> None:
         """A warning if values between layers of a float16 result are beyond float16, a note if they come close."""

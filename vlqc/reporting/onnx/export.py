@@ -11,9 +11,11 @@ from torch.fx.node import map_aggregate
 
 from vlqc.errors import Fault, UserError
 from vlqc.ir.execution import input_tensors
-from vlqc.ir.stage import Stage
+from vlqc.ir.stage import CacheSite, Stage
+from vlqc.kernels_ref.kv_cache import attention_arguments
 from vlqc.reporting.onnx.builder import IR_VERSION, OPSET, Builder, type_of
 from vlqc.reporting.onnx.functions import RULES, NodeExporter, Value
+from vlqc.reporting.onnx.kv_cache import export_rounded_cache
 from vlqc.reporting.onnx.modules import UnsupportedOperation, export_module
 
 IN_PLACE = ("__setitem__",)
@@ -48,6 +50,7 @@ class _Exporter:
         self.values: dict[fx.Node, Any] = {}
         self.inputs: list[onnx.ValueInfoProto] = []
         self.outputs: list[onnx.ValueInfoProto] = []
+        self.caches = {cache.node: cache for cache in stage.caches.values() if cache.is_quantized}
         call = stage.execution.probe
         self.probe_inputs = {} if call is None else dict(input_tensors(stage.module, call.args, call.kwargs))
 
@@ -97,6 +100,18 @@ class _Exporter:
         output = export_module(self.builder, self.stage.module.get_submodule(target), name, x.name, x.shape, node.name)
         return Value(output, node.meta["shape"], node.meta["dtype"])
 
+    def _with_rounded_cache(self, cache: CacheSite, arguments: dict[str, Any], output: str) -> dict[str, Any]:
+        """The arguments of an attention call, with quantized keys and values."""
+        of_projection = {"key": (cache.key, cache.key_scale), "value": (cache.value, cache.value_scale)}
+        for name, (layer, scale) in of_projection.items():
+            if scale is None or not isinstance(arguments[name], Value):
+                raise UnsupportedOperation(f"a {name} that is constant or without a scale")
+            tensor = f"{layer}.kv_cache_scale"
+            arguments[name] = export_rounded_cache(
+                self.builder, arguments[name], scale, cache.heads, tensor, f"{output}_{name}"
+            )
+        return arguments
+
     def _function(self, node: fx.Node) -> Any:
         args, kwargs = self._arguments(node)
         name = str(getattr(node.target, "__name__", node.target))
@@ -106,6 +121,8 @@ class _Exporter:
             return node.target(*args, **kwargs)
         if name in IN_PLACE or name not in RULES:
             raise UnsupportedOperation(f"a call of {name}")
+        if (cache := self.caches.get(node.name)) is not None:
+            args, kwargs = (), self._with_rounded_cache(cache, attention_arguments(args, kwargs), node.name)
         exporter = NodeExporter(self.builder, node.name, node.meta.get("shape"), node.meta.get("dtype"))
         if node.target is operator.getitem and isinstance(args[0], list | tuple):
             return args[0][args[1]]
@@ -137,6 +154,7 @@ class _Exporter:
             graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="vlqc"
         )
         schemes = {site.name: str(site.scheme or "none") for site in self.stage.sites.values()}
+        schemes |= {cache.name: str(cache.scheme) for cache in self.caches.values()}
         helper.set_model_props(model, {"stage": self.stage.name, "part": self.stage.part, **schemes})
         return model
 

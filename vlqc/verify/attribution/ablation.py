@@ -232,6 +232,7 @@ class _Ablation:
         self.only_float = {group: Variant(True, (group,), begin[group]) for group in groups}
         variants = [self.float, self.stored, self.float_groups]  # base models first: the others reuse their outputs
         variants += [*self.only_quantized.values(), *self.only_float.values()]
+        self.variants = variants
         self.runs = [
             VariantRun(variant, sample)
             for variant in variants
@@ -348,7 +349,7 @@ class _Ablation:
         logits."""
         gram = head_gram(self.model)
         rows_of = {(run.variant, run.sample): rows for run, rows in zip(self.runs, hidden, strict=True)}
-        power = {variant: ModalityPower() for variant, _ in rows_of}
+        power = {variant: ModalityPower() for variant in self.variants}  # without a run: no sample reaches its groups
         for variant, sums in power.items():
             for sample, modality in enumerate(self.modality):
                 reference = rows_of[self.float, sample]

@@ -1,6 +1,7 @@
 """Quantized linear layers as modules, with exactly the tensors of an emitted folder."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -63,6 +64,7 @@ class QuantLinear(torch.nn.Module):
     scheme: ClassVar[str]
     settings: ClassVar[tuple[str, ...]] = ()
     weight_only: bool = False  # whether the engine multiplies float inputs and ignores the bias
+    static_input: bool = False  # whether inputs are quantized with the stored input_scale and input_offset
 
     weight: torch.Tensor
     weight_scale: torch.Tensor
@@ -185,6 +187,7 @@ class StaticQuantLinear(QuantLinear):
 
     scheme = "W8A8"
     settings: ClassVar[tuple[str, ...]] = ("corrected",)
+    static_input = True
     corrected: bool = False  # whether quant_bias corrects a mean error
 
     input_scale: torch.Tensor
@@ -330,7 +333,7 @@ class MixQuantLinear(StaticQuantLinear):
 
     scheme = "W8A8_MIX"
     settings = ("corrected", "static_input")
-    static_input: bool = False  # whether inputs are quantized with input_scale and input_offset
+    static_input = False
 
     def multiply(self, tokens: torch.Tensor) -> torch.Tensor:
         if self.static_input:
@@ -451,6 +454,26 @@ class GroupQuantLinear(QuantLinear):
     def extra_repr(self) -> str:
         arithmetic = ", weight_only=True" if self.weight_only else ""
         return f"{super().extra_repr()}, group_size={self.group_size}{arithmetic}"
+
+
+def layers_with_both(model: torch.nn.Module) -> list[QuantLinear]:
+    """The layers of a model whose inputs can be quantized with a stored scale or with one scale per token."""
+    modules = (module for module in model.modules() if isinstance(module, QuantLinear))
+    return [module for module in modules if "static_input" in module.settings]
+
+
+@contextmanager
+def static_inputs(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, the layers of `layers_with_both` quantize their inputs with the stored scale."""
+    layers = layers_with_both(model)
+    before = [layer.static_input for layer in layers]
+    try:
+        for layer in layers:
+            layer.static_input = True
+        yield
+    finally:
+        for layer, value in zip(layers, before, strict=True):
+            layer.static_input = value
 
 
 def _rounded_per_token(x: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 An output with noise that rounding cannot explain is a fault, whatever least SQNR the user asks for.
 
-Both run in float32, quantized layers in exact integer arithmetic. Every stage runs on the inputs that it has in the
+Both run in float32, quantized layers in exact integer arithmetic; a folder whose layers can be run in two kinds of it
+is run in both. Every stage runs on the inputs that it has in the
 float model, so its error does not include that of earlier stages; the logits are those of the two whole models.
 Stages of a rotated folder are compared with those of the float model in the same basis. Its logits are compared with
 those of the float model as it is, since nothing else shows that the tensors outside the stages are rotated rightly.
@@ -12,9 +13,9 @@ difference is what the KV cache costs.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from vlqc.frontend.sequential import SequentialForward, StageInputs
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.execution import first_tensor
 from vlqc.ir.value_range import FLOAT16_MAX, PeakRecorder
+from vlqc.kernels_ref.quant_linear import layers_with_both, static_inputs
 from vlqc.verify.clipping import ClippingRecorder
 from vlqc.verify.findings import COPY_AGAIN, VerificationResult, format_list
 from vlqc.verify.folder.rotations import Seeds, rotate_float_model
@@ -38,6 +40,7 @@ from vlqc.verify.structure.structure import CompiledFolder
 STAGES, LOGITS = "stage outputs", "logits"
 FLOAT_CACHE = "logits with the KV cache in float"
 CACHE_NOISE = "KV cache dB"  # SQNR of a stage's output with quantized keys and values against float ones
+STATIC = "static inputs"  # name of the second arithmetic of layers that have two
 # dB, noise of half the signal's power. 8 bits without smoothing stay above 7 dB even on weights with extreme outliers,
 # so a stage below this is not badly quantized but wrong. What a stage adds to its input, and the logits, stay above
 # 13 dB then, so the same limit holds for them.
@@ -74,6 +77,16 @@ class Noise:
         if self.noise == 0 or self.signal == 0:
             return LARGEST_SQNR if self.noise == 0 else -LARGEST_SQNR
         return min(10 * math.log10(self.signal / self.noise), LARGEST_SQNR)
+
+
+@dataclass
+class StageNoise:
+    """output: of a stage; change: of the difference between output and input, empty if the stage changes the shape;
+    cache: of the output of the folder's stage with quantized keys and values against float ones, empty without such."""
+
+    output: Noise = field(default_factory=Noise)
+    change: Noise = field(default_factory=Noise)
+    cache: Noise = field(default_factory=Noise)
 
 
 @torch.no_grad()
@@ -157,14 +170,19 @@ def _compare(
             SequentialForward(model, samples, run_to_end=True) as forward,
         ):
             for inputs in forward.loaded_stages():
-                output, change, cache = _run_stage(model, inputs, quantized)
+                inputs.outputs.extend(inputs.module(*call.args, **call.kwargs) for call in inputs.calls)
+                noises = {arithmetic: _stage_noise(model, inputs, quantized) for arithmetic in _each(quantized)}
                 if inputs.calls:  # no sample with an image: nothing reaches the vision tower
-                    _add_stage(inputs.name, output, change, len(inputs.calls), stages, result)
+                    _add_stage(inputs.name, noises, len(inputs.calls), stages, result)
                     if has_cache:
+                        cache = noises[""].cache
                         stages[-1][CACHE_NOISE] = round(cache.sqnr, 2) if cache.signal else "-"
             reference = LastHidden.of(model.module, forward.results)
             with _folder_errors():
-                other = LastHidden.of(quantized, [quantized(**model.inputs(sample)) for sample in samples])
+                others = {
+                    arithmetic: LastHidden.of(quantized, [quantized(**model.inputs(sample)) for sample in samples])
+                    for arithmetic in _each(quantized)
+                }
         with_float_cache = _run_with_float_cache(model, quantized, samples) if has_cache else None
         result.facts["stages against float"] = stages
         _check_range(values, model, result)
@@ -176,7 +194,15 @@ def _compare(
             reference = _run_float(original, samples)
             _check_rotated(reference, rotated, samples, checkpoint.folder, result)
         clipped = list(map(model.family.module_name, clipping.far_too_small()))
-        _check_logits(reference, other, samples, min_sqnr, result, clipped)
+        for arithmetic, other in others.items():
+            # Clipping has no part in the first of two kinds of arithmetic.
+            causes = clipped if len(others) == 1 or arithmetic else []
+            _check_logits(reference, other, samples, min_sqnr, result, causes, arithmetic)
+        if len(others) > 1:
+            schemes = {layer.scheme for layer in layers_with_both(quantized)}
+            result.facts[f"inputs of {format_list(sorted(schemes))}"] = (
+                f"quantized per token, as in ordinary serving; {STATIC!r}: with the stored scale, as on decode nodes"
+            )
         if with_float_cache is not None:
             result.facts[FLOAT_CACHE] = _agreement(reference, with_float_cache, samples).figures()
 
@@ -197,39 +223,54 @@ def _run_with_float_cache(
         return LastHidden.of(quantized, [quantized(**model.inputs(sample)) for sample in samples])
 
 
-def _run_stage(model: StreamedModel, inputs: StageInputs, quantized: nn.Module) -> tuple[Noise, Noise, Noise]:
-    """Runs a stage of both models on the float inputs -> noise of the output, of the difference to the input, and of
-    the output of the folder's stage with quantized keys and values against float ones.
+def _each(quantized: nn.Module) -> Iterator[str]:
+    """Sets the layers of a model to each kind of arithmetic that it has, in turn, and yields its name; "" is the one
+    that it is set to."""
+    yield ""
+    if layers_with_both(quantized):
+        with static_inputs(quantized):
+            yield STATIC
 
-    The second is empty if the stage changes the shape, the third if it has no quantized cache. The float outputs become
-    the inputs of the next stage.
-    """
+
+def _stage_noise(model: StreamedModel, inputs: StageInputs, quantized: nn.Module) -> StageNoise:
+    """Runs a stage of the quantized model on the float inputs, and compares its outputs with `inputs.outputs`."""
     other = quantized.get_submodule(model.path(inputs.module))
-    output, change, cache = Noise(), Noise(), Noise()
+    noise = StageNoise()
     has_cache = has_quantized_cache(other)
-    for call in inputs.calls:
-        inputs.outputs.append(inputs.module(*call.args, **call.kwargs))
+    for call, outputs in zip(inputs.calls, inputs.outputs, strict=True):
         stage_input = first_tensor((*call.args, *call.kwargs.values()))
-        reference = first_tensor(inputs.outputs[-1])
+        reference = first_tensor(outputs)
         with _folder_errors():
             result = first_tensor(other(*call.args, **call.kwargs))
-        output.add(reference, result)
+        noise.output.add(reference, result)
         if stage_input.shape == reference.shape:
-            change.add(reference - stage_input, result - stage_input)
+            noise.change.add(reference - stage_input, result - stage_input)
         if has_cache:
             with float_caches(other), _folder_errors():
-                cache.add(first_tensor(other(*call.args, **call.kwargs)), result)
-    return output, change, cache
+                noise.cache.add(first_tensor(other(*call.args, **call.kwargs)), result)
+    return noise
 
 
 def _add_stage(
-    name: str, output: Noise, change: Noise, calls: int, stages: list[dict[str, Any]], result: VerificationResult
+    name: str,
+    noises: Mapping[str, StageNoise],
+    calls: int,
+    stages: list[dict[str, Any]],
+    result: VerificationResult,
 ) -> None:
-    result.add_examined(STAGES, calls)
-    figures = {"stage": name, "SQNR dB": round(output.sqnr, 2)}
-    # The SQNR of what a block adds to its input: the input is equal on both sides and hides the error.
-    figures["residual SQNR dB"] = round(change.sqnr, 2) if change.signal else "-"
+    """noises: by name of the arithmetic."""
+    figures: dict[str, Any] = {"stage": name}
+    for arithmetic, noise in noises.items():
+        result.add_examined(STAGES, calls)
+        where = f", {arithmetic}" if arithmetic else ""
+        figures[f"SQNR dB{where}"] = round(noise.output.sqnr, 2)
+        # The SQNR of what a block adds to its input: the input is equal on both sides and hides the error.
+        figures[f"residual SQNR dB{where}"] = round(noise.change.sqnr, 2) if noise.change.signal else "-"
+        _check_stage(f"{name}{where}", noise.output, noise.change, result)
     stages.append(figures)
+
+
+def _check_stage(name: str, output: Noise, change: Noise, result: VerificationResult) -> None:
     if not output.finite:
         why, fix = "weights or scales of the stage are damaged", "see the other faults, or compile again"
         result.add_fault(STAGES, name, "NaN or Inf in the stage's output", why, fix)
@@ -366,8 +407,11 @@ def _check_logits(
     min_sqnr: float | None,
     result: VerificationResult,
     clipped: Sequence[str] = (),
+    arithmetic: str = "",
 ) -> None:
-    """Adds figures of the logits, and faults. clipped: layers of which most of the input range is missing."""
+    """Adds figures of the logits, and faults. clipped: layers of which most of the input range is missing; arithmetic:
+    name of the one that was run if the folder has several."""
+    suffix = f", {arithmetic}" if arithmetic else ""
     whole = Agreement()
     rows = []
     for number, sample in enumerate(samples):
@@ -379,17 +423,19 @@ def _check_logits(
         rows.append({"sample": number, **of_sample.figures()})
         if not math.isfinite(of_sample.noise):
             why, fix = "weights or scales are damaged", "see the other faults, or compile again"
-            result.add_fault(LOGITS, f"sample {number}", "NaN or Inf in the logits", why, fix)
-    result.facts["logits against float"] = whole.figures()
-    result.facts["logits per sample"] = rows
+            result.add_fault(LOGITS, f"sample {number}{suffix}", "NaN or Inf in the logits", why, fix)
+    result.facts[f"logits against float{suffix}"] = whole.figures()
+    result.facts[f"logits per sample{suffix}"] = rows
     sqnr = Noise(whole.signal, whole.noise).sqnr
     if math.isfinite(whole.noise) and sqnr < BROKEN_SQNR:
         what, why = f"SQNR of the logits is {sqnr:.2f} dB", "rounding alone causes less noise: the folder is damaged"
-        result.add_fault(LOGITS, "all samples", what, why, "see the other faults, or rank the layers with --locate")
+        result.add_fault(
+            LOGITS, f"all samples{suffix}", what, why, "see the other faults, or rank the layers with --locate"
+        )
     elif clipped and math.isfinite(whole.noise) and sqnr < BROKEN_BY_CLIPPING:
         what = f"SQNR of the logits is {sqnr:.2f} dB, and {format_list(clipped)} clip a large share of their inputs"
         why = "input_scale is damaged, or the calibration inputs were far smaller"
-        result.add_fault(LOGITS, "all samples", what, why, "compile again with calibration images like these")
+        result.add_fault(LOGITS, f"all samples{suffix}", what, why, "compile again with calibration images like these")
     elif min_sqnr is not None and sqnr < min_sqnr:
         what, why = f"SQNR of the logits is {sqnr:.2f} dB", f"--min_sqnr requires {min_sqnr:g} dB"
-        result.add_fault(LOGITS, "all samples", what, why, "rank the layers by their error with --locate")
+        result.add_fault(LOGITS, f"all samples{suffix}", what, why, "rank the layers by their error with --locate")

@@ -17,6 +17,7 @@ from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.streamed_model import build_meta_model
 from vlqc.kernels_ref.kv_cache import QuantizedCacheAttention
 from vlqc.kernels_ref.norm import ShiftedNorm
+from vlqc.kernels_ref.quant_linear import layers_with_both
 from vlqc.targets.cache_schemes import CacheScheme
 from vlqc.targets.caches import described_caches, projections
 from vlqc.targets.schemes import DEFAULT_SCHEME, Scheme
@@ -29,12 +30,16 @@ def load(
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
     quantized_cache: bool = True,
+    static_inputs: bool = False,
 ) -> nn.Module:
     """The model of a compiled folder, in eval mode, with the forward signature of the float model.
 
     dtype: of everything but the integer operators; float32 to measure accuracy, bfloat16 or float16 to compute as the
     device does. trust_remote_code: run model code from the folder. quantized_cache: in layers whose folder has scales
     for the KV cache, attention reads quantized keys and values, those of the same call as well; False: float ones.
+    static_inputs: how W8A8_MIX layers quantize their inputs. False: with one scale per token, as in ordinary serving;
+    True: with the stored scale, as on the decode nodes of a deployment that separates them from prefill nodes. It is
+    the attribute `static_input` of these layers.
     Raises UserError, with all faults at once, for an incomplete folder.
     """
     folder = Path(folder)
@@ -52,6 +57,8 @@ def load(
         raise UserError(*loader.faults)
     if tied:
         head.weight = model.get_input_embeddings().weight  # type: ignore[operator]
+    for layer in layers_with_both(model):
+        layer.static_input = static_inputs
     return model
 
 

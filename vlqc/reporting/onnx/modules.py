@@ -2,8 +2,9 @@
 
 A static W8A8 layer is QuantizeLinear -> DequantizeLinear -> MatMul with a DequantizeLinear of its int8 weight (one
 scale per output channel) -> Add of a DequantizeLinear of its int32 bias, the pattern in which runtimes recognize int8
-arithmetic. Dynamic layers compute the scale of each token before QuantizeLinear. 4-bit weights are INT4 with blockwise
-DequantizeLinear.
+arithmetic. Dynamic layers compute the scale of each token before QuantizeLinear; W8A8_MIX layers are written in the
+arithmetic that they are set to. W8A16 layers have float inputs, and no QuantizeLinear. 4-bit weights are INT4 with
+blockwise DequantizeLinear.
 """
 
 import math
@@ -105,7 +106,7 @@ def _linear(builder: Builder, linear: nn.Linear, name: str, x: str, output: str)
 
 def _quantized(builder: Builder, module: QuantLinear, name: str, x: str, shape: Shape, output: str) -> str:
     spec = Scheme(module.scheme).spec
-    if spec.activation.is_static and not spec.activation.is_dynamic:
+    if module.static_input:
         return _static(builder, module, name, x, shape, output)
     rounds_input = spec.activation.is_dynamic and not module.weight_only
     if spec.weight.per_group:

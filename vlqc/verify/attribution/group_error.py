@@ -20,7 +20,7 @@ from vlqc.kernels_ref.quantize import (
     quantize_per_token,
     quantize_weight_per_channel_absmax,
 )
-from vlqc.targets.schemes import Scheme, SchemeSpec
+from vlqc.targets.schemes import Scheme
 from vlqc.verify.attribution.stage_pair import StagePair, stored_weight
 
 NARROWER = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # shares of the samples' range that are tried as the input's range
@@ -79,7 +79,7 @@ def measure_group(pair: StagePair, layers: Sequence[str], captured: CapturedInpu
     error = GroupError()
     inputs = pair.transforms[layers[0]].input_to_stored(captured.rows)
     first = pair.stored[layers[0]]
-    if isinstance(first, QuantLinear) and Scheme(first.scheme).spec.activation.is_static:
+    if isinstance(first, QuantLinear) and first.static_input:
         _measure_range(error, first, inputs, captured.modality)
     size = inputs.abs().amax(dim=0)
     error.outlier_ratio = float(size.amax() / size.median().clamp(min=torch.finfo(torch.float32).tiny))
@@ -107,7 +107,7 @@ def measure_group(pair: StagePair, layers: Sequence[str], captured: CapturedInpu
         error.nearest_share += _nearest_share(stored, folded) / len(layers)
         centered = inputs if transform.shift is None else inputs - transform.shift
         tried: dict[str, float] = {}
-        if spec.activation.is_static:
+        if stored.static_input:
             tried[PER_TOKEN] = from_weights + input_noise(_per_token(inputs))
             tried[WIDER] = from_weights + input_noise(_static(inputs, 1.0, dtype))
             tried[TIGHTER] = from_weights + min(input_noise(_static(inputs, share, dtype)) for share in NARROWER)
@@ -118,7 +118,7 @@ def measure_group(pair: StagePair, layers: Sequence[str], captured: CapturedInpu
         if smooth is not None:
             smoothed, weight = captured.rows / smooth, linear.weight * smooth
             low_bit = _nearest_as(stored, weight, dtype)
-            rounded = _rounded_as(spec, smoothed, dtype)
+            rounded = _rounded_as(stored, smoothed, dtype)
             of_inputs = captured.power((rounded - smoothed) @ weight.T)
             tried[SMOOTHED] = weight_noise(low_bit - weight, smoothed, None) + of_inputs
         for name, noise in tried.items():
@@ -150,11 +150,11 @@ def _ratio(value: float, limit: float) -> float:
     return value / limit if limit != 0 and value / limit > 0 else 0.0
 
 
-def _rounded_as(spec: SchemeSpec, inputs: Tensor, dtype: torch.dtype) -> Tensor:
-    """Inputs quantized in a scheme, with their own range, and dequantized to float32."""
-    if not spec.activation.is_quantized:
+def _rounded_as(stored: QuantLinear, inputs: Tensor, dtype: torch.dtype) -> Tensor:
+    """Inputs quantized as a stored layer does it, with their own range, and dequantized to float32."""
+    if not Scheme(stored.scheme).spec.activation.is_quantized:
         return inputs
-    return _static(inputs, 1.0, dtype) if spec.activation.is_static else _per_token(inputs)
+    return _static(inputs, 1.0, dtype) if stored.static_input else _per_token(inputs)
 
 
 def _per_token(inputs: Tensor) -> Tensor:

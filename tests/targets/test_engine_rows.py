@@ -109,6 +109,8 @@ MINDIE_ROWS = (
     Row(QWEN2, DYNAMIC, DECODER_ROLES, "-2.2 +3.0.0alpha1 +3.0.0"),
     Row(QWEN3, W8A8, DECODER_ROLES, "-2.2 +3.0.0alpha1 +3.0.0"),
     Row(QWEN3, DYNAMIC, DECODER_ROLES, "-2.2 +3.0.0alpha1 +3.0.0"),
+    Row(QWEN2, MIX, DECODER_ROLES, "-3.0.0alpha1 +3.0.0.beta.1 +3.0.0"),
+    Row(QWEN3, MIX, DECODER_ROLES, "-3.0.0alpha1 +3.0.0.beta.1 +3.0.0"),
 )
 ROWS: dict[Engine, tuple[Row, ...]] = {VLLM_ASCEND: VLLM_ASCEND_ROWS, MINDIE: MINDIE_ROWS}
 EACH = [(engine, row) for engine in ENGINES for row in ROWS[engine]]

@@ -17,9 +17,10 @@ from tests.support.reference_schemes import (
     reference_assignment,
 )
 from vlqc.errors import UserError
+from vlqc.families.qwen2 import QWEN2
 from vlqc.families.qwen2_5_vl import QWEN2_5_VL
 from vlqc.targets.mindie import MINDIE
-from vlqc.targets.rules import supported_schemes, supports_scheme, target_supporting
+from vlqc.targets.rules import run_together, supported_schemes, supports_scheme, target_supporting
 from vlqc.targets.schemes import Scheme
 from vlqc.targets.target import ENGINES, Target
 from vlqc.targets.vllm_ascend import VLLM_ASCEND
@@ -226,3 +227,13 @@ def test_no_torch_is_imported() -> None:
     """Catches an import that makes the option checks (before anything is loaded) wait for torch."""
     code = "import sys, vlqc.targets.rules; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("schemes", "together"),
+    [([MIX, FLOAT], True), ([MIX, DYNAMIC], False), ([W8A8, MIX], False), ([W8A8, DYNAMIC], False)],
+)
+def test_mindie_runs_one_scheme_in_a_text_model(schemes: list[Scheme], together: bool) -> None:
+    """Catches W8A8_MIX next to a scheme that the one type in config.json does not name."""
+    assert run_together("mindie", QWEN2, schemes) == together
+    assert run_together("vllm-ascend", QWEN2, schemes)

@@ -121,10 +121,15 @@ class MindIE(Engine):
         "qwen2": (
             Rule(Scheme.W8A8, DECODER_ROLES, since="3.0.0alpha1"),
             Rule(Scheme.W8A8_DYNAMIC, DECODER_ROLES, since="3.0.0alpha1"),
+            # ms_model_slim/w8a8.py, W8A8MixLinearMethod: per token always, up to 3.0.0.
+            Rule(Scheme.W8A8_MIX, DECODER_ROLES, since="3.0.0.beta.1"),
+            # No rule for W8A16: from 3.0.0.beta.1 on such a layer is taken for a float one, with a warning in the log
+            # (quantization_config.py). Before, it is documented for larger models with a quantized cache only.
         ),
         "qwen3": (
             Rule(Scheme.W8A8, DECODER_ROLES, since="3.0.0alpha1"),
             Rule(Scheme.W8A8_DYNAMIC, DECODER_ROLES, since="3.0.0alpha1"),
+            Rule(Scheme.W8A8_MIX, DECODER_ROLES, since="3.0.0.beta.1"),
         ),
     }
     loaders: ClassVar[Mapping[str, ModelLoader]] = {
@@ -214,7 +219,8 @@ class MindIE(Engine):
     def _mixed_faults(self, family: ModelFamily, loader: ModelLoader, schemes: Mapping[str, Scheme]) -> list[Fault]:
         """Layers whose scheme does not go with the only one that config.json can name."""
         static = [layer for layer, scheme in schemes.items() if scheme == Scheme.W8A8]
-        dynamic = [layer for layer, scheme in schemes.items() if scheme == Scheme.W8A8_DYNAMIC]
+        mixed = [layer for layer, scheme in schemes.items() if scheme == Scheme.W8A8_MIX]
+        dynamic = mixed + [layer for layer, scheme in schemes.items() if scheme == Scheme.W8A8_DYNAMIC]
         if loader.dynamic_experts:
             experts = [layer for layer in schemes if family.role(layer) in EXPERT_ROLES]
             others = [layer for layer in experts if schemes[layer] != Scheme.W8A8_DYNAMIC]
@@ -225,6 +231,7 @@ class MindIE(Engine):
             return [Fault(f"{others[0]} is {schemes[others[0]]}", others[0], why, fix)]
         if loader.tower_with_dynamic or not family.layers(*VISION_ROLES):
             conflicting = [layer for layer in static if not family.in_vision_tower(layer)]
+            conflicting += mixed if len(mixed) < len(dynamic) else []
             why = "MindIE runs one scheme in the language model, which config.json names"
             fix = f"give the language model one scheme, {ELSEWHERE}"
         else:
@@ -375,7 +382,7 @@ class MindIE(Engine):
 
     def description_faults(self, folder: FinishedFolder) -> list[Fault]:
         """The loader of most models looks up the members of fused groups; that of text models all linear layers and the
-        biases of norms and W8A8_DYNAMIC layers."""
+        biases of norms and of layers that it runs per token."""
         loader, family = self._loader(folder.family), folder.family
         faults = [
             missing_entry(folder, layer, "MindIE looks it up there, and stops")
@@ -384,7 +391,8 @@ class MindIE(Engine):
         ]
         if not loader.by_entries:
             return faults
-        layers = (layer for layer in folder.linears if folder.schemes.get(layer) == Scheme.W8A8_DYNAMIC)
+        schemes = {layer: folder.schemes.get(layer, Scheme.FLOAT) for layer in folder.linears}
+        layers = (layer for layer, scheme in schemes.items() if scheme.spec.activation.is_dynamic)
         biases = (f"{name}.bias" for name in (*layers, *folder.shifted_norms()))
         for bias in biases:
             if bias in folder.tensors and bias not in folder.description:
@@ -468,6 +476,8 @@ class MindIE(Engine):
             return [f"MindIE documents {scheme} of {family.title} for {loader.documented} only"]
         if scheme == Scheme.W8A8_DYNAMIC and loader.vision_key:
             return ["MindIE runs W8A8_DYNAMIC in the language model only: the vision tower stays float"]
+        if scheme == Scheme.W8A8_MIX and any(rule.scheme == scheme for rule in self.rules_of(family)):
+            return ["MindIE runs W8A8_MIX as W8A8_DYNAMIC, in prefill and decoding"]
         if scheme == Scheme.W4A8_DYNAMIC and group_size is not None and group_size not in self.group_sizes:
             return [f"group_size {group_size}: MindIE accepts {join_or(self.group_sizes[1:])} only"]
         return []

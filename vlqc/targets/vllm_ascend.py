@@ -314,6 +314,9 @@ class VllmAscend(Engine):
         return f"vllm serve {shlex.quote(folder)} --quantization ascend"
 
     def scheme_notes(self, family: ModelFamily, scheme: Scheme, group_size: int | None) -> list[str]:
+        if scheme == Scheme.W8A8_MIX:
+            where = "on the decode nodes of a deployment that separates them from prefill nodes"
+            return [f"vLLM Ascend runs W8A8_MIX as W8A8 {where}, and as W8A8_DYNAMIC everywhere else"]
         if scheme != Scheme.W4A8_DYNAMIC or group_size is None or group_size in FAST_GROUP_SIZES:
             return []
         sizes = join_or(FAST_GROUP_SIZES)

@@ -61,7 +61,12 @@ def _parse(content: dict[str, Any]) -> Verification:
     return Verification(
         ok=content["ok"] is True,
         engine=str(content["engine"]),
-        logits=[(str(name), _format(value, 6)) for name, value in facts.get(LOGITS, {}).items()],
+        logits=[
+            (f"{name}{fact.removeprefix(LOGITS)}", _format(value, 6))
+            for fact, figures in facts.items()
+            if fact == LOGITS or fact.startswith(f"{LOGITS}, ")  # in another arithmetic
+            for name, value in figures.items()
+        ],
         ranking=_ranking(rows) if rows else None,
         legend=str(facts.get(LEGEND, "")),
         advice=[(str(row["what"]), str(row["why"]), str(row["fix"])) for row in content.get("advice", [])],

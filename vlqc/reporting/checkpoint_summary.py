@@ -213,6 +213,8 @@ def _provenance(folder: Path, family: ModelFamily | None) -> dict[str, str]:
     except UserError as error:
         return {"rotated": f"unknown, because {error.faults[0].what}"}
     facts = {"rotated": rotation_text(rotated_parts([entry.group() for entry in data.rotations], family))}
+    if not data.calibrated:
+        facts["calibration"] = "none, compiled from the weights alone"
     if data.adapters:
         facts["merged adapters"] = ", ".join(adapter.name for adapter in data.adapters)
     return facts

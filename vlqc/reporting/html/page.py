@@ -118,6 +118,7 @@ def render(folder: FolderInfo, data: ReportData, timings: Timings | None, verifi
         modality_rows=modality_rows(data),
         lowest=lowest_sqnr(data.stages),
         lowest_stages=measured[:LISTED_STAGES],
+        observed=any(stage.sqnr or stage.inputs for stage in data.stages),
         depth_charts=depth_charts(towers),
         maps=[precision_map(tower) for tower in towers],
         range_charts=_by_tower(towers, range_charts),

@@ -1,12 +1,10 @@
 """propagate-quantized: calibrate later stages on the outputs of the quantized stage."""
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from vlqc.ir.stage import Stage
 from vlqc.pipeline.pass_api import Pass
-from vlqc.targets.schemes import Scheme
 
 
 @dataclass(frozen=True)
@@ -20,9 +18,6 @@ class PropagateQuantized(Pass):
     kind: ClassVar[Literal["analysis", "rewrite"]] = "analysis"
     summary: ClassVar[str] = "pass the outputs of the quantized stage to later stages instead of the float stage's"
     after: ClassVar[tuple[str, ...]] = ("insert-observers", "lower-linears")
-
-    def needs_samples(self, schemes: Collection[Scheme]) -> bool:
-        return True
 
     def run(self, stage: Stage) -> bool:
         stage.execution.forward()

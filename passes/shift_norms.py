@@ -5,7 +5,6 @@ a wide range although it hardly varies. Engines apply a norm's bias only before 
 some parts of the model (see `targets.rules.adds_norm_bias`), so only those norms are shifted.
 """
 
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -21,7 +20,6 @@ from vlqc.passes.algorithms.smoothing_search import SmoothingTask, amax_per_chan
 from vlqc.passes.smooth_m2 import range_scales
 from vlqc.pipeline.pass_api import Pass
 from vlqc.targets.rules import adds_norm_bias
-from vlqc.targets.schemes import Scheme
 
 CANDIDATES = 32  # smoothing ranges under which a shift is evaluated
 
@@ -40,9 +38,6 @@ class ShiftNorms(Pass):
     changes_inputs: ClassVar[bool] = True
     after: ClassVar[tuple[str, ...]] = ("insert-observers", "assign-precision")
     before: ClassVar[tuple[str, ...]] = ("quantize-activations", "quantize-weights", "lower-linears")
-
-    def needs_samples(self, schemes: Collection[Scheme]) -> bool:
-        return True
 
     def run(self, stage: Stage) -> bool:
         changed = update_edges(stage)

@@ -10,7 +10,6 @@ samples, and the best few candidates are compared on kept rows.
 """
 
 import math
-from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
@@ -23,7 +22,6 @@ from vlqc.passes.algorithms import folding
 from vlqc.passes.algorithms.error_model import QuantizationPreview, WeightMethod
 from vlqc.passes.algorithms.smoothing_search import SmoothingTask, smoothing_tasks, update_edges
 from vlqc.pipeline.pass_api import Pass, require
-from vlqc.targets.schemes import Scheme
 
 MIN_RANGE = 1e-3  # of the largest magnitude: the smallest candidate range
 BALANCE_EXPONENTS = (0.0, 0.5, 0.75, 1.0, 1.25)  # of the scales that minimize each channel's noise; 0 disables them
@@ -52,9 +50,6 @@ class SmoothM2(Pass):
 
     def __post_init__(self) -> None:
         require(self.candidates >= 1 and self.confirm >= 1, "candidates and confirm must be 1 or more")
-
-    def needs_samples(self, schemes: Collection[Scheme]) -> bool:
-        return True
 
     def run(self, stage: Stage) -> bool:
         changed = update_edges(stage)

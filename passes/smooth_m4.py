@@ -8,7 +8,7 @@ Alpha is chosen per edge by the error model. A fold changes the weights of other
 rounds until they converge.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
@@ -21,7 +21,6 @@ from vlqc.passes.algorithms import folding
 from vlqc.passes.algorithms.error_model import QuantizationPreview, WeightMethod
 from vlqc.passes.algorithms.smoothing_search import SmoothingTask, smoothing_tasks, update_edges
 from vlqc.pipeline.pass_api import Pass, require
-from vlqc.targets.schemes import Scheme
 
 NEAR_DEAD = 1e-3  # of the largest channel: lower bound of a channel's magnitude
 ALPHA_STEPS = 20  # candidates of alpha are 0, 1/20, ..., 1
@@ -57,9 +56,6 @@ class SmoothM4(Pass):
         require(self.alpha is None or 0 <= self.alpha <= 1, "alpha must lie between 0 and 1")
         require(self.rounds >= 1 and self.confirm >= 1, "rounds and confirm must be 1 or more")
         require(self.bound >= 1, "bound must be 1 or more")
-
-    def needs_samples(self, schemes: Collection[Scheme]) -> bool:
-        return True
 
     def run(self, stage: Stage) -> bool:
         changed = update_edges(stage)

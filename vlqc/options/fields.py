@@ -286,8 +286,8 @@ class OptionFields(BaseModel):
         "reference",
         LAYERS,
         "Layers that stay in float: reference keeps those that the original script excludes (seed is another name for "
-        "it); none keeps only those that the engine cannot load quantized; auto keeps the cheapest set of groups that "
-        "satisfies --min_sqnr or --max_float_groups.",
+        "it); none keeps only those that the engine cannot load quantized, the default with float inputs (w8a16); auto "
+        "keeps the cheapest set of groups that satisfies --min_sqnr or --max_float_groups.",
     )
     min_sqnr: Annotated[Decibels | None, NoneWord] = _option(
         None,
@@ -449,6 +449,16 @@ class OptionInfo:
     is_flag: bool
     multiple: bool
     comma_separated: bool
+
+
+def default_value(name: str, scheme: Scheme) -> Any:
+    """The value of an option that is not set.
+
+    The reference exclusions keep layers in float whose inputs are hard to quantize, so float inputs need none.
+    """
+    if name == "fallback" and not scheme.spec.activation.is_quantized:
+        return "none"
+    return OptionFields.model_fields[name].default
 
 
 def flag_of(name: str) -> str:

@@ -12,7 +12,7 @@ from vlqc.families.registry import check_model_type, errors_of, find_family, loa
 from vlqc.files import trust_links
 from vlqc.formatting import did_you_mean
 from vlqc.options.constraints import combination_faults, config_of
-from vlqc.options.fields import InvalidValue, OptionFields, flag_of, option_info
+from vlqc.options.fields import InvalidValue, OptionFields, default_value, flag_of, option_info
 from vlqc.options.paths import path_faults
 from vlqc.options.recipe import read_recipe
 from vlqc.options.scheme_flags import (
@@ -122,6 +122,8 @@ class Options(OptionFields):
                 faults = [no_such_scheme(self, given, origin)]
             scheme = selected or nearest_schemes(self, given)[0]
         values = vars(self) | {"scheme": scheme} | flags_of_scheme(scheme)
+        if "fallback" not in given:
+            values["fallback"] = default_value("fallback", scheme)
         return type(self).model_construct(_fields_set=set(given), **values), faults
 
 

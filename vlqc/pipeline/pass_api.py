@@ -34,10 +34,10 @@ class Pass:
     def needs_samples(self, schemes: "Collection[Scheme]") -> bool:
         """Whether the pass reads calibration samples, or what was observed of them, when layers have these schemes.
 
-        A pipeline of passes that need none compiles a checkpoint from its weights alone. Any pass may run the probe,
-        which is then a sample of random numbers.
+        By default, whether it runs after insert-observers. A pipeline of passes that need none compiles a checkpoint
+        from its weights alone. Any pass may run the probe, which is then a sample of random numbers.
         """
-        return False
+        return "insert-observers" in self.after
 
     def run(self, stage: "Stage") -> bool:
         """Modifies `stage` in place.

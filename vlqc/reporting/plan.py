@@ -24,6 +24,7 @@ from vlqc.frontend.emitted_dtype import dtype_name
 from vlqc.frontend.memory import check_memory, estimate_memory, peak_memory
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.stage import Site
+from vlqc.kernels_ref.quantize import quantize_weight_per_channel_absmax
 from vlqc.options.options import Options
 from vlqc.pipeline.layer_selection import check_engines, check_layers
 from vlqc.pipeline.presets import build_pipeline
@@ -47,6 +48,7 @@ START_SECONDS = 5.0  # imports, loading and verification
 STAGE_SECONDS = 0.4  # tracing, searching and checking one stage, whatever its size
 NEGLIGIBLE_FLOPS = 1e11  # of attention: less than a few seconds on any machine
 LONG_ATTENTION = 60.0  # seconds from which on a note says what takes the time
+SWEEPS = 3.0  # time of compiling weights without samples over that of rounding them; measured on 7B shapes
 OVERHEAD = 2.0  # time of a compilation over that of its matrix products, reading and writing; measured on 7B shapes
 BEFORE_SEARCH = "schemes and size are those before the search of --fallback auto"
 
@@ -101,7 +103,7 @@ class CompilationPlan:
             ("size", f"{format_bytes(self.bytes_before)} -> {format_bytes(self.bytes_after)}"),
             *([("rotated", rotation_text(self.rotations))] if self.rotations else []),
             *([("KV cache", self._cache_text())] if self.cache_after != self.cache_before else []),
-            ("calibration", f"{pluralize(self.tokens, 'token')}{patches}"),
+            ("calibration", f"{pluralize(self.tokens, 'token')}{patches}" if self.tokens else "none"),
             ("memory", f"about {format_bytes(self.memory)}"),
             ("time", f"about {format_duration(self.seconds)} on this machine at its current load"),
             ("disk", f"{format_bytes(self.disk_needed)} of {format_bytes(self.disk_free)} free{too_small}"),
@@ -204,7 +206,7 @@ def plan_compilation(
 def estimate_seconds(model: StreamedModel, sites: dict[str, Site], tokens: int, patches: int, written: int) -> float:
     """Seconds to run all samples once, round all quantized weights, read the checkpoint and write the output.
 
-    written: bytes of the output.
+    tokens: 0 without samples, where weights are rounded to nearest; written: bytes of the output.
     """
     forward_flops = rounding_flops = 0.0
     merged = patches // model.family.inputs.patches_per_token(model.module.config)
@@ -213,12 +215,15 @@ def estimate_seconds(model: StreamedModel, sites: dict[str, Site], tokens: int, 
         rows = tokens if model.is_language(stage) else merged if is_merger else patches
         forward_flops += 2.0 * rows * sum(tensor.numel() for tensor in model.parameters(stage).values())
     for site in sites.values():
-        if site.is_quantized:
+        if site.is_quantized and tokens:
             rounding_flops += 2.0 * site.shape[0] * site.shape[1] ** 2
     forward_dtype = torch.bfloat16 if model.checkpoint.dtype == torch.bfloat16 else torch.float32
     disk = bytes_per_second(model.checkpoint)
     computing = forward_flops / flops_per_second(forward_dtype) + rounding_flops / flops_per_second(torch.float32)
     fixed = START_SECONDS + STAGE_SECONDS * len(model.stages)
+    if not tokens:
+        weights = sum(tensor.numel() for stage in model.stages.values() for tensor in model.parameters(stage).values())
+        computing = SWEEPS * weights / roundings_per_second()
     return fixed + OVERHEAD * (computing + (model.checkpoint.bytes + written) / disk)
 
 
@@ -256,6 +261,12 @@ def flops_per_second(dtype: torch.dtype) -> float:
     """Measured speed of this machine's matrix products."""
     matrix = torch.ones(PROBE_SIDE, PROBE_SIDE, dtype=dtype)
     return 2 * PROBE_SIDE**3 * calls_per_second(lambda: matrix @ matrix)
+
+
+def roundings_per_second() -> float:
+    """Measured number of weights that this machine rounds to 8 bits."""
+    weight = torch.ones(PROBE_SIDE, PROBE_SIDE)
+    return weight.numel() * calls_per_second(lambda: quantize_weight_per_channel_absmax(weight))
 
 
 def bytes_per_second(checkpoint: Checkpoint) -> float:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vlqc.options.constraints import PASS_OPTIONS
-from vlqc.options.fields import flag_of, option_info, option_text
+from vlqc.options.fields import default_value, flag_of, option_info, option_text
 from vlqc.options.options import Options
 from vlqc.options.scheme_flags import flags_of_scheme
 
@@ -35,12 +35,11 @@ def command(options: Options, pipeline: str | None, *, names_samples: bool) -> t
         del values["calib_images"]
     words, implied = ["vlqc", "compile"], flags_of_scheme(options.scheme)
     for name, value in values.items():
-        field = Options.model_fields[name]
         if name in implied and value == implied[name]:
             continue
         if name in PLACEHOLDERS:
             words += [word for _ in _paths(value) for word in (flag_of(name), PLACEHOLDERS[name])]
-        elif value != field.default:
+        elif value != default_value(name, options.scheme):
             words += [flag_of(name)] if option_info(name).is_flag else _with_values(name, value)
     return tuple(words)
 

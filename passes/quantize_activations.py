@@ -1,6 +1,6 @@
 """quantize-activations: choose one static input scale and offset per W8A8 group from its observation."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
@@ -38,7 +38,7 @@ class QuantizeActivations(Pass):
     def run(self, stage: Stage) -> bool:
         changed = False
         groups = {source: members for source, members in stage.groups().items() if members[0].spec.activation.is_static}
-        tasks = [partial(self._choose, stage, source, members) for source, members in groups.items()]
+        tasks = [partial(input_quantization, stage, source, members, self.method) for source, members in groups.items()]
         quantizations = stage.execution.process_group.parallel_map(tasks)
         for members, quantization in zip(groups.values(), quantizations, strict=True):
             for site in members:
@@ -46,18 +46,20 @@ class QuantizeActivations(Pass):
                 site.input = quantization
         return changed
 
-    def _choose(self, stage: Stage, source: str, members: list[Site]) -> InputQuantization:
-        observation, dtype = require_observation(stage, source, self.name), stage.dtype
-        weights = [stage.linear(site).weight for site in members]
-        low, high = float(observation.minimum().amin()), float(observation.maximum().amax())
-        minmax = InputQuantization(*activation_scale_and_offset(low, high, dtype))
-        if self.method == "minmax":
-            return minmax
-        energy = torch.stack([energy_per_column(weight) for weight in weights]).sum(0).cpu()
-        low, high = search_clipped_range(observation, energy, low, high, dtype)
-        clipped = InputQuantization(*activation_scale_and_offset(low, high, dtype))
-        if self.method == "histogram":
-            return clipped
-        sampled = representative_rows(weights)
-        errors = {choice: input_rounding_error(observation, sampled, choice) for choice in (minmax, clipped)}
-        return min(errors, key=lambda choice: errors[choice])
+
+def input_quantization(stage: Stage, source: str, members: Sequence[Site], method: str) -> InputQuantization:
+    """The static input scale and offset of sites that read the node `source`; method: as `QuantizeActivations`."""
+    observation, dtype = require_observation(stage, source, QuantizeActivations.name), stage.dtype
+    weights = [stage.linear(site).weight for site in members]
+    low, high = float(observation.minimum().amin()), float(observation.maximum().amax())
+    minmax = InputQuantization(*activation_scale_and_offset(low, high, dtype))
+    if method == "minmax":
+        return minmax
+    energy = torch.stack([energy_per_column(weight) for weight in weights]).sum(0).cpu()
+    low, high = search_clipped_range(observation, energy, low, high, dtype)
+    clipped = InputQuantization(*activation_scale_and_offset(low, high, dtype))
+    if method == "histogram":
+        return clipped
+    sampled = representative_rows(weights)
+    errors = {choice: input_rounding_error(observation, sampled, choice) for choice in (minmax, clipped)}
+    return min(errors, key=lambda choice: errors[choice])

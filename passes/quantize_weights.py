@@ -13,7 +13,7 @@ from torch import Tensor
 from vlqc.errors import Fault, UserError
 from vlqc.ir.memory import release_pages
 from vlqc.ir.observation import Observation
-from vlqc.ir.stage import Site, Stage, WeightQuantization
+from vlqc.ir.stage import Site, Stage, WeightQuantization, group_by_source
 from vlqc.kernels_ref.int4_groups import quantize_weight_per_group_absmax
 from vlqc.kernels_ref.matmul import smallest_weight_scale_for_bias
 from vlqc.kernels_ref.quantize import quantize_weight_per_channel_absmax
@@ -52,12 +52,8 @@ class QuantizeWeights(Pass):
         return self.method in ("clip", "gptq")
 
     def run(self, stage: Stage) -> bool:
-        single_process = stage.execution.process_group.size == 1
-        parts = _work_items(stage, split_groups=not single_process)
-        tasks = [partial(_quantize_and_release, stage, source, sites, self.method) for source, sites in parts]
-        costs = [sum(site.shape[0] * site.shape[1] ** 2 for site in sites) for _, sites in parts]
-        with _started(tasks if single_process else []) as started:
-            results = stage.execution.process_group.parallel_map(started or tasks, costs)
+        parts = work_items(stage, [site for site in stage.sites.values() if site.is_quantized])
+        results = quantize_parts(stage, parts, self.method)
         changed = False
         for (_, sites), weights in zip(parts, results, strict=True):
             for site, weight in zip(sites, weights, strict=True):
@@ -66,12 +62,25 @@ class QuantizeWeights(Pass):
         return changed
 
 
-def _work_items(stage: Stage, *, split_groups: bool) -> list[tuple[str, list[Site]]]:
-    """(source, quantized sites that read it). With `split_groups` one item per site, to occupy more processes."""
-    groups = {source: [site for site in members if site.is_quantized] for source, members in stage.groups().items()}
-    if split_groups:
-        return [(source, [site]) for source, sites in groups.items() for site in sites]
+def work_items(stage: Stage, sites: Sequence[Site]) -> list[tuple[str, list[Site]]]:
+    """(source, sites that read it). With several processes one item per site, to occupy more of them."""
+    groups = group_by_source(sites)
+    if stage.execution.process_group.size > 1:
+        return [(source, [site]) for source, members in groups.items() for site in members]
     return list(groups.items())
+
+
+def quantize_parts(
+    stage: Stage, parts: Sequence[tuple[str, Sequence[Site]]], method: str
+) -> list[list[WeightQuantization]]:
+    """Quantizes the weights of each of the `work_items`, in its sites' schemes, and returns them on all processes.
+
+    Float weights that lie in files leave the memory. method: as `QuantizeWeights`.
+    """
+    tasks = [partial(_quantize_and_release, stage, source, sites, method) for source, sites in parts]
+    costs = [sum(site.shape[0] * site.shape[1] ** 2 for site in sites) for _, sites in parts]
+    with _started(tasks if stage.execution.process_group.size == 1 else []) as started:
+        return stage.execution.process_group.parallel_map(started or tasks, costs)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import vlqc
 from tests.support import tiny
 from tests.support.interrupted_runs import small_checkpoint
 from vlqc.emit.folder_writer import FolderWriter
-from vlqc.emit.size_estimate import output_bytes, predict_schemes
+from vlqc.emit.size_estimate import output_bytes, predict_schemes, predict_search
 from vlqc.errors import UserError
 from vlqc.frontend.activation_offload import ActivationOffload
 from vlqc.frontend.memory import offloaded_bytes
@@ -114,7 +114,8 @@ def test_alternatives_of_a_search_are_counted(
     options = Options.without_paths(fallback="auto", max_float_groups=2, target="vllm-ascend", **QUICK)
     model = tiny.float_model(checkpoint)
     sites = predict_schemes(model, build_pipeline(options))
-    estimate = output_bytes(model, sites, VLLM_ASCEND, with_alternatives=True)
+    search = predict_search(model, sites, build_pipeline(options))
+    estimate = output_bytes(model, sites, VLLM_ASCEND, search)
     on_disk = []
 
     def measured(self: FolderWriter) -> None:

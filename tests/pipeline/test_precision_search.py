@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from vlqc.families.qwen2_5_vl import QWEN2_5_VL
 from vlqc.pipeline.precision_search import (
-    MAX_COST_RATIO,
+    MAX_RATIO,
     Candidate,
     SearchGroup,
     SearchResult,
@@ -95,7 +95,7 @@ def test_never_short_and_never_dear(model: tuple[str, list[SearchGroup]], least:
     if meeting:
         assert noise_of(groups, plan.schemes) <= 10 ** (-least / 10) and len(plan.notes()) == 1
         smallest = min(extra_cost(groups, schemes) for schemes in meeting)
-        assert extra_cost(groups, plan.schemes) <= MAX_COST_RATIO * smallest + 1e-9
+        assert extra_cost(groups, plan.schemes) <= MAX_RATIO * smallest + 1e-9
     else:
         assert plan.sqnr == pytest.approx(plan.best_sqnr)
         assert not plan.met and "cannot be met" in plan.notes()[0]

@@ -66,7 +66,6 @@ FLOAT_INPUT = SchemeSpec(
     stored=INT8_WEIGHT,
     report=ReportStyle("8-bit weights", "w", COLORS, COLORS),
     module="quant_linear:FloatInputLinear",
-    alternatives=("FLOAT",),
     naming_priority=5,
 )
 UNION = SchemeSpec(
@@ -76,7 +75,6 @@ UNION = SchemeSpec(
     stored=(*INT8_WEIGHT, *STATIC_INPUT),
     report=ReportStyle("static or dynamic", "u", COLORS, COLORS),
     module="quant_linear:UnionLinear",
-    alternatives=("FLOAT",),
     naming_priority=4,
 )
 

@@ -1,8 +1,9 @@
 """Keeps finished stages on the disk, in every scheme that their groups may get, until the schemes are chosen.
 
 A stage's module is freed before the next stage begins, but the precision search needs the measurements of all stages.
-So each stage is stored in one file: the tensors that do not depend on the search, and those of every choice. Then the
-chosen ones are read back, stage by stage, in the order in which they would have been written without a search.
+So each stage is stored in one file: the tensors that do not depend on the search, and those of every choice, equal ones
+once. Then the chosen ones are read back, stage by stage, in the order in which they would have been written without a
+search.
 """
 
 import shutil
@@ -11,7 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from vlqc.emit.shard_writer import ENTRY_BYTES, Damaged, ShardWriter, sync
 from vlqc.emit.stage_tensors import TENSORS_PER_LINEAR, EmittedTensor, module_tensors
@@ -29,14 +32,15 @@ FOLDER = ".waiting"  # inside the result folder, until it is complete
 
 @dataclass(frozen=True)
 class DeferredTensor:
-    """One tensor of a stage's file, where its key is its position: name, and scheme for the description.
+    """One tensor of a stage: name, scheme for the description, and its key in the stage's file, a number.
 
     group, choice: the number of the group, and the choice for it, with which the tensor is written; both None if it is
-    written in any case.
+    written in any case. Equal tensors of several choices have the same key.
     """
 
     name: str
     scheme: TensorScheme
+    key: int
     group: int | None = None
     choice: Scheme | None = None
 
@@ -53,6 +57,7 @@ class DeferredStages:
     _sensitivities: list[Sensitivity] = field(default_factory=list)  # per group
     _bytes: list[dict[Scheme, int]] = field(default_factory=list)  # per group
     _groups_per_stage: list[int] = field(default_factory=list)
+    _fixed_bytes: int = 0
     _discarded: set[int] = field(default_factory=set)
     _tokens: int = 0
     _feature_tokens: int = 0
@@ -70,11 +75,16 @@ class DeferredStages:
         self.folder.mkdir(exist_ok=True)
         writer = ShardWriter(self.folder, header_bytes=_header_bytes(stage))
         stored: list[DeferredTensor] = []
+        keys = _Keys()
         for emitted, group, choice in self._with_choices(stage, tensors, first, packed):
-            writer.add(str(len(stored)), emitted.tensor)
-            stored.append(DeferredTensor(emitted.name, emitted.scheme, group, choice))
-            if group is not None and choice is not None:
-                self._bytes[group][choice] += emitted.tensor.numel() * emitted.tensor.element_size()
+            key, is_new = keys.of(emitted)
+            if is_new:
+                writer.add(str(key), emitted.tensor)
+            stored.append(DeferredTensor(emitted.name, emitted.scheme, key, group, choice))
+            if group is None or choice is None:
+                self._fixed_bytes += emitted.tensor.nbytes
+            else:
+                self._bytes[group][choice] += emitted.tensor.nbytes
         writer.close(str(len(self._stages)))
         self._stages.append(stored)
 
@@ -111,6 +121,11 @@ class DeferredStages:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     @property
+    def fixed_bytes(self) -> int:
+        """Size of the tensors that are written whatever is chosen."""
+        return self._fixed_bytes
+
+    @property
     def count(self) -> int:
         """How many stages were stored."""
         return len(self._stages)
@@ -121,12 +136,15 @@ class DeferredStages:
         """What the last `store` added to this object, in JSON."""
         first = sum(self._groups_per_stage[:-1])
         return {
-            "tensors": [[stored.name, stored.scheme, stored.group, stored.choice] for stored in self._stages[-1]],
+            "tensors": [
+                [stored.name, stored.scheme, stored.key, stored.group, stored.choice] for stored in self._stages[-1]
+            ],
             "sensitivities": [
                 [measured.source, measured.part, measured.sites, measured.assigned, measured.noise]
                 for measured in self._sensitivities[first:]
             ],
             "bytes": self._bytes[first:],
+            "fixed_bytes": self._fixed_bytes,
             "tokens": [self._tokens, self._feature_tokens],
         }
 
@@ -144,8 +162,8 @@ class DeferredStages:
                 raise Damaged(f"{path.name} of {self.folder.name} has changed since it was written")
             self._stages.append(
                 [
-                    DeferredTensor(name, tensor_scheme(scheme), group, choice and Scheme(choice))
-                    for name, scheme, group, choice in record["tensors"]
+                    DeferredTensor(name, tensor_scheme(scheme), key, group, choice and Scheme(choice))
+                    for name, scheme, key, group, choice in record["tensors"]
                 ]
             )
             self._sensitivities += [
@@ -154,6 +172,7 @@ class DeferredStages:
             ]
             self._groups_per_stage.append(len(record["sensitivities"]))
             self._bytes += [_by_scheme(size) for size in record["bytes"]]
+            self._fixed_bytes = record["fixed_bytes"]
             self._tokens, self._feature_tokens = record["tokens"]
         for number in discarded:
             self.discard(number)
@@ -169,9 +188,9 @@ class DeferredStages:
 
     def _chosen(self, number: int, plan: SearchResult) -> Iterator[EmittedTensor]:
         with safe_open(self._path(number), framework="pt") as file:
-            for key, stored in enumerate(self._stages[number]):
+            for stored in self._stages[number]:
                 if stored.group is None or plan.schemes[stored.group] == stored.choice:
-                    yield EmittedTensor(stored.name, file.get_tensor(str(key)), stored.scheme)
+                    yield EmittedTensor(stored.name, file.get_tensor(str(stored.key)), stored.scheme)
 
     def _with_choices(
         self, stage: Stage, tensors: Iterable[EmittedTensor], first: int, packed: bool
@@ -205,6 +224,28 @@ class DeferredStages:
             self._tokens = sum(sum(shape.rows_per_modality) for shape in stage.execution.sample_shapes)
             text = sum(shape.rows_per_modality[TEXT] for shape in stage.execution.sample_shapes)
             self._feature_tokens = self._tokens - text
+
+
+class _Keys:
+    """Numbers the tensors of a stage's file. Equal tensors of one name, in several schemes, have one number."""
+
+    def __init__(self) -> None:
+        self._next = 0
+        self._layer = ""
+        self._known: dict[str, list[tuple[Tensor, int]]] = {}  # of the current layer only: the others leave the memory
+
+    def of(self, emitted: EmittedTensor) -> tuple[int, bool]:
+        """(key, whether it is new)."""
+        layer = emitted.name.rpartition(".")[0]
+        if layer != self._layer:
+            self._layer, self._known = layer, {}
+        tensor, known = emitted.tensor, self._known.setdefault(emitted.name, [])
+        for other, key in known:
+            if tensor.dtype == other.dtype and torch.equal(tensor, other):
+                return key, False
+        known.append((tensor, self._next))
+        self._next += 1
+        return self._next - 1, True
 
 
 def _by_scheme(values: dict[str, Any]) -> dict[Scheme, Any]:

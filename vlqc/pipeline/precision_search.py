@@ -1,21 +1,23 @@
-"""Mixed-precision search: gives some groups a scheme with less noise, so that an SQNR is met at the least extra cost.
+"""Mixed-precision search: one scheme per group, so that an SQNR is met at the least extra cost, or a size with the
+least noise.
 
 The noise of each candidate is measured one group at a time. Independent rounding errors add up along the residual
 stream, so the noise of an assignment is the sum over its groups.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from vlqc.families.family import ModelFamily, Part
 from vlqc.options.fields import flag_of
+from vlqc.pipeline.knapsack import PRECISION, Option, choose_options
 from vlqc.targets.rules import group_faults
 from vlqc.targets.schemes import Scheme
 from vlqc.targets.target import Target
 
 MAX_NAMES = 3  # groups that a note names
-MAX_COST_RATIO = 2  # upper bound of the result's extra cost, relative to the optimum
+MAX_RATIO = 1 + PRECISION  # upper bound of what the search minimizes, relative to the optimum
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,12 @@ class SearchGroup:
         return self.candidates.get(Scheme.FLOAT)
 
     def extra_cost(self, scheme: Scheme) -> float:
-        """Bytes above those of the assigned scheme, plus the run-time cost of its activations. Not negative."""
-        overhead = max(0.0, scheme.spec.activation.cost - self.assigned.spec.activation.cost)
-        base = self.candidates[self.assigned].bytes if self.assigned in self.candidates else 0
-        return max(0.0, self.candidates[scheme].bytes * (1 + overhead) - base)
+        """Run time above that of the assigned scheme, in bytes that could be read meanwhile. Not negative."""
+        base = self._cost(self.assigned) if self.assigned in self.candidates else 0.0
+        return max(0.0, self._cost(scheme) - base)
+
+    def _cost(self, scheme: Scheme) -> float:
+        return self.candidates[scheme].bytes * (1 + scheme.spec.overhead)
 
 
 @dataclass(frozen=True)
@@ -69,12 +73,18 @@ class GroupPrecision:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """Groups and their chosen schemes. min_sqnr: the requested SQNR, dB; best_sqnr: the highest achievable one, dB."""
+    """Groups and their chosen schemes.
+
+    min_sqnr: the requested SQNR, dB; best_sqnr: the highest achievable one, dB; max_bytes: the requested size of the
+    weight files; fixed_bytes: of what does not depend on the search.
+    """
 
     groups: tuple[SearchGroup, ...]
     schemes: tuple[Scheme, ...]
     min_sqnr: float | None
     best_sqnr: float
+    max_bytes: int | None = None
+    fixed_bytes: int = 0
 
     @property
     def sqnr(self) -> float:
@@ -82,8 +92,15 @@ class SearchResult:
         return decibels(noise_of(self.groups, self.schemes))
 
     @property
+    def bytes(self) -> int:
+        """Size of the weight files, at most: with several files, a part of their headers may be missing."""
+        return self.fixed_bytes + bytes_of(self.groups, self.schemes)
+
+    @property
     def met(self) -> bool:
-        return self.min_sqnr is None or self.sqnr >= self.min_sqnr
+        return (self.min_sqnr is None or self.sqnr >= self.min_sqnr) and (
+            self.max_bytes is None or self.bytes <= self.max_bytes
+        )
 
     def table(self) -> list[GroupPrecision]:
         """One row per group, in the model's order."""
@@ -105,6 +122,11 @@ class SearchResult:
         summary = f"{flag_of('fallback')} auto: {'; '.join(parts)}; predicted SQNR {self.sqnr:.1f} dB"
         if self.met:
             return [summary]
+        if self.min_sqnr is None:
+            flag = flag_of("max_bytes")
+            what = f"{flag} {self.max_bytes} cannot be met: the smallest size is {self.bytes} bytes, which was written"
+            why = "some tensors are larger than their shapes showed before the compilation"
+            return [f"{what}\nwhy: {why}\nwhat to do: raise {flag}", summary]
         what = (
             f"{flag_of('min_sqnr')} {self.min_sqnr:g} cannot be met: the best predicted SQNR is {self.best_sqnr:.1f} dB"
         )
@@ -122,6 +144,11 @@ def noise_of(groups: Sequence[SearchGroup], schemes: Sequence[Scheme]) -> float:
     return math.fsum(group.candidates[scheme].noise for group, scheme in zip(groups, schemes, strict=True))
 
 
+def bytes_of(groups: Sequence[SearchGroup], schemes: Sequence[Scheme]) -> int:
+    """Total size of the groups' tensors."""
+    return sum(group.candidates[scheme].bytes for group, scheme in zip(groups, schemes, strict=True))
+
+
 def extra_cost(groups: Sequence[SearchGroup], schemes: Sequence[Scheme]) -> float:
     """The sum of `SearchGroup.extra_cost`, bytes."""
     return math.fsum(group.extra_cost(scheme) for group, scheme in zip(groups, schemes, strict=True))
@@ -134,15 +161,20 @@ def search_schemes(
     family: ModelFamily,
     min_sqnr: float | None = None,
     max_float_groups: int | None = None,
+    max_bytes: int | None = None,
+    fixed_bytes: int = 0,
 ) -> SearchResult:
-    """Finds the cheapest schemes that meet `min_sqnr`, or those with the least noise under `max_float_groups`.
+    """Finds the cheapest schemes that meet `min_sqnr`, or those with the least noise under one of the limits.
 
     The result satisfies `group_faults` if the assigned schemes do, and is deterministic.
 
     Args:
-        min_sqnr: predicted SQNR to meet, dB. The extra cost is at most MAX_COST_RATIO times the optimum. If no
-            assignment meets it, the one with the least noise is returned.
+        min_sqnr: predicted SQNR to meet, dB. The extra cost is at most MAX_RATIO times the optimum. If no assignment
+            meets it, the one with the least noise is returned.
         max_float_groups: the maximum number of groups that change to FLOAT; no other scheme changes.
+        max_bytes: the maximum size of the groups and of what `fixed_bytes` counts. The noise is at most MAX_RATIO times
+            the optimum. If no assignment is small enough, the smallest one is returned.
+        fixed_bytes: size of all that does not depend on the search.
     """
     best: tuple[float, ...] | None = None
     schemes: tuple[Scheme, ...] = ()
@@ -155,6 +187,11 @@ def search_schemes(
             missed = noise_of(groups, least_noise) if chosen is None else 0.0
             chosen = chosen or least_noise
             rank: tuple[float, ...] = (missed, extra_cost(groups, chosen), noise_of(groups, chosen))
+        elif max_bytes is not None:
+            chosen, smallest = _search_by_bytes(limited, max_bytes - fixed_bytes), _smallest(limited)
+            missed = bytes_of(groups, smallest) if chosen is None else 0.0
+            chosen = chosen or smallest
+            rank = (missed, noise_of(groups, chosen), extra_cost(groups, chosen))
         else:
             chosen = _search_by_count(limited, max_float_groups or 0)
             if chosen is None:
@@ -162,7 +199,16 @@ def search_schemes(
             rank = (0.0, noise_of(groups, chosen), extra_cost(groups, chosen))
         if best is None or rank < best:
             best, schemes = rank, tuple(chosen)
-    return SearchResult(tuple(groups), schemes, min_sqnr, decibels(lowest_noise))
+    return SearchResult(tuple(groups), schemes, min_sqnr, decibels(lowest_noise), max_bytes, fixed_bytes)
+
+
+def size_range(groups: Sequence[SearchGroup], target: str | Target, family: ModelFamily) -> tuple[int, int]:
+    """The smallest and the largest total size of the groups, over all legal assignments."""
+    limited = list(restrictions(groups, target, family))
+    return (
+        min(bytes_of(groups, _smallest(each)) for each in limited),
+        max(bytes_of(groups, _largest(each)) for each in limited),
+    )
 
 
 def restrictions(
@@ -198,77 +244,53 @@ def restrictions(
 
 
 def _search_by_noise(groups: Sequence[SearchGroup], max_noise: float) -> list[Scheme] | None:
-    """Schemes with at most `max_noise` and a low extra cost, or None if there are none.
+    """Schemes with at most `max_noise` and a low extra cost, or None if there are none."""
 
-    A multiple-choice knapsack cover. The greedy algorithm by noise removed per cost, along each group's convex hull,
-    costs at most the optimum of the relaxed problem plus one step. With steps no larger than the largest step of the
-    optimum, found by trying all of them, it costs at most twice the optimum.
-    """
-    best: list[Scheme] | None = None
-    for largest in sorted({group.extra_cost(scheme) for group in groups for scheme in group.candidates}):
-        chosen = _greedy(groups, max_noise, largest)
-        if chosen is None:
-            continue
-        chosen = _undo_unnecessary(groups, chosen, max_noise)
-        if best is None or _rank(groups, chosen) < _rank(groups, best):
-            best = chosen
-    return best
+    def option(group: SearchGroup, scheme: Scheme) -> tuple[float, float]:
+        return group.extra_cost(scheme), group.candidates[scheme].noise
+
+    return _choose(groups, option, max_noise, heavy_first=False)
 
 
-def _greedy(groups: Sequence[SearchGroup], max_noise: float, largest: float) -> list[Scheme] | None:
-    """Applies steps in order of noise removed per cost until the noise is at most `max_noise`; None if it never is.
+def _search_by_bytes(groups: Sequence[SearchGroup], max_bytes: int) -> list[Scheme] | None:
+    """Schemes of at most `max_bytes` and with low noise, or None if there are none."""
 
-    largest: schemes of a higher extra cost are not used.
-    """
-    schemes = [_initial(group) for group in groups]
-    steps = []
-    for number, group in enumerate(groups):
-        for efficiency, scheme in _hull(group, largest):
-            steps.append((-efficiency, group.name, number, scheme))
-    if noise_of(groups, schemes) <= max_noise:
-        return schemes
-    for _, _, number, scheme in sorted(steps, key=lambda step: step[:2]):  # stable: a group's steps stay in order
-        schemes[number] = scheme
-        if noise_of(groups, schemes) <= max_noise:
-            return schemes
-    return None
+    def option(group: SearchGroup, scheme: Scheme) -> tuple[float, float]:
+        return group.candidates[scheme].noise, group.candidates[scheme].bytes
+
+    return _choose(groups, option, max_bytes, heavy_first=True)
 
 
-def _hull(group: SearchGroup, largest: float) -> list[tuple[float, Scheme]]:
-    """(noise removed per cost, scheme): steps from the start along the lower convex hull of cost and noise."""
-    now = _initial(group)
-    steps: list[tuple[float, Scheme]] = []
-    while True:
-        ahead = [
-            (_efficiency(group, now, scheme), -group.extra_cost(scheme), str(scheme), scheme)
-            for scheme, candidate in group.candidates.items()
-            if candidate.noise < group.candidates[now].noise
-            and group.extra_cost(now) <= group.extra_cost(scheme) <= largest
-        ]
-        if not ahead:
-            return steps
-        efficiency, *_, now = max(ahead)
-        steps.append((min([efficiency, *(step[0] for step in steps)]), now))  # not increasing, in spite of rounding
+def _choose(
+    groups: Sequence[SearchGroup],
+    option: Callable[[SearchGroup, Scheme], tuple[float, float]],
+    limit: float,
+    *,
+    heavy_first: bool,
+) -> list[Scheme] | None:
+    """`choose_options`, whatever the order of the groups. option: value and weight of a scheme; of equal groups, the
+    first ones by name get the heavier option if `heavy_first`, else the last ones."""
+    order = sorted(range(len(groups)), key=lambda number: groups[number].name, reverse=not heavy_first)
+    schemes = [_preferred_first(groups[number]) for number in order]
+    items = [
+        [Option(*option(groups[number], scheme), rank) for rank, scheme in enumerate(candidates)]
+        for number, candidates in zip(order, schemes, strict=True)
+    ]
+    chosen = choose_options(items, limit)
+    if chosen is None:
+        return None
+    by_number = {number: of[index] for number, of, index in zip(order, schemes, chosen, strict=True)}
+    return [by_number[number] for number in range(len(groups))]
 
 
-def _efficiency(group: SearchGroup, now: Scheme, scheme: Scheme) -> float:
-    cost = group.extra_cost(scheme) - group.extra_cost(now)
-    return (group.candidates[now].noise - group.candidates[scheme].noise) / cost if cost > 0 else math.inf
-
-
-def _undo_unnecessary(groups: Sequence[SearchGroup], schemes: Sequence[Scheme], max_noise: float) -> list[Scheme]:
-    """Reverts steps that the noise limit does not need, the most expensive first."""
-    kept = list(schemes)
-    order = sorted(range(len(groups)), key=lambda index: (-groups[index].extra_cost(kept[index]), groups[index].name))
-    for number in order:
-        group, before = groups[number], kept[number]
-        cheaper = [scheme for scheme in group.candidates if group.extra_cost(scheme) < group.extra_cost(before)]
-        for scheme in sorted(cheaper, key=lambda scheme: (group.extra_cost(scheme), group.candidates[scheme].noise)):
-            kept[number] = scheme
-            if noise_of(groups, kept) <= max_noise:
-                break
-            kept[number] = before
-    return kept
+def _preferred_first(group: SearchGroup) -> list[Scheme]:
+    """The candidates: the assigned scheme, then by cost and noise."""
+    return sorted(
+        group.candidates,
+        key=lambda scheme: (
+            scheme != group.assigned, group.extra_cost(scheme), group.candidates[scheme].noise, str(scheme)
+        ),
+    )  # fmt: skip
 
 
 def _search_by_count(groups: Sequence[SearchGroup], max_groups: int) -> list[Scheme] | None:
@@ -297,15 +319,24 @@ def _least_noise(groups: Sequence[SearchGroup]) -> list[Scheme]:
     ]
 
 
+def _smallest(groups: Sequence[SearchGroup]) -> list[Scheme]:
+    return [
+        min(
+            _preferred_first(group), key=lambda scheme: (group.candidates[scheme].bytes, group.candidates[scheme].noise)
+        )
+        for group in groups
+    ]
+
+
+def _largest(groups: Sequence[SearchGroup]) -> list[Scheme]:
+    return [max(_preferred_first(group), key=lambda scheme: group.candidates[scheme].bytes) for group in groups]
+
+
 def _initial(group: SearchGroup) -> Scheme:
     """The assigned scheme if it is a candidate, else the cheapest candidate."""
     if group.assigned in group.candidates:
         return group.assigned
     return min(group.candidates, key=lambda scheme: (group.extra_cost(scheme), group.candidates[scheme].noise))
-
-
-def _rank(groups: Sequence[SearchGroup], schemes: Sequence[Scheme]) -> tuple[float, float]:
-    return extra_cost(groups, schemes), noise_of(groups, schemes)
 
 
 def _of_site(groups: Sequence[SearchGroup], schemes: Sequence[Scheme]) -> dict[str, Scheme]:

@@ -88,7 +88,15 @@ def _selected(options: Options) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "quantize-activations", {"method": ACTIVATION_METHODS[options.act_method]}
     yield "quantize-weights", {"method": options.weight_method}
     if options.fallback == "auto":
-        yield "measure-sensitivity", {"target": options.engine_target, "method": options.weight_method}
+        yield (
+            "measure-sensitivity",
+            {
+                "target": options.engine_target,
+                "method": options.weight_method,
+                "inputs": ACTIVATION_METHODS[options.act_method],
+                "group_size": options.group_size,
+            },
+        )
     if options.cache_scheme is not None:
         yield "quantize-cache", {"scheme": str(options.cache_scheme)}
     yield "lower-linears", {}

@@ -58,12 +58,12 @@ def choose_scheme(
     rules = target_supporting(target, family, scheme)
     if scope == "engine" and rules is not None:
         choices = [each for each in choices if all(each in supported_schemes(rules, family, layer) for layer in layers)]
-    misfit = _misfit(layers, scheme, group_size) if scheme in choices else ""
-    if misfit:
+    fault = misfit(layers, scheme, group_size) if scheme in choices else ""
+    if fault:
         choices.remove(scheme)
     chosen = choices[0] if choices else Scheme.FLOAT
-    if misfit:
-        return Decision(chosen, misfit, f"{first} is {chosen}: {misfit}")
+    if fault:
+        return Decision(chosen, fault, f"{first} is {chosen}: {fault}")
     if chosen == scheme:
         return Decision(scheme)
     target = as_target(target)
@@ -102,7 +102,7 @@ def _excluded(
     return None
 
 
-def _misfit(layers: Mapping[str, Sequence[int] | None], scheme: Scheme, group_size: int) -> str:
+def misfit(layers: Mapping[str, Sequence[int] | None], scheme: Scheme, group_size: int) -> str:
     """Returns why the weights cannot be stored in groups, or an empty string."""
     for shape in layers.values():
         if shape is None or not scheme.spec.weight.per_group:

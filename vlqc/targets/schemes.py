@@ -159,6 +159,9 @@ FLOAT_ACTIVATION = ActivationFormat(16)
 PER_TENSOR = ActivationFormat(8, is_static=True)
 PER_TOKEN = ActivationFormat(8, is_dynamic=True, cost=0.1)
 PER_TENSOR_OR_TOKEN = ActivationFormat(8, is_static=True, is_dynamic=True, cost=0.1)
+# Overhead of integer weights with float inputs. Their products take as long as those of float weights, twice as long as
+# those of integers. That matters for prompts and not for single tokens, where reading takes the time: the mean of both.
+FLOAT_PRODUCTS = 0.5
 
 
 # ---- the schemes -----------------------------------------------------------------------------------------------------
@@ -184,8 +187,7 @@ class SchemeSpec:
 
     name: in quant_model_description.json; stored: the tensors of a Linear, its bias aside; module: the quantized
     layer, as "module:class" in `vlqc.kernels_ref`, empty for float layers; substitute: name of the scheme for layers on
-    which an engine does not run this one, tried before FLOAT; alternatives: names of those that the precision search
-    may choose in its place, in this order, with static inputs or groups only if this one has them; output_multiple: of
+    which an engine does not run this one, tried before FLOAT; output_multiple: of
     which the number of outputs must be a multiple; naming_priority: a folder of several schemes is named after the one
     with the highest; aliases: other names on the command line, in lower case.
     """
@@ -197,7 +199,6 @@ class SchemeSpec:
     report: ReportStyle
     module: str = ""
     substitute: str | None = None
-    alternatives: tuple[str, ...] = ()
     output_multiple: int = 1
     naming_priority: int = 0
     aliases: tuple[str, ...] = ()
@@ -219,6 +220,22 @@ class SchemeSpec:
         Engines apply the bias of a norm before such layers only.
         """
         return self.activation.is_static and not self.activation.is_dynamic
+
+    @property
+    def has_one_arithmetic(self) -> bool:
+        """Whether it is known how engines quantize the inputs. Otherwise they decide when they run the layer, so that
+        its error depends on where it runs."""
+        return not (self.activation.is_static and self.activation.is_dynamic)
+
+    @property
+    def overhead(self) -> float:
+        """Run time beyond reading the layer's tensors, as a fraction of the time to read them."""
+        return FLOAT_PRODUCTS if self.is_quantized and not self.activation.is_quantized else self.activation.cost
+
+    @property
+    def cost(self) -> float:
+        """Run time per weight: bits to read, and the overhead. Scales and biases aside."""
+        return self.weight.bits * (1 + self.overhead)
 
     def quant_linear(self) -> type["QuantLinear"]:
         """The class of the quantized layer. Raises ValueError for a scheme without one."""
@@ -250,7 +267,6 @@ class Scheme(StrEnum):
         report=ReportStyle("W8A8, static", "8", light=("#2f6fb0", "#ffffff"), dark=("#6cabea", "#10141a")),
         module="quant_linear:StaticQuantLinear",
         substitute="W8A8_DYNAMIC",
-        alternatives=("W8A8_DYNAMIC", "FLOAT"),
         naming_priority=3,
     )
     W8A8_DYNAMIC = SchemeSpec(
@@ -260,7 +276,6 @@ class Scheme(StrEnum):
         stored=INT8_WEIGHT,
         report=ReportStyle("W8A8, dynamic per token", "d", light=("#0b7a7c", "#ffffff"), dark=("#53c5bd", "#10141a")),
         module="quant_linear:DynamicQuantLinear",
-        alternatives=("FLOAT",),
         naming_priority=2,
     )
     W8A8_MIX = SchemeSpec(
@@ -271,7 +286,6 @@ class Scheme(StrEnum):
         report=ReportStyle("W8A8, static or dynamic", "m", light=("#6a4fb3", "#ffffff"), dark=("#b3a0f0", "#10141a")),
         module="quant_linear:MixQuantLinear",
         substitute="W8A8_DYNAMIC",
-        alternatives=("W8A8_DYNAMIC", "FLOAT"),
         naming_priority=4,
         aliases=("w8a8_pdmix",),  # of MindIE
     )
@@ -285,7 +299,6 @@ class Scheme(StrEnum):
         ),
         module="quant_linear:GroupQuantLinear",
         substitute="W8A8_DYNAMIC",
-        alternatives=("W8A8_DYNAMIC", "FLOAT"),
         output_multiple=8,  # operators that take packed int4 weights read eight outputs at a time
         naming_priority=5,
         aliases=("w4a8",),
@@ -297,7 +310,6 @@ class Scheme(StrEnum):
         stored=INT8_WEIGHT,
         report=ReportStyle("W8A16, float inputs", "w", light=("#5c7d2e", "#ffffff"), dark=("#a9c96b", "#10141a")),
         module="quant_linear:WeightOnlyQuantLinear",
-        alternatives=("FLOAT",),
         naming_priority=1,
     )
     FLOAT = SchemeSpec(
@@ -317,11 +329,6 @@ class Scheme(StrEnum):
     def substitute(self) -> "Scheme | None":
         """The scheme for layers on which an engine does not run this one, tried before FLOAT."""
         return None if self.spec.substitute is None else Scheme(self.spec.substitute)
-
-    @property
-    def alternatives(self) -> tuple["Scheme", ...]:
-        """What the precision search may choose in its place, in this order."""
-        return tuple(Scheme(name) for name in self.spec.alternatives)
 
 
 DEFAULT_SCHEME = Scheme.W8A8

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from tests.support.random_stage import decoder, staged, through
@@ -24,7 +25,7 @@ from vlqc.pipeline.precision_search import SearchResult
 from vlqc.targets.schemes import Scheme
 from vlqc.targets.vllm_ascend import VLLM_ASCEND
 
-STATIC, DYNAMIC, FLOAT = Scheme.W8A8, Scheme.W8A8_DYNAMIC, Scheme.FLOAT
+STATIC, DYNAMIC, WEIGHTS_ONLY, FLOAT = Scheme.W8A8, Scheme.W8A8_DYNAMIC, Scheme.W8A16, Scheme.FLOAT
 PIPELINE = QuantizeActivations(), QuantizeWeights(), MeasureSensitivity(target="vllm-ascend"), LowerLinears()
 
 
@@ -109,14 +110,31 @@ def test_bytes_are_those_of_the_tensors(tmp_path: Path) -> None:
     deferred = DeferredStages(tmp_path / "waiting")
     store(deferred, lowered())
     for number, group in enumerate(deferred.groups()):
-        assert set(group.candidates) == {STATIC, DYNAMIC, FLOAT}
+        assert set(group.candidates) == {STATIC, DYNAMIC, FLOAT} | ({WEIGHTS_ONLY} if number else set())
         weights = sum(decoder().sites[name].shape[0] * decoder().sites[name].shape[1] for name in group.sites)
         rows = sum(decoder().sites[name].shape[0] for name in group.sites)
         biases = 2 * rows if number == 0 else 0  # q, k, v
         assert group.candidates[FLOAT].bytes == 2 * weights + biases
         assert group.candidates[DYNAMIC].bytes == weights + 8 * rows + biases  # two float32 per row
+        if number:
+            assert group.candidates[WEIGHTS_ONLY].bytes == group.candidates[DYNAMIC].bytes
         # ... beside them an int32 and a float32, and per layer the input's scale and offset
         assert group.candidates[STATIC].bytes == weights + 16 * rows + 8 * len(group.sites) + biases
+
+
+def test_equal_tensors_are_stored_once(tmp_path: Path) -> None:
+    """Catches a weight on the disk for every scheme that has the same one, and one that is taken for another."""
+    deferred, stage = DeferredStages(tmp_path / "waiting"), lowered()
+    store(deferred, stage)
+    (record,) = [deferred.last_record()]
+    keys: dict[tuple[str, str], int] = {(name, choice): key for name, _, key, _, choice in record["tensors"]}
+    weight = "model.layers.0.mlp.down_proj.weight"
+    assert keys[weight, DYNAMIC] == keys[weight, WEIGHTS_ONLY]
+    assert len({keys[weight, choice] for choice in (STATIC, DYNAMIC, FLOAT)}) == 3
+    with safe_open(tmp_path / "waiting" / "0.safetensors", framework="pt") as file:
+        assert set(file.keys()) == set(map(str, keys.values()))
+    size = (tmp_path / "waiting" / "0.safetensors").stat().st_size
+    assert size < 0.8 * sum(candidate.bytes for group in deferred.groups() for candidate in group.candidates.values())
 
 
 def test_modules_of_a_stage_are_freed(tmp_path: Path) -> None:

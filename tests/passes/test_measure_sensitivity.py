@@ -26,15 +26,19 @@ from vlqc.targets.rules import supported_schemes
 from vlqc.targets.schemes import Scheme
 
 STATIC, DYNAMIC, INT4, FLOAT = Scheme.W8A8, Scheme.W8A8_DYNAMIC, Scheme.W4A8_DYNAMIC, Scheme.FLOAT
+MIX, WEIGHTS_ONLY = Scheme.W8A8_MIX, Scheme.W8A16
 FREE = "vllm-ascend"
 
 
-def measured(scheme: Scheme, target: str = FREE, *between: Pass, **options: object) -> Stage:
-    """A decoder layer with outliers, its groups in one scheme where the target runs that, and measured."""
+def measured(scheme: Scheme, target: str = FREE, *between: Pass, group_size: int = 64, **options: object) -> Stage:
+    """A decoder layer with outliers, its groups in one scheme where the target runs that, and measured.
+
+    group_size: of other schemes; 64 is too large for 4-bit weights of this layer.
+    """
     assign = AssignPrecision(str(scheme), GROUP_SIZE, target, fallback="none", **options)  # type: ignore[arg-type]
     integers = QuantizeActivations(), QuantizeWeights()
-    stage = decoder(outliers=True)
-    return through(stage, InsertObservers(), assign, *between, *integers, MeasureSensitivity(target=target))
+    measure = MeasureSensitivity(target=target, group_size=group_size)
+    return through(decoder(outliers=True), InsertObservers(), assign, *between, *integers, measure)
 
 
 def only(group: tuple[str, ...], scheme: Scheme) -> Stage:
@@ -92,24 +96,30 @@ def test_a_float_is_rounded_too() -> None:
 
 
 @pytest.mark.parametrize(
-    ("assigned", "target", "supported"),
+    ("assigned", "target", "with_bias", "without_bias"),
     [
-        (STATIC, "vllm-ascend", [STATIC, DYNAMIC, FLOAT]),
-        (STATIC, "vllm-ascend@0.10.2rc2", [STATIC, FLOAT]),
-        (STATIC, "mindie", [STATIC, FLOAT]),
-        (STATIC, "both", [STATIC, FLOAT]),
-        (DYNAMIC, "vllm-ascend", [DYNAMIC, FLOAT]),
-        (DYNAMIC, "mindie", [DYNAMIC, FLOAT]),
-        (INT4, "vllm-ascend", [INT4, DYNAMIC, FLOAT]),
+        (STATIC, "vllm-ascend", [DYNAMIC], [INT4, DYNAMIC, WEIGHTS_ONLY]),
+        (STATIC, "vllm-ascend@0.10.2rc2", [], []),
+        (STATIC, "vllm-ascend@0.27", [DYNAMIC], [DYNAMIC, WEIGHTS_ONLY]),
+        (STATIC, "mindie", [], []),
+        (STATIC, "both", [], []),
+        (DYNAMIC, "vllm-ascend", [STATIC], [INT4, STATIC, WEIGHTS_ONLY]),
+        (DYNAMIC, "mindie", [], []),
+        (MIX, "vllm-ascend", [STATIC, DYNAMIC], [INT4, STATIC, DYNAMIC, WEIGHTS_ONLY]),
+        (WEIGHTS_ONLY, "vllm-ascend", [], [INT4, STATIC, DYNAMIC]),
+        (INT4, "vllm-ascend", [STATIC], [STATIC, DYNAMIC, WEIGHTS_ONLY]),
     ],
 )
-def test_only_what_the_target_runs(assigned: Scheme, target: str, supported: list[Scheme]) -> None:
-    """Catches alternatives that the engine does not run in this layer, or not together with the others."""
-    for sensitivity in measured(assigned, target).sensitivities:
-        expected = (
-            supported if sensitivity.assigned == assigned else [DYNAMIC, FLOAT]
-        )  # of biased linears beside 4 bits
+def test_only_what_the_target_runs(
+    assigned: Scheme, target: str, with_bias: list[Scheme], without_bias: list[Scheme]
+) -> None:
+    """Catches a candidate that the engine does not run in this layer, or not together with the others, and one that is
+    left out because another scheme was asked for."""
+    for sensitivity in measured(assigned, target, group_size=GROUP_SIZE).sensitivities:
+        has_bias = "q_proj" in sensitivity.sites[0]
+        expected = [sensitivity.assigned, *(with_bias if has_bias else without_bias), FLOAT]
         assert list(sensitivity.noise) == list(sensitivity.modules) == expected
+        assert sensitivity.assigned == (DYNAMIC if has_bias and assigned == INT4 else assigned)
         assert all(
             scheme in supported_schemes(target, QWEN2_5_VL, name)
             for name in sensitivity.sites
@@ -126,7 +136,8 @@ def test_float16_has_no_dynamic_scheme() -> None:
         decoder(dtype=torch.float16), InsertObservers(), AssignPrecision(target=FREE), QuantizeActivations()
     )
     stage = through(stage, QuantizeWeights(), MeasureSensitivity(target=FREE))
-    assert [list(sensitivity.noise) for sensitivity in stage.sensitivities] == [[STATIC, FLOAT]] * 3
+    candidates = [list(sensitivity.noise) for sensitivity in stage.sensitivities]
+    assert candidates == [[STATIC, FLOAT], *[[STATIC, WEIGHTS_ONLY, FLOAT]] * 2]
 
 
 def test_a_shifted_norm_keeps_its_readers_static() -> None:
@@ -137,7 +148,7 @@ def test_a_shifted_norm_keeps_its_readers_static() -> None:
     assert biased, "nothing was shifted: this test is about nothing"
     for sensitivity in shifted.sensitivities:
         behind = any(sensitivity.source in name.replace(".", "_") for name in biased)
-        assert list(sensitivity.noise) == ([STATIC] if behind else [STATIC, DYNAMIC, FLOAT])
+        assert list(sensitivity.noise) == ([STATIC] if behind else [STATIC, DYNAMIC, WEIGHTS_ONLY, FLOAT])
 
 
 def test_excluded_groups_are_left_alone() -> None:

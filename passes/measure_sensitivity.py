@@ -88,11 +88,11 @@ class MeasureSensitivity(Pass):
         has_inputs = all(each is not None and not each.is_empty for each in observed)
         return [
             scheme
-            for scheme in self.candidates(members, stage.family, str(stage.dtype).removeprefix("torch."))
+            for scheme in self.search_candidates(members, stage.family, str(stage.dtype).removeprefix("torch."))
             if scheme == assigned or has_inputs or not scheme.spec.activation.is_static
         ]
 
-    def candidates(self, members: Sequence[Site], family: ModelFamily, dtype: str) -> list[Scheme]:
+    def search_candidates(self, members: Sequence[Site], family: ModelFamily, dtype: str) -> list[Scheme]:
         """The schemes of a quantized group of `Stage.scheme_groups` by the rules of the target; see
         `candidate_schemes`."""
         return candidate_schemes(

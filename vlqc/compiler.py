@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlqc.emit.size_estimate import check_size
 from vlqc.frontend.calibration.samples import reject_conflicting_arguments
 from vlqc.frontend.distributed import init_distributed
 from vlqc.frontend.streamed_model import open_model
@@ -48,6 +49,7 @@ def compile(
     check_layers(model, options)
     rotate_model(model, pipeline)  # streams and heads that the passes rotate; tensors outside the stages at once
     check_engines(model, options)
+    check_size(model, options, pipeline)
     dataset = calibration_data(options, pipeline, model, samples)
     # folder, journal, progress, summary; renames the result on exit
     with open_run(options, pipeline, model, dataset, progress) as run:

@@ -6,7 +6,7 @@ from typing import Any
 
 from vlqc.emit.folder_writer import FolderWriter, committed_plan
 from vlqc.emit.resume.journal import Journal, open_journal
-from vlqc.emit.size_estimate import predict_cache, predict_schemes
+from vlqc.emit.size_estimate import other_bytes, predict_cache, predict_schemes
 from vlqc.frontend.activation_offload import ActivationOffload
 from vlqc.frontend.calibration.dataset import CalibrationDataset
 from vlqc.frontend.calibration.samples import group_by_images
@@ -137,12 +137,18 @@ class CompilationRun:
         if not self._process_group.is_rank0:
             return
         if self._writer:
-            self._summary.apply_search(self._writer.resolve_schemes())
+            self._summary.apply_search(self._writer.resolve_schemes(other_bytes(self.model)))
             self._writer.copy_rest(self.model.non_stage_parameters())
             self._writer.finish()
         else:  # resumed when the result was already in place
             self._summary.apply_search(
-                committed_plan(self._journal.result, self.options, self.model.family, self._journal.commits)
+                committed_plan(
+                    self._journal.result,
+                    self.options,
+                    self.model.checkpoint,
+                    self._journal.commits,
+                    other_bytes(self.model),
+                )
             )
         self._summary.note_unreached_experts()
         self._summary.note_overflow()

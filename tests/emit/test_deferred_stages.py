@@ -126,15 +126,13 @@ def test_equal_tensors_are_stored_once(tmp_path: Path) -> None:
     """Catches a weight on the disk for every scheme that has the same one, and one that is taken for another."""
     deferred, stage = DeferredStages(tmp_path / "waiting"), lowered()
     store(deferred, stage)
-    (record,) = [deferred.last_record()]
+    record = deferred.last_record()
     keys: dict[tuple[str, str], int] = {(name, choice): key for name, _, key, _, choice in record["tensors"]}
     weight = "model.layers.0.mlp.down_proj.weight"
     assert keys[weight, DYNAMIC] == keys[weight, WEIGHTS_ONLY]
     assert len({keys[weight, choice] for choice in (STATIC, DYNAMIC, FLOAT)}) == 3
     with safe_open(tmp_path / "waiting" / "0.safetensors", framework="pt") as file:
         assert set(file.keys()) == set(map(str, keys.values()))
-    size = (tmp_path / "waiting" / "0.safetensors").stat().st_size
-    assert size < 0.8 * sum(candidate.bytes for group in deferred.groups() for candidate in group.candidates.values())
 
 
 def test_modules_of_a_stage_are_freed(tmp_path: Path) -> None:

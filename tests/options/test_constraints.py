@@ -139,30 +139,37 @@ def test_refused_combinations_name_the_flags_to_change(
 
 @pytest.mark.parametrize("fallback", ["reference", "none", "auto"])
 @pytest.mark.parametrize("min_sqnr", [None, 0, 30.5])
-@pytest.mark.parametrize("max_float_groups", [None, 0, 4])
+@pytest.mark.parametrize(("max_float_groups", "max_bytes"), [(None, None), (0, None), (4, None), (None, 9), (4, 9)])
 def test_a_search_has_one_target(
-    folders: dict[str, Any], fallback: str, min_sqnr: float | None, max_float_groups: int | None
+    folders: dict[str, Any],
+    fallback: str,
+    min_sqnr: float | None,
+    max_float_groups: int | None,
+    max_bytes: int | None,
 ) -> None:
     """Catches a search without a goal, one with two, and a goal that is ignored because there is no search.
 
     Every error names all flags in use, zeros too, and its suggestion is valid.
     """
-    given = {"min_sqnr": min_sqnr, "max_float_groups": max_float_groups}
+    given = {"min_sqnr": min_sqnr, "max_float_groups": max_float_groups, "max_bytes": max_bytes}
     flags = [f"--{name} {value}" for name, value in given.items() if value is not None]
     chosen = {**folders, "fallback": fallback, **given}
     if len(flags) == (1 if fallback == "auto" else 0):
         options = Options.from_user(**chosen)
-        assert (options.fallback, options.min_sqnr, options.max_float_groups) == (fallback, min_sqnr, max_float_groups)
+        assert {name: getattr(options, name) for name in chosen if name not in folders} == {
+            "fallback": fallback,
+            **given,
+        }
         return
     (fault,) = faults_of(**chosen)
     first, fix = fault.split("\n")[0], fault.split("what to do:")[1]
     assert all(flag in first for flag in (f"--fallback {fallback}", *flags))
     if fallback == "auto":
-        assert "--min_sqnr" in fix and "--max_float_groups" in fix
-        Options.from_user(**{**chosen, "min_sqnr": 30, "max_float_groups": None})
+        assert "--min_sqnr" in fix and "--max_float_groups" in fix and "--max_bytes" in fix
+        Options.from_user(**{**chosen, "min_sqnr": 30, "max_float_groups": None, "max_bytes": None})
     else:
         assert "--fallback auto" in fix
-        assert len(flags) == 2 or Options.from_user(**{**chosen, "fallback": "auto"})
+        assert len(flags) > 1 or Options.from_user(**{**chosen, "fallback": "auto"})
 
 
 def test_a_target_that_cannot_be_read_has_no_echo(folders: dict[str, Any]) -> None:

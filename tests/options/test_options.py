@@ -22,6 +22,7 @@ REFERENCE_DEFAULTS = {
 OUR_DEFAULTS = {
     "target": None, "strict_target": False, "anti_alpha": None, "shift": False, "modality_balance": True,
     "weight_method": "auto", "propagate": "float", "fallback": "reference", "min_sqnr": None, "max_float_groups": None,
+    "max_bytes": None,
     "exclude": (), "include": (), "w4a8_scope": "engine", "max_samples": None, "memory_budget": None,
     "seed": 0, "max_tokens": None, "overwrite": False, "skip_bad_images": False, "dump_ir": None, "pipeline": None,
     "timings": None, "resume": False, "start_over": False, "dump_stages": (), "dump_formats": "text",
@@ -61,6 +62,19 @@ def test_legal_values_in_words() -> None:
         "seed": "an integer >= 0",
         "min_sqnr": "a number from 0 to 100",
     }
+
+
+@pytest.mark.parametrize(
+    ("value", "size"),
+    [
+        (123, 123), ("123", 123), ("123B", 123), ("5.5GB", 5_500_000_000), ("5.5 GiB", 11 * 2**29),
+        ("0.1kib", 102), ("1TiB", 2**40), ("none", None),
+    ],
+)  # fmt: skip
+def test_sizes_with_units(folders: dict[str, Any], value: object, size: int | None) -> None:
+    """Catches a unit that is off by 2.4 % or more, and binary fractions of decimal numbers."""
+    options = Options.from_user(**folders, fallback="auto", max_bytes=value, min_sqnr=9 if size is None else None)
+    assert options.max_bytes == size
 
 
 def test_text_reads_like_values(folders: dict[str, Any]) -> None:
@@ -116,6 +130,12 @@ def test_words_for_false(folders: dict[str, Any], word: object) -> None:
         ("min_sqnr", "inf", "from 0 to 100"),
         ("max_float_groups", -1, "an integer >= 0"),
         ("max_float_groups", 2.5, "an integer >= 0"),
+        ("max_bytes", "5.5", "5.5GiB"),
+        ("max_bytes", "5 GiBs", "5.5GiB"),
+        ("max_bytes", "-5GB", "5.5GiB"),
+        ("max_bytes", 0, "5.5GiB"),
+        ("max_bytes", True, "5.5GiB"),
+        ("max_bytes", 5.5e9, "5.5GiB"),
         ("anti_alpha", 1.5, "from 0 to 1"),
         ("anti_alpha", "nan", "from 0 to 1"),
         ("anti_alpha", True, "from 0 to 1"),

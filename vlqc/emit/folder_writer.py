@@ -10,9 +10,8 @@ from torch import Tensor
 
 from vlqc.emit.background_writer import BackgroundWriter
 from vlqc.emit.deferred_stages import FOLDER, DeferredStages
-from vlqc.emit.shard_writer import ShardWriter
+from vlqc.emit.shard_writer import ShardWriter, most_header_bytes
 from vlqc.emit.stage_tensors import EmittedTensor, float_tensor, header_bytes, stage_tensors
-from vlqc.families.family import ModelFamily
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.frontend.emitted_dtype import dtype_name, emitted_dtype
 from vlqc.frontend.rotated_tensors import RotatedTensors
@@ -52,8 +51,9 @@ class FolderWriter:
         self.schemes: dict[str, TensorScheme] = {}
         self.corrected = False
         self.on_stage_written: Callable[[int, Callable[[], None]], None] = lambda number, discard: discard()
-        limit = None if options.part_file_size is None else options.part_file_size * GIB
-        self._shards = ShardWriter(folder, header_bytes=header_bytes(checkpoint), limit=limit, resumable=True)
+        self._shards = ShardWriter(
+            folder, header_bytes=header_bytes(checkpoint), limit=file_limit(options), resumable=True
+        )
         self._writer = BackgroundWriter(self._shards)
         self._deferred = DeferredStages(folder / FOLDER) if options.fallback == "auto" else None
         self._committed = 0  # how many of `schemes` the previous commits cover
@@ -69,14 +69,16 @@ class FolderWriter:
         else:
             self._deferred.store(stage, tensors, packed=self.layout.packs_int4)
 
-    def resolve_schemes(self) -> SearchResult | None:
+    def resolve_schemes(self, other_bytes: int = 0) -> SearchResult | None:
         """After the last stage: writes the deferred ones in the schemes that the precision search chooses.
+
+        other_bytes: size of the tensors outside the stages, which counts for --max_bytes.
 
         Returns the search's result; None without a search, or without a group to decide about.
         """
         if self._deferred is None:
             return None
-        deferred, plan = self._deferred, choose_schemes(self._deferred, self.options, self.checkpoint.family)
+        deferred, plan = self._deferred, choose_schemes(self._deferred, self.options, self.checkpoint, other_bytes)
         for number, tensors in deferred.load(plan):
             self.add(tensors)
             self.on_stage_written(number, partial(deferred.discard, number))
@@ -180,26 +182,38 @@ class FolderWriter:
         self._writer.stop()
 
 
-def choose_schemes(deferred: DeferredStages, options: Options, family: ModelFamily) -> SearchResult:
-    """The precision search over all groups of the deferred stages."""
+def choose_schemes(
+    deferred: DeferredStages, options: Options, checkpoint: Checkpoint, other_bytes: int
+) -> SearchResult:
+    """The precision search over all groups of the deferred stages. other_bytes: as for `resolve_schemes`."""
+    fixed_bytes = deferred.fixed_bytes + other_bytes
+    if options.max_bytes is not None:
+        fixed_bytes += most_header_bytes(options.max_bytes, header_bytes(checkpoint), file_limit(options))
     return search_schemes(
         deferred.groups(),
         target=options.engine_target,
-        family=family,
+        family=checkpoint.family,
         min_sqnr=options.min_sqnr,
         max_float_groups=options.max_float_groups,
+        max_bytes=options.max_bytes,
+        fixed_bytes=fixed_bytes,
     )
 
 
+def file_limit(options: Options) -> int | None:
+    """The maximum size of one weight file, in bytes; None for a single file."""
+    return None if options.part_file_size is None else options.part_file_size * GIB
+
+
 def committed_plan(
-    folder: Path, options: Options, family: ModelFamily, records: Sequence[Mapping[str, Any]]
+    folder: Path, options: Options, checkpoint: Checkpoint, records: Sequence[Mapping[str, Any]], other_bytes: int
 ) -> SearchResult | None:
     """The search's result for a folder that is complete, from the records of its commits; None without a search."""
     if options.fallback != "auto":
         return None
     deferred, states = DeferredStages(folder / FOLDER), _deferred_records(records)
     deferred.restore(states, set(range(len(states))))
-    plan = choose_schemes(deferred, options, family)
+    plan = choose_schemes(deferred, options, checkpoint, other_bytes)
     return plan if plan.groups else None
 
 

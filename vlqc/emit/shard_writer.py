@@ -218,6 +218,15 @@ class ShardWriter:
         self._file = None
 
 
+def most_header_bytes(data: int, header_bytes: int, limit: int | None) -> int:
+    """An upper bound of the headers of all files with so many bytes of tensors, whatever their order; exact for one
+    file. header_bytes, limit: as for `ShardWriter`."""
+    size = LENGTH_FIELD + -(-header_bytes // ALIGNMENT) * ALIGNMENT
+    if limit is None or size + data <= limit:
+        return size
+    return size * (2 * data // max(limit - size, 1) + 1)  # two files that follow each other hold more than the limit
+
+
 def _raw(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor on the CPU."""
     raw: memoryview = tensor.flatten().view(torch.uint8).numpy().data

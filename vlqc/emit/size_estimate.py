@@ -7,19 +7,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlqc.emit.shard_writer import LENGTH_FIELD
+from vlqc.emit.folder_writer import file_limit
+from vlqc.emit.shard_writer import LENGTH_FIELD, most_header_bytes
 from vlqc.emit.stage_tensors import header_bytes
+from vlqc.errors import Fault, UserError
 from vlqc.families.linear import Linear
+from vlqc.formatting import format_bytes
 from vlqc.frontend.emitted_dtype import dtype_name
 from vlqc.frontend.memory import expert_file_bytes, offloaded_bytes, stage_values
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.ir.stage import Site
+from vlqc.options.fields import flag_of
 from vlqc.options.options import Options
 from vlqc.pipeline.pass_api import Pass
+from vlqc.pipeline.precision_search import Candidate, SearchGroup
+from vlqc.pipeline.precision_search import size_range as group_size_range
 from vlqc.targets.cache_schemes import CacheScheme
 from vlqc.targets.caches import projections
 from vlqc.targets.engine import Engine
 from vlqc.targets.schemes import Scheme, StorageFormat, stored_tensors, tensors_bytes
+from vlqc.targets.target import parse_target
 
 
 def required_disk_space(
@@ -79,16 +86,16 @@ class SearchSpace:
 
 
 def predict_search(model: StreamedModel, sites: Mapping[str, Site], passes: Sequence[Pass]) -> SearchSpace:
-    """The candidates that the first pass with a `candidates` method will measure for every quantized group.
+    """The candidates that the first pass with a `search_candidates` method will measure for every quantized group.
 
     sites: from `predict_schemes`. A pass that adds a bias to a norm leaves fewer.
     """
-    measure: Any = next((step for step in passes if hasattr(step, "candidates")), None)
+    measure: Any = next((step for step in passes if hasattr(step, "search_candidates")), None)
     candidates: dict[tuple[str, ...], Sequence[Scheme]] = {}
     for group in model.family.scheme_groups(sites) if measure is not None else ():
         members = [sites[member] for member in group]
         if members and members[0].is_quantized:
-            schemes = measure.candidates(members, model.family, dtype_name(model.emitted_dtype))
+            schemes = measure.search_candidates(members, model.family, dtype_name(model.emitted_dtype))
             candidates[tuple(group)] = schemes
     return SearchSpace(candidates, getattr(measure, "group_size", 0))
 
@@ -144,6 +151,58 @@ def layer_bytes(
 
 def _dtype_code(model: StreamedModel) -> str:
     return "F16" if model.emitted_dtype == torch.float16 else "BF16"
+
+
+def other_bytes(model: StreamedModel) -> int:
+    """Bytes of the tensors outside the stages in the result."""
+    parameters = model.parameters(model.module)
+    return sum(parameters[name].numel() for name in model.non_stage_parameters()) * model.emitted_dtype.itemsize
+
+
+def size_range(model: StreamedModel, options: Options, passes: Sequence[Pass]) -> tuple[int, int] | None:
+    """The smallest and the largest size of all weight files that the precision search can choose, exact but for
+    --part_file_size and --shift; None without a search, or without a group that is known to have candidates."""
+    sites = predict_schemes(model, passes)
+    search = predict_search(model, sites, passes)
+    if options.fallback != "auto" or not search.candidates:
+        return None
+    groups = []
+    for group, schemes in search.candidates.items():
+        members = [sites[layer] for layer in group]
+        candidates = {
+            scheme: Candidate(
+                0.0, sum(layer_bytes(model, options.layout, site, [scheme], search.group_size) for site in members)
+            )
+            for scheme in schemes
+        }
+        groups.append(SearchGroup(model.family.part(group[0]), group, schemes[0], candidates))
+    total = output_bytes(model, sites, options.layout, cache=predict_cache(passes))
+    fixed = total - sum(group.candidates[group.assigned].bytes for group in groups)
+    header = header_bytes(model.checkpoint)
+    if options.max_bytes is not None and options.part_file_size is not None:
+        fixed += most_header_bytes(options.max_bytes, header, file_limit(options)) - LENGTH_FIELD - header
+    smallest, largest = group_size_range(groups, options.engine_target, model.family)
+    return fixed + smallest, fixed + largest
+
+
+def check_size(model: StreamedModel, options: Options, passes: Sequence[Pass]) -> None:
+    """UserError for a --max_bytes that no choice of schemes meets, or that every choice meets."""
+    sizes = size_range(model, options, passes)
+    if options.max_bytes is None or sizes is None:
+        return
+    flag, target = f"{flag_of('max_bytes')} {options.max_bytes}", parse_target(options.engine_target).text
+    smallest, largest = sizes
+    if options.max_bytes < smallest:
+        why = (
+            f"the smallest weight files have {smallest} bytes ({format_bytes(smallest)}): every layer in the smallest "
+            f"scheme in which {target} runs it, and what is always float"
+        )
+        fix = f"use {flag_of('max_bytes')} {smallest} or more, exclude fewer layers, or use another --target"
+        raise UserError(Fault(f"{flag} cannot be met", why=why, fix=fix))
+    if options.max_bytes >= largest:
+        why = f"the largest weight files that the search can choose have {largest} bytes ({format_bytes(largest)})"
+        fix = f"use less than that, or {flag_of('min_sqnr')} DB"
+        raise UserError(Fault(f"{flag} is no limit", why=why, fix=fix))
 
 
 def stage_output_bytes(model: StreamedModel, samples: Sequence[Mapping[str, Tensor]]) -> int:

@@ -15,6 +15,8 @@ from vlqc.targets.engine import join_and, join_or
 from vlqc.targets.schemes import DEFAULT_SCHEME, Scheme
 from vlqc.targets.target import BOTH, ENGINES, engine_of_option, parse_target
 
+GOALS = "--min_sqnr DB, --max_float_groups NUMBER and --max_bytes BYTES"
+
 
 def combination_faults(options: OptionFields, illegal: Set[str] = frozenset()) -> list[Fault]:
     """Every invalid combination, each with the flags to change.
@@ -91,12 +93,13 @@ def _fallback(options: OptionFields) -> Iterator[Fault]:
     goals = {
         f"--min_sqnr {options.min_sqnr or 0:g}": options.min_sqnr is not None,
         f"--max_float_groups {options.max_float_groups}": options.max_float_groups is not None,
+        f"--max_bytes {options.max_bytes}": options.max_bytes is not None,
     }
     flags = [flag for flag, is_set in goals.items() if is_set]
     if options.fallback == "auto" and len(flags) != 1:
         what = " with ".join(["--fallback auto", *flags])
         why = "it needs a goal" if not flags else "it has only one goal"
-        yield Fault(what, why=why, fix="use either --min_sqnr DB or --max_float_groups NUMBER")
+        yield Fault(what, why=why, fix=f"use one of {GOALS}")
     elif options.fallback != "auto" and flags:
         what = f"{' with '.join(flags)} with --fallback {options.fallback}"
         yield Fault(what, why="only --fallback auto has a goal", fix="add --fallback auto")
@@ -204,7 +207,7 @@ RULES: tuple[tuple[frozenset[str], Callable[[OptionFields], Iterator[Fault]]], .
     (frozenset({"anti_method", "anti_alpha"}), _alpha),
     (SCHEME | {"anti_method", "shift", "target"}, _shift),
     (SCHEME | {"w4a8_scope"}, _scope),
-    (frozenset({"fallback", "min_sqnr", "max_float_groups"}), _fallback),
+    (frozenset({"fallback", "min_sqnr", "max_float_groups", "max_bytes"}), _fallback),
     (SCHEME | LAYOUTS | {"model_path", "target", "kv_cache"}, _cache),
     (SCHEME | LAYOUTS | {"model_path", "target", "strict_target", "w4a8_scope", "exclude", "kv_cache"}, _strict),
     (frozenset({"exclude", "include"}), _layers),

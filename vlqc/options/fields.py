@@ -8,6 +8,7 @@ import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -33,6 +34,11 @@ CACHES = ("none", *(scheme.spec.option for scheme in CacheScheme))
 SCHEME_NAMES = tuple(option_name(scheme) for scheme in Scheme if scheme.is_quantized)
 FLOAT_NAMES = tuple(map(option_name, floats()))
 LARGEST_INTEGER = 10**18 - 1
+BYTE_UNITS = {"": 1, "b": 1} | {
+    f"{letter}{suffix}": base**power
+    for power, letter in enumerate("kmgt", 1)
+    for suffix, base in (("b", 1000), ("ib", 1024))
+}
 # Layer names contain none of these characters, and the pipeline syntax uses them as separators.
 NOT_IN_A_GLOB = re.compile(r"[\s,;{}]")
 
@@ -56,6 +62,18 @@ def _integer(value: Any) -> Any:
 
 def _number(value: Any) -> Any:
     return float(value) if isinstance(value, str) else value
+
+
+def _byte_count(value: Any) -> Any:
+    """A size in bytes: 5500000000, "5.5GB" (powers of 1000) or "5.5 GiB" (powers of 1024). Fractions of a byte are
+    dropped."""
+    if isinstance(value, str) and (match := re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)\s*", value)):
+        number, unit = Fraction(match[1]), match[2].lower()
+        if unit in BYTE_UNITS and (unit or number.denominator == 1):
+            return int(number * BYTE_UNITS[unit])
+    if type(value) is not int:
+        raise InvalidValue("not a number of bytes", "pass a number of bytes, or a number with a unit: 5.5GiB, 5.5GB")
+    return value
 
 
 def _path(value: Any) -> Path:
@@ -140,7 +158,8 @@ Bits = Annotated[Literal[4, 8], Integer]
 Count = Annotated[int, Field(ge=0, le=LARGEST_INTEGER), Integer]
 PositiveCount = Annotated[int, Field(ge=1, le=LARGEST_INTEGER), Integer]
 FrameCount = Annotated[int, Field(ge=2, le=LARGEST_INTEGER), Integer]  # a temporal step has two frames
-Fraction = Annotated[float, Field(ge=0, le=1, strict=True, allow_inf_nan=False), Number]
+ByteCount = Annotated[int, Field(ge=1, le=LARGEST_INTEGER), BeforeValidator(_byte_count)]
+Share = Annotated[float, Field(ge=0, le=1, strict=True, allow_inf_nan=False), Number]
 Decibels = Annotated[float, Field(ge=0, le=100, strict=True, allow_inf_nan=False), Number]
 Gibibytes = Annotated[float, Field(ge=0, le=100_000, strict=True, allow_inf_nan=False), Number]
 OptionPath = Annotated[Path, BeforeValidator(_path)]
@@ -244,7 +263,7 @@ class OptionFields(BaseModel):
     strict_target: bool = _option(
         False, OUTPUT, "Raise an error instead of a warning if no version of the target loads a layer.", is_flag=True
     )
-    anti_alpha: Annotated[Fraction | None, NoneWord] = _option(
+    anti_alpha: Annotated[Share | None, NoneWord] = _option(
         None,
         SCHEME,
         "Migration strength (SmoothQuant's alpha) of --anti_method m4: 0 leaves outliers in the activations, 1 moves "
@@ -287,18 +306,28 @@ class OptionFields(BaseModel):
         LAYERS,
         "Layers that stay in float: reference keeps those that the original script excludes (seed is another name for "
         "it); none keeps only those that the engine cannot load quantized, the default with float inputs (w8a16); auto "
-        "keeps the cheapest set of groups that satisfies --min_sqnr or --max_float_groups.",
+        "chooses a scheme for every group of layers, among all that the engine runs there, by --min_sqnr, "
+        "--max_float_groups or --max_bytes.",
     )
     min_sqnr: Annotated[Decibels | None, NoneWord] = _option(
         None,
         LAYERS,
-        "Minimum signal-to-quantization-noise ratio, in dB, that --fallback auto must reach over all quantized groups.",
+        "Minimum signal-to-quantization-noise ratio of the logits, in dB, predicted for all groups together, that "
+        "--fallback auto must reach. A group gets another scheme than the one asked for only where that is necessary.",
     )
     max_float_groups: Annotated[Count | None, NoneWord] = _option(
         None,
         LAYERS,
         "Maximum number of groups that --fallback auto keeps in float, those with the largest error first. Groups that "
         "the engine or --exclude keeps in float do not count.",
+    )
+    max_bytes: Annotated[ByteCount | None, NoneWord] = _option(
+        None,
+        LAYERS,
+        "Maximum size of all weight files of the result, in bytes or with a unit, as in 5.5GiB or 5.5GB. --fallback "
+        "auto chooses the schemes with the least error within it, however long they run.",
+        metavar="BYTES",
+        legal="a number of bytes, or a number with a unit such as 5.5GiB or 5.5GB",
     )
     exclude: Globs = _option(
         (),

@@ -6,7 +6,7 @@ machine multiplies matrices and reads the checkpoint. No weight is converted and
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,7 +15,15 @@ from rich.console import Console
 from torch import Tensor
 
 from vlqc.emit.atomic_folder import nearest_folder
-from vlqc.emit.size_estimate import output_bytes, predict_cache, predict_schemes, required_disk_space
+from vlqc.emit.size_estimate import (
+    check_size,
+    output_bytes,
+    predict_cache,
+    predict_schemes,
+    predict_search,
+    required_disk_space,
+    size_range,
+)
 from vlqc.families.family import ModelFamily, Part, Role
 from vlqc.formatting import format_bytes, format_duration, pluralize
 from vlqc.frontend.checkpoint.checkpoint import Checkpoint
@@ -27,6 +35,7 @@ from vlqc.ir.stage import Site
 from vlqc.kernels_ref.quantize import quantize_weight_per_channel_absmax
 from vlqc.options.options import Options
 from vlqc.pipeline.layer_selection import check_engines, check_layers
+from vlqc.pipeline.pass_api import Pass
 from vlqc.pipeline.presets import build_pipeline
 from vlqc.pipeline.rotation_plan import rotate_model
 from vlqc.pipeline.sample_use import calibration_data, require_samples
@@ -58,10 +67,11 @@ class CompilationPlan:
     """Predicted output and cost of a compilation.
 
     counts: number of linear layers by (part, scheme). reasons: why layers do not get the requested scheme -> name of
-    one such layer. bytes_before, bytes_after: size of all weight files. tokens, patches: total over all calibration
-    samples. memory, disk_needed, disk_free: bytes. seconds: wall time on this machine. engines: versions of inference
-    engines that load the result, as text. rotations: by kind and part. cache_before, cache_after: bytes of the keys and
-    values of one token in the caches of all decoder layers; 0 if vlqc does not know these.
+    one such layer. bytes_before, bytes_after: size of all weight files. bytes_range: the smallest and the largest size
+    among which --fallback auto chooses, None without it. tokens, patches: total over all calibration samples. memory,
+    disk_needed, disk_free: bytes. seconds: wall time on this machine. engines: versions of inference engines that load
+    the result, as text. rotations: by kind and part. cache_before, cache_after: bytes of the keys and values of one
+    token in the caches of all decoder layers; 0 if vlqc does not know these.
     """
 
     counts: dict[tuple[str, str], int]
@@ -80,6 +90,7 @@ class CompilationPlan:
     rotations: list[RotatedPart] = field(default_factory=list)
     cache_before: int = 0
     cache_after: int = 0
+    bytes_range: tuple[int, int] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-compatible values."""
@@ -88,6 +99,9 @@ class CompilationPlan:
         ]
         rotations = [asdict(part) for part in self.rotations]
         return {**vars(self), "counts": counts, "rotations": rotations, "fits": self.disk_needed <= self.disk_free}
+
+    def _range_text(self, smallest: int, largest: int) -> str:
+        return f"{format_bytes(smallest)} to {format_bytes(largest)}, by the schemes that the search chooses"
 
     def _cache_text(self) -> str:
         """Without the layers that quantize-cache will leave in float."""
@@ -101,6 +115,7 @@ class CompilationPlan:
         patches = f", {self.patches} {kind}" if self.patches else ""
         rows = [
             ("size", f"{format_bytes(self.bytes_before)} -> {format_bytes(self.bytes_after)}"),
+            *([("sizes", self._range_text(*self.bytes_range))] if self.bytes_range else []),
             *([("rotated", rotation_text(self.rotations))] if self.rotations else []),
             *([("KV cache", self._cache_text())] if self.cache_after != self.cache_before else []),
             ("calibration", f"{pluralize(self.tokens, 'token')}{patches}" if self.tokens else "none"),
@@ -132,6 +147,7 @@ def plan_compilation(
     check_layers(model, options)
     rotations = rotate_model(model, passes)
     check_engines(model, options)
+    check_size(model, options, passes)
     calibration = calibration_data(options, passes, model, samples)
     memory = estimate_memory(model, calibration.samples, options.memory_budget)
     memory_notes: list[str] = []
@@ -167,7 +183,8 @@ def plan_compilation(
     after = output_bytes(model, sites, options.layout, cache=cache)
     channels = sum(sites[key].shape[0] for key, _ in projections(model.family, sites).values())
     item_bytes = model.emitted_dtype.itemsize
-    seconds = estimate_seconds(model, sites, tokens, patches, after)
+    roundings = roundings_per_layer(model, options, sites, passes)
+    seconds = estimate_seconds(model, sites, tokens, patches, after, roundings)
     attention = attention_seconds(model, calibration.samples)
     if attention > max(seconds, LONG_ATTENTION):
         longest = max(sample["input_ids"].shape[1] for sample in calibration.samples)
@@ -184,6 +201,7 @@ def plan_compilation(
         reasons={site.reason: name for name, site in reversed(sites.items()) if site.reason},
         bytes_before=checkpoint.bytes,
         bytes_after=after,
+        bytes_range=size_range(model, options, passes),
         tokens=tokens,
         patches=patches,
         with_videos=any(map(model.family.inputs.has_videos, calibration.samples)),
@@ -203,10 +221,31 @@ def plan_compilation(
     )
 
 
-def estimate_seconds(model: StreamedModel, sites: dict[str, Site], tokens: int, patches: int, written: int) -> float:
+def roundings_per_layer(
+    model: StreamedModel, options: Options, sites: dict[str, Site], passes: Sequence[Pass]
+) -> dict[str, int]:
+    """How many times a layer's weights are rounded, in different formats for the precision search; without it once."""
+    search = predict_search(model, sites, passes) if options.fallback == "auto" else None
+    formats = {
+        layer: {scheme.spec.weight for scheme in schemes if scheme.is_quantized}
+        for group, schemes in (search.candidates.items() if search else ())
+        for layer in group
+    }
+    return {layer: len(different) for layer, different in formats.items()}
+
+
+def estimate_seconds(
+    model: StreamedModel,
+    sites: dict[str, Site],
+    tokens: int,
+    patches: int,
+    written: int,
+    roundings: Mapping[str, int] | None = None,
+) -> float:
     """Seconds to run all samples once, round all quantized weights, read the checkpoint and write the output.
 
-    tokens: 0 without samples, where weights are rounded to nearest; written: bytes of the output.
+    tokens: 0 without samples, where weights are rounded to nearest; written: bytes of the output; roundings: how many
+    times a layer's weights are rounded, where it is not once.
     """
     forward_flops = rounding_flops = 0.0
     merged = patches // model.family.inputs.patches_per_token(model.module.config)
@@ -216,7 +255,7 @@ def estimate_seconds(model: StreamedModel, sites: dict[str, Site], tokens: int, 
         forward_flops += 2.0 * rows * sum(tensor.numel() for tensor in model.parameters(stage).values())
     for site in sites.values():
         if site.is_quantized and tokens:
-            rounding_flops += 2.0 * site.shape[0] * site.shape[1] ** 2
+            rounding_flops += 2.0 * site.shape[0] * site.shape[1] ** 2 * (roundings or {}).get(site.name, 1)
     forward_dtype = torch.bfloat16 if model.checkpoint.dtype == torch.bfloat16 else torch.float32
     disk = bytes_per_second(model.checkpoint)
     computing = forward_flops / flops_per_second(forward_dtype) + rounding_flops / flops_per_second(torch.float32)

@@ -238,6 +238,22 @@ def test_methods_lower_the_error_of_the_outputs(scheme: Scheme) -> None:
     assert behind_attention[2] < 0.7 * behind_attention[1]
 
 
+@DTYPES
+@pytest.mark.parametrize("method", ["round", "gptq"])
+def test_schemes_with_one_form_of_weights_have_the_same_integers(method: Method, dtype: torch.dtype) -> None:
+    """Catches weights that depend on how inputs are quantized, where scales are read in the same dtype."""
+    stages = [
+        through(observed(decoder(dtype=dtype), scheme), QuantizeActivations(), QuantizeWeights(method=method))
+        for scheme in (Scheme.W8A8_DYNAMIC, Scheme.W8A8_MIX, Scheme.W8A16)
+    ]
+    first, *others = [[site.weight for site in stage.sites.values()] for stage in stages]
+    for weight, *same in zip(first, *others, strict=True):
+        assert weight is not None and torch.equal(weight.scale, weight.scale.to(dtype).float())
+        for other in same:
+            assert other is not None
+            assert all(map(torch.equal, weight.tensors(), other.tensors()))
+
+
 def output_noise(stage: Stage, site: Site) -> float:
     """What the weight's error adds to the outputs, relative to them, on the observed rows."""
     assert site.weight is not None

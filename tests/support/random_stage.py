@@ -35,6 +35,8 @@ EVERYWHERE = {  # every linear in one scheme
     Scheme.W4A8_DYNAMIC: AssignPrecision(
         scheme="W4A8_DYNAMIC", group_size=GROUP_SIZE, fallback="none", scope="all", target="vllm-ascend"
     ),
+    Scheme.W8A8_MIX: AssignPrecision(scheme="W8A8_MIX", fallback="none", target="vllm-ascend"),
+    Scheme.W8A16: AssignPrecision(scheme="W8A16", fallback="none", scope="all", target="vllm-ascend"),
 }
 SCHEMES = pytest.mark.parametrize("scheme", [Scheme.W8A8, Scheme.W8A8_DYNAMIC, Scheme.W4A8_DYNAMIC])
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -24,7 +24,14 @@ from vlqc.ir.execution import Call, StageRun, input_tensors
 from vlqc.ir.stage import Stage
 from vlqc.kernels_ref.int4_groups import quantize_weight_per_group_absmax
 from vlqc.kernels_ref.norm import ShiftedNorm
-from vlqc.kernels_ref.quant_linear import DynamicQuantLinear, GroupQuantLinear, StaticQuantLinear
+from vlqc.kernels_ref.quant_linear import (
+    DynamicQuantLinear,
+    GroupQuantLinear,
+    LayerQuantization,
+    MixQuantLinear,
+    StaticQuantLinear,
+    WeightOnlyQuantLinear,
+)
 from vlqc.kernels_ref.quantize import activation_scale_and_offset, quantize_weight_per_channel_absmax
 from vlqc.reporting.dumps.bundle import read_bundle
 from vlqc.reporting.dumps.trace_only import run_until
@@ -170,6 +177,26 @@ def test_weight_only_groups() -> None:
     layer = GroupQuantLinear.from_float(*quantize_weight_per_group_absmax(drawn(1, 8, 32), 16, torch.bfloat16), None)
     layer.weight_only = True
     assert deviation(layer(drawn(2, 5, 32)), alone(layer, drawn(2, 5, 32))) <= TOLERANCE
+
+
+def test_float_inputs() -> None:
+    """Catches quantized inputs of W8A16 layers, and a bias that is left out."""
+    layer = WeightOnlyQuantLinear.from_float(*quantize_weight_per_channel_absmax(drawn(1, 8, 32)), drawn(3, 8))
+    x = drawn(2, 2, 5, 32)
+    assert deviation(layer(x), alone(layer, x)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_both_kinds_of_arithmetic(static: bool) -> None:
+    """Catches a W8A8_MIX layer that is written in the arithmetic that it is not set to."""
+    integers, scale = quantize_weight_per_channel_absmax(drawn(1, 8, 32), scale_dtype=torch.bfloat16)
+    chosen = LayerQuantization(integers, scale, input=(0.03125, -5.0))
+    layer, x = MixQuantLinear.from_quantized(chosen, drawn(3, 8), torch.bfloat16), drawn(2, 5, 32)
+    layer.static_input = static
+    exported = alone(layer, x)
+    assert deviation(layer(x), exported) <= TOLERANCE
+    layer.static_input = not static
+    assert deviation(layer(x), exported) > 1e-3
 
 
 class LittleRMSNorm(nn.Module):

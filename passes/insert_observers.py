@@ -5,9 +5,12 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from vlqc.ir.cache_analysis import find_caches
 from vlqc.ir.execution import first_tensor
 from vlqc.ir.observation import Observation
 from vlqc.ir.stage import Site, Stage, observe
+from vlqc.ir.tensor_digest import digest
+from vlqc.passes.algorithms.cache_observer import CacheObserver, merge_caches, plan_kept
 from vlqc.passes.algorithms.observer import (
     Observer,
     check_magnitude,
@@ -32,6 +35,7 @@ class InsertObservers(Pass):
     tokens: maximum number of kept rows per observer.
     megabytes: maximum size of the kept rows per observer, in MiB; all experts of a block have that of six observers.
     balance: weight errors in text, image and video tokens equally, regardless of how many rows each modality has.
+    caches: observe the keys and values of decoder layers, too, with the same limits, as quantize-cache needs.
     """
 
     name: ClassVar[str] = "insert-observers"
@@ -41,6 +45,7 @@ class InsertObservers(Pass):
     tokens: int = 4096
     megabytes: int = 64
     balance: bool = True
+    caches: bool = False
 
     def __post_init__(self) -> None:
         require(self.tokens >= 1 and self.megabytes >= 1, "tokens and megabytes must be 1 or more")
@@ -49,11 +54,14 @@ class InsertObservers(Pass):
         return True
 
     def run(self, stage: Stage) -> bool:
-        previous = dict(stage.observations)
+        before = _state(stage)
         inserted = insert_observe_nodes(stage)
         run, groups = stage.execution, stage.groups()
-        observers = self._observers(stage)
-        run.forward({members[0].target: observers[source] for source, members in groups.items()})
+        observers, cache_observers = self._observers(stage), self._cache_observers(stage)
+        run.forward(
+            {members[0].target: observers[source] for source, members in groups.items()},
+            {observer.site.target: observer for observer in cache_observers},
+        )
         for call, output in zip(run.calls, run.outputs, strict=True):
             check_magnitude(first_tensor(output), f"the output of {stage.name}", stage.name, call.sample)
         energies = {call.sample: row_energy(output) for call, output in zip(run.calls, run.outputs, strict=True)}
@@ -64,10 +72,33 @@ class InsertObservers(Pass):
             samples = [sample for part in run.process_group.all_gather(local) for sample in part]
             empty = Observation(members[0].shape[1], balance=self.balance)
             stage.observations[source] = merge_samples(empty, samples, len(run.sample_shapes))
-        return inserted or any(
-            observation_digest(previous.get(source)) != observation_digest(observation)
-            for source, observation in stage.observations.items()
-        )
+        for observer in cache_observers:
+            local_caches = observer.samples_with_energy(energies)
+            merged = [sample for part in run.process_group.all_gather(local_caches) for sample in part]
+            if len(merged) == len(run.sample_shapes) > 0:
+                stage.cache_observations[observer.site.name] = merge_caches(merged)
+            else:
+                del stage.caches[observer.site.name]
+                stage.notes.append(
+                    f"the keys and values of {observer.site.name} are not quantized: it does not compute the attention"
+                )
+        return inserted or _state(stage) != before
+
+    def _cache_observers(self, stage: Stage) -> list[CacheObserver]:
+        """Fills `stage.caches`; one observer for each."""
+        stage.caches.clear()
+        stage.cache_observations.clear()
+        if not self.caches:
+            return []
+        found = find_caches(stage)
+        stage.caches |= found.caches
+        stage.notes += found.obstacles
+        shapes, allowed = stage.execution.sample_shapes, self.megabytes * 2**20 // BYTES_PER_VALUE
+        budgets = {site.name: min(self.tokens, allowed // (2 * site.channels)) for site in stage.caches.values()}
+        return [
+            CacheObserver(site, plan_kept(shapes, max(1, budgets[site.name])), self.balance)
+            for site in stage.caches.values()
+        ]
 
     def _observers(self, stage: Stage) -> dict[str, Observer]:
         """One per group. Those of all experts of a block share the bytes of EXPERTS_BUDGET observers."""
@@ -98,6 +129,17 @@ class InsertObservers(Pass):
             quota_per_sample={shape.sample: quota for shape, quota in zip(shapes, quotas, strict=True)},
             merge_early=stage.execution.process_group.is_rank0,
         )
+
+
+def _state(stage: Stage) -> dict[str, object]:
+    """A value that is equal for equal observations."""
+    observed: dict[str, object] = {
+        source: observation_digest(observation) for source, observation in stage.observations.items()
+    }
+    return observed | {
+        name: (observation.rows, digest(*observation.tensors()))
+        for name, observation in stage.cache_observations.items()
+    }
 
 
 def insert_observe_nodes(stage: Stage) -> bool:

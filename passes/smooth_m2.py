@@ -41,7 +41,7 @@ class SmoothM2(Pass):
     summary: ClassVar[str] = "search per-channel scales that reduce outliers and fold them into the producers"
     changes_inputs: ClassVar[bool] = True
     after: ClassVar[tuple[str, ...]] = ("insert-observers",)
-    before: ClassVar[tuple[str, ...]] = ("quantize-activations", "quantize-weights", "lower-linears")
+    before: ClassVar[tuple[str, ...]] = ("quantize-activations", "quantize-weights", "lower-linears", "quantize-cache")
 
     candidates: int = 20
     confirm: int = 4

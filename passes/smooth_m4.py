@@ -43,7 +43,7 @@ class SmoothM4(Pass):
     summary: ClassVar[str] = "balance activations and weights by closed-form scales, round by round"
     changes_inputs: ClassVar[bool] = True
     after: ClassVar[tuple[str, ...]] = ("insert-observers",)
-    before: ClassVar[tuple[str, ...]] = ("quantize-activations", "quantize-weights", "lower-linears")
+    before: ClassVar[tuple[str, ...]] = ("quantize-activations", "quantize-weights", "lower-linears", "quantize-cache")
 
     alpha: float | None = None
     rounds: int = 4

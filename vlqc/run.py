@@ -151,6 +151,7 @@ class CompilationRun:
                 )
             )
         self._summary.note_unreached_experts()
+        self._summary.note_float_caches()
         self._summary.note_overflow()
         self._summary.note_parallel_sizes(self._journal.result)
         self._summary.note_caches(self._journal.result)

@@ -153,3 +153,6 @@ def _update_observations(stage: Stage, fold: Fold, bias_error: Tensor) -> None:
                 offset = channel_to_column(bias_error, fold.edge.consumers[target], 0.0)
                 observation = observation.shifted(offset)
             stage.observations[source] = observation
+    for name, site in stage.caches.items():
+        if stage.sites[site.value].target == fold.edge.producer and name in stage.cache_observations:
+            stage.cache_observations[name] = stage.cache_observations[name].rescaled(fold.scale)

@@ -135,6 +135,7 @@ def _release(stage: Stage) -> None:
     """Drops results of passes, so that references to the stage hold little memory."""
     stage.execution.release()
     stage.observations.clear()
+    stage.cache_observations.clear()
     stage.sensitivities.clear()
     for site in stage.sites.values():
         site.weight = None

@@ -24,9 +24,9 @@ from vlqc.ir.bfloat16_linears import bfloat16_linears
 from vlqc.ir.observation import MODALITIES
 from vlqc.ir.tensor_cache import ModuleVersion
 from vlqc.ir.value_range import PeakRecorder
+from vlqc.kernels_ref.kv_cache import ATTENTION, attention_arguments
 
 T = TypeVar("T")
-ATTENTION = torch.nn.functional.scaled_dot_product_attention
 
 
 class ProcessGroup(Protocol):
@@ -137,10 +137,16 @@ class StageRun:
         return [SampleShape.from_call(call) for call in self.calls] if self.shapes is None else self.shapes
 
     @torch.no_grad()
-    def forward(self, observers: "Mapping[str, Callable[[Tensor, Call], None]] | None" = None) -> None:
+    def forward(
+        self,
+        observers: "Mapping[str, Callable[[Tensor, Call], None]] | None" = None,
+        attention_observers: "Mapping[str, Callable[[Mapping[str, Any], Call], None]] | None" = None,
+    ) -> None:
         """Runs every sample through the stage once and keeps the outputs.
 
-        observers: per path of a submodule, called with its first argument and the sample's call.
+        observers: per path of a submodule, called with its first argument and the sample's call. attention_observers:
+        per path of a submodule, called with the arguments of every attention call in it, by name, and the sample's
+        call.
         Weights that bfloat16 represents exactly, with `rounds_weights` all, are multiplied in bfloat16 where that is
         faster.
         """
@@ -149,7 +155,12 @@ class StageRun:
         fast = bfloat16_linears(self.module, round_weights=self.rounds_weights)
         with fast if self.sample_shapes else nullcontext():  # converting the weights takes longer than a probe alone
             for done, call in enumerate(self.calls):
-                with observing(self.module, observers or {}, call), self._recording(), FusedAttention():
+                with (
+                    observing(self.module, observers or {}, call),
+                    observing_attention(self.module, attention_observers or {}, call),
+                    self._recording(),
+                    FusedAttention(),
+                ):
                     self.outputs.append(self.module(*call.args, **call.kwargs))
                 self.after_sample(done + 1, call.args, call.kwargs, self.outputs[-1])
             if self.probe is not None and self.probe_is_separate:
@@ -225,6 +236,51 @@ def observing(root: nn.Module, observers: Mapping[str, Callable[[Tensor, Call], 
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def observing_attention(
+    root: nn.Module, observers: Mapping[str, Callable[[Mapping[str, Any], Call], None]], call: Call
+) -> Iterator[None]:
+    """Passes the arguments of every attention call in each named submodule to its observer."""
+    handles: list[Any] = []
+
+    def register(path: str, observer: Callable[[Mapping[str, Any], Call], None]) -> None:
+        modes: list[_ObserveAttention] = []  # a stack, for a module that calls itself
+
+        def enter(*unused: Any) -> None:
+            modes.append(_ObserveAttention(observer, call))
+            modes[-1].__enter__()  # type: ignore[no-untyped-call]
+
+        def leave(*unused: Any) -> None:
+            modes.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+        module = root.get_submodule(path)
+        handles.append(module.register_forward_pre_hook(enter))
+        handles.append(module.register_forward_hook(leave, always_call=True))
+
+    for path, observer in observers.items():
+        register(path, observer)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _ObserveAttention(TorchFunctionMode):
+    """Mode that passes the arguments of attention calls to an observer."""
+
+    def __init__(self, observer: Callable[[Mapping[str, Any], Call], None], call: Call) -> None:
+        super().__init__()
+        self.observer, self.call = observer, call
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is ATTENTION:
+            self.observer(attention_arguments(args, kwargs or {}), self.call)
+        return func(*args, **(kwargs or {}))
 
 
 def _row_owner(root: nn.Module, path: str) -> nn.Module | None:

@@ -14,10 +14,21 @@ from torch import fx
 from vlqc.errors import Fault, UserError
 from vlqc.formatting import did_you_mean
 from vlqc.ir.rotations import ROTATED_PARTS, AppliedRotation, RotationKind
-from vlqc.ir.snapshot import WEIGHT_PARTS, EdgeSummary, MapSummary, ObservationSummary, StageSnapshot, TensorSummary
-from vlqc.ir.stage import InputQuantization, Site
+from vlqc.ir.snapshot import (
+    SCALES,
+    WEIGHT_PARTS,
+    CacheObservationSummary,
+    CacheSummary,
+    EdgeSummary,
+    MapSummary,
+    ObservationSummary,
+    StageSnapshot,
+    TensorSummary,
+)
+from vlqc.ir.stage import CacheSite, InputQuantization, Site
 from vlqc.ir.syntax import STRING, Expression, unquote
 from vlqc.kernels_ref.rotation import Rotation
+from vlqc.targets.cache_schemes import CacheScheme
 from vlqc.targets.schemes import Scheme
 
 T = TypeVar("T")
@@ -155,7 +166,9 @@ class _Reader:
             getattr(self, f"_read_{self.section}")(self.stage, line)
 
     def _open(self, line: _Line) -> None:
-        sections = ["tensors", "sites", "edges", "rotations", "observations"] if self.sections_read else ["stage"]
+        sections = (
+            ["tensors", "sites", "caches", "edges", "rotations", "observations"] if self.sections_read else ["stage"]
+        )
         column = line.column
         word = line.take(r"\w*", "a section").group()
         if word not in sections or word in self.sections_read:
@@ -234,6 +247,30 @@ class _Reader:
                 line.take(r"\)", ")")
         line.end()
 
+    def _read_caches(self, stage: StageSnapshot, line: _Line) -> None:
+        name = line.new("the name of an attention module", stage.caches)
+        line.take(" keys ", "' keys '")
+        key = line.string("the name of a projection")
+        line.take(" values ", "' values '")
+        value = line.string("the name of a projection")
+        heads, size = line.take(r" \[(\d{1,18}), (\d{1,18})\]", "heads and their size such as ' [2, 128]'").groups()
+        node = line.take(r" at %(\w+)", "' at %NODE'").group(1)
+        site = stage.caches[name] = CacheSite(name, name, key, value, node, int(heads), int(size))
+        if line.skip(" scheme="):
+            word = line.take(rf"(?:{'|'.join(CacheScheme)})\b", f"one of {', '.join(CacheScheme)}").group()
+            site.scheme = CacheScheme(word)
+        if line.skip(" reason="):
+            site.reason = line.string("the reason")
+        if line.matches(" sqnr="):
+            site.sqnr = line.number_after(" sqnr=")
+        scales: dict[str, TensorSummary] = {}
+        for word in SCALES:
+            if line.skip(f" {word}("):
+                scales[word] = line.summary()
+                line.take(r"\)", ")")
+        stage.cache_summaries[name] = CacheSummary(scales, _read_cache_observation(line))
+        line.end()
+
     def _read_edges(self, stage: StageSnapshot, line: _Line) -> None:
         producer, usable = line.string("the name of a producer"), line.map()
         line.take(" ->", "' ->'")
@@ -272,6 +309,19 @@ class _Reader:
     def _expression(self, line: _Line, end: int) -> Expression:
         start = line.column
         return Expression(line.text[start:end], self.nodes, lambda what, at, fix: line.fault(what, start + at, fix))
+
+
+def _read_cache_observation(line: _Line) -> CacheObservationSummary | None:
+    """What was observed of a cache; None at the end of the line."""
+    if not line.matches(r" \w"):
+        return None
+    rows: dict[str, int] = {}
+    while not line.matches(" key_absmax="):
+        modality, count = line.take(r" (\w+)=(\d{1,18})(?= )", "rows of a modality, or key_absmax=").groups()
+        rows[modality] = int(count)
+    keys, values = line.number_after(" key_absmax="), line.number_after(" value_absmax=")
+    kept, queries = line.take(r" kept=(\d{1,18}) queries=(\d{1,18})", "' kept=' and ' queries='").groups()
+    return CacheObservationSummary(rows, keys, values, int(kept), int(queries), line.digest())
 
 
 class _RotationFields:

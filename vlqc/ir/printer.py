@@ -12,8 +12,15 @@
 
 The right side of an operation is a Python expression without its `%` signs. Tensors appear as a summary with a digest,
 so that a pass that changes only weights changes the text. Names are checkpoint names; addresses and times do not occur.
-The sections `tensors`, `sites`, `edges`, `rotations` and `observations` follow in this order; empty ones are left out.
-A rotation is one line, followed by one for each input, output, folded norm and layer:
+The sections `tensors`, `sites`, `caches`, `edges`, `rotations` and `observations` follow in this order; empty ones are
+left out. A cache is one line for the keys and values of an attention module:
+
+    caches {
+      "attn" keys "attn.k" values "attn.v" [2, 32] at %node text=9 key_absmax=9.5 value_absmax=3.0 kept=9 queries=9 ...
+    }
+
+with the number and the size of the key-value heads and what was observed; scheme, scales and SQNR follow once they are
+chosen. A rotation is one line, followed by one for each input, output, folded norm and layer:
 
     rotations {
       residual stream "visual.patch_embed.proj" size=128 seed=0 keeps_mean done
@@ -35,6 +42,7 @@ from torch import Tensor, fx
 from vlqc.ir.rotations import ROTATED_PARTS, AppliedRotation
 from vlqc.ir.snapshot import (
     WEIGHT_PARTS,
+    CacheSummary,
     EdgeSummary,
     MapSummary,
     ObservationSummary,
@@ -43,7 +51,7 @@ from vlqc.ir.snapshot import (
     snapshot,
     summarize,
 )
-from vlqc.ir.stage import Site, Stage
+from vlqc.ir.stage import CacheSite, Site, Stage
 from vlqc.ir.syntax import function_name, literal, quote
 
 CALLEES = {"placeholder": "input", "get_attr": "constant", "call_method": "method"}  # fx opcode -> keyword of the text
@@ -60,6 +68,7 @@ def print_stage(stage: Stage | StageSnapshot, *, tensors: bool = True) -> str:
         named = printed.tensors.items()
         lines += _section("tensors", [f"{quote(name)} {_print_summary(summary)}" for name, summary in named])
     lines += _section("sites", [_print_site(printed, site) for site in printed.sites.values()])
+    lines += _section("caches", [_print_cache(printed, site) for site in printed.caches.values()])
     if printed.edges is not None:  # an empty section says that no edge exists, a missing one that none was computed
         lines += ["edges {", *(f"  {_print_edge(edge)}" for edge in printed.edges), "}"]
     lines += _section("rotations", [line for rotation in printed.rotations for line in _print_rotation(rotation)])
@@ -132,6 +141,24 @@ def _print_site(stage: StageSnapshot, site: Site) -> str:
     for part, summary in zip(WEIGHT_PARTS, stage.weights.get(site.name, ()), strict=False):
         line += f" {part}({_print_summary(summary)})"
     return line
+
+
+def _print_cache(stage: StageSnapshot, site: CacheSite) -> str:
+    words = [f"{quote(site.name)} keys {quote(site.key)} values {quote(site.value)} [{site.heads}, {site.head_size}]"]
+    words.append(f"at %{site.node}")
+    if site.scheme is not None:
+        words.append(f"scheme={site.scheme}")
+    if site.reason:
+        words.append(f"reason={quote(site.reason)}")
+    if site.sqnr is not None:
+        words.append(f"sqnr={float(site.sqnr)!r}")
+    summary = stage.cache_summaries.get(site.name, CacheSummary())
+    words += [f"{name}({_print_summary(scale)})" for name, scale in summary.scales.items()]
+    if (observed := summary.observation) is not None:
+        words += [f"{modality}={rows}" for modality, rows in observed.rows.items()]
+        words.append(f"key_absmax={observed.key_absmax!r} value_absmax={observed.value_absmax!r}")
+        words.append(f"kept={observed.kept} queries={observed.queries} digest={observed.digest}")
+    return " ".join(words)
 
 
 def _print_edge(edge: EdgeSummary) -> str:

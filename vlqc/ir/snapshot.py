@@ -12,11 +12,12 @@ from torch import Tensor, fx
 from vlqc.ir.memory import release_pages
 from vlqc.ir.observation import MODALITIES, Observation
 from vlqc.ir.rotations import AppliedRotation
-from vlqc.ir.stage import Edge, Site, Stage, group_by_source
+from vlqc.ir.stage import CacheSite, Edge, Site, Stage, group_by_source
 from vlqc.ir.tensor_cache import TensorCache
 from vlqc.ir.tensor_digest import absmax, digest, fingerprint
 
 WEIGHT_PARTS = ("weight", "scale", "group_scale")  # names in the text of the tensors of a WeightQuantization
+SCALES = ("key_scale", "value_scale")  # names in the text of the scales of a cache
 _FINGERPRINT = TensorCache(fingerprint)  # observations stay the same over many passes
 
 
@@ -58,15 +59,36 @@ class ObservationSummary:
     digest: str
 
 
+@dataclass(frozen=True)
+class CacheSummary:
+    """scales: of a quantized cache, by the names of `CacheSite.scales`; observation: None if nothing was observed."""
+
+    scales: Mapping[str, TensorSummary] = field(default_factory=dict)
+    observation: "CacheObservationSummary | None" = None
+
+
+@dataclass(frozen=True)
+class CacheObservationSummary:
+    """rows: per modality; key_absmax, value_absmax: over all channels; kept, queries: number of kept tokens and
+    queries."""
+
+    rows: Mapping[str, int]
+    key_absmax: float
+    value_absmax: float
+    kept: int
+    queries: int
+    digest: str
+
+
 @dataclass
 class StageSnapshot:
     """A stage without tensors.
 
     graph: targets of call_module nodes are paths that `checkpoint_name` translates, in a parsed snapshot checkpoint
     names; constants of get_attr nodes have meta["summary"] or meta["constant"]; sites: by checkpoint name; weights: per
-    site the summaries of its quantized weight, in the order of WEIGHT_PARTS; tensors: parameters and buffers by
-    checkpoint name; edges: None if they were not computed; rotations: planned and done ones; observations: by node
-    name.
+    site the summaries of its quantized weight, in the order of WEIGHT_PARTS; caches, cache_summaries: by name of the
+    attention module; tensors: parameters and buffers by checkpoint name; edges: None if they were not computed;
+    rotations: planned and done ones; observations: by node name.
     """
 
     name: str
@@ -75,6 +97,8 @@ class StageSnapshot:
     graph: fx.Graph
     sites: dict[str, Site] = field(default_factory=dict)
     weights: dict[str, list[TensorSummary]] = field(default_factory=dict)
+    caches: dict[str, CacheSite] = field(default_factory=dict)
+    cache_summaries: dict[str, CacheSummary] = field(default_factory=dict)
     tensors: dict[str, TensorSummary] = field(default_factory=dict)
     edges: tuple[EdgeSummary, ...] | None = None
     rotations: tuple[AppliedRotation, ...] = ()
@@ -101,6 +125,8 @@ def snapshot(stage: Stage, *, tensors: bool = True) -> StageSnapshot:
         graph=stage.graph,
         sites=stage.sites,
         weights={name: [summarize(tensor) for tensor in weight.tensors()] for name, weight in quantized.items()},
+        caches=stage.caches,
+        cache_summaries={name: _summarize_cache(stage, site) for name, site in stage.caches.items()},
         tensors=_named((stage.checkpoint_name(path), tensor) for path, tensor in named),
         edges=None if stage.edges is None else tuple(_summarize_edge(stage, edge) for edge in stage.edges),
         rotations=stage.rotations,
@@ -127,6 +153,22 @@ def _summarize_edge(stage: Stage, edge: Edge) -> EdgeSummary:
         for target, columns in edge.consumers.items()
     }
     return EdgeSummary(stage.checkpoint_name(edge.producer), usable, consumers)
+
+
+def _summarize_cache(stage: Stage, site: CacheSite) -> CacheSummary:
+    scales = {name: summarize(scale) for name, scale in site.scales().items()}
+    observation = stage.cache_observations.get(site.name)
+    if observation is None:
+        return CacheSummary(scales)
+    summary = CacheObservationSummary(
+        rows={name: observation.rows[name] for name in MODALITIES if name in observation.rows},
+        key_absmax=absmax(observation.key_absmax),
+        value_absmax=absmax(observation.value_absmax),
+        kept=observation.kept_rows,
+        queries=observation.kept_queries,
+        digest=digest(*observation.tensors(), fingerprint_of=_FINGERPRINT),
+    )
+    return CacheSummary(scales, summary)
 
 
 def _summarize_observation(observation: Observation) -> ObservationSummary:

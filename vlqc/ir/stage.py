@@ -16,9 +16,11 @@ from torch import Tensor, fx, nn
 
 from vlqc.errors import Fault, UserError
 from vlqc.families.family import ModelFamily
+from vlqc.ir.cache_observation import CacheObservation
 from vlqc.ir.execution import StageRun
 from vlqc.ir.observation import Observation
 from vlqc.ir.rotations import AppliedRotation
+from vlqc.kernels_ref.kv_cache import QuantizedCacheAttention
 from vlqc.targets.cache_schemes import CacheScheme
 from vlqc.targets.schemes import Scheme, SchemeSpec
 
@@ -101,8 +103,9 @@ class CacheSite:
 
     name: checkpoint name of the attention module; target: its path in the stage's module tree; key, value: checkpoint
     names of the projections, without `.weight`; node: name of the graph node of the attention call; heads: key-value
-    heads; head_size: channels of one; scheme: None for a cache in float; reason: why it is in float;
-    key_scale, value_scale: float32 [heads * head_size], values of the checkpoint's dtype, None in float.
+    heads; head_size: channels of one; scheme: None for a cache in float; reason: why it is in float; sqnr: of the
+    attention's output in dB, as measured where the scales were chosen; key_scale, value_scale: float32 [heads *
+    head_size], values of the checkpoint's dtype, None in float.
     """
 
     name: str
@@ -114,6 +117,7 @@ class CacheSite:
     head_size: int
     scheme: CacheScheme | None = None
     reason: str = ""
+    sqnr: float | None = None
     key_scale: Tensor | None = None
     value_scale: Tensor | None = None
 
@@ -126,6 +130,11 @@ class CacheSite:
     def is_quantized(self) -> bool:
         """Whether the keys and values are cached as integers."""
         return self.scheme is not None
+
+    def scales(self) -> dict[str, Tensor]:
+        """The scales by name, "key_scale" and "value_scale"; empty for a cache in float."""
+        named = {"key_scale": self.key_scale, "value_scale": self.value_scale}
+        return {name: scale for name, scale in named.items() if scale is not None}
 
 
 @dataclass(frozen=True)
@@ -167,8 +176,8 @@ class Stage:
     nodes carry meta["shape"] and meta["dtype"]; sites: by checkpoint name; execution: inputs and outputs of this run;
     checkpoint_name: path of a module or parameter in the stage -> checkpoint name; observations: by name of the
     observed node; edges: None until they are computed; rotations: of the model, the parts in this stage; sensitivities:
-    of quantized groups, where they were measured, not part of the text; caches: of keys and values, by name of the
-    attention module, those with a key_scale quantized.
+    of quantized groups, where they were measured, not part of the text; caches, cache_observations: of keys and values,
+    by name of the attention module, where they were observed.
     """
 
     name: str
@@ -185,6 +194,7 @@ class Stage:
     rotations: tuple[AppliedRotation, ...] = ()
     sensitivities: list[Sensitivity] = field(default_factory=list)
     caches: dict[str, CacheSite] = field(default_factory=dict)
+    cache_observations: dict[str, CacheObservation] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def __getattr__(self, name: str) -> Any:
@@ -226,6 +236,10 @@ class Stage:
 
     def is_lowered(self, site: Site) -> bool:
         return not isinstance(self.module.get_submodule(site.target), nn.Linear)
+
+    def is_lowered_cache(self, site: CacheSite) -> bool:
+        """Whether attention reads quantized keys and values."""
+        return isinstance(self.module.get_submodule(site.target), QuantizedCacheAttention)
 
     def site_at(self, target: str) -> Site:
         return next(site for site in self.sites.values() if site.target == target)

@@ -22,6 +22,7 @@ from torch.overrides import resolve_name
 
 import vlqc.families.experts
 import vlqc.ir.stage
+import vlqc.kernels_ref.kv_cache
 from vlqc.errors import UserError
 from vlqc.formatting import did_you_mean
 
@@ -36,6 +37,7 @@ NAMESPACES: dict[str, Any] = {
     "math": math,
     "builtins": types.SimpleNamespace(getattr=builtins.getattr),
     "vlqc.families.experts": types.SimpleNamespace(chosen_rows=vlqc.families.experts.chosen_rows),
+    "vlqc.kernels_ref.kv_cache": types.SimpleNamespace(round_cache=vlqc.kernels_ref.kv_cache.round_cache),
     "vlqc.ir.stage": types.SimpleNamespace(observe=vlqc.ir.stage.observe),
 }
 

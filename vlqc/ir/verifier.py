@@ -16,9 +16,10 @@ from vlqc.ir.memory import release_pages
 from vlqc.ir.observation import MODALITIES, ChannelRange, Observation
 from vlqc.ir.rotations import AppliedRotation
 from vlqc.ir.snapshot import StageSnapshot
-from vlqc.ir.stage import Edge, Site, Stage, WeightQuantization, observe
+from vlqc.ir.stage import CacheSite, Edge, Site, Stage, WeightQuantization, observe
 from vlqc.ir.tensor_cache import TensorCache
 from vlqc.ir.tensor_digest import is_finite
+from vlqc.kernels_ref.kv_cache import ATTENTION, QuantizedCacheAttention
 
 T = TypeVar("T")
 _Type = tuple[torch.dtype, tuple[int, ...]]  # of a tensor: dtype and shape
@@ -36,6 +37,8 @@ def check(stage: Stage | StageSnapshot) -> list[str]:
     faults += _rotations(stage, modules)
     for name, site in stage.sites.items():
         faults += _site(calls.get(site.target, []), modules, name, site)
+    for name, cache in stage.caches.items():
+        faults += _cache(stage, name, cache)
     if isinstance(stage, Stage):
         faults += [*_outputs(stage.execution), *_targets(stage, modules), *_finite(stage.module)]
         faults += [fault for edge in stage.edges or () for fault in _edge(stage, edge)]
@@ -291,6 +294,48 @@ def _types(values: Iterable[tuple[T, object]]) -> Iterator[tuple[T, _Type]]:
     for key, node in values:
         if isinstance(node, fx.Node) and "shape" in node.meta:
             yield key, (node.meta["dtype"], node.meta["shape"])
+
+
+# ---- keys and values -------------------------------------------------------------------------------------------------
+
+
+def _cache(stage: Stage | StageSnapshot, key: str, cache: CacheSite) -> Iterator[str]:
+    where = f"the cache of {cache.name}"
+    if key != cache.name:
+        yield f"{where} is listed as {key}"
+    for projection in (cache.key, cache.value):
+        site = stage.sites.get(projection)
+        if site is None:
+            yield f"{where}: {projection} is not a site"
+        elif site.shape[0] != cache.channels:
+            yield f"{where}: {projection} has {site.shape[0]} outputs, expected {cache.heads} x {cache.head_size}"
+    node = next((node for node in stage.graph.nodes if node.name == cache.node), None)
+    if node is None or node.target is not ATTENTION:
+        yield f"{where}: %{cache.node} is not an attention call of the graph"
+    if isinstance(stage, Stage):
+        yield from (f"{where}: {fault}" for fault in _cache_tensors(stage, cache))
+
+
+def _cache_tensors(stage: Stage, cache: CacheSite) -> Iterator[str]:
+    scales = cache.scales()
+    if len(scales) != (2 if cache.is_quantized else 0):
+        yield f"it has {len(scales)} scales with the scheme {cache.scheme}"
+    for name, scale in scales.items():
+        if scale.dtype != torch.float32 or tuple(scale.shape) != (cache.channels,):
+            yield f"{name} is {scale.dtype} {list(scale.shape)}, expected float32 [{cache.channels}]"
+        elif not (is_finite(scale) and float(scale.min()) > 0):
+            yield f"{name} is not positive and finite"
+        elif not torch.equal(scale, scale.to(stage.dtype).float()):
+            yield f"{name} has values that {stage.dtype} does not have"
+    module = stage.module.get_submodule(cache.target)
+    if isinstance(module, QuantizedCacheAttention):
+        wrapped = {"key_scale": module.key_scale, "value_scale": module.value_scale}
+        if scales.keys() != wrapped.keys() or any(not torch.equal(scales[name], wrapped[name]) for name in scales):
+            yield "attention reads keys and values with other scales"
+    observation = stage.cache_observations.get(cache.name)
+    for absmax in () if observation is None else (observation.key_absmax, observation.value_absmax):
+        if tuple(absmax.shape) != (cache.channels,) or not is_finite(absmax):
+            yield f"it observed {list(absmax.shape)} channels, expected {cache.channels} with finite values"
 
 
 # ---- edges and observations ------------------------------------------------------------------------------------------

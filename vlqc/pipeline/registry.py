@@ -33,8 +33,10 @@ REGISTRY: dict[str, str] = {
     "smooth-m4": "vlqc.passes.smooth_m4:SmoothM4",
     "quantize-activations": "vlqc.passes.quantize_activations:QuantizeActivations",
     "quantize-weights": "vlqc.passes.quantize_weights:QuantizeWeights",
+    "quantize-cache": "vlqc.passes.quantize_cache:QuantizeCache",
     "measure-sensitivity": "vlqc.passes.measure_sensitivity:MeasureSensitivity",
     "lower-linears": "vlqc.passes.lower_linears:LowerLinears",
+    "lower-cache": "vlqc.passes.lower_cache:LowerCache",
     "propagate-quantized": "vlqc.passes.propagate_quantized:PropagateQuantized",
 }
 ENTRY_POINTS = "vlqc.passes"  # entry point group in which installed packages register passes

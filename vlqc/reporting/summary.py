@@ -217,6 +217,8 @@ class CompilationSummary:
         self.notes: list[str] = []
         self._run_notes: set[str] = set()
         self.experts: dict[str, tuple[int, int]] = {}  # block -> experts without calibration tokens, all experts
+        self.float_caches: dict[str, float] = {}  # attention module whose cache a pass left in float -> its SQNR in dB
+        self.caches = 0  # attention modules with a quantized cache
         self.search_result: SearchResult | None = None
         self.rotation_plan = RotationPlan()
         self.peak = Peak()  # the largest value between layers, of a float16 result
@@ -241,6 +243,10 @@ class CompilationSummary:
         for site in stage.sites.values():
             self._count(stage.part, site.scheme or Scheme.FLOAT)
         self._count_experts(stage)
+        for cache in stage.caches.values():
+            self.caches += cache.is_quantized
+            if not cache.is_quantized and cache.sqnr is not None:
+                self.float_caches[cache.name] = cache.sqnr
         if (recorded := stage.execution.peaks) is not None and recorded.peak.value > self.peak.value:
             self.peak = recorded.peak
         self.add_notes(stage.notes)
@@ -256,6 +262,7 @@ class CompilationSummary:
             "counts": counts,
             "notes": notes,
             "experts": self.experts,
+            "caches": [self.caches, self.float_caches],
             "peak": [self.peak.value, self.peak.where],
             "stage": self.metrics.last_stage(),
         }
@@ -266,6 +273,7 @@ class CompilationSummary:
             return
         self.counts = {(part, scheme): count for part, scheme, count in states[-1]["counts"]}
         self.experts = {block: (unreached, every) for block, (unreached, every) in states[-1]["experts"].items()}
+        self.caches, self.float_caches = states[-1]["caches"]
         self.peak = Peak(*states[-1]["peak"])
         self.add_notes(states[-1]["notes"])
         self.metrics.restore([state["stage"] for state in states])
@@ -324,6 +332,19 @@ class CompilationSummary:
                 f"{unreached} of {every} experts received no calibration tokens, most of them in {most} "
                 f"({counts[0]} of {counts[1]}): their weights are rounded to nearest, without smoothing; "
                 "more samples may reach them"
+            ]
+        )
+
+    def note_float_caches(self) -> None:
+        """One note on all layers whose keys and values stay in float because of their error."""
+        if not self.float_caches:
+            return
+        layers = [f"{name} {sqnr:.1f} dB" for name, sqnr in sorted(self.float_caches.items(), key=lambda item: item[1])]
+        every = self.caches + len(self.float_caches)
+        self.add_notes(
+            [
+                f"the keys and values of {len(layers)} of {every} layers stay in float, because the SQNR of the "
+                f"attention's output would be too low: {', '.join(layers)}"
             ]
         )
 

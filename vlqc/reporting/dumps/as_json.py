@@ -11,7 +11,7 @@ from vlqc.ir.parser import parse_stage
 from vlqc.ir.printer import CALLEES, print_stage
 from vlqc.ir.rotations import AppliedRotation
 from vlqc.ir.snapshot import WEIGHT_PARTS, StageSnapshot
-from vlqc.ir.stage import Site, Stage
+from vlqc.ir.stage import CacheSite, Site, Stage
 from vlqc.ir.syntax import function_name, literal
 from vlqc.reporting.dumps.writer import DumpContext, add_suffix
 
@@ -27,8 +27,9 @@ def write_json(stage: Stage, path: Path, context: DumpContext) -> None:
 def stage_to_dict(stage: StageSnapshot) -> dict[str, Any]:
     """A stage as JSON-compatible values, with the numbers, lists and names of its text.
 
-    nodes: name, operation, callee, arguments as in the text, shape and dtype. tensors, sites, observations: by name.
-    rotations: kind, matrix, what is rotated; columns: layer -> norm or null; rows: layer -> first rows of its blocks.
+    nodes: name, operation, callee, arguments as in the text, shape and dtype. tensors, sites, caches, observations: by
+    name. rotations: kind, matrix, what is rotated; columns: layer -> norm or null; rows: layer -> first rows of its
+    blocks.
     inf and nan, which JSON does not have, are strings.
     """
     content = {
@@ -38,6 +39,7 @@ def stage_to_dict(stage: StageSnapshot) -> dict[str, Any]:
         "nodes": [_node_to_dict(node) for node in stage.graph.nodes],
         "tensors": {name: asdict(summary) for name, summary in stage.tensors.items()},
         "sites": {name: _site_to_dict(stage, site) for name, site in stage.sites.items()},
+        "caches": {name: _cache_to_dict(stage, site) for name, site in stage.caches.items()},
         "edges": None if stage.edges is None else [asdict(edge) for edge in stage.edges],
         "rotations": [_rotation_to_dict(rotation) for rotation in stage.rotations],
         "observations": {name: asdict(observation) for name, observation in stage.observations.items()},
@@ -73,6 +75,22 @@ def _site_to_dict(stage: StageSnapshot, site: Site) -> dict[str, Any]:
         "reason": site.reason,
         "input": None if site.input is None else asdict(site.input),
         "weight": weight and {part: asdict(summary) for part, summary in zip(WEIGHT_PARTS, weight, strict=False)},
+    }
+
+
+def _cache_to_dict(stage: StageSnapshot, site: CacheSite) -> dict[str, Any]:
+    summary = stage.cache_summaries[site.name]
+    return {
+        "keys": site.key,
+        "values": site.value,
+        "node": site.node,
+        "heads": site.heads,
+        "head_size": site.head_size,
+        "scheme": None if site.scheme is None else str(site.scheme),
+        "reason": site.reason,
+        "sqnr": site.sqnr,
+        "scales": {name: asdict(scale) for name, scale in summary.scales.items()},
+        "observation": None if summary.observation is None else asdict(summary.observation),
     }
 
 

@@ -3,7 +3,8 @@
     graph.vlqc                 text: graph, sites with their schemes, rotations, summaries of all tensors
     config.json                of the checkpoint; the installed transformers builds the stage's module from it
     bundle.json                BundleMetadata: everything that is not in the other files
-    weights.safetensors        parameters and buffers by path in the stage; quantized weights of sites; edges
+    weights.safetensors        parameters and buffers by path in the stage; quantized weights of sites; edges; scales of
+                               keys and values
     observations.safetensors   ranges and kept rows
     inputs.safetensors         arguments of the probe and, if the samples have not run through the stage, of all samples
 
@@ -17,6 +18,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,15 +37,17 @@ from vlqc.frontend.checkpoint.files import outside_links
 from vlqc.frontend.process_group import ProcessGroup
 from vlqc.frontend.streamed_model import build_meta_model
 from vlqc.ir.bfloat16_linears import exact_bfloat16
+from vlqc.ir.cache_observation import CacheObservation, KeptAttention
 from vlqc.ir.execution import Call, StageRun
 from vlqc.ir.observation import ChannelRange, Observation
 from vlqc.ir.printer import print_stage
 from vlqc.ir.serialization import NotSerializable, deserialize, serialize, span
-from vlqc.ir.snapshot import WEIGHT_PARTS, StageSnapshot
+from vlqc.ir.snapshot import SCALES, WEIGHT_PARTS, StageSnapshot
 from vlqc.ir.stage import Edge, Stage, WeightQuantization
 from vlqc.ir.tensor_cache import TensorCache
 from vlqc.ir.tensor_digest import digest, fingerprint
 from vlqc.ir.verifier import check
+from vlqc.kernels_ref.kv_cache import QuantizedCacheAttention
 from vlqc.kernels_ref.norm import ShiftedNorm
 from vlqc.kernels_ref.quant_linear import QuantLinear
 from vlqc.pipeline.registry import WRAPPERS, load_wrapper
@@ -57,6 +61,7 @@ WEIGHTS, OBSERVATIONS, INPUTS = "weights.safetensors", "observations.safetensors
 HALVED = "float32 tensors that are stored in bfloat16, which holds them"
 RANGE_PARTS = ("minimum", "maximum", "sum", "sum_of_squares")
 KEPT_PARTS = ("kept", "kept_modality", "kept_energy")
+ABSMAX_PARTS = ("key_absmax", "value_absmax")
 PACKAGES = ("vlqc", "torch", "transformers", "numpy")
 LARGEST_SIZE = 2**20  # limit of all dimensions in config.json; the largest vocabularies have some 150 000 entries
 MOST_TENSORS = 10_000  # limit of the tensors of a model, and so of the blocks that are built
@@ -91,6 +96,19 @@ class ObservationMetadata(_StrictModel):
     samples: int
 
 
+class CacheMetadata(_StrictModel):
+    """A cache without its tensors. target: path in the stage; scaling, rows, kept, balance, samples: as in
+    `CacheObservation`, kept is the number of samples; rows is None if nothing was observed."""
+
+    name: str
+    target: str
+    scaling: float = 1.0
+    rows: dict[str, int] | None = None
+    kept: int = 0
+    balance: bool = True
+    samples: int = 0
+
+
 class SerializedCall(_StrictModel):
     """A `Call`. args, kwargs: from `ir.serialization.serialize`; modality: number of its tensor, or None."""
 
@@ -118,6 +136,7 @@ class BundleMetadata(_StrictModel):
     constants: dict[str, str | None]
     edges: tuple[tuple[str, tuple[str, ...]], ...] | None
     observations: tuple[ObservationMetadata, ...]
+    caches: tuple[CacheMetadata, ...] = ()
     calls: tuple[SerializedCall, ...]
     probe: int | SerializedCall | None
     before_run: bool
@@ -142,6 +161,7 @@ def write_bundle(stage: Stage, path: Path, context: DumpContext) -> None:
         constants={node.name: node.meta.get("path") for node in stage.graph.nodes if node.op == "get_attr"},
         edges=None if stage.edges is None else tuple((edge.producer, tuple(edge.consumers)) for edge in stage.edges),
         observations=tuple(_observation_metadata(stage)),
+        caches=tuple(_cache_metadata(stage)),
         calls=tuple(inputs.calls),
         probe=inputs.probe,
         before_run=inputs.before_run,
@@ -193,7 +213,7 @@ def _replaced_modules(module: nn.Module) -> Iterator[ReplacedModule]:
         kind = type(child).__name__
         if isinstance(child, QuantLinear):
             yield ReplacedModule(path=path, kind=kind, flags={name: getattr(child, name) for name in child.settings})
-        elif isinstance(child, ShiftedNorm) or kind in WRAPPERS:
+        elif isinstance(child, ShiftedNorm | QuantizedCacheAttention) or kind in WRAPPERS:
             yield ReplacedModule(path=path, kind=kind)
 
 
@@ -208,6 +228,23 @@ def _observation_metadata(stage: Stage) -> Iterator[ObservationMetadata]:
         )
 
 
+def _cache_metadata(stage: Stage) -> Iterator[CacheMetadata]:
+    for name, site in stage.caches.items():
+        observation = stage.cache_observations.get(name)
+        if observation is None:
+            yield CacheMetadata(name=name, target=site.target)
+            continue
+        yield CacheMetadata(
+            name=name,
+            target=site.target,
+            scaling=observation.scaling,
+            rows=dict(observation.rows),
+            kept=len(observation.kept),
+            balance=observation.balance,
+            samples=observation.samples,
+        )
+
+
 def _weight_tensors(stage: Stage) -> Iterator[tuple[str, Tensor]]:
     for path, tensor in (*stage.module.named_parameters(), *stage.module.named_buffers()):
         yield f"module/{path}", tensor
@@ -215,6 +252,8 @@ def _weight_tensors(stage: Stage) -> Iterator[tuple[str, Tensor]]:
         if site.weight is not None:
             parts = zip(WEIGHT_PARTS, site.weight.tensors(), strict=False)
             yield from ((f"site/{site.name}/{part}", tensor) for part, tensor in parts)
+    for name, cache in stage.caches.items():
+        yield from ((f"cache/{name}/{part}", scale) for part, scale in cache.scales().items())
     for node in stage.graph.nodes:
         constant = node.meta.get("constant")
         is_computed = node.op == "get_attr" and node.meta.get("path") is None  # and not a parameter
@@ -230,6 +269,10 @@ def _observation_tensors(stage: Stage) -> Iterator[tuple[str, Tensor]]:
         for modality, channels in observation.ranges.items():
             yield from ((f"{node}/{modality}/{part}", getattr(channels, part)) for part in RANGE_PARTS)
         yield from ((f"{node}/{part}", getattr(observation, part)) for part in KEPT_PARTS)
+    for name, cache in stage.cache_observations.items():
+        yield from ((f"cache/{name}/{part}", getattr(cache, part)) for part in ABSMAX_PARTS)
+        for number, sample in enumerate(cache.kept):
+            yield from ((f"cache/{name}/{number}/{part}", tensor) for part, tensor in sample.tensors().items())
 
 
 class _SerializedInputs:
@@ -287,6 +330,7 @@ def read_bundle(folder: Path) -> Stage:
         config = read_json_object(folder / CONFIG)
         family = family_of(config, str(folder / CONFIG))
         module = _restore_module(folder, family, family.engine_config(config), metadata, weights)
+        _wrap_attention(module, metadata, snapshot, weights)
         execution = _restore_execution(module, metadata, _read_tensors(folder / INPUTS))
         stage = _restore_stage(snapshot, metadata, family, module, execution, weights, statistics)
         if invalid := check(stage):
@@ -346,6 +390,8 @@ def _restore_module(
     module: nn.Module = modules[metadata.stage]
     values = {name.removeprefix("module/"): value for name, value in weights.items() if name.startswith("module/")}
     for replaced in metadata.replaced:
+        if replaced.kind == QuantizedCacheAttention.__name__:
+            continue
         original = module.get_submodule(replaced.path)
         module.set_submodule(replaced.path, _restore_replaced(replaced, original, values))
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
@@ -363,6 +409,19 @@ def _restore_module(
     if missing := sorted(tensors.keys() - values.keys()):
         raise ValueError(f"{missing[0]} is missing")
     return module
+
+
+def _wrap_attention(
+    module: nn.Module, metadata: BundleMetadata, snapshot: StageSnapshot, weights: Mapping[str, Tensor]
+) -> None:
+    """Wraps the attention modules that were lowered to read quantized keys and values."""
+    wrapped = {replaced.path for replaced in metadata.replaced if replaced.kind == QuantizedCacheAttention.__name__}
+    for cache in metadata.caches:
+        if cache.target in wrapped:
+            key, value = (weights[f"cache/{cache.name}/{part}"] for part in SCALES)
+            attention = module.get_submodule(cache.target)
+            wrapper = QuantizedCacheAttention(attention, key, value, snapshot.caches[cache.name].heads)
+            module.set_submodule(cache.target, wrapper)
 
 
 def _restore_replaced(replaced: ReplacedModule, original: nn.Module, values: Tensors) -> nn.Module:
@@ -406,6 +465,7 @@ def _restore_stage(
         module=module,
         graph=snapshot.graph,
         sites=snapshot.sites,
+        caches=snapshot.caches,
         execution=execution,
         rotations=snapshot.rotations,
         checkpoint_name=lambda path: metadata.names.get(path, prefix + path),
@@ -435,8 +495,25 @@ def _restore_stage(
             )
             for index, (producer, consumers) in enumerate(metadata.edges)
         )
+    for row in metadata.caches:
+        cache = stage.caches[row.name]
+        cache.target = row.target
+        cache.key_scale, cache.value_scale = (weights.get(f"cache/{row.name}/{part}") for part in SCALES)
+        if row.rows is not None:
+            stage.cache_observations[row.name] = _restore_cache_observation(row, row.rows, statistics)
     stage.observations = {row.node: _restore_observation(row, statistics) for row in metadata.observations}
     return stage
+
+
+def _restore_cache_observation(metadata: CacheMetadata, rows: dict[str, int], statistics: Tensors) -> CacheObservation:
+    prefix = f"cache/{metadata.name}"
+    parts = [part.name for part in fields(KeptAttention)]
+    kept = [
+        KeptAttention(**{part: statistics[f"{prefix}/{number}/{part}"] for part in parts})
+        for number in range(metadata.kept)
+    ]
+    key, value = (statistics[f"{prefix}/{part}"] for part in ABSMAX_PARTS)
+    return CacheObservation(metadata.scaling, key, value, rows, tuple(kept), metadata.balance, metadata.samples)
 
 
 def _restore_observation(metadata: ObservationMetadata, statistics: Tensors) -> Observation:

@@ -14,8 +14,16 @@ from vlqc.formatting import pluralize
 from vlqc.ir.parser import parse_stage
 from vlqc.ir.printer import print_node, print_stage
 from vlqc.ir.rotations import AppliedRotation
-from vlqc.ir.snapshot import WEIGHT_PARTS, MapSummary, ObservationSummary, StageSnapshot, TensorSummary
-from vlqc.ir.stage import Site
+from vlqc.ir.snapshot import (
+    WEIGHT_PARTS,
+    CacheObservationSummary,
+    CacheSummary,
+    MapSummary,
+    ObservationSummary,
+    StageSnapshot,
+    TensorSummary,
+)
+from vlqc.ir.stage import CacheSite, Site
 
 T = TypeVar("T")
 Changes = dict[str, list[str]]  # heading -> sentences
@@ -197,6 +205,7 @@ def _differences(before: StageSnapshot, after: StageSnapshot) -> Iterator[tuple[
     for name, old_weight, new_weight in _pairs(before.weights, after.weights):
         for part, old_part, new_part in zip(WEIGHT_PARTS, _padded(old_weight), _padded(new_weight), strict=True):
             yield from ((name, f"quantized {part}: {sentence}") for sentence in _diff_tensors(old_part, new_part))
+    yield from _diff_caches(before, after)
     for name, old_tensor, new_tensor in _pairs(before.tensors, after.tensors):
         owner, _, parameter = name.rpartition(".")
         yield from ((owner or name, f"{parameter}: {sentence}") for sentence in _diff_tensors(old_tensor, new_tensor))
@@ -260,6 +269,41 @@ def _diff_sites(before: Site, after: Site) -> Iterator[str]:
         yield f"input scale: {_from_to(before.input.scale, after.input.scale)}"
     if before.input.offset != after.input.offset:
         yield f"input offset: {before.input.offset:g} -> {after.input.offset:g}"
+
+
+def _diff_caches(before: StageSnapshot, after: StageSnapshot) -> Iterator[tuple[str, str]]:
+    attributes: tuple[tuple[str, Callable[[CacheSite], Any]], ...] = (
+        ("heads", lambda site: f"{site.heads} x {site.head_size}"),
+        ("keys from", lambda site: site.key),
+        ("values from", lambda site: site.value),
+        ("attention", lambda site: f"%{site.node}"),
+        ("cache scheme", lambda site: site.scheme),
+        ("cache reason", lambda site: site.reason or None),
+        ("SQNR of the attention", lambda site: None if site.sqnr is None else f"{number(site.sqnr)} dB"),
+    )
+    for name, old, new in _pairs(before.caches, after.caches):
+        if old is None or new is None:
+            yield name, f"cache {'added' if old is None else 'removed'}"
+            continue
+        values = [(label, value_of(old), value_of(new)) for label, value_of in attributes]
+        yield from (
+            (name, f"{label}: {_format(one)} -> {_format(other)}") for label, one, other in values if one != other
+        )
+    for name, old_summary, new_summary in _pairs(before.cache_summaries, after.cache_summaries):
+        old_summary, new_summary = old_summary or CacheSummary(), new_summary or CacheSummary()
+        for scale, one, other in _pairs(old_summary.scales, new_summary.scales):
+            yield from ((name, f"{scale}: {sentence}") for sentence in _diff_tensors(one, other))
+        if old_summary.observation != new_summary.observation:
+            observed = (_format_cache(summary.observation) for summary in (old_summary, new_summary))
+            yield name, f"keys and values: {' -> '.join(observed)}"
+
+
+def _format_cache(observation: CacheObservationSummary | None) -> str:
+    if observation is None:
+        return "not observed"
+    rows = ", ".join(f"{rows} {modality}" for modality, rows in observation.rows.items())
+    ranges = f"keys up to {number(observation.key_absmax)}, values up to {number(observation.value_absmax)}"
+    return f"{rows} rows, {ranges}, {observation.kept} kept ({observation.digest})"
 
 
 def _format(value: object) -> str:

@@ -263,7 +263,7 @@ FAULTS = [
     ('module("visual.blocks.0.attn.proj")(', "module(5)(", "expected one string", "module(5)"),
     (": float32[2, 12]", ": flot32[2, 12]", "expected a dtype", "flot32"),
     ("part=vision dtype=bfloat16", "part=vision dtype=bflot16", "expected a dtype", "bflot16"),
-    ("sites {", "site {", "expected sites or edges or rotations or observations", "site {"),
+    ("sites {", "site {", "expected sites or caches or edges or rotations or observations", "site {"),
     ('"visual.blocks.0.mlp.gate" [6, 4]', '"visual.blocks.0.mlp.gate" [6]', "expected a shape", " [6]"),
     ('reason="kept', 'reason="\\d kept', "this string cannot be read", '"\\d kept'),
     ("(%hidden_states, %constant_0)", "(%hidden_states, 1if)", "this is not an expression", "1if)"),

@@ -24,7 +24,7 @@ OBSERVED_BY = "insert-observers{caches=true}"
 class QuantizeCache(Pass):
     """Sets scheme and scales of the keys and values of decoder layers.
 
-    scheme: name of a cache scheme.
+    scheme: the cache scheme of all layers.
     min_sqnr: dB; a layer stays in float if its attention's output would have a lower signal-to-noise ratio. With the
         weights of SmolLM2-135M, whose layers have 32 to 48 dB, the perplexity grows by 0.07 %. Large biases of the
         keys, like those of Qwen2.5, take up the range of a channel: with 50 in the channels that the rotary embedding
@@ -37,19 +37,19 @@ class QuantizeCache(Pass):
     after: ClassVar[tuple[str, ...]] = ("insert-observers",)
     before: ClassVar[tuple[str, ...]] = ("lower-cache",)
 
-    scheme: str = "C8"
+    scheme: CacheScheme = CacheScheme.C8
     min_sqnr: float = 20.0
 
     def __post_init__(self) -> None:
-        known = ", ".join(CacheScheme)
-        require(self.scheme in list(CacheScheme), f"scheme must be one of {known}, not {self.scheme!r}")
+        require(self.scheme in tuple(CacheScheme), f"scheme must be one of {', '.join(CacheScheme)}")
+        object.__setattr__(self, "scheme", CacheScheme(self.scheme))
         require(not math.isnan(self.min_sqnr), "min_sqnr must be a number")
 
     def run(self, stage: Stage) -> bool:
         if not stage.caches and find_caches(stage).caches:
             why = f"nothing was observed at the attention of {stage.name}"
             raise UserError(Fault(f"{self.name} needs observations", "--pipeline", why, f"put {OBSERVED_BY} before it"))
-        scheme, before = CacheScheme(self.scheme), _state(stage)
+        scheme, before = self.scheme, _state(stage)
         tasks = [
             partial(
                 choose_head_scales, stage.cache_observations[name], site.heads, head, scheme.spec.largest, stage.dtype

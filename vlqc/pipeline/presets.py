@@ -65,7 +65,7 @@ def _selected(options: Options) -> Iterator[tuple[str, dict[str, Any]]]:
     if options.rotate != "none":
         yield "rotate-heads", {}
     yield "split-window-attention", {}
-    yield "insert-observers", {"balance": options.modality_balance}
+    yield "insert-observers", {"balance": options.modality_balance, "caches": options.cache_scheme is not None}
     yield (
         "assign-precision",
         {
@@ -100,5 +100,7 @@ def _selected(options: Options) -> Iterator[tuple[str, dict[str, Any]]]:
     if options.cache_scheme is not None:
         yield "quantize-cache", {"scheme": str(options.cache_scheme)}
     yield "lower-linears", {}
+    if options.cache_scheme is not None:
+        yield "lower-cache", {}
     if options.propagate == "quantized":
         yield "propagate-quantized", {}

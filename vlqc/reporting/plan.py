@@ -104,7 +104,7 @@ class CompilationPlan:
         return f"{format_bytes(smallest)} to {format_bytes(largest)}, by the schemes that the search chooses"
 
     def _cache_text(self) -> str:
-        """Without the layers that quantize-cache will leave in float."""
+        """Without the layers whose cache the compilation will leave in float."""
         return f"{format_bytes(self.cache_before)} -> {format_bytes(self.cache_after)} per token, at least"
 
     def render(self, console: Console) -> None:

@@ -377,7 +377,7 @@ class CompilationSummary:
             if loads and (versions is None or str(target.version) not in versions):
                 title, left = target.title(engine), list(caches.values()).count(None)
                 what = f"{title} quantizes the keys and values of every layer, and {left} have no scales"
-                fix = "set min_sqnr of quantize-cache to 0 in --pipeline, or use a newer version"
+                fix = "in --pipeline, set min_sqnr of the pass for the cache to 0, or use a newer version"
                 self.add_notes([str(Fault(what, why=f"they would be rounded to integers; {versions} do not", fix=fix))])
 
     def note_overflow(self) -> None:

@@ -1,6 +1,7 @@
 """Exports the graph of a stage as an ONNX model, node by node."""
 
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import onnx
@@ -11,8 +12,8 @@ from torch.fx.node import map_aggregate
 
 from vlqc.errors import Fault, UserError
 from vlqc.ir.execution import input_tensors
-from vlqc.ir.stage import CacheSite, Stage
-from vlqc.kernels_ref.kv_cache import attention_arguments
+from vlqc.ir.stage import Stage
+from vlqc.kernels_ref.kv_cache import attention_arguments, round_cache
 from vlqc.reporting.onnx.builder import IR_VERSION, OPSET, Builder, type_of
 from vlqc.reporting.onnx.functions import RULES, NodeExporter, Value
 from vlqc.reporting.onnx.kv_cache import export_rounded_cache
@@ -50,7 +51,7 @@ class _Exporter:
         self.values: dict[fx.Node, Any] = {}
         self.inputs: list[onnx.ValueInfoProto] = []
         self.outputs: list[onnx.ValueInfoProto] = []
-        self.caches = {cache.node: cache for cache in stage.caches.values() if cache.is_quantized}
+        self.scale_names = dict(_scale_names(stage))  # node that rounds -> name of its scale in the checkpoint
         call = stage.execution.probe
         self.probe_inputs = {} if call is None else dict(input_tensors(stage.module, call.args, call.kwargs))
 
@@ -100,29 +101,24 @@ class _Exporter:
         output = export_module(self.builder, self.stage.module.get_submodule(target), name, x.name, x.shape, node.name)
         return Value(output, node.meta["shape"], node.meta["dtype"])
 
-    def _with_rounded_cache(self, cache: CacheSite, arguments: dict[str, Any], output: str) -> dict[str, Any]:
-        """The arguments of an attention call, with quantized keys and values."""
-        of_projection = {"key": (cache.key, cache.key_scale), "value": (cache.value, cache.value_scale)}
-        for name, (layer, scale) in of_projection.items():
-            if scale is None or not isinstance(arguments[name], Value):
-                raise UnsupportedOperation(f"a {name} that is constant or without a scale")
-            tensor = f"{layer}.kv_cache_scale"
-            arguments[name] = export_rounded_cache(
-                self.builder, arguments[name], scale, cache.heads, tensor, f"{output}_{name}"
-            )
-        return arguments
+    def _rounded_cache(self, node: fx.Node, x: Any, scale: Tensor, kv_heads: int) -> Value:
+        """Keys or values of an attention call, quantized and back."""
+        if not isinstance(x, Value):
+            raise UnsupportedOperation("keys or values that are constant")
+        name = self.scale_names.get(node, f"{node.name}_scale")
+        return export_rounded_cache(self.builder, x, scale, kv_heads, name, node.name)
 
     def _function(self, node: fx.Node) -> Any:
         args, kwargs = self._arguments(node)
         name = str(getattr(node.target, "__name__", node.target))
+        if node.target is round_cache:
+            return self._rounded_cache(node, *args, **kwargs)
         if not _holds_value((args, kwargs)):  # constant
             if (name not in RULES and name not in COMPUTED) or not callable(node.target):
                 raise UnsupportedOperation(f"a call of {name}")
             return node.target(*args, **kwargs)
         if name in IN_PLACE or name not in RULES:
             raise UnsupportedOperation(f"a call of {name}")
-        if (cache := self.caches.get(node.name)) is not None:
-            args, kwargs = (), self._with_rounded_cache(cache, attention_arguments(args, kwargs), node.name)
         exporter = NodeExporter(self.builder, node.name, node.meta.get("shape"), node.meta.get("dtype"))
         if node.target is operator.getitem and isinstance(args[0], list | tuple):
             return args[0][args[1]]
@@ -154,7 +150,7 @@ class _Exporter:
             graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="vlqc"
         )
         schemes = {site.name: str(site.scheme or "none") for site in self.stage.sites.values()}
-        schemes |= {cache.name: str(cache.scheme) for cache in self.caches.values()}
+        schemes |= {cache.name: str(cache.scheme) for cache in self.stage.caches.values() if cache.is_quantized}
         helper.set_model_props(model, {"stage": self.stage.name, "part": self.stage.part, **schemes})
         return model
 
@@ -162,6 +158,13 @@ class _Exporter:
 _TAKES_TENSORS = frozenset(
     "cat concat add __add__ __radd__ mul __mul__ __rmul__ sub __sub__ __rsub__ div __truediv__ matmul".split()
 )
+
+
+def _scale_names(stage: Stage) -> Iterator[tuple[fx.Node, str]]:
+    for cache in stage.caches.values():
+        node = stage.node(cache.node)
+        arguments = attention_arguments(node.args, node.kwargs)
+        yield from ((arguments[part], f"{getattr(cache, part)}.kv_cache_scale") for part in ("key", "value"))
 
 
 class _Wrapped:

@@ -155,7 +155,7 @@ def _add_cache_advice(result: VerificationResult, rank: int, row: Mapping[str, A
         f"{row['share %']} % of the folder's; keeping them in float {effect}"
     )
     why = "every key and value is rounded with one scale per channel for all tokens"
-    fix = "--kv_cache none, or in --pipeline a larger min_sqnr of the pass for the cache, which leaves such layers in float"
+    fix = "--kv_cache none, or in --pipeline a larger min_sqnr of the pass for the cache: such layers stay float"
     result.advice.append(Finding(CHECK, str(row["group"]), what, why, fix if gain > 0 else ""))
 
 

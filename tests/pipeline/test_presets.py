@@ -81,6 +81,25 @@ PRESETS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+WEIGHTS_ONLY = "assign-precision{scheme=%s,target=vllm-ascend%s},quantize-weights{method=round},lower-linears"
+FROM_WEIGHTS: list[tuple[dict[str, Any], str]] = [
+    ({"scheme": "w8a16"}, WEIGHTS_ONLY % ("W8A16", ",fallback=none")),
+    ({"scheme": "w8a16", "fallback": "reference"}, WEIGHTS_ONLY % ("W8A16", "")),
+    ({"scheme": "w8a8_dynamic", "anti_method": "none", "weight_method": "round"}, WEIGHTS_ONLY % ("W8A8_DYNAMIC", "")),
+    ({"scheme": "w4a8", "anti_method": "none", "weight_method": "round"}, WEIGHTS_ONLY % ("W4A8_DYNAMIC", "")),
+]
+
+
+@pytest.mark.parametrize(("given", "text"), FROM_WEIGHTS, ids=[str(given) for given, _ in FROM_WEIGHTS])
+def test_presets_without_samples(given: dict[str, Any], text: str) -> None:
+    """Catches a pass that needs samples where none are given, and one that is left out although they are."""
+    assert pipeline_text(Options.without_paths(**given)) == "rotate-residual,rotate-heads," + text
+    for options, ready in (({**given, "calib_images": "images"}, False), (given, True)):
+        with_samples = pipeline_text(Options.without_paths(**options), ready_samples=ready)
+        assert "insert-observers" in with_samples
+        check_order(parse_pipeline(with_samples))
+
+
 ROTATIONS = {
     "auto": "rotate-residual,rotate-heads,",
     "none": "",

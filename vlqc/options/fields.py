@@ -190,7 +190,7 @@ class OptionFields(BaseModel):
         DATA,
         "Calibration data: a folder of images and videos, one of them, or a .jsonl or .json file of conversations with "
         "images and videos. At least 30 varied images are recommended. For a text-only model a file of conversations "
-        "without images.",
+        "without images. Read if it is given, or if a pass needs samples; --scheme w8a16 needs none.",
     )
     save_directory: OptionPath = _option(
         ..., OUTPUT, "Output folder of the quantized checkpoint. Written only if the compilation succeeds."
@@ -208,8 +208,8 @@ class OptionFields(BaseModel):
         "m2",
         SCHEME,
         "Outlier suppression by smoothing scales: m2 searches the scales, m4 computes them in closed form "
-        "(SmoothQuant), none disables smoothing. LoRA adapters of the float model do not fit smoothed weights; merge "
-        "them with --lora.",
+        "(SmoothQuant), none disables smoothing, as --scheme w8a16 does without --calib_images. LoRA adapters of the "
+        "float model do not fit smoothed weights; merge them with --lora.",
     )
     act_method: Annotated[Literal[1, 2, 3], Integer] = _option(
         2,
@@ -286,7 +286,8 @@ class OptionFields(BaseModel):
         "auto",
         SCHEME,
         "Rounding of weights: round rounds to nearest; clip also searches the clipping range of each row or group; "
-        "gptq compensates the error of each column in the columns after it. auto selects gptq.",
+        "gptq compensates the error of each column in the columns after it. auto selects gptq, or round for "
+        "--scheme w8a16 without --calib_images.",
     )
     propagate: Literal["float", "quantized"] = _option(
         "float",

@@ -17,8 +17,7 @@ IN_GROUPS = {"w_bit": 4, "is_dynamic": True, "is_lowbit": True, "open_outlier": 
 
 
 @pytest.mark.slow
-@pytest.mark.every_transformers
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [pytest.param(0, marks=pytest.mark.every_transformers), 1])
 def test_smoothing_keeps_the_logits(tmp_path: Path, seed: int) -> None:
     """Catches missing edges, scales searched on wrong statistics, and folds that leave out a consumer."""
     config = make_outlier_checkpoint.make(tmp_path / "float", seed=seed)

@@ -1,20 +1,26 @@
-"""Program of each rank in tests of several processes: `torchrun ... distributed_runs.py CHECKPOINT FOLDER [...]`.
+"""Program of tests of several processes: `distributed_runs.py CHECKPOINT FOLDER [...]`.
 
-Compiles every case through the Python API, and at last images by command line. With the arguments RANK STAGE, only the
-command line runs, and that rank is killed when it reaches the stage; with `resume`, the command line resumes.
+Forks one process, then three, which compile every case through the Python API, and at last images by command line,
+into FOLDER/1 and FOLDER/3. With `resume`, one process, then two resume the command line in FOLDER/1 and FOLDER/2. With
+RANK STAGE, it is what each rank under torchrun runs: the command line; that rank is killed when it reaches the stage.
 """
 
+import json
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from tests.support import tiny
+from tests.support.forked_ranks import run_forked
 from vlqc.errors import UserError
 from vlqc.ir.execution import StageRun
 
@@ -98,11 +104,33 @@ def kill_rank(rank: str) -> Callable[[StageRun], None]:
     return kill
 
 
+def compile_and_command_line(checkpoint: Path, folder: Path) -> None:
+    compile_all(checkpoint, folder)
+    command_line(checkpoint, folder / "photos")
+
+
+def main(checkpoint: Path, folder: Path, *more: str) -> None:
+    """Prints the exit codes of the processes as JSON: by their number, a list."""
+    import torch
+
+    import vlqc
+
+    if len(more) == 2:
+        with before(more[1], kill_rank(more[0])):
+            command_line(checkpoint, folder / "photos")
+    torch.set_num_threads(1)
+    warm = Path(tempfile.mkdtemp(dir=folder))
+    vlqc.compile(model_path=checkpoint, save_directory=warm / "out", samples=[IMAGE])  # imports what the children need
+    shutil.rmtree(warm)
+    codes = {}
+    for processes in (1, 2) if more else (1, 3):
+        result = folder / str(processes)
+        work = partial(command_line, checkpoint, result / "photos", "--resume")
+        work = work if more else partial(compile_and_command_line, checkpoint, result)
+        result.mkdir(exist_ok=True)
+        codes[processes] = run_forked(work, processes, folder / f"output of {processes}")
+    print(json.dumps(codes))
+
+
 if __name__ == "__main__":
-    if len(sys.argv) == 5:
-        with before(sys.argv[4], kill_rank(sys.argv[3])):
-            command_line(Path(sys.argv[1]), Path(sys.argv[2]) / "photos")
-    if len(sys.argv) == 4:
-        command_line(Path(sys.argv[1]), Path(sys.argv[2]) / "photos", "--resume")
-    compile_all(Path(sys.argv[1]), Path(sys.argv[2]))
-    command_line(Path(sys.argv[1]), Path(sys.argv[2]) / "photos")
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import vlqc
 from tests.support import tiny
@@ -93,14 +94,12 @@ SCHEMES: list[dict[str, Any]] = [{}, {"is_dynamic": True}, W4A8, {**W4A8, "w4a8_
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_output_bytes_are_those_of_the_weight_files(
-    tmp_path: Path, scheme: dict[str, Any], layout: dict[str, Any], dtype: torch.dtype
+    checkpoint: Path, tmp_path: Path, scheme: dict[str, Any], layout: dict[str, Any], dtype: torch.dtype
 ) -> None:
     """Catches a tensor of a scheme that the estimate leaves out, or takes for another dtype or shape."""
-
-    def cast(tensors: dict[str, torch.Tensor]) -> None:
-        tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items()})
-
-    source = tiny.damaged(tmp_path / "float", tensors=cast)
+    source = shutil.copytree(checkpoint, tmp_path / "float")
+    (file,) = source.glob("*.safetensors")
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file, {"format": "pt"})
     arguments = {"model_path": source, "samples": SAMPLES[:1], **QUICK, **scheme, **layout}
     estimate = plan_compilation(save_directory=tmp_path / "out", **arguments).bytes_after
     vlqc.compile(save_directory=tmp_path / "out", **arguments)

@@ -26,6 +26,7 @@ from vlqc.targets.schemes import Scheme
 GOLDENS = sorted((Path(__file__).parents[1] / "goldens").glob("**/*.vlqc"))
 DECIDED = print_stage(decided())
 ROTATED = text_after_rotation(1)
+CACHED = next(path for path in GOLDENS if path.name == "after-lower-cache.vlqc").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("file", GOLDENS, ids=lambda file: str(file.stem))
@@ -291,7 +292,18 @@ ROTATION_FAULTS = [
     ('mlp.up_proj" after', 'mlp.gate_proj" after', "appears twice", " after"),
     ('norm "model.layers.0.norm2"', 'norm "model.layers.0.norm1"', "appears twice", ""),
 ]
+CACHE_FAULTS = [
+    ('k_proj" values', 'k_proj" value', "expected ' values '", " value "),
+    ("[1, 2] at", "[1] at", "expected heads and their size", " [1] at"),
+    ("at %scaled", "at scaled", "expected ' at %NODE'", " at scaled"),
+    ("scheme=C8", "scheme=C4", "expected one of C8", "C4"),
+    ("sqnr=51.26", "sqnr=much", "expected a number", "much"),
+    ("key_scale(float32[2]", "key_scale(float31[2]", "expected a dtype", "float31"),
+    ("text=2 image=4 key", "text=two image=4 key", "expected rows of a modality", " text=two"),
+    ("queries=6", "queries=-6", "expected ' kept=' and ' queries='", " kept=6 queries=-6"),
+]
 PLACES = [(DECIDED, *fault) for fault in FAULTS] + [(ROTATED, *fault) for fault in ROTATION_FAULTS]
+PLACES += [(CACHED, *fault) for fault in CACHE_FAULTS]
 
 
 @pytest.mark.parametrize(("valid", "old", "new", "what", "under"), PLACES, ids=[place[2] for place in PLACES])

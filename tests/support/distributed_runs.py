@@ -31,7 +31,7 @@ CASES: dict[str, tuple[list[dict[str, Tensor]], dict[str, Any]]] = {
     "text first": (
         # No image for the first ranks; one image with two prompts for the last.
         [TEXT, tiny.synthetic_sample(words=4, seed=5), IMAGE, tiny.with_other_text(IMAGE, 9, 12, 31)],
-        {"anti_method": "none", "act_method": 1, "weight_method": "round"},
+        {"anti_method": "none", "act_method": 1, "weight_method": "round", "kv_cache": "int8"},
     ),
     "refused": ([IMAGE, TEXT, TWO], {}),  # see `refuse`
     "four bits": (

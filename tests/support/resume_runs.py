@@ -24,7 +24,7 @@ QUICK: dict[str, Any] = {"weight_method": "round", "anti_method": "none", "act_m
 CASES: dict[str, dict[str, Any]] = {
     "plain": QUICK,
     "overwrite": QUICK | {"overwrite": True},  # an older result exists
-    "shards": QUICK | {"part_file_size": 1, "propagate": "quantized", "memory_budget": 0.0},
+    "shards": QUICK | {"part_file_size": 1, "propagate": "quantized", "memory_budget": 0.0, "kv_cache": "int8"},
     "search": QUICK | {"fallback": "auto", "max_float_groups": 2, "target": "vllm-ascend", "part_file_size": 1},
     "mindie": QUICK | {"mindie_format": True, "anti_method": "m4"},
 }

@@ -93,17 +93,19 @@ def test_every_pass_replays_to_the_same_text(dump: Path, stage: str) -> None:
 
 
 def test_four_bit_passes_replay(tmp_path: Path) -> None:
-    """Catches bundles without group scales or lowered modules, or with other samples than the compilation."""
+    """Catches bundles without group scales, lowered modules, or what was observed of keys and values, or with other
+    samples than the compilation."""
     vlqc.compile(
         model_path=TINY, save_directory=tmp_path / "out", samples=tiny_task.samples(2, seed=1), dump_ir=tmp_path / "ir",
-        dump_stages="model.layers.0", dump_formats="text,bundle", **W4A8,
+        dump_stages="model.layers.0", dump_formats="text,bundle", **W4A8, kv_cache="int8",
     )  # fmt: skip
     folder = tmp_path / "ir" / "model.layers.0"
     bundles, texts = sorted(folder.glob("*.bundle")), sorted(folder.glob("*.vlqc"))
-    for number, step in enumerate(steps_of(**W4A8)):
+    for number, step in enumerate(steps_of(**W4A8, kv_cache="int8")):
         if number != 1:  # covered by the test above
             assert run_pass(bundles[number], step).text == texts[number + 1].read_text(), step
     lowered = read_bundle(bundles[-1])
+    assert all(map(lowered.is_lowered_cache, lowered.caches.values())) and len(lowered.cache_observations) == 1
     assert (
         lowered.is_lowered(lowered.sites["model.layers.0.mlp.up_proj"])
         and lowered.execution.probe_output().isfinite().all()

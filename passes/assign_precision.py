@@ -8,7 +8,7 @@ from vlqc.families.family import ModelFamily
 from vlqc.ir.stage import Site, Stage
 from vlqc.pipeline.pass_api import Pass, require
 from vlqc.targets.precision import Decision, choose_scheme
-from vlqc.targets.schemes import DEFAULT_SCHEME, Scheme
+from vlqc.targets.schemes import DEFAULT_SCHEME, Scheme, floats
 from vlqc.targets.target import parse_target
 
 
@@ -25,6 +25,8 @@ class AssignPrecision(Pass):
         those that the engine cannot run quantized.
     exclude: globs of layers that stay float.
     include: globs of layers that are quantized in spite of the reference exclusions; `exclude` takes precedence.
+    float_as: scheme in place of FLOAT, where the target runs it, of layers that would stay float although `exclude`
+        does not name them; FLOAT for none.
     """
 
     name: ClassVar[str] = "assign-precision"
@@ -39,12 +41,14 @@ class AssignPrecision(Pass):
     fallback: Literal["reference", "none"] = field(default="reference", metadata={"aliases": {"seed": "reference"}})
     exclude: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
+    float_as: str = Scheme.FLOAT
 
     def __post_init__(self) -> None:
         if self.fallback == "seed":  # type: ignore[comparison-overlap]
             warnings.warn("fallback='seed' is renamed to 'reference'", DeprecationWarning, stacklevel=3)
             object.__setattr__(self, "fallback", "reference")
         require(self.scheme in tuple(Scheme), f"scheme must be one of {', '.join(Scheme)}")
+        require(self.float_as in floats(), f"float_as must be one of {', '.join(floats())}")
         require(self.fallback in ("reference", "none"), "fallback must be reference or none")
         require(self.scope in ("engine", "all"), "scope must be engine or all")
         require(self.group_size >= 1, "group_size must be 1 or more")
@@ -81,4 +85,5 @@ class AssignPrecision(Pass):
             fallback=self.fallback,
             exclude=self.exclude,
             include=self.include,
+            float_as=Scheme(self.float_as),
         )

@@ -9,10 +9,10 @@ from typing import Any
 
 from vlqc.errors import Fault, UserError
 from vlqc.files import read_json_object
-from vlqc.options.fields import OptionFields
+from vlqc.options.fields import OptionFields, option_text
 from vlqc.options.scheme_flags import FLAGS, scheme_fix
 from vlqc.targets.engine import join_and, join_or
-from vlqc.targets.schemes import DEFAULT_SCHEME, Scheme
+from vlqc.targets.schemes import DEFAULT_SCHEME, Scheme, option_name
 from vlqc.targets.target import BOTH, ENGINES, engine_of_option, parse_target
 
 GOALS = "--min_sqnr DB, --max_float_groups NUMBER and --max_bytes BYTES"
@@ -129,6 +129,33 @@ def _cache(options: OptionFields) -> Iterator[Fault]:
         yield Fault(f"{flag} with {used}", why=why, fix=f"remove {flag}{instead}")
 
 
+def _float_as(options: OptionFields) -> Iterator[Fault]:
+    """A scheme in place of float that an engine of the target runs on no layer: the option would have no effect."""
+    if not options.float_as.is_quantized:
+        return
+    from vlqc.families.registry import find_family
+    from vlqc.targets.advice import missing_rows_fix
+    from vlqc.targets.rules import supports_scheme
+
+    family = find_family(config_of(options.model_path))
+    if family is None:  # an error when the checkpoint is opened
+        return
+    target, by_option = parse_target(options.engine_target), engine_of_option(options)
+    refusing = [
+        target.title(engine)
+        for engine in target.engines
+        if not supports_scheme(target.only(engine), family, options.float_as)
+    ]
+    if not refusing:
+        return
+    others = [engine.name for engine in ENGINES if supports_scheme(engine, family, options.float_as)]
+    used = f"--{by_option.layout_option}" if by_option else f"--target {target}"
+    flag = f"--float_as {option_name(options.float_as)}"
+    why = f"{join_and(refusing)} does not run {options.float_as} of {family.title}"
+    other = missing_rows_fix(family) or f"use --target {join_or(others)}" + (f" instead of {used}" if by_option else "")
+    yield Fault(f"{flag} with {used}", why=why, fix=f"remove {flag}, or {other}")
+
+
 def _strict(options: OptionFields) -> Iterator[Fault]:
     """Incompatibilities of the scheme itself. --exclude may avoid them, so with it the plan of the layers decides."""
     if not options.strict_target or options.exclude:
@@ -140,7 +167,12 @@ def _strict(options: OptionFields) -> Iterator[Fault]:
     if family is None:  # an error when the checkpoint is opened
         return
     for sentence in incompatibilities(
-        options.engine_target, family, options.scheme, scope=options.w4a8_scope, cache=options.cache_scheme
+        options.engine_target,
+        family,
+        options.scheme,
+        scope=options.w4a8_scope,
+        cache=options.cache_scheme,
+        float_as=options.float_as,
     ):
         other = missing_rows_fix(family) or "use another --target, --scheme or --w4a8_scope"
         fix = f"remove --strict_target, or {other}"
@@ -162,7 +194,7 @@ def _pipeline(options: OptionFields) -> Iterator[Fault]:
     for name in PASS_OPTIONS if options.pipeline is not None else ():
         value = getattr(options, name)
         if value != type(options).model_fields[name].default:
-            shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            shown = " ".join(map(str, value)) if isinstance(value, tuple) else option_text(value)
             why = "--pipeline names the passes and their options, which this option would select"
             fix = f"remove --{name}, and write its passes and their options in --pipeline (`vlqc passes --explain`)"
             yield Fault(f"--{name} {shown} with --pipeline", why=why, fix=fix)
@@ -193,7 +225,7 @@ def _dumps(options: OptionFields) -> Iterator[Fault]:
 # The options that have no other effect than to select passes and their options.
 PASS_OPTIONS = (
     "rotate", "anti_method", "anti_alpha", "act_method", "weight_method", "propagate", "modality_balance", "exclude",
-    "include", "kv_cache",
+    "include", "kv_cache", "float_as",
 )  # fmt: skip
 
 # The options that a rule depends on, and the rule.
@@ -209,7 +241,11 @@ RULES: tuple[tuple[frozenset[str], Callable[[OptionFields], Iterator[Fault]]], .
     (SCHEME | {"w4a8_scope"}, _scope),
     (frozenset({"fallback", "min_sqnr", "max_float_groups", "max_bytes"}), _fallback),
     (SCHEME | LAYOUTS | {"model_path", "target", "kv_cache"}, _cache),
-    (SCHEME | LAYOUTS | {"model_path", "target", "strict_target", "w4a8_scope", "exclude", "kv_cache"}, _strict),
+    (SCHEME | LAYOUTS | {"model_path", "target", "float_as"}, _float_as),
+    (
+        SCHEME | LAYOUTS | {"model_path", "target", "strict_target", "w4a8_scope", "exclude", "kv_cache", "float_as"},
+        _strict,
+    ),
     (frozenset({"exclude", "include"}), _layers),
     (frozenset({"pipeline", *PASS_OPTIONS}), _pipeline),
     (frozenset({"resume", "start_over"}), _resume),

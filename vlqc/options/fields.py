@@ -256,7 +256,8 @@ class OptionFields(BaseModel):
         None,
         OUTPUT,
         "Engine that loads the checkpoint: vllm-ascend, mindie or both; a version may follow, as in vllm-ascend@0.18 "
-        "or mindie@2.2. Default: both for static W8A8, vllm-ascend for other schemes and with --kv_cache.",
+        "or mindie@2.2. Default: both for static W8A8, vllm-ascend for other schemes and with --kv_cache or "
+        "--float_as.",
         metavar="ENGINE",
         legal="vllm-ascend, mindie or both, or one engine with @version",
     )
@@ -329,6 +330,14 @@ class OptionFields(BaseModel):
         "auto chooses the schemes with the least error within it, however long they run.",
         metavar="BYTES",
         legal="a number of bytes, or a number with a unit such as 5.5GiB or 5.5GB",
+    )
+    float_as: FloatName = _option(
+        Scheme.FLOAT,
+        LAYERS,
+        "What layers become that stay float by --fallback reference, or because the engine does not run the scheme "
+        "there: float, or w8a16 (8-bit weights, float inputs) where the engine runs that. Layers of --exclude and "
+        "routers stay float.",
+        choices=FLOAT_NAMES,
     )
     exclude: Globs = _option(
         (),
@@ -459,7 +468,7 @@ class OptionFields(BaseModel):
         if (engine := engine_of_option(self)) is not None:
             return engine.name
         for_both = self.scheme.spec.takes_added_bias and not self.shift and self.cache_scheme is None
-        return BOTH if for_both else ENGINES[0].name
+        return BOTH if for_both and not self.float_as.is_quantized else ENGINES[0].name
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,7 @@ def check_schemes(layers: Mapping[str, Sequence[int] | None], family: ModelFamil
             fallback=options.fallback,
             exclude=options.exclude,
             include=options.include,
+            float_as=options.float_as,
         )
         schemes |= dict.fromkeys(members, decision.scheme)
         if named := [layer for layer in group if matches_any(layer, options.exclude)]:

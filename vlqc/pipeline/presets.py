@@ -76,6 +76,7 @@ def _selected(options: Options) -> Iterator[tuple[str, dict[str, Any]]]:
             "fallback": "none" if options.fallback in ("none", "auto") else "reference",
             "exclude": options.exclude,
             "include": options.include,
+            "float_as": str(options.float_as),
         },
     )
     if options.shift:

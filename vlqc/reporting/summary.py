@@ -148,12 +148,13 @@ def target_warnings(
     family = checkpoint.family
     name = dtype_name(emitted_dtype(checkpoint.dtype, options.dtype))
     target = (options.engine_target, family, scheme, name)
-    refusals = incompatibilities(*target, scope=options.w4a8_scope, cache=cache)
+    chosen: Any = {"scope": options.w4a8_scope, "cache": cache, "float_as": options.float_as}
+    refusals = incompatibilities(*target, **chosen)
     why, fix = "the folder is written anyway", missing_rows_fix(family) or "see --target, --strict_target"
-    if name != "bfloat16" and not incompatibilities(*target[:3], scope=options.w4a8_scope, cache=cache):
+    if name != "bfloat16" and not incompatibilities(*target[:3], **chosen):
         fix = "use --dtype bfloat16"
     notes = [str(Fault(sentence, why=why, fix=fix)) for sentence in refusals]
-    others = engine_notes(*target, group_size=options.group_size, scope=options.w4a8_scope, cache=cache)
+    others = engine_notes(*target, group_size=options.group_size, **chosen)
     notes += [sentence for sentence in others if sentence not in refusals]
     return notes + dtype_notes(options, checkpoint)
 

@@ -22,24 +22,29 @@ def incompatibilities(
     dtype: str = "bfloat16",
     scope: str = "engine",
     cache: CacheScheme | None = None,
+    float_as: Scheme = Scheme.FLOAT,
 ) -> list[str]:
     """One sentence per engine of the target that does not load a compilation in `scheme`; [] when all do.
 
     scope: "engine" gives layers that the target does not run in `scheme` another one, "all" gives them `scheme`, too.
-    cache: scheme of keys and values in all decoder layers; None: in float.
+    cache: scheme of keys and values in all decoder layers; None: in float. float_as: as of `choose_scheme`.
     """
     target = as_target(target)
     dtype = _emitted(dtype)
     sentences = []
     for engine in target.engines:
-        schemes = default_schemes(target, family, scheme, scope)
+        schemes = default_schemes(target, family, scheme, scope, float_as)
         versions = supporting_versions(engine, family, schemes, dtype)
         with_cache = _with_cache(engine, family, schemes, dtype, cache)
         if versions is None:
             where = engine.unsupported_where(family, scheme) if engine.rules_of(family) else f" of {family.title}"
-            if supporting_versions(engine, family, default_schemes(target, family, scheme, scope), "bfloat16"):
+            if supporting_versions(
+                engine, family, default_schemes(target, family, scheme, scope, float_as), "bfloat16"
+            ):
                 where = f" of a {dtype} model (bfloat16 only)"
-            elif supporting_versions(engine, family, default_schemes(target, family, scheme, "engine"), dtype):
+            elif supporting_versions(
+                engine, family, default_schemes(target, family, scheme, "engine", float_as), dtype
+            ):
                 where = " on layers with a bias or in the vision tower"
             sentences.append(f"no version of {engine.title} loads {scheme}{where}")
         elif target.version and target.version not in versions:
@@ -69,14 +74,16 @@ def engine_notes(
     group_size: int | None = None,
     scope: str = "engine",
     cache: CacheScheme | None = None,
+    float_as: Scheme = Scheme.FLOAT,
 ) -> list[str]:
     """Notes for the user before compiling: `incompatibilities`, limits to some versions, slow group sizes, and what an
     engine requires for the cache."""
     target = as_target(target)
-    notes = incompatibilities(target, family, scheme, dtype, scope, cache)
-    what = str(scheme) if cache is None else f"{scheme} with an {cache.spec.option} KV cache"
+    notes = incompatibilities(target, family, scheme, dtype, scope, cache, float_as)
+    what = f"{scheme} and {float_as}" if float_as.is_quantized and float_as != scheme else str(scheme)
+    what += "" if cache is None else f" with an {cache.spec.option} KV cache"
     for engine in target.engines:
-        schemes = default_schemes(target, family, scheme, scope)
+        schemes = default_schemes(target, family, scheme, scope, float_as)
         versions = _with_cache(engine, family, schemes, _emitted(dtype), cache)
         if not versions or target.version:
             continue
@@ -128,12 +135,16 @@ def serve_commands(target: TargetLike, folder: str | Path) -> list[str]:
     return [engine.serve_command(str(folder)) for engine in as_target(target).engines]
 
 
-def default_schemes(target: Target, family: ModelFamily, scheme: Scheme, scope: str) -> dict[str, Scheme]:
+def default_schemes(
+    target: Target, family: ModelFamily, scheme: Scheme, scope: str, float_as: Scheme = Scheme.FLOAT
+) -> dict[str, Scheme]:
     """Layer pattern -> the scheme that a compilation in `scheme` gives these layers by default."""
     schemes: dict[str, Scheme] = {}
     for group in family.scheme_groups(family.layers()):
         layers = dict.fromkeys(group)
-        decision = choose_scheme(layers, family=family, scheme=scheme, target=target, scope=scope, fallback="reference")
+        decision = choose_scheme(
+            layers, family=family, scheme=scheme, target=target, scope=scope, fallback="reference", float_as=float_as
+        )
         schemes |= dict.fromkeys(group, decision.scheme)
     return schemes
 

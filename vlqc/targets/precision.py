@@ -31,6 +31,7 @@ def choose_scheme(
     fallback: str = "none",
     exclude: Sequence[str] = (),
     include: Sequence[str] = (),
+    float_as: Scheme = Scheme.FLOAT,
 ) -> Decision:
     """Returns the common scheme of layers that must have one, with the reason if it is not the default scheme.
 
@@ -41,14 +42,21 @@ def choose_scheme(
     those of the other versions. scope: `engine` uses 4-bit weights only in layers where the target runs them, `all` in
     every layer. fallback: `reference` leaves the layers that the reference script excludes in float, as their inputs
     are hard to quantize, if the scheme quantizes inputs; `none` only those that the engine cannot run quantized.
-    exclude: globs of layers that stay float. include: globs of layers that are
-    quantized in spite of the reference exclusions; `exclude` takes precedence.
+    exclude: globs of layers that stay float. include: globs of layers that are quantized in spite of the reference
+    exclusions; `exclude` takes precedence. float_as: what layers get in place of FLOAT where all engines of the target
+    run it: those of the reference exclusions, and those on which an engine runs neither the scheme nor its substitute.
     """
     if not scheme.spec.activation.is_quantized:
         fallback = "none"
-    excluded = _excluded(family, list(layers), fallback, exclude, include)
+    excluded = _excluded(family, list(layers), exclude)
     if excluded is not None:
         return excluded
+    in_place, refused = _in_place_of_float(list(layers), family, float_as, target)
+    included = any(matches_any(layer, include) for layer in layers)
+    if fallback == "reference" and not included and any(map(family.stays_float_in_reference, layers)):
+        if in_place.is_quantized:
+            return Decision(in_place, "in place of float, in which the reference exclusions keep it")
+        return Decision(in_place, f"kept in float by the reference exclusions{refused}")
     first = layer_pattern(next(iter(layers)))
     missing = sorted({other for layer in layers for other in family.fused_group(layer)} - layers.keys())
     if missing:
@@ -61,9 +69,10 @@ def choose_scheme(
     fault = misfit(layers, scheme, group_size) if scheme in choices else ""
     if fault:
         choices.remove(scheme)
-    chosen = choices[0] if choices else Scheme.FLOAT
+    chosen = choices[0] if choices else in_place
+    refused = "" if choices else refused
     if fault:
-        return Decision(chosen, fault, f"{first} is {chosen}: {fault}")
+        return Decision(chosen, fault + refused, f"{first} is {chosen}: {fault}")
     if chosen == scheme:
         return Decision(scheme)
     target = as_target(target)
@@ -75,13 +84,26 @@ def choose_scheme(
     reason = f"{scheme} is not supported here by {join_and(refusing)}"
     several = len(target.engines) > 1
     engines, run = (f"both {target.text}" if several else target.text), "run" if several else "runs"
-    return Decision(chosen, reason, f"{scheme} only where {engines} {run} it; elsewhere {chosen}")
+    return Decision(chosen, reason + refused, f"{scheme} only where {engines} {run} it; elsewhere {chosen}")
 
 
-def _excluded(
-    family: ModelFamily, layers: Sequence[str], fallback: str, exclude: Sequence[str], include: Sequence[str]
-) -> Decision | None:
-    """Returns FLOAT if one layer is a router, or if the user's globs or the reference script exclude one, else None."""
+def _in_place_of_float(
+    layers: Sequence[str], family: ModelFamily, float_as: Scheme, target: TargetLike
+) -> tuple[Scheme, str]:
+    """`float_as` if all engines of the target run the layers so, else FLOAT, and an addition to the reason for it."""
+    target = as_target(target)
+    refusing = [
+        target.title(engine)
+        for engine in target.engines
+        if not all(float_as in supported_schemes(target.only(engine), family, layer) for layer in layers)
+    ]
+    if refusing:
+        return Scheme.FLOAT, f"; {float_as} is not supported here by {join_and(refusing)}"
+    return float_as, ""
+
+
+def _excluded(family: ModelFamily, layers: Sequence[str], exclude: Sequence[str]) -> Decision | None:
+    """Returns FLOAT if one layer is a router, or if the user's globs exclude one, else None."""
     if any(family.role(layer) == Role.ROUTER for layer in layers):
         return Decision(Scheme.FLOAT, "a router stays float: it decides which experts run")
     for layer in layers:
@@ -96,9 +118,6 @@ def _excluded(
             stay = "stay" if len(others) > 1 else "stays"
             note = f"{', '.join(others)} {stay} float with {layer_pattern(layer)}, which --exclude names"
             return Decision(Scheme.FLOAT, f"excluded by {pattern}", note if others else "")
-    included = any(matches_any(layer, include) for layer in layers)
-    if fallback == "reference" and not included and any(map(family.stays_float_in_reference, layers)):
-        return Decision(Scheme.FLOAT, "kept in float by the reference exclusions")
     return None
 
 

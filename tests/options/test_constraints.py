@@ -126,6 +126,9 @@ def test_no_combination_allows_another_value(
         ({"shift": True, "is_dynamic": True}, ["--shift", "--scheme w8a8 instead of --is_dynamic True"]),
         ({"w4a8_scope": "all"}, ["--w4a8_scope", "--scheme w4a8_dynamic"]),
         ({**W4A8, "target": "mindie", "strict_target": True}, ["--strict_target", "--target", "--scheme"]),
+        ({"float_as": "w8a16", "target": "both"}, ["remove --float_as w8a16", "--target vllm-ascend"]),
+        ({"float_as": "w8a16", "mindie_format": True}, ["--target vllm-ascend instead of --mindie_format"]),
+        ({"float_as": "w8a16", "target": "vllm-ascend@0.11"}, ["--float_as", "--target vllm-ascend"]),
         ({"exclude": ["*.o_proj"], "include": ["lm_head", "*.o_proj"]}, ["--exclude", "--include"]),
     ],
 )

@@ -28,6 +28,7 @@ OUR_DEFAULTS = {
     "timings": None, "resume": False, "start_over": False, "dump_stages": (), "dump_formats": "text",
     "print_after": None, "family": None, "rotate": "auto", "dtype": "auto", "follow_links": False,
     "lora": (), "max_frames": None, "kv_cache": "none", "scheme": Scheme.W8A8,
+    "float_as": Scheme.FLOAT,
 }  # fmt: skip
 
 
@@ -146,6 +147,8 @@ def test_words_for_false(folders: dict[str, Any], word: object) -> None:
         ("part_file_size", "-1", "an integer >= 1"),
         ("part_file_size", "4.5", "an integer >= 1"),
         ("is_dynamic", "maybe", "True or False"),
+        ("float_as", "w8a8", "it quantizes inputs"),
+        ("float_as", "w8a61", "did you mean w8a16"),
         ("dump_ir", "", "path"),
         ("calib_images", 3, "path"),
         ("pipeline", 3, "text"),
@@ -184,6 +187,8 @@ def test_bad_values_do_not_hide_bad_paths(tmp_path: Path) -> None:
         ({"is_dynamic": True}, Scheme.W8A8_DYNAMIC, "vllm-ascend"),
         (W4A8, Scheme.W4A8_DYNAMIC, "vllm-ascend"),
         ({"mindie_format": True}, Scheme.W8A8, "mindie"),
+        ({"float_as": "W8A16"}, Scheme.W8A8, "vllm-ascend"),
+        ({"scheme": "w8a8-mix"}, Scheme.W8A8_MIX, "vllm-ascend"),
         ({"is_dynamic": True, "mindie_format": True}, Scheme.W8A8_DYNAMIC, "mindie"),
         ({**W4A8, "target": "vLLM-Ascend@0.18"}, Scheme.W4A8_DYNAMIC, "vllm-ascend@0.18"),
         ({"target": "mindie@2.2", "mindie_format": True}, Scheme.W8A8, "mindie@2.2"),

@@ -69,6 +69,10 @@ PRESETS: list[tuple[dict[str, Any], str]] = [
         {**FOUR_BITS, "w4a8_scope": "all"},
         "insert-observers,assign-precision{scheme=W4A8_DYNAMIC,target=vllm-ascend,scope=all},smooth-m2," + END,
     ),
+    (
+        {"float_as": "w8a16"},
+        "insert-observers,assign-precision{target=vllm-ascend,float_as=W8A16},smooth-m2," + END,
+    ),
     ({"mindie_format": True}, "insert-observers,assign-precision{target=mindie},smooth-m2," + END),
     (
         {"exclude": ["*.o_proj", "visual.*"], "include": "*.down_proj"},

@@ -101,6 +101,11 @@ def _scheme(value: Any) -> Scheme:
     """A name or alias of a scheme that quantizes -> the scheme."""
     scheme = find_scheme(value) if isinstance(value, str) else None
     if scheme is None or not scheme.is_quantized:
+        for cache in CacheScheme:
+            stem = _as_name(value).removesuffix(cache.lower())
+            if stem != _as_name(value) and find_scheme(stem):
+                fix = f"use --scheme {stem} --kv_cache {cache.spec.option}"
+                raise InvalidValue("the cache of keys and values has an option of its own", fix)
         names = [*SCHEME_NAMES, *(alias for each in Scheme for alias in each.spec.aliases)]
         raise InvalidValue("there is no such scheme", did_you_mean(_as_name(value), names))
     return scheme

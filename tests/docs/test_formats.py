@@ -55,6 +55,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: dtype of the source, o
     "corrected bias": ("bfloat16", {"pipeline": CORRECTED, "weight_method": "auto"}),
     "parts": ("bfloat16", {"part_file_size": 1}),
     "rotated, tied": ("float16", {"rotate": "all"}),
+    "int8 cache": ("bfloat16", {"kv_cache": "int8"}),
 }
 
 
@@ -161,12 +162,37 @@ def test_tensors(compiled: dict[str, Compiled]) -> None:
         for layer in sorted(layers_of(case)):
             scheme = case.description[f"{layer}.weight"]
             expected = {row["tensor"].strip("`").replace("LAYER", layer): row for row in rows_of(case, layer, rows)}
-            assert {key for key in case.tensors if key.rpartition(".")[0] == layer} == expected.keys(), (name, layer)
+            stored = {key for key in case.tensors if key.rpartition(".")[0] == layer}
+            assert stored - cache_rows(case, layer).keys() == expected.keys(), (name, layer)
             for key, row in expected.items():
                 check_tensor(case, key, row)
                 assert case.description[key] == ("FLOAT" if key.endswith(".bias") else scheme), key
                 seen.add(row)
     assert seen == set(rows)
+
+
+def cache_rows(case: Compiled, layer: str) -> dict[str, Row]:
+    """Tensors of the cache of a key or value projection -> their rows."""
+    if "kv_cache" not in case.options or not layer.endswith(("k_proj", "v_proj")):
+        return {}
+    return {row["cache tensor"].strip("`").replace("PROJECTION", layer): row for row in tables("cache tensor")}
+
+
+def test_cache_tensors(compiled: dict[str, Compiled]) -> None:
+    """Catches scales of a cache with another name, dtype, shape or word than the page says."""
+    case = compiled["int8 cache"]
+    rows = {key: row for layer in layers_of(case) for key, row in cache_rows(case, layer).items()}
+    assert rows.keys() == {key for key in case.tensors if ".kv_cache_" in key} and len(rows) == 4
+    for key, row in rows.items():
+        outputs = len(case.floats[f"{key.rpartition('.')[0]}.weight"])
+        assert str(case.tensors[key].dtype) == f"torch.{row['dtype']}" and row["shape"] == "[C]"
+        assert list(case.tensors[key].shape) == [outputs] and case.description[key] == "C8"
+        if row["value"] == "0":
+            assert not case.tensors[key].any()
+        else:
+            assert bool((case.tensors[key] > 0).all()) and torch.equal(
+                case.tensors[key].bfloat16().float(), case.tensors[key]
+            )
 
 
 def layers_of(case: Compiled) -> set[str]:
@@ -259,6 +285,7 @@ def test_description_keys(compiled: dict[str, Compiled]) -> None:
         assert {key for key, row in rows.items() if row["presence"] == "MUST" and case.layout in row.layouts} <= keys
         assert ("group_size" in keys) == ("W4A8_DYNAMIC" in case.description.values())
         assert ("quant_bias_correction" in keys) == ("pipeline" in case.options)
+        assert ("kv_cache_type" in keys) == ("kv_cache" in case.options)
         covered |= keys
     assert covered == rows.keys()
 

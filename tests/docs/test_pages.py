@@ -24,7 +24,14 @@ ROOT = Path(__file__).parents[2]
 TINY_VL = ROOT / "tools" / "demo" / "tiny_vl"
 README, CHINESE = ROOT / "README.md", DOCS / "README.zh.md"
 PAGES = [README, *sorted(DOCS.glob("*.md"))]
-OTHER_PROGRAMS = {"--quantization", "--strict", "--nproc-per-node", "--update-golden", "--no-deps"}  # vLLM, pytest, pip
+OTHER_PROGRAMS = {
+    "--quantization",
+    "--block-size",
+    "--strict",
+    "--nproc-per-node",
+    "--update-golden",
+    "--no-deps",
+}  # vLLM, pytest, pip
 TOP_FOLDERS = "vlqc", "passes", "kernels_ref", "tools", "tests"
 GENERATED = {"vlqc_report"}  # a file of a compiled folder, not a module
 HEADING = re.compile(r"^(#+) ", re.MULTILINE)

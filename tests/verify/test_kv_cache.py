@@ -22,8 +22,7 @@ from vlqc.families.qwen2_5_vl import QWEN2_5_VL
 from vlqc.frontend.streamed_model import model_inputs
 from vlqc.kernels_ref.kv_cache import QuantizedCacheAttention
 from vlqc.verify import verify_folder
-from vlqc.verify.accuracy import FLOAT_CACHE
-from vlqc.verify.findings import RANKING
+from vlqc.verify.findings import FLOAT_CACHE, RANKING
 from vlqc.verify.folder.manifest import SUMMARY
 from vlqc.verify.loader import load
 

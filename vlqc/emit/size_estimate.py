@@ -73,7 +73,7 @@ def predict_schemes(
 def predict_cache(passes: Sequence[Pass]) -> CacheScheme | None:
     """The scheme in which a pass quantizes keys and values; None if they stay float. Layers may be left out."""
     schemes = (getattr(step, "scheme", None) for step in passes)
-    return next((scheme for scheme in schemes if isinstance(scheme, CacheScheme)), None)
+    return next((CacheScheme(scheme) for scheme in schemes if scheme in tuple(CacheScheme)), None)
 
 
 @dataclass(frozen=True)

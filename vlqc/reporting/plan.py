@@ -104,8 +104,9 @@ class CompilationPlan:
         return f"{format_bytes(smallest)} to {format_bytes(largest)}, by the schemes that the search chooses"
 
     def _cache_text(self) -> str:
-        """Without the layers whose cache the compilation will leave in float."""
-        return f"{format_bytes(self.cache_before)} -> {format_bytes(self.cache_after)} per token, at least"
+        """Which layers stay in float is known only when they were measured."""
+        sizes = f"{format_bytes(self.cache_before)} -> {format_bytes(self.cache_after)}"
+        return f"{sizes} per token, if no layer stays in float"
 
     def render(self, console: Console) -> None:
         """Prints the plan."""

@@ -52,7 +52,7 @@ from vlqc.targets.advice import (
     serve_commands,
 )
 from vlqc.targets.cache_schemes import CacheScheme
-from vlqc.targets.caches import describe_caches, described_caches
+from vlqc.targets.caches import described_caches
 from vlqc.targets.schemes import Scheme
 from vlqc.targets.target import parse_target
 from vlqc.targets.versions import layer_schemes, loading_engines, supporting_versions
@@ -358,18 +358,17 @@ class CompilationSummary:
         self.add_notes(parallel_notes(self.options.engine_target, grouped, self.options.group_size))
 
     def note_caches(self, folder: Path) -> None:
-        """In how many layers keys and values are quantized, if a pass did so, and a warning if the target's version
-        cannot leave out the others."""
+        """After a pass that quantizes keys and values: a note if it left all layers in float, and a warning if it left
+        some and the target's version cannot."""
         if self._cache is None:
             return
         family, target = self.checkpoint.family, parse_target(self.options.engine_target)
         caches = described_caches(family, read_description(folder))
         if not any(caches.values()):
-            self.add_notes([f"no cache of keys and values is quantized: all {len(caches)} layers keep it in float"])
+            self.add_notes(["keys and values stay in float in all layers: engines use no quantized KV cache"])
             return
         if all(caches.values()):
             return
-        self.add_notes([f"KV cache: {describe_caches(caches)}"])
         name = dtype_name(self.dtype)
         every = dict.fromkeys(caches, self._cache)
         for engine in target.engines:

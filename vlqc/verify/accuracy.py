@@ -32,13 +32,12 @@ from vlqc.ir.execution import first_tensor
 from vlqc.ir.value_range import FLOAT16_MAX, PeakRecorder
 from vlqc.kernels_ref.quant_linear import layers_with_both, static_inputs
 from vlqc.verify.clipping import ClippingRecorder
-from vlqc.verify.findings import COPY_AGAIN, VerificationResult, format_list
+from vlqc.verify.findings import COPY_AGAIN, FLOAT_CACHE, VerificationResult, format_list
 from vlqc.verify.folder.rotations import Seeds, rotate_float_model
 from vlqc.verify.loader import float_caches, has_quantized_cache, load
 from vlqc.verify.structure.structure import CompiledFolder
 
 STAGES, LOGITS = "stage outputs", "logits"
-FLOAT_CACHE = "logits with the KV cache in float"
 CACHE_NOISE = "KV cache dB"  # SQNR of a stage's output with quantized keys and values against float ones
 STATIC = "static inputs"  # name of the second arithmetic of layers that have two
 # dB, noise of half the signal's power. 8 bits without smoothing stay above 7 dB even on weights with extreme outliers,

@@ -15,12 +15,13 @@ from torch import Tensor
 from vlqc.frontend.memory import peak_memory
 from vlqc.ir.execution import Call
 from vlqc.ir.observation import Observation, modality_of_rows, noise_to_signal, of_images
-from vlqc.ir.stage import Site, Stage
+from vlqc.ir.stage import CacheSite, Site, Stage
 from vlqc.kernels_ref.quantize import INT8_MAX, INT8_MIN
 from vlqc.pipeline.pass_api import Pass
 from vlqc.pipeline.precision_search import SearchResult, decibels
 from vlqc.reporting.html.schema import (
     SHARES,
+    CacheData,
     InputData,
     Modality,
     PassTime,
@@ -96,6 +97,7 @@ class StageMetrics:
                     for source, sites in stage.groups().items()
                     if (first := self._first_ranges.get(source)) is not None
                 ),
+                caches=tuple(map(cache_data, stage.caches.values())),
             )
         )
         self._references, self._first_ranges = [], {}
@@ -177,6 +179,24 @@ def site_data(site: Site) -> SiteData:
         reason=site.reason,
         low=None if grid is None else rounded((INT8_MIN - grid.offset) * grid.scale),
         high=None if grid is None else rounded((INT8_MAX - grid.offset) * grid.scale),
+    )
+
+
+def cache_data(cache: CacheSite) -> CacheData:
+    return CacheData(
+        name=cache.name,
+        scheme=cache.scheme and str(cache.scheme),
+        reason=cache.reason,
+        sqnr=None if cache.sqnr is None else rounded(cache.sqnr),
+        key=_scale_figures(cache.key_scale),
+        value=_scale_figures(cache.value_scale),
+    )
+
+
+def _scale_figures(scale: Tensor | None) -> tuple[float, float] | None:
+    """Root mean square and maximum."""
+    return (
+        None if scale is None else (rounded(float(scale.double().square().mean().sqrt())), rounded(float(scale.max())))
     )
 
 

@@ -19,6 +19,8 @@ from vlqc.reporting.html.svg import Chart
 from vlqc.reporting.html.towers import Tower, group_stages, lowest_sqnr, site_role, stage_label
 from vlqc.reporting.html.verification import Verification
 from vlqc.reporting.tables import is_warning, part_order
+from vlqc.targets.cache_schemes import CacheScheme
+from vlqc.targets.caches import describe_caches
 from vlqc.targets.schemes import Scheme
 
 LISTED_STAGES = 5  # stages in the table of the lowest SQNR
@@ -74,6 +76,17 @@ class SchemeCount:
 
 
 @dataclass(frozen=True)
+class CacheRow:
+    """The cache of one layer. title: how keys and values are stored; bar: SQNR in percent of the highest."""
+
+    name: str
+    title: str
+    sqnr: float | None
+    bar: float
+    reason: str
+
+
+@dataclass(frozen=True)
 class ModalityRow:
     """Statistics of the tokens of one modality. tokens: in the language model. sqnr: lowest of a stage, in dB. before,
     after: largest magnitude at an input of a linear layer, before and after smoothing."""
@@ -121,6 +134,8 @@ def render(folder: FolderInfo, data: ReportData, timings: Timings | None, verifi
         observed=any(stage.sqnr or stage.inputs for stage in data.stages),
         depth_charts=depth_charts(towers),
         maps=[precision_map(tower) for tower in towers],
+        cache_rows=cache_rows(data),
+        cache_summary=describe_caches(_cache_schemes(data)),
         range_charts=_by_tower(towers, range_charts),
         scale_charts=_by_tower(towers, scale_charts),
         towers=towers,
@@ -134,6 +149,30 @@ def render(folder: FolderInfo, data: ReportData, timings: Timings | None, verifi
         pass_times=pass_times(timings) if timings else [],
         time_chart=time_chart(towers, timings) if timings else None,
     )
+
+
+def _cache_schemes(data: ReportData) -> dict[str, CacheScheme | None]:
+    return {
+        cache.name: None if cache.scheme is None else CacheScheme(cache.scheme)
+        for stage in data.stages
+        for cache in stage.caches
+    }
+
+
+def cache_rows(data: ReportData) -> list[CacheRow]:
+    """One row per layer whose keys and values were observed."""
+    caches = [cache for stage in data.stages for cache in stage.caches]
+    highest = max((cache.sqnr or 0.0 for cache in caches), default=0.0) or 1.0
+    return [
+        CacheRow(
+            cache.name,
+            "float" if cache.scheme is None else CacheScheme(cache.scheme).spec.option,
+            cache.sqnr,
+            max(0.0, 100 * (cache.sqnr or 0.0) / highest),
+            cache.reason,
+        )
+        for cache in caches
+    ]
 
 
 def modality_rows(data: ReportData) -> list[ModalityRow]:

@@ -17,6 +17,7 @@ from vlqc.errors import Fault, UserError
 from vlqc.families.family import Part
 from vlqc.files import read_regular_file
 from vlqc.ir.rotations import RotationGroup
+from vlqc.targets.cache_schemes import CacheScheme
 from vlqc.targets.schemes import Scheme
 
 DATA_FILE = "vlqc_report.json"
@@ -41,11 +42,18 @@ def _require_scheme(value: str) -> str:
     return value
 
 
+def _require_cache_scheme(value: str) -> str:
+    if value not in tuple(CacheScheme):
+        raise ValueError(f"a scheme of keys and values is one of {', '.join(CacheScheme)}")
+    return value
+
+
 Finite = Annotated[float, Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)]
 Magnitude = Annotated[float, Field(ge=0, le=LARGEST, allow_inf_nan=False)]
 Curve = Annotated[tuple[Magnitude, ...], AfterValidator(_require_curve_length)]  # values at SHARES, descending
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 SchemeName = Annotated[str, AfterValidator(_require_scheme)]
+CacheSchemeName = Annotated[str, AfterValidator(_require_cache_scheme)]
 Modality = Literal["text", "image", "video"]
 Name = Annotated[str, StringConstraints(max_length=4096)]
 
@@ -104,6 +112,22 @@ class InputData(StrictModel):
     scales: Curve | None = None
 
 
+class CacheData(StrictModel):
+    """The keys and values of one attention module.
+
+    name: of the module. scheme: in which they are cached, None for float. sqnr: of the attention's output with rounded
+    keys and values, in dB, as measured where the scales were chosen. key, value: root mean square and maximum of the
+    scales, None without any.
+    """
+
+    name: Name
+    scheme: CacheSchemeName | None
+    reason: Name = ""
+    sqnr: Finite | None = None
+    key: tuple[Magnitude, Magnitude] | None = None
+    value: tuple[Magnitude, Magnitude] | None = None
+
+
 class StageData(StrictModel):
     """One stage.
 
@@ -118,6 +142,7 @@ class StageData(StrictModel):
     sqnr: dict[Modality, Finite]
     sites: tuple[SiteData, ...]
     inputs: tuple[InputData, ...]
+    caches: tuple[CacheData, ...] = ()
 
 
 class RotationData(StrictModel):

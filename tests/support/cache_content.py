@@ -23,7 +23,7 @@ def attention(layer: int) -> str:
 def scales(layer: int, member: str) -> Array:
     """float32 [CHANNELS], values of bfloat16."""
     random = np.random.default_rng([layer, ord(member)])
-    return rounded(random.uniform(0.03, 0.06, CHANNELS), "BF16")
+    return rounded(random.uniform(0.08, 0.16, CHANNELS), "BF16")
 
 
 def add_cache(content: FolderContent, *layers: int) -> FolderContent:

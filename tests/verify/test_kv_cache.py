@@ -234,3 +234,13 @@ def smoothing_of_values(whole: nn.Module, folder: nn.Module) -> Tensor:
     norm = [model.get_submodule(path_in(model, "model.layers.1.input_layernorm")).weight for model in (whole, folder)]
     float_weight, stored_weight = outputs[0] * norm[0], outputs[1] * norm[1]
     return (float_weight * stored_weight).sum(1) / float_weight.square().sum(1)
+
+
+def test_keys_that_are_clipped(made: Made, tmp_path: Path) -> None:
+    """Catches scales that are far too small for the keys and that nobody is told of, in a folder without a report."""
+    for factor, warns in ((1.0, False), (0.125, True)):
+        folder = changed(made.content, scaled(f"{KEY}_scale", factor), tmp_path / str(factor))
+        result = verify_folder(folder, model_path=made.source, samples=[TEXT])
+        warnings = [finding for finding in result.warnings if finding.check == "KV cache"]
+        assert [finding.where for finding in warnings] == [attention(0)] * warns
+        assert all("keys are clipped" in finding.what for finding in warnings)

@@ -78,9 +78,10 @@ class VllmAscend(Engine):
             Rule(Scheme.W8A8_MIX, DECODER_ROLES, since="0.12.0rc1", dtypes=ONLY_BFLOAT16),
             Rule(Scheme.W8A8_MIX, (*VISION_ROLES, Role.MERGER), since="0.16", dtypes=ONLY_BFLOAT16),
             # The operator of W8A16, npu_weight_quant_batchmatmul, takes 2-D inputs only (issue 3210), and next to
-            # bfloat16 inputs only float32 biases (CANN, aclnn_weight_quant_batch_matmul_v2.cpp, CheckBiasWithXBf16).
-            # All versions up to 0.25 pass it the inputs as they are, 3-D in vision blocks, and biases in bfloat16
-            # (quantization/methods/w8a16.py). So layers with a bias have no row, nor in float16 models.
+            # bfloat16 inputs only float32 biases (issue 7039; CANN, aclnn_weight_quant_batch_matmul_v2.cpp). All
+            # versions pass it the inputs as they are, 3-D in vision blocks, and biases in the dtype of the model
+            # (quantization/w8a16.py, from 0.14 on methods/w8a16.py). So layers with a bias have no row, nor in float16
+            # models, in which the operator takes it.
             Rule(Scheme.W8A16, (Role.OUT, Role.UP, Role.DOWN), since="0.13.0rc1"),
         ),
         # The engine's table of fused layers has no row for Qwen2-VL, and needs none: vLLM 0.13 to 0.23 pass the
@@ -124,7 +125,7 @@ class VllmAscend(Engine):
             # Groups of weights in experts are deprecated in 0.26.0rc and an error after it (methods/w4a8.py).
             Rule(Scheme.W4A8_DYNAMIC, DECODER_ROLES, since="0.13.0rc1", before="0.26"),
             Rule(Scheme.W4A8_DYNAMIC, EXPERT_ROLES, since="0.13.0rc1", before="0.26", dtypes=ONLY_BFLOAT16),
-            # Experts in W8A8_MIX were dropped again after 0.25, and W8A16 has no experts.
+            # Experts in W8A8_MIX are dropped after 0.26.0rc (methods/w8a8_pdmix.py), and W8A16 has none.
             Rule(Scheme.W8A8_MIX, DECODER_ROLES, since="0.13.0rc1", dtypes=ONLY_BFLOAT16),
             Rule(Scheme.W8A8_MIX, (*VISION_ROLES, Role.MERGER), since="0.16.0rc1", dtypes=ONLY_BFLOAT16),
             Rule(Scheme.W8A16, DECODER_ROLES, since="0.13.0rc1"),

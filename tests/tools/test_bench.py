@@ -25,6 +25,7 @@ from tools.bench import (
     reference_table,
     scale_checkpoint,
     scale_runner,
+    scheme_accuracy,
 )
 from tools.bench import scale as bench_scale
 from tools.bench.metrics import Agreement
@@ -32,6 +33,8 @@ from tools.bench.process import CommandFailed, Usage, measured
 from tools.bench.scale_bounds import Rates, work_of
 from tools.bench.scale_checkpoint import Case, checkpoint_bytes, make, samples_of, tensor_shapes
 from tools.checkpoints.families import Shape
+from vlqc.kernels_ref.kv_cache import QuantizedCacheAttention
+from vlqc.kernels_ref.quant_linear import MixQuantLinear
 from vlqc.options.options import Options
 
 LITTLE = Shape(3, 64, 96, 4, 2, 9, 32, 48, 4, 256)
@@ -330,3 +333,63 @@ def test_a_measured_run(little: None, tmp_path: Path) -> None:
     assert list(result["stages"]) == ["visual.blocks.0", "visual.blocks.1", "visual.merger", "model.layers.0"]
     assert abs(sum(result["phases"].values()) - result["seconds"]) < 1.0
     assert "model.layers.0.mlp.up_proj.weight" in bench_scale.quantized_weights(tmp_path / "result")
+
+
+def test_every_compilation_is_a_legal_combination() -> None:
+    """Catches a compilation that vlqc refuses, and two compilations with the same options."""
+    compilations = scheme_accuracy.COMPILATIONS.values()
+    for compilation in compilations:
+        searched = {"fallback": "auto", "max_bytes": 1000} if compilation.share else {}
+        Options.without_paths(**compilation.options, **searched, rotate="none", target="vllm-ascend")
+    assert len({str(compilation) for compilation in compilations}) == len(compilations)
+
+
+def test_variants_of_a_model() -> None:
+    """Catches a row of an int8 cache measured with a float one, or of one arithmetic with the other."""
+    matrix, column, vector, one = torch.ones(4, 4), torch.ones(4, 1), torch.ones(4), torch.ones(1)
+    stored = {"weight": matrix.to(torch.int8), "weight_scale": column, "weight_offset": column, "input_scale": one}
+    stored |= {"input_offset": one, "quant_bias": vector.to(torch.int32), "deq_scale": vector}
+    layer = MixQuantLinear.from_stored(stored, None)
+    attention = QuantizedCacheAttention(torch.nn.Sequential(layer), torch.ones(4), torch.ones(4), 2)
+    model = torch.nn.Sequential(attention)
+    seen = [
+        (cache, arithmetic, layer.static_input, isinstance(next(changed.children()), QuantizedCacheAttention))
+        for cache, arithmetic, changed in scheme_accuracy.variants(model)
+    ]
+    assert seen == [
+        (True, "dynamic", False, True),
+        (True, "static", True, True),
+        (False, "dynamic", False, False),
+        (False, "static", True, False),
+    ]
+    assert [each[:2] for each in scheme_accuracy.variants(torch.nn.Sequential(torch.nn.Linear(2, 2)))] == [(False, "")]
+
+
+def test_table_of_schemes_has_medians_and_known_rows_are_not_measured(tmp_path: Path) -> None:
+    """Catches a value in another column, a mean in place of the median, and a known row that is measured again."""
+
+    def measured(seed: int, sqnr: float, *, cache: bool = False) -> scheme_accuracy.Row:
+        return scheme_accuracy.Row("case", seed, "W8A8", "none", "", cache, sqnr, 0.5, 1.0625 if cache else None, 0.75)
+
+    rows = [measured(0, 10.0), measured(1, 40.0), measured(2, 30.0), measured(0, 21.0, cache=True)]
+    out = io.StringIO()
+    scheme_accuracy.show(rows, {"W8A8": 0.5}, Console(file=out, width=200))
+    lines = [re.findall(r"[\w+ ]*W8A8[\w+ ]*|[\d.]+%?", line) for line in out.getvalue().splitlines() if "W8A8" in line]
+    assert [[cell.strip() for cell in line] for line in lines] == [
+        ["W8A8", "30.0", "0.5", "75.0%", "50.0%"],
+        ["W8A8 + int8 cache", "21.0", "0.5", "1.0625", "75.0%", "50.0%"],
+    ]
+    bench = scheme_accuracy.Bench(["W8A8"], ["none"], tmp_path, known=rows)
+    case = reference_cases.Case("case", 0, tmp_path, [], [])
+    bench.float_of = lambda case: None  # type: ignore[method-assign, assignment, return-value]
+    assert list(bench.rows(case)) == [rows[0], rows[3]]
+
+
+def test_sparse_checkpoint_has_the_sizes_without_values(tmp_path: Path) -> None:
+    """Catches files of another size or header than those with values, or files that take space."""
+    case = Case("3B", 1, 1)
+    assert make(tmp_path, case, values=False) == checkpoint_bytes(case)
+    (path,) = tmp_path.glob("*.safetensors")
+    header = int.from_bytes(path.open("rb").read(8), "little")
+    assert path.stat().st_size == 8 + header + checkpoint_bytes(case)
+    assert path.stat().st_blocks * 512 < 0.1 * checkpoint_bytes(case)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tools.demo.tiny_task import with_token_types
 from vlqc.kernels_ref.deq_scale import decode_deq_scale
+from vlqc.kernels_ref.kv_cache import QuantizedCacheAttention
 from vlqc.kernels_ref.quant_linear import GroupQuantLinear, QuantLinear, StaticQuantLinear
 
 Samples = Sequence[dict[str, Tensor]]
@@ -81,6 +82,19 @@ def without_activation_rounding(model: nn.Module) -> nn.Module:
     for path, module in list(model.named_modules()):
         if isinstance(module, QuantLinear):
             model.set_submodule(path, _dequantized(module))
+    return model
+
+
+def has_quantized_cache(model: nn.Module) -> bool:
+    """Whether attention modules of a model round their keys and values."""
+    return any(isinstance(module, QuantizedCacheAttention) for module in model.modules())
+
+
+def with_float_cache(model: nn.Module) -> nn.Module:
+    """Removes the rounding of keys and values from the attention modules of a model, in place."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, QuantizedCacheAttention):
+            model.set_submodule(path, module.float_attention)
     return model
 
 

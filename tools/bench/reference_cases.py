@@ -1,5 +1,6 @@
 """The checkpoints of `tools/bench/reference.py`, each with calibration and evaluation inputs."""
 
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,8 +20,7 @@ CALIBRATION_SEED, EVALUATION_SEED = 100, 900
 SAMPLES, EVALUATION_SAMPLES = 30, 12  # both tools recommend 30 images
 TINY, TINY_ALPHA = Path(__file__).parents[1] / "demo" / "tiny_vl", 128.0
 TINY_CALIBRATION, TINY_EVALUATION, TINY_ACCURACY = 32, 64, 256  # images
-SMOL_CALIBRATION, SMOL_EVALUATION, SMOL_LENGTH = 18, 16, 256  # excerpts, and tokens of one
-SMOL_IMAGES = (0, 9)  # calibration excerpts that follow an image
+SMOL_CALIBRATION, SMOL_EVALUATION, SMOL_LENGTH = 18, 16, 256  # excerpts, and tokens of one; two follow an image
 RECIPE_SCHEME = "static-m2-act1"
 LARGE_SAMPLES, LARGE_EVALUATION, LARGE_GRID = 8, 2, (24, 32)  # 192 image tokens
 
@@ -99,24 +99,38 @@ def tiny_cases(folder: Path, seeds: list[int]) -> Iterator[Case]:
         yield Case("tiny, planted", seed, target, calibration, evaluation, 64, accuracy)
 
 
-def smol_case(folder: Path, python: Path) -> Case:
-    """Real weights, from the environment of `python`; calibrated on one half of Python's help topics. lm_head is a copy
-    of the embedding: msModelSlim cannot save two tensors that share memory."""
+def smol_case(
+    folder: Path,
+    python: Path,
+    packages: Path | None = None,
+    counts: tuple[int, int] = (SMOL_CALIBRATION, SMOL_EVALUATION),
+    dtype: str = "float32",
+) -> Case:
+    """Real weights, written by `python`; calibrated on one half of Python's help topics. lm_head is a copy of the
+    embedding: msModelSlim cannot save two tensors that share memory, and a stream with a tied head is not rotated.
+
+    packages: folder of packages that `python` lacks; counts: of excerpts for calibration and for evaluation.
+    """
     from transformers import AutoTokenizer
 
     target = folder / "smol"
-    script = Path(smol.__file__)
-    subprocess.run([str(python), str(script), str(target), "--untied"], check=True, capture_output=True)
+    command = [str(python), str(Path(smol.__file__)), str(target), "--untied", "--dtype", dtype]
+    environment = None
+    if packages is not None:
+        path = [str(packages), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    subprocess.run(command, check=True, capture_output=True, env=environment)
     tokenizer = AutoTokenizer.from_pretrained(target)
 
     def encode(text: str) -> list[int]:
         ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
-    calibration = smol.text_samples(encode, smol.CALIBRATION, SMOL_CALIBRATION, SMOL_LENGTH)
-    for number in SMOL_IMAGES:
+    calibrating, evaluating = counts
+    calibration = smol.text_samples(encode, smol.CALIBRATION, calibrating, SMOL_LENGTH)
+    for number in (0, calibrating // 2):
         calibration[number] = smol.with_image(calibration[number], CALIBRATION_SEED + number)
-    evaluation = smol.text_samples(encode, smol.EVALUATION, SMOL_EVALUATION, SMOL_LENGTH)
+    evaluation = smol.text_samples(encode, smol.EVALUATION, evaluating, SMOL_LENGTH)
     return Case("smol, real weights", 0, target, calibration, evaluation, 64, text=True)
 
 

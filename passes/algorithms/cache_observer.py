@@ -103,8 +103,8 @@ class CacheObserver:
         tokens = (modality >= 0).nonzero().flatten()
         statistics = CacheObservation(
             scaling=float(arguments.get("scale") or query.shape[-1] ** -0.5),
-            key_absmax=key[tokens.to(key.device)].abs().amax(0).cpu(),
-            value_absmax=value[tokens.to(value.device)].abs().amax(0).cpu(),
+            key_absmax=_absmax(key, tokens),
+            value_absmax=_absmax(value, tokens),
             rows={name: int((modality == number).sum()) for number, name in enumerate(MODALITIES)},
             balance=self.balance,
             samples=1,
@@ -145,6 +145,12 @@ class CacheObserver:
     def _with_energy(sample: SampleCache, energies: Mapping[int, Tensor]) -> list[KeptAttention]:
         energy = energies[sample.sample]
         return [replace(kept, energy=energy[sample.index]) for kept in sample.statistics.kept]
+
+
+def _absmax(rows: Tensor, tokens: Tensor) -> Tensor:
+    """float32 [C] on the CPU: per channel of rows [B * S, C] at these positions; 0 without any."""
+    chosen = rows[tokens.to(rows.device)]
+    return chosen.abs().amax(0).cpu() if len(chosen) else torch.zeros(rows.shape[1])
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from vlqc.families.layer_names import matches_any
+from vlqc.families.layer_names import layer_pattern, matches_any
 from vlqc.ir.label_propagation import PRODUCT, QUOTIENT, SUM, LabelPropagation, Rule, operands
 from vlqc.ir.scale_propagation import scales_its_channels
 from vlqc.ir.stage import CacheSite, Site, Stage
@@ -34,19 +34,23 @@ def find_caches(stage: Stage) -> FoundCaches:
     if stage.family.in_vision_tower(stage.name) or not _projections(stage, sites.values()):
         return FoundCaches({})
     caches, obstacles = dict[str, CacheSite](), list[str]()
+
+    def leave_out(name: str, reason: str) -> None:
+        layers = layer_pattern(f"{name}.").removesuffix(".")  # one text for all layers
+        obstacles.append(f"the keys and values of {layers} are not quantized: {reason}")
+
     nodes = [node for node in stage.graph.nodes if node.target is ATTENTION]
     for node in nodes:
         found = _cache_at(stage, node, sites)
         if isinstance(found, str):
-            obstacles.append(f"the keys and values of {stage.name} are not quantized: {found}")
+            leave_out(stage.name, found)
         elif found.name in caches:
-            obstacles.append(f"the keys and values of {found.name} are not quantized: it computes attention twice")
+            leave_out(found.name, "it computes attention twice")
             del caches[found.name]
         else:
             caches[found.name] = found
     if not nodes:
-        why = "its attention is not computed by scaled_dot_product_attention"
-        obstacles.append(f"the keys and values of {stage.name} are not quantized: {why}")
+        leave_out(stage.name, "their attention is not computed by scaled_dot_product_attention")
     return FoundCaches(caches, tuple(obstacles))
 
 
@@ -61,11 +65,11 @@ def _cache_at(stage: Stage, node: fx.Node, sites: dict[str, Site]) -> CacheSite 
     for name, pattern in zip(("key", "value"), stage.family.key_value, strict=True):
         origins = _origins(arguments[name], sites)
         if len(origins) != 1:
-            count = ", ".join(site.name for site, _ in origins) or "no linear layer"
-            return f"the {name}s come from {count}"
+            layers = ", ".join(layer_pattern(site.name) for site, _ in origins) or "no linear layer"
+            return f"the {name}s come from {layers}"
         ((site, call),) = origins
         if not matches_any(site.name, (pattern,)):
-            return f"the {name}s come from {site.name}"
+            return f"the {name}s come from {layer_pattern(site.name)}"
         projections.append((site, call, arguments[name]))
     (key, key_call, keys), (value, value_call, values) = projections
     size = int(keys.meta["shape"][-1])

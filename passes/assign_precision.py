@@ -58,7 +58,7 @@ class AssignPrecision(Pass):
     def schemes(self) -> tuple[Scheme, ...]:
         """All schemes that it may choose."""
         asked = Scheme(self.scheme)
-        return tuple(dict.fromkeys([asked, asked.substitute or asked, Scheme.FLOAT]))
+        return tuple(dict.fromkeys([asked, asked.substitute or asked, Scheme(self.float_as), Scheme.FLOAT]))
 
     def run(self, stage: Stage) -> bool:
         changed = False

@@ -28,7 +28,8 @@ class QuantizeCache(Pass):
     min_sqnr: dB; a layer stays in float if its attention's output would have a lower signal-to-noise ratio. With the
         weights of SmolLM2-135M, whose layers have 32 to 48 dB, the perplexity grows by 0.07 %. Large biases of the
         keys, like those of Qwen2.5, take up the range of a channel: with 50 in the channels that the rotary embedding
-        hardly rotates it is 22 to 45 dB and 0.2 %, with 200 it is 13 to 36 dB and 1.5 %.
+        hardly rotates it is 22 to 45 dB and 0.2 %, with 200 it is 13 to 36 dB and 1.5 %, of which 0.6 % are left
+        without the 11 of 30 layers below 20 dB.
     """
 
     name: ClassVar[str] = "quantize-cache"

@@ -33,6 +33,8 @@ relative to the working directory.
 
     vlqc compile --recipe w8a8.yaml --act_method 1
 
+Options of other names are combined: `--scheme w8a8` with a recipe that says `is_dynamic: True` is an error.
+
 A value is read as on the command line, not by YAML's rules for `no`, `010` or `1:30`. A recipe cannot make code run:
 tags, anchors, `trust_remote_code: True`, `follow_links: True` and `module:Class` in `pipeline` are refused.
 

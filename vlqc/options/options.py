@@ -124,6 +124,8 @@ class Options(OptionFields):
         values = vars(self) | {"scheme": scheme} | flags_of_scheme(scheme)
         if "fallback" not in given:
             values["fallback"] = default_value("fallback", scheme)
+        if values == vars(self):
+            return self, faults
         return type(self).model_construct(_fields_set=set(given), **values), faults
 
 

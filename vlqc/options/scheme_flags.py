@@ -35,7 +35,8 @@ def nearest_schemes(values: Any, given: Set[str]) -> list[Scheme]:
     Those with the same bits come first."""
     distance = {scheme: len(_mismatches(scheme, values, given & set(FLAGS))) for scheme in _selectable()}
     nearest = [scheme for scheme in distance if distance[scheme] == min(distance.values())]
-    return sorted(nearest, key=lambda scheme: [name in _mismatches(scheme, values, FLAGS) for name in FLAGS])
+    others = {scheme: _mismatches(scheme, values, FLAGS) for scheme in nearest}
+    return sorted(nearest, key=lambda scheme: [name in others[scheme] for name in FLAGS])
 
 
 def contradiction(scheme: Scheme, values: Any, given: Set[str], origin: Mapping[str, str]) -> list[Fault]:

@@ -71,6 +71,11 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def format_sqnr(decibels: float) -> str:
+    """33.14 -> "33.1 dB"; beyond 1000 dB, where the noise is zero, "no noise"."""
+    return "no noise" if decibels > 1000 else f"{decibels:.1f} dB"
+
+
 def format_bytes(count: float) -> str:
     """Bytes in units of 1024: "4.0 KiB", "11.1 MiB"."""
     for unit in ("B", "KiB", "MiB"):

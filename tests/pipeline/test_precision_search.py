@@ -15,15 +15,18 @@ from vlqc.pipeline.precision_search import (
     Candidate,
     SearchGroup,
     SearchResult,
+    bytes_of,
     decibels,
     extra_cost,
     noise_of,
     search_schemes,
+    size_range,
 )
 from vlqc.targets.rules import group_faults
 from vlqc.targets.schemes import Scheme
 
 STATIC, DYNAMIC, INT4, FLOAT = Scheme.W8A8, Scheme.W8A8_DYNAMIC, Scheme.W4A8_DYNAMIC, Scheme.FLOAT
+WEIGHTS_ONLY = Scheme.W8A16
 LAYERS = [  # by group, of a model of two blocks in each tower
     ("visual.blocks.0.attn.qkv",),
     ("visual.blocks.0.mlp.gate_proj", "visual.blocks.0.mlp.up_proj"),
@@ -67,14 +70,15 @@ def models(draw: st.DrawFn, target: str = FREE) -> list[SearchGroup]:
     """
     numbers = sorted(draw(st.sets(st.integers(0, len(LAYERS) - 1), min_size=1, max_size=6)))
     assigned = draw(st.sampled_from([STATIC, INT4])) if target == FREE else STATIC
-    others = st.sampled_from([(FLOAT,), (DYNAMIC, FLOAT), ()] if target == FREE else [(FLOAT,), (FLOAT,), ()])
+    free = [(FLOAT,), (DYNAMIC, FLOAT), (STATIC, INT4, DYNAMIC, WEIGHTS_ONLY, FLOAT), ()]
+    others = st.sampled_from(free if target == FREE else [(FLOAT,), (FLOAT,), ()])
     noise, size = st.floats(1e-8, 1e-2), st.integers(1, 1000)
     return [
         SearchGroup(
             QWEN2_5_VL.part(LAYERS[it][0]),
             LAYERS[it],
             assigned,
-            {name: Candidate(draw(noise), draw(size)) for name in (assigned, *draw(others))},
+            {name: Candidate(draw(noise), draw(size)) for name in dict.fromkeys((assigned, *draw(others)))},
         )
         for it in numbers
     ]
@@ -118,6 +122,25 @@ def test_the_best_with_so_many_floats(model: tuple[str, list[SearchGroup]], most
         assert plan.schemes == tuple(it.assigned for it in groups)
 
 
+@given(targeted, st.floats(0, 1.2), st.integers(0, 5000))
+def test_the_least_noise_within_a_size(model: tuple[str, list[SearchGroup]], share: float, fixed: int) -> None:
+    """Catches files that are too large although smaller ones exist, and noise above the bound."""
+    target, groups = model
+    legal = list(every_plan(groups, target))
+    smallest, largest = (of(bytes_of(groups, schemes) for schemes in legal) for of in (min, max))
+    assert size_range(groups, target, QWEN2_5_VL) == (smallest, largest)
+    most = fixed + smallest - 1 + round(share * (largest - smallest))
+    plan = search_schemes(groups, target=target, family=QWEN2_5_VL, max_bytes=most, fixed_bytes=fixed)
+    assert plan.schemes in legal and plan.bytes == fixed + bytes_of(groups, plan.schemes)
+    within = [noise_of(groups, schemes) for schemes in legal if fixed + bytes_of(groups, schemes) <= most]
+    if within:
+        assert plan.met and plan.bytes <= most
+        assert noise_of(groups, plan.schemes) <= MAX_RATIO * min(within) * (1 + 1e-9)
+    else:
+        warning, _ = plan.notes()
+        assert not plan.met and plan.bytes == fixed + smallest and str(plan.bytes) in warning
+
+
 @given(models(), st.floats(5, 90))
 def test_the_order_of_groups_does_not_matter(groups: list[SearchGroup], least: float) -> None:
     """Catches ties that are broken by position."""
@@ -152,6 +175,17 @@ def test_a_scale_per_token_is_not_free() -> None:
     assert search_schemes(groups, target=FREE, family=QWEN2_5_VL, min_sqnr=35).schemes == (STATIC,) * 3
     assert search_schemes(groups, target=FREE, family=QWEN2_5_VL, min_sqnr=36).schemes.count(DYNAMIC) == 1
     assert search_schemes(groups, target=FREE, family=QWEN2_5_VL, min_sqnr=51).schemes.count(FLOAT) == 3
+
+
+def test_weights_alone_are_slower_than_integers_and_faster_than_float() -> None:
+    """Catches 8-bit weights with float inputs as the cheapest scheme, because they are the smallest."""
+    candidates = {"W8A8": (1e-3, 1000), "W8A8_DYNAMIC": (8e-4, 990), "W8A16": (1e-5, 990), "FLOAT": (0.0, 2000)}
+    groups = [group(n, **candidates) for n in (5, 6)]
+    assert search_schemes(groups, target=FREE, family=QWEN2_5_VL, min_sqnr=26).schemes == (STATIC,) * 2
+    assert set(search_schemes(groups, target=FREE, family=QWEN2_5_VL, min_sqnr=27.8).schemes) == {DYNAMIC}
+    assert set(search_schemes(groups, target=FREE, family=QWEN2_5_VL, min_sqnr=45).schemes) == {WEIGHTS_ONLY}
+    floats = search_schemes(groups, target=FREE, family=QWEN2_5_VL, max_float_groups=1).schemes
+    assert sorted(floats) == [FLOAT, STATIC]
 
 
 def test_mindie_tower_is_whole_or_float() -> None:

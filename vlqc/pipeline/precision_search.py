@@ -59,8 +59,18 @@ class SearchGroup:
 
 
 @dataclass(frozen=True)
+class CandidatePrecision:
+    """A scheme that a group could have. sqnr: signal to noise of the group alone, dB; bytes: size of its tensors."""
+
+    scheme: Scheme
+    sqnr: float
+    bytes: int
+
+
+@dataclass(frozen=True)
 class GroupPrecision:
-    """The result for one group. sqnr: signal to noise of the group alone, dB; noise_share: share of the total noise."""
+    """The result for one group. sqnr: signal to noise of the group alone, dB; noise_share: share of the total noise;
+    candidates: the schemes among which the search chose, the assigned one first."""
 
     sites: tuple[str, ...]
     part: str
@@ -69,6 +79,7 @@ class GroupPrecision:
     sqnr: float
     noise_share: float
     bytes: int
+    candidates: tuple[CandidatePrecision, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -109,7 +120,14 @@ class SearchResult:
         for group, scheme in zip(self.groups, self.schemes, strict=True):
             candidate = group.candidates[scheme]
             share, sqnr = candidate.noise / total if total else 0.0, decibels(candidate.noise)
-            rows.append(GroupPrecision(group.sites, group.part, group.assigned, scheme, sqnr, share, candidate.bytes))
+            candidates = tuple(
+                CandidatePrecision(name, decibels(each.noise), each.bytes) for name, each in group.candidates.items()
+            )
+            rows.append(
+                GroupPrecision(
+                    group.sites, group.part, group.assigned, scheme, sqnr, share, candidate.bytes, candidates
+                )
+            )
         return rows
 
     def notes(self) -> list[str]:
@@ -117,7 +135,7 @@ class SearchResult:
         changed: dict[Scheme, list[str]] = {}
         for group, scheme in zip(self.groups, self.schemes, strict=True):
             if scheme != group.assigned:
-                changed.setdefault(scheme, []).append("+".join(_short_names(group)))
+                changed.setdefault(scheme, []).append(group_title(group.sites))
         parts = [_describe(names, scheme) for scheme, names in sorted(changed.items())] or ["no group changes"]
         summary = f"{flag_of('fallback')} auto: {'; '.join(parts)}; predicted SQNR {self.sqnr:.1f} dB"
         if self.met:
@@ -356,6 +374,6 @@ def _describe(names: Sequence[str], scheme: Scheme) -> str:
     return f"{len(names)} group{'s' * (len(names) > 1)} {what}: {', '.join(names[:MAX_NAMES])}{more}"
 
 
-def _short_names(group: SearchGroup) -> list[str]:
+def group_title(sites: Sequence[str]) -> str:
     """The full name of the first site and the last component of the others."""
-    return [group.name, *(site.rpartition(".")[2] for site in group.sites[1:])]
+    return "+".join([sites[0], *(site.rpartition(".")[2] for site in sites[1:])])

@@ -30,7 +30,7 @@ from vlqc.pipeline.precision_search import GroupPrecision, SearchResult
 from vlqc.pipeline.presets import pipeline_text
 from vlqc.pipeline.registry import print_pipeline
 from vlqc.pipeline.sample_use import uses_samples
-from vlqc.reporting.html.collector import StageMetrics
+from vlqc.reporting.html.collector import StageMetrics, group_data
 from vlqc.reporting.html.command_line import command, replace_paths
 from vlqc.reporting.html.schema import (
     AdapterData,
@@ -42,7 +42,7 @@ from vlqc.reporting.html.schema import (
     rounded,
 )
 from vlqc.reporting.rotations import RotatedPart, adapter_notes, rotated_parts, rotation_notes, rotation_text
-from vlqc.reporting.tables import is_warning, labeled_lines, layer_table
+from vlqc.reporting.tables import candidate_table, is_warning, labeled_lines, layer_table
 from vlqc.targets.advice import (
     engine_notes,
     grouped_layers,
@@ -73,7 +73,7 @@ class Result(JupyterMixin):
     engines: versions of inference engines that load the folder, as text. serve: one command or setting per engine of
     the target; none if no engine loads the folder.
     passes: seconds per pass, summed over stages.
-    precision: with --fallback auto, the scheme that the search chose for every group of layers.
+    precision: with --fallback auto, the scheme that the search chose for every group of layers, and its candidates.
     predicted_sqnr: with --fallback auto, SQNR of the logits in dB, predicted from the noise of all groups. It is
     measured on calibration inputs, so other inputs come out slightly worse.
     rotations: that the weights contain, by kind and part.
@@ -126,7 +126,10 @@ class Result(JupyterMixin):
             *(("warning", note.split("\n")[0]) for note in self.notes if is_warning(note)),  # printed in full before
             *(("note", note) for note in self.notes if not is_warning(note)),
         ]
-        return Group(layer_table("Schemes", self.counts), *labeled_lines(rows))
+        tables = [layer_table("Schemes", self.counts)]
+        if self.precision:
+            tables.append(candidate_table(self.precision))
+        return Group(*tables, *labeled_lines(rows))
 
 
 def main_scheme(options: Options, sites: Mapping[str, Site]) -> Scheme:
@@ -438,6 +441,7 @@ class CompilationSummary:
             adapters=tuple(AdapterData(**asdict(adapter)) for adapter in self.checkpoint.adapters),
             notes=replace_paths([note for note in self.notes if note not in self._run_notes], options),
             predicted=rounded(self.search_result.sqnr) if self.search_result else None,
+            groups=tuple(map(group_data, self.search_result.table())) if self.search_result else (),
             stages=tuple(self.metrics.stages),
         ).write(folder)
 

@@ -1,14 +1,17 @@
 """Tables and labeled lines that the summary of a compilation, `--plan` and the report page have in common."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.table import Table
 from rich.text import Text
 
 from vlqc.families.family import Part
-from vlqc.formatting import escape_control_chars
+from vlqc.formatting import escape_control_chars, format_bytes, format_sqnr
+from vlqc.pipeline.precision_search import GroupPrecision, group_title
+from vlqc.targets.schemes import Scheme
 
 LABEL_WIDTH = 12
+LISTED_GROUPS = 5
 
 
 def part_order(part_and_scheme: tuple[str, str]) -> tuple[int, str, str]:
@@ -25,6 +28,26 @@ def layer_table(title: str, counts: Mapping[tuple[str, str], int]) -> Table:
         table.add_column(column, justify="right" if column == "linear layers" else "left")
     for part, scheme in sorted(counts, key=part_order):
         table.add_row(part, scheme, str(counts[part, scheme]))
+    return table
+
+
+def candidate_table(groups: Sequence[GroupPrecision], most: int = LISTED_GROUPS) -> Table:
+    """The groups with the largest share of the noise: SQNR and size in every scheme that they could have. The chosen
+    one has an asterisk."""
+    listed = sorted(groups, key=lambda group: -group.noise_share)[:most]
+    offered = {each.scheme for group in listed for each in group.candidates}
+    schemes = [scheme for scheme in Scheme if scheme in offered]
+    title = "Candidates of the groups with the most noise" if len(groups) > len(listed) else "Candidates"
+    table = Table(title=f"{title} (SQNR if only this group is quantized, size; * is chosen)", title_justify="left")
+    table.add_column("group", overflow="fold")
+    table.add_column("noise", justify="right")
+    for scheme in schemes:
+        table.add_column(str(scheme), justify="right")
+    for group in listed:
+        cells = {each.scheme: f"{format_sqnr(each.sqnr)}\n{format_bytes(each.bytes)}" for each in group.candidates}
+        cells[group.scheme] = f"* {cells.get(group.scheme, '')}"
+        title = escape_control_chars(group_title(group.sites))
+        table.add_row(Text(title), f"{group.noise_share:.0%}", *(cells.get(scheme, "") for scheme in schemes))
     return table
 
 

@@ -18,10 +18,12 @@ from vlqc.ir.observation import Observation, modality_of_rows, noise_to_signal, 
 from vlqc.ir.stage import CacheSite, Site, Stage
 from vlqc.kernels_ref.quantize import INT8_MAX, INT8_MIN
 from vlqc.pipeline.pass_api import Pass
-from vlqc.pipeline.precision_search import SearchResult, decibels
+from vlqc.pipeline.precision_search import GroupPrecision, SearchResult, decibels
 from vlqc.reporting.html.schema import (
     SHARES,
     CacheData,
+    CandidateData,
+    GroupData,
     InputData,
     Modality,
     PassTime,
@@ -233,6 +235,20 @@ def _curves(observation: Observation) -> dict[Modality, tuple[float, ...]]:
         for name in NAMES
         if (channels := observation.ranges.get(name)) is not None and channels.rows
     }
+
+
+def group_data(group: GroupPrecision) -> GroupData:
+    candidates = tuple(
+        CandidateData(scheme=str(each.scheme), sqnr=rounded(each.sqnr), bytes=each.bytes) for each in group.candidates
+    )
+    return GroupData(
+        sites=group.sites,
+        part=str(group.part),
+        assigned=str(group.assigned),
+        scheme=str(group.scheme),
+        noise_share=rounded(group.noise_share),
+        candidates=candidates,
+    )
 
 
 def _with_scheme(site: SiteData, scheme: Scheme, assigned: Scheme, predicted: float) -> SiteData:

@@ -11,10 +11,11 @@ from typing import get_args
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from vlqc.families.family import Part
-from vlqc.formatting import format_bytes, format_duration
+from vlqc.formatting import format_bytes, format_duration, format_sqnr
+from vlqc.pipeline.precision_search import group_title
 from vlqc.reporting.html.charts import channel_charts, depth_charts, range_charts, scale_charts, time_chart
 from vlqc.reporting.html.command_line import shell_text
-from vlqc.reporting.html.schema import Modality, ReportData, SiteData, Timings
+from vlqc.reporting.html.schema import CandidateData, GroupData, Modality, ReportData, SiteData, Timings
 from vlqc.reporting.html.svg import Chart
 from vlqc.reporting.html.towers import Tower, group_stages, lowest_sqnr, site_role, stage_label
 from vlqc.reporting.html.verification import Verification
@@ -67,6 +68,23 @@ class PrecisionMap:
 
 
 @dataclass(frozen=True)
+class CandidateCell:
+    """A scheme that a group could have, and whether the search chose it."""
+
+    data: CandidateData
+    is_chosen: bool
+
+
+@dataclass(frozen=True)
+class CandidateRow:
+    """A group in the table of candidates. share: of the noise; cells: by scheme, None where it is no candidate."""
+
+    title: str
+    share: str
+    cells: list[CandidateCell | None]
+
+
+@dataclass(frozen=True)
 class SchemeCount:
     """Number of linear layers with a scheme, and their share of all layers in percent."""
 
@@ -112,7 +130,12 @@ def render(folder: FolderInfo, data: ReportData, timings: Timings | None, verifi
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"bytes": format_bytes, "duration": format_duration, "short_role": short_role}
+    environment.filters |= {
+        "bytes": format_bytes,
+        "sqnr": format_sqnr,
+        "duration": format_duration,
+        "short_role": short_role,
+    }
     heads = [str(Scheme.FLOAT)] * len(data.heads)
     measured = sorted((stage for stage in data.stages if stage.sqnr), key=lambda stage: min(stage.sqnr.values()))
     return environment.get_template("page.html").render(
@@ -133,6 +156,8 @@ def render(folder: FolderInfo, data: ReportData, timings: Timings | None, verifi
         lowest_stages=measured[:LISTED_STAGES],
         observed=any(stage.sqnr or stage.inputs for stage in data.stages),
         depth_charts=depth_charts(towers),
+        candidates=candidate_rows(data.groups),
+        candidate_schemes=candidate_columns(data.groups),
         maps=[precision_map(tower) for tower in towers],
         cache_rows=cache_rows(data),
         cache_summary=describe_caches(_cache_schemes(data)),
@@ -188,6 +213,29 @@ def modality_rows(data: ReportData) -> list[ModalityRow]:
         if tokens.get(name) or before is not None or sqnr is not None:
             rows.append(ModalityRow(name, tokens.get(name, 0), sqnr, stage, before, after))
     return rows
+
+
+def candidate_columns(groups: Sequence[GroupData]) -> list[str]:
+    """The schemes of all candidates, in the order of `Scheme`."""
+    offered = {each.scheme for group in groups for each in group.candidates}
+    return [str(scheme) for scheme in Scheme if scheme in offered]
+
+
+def candidate_rows(groups: Sequence[GroupData]) -> list[CandidateRow]:
+    """One row per group, in the model's order."""
+    return [
+        CandidateRow(
+            group_title(group.sites),
+            f"{group.noise_share:.1%}",
+            [_candidate_cell(group, scheme) for scheme in candidate_columns(groups)],
+        )
+        for group in groups
+    ]
+
+
+def _candidate_cell(group: GroupData, scheme: str) -> CandidateCell | None:
+    offered = {each.scheme: each for each in group.candidates}
+    return CandidateCell(offered[scheme], scheme == group.scheme) if scheme in offered else None
 
 
 def scheme_marks(scheme: Scheme) -> tuple[str, str, str]:

@@ -145,6 +145,25 @@ class StageData(StrictModel):
     caches: tuple[CacheData, ...] = ()
 
 
+class CandidateData(StrictModel):
+    """See `CandidatePrecision`."""
+
+    scheme: SchemeName
+    sqnr: Finite
+    bytes: Count
+
+
+class GroupData(StrictModel):
+    """See `GroupPrecision`; its sqnr and bytes are those of the candidate with its scheme."""
+
+    sites: Annotated[tuple[Name, ...], Field(min_length=1)]
+    part: Name
+    assigned: SchemeName
+    scheme: SchemeName
+    noise_share: Magnitude
+    candidates: tuple[CandidateData, ...]
+
+
 class RotationData(StrictModel):
     """See `RotationGroup`."""
 
@@ -171,7 +190,8 @@ class ReportData(StrictModel):
     ready_samples: whether the samples were passed as tensors through Python. calibrated: whether there were samples;
     otherwise the checkpoint was compiled from its weights alone. heads: linear layers outside stages, which
     stay in float. rotations: that the weights contain. adapters: that were merged into them, in order. predicted: with
-    --fallback auto, the predicted SQNR of the logits in dB.
+    --fallback auto, the predicted SQNR of the logits in dB. groups: with --fallback auto, the candidates of every group
+    of layers.
     """
 
     format: Literal["vlqc report 1"] = "vlqc report 1"
@@ -188,6 +208,7 @@ class ReportData(StrictModel):
     adapters: tuple[AdapterData, ...] = ()
     notes: tuple[Annotated[str, StringConstraints(max_length=1 << 20)], ...]
     predicted: Finite | None
+    groups: tuple[GroupData, ...] = ()
     stages: tuple[StageData, ...]
 
     def counts(self) -> dict[tuple[str, str], int]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
 
-from vlqc.emit.shard_writer import ALIGNMENT, ENTRY_BYTES, LENGTH_FIELD, ShardWriter
+from vlqc.emit.shard_writer import ALIGNMENT, ENTRY_BYTES, LENGTH_FIELD, ShardWriter, most_header_bytes
 from vlqc.errors import InternalError
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8)
@@ -93,7 +93,12 @@ def test_round_trip(described: dict[str, tuple[tuple[int, ...], torch.dtype]], l
         for path in paths:
             assert_well_formed(path)
         actual = read(paths)
+        size, header = sum(path.stat().st_size for path in paths), header_bytes(tensors)
     assert actual.keys() == tensors.keys()
+    if limit is None or limit > header + LENGTH_FIELD + ALIGNMENT:
+        data = sum(tensor.nbytes for tensor in tensors.values())
+        most = data + most_header_bytes(data, header, limit)
+        assert size == most if len(paths) == 1 else size <= most  # --max_bytes counts with it
     assert all(same(actual[name], tensor) for name, tensor in tensors.items())
 
 

@@ -15,6 +15,7 @@ from tests.support.naive_w8a8 import load_float, logits, signal_to_noise
 from tools.demo import plant_outliers, tiny_task
 from vlqc.families.qwen2_5_vl import QWEN2_5_VL
 from vlqc.reporting.html.schema import DATA_FILE
+from vlqc.reporting.plan import plan_compilation
 from vlqc.reporting.summary import Result
 from vlqc.targets.rules import group_faults
 from vlqc.targets.schemes import Scheme
@@ -143,6 +144,27 @@ def test_so_many_float_groups(planted: Path, samples: list[Sample], tmp_path: Pa
     assert note.startswith("--fallback auto: 3 groups stay float: ") and "; predicted SQNR " in note
     quantized = sum(count for (_, scheme), count in result.counts.items() if scheme == "W8A8")
     assert quantized == sum(mark == Scheme.W8A8 for mark in description.values())
+
+
+def test_files_are_within_max_bytes(planted: Path, samples: list[Sample], tmp_path: Path) -> None:
+    """Catches headers, float tensors or scales that are not counted, a limit that is far from used, candidates that the
+    asked scheme excludes, and a limit whose fault is found after the calibration."""
+    result = compiled(planted, samples, tmp_path / "out", max_bytes="3.6MB", target="vllm-ascend", is_dynamic=True)
+    size = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+    assert 3_500_000 < result.bytes_after == size <= 3_600_000
+    chosen, offered = ({*of} for of in zip(*((row.scheme, row.candidates) for row in result.precision), strict=True))
+    assert chosen >= {Scheme.W8A8_DYNAMIC, Scheme.W8A16}
+    assert {each.scheme for of in offered for each in of} == {*Scheme} - {Scheme.W8A8_MIX}
+    verification = vlqc.verify_folder(tmp_path / "out", engine="vllm-ascend", model_path=planted)
+    assert verification.ok and not verification.warnings
+    plan = plan_compilation(
+        model_path=planted, samples=samples, fallback="auto", min_sqnr=1, rotate="none", target="vllm-ascend"
+    )
+    assert plan.bytes_range is not None
+    smallest, largest = plan.bytes_range
+    for size, stated in ((smallest - 1, f"--max_bytes {smallest} or more"), (largest, "is no limit")):
+        with pytest.raises(vlqc.UserError, match=stated):
+            compiled(planted, samples, tmp_path / "never", max_bytes=size, target="vllm-ascend")
 
 
 def test_four_bits_fall_back_in_two_steps(planted: Path, samples: list[Sample], tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
     "plain": QUICK,
     "overwrite": QUICK | {"overwrite": True},  # an older result exists
     "shards": QUICK | {"part_file_size": 1, "propagate": "quantized", "memory_budget": 0.0, "kv_cache": "int8"},
-    "search": QUICK | {"fallback": "auto", "max_float_groups": 2, "target": "vllm-ascend", "part_file_size": 1},
+    "search": QUICK | {"fallback": "auto", "max_bytes": "3.5MB", "target": "vllm-ascend"},
     "mindie": QUICK | {"mindie_format": True, "anti_method": "m4"},
 }
 GIB = 300_000  # part_file_size 1, in bytes

@@ -220,7 +220,7 @@ class ShardWriter:
 
 def most_header_bytes(data: int, header_bytes: int, limit: int | None) -> int:
     """An upper bound of the headers of all files with so many bytes of tensors, whatever their order; exact for one
-    file. header_bytes, limit: as for `ShardWriter`."""
+    file. header_bytes, limit: as for `ShardWriter`, and the limit is larger than the header."""
     size = LENGTH_FIELD + -(-header_bytes // ALIGNMENT) * ALIGNMENT
     if limit is None or size + data <= limit:
         return size

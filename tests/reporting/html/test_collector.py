@@ -22,7 +22,7 @@ from vlqc.frontend.checkpoint.checkpoint import Checkpoint
 from vlqc.ir.observation import ChannelRange
 from vlqc.options.options import Options
 from vlqc.options.scheme_flags import FLAGS
-from vlqc.reporting.html.collector import StageMetrics, curve, smoothing_scales
+from vlqc.reporting.html.collector import StageMetrics, curve, group_data, smoothing_scales
 from vlqc.reporting.html.command_line import command, replace_paths, shell_text
 from vlqc.reporting.html.schema import DATA_FILE, SHARES, InputData, ReportData, StageData, Timings, read_report_data
 from vlqc.reporting.summary import CompilationSummary, Result
@@ -177,6 +177,11 @@ def test_schemes_of_a_search(tmp_path: Path) -> None:
     data = read_report_data(tmp_path / "out")
     assert data.counts() == result.counts
     assert data.predicted == pytest.approx(result.predicted_sqnr, rel=1e-3)
+    assert [group_data(row) for row in result.precision] == list(data.groups)
+    for row, group in zip(result.precision, data.groups, strict=True):
+        assert {each.scheme for each in group.candidates} == {"W8A8", "FLOAT"}  # those of both engines
+        chosen = next(each for each in group.candidates if each.scheme == group.scheme)
+        assert (chosen.sqnr, chosen.bytes) == (pytest.approx(row.sqnr, rel=1e-3), row.bytes)
     sites = {site.name: site for stage in data.stages for site in stage.sites}
     moved = [row for row in result.precision if row.scheme != row.assigned]
     assert len(moved) == 3

@@ -19,7 +19,7 @@ import pytest
 from tests.support import synthetic_report
 from tests.support.report_pages import VERIFIED, Page, page_of
 from vlqc.reporting.html import report_text
-from vlqc.reporting.html.schema import ReportData, RotationData
+from vlqc.reporting.html.schema import CandidateData, GroupData, ReportData, RotationData
 from vlqc.verify.findings import LEGEND, RANKING
 
 ROOT = Path(__file__).parents[3]
@@ -207,9 +207,22 @@ def test_without_timings_or_verification(data: ReportData, tmp_path: Path) -> No
 
 
 def test_a_precision_search_is_shown(data: ReportData, tmp_path: Path) -> None:
-    """Catches a page without the prediction of the search."""
-    page = Page(page_of(tmp_path / "out", data.model_copy(update={"predicted": 31.25})))
-    assert "31.2 dB" in page.text and page.text.count("precision search") == 2
+    """Catches a page without the prediction of the search or the candidates of a group, or with the wrong one marked as
+    chosen."""
+    offered = (("W8A8", 30.0, 4096), ("W8A16", 42.5, 2048), ("FLOAT", 3.4e38, 8192))
+    group = GroupData(
+        sites=("model.layers.0.self_attn.o_proj",),
+        part="language",
+        assigned="W8A8",
+        scheme="W8A16",
+        noise_share=0.25,
+        candidates=tuple(CandidateData(scheme=name, sqnr=sqnr, bytes=size) for name, sqnr, size in offered),
+    )
+    page = Page(page_of(tmp_path / "out", data.model_copy(update={"predicted": 31.25, "groups": (group,)})))
+    assert page.faults == [] and "31.2 dB" in page.text
+    for text in ("30.0 dB, 4.0 KiB", "✓ 42.5 dB, 2.0 KiB", "no noise, 8.0 KiB", "25.0%"):
+        assert text in page.text
+    assert "✓ 30.0 dB" not in page.text and "✓ no noise" not in page.text
 
 
 def test_stages_without_data(tmp_path: Path) -> None:

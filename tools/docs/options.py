@@ -23,17 +23,21 @@ repeated. `vlqc.compile` takes the options of `vlqc compile` as keyword argument
 FOOT = """## Precision search
 
 `--fallback auto` gives each group of linear layers (q/k/v, gate/up, all experts of a layer, each other layer alone) one
-of its *candidates*: every scheme in which the engines of `--target` run the group in one folder with the scheme that was
-asked for, whatever that is. `W8A8_MIX` is a candidate only if it was asked for; layers of `--exclude` stay in float.
-Without a version, the target stands for all versions, so `W4A8_DYNAMIC` may be chosen, which vLLM Ascend dropped in
-0.26: `--target vllm-ascend@0.26` leaves it out. Both engines together run W8A8 and FLOAT only, and the default target of
-static W8A8 is both: use `--target vllm-ascend` for more candidates.
+of its *candidates*: every scheme in which the engines of `--target` run the group in one folder with the scheme that
+was asked for, whatever that is. `W8A8_MIX` is a candidate only if it was asked for; layers of `--exclude` stay in
+float. Without a version, the target stands for all versions, so `W4A8_DYNAMIC` may be chosen, which vLLM Ascend dropped
+in 0.26: `--target vllm-ascend@0.26` leaves it out. Both engines together run W8A8 and FLOAT only, and the default
+target of static W8A8 is both: use `--target vllm-ascend` for more candidates.
 
-| one of | the result |
-|---|---|
-| `--min_sqnr DB` | the least run time at which the predicted SQNR of the logits is DB or more. A group keeps the scheme that was asked for unless another one is needed. Time above that scheme is at most 1 % above the optimum. A bound that cannot be met is a warning, and the folder with the least error is written. |
-| `--max_bytes BYTES` | the least predicted error with weight files of BYTES or less, headers and float tensors included. The error is at most 1 % above the optimum. The asked scheme has no preference, and run time does not matter: where the engine runs W8A16, it often takes the place of W8A8, which is as large and less precise. A bound that is too small is an error before the calibration, with the smallest possible size. |
-| `--max_float_groups NUMBER` | the asked scheme everywhere, but NUMBER groups in float, those with the largest error first. No other scheme is chosen, W8A16 neither. |
+- `--min_sqnr DB`: the least run time at which the predicted SQNR of the logits is DB or more. A group keeps the scheme
+  that was asked for unless another one is needed. Time above that scheme is at most 1 % above the optimum. A bound that
+  cannot be met is a warning, and the folder with the least error is written.
+- `--max_bytes BYTES`: the least predicted error with weight files of BYTES or less, headers and float tensors included.
+  The error is at most 1 % above the optimum. The asked scheme has no preference, and run time does not matter: where
+  the engine runs W8A16, it often takes the place of W8A8, which is as large and less precise. A bound that is too small
+  is an error before the calibration, with the smallest possible size.
+- `--max_float_groups NUMBER`: the asked scheme everywhere, but NUMBER groups in float, those with the largest error
+  first. No other scheme is chosen, W8A16 neither.
 
 Run time is what reading the tensors takes, and 10 % more with scales per token, or 50 % more for 8-bit weights with
 float inputs: a mean of prompts, where float products take twice the time of integer ones, and single tokens, where only
@@ -41,8 +45,8 @@ reading counts. All candidates are made of the weights as they were smoothed for
 that most layers should have.
 
 `--plan` prints the possible sizes. The search needs more time and disk space than a compilation: weights are quantized
-once in each format (static 8-bit, other 8-bit, 4-bit), and all of them are on the disk until the last stage is finished.
-To choose among fewer schemes, copy the pipeline of `vlqc passes --explain` and add, for example,
+once in each format (static 8-bit, other 8-bit, 4-bit), and all of them are on the disk until the last stage is
+finished. To choose among fewer schemes, copy the pipeline of `vlqc passes --explain` and add, for example,
 `measure-sensitivity{schemes=W8A8_DYNAMIC;W8A16}`.
 
 The prediction adds the noise that every group causes alone. On the calibration samples, the measured SQNR of

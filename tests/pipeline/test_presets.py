@@ -48,9 +48,15 @@ PRESETS: list[tuple[dict[str, Any], str]] = [
     ({"fallback": "none"}, BEGIN.replace("precision", "precision{fallback=none}") + "smooth-m2," + END),
     (
         {"fallback": "auto", "min_sqnr": 30},  # the search comes last, among all groups
-        BEGIN.replace("precision", "precision{fallback=none}")
+        BEGIN.replace("precision", "precision{fallback=none,float_as=W8A16}")
         + "smooth-m2,"
         + END.replace("lower", "measure-sensitivity,lower"),
+    ),
+    (
+        {"fallback": "auto", "max_float_groups": 3, "act_method": 1, "weight_method": "round", "group_size": 128},
+        "insert-observers,assign-precision{group_size=128,fallback=none},smooth-m2{clip=false,weights=round},"
+        "quantize-activations{method=minmax},quantize-weights{method=round},"
+        "measure-sensitivity{method=round,inputs=minmax,group_size=128},lower-linears",
     ),
     ({"act_method": 3}, BEGIN + "smooth-m2," + END.replace("activations", "activations{method=automatic}")),
     (

@@ -37,7 +37,8 @@ target of static W8A8 is both: use `--target vllm-ascend` for more candidates.
   the engine runs W8A16, it often takes the place of W8A8, which is as large and less precise. A bound that is too small
   is an error before the calibration, with the smallest possible size.
 - `--max_float_groups NUMBER`: the asked scheme everywhere, but NUMBER groups in float, those with the largest error
-  first. No other scheme is chosen, W8A16 neither.
+  first. No other scheme is chosen, W8A16 neither; layers on which the engine does not run the asked scheme are as
+  `--float_as` says. With the other two they are candidates of the search.
 
 Run time is what reading the tensors takes, and 10 % more with scales per token, or 50 % more for 8-bit weights with
 float inputs: a mean of prompts, where float products take twice the time of integer ones, and single tokens, where only

@@ -7,6 +7,7 @@ from vlqc.options.options import Options
 from vlqc.pipeline.ordering import CALIBRATION, check_order, passes_needing_samples
 from vlqc.pipeline.pass_api import Pass
 from vlqc.pipeline.registry import load_pass, parse_pipeline, print_pipeline
+from vlqc.targets.schemes import Scheme, floats
 
 ACTIVATION_METHODS = {1: "minmax", 2: "histogram", 3: "automatic"}  # of --act_method
 DATA_FREE = {"anti_method": "none", "weight_method": "round"}  # in place of the defaults
@@ -58,6 +59,13 @@ def _without_samples(options: Options) -> Options:
     return options.model_copy(update=defaults)
 
 
+def _float_as(options: Options) -> Scheme:
+    """What layers become on which the engine does not run the asked scheme. A search that may choose any scheme begins
+    with a quantized one there, since it measures quantized groups; FLOAT is among the candidates."""
+    searches = options.fallback == "auto" and options.max_float_groups is None
+    return floats()[-1] if searches else options.float_as
+
+
 def _selected(options: Options) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name of a pass, its options)."""
     if options.rotate in ("auto", "all"):
@@ -76,7 +84,7 @@ def _selected(options: Options) -> Iterator[tuple[str, dict[str, Any]]]:
             "fallback": "none" if options.fallback in ("none", "auto") else "reference",
             "exclude": options.exclude,
             "include": options.include,
-            "float_as": str(options.float_as),
+            "float_as": str(_float_as(options)),
         },
     )
     if options.shift:

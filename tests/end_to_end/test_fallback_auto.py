@@ -158,7 +158,7 @@ def test_files_are_within_max_bytes(planted: Path, samples: list[Sample], tmp_pa
     verification = vlqc.verify_folder(tmp_path / "out", engine="vllm-ascend", model_path=planted)
     assert verification.ok and not verification.warnings
     plan = plan_compilation(
-        model_path=planted, samples=samples, fallback="auto", min_sqnr=1, rotate="none", target="vllm-ascend"
+        model_path=planted, samples=samples, fallback="auto", max_bytes="4MB", rotate="none", target="vllm-ascend"
     )
     assert plan.bytes_range is not None
     smallest, largest = plan.bytes_range

@@ -50,13 +50,18 @@ PRESETS: list[tuple[dict[str, Any], str]] = [
         {"fallback": "auto", "min_sqnr": 30},  # the search comes last, among all groups
         BEGIN.replace("precision", "precision{fallback=none,float_as=W8A16}")
         + "smooth-m2,"
-        + END.replace("lower", "measure-sensitivity,lower"),
+        + END.replace("lower", "measure-sensitivity{schemes=W8A8;W8A8_DYNAMIC;W8A8_MIX;W8A16},lower"),
+    ),
+    (
+        {"fallback": "auto", "max_bytes": "5GiB", "target": "vllm-ascend"},
+        "insert-observers,assign-precision{target=vllm-ascend,fallback=none,float_as=W8A16},smooth-m2,"
+        + END.replace("lower", "measure-sensitivity{target=vllm-ascend},lower"),
     ),
     (
         {"fallback": "auto", "max_float_groups": 3, "act_method": 1, "weight_method": "round", "group_size": 128},
         "insert-observers,assign-precision{group_size=128,fallback=none},smooth-m2{clip=false,weights=round},"
         "quantize-activations{method=minmax},quantize-weights{method=round},"
-        "measure-sensitivity{method=round,inputs=minmax,group_size=128},lower-linears",
+        "measure-sensitivity{method=round,inputs=minmax,group_size=128,schemes=W8A8},lower-linears",
     ),
     ({"act_method": 3}, BEGIN + "smooth-m2," + END.replace("activations", "activations{method=automatic}")),
     (

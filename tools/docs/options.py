@@ -25,9 +25,10 @@ FOOT = """## Precision search
 `--fallback auto` gives each group of linear layers (q/k/v, gate/up, all experts of a layer, each other layer alone) one
 of its *candidates*: every scheme in which the engines of `--target` run the group in one folder with the scheme that
 was asked for, whatever that is. `W8A8_MIX` is a candidate only if it was asked for; layers of `--exclude` stay in
-float. Without a version, the target stands for all versions, so `W4A8_DYNAMIC` may be chosen, which vLLM Ascend dropped
-in 0.26: `--target vllm-ascend@0.26` leaves it out. Both engines together run W8A8 and FLOAT only, and the default
-target of static W8A8 is both: use `--target vllm-ascend` for more candidates.
+float. Fewer bits than asked for are candidates with `--max_bytes` only. Without a version, the target stands for all
+versions, so `W4A8_DYNAMIC` may be chosen, which vLLM Ascend dropped in 0.26: `--target vllm-ascend@0.26` leaves it out.
+Both engines together run W8A8 and FLOAT only, and the default target of static W8A8 is both: use
+`--target vllm-ascend` for more candidates.
 
 - `--min_sqnr DB`: the least run time at which the predicted SQNR of the logits is DB or more. A group keeps the scheme
   that was asked for unless another one is needed. Time above that scheme is at most 1 % above the optimum. A bound that
@@ -46,8 +47,8 @@ reading counts. All candidates are made of the weights as they were smoothed for
 that most layers should have.
 
 `--plan` prints the possible sizes. The search needs more time and disk space than a compilation: weights are quantized
-once in each format (static 8-bit, other 8-bit, 4-bit), and all of them are on the disk until the last stage is
-finished. To choose among fewer schemes, copy the pipeline of `vlqc passes --explain` and add, for example,
+once in each format of the candidates (static 8-bit, other 8-bit, 4-bit), and all of them are on the disk until the last
+stage is finished. To choose among fewer schemes, copy the pipeline of `vlqc passes --explain` and add, for example,
 `measure-sensitivity{schemes=W8A8_DYNAMIC;W8A16}`.
 
 The prediction adds the noise that every group causes alone. On the calibration samples, the measured SQNR of

@@ -66,6 +66,19 @@ def _float_as(options: Options) -> Scheme:
     return floats()[-1] if searches else options.float_as
 
 
+def _searched(options: Options) -> tuple[str, ...]:
+    """The schemes that the search may choose besides FLOAT; empty for all. Others would be measured in vain."""
+    asked = options.scheme
+    if options.max_float_groups is not None:
+        return (str(asked),)
+    if options.max_bytes is not None:
+        return ()
+    # Fewer bits than those of the asked scheme do not reduce the error.
+    enough = [scheme for scheme in Scheme if scheme.is_quantized and scheme.spec.weight.bits >= asked.spec.weight.bits]
+    every = {scheme for scheme in Scheme if scheme.is_quantized}
+    return () if set(enough) == every else tuple(map(str, enough))
+
+
 def _selected(options: Options) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name of a pass, its options)."""
     if options.rotate in ("auto", "all"):
@@ -104,6 +117,7 @@ def _selected(options: Options) -> Iterator[tuple[str, dict[str, Any]]]:
                 "method": options.weight_method,
                 "inputs": ACTIVATION_METHODS[options.act_method],
                 "group_size": options.group_size,
+                "schemes": _searched(options),
             },
         )
     if options.cache_scheme is not None:

@@ -60,12 +60,16 @@ def stage_tensors(stage: Stage, layout: Engine, scheme: Scheme) -> Iterator[Emit
     float, then the scales of cached keys and values, and at the end those that the layout repeats.
 
     scheme: that of the whole compilation, listed for the repeated tensors. UserError for a Linear that was assigned a
-    scheme but not lowered.
+    scheme but not lowered, and for such a cache.
     """
     for site in stage.sites.values():
         if site.is_quantized and not stage.is_lowered(site):
             fix = "let the pipeline end with the passes that quantize activations and weights and lower linears"
             raise UserError(Fault(f"{site.name} was assigned {site.scheme} but is still float", stage.name, fix=fix))
+    for cache in stage.caches.values():
+        if cache.is_quantized and not stage.is_lowered_cache(cache):
+            fix = "let the pipeline end with lower-cache, which wraps the attention"
+            raise UserError(Fault(f"{cache.name} has scales for its cache but reads it in float", stage.name, fix=fix))
     for path, module in stage.module.named_modules():
         yield from module_tensors(stage, path, module, packed=layout.packs_int4)
     for cache in stage.caches.values():

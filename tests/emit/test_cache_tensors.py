@@ -45,5 +45,5 @@ def test_a_cache_in_float_has_no_tensors() -> None:
 def test_a_cache_that_is_not_lowered() -> None:
     """Catches a folder whose engine reads quantized keys and values, while its measurements are those of float ones."""
     stage = through(layer(), *QUANTIZE)
-    with pytest.raises(UserError, match="lower-cache"):
+    with pytest.raises(UserError, match="reads it in float"):
         list(stage_tensors(stage, VLLM_ASCEND, Scheme.W8A8))

@@ -68,7 +68,7 @@ def stage_tensors(stage: Stage, layout: Engine, scheme: Scheme) -> Iterator[Emit
             raise UserError(Fault(f"{site.name} was assigned {site.scheme} but is still float", stage.name, fix=fix))
     for cache in stage.caches.values():
         if cache.is_quantized and not stage.is_lowered_cache(cache):
-            fix = "let the pipeline end with lower-cache, which wraps the attention"
+            fix = "let the pipeline end with the pass that makes attention read quantized keys and values"
             raise UserError(Fault(f"{cache.name} has scales for its cache but reads it in float", stage.name, fix=fix))
     for path, module in stage.module.named_modules():
         yield from module_tensors(stage, path, module, packed=layout.packs_int4)

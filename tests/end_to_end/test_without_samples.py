@@ -120,6 +120,7 @@ def test_samples_are_needed(
         vlqc.compile(model_path=tiny.TINY, save_directory=tmp_path / "out", **values)
     (fault,) = caught.value.faults
     assert "--calib_images" in fault.what and advice in fault.fix
+    assert ("--scheme w8a16" in fault.fix) == (values.get("scheme") != "w8a16")
 
 
 def test_options_of_samples(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def _missing(options: Options, passes: Sequence[Pass]) -> Fault:
     """The default of --calib_images, which does not exist, is needed."""
     names = ", ".join(step.name for step in passes_needing_samples(passes))
     fix = "pass a folder of images or videos, or a .jsonl file, with --calib_images"
-    if options.pipeline is None:
+    if options.pipeline is None and options.scheme.spec.activation.is_quantized:
         if options.scheme.spec.activation.is_dynamic and not options.scheme.spec.activation.is_static:
             fix += f"; without data, {options.scheme} needs --anti_method none --weight_method round"
         fix += "; --scheme w8a16 needs none"

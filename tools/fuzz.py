@@ -8,7 +8,6 @@ tests (`pip install -e '.[test]'`). The current round ends before the program do
 """
 
 import argparse
-import math
 import resource
 import signal
 import sys
@@ -26,7 +25,6 @@ ROOT = Path(__file__).resolve().parents[1]
 SECONDS_PER_CASE = 20.0  # long enough for a machine under load
 BYTES_PER_CASE = 2**30  # of additional address space
 BATCH = 500  # cases of one target per round
-AT_ONCE = 5  # cases of one example: what hypothesis does for an example takes longer than most cases
 NO_MEMORY = ("memory", "alloc", "Errno 12")  # in the messages of PyTorch, NumPy, Pillow and the system
 
 
@@ -84,7 +82,6 @@ def run(name: str, examples: int, seed: int | None, folder: Path) -> Counter[boo
     """Runs cases of one target; returns how many were accepted (True) and refused (False). seed None: fixed cases."""
     from hypothesis import HealthCheck, given, settings
     from hypothesis import seed as with_seed
-    from hypothesis import strategies as st
 
     from tests.support.fuzz.targets import TARGETS
     from tests.support.same_examples import ignore_constants_of_modules
@@ -94,15 +91,15 @@ def run(name: str, examples: int, seed: int | None, folder: Path) -> Counter[boo
     counts: Counter[bool] = Counter()
 
     @settings(
-        max_examples=math.ceil(examples / AT_ONCE),
+        max_examples=examples,
         derandomize=seed is None,
         database=None,
         deadline=None,
         suppress_health_check=list(HealthCheck),
     )
-    @given(st.tuples(*[target.cases] * AT_ONCE))
-    def attempt(cases: tuple[Any, ...]) -> None:
-        counts.update(run_case(target.check, case, folder) for case in cases)
+    @given(target.cases)
+    def attempt(case: Any) -> None:
+        counts[run_case(target.check, case, folder)] += 1
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow and PyTorch warn about damaged files

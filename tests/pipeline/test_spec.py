@@ -13,7 +13,7 @@ from vlqc.errors import UserError
 from vlqc.ir.stage import Stage
 from vlqc.pipeline.pass_api import Pass
 from vlqc.pipeline.registry import REGISTRY, load_pass, parse_pipeline, print_pipeline
-from vlqc.targets.schemes import Scheme
+from vlqc.targets.schemes import Scheme, floats
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ def third_party(monkeypatch: pytest.MonkeyPatch) -> None:
 
 NARROWER = {  # options that take fewer values than their type has
     "scheme": st.sampled_from([str(scheme) for scheme in Scheme]),
+    "schemes": st.lists(st.sampled_from([str(scheme) for scheme in Scheme])).map(tuple),
+    "float_as": st.sampled_from(floats()).map(str),
     "target": st.sampled_from(["vllm-ascend", "vllm-ascend@0.18", "mindie@2.2.RC1", "both"]),
     "alpha": st.none() | st.floats(0, 1),
     "bound": st.floats(1, allow_nan=False),

@@ -30,6 +30,9 @@ class QuantizeCache(Pass):
         keys, like those of Qwen2.5, take up the range of a channel: with 50 in the channels that the rotary embedding
         hardly rotates it is 22 to 45 dB and 0.2 %, with 200 it is 13 to 36 dB and 1.5 %, of which 0.6 % are left
         without the 11 of 30 layers below 20 dB.
+    clip: whether scales may clip the largest values, where that reduces the measured error. On the calibration samples
+        it gains 1 to 5 dB per layer. On other texts it was worse: logits of SmolLM2-135M, calibrated with text and
+        images of noise, had 34.9 dB with it and 37.7 dB without.
     """
 
     name: ClassVar[str] = "quantize-cache"
@@ -40,6 +43,7 @@ class QuantizeCache(Pass):
 
     scheme: CacheScheme = CacheScheme.C8
     min_sqnr: float = 20.0
+    clip: bool = False
 
     def __post_init__(self) -> None:
         require(self.scheme in tuple(CacheScheme), f"scheme must be one of {', '.join(CacheScheme)}")
@@ -53,7 +57,13 @@ class QuantizeCache(Pass):
         scheme, before = self.scheme, _state(stage)
         tasks = [
             partial(
-                choose_head_scales, stage.cache_observations[name], site.heads, head, scheme.spec.largest, stage.dtype
+                choose_head_scales,
+                stage.cache_observations[name],
+                site.heads,
+                head,
+                scheme.spec.largest,
+                stage.dtype,
+                clip=self.clip,
             )
             for name, site in stage.caches.items()
             for head in range(site.heads)

@@ -112,9 +112,10 @@ class _Head:
 
 @torch.no_grad()
 def choose_head_scales(
-    observation: CacheObservation, heads: int, head: int, largest: int, dtype: torch.dtype
+    observation: CacheObservation, heads: int, head: int, largest: int, dtype: torch.dtype, *, clip: bool = True
 ) -> CacheScales:
-    """Scales of one of `heads` key-value heads, float32 [D]. largest: integer; dtype: of the checkpoint."""
+    """Scales of one of `heads` key-value heads, float32 [D]. largest: integer; dtype: of the checkpoint; clip: whether
+    scales may clip observed values."""
     part = _Head(observation, observation.query_weights(), heads, head)
     attention = [sample.attention(sample.key) for sample in part.samples]
     outputs = [weights @ sample.value for weights, sample in zip(attention, part.samples, strict=True)]
@@ -125,6 +126,8 @@ def choose_head_scales(
     key_weights, value_weights = _error_weights(part, attention, outputs)
     keys = _candidates(part.key_absmax, [sample.key for sample in part.samples], key_weights, largest, dtype)
     values = _candidates(part.value_absmax, [sample.value for sample in part.samples], value_weights, largest, dtype)
+    if not clip:
+        keys, values = keys[:1], values[:1]
     noise = torch.stack([_noise(part, key, values, outputs) for key in keys])  # [keys, values, D]
     best_value = noise.argmin(1)  # [keys, D]
     totals = noise.amin(1).sum(1)

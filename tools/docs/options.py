@@ -51,8 +51,9 @@ once in each format of the candidates (static 8-bit, other 8-bit, 4-bit), and al
 stage is finished. To choose among fewer schemes, copy the pipeline of `vlqc passes --explain` and add, for example,
 `measure-sensitivity{schemes=W8A8_DYNAMIC;W8A16}`.
 
-The prediction adds the noise that every group causes alone. On the calibration samples, the measured SQNR of
-`tools/demo/tiny_vl` was MEASURED_TINY, that of a checkpoint with planted outliers MEASURED_OUTLIERS.
+The prediction adds the noise that every group causes alone. On the calibration samples, the measured SQNR of the
+logits of `tools/demo/tiny_vl` was 47.4 dB where 44.0 dB were predicted (`--min_sqnr`), and 38.2 dB instead of 33.5 dB
+(near the smallest size); that of a random checkpoint with outliers was 35.2 dB instead of 35.8 dB.
 
 ## Recipes
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from vlqc.errors import Fault, UserError
+
 INT8_MIN, INT8_MAX = -128, 127
 ATTENTION = torch.nn.functional.scaled_dot_product_attention
 PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # those that may be positional
@@ -56,18 +58,21 @@ def attention_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[
 class RoundCache(TorchFunctionMode):
     """Mode in which every call of scaled_dot_product_attention reads rounded keys and values.
 
-    key_scale, value_scale: float [kv_heads * D]; kv_heads: by default their length over that of a key or value.
+    key_scale, value_scale: float [kv_heads * D]; kv_heads: by default their length over that of a key or value; calls:
+    how many there were.
     """
 
     def __init__(self, key_scale: torch.Tensor, value_scale: torch.Tensor, kv_heads: int | None = None) -> None:
         super().__init__()
         self.scales, self.kv_heads = {"key": key_scale, "value": value_scale}, kv_heads
+        self.calls = 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func is not ATTENTION:
             return func(*args, **(kwargs or {}))
+        self.calls += 1
         arguments = attention_arguments(args, kwargs or {})
         rounded = {
             name: round_cache(arguments[name], scale, self.kv_heads or scale.numel() // arguments[name].shape[-1])
@@ -119,5 +124,13 @@ class QuantizedCacheAttention(torch.nn.Module):
         return getattr(self.__dict__["float_attention"], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with RoundCache(self.key_scale, self.value_scale, self.kv_heads):
-            return self.float_attention(*args, **kwargs)
+        """As of the wrapped module. UserError if that does not call scaled_dot_product_attention: it would read keys
+        and values in float."""
+        with RoundCache(self.key_scale, self.value_scale, self.kv_heads) as mode:
+            output = self.float_attention(*args, **kwargs)
+        if not mode.calls:
+            what = f"{type(self.float_attention).__name__} does not call torch's scaled_dot_product_attention"
+            why = "its keys and values are quantized there, and stay in float in any other implementation"
+            fix = 'use attn_implementation="sdpa", or load the folder with quantized_cache=False'
+            raise UserError(Fault(what, why=why, fix=fix))
+        return output

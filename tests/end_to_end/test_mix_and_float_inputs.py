@@ -76,7 +76,7 @@ def test_verify_states_both_kinds_of_arithmetic(compiled: Compiled) -> None:
     assert figures == pytest.approx(expected, abs=0.01) and min(figures) > 30 and figures[0] > figures[1] + 0.5
     assert "W8A8_MIX" in " ".join(compiled.verification.facts)
     rows = compiled.verification.facts["stages against float"]
-    assert all(row["SQNR dB"] != row["SQNR dB, static inputs"] for row in rows if row["stage"] == LAYER)
+    assert all(row["SQNR dB"] != row["SQNR dB (static inputs)"] for row in rows if row["stage"] == LAYER)
 
 
 def test_layers_of_a_loaded_model(compiled: Compiled) -> None:
@@ -105,9 +105,13 @@ def test_dumps_locate_and_report(compiled: Compiled, tmp_path: Path) -> None:
     ranked = {row["group"]: row for row in compiled.verification.facts[RANKING]}
     assert ranked[FLOAT_INPUT]["scheme"] == "W8A16" and ranked[FLOAT_INPUT]["inputs %"] == 0
     assert not any("stored range" in advice.why for advice in compiled.verification.advice)
-    vlqc.write_report(compiled.folder, tmp_path / "report.html")
+    (tmp_path / "verify.json").write_text(compiled.verification.to_json())
+    vlqc.write_report(compiled.folder, tmp_path / "report.html", verification=tmp_path / "verify.json")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert all(scheme.spec.report.title in page for scheme in (Scheme.W8A8_MIX, Scheme.W8A16))
+    assert "<dt>SQNR dB (static inputs)</dt>" in page
+    # At the stages, at the figures of the logits and at the ranking: in which arithmetic they were measured.
+    assert page.count("quantized per token") == 3
 
 
 def flipped(name: str) -> Change:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from tests.support.cache_stages import HEADS, KV_HEADS, SIZE, Array, numpy_attention
+from vlqc.errors import UserError
 from vlqc.kernels_ref.kv_cache import QuantizedCacheAttention, dequantize_cache, quantize_cache
 
 ROWS = 9
@@ -85,3 +86,10 @@ def test_scales_that_cannot_be_used(bad: torch.Tensor) -> None:
     """Division by zero, or a shape that broadcasts to another meaning."""
     with pytest.raises(ValueError, match="value_scale must"):
         QuantizedCacheAttention(Attention(repeat=True), KEY_SCALE, bad, KV_HEADS)
+
+
+def test_another_implementation_of_attention_is_refused() -> None:
+    """Attention that reads float keys and values after `set_attn_implementation("eager")`, without a word about it."""
+    module = QuantizedCacheAttention(nn.Softmax(-1), KEY_SCALE, VALUE_SCALE, KV_HEADS)
+    with pytest.raises(UserError, match='attn_implementation="sdpa"'):
+        module(torch.zeros(2, 2))

@@ -32,7 +32,7 @@ from vlqc.ir.execution import first_tensor
 from vlqc.ir.value_range import FLOAT16_MAX, PeakRecorder
 from vlqc.kernels_ref.quant_linear import layers_with_both, static_inputs
 from vlqc.verify.clipping import ClippingRecorder
-from vlqc.verify.findings import COPY_AGAIN, FLOAT_CACHE, VerificationResult, format_list
+from vlqc.verify.findings import COPY_AGAIN, FLOAT_CACHE, INPUTS_OF, VerificationResult, format_list
 from vlqc.verify.folder.rotations import Seeds, rotate_float_model
 from vlqc.verify.loader import float_caches, has_quantized_cache, load
 from vlqc.verify.structure.structure import CompiledFolder
@@ -199,7 +199,7 @@ def _compare(
             _check_logits(reference, other, samples, min_sqnr, result, causes, arithmetic)
         if len(others) > 1:
             schemes = {layer.scheme for layer in layers_with_both(quantized)}
-            result.facts[f"inputs of {format_list(sorted(schemes))}"] = (
+            result.facts[f"{INPUTS_OF}{format_list(sorted(schemes))}"] = (
                 f"quantized per token, as in ordinary serving; {STATIC!r}: with the stored scale, as on decode nodes"
             )
         if with_float_cache is not None:
@@ -261,7 +261,7 @@ def _add_stage(
     figures: dict[str, Any] = {"stage": name}
     for arithmetic, noise in noises.items():
         result.add_examined(STAGES, calls)
-        where = f", {arithmetic}" if arithmetic else ""
+        where = f" ({arithmetic})" if arithmetic else ""
         figures[f"SQNR dB{where}"] = round(noise.output.sqnr, 2)
         # The SQNR of what a block adds to its input: the input is equal on both sides and hides the error.
         figures[f"residual SQNR dB{where}"] = round(noise.change.sqnr, 2) if noise.change.signal else "-"

@@ -21,6 +21,7 @@ SHOWN_PER_CHECK = 20  # findings printed per check, so that one kind of fault do
 WIDEST = 1 << 16  # columns: wider than any table, to measure a table without wrapping
 RANKING = "groups by their share of the logits' error"
 LEGEND = "columns of the ranking"
+INPUTS_OF = "inputs of "  # before schemes whose layers are run in two kinds of arithmetic: in which
 FLOAT_CACHE = "logits against float, KV cache in float"  # beside "logits against float"
 SHOWN_ROWS = {RANKING: 20}  # rows printed of long tables; the JSON has all
 

@@ -153,6 +153,7 @@ def render(folder: FolderInfo, data: ReportData, timings: Timings | None, verifi
         notes=[note for note in data.notes if not is_warning(note)],
         modality_rows=modality_rows(data),
         lowest=lowest_sqnr(data.stages),
+        per_token=schemes_with_both(data),
         lowest_stages=measured[:LISTED_STAGES],
         observed=any(stage.sqnr or stage.inputs for stage in data.stages),
         depth_charts=depth_charts(towers),
@@ -182,6 +183,12 @@ def _cache_schemes(data: ReportData) -> dict[str, CacheScheme | None]:
         for stage in data.stages
         for cache in stage.caches
     }
+
+
+def schemes_with_both(data: ReportData) -> list[str]:
+    """The schemes of layers that can be run in two kinds of arithmetic; stages were measured in the dynamic one."""
+    used = {site.scheme for stage in data.stages for site in stage.sites}
+    return [str(scheme) for scheme in Scheme if scheme in used and not scheme.spec.has_one_arithmetic]
 
 
 def cache_rows(data: ReportData) -> list[CacheRow]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from vlqc.errors import Fault, UserError
 from vlqc.files import parse_json, read_regular_file
-from vlqc.verify.findings import LEGEND, RANKING
+from vlqc.verify.findings import INPUTS_OF, LEGEND, RANKING
 
 LOGITS = "logits against float"
 SHARE = "share %"
@@ -26,7 +26,8 @@ class RankingTable:
 class Verification:
     """A verification as the page shows it.
 
-    ok: whether no check found a fault. engine: whose rules were checked. logits: (name, value). ranking: groups of
+    ok: whether no check found a fault. engine: whose rules were checked. logits: (name, value). inputs: how layers that
+    can be run in two kinds of arithmetic were run, empty without such. ranking: groups of
     layers by their share of the error, None without --locate. legend: meaning of the columns. advice: (what, why, fix).
     manifest: SHA-256 of the folder's MANIFEST.json, empty in files of older versions.
     """
@@ -38,6 +39,7 @@ class Verification:
     legend: str
     advice: list[tuple[str, str, str]]
     manifest: str = ""
+    inputs: str = ""
 
 
 def read_verification(path: Path) -> Verification:
@@ -62,7 +64,7 @@ def _parse(content: dict[str, Any]) -> Verification:
         ok=content["ok"] is True,
         engine=str(content["engine"]),
         logits=[
-            (f"{name}{fact.removeprefix(LOGITS)}", _format(value, 6))
+            (f"{name}{_in_parentheses(fact)}", _format(value, 6))
             for fact, figures in facts.items()
             if fact == LOGITS or fact.startswith(f"{LOGITS}, ")  # in another arithmetic
             for name, value in figures.items()
@@ -71,7 +73,14 @@ def _parse(content: dict[str, Any]) -> Verification:
         legend=str(facts.get(LEGEND, "")),
         advice=[(str(row["what"]), str(row["why"]), str(row["fix"])) for row in content.get("advice", [])],
         manifest=str(content.get("manifest") or ""),
+        inputs="; ".join(f"{name}: {text}" for name, text in facts.items() if name.startswith(INPUTS_OF)),
     )
+
+
+def _in_parentheses(fact: str) -> str:
+    """Title of figures of the logits -> the arithmetic that it names, empty for the usual one."""
+    arithmetic = fact.removeprefix(LOGITS).removeprefix(", ")
+    return f" ({arithmetic})" if arithmetic else ""
 
 
 def _ranking(rows: list[dict[str, Any]]) -> RankingTable:

@@ -6,6 +6,7 @@ from typing import Any
 
 from vlqc.families.family import ModelFamily
 from vlqc.ir.observation import MODALITIES
+from vlqc.targets.engine import join_and
 from vlqc.targets.rules import group_faults, supported_schemes
 from vlqc.targets.schemes import Scheme, linear_bytes, option_name, scheme_of_flags
 from vlqc.targets.target import ENGINES, Target, parse_target
@@ -63,6 +64,8 @@ def add_ranking(attribution: Attribution, compiled: CompiledFolder, result: Veri
         "of the group's own error that comes from rounding its inputs, not its weights; MiB: what the folder grows by "
         "if the group is float"
     )
+    if several := sorted({scheme for scheme in compiled.schemes.values() if not scheme.spec.has_one_arithmetic}):
+        result.facts[LEGEND] += f". Inputs of {join_and(several)} are quantized per token in all of them"
     rows = {group: _row(group, attribution, compiled) for group in ranked}
     result.facts[RANKING] = [row | {"gain rank": by_gain.index(group) + 1} for group, row in rows.items()]
     for rank, group in enumerate(ranked[:ADVISED], 1):

@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from vlqc.errors import Fault, UserError
-
 INT8_MIN, INT8_MAX = -128, 127
 ATTENTION = torch.nn.functional.scaled_dot_product_attention
 PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # those that may be positional
@@ -124,13 +122,13 @@ class QuantizedCacheAttention(torch.nn.Module):
         return getattr(self.__dict__["float_attention"], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As of the wrapped module. UserError if that does not call scaled_dot_product_attention: it would read keys
-        and values in float."""
+        """As of the wrapped module. Raises RuntimeError if that does not call scaled_dot_product_attention: it would
+        read keys and values in float."""
         with RoundCache(self.key_scale, self.value_scale, self.kv_heads) as mode:
             output = self.float_attention(*args, **kwargs)
         if not mode.calls:
-            what = f"{type(self.float_attention).__name__} does not call torch's scaled_dot_product_attention"
-            why = "its keys and values are quantized there, and stay in float in any other implementation"
-            fix = 'use attn_implementation="sdpa", or load the folder with quantized_cache=False'
-            raise UserError(Fault(what, why=why, fix=fix))
+            raise RuntimeError(
+                f"{type(self.float_attention).__name__} does not call scaled_dot_product_attention, where its keys and "
+                'values are quantized: use attn_implementation="sdpa", or load with quantized_cache=False'
+            )
         return output

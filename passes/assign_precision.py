@@ -27,6 +27,8 @@ class AssignPrecision(Pass):
     include: globs of layers that are quantized in spite of the reference exclusions; `exclude` takes precedence.
     float_as: scheme in place of FLOAT, where the target runs it, of layers that would stay float although `exclude`
         does not name them; FLOAT for none.
+    substitutes: schemes for layers on which the target does not run the default scheme, nor what is usual in its place;
+        the first one that it runs, before `float_as`.
     """
 
     name: ClassVar[str] = "assign-precision"
@@ -42,6 +44,7 @@ class AssignPrecision(Pass):
     exclude: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
     float_as: str = Scheme.FLOAT
+    substitutes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.fallback == "seed":  # type: ignore[comparison-overlap]
@@ -49,6 +52,7 @@ class AssignPrecision(Pass):
             object.__setattr__(self, "fallback", "reference")
         require(self.scheme in tuple(Scheme), f"scheme must be one of {', '.join(Scheme)}")
         require(self.float_as in floats(), f"float_as must be one of {', '.join(floats())}")
+        require(set(self.substitutes) <= set(Scheme), f"substitutes must be some of {', '.join(Scheme)}")
         require(self.fallback in ("reference", "none"), "fallback must be reference or none")
         require(self.scope in ("engine", "all"), "scope must be engine or all")
         require(self.group_size >= 1, "group_size must be 1 or more")
@@ -58,7 +62,8 @@ class AssignPrecision(Pass):
     def schemes(self) -> tuple[Scheme, ...]:
         """All schemes that it may choose."""
         asked = Scheme(self.scheme)
-        return tuple(dict.fromkeys([asked, asked.substitute or asked, Scheme(self.float_as), Scheme.FLOAT]))
+        others = map(Scheme, (*self.substitutes, self.float_as))
+        return tuple(dict.fromkeys([asked, asked.substitute or asked, *others, Scheme.FLOAT]))
 
     def run(self, stage: Stage) -> bool:
         changed = False
@@ -86,4 +91,5 @@ class AssignPrecision(Pass):
             exclude=self.exclude,
             include=self.include,
             float_as=Scheme(self.float_as),
+            substitutes=[Scheme(name) for name in self.substitutes],
         )

@@ -257,6 +257,7 @@ def test_header_bytes() -> None:
         layer = name.rpartition(".")[0]
         suffixes = ("weight_scale", "weight_offset", "input_scale", "input_offset", "quant_bias", "deq_scale")
         names += [name, *(f"{layer}.{part}" for part in suffixes)] if name.endswith("weight") else [name]
+        names += [f"{layer}.kv_cache_{part}" for part in ("scale", "offset") if layer.endswith(("k_proj", "v_proj"))]
     entry = {"dtype": "BF16", "shape": [100000, 100000], "data_offsets": [10**14, 10**14]}
     assert len(json.dumps(dict.fromkeys(names, entry))) < reserved
 

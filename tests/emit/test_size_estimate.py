@@ -117,7 +117,7 @@ def test_alternatives_of_a_search_are_counted(
     estimate = output_bytes(model, sites, VLLM_ASCEND, search)
     on_disk = []
 
-    def measured(self: FolderWriter) -> None:
+    def measured(self: FolderWriter, _: int) -> None:
         on_disk.append(sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file()))
         raise KeyboardInterrupt
 

@@ -129,6 +129,10 @@ def test_no_combination_allows_another_value(
         ({"float_as": "w8a16", "target": "both"}, ["remove --float_as w8a16", "--target vllm-ascend"]),
         ({"float_as": "w8a16", "mindie_format": True}, ["--target vllm-ascend instead of --mindie_format"]),
         ({"float_as": "w8a16", "target": "vllm-ascend@0.11"}, ["--float_as", "--target vllm-ascend"]),
+        (
+            {"float_as": "w8a16", "fallback": "auto", "max_bytes": 9},
+            ["remove --float_as w8a16", "--target vllm-ascend"],
+        ),
         ({"exclude": ["*.o_proj"], "include": ["lm_head", "*.o_proj"]}, ["--exclude", "--include"]),
     ],
 )

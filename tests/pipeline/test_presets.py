@@ -48,14 +48,23 @@ PRESETS: list[tuple[dict[str, Any], str]] = [
     ({"fallback": "none"}, BEGIN.replace("precision", "precision{fallback=none}") + "smooth-m2," + END),
     (
         {"fallback": "auto", "min_sqnr": 30},  # the search comes last, among all groups
-        BEGIN.replace("precision", "precision{fallback=none,float_as=W8A16}")
+        BEGIN.replace("precision", "precision{fallback=none,substitutes=W8A16}")
         + "smooth-m2,"
         + END.replace("lower", "measure-sensitivity{schemes=W8A8;W8A8_DYNAMIC;W8A8_MIX;W8A16},lower"),
     ),
     (
         {"fallback": "auto", "max_bytes": "5GiB", "target": "vllm-ascend"},
-        "insert-observers,assign-precision{target=vllm-ascend,fallback=none,float_as=W8A16},smooth-m2,"
+        "insert-observers,assign-precision{target=vllm-ascend,fallback=none,"
+        "substitutes=W8A16;W4A8_DYNAMIC},smooth-m2,"
         + END.replace("lower", "measure-sensitivity{target=vllm-ascend},lower"),
+    ),
+    (
+        {"fallback": "auto", "min_sqnr": 30, "scheme": "w8a16", "anti_method": "none"},  # the cheapest first
+        "insert-observers,assign-precision{scheme=W8A16,target=vllm-ascend,fallback=none,"
+        "substitutes=W8A8;W8A8_DYNAMIC},"
+        + END.replace(
+            "lower", "measure-sensitivity{target=vllm-ascend,schemes=W8A8;W8A8_DYNAMIC;W8A8_MIX;W8A16},lower"
+        ),
     ),
     (
         {"fallback": "auto", "max_float_groups": 3, "act_method": 1, "weight_method": "round", "group_size": 128},

@@ -48,6 +48,7 @@ def third_party(monkeypatch: pytest.MonkeyPatch) -> None:
 NARROWER = {  # options that take fewer values than their type has
     "scheme": st.sampled_from([str(scheme) for scheme in Scheme]),
     "schemes": st.lists(st.sampled_from([str(scheme) for scheme in Scheme])).map(tuple),
+    "substitutes": st.lists(st.sampled_from([str(scheme) for scheme in Scheme])).map(tuple),
     "float_as": st.sampled_from(floats()).map(str),
     "target": st.sampled_from(["vllm-ascend", "vllm-ascend@0.18", "mindie@2.2.RC1", "both"]),
     "alpha": st.none() | st.floats(0, 1),

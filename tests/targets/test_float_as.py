@@ -62,6 +62,23 @@ def test_the_substitute_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose(DOWN, fallback="none", float_as=FLOAT).scheme == FLOAT
 
 
+def test_a_search_begins_with_what_the_engine_runs() -> None:
+    """Catches a group that stays float, and is not measured, although the target runs it in another scheme; and one
+    that begins in a scheme with which the engine refuses the folder."""
+    static, dynamic, qkv = Scheme("W8A8"), Scheme("W8A8_DYNAMIC"), "visual.blocks.3.attn.qkv"
+    begin: dict[str, Any] = {"fallback": "none", "float_as": FLOAT, "substitutes": [static, dynamic, WEIGHT_ONLY]}
+    assert choose(qkv, scheme=WEIGHT_ONLY, **begin).scheme == static
+    assert choose(DOWN, scheme=WEIGHT_ONLY, **begin).scheme == WEIGHT_ONLY
+    assert choose(qkv, scheme=WEIGHT_ONLY, exclude=("visual.*",), **begin).scheme == FLOAT
+    assert choose(qkv, scheme=dynamic, target="vllm-ascend@0.15", **begin).scheme == static
+    assert choose(qkv, scheme=dynamic, target="mindie", **begin).scheme == FLOAT  # no static layer beside dynamic ones
+
+
+def test_a_reason_is_said_once() -> None:
+    """Catches the reason for FLOAT twice where the scheme in place of float is the one that was asked for."""
+    assert choose(MERGER, scheme=WEIGHT_ONLY).reason == "W8A16 is not supported here by vLLM Ascend"
+
+
 def test_notes_name_the_versions_of_both() -> None:
     """Catches a note with the versions that load W8A8 alone, of which the first ones do not run W8A16."""
     (note,) = engine_notes("vllm-ascend", QWEN2_5_VL, Scheme("W8A8"), float_as=WEIGHT_ONLY)

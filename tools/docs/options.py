@@ -39,7 +39,7 @@ Both engines together run W8A8 and FLOAT only, and the default target of static 
   is an error before the calibration, with the smallest possible size.
 - `--max_float_groups NUMBER`: the asked scheme everywhere, but NUMBER groups in float, those with the largest error
   first. No other scheme is chosen, W8A16 neither; layers on which the engine does not run the asked scheme are as
-  `--float_as` says. With the other two they are candidates of the search.
+  `--float_as` says. With the other two goals, the search begins there with the cheapest scheme that the engine runs.
 
 Run time is what reading the tensors takes, and 10 % more with scales per token, or 50 % more for 8-bit weights with
 float inputs: a mean of prompts, where float products take twice the time of integer ones, and single tokens, where only

@@ -190,12 +190,13 @@ def check_size(model: StreamedModel, options: Options, passes: Sequence[Pass]) -
     sizes = size_range(model, options, passes)
     if options.max_bytes is None or sizes is None:
         return
-    flag, target = f"{flag_of('max_bytes')} {options.max_bytes}", parse_target(options.engine_target).text
+    flag, target = f"{flag_of('max_bytes')} {options.max_bytes}", parse_target(options.engine_target)
+    runs = f"{target.text} {'run' if len(target.engines) > 1 else 'runs'} it"
     smallest, largest = sizes
     if options.max_bytes < smallest:
         why = (
             f"the smallest weight files have {smallest} bytes ({format_bytes(smallest)}): every layer in the smallest "
-            f"scheme in which {target} runs it, and what is always float"
+            f"scheme in which {runs}, and what is always float"
         )
         fix = f"use {flag_of('max_bytes')} {smallest} or more, exclude fewer layers, or use another --target"
         raise UserError(Fault(f"{flag} cannot be met", why=why, fix=fix))

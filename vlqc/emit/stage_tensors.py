@@ -13,16 +13,12 @@ from vlqc.frontend.emitted_dtype import dtype_name
 from vlqc.ir.memory import release_pages
 from vlqc.ir.stage import CacheSite, Stage
 from vlqc.kernels_ref.quant_linear import QuantLinear
-from vlqc.targets.cache_schemes import CacheScheme
 from vlqc.targets.caches import TensorScheme
 from vlqc.targets.engine import Engine
 from vlqc.targets.schemes import Scheme
 
 LOST_DIGITS = 2.0**-7  # relative error of a weight as a whole; rounding to bfloat16 leaves less than 2**-8
-# At most, with the bias and the scales of keys or values.
-TENSORS_PER_LINEAR = (
-    max(len(scheme.spec.stored) for scheme in Scheme) + 1 + max(len(scheme.spec.stored) for scheme in CacheScheme)
-)
+TENSORS_PER_LINEAR = max(len(scheme.spec.stored) for scheme in Scheme) + 1  # at most, with the bias
 
 
 @dataclass(frozen=True)
@@ -110,7 +106,11 @@ def _cache_tensors(cache: CacheSite) -> Iterator[EmittedTensor]:
 
 
 def header_bytes(checkpoint: Checkpoint) -> int:
-    """An upper bound of the header of a file that holds everything made of this checkpoint."""
+    """An upper bound of the header of a file that holds everything made of this checkpoint.
+
+    It counts every tensor as a Linear. The four scales and offsets of a layer's cache have the space that its norms do
+    not need.
+    """
     needed = 1024 + sum((len(name.encode()) + 24 + ENTRY_BYTES) * TENSORS_PER_LINEAR for name in checkpoint.names)
     return -(-needed // ALIGNMENT) * ALIGNMENT
 

@@ -151,9 +151,20 @@ def _float_as(options: OptionFields) -> Iterator[Fault]:
     others = [engine.name for engine in ENGINES if supports_scheme(engine, family, options.float_as)]
     used = f"--{by_option.layout_option}" if by_option else f"--target {target}"
     flag = f"--float_as {option_name(options.float_as)}"
-    why = f"{join_and(refusing)} does not run {options.float_as} of {family.title}"
+    do_not = "does not" if len(refusing) == 1 else "do not"
+    why = f"{join_and(refusing)} {do_not} run {options.float_as} of {family.title}"
     other = missing_rows_fix(family) or f"use --target {join_or(others)}" + (f" instead of {used}" if by_option else "")
     yield Fault(f"{flag} with {used}", why=why, fix=f"remove {flag}, or {other}")
+
+
+def _float_as_in_search(options: OptionFields) -> Iterator[Fault]:
+    """A search that may choose every scheme has those in place of float among them."""
+    goals = [name for name in ("min_sqnr", "max_bytes") if getattr(options, name) is not None]
+    if options.fallback == "auto" and options.float_as.is_quantized and goals:
+        flag = f"--float_as {option_name(options.float_as)}"
+        why = f"with --{goals[0]}, {options.float_as} is one of the schemes among which the search chooses"
+        other = "" if options.target else f" and add --target {options.engine_target}"
+        yield Fault(f"{flag} with --fallback auto", why=why, fix=f"remove {flag}{other}")
 
 
 def _strict(options: OptionFields) -> Iterator[Fault]:
@@ -242,6 +253,7 @@ RULES: tuple[tuple[frozenset[str], Callable[[OptionFields], Iterator[Fault]]], .
     (frozenset({"fallback", "min_sqnr", "max_float_groups", "max_bytes"}), _fallback),
     (SCHEME | LAYOUTS | {"model_path", "target", "kv_cache"}, _cache),
     (SCHEME | LAYOUTS | {"model_path", "target", "float_as"}, _float_as),
+    (SCHEME | LAYOUTS | {"target", "float_as", "fallback", "min_sqnr", "max_bytes"}, _float_as_in_search),
     (
         SCHEME | LAYOUTS | {"model_path", "target", "strict_target", "w4a8_scope", "exclude", "kv_cache", "float_as"},
         _strict,

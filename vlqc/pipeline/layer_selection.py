@@ -12,6 +12,7 @@ from vlqc.formatting import did_you_mean
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.options.options import Options
 from vlqc.options.scheme_flags import scheme_fix
+from vlqc.pipeline.presets import search_substitutes
 from vlqc.targets.engine import join_or
 from vlqc.targets.precision import choose_scheme
 from vlqc.targets.rules import group_faults, layer_faults, merge_repeated, supports_scheme
@@ -74,6 +75,7 @@ def check_schemes(layers: Mapping[str, Sequence[int] | None], family: ModelFamil
             exclude=options.exclude,
             include=options.include,
             float_as=options.float_as,
+            substitutes=search_substitutes(options),
         )
         schemes |= dict.fromkeys(members, decision.scheme)
         if named := [layer for layer in group if matches_any(layer, options.exclude)]:

@@ -7,7 +7,7 @@ from vlqc.options.options import Options
 from vlqc.pipeline.ordering import CALIBRATION, check_order, passes_needing_samples
 from vlqc.pipeline.pass_api import Pass
 from vlqc.pipeline.registry import load_pass, parse_pipeline, print_pipeline
-from vlqc.targets.schemes import Scheme, floats
+from vlqc.targets.schemes import Scheme
 
 ACTIVATION_METHODS = {1: "minmax", 2: "histogram", 3: "automatic"}  # of --act_method
 DATA_FREE = {"anti_method": "none", "weight_method": "round"}  # in place of the defaults
@@ -59,11 +59,25 @@ def _without_samples(options: Options) -> Options:
     return options.model_copy(update=defaults)
 
 
-def _float_as(options: Options) -> Scheme:
-    """What layers become on which the engine does not run the asked scheme. A search that may choose any scheme begins
-    with a quantized one there, since it measures quantized groups; FLOAT is among the candidates."""
-    searches = options.fallback == "auto" and options.max_float_groups is None
-    return floats()[-1] if searches else options.float_as
+def search_substitutes(options: Options) -> list[Scheme]:
+    """The schemes with which a search begins where the engine does not run the asked one, in this order.
+
+    It measures quantized groups only; FLOAT is among their candidates. Weights are smoothed for the scheme at the
+    beginning, so fewer bits than asked for come last. [] without a search, and for one that chooses FLOAT only.
+    """
+    if options.fallback != "auto" or options.max_float_groups is not None:
+        return []
+    asked, allowed = options.scheme, _searched(options)
+    others = [
+        scheme
+        for scheme in Scheme
+        if scheme.is_quantized and scheme.spec.has_one_arithmetic and (not allowed or scheme in allowed)
+    ]
+    bits = asked.spec.weight.bits
+    return sorted(
+        (scheme for scheme in others if scheme not in (asked, asked.substitute)),
+        key=lambda scheme: (scheme.spec.weight.bits < bits, scheme.spec.cost),
+    )
 
 
 def _searched(options: Options) -> tuple[str, ...]:
@@ -97,7 +111,8 @@ def _selected(options: Options) -> Iterator[tuple[str, dict[str, Any]]]:
             "fallback": "none" if options.fallback in ("none", "auto") else "reference",
             "exclude": options.exclude,
             "include": options.include,
-            "float_as": str(_float_as(options)),
+            "float_as": str(options.float_as),
+            "substitutes": tuple(map(str, search_substitutes(options))),
         },
     )
     if options.shift:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from vlqc.families.family import ModelFamily, Role
 from vlqc.families.layer_names import layer_pattern, matches_any
 from vlqc.targets.engine import join_and
-from vlqc.targets.rules import supported_schemes, target_supporting
+from vlqc.targets.rules import joined_faults, supported_schemes, target_supporting
 from vlqc.targets.schemes import Scheme
 from vlqc.targets.target import TargetLike, as_target
 
@@ -32,6 +32,7 @@ def choose_scheme(
     exclude: Sequence[str] = (),
     include: Sequence[str] = (),
     float_as: Scheme = Scheme.FLOAT,
+    substitutes: Sequence[Scheme] = (),
 ) -> Decision:
     """Returns the common scheme of layers that must have one, with the reason if it is not the default scheme.
 
@@ -45,6 +46,8 @@ def choose_scheme(
     exclude: globs of layers that stay float. include: globs of layers that are quantized in spite of the reference
     exclusions; `exclude` takes precedence. float_as: what layers get in place of FLOAT where all engines of the target
     run it: those of the reference exclusions, and those on which an engine runs neither the scheme nor its substitute.
+    substitutes: tried in this order after the scheme's own substitute and before `float_as`; those that an engine does
+    not run in one folder with the scheme are left out.
     """
     if not scheme.spec.activation.is_quantized:
         fallback = "none"
@@ -62,15 +65,22 @@ def choose_scheme(
     if missing:
         reason = f"the engine fuses it with {', '.join(missing)}, which reads another input"
         return Decision(Scheme.FLOAT, reason, f"{first} stays float: {reason}")
-    choices = [scheme] if scheme.substitute is None else [scheme, scheme.substitute]
     rules = target_supporting(target, family, scheme)
+    choices = [scheme] if scheme.substitute is None else [scheme, scheme.substitute]
+    choices += [
+        each
+        for each in substitutes
+        if each not in choices
+        and (rules is None or not joined_faults(rules, family, scheme, dict.fromkeys(layers, each)))
+    ]
     if scope == "engine" and rules is not None:
         choices = [each for each in choices if all(each in supported_schemes(rules, family, layer) for layer in layers)]
-    fault = misfit(layers, scheme, group_size) if scheme in choices else ""
-    if fault:
-        choices.remove(scheme)
+    faults = {each: misfit(layers, each, group_size) for each in choices}
+    fault = faults.get(scheme, "")
+    choices = [each for each in choices if not faults[each]]
     chosen = choices[0] if choices else in_place
-    refused = "" if choices else refused
+    if choices or float_as == scheme:  # the reason says why not `scheme`
+        refused = ""
     if fault:
         return Decision(chosen, fault + refused, f"{first} is {chosen}: {fault}")
     if chosen == scheme:

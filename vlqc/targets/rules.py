@@ -115,6 +115,18 @@ def folder_type(target: TargetLike, family: ModelFamily, schemes: Mapping[str, S
 
 def run_together(target: TargetLike, family: ModelFamily, schemes: Iterable[Scheme]) -> bool:
     """Whether every engine of the target runs one folder with these schemes in different decoder layers."""
-    single = next(layer for layer in family.layers(*DECODER_ROLES) if len(family.fused_group(layer)) == 1)
-    layers = {single.replace("*", str(number)): scheme for number, scheme in enumerate(schemes)}
+    layers = {_decoder_layer(family, number): scheme for number, scheme in enumerate(schemes)}
     return not group_faults(target, family, layers)
+
+
+def joined_faults(target: TargetLike, family: ModelFamily, scheme: Scheme, group: Mapping[str, Scheme]) -> list[Fault]:
+    """Scheme per member of one group -> combinations that an engine does not run, if other decoder layers are in
+    `scheme`."""
+    other = next(layer for layer in (_decoder_layer(family, 0), _decoder_layer(family, 1)) if layer not in group)
+    return group_faults(target, family, {other: scheme, **group})
+
+
+def _decoder_layer(family: ModelFamily, number: int) -> str:
+    """The name of a linear layer of the decoder layer with this number that is fused with no other."""
+    single = next(layer for layer in family.layers(*DECODER_ROLES) if len(family.fused_group(layer)) == 1)
+    return single.replace("*", str(number))

@@ -13,7 +13,7 @@ from vlqc.frontend.streamed_model import open_model
 from vlqc.options.options import Options
 from vlqc.pipeline.layer_selection import check_engines, check_layers
 from vlqc.pipeline.pass_api import Pass
-from vlqc.pipeline.presets import build_pipeline
+from vlqc.pipeline.presets import build_pipeline, resolve_target
 from vlqc.pipeline.rotation_plan import rotate_model
 from vlqc.pipeline.sample_use import calibration_data, require_samples
 from vlqc.reporting.progress import Progress
@@ -44,6 +44,7 @@ def compile(
     options = Options.from_user(**user_options)
     reject_conflicting_arguments(options, samples=samples, passes=passes)
     pipeline = build_pipeline(options, passes, ready_samples=samples is not None)
+    options = resolve_target(options, pipeline)
     require_samples(options, pipeline, samples)  # unless no pass needs any
     model = open_model(options)  # parameters on the meta device
     check_layers(model, options)

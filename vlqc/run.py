@@ -6,7 +6,7 @@ from typing import Any
 
 from vlqc.emit.folder_writer import FolderWriter, committed_plan
 from vlqc.emit.resume.journal import Journal, open_journal
-from vlqc.emit.size_estimate import other_bytes, predict_cache, predict_schemes
+from vlqc.emit.size_estimate import other_bytes, predict_schemes
 from vlqc.frontend.activation_offload import ActivationOffload
 from vlqc.frontend.calibration.dataset import CalibrationDataset
 from vlqc.frontend.calibration.samples import group_by_images
@@ -18,6 +18,7 @@ from vlqc.ir.stage import Stage
 from vlqc.options.options import Options
 from vlqc.pipeline.manager import PassManager
 from vlqc.pipeline.pass_api import Pass
+from vlqc.pipeline.presets import predict_cache
 from vlqc.reporting.dumps.writer import Dumper
 from vlqc.reporting.progress import Progress, resolve_progress
 from vlqc.reporting.summary import CompilationSummary, Result, main_scheme, unused_notes
@@ -154,6 +155,7 @@ class CompilationRun:
         self._summary.note_float_caches()
         self._summary.note_overflow()
         self._summary.note_parallel_sizes(self._journal.result)
+        self._summary.note_target(self._journal.result)
         self._summary.note_caches(self._journal.result)
         self._summary.write_report_data(self._journal.result, self.pipeline, ready_samples=ready_samples)
         require_valid(self._journal.result, trust_remote_code=self.options.trust_remote_code)

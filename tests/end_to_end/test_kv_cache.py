@@ -95,17 +95,21 @@ def test_onnx_reads_rounded_keys_and_values(searched: Path) -> None:
 
 
 def test_layers_that_are_left_out(source: Path, samples: list[dict[str, Tensor]], tmp_path: Path) -> None:
-    """Catches a header that quantizes a cache for which the folder has no scales, and a user who is not told."""
+    """Catches a header that quantizes a cache for which the folder has no scales, a user who is not told, notes on a
+    cache that the folder does not have, and a command for an engine for which the passes were not chosen."""
     pipeline = (
-        "insert-observers{caches=true},assign-precision,quantize-activations,quantize-weights{method=round},"
+        "insert-observers{caches=true},assign-precision{target=vllm-ascend},quantize-activations,"
+        "quantize-weights{method=round},"
         "quantize-cache{min_sqnr=90},lower-linears,lower-cache"
     )
     arguments = {"model_path": source, "samples": samples, "save_directory": tmp_path / "out"}
-    result = vlqc.compile(pipeline=pipeline, target="vllm-ascend", **arguments)
+    result = vlqc.compile(pipeline=pipeline, **arguments)
     description = json.loads((tmp_path / "out" / "quant_model_description.json").read_text())
     assert "kv_cache_type" not in description and not caches(tmp_path / "out")
     assert any("in float in all layers" in note for note in result.notes)
-    assert result.engines == ["vLLM Ascend 0.10.2rc2 and later"]
+    assert result.engines == ["vLLM Ascend 0.10.2rc2 and later"] and len(result.serve) == 1
+    assert not any(word in note for note in result.notes for word in ("int8", "0.25.1rc1", "block-size", "MindIE"))
+    assert read_report_data(tmp_path / "out").notes == tuple(result.notes)
 
 
 def test_plan(source: Path, samples: list[dict[str, Tensor]], tmp_path: Path) -> None:

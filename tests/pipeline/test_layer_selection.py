@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from tests.support import tiny
 from vlqc.errors import UserError
@@ -175,3 +176,29 @@ def test_a_model_that_an_engine_does_not_run(target: str, config: dict[str, Any]
     with pytest.raises(UserError, match=refused) as caught:
         check_engines(model, options)
     assert ("--target vllm-ascend" in caught.value.faults[0].fix) == ("outputs" in refused or "output of" in refused)
+
+
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [
+        ({"kv_cache": "int8"}, "an int8 KV cache of a float16 model"),
+        ({"scheme": "w8a8_mix"}, "W8A8_MIX of a float16 model"),
+        ({"target": "vllm-ascend"}, ""),
+    ],
+)
+def test_strict_target_knows_the_dtype(options: dict[str, Any], refused: str) -> None:
+    """Catches a compilation with --strict_target that no version loads, or that all load and is refused."""
+    model: Any = SimpleNamespace(
+        family=QWEN2_5_VL,
+        checkpoint=SimpleNamespace(config={}, folder=Path("float")),
+        rotation_plan=RotationPlan(),
+        emitted_dtype=torch.float16,
+    )
+    check_engines(model, Options.without_paths(**options))
+    strict = Options.without_paths(**options, strict_target=True)
+    if not refused:
+        return check_engines(model, strict)
+    with pytest.raises(UserError, match=refused):
+        check_engines(model, strict)
+    model.emitted_dtype = torch.bfloat16
+    return check_engines(model, strict)

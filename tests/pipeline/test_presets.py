@@ -6,7 +6,7 @@ import pytest
 
 from vlqc.options.options import Options
 from vlqc.pipeline.ordering import check_order
-from vlqc.pipeline.presets import pipeline_text
+from vlqc.pipeline.presets import build_pipeline, pipeline_text, resolve_target
 from vlqc.pipeline.registry import parse_pipeline, print_pipeline
 
 BEGIN, END = "insert-observers,assign-precision,", "quantize-activations,quantize-weights,lower-linears"
@@ -141,3 +141,32 @@ def test_presets(given: dict[str, Any], text: str) -> None:
     assert print_pipeline(parse_pipeline(built)) == built
     if "pipeline" not in given:
         check_order(parse_pipeline(built))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"kv_cache": "int8"},
+        {"float_as": "w8a16"},
+        {"scheme": "w8a8_dynamic", "target": "mindie@2.2"},
+        {"scheme": "w4a8"},
+        {"fallback": "auto", "min_sqnr": 30},
+    ],
+    ids=str,
+)
+def test_target_of_a_printed_pipeline(given: dict[str, Any]) -> None:
+    """Catches passes that chose schemes for one engine, or quantize the cache, and a folder for another one."""
+    options = Options.without_paths(**given)
+    assert resolve_target(options, build_pipeline(options)) is options
+    printed = Options.without_paths(pipeline=pipeline_text(options))
+    assert resolve_target(printed, build_pipeline(printed)).engine_target == options.engine_target
+    named = Options.without_paths(pipeline=pipeline_text(options), target="mindie")
+    assert resolve_target(named, build_pipeline(named)) is named
+
+
+def test_target_of_a_pipeline_with_a_quantized_cache() -> None:
+    """Catches a folder for an engine that does not run the cache, of passes that name no engine."""
+    text = "insert-observers{caches=true},assign-precision," + END.replace("lower", "quantize-cache,lower")
+    options = Options.without_paths(pipeline=text + ",lower-cache")
+    assert resolve_target(options, build_pipeline(options)).engine_target == "vllm-ascend"

@@ -9,6 +9,7 @@ from tests.support.reference_schemes import DYNAMIC, W4A8, W8A8
 from vlqc.families.linear import Linear
 from vlqc.families.qwen2_5_vl import QWEN2_5_VL
 from vlqc.targets.advice import engine_notes, grouped_layers, incompatibilities, parallel_notes, serve_commands
+from vlqc.targets.mindie import MINDIE
 from vlqc.targets.schemes import Scheme
 from vlqc.targets.vllm_ascend import VLLM_ASCEND
 
@@ -57,6 +58,7 @@ def test_serve_commands() -> None:
     assert vllm == "vllm serve out --quantization ascend"
     assert '"modelWeightPath": "out"' in mindie
     assert serve_commands("mindie@2.2", "out") == [mindie]
+    assert serve_commands("both", "out", [MINDIE]) == [mindie] and serve_commands("vllm-ascend", "out", [MINDIE]) == []
     vllm, mindie = serve_commands("both", 'my "first" model')
     assert shlex.split(vllm) == ["vllm", "serve", 'my "first" model', "--quantization", "ascend"]
     assert json.loads("{" + mindie.partition(" in the ")[0] + "}") == {"modelWeightPath": 'my "first" model'}

@@ -89,6 +89,10 @@ def test_sentences_for_the_user() -> None:
         assert words in sentence
     notes = engine_notes("vllm-ascend", QWEN2_5_VL, Scheme.W8A8, cache=C8)
     assert any("multiple of 32" in note for note in notes) and any("0.25.1rc1" in note for note in notes)
+    (versions,) = (note for note in engine_notes("vllm-ascend", QWEN3, Scheme.W8A8, cache=C8) if "and later" in note)
+    assert "0.18 and later" in versions
+    some = engine_notes("vllm-ascend", QWEN3, Scheme.W8A8, cache=C8, every_layer=False)
+    assert any("0.21.0rc1 and later" in note for note in some) and not any("0.18" in note for note in some)
     assert not any("32" in note for note in engine_notes("vllm-ascend", QWEN2_5_VL, Scheme.W8A8))
 
 

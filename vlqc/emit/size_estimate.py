@@ -22,6 +22,7 @@ from vlqc.options.options import Options
 from vlqc.pipeline.pass_api import Pass
 from vlqc.pipeline.precision_search import Candidate, SearchGroup
 from vlqc.pipeline.precision_search import size_range as group_size_range
+from vlqc.pipeline.presets import predict_cache
 from vlqc.targets.cache_schemes import CacheScheme
 from vlqc.targets.caches import projections
 from vlqc.targets.engine import Engine
@@ -68,12 +69,6 @@ def predict_schemes(
                 member.scheme, member.reason = decision.scheme, decision.reason
                 member.group_size = assign.group_size if decision.scheme.spec.weight.per_group else None
     return sites
-
-
-def predict_cache(passes: Sequence[Pass]) -> CacheScheme | None:
-    """The scheme in which a pass quantizes keys and values; None if they stay float. Layers may be left out."""
-    schemes = (getattr(step, "scheme", None) for step in passes)
-    return next((CacheScheme(scheme) for scheme in schemes if scheme in tuple(CacheScheme)), None)
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,12 @@ from vlqc.errors import Fault, UserError
 from vlqc.families.family import ModelFamily, Role
 from vlqc.families.layer_names import layer_pattern, matches_any
 from vlqc.formatting import did_you_mean
+from vlqc.frontend.emitted_dtype import dtype_name
 from vlqc.frontend.streamed_model import StreamedModel
 from vlqc.options.options import Options
 from vlqc.options.scheme_flags import scheme_fix
 from vlqc.pipeline.presets import search_substitutes
+from vlqc.targets.advice import incompatibilities
 from vlqc.targets.engine import join_or
 from vlqc.targets.precision import choose_scheme
 from vlqc.targets.rules import group_faults, layer_faults, merge_repeated, supports_scheme
@@ -36,7 +38,8 @@ def check_layers(model: StreamedModel, options: Options) -> None:
 
 
 def check_engines(model: StreamedModel, options: Options) -> None:
-    """UserError for a model that an engine of the target does not run, whatever the schemes. After `rotate_model`."""
+    """UserError for a model that an engine of the target does not run, whatever the schemes, or, with --strict_target,
+    in its dtype. After `rotate_model`."""
     target, config = parse_target(options.engine_target), copy.deepcopy(model.checkpoint.config)
     if model.rotation_plan.untied_head:
         model.family.untie(config)
@@ -46,8 +49,27 @@ def check_engines(model: StreamedModel, options: Options) -> None:
         for fault in engine.model_faults(model.family, config):
             fix = f"compile for {others[0].title}: --target {others[0]}" if others else fault.fix
             faults.append(replace(fault, where=where, fix=fix))
-    if faults:
+    if faults := faults or _strict_faults(model, options):
         raise UserError(*faults)
+
+
+def _strict_faults(model: StreamedModel, options: Options) -> list[Fault]:
+    """With --strict_target, what no version of the target loads because of the dtype of the result, which is known
+    when the checkpoint is open. --exclude may avoid it, and --pipeline assigns schemes of its own."""
+    if not options.strict_target or options.exclude or options.pipeline is not None:
+        return []
+    dtype = dtype_name(model.emitted_dtype)
+    sentences = incompatibilities(
+        options.engine_target,
+        model.family,
+        options.scheme,
+        dtype,
+        options.w4a8_scope,
+        options.cache_scheme,
+        options.float_as,
+    )
+    fix = "remove --strict_target, or use --dtype bfloat16"
+    return [Fault(f"--strict_target with a result in {dtype}", why=sentence, fix=fix) for sentence in sentences]
 
 
 def check_schemes(layers: Mapping[str, Sequence[int] | None], family: ModelFamily, options: Options) -> None:

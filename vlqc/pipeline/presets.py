@@ -7,7 +7,9 @@ from vlqc.options.options import Options
 from vlqc.pipeline.ordering import CALIBRATION, check_order, passes_needing_samples
 from vlqc.pipeline.pass_api import Pass
 from vlqc.pipeline.registry import load_pass, parse_pipeline, print_pipeline
+from vlqc.targets.cache_schemes import CacheScheme
 from vlqc.targets.schemes import Scheme
+from vlqc.targets.target import BOTH, ENGINES, engine_of_option, parse_target
 
 ACTIVATION_METHODS = {1: "minmax", 2: "histogram", 3: "automatic"}  # of --act_method
 DATA_FREE = {"anti_method": "none", "weight_method": "round"}  # in place of the defaults
@@ -40,6 +42,25 @@ def pipeline_text(options: Options, *, ready_samples: bool = False) -> str:
         if not passes_needing_samples(without):
             selected = [step for step in without if step.name not in ONLY_WITH_SAMPLES]
     return print_pipeline(selected)
+
+
+def predict_cache(passes: Sequence[Pass]) -> CacheScheme | None:
+    """The scheme in which a pass quantizes keys and values; None if they stay float. Layers may be left out."""
+    schemes = (getattr(step, "scheme", None) for step in passes)
+    return next((CacheScheme(scheme) for scheme in schemes if scheme in tuple(CacheScheme)), None)
+
+
+def resolve_target(options: Options, passes: Sequence[Pass]) -> Options:
+    """The options, with the target of the passes if they set none: a single engine that the pass which chooses schemes
+    names, and the same as with --kv_cache if a pass quantizes keys and values."""
+    if options.target is not None or engine_of_option(options) is not None:
+        return options
+    default = parse_target(options.engine_target)
+    named = (parse_target(getattr(step, "target", BOTH)) for step in passes if hasattr(step, "choose"))
+    target = next((each for each in named if len(each.engines) == 1), default)
+    if len(target.engines) > 1 and predict_cache(passes) is not None:
+        target = parse_target(ENGINES[0].name)
+    return options if target == default else options.model_copy(update={"target": str(target)})
 
 
 def _loaded(options: Options) -> list[Pass]:

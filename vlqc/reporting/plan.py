@@ -18,7 +18,6 @@ from vlqc.emit.atomic_folder import nearest_folder
 from vlqc.emit.size_estimate import (
     check_size,
     output_bytes,
-    predict_cache,
     predict_schemes,
     predict_search,
     required_disk_space,
@@ -36,7 +35,7 @@ from vlqc.kernels_ref.quantize import quantize_weight_per_channel_absmax
 from vlqc.options.options import Options
 from vlqc.pipeline.layer_selection import check_engines, check_layers
 from vlqc.pipeline.pass_api import Pass
-from vlqc.pipeline.presets import build_pipeline
+from vlqc.pipeline.presets import build_pipeline, predict_cache, resolve_target
 from vlqc.pipeline.rotation_plan import rotate_model
 from vlqc.pipeline.sample_use import calibration_data, require_samples
 from vlqc.reporting.rotations import RotatedPart, adapter_notes, rotated_parts, rotation_notes, rotation_text
@@ -141,6 +140,7 @@ def plan_compilation(
     """
     options = options or Options.without_saving(**user_options)
     passes = build_pipeline(options, ready_samples=samples is not None)
+    options = resolve_target(options, passes)
     resolve_device(options.device_type)
     require_samples(options, passes, samples)
     checkpoint = Checkpoint(options.model_path, options.lora)

@@ -55,7 +55,7 @@ from vlqc.targets.cache_schemes import CacheScheme
 from vlqc.targets.caches import described_caches
 from vlqc.targets.schemes import Scheme
 from vlqc.targets.target import parse_target
-from vlqc.targets.versions import layer_schemes, loading_engines, supporting_versions
+from vlqc.targets.versions import layer_schemes, loading_ranges, supporting_versions
 from vlqc.verify import verify_unfinished
 from vlqc.verify.folder.contents import MANIFEST
 from vlqc.verify.loader import read_description
@@ -71,7 +71,7 @@ class Result(JupyterMixin):
     seconds: wall time. peak_memory_bytes: largest resident set of this process.
     notes: messages to the user; those of several lines are warnings.
     engines: versions of inference engines that load the folder, as text. serve: one command or setting per engine of
-    the target; none if no engine loads the folder.
+    the target that loads the folder.
     passes: seconds per pass, summed over stages.
     precision: with --fallback auto, the scheme that the search chose for every group of layers, and its candidates.
     predicted_sqnr: with --fallback auto, SQNR of the logits in dB, predicted from the noise of all groups. It is
@@ -142,11 +142,17 @@ def main_scheme(options: Options, sites: Mapping[str, Site]) -> Scheme:
 
 
 def target_warnings(
-    options: Options, checkpoint: Checkpoint, scheme: Scheme, cache: CacheScheme | None = None
+    options: Options,
+    checkpoint: Checkpoint,
+    scheme: Scheme,
+    cache: CacheScheme | None = None,
+    *,
+    every_layer: bool = True,
 ) -> list[str]:
     """Notes on the chosen target: which engines refuse the result, and what they expect of it.
 
-    checkpoint: the float one; scheme: `main_scheme`; cache: scheme of keys and values, None for a cache in float.
+    checkpoint: the float one; scheme: `main_scheme`; cache: scheme of keys and values, None for a cache in float;
+    every_layer: whether it is that of all decoder layers, not of some.
     """
     family = checkpoint.family
     name = dtype_name(emitted_dtype(checkpoint.dtype, options.dtype))
@@ -157,7 +163,7 @@ def target_warnings(
     if name != "bfloat16" and not incompatibilities(*target[:3], **chosen):
         fix = "use --dtype bfloat16"
     notes = [str(Fault(sentence, why=why, fix=fix)) for sentence in refusals]
-    others = engine_notes(*target, group_size=options.group_size, **chosen)
+    others = engine_notes(*target, group_size=options.group_size, **chosen, every_layer=every_layer)
     notes += [sentence for sentence in others if sentence not in refusals]
     return notes + dtype_notes(options, checkpoint)
 
@@ -229,8 +235,9 @@ class CompilationSummary:
         self.metrics = StageMetrics(active=current_process_group().is_rank0)
         self.dtype = emitted_dtype(checkpoint.dtype, options.dtype)
         self._started = time.perf_counter()
-        self._cache = cache
-        self.add_notes(target_warnings(options, checkpoint, scheme, cache))
+        self._cache, self._scheme = cache, scheme
+        self._target_notes = target_warnings(options, checkpoint, scheme, cache)
+        self.add_notes(self._target_notes)
         self.add_notes(placement_notes(options), of_run=True)
 
     def add_notes(self, notes: Iterable[str], *, of_run: bool = False) -> None:
@@ -360,6 +367,19 @@ class CompilationSummary:
         grouped = grouped_layers(self.checkpoint.family, layers)
         self.add_notes(parallel_notes(self.options.engine_target, grouped, self.options.group_size))
 
+    def note_target(self, folder: Path) -> None:
+        """Replaces the notes on the target, made before the first stage, where the folder lacks what they are about: a
+        quantized cache in some or all layers, or the scheme in place of float."""
+        description = read_description(folder)
+        caches = described_caches(self.checkpoint.family, description)
+        cache = self._cache if any(caches.values()) else None
+        used, options = set(layer_schemes(description).values()), self.options
+        if options.float_as not in used:
+            options = options.model_copy(update={"float_as": Scheme.FLOAT})
+        notes = target_warnings(options, self.checkpoint, self._scheme, cache, every_layer=all(caches.values()))
+        self.notes = [note for note in self.notes if note in notes or note not in self._target_notes]
+        self.add_notes(notes)
+
     def note_caches(self, folder: Path) -> None:
         """After a pass that quantizes keys and values: a note if it left all layers in float, and a warning if it left
         some and the target's version cannot."""
@@ -464,7 +484,7 @@ class CompilationSummary:
             self._count(self.checkpoint.family.part(head), Scheme.FLOAT)
         description = read_description(folder)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        engines = loading_engines(description, dtype_name(self.dtype), config)
+        loading = loading_ranges(description, dtype_name(self.dtype), config)
         if self.options.timings is not None:
             self._timings(passes).write(self.options.timings)
         return Result(
@@ -475,8 +495,8 @@ class CompilationSummary:
             seconds=time.perf_counter() - self._started,
             peak_memory_bytes=peak_memory(),
             notes=self.notes,
-            engines=engines,
-            serve=serve_commands(self.options.engine_target, folder.resolve()) if engines else [],
+            engines=list(map(str, loading)),
+            serve=serve_commands(self.options.engine_target, folder.resolve(), [each.engine for each in loading]),
             passes=passes,
             precision=self.search_result.table() if self.search_result else [],
             predicted_sqnr=self.search_result.sqnr if self.search_result else None,

@@ -1,6 +1,6 @@
 """Notes for the user about engines: which versions do not load a result, their limits, and how to serve it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from vlqc.families.family import EXPERT_ROLES, ModelFamily
@@ -60,10 +60,17 @@ def incompatibilities(
 
 
 def _with_cache(
-    engine: Engine, family: ModelFamily, schemes: Mapping[str, Scheme], dtype: str, cache: CacheScheme | None
+    engine: Engine,
+    family: ModelFamily,
+    schemes: Mapping[str, Scheme],
+    dtype: str,
+    cache: CacheScheme | None,
+    *,
+    every_layer: bool = True,
 ) -> VersionRange | None:
-    """The versions that load these schemes, with the cache of every decoder layer in `cache`."""
-    return supporting_versions(engine, family, schemes, dtype, {family.name: cache})
+    """The versions that load these schemes, with the cache of every decoder layer in `cache`, or of some."""
+    caches = {"some": cache} if every_layer else {"some": cache, "others": None}
+    return supporting_versions(engine, family, schemes, dtype, caches)
 
 
 def engine_notes(
@@ -75,16 +82,22 @@ def engine_notes(
     scope: str = "engine",
     cache: CacheScheme | None = None,
     float_as: Scheme = Scheme.FLOAT,
+    *,
+    every_layer: bool = True,
 ) -> list[str]:
     """Notes for the user before compiling: `incompatibilities`, limits to some versions, slow group sizes, and what an
-    engine requires for the cache."""
+    engine requires for the cache.
+
+    every_layer: False if `cache` is the scheme of some layers only, and others have keys and values in float.
+    """
     target = as_target(target)
     notes = incompatibilities(target, family, scheme, dtype, scope, cache, float_as)
     what = f"{scheme} and {float_as}" if float_as.is_quantized and float_as != scheme else str(scheme)
     what += "" if cache is None else f" with an {cache.spec.option} KV cache"
+    what += "" if cache is None or every_layer else " in some layers"
     for engine in target.engines:
         schemes = default_schemes(target, family, scheme, scope, float_as)
-        versions = _with_cache(engine, family, schemes, _emitted(dtype), cache)
+        versions = _with_cache(engine, family, schemes, _emitted(dtype), cache, every_layer=every_layer)
         if not versions or target.version:
             continue
         if len(versions.ranges) > 1:
@@ -130,9 +143,12 @@ def missing_rows_fix(family: ModelFamily) -> str:
     return f"set `engine_rows` of {import_path(type(family))}, or add rules for {family.name}, see {GUIDE}"
 
 
-def serve_commands(target: TargetLike, folder: str | Path) -> list[str]:
-    """One line per engine of the target: the command or setting with which it serves `folder`."""
-    return [engine.serve_command(str(folder)) for engine in as_target(target).engines]
+def serve_commands(target: TargetLike, folder: str | Path, loading: Collection[Engine] = ENGINES) -> list[str]:
+    """One line per engine of the target: the command or setting with which it serves `folder`.
+
+    loading: engines of which a version loads the folder.
+    """
+    return [engine.serve_command(str(folder)) for engine in as_target(target).engines if engine in loading]
 
 
 def default_schemes(

@@ -126,6 +126,14 @@ def loading_versions(
 def loading_engines(description: Mapping[str, Any], dtype: str, config: Mapping[str, Any]) -> list[str]:
     """The engines that load a finished folder, as text, e.g. ["vLLM Ascend 0.10.2rc2 and later"]; [] when none does.
 
+    Arguments: see `loading_ranges`.
+    """
+    return [str(versions) for versions in loading_ranges(description, dtype, config)]
+
+
+def loading_ranges(description: Mapping[str, Any], dtype: str, config: Mapping[str, Any]) -> list[VersionRange]:
+    """The versions that load a finished folder, one range per engine of which any does.
+
     description: quant_model_description*.json (tensor name -> scheme); dtype: "bfloat16" or "float16";
     config: config.json.
     """
@@ -134,7 +142,7 @@ def loading_engines(description: Mapping[str, Any], dtype: str, config: Mapping[
         return []
     caches = described_caches(family, description)
     ranges = (loading_versions(engine, family, schemes, dtype, config, caches) for engine in ENGINES)
-    return [str(versions) for versions in ranges if versions is not None]
+    return [versions for versions in ranges if versions is not None]
 
 
 def layer_schemes(description: Mapping[str, Any]) -> dict[str, Scheme]:

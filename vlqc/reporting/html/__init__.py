@@ -12,7 +12,7 @@ from vlqc.reporting.html.schema import DATA_FILE, ReportData, Timings, read_repo
 from vlqc.reporting.html.verification import read_verification
 from vlqc.reporting.rotations import rotated_parts, rotation_text
 from vlqc.targets.advice import serve_commands
-from vlqc.targets.versions import loading_engines
+from vlqc.targets.versions import loading_ranges
 from vlqc.verify.findings import VerificationResult
 from vlqc.verify.folder.contents import MANIFEST, FolderFiles, open_folder
 
@@ -92,11 +92,12 @@ def folder_info(files: FolderFiles, data: ReportData) -> FolderInfo:
         why, fix = f"other files than {DATA_FILE} are missing or invalid", "run `vlqc verify` on the folder"
         raise UserError(Fault("the folder is incomplete", str(files.path), why, fix))
     name = escape_control_chars(files.path.resolve().name)  # may not be UTF-8
+    loading = loading_ranges(files.description, data.dtype, files.config)
     return FolderInfo(
         name=name,
         model=_model_title(files.config),
-        engines=loading_engines(files.description, data.dtype, files.config),
-        serve=serve_commands(data.target, name),
+        engines=list(map(str, loading)),
+        serve=serve_commands(data.target, name, [versions.engine for versions in loading]),
         bytes=sum(path.stat().st_size for path in files.weights),
         rotations=rotation_text(rotated_parts([entry.group() for entry in data.rotations], find_family(files.config))),
     )

@@ -165,6 +165,8 @@ def test_undamaged_folder(made: Made, tmp_path: Path) -> None:
     assert result.examined["KV cache"] == 2 and result.facts["KV cache"] == "int8 in 2 of 2 layers"
     other = changed(made.content, lambda c: c.description.update(kv_quant_type="C8"), tmp_path / "out")
     assert verify_folder(other).ok
+    (fault,) = verify_folder(made.folder, engine="vllm-ascend@0.18").faults
+    assert fault.fix == "compile again with --target vllm-ascend@0.18, without --kv_cache"
 
 
 @pytest.mark.parametrize(

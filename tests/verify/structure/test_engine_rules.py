@@ -74,6 +74,19 @@ def test_a_named_engine_must_load_the_folder(
     assert result.engine == engine
 
 
+@pytest.mark.parametrize(
+    ("options", "engine", "advice"),
+    [
+        ({"scheme": "W8A8_DYNAMIC"}, "vllm-ascend@0.15", "--target vllm-ascend@0.15"),  # the vision tower in float
+        (W4A8, "vllm-ascend@0.26", "--target vllm-ascend@0.26 --scheme w8a8_dynamic"),
+    ],
+)
+def test_options_that_the_version_loads(tmp_path: Path, options: dict[str, Any], engine: str, advice: str) -> None:
+    """Catches advice to compile again with options that give the same folder."""
+    faults = verify_folder(make_content(**options).write(tmp_path / "out"), engine=engine).faults
+    assert [fault.fix for fault in faults if "does not load" in fault.what] == [f"compile again with {advice}"]
+
+
 def test_a_folder_that_no_version_loads_has_no_further_rules(tmp_path: Path) -> None:
     """Catches faults about MindIE's vision tower in a 4-bit folder in which some layers are W8A8_DYNAMIC, because their
     inputs are not divisible into groups, and which no version loads anyway."""

@@ -3,9 +3,11 @@
 from collections.abc import Collection
 
 from vlqc.families.family import ModelFamily
-from vlqc.targets.advice import missing_rows_fix
+from vlqc.targets.advice import default_schemes, missing_rows_fix
+from vlqc.targets.caches import used_schemes
 from vlqc.targets.engine import Engine, FinishedFolder
 from vlqc.targets.rules import group_faults, layer_faults, merge_repeated, mixed_group_faults, supported_schemes
+from vlqc.targets.schemes import Scheme, option_name
 from vlqc.targets.target import ENGINES, Target
 from vlqc.targets.versions import loading_versions, reading_versions, supporting_versions, unread_in
 from vlqc.verify.findings import VerificationResult
@@ -46,7 +48,7 @@ def check_engine_rules(
                 result.add_fault(CHECK, str(folder.path), what, why, fix)
             elif target.version and target.version not in supported:
                 what, why = f"{title} does not load the folder", f"supported: {supported}"
-                result.add_fault(CHECK, str(folder.path), what, why, f"compile again with --target {target}")
+                result.add_fault(CHECK, str(folder.path), what, why, _other_options(folder, target, engine, dtype))
         faults = layers + group_faults(target, family, schemes)
     else:
         why = f"{layers[0].what}: {layers[0].why}" if layers else ""
@@ -85,6 +87,25 @@ def check_engine_rules(
                 loaded = None if loaded is None else reading_versions(loaded, by_range)
             loads_in += [] if loaded is None else [str(loaded)]
     return loads_in
+
+
+def _other_options(folder: FinishedFolder, target: Target, engine: Engine, dtype: str) -> str:
+    """What to do about a folder that the target's version does not load: options of a compilation that it loads. The
+    folder's own scheme comes first, because the version may run it on fewer layers."""
+    family, used, version = folder.family, set(folder.schemes.values()), str(target.version)
+    own = max(used, key=lambda each: each.spec.naming_priority, default=None)  # the one that the user asked for
+    options = f"--target {target}"
+    quantized = (scheme for scheme in Scheme if scheme.is_quantized)
+    for scheme in sorted(quantized, key=lambda each: (each != own, each not in used)):
+        schemes = default_schemes(target.only(engine), family, scheme, "engine")
+        versions = supporting_versions(engine, family, schemes, dtype)
+        if versions is not None and version in versions:
+            options += "" if scheme == own else f" --scheme {option_name(scheme)}"
+            break
+    with_cache = supporting_versions(engine, family, {}, dtype, folder.caches)
+    if used_schemes(folder.caches) and (with_cache is None or version not in with_cache):
+        options += ", without --kv_cache"
+    return f"compile again with {options}"
 
 
 def _is_never_quantized(family: ModelFamily, layer: str) -> bool:

@@ -242,3 +242,13 @@ def test_many_groups_are_counted_not_listed() -> None:
     assert plan.schemes.count(FLOAT) == 200 - 89  # 89 * 1e-4 is the most noise that 20.5 dB allow
     assert "model.layers.1.mlp.down_proj" in plan.notes()[0] and plan.notes()[0].count("down_proj") == 3
     assert "and 108 more" in plan.notes()[0]
+
+
+def test_the_note_names_the_arithmetic_that_was_predicted() -> None:
+    """Catches a bound on the SQNR that W8A8_MIX meets with inputs quantized per token only, without a word about it."""
+    mix = Scheme.W8A8_MIX
+    groups = [group(0, mix, W8A8_MIX=(1e-5, 8)), group(2, STATIC, W8A8=(1e-5, 8))]
+    (note,) = search_schemes(groups, target=FREE, family=QWEN2_5_VL, min_sqnr=30).notes()
+    assert note.endswith("with inputs of W8A8_MIX quantized per token")
+    (note,) = search_schemes(groups[1:], target=FREE, family=QWEN2_5_VL, min_sqnr=30).notes()
+    assert "per token" not in note

@@ -43,8 +43,9 @@ Both engines together run W8A8 and FLOAT only, and the default target of static 
 
 Run time is what reading the tensors takes, and 10 % more with scales per token, or 50 % more for 8-bit weights with
 float inputs: a mean of prompts, where float products take twice the time of integer ones, and single tokens, where only
-reading counts. All candidates are made of the weights as they were smoothed for the asked scheme, so ask for the one
-that most layers should have.
+reading counts. Inputs of `W8A8_MIX` count as quantized per token: with static inputs, as on decode nodes, the SQNR is
+lower, and `vlqc verify` states both. All candidates are made of the weights as they were smoothed for the asked scheme,
+so ask for the one that most layers should have.
 
 `--plan` prints the possible sizes. The search needs more time and disk space than a compilation: weights are quantized
 once in each format of the candidates (static 8-bit, other 8-bit, 4-bit), and all of them are on the disk until the last

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from vlqc.families.family import ModelFamily, Part
 from vlqc.options.fields import flag_of
 from vlqc.pipeline.knapsack import PRECISION, Option, choose_options
+from vlqc.targets.engine import join_and
 from vlqc.targets.rules import group_faults
 from vlqc.targets.schemes import Scheme
 from vlqc.targets.target import Target
@@ -138,6 +139,8 @@ class SearchResult:
                 changed.setdefault(scheme, []).append(group_title(group.sites))
         parts = [_describe(names, scheme) for scheme, names in sorted(changed.items())] or ["no group changes"]
         summary = f"{flag_of('fallback')} auto: {'; '.join(parts)}; predicted SQNR {self.sqnr:.1f} dB"
+        if per_token := sorted({scheme for scheme in self.schemes if not scheme.spec.has_one_arithmetic}):
+            summary += f", with inputs of {join_and(per_token)} quantized per token"
         if self.met:
             return [summary]
         if self.min_sqnr is None:

@@ -43,7 +43,7 @@ class QuantizeCache(Pass):
 
     scheme: CacheScheme = CacheScheme.C8
     min_sqnr: float = 20.0
-    clip: bool = False
+    search: bool = True
 
     def __post_init__(self) -> None:
         require(self.scheme in tuple(CacheScheme), f"scheme must be one of {', '.join(CacheScheme)}")
@@ -63,7 +63,7 @@ class QuantizeCache(Pass):
                 head,
                 scheme.spec.largest,
                 stage.dtype,
-                clip=self.clip,
+                search=self.search,
             )
             for name, site in stage.caches.items()
             for head in range(site.heads)

@@ -120,6 +120,8 @@ class CacheObserver:
                 attention_bias(arguments, index, tokens),
                 modality[index],
                 torch.ones(len(index)),
+                torch.zeros(key.shape[1]),
+                torch.zeros(key.shape[1]),
             )
             statistics = replace(statistics, kept=(kept,))
         self.samples.append(SampleCache(call.sample, statistics, index))
@@ -200,12 +202,26 @@ def merge_caches(samples: Sequence[SampleCache]) -> CacheObservation:
     """Merges samples, in order. Raises ValueError without any."""
     parts = [sample.statistics for sample in samples]
     rows = {name: sum(part.rows[name] for part in parts) for name in MODALITIES}
+    keys, key_absmax = _without_each([part.key_absmax for part in parts])
+    values, value_absmax = _without_each([part.value_absmax for part in parts])
+    kept = tuple(
+        replace(each, key_elsewhere=key, value_elsewhere=value)
+        for part, key, value in zip(parts, keys, values, strict=True)
+        for each in part.kept
+    )
     return CacheObservation(
         parts[0].scaling,
-        torch.stack([part.key_absmax for part in parts]).amax(0),
-        torch.stack([part.value_absmax for part in parts]).amax(0),
+        key_absmax,
+        value_absmax,
         {name: count for name, count in rows.items() if count},
-        tuple(kept for part in parts for kept in part.kept),
+        kept,
         parts[0].balance,
         len(parts),
     )
+
+
+def _without_each(absmax: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """Per sample float32 [C] -> per sample the maximum over all others, 0 without any, and the maximum over all."""
+    stacked = torch.stack([*absmax, torch.zeros_like(absmax[0])])
+    first, second = stacked.topk(2, 0).values
+    return [torch.where(own == first, second, first) for own in absmax], first

@@ -1,17 +1,15 @@
-"""Scales of quantized keys and values, chosen by the error of the attention's output.
+"""Scales of quantized keys and values, chosen by the error of the attention's output on samples held out.
 
-Per channel of a key-value head there are two candidates: the scale that covers every observed value, and a smaller one
-that clips the largest values and rounds the others more finely. The latter minimizes the expected error of the
-attention's output to first order, with rounding errors that are independent between tokens and channels. With attention
-p_qt and outputs o_q = sum_t p_qt v_t, an error dk of a key in one channel, and dv of a value, change the output by
+The scales of a key-value head cover the largest observed magnitude of each channel, or less (the largest values are
+clipped), or more: in a few calibration samples the largest magnitude is smaller than in others. Which is best is not
+visible on the samples that the ranges come from, where covering them exactly clips nothing. So every kept sample is
+held out once: attention is computed with its keys and values rounded to scales from the ranges of all other samples,
+for each of `RATIOS`. Per head first one ratio of the keys is chosen, then one of the values.
 
-    p_qt (v_t - o_q) q dk scaling        p_qt dv
-
-so that errors of keys are weighted by sum_q w_q p_qt^2 |v_t - o_q|^2 q^2, and those of values by sum_q w_q p_qt^2.
-
-Attention is then computed with the rounded keys and values on the kept samples: per head with both candidates of the
-keys, and per channel with both of the values. What gives the smallest error is taken, so that the measured error is
-never larger than without clipping.
+Another ratio than 1 is only taken if it reduces the error by `MARGIN`, and in each half of the samples and in each
+modality: the error of few samples is dominated by few tokens. A ratio changes the range of a channel by a part of its
+spread, half of the difference between its largest and smallest value, as a channel with a large bias varies little
+around it.
 """
 
 import math
@@ -22,23 +20,29 @@ import torch
 from torch import Tensor
 
 from vlqc.ir.cache_observation import CacheObservation
+from vlqc.ir.observation import MODALITIES
 from vlqc.kernels_ref.kv_cache import round_cache
 from vlqc.kernels_ref.quantize import SMALLEST_SCALE, SMALLEST_SCALE_FLOAT16, round_up
 
-CLIP_RATIOS = tuple(1 - step / 20 for step in range(13))  # 1 .. 0.4 of the largest magnitude
+RATIOS = (0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.35)  # of the range that is covered to the observed one
+EXACT = RATIOS.index(1.0)
+MARGIN = 0.03
+MIN_SAMPLES = 4  # with fewer, ranges of the others are much smaller than those of all
 DEAD_SCALE = 1.0  # of a channel that is always 0: any scale represents it
 
 
 @dataclass(frozen=True)
 class CacheScales:
     """key, value: float32 [C], values of the stage's dtype; signal, noise: weighted energy of the attention's output
-    and of its error; unclipped_noise: the latter with scales that cover every observed value."""
+    and of its error; held_out, covering_held_out: of its error in samples whose values do not count for the ranges, at
+    the chosen ratios and at those of 1, both 0 without a search."""
 
     key: Tensor
     value: Tensor
     signal: float
     noise: float
-    unclipped_noise: float
+    held_out: float = 0.0
+    covering_held_out: float = 0.0
 
     @property
     def sqnr(self) -> float:
@@ -46,13 +50,13 @@ class CacheScales:
         return 10 * math.log10(self.signal / self.noise) if self.signal and self.noise else math.inf
 
 
-def covering_scale(absmax: Tensor, largest: int, dtype: torch.dtype, ratio: float = 1.0) -> Tensor:
-    """absmax float32 [C] -> float32 [C]: the smallest scales of `dtype` that cover `ratio` of it in `largest` steps.
+def covering_scale(absmax: Tensor, largest: int, dtype: torch.dtype) -> Tensor:
+    """absmax float32 [C] -> float32 [C]: the smallest scales of `dtype` that cover it in `largest` steps.
 
     DEAD_SCALE for channels that are always 0.
     """
     floor = SMALLEST_SCALE_FLOAT16 if dtype is torch.float16 else SMALLEST_SCALE
-    scale = round_up((absmax * ratio / largest).clamp(min=floor), dtype).float()
+    scale = round_up((absmax / largest).clamp(min=floor), dtype).float()
     return torch.where(absmax > 0, scale.clamp(max=torch.finfo(dtype).max), DEAD_SCALE)
 
 
@@ -63,7 +67,8 @@ def join_scales(parts: Sequence[CacheScales]) -> CacheScales:
         torch.cat([part.value for part in parts]),
         sum(part.signal for part in parts),
         sum(part.noise for part in parts),
-        sum(part.unclipped_noise for part in parts),
+        sum(part.held_out for part in parts),
+        sum(part.covering_held_out for part in parts),
     )
 
 
@@ -71,18 +76,27 @@ def join_scales(parts: Sequence[CacheScales]) -> CacheScales:
 class _Sample:
     """One kept sample at one key-value head; G heads of the query read it.
 
-    key, value: float32 [T, D]; query: float32 [Q * G, D], scaled; bias: float32 [Q * G, T]; weight: float64 [Q * G].
+    key, value: float32 [T, D]; key_elsewhere, value_elsewhere: float32 [D]; query: float32 [Q * G, D], scaled; bias:
+    float32 [Q * G, T]; modality: int64 [Q * G]; weight: float64 [Q * G].
     """
 
     key: Tensor
     value: Tensor
+    key_elsewhere: Tensor
+    value_elsewhere: Tensor
     query: Tensor
     bias: Tensor
+    modality: Tensor
     weight: Tensor
 
     def attention(self, key: Tensor) -> Tensor:
         """float32 [Q * G, T]: the weights with which queries read values."""
         return torch.softmax(self.query @ key.T + self.bias, -1)
+
+    def noise(self, attention: Tensor, value: Tensor, output: Tensor) -> Tensor:
+        """Weighted energy of the error of attention [Q * G, T] @ value [T, D], float64 per modality."""
+        per_query = self.weight * (attention @ value - output).double().square().sum(1)
+        return torch.zeros(len(MODALITIES), dtype=torch.float64).index_add_(0, self.modality, per_query)
 
 
 class _Head:
@@ -104,73 +118,99 @@ class _Head:
             yield _Sample(
                 kept.key[:, own],
                 kept.value[:, own],
+                kept.key_elsewhere[own],
+                kept.value_elsewhere[own],
                 queries.flatten(0, 1) * observation.scaling,
                 kept.bias.repeat_interleave(group, 0),
+                kept.modality.long().repeat_interleave(group),
                 weight.repeat_interleave(group),
             )
 
 
+@dataclass(frozen=True)
+class _Range:
+    """Largest magnitude and spread of the channels of a head, float32 [D], and the integers that represent them."""
+
+    absmax: Tensor
+    spread: Tensor
+    largest: int
+    dtype: torch.dtype
+
+    def scale(self, ratio: float) -> Tensor:
+        """float32 [D]; at a ratio of 1 that of `covering_scale`."""
+        return covering_scale(self.absmax + (ratio - 1) * self.spread, self.largest, self.dtype)
+
+
 @torch.no_grad()
 def choose_head_scales(
-    observation: CacheObservation, heads: int, head: int, largest: int, dtype: torch.dtype, *, clip: bool = True
+    observation: CacheObservation, heads: int, head: int, largest: int, dtype: torch.dtype, *, search: bool = True
 ) -> CacheScales:
-    """Scales of one of `heads` key-value heads, float32 [D]. largest: integer; dtype: of the checkpoint; clip: whether
-    scales may clip observed values."""
-    part = _Head(observation, observation.query_weights(), heads, head)
-    attention = [sample.attention(sample.key) for sample in part.samples]
-    outputs = [weights @ sample.value for weights, sample in zip(attention, part.samples, strict=True)]
-    signal = sum(
-        float(sample.weight @ output.double().square().sum(1))
-        for sample, output in zip(part.samples, outputs, strict=True)
-    )
-    key_weights, value_weights = _error_weights(part, attention, outputs)
-    keys = _candidates(part.key_absmax, [sample.key for sample in part.samples], key_weights, largest, dtype)
-    values = _candidates(part.value_absmax, [sample.value for sample in part.samples], value_weights, largest, dtype)
-    if not clip:
-        keys, values = keys[:1], values[:1]
-    noise = torch.stack([_noise(part, key, values, outputs) for key in keys])  # [keys, values, D]
-    best_value = noise.argmin(1)  # [keys, D]
-    totals = noise.amin(1).sum(1)
-    best = int(totals.argmin())
-    value = torch.stack(values).gather(0, best_value[best][None])[0]
-    return CacheScales(keys[best], value, signal, float(totals[best]), float(noise[0, 0].sum()))
-
-
-def _error_weights(head: _Head, attention: list[Tensor], outputs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Per sample the weights of squared errors of keys, float32 [T, D], and of values, float32 [T, 1]."""
-    of_keys, of_values = [], []
-    for sample, weights, output in zip(head.samples, attention, outputs, strict=True):
-        squared = weights.square() * sample.weight.float()[:, None]  # [Q * G, T]
-        of_values.append(squared.sum(0)[:, None])
-        distance = sample.value.square().sum(1) - 2 * output @ sample.value.T + output.square().sum(1)[:, None]
-        of_keys.append((squared * distance.clamp(min=0)).T @ sample.query.square())
-    return of_keys, of_values
-
-
-def _candidates(
-    absmax: Tensor, rows: list[Tensor], weights: list[Tensor], largest: int, dtype: torch.dtype
-) -> list[Tensor]:
-    """The scales [D] that cover all values, then those that minimize the weighted error of each channel.
-
-    rows: per sample float32 [T, D]; weights: of the squared errors, float32 [T, D] or [T, 1].
+    """Scales of one of `heads` key-value heads, float32 [D]. largest: integer; dtype: of the checkpoint; search:
+    whether to choose ratios, for which MIN_SAMPLES samples must be kept; otherwise the scales cover what was observed.
     """
-    scales = torch.stack([covering_scale(absmax, largest, dtype, ratio) for ratio in CLIP_RATIOS])  # [R, D]
-    errors = torch.zeros(scales.shape, dtype=torch.float64)
-    for number, scale in enumerate(scales):
-        for values, weight in zip(rows, weights, strict=True):
-            errors[number] += ((_rounded(values, scale) - values).square() * weight).sum(0)
-    return [scales[0], scales.gather(0, errors.argmin(0)[None])[0]]
-
-
-def _noise(head: _Head, key: Tensor, values: list[Tensor], outputs: list[Tensor]) -> Tensor:
-    """Weighted energy of the output's error, float64 [values, D], with keys rounded by `key`, for each of `values`."""
-    noise = torch.zeros(len(values), head.size, dtype=torch.float64)
-    for sample, output in zip(head.samples, outputs, strict=True):
+    part = _Head(observation, observation.query_weights(), heads, head)
+    outputs = [sample.attention(sample.key) @ sample.value for sample in part.samples]
+    ratios, held_out = [EXACT, EXACT], [0.0, 0.0]
+    if search and len(part.samples) >= MIN_SAMPLES:
+        ratios, held_out = _search(part, outputs, largest, dtype)
+    key_spread = _spread([sample.key for sample in part.samples], part.size)
+    value_spread = _spread([sample.value for sample in part.samples], part.size)
+    key = _Range(part.key_absmax, key_spread, largest, dtype).scale(RATIOS[ratios[0]])
+    value = _Range(part.value_absmax, value_spread, largest, dtype).scale(RATIOS[ratios[1]])
+    signal = noise = 0.0
+    for sample, output in zip(part.samples, outputs, strict=True):
+        signal += float(sample.weight @ output.double().square().sum(1))
         attention = sample.attention(_rounded(sample.key, key))
-        for number, scale in enumerate(values):
-            error = attention @ _rounded(sample.value, scale) - output
-            noise[number] += sample.weight @ error.double().square()
-    return noise
+        noise += float(sample.noise(attention, _rounded(sample.value, value), output).sum())
+    return CacheScales(key, value, signal, noise, *held_out)
+
+
+def _search(head: _Head, outputs: list[Tensor], largest: int, dtype: torch.dtype) -> tuple[list[int], list[float]]:
+    """Indices of the ratios of keys and values, and the energies `held_out` and `covering_held_out`."""
+    samples = head.samples
+    key_spreads = _spreads_elsewhere([sample.key for sample in samples])
+    value_spreads = _spreads_elsewhere([sample.value for sample in samples])
+    of_keys, of_values, attentions = [], [], []
+    for sample, output, spread, value_spread in zip(samples, outputs, key_spreads, value_spreads, strict=True):
+        key = _Range(sample.key_elsewhere, spread, largest, dtype)
+        covered = _rounded(sample.value, _Range(sample.value_elsewhere, value_spread, largest, dtype).scale(1.0))
+        attention = [sample.attention(_rounded(sample.key, key.scale(ratio))) for ratio in RATIOS]
+        of_keys.append(torch.stack([sample.noise(each, covered, output) for each in attention]))
+        attentions.append(attention)
+    best_key = best_ratio(torch.stack(of_keys, 1))
+    for sample, output, spread, attention in zip(samples, outputs, value_spreads, attentions, strict=True):
+        value = _Range(sample.value_elsewhere, spread, largest, dtype)
+        rounded = (_rounded(sample.value, value.scale(ratio)) for ratio in RATIOS)
+        of_values.append(torch.stack([sample.noise(attention[best_key], each, output) for each in rounded]))
+    best_value = best_ratio(torch.stack(of_values, 1))
+    held_out = sum(float(noise[best_value].sum()) for noise in of_values)
+    return [best_key, best_value], [held_out, sum(float(noise[EXACT].sum()) for noise in of_keys)]
+
+
+def best_ratio(noise: Tensor) -> int:
+    """noise float64 [ratios, samples, modalities] -> index of the ratio that is taken."""
+    turn = (torch.arange(noise.shape[1]) + 1) // 2 % 2  # 0 1 1 0 0 1 1 ...: both halves of samples in any order
+    halves = [noise[:, turn == half].sum((1, 2)) for half in (0, 1)]
+    total = noise.sum((1, 2))
+    taken = total < (1 - MARGIN) * total[EXACT]
+    for part in (*halves, *noise.sum(1).unbind(1)):
+        taken &= part <= part[EXACT]
+    return int(torch.where(taken, total, torch.inf).argmin()) if bool(taken.any()) else EXACT
+
+
+def _spread(rows: Sequence[Tensor], size: int) -> Tensor:
+    """Per sample float32 [T, D] -> [D]: half of the difference of the largest and the smallest value of a channel."""
+    if not rows:
+        return torch.zeros(size)
+    joined = torch.cat(list(rows))
+    return (joined.amax(0) - joined.amin(0)) / 2
+
+
+def _spreads_elsewhere(rows: Sequence[Tensor]) -> list[Tensor]:
+    """Per sample float32 [T, D] -> per sample the spread [D] in all others."""
+    largest, smallest = torch.stack([each.amax(0) for each in rows]), torch.stack([each.amin(0) for each in rows])
+    others = [[other for other in range(len(rows)) if other != each] for each in range(len(rows))]
+    return [(largest[each].amax(0) - smallest[each].amin(0)) / 2 for each in others]
 
 
 def _rounded(rows: Tensor, scale: Tensor) -> Tensor:

@@ -12,25 +12,26 @@ from torch import Tensor
 from tests.support.compiled_folder import FolderContent
 from tests.support.tensors import Array, rounded, stored
 
-CHANNELS = 32  # of the keys: 2 heads of 16
-HEAD = 16
+CHANNELS = 64  # of the keys: 2 heads of 32, in a wide model
+HEAD = 32
 
 
 def attention(layer: int) -> str:
     return f"model.layers.{layer}.self_attn"
 
 
-def scales(layer: int, member: str) -> Array:
-    """float32 [CHANNELS], values of bfloat16."""
+def scales(layer: int, member: str, channels: int = CHANNELS) -> Array:
+    """float32 [channels], values of bfloat16."""
     random = np.random.default_rng([layer, ord(member)])
-    return rounded(random.uniform(0.08, 0.16, CHANNELS), "BF16")
+    return rounded(random.uniform(0.08, 0.16, channels), "BF16")
 
 
-def add_cache(content: FolderContent, *layers: int) -> FolderContent:
-    """Adds what a folder with a quantized cache in these decoder layers has besides."""
+def add_cache(content: FolderContent, *layers: int, size: int = CHANNELS) -> FolderContent:
+    """Adds what a folder of a wide model with a quantized cache in these decoder layers has besides. size: channels of
+    the keys, if the model is another."""
     for layer in layers:
         for member in "kv":
-            values = {"scale": scales(layer, member), "offset": np.zeros(CHANNELS)}
+            values = {"scale": scales(layer, member, size), "offset": np.zeros(size)}
             for suffix, value in values.items():
                 name = f"{attention(layer)}.{member}_proj.kv_cache_{suffix}"
                 content.tensors[name], content.description[name] = stored(value, "F32"), "C8"

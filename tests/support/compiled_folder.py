@@ -103,13 +103,15 @@ def make_content(
 
     smooth: random scales on every edge; both: the two config keys that MindIE needs; mindie: its layout; scope: "all"
     for W4A8_DYNAMIC on every quantized layer; shift: norms before quantized layers have a bias; wide: replaces sizes of
-    WIDE; rotate: changes the values of the folder, not of its source, before they are smoothed.
+    WIDE, which the language model has with it or in W4A8_DYNAMIC; rotate: changes the values of the folder, not of its
+    source, before they are smoothed.
     """
     config: dict[str, Any] = CONFIG | {"torch_dtype": dtype, "tie_word_embeddings": tied}
     config["vision_config"] = dict(CONFIG["vision_config"])
-    if scheme == "W4A8_DYNAMIC":
+    if scheme == "W4A8_DYNAMIC" or wide is not None:
         config |= WIDE | (wide or {})
-        config["vision_config"] |= WIDE_VISION
+        of_tower = WIDE_VISION if scheme == "W4A8_DYNAMIC" else {"out_hidden_size": config["hidden_size"]}
+        config["vision_config"] |= of_tower
         half, third = (config["hidden_size"] // config["num_attention_heads"] // parts for parts in (2, 6))
         config["rope_scaling"] = {"type": "mrope", "mrope_section": [half - 2 * third, third, third]}
     code = {"bfloat16": "BF16", "float16": "F16"}[dtype]

@@ -117,3 +117,29 @@ def test_option(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(QWEN2_5_VL), "key_value", ())
     (fault,) = faults_of(**folders, kv_cache="int8")
     assert "key_value" in fault
+
+
+@pytest.mark.parametrize(("heads", "refused"), [(16, False), (12, True)])
+def test_heads_that_are_no_multiple_of_32(
+    heads: int, refused: bool, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a cache with heads of 48 channels, at which the engine stops, and a refusal of other sizes or versions:
+    up to 0.20 it runs any size, in Qwen3 alone."""
+    folders = two_folders(tmp_path)
+    size = 48 if refused else 32
+    text = {"hidden_size": heads * size, "num_attention_heads": heads}
+    for config in (text, {"text_config": text | {"head_dim": size, "hidden_size": 8}}):
+        of_family = {"model_type": "qwen2_5_vl", **config}
+        monkeypatch.setattr(constraints, "config_of", lambda model_path, config=of_family: config)
+        if refused:
+            (fault,) = faults_of(**folders, kv_cache="int8")
+            assert "48 channels" in fault and "multiple of 32" in fault and "remove --kv_cache int8" in fault
+        else:
+            Options.from_user(**folders, kv_cache="int8")
+    caches = {"a": C8}
+    for family, has_older in ((QWEN2_5_VL, False), (QWEN3, True)):
+        versions = supporting_versions(VLLM_ASCEND, family, {}, "bfloat16", caches, size)
+        if refused:
+            assert (versions is not None) == has_older and (versions is None or "0.21.0rc1" not in versions)
+        else:
+            assert versions is not None and "0.26" in versions

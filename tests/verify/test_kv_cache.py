@@ -41,7 +41,7 @@ class Made:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """A folder whose cache is quantized in both decoder layers."""
     root = tmp_path_factory.mktemp("kv_cache")
-    content = add_cache(make_content(), 0, 1)
+    content = add_cache(make_content(wide={}), 0, 1)
     return Made(content, content.write(root / "out"), content.write_source(root / "float"))
 
 
@@ -95,7 +95,7 @@ def test_attention_reads_rounded_keys_and_values(
 ) -> None:
     """Catches scales of another layer or of values instead of keys, keys that are rounded before the rotary embedding,
     a layer without scales that is rounded as well, and a switch that does not turn all of it off."""
-    folder = add_cache(make_content(), *layers).write(tmp_path / "out")
+    folder = add_cache(make_content(wide={}), *layers).write(tmp_path / "out")
     model, in_float = load(folder), load(folder, quantized_cache=False)
     wrapped = [module for module in model.modules() if isinstance(module, QuantizedCacheAttention)]
     assert len(wrapped) == len(layers)
@@ -138,14 +138,14 @@ DAMAGES: dict[str, tuple[Callable[[FolderContent], Any], str]] = {
     "a scale of 0": (replaced(f"{KEY}_scale", lambda v: np.put(v, 3, 0)), "in channels 3"),
     "a scale that is no number": (replaced(f"{KEY}_scale", lambda v: np.put(v, 3, np.nan)), "in channels 3"),
     "a scale beyond bfloat16": (replaced(f"{KEY}_scale", lambda v: np.put(v, 3, 0.1)), "not representable"),
-    "a scale per head": (lambda c: add(c, f"{KEY}_scale", np.ones(2), "F32", "C8"), "shape [2] instead of [32]"),
-    "int8 scales": (lambda c: add(c, f"{KEY}_scale", np.ones(32), "I8", "C8"), "dtype I8"),
+    "a scale per head": (lambda c: add(c, f"{KEY}_scale", np.ones(2), "F32", "C8"), "shape [2] instead of [64]"),
+    "int8 scales": (lambda c: add(c, f"{KEY}_scale", np.ones(64), "I8", "C8"), "dtype I8"),
     "no key in the header": (lambda c: c.description.pop("kv_cache_type"), "kv_cache_type is missing"),
     "another cache in the header": (lambda c: c.description.update(kv_cache_type="C4"), "kv_cache_type"),
     "a header without scales": (without_tensors, "kv_cache_type"),
     "quantized attention": (lambda c: c.description.update(fa_quant_type="FAQuant"), "fa_quant_type"),
     "scales of a vision block": (
-        lambda c: add(c, "visual.blocks.0.attn.k_proj.kv_cache_scale", np.ones(32), "F32", "C8"),
+        lambda c: add(c, "visual.blocks.0.attn.k_proj.kv_cache_scale", np.ones(64), "F32", "C8"),
         "visual.blocks.0.attn.k_proj",
     ),
 }  # fmt: skip
@@ -246,3 +246,10 @@ def test_keys_that_are_clipped(made: Made, tmp_path: Path) -> None:
         warnings = [finding for finding in result.warnings if finding.check == "KV cache"]
         assert [finding.where for finding in warnings] == [attention(0)] * warns
         assert all("keys are clipped" in finding.what for finding in warnings)
+
+
+def test_heads_that_are_no_multiple_of_32(tmp_path: Path) -> None:
+    """Catches a folder that is accepted although every version that reads its scales stops at heads of 16 channels."""
+    result = verify_folder(add_cache(make_content(), 0, size=32).write(tmp_path / "out"))
+    assert any("16 channels" in fault.what and "multiple of 32" in fault.why for fault in result.faults)
+    assert result.facts["loads in"] == ["no known engine version"]

@@ -18,7 +18,8 @@ class KeptAttention:
 
     key, value: float32 [T, C]; query: float32 [Q, heads of the queries * head size]; bias: float32 [Q, T], added to the
     scores, -inf where a query does not attend; modality: int8 [Q], index into `MODALITIES`; energy: float32 [Q], mean
-    square of the stage's output for the token of the query.
+    square of the stage's output for the token of the query; key_elsewhere, value_elsewhere: float32 [C], the largest
+    magnitudes in all other observed samples, 0 without any.
     """
 
     key: Tensor
@@ -27,6 +28,8 @@ class KeptAttention:
     bias: Tensor
     modality: Tensor
     energy: Tensor
+    key_elsewhere: Tensor
+    value_elsewhere: Tensor
 
     def tensors(self) -> dict[str, Tensor]:
         """By name."""
@@ -72,5 +75,8 @@ class CacheObservation:
 
     def rescaled(self, divisor: Tensor) -> "CacheObservation":
         """The observation after every value is divided by `divisor` float32 [C] > 0, as by a fold."""
-        kept = tuple(replace(sample, value=sample.value / divisor) for sample in self.kept)
+        kept = tuple(
+            replace(sample, value=sample.value / divisor, value_elsewhere=sample.value_elsewhere / divisor)
+            for sample in self.kept
+        )
         return replace(self, value_absmax=self.value_absmax / divisor, kept=kept)

@@ -11,7 +11,7 @@ from vlqc.errors import Fault, UserError
 from vlqc.files import read_json_object
 from vlqc.options.fields import OptionFields, option_text
 from vlqc.options.scheme_flags import FLAGS, scheme_fix
-from vlqc.targets.engine import join_and, join_or
+from vlqc.targets.engine import join_and, join_or, refused_heads
 from vlqc.targets.schemes import DEFAULT_SCHEME, Scheme, option_name
 from vlqc.targets.target import BOTH, ENGINES, engine_of_option, parse_target
 
@@ -127,6 +127,9 @@ def _cache(options: OptionFields) -> Iterator[Fault]:
         why = f"no version of {join_and(engine.title for engine in refusing)} quantizes the cache of {family.title}"
         instead = f", or use --target {join_or(others)}" if others else ""
         yield Fault(f"{flag} with {used}", why=why, fix=f"remove {flag}{instead}")
+    config = config_of(options.model_path)
+    for fault in (fault for engine in target.engines for fault in refused_heads(engine, family, config)):
+        yield Fault(flag, "config.json", f"{fault.what}, and {fault.why}", f"remove {flag}")
 
 
 def _float_as(options: OptionFields) -> Iterator[Fault]:

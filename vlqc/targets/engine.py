@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol
 from packaging.version import Version
 
 from vlqc.errors import Fault
+from vlqc.families.config_values import language_head_size
 from vlqc.families.family import ModelFamily, Role
 from vlqc.families.linear import Linear
 from vlqc.targets.cache_schemes import CacheScheme
@@ -59,7 +60,8 @@ class CacheRule:
     `before` (None: no known end).
 
     dtypes: of the float tensors with which it does so; every_layer: whether it does so in every decoder layer as soon
-    as the folder names the scheme, also in those without scales.
+    as the folder names the scheme, also in those without scales; head_multiple: channels of a head of keys and values
+    must be a multiple of it.
     """
 
     scheme: CacheScheme
@@ -67,6 +69,7 @@ class CacheRule:
     before: str | None = None
     dtypes: tuple[str, ...] = ("bfloat16", "float16")
     every_layer: bool = False
+    head_multiple: int = 1
 
 
 @dataclass(frozen=True)
@@ -170,9 +173,13 @@ class Engine(ABC):
         """The rules for models of a family; empty if the engine does not load them quantized."""
         return self.rules.get(family.engine_rows or family.name, ())
 
-    def cache_rules_of(self, family: ModelFamily) -> tuple[CacheRule, ...]:
-        """The rules for the caches of models of a family; empty if it always caches in float."""
-        return self.cache_rules.get(family.engine_rows or family.name, ()) if family.key_value else ()
+    def cache_rules_of(self, family: ModelFamily, head_size: int = 0) -> tuple[CacheRule, ...]:
+        """The rules for the caches of models of a family; empty if it always caches in float.
+
+        head_size: channels of a head, whose rules alone are returned; 0 if it is not known.
+        """
+        rules = self.cache_rules.get(family.engine_rows or family.name, ()) if family.key_value else ()
+        return tuple(rule for rule in rules if head_size % rule.head_multiple == 0)
 
     def first_version(self, family: ModelFamily) -> str | None:
         """The first version that loads a quantized model of the family; None if no version does."""
@@ -363,6 +370,18 @@ def cache_faults(
         for key in CACHE_KEYS
         if keys.get(key) and keys[key] != (allowed or {}).get(key)
     ]
+
+
+def refused_heads(engine: Engine, family: ModelFamily, config: Mapping[str, Any]) -> list[Fault]:
+    """The fault of keys and values whose heads no version of the engine quantizes, though it does those of other
+    models of the family. config: config.json."""
+    size = language_head_size(config)
+    multiples = sorted({rule.head_multiple for rule in engine.cache_rules_of(family)})
+    if not multiples or engine.cache_rules_of(family, size):
+        return []
+    why = f"{engine.title} quantizes the cache of heads with a multiple of {join_or(multiples)} channels only"
+    what = f"the heads of keys and values have {size} channels"
+    return [Fault(what, "config.json", why, "compile without --kv_cache")]
 
 
 def missing_entry(folder: FinishedFolder, layer: str, why: str) -> Fault:

@@ -8,6 +8,7 @@ from typing import Any
 from packaging.version import Version
 
 from vlqc.errors import Fault
+from vlqc.families.config_values import language_head_size
 from vlqc.families.family import ModelFamily
 from vlqc.families.registry import find_family
 from vlqc.targets.caches import CacheSchemes, described_caches, used_schemes
@@ -48,10 +49,15 @@ class VersionRange:
 
 
 def supporting_versions(
-    engine: Engine, family: ModelFamily, schemes: Mapping[str, Scheme], dtype: str, caches: CacheSchemes | None = None
+    engine: Engine,
+    family: ModelFamily,
+    schemes: Mapping[str, Scheme],
+    dtype: str,
+    caches: CacheSchemes | None = None,
+    head_size: int = 0,
 ) -> VersionRange | None:
     """The versions of the engine that run every (layer, scheme), and cache keys and values as in `caches` (None: in
-    float); None when there is none."""
+    float); None when there is none. head_size: channels of a head of keys and values, 0 if it is not known."""
     first = engine.first_version(family)
     ranges: list[Range] = [] if first is None else [(first, None)]
     for scheme, role in {(scheme, family.role(layer)) for layer, scheme in schemes.items() if scheme.is_quantized}:
@@ -61,7 +67,7 @@ def supporting_versions(
     for cache_scheme in used_schemes(caches or {}):
         runs = [
             (rule.since, rule.before)
-            for rule in engine.cache_rules_of(family)
+            for rule in engine.cache_rules_of(family, head_size)
             if rule.scheme == cache_scheme and dtype in rule.dtypes
             if not rule.every_layer or all(scheme == cache_scheme for scheme in (caches or {}).values())
         ]
@@ -120,7 +126,7 @@ def loading_versions(
     """The versions of one engine that load a folder of these schemes with this config.json; None when none does."""
     if not engine.reads_config(family, schemes, config) or group_faults(engine, family, schemes):
         return None
-    return supporting_versions(engine, family, schemes, dtype, caches)
+    return supporting_versions(engine, family, schemes, dtype, caches, language_head_size(config))
 
 
 def loading_engines(description: Mapping[str, Any], dtype: str, config: Mapping[str, Any]) -> list[str]:

@@ -26,6 +26,7 @@ from vlqc.targets.engine import (
     cache_faults,
     join_or,
     missing_entry,
+    refused_heads,
     tied_head,
     wrong_keys,
 )
@@ -47,13 +48,15 @@ TYPE_OF_MSMODELSLIM = "kv_quant_type"  # which msModelSlim writes beside CACHE_K
 CACHE_BLOCKS = 32  # tokens in a block of an int8 cache are a multiple of it (attention/attention_v1.py)
 # The loader hands the scales over to any model since 0.25.1rc1 (get_cache_scale_mapper, #12463). Earlier ones take only
 # the first element of each (vLLM's load_weights), but for Qwen3 (patch/worker/patch_qwen3_c8.py, patch_gqa_c8.py).
-CACHE_OF_ANY_MODEL = (CacheRule(CacheScheme.C8, since="0.25.1rc1", dtypes=ONLY_BFLOAT16),)
+# From 0.21.0rc1 on it views a head of an int8 cache as blocks of 32 channels (attention_v1.py: head_size // 32).
+CACHE_HEADS = 32
+CACHE_OF_ANY_MODEL = (CacheRule(CacheScheme.C8, since="0.25.1rc1", dtypes=ONLY_BFLOAT16, head_multiple=CACHE_HEADS),)
 # 0.18.0rc1 does not have it yet. Up to 0.20.2rc1 the key in the description quantizes the cache of every decoder layer,
 # with a scale of 1 where the folder has none; later ones only layers with scales (modelslim_config.py,
 # is_c8_quant_layer).
 CACHE_OF_QWEN3 = (
     CacheRule(CacheScheme.C8, since="0.18", before="0.21.0rc1", dtypes=ONLY_BFLOAT16, every_layer=True),
-    CacheRule(CacheScheme.C8, since="0.21.0rc1", dtypes=ONLY_BFLOAT16),
+    CacheRule(CacheScheme.C8, since="0.21.0rc1", dtypes=ONLY_BFLOAT16, head_multiple=CACHE_HEADS),
 )
 NORM_BIAS = "norm.bias"  # part of a key of the description that makes it build every RMSNorm with a bias
 
@@ -238,6 +241,7 @@ class VllmAscend(Engine):
             return super().cache_faults(folder)
         allowed = {CACHE_KEY: schemes[0], TYPE_OF_MSMODELSLIM: schemes[0]}
         faults = cache_faults(folder.description, folder.description_name, allowed=allowed)
+        faults += refused_heads(self, folder.family, folder.config)
         if folder.description.get(CACHE_KEY):
             return faults
         what = f"{CACHE_KEY} is missing, and {sum(map(bool, folder.caches.values()))} layers have scales for it"

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 
+from vlqc.families.config_values import language_head_size
 from vlqc.families.family import ModelFamily
 from vlqc.targets.advice import default_schemes, missing_rows_fix
 from vlqc.targets.caches import used_schemes
@@ -34,7 +35,8 @@ def check_engine_rules(
     family, schemes = folder.family, folder.schemes
     result.add_examined(CHECK, len(schemes))
     caches = folder.caches
-    versions = {engine: supporting_versions(engine, family, schemes, dtype, caches) for engine in ENGINES}
+    size = language_head_size(folder.config)
+    versions = {engine: supporting_versions(engine, family, schemes, dtype, caches, size) for engine in ENGINES}
     entries = {engine: engine.description_faults(folder) for engine in ENGINES}
     tensors = {engine: engine.tensor_faults(folder) for engine in ENGINES}
     layers = merge_repeated(layer_faults(target, family, schemes, dtype))

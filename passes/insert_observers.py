@@ -96,8 +96,8 @@ class InsertObservers(Pass):
         shapes, allowed = stage.execution.sample_shapes, self.megabytes * 2**20 // BYTES_PER_VALUE
         budgets = {site.name: min(self.tokens, allowed // (2 * site.channels)) for site in stage.caches.values()}
         return [
-            CacheObserver(site, plan_kept(shapes, max(1, budgets[site.name])), self.balance)
-            for site in stage.caches.values()
+            CacheObserver(site, plan_kept(shapes, max(1, budgets[name])), self.balance, found.partners[name])
+            for name, site in stage.caches.items()
         ]
 
     def _observers(self, stage: Stage) -> dict[str, Observer]:

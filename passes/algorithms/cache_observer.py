@@ -81,12 +81,13 @@ def _bisecting(count: int) -> list[int]:
 class CacheObserver:
     """Records the arguments of the attention call of one cache site, sample by sample.
 
-    plan: of `plan_kept`; balance: as in `CacheObservation`.
+    plan: of `plan_kept`; balance: as in `CacheObservation`; partners: of the keys, see `rotary_partners`.
     """
 
     site: CacheSite
     plan: Mapping[int, Kept]
     balance: bool
+    partners: Tensor
     samples: list[SampleCache] = field(default_factory=list)
 
     def __call__(self, arguments: Mapping[str, Any], call: Call) -> None:
@@ -103,7 +104,7 @@ class CacheObserver:
         tokens = (modality >= 0).nonzero().flatten()
         statistics = CacheObservation(
             scaling=float(arguments.get("scale") or query.shape[-1] ** -0.5),
-            key_absmax=_absmax(key, tokens),
+            key_absmax=_absmax(_reach(key, self.partners), tokens),
             value_absmax=_absmax(value, tokens),
             rows={name: int((modality == number).sum()) for number, name in enumerate(MODALITIES)},
             balance=self.balance,
@@ -153,6 +154,17 @@ def _absmax(rows: Tensor, tokens: Tensor) -> Tensor:
     """float32 [C] on the CPU: per channel of rows [B * S, C] at these positions; 0 without any."""
     chosen = rows[tokens.to(rows.device)]
     return chosen.abs().amax(0).cpu() if len(chosen) else torch.zeros(rows.shape[1])
+
+
+def _reach(key: Tensor, partners: Tensor) -> Tensor:
+    """float32 [rows, C]: the largest magnitude that each channel of the keys has when the token is at any position.
+
+    A rotary embedding rotates a channel and its partner, int64 [C], by an angle that grows with the position, for some
+    pairs over thousands of tokens: a range that one channel does not reach at the observed positions, it does later.
+    """
+    partners = partners.to(key.device)
+    alone = partners == torch.arange(len(partners), device=key.device)
+    return torch.where(alone, key.abs(), torch.hypot(key, key[:, partners]))
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -13,6 +13,11 @@ from vlqc.ir.execution import Call
 NAME = "model.layers.0.self_attn"
 
 
+def opposite(heads: int, size: int) -> list[int]:
+    """The channel with which a rotary embedding in two halves rotates each channel."""
+    return [head * size + (channel + size // 2) % size for head in range(heads) for channel in range(size)]
+
+
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("repeat", [False, True])
 def test_heads_before_they_are_repeated(normed: bool, repeat: bool) -> None:
@@ -23,6 +28,7 @@ def test_heads_before_they_are_repeated(normed: bool, repeat: bool) -> None:
     assert (site.key, site.value) == (f"{NAME}.k_proj", f"{NAME}.v_proj")
     assert (site.heads, site.head_size, site.channels) == (KV_HEADS, SIZE, HIDDEN // 2)
     assert site.node == "scaled_dot_product_attention"
+    assert found.partners[NAME].tolist() == opposite(KV_HEADS, SIZE)
 
 
 @pytest.mark.every_transformers
@@ -33,6 +39,7 @@ def test_multimodal_rotary_embedding_of_transformers() -> None:
         assert not found.obstacles and list(found.caches) == ([f"{name}.self_attn"] if "layers" in name else [])
         for site in found.caches.values():
             assert (site.heads, site.head_size) == (2, 32)
+            assert found.partners[site.name].tolist() == opposite(2, 32)
 
 
 class Changed(Layer):

@@ -46,7 +46,7 @@ def test_scales_are_near_the_observed_ranges() -> None:
 
 def test_layers_with_a_large_error_stay_in_float() -> None:
     """A layer that is quantized although its keys have no digits left, or scales of a layer that stays in float."""
-    stage = through(layer(key_bias=1000.0), OBSERVE, QuantizeCache())
+    stage = through(layer(key_bias=2000.0), OBSERVE, QuantizeCache())
     site = site_of(stage)
     assert site.scheme is None and site.reason == "less than 20 dB" and site.sqnr is not None and site.sqnr < 20
     assert site.scales() == {}

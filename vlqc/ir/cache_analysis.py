@@ -6,8 +6,8 @@ of a head, for values the channel. They show how many key-value heads there are 
 of the query, and that the model computes with them as engines do.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,10 +22,12 @@ from vlqc.kernels_ref.kv_cache import ATTENTION, attention_arguments
 
 @dataclass(frozen=True)
 class FoundCaches:
-    """caches: by name of the attention module; obstacles: why keys and values of others cannot be quantized."""
+    """caches: by name of the attention module; obstacles: why keys and values of others cannot be quantized; partners:
+    by name, see `rotary_partners`."""
 
     caches: dict[str, CacheSite]
     obstacles: tuple[str, ...] = ()
+    partners: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def find_caches(stage: Stage) -> FoundCaches:
@@ -34,6 +36,7 @@ def find_caches(stage: Stage) -> FoundCaches:
     if stage.family.in_vision_tower(stage.name) or not _projections(stage, sites.values()):
         return FoundCaches({})
     caches, obstacles = dict[str, CacheSite](), list[str]()
+    partners = dict[str, Tensor]()
 
     def leave_out(name: str, reason: str) -> None:
         layers = layer_pattern(f"{name}.").removesuffix(".")  # one text for all layers
@@ -49,9 +52,27 @@ def find_caches(stage: Stage) -> FoundCaches:
             del caches[found.name]
         else:
             caches[found.name] = found
+            partners[found.name] = rotary_partners(stage, node, found)
     if not nodes:
         leave_out(stage.name, "their attention is not computed by scaled_dot_product_attention")
-    return FoundCaches(caches, tuple(obstacles))
+    return FoundCaches(caches, tuple(obstacles), partners)
+
+
+def rotary_partners(stage: Stage, node: fx.Node, cache: CacheSite) -> Tensor:
+    """int64 [C]: the channel of the keys with which the rotary embedding rotates each channel, by an angle that depends
+    on the position; the channel itself where none is known.
+
+    node: of the attention call.
+    """
+    sites = {site.target: site for site in stage.sites.values()}
+    keys = attention_arguments(node.args, node.kwargs)["key"]
+    ((_, call),) = _origins(keys, sites)
+    propagation = _PartnerPropagation(stage.module, stage.graph, cache.channels)
+    propagation.run(call, torch.arange(cache.channels))
+    partners = propagation.partners
+    mutual = partners[partners] == torch.arange(cache.channels)
+    own_head = partners // cache.head_size == torch.arange(cache.channels) // cache.head_size
+    return torch.where(mutual & own_head, partners, torch.arange(cache.channels))
 
 
 def _projections(stage: Stage, sites: Iterable[Site]) -> list[Site]:
@@ -120,15 +141,7 @@ def _common_parent(first: str, second: str) -> str:
 def _labels_at(stage: Stage, producer: fx.Node, labels: Tensor, consumer: fx.Node) -> Any:
     """Labels of `consumer` if the channels of `producer` have the labels [channels]; None without any."""
     propagation = _Propagation(stage.module, stage.graph)
-    propagation.labels[producer] = labels.int().expand(producer.meta["shape"])
-    propagation.derived.add(producer)
-    for node in stage.graph.nodes:
-        if any(read in propagation.derived for read in node.all_input_nodes):
-            propagation.derived.add(node)
-            if any(read in propagation.labels for read in node.all_input_nodes):
-                result = propagation.step(node)
-                if result is not None:
-                    propagation.labels[node] = result
+    propagation.run(producer, labels)
     return propagation.labels.get(consumer)
 
 
@@ -154,6 +167,18 @@ class _Propagation(LabelPropagation):
         super().__init__(module, graph)
         self.derived: set[fx.Node] = set()
 
+    def run(self, producer: fx.Node, labels: Tensor) -> None:
+        """Propagates the labels [channels] of `producer` through the graph."""
+        self.labels[producer] = labels.int().expand(producer.meta["shape"])
+        self.derived.add(producer)
+        for node in self.graph.nodes:
+            if any(read in self.derived for read in node.all_input_nodes):
+                self.derived.add(node)
+                if any(read in self.labels for read in node.all_input_nodes):
+                    result = self.step(node)
+                    if result is not None:
+                        self.labels[node] = result
+
     def rules(self) -> Iterable[tuple[frozenset[str], Rule]]:
         yield from super().rules()
         yield PRODUCT | QUOTIENT | SUM, self._combine
@@ -177,3 +202,26 @@ class _Propagation(LabelPropagation):
             return (right if left is None else left).expand(shape)
         same = left.ndim == right.ndim == len(shape) and bool((left == right).all())
         return left.expand(shape) if same else None
+
+
+class _PartnerPropagation(_Propagation):
+    """Propagates channels, and finds which two of them a rotary embedding adds.
+
+    partners: int64 [channels], the other channel of a sum; the channel itself where no sum adds two.
+    """
+
+    def __init__(self, module: nn.Module, graph: fx.Graph, channels: int) -> None:
+        super().__init__(module, graph)
+        self.partners = torch.arange(channels)
+
+    def enter_module(self, node: fx.Node, sources: list[fx.Node]) -> Any:
+        module, labels = self.module.get_submodule(str(node.target)), self.labels[sources[0]]
+        keeps = isinstance(module, nn.Identity | nn.Dropout) or scales_its_channels(module, labels.shape[-1])
+        return labels if keeps and node.meta.get("shape") == tuple(labels.shape) else None
+
+    def _combine(self, node: fx.Node, name: str) -> Any:
+        left, right = (self.labels_of(value) for value in operands(node))
+        if left is None or right is None or name not in SUM or left.shape != right.shape:
+            return super()._combine(node, name)
+        self.partners[left.flatten().long()] = right.flatten().long()
+        return left.expand(node.meta["shape"])

@@ -40,8 +40,9 @@ class KeptAttention:
 class CacheObservation:
     """Exact ranges over all tokens at one attention call, padding aside, and a bounded selection of attention.
 
-    scaling: factor of the scores; key_absmax, value_absmax: float32 [C]; rows: number of tokens per modality name;
-    kept: of the selected samples, in order; balance: weight modalities equally, regardless of how many tokens each has;
+    scaling: factor of the scores; key_absmax, value_absmax: float32 [C], for keys what a rotary embedding can make of
+    the observed ones at any position; rows: number of tokens per modality name; kept: of the selected samples, in
+    order; balance: weight modalities equally, regardless of how many tokens each has;
     samples: number of samples observed.
     """
 

@@ -18,6 +18,7 @@ from vlqc.passes.insert_observers import InsertObservers
 pytestmark = pytest.mark.usefixtures("float32_runs")  # the same numbers on every processor
 
 SITE = CacheSite("attn", "attn", "attn.k", "attn.v", "node", KV_HEADS, SIZE)
+ALONE = torch.arange(KV_HEADS * SIZE)  # no rotary embedding
 
 
 def observed(stage: Stage) -> CacheObservation:
@@ -36,15 +37,18 @@ def keys_and_values(stage: Stage, call: Call) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("repeat", [False, True])
 def test_ranges_and_rows(repeat: bool) -> None:
-    """Keys before the rotary embedding, padding that counts, repeated heads, or rows of another sample."""
+    """Keys before the rotary embedding, ranges of keys at their own positions only, padding that counts, repeated
+    heads, or rows of another sample."""
     stage = layer(repeat=repeat)
     observation = observed(stage)
     expected = []
     for call in stage.execution.calls:
         assert call.modality is not None
         expected.append([part[call.modality >= 0] for part in keys_and_values(stage, call)])
-    for absmax, part in ((observation.key_absmax, 0), (observation.value_absmax, 1)):
-        assert torch.allclose(absmax, torch.cat([rows[part] for rows in expected]).abs().amax(0), rtol=1e-5)
+    keys, values = (torch.cat([rows[part] for rows in expected]) for part in (0, 1))
+    assert torch.allclose(observation.value_absmax, values.abs().amax(0), rtol=1e-5)
+    radius = keys.reshape(len(keys), KV_HEADS, 2, -1).norm(dim=2, keepdim=True).expand(-1, -1, 2, -1)
+    assert torch.allclose(observation.key_absmax, radius.flatten(1).amax(0), rtol=1e-5)
     assert len(observation.kept) == 3 and observation.rows == {"text": 17, "image": 19}
     for kept, (key, value) in zip(observation.kept, expected, strict=True):
         assert torch.allclose(kept.key, key, atol=1e-5) and torch.allclose(kept.value, value, atol=1e-5)
@@ -80,7 +84,7 @@ def test_several_processes_observe_the_same() -> None:
         key, value = (part.reshape(1, -1, KV_HEADS, SIZE).transpose(1, 2) for part in keys_and_values(stage, call))
         query = torch.randn(1, HEADS, key.shape[2], SIZE, generator=torch.Generator().manual_seed(call.sample))
         calls.append(({"query": query, "key": key, "value": value, "is_causal": True}, call))
-    observers = [CacheObserver(SITE, plan, balance=True) for _ in range(3)]
+    observers = [CacheObserver(SITE, plan, balance=True, partners=ALONE) for _ in range(3)]
     for index, (arguments, call) in enumerate(calls):
         observers[0](arguments, call)
         observers[1 + index // 2](arguments, call)
@@ -104,7 +108,7 @@ def test_long_samples_keep_queries_that_see_their_own_token() -> None:
     """Queries without a kept key, whose attention would be NaN."""
     length = 50
     tensors = {name: torch.randn(1, heads, length, SIZE) for name, heads in (("query", 4), ("key", 2), ("value", 2))}
-    observer = CacheObserver(SITE, {0: Kept(10, {0: 3, 1: 3})}, balance=True)
+    observer = CacheObserver(SITE, {0: Kept(10, {0: 3, 1: 3})}, balance=True, partners=ALONE)
     modality = (torch.arange(length) % 2).to(torch.int8)
     observer({**tensors, "is_causal": True}, Call(0, (), {}, modality))
     (kept,) = observer.samples[0].statistics.kept
@@ -132,7 +136,9 @@ def test_values_that_are_not_finite() -> None:
     """NaN that becomes a scale."""
     tensors = {name: torch.full((1, 2, 4, SIZE), torch.nan) for name in ("query", "key", "value")}
     with pytest.raises(UserError, match="NaN"):
-        CacheObserver(SITE, {}, balance=True)(tensors, Call(0, (), {}, torch.zeros(4, dtype=torch.int8)))
+        CacheObserver(SITE, {}, balance=True, partners=ALONE)(
+            tensors, Call(0, (), {}, torch.zeros(4, dtype=torch.int8))
+        )
 
 
 def test_nothing_is_left_behind() -> None:

@@ -86,12 +86,23 @@ def module_tensors(stage: Stage, path: str, module: nn.Module, *, packed: bool) 
             release_pages(parameter)
         return
     layer = stage.checkpoint_name(path)
+    if Scheme(module.scheme).spec.replaces_float:
+        _require_finite_weights(layer, module, stage.dtype)
     for name, buffer in module.stored(packed=packed, row_parallel=stage.family.is_row_parallel(layer)).items():
         full_name = f"{layer}.{name}"
         if name == "bias":
             yield float_tensor(full_name, buffer, stage.dtype)
         else:
             yield EmittedTensor(full_name, buffer, Scheme(module.scheme))
+
+
+def _require_finite_weights(layer: str, module: QuantLinear, dtype: torch.dtype) -> None:
+    """UserError if a weight is not finite in the dtype in which engines multiply the integers by their scale."""
+    low, high = torch.aminmax(module.weight, dim=1)
+    weights = torch.maximum(high.float(), -low.float()) * module.weight_scale.float().reshape(-1)
+    if not bool(torch.isfinite(weights.to(dtype)).all()):
+        why = f"its largest weight {float(weights.amax()):g} is beyond {dtype_name(dtype)}, in which engines compute it"
+        raise UserError(Fault(f"{layer} cannot be {module.scheme}", why=why, fix="use --dtype bfloat16"))
 
 
 def _cache_tensors(cache: CacheSite) -> Iterator[EmittedTensor]:

@@ -277,3 +277,14 @@ def test_rounding_to_the_folders_dtype(value: float) -> None:
             assert not tie or bits[0] & 0x10000 == 0
     with np.errstate(over="ignore"):
         assert np.array_equal(round_to("F16", exact), exact.astype(np.float16).astype(np.float32))
+
+
+@pytest.mark.parametrize(("factor", "is_found"), [(2.0**20, True), (1.0, False)])
+def test_weights_that_overflow_in_float16(tmp_path: Path, factor: float, is_found: bool) -> None:
+    """Catches W8A16 weights that engines multiply with their scale to Inf."""
+    layer = "model.layers.0.mlp.up_proj"
+    content = make_content(scheme="W8A8_DYNAMIC", dtype="float16")
+    content.description |= {f"{layer}.{suffix}": "W8A16" for suffix in ("weight", "weight_scale", "weight_offset")}
+    scale = np.frombuffer(content.tensors[f"{layer}.weight_scale"].data, np.float32).reshape(-1, 1)
+    content.tensors[f"{layer}.weight_scale"] = stored(scale * np.float32(factor), "F32")
+    assert ("weights beyond F16" in texts(verify_folder(content.write(tmp_path / "out")))) == is_found

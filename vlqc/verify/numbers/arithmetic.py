@@ -94,6 +94,8 @@ def _check_layer(folder: CompiledFolder, layer: str, scheme: Scheme, result: Ver
         largest = scale.max(axis=1)
     exact_scales = stored["weight_scale"].dtype == "F32"
     check_integers(layer, integers, rows, largest, quant_bias, exact_scales, result)
+    if scheme.spec.replaces_float:
+        _check_weights_in_float(folder, layer, rows.absmax * scale.reshape(-1), result)
     if len(stored) < len(names):
         return
     if scheme.spec.activation.is_static:
@@ -107,6 +109,15 @@ def _check_positive(name: str, scale: Array, result: VerificationResult) -> None
     if bad.size:
         what = f"not a positive finite number in channels {format_list(bad)}"
         result.add_fault("scales", name, what, "the channels' outputs would be zero, negated or NaN", COMPILE_AGAIN)
+
+
+def _check_weights_in_float(folder: CompiledFolder, layer: str, largest: Array, result: VerificationResult) -> None:
+    """largest: magnitude of a weight of each channel, integer times scale."""
+    bad = np.flatnonzero(np.isfinite(largest) & ~np.isfinite(round_to(folder.float_dtype, largest.astype(np.float32))))
+    if bad.size:
+        what = f"weights beyond {folder.float_dtype} in channels {format_list(bad)}"
+        why = "engines multiply integers and scale in the float dtype, so these weights are infinite"
+        result.add_fault("scales", f"{layer}.weight_scale", what, why, "compile again with --dtype bfloat16")
 
 
 def _check_representable(folder: CompiledFolder, name: str, values: Array, result: VerificationResult) -> None:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import vlqc
-from tests.reporting.onnx.test_export import LOWERED_TOLERANCE, mean_deviation, of_probe, run
+from tests.reporting.onnx.test_export import of_probe, run
 from tests.support.ablation_folders import SMALL
 from tools.checkpoints import outlier_checkpoint as outliers
 from vlqc.reporting.dumps.bundle import read_bundle
@@ -89,9 +89,14 @@ def test_onnx_reads_rounded_keys_and_values(searched: Path) -> None:
     stage = read_bundle(bundle)
     with torch.no_grad():
         reference = stage.execution.probe_output()
-    assert mean_deviation(reference, run(model, of_probe(stage))) < LOWERED_TOLERANCE
     (before,) = (searched / "ir").rglob("*lower-linears.onnx")
-    assert mean_deviation(reference, run(before, of_probe(stage))) > 10 * LOWERED_TOLERANCE
+    assert changed_rows(reference, run(model, of_probe(stage))) < 0.05  # of 58, one with a rounding that flipped
+    assert changed_rows(reference, run(before, of_probe(stage))) > 0.9
+
+
+def changed_rows(reference: Tensor, output: Any) -> float:
+    """Share of the rows in which two outputs differ by more than float32 sums in another order."""
+    return float(((torch.from_numpy(output).reshape(reference.shape) - reference).abs().amax(1) > 1e-4).float().mean())
 
 
 def test_layers_that_are_left_out(source: Path, samples: list[dict[str, Tensor]], tmp_path: Path) -> None:

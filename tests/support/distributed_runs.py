@@ -43,7 +43,7 @@ CASES: dict[str, tuple[list[dict[str, Tensor]], dict[str, Any]]] = {
     ),
     "searched": (
         [TEXT, IMAGE, TWO],
-        {"fallback": "auto", "max_bytes": "3.5MB", "target": "vllm-ascend", "weight_method": "clip"},
+        {"fallback": "auto", "max_bytes": "2MB", "target": "vllm-ascend", "weight_method": "clip"},
     ),
 }  # fmt: skip
 

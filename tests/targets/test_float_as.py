@@ -76,7 +76,7 @@ def test_a_search_begins_with_what_the_engine_runs() -> None:
 
 def test_a_reason_is_said_once() -> None:
     """Catches the reason for FLOAT twice where the scheme in place of float is the one that was asked for."""
-    assert choose(MERGER, scheme=WEIGHT_ONLY).reason == "W8A16 is not supported here by vLLM Ascend"
+    assert choose(MERGER, scheme=WEIGHT_ONLY, fallback="none").reason == "W8A16 is not supported here by vLLM Ascend"
 
 
 def test_notes_name_the_versions_of_both() -> None:
@@ -89,3 +89,9 @@ def test_notes_name_the_versions_of_both() -> None:
 def test_only_schemes_with_float_inputs() -> None:
     """Catches a scheme in place of float that quantizes inputs, for which such layers are float in the first place."""
     assert set(floats()) == {FLOAT, *(each for each in Scheme if not each.spec.activation.is_quantized)}
+
+
+def test_reference_exclusions_with_float_inputs() -> None:
+    """Catches an explicit --fallback reference that has no effect on a scheme with float inputs."""
+    assert choose(DOWN, scheme=WEIGHT_ONLY, float_as=FLOAT).scheme == FLOAT
+    assert choose(DOWN, scheme=WEIGHT_ONLY, float_as=FLOAT, fallback="none").scheme == WEIGHT_ONLY

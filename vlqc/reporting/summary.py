@@ -24,6 +24,7 @@ from vlqc.frontend.memory import peak_memory
 from vlqc.ir.rotations import RotationPlan
 from vlqc.ir.stage import Site, Stage
 from vlqc.ir.value_range import FLOAT16_MAX, Peak
+from vlqc.options.fields import flag_of
 from vlqc.options.options import UNNAMED, Options
 from vlqc.pipeline.pass_api import Pass
 from vlqc.pipeline.precision_search import GroupPrecision, SearchResult
@@ -53,7 +54,7 @@ from vlqc.targets.advice import (
 )
 from vlqc.targets.cache_schemes import CacheScheme
 from vlqc.targets.caches import described_caches
-from vlqc.targets.schemes import Scheme
+from vlqc.targets.schemes import Scheme, option_name
 from vlqc.targets.target import parse_target
 from vlqc.targets.versions import layer_schemes, loading_ranges, supporting_versions
 from vlqc.verify import verify_unfinished
@@ -374,7 +375,8 @@ class CompilationSummary:
         caches = described_caches(self.checkpoint.family, description)
         cache = self._cache if any(caches.values()) else None
         used, options = set(layer_schemes(description).values()), self.options
-        if options.float_as not in used:
+        if options.float_as.is_quantized and options.float_as not in used:
+            self.add_notes([f"{flag_of('float_as')} {option_name(options.float_as)} changed no layer of this model"])
             options = options.model_copy(update={"float_as": Scheme.FLOAT})
         notes = target_warnings(options, self.checkpoint, self._scheme, cache, every_layer=all(caches.values()))
         self.notes = [note for note in self.notes if note in notes or note not in self._target_notes]

@@ -32,22 +32,23 @@ def layer_table(title: str, counts: Mapping[tuple[str, str], int]) -> Table:
 
 
 def candidate_table(groups: Sequence[GroupPrecision], most: int = LISTED_GROUPS) -> Table:
-    """The groups with the largest share of the noise: SQNR and size in every scheme that they could have. The chosen
-    one has an asterisk."""
+    """The groups with the largest share of the noise: a row for every scheme that they could have, with SQNR and size.
+    The chosen one has an asterisk."""
     listed = sorted(groups, key=lambda group: -group.noise_share)[:most]
-    offered = {each.scheme for group in listed for each in group.candidates}
-    schemes = [scheme for scheme in Scheme if scheme in offered]
     title = "Candidates of the groups with the most noise" if len(groups) > len(listed) else "Candidates"
     table = Table(title=f"{title} (SQNR if only this group is quantized, size; * is chosen)", title_justify="left")
     table.add_column("group", overflow="fold")
-    table.add_column("noise", justify="right")
-    for scheme in schemes:
-        table.add_column(str(scheme), justify="right")
+    table.add_column("noise", justify="right", no_wrap=True)
+    table.add_column("scheme", no_wrap=True)
+    for column in ("SQNR", "size"):
+        table.add_column(column, justify="right", no_wrap=True)
     for group in listed:
-        cells = {each.scheme: f"{format_sqnr(each.sqnr)}\n{format_bytes(each.bytes)}" for each in group.candidates}
-        cells[group.scheme] = f"* {cells.get(group.scheme, '')}"
-        title = escape_control_chars(group_title(group.sites))
-        table.add_row(Text(title), f"{group.noise_share:.0%}", *(cells.get(scheme, "") for scheme in schemes))
+        first: list[Text | str] = [Text(escape_control_chars(group_title(group.sites))), f"{group.noise_share:.0%}"]
+        for each in sorted(group.candidates, key=lambda each: list(Scheme).index(each.scheme)):
+            mark = "* " if each.scheme == group.scheme else "  "
+            table.add_row(*first, f"{mark}{each.scheme}", format_sqnr(each.sqnr), format_bytes(each.bytes))
+            first = [Text(), ""]
+        table.add_section()
     return table
 
 

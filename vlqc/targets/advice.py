@@ -156,10 +156,11 @@ def default_schemes(
 ) -> dict[str, Scheme]:
     """Layer pattern -> the scheme that a compilation in `scheme` gives these layers by default."""
     schemes: dict[str, Scheme] = {}
+    fallback = "reference" if scheme.spec.activation.is_quantized else "none"
     for group in family.scheme_groups(family.layers()):
         layers = dict.fromkeys(group)
         decision = choose_scheme(
-            layers, family=family, scheme=scheme, target=target, scope=scope, fallback="reference", float_as=float_as
+            layers, family=family, scheme=scheme, target=target, scope=scope, fallback=fallback, float_as=float_as
         )
         schemes |= dict.fromkeys(group, decision.scheme)
     return schemes

@@ -42,15 +42,13 @@ def choose_scheme(
     the default scheme. target: engines whose rules apply; where the target's version does not run the scheme at all,
     those of the other versions. scope: `engine` uses 4-bit weights only in layers where the target runs them, `all` in
     every layer. fallback: `reference` leaves the layers that the reference script excludes in float, as their inputs
-    are hard to quantize, if the scheme quantizes inputs; `none` only those that the engine cannot run quantized.
+    are hard to quantize; `none` only those that the engine cannot run quantized.
     exclude: globs of layers that stay float. include: globs of layers that are quantized in spite of the reference
     exclusions; `exclude` takes precedence. float_as: what layers get in place of FLOAT where all engines of the target
     run it: those of the reference exclusions, and those on which an engine runs neither the scheme nor its substitute.
     substitutes: tried in this order after the scheme's own substitute and before `float_as`; those that an engine does
     not run in one folder with the scheme are left out.
     """
-    if not scheme.spec.activation.is_quantized:
-        fallback = "none"
     excluded = _excluded(family, list(layers), exclude)
     if excluded is not None:
         return excluded

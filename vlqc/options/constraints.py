@@ -78,6 +78,11 @@ def _shift(options: OptionFields) -> Iterator[Fault]:
     if options.anti_method == "none":
         why = "ranges are shifted as a part of outlier suppression"
         yield Fault("--shift with --anti_method none", why=why, fix="remove --shift, or use --anti_method m2")
+    if options.max_bytes is not None:
+        why = "a layer that reads a shifted norm keeps its scheme, and which norms are shifted depends on the samples"
+        yield Fault(
+            f"--shift with --max_bytes {options.max_bytes}", why=why, fix="remove --shift, or use --min_sqnr DB"
+        )
 
 
 def _scope(options: OptionFields) -> Iterator[Fault]:
@@ -251,7 +256,7 @@ RULES: tuple[tuple[frozenset[str], Callable[[OptionFields], Iterator[Fault]]], .
     (frozenset({"target", *LAYOUTS}), _one_layout),
     (SCHEME | {"target"}, _both),
     (frozenset({"anti_method", "anti_alpha"}), _alpha),
-    (SCHEME | {"anti_method", "shift", "target"}, _shift),
+    (SCHEME | {"anti_method", "shift", "target", "max_bytes"}, _shift),
     (SCHEME | {"w4a8_scope"}, _scope),
     (frozenset({"fallback", "min_sqnr", "max_float_groups", "max_bytes"}), _fallback),
     (SCHEME | LAYOUTS | {"model_path", "target", "kv_cache"}, _cache),

@@ -262,7 +262,7 @@ class OptionFields(BaseModel):
         OUTPUT,
         "Engine that loads the checkpoint: vllm-ascend, mindie or both; a version may follow, as in vllm-ascend@0.18 "
         "or mindie@2.2. Default: both for static W8A8, vllm-ascend for other schemes and with --kv_cache or "
-        "--float_as; with --pipeline, the engine that assign-precision names there.",
+        "--float_as; with --pipeline, the engine that its passes name.",
         metavar="ENGINE",
         legal="vllm-ascend, mindie or both, or one engine with @version",
     )

@@ -5,15 +5,15 @@ key-value head h is q = clamp(rint(x * (1 / scale[h, c])), -128, 127) for every 
 q * scale[h, c]. The offset that engines add before rounding is 0, as they do not subtract it in decoding.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
+from vlqc.kernels_ref.attention import ATTENTION, attention_arguments
+
 INT8_MIN, INT8_MAX = -128, 127
-ATTENTION = torch.nn.functional.scaled_dot_product_attention
-PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # those that may be positional
 
 
 def scale_per_head(scale: torch.Tensor, kv_heads: int, heads: int) -> torch.Tensor:
@@ -46,11 +46,6 @@ def dequantize_cache(quantized: torch.Tensor, scale: torch.Tensor, kv_heads: int
 def round_cache(x: torch.Tensor, scale: torch.Tensor, kv_heads: int) -> torch.Tensor:
     """x [..., heads, S, D] quantized and back, in x's dtype."""
     return dequantize_cache(quantize_cache(x, scale, kv_heads), scale, kv_heads, x.dtype)
-
-
-def attention_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a call of scaled_dot_product_attention, or of its node in a graph, by parameter name."""
-    return dict(zip(PARAMETERS, args, strict=False)) | dict(kwargs)
 
 
 class RoundCache(TorchFunctionMode):

@@ -6,7 +6,8 @@ from typing import ClassVar, Literal
 from torch import Tensor, fx
 
 from vlqc.ir.stage import CacheSite, Stage
-from vlqc.kernels_ref.kv_cache import QuantizedCacheAttention, attention_arguments, round_cache
+from vlqc.kernels_ref.attention import attention_arguments
+from vlqc.kernels_ref.kv_cache import QuantizedCacheAttention, round_cache
 from vlqc.pipeline.pass_api import Pass
 
 

@@ -18,10 +18,9 @@ from torch.overrides import TorchFunctionMode
 
 from vlqc.ir.stage import Stage
 from vlqc.ir.tensor_digest import TOLERANCE, max_relative_error
+from vlqc.kernels_ref.attention import ATTENTION, PARAMETERS, attention_arguments
 from vlqc.pipeline.pass_api import Pass
 
-ATTENTION = torch.nn.functional.scaled_dot_product_attention
-PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # those that may be positional
 TENSOR_PARAMETERS, MASK_PARAMETERS = PARAMETERS[:3], PARAMETERS[3:]
 
 
@@ -40,7 +39,7 @@ class SplitWindowAttention(Pass):
 
     def run(self, stage: Stage) -> bool:
         nodes = [node for node in stage.graph.nodes if node.target is ATTENTION]
-        if not any(isinstance(_by_name(node.args, node.kwargs).get("attn_mask"), fx.Node) for node in nodes):
+        if not any(isinstance(attention_arguments(node.args, node.kwargs).get("attn_mask"), fx.Node) for node in nodes):
             return False
         calls, before = _compare_on_probe(stage)
         if len(calls) != len(nodes):  # some attention calls are inside a leaf module of the graph
@@ -117,7 +116,7 @@ class SplitWindows(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func is ATTENTION:
-            arguments = _by_name(args, kwargs or {})
+            arguments = attention_arguments(args, kwargs or {})
             if windows := _windows_of_call(arguments):
                 return windowed_attention(windows=windows, **_without_mask(arguments))
         return func(*args, **(kwargs or {}))
@@ -140,11 +139,6 @@ class Windowed(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with SplitWindows():
             return self.__dict__["whole"](*args, **kwargs)
-
-
-def _by_name(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of an attention call, or of its node, by parameter name."""
-    return dict(zip(PARAMETERS, args, strict=False)) | dict(kwargs)
 
 
 def _without_mask(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,7 +182,7 @@ class _CompareWindows(TorchFunctionMode):
     ) -> Any:
         output = func(*args, **(kwargs or {}))
         if func is ATTENTION:
-            arguments, whole = _by_name(args, kwargs or {}), output
+            arguments, whole = attention_arguments(args, kwargs or {}), output
             windows = compared = _windows_of_call(arguments)
             if len(windows) == 1:  # verifies nothing about several windows, which other samples may have
                 compared = _windows_of_different_lengths(windows[0])
@@ -254,7 +248,7 @@ def _rewrite(stage: Stage, node: fx.Node, windows: Sequence[int]) -> None:
 
     The operations that create the mask stay in the graph: they still run and determine the windows.
     """
-    options = _without_mask(_by_name(node.args, node.kwargs))
+    options = _without_mask(attention_arguments(node.args, node.kwargs))
     inputs = [options.pop(name) for name in TENSOR_PARAMETERS]
     if len(windows) == 1:
         node.args, node.kwargs = tuple(inputs), options

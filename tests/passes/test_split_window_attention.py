@@ -31,9 +31,10 @@ from vlqc.ir.parser import parse_stage
 from vlqc.ir.printer import print_stage
 from vlqc.ir.scale_propagation import find_edges
 from vlqc.ir.stage import Stage
+from vlqc.kernels_ref.attention import ATTENTION, attention_arguments
 from vlqc.passes import split_window_attention as tested
 from vlqc.passes.insert_observers import InsertObservers
-from vlqc.passes.split_window_attention import ATTENTION, SplitWindowAttention
+from vlqc.passes.split_window_attention import SplitWindowAttention
 from vlqc.pipeline.manager import PassManager
 
 # ---- the text --------------------------------------------------------------------------------------------------------
@@ -235,7 +236,7 @@ def test_the_real_model_computes_windows_only() -> None:
     with real_stages(sample, tiny.synthetic_sample((4, 4))) as stages:
         for stage in stages:
             attention = [node for node in stage.graph.nodes if node.target is ATTENTION]
-            masked = any(tested._by_name(node.args, node.kwargs).get("attn_mask") for node in attention)
+            masked = any(attention_arguments(node.args, node.kwargs).get("attn_mask") for node in attention)
             stage.execution.forward()
             expected, modules = stage.execution.outputs, dict(stage.module.named_modules())
             assert SplitWindowAttention().run(stage) == (masked and stage.part == "vision") and not stage.notes

@@ -49,6 +49,15 @@ def group(number: int, assigned: Scheme = STATIC, **candidates: tuple[float, int
     )
 
 
+def test_extra_cost_of_a_scheme() -> None:
+    """Catches a cost that is not relative to the assigned scheme, that is negative, or without the time that a scheme
+    takes beyond reading: 10 % of it per token, 50 % for float products with 8-bit weights."""
+    of = group(5, STATIC, W8A8=(1e-3, 100), W8A8_DYNAMIC=(1e-4, 100), W8A16=(1e-5, 100), FLOAT=(0, 200))
+    costs = [of.extra_cost(scheme) for scheme in (STATIC, DYNAMIC, WEIGHTS_ONLY, FLOAT)]
+    assert costs == pytest.approx([0, 10, 50, 100])
+    assert group(5, FLOAT, W8A8=(1e-3, 100), FLOAT=(0, 200)).extra_cost(STATIC) == 0
+
+
 def by_site(result: SearchResult) -> dict[str, Scheme]:
     """Layer name -> scheme."""
     return {site: scheme for group, scheme in zip(result.groups, result.schemes, strict=True) for site in group.sites}

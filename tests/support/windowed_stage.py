@@ -15,7 +15,7 @@ from tests.support.stages import materialized_stage
 from vlqc.frontend.sequential import SequentialForward
 from vlqc.ir.execution import Call
 from vlqc.ir.stage import Stage
-from vlqc.passes import split_window_attention as tested
+from vlqc.kernels_ref.attention import attention_arguments
 from vlqc.passes.split_window_attention import ATTENTION, SplitWindowAttention
 
 HEADS, DEPTH = 2, 8
@@ -97,7 +97,7 @@ class Counter(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func is ATTENTION:
-            named = tested._by_name(args, kwargs or {})
+            named = attention_arguments(args, kwargs or {})
             query, key = named["query"], named["key"]
             self.scores += query.shape[:-3].numel() * query.shape[-2] * key.shape[-2]
             self.masks += named.get("attn_mask") is not None

@@ -63,12 +63,6 @@ def head_size(text: Mapping[str, Any]) -> int:
     return int(hidden or 0) // int(heads) if is_size(heads, 2**31) and is_size(hidden, 2**31) else 0
 
 
-def language_head_size(config: Mapping[str, Any]) -> int:
-    """`head_size` from config.json, whose keys of the language model may be in `text_config`."""
-    text = config.get("text_config")
-    return head_size(text if isinstance(text, Mapping) else config)
-
-
 def _at_most(limit: str, meaning: str) -> AfterValidator:
     def check(value: int, info: ValidationInfo) -> int:
         maximum = getattr(info.context, limit)

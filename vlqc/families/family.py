@@ -276,6 +276,12 @@ class ModelFamily(ABC):
         """The keys of the vision tower, the object in `config` itself; None if the model has none."""
         return None
 
+    def head_size(self, config: Mapping[str, Any]) -> int:
+        """Channels of an attention head of the language model; 0 if config.json does not determine it."""
+        from vlqc.families.config_values import head_size
+
+        return head_size(self.text_config(config))
+
     def extra_vision_outputs(self, config: Mapping[str, Any]) -> int:
         """How many outputs of the vision tower the language model reads besides that of the last block."""
         return 0

@@ -17,7 +17,7 @@ from vlqc.families.layer_names import layer_pattern, matches_any
 from vlqc.ir.label_propagation import PRODUCT, QUOTIENT, SUM, LabelPropagation, Rule, operands
 from vlqc.ir.scale_propagation import scales_its_channels
 from vlqc.ir.stage import CacheSite, Site, Stage
-from vlqc.kernels_ref.kv_cache import ATTENTION, attention_arguments
+from vlqc.kernels_ref.attention import ATTENTION, attention_arguments
 
 
 @dataclass(frozen=True)

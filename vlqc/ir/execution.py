@@ -24,7 +24,7 @@ from vlqc.ir.bfloat16_linears import bfloat16_linears
 from vlqc.ir.observation import MODALITIES
 from vlqc.ir.tensor_cache import ModuleVersion
 from vlqc.ir.value_range import PeakRecorder
-from vlqc.kernels_ref.kv_cache import ATTENTION, attention_arguments
+from vlqc.kernels_ref.attention import ATTENTION, attention_arguments
 
 T = TypeVar("T")
 

@@ -19,7 +19,8 @@ from vlqc.ir.snapshot import StageSnapshot
 from vlqc.ir.stage import CacheSite, Edge, Site, Stage, WeightQuantization, observe
 from vlqc.ir.tensor_cache import TensorCache
 from vlqc.ir.tensor_digest import is_finite
-from vlqc.kernels_ref.kv_cache import ATTENTION, QuantizedCacheAttention
+from vlqc.kernels_ref.attention import ATTENTION
+from vlqc.kernels_ref.kv_cache import QuantizedCacheAttention
 
 T = TypeVar("T")
 _Type = tuple[torch.dtype, tuple[int, ...]]  # of a tensor: dtype and shape

@@ -12,6 +12,7 @@ from vlqc.options.options import Options
 from vlqc.pipeline.ordering import LOWERING, passes_needing_samples
 from vlqc.pipeline.pass_api import Pass
 from vlqc.pipeline.text_only import require_images
+from vlqc.targets.schemes import floats, option_name
 
 Samples = Sequence[dict[str, Tensor]] | None
 # Options that select or prepare samples, and have no effect without any.
@@ -63,6 +64,7 @@ def _missing(options: Options, passes: Sequence[Pass]) -> Fault:
     if options.pipeline is None and options.scheme.spec.activation.is_quantized:
         if options.scheme.spec.activation.is_dynamic and not options.scheme.spec.activation.is_static:
             fix += f"; without data, {options.scheme} needs --anti_method none --weight_method round"
-        fix += "; --scheme w8a16 needs none"
+        needing_none = next(each for each in floats() if each.is_quantized)
+        fix += f"; --scheme {option_name(needing_none)} needs none"
     what = f"--calib_images {options.calib_images} (the default)"
     return Fault(what, why=f"there is no such folder or file, and {names} of the pipeline need samples", fix=fix)

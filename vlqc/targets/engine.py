@@ -13,7 +13,6 @@ from typing import Any, ClassVar, Protocol
 from packaging.version import Version
 
 from vlqc.errors import Fault
-from vlqc.families.config_values import language_head_size
 from vlqc.families.family import ModelFamily, Role
 from vlqc.families.linear import Linear
 from vlqc.targets.cache_schemes import CacheScheme
@@ -375,7 +374,7 @@ def cache_faults(
 def refused_heads(engine: Engine, family: ModelFamily, config: Mapping[str, Any]) -> list[Fault]:
     """The fault of keys and values whose heads no version of the engine quantizes, though it does those of other
     models of the family. config: config.json."""
-    size = language_head_size(config)
+    size = family.head_size(config)
     multiples = sorted({rule.head_multiple for rule in engine.cache_rules_of(family)})
     if not multiples or engine.cache_rules_of(family, size):
         return []

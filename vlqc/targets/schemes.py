@@ -355,12 +355,6 @@ def quant_linears() -> list[type["QuantLinear"]]:
     return [scheme.spec.quant_linear() for scheme in Scheme if scheme.is_quantized]
 
 
-def scheme_of_flags(w_bit: int, a_bit: int, *, is_dynamic: bool) -> Scheme:
-    """The scheme with these bits; if there are several, the one with activations quantized as `is_dynamic` says."""
-    fitting = [each for each in Scheme if (each.spec.weight.bits, each.spec.activation.bits) == (w_bit, a_bit)]
-    return next((each for each in fitting if each.spec.activation.is_dynamic == is_dynamic), fitting[0])
-
-
 def stored_tensors(scheme: Scheme, form: StorageFormat) -> tuple[TensorSpec, ...]:
     """The tensors of a Linear in a folder of this format, its bias aside."""
     return tuple(tensor for tensor in scheme.spec.stored if form.packed or not tensor.only_packed)

@@ -8,7 +8,6 @@ from typing import Any
 from packaging.version import Version
 
 from vlqc.errors import Fault
-from vlqc.families.config_values import language_head_size
 from vlqc.families.family import ModelFamily
 from vlqc.families.registry import find_family
 from vlqc.targets.caches import CacheSchemes, described_caches, used_schemes
@@ -126,7 +125,7 @@ def loading_versions(
     """The versions of one engine that load a folder of these schemes with this config.json; None when none does."""
     if not engine.reads_config(family, schemes, config) or group_faults(engine, family, schemes):
         return None
-    return supporting_versions(engine, family, schemes, dtype, caches, language_head_size(config))
+    return supporting_versions(engine, family, schemes, dtype, caches, family.head_size(config))
 
 
 def loading_engines(description: Mapping[str, Any], dtype: str, config: Mapping[str, Any]) -> list[str]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from vlqc.kernels_ref.kv_cache import ATTENTION, QuantizedCacheAttention, attention_arguments, scale_per_head
+from vlqc.kernels_ref.attention import ATTENTION, attention_arguments
+from vlqc.kernels_ref.kv_cache import QuantizedCacheAttention, scale_per_head
 from vlqc.kernels_ref.quant_linear import QuantLinear
 from vlqc.kernels_ref.quantize import INT8_MAX, INT8_MIN
 from vlqc.targets.schemes import Scheme

@@ -13,7 +13,8 @@ from torch.fx.node import map_aggregate
 from vlqc.errors import Fault, UserError
 from vlqc.ir.execution import input_tensors
 from vlqc.ir.stage import Stage
-from vlqc.kernels_ref.kv_cache import attention_arguments, round_cache
+from vlqc.kernels_ref.attention import attention_arguments
+from vlqc.kernels_ref.kv_cache import round_cache
 from vlqc.reporting.onnx.builder import IR_VERSION, OPSET, Builder, type_of
 from vlqc.reporting.onnx.functions import RULES, NodeExporter, Value
 from vlqc.reporting.onnx.kv_cache import export_rounded_cache

@@ -8,7 +8,7 @@ from vlqc.families.family import ModelFamily
 from vlqc.ir.observation import MODALITIES
 from vlqc.targets.engine import join_and
 from vlqc.targets.rules import group_faults, supported_schemes
-from vlqc.targets.schemes import Scheme, linear_bytes, option_name, scheme_of_flags
+from vlqc.targets.schemes import Scheme, linear_bytes, option_name
 from vlqc.targets.target import ENGINES, Target, parse_target
 from vlqc.verify.accuracy import Noise
 from vlqc.verify.attribution.ablation import Attribution, LayerGroup, ModalityPower
@@ -191,7 +191,7 @@ def _measured_options(
     if SMOOTHED in gains:  # measured with the range of these very samples, a gain that is not due to smoothing
         gains[SMOOTHED] = _decibels(min(own, error.alternatives.get(WIDER, own)), error.alternatives[SMOOTHED])
     clipped = any(count > CLIPPED * total for count, total in error.clipped.values())
-    per_token = scheme_of_flags(w_bit=8, a_bit=8, is_dynamic=True)
+    per_token = next(each for each in Scheme if each.spec.activation.is_dynamic and each.spec.weight.bits == 8)
     options = {
         PER_TOKEN: _for_target(f"--scheme {option_name(per_token)}", per_token, family, layers, target),
         WIDER: "--calib_images with more or other samples, like these" if clipped else "",

@@ -2,7 +2,6 @@
 
 from collections.abc import Collection
 
-from vlqc.families.config_values import language_head_size
 from vlqc.families.family import ModelFamily
 from vlqc.targets.advice import default_schemes, missing_rows_fix
 from vlqc.targets.caches import used_schemes
@@ -35,7 +34,7 @@ def check_engine_rules(
     family, schemes = folder.family, folder.schemes
     result.add_examined(CHECK, len(schemes))
     caches = folder.caches
-    size = language_head_size(folder.config)
+    size = family.head_size(folder.config)
     versions = {engine: supporting_versions(engine, family, schemes, dtype, caches, size) for engine in ENGINES}
     entries = {engine: engine.description_faults(folder) for engine in ENGINES}
     tensors = {engine: engine.tensor_faults(folder) for engine in ENGINES}
